@@ -1,0 +1,29 @@
+//! x86_64: memory layout, boot registers, CPUID, MSRs and the MultiProcessor table.
+
+mod cpuid;
+pub(crate) mod layout;
+mod mptable;
+mod regs;
+
+use kvm_bindings::{Msrs, kvm_msr_entry};
+
+pub(crate) use cpuid::Cpu;
+pub(crate) use mptable::write_tables;
+pub(crate) use regs::{Registers, boot_vcpu, write_boot_tables};
+
+use crate::error::{Error, ErrorKind, Result};
+
+/// xAPIC identifiers are 8 bits and the last is broadcast; the I/O APIC takes one more.
+pub(crate) const MAX_VCPUS: u8 = 254;
+
+/// Fast string operations on (Intel SDM vol. 4, IA32_MISC_ENABLE bit 0).
+const MSR_IA32_MISC_ENABLE: u32 = 0x1a0;
+/// Default memory type write-back, MTRRs enabled (Intel SDM vol. 3A, 13.11.2.1).
+const MSR_MTRR_DEF_TYPE: u32 = 0x2ff;
+
+/// The MSRs that firmware would have set.
+fn boot_msrs() -> Result<Msrs> {
+    let entry = |index, data| kvm_msr_entry { index, data, ..Default::default() };
+    let entries = [entry(MSR_IA32_MISC_ENABLE, 1), entry(MSR_MTRR_DEF_TYPE, 1 << 11 | 6)];
+    Msrs::from_entries(&entries).map_err(|e| Error::new(ErrorKind::ResourceExhausted, format!("building MSRs: {e:?}")))
+}

@@ -1,0 +1,175 @@
+//! How a vCPU reaches the kernel's first instruction: 64-bit mode, flat segments, identity-mapped memory.
+//!
+//! Linux x86 boot protocol, 1.15 ("64-bit Boot Protocol").
+
+use std::fmt;
+
+use kvm_bindings::{kvm_lapic_state, kvm_regs, kvm_segment, kvm_sregs};
+
+use super::layout;
+use crate::error::Result;
+use crate::kvm::VcpuFd;
+use crate::memory::{GuestAddress, GuestMemory};
+
+/// Null, unused, code at 0x10, data at 0x18, task state at 0x20: as the boot protocol wants.
+const GDT: [u64; 5] = [
+    0,
+    0,
+    descriptor(0xa09b, 0, 0xf_ffff),
+    descriptor(0xc093, 0, 0xf_ffff),
+    descriptor(0x808b, 0, 0xf_ffff),
+];
+
+/// A segment descriptor (Intel SDM vol. 3A, 3.4.5) from its flags, base and limit.
+const fn descriptor(flags: u64, base: u64, limit: u64) -> u64 {
+    (base & 0xff00_0000) << 32 | (base & 0x00ff_ffff) << 16 | limit & 0xffff | (limit & 0xf_0000) << 32 | (flags & 0xf0ff) << 40
+}
+
+fn segment(selector: u16, flags: u16) -> kvm_segment {
+    let bit = |n: u16| (flags >> n & 1) as u8;
+    kvm_segment {
+        base: 0,
+        limit: 0xffff_ffff,
+        selector,
+        type_: (flags & 0xf) as u8,
+        s: bit(4),
+        dpl: (flags >> 5 & 3) as u8,
+        present: bit(7),
+        avl: bit(12),
+        l: bit(13),
+        db: bit(14),
+        g: bit(15),
+        ..Default::default()
+    }
+}
+
+/// Protection enable, extension type, paging (Intel SDM vol. 3A, 2.5).
+const CR0: u64 = 1 | 1 << 4 | 1 << 31;
+/// Physical address extension.
+const CR4: u64 = 1 << 5;
+/// Long mode enabled and active (Intel SDM vol. 3A, 2.2.1).
+const EFER: u64 = 1 << 8 | 1 << 10;
+
+/// Writes the descriptor tables and page tables that [`boot_vcpu`] points at: the first GiB, mapped onto itself.
+pub(crate) fn write_boot_tables(memory: &GuestMemory) -> Result<()> {
+    for (n, entry) in (0..).zip(GDT) {
+        memory.write(GuestAddress(layout::GDT.0 + 8 * n), &entry.to_le_bytes())?;
+    }
+    memory.write(layout::IDT, &[0; 8])?;
+    let (level4, level3, level2) = (layout::PAGE_TABLES.0, layout::PAGE_TABLES.0 + 0x1000, layout::PAGE_TABLES.0 + 0x2000);
+    // Present and writable; the lowest level maps large pages of 2 MiB (Intel SDM vol. 3A, 4.5).
+    memory.write(GuestAddress(level4), &(level3 | 3).to_le_bytes())?;
+    memory.write(GuestAddress(level3), &(level2 | 3).to_le_bytes())?;
+    let large: Vec<u8> = (0..512u64).flat_map(|n| (n << 21 | 0x83).to_le_bytes()).collect();
+    Ok(memory.write(GuestAddress(level2), &large)?)
+}
+
+/// Makes the next instruction of `vcpu` the kernel's `entry`. Only for the first vCPU: the others wait for it.
+pub(crate) fn boot_vcpu(vcpu: &VcpuFd, entry: GuestAddress) -> Result<()> {
+    let mut sregs: kvm_sregs = vcpu.sregs()?;
+    let data = segment(0x18, 0xc093);
+    sregs.cs = segment(0x10, 0xa09b);
+    (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
+    sregs.tr = segment(0x20, 0x808b);
+    (sregs.gdt.base, sregs.gdt.limit) = (layout::GDT.0, size_of_val(&GDT) as u16 - 1);
+    (sregs.idt.base, sregs.idt.limit) = (layout::IDT.0, 7);
+    (sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer) = (CR0, layout::PAGE_TABLES.0, CR4, EFER);
+    vcpu.set_sregs(&sregs)?;
+    // Reserved bit 1 set, interrupts off; the stack grows down below the zero page's neighbours.
+    let stack = layout::PAGE_TABLES.0 - 16;
+    let regs = kvm_regs { rip: entry.0, rsi: layout::ZERO_PAGE.0, rsp: stack, rbp: stack, rflags: 2, ..Default::default() };
+    vcpu.set_regs(&regs)?;
+    let mut lapic = vcpu.lapic()?;
+    route_legacy_interrupts(&mut lapic);
+    vcpu.set_lapic(&lapic)
+}
+
+/// As firmware leaves it: LINT0 takes the legacy controller's interrupts, LINT1 non-maskable ones
+/// (Intel SDM vol. 3A, 11.5.1).
+fn route_legacy_interrupts(lapic: &mut kvm_lapic_state) {
+    const DELIVERY_EXTINT: u8 = 7;
+    const DELIVERY_NMI: u8 = 4;
+    for (register, mode) in [(0x350, DELIVERY_EXTINT), (0x360, DELIVERY_NMI)] {
+        // Bits 8 to 10 of the register: the low three of its second byte.
+        if let Some(byte) = lapic.regs.get_mut(register + 1) {
+            *byte = (*byte as u8 & !7 | mode) as _;
+        }
+    }
+}
+
+/// A vCPU's registers, for people who must find out why a guest died.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Registers {
+    /// Instruction pointer.
+    pub rip: u64,
+    /// Stack pointer.
+    pub rsp: u64,
+    /// Flags.
+    pub rflags: u64,
+    /// RAX, RBX, RCX, RDX, RSI, RDI, RBP, R8 to R15.
+    pub general: [u64; 15],
+    /// Control register 0: protection, paging.
+    pub cr0: u64,
+    /// The address of the last page fault.
+    pub cr2: u64,
+    /// The root of the page tables.
+    pub cr3: u64,
+    /// Control register 4: extensions.
+    pub cr4: u64,
+    /// The extended feature register.
+    pub efer: u64,
+}
+
+impl Registers {
+    pub(crate) fn of(vcpu: &VcpuFd) -> Result<Self> {
+        let (r, s) = (vcpu.regs()?, vcpu.sregs()?);
+        Ok(Self {
+            rip: r.rip,
+            rsp: r.rsp,
+            rflags: r.rflags,
+            general: [r.rax, r.rbx, r.rcx, r.rdx, r.rsi, r.rdi, r.rbp, r.r8, r.r9, r.r10, r.r11, r.r12, r.r13, r.r14, r.r15],
+            cr0: s.cr0,
+            cr2: s.cr2,
+            cr3: s.cr3,
+            cr4: s.cr4,
+            efer: s.efer,
+        })
+    }
+}
+
+impl fmt::Display for Registers {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "rip={:#x} rsp={:#x} rflags={:#x}", self.rip, self.rsp, self.rflags)?;
+        let names = ["rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15"];
+        for (name, value) in names.iter().zip(self.general) {
+            write!(f, " {name}={value:#x}")?;
+        }
+        write!(f, " cr0={:#x} cr2={:#x} cr3={:#x} cr4={:#x} efer={:#x}", self.cr0, self.cr2, self.cr3, self.cr4, self.efer)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn descriptors_match_the_boot_protocol() {
+        assert_eq!(GDT[2], 0x00af_9b00_0000_ffff);
+        assert_eq!(GDT[3], 0x00cf_9300_0000_ffff);
+        let code = segment(0x10, 0xa09b);
+        assert_eq!((code.type_, code.s, code.present, code.l, code.db, code.g), (0xb, 1, 1, 1, 0, 1));
+    }
+
+    #[test]
+    fn the_first_gibibyte_is_mapped_onto_itself() {
+        let memory = GuestMemory::anonymous(&[(GuestAddress(0), 1 << 20)]).unwrap();
+        write_boot_tables(&memory).unwrap();
+        let entry = |at: u64| {
+            let mut bytes = [0; 8];
+            memory.read(GuestAddress(at), &mut bytes).unwrap();
+            u64::from_le_bytes(bytes)
+        };
+        let level2 = entry(entry(layout::PAGE_TABLES.0) & !0xfff) & !0xfff;
+        assert_eq!(entry(level2 + 8 * 511), 511 << 21 | 0x83);
+    }
+}

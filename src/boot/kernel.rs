@@ -1,0 +1,234 @@
+//! [`Kernel`]: a Linux kernel, opened and checked once, booted any number of times.
+
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use linux_loader::bootparam::setup_header;
+use linux_loader::loader::{BzImage, Elf, KernelLoader};
+
+use super::Initramfs;
+use crate::arch::layout;
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::memory::{GuestAddress, GuestMemory, MemoryImage};
+
+/// A kernel must fit below this guest address. Real ones end far below; the space costs nothing unless used.
+const IMAGE_SPACE: u64 = 1 << 30;
+/// `xloadflags`: the kernel has a 64-bit entry point at 0x200 (Linux x86 boot protocol, 1.3).
+const XLF_KERNEL_64: u16 = 1;
+
+/// A Linux kernel to boot, with its command line and initramfs. Cloning is cheap and shares the loaded image.
+///
+/// Takes an x86_64 ELF `vmlinux` or a `bzImage` (`vmlinuz`) as distributions ship them. Opening loads the file into a
+/// sealed image in memory once; every VM that boots it maps that image copy-on-write, so the file may change or go
+/// away afterwards. Nothing is ever downloaded.
+#[derive(Debug, Clone)]
+pub struct Kernel {
+    pub(super) loaded: Arc<Loaded>,
+    pub(super) cmdline: String,
+    pub(super) initramfs: Option<Initramfs>,
+}
+
+/// What came of a kernel file.
+#[derive(Debug)]
+pub(super) struct Loaded {
+    pub image: MemoryImage,
+    pub entry: GuestAddress,
+    /// Where the kernel will have unpacked itself; the initramfs must lie above.
+    pub end: u64,
+    /// A bzImage's own header, to be handed back to it.
+    pub header: Option<setup_header>,
+}
+
+impl Kernel {
+    /// Opens a kernel image. Blocks while the file is read.
+    ///
+    /// # Errors
+    /// `NotFound` or `PermissionDenied` when it cannot be opened, `Corrupt` when it is neither an x86_64 ELF kernel nor
+    /// a 64-bit bzImage or is damaged, `ResourceExhausted` when the host has no memory for it.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        Self::read(path).doing(|| format!("opening kernel {}", path.display()))
+    }
+
+    /// Opens the kernel named by the environment variable `COFFERDAM_KERNEL`, else the one that this crate's
+    /// `guest/kernel/build` puts into the user's cache (`$XDG_CACHE_HOME/cofferdam/kernel/vmlinux`, with `~/.cache`
+    /// where that variable is not set).
+    ///
+    /// # Errors
+    /// `NotFound`, saying how to get one, when there is none; else as [`Kernel::open`].
+    pub fn find() -> Result<Self> {
+        let named = std::env::var_os("COFFERDAM_KERNEL").filter(|v| !v.is_empty()).map(PathBuf::from);
+        let path = named.or_else(|| crate::sys::cache_dir().map(|dir| dir.join("kernel/vmlinux"))).ok_or_else(|| {
+            Error::new(ErrorKind::NotFound, "no kernel: set COFFERDAM_KERNEL, or HOME so that the cache can be found")
+        })?;
+        Self::open(&path).map_err(|error| match error.kind() {
+            ErrorKind::NotFound => Error::new(
+                ErrorKind::NotFound,
+                format!(
+                    "no kernel at {}: run guest/kernel/build of the cofferdam sources once, or set COFFERDAM_KERNEL to a vmlinux or bzImage",
+                    path.display()
+                ),
+            ),
+            _ => error,
+        })
+    }
+
+    /// Sets the kernel's command line, such as `console=hvc0 root=/dev/vda ro quiet`; replaces what was set before.
+    ///
+    /// The machine adds its devices, and `reboot=k panic=-1` unless those are set here. Checked when the VM starts:
+    /// printable ASCII, at most 2,047 bytes with what is added.
+    pub fn cmdline(mut self, text: impl Into<String>) -> Self {
+        self.cmdline = text.into();
+        self
+    }
+
+    /// Sets the initramfs; replaces what was set before.
+    pub fn initramfs(mut self, initramfs: Initramfs) -> Self {
+        self.initramfs = Some(initramfs);
+        self
+    }
+
+    fn read(path: &Path) -> Result<Self> {
+        let mut file = File::open(path)?;
+        if !file.metadata()?.is_file() {
+            return Err(Error::new(ErrorKind::InvalidConfig, "not a regular file"));
+        }
+        let loaded = load(&mut file)?;
+        Ok(Self { loaded: Arc::new(loaded), cmdline: String::new(), initramfs: None })
+    }
+}
+
+fn corrupt(text: impl Into<String>) -> Error {
+    Error::new(ErrorKind::Corrupt, text.into())
+}
+
+fn load(file: &mut File) -> Result<Loaded> {
+    let mut head = [0; 20];
+    file.read_exact(&mut head).map_err(|_| corrupt("too short to be a kernel"))?;
+    file.seek(SeekFrom::Start(0))?;
+    match head {
+        // ELF, 64 bits, little-endian, machine 62: x86-64.
+        [0x7f, b'E', b'L', b'F', 2, 1, .., 62, 0] => load_elf(file),
+        [0x7f, b'E', b'L', b'F', ..] => Err(corrupt("an ELF file, but not for x86_64")),
+        _ => load_bzimage(file),
+    }
+}
+
+fn load_elf(file: &mut File) -> Result<Loaded> {
+    let (image, result) = MemoryImage::build(IMAGE_SPACE, |memory: &GuestMemory| {
+        Elf::load(memory.inner(), None, file, Some(layout::HIGH_MEMORY.inner()))
+            .map_err(|e| corrupt(format!("not a usable ELF kernel: {e}")))
+    })?;
+    let entry = result.kernel_load.0;
+    if entry >= image.end() {
+        return Err(corrupt(format!("its entry point {entry:#x} lies outside what it loads")));
+    }
+    let end = result.kernel_end.max(image.end());
+    Ok(Loaded { image, entry: GuestAddress(entry), end, header: None })
+}
+
+fn load_bzimage(file: &mut File) -> Result<Loaded> {
+    let (image, result) = MemoryImage::build(IMAGE_SPACE, |memory: &GuestMemory| {
+        BzImage::load(memory.inner(), None, file, Some(layout::HIGH_MEMORY.inner()))
+            .map_err(|e| corrupt(format!("neither an ELF kernel nor a bzImage: {e}")))
+    })?;
+    let header = result.setup_header.ok_or_else(|| corrupt("a bzImage without a header"))?;
+    if header.version < 0x20c || header.xloadflags & XLF_KERNEL_64 == 0 {
+        let version = header.version;
+        return Err(corrupt(format!("a bzImage without a 64-bit entry point (boot protocol {:x}.{:02x})", version >> 8, version & 0xff)));
+    }
+    let load = result.kernel_load.0;
+    // Where it unpacks itself and how much it needs there (Linux x86 boot protocol, 1.3, init_size).
+    let end = load.max(header.pref_address).saturating_add(header.init_size.into()).max(image.end());
+    Ok(Loaded { image, entry: GuestAddress(load + 0x200), end, header: Some(header) })
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+
+    /// A file that goes away with its test.
+    pub(crate) struct Temp(pub PathBuf);
+
+    impl Temp {
+        pub(crate) fn new(name: &str, bytes: &[u8]) -> Self {
+            let path = std::env::temp_dir().join(format!("cofferdam-kernel-{name}-{}", std::process::id()));
+            std::fs::write(&path, bytes).unwrap();
+            Self(path)
+        }
+    }
+
+    impl Drop for Temp {
+        fn drop(&mut self) {
+            let _ = std::fs::remove_file(&self.0);
+        }
+    }
+
+    /// The smallest ELF kernel: one segment of `code` at 1 MiB, entered at its start.
+    pub(crate) fn elf(code: &[u8]) -> Vec<u8> {
+        let mut file = vec![0; 120];
+        file[..8].copy_from_slice(&[0x7f, b'E', b'L', b'F', 2, 1, 1, 0]);
+        file[16..20].copy_from_slice(&[2, 0, 62, 0]);
+        let mut put = |at: usize, bytes: &[u8]| file[at..at + bytes.len()].copy_from_slice(bytes);
+        put(24, &0x10_0000u64.to_le_bytes());
+        put(32, &64u64.to_le_bytes());
+        put(52, &[64, 0, 56, 0, 1, 0]);
+        put(64, &1u32.to_le_bytes());
+        put(72, &120u64.to_le_bytes());
+        put(80, &0x10_0000u64.to_le_bytes());
+        put(88, &0x10_0000u64.to_le_bytes());
+        put(96, &(code.len() as u64).to_le_bytes());
+        put(104, &(code.len() as u64).to_le_bytes());
+        file.extend_from_slice(code);
+        file
+    }
+
+    fn open(name: &str, bytes: &[u8]) -> Result<Kernel> {
+        Kernel::open(&Temp::new(name, bytes).0)
+    }
+
+    #[test]
+    fn an_elf_kernel_is_loaded_where_it_asks() {
+        let kernel = open("elf", &elf(b"\xf4")).unwrap();
+        assert_eq!(kernel.loaded.entry, GuestAddress(0x10_0000));
+        assert_eq!(kernel.loaded.image.data_len(), 4096);
+    }
+
+    #[test]
+    fn damaged_files_are_refused_with_what_is_wrong() {
+        let whole = elf(&[0xf4; 64]);
+        let with = |at: usize, bytes: &[u8]| {
+            let mut file = whole.clone();
+            file[at..at + bytes.len()].copy_from_slice(bytes);
+            file
+        };
+        let cases = [
+            ("empty", vec![]),
+            ("text", b"#!/bin/sh\necho this is not a kernel at all".repeat(100)),
+            ("truncated", whole[..150].to_vec()),
+            ("truncated-headers", whole[..80].to_vec()),
+            ("arm64", with(18, &[183])),
+            ("elf32", with(4, &[1])),
+            ("absurd-address", with(88, &(1u64 << 60).to_le_bytes())),
+            ("absurd-size", with(96, &u64::MAX.to_le_bytes())),
+            ("absurd-memsz", with(104, &u64::MAX.to_le_bytes())),
+            ("absurd-headers", with(32, &u64::MAX.to_le_bytes())),
+            ("many-headers", with(56, &[0xff, 0xff])),
+            ("entry-elsewhere", with(24, &0x4000_0000u64.to_le_bytes())),
+            ("entry-low", with(24, &0u64.to_le_bytes())),
+        ];
+        for (name, bytes) in cases {
+            let error = open(name, &bytes).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Corrupt, "{name}: {error}");
+            assert!(error.to_string().starts_with("opening kernel "), "{error}");
+        }
+    }
+
+    #[test]
+    fn files_that_cannot_be_opened_say_so() {
+        assert_eq!(Kernel::open("/nonexistent/vmlinux").unwrap_err().kind(), ErrorKind::NotFound);
+        assert_eq!(Kernel::open("/tmp").unwrap_err().kind(), ErrorKind::InvalidConfig);
+    }
+}

@@ -1,0 +1,119 @@
+//! Puts a kernel, its initramfs and its boot parameters into guest memory.
+//!
+//! Linux x86 boot protocol, 1.15; the memory map is as firmware would report it (ACPI 6.5, 15).
+
+use linux_loader::bootparam::{boot_e820_entry, boot_params, setup_header};
+use linux_loader::configurator::linux::LinuxBootConfigurator;
+use linux_loader::configurator::{BootConfigurator, BootParams};
+
+use super::kernel::Loaded;
+use super::{Initramfs, Kernel};
+use crate::arch::{self, layout};
+use crate::error::{Error, ErrorKind, Result};
+use crate::memory::{GuestAddress, GuestMemory};
+
+/// Usable memory, in the firmware's numbering.
+const E820_RAM: u32 = 1;
+/// "Unassigned" boot loader (Linux x86 boot protocol, 1.3, type_of_loader).
+const LOADER_UNDEFINED: u8 = 0xff;
+/// What a kernel without a header of its own is told, as the boot protocol defines it.
+const BOOT_FLAG: u16 = 0xaa55;
+const HEADER_MAGIC: u32 = 0x5372_6448;
+/// Kernels that do not say how high an initramfs may lie take it below 2 GiB.
+const INITRAMFS_LIMIT: u64 = 0x7fff_ffff;
+
+/// Loads everything; returns the kernel's entry point. `cmdline` is the finished text.
+///
+/// # Errors
+/// `InvalidConfig` when something does not fit into the guest's memory.
+pub(crate) fn load(memory: &GuestMemory, kernel: &Kernel, cmdline: &str) -> Result<GuestAddress> {
+    let loaded = &*kernel.loaded;
+    let low_end = memory.regions().first().map_or(0, |r| r.addr.0 + r.len);
+    if loaded.end > low_end {
+        let (need, have) = (loaded.end.div_ceil(1 << 20), memory.size() >> 20);
+        return Err(Error::invalid("memory", format!("{have} MiB are too few for this kernel, which needs {need} MiB to unpack itself")));
+    }
+    memory.map_image(&loaded.image)?;
+    let mut text = cmdline.as_bytes().to_vec();
+    text.push(0);
+    memory.write(layout::CMDLINE, &text)?;
+    let mut header = header(loaded, cmdline.len());
+    if let Some(initramfs) = &kernel.initramfs {
+        let (at, len) = place(initramfs, memory, loaded, low_end)?;
+        (header.ramdisk_image, header.ramdisk_size) = (at.0 as u32, len as u32);
+    }
+    write_zero_page(memory, header)?;
+    arch::write_boot_tables(memory)?;
+    Ok(loaded.entry)
+}
+
+fn header(loaded: &Loaded, cmdline_len: usize) -> setup_header {
+    let mut header = loaded.header.unwrap_or(setup_header {
+        boot_flag: BOOT_FLAG,
+        header: HEADER_MAGIC,
+        kernel_alignment: 0x20_0000,
+        ..Default::default()
+    });
+    header.type_of_loader = LOADER_UNDEFINED;
+    header.cmd_line_ptr = layout::CMDLINE.0 as u32;
+    header.cmdline_size = cmdline_len as u32;
+    header
+}
+
+fn place(initramfs: &Initramfs, memory: &GuestMemory, loaded: &Loaded, low_end: u64) -> Result<(GuestAddress, u64)> {
+    let limit = loaded.header.map_or(INITRAMFS_LIMIT, |h| u64::from(h.initrd_addr_max)) + 1;
+    initramfs.load(memory, loaded.end.next_multiple_of(4096), limit.min(low_end) & !0xfff)
+}
+
+fn write_zero_page(memory: &GuestMemory, header: setup_header) -> Result<()> {
+    let mut params = boot_params { hdr: header, ..Default::default() };
+    let mut map = vec![(0, layout::LOW_MEMORY_END.0)];
+    for region in memory.regions() {
+        let start = region.addr.0.max(layout::HIGH_MEMORY.0);
+        map.push((start, region.addr.0 + region.len - start));
+    }
+    for (entry, (addr, size)) in params.e820_table.iter_mut().zip(&map) {
+        *entry = boot_e820_entry { addr: *addr, size: *size, r#type: E820_RAM };
+    }
+    params.e820_entries = map.len() as u8;
+    LinuxBootConfigurator::write_bootparams(&BootParams::new(&params, layout::ZERO_PAGE.inner()), memory.inner())
+        .map_err(|e| Error::new(ErrorKind::InvalidConfig, format!("memory: writing the boot parameters: {e}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::kernel::tests::{Temp, elf};
+    use super::*;
+
+    fn guest(mib: u64) -> GuestMemory {
+        GuestMemory::anonymous(&[(GuestAddress(0), mib << 20)]).unwrap()
+    }
+
+    fn kernel(name: &str) -> Kernel {
+        Kernel::open(&Temp::new(name, &elf(b"\xf4")).0).unwrap()
+    }
+
+    fn byte(memory: &GuestMemory, at: u64) -> u8 {
+        let mut byte = [0];
+        memory.read(GuestAddress(at), &mut byte).unwrap();
+        byte[0]
+    }
+
+    #[test]
+    fn kernel_command_line_and_initramfs_are_where_the_kernel_looks() {
+        let (memory, kernel) = (guest(8), kernel("load").initramfs(Initramfs::new().file("init", 0o755, "x")));
+        let entry = load(&memory, &kernel, "quiet").unwrap();
+        assert_eq!(byte(&memory, entry.0), 0xf4);
+        assert_eq!(byte(&memory, layout::CMDLINE.0 + 5), 0);
+        let mut at = [0; 4];
+        memory.read(GuestAddress(layout::ZERO_PAGE.0 + 0x218), &mut at).unwrap();
+        assert_eq!(byte(&memory, u32::from_le_bytes(at).into()), b'0', "a cpio archive begins with its magic number");
+        assert_eq!(byte(&memory, layout::ZERO_PAGE.0 + 0x1e8), 2, "memory below and above the legacy area");
+    }
+
+    #[test]
+    fn an_initramfs_larger_than_memory_is_refused() {
+        let kernel = kernel("large").initramfs(Initramfs::new().file("x", 0o644, vec![0; 8 << 20]));
+        assert_eq!(load(&guest(8), &kernel, "").unwrap_err().kind(), ErrorKind::InvalidConfig);
+    }
+}

@@ -1,0 +1,14 @@
+//! From files to a guest that is about to run: kernel, command line, initramfs, boot parameters.
+//!
+//! linux-loader lives here only. Everything in this folder reads files that may be hostile.
+
+mod cmdline;
+mod cpio;
+mod initramfs;
+mod kernel;
+mod linux;
+
+pub(crate) use cmdline::Cmdline;
+pub use initramfs::Initramfs;
+pub use kernel::Kernel;
+pub(crate) use linux::load;

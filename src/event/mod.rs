@@ -1,0 +1,288 @@
+//! [`Loop`]: a thread that owns one value, waits for descriptors, and runs what others ask of it.
+//!
+//! The value never leaves its thread while the loop lives, so it needs no lock. Others say
+//! `handle.with(|it| …)`; the closure runs on the owner and its answer comes back.
+
+use std::any::Any;
+use std::collections::VecDeque;
+use std::fmt;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::thread::{self, JoinHandle};
+
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::sys::{ControlOperation, Epoll, EpollEvent, EventFd, EventSet, eventfd};
+
+pub(crate) use crate::sys::EventSet as Interest;
+
+/// What a loop's value does when one of its descriptors is ready.
+pub(crate) trait Handler: Send + 'static {
+    /// `token` is what the descriptor was watched with. Must not block.
+    fn ready(&mut self, token: u64, events: EventSet);
+}
+
+/// Where descriptors are registered. Clones register with the same loop, from its thread or before it runs.
+#[derive(Clone)]
+pub(crate) struct Sources(Arc<Epoll>);
+
+/// The mailbox's own token; no source may use it.
+const MAILBOX: u64 = u64::MAX;
+
+impl Sources {
+    /// Reports `fd` as `token` from now on. `Interest::EDGE_TRIGGERED` is as in epoll(7).
+    pub(crate) fn watch(&self, fd: BorrowedFd<'_>, token: u64, interest: Interest) -> io::Result<()> {
+        debug_assert_ne!(token, MAILBOX);
+        self.0.ctl(ControlOperation::Add, fd.as_raw_fd(), EpollEvent::new(interest, token))
+    }
+
+    /// Stops reporting `fd`. Closing the only copy of a descriptor does the same.
+    pub(crate) fn unwatch(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
+        self.0.ctl(ControlOperation::Delete, fd.as_raw_fd(), EpollEvent::default())
+    }
+}
+
+impl fmt::Debug for Sources {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Sources")
+    }
+}
+
+type Request<S> = Box<dyn FnOnce(&mut S) + Send>;
+
+struct Mailbox<S> {
+    requests: VecDeque<Request<S>>,
+    /// The thread is gone or going: nothing will be run any more.
+    closed: bool,
+}
+
+struct Shared<S> {
+    mailbox: Mutex<Mailbox<S>>,
+    wake: EventFd,
+}
+
+impl<S> Shared<S> {
+    fn mailbox(&self) -> MutexGuard<'_, Mailbox<S>> {
+        // Poison is impossible to act on: the mailbox is valid after every statement that holds the lock.
+        self.mailbox.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A way to reach the value from other threads. Cheap to clone; outliving the loop is harmless.
+pub(crate) struct Remote<S>(Arc<Shared<S>>);
+
+impl<S> Clone for Remote<S> {
+    fn clone(&self) -> Self {
+        Self(self.0.clone())
+    }
+}
+
+impl<S> fmt::Debug for Remote<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Remote")
+    }
+}
+
+impl<S: Handler> Remote<S> {
+    /// Runs `f` on the owner and waits for its answer. Never call it from the loop's own thread.
+    ///
+    /// # Errors
+    /// `InvalidState` when the loop has ended, or ends without having run `f`.
+    pub(crate) fn with<R: Send + 'static>(&self, f: impl FnOnce(&mut S) -> R + Send + 'static) -> Result<R> {
+        let (answer, wait) = mpsc::sync_channel(1);
+        self.post(move |s| {
+            // The asker may be gone; nobody is interested in the answer then.
+            let _ = answer.send(f(s));
+        })?;
+        wait.recv().map_err(|_| ended())
+    }
+
+    /// Runs `f` on the owner some time soon.
+    ///
+    /// # Errors
+    /// `InvalidState` when the loop has ended.
+    pub(crate) fn post(&self, f: impl FnOnce(&mut S) + Send + 'static) -> Result<()> {
+        {
+            let mut mailbox = self.0.mailbox();
+            if mailbox.closed {
+                return Err(ended());
+            }
+            mailbox.requests.push_back(Box::new(f));
+        }
+        // The only possible failure is a counter at its maximum, which is readable all the same.
+        let _ = self.0.wake.write(1);
+        Ok(())
+    }
+}
+
+fn ended() -> Error {
+    Error::new(ErrorKind::InvalidState, "the virtual machine has ended")
+}
+
+/// A running loop. Dropping it stops the thread and drops the value on it.
+pub(crate) struct Loop<S: Handler> {
+    shared: Arc<Shared<S>>,
+    thread: Option<JoinHandle<Option<S>>>,
+}
+
+impl<S: Handler> Loop<S> {
+    /// Starts a thread called `name` that owns what `make` returns.
+    ///
+    /// # Errors
+    /// `ResourceExhausted` or `Io` when descriptors or the thread cannot be made.
+    pub(crate) fn start(name: &str, make: impl FnOnce(Sources) -> S) -> Result<Self> {
+        let sources = Sources(Arc::new(Epoll::new().doing(|| "creating an event loop")?));
+        let wake = eventfd().doing(|| "creating an event loop")?;
+        sources
+            .0
+            .ctl(ControlOperation::Add, wake.as_raw_fd(), EpollEvent::new(EventSet::IN, MAILBOX))
+            .doing(|| "creating an event loop")?;
+        let mailbox = Mutex::new(Mailbox { requests: VecDeque::new(), closed: false });
+        let shared = Arc::new(Shared { mailbox, wake });
+        let (mut value, epoll, theirs) = (make(sources.clone()), sources.0, shared.clone());
+        let thread = thread::Builder::new()
+            .name(name.into())
+            .spawn(move || {
+                // A panic is our own mistake. It must not leave others waiting for answers for ever.
+                let ended = catch_unwind(AssertUnwindSafe(|| run(&mut value, &epoll, &theirs)));
+                let mut mailbox = theirs.mailbox();
+                mailbox.closed = true;
+                mailbox.requests.clear();
+                drop(mailbox);
+                ended.is_ok().then_some(value)
+            })
+            .doing(|| format!("starting thread {name}"))?;
+        Ok(Self { shared, thread: Some(thread) })
+    }
+
+    pub(crate) fn remote(&self) -> Remote<S> {
+        Remote(self.shared.clone())
+    }
+
+    /// Stops the thread after what is in the mailbox, and gives the value back; `None` when the thread panicked.
+    #[cfg(test)]
+    pub(crate) fn join(mut self) -> Option<S> {
+        self.stop().ok().flatten()
+    }
+
+    fn stop(&mut self) -> Result<Option<S>, Box<dyn Any + Send>> {
+        self.shared.mailbox().closed = true;
+        let _ = self.shared.wake.write(1);
+        self.thread.take().map_or(Ok(None), JoinHandle::join)
+    }
+}
+
+impl<S: Handler> Drop for Loop<S> {
+    fn drop(&mut self) {
+        // The thread's panic was its own; it was reported by the hook and by everybody's `with` failing.
+        let _ = self.stop();
+    }
+}
+
+impl<S: Handler> fmt::Debug for Loop<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Loop")
+    }
+}
+
+/// How many ready descriptors are taken from the kernel at once.
+const BATCH: usize = 32;
+
+fn run<S: Handler>(value: &mut S, epoll: &Epoll, shared: &Shared<S>) {
+    let mut events = [EpollEvent::default(); BATCH];
+    loop {
+        let count = match epoll.wait(-1, &mut events) {
+            Ok(count) => count,
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+            Err(e) => {
+                log::error!("an event loop cannot wait any more: {e}");
+                return;
+            }
+        };
+        for event in events.iter().take(count) {
+            if event.data() == MAILBOX {
+                if !serve(value, shared) {
+                    return;
+                }
+            } else {
+                value.ready(event.data(), event.event_set());
+            }
+        }
+    }
+}
+
+/// Runs every request. False when the loop shall end.
+fn serve<S: Handler>(value: &mut S, shared: &Shared<S>) -> bool {
+    // Cleared first: a request that comes later wakes the loop again.
+    let _ = shared.wake.read();
+    loop {
+        let mut mailbox = shared.mailbox();
+        let Some(request) = mailbox.requests.pop_front() else { return !mailbox.closed };
+        drop(mailbox);
+        request(value);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sys::borrow;
+
+    #[derive(Default)]
+    struct Counter {
+        kicks: Option<EventFd>,
+        seen: u64,
+    }
+
+    impl Handler for Counter {
+        fn ready(&mut self, token: u64, _: EventSet) {
+            assert_eq!(token, 7);
+            self.seen += self.kicks.as_ref().unwrap().read().unwrap();
+        }
+    }
+
+    fn counter() -> Loop<Counter> {
+        Loop::start("test", |sources| {
+            let kicks = eventfd().unwrap();
+            sources.watch(borrow(&kicks), 7, Interest::IN).unwrap();
+            Counter { kicks: Some(kicks), seen: 0 }
+        })
+        .unwrap()
+    }
+
+    #[test]
+    fn closures_run_on_the_owner_and_answer() {
+        let it = counter();
+        let name = it.remote().with(|_| thread::current().name().map(str::to_owned)).unwrap();
+        assert_eq!(name.as_deref(), Some("test"));
+    }
+
+    #[test]
+    fn ready_descriptors_reach_the_value_and_join_gives_it_back() {
+        let it = counter();
+        it.remote().with(|c| c.kicks.as_ref().unwrap().write(3)).unwrap().unwrap();
+        while it.remote().with(|c| c.seen).unwrap() < 3 {}
+        assert_eq!(it.join().unwrap().seen, 3);
+    }
+
+    #[test]
+    fn requests_before_the_end_are_served_and_later_ones_refused() {
+        let it = counter();
+        let remote = it.remote();
+        for _ in 0..100 {
+            remote.post(|c| c.seen += 1).unwrap();
+        }
+        assert_eq!(it.join().unwrap().seen, 100);
+        assert_eq!(remote.with(|_| ()).unwrap_err().kind(), ErrorKind::InvalidState);
+    }
+
+    #[test]
+    fn a_panic_frees_everybody_who_waits() {
+        let it = counter();
+        let remote = it.remote();
+        assert!(remote.with(|_| panic!("on purpose")).is_err());
+        assert!(remote.with(|_| ()).is_err());
+        assert!(it.join().is_none());
+    }
+}

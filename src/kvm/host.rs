@@ -1,0 +1,197 @@
+//! What this machine can do, found out before anything is built, and said in one sentence.
+
+use std::fmt;
+use std::fs::OpenOptions;
+use std::io;
+use std::os::fd::IntoRawFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+
+use kvm_ioctls::Cap;
+
+use super::missing;
+use crate::error::{Error, ErrorKind, Result};
+
+/// The only KVM API version there is (KVM API, 4.1).
+const API_VERSION: i32 = 12;
+
+/// What we cannot do without, by the names of the KVM API's documentation.
+const NEEDED: [(Cap, &str); 9] = [
+    (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
+    (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
+    (Cap::SetTssAddr, "KVM_CAP_SET_TSS_ADDR"),
+    (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID"),
+    (Cap::Pit2, "KVM_CAP_PIT2"),
+    (Cap::Irqfd, "KVM_CAP_IRQFD"),
+    (Cap::Ioeventfd, "KVM_CAP_IOEVENTFD"),
+    (Cap::MpState, "KVM_CAP_MP_STATE"),
+    (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
+];
+
+const DEVICE: &str = "/dev/kvm";
+
+/// A report on this host. `Display` prints it as one sentence that says what to do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Host {
+    /// The kernel module behind `/dev/kvm`: `kvm_intel`, `kvm_amd`, `kvm_pvm`, or `None` when none is seen.
+    pub module: Option<String>,
+    /// How opening `/dev/kvm` ended.
+    pub device: Device,
+    /// The version of the API, when the device could be opened. Only 12 exists.
+    pub api_version: Option<i32>,
+    /// Capabilities this crate needs and KVM lacks, by their names in the KVM API's documentation.
+    pub missing: Vec<&'static str>,
+}
+
+/// How opening `/dev/kvm` ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Device {
+    /// It can be opened for reading and writing.
+    Usable,
+    /// There is no such file.
+    Absent,
+    /// The caller may not open it.
+    Forbidden,
+    /// It is there and cannot be opened, with this `errno`.
+    Broken(i32),
+}
+
+impl Host {
+    /// Looks at this host. Takes well under a millisecond, changes nothing, needs no privileges.
+    pub fn probe() -> Self {
+        Self::examine(Path::new(DEVICE), Path::new("/sys/module"))
+    }
+
+    fn examine(device: &Path, modules: &Path) -> Self {
+        let module = ["kvm_intel", "kvm_amd", "kvm_pvm"]
+            .into_iter()
+            .find(|name| modules.join(name).exists())
+            .map(str::to_owned);
+        let mut host = Self { module, device: Device::Usable, api_version: None, missing: Vec::new() };
+        match open_at(device) {
+            Err(error) => {
+                host.device = match error.raw_os_error() {
+                    Some(libc::ENOENT) => Device::Absent,
+                    Some(libc::EACCES | libc::EPERM) => Device::Forbidden,
+                    other => Device::Broken(other.unwrap_or(libc::EIO)),
+                }
+            }
+            Ok(kvm) => {
+                host.api_version = Some(kvm.get_api_version());
+                host.missing = lacking(&kvm);
+            }
+        }
+        host
+    }
+
+    /// `Ok` when virtual machines can run here.
+    ///
+    /// # Errors
+    /// `NotFound` without `/dev/kvm`, `PermissionDenied` when it may not be opened, `Unsupported` when it is not
+    /// hardware virtualisation or lacks something. Each says what to do.
+    pub fn ready(&self) -> Result<()> {
+        let (kind, text) = match self.device {
+            Device::Absent => (
+                ErrorKind::NotFound,
+                "/dev/kvm does not exist: enable virtualisation (VT-x or AMD-V) in the firmware or, inside a VM, nested \
+                 virtualisation on its host, and load the module kvm_intel or kvm_amd"
+                    .into(),
+            ),
+            Device::Forbidden => (
+                ErrorKind::PermissionDenied,
+                "/dev/kvm may not be opened: add this user to the group that owns it (usually `usermod -aG kvm USER`, then \
+                 log in again), or run where that is allowed"
+                    .into(),
+            ),
+            Device::Broken(errno) => (
+                ErrorKind::Io,
+                format!("/dev/kvm cannot be opened: {}", io::Error::from_raw_os_error(errno)),
+            ),
+            Device::Usable if self.module.as_deref() == Some("kvm_pvm") => (
+                ErrorKind::Unsupported,
+                "/dev/kvm is kvm_pvm, which interprets guest kernels instead of running them on hardware and fails on \
+                 ordinary ones: use a machine with kvm_intel or kvm_amd"
+                    .into(),
+            ),
+            Device::Usable => return match (self.api_version, self.missing.as_slice()) {
+                (Some(API_VERSION), []) => Ok(()),
+                (Some(API_VERSION), names) => Err(missing(names)),
+                (version, _) => Err(Error::new(
+                    ErrorKind::Incompatible,
+                    format!("/dev/kvm speaks API version {}, this crate {API_VERSION}", version.unwrap_or(0)),
+                )),
+            },
+        };
+        Err(Error::new(kind, text))
+    }
+}
+
+impl fmt::Display for Host {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.ready() {
+            Ok(()) => write!(f, "virtual machines can run here ({})", self.module.as_deref().unwrap_or("built-in KVM")),
+            Err(error) => write!(f, "{error}"),
+        }
+    }
+}
+
+fn open_at(device: &Path) -> io::Result<kvm_ioctls::Kvm> {
+    use std::os::fd::FromRawFd;
+    let file = OpenOptions::new().read(true).write(true).custom_flags(libc::O_CLOEXEC).open(device)?;
+    // SAFETY: `into_raw_fd` gave up the only owner of this open descriptor. A file that is not KVM answers
+    // the ioctls with an error.
+    Ok(unsafe { kvm_ioctls::Kvm::from_raw_fd(file.into_raw_fd()) })
+}
+
+fn lacking(kvm: &kvm_ioctls::Kvm) -> Vec<&'static str> {
+    NEEDED.iter().filter(|(cap, _)| !kvm.check_extension(*cap)).map(|(_, name)| *name).collect()
+}
+
+/// Opens `/dev/kvm` if everything needed is there.
+pub(super) fn open() -> Result<kvm_ioctls::Kvm> {
+    Host::probe().ready()?;
+    Ok(open_at(Path::new(DEVICE))?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+
+    fn host(device: Device, module: &str) -> Host {
+        Host { module: Some(module.into()), device, api_version: Some(12), missing: vec![] }
+    }
+
+    #[test]
+    fn each_trouble_has_its_kind_and_remedy() {
+        let cases = [
+            (host(Device::Absent, "kvm_amd"), ErrorKind::NotFound, "firmware"),
+            (host(Device::Forbidden, "kvm_amd"), ErrorKind::PermissionDenied, "group"),
+            (host(Device::Broken(libc::EIO), "kvm_amd"), ErrorKind::Io, "os error 5"),
+            (host(Device::Usable, "kvm_pvm"), ErrorKind::Unsupported, "kvm_pvm"),
+            (Host { api_version: Some(11), ..host(Device::Usable, "kvm_amd") }, ErrorKind::Incompatible, "version 11"),
+            (Host { missing: vec!["KVM_CAP_IRQFD"], ..host(Device::Usable, "kvm_amd") }, ErrorKind::Unsupported, "KVM_CAP_IRQFD"),
+        ];
+        for (host, kind, word) in cases {
+            let error = host.ready().unwrap_err();
+            assert_eq!(error.kind(), kind, "{error}");
+            assert!(error.to_string().contains(word), "{error}");
+            assert_eq!(host.to_string(), error.to_string());
+        }
+        assert!(host(Device::Usable, "kvm_intel").ready().is_ok());
+    }
+
+    #[test]
+    fn files_that_are_not_kvm_are_told_apart() {
+        let dir = std::env::temp_dir().join(format!("cofferdam-host-{}", std::process::id()));
+        fs::create_dir_all(dir.join("kvm_amd")).unwrap();
+        assert_eq!(Host::examine(&dir.join("kvm"), &dir).device, Device::Absent);
+        fs::write(dir.join("kvm"), "").unwrap();
+        let host = Host::examine(&dir.join("kvm"), &dir);
+        assert_eq!((host.device, host.module.as_deref()), (Device::Usable, Some("kvm_amd")));
+        assert_eq!(host.ready().unwrap_err().kind(), ErrorKind::Incompatible);
+        fs::remove_dir_all(dir).unwrap();
+    }
+}

@@ -1,0 +1,141 @@
+//! KVM, thinly: open it, make a VM, give it memory, interrupts and vCPUs. No policy.
+//!
+//! kvm-ioctls and kvm-bindings live here and in `arch`, which fills in KVM's register structures.
+#![allow(unsafe_code, reason = "memory slots and the kvm_run page; see DESIGN 7: kvm/ is one of the folders that may")]
+
+mod host;
+mod vcpu;
+
+use std::fmt;
+use std::os::fd::AsRawFd;
+
+use kvm_bindings::{CpuId, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region};
+use kvm_ioctls::{Cap, IoEventAddress};
+
+pub use host::Host;
+pub(crate) use vcpu::{Kicker, VcpuExit, VcpuFd};
+
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::memory::GuestMemory;
+use crate::sys::EventFd;
+
+fn failed(error: kvm_ioctls::Error) -> std::io::Error {
+    std::io::Error::from_raw_os_error(error.errno())
+}
+
+/// An open `/dev/kvm` that has everything this crate needs.
+pub(crate) struct Kvm {
+    fd: kvm_ioctls::Kvm,
+}
+
+impl Kvm {
+    /// # Errors
+    /// What [`Host::ready`] says is missing.
+    pub(crate) fn open() -> Result<Self> {
+        host::open().map(|fd| Self { fd })
+    }
+
+    /// What the host's KVM can show a guest (KVM API, 4.46).
+    pub(crate) fn supported_cpuid(&self) -> Result<CpuId> {
+        self.fd
+            .get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
+            .map_err(failed)
+            .doing(|| "asking KVM for its CPUID")
+    }
+
+    /// How many vCPUs a VM may have.
+    pub(crate) fn max_vcpus(&self) -> usize {
+        self.fd.get_max_vcpus()
+    }
+
+    /// Whether KVM emulates the timer that Linux prefers (KVM_CAP_TSC_DEADLINE_TIMER).
+    pub(crate) fn has_tsc_deadline(&self) -> bool {
+        self.fd.check_extension(Cap::TscDeadlineTimer)
+    }
+
+    /// An empty VM with in-kernel interrupt controllers and timer.
+    pub(crate) fn create_vm(&self) -> Result<VmFd> {
+        let fd = loop {
+            match self.fd.create_vm() {
+                Ok(fd) => break fd,
+                // KVM_CREATE_VM waits for something a pending signal interrupts; trying again is what it asks for.
+                Err(e) if e.errno() == libc::EINTR => {}
+                Err(e) => return Err(failed(e)).doing(|| "creating a VM"),
+            }
+        };
+        let vm = VmFd { fd };
+        // Three pages that Intel hosts need below 4 GiB, outside guest memory (KVM API, 4.37).
+        vm.fd.set_tss_address(TSS_ADDRESS).map_err(failed).doing(|| "reserving the TSS pages")?;
+        vm.fd.create_irq_chip().map_err(failed).doing(|| "creating the interrupt controllers")?;
+        let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
+        vm.fd.create_pit2(pit).map_err(failed).doing(|| "creating the timer")?;
+        Ok(vm)
+    }
+}
+
+/// Where the pages of KVM_SET_TSS_ADDR lie: below the BIOS area at the end of the 32-bit address space.
+pub(crate) const TSS_ADDRESS: usize = 0xfffb_d000;
+
+impl fmt::Debug for Kvm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Kvm")
+    }
+}
+
+/// One virtual machine in the host's kernel.
+pub(crate) struct VmFd {
+    fd: kvm_ioctls::VmFd,
+}
+
+impl VmFd {
+    /// Makes `memory` the guest's memory.
+    ///
+    /// The memory must outlive the VM's last use; the machine keeps both together.
+    pub(crate) fn set_memory(&self, memory: &GuestMemory) -> Result<()> {
+        for (slot, region) in memory.regions().into_iter().enumerate() {
+            let region = kvm_userspace_memory_region {
+                slot: slot as u32,
+                guest_phys_addr: region.addr.0,
+                memory_size: region.len,
+                userspace_addr: region.host as u64,
+                flags: 0,
+            };
+            // SAFETY: the range is a live mapping owned by `memory`, of which the machine keeps a clone
+            // until after this VM's descriptors are closed.
+            unsafe { self.fd.set_user_memory_region(region) }
+                .map_err(failed)
+                .doing(|| format!("giving the guest memory slot {slot}"))?;
+        }
+        Ok(())
+    }
+
+    /// Turns signals of `fd` into edges of interrupt `gsi` (KVM API, 4.75).
+    pub(crate) fn attach_irq(&self, fd: &EventFd, gsi: u32) -> Result<()> {
+        self.fd.register_irqfd(fd, gsi).map_err(failed).doing(|| format!("attaching interrupt {gsi}"))
+    }
+
+    /// Turns guest writes of `value` to the 32-bit register at `addr` into signals of `fd` (KVM API, 4.59).
+    pub(crate) fn attach_kick(&self, fd: &EventFd, addr: u64, value: u32) -> Result<()> {
+        self.fd
+            .register_ioevent(fd, &IoEventAddress::Mmio(addr), value)
+            .map_err(failed)
+            .doing(|| format!("attaching queue notification {value} at {addr:#x}"))
+    }
+
+    /// The vCPU `id`; must be called on the thread that will run it, as KVM wants (KVM API, 2).
+    pub(crate) fn create_vcpu(&self, id: u8) -> Result<VcpuFd> {
+        let fd = self.fd.create_vcpu(id.into()).map_err(failed).doing(|| format!("creating vCPU {id}"))?;
+        VcpuFd::new(fd, self.fd.run_size())
+    }
+}
+
+impl fmt::Debug for VmFd {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "VmFd({})", self.fd.as_raw_fd())
+    }
+}
+
+/// The error for a capability that is not there.
+fn missing(names: &[&str]) -> Error {
+    Error::new(ErrorKind::Unsupported, format!("this host's KVM lacks {}; a newer kernel has it", names.join(", ")))
+}

@@ -1,0 +1,210 @@
+//! One vCPU: run it until it needs the host, and get it out of the guest from other threads.
+
+use std::fmt;
+use std::os::fd::AsRawFd;
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
+
+use kvm_bindings::{CpuId, Msrs, kvm_lapic_state, kvm_regs, kvm_run, kvm_sregs};
+
+use super::failed;
+use crate::error::{Context, Error, ErrorKind, Result};
+
+/// Why `KVM_RUN` came back. The slices are KVM's own buffer: an `In` answer is what the guest will see.
+#[derive(Debug)]
+pub(crate) enum VcpuExit<'a> {
+    /// The guest reads ports: `data` is one or more accesses of `width` bytes each.
+    PortIn { port: u16, width: usize, data: &'a mut [u8] },
+    /// The guest writes ports, likewise.
+    PortOut { port: u16, width: usize, data: &'a [u8] },
+    /// The guest reads memory that nothing backs.
+    MmioRead { addr: u64, data: &'a mut [u8] },
+    /// The guest writes memory that nothing backs.
+    MmioWrite { addr: u64, data: &'a [u8] },
+    /// A triple fault (KVM_EXIT_SHUTDOWN).
+    TripleFault,
+    /// HLT outside the in-kernel interrupt controller's control.
+    Halt,
+    /// KVM_EXIT_SYSTEM_EVENT and its type.
+    SystemEvent(u32),
+    /// A signal, or a kick.
+    Interrupted,
+    /// The processor refused to enter the guest, for this hardware reason.
+    EntryFailed(u64),
+    /// KVM cannot go on: its sub-error and what it says of it (KVM API, 5, KVM_EXIT_INTERNAL_ERROR).
+    InternalError { suberror: u32, data: Vec<u64> },
+    /// Anything else, by KVM's number.
+    Unknown(u32),
+}
+
+/// The `kvm_run` page, mapped once more, so that other threads may set its `immediate_exit` at any time.
+struct RunPage {
+    run: NonNull<kvm_run>,
+    len: usize,
+}
+
+// SAFETY: the mapping belongs to this value alone and is unmapped with it. Fields are read by the vCPU's thread
+// only, through raw pointers; the one byte that others write is accessed as an atomic by everybody here.
+unsafe impl Send for RunPage {}
+// SAFETY: see above.
+unsafe impl Sync for RunPage {}
+
+impl RunPage {
+    fn map(vcpu: &kvm_ioctls::VcpuFd, len: usize) -> Result<Self> {
+        if len < size_of::<kvm_run>() {
+            return Err(Error::new(ErrorKind::Unsupported, format!("KVM's run structure has only {len} bytes")));
+        }
+        let prot = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: a new shared mapping of the vCPU's descriptor at an address of the kernel's choice (KVM API, 4.5).
+        let at = unsafe { libc::mmap(std::ptr::null_mut(), len, prot, libc::MAP_SHARED, vcpu.as_raw_fd(), 0) };
+        match NonNull::new(at.cast()) {
+            Some(run) if at != libc::MAP_FAILED => Ok(Self { run, len }),
+            _ => Err(Error::last_os().doing("mapping a vCPU's run page")),
+        }
+    }
+
+    fn immediate_exit(&self) -> &AtomicU8 {
+        // SAFETY: the page is mapped as long as `self`; the field is one byte, which the kernel reads and
+        // everybody in this process accesses through this atomic.
+        unsafe { AtomicU8::from_ptr(&raw mut (*self.run.as_ptr()).immediate_exit) }
+    }
+
+    /// The width of the port access that KVM just reported (KVM API, 5, KVM_EXIT_IO).
+    fn port_width(&self) -> usize {
+        // SAFETY: `self` keeps the page mapped. After KVM_EXIT_IO the kernel has written the `io` member, whose
+        // fields are plain integers, and does not touch it before the next KVM_RUN.
+        usize::from(unsafe { (&raw const (*self.run.as_ptr()).__bindgen_anon_1.io.size).read_volatile() }).max(1)
+    }
+
+    fn exit_reason(&self) -> u32 {
+        // SAFETY: `self` keeps the page mapped; the field is a plain integer.
+        unsafe { (&raw const (*self.run.as_ptr()).exit_reason).read_volatile() }
+    }
+
+    fn internal_error(&self) -> (u32, Vec<u64>) {
+        // SAFETY: `self` keeps the page mapped. After KVM_EXIT_INTERNAL_ERROR the kernel has written the `internal`
+        // member, which is plain integers.
+        let internal = unsafe { (&raw const (*self.run.as_ptr()).__bindgen_anon_1.internal).read_volatile() };
+        (internal.suberror, internal.data.iter().take(internal.ndata as usize).copied().collect())
+    }
+}
+
+impl Drop for RunPage {
+    fn drop(&mut self) {
+        // SAFETY: the mapping was made by `map` with this length, and nobody can reach it after this.
+        unsafe { libc::munmap(self.run.as_ptr().cast(), self.len) };
+    }
+}
+
+/// Makes a vCPU leave the guest at its next chance, or not enter at all. Outliving the vCPU is harmless.
+#[derive(Clone)]
+pub(crate) struct Kicker(Arc<RunPage>);
+
+impl Kicker {
+    /// From now on `run` returns [`VcpuExit::Interrupted`] at once. A signal is needed beside this
+    /// to get a vCPU out that is in the guest already; in this order nothing is lost in between.
+    pub(crate) fn request_exit(&self) {
+        self.0.immediate_exit().store(1, Ordering::SeqCst);
+    }
+}
+
+impl fmt::Debug for Kicker {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Kicker")
+    }
+}
+
+/// One vCPU, owned by the thread that runs it.
+pub(crate) struct VcpuFd {
+    fd: kvm_ioctls::VcpuFd,
+    page: Arc<RunPage>,
+}
+
+impl VcpuFd {
+    pub(super) fn new(fd: kvm_ioctls::VcpuFd, run_size: usize) -> Result<Self> {
+        let page = Arc::new(RunPage::map(&fd, run_size)?);
+        Ok(Self { fd, page })
+    }
+
+    pub(crate) fn kicker(&self) -> Kicker {
+        Kicker(self.page.clone())
+    }
+
+    /// The kick was seen: `run` enters the guest again.
+    pub(crate) fn clear_exit_request(&self) {
+        self.page.immediate_exit().store(0, Ordering::SeqCst);
+    }
+
+    /// Runs the guest until it needs something.
+    ///
+    /// # Errors
+    /// What `KVM_RUN` fails with, but EINTR and EAGAIN, which are [`VcpuExit::Interrupted`].
+    pub(crate) fn run(&mut self) -> Result<VcpuExit<'_>> {
+        use kvm_ioctls::VcpuExit as Exit;
+        Ok(match self.fd.run() {
+            Ok(Exit::IoIn(port, data)) => VcpuExit::PortIn { port, width: self.page.port_width(), data },
+            Ok(Exit::IoOut(port, data)) => VcpuExit::PortOut { port, width: self.page.port_width(), data },
+            Ok(Exit::MmioRead(addr, data)) => VcpuExit::MmioRead { addr, data },
+            Ok(Exit::MmioWrite(addr, data)) => VcpuExit::MmioWrite { addr, data },
+            Ok(Exit::Shutdown) => VcpuExit::TripleFault,
+            Ok(Exit::Hlt) => VcpuExit::Halt,
+            Ok(Exit::SystemEvent(kind, _)) => VcpuExit::SystemEvent(kind),
+            Ok(Exit::Intr) => VcpuExit::Interrupted,
+            Ok(Exit::FailEntry(reason, _)) => VcpuExit::EntryFailed(reason),
+            Ok(Exit::InternalError) => {
+                let (suberror, data) = self.page.internal_error();
+                VcpuExit::InternalError { suberror, data }
+            }
+            Ok(_) => VcpuExit::Unknown(self.page.exit_reason()),
+            Err(e) if matches!(e.errno(), libc::EINTR | libc::EAGAIN) => VcpuExit::Interrupted,
+            Err(e) => return Err(failed(e)).doing(|| "running a vCPU"),
+        })
+    }
+
+    pub(crate) fn set_cpuid(&self, cpuid: &CpuId) -> Result<()> {
+        self.fd.set_cpuid2(cpuid).map_err(failed).doing(|| "setting a vCPU's CPUID")
+    }
+
+    /// # Errors
+    /// `Unsupported`, naming the register, when KVM takes only some of them (KVM API, 4.18).
+    pub(crate) fn set_msrs(&self, msrs: &Msrs) -> Result<()> {
+        let taken = self.fd.set_msrs(msrs).map_err(failed).doing(|| "setting a vCPU's MSRs")?;
+        match msrs.as_slice().get(taken) {
+            None => Ok(()),
+            Some(refused) => {
+                Err(Error::new(ErrorKind::Unsupported, format!("KVM refuses MSR {:#x}", refused.index)))
+            }
+        }
+    }
+
+    pub(crate) fn regs(&self) -> Result<kvm_regs> {
+        self.fd.get_regs().map_err(failed).doing(|| "reading a vCPU's registers")
+    }
+
+    pub(crate) fn set_regs(&self, regs: &kvm_regs) -> Result<()> {
+        self.fd.set_regs(regs).map_err(failed).doing(|| "setting a vCPU's registers")
+    }
+
+    pub(crate) fn sregs(&self) -> Result<kvm_sregs> {
+        self.fd.get_sregs().map_err(failed).doing(|| "reading a vCPU's system registers")
+    }
+
+    pub(crate) fn set_sregs(&self, sregs: &kvm_sregs) -> Result<()> {
+        self.fd.set_sregs(sregs).map_err(failed).doing(|| "setting a vCPU's system registers")
+    }
+
+    pub(crate) fn lapic(&self) -> Result<kvm_lapic_state> {
+        self.fd.get_lapic().map_err(failed).doing(|| "reading a vCPU's interrupt controller")
+    }
+
+    pub(crate) fn set_lapic(&self, lapic: &kvm_lapic_state) -> Result<()> {
+        self.fd.set_lapic(lapic).map_err(failed).doing(|| "setting a vCPU's interrupt controller")
+    }
+}
+
+impl fmt::Debug for VcpuFd {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "VcpuFd({})", self.fd.as_raw_fd())
+    }
+}

@@ -1,0 +1,154 @@
+//! A ready-made piece of guest memory: filled once, sealed, then mapped copy-on-write into any number of guests.
+//!
+//! A kernel is loaded into one when it is opened. Starting a VM maps it, so ten VMs of one kernel
+//! share its pages and none waits for a copy. The file is an anonymous, sealed memfd: nobody can
+//! truncate it below a running guest.
+#![allow(unsafe_code, reason = "maps a file over guest memory; memory/ is one of the folders that may")]
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd};
+
+use vm_memory::{FileOffset, GuestMemoryBackend, GuestMemoryMmap};
+
+use super::{GuestAddress, GuestMemory};
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::sys;
+
+/// Sealed contents for parts of guest memory, starting at guest address 0.
+#[derive(Debug)]
+pub(crate) struct MemoryImage {
+    file: File,
+    /// Page-aligned ranges that hold data, sorted. Everything else is a hole.
+    extents: Vec<(u64, u64)>,
+}
+
+impl MemoryImage {
+    /// Lets `fill` write into empty memory of `len` bytes at guest address 0, then seals what it wrote.
+    ///
+    /// # Errors
+    /// What `fill` returns; `ResourceExhausted` when the host has no memory or descriptors left.
+    pub(crate) fn build<T>(len: u64, fill: impl FnOnce(&GuestMemory) -> Result<T>) -> Result<(Self, T)> {
+        let file = memfd().doing(|| "creating a memory image")?;
+        file.set_len(len).doing(|| "creating a memory image")?;
+        let backing = FileOffset::new(file.try_clone().doing(|| "creating a memory image")?, 0);
+        let size = usize::try_from(len).map_err(|_| Error::invalid("memory image", "too large"))?;
+        let inner = GuestMemoryMmap::from_ranges_with_files([(GuestAddress(0).inner(), size, Some(backing))])
+            .map_err(|e| Error::new(ErrorKind::ResourceExhausted, format!("mapping a memory image: {e}")))?;
+        let answer = fill(&GuestMemory { inner })?;
+        let extents = extents(&file, len).doing(|| "reading a memory image's layout")?;
+        seal(&file).doing(|| "sealing a memory image")?;
+        Ok((Self { file, extents }, answer))
+    }
+
+    /// The end of the last byte that holds data, rounded up to a page.
+    pub(crate) fn end(&self) -> u64 {
+        self.extents.last().map_or(0, |(start, len)| start + len)
+    }
+
+    /// How many bytes hold data.
+    #[cfg(test)]
+    pub(crate) fn data_len(&self) -> u64 {
+        self.extents.iter().map(|(_, len)| len).sum()
+    }
+}
+
+impl GuestMemory {
+    /// Puts the image's data where it belongs, copy-on-write. What was there before is gone.
+    ///
+    /// # Errors
+    /// `InvalidConfig` when the memory is too small for the image, `ResourceExhausted` when the host has too many mappings.
+    pub(crate) fn map_image(&self, image: &MemoryImage) -> Result<()> {
+        for &(start, len) in &image.extents {
+            let size = usize::try_from(len).map_err(|_| Error::invalid("memory", "too large"))?;
+            // One slice means that the range is contiguous in this process too.
+            let slice = self.inner.get_slice(GuestAddress(start).inner(), size).map_err(|_| {
+                Error::invalid("memory", format!("{} bytes cannot hold the kernel, which needs {start:#x}..{:#x}", self.size(), start + len))
+            })?;
+            let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_FIXED | libc::MAP_NORESERVE);
+            let offset = i64::try_from(start).map_err(|_| Error::invalid("memory", "too large"))?;
+            let at = slice.ptr_guard_mut().as_ptr();
+            // SAFETY: `at..at+size` lies inside one mapping of this guest's memory, which stays mapped as long as `self`
+            // and is only ever accessed through raw pointers; extents are page-aligned, as guest ranges are.
+            let mapped = unsafe { libc::mmap(at.cast(), size, prot, flags, image.file.as_raw_fd(), offset) };
+            if mapped == libc::MAP_FAILED {
+                return Err(Error::last_os().doing("mapping the kernel into guest memory"));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn memfd() -> io::Result<File> {
+    // SAFETY: the name is a NUL-terminated literal.
+    let fd = unsafe { libc::memfd_create(c"cofferdam".as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: memfd_create returned a new descriptor that nobody else owns.
+    Ok(unsafe { File::from_raw_fd(fd) })
+}
+
+fn seal(file: &File) -> io::Result<()> {
+    let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_WRITE | libc::F_SEAL_SEAL;
+    // SAFETY: F_ADD_SEALS takes an integer.
+    match unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// The ranges of a sparse file that hold data.
+fn extents(file: &File, len: u64) -> io::Result<Vec<(u64, u64)>> {
+    let page = sys::page_size() as u64;
+    let seek = |from: u64, whence| -> io::Result<Option<u64>> {
+        let from = i64::try_from(from).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))?;
+        // SAFETY: lseek takes numbers only.
+        match u64::try_from(unsafe { libc::lseek(file.as_raw_fd(), from, whence) }) {
+            Ok(at) => Ok(Some(at)),
+            Err(_) => match io::Error::last_os_error() {
+                e if e.raw_os_error() == Some(libc::ENXIO) => Ok(None),
+                e => Err(e),
+            },
+        }
+    };
+    let (mut found, mut at) = (Vec::new(), 0);
+    while at < len {
+        let Some(start) = seek(at, libc::SEEK_DATA)? else { break };
+        let end = seek(start, libc::SEEK_HOLE)?.unwrap_or(len).next_multiple_of(page);
+        found.push((start / page * page, end - start / page * page));
+        at = end;
+    }
+    Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn guests_share_the_image_and_keep_their_changes_to_themselves() {
+        let (image, ()) = MemoryImage::build(1 << 30, |memory| {
+            memory.write(GuestAddress(0x10_0000), b"kernel")?;
+            Ok(())
+        })
+        .unwrap();
+        assert!(image.end() > 0x10_0000 && image.data_len() < 1 << 20, "only what was written is kept");
+        let guests = [(); 2].map(|()| GuestMemory::anonymous(&[(GuestAddress(0), 4 << 20)]).unwrap());
+        for guest in &guests {
+            guest.map_image(&image).unwrap();
+        }
+        guests[0].write(GuestAddress(0x10_0000), b"KERNEL").unwrap();
+        let mut seen = [0; 6];
+        guests[1].read(GuestAddress(0x10_0000), &mut seen).unwrap();
+        assert_eq!(&seen, b"kernel");
+    }
+
+    #[test]
+    fn a_guest_too_small_for_the_image_is_refused() {
+        let (image, ()) =
+            MemoryImage::build(64 << 20, |m| Ok(m.write(GuestAddress(32 << 20), b"x")?)).unwrap();
+        let small = GuestMemory::anonymous(&[(GuestAddress(0), 4 << 20)]).unwrap();
+        assert_eq!(small.map_image(&image).unwrap_err().kind(), ErrorKind::InvalidConfig);
+    }
+}

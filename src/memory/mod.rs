@@ -1,0 +1,200 @@
+//! Guest physical memory: concrete, cheap to clone, every access bounds-checked.
+//!
+//! vm-memory lives in this folder only, but for the loaders and queues that take it by reference.
+//! Shared by every thread of one VM; the guest writes to it at any time, so nothing is ever
+//! handed out as a Rust reference, only copied or given to the kernel.
+
+mod image;
+mod io;
+
+pub(crate) use image::MemoryImage;
+
+use std::fmt;
+
+use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+
+use crate::error::{Error, ErrorKind, Result};
+
+/// A guest physical address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+pub struct GuestAddress(pub u64);
+
+impl GuestAddress {
+    /// The address `n` bytes further, or `None` beyond the end of the address space.
+    pub fn checked_add(self, n: u64) -> Option<Self> {
+        self.0.checked_add(n).map(Self)
+    }
+
+    pub(crate) fn inner(self) -> vm_memory::GuestAddress {
+        vm_memory::GuestAddress(self.0)
+    }
+}
+
+impl fmt::Display for GuestAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:#x}", self.0)
+    }
+}
+
+/// A piece of guest memory that is known to exist: the only way to make one is [`GuestMemory::segment`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Segment {
+    addr: GuestAddress,
+    len: usize,
+}
+
+impl Segment {
+    /// Where it begins.
+    pub fn addr(self) -> GuestAddress {
+        self.addr
+    }
+
+    /// How many bytes it has.
+    pub fn len(self) -> usize {
+        self.len
+    }
+
+    /// Cuts the segment after `at` bytes, or after all of it.
+    pub fn split_at(self, at: usize) -> (Self, Self) {
+        let at = at.min(self.len);
+        (Self { len: at, ..self }, Self { addr: GuestAddress(self.addr.0 + at as u64), len: self.len - at })
+    }
+}
+
+/// An access outside guest memory: the guest's mistake or the loader's, as the caller sees it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("{len} bytes at {addr} are not guest memory")]
+pub struct OutOfBounds {
+    /// Where the access began.
+    pub addr: GuestAddress,
+    /// How many bytes it wanted.
+    pub len: usize,
+}
+
+impl From<OutOfBounds> for Error {
+    fn from(error: OutOfBounds) -> Self {
+        Self::new(ErrorKind::GuestFailed, error.to_string())
+    }
+}
+
+/// One contiguous range, as the hypervisor wants to know it.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Region {
+    pub addr: GuestAddress,
+    pub len: u64,
+    /// Where the range lies in this process. Valid for as long as any clone of the memory lives.
+    pub host: *mut u8,
+}
+
+/// A guest's RAM. Clones share it; it is unmapped with the last of them.
+#[derive(Clone)]
+pub struct GuestMemory {
+    inner: GuestMemoryMmap<()>,
+}
+
+impl GuestMemory {
+    /// Maps anonymous private memory for the ranges, which must be sorted and disjoint. Pages cost nothing until touched.
+    ///
+    /// # Errors
+    /// `ResourceExhausted` when the host has no address space left, `InvalidConfig` for an empty or overlapping range.
+    pub fn anonymous(ranges: &[(GuestAddress, u64)]) -> Result<Self> {
+        let mut checked = Vec::with_capacity(ranges.len());
+        for &(addr, len) in ranges {
+            let len = usize::try_from(len).map_err(|_| Error::invalid("memory", "larger than the address space"))?;
+            checked.push((addr.inner(), len));
+        }
+        match GuestMemoryMmap::from_ranges(&checked) {
+            Ok(inner) => Ok(Self { inner }),
+            Err(error) => {
+                let kind = match &error {
+                    vm_memory::mmap::FromRangesError::MmapRegion(_) => ErrorKind::ResourceExhausted,
+                    _ => ErrorKind::InvalidConfig,
+                };
+                Err(Error::new(kind, format!("mapping guest memory: {error}")))
+            }
+        }
+    }
+
+    /// The type that loaders and queues of the rust-vmm crates take.
+    pub(crate) fn inner(&self) -> &GuestMemoryMmap<()> {
+        &self.inner
+    }
+
+    pub(crate) fn regions(&self) -> Vec<Region> {
+        let host = |r: &vm_memory::GuestRegionMmap<()>| r.as_ptr();
+        self.inner
+            .iter()
+            .map(|r| Region { addr: GuestAddress(r.start_addr().0), len: r.len(), host: host(r) })
+            .collect()
+    }
+
+    /// How many bytes there are.
+    pub fn size(&self) -> u64 {
+        self.inner.iter().map(|r| r.len()).sum()
+    }
+
+    /// Checks that `len` bytes from `addr` exist and names them.
+    pub fn segment(&self, addr: GuestAddress, len: usize) -> Result<Segment, OutOfBounds> {
+        if addr.checked_add(len as u64).is_some() && self.inner.check_range(addr.inner(), len) {
+            Ok(Segment { addr, len })
+        } else {
+            Err(OutOfBounds { addr, len })
+        }
+    }
+
+    /// Copies from the guest.
+    pub fn read(&self, addr: GuestAddress, to: &mut [u8]) -> Result<(), OutOfBounds> {
+        self.inner.read_slice(to, addr.inner()).map_err(|_| OutOfBounds { addr, len: to.len() })
+    }
+
+    /// Copies to the guest.
+    pub fn write(&self, addr: GuestAddress, from: &[u8]) -> Result<(), OutOfBounds> {
+        self.inner.write_slice(from, addr.inner()).map_err(|_| OutOfBounds { addr, len: from.len() })
+    }
+}
+
+impl fmt::Debug for GuestMemory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let ranges = self.inner.iter().map(|r| (GuestAddress(r.start_addr().0), r.len()));
+        f.debug_list().entries(ranges).finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn two_ranges() -> GuestMemory {
+        GuestMemory::anonymous(&[(GuestAddress(0), 0x2000), (GuestAddress(0x2000), 0x1000), (GuestAddress(0x10000), 0x1000)])
+            .unwrap()
+    }
+
+    #[test]
+    fn accesses_cross_touching_ranges_but_not_holes() {
+        let memory = two_ranges();
+        memory.write(GuestAddress(0x1ffe), b"abcd").unwrap();
+        let mut back = [0; 4];
+        memory.read(GuestAddress(0x1ffe), &mut back).unwrap();
+        assert_eq!(&back, b"abcd");
+        assert!(memory.write(GuestAddress(0x2ffe), b"abcd").is_err());
+        assert_eq!(memory.size(), 0x4000);
+    }
+
+    #[test]
+    fn segments_exist_or_are_refused() {
+        let memory = two_ranges();
+        assert!(memory.segment(GuestAddress(0x1000), 0x2000).is_ok());
+        assert!(memory.segment(GuestAddress(0x1000), 0x2001).is_err());
+        assert!(memory.segment(GuestAddress(u64::MAX), 2).is_err());
+        assert!(memory.segment(GuestAddress(0x5000), 1).is_err());
+        let (a, b) = memory.segment(GuestAddress(0), 10).unwrap().split_at(4);
+        assert_eq!((a.len(), b.addr(), b.len()), (4, GuestAddress(4), 6));
+    }
+
+    #[test]
+    fn overlapping_or_empty_ranges_are_refused() {
+        for bad in [vec![(GuestAddress(0), 0x2000), (GuestAddress(0x1000), 0x1000)], vec![(GuestAddress(0), 0)]] {
+            assert!(GuestMemory::anonymous(&bad).is_err());
+        }
+    }
+}

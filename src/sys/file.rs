@@ -1,0 +1,108 @@
+//! Files: locks that belong to the open file, unnamed temporary files, random bytes.
+
+use std::ffi::CString;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+/// How a file is shared between virtual machines.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum LockKind {
+    /// Many readers, no writer.
+    Shared,
+    /// One writer, nobody else.
+    Exclusive,
+}
+
+/// Takes an open-file-description lock on the whole file without waiting; `Ok(false)` when somebody else holds it.
+///
+/// The lock goes away with the last descriptor of this open file, however its owner ends.
+pub(crate) fn try_lock(file: &File, kind: LockKind) -> io::Result<bool> {
+    let l_type = match kind {
+        LockKind::Shared => libc::F_RDLCK,
+        LockKind::Exclusive => libc::F_WRLCK,
+    };
+    let lock = libc::flock { l_type: l_type as i16, l_whence: libc::SEEK_SET as i16, l_start: 0, l_len: 0, l_pid: 0 };
+    // SAFETY: F_OFD_SETLK reads one `flock`, which lives on this stack across the call.
+    match unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &lock) } {
+        0 => Ok(true),
+        _ => match io::Error::last_os_error() {
+            e if matches!(e.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => Ok(false),
+            e => Err(e),
+        },
+    }
+}
+
+/// A file in `dir` that has no name and is gone when its last descriptor is closed.
+pub(crate) fn temp_file(dir: &Path) -> io::Result<File> {
+    let path = CString::new(dir.as_os_str().as_bytes())?;
+    let flags = libc::O_TMPFILE | libc::O_RDWR | libc::O_CLOEXEC | libc::O_EXCL;
+    // SAFETY: `path` is a NUL-terminated string that outlives the call.
+    let fd = unsafe { libc::open(path.as_ptr(), flags, 0o600) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: open returned a new descriptor that nobody else owns.
+    Ok(unsafe { File::from_raw_fd(fd) })
+}
+
+/// Fills `buffer` with random bytes from the host's kernel. Blocks only before the host's own pool is ready.
+pub(crate) fn fill_random(buffer: &mut [u8]) -> io::Result<()> {
+    let mut rest = buffer;
+    while !rest.is_empty() {
+        // SAFETY: the pointer and length describe `rest`, which is exclusively borrowed here.
+        let got = unsafe { libc::getrandom(rest.as_mut_ptr().cast(), rest.len(), 0) };
+        match usize::try_from(got) {
+            Ok(n) => rest = rest.get_mut(n..).unwrap_or_default(),
+            Err(_) => {
+                let error = io::Error::last_os_error();
+                if error.kind() != io::ErrorKind::Interrupted {
+                    return Err(error);
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The folder of this crate's cached files: `$XDG_CACHE_HOME/cofferdam`, or `~/.cache/cofferdam`.
+pub(crate) fn cache_dir() -> Option<PathBuf> {
+    let variable = |name| std::env::var_os(name).map(PathBuf::from).filter(|p| p.is_absolute());
+    let base = variable("XDG_CACHE_HOME").or_else(|| variable("HOME").map(|home| home.join(".cache")))?;
+    Some(base.join("cofferdam"))
+}
+
+/// The host's page size in bytes.
+pub(crate) fn page_size() -> usize {
+    // SAFETY: sysconf has no preconditions.
+    usize::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(4096)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::OpenOptions;
+
+    #[test]
+    fn locks_belong_to_the_open_file() {
+        let dir = std::env::temp_dir().join(format!("cofferdam-lock-{}", std::process::id()));
+        let open = || OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&dir).unwrap();
+        let (a, b) = (open(), open());
+        assert!(try_lock(&a, LockKind::Shared).unwrap());
+        assert!(try_lock(&b, LockKind::Shared).unwrap());
+        assert!(!try_lock(&b, LockKind::Exclusive).unwrap());
+        drop(a);
+        assert!(try_lock(&b, LockKind::Exclusive).unwrap());
+        std::fs::remove_file(&dir).unwrap();
+    }
+
+    #[test]
+    fn random_bytes_differ() {
+        let (mut a, mut b) = ([0; 32], [0; 32]);
+        fill_random(&mut a).unwrap();
+        fill_random(&mut b).unwrap();
+        assert_ne!(a, b);
+    }
+}

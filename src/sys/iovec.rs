@@ -1,0 +1,59 @@
+//! Vectored I/O on raw buffers, for callers whose memory is shared with a guest.
+//!
+//! The standard library's `IoSlice` needs references, and a reference to memory that a guest
+//! changes at will would be unsound; `iovec` is what such memory can be described by.
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+/// Linux takes at most this many buffers at once (`IOV_MAX`).
+const MAX_BUFFERS: usize = 1024;
+
+fn result(n: isize) -> io::Result<usize> {
+    usize::try_from(n).map_err(|_| io::Error::last_os_error())
+}
+
+/// At most [`MAX_BUFFERS`] of them: what is beyond is a short transfer, which every caller must handle anyway.
+fn count(buffers: &[libc::iovec]) -> i32 {
+    buffers.len().min(MAX_BUFFERS) as i32
+}
+
+/// `preadv(2)`: reads from `offset` into the buffers; may be short.
+///
+/// # Safety
+/// Every buffer must be valid for writes of its length throughout the call.
+pub(crate) unsafe fn preadv(fd: BorrowedFd<'_>, buffers: &[libc::iovec], offset: i64) -> io::Result<usize> {
+    // SAFETY: the array is valid for `count` entries; the buffers are valid by this function's contract.
+    result(unsafe { libc::preadv(fd.as_raw_fd(), buffers.as_ptr(), count(buffers), offset) })
+}
+
+/// `pwritev(2)`: writes the buffers at `offset`; may be short.
+///
+/// # Safety
+/// Every buffer must be valid for reads of its length throughout the call.
+pub(crate) unsafe fn pwritev(fd: BorrowedFd<'_>, buffers: &[libc::iovec], offset: i64) -> io::Result<usize> {
+    // SAFETY: the array is valid for `count` entries; the buffers are valid by this function's contract.
+    result(unsafe { libc::pwritev(fd.as_raw_fd(), buffers.as_ptr(), count(buffers), offset) })
+}
+
+/// `readv(2)`: reads what a stream has; 0 is its end.
+///
+/// # Safety
+/// Every buffer must be valid for writes of its length throughout the call.
+pub(crate) unsafe fn readv(fd: BorrowedFd<'_>, buffers: &[libc::iovec]) -> io::Result<usize> {
+    // SAFETY: the array is valid for `count` entries; the buffers are valid by this function's contract.
+    result(unsafe { libc::readv(fd.as_raw_fd(), buffers.as_ptr(), count(buffers)) })
+}
+
+/// `sendmsg(2)` on a stream socket, never blocking, never raising SIGPIPE; may be short.
+///
+/// # Safety
+/// Every buffer must be valid for reads of its length throughout the call.
+pub(crate) unsafe fn sendv(fd: BorrowedFd<'_>, buffers: &[libc::iovec]) -> io::Result<usize> {
+    // SAFETY: an all-zero msghdr is a valid one: no name, no control data, no buffers.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    message.msg_iov = buffers.as_ptr().cast_mut();
+    message.msg_iovlen = count(buffers) as usize;
+    // SAFETY: `message` points at `count` entries that sendmsg only reads; the buffers are valid by contract.
+    result(unsafe { libc::sendmsg(fd.as_raw_fd(), &message, libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT) })
+}

@@ -1,0 +1,53 @@
+//! System calls that the standard library has no safe word for: owned descriptors in and out.
+//!
+//! Nothing here knows about virtual machines. The `unsafe` of this crate's host side that is not
+//! about guest memory or KVM lives in this folder.
+#![allow(unsafe_code, reason = "raw system calls; see DESIGN 7: sys/ is one of the folders that may")]
+
+mod file;
+mod iovec;
+mod signal;
+
+pub(crate) use file::{LockKind, cache_dir, fill_random, page_size, temp_file, try_lock};
+pub(crate) use iovec::{preadv, pwritev, readv, sendv};
+pub(crate) use signal::{KickSignal, ThreadId};
+pub(crate) use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+pub(crate) use vmm_sys_util::eventfd::EventFd;
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::time::Duration;
+
+/// A counter descriptor that neither blocks nor survives exec.
+pub(crate) fn eventfd() -> io::Result<EventFd> {
+    EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
+}
+
+/// Borrows an [`EventFd`] as the standard library's descriptor type.
+pub(crate) fn borrow(fd: &EventFd) -> BorrowedFd<'_> {
+    // SAFETY: the EventFd owns an open descriptor for as long as the borrow of it lives.
+    unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) }
+}
+
+/// Waits until `fd` is readable or `timeout` is over; `None` waits for ever. True means readable.
+pub(crate) fn wait_readable(fd: BorrowedFd<'_>, timeout: Option<Duration>) -> io::Result<bool> {
+    let deadline = timeout.map(|t| std::time::Instant::now() + t);
+    loop {
+        // Rounded up, so that a wait never ends early and spins.
+        let left = deadline.map(|d| d.saturating_duration_since(std::time::Instant::now()).as_nanos().div_ceil(1_000_000));
+        let millis = left.map_or(-1, |ms| i32::try_from(ms).unwrap_or(i32::MAX));
+        let mut poll = libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+        // SAFETY: `poll` is one valid pollfd on this stack, and the count says one.
+        match unsafe { libc::poll(&mut poll, 1, millis) } {
+            0 if left.is_some_and(|ms| ms > i32::MAX as u128) => {}
+            0 => return Ok(false),
+            n if n > 0 => return Ok(true),
+            _ => {
+                let error = io::Error::last_os_error();
+                if error.kind() != io::ErrorKind::Interrupted {
+                    return Err(error);
+                }
+            }
+        }
+    }
+}
