@@ -1,7 +1,7 @@
 //! A device's interrupt: a descriptor that the hypervisor turns into an interrupt, and the status bits beside it.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use crate::error::{Context, Result};
 use crate::sys::{EventFd, eventfd};
@@ -20,6 +20,8 @@ struct Line {
     fd: EventFd,
     status: AtomicU32,
     raised: AtomicU64,
+    /// The device cannot go on (Virtio 1.3, 2.1: DEVICE_NEEDS_RESET).
+    broken: AtomicBool,
 }
 
 impl Interrupt {
@@ -27,7 +29,7 @@ impl Interrupt {
     /// `ResourceExhausted` when the process has no descriptors left.
     pub(crate) fn new() -> Result<Self> {
         let fd = eventfd().doing(|| "creating an interrupt")?;
-        Ok(Self(Arc::new(Line { fd, status: AtomicU32::new(0), raised: AtomicU64::new(0) })))
+        Ok(Self(Arc::new(Line { fd, status: AtomicU32::new(0), raised: AtomicU64::new(0), broken: AtomicBool::new(false) })))
     }
 
     /// What the hypervisor listens to (KVM API, 4.75).
@@ -43,6 +45,23 @@ impl Interrupt {
     /// Configuration space changed.
     pub(crate) fn signal_config(&self) {
         self.raise(CONFIG);
+    }
+
+    /// The device cannot go on until the driver resets it.
+    pub(crate) fn signal_broken(&self) {
+        self.0.broken.store(true, Ordering::SeqCst);
+        self.signal_config();
+    }
+
+    /// Whether the device waits for a reset.
+    pub(crate) fn broken(&self) -> bool {
+        self.0.broken.load(Ordering::SeqCst)
+    }
+
+    /// As if nothing had happened: the driver has reset the device.
+    pub(crate) fn reset(&self) {
+        self.0.status.store(0, Ordering::SeqCst);
+        self.0.broken.store(false, Ordering::SeqCst);
     }
 
     fn raise(&self, bits: u32) {
@@ -80,5 +99,9 @@ mod tests {
         assert_eq!((interrupt.status(), interrupt.raised(), interrupt.fd().read().unwrap()), (3, 2, 2));
         interrupt.acknowledge(1);
         assert_eq!(interrupt.status(), 2);
+        interrupt.signal_broken();
+        assert!(interrupt.broken());
+        interrupt.reset();
+        assert_eq!((interrupt.status(), interrupt.broken()), (0, false));
     }
 }

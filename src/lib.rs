@@ -9,5 +9,6 @@ mod kvm;
 mod memory;
 mod size;
 mod sys;
+mod virtio;
 pub use error::*;
 pub use boot::*;

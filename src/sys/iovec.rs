@@ -57,3 +57,11 @@ pub(crate) unsafe fn sendv(fd: BorrowedFd<'_>, buffers: &[libc::iovec]) -> io::R
     // SAFETY: `message` points at `count` entries that sendmsg only reads; the buffers are valid by contract.
     result(unsafe { libc::sendmsg(fd.as_raw_fd(), &message, libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT) })
 }
+
+/// `send(2)` on a stream socket, never raising SIGPIPE; may be short. Without `wait` it fails with `WouldBlock`
+/// instead of blocking, whatever the descriptor's mode.
+pub(crate) fn send(fd: BorrowedFd<'_>, bytes: &[u8], wait: bool) -> io::Result<usize> {
+    let flags = libc::MSG_NOSIGNAL | if wait { 0 } else { libc::MSG_DONTWAIT };
+    // SAFETY: the pointer and length describe `bytes`, which is borrowed throughout the call.
+    result(unsafe { libc::send(fd.as_raw_fd(), bytes.as_ptr().cast(), bytes.len(), flags) })
+}

@@ -9,7 +9,7 @@ mod iovec;
 mod signal;
 
 pub(crate) use file::{LockKind, cache_dir, fill_random, page_size, temp_file, try_lock};
-pub(crate) use iovec::{preadv, pwritev, readv, sendv};
+pub(crate) use iovec::{preadv, pwritev, readv, send, sendv};
 pub(crate) use signal::{KickSignal, ThreadId};
 pub(crate) use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 pub(crate) use vmm_sys_util::eventfd::EventFd;

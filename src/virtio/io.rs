@@ -1,0 +1,192 @@
+//! [`DeviceIo`]: everything that a running device is given.
+
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::chain::Chain;
+use super::queue::Queue;
+use crate::event::{Interest, Sources};
+use crate::irq::Interrupt;
+use crate::memory::GuestMemory;
+use crate::sys::{EventFd, borrow};
+
+/// Chains taken from one queue before others get their turn: a driver that never stops cannot starve anybody.
+const TURN: usize = 256;
+
+/// What happened to a device so far. Written by its loop, read by anybody.
+#[derive(Debug, Default)]
+pub(crate) struct Counters {
+    pub kicks: AtomicU64,
+    pub requests: AtomicU64,
+    pub faults: AtomicU64,
+}
+
+/// Descriptors of a slot are told apart by tokens: the slot, and what in it.
+const TOKEN_BITS: u32 = 32;
+/// Tokens from here on are queues, below are the device's own descriptors.
+const QUEUE_TOKENS: u32 = u32::MAX - 0xffff;
+
+/// A token's parts.
+pub(super) fn split_token(token: u64, events: Interest) -> (usize, super::Source) {
+    let (slot, code) = ((token >> TOKEN_BITS) as usize, token as u32);
+    match code.checked_sub(QUEUE_TOKENS) {
+        Some(queue) => (slot, super::Source::Queue(queue as usize)),
+        None => (slot, super::Source::Watched { number: code, events }),
+    }
+}
+
+/// A running device's hold on the world. Made when the driver is ready, gone when the device is idle.
+#[derive(Debug)]
+pub(crate) struct DeviceIo {
+    pub(super) memory: GuestMemory,
+    pub(super) queues: Vec<Queue>,
+    pub(super) kicks: Arc<[EventFd]>,
+    pub(super) interrupt: Interrupt,
+    pub(super) features: u64,
+    pub(super) counters: Arc<Counters>,
+    pub(super) sources: Sources,
+    pub(super) slot: usize,
+    /// The fault was logged: one line a start is enough.
+    pub(super) told: bool,
+}
+
+impl DeviceIo {
+    /// The guest's memory.
+    pub(crate) fn memory(&self) -> &GuestMemory {
+        &self.memory
+    }
+
+    /// The features that driver and device agreed on.
+    pub(crate) fn features(&self) -> u64 {
+        self.features
+    }
+
+    /// Hands every request in `queue` to `f`, completes each with what was written to its chain, and interrupts the
+    /// driver at most once. Ends when the queue is empty, or after a fair turn.
+    pub(crate) fn drain(&mut self, queue: usize, mut f: impl FnMut(&mut Chain)) {
+        let mut turn = TURN;
+        loop {
+            match self.pop(queue) {
+                Some(mut chain) => {
+                    f(&mut chain);
+                    self.complete(queue, chain);
+                    turn -= 1;
+                    if turn == 0 {
+                        self.kick_self(queue);
+                        break;
+                    }
+                }
+                None => {
+                    if !self.rearm(queue) {
+                        break;
+                    }
+                }
+            }
+        }
+        self.flush(queue);
+    }
+
+    /// Takes the next request out of `queue`. It must be completed some time.
+    pub(crate) fn pop(&mut self, queue: usize) -> Option<Chain> {
+        let popped = self.queues.get_mut(queue).and_then(|q| {
+            q.disable_kicks();
+            q.pop()
+        });
+        match popped {
+            Some(chain) => {
+                self.counters.requests.fetch_add(1, Ordering::Relaxed);
+                Some(chain)
+            }
+            None => {
+                self.check(queue);
+                None
+            }
+        }
+    }
+
+    /// Gives a request back. Say [`DeviceIo::flush`] when no more follow at once.
+    pub(crate) fn complete(&mut self, queue: usize, chain: Chain) {
+        if let Some(q) = self.queues.get_mut(queue) {
+            q.complete(chain);
+        }
+        self.check(queue);
+    }
+
+    /// Wants to be kicked again. True when something came in between, which must be looked at now.
+    pub(crate) fn rearm(&mut self, queue: usize) -> bool {
+        let more = self.queues.get_mut(queue).is_some_and(Queue::enable_kicks);
+        self.check(queue);
+        more
+    }
+
+    /// Interrupts the driver if it wants to hear of what was completed.
+    pub(crate) fn flush(&mut self, queue: usize) {
+        if self.queues.get_mut(queue).is_some_and(Queue::wants_interrupt) {
+            self.interrupt.signal_used();
+        }
+    }
+
+    /// Makes `ready` be called for `queue` once more after others had their turn.
+    pub(crate) fn kick_self(&self, queue: usize) {
+        if let Some(kick) = self.kicks.get(queue) {
+            // A full counter is readable, which is all that is wanted.
+            let _ = kick.write(1);
+        }
+    }
+
+    /// Reports `fd` as `Source::Watched` from now on; numbers below 4,294,901,760 are free to use.
+    pub(crate) fn watch(&self, fd: BorrowedFd<'_>, number: u32, interest: Interest) -> io::Result<()> {
+        debug_assert!(number < QUEUE_TOKENS);
+        self.sources.watch(fd, (self.slot as u64) << TOKEN_BITS | u64::from(number), interest)
+    }
+
+    /// Stops reporting `fd`.
+    pub(crate) fn unwatch(&self, fd: BorrowedFd<'_>) {
+        if let Err(error) = self.sources.unwatch(fd) {
+            log::debug!("a descriptor was not watched: {error}");
+        }
+    }
+
+    /// The device cannot go on: the driver sees DEVICE_NEEDS_RESET (Virtio 1.3, 2.1.2).
+    pub(crate) fn fail(&mut self, why: &dyn std::fmt::Display) {
+        if !self.told {
+            self.told = true;
+            log::warn!("device {} needs a reset: {why}", self.slot);
+            self.counters.faults.fetch_add(1, Ordering::Relaxed);
+        }
+        self.interrupt.signal_broken();
+    }
+
+    fn check(&mut self, queue: usize) {
+        if let Some(error) = self.queues.get(queue).and_then(Queue::broken) {
+            if !self.told {
+                self.fail(&error);
+            }
+        }
+    }
+
+    /// Starts hearing kicks.
+    pub(super) fn watch_kicks(&self) -> io::Result<()> {
+        for (n, kick) in (0..).zip(self.kicks.iter()) {
+            let token = (self.slot as u64) << TOKEN_BITS | u64::from(QUEUE_TOKENS + n);
+            self.sources.watch(borrow(kick), token, Interest::IN)?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn unwatch_kicks(&self) {
+        for kick in self.kicks.iter() {
+            self.unwatch(borrow(kick));
+        }
+    }
+
+    /// A queue's kick was heard: the counter is cleared before the queue is looked at.
+    pub(super) fn heard(&self, queue: usize) {
+        if let Some(kick) = self.kicks.get(queue) {
+            let count = kick.read().unwrap_or(0);
+            self.counters.kicks.fetch_add(count, Ordering::Relaxed);
+        }
+    }
+}

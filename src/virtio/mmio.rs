@@ -1,0 +1,284 @@
+//! The virtio-mmio transport: registers, feature negotiation, start and reset of one device.
+//!
+//! Virtio 1.3, 4.2. Owned by the bus, used by vCPU threads under its own lock. It owns the registers; the live queues
+//! belong to the device's loop, which this asks and waits for: the driver's DRIVER_OK write completes only when the
+//! device runs.
+
+use std::sync::Arc;
+
+use super::io::{Counters, DeviceIo};
+use super::queue::{Queue, QueueConfig};
+use super::spec::{F_EVENT_IDX, F_VERSION_1, TRANSPORT_FEATURES, status};
+use super::{Profile, Slots};
+use crate::bus::BusDevice;
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::event::Remote;
+use crate::irq::Interrupt;
+use crate::memory::GuestMemory;
+use crate::sys::{EventFd, eventfd};
+
+/// Register offsets (Virtio 1.3, 4.2.2).
+mod reg {
+    pub(super) const MAGIC: u64 = 0x000;
+    pub(super) const VERSION: u64 = 0x004;
+    pub(super) const DEVICE_ID: u64 = 0x008;
+    pub(super) const VENDOR_ID: u64 = 0x00c;
+    pub(super) const DEVICE_FEATURES: u64 = 0x010;
+    pub(super) const DEVICE_FEATURES_SEL: u64 = 0x014;
+    pub(super) const DRIVER_FEATURES: u64 = 0x020;
+    pub(super) const DRIVER_FEATURES_SEL: u64 = 0x024;
+    pub(super) const QUEUE_SEL: u64 = 0x030;
+    pub(super) const QUEUE_SIZE_MAX: u64 = 0x034;
+    pub(super) const QUEUE_SIZE: u64 = 0x038;
+    pub(super) const QUEUE_READY: u64 = 0x044;
+    pub(super) const QUEUE_NOTIFY: u64 = 0x050;
+    pub(super) const INTERRUPT_STATUS: u64 = 0x060;
+    pub(super) const INTERRUPT_ACK: u64 = 0x064;
+    pub(super) const STATUS: u64 = 0x070;
+    pub(super) const QUEUE_DESC_LOW: u64 = 0x080;
+    pub(super) const QUEUE_DESC_HIGH: u64 = 0x084;
+    pub(super) const QUEUE_DRIVER_LOW: u64 = 0x090;
+    pub(super) const QUEUE_DRIVER_HIGH: u64 = 0x094;
+    pub(super) const QUEUE_DEVICE_LOW: u64 = 0x0a0;
+    pub(super) const QUEUE_DEVICE_HIGH: u64 = 0x0a4;
+    pub(super) const SHM_LEN_LOW: u64 = 0x0b0;
+    pub(super) const SHM_BASE_HIGH: u64 = 0x0bc;
+    pub(super) const CONFIG_GENERATION: u64 = 0x0fc;
+    pub(super) const CONFIG: u64 = 0x100;
+}
+
+/// "virt" (Virtio 1.3, 4.2.2).
+const MAGIC: u32 = 0x7472_6976;
+/// Not the legacy interface.
+const VERSION: u32 = 2;
+/// "COFF", for people who look.
+const VENDOR: u32 = 0x4646_4f43;
+
+/// The register where the driver kicks queue `n` by writing `n`, relative to the window.
+pub(crate) const NOTIFY_OFFSET: u64 = reg::QUEUE_NOTIFY;
+
+/// One device's registers.
+#[derive(Debug)]
+pub(crate) struct MmioTransport {
+    profile: Profile,
+    memory: GuestMemory,
+    devices: Remote<Slots>,
+    slot: usize,
+    interrupt: Interrupt,
+    kicks: Arc<[EventFd]>,
+    counters: Arc<Counters>,
+
+    status: u32,
+    device_features_sel: u32,
+    driver_features_sel: u32,
+    driver_features: u64,
+    queue_sel: u32,
+    queues: Vec<QueueConfig>,
+}
+
+impl MmioTransport {
+    /// Registers for device `slot` of a loop, whose profile is `profile`.
+    ///
+    /// # Errors
+    /// `ResourceExhausted` when the process has no descriptors left.
+    pub(crate) fn new(profile: Profile, memory: GuestMemory, devices: Remote<Slots>, slot: usize) -> Result<Self> {
+        let kicks: Result<Vec<_>> = profile.queues.iter().map(|_| eventfd().doing(|| "creating a queue's kick")).collect();
+        Ok(Self {
+            queues: vec![QueueConfig::default(); profile.queues.len()],
+            kicks: kicks?.into(),
+            interrupt: Interrupt::new()?,
+            counters: Arc::default(),
+            profile,
+            memory,
+            devices,
+            slot,
+            status: 0,
+            device_features_sel: 0,
+            driver_features_sel: 0,
+            driver_features: 0,
+            queue_sel: 0,
+        })
+    }
+
+    pub(crate) fn interrupt(&self) -> &Interrupt {
+        &self.interrupt
+    }
+
+    /// What the hypervisor signals when the driver kicks; in the order of the queues.
+    pub(crate) fn kicks(&self) -> &Arc<[EventFd]> {
+        &self.kicks
+    }
+
+    pub(crate) fn counters(&self) -> &Arc<Counters> {
+        &self.counters
+    }
+
+    fn offered(&self) -> u64 {
+        self.profile.features | TRANSPORT_FEATURES
+    }
+
+    fn selected(&self) -> Option<(&QueueConfig, u16)> {
+        let n = self.queue_sel as usize;
+        Some((self.queues.get(n)?, *self.profile.queues.get(n)?))
+    }
+
+    fn read_register(&self, offset: u64) -> u32 {
+        let word = |value: u64, high: u32| if high == 0 { value as u32 } else { (value >> 32) as u32 };
+        match offset {
+            reg::MAGIC => MAGIC,
+            reg::VERSION => VERSION,
+            reg::DEVICE_ID => self.profile.device_type as u32,
+            reg::VENDOR_ID => VENDOR,
+            reg::DEVICE_FEATURES if self.device_features_sel < 2 => word(self.offered(), self.device_features_sel),
+            reg::QUEUE_SIZE_MAX => self.selected().map_or(0, |(_, max)| max.into()),
+            reg::QUEUE_READY => self.selected().map_or(0, |(queue, _)| queue.ready.into()),
+            reg::INTERRUPT_STATUS => self.interrupt.status(),
+            reg::STATUS if self.interrupt.broken() => self.status | status::NEEDS_RESET,
+            reg::STATUS => self.status,
+            // "the length … reads as -1 if the region does not exist" (Virtio 1.3, 4.2.2.1); its base likewise.
+            reg::SHM_LEN_LOW..=reg::SHM_BASE_HIGH => u32::MAX,
+            // Configuration space never changes here.
+            reg::CONFIG_GENERATION => 0,
+            _ => 0,
+        }
+    }
+
+    fn write_register(&mut self, offset: u64, value: u32) {
+        match offset {
+            reg::DEVICE_FEATURES_SEL => self.device_features_sel = value,
+            reg::DRIVER_FEATURES_SEL => self.driver_features_sel = value,
+            reg::DRIVER_FEATURES => self.write_features(value),
+            reg::QUEUE_SEL => self.queue_sel = value,
+            reg::QUEUE_NOTIFY => {
+                if let Some(kick) = self.kicks.get(value as usize) {
+                    // A full counter is readable, which is all that is wanted.
+                    let _ = kick.write(1);
+                }
+            }
+            reg::INTERRUPT_ACK => self.interrupt.acknowledge(value),
+            reg::STATUS => self.write_status(value),
+            _ => self.write_queue(offset, value),
+        }
+    }
+
+    /// Virtio 1.3, 2.2: features are accepted before FEATURES_OK and not after.
+    fn write_features(&mut self, value: u32) {
+        if self.status & status::FEATURES_OK != 0 || self.status & status::DRIVER == 0 {
+            return;
+        }
+        let shift = match self.driver_features_sel {
+            0 => 0,
+            1 => 32,
+            _ => return,
+        };
+        self.driver_features = self.driver_features & !(u64::from(u32::MAX) << shift) | u64::from(value) << shift;
+    }
+
+    fn write_queue(&mut self, offset: u64, value: u32) {
+        // A running device's queues are its loop's (Virtio 1.3, 4.2.3.2: set up before DRIVER_OK).
+        if self.status & status::DRIVER_OK != 0 {
+            return;
+        }
+        let Some(queue) = self.queues.get_mut(self.queue_sel as usize) else { return };
+        if offset == reg::QUEUE_READY {
+            queue.ready = value & 1 != 0;
+            return;
+        }
+        if queue.ready {
+            return;
+        }
+        let low = |old: u64| old & !u64::from(u32::MAX) | u64::from(value);
+        let high = |old: u64| old & u64::from(u32::MAX) | u64::from(value) << 32;
+        match offset {
+            // Too large stays too large: it is refused when the queue is made.
+            reg::QUEUE_SIZE => queue.size = u16::try_from(value).unwrap_or(u16::MAX),
+            reg::QUEUE_DESC_LOW => queue.descriptors = low(queue.descriptors),
+            reg::QUEUE_DESC_HIGH => queue.descriptors = high(queue.descriptors),
+            reg::QUEUE_DRIVER_LOW => queue.available = low(queue.available),
+            reg::QUEUE_DRIVER_HIGH => queue.available = high(queue.available),
+            reg::QUEUE_DEVICE_LOW => queue.used = low(queue.used),
+            reg::QUEUE_DEVICE_HIGH => queue.used = high(queue.used),
+            _ => {}
+        }
+    }
+
+    /// Virtio 1.3, 3.1.1: bits are added one after the other; 0 resets.
+    fn write_status(&mut self, value: u32) {
+        if value == 0 {
+            self.reset();
+            return;
+        }
+        let added = value & !self.status;
+        // Bits are never taken away but by a reset.
+        if self.status & !value & !status::NEEDS_RESET != 0 {
+            return;
+        }
+        self.status |= added & !(status::FEATURES_OK | status::DRIVER_OK | status::NEEDS_RESET);
+        if added & status::FEATURES_OK != 0 && self.features_acceptable() {
+            self.status |= status::FEATURES_OK;
+        }
+        if added & status::DRIVER_OK != 0 && self.status & status::FEATURES_OK != 0 {
+            match self.start() {
+                Ok(()) => self.status |= status::DRIVER_OK,
+                Err(error) => {
+                    log::warn!("device {} cannot start: {error}", self.slot);
+                    self.interrupt.signal_broken();
+                }
+            }
+        }
+    }
+
+    fn features_acceptable(&self) -> bool {
+        self.driver_features & !self.offered() == 0 && self.driver_features & F_VERSION_1 != 0
+    }
+
+    /// Makes the queues and hands them to the device's loop; returns when the device runs.
+    fn start(&mut self) -> Result<()> {
+        let event_idx = self.driver_features & F_EVENT_IDX != 0;
+        let mut queues = Vec::with_capacity(self.queues.len());
+        for (n, (config, max)) in self.queues.iter().zip(&self.profile.queues).enumerate() {
+            let made = match config.ready {
+                true => Queue::new(config, *max, event_idx, &self.memory),
+                // Drivers leave out queues of features they do not use.
+                false => Queue::unused(&self.memory),
+            };
+            queues.push(made.map_err(|e| Error::new(ErrorKind::GuestFailed, format!("queue {n}: {e}")))?);
+        }
+        let (memory, kicks, interrupt) = (self.memory.clone(), self.kicks.clone(), self.interrupt.clone());
+        let (features, counters, slot) = (self.driver_features, self.counters.clone(), self.slot);
+        self.devices.with(move |slots| {
+            let sources = slots.sources();
+            slots.start(slot, DeviceIo { memory, queues, kicks, interrupt, features, counters, sources, slot, told: false })
+        })?
+    }
+
+    fn reset(&mut self) {
+        let slot = self.slot;
+        // The queues that come back are let go: the driver will set up new ones.
+        if let Err(error) = self.devices.with(move |slots| drop(slots.stop(slot))) {
+            log::debug!("device {slot} was reset after its loop had ended: {error}");
+        }
+        self.interrupt.reset();
+        self.status = 0;
+        (self.device_features_sel, self.driver_features_sel, self.driver_features, self.queue_sel) = (0, 0, 0, 0);
+        self.queues.fill(QueueConfig::default());
+    }
+}
+
+impl BusDevice for MmioTransport {
+    fn read(&mut self, offset: u64, data: &mut [u8]) {
+        if let Some(at) = offset.checked_sub(reg::CONFIG) {
+            let from = self.profile.config.get(at as usize..).unwrap_or_default();
+            data.iter_mut().zip(from).for_each(|(to, byte)| *to = *byte);
+        } else if let (Ok(data), 0) = (<&mut [u8; 4]>::try_from(data), offset % 4) {
+            // Registers are 32 bits wide and accessed so (Virtio 1.3, 4.2.2.2).
+            *data = self.read_register(offset).to_le_bytes();
+        }
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        if let (Ok(data), 0, true) = (<[u8; 4]>::try_from(data), offset % 4, offset < reg::CONFIG) {
+            self.write_register(offset, u32::from_le_bytes(data));
+        }
+    }
+}

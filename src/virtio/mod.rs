@@ -1,0 +1,128 @@
+//! The device model: what a virtio device is, and everything that exists once for all of them.
+//!
+//! ```text
+//!  vCPU thread                            event loop
+//!  MmioTransport -- with(start/stop) -->  Slots: device + DeviceIo (queues, memory, interrupt)
+//!  driver's kick == ioeventfd =========>  VirtioDevice::ready
+//!  driver        <== irqfd =============  DeviceIo::drain / complete
+//! ```
+//! This folder never sees KVM: devices get memory, an interrupt and descriptors, so all of it runs in plain tests.
+
+pub(crate) mod blk;
+mod chain;
+pub(crate) mod console;
+mod io;
+mod mmio;
+mod queue;
+pub(crate) mod rng;
+mod runner;
+mod spec;
+#[cfg(any(test, feature = "internals"))]
+pub(crate) mod testing;
+pub(crate) mod vsock;
+
+use std::any::Any;
+
+pub(crate) use chain::{Chain, TooShort};
+pub(crate) use io::{Counters, DeviceIo};
+pub(crate) use mmio::{MmioTransport, NOTIFY_OFFSET};
+pub(crate) use runner::{DeviceHandle, Slots};
+pub(crate) use spec::DeviceType;
+
+use crate::event::Interest;
+
+/// What never changes about a device.
+#[derive(Debug, Clone)]
+pub(crate) struct Profile {
+    /// Which device it is.
+    pub device_type: DeviceType,
+    /// Features of this type of device that are offered; the transport adds its own.
+    pub features: u64,
+    /// The largest size of each queue: powers of two.
+    pub queues: Vec<u16>,
+    /// Configuration space as it is at first.
+    pub config: Vec<u8>,
+}
+
+impl Profile {
+    /// A device of this type without queues, features or configuration space.
+    pub(crate) fn new(device_type: DeviceType) -> Self {
+        Self { device_type, features: 0, queues: Vec::new(), config: Vec::new() }
+    }
+
+    /// Adds a queue of at most `size` descriptors, a power of two.
+    pub(crate) fn queue(mut self, size: u16) -> Self {
+        self.queues.push(size);
+        self
+    }
+
+    /// Offers these features.
+    pub(crate) fn features(mut self, bits: u64) -> Self {
+        self.features |= bits;
+        self
+    }
+
+    /// Sets the configuration space.
+    pub(crate) fn config(mut self, bytes: impl Into<Vec<u8>>) -> Self {
+        self.config = bytes.into();
+        self
+    }
+}
+
+/// What made a device look.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Source {
+    /// The driver may have put something into this queue.
+    Queue(usize),
+    /// A descriptor that the device watches is ready.
+    Watched {
+        /// The number it is watched under.
+        number: u32,
+        /// What it is ready for.
+        events: Interest,
+    },
+}
+
+/// From a device to `Any`, a conversion that is not built in before Rust 1.86.
+pub(crate) trait AsAny: Any {
+    /// Itself, for a typed handle to find its device again.
+    fn as_any_mut(&mut self) -> &mut dyn Any;
+}
+
+impl<T: Any> AsAny for T {
+    fn as_any_mut(&mut self) -> &mut dyn Any {
+        self
+    }
+}
+
+/// A device: what it offers, and what it does when poked.
+///
+/// ```text
+///            start                      stop
+///   idle ------------> running --------------------> idle
+///        DRIVER_OK                reset by the driver
+///                                 end of the VM, drop
+/// ```
+/// All methods run on the loop that owns the device. Nothing here may panic on what the guest wrote, and nothing may
+/// block, but for a device that was given a loop of its own.
+pub(crate) trait VirtioDevice: AsAny + Send {
+    /// What never changes: type, features, queue sizes, configuration space.
+    fn profile(&self) -> Profile;
+
+    /// Became running: watch host descriptors with `io`. The queues are looked at right after this.
+    ///
+    /// # Errors
+    /// A failure leaves the device idle; the driver sees DEVICE_NEEDS_RESET.
+    fn started(&mut self, io: &mut DeviceIo) -> std::io::Result<()> {
+        let _ = io;
+        Ok(())
+    }
+
+    /// Something happened at `source`. Spurious calls are normal.
+    fn ready(&mut self, io: &mut DeviceIo, source: Source);
+
+    /// About to become idle: stop watching, let go of every chain.
+    fn stopping(&mut self, io: &mut DeviceIo) {
+        let _ = io;
+    }
+}

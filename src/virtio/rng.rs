@@ -1,0 +1,46 @@
+//! Entropy device (Virtio 1.3, 5.4): fills what the driver offers with the host's random bytes. Runs on the VM's loop.
+
+use super::spec::DeviceType;
+use super::{DeviceIo, Profile, Source, VirtioDevice};
+use crate::sys;
+
+/// Served per request at most, so that a guest cannot keep the loop busy with one descriptor.
+const MAX_REQUEST: usize = 64 * 1024;
+
+#[derive(Debug)]
+pub(crate) struct Rng;
+
+impl VirtioDevice for Rng {
+    fn profile(&self) -> Profile {
+        Profile::new(DeviceType::Entropy).queue(64)
+    }
+
+    fn ready(&mut self, io: &mut DeviceIo, _: Source) {
+        io.drain(0, |chain| chain.fill_with(MAX_REQUEST, sys::fill_random));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::virtio::testing::Driver;
+
+    #[test]
+    fn fills_every_buffer_and_says_how_much() {
+        let mut driver = Driver::start(Rng);
+        driver.send(0, &[], &[16, 5000]);
+        driver.poke(0);
+        let (answer, written) = driver.receive(0).unwrap();
+        assert_eq!((answer.len(), written), (5016, 5016));
+        assert!(answer.iter().any(|b| *b != 0));
+        assert!(driver.interrupted());
+    }
+
+    #[test]
+    fn large_requests_are_cut() {
+        let mut driver = Driver::start(Rng);
+        driver.send(0, &[], &[MAX_REQUEST + 1]);
+        driver.poke(0);
+        assert_eq!(driver.receive(0).unwrap().1 as usize, MAX_REQUEST);
+    }
+}

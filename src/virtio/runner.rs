@@ -1,0 +1,156 @@
+//! [`Slots`]: the devices of one event loop, each idle or running. Starts, pokes and stops them.
+
+use std::fmt;
+use std::marker::PhantomData;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use super::io::split_token;
+use super::{DeviceIo, Source, VirtioDevice};
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::event::{Handler, Interest, Remote, Sources};
+
+/// Called once when a device has panicked: our own mistake, which ends its VM and nothing else.
+pub(crate) type OnFault = Box<dyn Fn(&str) + Send>;
+
+struct Slot {
+    device: Box<dyn VirtioDevice>,
+    running: Option<DeviceIo>,
+}
+
+/// What an event loop owns.
+pub(crate) struct Slots {
+    slots: Vec<Slot>,
+    sources: Sources,
+    on_fault: OnFault,
+}
+
+impl fmt::Debug for Slots {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Slots({})", self.slots.len())
+    }
+}
+
+impl Slots {
+    pub(crate) fn new(devices: Vec<Box<dyn VirtioDevice>>, sources: Sources, on_fault: OnFault) -> Self {
+        let slots = devices.into_iter().map(|device| Slot { device, running: None }).collect();
+        Self { slots, sources, on_fault }
+    }
+
+    /// Where this loop's descriptors are registered.
+    pub(super) fn sources(&self) -> Sources {
+        self.sources.clone()
+    }
+
+    /// The driver is ready: the device runs, and has looked at its queues once when this returns.
+    pub(super) fn start(&mut self, slot: usize, mut io: DeviceIo) -> Result<()> {
+        let Some(it) = self.slots.get_mut(slot) else {
+            return Err(Error::new(ErrorKind::InvalidState, format!("there is no device {slot}")));
+        };
+        it.stop();
+        io.watch_kicks().doing(|| "watching a device's queues")?;
+        if let Err(error) = it.device.started(&mut io) {
+            io.unwatch_kicks();
+            return Err(error).doing(|| format!("starting device {slot}"));
+        }
+        let queues = io.queues.len();
+        it.running = Some(io);
+        (0..queues).for_each(|queue| self.poke(slot, Source::Queue(queue)));
+        Ok(())
+    }
+
+    /// The device becomes idle; its queues come back. Idle ones stay idle.
+    pub(super) fn stop(&mut self, slot: usize) -> Option<DeviceIo> {
+        self.slots.get_mut(slot).and_then(Slot::stop)
+    }
+
+    /// The VM has ended: what the driver has already handed over is still served, then every device stops.
+    pub(crate) fn finish(&mut self) {
+        for slot in 0..self.slots.len() {
+            let queues = self.slots.get(slot).and_then(|s| s.running.as_ref()).map_or(0, |io| io.queues.len());
+            (0..queues).for_each(|queue| self.poke(slot, Source::Queue(queue)));
+            self.stop(slot);
+        }
+    }
+
+    fn poke(&mut self, slot: usize, source: Source) {
+        let Some(Slot { device, running: Some(io) }) = self.slots.get_mut(slot) else { return };
+        if let Source::Queue(queue) = source {
+            io.heard(queue);
+        }
+        let outcome = catch_unwind(AssertUnwindSafe(|| device.ready(io, source)));
+        if let Err(panic) = outcome {
+            let why = panic.downcast_ref::<String>().cloned();
+            let why = why.or_else(|| panic.downcast_ref::<&str>().map(|s| (*s).to_owned())).unwrap_or_default();
+            io.fail(&why);
+            io.unwatch_kicks();
+            if let Some(Slot { running, .. }) = self.slots.get_mut(slot) {
+                *running = None;
+            }
+            (self.on_fault)(&format!("device {slot} panicked: {why}"));
+        }
+    }
+}
+
+impl Slot {
+    fn stop(&mut self) -> Option<DeviceIo> {
+        let mut io = self.running.take()?;
+        io.unwatch_kicks();
+        self.device.stopping(&mut io);
+        Some(io)
+    }
+}
+
+impl Handler for Slots {
+    fn ready(&mut self, token: u64, events: Interest) {
+        let (slot, source) = split_token(token, events);
+        self.poke(slot, source);
+    }
+}
+
+impl Drop for Slots {
+    fn drop(&mut self) {
+        (0..self.slots.len()).for_each(|slot| drop(self.stop(slot)));
+    }
+}
+
+/// A typed way to one device on its loop. Cheap to clone; outliving the loop is harmless.
+pub(crate) struct DeviceHandle<D> {
+    remote: Remote<Slots>,
+    slot: usize,
+    device: PhantomData<fn(&mut D)>,
+}
+
+impl<D> Clone for DeviceHandle<D> {
+    fn clone(&self) -> Self {
+        Self { remote: self.remote.clone(), slot: self.slot, device: PhantomData }
+    }
+}
+
+impl<D> fmt::Debug for DeviceHandle<D> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "DeviceHandle({})", self.slot)
+    }
+}
+
+impl<D: VirtioDevice> DeviceHandle<D> {
+    /// The caller knows that `slot` of that loop holds a `D`.
+    pub(crate) fn new(remote: Remote<Slots>, slot: usize) -> Self {
+        Self { remote, slot, device: PhantomData }
+    }
+
+    /// Runs `f` on the device's loop, with what the device is given while it runs, and waits for the answer.
+    ///
+    /// # Errors
+    /// `InvalidState` when the VM has ended.
+    pub(crate) fn with<R: Send + 'static>(
+        &self,
+        f: impl FnOnce(&mut D, Option<&mut DeviceIo>) -> R + Send + 'static,
+    ) -> Result<R> {
+        let slot = self.slot;
+        let answer = self.remote.with(move |slots| {
+            let Slot { device, running } = slots.slots.get_mut(slot)?;
+            (**device).as_any_mut().downcast_mut::<D>().map(|device| f(device, running.as_mut()))
+        })?;
+        answer.ok_or_else(|| Error::new(ErrorKind::InvalidState, format!("device {slot} is of another type")))
+    }
+}

@@ -1,0 +1,220 @@
+//! [`Driver`]: plays the guest's driver on real guest memory. The only fake, for tests, fuzzing and benches.
+//!
+//! Everything happens on the calling thread: the device is a plain value, `poke` is a plain call.
+
+use std::sync::Arc;
+
+use super::io::{Counters, DeviceIo};
+use super::queue::{Queue, QueueConfig};
+use super::spec::TRANSPORT_FEATURES;
+use super::{Source, VirtioDevice};
+use crate::event::{Handler, Loop, Sources};
+use crate::irq::Interrupt;
+use crate::memory::{GuestAddress, GuestMemory};
+use crate::sys::eventfd;
+
+/// Ring addresses of queue `n`: one 64 KiB block each.
+const RINGS: u64 = 0x10_0000;
+const BLOCK: u64 = 0x1_0000;
+/// Buffers are taken from here on, round and round.
+const BUFFERS: u64 = 0x20_0000;
+const MEMORY: u64 = 0x200_0000;
+
+/// A descriptor flag: there is a next one (Virtio 1.3, 2.7.5).
+pub(crate) const NEXT: u16 = 1;
+/// A descriptor flag: the device writes.
+pub(crate) const WRITE: u16 = 2;
+/// A descriptor flag: the buffer is a table of descriptors.
+pub(crate) const INDIRECT: u16 = 4;
+
+struct Ring {
+    size: u16,
+    base: u64,
+    /// Free descriptors.
+    free: Vec<u16>,
+    available: u16,
+    used: u16,
+    /// Chains in flight, by head: all their descriptors, and the writable buffers.
+    flight: Vec<(u16, Vec<u16>, Vec<(u64, usize)>)>,
+}
+
+/// A driver with its memory, and the device it drives.
+pub(crate) struct Driver<D> {
+    /// The device, to look into.
+    pub(crate) device: D,
+    io: DeviceIo,
+    rings: Vec<Ring>,
+    next_buffer: u64,
+    _loop: Loop<Nothing>,
+}
+
+impl<D> std::fmt::Debug for Driver<D> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Driver")
+    }
+}
+
+/// A loop that watches and reports to nobody: tests poke by themselves.
+struct Nothing;
+
+impl Handler for Nothing {
+    fn ready(&mut self, _: u64, _: crate::event::Interest) {}
+}
+
+#[allow(clippy::unwrap_used, reason = "test support: a failure here is the test's")]
+impl<D: VirtioDevice> Driver<D> {
+    /// Sets up all queues at their largest size and starts the device.
+    pub(crate) fn start(device: D) -> Self {
+        let memory = GuestMemory::anonymous(&[(GuestAddress(0), MEMORY)]).unwrap();
+        let profile = device.profile();
+        let (mut queues, mut rings) = (Vec::new(), Vec::new());
+        for (n, size) in (0..).zip(&profile.queues) {
+            let base = RINGS + n * BLOCK;
+            let config = QueueConfig { size: *size, ready: true, descriptors: base, available: base + 0x8000, used: base + 0xc000 };
+            queues.push(Queue::new(&config, *size, false, &memory).unwrap());
+            rings.push(Ring { size: *size, base, free: (0..*size).rev().collect(), available: 0, used: 0, flight: vec![] });
+        }
+        let mut sources = None::<Sources>;
+        let idle = Loop::start("testing", |s| {
+            sources = Some(s);
+            Nothing
+        });
+        let io = DeviceIo {
+            memory,
+            kicks: profile.queues.iter().map(|_| eventfd().unwrap()).collect(),
+            queues,
+            interrupt: Interrupt::new().unwrap(),
+            features: profile.features | TRANSPORT_FEATURES,
+            counters: Arc::<Counters>::default(),
+            sources: sources.unwrap(),
+            slot: 0,
+            told: false,
+        };
+        let mut driver = Self { device, io, rings, next_buffer: BUFFERS, _loop: idle.unwrap() };
+        driver.device.started(&mut driver.io).unwrap();
+        driver
+    }
+
+    /// The guest's memory.
+    pub(crate) fn memory(&self) -> GuestMemory {
+        self.io.memory.clone()
+    }
+
+    fn buffer(&mut self, len: usize) -> u64 {
+        if self.next_buffer + len as u64 > MEMORY {
+            self.next_buffer = BUFFERS;
+        }
+        let at = self.next_buffer;
+        self.next_buffer += len as u64;
+        at
+    }
+
+    fn write_descriptor(&self, queue: usize, n: u16, addr: u64, len: u32, flags: u16, next: u16) {
+        let mut bytes = Vec::with_capacity(16);
+        bytes.extend_from_slice(&addr.to_le_bytes());
+        bytes.extend_from_slice(&len.to_le_bytes());
+        bytes.extend_from_slice(&flags.to_le_bytes());
+        bytes.extend_from_slice(&next.to_le_bytes());
+        let at = self.rings.get(queue).unwrap().base + 16 * u64::from(n);
+        self.io.memory.write(GuestAddress(at), &bytes).unwrap();
+    }
+
+    /// Puts a chain into `queue`: one descriptor for each piece to be read, then one for each to be written.
+    /// False when the queue has no room.
+    pub(crate) fn send(&mut self, queue: usize, readable: &[&[u8]], writable: &[usize]) -> bool {
+        let mut pieces = Vec::new();
+        for bytes in readable {
+            let at = self.buffer(bytes.len());
+            self.io.memory.write(GuestAddress(at), bytes).unwrap();
+            pieces.push((at, bytes.len() as u32, 0));
+        }
+        for len in writable {
+            pieces.push((self.buffer(*len), *len as u32, WRITE));
+        }
+        self.send_raw(queue, &pieces)
+    }
+
+    /// Puts a chain of these addresses, lengths and flags into `queue`, whatever they are.
+    pub(crate) fn send_raw(&mut self, queue: usize, pieces: &[(u64, u32, u16)]) -> bool {
+        let ring = self.rings.get_mut(queue).unwrap();
+        if ring.free.len() < pieces.len() || pieces.is_empty() {
+            return false;
+        }
+        let taken: Vec<u16> = pieces.iter().map(|_| ring.free.pop().unwrap()).collect();
+        let head = *taken.first().unwrap();
+        for (i, ((addr, len, flags), n)) in pieces.iter().zip(&taken).enumerate() {
+            let next = taken.get(i + 1);
+            self.write_descriptor(queue, *n, *addr, *len, flags | next.map_or(0, |_| NEXT), next.copied().unwrap_or(0));
+        }
+        let writable = pieces.iter().filter(|p| p.2 & WRITE != 0).map(|p| (p.0, p.1 as usize)).collect();
+        let memory = self.io.memory.clone();
+        let ring = self.rings.get_mut(queue).unwrap();
+        ring.flight.push((head, taken, writable));
+        let available = ring.base + 0x8000;
+        let at = available + 4 + 2 * u64::from(ring.available % ring.size);
+        memory.write(GuestAddress(at), &head.to_le_bytes()).unwrap();
+        ring.available = ring.available.wrapping_add(1);
+        memory.write(GuestAddress(available + 2), &ring.available.to_le_bytes()).unwrap();
+        true
+    }
+
+    /// Makes the device look at `queue`.
+    pub(crate) fn poke(&mut self, queue: usize) {
+        self.device.ready(&mut self.io, Source::Queue(queue));
+    }
+
+    /// Makes the device look at its descriptor `number`.
+    pub(crate) fn poke_watched(&mut self, number: u32) {
+        let events = crate::event::Interest::IN | crate::event::Interest::OUT;
+        self.device.ready(&mut self.io, Source::Watched { number, events });
+    }
+
+    /// The device and what it is given, for calls that its handle would make.
+    pub(crate) fn parts(&mut self) -> (&mut D, &mut DeviceIo) {
+        (&mut self.device, &mut self.io)
+    }
+
+    /// The next completed chain of `queue`: the bytes of its writable part, and how many of them the device claims.
+    pub(crate) fn receive(&mut self, queue: usize) -> Option<(Vec<u8>, u32)> {
+        let memory = self.io.memory.clone();
+        let ring = self.rings.get_mut(queue)?;
+        let used = ring.base + 0xc000;
+        let mut index = [0; 2];
+        memory.read(GuestAddress(used + 2), &mut index).unwrap();
+        if u16::from_le_bytes(index) == ring.used {
+            return None;
+        }
+        let mut element = [0; 8];
+        memory.read(GuestAddress(used + 4 + 8 * u64::from(ring.used % ring.size)), &mut element).unwrap();
+        ring.used = ring.used.wrapping_add(1);
+        let [a, b, c, d, e, f, g, h] = element;
+        let (head, written) = (u32::from_le_bytes([a, b, c, d]), u32::from_le_bytes([e, f, g, h]));
+        let at = ring.flight.iter().position(|(h, ..)| u32::from(*h) == head).unwrap();
+        let (_, taken, writable) = ring.flight.swap_remove(at);
+        ring.free.extend(taken.into_iter().rev());
+        let mut bytes = Vec::new();
+        for (addr, len) in writable {
+            let start = bytes.len();
+            bytes.resize(start + len, 0);
+            memory.read(GuestAddress(addr), bytes.get_mut(start..).unwrap()).unwrap();
+        }
+        Some((bytes, written))
+    }
+
+    /// Whether the device interrupted since it was asked last.
+    pub(crate) fn interrupted(&mut self) -> bool {
+        self.io.interrupt.acknowledge(u32::MAX);
+        self.io.interrupt.fd().read().is_ok()
+    }
+
+    /// Whether the device asks for a reset.
+    pub(crate) fn broken(&self) -> bool {
+        self.io.interrupt.broken()
+    }
+
+    /// Stops the device and gives it back.
+    pub(crate) fn stop(mut self) -> D {
+        self.device.stopping(&mut self.io);
+        self.device
+    }
+}

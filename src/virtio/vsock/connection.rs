@@ -1,0 +1,250 @@
+//! One connection: what is due to be sent to the guest, and what came from it. Knows sockets, not queues.
+
+use std::collections::VecDeque;
+use std::io;
+use std::net::Shutdown;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::sync::PoisonError;
+use std::sync::mpsc::SyncSender;
+
+use super::credit::Credit;
+use super::packet::{SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
+use super::stream::{Tail, VsockStream};
+use crate::error::Result;
+use crate::memory::{GuestMemory, Segment};
+use crate::sys;
+
+/// A connection's name: the host's port and the guest's.
+pub(super) type Ports = (u32, u32);
+
+/// Tells whoever waits in `connect` how it went.
+pub(super) type Answer = SyncSender<Result<VsockStream>>;
+
+/// What should be said to the guest next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Due {
+    Request,
+    Response,
+    Shutdown(u32),
+    /// At most so many bytes of data.
+    Data(u32),
+    CreditUpdate,
+}
+
+/// A connection, from the first packet to the last.
+#[derive(Debug)]
+pub(super) struct Connection {
+    pub ports: Ports,
+    pub credit: Credit,
+    /// It is in the list of those that may have something to say.
+    pub queued: bool,
+    socket: UnixStream,
+    tail: Tail,
+    /// Data of the guest that the embedder has not taken; bounded by [`super::credit::BUFFER`].
+    backlog: VecDeque<u8>,
+    /// Who waits for the guest's answer, and gets the stream then.
+    connecting: Option<(Answer, VsockStream)>,
+    /// Greeting not yet sent: REQUEST or RESPONSE.
+    greet: Option<Due>,
+    /// The socket may have data, as far as its edges told.
+    readable: bool,
+    /// Which directions the embedder has closed, as flags of a shutdown packet, and what the guest was told of that.
+    closed: u32,
+    told_closed: u32,
+    /// Which directions the guest has closed.
+    pub guest_closed: u32,
+    credit_asked: bool,
+}
+
+impl Connection {
+    pub(super) fn accepted(ports: Ports, socket: UnixStream, tail: Tail) -> Self {
+        Self::new(ports, socket, tail, Due::Response, None)
+    }
+
+    pub(super) fn connecting(ports: Ports, socket: UnixStream, tail: Tail, answer: Answer, stream: VsockStream) -> Self {
+        Self::new(ports, socket, tail, Due::Request, Some((answer, stream)))
+    }
+
+    fn new(
+        ports: Ports,
+        socket: UnixStream,
+        tail: Tail,
+        greet: Due,
+        connecting: Option<(Answer, VsockStream)>,
+    ) -> Self {
+        Self {
+            ports,
+            credit: Credit::default(),
+            queued: false,
+            socket,
+            tail,
+            backlog: VecDeque::new(),
+            connecting,
+            greet: Some(greet),
+            readable: false,
+            closed: 0,
+            told_closed: 0,
+            guest_closed: 0,
+            credit_asked: false,
+        }
+    }
+
+    pub(super) fn socket(&self) -> &UnixStream {
+        &self.socket
+    }
+
+    /// The guest has accepted.
+    pub(super) fn established(&mut self) {
+        if let Some((answer, stream)) = self.connecting.take() {
+            // Nobody may wait any more; the stream is closed then, which the guest will be told.
+            let _ = answer.send(Ok(stream));
+        }
+    }
+
+    pub(super) fn is_connecting(&self) -> bool {
+        self.connecting.is_some()
+    }
+
+    /// The guest wants to know how much it may send.
+    pub(super) fn ask_credit(&mut self) {
+        self.credit_asked = true;
+    }
+
+    pub(super) fn socket_readable(&mut self) {
+        self.readable = true;
+    }
+
+    /// The embedder has closed both directions: its stream is gone.
+    pub(super) fn socket_hung_up(&mut self) {
+        self.readable = true;
+        self.closed |= SHUTDOWN_RECEIVE;
+    }
+
+    /// What to say now, if anything.
+    pub(super) fn due(&self) -> Option<Due> {
+        if self.greet.is_some() {
+            return self.greet;
+        }
+        if self.is_connecting() {
+            return None;
+        }
+        let may_send = self.credit.may_send();
+        if self.readable && self.closed & SHUTDOWN_SEND == 0 && may_send > 0 && self.guest_closed & SHUTDOWN_RECEIVE == 0 {
+            return Some(Due::Data(may_send));
+        }
+        // The end of sending is told after everything was read (`closed` gets the flag at end of file), or when the
+        // guest would not take it anyway.
+        let deaf = self.guest_closed & SHUTDOWN_RECEIVE;
+        let closed = if self.closed & deaf != 0 { SHUTDOWN_RECEIVE | SHUTDOWN_SEND } else { self.closed };
+        let untold = closed & !self.told_closed;
+        if untold & SHUTDOWN_SEND != 0 || untold != 0 && !self.readable {
+            return Some(Due::Shutdown(closed));
+        }
+        (self.credit_asked || self.credit.worth_telling()).then_some(Due::CreditUpdate)
+    }
+
+    /// It was said.
+    pub(super) fn said(&mut self, due: Due) {
+        match due {
+            Due::Request | Due::Response => self.greet = None,
+            Due::Shutdown(flags) => self.told_closed |= flags,
+            Due::Data(_) | Due::CreditUpdate => {}
+        }
+        self.credit_asked = false;
+    }
+
+    /// Moves data of the embedder straight into the guest. `None`: there is none, for now or for ever.
+    pub(super) fn receive_into(&mut self, memory: &GuestMemory, segments: &[Segment]) -> Option<u32> {
+        match memory.receive(segments, self.socket.as_fd()) {
+            Ok(0) => {
+                self.readable = false;
+                self.closed |= SHUTDOWN_SEND;
+                None
+            }
+            Ok(n) => {
+                let n = n as u32;
+                self.credit.sent(n);
+                Some(n)
+            }
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => None,
+            Err(e) => {
+                self.readable = false;
+                if e.kind() != io::ErrorKind::WouldBlock {
+                    self.closed |= SHUTDOWN_SEND | SHUTDOWN_RECEIVE;
+                }
+                None
+            }
+        }
+    }
+
+    /// Takes data of the guest: straight into the embedder's socket, the rest into the backlog.
+    /// False when the guest sent more than it may.
+    pub(super) fn send_from(&mut self, memory: &GuestMemory, segments: &[Segment]) -> bool {
+        let total: usize = segments.iter().map(|s| s.len()).sum();
+        if !self.credit.received(total as u32) {
+            return false;
+        }
+        let mut done = 0;
+        if self.backlog.is_empty() {
+            done = match memory.send(segments, self.socket.as_fd()) {
+                Ok(n) => n,
+                Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => 0,
+                // The embedder does not read any more: what the guest sends goes nowhere, as with any socket.
+                Err(_) => total,
+            };
+            self.credit.forwarded(done as u32);
+        }
+        let mut skip = done;
+        for segment in segments {
+            let (skipped, rest) = segment.split_at(skip);
+            skip -= skipped.len();
+            let mut bytes = vec![0; rest.len()];
+            if memory.read(rest.addr(), &mut bytes).is_err() {
+                return false;
+            }
+            self.backlog.extend(bytes);
+        }
+        true
+    }
+
+    /// The embedder's socket may have room again.
+    pub(super) fn flush(&mut self) {
+        while !self.backlog.is_empty() {
+            let (first, _) = self.backlog.as_slices();
+            match sys::send(self.socket.as_fd(), first, false) {
+                Ok(n) => {
+                    self.backlog.drain(..n);
+                    self.credit.forwarded(n as u32);
+                }
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return,
+                Err(_) => {
+                    self.credit.forwarded(self.backlog.len() as u32);
+                    self.backlog.clear();
+                }
+            }
+        }
+        if self.guest_closed & SHUTDOWN_SEND != 0 {
+            // Fails only when the embedder has closed already.
+            let _ = self.socket.shutdown(Shutdown::Write);
+        }
+        if self.guest_closed & SHUTDOWN_RECEIVE != 0 {
+            let _ = self.socket.shutdown(Shutdown::Read);
+        }
+    }
+
+    /// Both directions are closed by the guest and nothing waits for the embedder.
+    pub(super) fn finished(&self) -> bool {
+        self.guest_closed == SHUTDOWN_SEND | SHUTDOWN_RECEIVE && self.backlog.is_empty()
+    }
+
+    /// The end: what the embedder has not taken stays readable in its stream.
+    pub(super) fn end(mut self, refusal: impl FnOnce() -> crate::error::Error) {
+        if let Some((answer, _)) = self.connecting.take() {
+            let _ = answer.send(Err(refusal()));
+        }
+        self.flush();
+        self.tail.lock().unwrap_or_else(PoisonError::into_inner).append(&mut self.backlog);
+    }
+}

@@ -1,0 +1,398 @@
+//! Socket device (Virtio 1.3, 5.10): connections between guest programs and the embedder. Runs on the VM's loop.
+//!
+//! Each connection is a socket pair: the embedder holds one end as a [`VsockStream`], the device the other. Data moves
+//! between socket and guest memory without a copy in between; what the embedder does not take waits in a buffer whose
+//! size the guest was told as its credit. A guest that sends more is disconnected.
+
+mod connection;
+mod credit;
+mod packet;
+mod stream;
+
+use std::collections::{HashMap, VecDeque};
+use std::os::fd::AsFd;
+use std::sync::Arc;
+
+use connection::{Answer, Connection, Due, Ports};
+use packet::{HEADER, Header, Op, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, TYPE_STREAM};
+use stream::Arrivals;
+pub use stream::{VsockListener, VsockStream};
+
+use super::{Chain, DeviceIo, DeviceType, Profile, Source, VirtioDevice};
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::event::Interest;
+
+/// The host's address in every guest (Virtio 1.3, 5.10.4).
+pub(crate) const HOST_CID: u64 = 2;
+/// The guest's. Guests do not see each other, so all have the same.
+pub(crate) const GUEST_CID: u64 = 3;
+
+/// Queues (Virtio 1.3, 5.10.2): to the guest, from the guest, events.
+const RX: usize = 0;
+const TX: usize = 1;
+const QUEUE_SIZE: u16 = 256;
+/// Connections at once. More are refused.
+const MAX_CONNECTIONS: usize = 1024;
+/// Answers that may wait for the guest to offer buffers. Then nothing more is taken from it.
+const MAX_RESETS: usize = 128;
+/// Packets sent or taken before others get their turn.
+const TURN: usize = 256;
+/// The most data in one packet.
+const MAX_DATA: u32 = 64 * 1024;
+/// Ports for connections that the embedder makes are taken from here on, round and round.
+const EPHEMERAL: u32 = 1 << 30;
+
+/// The device and all its connections.
+#[derive(Debug)]
+pub(crate) struct Vsock {
+    connections: HashMap<u32, Connection>,
+    names: HashMap<Ports, u32>,
+    listeners: HashMap<u32, Arc<Arrivals>>,
+    /// Connections that may have something to say, each at most once.
+    talkative: VecDeque<u32>,
+    resets: VecDeque<Ports>,
+    /// A buffer of the guest that nobody had anything to put into.
+    spare: Option<Chain>,
+    next_number: u32,
+    next_port: u32,
+}
+
+impl std::fmt::Debug for Arrivals {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Arrivals")
+    }
+}
+
+impl Vsock {
+    pub(crate) fn new() -> Self {
+        Self {
+            connections: HashMap::new(),
+            names: HashMap::new(),
+            listeners: HashMap::new(),
+            talkative: VecDeque::new(),
+            resets: VecDeque::new(),
+            spare: None,
+            next_number: 0,
+            next_port: EPHEMERAL,
+        }
+    }
+
+    /// From now on guests may connect to `port` of the host.
+    ///
+    /// # Errors
+    /// `AlreadyExists` when there is a listener, `ResourceExhausted` without descriptors.
+    pub(crate) fn listen(&mut self, port: u32) -> Result<VsockListener> {
+        self.listeners.retain(|_, arrivals| !arrivals.closed());
+        if self.listeners.contains_key(&port) {
+            return Err(Error::new(ErrorKind::AlreadyExists, format!("somebody listens on vsock port {port} already")));
+        }
+        let arrivals = Arrivals::new().doing(|| format!("listening on vsock port {port}"))?;
+        self.listeners.insert(port, arrivals.clone());
+        Ok(VsockListener::new(arrivals, port))
+    }
+
+    /// Connects to `port` of the guest; `answer` gets the stream or the refusal.
+    pub(crate) fn connect(&mut self, io: Option<&mut DeviceIo>, port: u32, answer: Answer) {
+        let refuse = |error| drop(answer.send(Err(error)));
+        let Some(io) = io else {
+            return refuse(Error::new(ErrorKind::InvalidState, "the guest has no vsock driver running yet"));
+        };
+        if self.connections.len() >= MAX_CONNECTIONS {
+            return refuse(Error::new(ErrorKind::ResourceExhausted, format!("there are {MAX_CONNECTIONS} vsock connections")));
+        }
+        let (stream, socket, tail) = match VsockStream::pair() {
+            Ok(pair) => pair,
+            Err(error) => return refuse(Error::from(error).doing("connecting over vsock")),
+        };
+        let mut host_port = self.next_port;
+        while self.names.contains_key(&(host_port, port)) {
+            host_port = host_port.wrapping_add(1).max(EPHEMERAL);
+        }
+        self.next_port = host_port.wrapping_add(1).max(EPHEMERAL);
+        let connection = Connection::connecting((host_port, port), socket, tail, answer, stream);
+        if let Err(connection) = self.add(io, connection) {
+            return connection.end(|| Error::new(ErrorKind::ResourceExhausted, "the connection cannot be watched"));
+        }
+        self.talk(io);
+    }
+
+    /// Registers a connection. Gives it back when its socket cannot be watched.
+    fn add(&mut self, io: &DeviceIo, connection: Connection) -> Result<(), Box<Connection>> {
+        let mut number = self.next_number;
+        while self.connections.contains_key(&number) {
+            number = next(number);
+        }
+        self.next_number = next(number);
+        let edges = Interest::IN | Interest::OUT | Interest::READ_HANG_UP | Interest::EDGE_TRIGGERED;
+        if io.watch(connection.socket().as_fd(), number, edges).is_err() {
+            return Err(Box::new(connection));
+        }
+        self.names.insert(connection.ports, number);
+        self.connections.insert(number, connection);
+        self.has_news(number);
+        Ok(())
+    }
+
+    /// Forgets a connection; its socket closes.
+    fn remove(&mut self, ports: Ports, refusal: &str) {
+        if let Some(connection) = self.names.remove(&ports).and_then(|number| self.connections.remove(&number)) {
+            connection.end(|| Error::new(ErrorKind::NotFound, format!("vsock port {}: {refusal}", ports.1)));
+        }
+    }
+
+    fn reset(&mut self, ports: Ports) {
+        self.remove(ports, "the connection was reset");
+        self.resets.push_back(ports);
+    }
+
+    /// The driver sent a packet.
+    fn hear(&mut self, io: &DeviceIo, chain: &mut Chain) {
+        let Ok(bytes) = chain.read() else { return };
+        let header = Header::parse(&bytes);
+        let ports = (header.dst_port, header.src_port);
+        if header.src_cid != GUEST_CID || header.dst_cid != HOST_CID {
+            // Nobody has that address; a reset could not be addressed either.
+            return;
+        }
+        if header.kind != TYPE_STREAM {
+            // "…SHOULD reply with VIRTIO_VSOCK_OP_RST to unknown types" (Virtio 1.3, 5.10.6.4.2).
+            return self.reset(ports);
+        }
+        match (header.op, self.names.get(&ports).copied()) {
+            (Op::Reset, _) => self.remove(ports, "nobody listens there"),
+            (Op::Request, None) => self.accept(io, ports, &header),
+            (_, Some(number)) if header.op != Op::Request => self.talk_to(number, ports, &header, chain),
+            _ => self.reset(ports),
+        }
+    }
+
+    fn accept(&mut self, io: &DeviceIo, ports: Ports, header: &Header) {
+        let full = self.connections.len() >= MAX_CONNECTIONS;
+        let Some(arrivals) = self.listeners.get(&ports.0).filter(|a| a.has_room() && !full).cloned() else {
+            return self.reset(ports);
+        };
+        let Ok((stream, socket, tail)) = VsockStream::pair() else { return self.reset(ports) };
+        let mut connection = Connection::accepted(ports, socket, tail);
+        connection.credit.heard(header.buf_alloc, header.fwd_cnt);
+        match self.add(io, connection) {
+            Ok(()) => arrivals.push(stream),
+            Err(_) => self.resets.push_back(ports),
+        }
+    }
+
+    /// A packet for a connection that exists.
+    fn talk_to(&mut self, number: u32, ports: Ports, header: &Header, chain: &mut Chain) {
+        let Some(connection) = self.connections.get_mut(&number) else { return };
+        connection.credit.heard(header.buf_alloc, header.fwd_cnt);
+        let sound = match header.op {
+            Op::Response if connection.is_connecting() => {
+                connection.established();
+                true
+            }
+            // Anything else before the answer, and a second answer, is out of turn.
+            _ if connection.is_connecting() => false,
+            Op::Data => {
+                let len = header.len as usize;
+                len <= chain.readable_len() && {
+                    let segments = chain.take_readable(len);
+                    connection.send_from(chain.memory(), &segments)
+                }
+            }
+            Op::Shutdown => {
+                connection.guest_closed |= header.flags & (SHUTDOWN_RECEIVE | SHUTDOWN_SEND);
+                connection.flush();
+                true
+            }
+            Op::CreditUpdate => true,
+            Op::CreditRequest => {
+                connection.ask_credit();
+                true
+            }
+            _ => false,
+        };
+        if !sound || connection.finished() {
+            self.reset(ports);
+        } else {
+            self.has_news(number);
+        }
+    }
+
+    /// Puts a connection that may have something to say into the list, once.
+    fn has_news(&mut self, number: u32) {
+        if let Some(connection) = self.connections.get_mut(&number).filter(|c| !c.queued && c.due().is_some()) {
+            connection.queued = true;
+            self.talkative.push_back(number);
+        }
+    }
+
+    /// Takes what the driver sent, as long as answers have room.
+    fn listen_to_driver(&mut self, io: &mut DeviceIo) {
+        for _ in 0..TURN {
+            if self.resets.len() >= MAX_RESETS {
+                // Goes on when the driver has offered buffers for the answers: see `ready`.
+                return io.flush(TX);
+            }
+            match io.pop(TX) {
+                Some(mut chain) => {
+                    self.hear(io, &mut chain);
+                    io.complete(TX, chain);
+                }
+                None if io.rearm(TX) => {}
+                None => return io.flush(TX),
+            }
+        }
+        io.flush(TX);
+        io.kick_self(TX);
+    }
+
+    /// Sends what is due, as long as the driver offers buffers.
+    fn talk(&mut self, io: &mut DeviceIo) {
+        for _ in 0..TURN {
+            if self.resets.is_empty() && self.talkative.is_empty() {
+                return io.flush(RX);
+            }
+            let next = self.spare.take().or_else(|| io.pop(RX));
+            match next {
+                Some(mut chain) => {
+                    // A buffer too small for a header is given back empty; the driver will see nothing in it.
+                    if chain.writable_len() < HEADER || self.fill(&mut chain) {
+                        io.complete(RX, chain);
+                    } else {
+                        self.spare = Some(chain);
+                    }
+                }
+                None if io.rearm(RX) => {}
+                None => return io.flush(RX),
+            }
+        }
+        io.flush(RX);
+        io.kick_self(RX);
+    }
+
+    /// Puts the next packet into `chain`. False when there was none after all.
+    fn fill(&mut self, chain: &mut Chain) -> bool {
+        if let Some(ports) = self.resets.pop_front() {
+            let header = header(ports, Op::Reset, 0, (0, 0));
+            return chain.write(&header.to_bytes()).is_ok();
+        }
+        while let Some(number) = self.talkative.pop_front() {
+            let Some(connection) = self.connections.get_mut(&number) else { continue };
+            connection.queued = false;
+            let said = say(connection, chain);
+            self.has_news(number);
+            if said {
+                return true;
+            }
+        }
+        false
+    }
+
+    fn socket_ready(&mut self, number: u32, events: Interest) {
+        let Some(connection) = self.connections.get_mut(&number) else { return };
+        if events.intersects(Interest::IN | Interest::READ_HANG_UP | Interest::HANG_UP | Interest::ERROR) {
+            connection.socket_readable();
+        }
+        if events.intersects(Interest::HANG_UP | Interest::ERROR) {
+            connection.socket_hung_up();
+        }
+        if events.intersects(Interest::OUT | Interest::HANG_UP | Interest::ERROR) {
+            connection.flush();
+        }
+        let (finished, ports) = (connection.finished(), connection.ports);
+        if finished {
+            self.reset(ports);
+        } else {
+            self.has_news(number);
+        }
+    }
+}
+
+/// Puts what is due into `chain`, which has room for a header. False when it was data and there is none after all.
+fn say(connection: &mut Connection, chain: &mut Chain) -> bool {
+    let Some(due) = connection.due() else { return false };
+    let (op, flags, mut len) = match due {
+        Due::Request => (Op::Request, 0, 0),
+        Due::Response => (Op::Response, 0, 0),
+        Due::Shutdown(flags) => (Op::Shutdown, flags, 0),
+        Due::CreditUpdate => (Op::CreditUpdate, 0, 0),
+        Due::Data(max) => (Op::Data, 0, max.min(MAX_DATA)),
+    };
+    if op == Op::Data {
+        let space = chain.writable_after(HEADER, len as usize);
+        match connection.receive_into(chain.memory(), &space) {
+            Some(n) => len = n,
+            None => return false,
+        }
+    }
+    connection.said(due);
+    let header = Header { flags, ..header(connection.ports, op, len, connection.credit.tell()) };
+    let written = chain.write(&header.to_bytes()).is_ok();
+    chain.wrote(len as usize);
+    written
+}
+
+impl VirtioDevice for Vsock {
+    fn profile(&self) -> Profile {
+        Profile::new(DeviceType::Vsock)
+            .queue(QUEUE_SIZE)
+            .queue(QUEUE_SIZE)
+            .queue(QUEUE_SIZE)
+            // Virtio 1.3, 5.10.4: the guest's address.
+            .config(GUEST_CID.to_le_bytes())
+    }
+
+    fn ready(&mut self, io: &mut DeviceIo, source: Source) {
+        match source {
+            Source::Queue(TX) => self.listen_to_driver(io),
+            Source::Queue(RX) => {
+                // Room for answers lets us hear again what was put off.
+                if self.resets.len() >= MAX_RESETS {
+                    io.kick_self(TX);
+                }
+            }
+            Source::Queue(_) => {}
+            Source::Watched { number, events } => self.socket_ready(number, events),
+        }
+        self.talk(io);
+    }
+
+    fn stopping(&mut self, _: &mut DeviceIo) {
+        // Sockets are closed with their connections, which ends the watching too.
+        self.names.clear();
+        for (_, connection) in self.connections.drain() {
+            connection.end(|| Error::new(ErrorKind::InvalidState, "the guest's vsock driver has stopped"));
+        }
+        self.talkative.clear();
+        self.resets.clear();
+        self.spare = None;
+    }
+}
+
+impl Drop for Vsock {
+    fn drop(&mut self) {
+        self.listeners.values().for_each(|arrivals| arrivals.close());
+    }
+}
+
+fn next(number: u32) -> u32 {
+    (number + 1) % (1 << 30)
+}
+
+/// A header from the host to the guest.
+fn header(ports: Ports, op: Op, len: u32, (buf_alloc, fwd_cnt): (u32, u32)) -> Header {
+    Header {
+        src_cid: HOST_CID,
+        dst_cid: GUEST_CID,
+        src_port: ports.0,
+        dst_port: ports.1,
+        len,
+        kind: TYPE_STREAM,
+        op,
+        flags: 0,
+        buf_alloc,
+        fwd_cnt,
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,248 @@
+//! The embedder's ends: a connection with a guest, and the place where a guest's connections arrive.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::io::{self, Read, Write};
+use std::net::Shutdown;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::sys::{EventFd, borrow, eventfd, send, wait_readable};
+
+/// What the guest had sent and nobody had read when the connection ended. Shared by the device and all clones.
+pub(super) type Tail = Arc<Mutex<VecDeque<u8>>>;
+
+/// A connection with a program in the guest, over vsock.
+///
+/// Reads and writes block like those of a `TcpStream`, unless [`VsockStream::set_nonblocking`] says otherwise; the
+/// descriptor behind [`AsFd`] can be waited for with poll, epoll, tokio, smol or mio. Flow control reaches through to
+/// the guest's program: whoever does not read stops the other side, and nothing grows. Both directions can be shut
+/// down apart. When the VM ends, reads give what the guest had sent, then end of file. Dropping closes.
+pub struct VsockStream {
+    socket: UnixStream,
+    tail: Tail,
+}
+
+impl VsockStream {
+    /// The two ends: the embedder's, and the device's.
+    pub(super) fn pair() -> io::Result<(Self, UnixStream, Tail)> {
+        let (near, far) = UnixStream::pair()?;
+        far.set_nonblocking(true)?;
+        let tail = Tail::default();
+        Ok((Self { socket: near, tail: tail.clone() }, far, tail))
+    }
+
+    /// Another handle to the same connection, for reading and writing on two threads.
+    ///
+    /// # Errors
+    /// `ResourceExhausted` when the process has no descriptors left.
+    pub fn try_clone(&self) -> Result<Self> {
+        let socket = self.socket.try_clone().doing(|| "cloning a vsock connection")?;
+        Ok(Self { socket, tail: self.tail.clone() })
+    }
+
+    /// Ends one or both directions: the guest reads end of file, or cannot write any more.
+    ///
+    /// # Errors
+    /// `Io` when the connection has ended already.
+    pub fn shutdown(&self, how: Shutdown) -> Result<()> {
+        self.socket.shutdown(how).doing(|| "shutting a vsock connection down")
+    }
+
+    /// Makes reads and writes fail with `WouldBlock` instead of waiting, for all clones.
+    ///
+    /// # Errors
+    /// `Io` as fcntl(2) fails.
+    pub fn set_nonblocking(&self, nonblocking: bool) -> Result<()> {
+        self.socket.set_nonblocking(nonblocking).doing(|| "setting up a vsock connection")
+    }
+
+    /// Bounds how long a read waits; `None`, as at first, waits for ever. Reads fail with `WouldBlock` then.
+    ///
+    /// # Errors
+    /// `Io` for a zero duration.
+    pub fn set_read_timeout(&self, timeout: Option<Duration>) -> Result<()> {
+        self.socket.set_read_timeout(timeout).doing(|| "setting up a vsock connection")
+    }
+
+    /// Bounds how long a write waits; `None`, as at first, waits for ever. Writes fail with `WouldBlock` then.
+    ///
+    /// # Errors
+    /// `Io` for a zero duration.
+    pub fn set_write_timeout(&self, timeout: Option<Duration>) -> Result<()> {
+        self.socket.set_write_timeout(timeout).doing(|| "setting up a vsock connection")
+    }
+}
+
+impl Read for &VsockStream {
+    fn read(&mut self, to: &mut [u8]) -> io::Result<usize> {
+        match (&self.socket).read(to) {
+            Ok(0) if !to.is_empty() => self.tail.lock().unwrap_or_else(PoisonError::into_inner).read(to),
+            other => other,
+        }
+    }
+}
+
+impl Write for &VsockStream {
+    fn write(&mut self, from: &[u8]) -> io::Result<usize> {
+        send(self.socket.as_fd(), from, true)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Read for VsockStream {
+    fn read(&mut self, to: &mut [u8]) -> io::Result<usize> {
+        (&*self).read(to)
+    }
+}
+
+impl Write for VsockStream {
+    fn write(&mut self, from: &[u8]) -> io::Result<usize> {
+        (&*self).write(from)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl AsFd for VsockStream {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+impl fmt::Debug for VsockStream {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "VsockStream({:?})", self.socket.as_fd())
+    }
+}
+
+/// Connections that wait to be accepted, at most; more are refused.
+const BACKLOG: usize = 128;
+
+#[derive(Debug, Default)]
+struct Queue {
+    waiting: VecDeque<VsockStream>,
+    closed: bool,
+}
+
+/// Where the device puts what arrives. Shared with the listener.
+pub(super) struct Arrivals {
+    queue: Mutex<Queue>,
+    ready: EventFd,
+}
+
+impl Arrivals {
+    pub(super) fn new() -> io::Result<Arc<Self>> {
+        Ok(Arc::new(Self { queue: Mutex::default(), ready: eventfd()? }))
+    }
+
+    fn queue(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether one more connection may wait.
+    pub(super) fn has_room(&self) -> bool {
+        let queue = self.queue();
+        !queue.closed && queue.waiting.len() < BACKLOG
+    }
+
+    pub(super) fn push(&self, stream: VsockStream) {
+        self.queue().waiting.push_back(stream);
+        // A full counter is readable, which is all that is wanted.
+        let _ = self.ready.write(1);
+    }
+
+    /// Nothing more will arrive, or nobody will accept.
+    pub(super) fn close(&self) {
+        self.queue().closed = true;
+        let _ = self.ready.write(1);
+    }
+
+    pub(super) fn closed(&self) -> bool {
+        self.queue().closed
+    }
+}
+
+/// Takes the connections that guest programs make to one port of the host (CID 2). Dropping it refuses further ones.
+///
+/// The descriptor behind [`AsFd`] is readable while something waits to be accepted, or when the VM has ended.
+pub struct VsockListener {
+    arrivals: Arc<Arrivals>,
+    port: u32,
+}
+
+impl VsockListener {
+    pub(super) fn new(arrivals: Arc<Arrivals>, port: u32) -> Self {
+        Self { arrivals, port }
+    }
+
+    /// The port that guests connect to.
+    pub fn port(&self) -> u32 {
+        self.port
+    }
+
+    /// Waits for the next connection.
+    ///
+    /// # Errors
+    /// `InvalidState` when the VM has ended.
+    pub fn accept(&self) -> Result<VsockStream> {
+        self.wait(None)?.ok_or_else(|| Error::new(ErrorKind::TimedOut, "no connection arrived"))
+    }
+
+    /// Waits for the next connection, but not longer than `timeout`.
+    ///
+    /// # Errors
+    /// `TimedOut`; `InvalidState` when the VM has ended.
+    pub fn accept_timeout(&self, timeout: Duration) -> Result<VsockStream> {
+        self.wait(Some(timeout))?.ok_or_else(|| {
+            Error::new(ErrorKind::TimedOut, format!("no connection to vsock port {} within {timeout:?}", self.port))
+        })
+    }
+
+    fn wait(&self, timeout: Option<Duration>) -> Result<Option<VsockStream>> {
+        let deadline = timeout.map(|t| std::time::Instant::now() + t);
+        loop {
+            {
+                let mut queue = self.arrivals.queue();
+                if let Some(stream) = queue.waiting.pop_front() {
+                    return Ok(Some(stream));
+                }
+                if queue.closed {
+                    return Err(Error::new(ErrorKind::InvalidState, "the virtual machine has ended"));
+                }
+                // Under the lock: what is pushed later sets it again.
+                let _ = self.arrivals.ready.read();
+            }
+            let left = deadline.map(|d| d.saturating_duration_since(std::time::Instant::now()));
+            if !wait_readable(borrow(&self.arrivals.ready), left).doing(|| "waiting for a vsock connection")? {
+                return Ok(None);
+            }
+        }
+    }
+}
+
+impl Drop for VsockListener {
+    fn drop(&mut self) {
+        self.arrivals.close();
+    }
+}
+
+impl AsFd for VsockListener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        borrow(&self.arrivals.ready)
+    }
+}
+
+impl fmt::Debug for VsockListener {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "VsockListener({})", self.port)
+    }
+}

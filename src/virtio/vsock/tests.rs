@@ -1,0 +1,278 @@
+//! The device against a driver that is played by hand.
+
+use std::io::{Read, Write};
+use std::net::Shutdown;
+use std::os::fd::AsFd;
+use std::sync::mpsc;
+use std::time::Duration;
+
+use super::credit::BUFFER;
+use super::*;
+use crate::virtio::testing::Driver;
+
+const PORT: u32 = 1024;
+const GUEST_PORT: u32 = 7;
+
+struct Rig {
+    driver: Driver<Vsock>,
+    listener: VsockListener,
+}
+
+impl Rig {
+    fn new() -> Self {
+        let mut vsock = Vsock::new();
+        let listener = vsock.listen(PORT).unwrap();
+        let mut driver = Driver::start(vsock);
+        for _ in 0..64 {
+            driver.send(RX, &[], &[HEADER + 100, 4096]);
+        }
+        Self { driver, listener }
+    }
+
+    /// The guest sends a packet, its bytes split at `splits`.
+    fn say(&mut self, header: Header, data: &[u8], splits: &[usize]) {
+        let bytes = [header.to_bytes().as_slice(), data].concat();
+        let (mut pieces, mut rest) = (Vec::new(), bytes.as_slice());
+        for split in splits {
+            let (piece, later) = rest.split_at((*split).min(rest.len()));
+            pieces.push(piece);
+            rest = later;
+        }
+        pieces.push(rest);
+        pieces.retain(|p| !p.is_empty());
+        assert!(self.driver.send(TX, &pieces, &[]));
+        self.driver.poke(TX);
+        assert!(self.driver.receive(TX).is_some());
+    }
+
+    fn op(&mut self, op: Op, flags: u32) {
+        self.say(Header { flags, ..guest(op, 0) }, &[], &[]);
+    }
+
+    /// What the guest hears next.
+    fn hear(&mut self) -> Option<(Header, Vec<u8>)> {
+        let (bytes, written) = self.driver.receive(RX)?;
+        self.driver.send(RX, &[], &[HEADER + 100, 4096]);
+        let (header, data) = bytes[..written as usize].split_first_chunk().unwrap();
+        Some((Header::parse(header), data.to_vec()))
+    }
+
+    fn hear_op(&mut self) -> Option<Op> {
+        self.hear().map(|(header, _)| header.op)
+    }
+
+    /// Tells the device that every socket may have changed, as the loop would.
+    fn sockets(&mut self) {
+        for number in 0..4 {
+            self.driver.poke_watched(number);
+        }
+    }
+
+    fn connected() -> (Self, VsockStream) {
+        let mut rig = Self::new();
+        rig.op(Op::Request, 0);
+        assert_eq!(rig.hear_op(), Some(Op::Response));
+        let stream = rig.listener.accept_timeout(Duration::from_secs(5)).unwrap();
+        (rig, stream)
+    }
+}
+
+fn guest(op: Op, len: u32) -> Header {
+    Header {
+        src_cid: GUEST_CID,
+        dst_cid: HOST_CID,
+        src_port: GUEST_PORT,
+        dst_port: PORT,
+        len,
+        kind: TYPE_STREAM,
+        op,
+        flags: 0,
+        buf_alloc: 1 << 20,
+        fwd_cnt: 0,
+    }
+}
+
+#[test]
+fn guests_connect_to_listeners_only() {
+    let mut rig = Rig::new();
+    rig.say(Header { dst_port: 99, ..guest(Op::Request, 0) }, &[], &[]);
+    let (header, _) = rig.hear().unwrap();
+    assert_eq!((header.op, header.src_port, header.dst_port), (Op::Reset, 99, GUEST_PORT));
+    assert_eq!(rig.listener.accept_timeout(Duration::ZERO).unwrap_err().kind(), ErrorKind::TimedOut);
+}
+
+#[test]
+fn data_arrives_in_any_split_of_descriptors() {
+    let (mut rig, mut stream) = Rig::connected();
+    for splits in [&[][..], &[10], &[44], &[44, 1, 1], &[43, 3], &[1; 50]] {
+        rig.say(guest(Op::Data, 10), b"0123456789", splits);
+        let mut back = [0; 10];
+        stream.read_exact(&mut back).unwrap();
+        assert_eq!(&back, b"0123456789");
+    }
+}
+
+#[test]
+fn what_the_embedder_writes_reaches_the_guest_within_its_credit() {
+    let (mut rig, mut stream) = Rig::connected();
+    rig.say(Header { buf_alloc: 6, ..guest(Op::CreditUpdate, 0) }, &[], &[]);
+    stream.write_all(b"hello world").unwrap();
+    rig.sockets();
+    assert_eq!(rig.hear().unwrap().1, b"hello ");
+    assert!(rig.hear().is_none(), "no credit is left");
+    rig.say(Header { buf_alloc: 6, fwd_cnt: 6, ..guest(Op::CreditUpdate, 0) }, &[], &[]);
+    assert_eq!(rig.hear().unwrap().1, b"world");
+}
+
+#[test]
+fn a_reader_that_does_not_read_stops_the_guest_and_nothing_is_lost() {
+    let (mut rig, mut stream) = Rig::connected();
+    let chunk = vec![7u8; 32 * 1024];
+    let mut credit = BUFFER;
+    let mut sent = 0;
+    // As a driver does: only as much as there is credit for.
+    while credit >= chunk.len() as u32 {
+        rig.say(guest(Op::Data, chunk.len() as u32), &chunk, &[]);
+        sent += chunk.len() as u32;
+        credit -= chunk.len() as u32;
+        while let Some((header, _)) = rig.hear() {
+            credit = header.buf_alloc - (sent - header.fwd_cnt);
+        }
+    }
+    let mut received = vec![0; sent as usize];
+    let reader = std::thread::spawn(move || {
+        stream.read_exact(&mut received).unwrap();
+        received
+    });
+    while !reader.is_finished() {
+        rig.sockets();
+        std::thread::yield_now();
+    }
+    assert!(reader.join().unwrap().iter().all(|b| *b == 7));
+    assert_eq!(rig.hear_op(), Some(Op::CreditUpdate), "the guest hears that there is room again");
+}
+
+#[test]
+fn a_guest_that_ignores_its_credit_is_disconnected() {
+    let (mut rig, _stream) = Rig::connected();
+    let chunk = vec![0u8; 128 * 1024];
+    let mut ended = false;
+    for _ in 0..16 {
+        rig.say(guest(Op::Data, chunk.len() as u32), &chunk, &[]);
+        ended |= std::iter::from_fn(|| rig.hear_op()).any(|op| op == Op::Reset);
+    }
+    assert!(ended);
+}
+
+#[test]
+fn each_direction_closes_by_itself() {
+    let (mut rig, mut stream) = Rig::connected();
+    rig.say(guest(Op::Data, 3), b"end", &[]);
+    rig.op(Op::Shutdown, SHUTDOWN_SEND);
+    let mut all = Vec::new();
+    stream.read_to_end(&mut all).unwrap();
+    assert_eq!(all, b"end");
+    stream.write_all(b"still here").unwrap();
+    stream.shutdown(Shutdown::Write).unwrap();
+    rig.sockets();
+    assert_eq!(rig.hear().unwrap().1, b"still here");
+    let (header, _) = rig.hear().unwrap();
+    assert_eq!((header.op, header.flags), (Op::Shutdown, SHUTDOWN_SEND));
+    rig.op(Op::Shutdown, SHUTDOWN_SEND | SHUTDOWN_RECEIVE);
+    assert_eq!(rig.hear_op(), Some(Op::Reset));
+    assert!(rig.driver.device.connections.is_empty());
+}
+
+#[test]
+fn dropping_the_stream_tells_the_guest_after_all_data() {
+    let (mut rig, mut stream) = Rig::connected();
+    stream.write_all(b"last words").unwrap();
+    drop(stream);
+    // A socket pair that was closed reports a hang-up; the test's poke does not, so it is said by hand.
+    rig.driver.parts().0.connections.values_mut().for_each(Connection::socket_hung_up);
+    rig.sockets();
+    assert_eq!(rig.hear().unwrap().1, b"last words");
+    let (header, _) = rig.hear().unwrap();
+    assert_eq!((header.op, header.flags), (Op::Shutdown, SHUTDOWN_SEND | SHUTDOWN_RECEIVE));
+    rig.op(Op::Reset, 0);
+    assert!(rig.driver.device.connections.is_empty());
+}
+
+#[test]
+fn the_embedder_connects_and_is_refused() {
+    let mut rig = Rig::new();
+    for (reply, works) in [(Op::Response, true), (Op::Reset, false)] {
+        let (answer, wait) = mpsc::sync_channel(1);
+        let (vsock, io) = rig.driver.parts();
+        vsock.connect(Some(io), 5000, answer);
+        let (request, _) = rig.hear().unwrap();
+        assert_eq!((request.op, request.dst_port), (Op::Request, 5000));
+        rig.say(Header { src_port: 5000, dst_port: request.src_port, ..guest(reply, 0) }, &[], &[]);
+        assert_eq!(wait.try_recv().unwrap().is_ok(), works);
+    }
+}
+
+#[test]
+fn connecting_before_the_driver_runs_is_an_error() {
+    let (answer, wait) = mpsc::sync_channel(1);
+    Vsock::new().connect(None, 1, answer);
+    assert_eq!(wait.try_recv().unwrap().unwrap_err().kind(), ErrorKind::InvalidState);
+}
+
+#[test]
+fn what_was_received_survives_the_end() {
+    let (mut rig, mut stream) = Rig::connected();
+    let chunk = vec![9u8; 64 * 1024];
+    for _ in 0..4 {
+        rig.say(guest(Op::Data, chunk.len() as u32), &chunk, &[]);
+    }
+    drop(rig.driver.stop());
+    let mut all = Vec::new();
+    stream.read_to_end(&mut all).unwrap();
+    assert_eq!(all.len(), 4 * chunk.len());
+    assert_eq!(rig.listener.accept().unwrap_err().kind(), ErrorKind::InvalidState);
+}
+
+#[test]
+fn resets_wait_for_buffers_and_are_bounded() {
+    let mut driver = Driver::start(Vsock::new());
+    for port in 0..200 {
+        let header = Header { src_port: port, ..guest(Op::Request, 0) };
+        assert!(driver.send(TX, &[&header.to_bytes()], &[]));
+        driver.poke(TX);
+    }
+    assert_eq!(driver.device.resets.len(), MAX_RESETS);
+    for _ in 0..250 {
+        driver.send(RX, &[], &[HEADER]);
+    }
+    driver.poke(RX);
+    driver.poke(TX);
+    assert_eq!(std::iter::from_fn(|| driver.receive(RX)).count(), 200);
+}
+
+#[test]
+fn strange_packets_break_nothing() {
+    let (mut rig, stream) = Rig::connected();
+    rig.say(Header { src_cid: 77, ..guest(Op::Data, 1) }, b"x", &[]);
+    assert!(rig.hear().is_none());
+    rig.say(Header { len: 1000, ..guest(Op::Data, 0) }, b"short", &[]);
+    assert_eq!(rig.hear_op(), Some(Op::Reset));
+    drop(stream);
+    rig.say(Header { kind: 2, ..guest(Op::Request, 0) }, &[], &[]);
+    assert_eq!(rig.hear_op(), Some(Op::Reset));
+    rig.say(guest(Op::Unknown(99), 0), &[], &[]);
+    assert_eq!(rig.hear_op(), Some(Op::Reset));
+    assert!(rig.driver.send(TX, &[b"tiny"], &[]));
+    rig.driver.poke(TX);
+    assert!(!rig.driver.broken());
+}
+
+#[test]
+fn listeners_are_one_a_port_until_dropped() {
+    let mut vsock = Vsock::new();
+    let first = vsock.listen(5).unwrap();
+    assert_eq!((first.port(), vsock.listen(5).unwrap_err().kind()), (5, ErrorKind::AlreadyExists));
+    let _ = first.as_fd();
+    drop(first);
+    vsock.listen(5).unwrap();
+}
