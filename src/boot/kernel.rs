@@ -90,6 +90,11 @@ impl Kernel {
         self
     }
 
+    /// The command line as it was set.
+    pub(crate) fn text(&self) -> &str {
+        &self.cmdline
+    }
+
     fn read(path: &Path) -> Result<Self> {
         let mut file = File::open(path)?;
         if !file.metadata()?.is_file() {

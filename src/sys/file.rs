@@ -7,6 +7,8 @@ use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
+use crate::size::Size;
+
 /// How a file is shared between virtual machines.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum LockKind {
@@ -46,6 +48,13 @@ pub(crate) fn temp_file(dir: &Path) -> io::Result<File> {
     }
     // SAFETY: open returned a new descriptor that nobody else owns.
     Ok(unsafe { File::from_raw_fd(fd) })
+}
+
+/// An unnamed, sparse file of `size` in the folder for temporary files.
+pub(crate) fn scratch_file(size: Size) -> io::Result<File> {
+    let file = temp_file(&std::env::temp_dir())?;
+    file.set_len(size.as_bytes())?;
+    Ok(file)
 }
 
 /// Fills `buffer` with random bytes from the host's kernel. Blocks only before the host's own pool is ready.

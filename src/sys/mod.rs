@@ -8,7 +8,7 @@ mod file;
 mod iovec;
 mod signal;
 
-pub(crate) use file::{LockKind, cache_dir, fill_random, page_size, temp_file, try_lock};
+pub(crate) use file::{LockKind, cache_dir, fill_random, page_size, scratch_file, temp_file, try_lock};
 pub(crate) use iovec::{preadv, pwritev, readv, send, sendv};
 pub(crate) use signal::{KickSignal, ThreadId};
 pub(crate) use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};

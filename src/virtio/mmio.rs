@@ -58,7 +58,6 @@ const VENDOR: u32 = 0x4646_4f43;
 pub(crate) const NOTIFY_OFFSET: u64 = reg::QUEUE_NOTIFY;
 
 /// One device's registers.
-#[derive(Debug)]
 pub(crate) struct MmioTransport {
     profile: Profile,
     memory: GuestMemory,
@@ -67,6 +66,8 @@ pub(crate) struct MmioTransport {
     interrupt: Interrupt,
     kicks: Arc<[EventFd]>,
     counters: Arc<Counters>,
+    /// Told when a driver has made the device run.
+    on_ready: Box<dyn Fn() + Send>,
 
     status: u32,
     device_features_sel: u32,
@@ -88,6 +89,7 @@ impl MmioTransport {
             kicks: kicks?.into(),
             interrupt: Interrupt::new()?,
             counters: Arc::default(),
+            on_ready: Box::new(|| ()),
             profile,
             memory,
             devices,
@@ -98,6 +100,12 @@ impl MmioTransport {
             driver_features: 0,
             queue_sel: 0,
         })
+    }
+
+    /// Tells `f`, on a vCPU's thread, whenever a driver has made the device run.
+    pub(crate) fn on_ready(mut self, f: impl Fn() + Send + 'static) -> Self {
+        self.on_ready = Box::new(f);
+        self
     }
 
     pub(crate) fn interrupt(&self) -> &Interrupt {
@@ -219,7 +227,10 @@ impl MmioTransport {
         }
         if added & status::DRIVER_OK != 0 && self.status & status::FEATURES_OK != 0 {
             match self.start() {
-                Ok(()) => self.status |= status::DRIVER_OK,
+                Ok(()) => {
+                    self.status |= status::DRIVER_OK;
+                    (self.on_ready)();
+                }
                 Err(error) => {
                     log::warn!("device {} cannot start: {error}", self.slot);
                     self.interrupt.signal_broken();

@@ -9,7 +9,8 @@ use kvm_bindings::{Msrs, kvm_msr_entry};
 
 pub(crate) use cpuid::Cpu;
 pub(crate) use mptable::write_tables;
-pub(crate) use regs::{Registers, boot_vcpu, write_boot_tables};
+pub use regs::Registers;
+pub(crate) use regs::{boot_vcpu, write_boot_tables};
 
 use crate::error::{Error, ErrorKind, Result};
 

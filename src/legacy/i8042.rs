@@ -1,0 +1,189 @@
+//! The keyboard controller: kernels reset the machine through it, and a person's Ctrl-Alt-Del arrives by it.
+//!
+//! Command and data bytes are those of the IBM PC/AT Technical Reference, "Keyboard Controller". The keyboard has one
+//! gesture: Ctrl-Alt-Del, which every init takes as the wish to shut down.
+
+use std::collections::VecDeque;
+
+use crate::arch::layout::I8042_PORT;
+use crate::bus::BusDevice;
+use crate::error::{Context, Result};
+use crate::sys::{EventFd, eventfd};
+
+/// Where it answers: first port, and how many.
+pub(crate) const I8042_PORTS: (u64, u64) = (I8042_PORT, 5);
+const DATA: u64 = 0;
+const COMMAND: u64 = 4;
+
+/// Status register: the guest may read a byte; the system has passed its test.
+const OUTPUT_FULL: u8 = 1;
+const SYSTEM_FLAG: u8 = 4;
+/// Command byte: interrupt when a byte of the keyboard can be read.
+const KEYBOARD_INTERRUPT: u8 = 1;
+/// Command byte: the keyboard's clock is off.
+const KEYBOARD_OFF: u8 = 1 << 4;
+
+/// Ctrl, Alt and Del, pressed and released (scan code set 1).
+const CTRL_ALT_DEL: [u8; 8] = [0x1d, 0x38, 0xe0, 0x53, 0xe0, 0xd3, 0xb8, 0x9d];
+/// What the guest has not read; more is dropped, as a real controller drops keys.
+const MAX_OUTPUT: usize = 32;
+
+/// What the next byte at the data port belongs to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Expect {
+    /// A command for the keyboard.
+    Keyboard,
+    /// The argument of a keyboard command.
+    KeyboardArgument,
+    /// A new command byte.
+    CommandByte,
+    /// Something that is ignored.
+    Nothing,
+}
+
+/// The device. `on_reset` is called on the vCPU's thread.
+pub(crate) struct I8042<F> {
+    on_reset: F,
+    interrupt: EventFd,
+    output: VecDeque<u8>,
+    command_byte: u8,
+    expect: Expect,
+}
+
+impl<F: FnMut() + Send> I8042<F> {
+    /// The controller, and the descriptor of its interrupt.
+    ///
+    /// # Errors
+    /// `ResourceExhausted` when the process has no descriptors left.
+    pub(crate) fn new(on_reset: F) -> Result<(Self, EventFd)> {
+        let interrupt = eventfd().doing(|| "creating a keyboard controller")?;
+        let theirs = interrupt.try_clone().doing(|| "creating a keyboard controller")?;
+        let controller =
+            Self { on_reset, interrupt, output: VecDeque::new(), command_byte: KEYBOARD_OFF, expect: Expect::Keyboard };
+        Ok((controller, theirs))
+    }
+
+    /// Presses Ctrl-Alt-Del. False when the guest has no keyboard driver to hear it.
+    pub(crate) fn press_ctrl_alt_del(&mut self) -> bool {
+        let listening = self.command_byte & (KEYBOARD_INTERRUPT | KEYBOARD_OFF) == KEYBOARD_INTERRUPT;
+        if listening {
+            self.answer(&CTRL_ALT_DEL);
+        }
+        listening
+    }
+
+    fn answer(&mut self, bytes: &[u8]) {
+        if self.output.len() + bytes.len() <= MAX_OUTPUT {
+            self.output.extend(bytes);
+        }
+        self.raise();
+    }
+
+    fn raise(&self) {
+        if self.command_byte & KEYBOARD_INTERRUPT != 0 && !self.output.is_empty() {
+            // The only failure is a counter at its maximum: the interrupt is pending then already.
+            let _ = self.interrupt.write(1);
+        }
+    }
+
+    fn command(&mut self, command: u8) {
+        self.expect = Expect::Keyboard;
+        match command {
+            0x20 => self.answer(&[self.command_byte]),
+            0x60 => self.expect = Expect::CommandByte,
+            // There is no auxiliary port: its test fails and nothing written to it arrives.
+            0xa9 => self.answer(&[0xff]),
+            0xd1 | 0xd3 | 0xd4 => self.expect = Expect::Nothing,
+            0xd2 => self.expect = Expect::Nothing,
+            // Self test and keyboard port test pass.
+            0xaa => self.answer(&[0x55]),
+            0xab => self.answer(&[0]),
+            0xad => self.command_byte |= KEYBOARD_OFF,
+            0xae => self.command_byte &= !KEYBOARD_OFF,
+            // Pulse of the reset line.
+            0xfe => (self.on_reset)(),
+            _ => {}
+        }
+    }
+
+    fn data(&mut self, byte: u8) {
+        const ACK: u8 = 0xfa;
+        match std::mem::replace(&mut self.expect, Expect::Keyboard) {
+            Expect::CommandByte => self.command_byte = byte,
+            Expect::Nothing => {}
+            Expect::KeyboardArgument => self.answer(&[ACK]),
+            Expect::Keyboard => match byte {
+                // Lights, scan code set, repeat rate.
+                0xed | 0xf0 | 0xf3 => {
+                    self.expect = Expect::KeyboardArgument;
+                    self.answer(&[ACK]);
+                }
+                0xf2 => self.answer(&[ACK, 0xab, 0x83]),
+                0xff => self.answer(&[ACK, 0xaa]),
+                _ => self.answer(&[ACK]),
+            },
+        }
+    }
+}
+
+impl<F: FnMut() + Send> BusDevice for I8042<F> {
+    fn read(&mut self, offset: u64, data: &mut [u8]) {
+        let [byte] = data else { return };
+        match offset {
+            DATA => {
+                *byte = self.output.pop_front().unwrap_or(0);
+                self.raise();
+            }
+            COMMAND => *byte = SYSTEM_FLAG | if self.output.is_empty() { 0 } else { OUTPUT_FULL },
+            _ => {}
+        }
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        match (offset, data) {
+            (DATA, [byte]) => self.data(*byte),
+            (COMMAND, [byte]) => self.command(*byte),
+            _ => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    fn read(controller: &mut impl BusDevice, offset: u64) -> u8 {
+        let mut byte = [0];
+        controller.read(offset, &mut byte);
+        byte[0]
+    }
+
+    #[test]
+    fn a_pulse_of_the_reset_line_is_reported() {
+        let resets = AtomicU32::new(0);
+        let (mut controller, _) = I8042::new(|| drop(resets.fetch_add(1, Ordering::Relaxed))).unwrap();
+        (0..=u8::MAX).for_each(|command| controller.write(COMMAND, &[command]));
+        assert_eq!(resets.load(Ordering::Relaxed), 1);
+    }
+
+    #[test]
+    fn a_driver_that_set_it_up_hears_ctrl_alt_del() {
+        let (mut controller, interrupt) = I8042::new(|| ()).unwrap();
+        assert!(!controller.press_ctrl_alt_del(), "nobody listens yet");
+        controller.write(COMMAND, &[0x60]);
+        controller.write(DATA, &[KEYBOARD_INTERRUPT]);
+        assert!(controller.press_ctrl_alt_del());
+        assert!(interrupt.read().is_ok());
+        assert_eq!(read(&mut controller, COMMAND) & OUTPUT_FULL, OUTPUT_FULL);
+        let keys: Vec<u8> = (0..8).map(|_| read(&mut controller, DATA)).collect();
+        assert_eq!((keys.as_slice(), read(&mut controller, COMMAND) & OUTPUT_FULL), (&CTRL_ALT_DEL[..], 0));
+    }
+
+    #[test]
+    fn a_guest_that_never_reads_does_not_grow_it() {
+        let (mut controller, _) = I8042::new(|| ()).unwrap();
+        (0..10_000).for_each(|_| controller.write(DATA, &[0xff]));
+        assert!(controller.output.len() <= MAX_OUTPUT);
+    }
+}

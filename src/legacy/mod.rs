@@ -1,0 +1,11 @@
+//! The few old devices that a stock kernel talks to: a serial port, a keyboard controller, and the port that ends a VM.
+//!
+//! They answer on the port bus, on vCPU threads, and never wait.
+
+mod exit_port;
+mod i8042;
+mod serial;
+
+pub(crate) use exit_port::{EXIT_PORT, ExitPort, Request};
+pub(crate) use i8042::{I8042, I8042_PORTS};
+pub(crate) use serial::{SERIAL_PORTS, SerialPort};

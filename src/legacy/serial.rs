@@ -1,0 +1,76 @@
+//! The first serial port, `ttyS0` in the guest: a 16550A whose output is a console like any other. Output only.
+
+use std::io;
+
+use vm_superio::{Serial, Trigger};
+
+use crate::arch::layout::SERIAL_PORT;
+use crate::bus::BusDevice;
+use crate::error::{Context, Result};
+use crate::sys::{EventFd, eventfd};
+
+/// Where it answers: first port, and how many.
+pub(crate) const SERIAL_PORTS: (u64, u64) = (SERIAL_PORT, 8);
+
+/// An interrupt line of the kind that vm-superio pulls.
+struct Line(EventFd);
+
+impl Trigger for Line {
+    type E = io::Error;
+
+    fn trigger(&self) -> io::Result<()> {
+        self.0.write(1)
+    }
+}
+
+/// The device.
+pub(crate) struct SerialPort<W: io::Write> {
+    uart: Serial<Line, vm_superio::serial::NoEvents, W>,
+}
+
+impl<W: io::Write> SerialPort<W> {
+    /// The port, and the descriptor of its interrupt.
+    ///
+    /// # Errors
+    /// `ResourceExhausted` when the process has no descriptors left.
+    pub(crate) fn new(output: W) -> Result<(Self, EventFd)> {
+        let line = eventfd().doing(|| "creating a serial port")?;
+        let theirs = line.try_clone().doing(|| "creating a serial port")?;
+        Ok((Self { uart: Serial::new(Line(line), output) }, theirs))
+    }
+}
+
+impl<W: io::Write + Send> BusDevice for SerialPort<W> {
+    fn read(&mut self, offset: u64, data: &mut [u8]) {
+        if let [byte] = data {
+            *byte = self.uart.read(offset as u8);
+        }
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        if let [byte] = data {
+            // Fails when the output does: what it did not take is lost, as on a line that nobody listens to.
+            if let Err(error) = self.uart.write(offset as u8, *byte) {
+                log::debug!("serial port: {error:?}");
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_written_to_the_port_are_printed() {
+        let mut printed = Vec::new();
+        let (mut port, _) = SerialPort::new(&mut printed).unwrap();
+        b"hi".iter().for_each(|byte| port.write(0, &[*byte]));
+        let mut status = [0];
+        port.read(5, &mut status);
+        assert_eq!(status[0] & 0x20, 0x20, "the transmitter is always empty");
+        port.read(0, &mut [0; 4]);
+        drop(port);
+        assert_eq!(printed, b"hi");
+    }
+}

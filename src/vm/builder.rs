@@ -1,0 +1,78 @@
+//! [`VmBuilder`]: what a VM shall be, until `start`.
+
+use super::config::{Console, Disk, VmConfig, Vsock};
+use super::{Vm, machine};
+use crate::boot::Kernel;
+use crate::error::Result;
+use crate::size::Size;
+
+/// Collects what a VM shall be; see [`Vm::builder`]. Nothing is checked or done before [`VmBuilder::start`].
+#[derive(Debug, Clone)]
+#[must_use = "a builder does nothing until `start`"]
+pub struct VmBuilder {
+    config: VmConfig,
+}
+
+impl VmBuilder {
+    pub(super) fn new(kernel: Kernel) -> Self {
+        let config = VmConfig {
+            kernel,
+            vcpus: 1,
+            memory: Size::mib(256),
+            disks: Vec::new(),
+            console: Console::none(),
+            vsock: None,
+            kick_signal: 10,
+        };
+        Self { config }
+    }
+
+    /// How many processors the guest has: 1 to 254, 1 unless set.
+    pub fn vcpus(mut self, n: u32) -> Self {
+        self.config.vcpus = n;
+        self
+    }
+
+    /// How much memory the guest has: whole pages of 4 KiB, 256 MiB unless set. The host gives pages as they are touched.
+    pub fn memory(mut self, size: Size) -> Self {
+        self.config.memory = size;
+        self
+    }
+
+    /// Adds a disk. The first is `/dev/vda` in the guest, the second `/dev/vdb`, and so on.
+    pub fn disk(mut self, disk: Disk) -> Self {
+        self.config.disks.push(disk);
+        self
+    }
+
+    /// Sets where the guest's console goes; nowhere unless set.
+    pub fn console(mut self, console: Console) -> Self {
+        self.config.console = console;
+        self
+    }
+
+    /// Gives the guest a vsock device; none unless set.
+    pub fn vsock(mut self, vsock: Vsock) -> Self {
+        self.config.vsock = Some(vsock);
+        self
+    }
+
+    /// Sets the signal that takes vCPUs out of the guest: `SIGRTMIN + offset`, 10 unless set.
+    ///
+    /// This is the one thing that a VM changes for the whole process: the signal gets a handler that does nothing.
+    /// All VMs may share it. Choose another when the process uses that one itself.
+    pub fn kick_signal(mut self, offset: u8) -> Self {
+        self.config.kick_signal = offset;
+        self
+    }
+
+    /// Builds the machine and starts it. Returns when all its vCPUs run; blocks for a few milliseconds.
+    ///
+    /// # Errors
+    /// `InvalidConfig` names the method and the value that cannot work. `NotFound`, `PermissionDenied` and
+    /// `Unsupported` say what this host lacks (see [`Host`](crate::Host)); `ResourceExhausted` which limit was met, or
+    /// which disk another VM holds. Nothing is left behind.
+    pub fn start(self) -> Result<Vm> {
+        machine::start(&self.config).map_err(|e| e.doing("starting VM"))
+    }
+}

@@ -1,0 +1,181 @@
+//! What the embedder asks for: plain values, checked without touching KVM.
+
+use std::fmt;
+use std::fs::File;
+use std::io::Write;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+
+use crate::arch::{MAX_VCPUS, layout};
+use crate::boot::{Cmdline, Kernel};
+use crate::error::{Context, Error, Result};
+use crate::size::Size;
+use crate::sys;
+use crate::virtio::blk::{Blk, DiskFile};
+
+/// A config value: one disk of a VM.
+#[derive(Debug, Clone)]
+pub struct Disk {
+    source: Source,
+    read_only: bool,
+}
+
+#[derive(Debug, Clone)]
+enum Source {
+    Path(PathBuf),
+    File(Arc<File>),
+    Scratch(Size),
+}
+
+impl Disk {
+    /// A raw image file, or a block device of the host, to read and write in place.
+    ///
+    /// While a VM runs it is locked: many may read an image at once, but who writes has it alone. Flushes of the guest
+    /// are answered when the data is on stable storage.
+    pub fn file(path: impl Into<PathBuf>) -> Self {
+        Self { source: Source::Path(path.into()), read_only: false }
+    }
+
+    /// A raw image that is open already, for reading and writing unless [`Disk::read_only`] follows. It is not locked:
+    /// whoever opened it knows who else uses it.
+    pub fn open_file(file: File) -> Self {
+        Self { source: Source::File(Arc::new(file)), read_only: false }
+    }
+
+    /// An empty disk of `size` that is gone with the VM. Takes space on the host, in the folder for temporary files,
+    /// as the guest writes.
+    pub fn scratch(size: Size) -> Self {
+        Self { source: Source::Scratch(size), read_only: false }
+    }
+
+    /// The guest may only read it.
+    pub fn read_only(mut self) -> Self {
+        self.read_only = true;
+        self
+    }
+
+    fn open(&self) -> Result<DiskFile> {
+        match &self.source {
+            Source::Path(path) => DiskFile::open(path, self.read_only),
+            Source::File(file) => DiskFile::from_file(file.try_clone()?, self.read_only),
+            Source::Scratch(size) => {
+                let file = sys::scratch_file(*size).doing(|| format!("making a scratch disk of {size}"))?;
+                DiskFile::from_file(file, self.read_only)
+            }
+        }
+    }
+}
+
+/// A config value: where the guest's console goes, beside the tail that every report of an end carries.
+#[derive(Clone, Default)]
+pub struct Console {
+    pub(super) writer: Option<Arc<Mutex<dyn Write + Send>>>,
+}
+
+impl Console {
+    /// Nowhere.
+    pub fn none() -> Self {
+        Self::default()
+    }
+
+    /// Everything printed on `hvc0` and `ttyS0` is given to `writer`, on a thread of its own.
+    ///
+    /// It may block: then a guest that prints more than 64 KiB on `hvc0` waits, and what it prints on `ttyS0` is lost.
+    pub fn writer(writer: impl Write + Send + 'static) -> Self {
+        Self { writer: Some(Arc::new(Mutex::new(writer))) }
+    }
+}
+
+impl fmt::Debug for Console {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(if self.writer.is_some() { "Console(writer)" } else { "Console(none)" })
+    }
+}
+
+/// A config value: a vsock device, by which guest programs and the embedder connect to each other.
+///
+/// The guest's address is CID 3, the host's CID 2. No files, no host vsock module: everything stays in this process.
+#[derive(Debug, Clone, Default)]
+pub struct Vsock {
+    pub(super) ports: Vec<u32>,
+}
+
+impl Vsock {
+    /// A device that nobody listens on yet.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Guests may connect to `port` from their first instruction on; [`Vm::listen`](crate::Vm::listen) takes the
+    /// connections, also those made before it was called.
+    pub fn listen(mut self, port: u32) -> Self {
+        self.ports.push(port);
+        self
+    }
+}
+
+/// Everything about one VM.
+#[derive(Debug, Clone)]
+pub(super) struct VmConfig {
+    pub kernel: Kernel,
+    pub vcpus: u32,
+    pub memory: Size,
+    pub disks: Vec<Disk>,
+    pub console: Console,
+    pub vsock: Option<Vsock>,
+    pub kick_signal: u8,
+}
+
+impl VmConfig {
+    /// The number of vCPUs.
+    ///
+    /// # Errors
+    /// `InvalidConfig` for none or more than a machine holds.
+    pub(super) fn vcpus(&self) -> Result<u8> {
+        match u8::try_from(self.vcpus) {
+            Ok(0) => Err(Error::invalid("vcpus", "0: a machine needs at least one")),
+            Ok(n) if n <= MAX_VCPUS => Ok(n),
+            _ => Err(Error::invalid("vcpus", format!("{}: a machine holds at most {MAX_VCPUS}", self.vcpus))),
+        }
+    }
+
+    /// Opens all disks in their order.
+    pub(super) fn open_disks(&self) -> Result<Vec<Blk>> {
+        let open = |(n, disk): (usize, &Disk)| {
+            let file = disk.open().map_err(|e| e.doing(format!("attaching disk {n}")))?;
+            Ok(Blk::new(file, &format!("disk{n}")))
+        };
+        self.disks.iter().enumerate().map(open).collect()
+    }
+
+    /// The finished command line, with devices at these windows and lines.
+    pub(super) fn cmdline(&self, slots: &[(u64, u32)]) -> Result<String> {
+        let mut cmdline = Cmdline::new(self.kernel.text(), layout::CMDLINE_MAX)?;
+        // A reset by the keyboard controller is something we see; so the guest's end is never silent.
+        cmdline.default("reboot", "k");
+        cmdline.default("panic", "-1");
+        // There is no auxiliary port, no multiplexer and nothing to wait for.
+        for option in ["i8042.noaux", "i8042.nomux", "i8042.dumbkbd"] {
+            cmdline.default(option, "1");
+        }
+        for (addr, irq) in slots {
+            cmdline.push("virtio_mmio.device", &format!("4K@{addr:#x}:{irq}"));
+        }
+        cmdline.finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::ErrorKind;
+
+    #[test]
+    fn disks_name_themselves_in_errors() {
+        let error = Disk::file("/nonexistent/a.img").open().unwrap_err();
+        assert_eq!(error.to_string(), "opening disk /nonexistent/a.img: No such file or directory (os error 2)");
+        assert_eq!(Disk::scratch(Size::bytes(0)).open().unwrap_err().kind(), ErrorKind::InvalidConfig);
+        assert_eq!(Disk::scratch(Size::bytes(1000)).open().unwrap_err().kind(), ErrorKind::InvalidConfig);
+        assert_eq!(Disk::scratch(Size::gib(100)).open().unwrap().len(), 100 << 30);
+    }
+}

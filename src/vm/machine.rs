@@ -1,0 +1,405 @@
+//! The one assembly: from config to running threads. Knows everybody; nobody but [`Vm`](super::Vm) knows it.
+//!
+//! All threads of a VM are made here, named `vcpu0`, `io`, `disk0`, `console`.
+
+use std::fmt;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use super::config::VmConfig;
+use super::exit::{DeviceStats, Exit, Marks, Reason, Trace};
+use super::vcpu::{self, LastExit, VcpuControl};
+use super::{Keyboard, Vm};
+use crate::arch::{self, Cpu, layout};
+use crate::boot;
+use crate::bus::{Attached, Bus};
+use crate::error::{Context, Error, Result};
+use crate::event::Loop;
+use crate::irq::Interrupt;
+use crate::kvm::{Kvm, VmFd};
+use crate::legacy::{EXIT_PORT, ExitPort, I8042, I8042_PORTS, Request, SERIAL_PORTS, SerialPort};
+use crate::memory::{GuestAddress, GuestMemory};
+use crate::sys::{EventFd, KickSignal, eventfd};
+use crate::virtio::console::{Console, Output};
+use crate::virtio::rng::Rng;
+use crate::virtio::vsock::{self, VsockListener};
+use crate::virtio::{Counters, DeviceHandle, MmioTransport, NOTIFY_OFFSET, Profile, Slots, VirtioDevice};
+
+/// How long the end of a VM waits for a console's writer to take the last bytes.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+
+/// What every thread of a VM sees of its end.
+pub(super) struct Shared {
+    stopping: AtomicBool,
+    end: Mutex<End>,
+    ended: Condvar,
+    /// Readable once the VM has ended.
+    pub exit_fd: EventFd,
+    pub vcpus: Vec<VcpuControl>,
+    running_vcpus: AtomicUsize,
+    signal: KickSignal,
+    pub marks: Marks,
+    pub output: Output,
+    devices: Mutex<Vec<(String, Arc<Counters>, Interrupt)>>,
+}
+
+#[derive(Default)]
+struct End {
+    reason: Option<(Reason, LastExit)>,
+    report: Option<(Exit, Trace)>,
+}
+
+impl Shared {
+    fn end(&self) -> MutexGuard<'_, End> {
+        self.end.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn stopping(&self) -> bool {
+        self.stopping.load(Ordering::SeqCst)
+    }
+
+    /// Makes all vCPUs stop. The first reason is the one that is reported.
+    pub(super) fn stop(&self, reason: Reason, last: LastExit) {
+        self.end().reason.get_or_insert((reason, last));
+        self.marks.ended();
+        self.stopping.store(true, Ordering::SeqCst);
+        self.vcpus.iter().for_each(|vcpu| vcpu.kick(self.signal));
+    }
+
+    /// What is known now.
+    pub(super) fn trace(&self) -> Trace {
+        match &self.end().report {
+            Some((_, trace)) => trace.clone(),
+            None => self.observe((None, None)),
+        }
+    }
+
+    fn observe(&self, (vcpu_exit, registers): LastExit) -> Trace {
+        let devices = self.devices.lock().unwrap_or_else(PoisonError::into_inner);
+        let stats = |(name, counters, interrupt): &(String, Arc<Counters>, Interrupt)| DeviceStats {
+            name: name.clone(),
+            kicks: counters.kicks.load(Ordering::Relaxed),
+            requests: counters.requests.load(Ordering::Relaxed),
+            interrupts: interrupt.raised(),
+            faults: counters.faults.load(Ordering::Relaxed),
+        };
+        let devices = devices.iter().map(stats).collect();
+        Trace { stage: self.marks.stage(), console: self.output.tail(), vcpu_exit, registers, devices }
+    }
+
+    /// All vCPUs have stopped and all devices are at rest: tells everybody who waits.
+    fn publish(&self) {
+        let mut end = self.end();
+        let (reason, last) = end.reason.clone().unwrap_or((Reason::Killed, (None, None)));
+        let trace = self.observe(last);
+        end.report = Some((reason.report(trace.clone()), trace));
+        drop(end);
+        self.ended.notify_all();
+        // A full counter is readable, which is all that is wanted.
+        let _ = self.exit_fd.write(1);
+    }
+
+    /// Waits for the end, but not beyond `deadline`.
+    pub(super) fn wait(&self, deadline: Option<Instant>) -> Option<Exit> {
+        let mut end = self.end();
+        loop {
+            if let Some((exit, _)) = &end.report {
+                return Some(exit.clone());
+            }
+            end = match deadline.map(|d| d.saturating_duration_since(Instant::now())) {
+                None => self.ended.wait(end).unwrap_or_else(PoisonError::into_inner),
+                Some(left) if left.is_zero() => return None,
+                Some(left) => self.ended.wait_timeout(end, left).unwrap_or_else(PoisonError::into_inner).0,
+            };
+        }
+    }
+}
+
+/// The assembled parts that vCPU threads need. Field order is the order of release: descriptors before memory.
+pub(super) struct Machine {
+    vm: VmFd,
+    pub mmio: Bus,
+    pub ports: Bus,
+    loops: Vec<Loop<Slots>>,
+    pub shared: Arc<Shared>,
+    _memory: GuestMemory,
+}
+
+impl fmt::Debug for Machine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Machine({:?}, {:?})", self.vm, self.mmio)
+    }
+}
+
+impl Machine {
+    /// The last vCPU's thread brings everything to rest: what the guest handed over is served, streams end, the
+    /// console's last words are written.
+    fn vcpu_done(&self) {
+        if self.shared.running_vcpus.fetch_sub(1, Ordering::SeqCst) != 1 {
+            return;
+        }
+        for it in &self.loops {
+            if let Err(error) = it.remote().with(Slots::finish) {
+                log::debug!("an event loop had ended before its VM: {error}");
+            }
+        }
+        self.shared.output.close(LAST_WORDS);
+        self.shared.publish();
+    }
+}
+
+/// A device on its way into the machine.
+struct Attachment {
+    name: String,
+    device: Box<dyn VirtioDevice>,
+    /// It blocks, so it gets a loop of its own.
+    blocking: bool,
+}
+
+fn attachments(config: &VmConfig, output: &Output) -> Result<(Vec<Attachment>, Vec<VsockListener>)> {
+    let (mut all, mut listeners) = (Vec::new(), Vec::new());
+    for (n, disk) in config.open_disks()?.into_iter().enumerate() {
+        all.push(Attachment { name: format!("disk{n}"), device: Box::new(disk), blocking: true });
+    }
+    let mut add = |name: &str, device: Box<dyn VirtioDevice>| {
+        all.push(Attachment { name: name.into(), device, blocking: false });
+    };
+    add("console", Box::new(Console::new(output.clone())));
+    add("rng", Box::new(Rng));
+    if let Some(wanted) = &config.vsock {
+        let mut device = vsock::Vsock::new();
+        for port in &wanted.ports {
+            listeners.push(device.listen(*port).map_err(|e| e.doing("vsock"))?);
+        }
+        add("vsock", Box::new(device));
+    }
+    Ok((all, listeners))
+}
+
+/// Windows and interrupt lines for `n` devices, in order.
+fn slots(n: usize) -> Result<Vec<(u64, u32)>> {
+    let lines: Vec<u32> = layout::DEVICE_IRQS.filter(|irq| !layout::RESERVED_IRQS.contains(irq)).collect();
+    if n > lines.len() {
+        return Err(Error::invalid("disk", format!("{n} devices, but the machine has interrupt lines for {}", lines.len())));
+    }
+    Ok((0..n as u64).map(|slot| layout::MMIO.0 + slot * layout::MMIO_WINDOW).zip(lines).collect())
+}
+
+/// Builds the machine and starts its vCPUs.
+pub(super) fn start(config: &VmConfig) -> Result<Vm> {
+    let marks = Marks::new(Instant::now());
+    // Everything that can be wrong with the configuration is found before the hypervisor is asked for anything.
+    let vcpus = config.vcpus()?;
+    let ranges = layout::memory_ranges(config.memory)?;
+    let output = Output::new()?;
+    let (attachments, listeners) = attachments(config, &output)?;
+    let slots = slots(attachments.len())?;
+    let cmdline = config.cmdline(&slots)?;
+    let memory = GuestMemory::anonymous(&ranges)?;
+    let entry = boot::load(&memory, &config.kernel, &cmdline)?;
+    arch::write_tables(&memory, vcpus)?;
+
+    let kvm = Kvm::open()?;
+    if usize::from(vcpus) > kvm.max_vcpus() {
+        return Err(Error::invalid("vcpus", format!("{vcpus}: this host's KVM allows {}", kvm.max_vcpus())));
+    }
+    let vm = kvm.create_vm()?;
+    vm.set_memory(&memory)?;
+    let cpu = Cpu::host(&kvm, vcpus)?;
+    let shared = Arc::new(Shared {
+        stopping: AtomicBool::new(false),
+        end: Mutex::default(),
+        ended: Condvar::new(),
+        exit_fd: eventfd().doing(|| "creating the exit descriptor")?,
+        vcpus: (0..vcpus).map(|_| VcpuControl::default()).collect(),
+        running_vcpus: AtomicUsize::new(vcpus.into()),
+        signal: KickSignal::install(config.kick_signal)?,
+        marks,
+        output: output.clone(),
+        devices: Mutex::default(),
+    });
+    let (ports, keyboard) = ports(&vm, &shared)?;
+    let mut parts = Parts { vm: &vm, memory: &memory, shared: &shared, mmio: Bus::default(), loops: Vec::new(), vsock: None };
+    parts.attach(attachments, &slots)?;
+    let Parts { mmio, loops, vsock, .. } = parts;
+    let machine = Arc::new(Machine { vm, mmio, ports, loops, shared: shared.clone(), _memory: memory });
+
+    let pump = start_pump(config, &output)?;
+    let threads = start_vcpus(&machine, &cpu, vcpus, entry);
+    let vm = Vm::new(shared, threads.threads, pump, vsock, listeners, keyboard);
+    // A thread that could not start is an error; those that could are ended by dropping `vm`.
+    threads.outcome.map(|()| vm)
+}
+
+/// The machine while devices are attached.
+struct Parts<'a> {
+    vm: &'a VmFd,
+    memory: &'a GuestMemory,
+    shared: &'a Arc<Shared>,
+    mmio: Bus,
+    loops: Vec<Loop<Slots>>,
+    vsock: Option<DeviceHandle<vsock::Vsock>>,
+}
+
+impl Parts<'_> {
+    /// Puts every device onto a loop and the bus.
+    fn attach(&mut self, attachments: Vec<Attachment>, slots: &[(u64, u32)]) -> Result<()> {
+        let (mut common, mut places) = (Vec::new(), Vec::new());
+        for (Attachment { name, device, blocking }, slot) in attachments.into_iter().zip(slots) {
+            let profile = device.profile();
+            if blocking {
+                let remote = self.start_loop(&name, vec![device])?;
+                self.connect(name, profile, remote, 0, *slot)?;
+            } else {
+                places.push((name, profile, *slot));
+                common.push(device);
+            }
+        }
+        let remote = self.start_loop("io", common)?;
+        for (n, (name, profile, slot)) in places.into_iter().enumerate() {
+            if name == "vsock" {
+                self.vsock = Some(DeviceHandle::new(remote.clone(), n));
+            }
+            self.connect(name, profile, remote.clone(), n, slot)?;
+        }
+        Ok(())
+    }
+
+    fn start_loop(&mut self, name: &str, devices: Vec<Box<dyn VirtioDevice>>) -> Result<crate::event::Remote<Slots>> {
+        let shared = Arc::downgrade(self.shared);
+        let on_fault = Box::new(move |why: &str| {
+            if let Some(shared) = shared.upgrade() {
+                shared.stop(Reason::Device(why.into()), (None, None));
+            }
+        });
+        let it = Loop::start(name, |sources| Slots::new(devices, sources, on_fault))?;
+        let remote = it.remote();
+        self.loops.push(it);
+        Ok(remote)
+    }
+
+    fn connect(
+        &mut self,
+        name: String,
+        profile: Profile,
+        remote: crate::event::Remote<Slots>,
+        slot: usize,
+        (addr, irq): (u64, u32),
+    ) -> Result<()> {
+        let shared = self.shared.clone();
+        let transport = MmioTransport::new(profile, self.memory.clone(), remote, slot)?
+            .on_ready(move || shared.marks.drivers_ready());
+        self.vm.attach_irq(transport.interrupt().fd(), irq)?;
+        for (queue, kick) in (0..).zip(transport.kicks().iter()) {
+            self.vm.attach_kick(kick, addr + NOTIFY_OFFSET, queue)?;
+        }
+        let told = (name, transport.counters().clone(), transport.interrupt().clone());
+        self.shared.devices.lock().unwrap_or_else(PoisonError::into_inner).push(told);
+        self.mmio.attach(addr, layout::MMIO_WINDOW, Arc::new(Mutex::new(transport)))
+    }
+}
+
+/// The port bus, and the keyboard by which the guest can be asked to shut down.
+fn ports(vm: &VmFd, shared: &Arc<Shared>) -> Result<(Bus, Keyboard)> {
+    let mut ports = Bus::default();
+    let stop = |shared: &Arc<Shared>| {
+        let shared = shared.clone();
+        move |reason| shared.stop(reason, (Some("the guest asked for it".into()), None))
+    };
+    let (serial, line) = SerialPort::new(shared.output.clone())?;
+    vm.attach_irq(&line, layout::SERIAL_IRQ)?;
+    ports.attach(SERIAL_PORTS.0, SERIAL_PORTS.1, Arc::new(Mutex::new(serial)))?;
+
+    let on_reset = stop(shared);
+    let (controller, line) = I8042::new(Box::new(move || on_reset(Reason::Reset)) as Box<dyn FnMut() + Send>)?;
+    vm.attach_irq(&line, layout::I8042_IRQ)?;
+    let keyboard: Keyboard = Arc::new(Mutex::new(controller));
+    ports.attach(I8042_PORTS.0, I8042_PORTS.1, keyboard.clone())?;
+
+    let on_request = stop(shared);
+    let exit_port: Attached = Arc::new(Mutex::new(ExitPort::new(move |request| {
+        on_request(match request {
+            Request::PowerOff => Reason::PowerOff,
+            Request::Reboot => Reason::Reset,
+            Request::Halt => Reason::Halt,
+            Request::Fault => Reason::InitFault,
+        });
+    })));
+    ports.attach(EXIT_PORT, 1, exit_port)?;
+    Ok((ports, keyboard))
+}
+
+/// The thread that gives the console to the embedder's writer, which may block.
+fn start_pump(config: &VmConfig, output: &Output) -> Result<Option<JoinHandle<()>>> {
+    let Some(writer) = config.console.writer.clone() else { return Ok(None) };
+    output.expect_pump();
+    let output = output.clone();
+    let pump = move || {
+        let mut writer = writer.lock().unwrap_or_else(PoisonError::into_inner);
+        output.pump(&mut *writer);
+    };
+    thread::Builder::new().name("console".into()).spawn(pump).map(Some).doing(|| "starting thread console")
+}
+
+struct Started {
+    threads: Vec<JoinHandle<()>>,
+    outcome: Result<()>,
+}
+
+/// Starts the vCPU threads; each makes its vCPU, as KVM wants, and runs it once all are made.
+fn start_vcpus(machine: &Arc<Machine>, cpu: &Cpu, vcpus: u8, entry: GuestAddress) -> Started {
+    let (ready, answers) = mpsc::channel::<Result<()>>();
+    let (mut threads, mut outcome, mut gates) = (Vec::new(), Ok(()), Vec::new());
+    for id in 0..vcpus {
+        let (gate, open) = mpsc::sync_channel::<()>(1);
+        let (its_machine, cpu, ready) = (machine.clone(), cpu.clone(), ready.clone());
+        let body = move || {
+            let machine = its_machine;
+            let made = make_vcpu(&machine, &cpu, id, entry);
+            let (vcpu, answer) = match made {
+                Ok(vcpu) => (Some(vcpu), Ok(())),
+                Err(error) => (None, Err(error.doing(format!("making vCPU {id}")))),
+            };
+            let told = ready.send(answer);
+            drop(ready);
+            // A gate that closes instead of opening means that another vCPU could not be made.
+            if let (Some(vcpu), Ok(()), Ok(())) = (vcpu, told, open.recv()) {
+                vcpu::run(&machine, id, vcpu);
+            }
+            machine.vcpu_done();
+        };
+        match thread::Builder::new().name(format!("vcpu{id}")).spawn(body) {
+            Ok(thread) => {
+                threads.push(thread);
+                gates.push(gate);
+            }
+            Err(error) => {
+                outcome = Err(error).doing(|| format!("starting thread vcpu{id}"));
+                // Those that will never run are done.
+                (id..vcpus).for_each(|_| machine.vcpu_done());
+                break;
+            }
+        }
+    }
+    drop(ready);
+    for answer in answers {
+        outcome = outcome.and(answer);
+    }
+    if outcome.is_ok() {
+        // A thread waits at its gate until it opens or closes, so this reaches all of them.
+        gates.iter().for_each(|gate| drop(gate.send(())));
+    }
+    Started { threads, outcome }
+}
+
+fn make_vcpu(machine: &Machine, cpu: &Cpu, id: u8, entry: GuestAddress) -> Result<crate::kvm::VcpuFd> {
+    machine.shared.signal.unblock().doing(|| "unblocking the kick signal")?;
+    let vcpu = machine.vm.create_vcpu(id)?;
+    cpu.apply(&vcpu, id)?;
+    if id == 0 {
+        arch::boot_vcpu(&vcpu, entry)?;
+    }
+    Ok(vcpu)
+}

@@ -1,0 +1,185 @@
+//! [`Vm`]: a virtual machine that runs, and everything to make, watch and end one.
+
+mod builder;
+mod config;
+mod exit;
+mod machine;
+mod vcpu;
+
+use std::fmt;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+pub use builder::VmBuilder;
+pub use config::{Console, Disk, Vsock};
+pub use exit::{DeviceStats, Exit, Registers, Stage, Timeline, Trace};
+
+use crate::boot::Kernel;
+use crate::error::{Error, ErrorKind, Result};
+use crate::legacy::I8042;
+use crate::sys::borrow;
+use crate::virtio::DeviceHandle;
+use crate::virtio::vsock::{VsockListener, VsockStream};
+use exit::Reason;
+use machine::Shared;
+
+type Keyboard = Arc<Mutex<I8042<Box<dyn FnMut() + Send>>>>;
+
+/// How long a connection to the guest may take to be answered.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A running virtual machine. Any number live in one process; each has its own threads and nothing in common.
+///
+/// The handle may be used from any thread. Dropping it kills the guest and waits until its threads have ended.
+/// The descriptor behind [`AsFd`] becomes readable when the VM has ended, for poll, epoll, tokio, smol or mio.
+pub struct Vm {
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+    /// The console's writer may block for ever, so nobody waits for its thread but within [`Shared`]'s bound.
+    _pump: Option<JoinHandle<()>>,
+    vsock: Option<DeviceHandle<crate::virtio::vsock::Vsock>>,
+    /// Listeners that were configured and not yet taken.
+    listeners: Mutex<Vec<VsockListener>>,
+    keyboard: Keyboard,
+}
+
+impl Vm {
+    /// Begins to describe a VM that boots `kernel`: one vCPU, 256 MiB of memory, nothing else, unless the builder's
+    /// methods say so.
+    pub fn builder(kernel: Kernel) -> VmBuilder {
+        VmBuilder::new(kernel)
+    }
+
+    fn new(
+        shared: Arc<Shared>,
+        threads: Vec<JoinHandle<()>>,
+        pump: Option<JoinHandle<()>>,
+        vsock: Option<DeviceHandle<crate::virtio::vsock::Vsock>>,
+        listeners: Vec<VsockListener>,
+        keyboard: Keyboard,
+    ) -> Self {
+        Self { shared, threads, _pump: pump, vsock, listeners: Mutex::new(listeners), keyboard }
+    }
+
+    /// Waits until the VM has ended, however that comes about. May be called again and from many threads.
+    ///
+    /// # Errors
+    /// None today; a `Result` so that ends which cannot be told need no other signature.
+    pub fn wait(&self) -> Result<Exit> {
+        self.shared.wait(None).ok_or_else(|| Error::new(ErrorKind::InvalidState, "the machine's end is unknown"))
+    }
+
+    /// Waits until the VM has ended, but not longer than `timeout`; `None` means that it still runs.
+    ///
+    /// # Errors
+    /// As [`Vm::wait`].
+    pub fn wait_timeout(&self, timeout: Duration) -> Result<Option<Exit>> {
+        Ok(self.shared.wait(Some(Instant::now() + timeout)))
+    }
+
+    /// How the VM ended, or `None` while it runs. Never waits.
+    ///
+    /// # Errors
+    /// As [`Vm::wait`].
+    pub fn try_wait(&self) -> Result<Option<Exit>> {
+        self.wait_timeout(Duration::ZERO)
+    }
+
+    /// Asks the guest to shut down by pressing Ctrl-Alt-Del, which every init understands, and kills it when it has
+    /// not ended after `grace`. A guest without a keyboard driver is not asked and killed after `grace`.
+    ///
+    /// # Errors
+    /// As [`Vm::wait`].
+    pub fn shutdown(&self, grace: Duration) -> Result<Exit> {
+        let deadline = Instant::now() + grace;
+        if !self.keyboard.lock().unwrap_or_else(PoisonError::into_inner).press_ctrl_alt_del() {
+            log::info!("the guest has no keyboard driver and cannot be asked to shut down");
+        }
+        match self.shared.wait(Some(deadline)) {
+            Some(exit) => Ok(exit),
+            None => {
+                self.kill();
+                self.wait()
+            }
+        }
+    }
+
+    /// Ends the VM now, whatever the guest does. Idempotent; returns at once: [`Vm::wait`] tells when it is done.
+    pub fn kill(&self) {
+        self.shared.stop(Reason::Killed, (None, None));
+    }
+
+    /// What is known of the VM: while it runs, how far it has come and what it printed; after its end, how it was then.
+    pub fn trace(&self) -> Trace {
+        self.shared.trace()
+    }
+
+    /// When each stage was reached, counted from the call of `start`.
+    pub fn timeline(&self) -> Timeline {
+        self.shared.marks.timeline()
+    }
+
+    /// Takes the connections that guest programs make to `port` of the host (CID 2). When the port was configured with
+    /// [`Vsock::listen`], those made before are waiting already.
+    ///
+    /// # Errors
+    /// `AlreadyExists` when there is a listener for it, `InvalidState` without a vsock device or when the VM has ended.
+    pub fn listen(&self, port: u32) -> Result<VsockListener> {
+        let mut configured = self.listeners.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(at) = configured.iter().position(|l| l.port() == port) {
+            return Ok(configured.swap_remove(at));
+        }
+        drop(configured);
+        self.vsock()?.with(move |vsock, _| vsock.listen(port))?
+    }
+
+    /// Connects to a program in the guest that listens on vsock port `port`. Waits at most ten seconds for its answer.
+    ///
+    /// # Errors
+    /// `NotFound` when nobody listens there, `InvalidState` without a vsock device, before the guest has set it up or
+    /// when the VM has ended, `TimedOut` when the guest does not answer.
+    pub fn connect(&self, port: u32) -> Result<VsockStream> {
+        let (answer, wait) = mpsc::sync_channel(1);
+        self.vsock()?.with(move |vsock, io| vsock.connect(io, port, answer))?;
+        match wait.recv_timeout(CONNECT_TIMEOUT) {
+            Ok(outcome) => outcome,
+            Err(mpsc::RecvTimeoutError::Timeout) => Err(Error::new(
+                ErrorKind::TimedOut,
+                format!("connecting to vsock port {port}: the guest did not answer within {CONNECT_TIMEOUT:?}"),
+            )),
+            Err(mpsc::RecvTimeoutError::Disconnected) => {
+                Err(Error::new(ErrorKind::InvalidState, "the virtual machine has ended"))
+            }
+        }
+    }
+
+    fn vsock(&self) -> Result<&DeviceHandle<crate::virtio::vsock::Vsock>> {
+        self.vsock.as_ref().ok_or_else(|| {
+            Error::new(ErrorKind::InvalidState, "this VM has no vsock device: add one with `VmBuilder::vsock`")
+        })
+    }
+}
+
+impl AsFd for Vm {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        borrow(&self.shared.exit_fd)
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        self.kill();
+        for thread in self.threads.drain(..) {
+            // A panic there was our own mistake; it was reported by the panic hook, and the VM has ended all the same.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl fmt::Debug for Vm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Vm({} vCPUs, {})", self.shared.vcpus.len(), self.shared.marks.stage())
+    }
+}

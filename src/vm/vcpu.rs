@@ -1,0 +1,122 @@
+//! One vCPU and its thread: runs the guest, takes its exits to the buses, stops when told.
+
+use std::sync::{Mutex, PoisonError};
+
+use super::exit::{Reason, Registers};
+use super::machine::Machine;
+use crate::bus::Bus;
+use crate::kvm::{Kicker, VcpuExit, VcpuFd};
+use crate::sys::{KickSignal, ThreadId};
+
+/// How others reach a vCPU's thread. `None` before it runs and after it has ended.
+#[derive(Debug, Default)]
+pub(super) struct VcpuControl(Mutex<Option<(Kicker, ThreadId)>>);
+
+impl VcpuControl {
+    /// The calling thread will run the vCPU.
+    fn enter(&self, kicker: Kicker) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some((kicker, ThreadId::current()));
+    }
+
+    /// The calling thread will not run it any more, so nobody may signal the thread.
+    fn leave(&self) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
+    /// Gets the vCPU out of the guest, or keeps it from entering. Idempotent; never waits for the guest.
+    ///
+    /// The order closes the gap between the thread's last check and KVM_RUN: the request is in place before the
+    /// signal, so either KVM_RUN sees it on entry or the signal interrupts it.
+    pub(super) fn kick(&self, signal: KickSignal) {
+        // The thread cannot end while this lock is held, so the signal reaches it and nobody else.
+        if let Some((kicker, thread)) = &*self.0.lock().unwrap_or_else(PoisonError::into_inner) {
+            kicker.request_exit();
+            if let Err(error) = signal.send(*thread) {
+                log::error!("a vCPU cannot be kicked: {error}");
+            }
+        }
+    }
+}
+
+/// Why a vCPU left the guest for good, in words, and its registers where they matter.
+pub(super) type LastExit = (Option<String>, Option<Registers>);
+
+/// Runs `vcpu` until the machine stops. On its own thread.
+pub(super) fn run(machine: &Machine, id: u8, mut vcpu: VcpuFd) {
+    let Some(control) = machine.shared.vcpus.get(usize::from(id)) else { return };
+    control.enter(vcpu.kicker());
+    machine.shared.marks.running();
+    let mut told_entered = false;
+    loop {
+        // Cleared before the check: a stop that is requested later makes a new request.
+        vcpu.clear_exit_request();
+        if machine.shared.stopping() {
+            break;
+        }
+        let exit = vcpu.run();
+        if !told_entered && !matches!(exit, Ok(VcpuExit::Interrupted)) {
+            told_entered = true;
+            machine.shared.marks.kernel_entered();
+        }
+        let reason = match exit {
+            Ok(exit) => handle(machine, exit),
+            Err(error) => Some((Reason::Vcpu(error.to_string()), error.to_string())),
+        };
+        if let Some((reason, words)) = reason {
+            let registers = (reason != Reason::PowerOff).then(|| Registers::of(&vcpu).ok()).flatten();
+            machine.shared.stop(reason, (Some(words), registers));
+        }
+    }
+    control.leave();
+}
+
+/// Serves one exit. Something comes back when the guest cannot go on.
+fn handle(machine: &Machine, exit: VcpuExit<'_>) -> Option<(Reason, String)> {
+    match exit {
+        VcpuExit::PortIn { port, width, data } => {
+            data.chunks_mut(width).for_each(|access| drop(machine.ports.read(port.into(), access)));
+        }
+        VcpuExit::PortOut { port, width, data } => write_ports(&machine.ports, port, width, data),
+        VcpuExit::MmioRead { addr, data } => {
+            machine.mmio.read(addr, data);
+        }
+        VcpuExit::MmioWrite { addr, data } => {
+            machine.mmio.write(addr, data);
+        }
+        VcpuExit::Interrupted => {}
+        VcpuExit::TripleFault => return Some((Reason::TripleFault, "triple fault (KVM_EXIT_SHUTDOWN)".into())),
+        VcpuExit::Halt => return Some((Reason::Halt, "HLT with nothing to wake it".into())),
+        VcpuExit::SystemEvent(kind) => {
+            let reason = match kind {
+                kvm_events::SHUTDOWN => Reason::PowerOff,
+                kvm_events::RESET => Reason::Reset,
+                _ => Reason::Vcpu(format!("system event {kind}")),
+            };
+            return Some((reason, format!("system event {kind}")));
+        }
+        VcpuExit::EntryFailed(hardware) => {
+            let why = format!("the processor refused to enter the guest (KVM_EXIT_FAIL_ENTRY, reason {hardware:#x})");
+            return Some((Reason::Vcpu(why.clone()), why));
+        }
+        VcpuExit::InternalError { suberror, data } => {
+            let data = data.iter().map(|word| format!("{word:#x}")).collect::<Vec<_>>().join(" ");
+            let why = format!("KVM_EXIT_INTERNAL_ERROR, sub-error {suberror}, data [{data}]");
+            return Some((Reason::Vcpu(why.clone()), why));
+        }
+        VcpuExit::Unknown(number) => {
+            let why = format!("KVM exit {number}, which nothing here asked for");
+            return Some((Reason::Vcpu(why.clone()), why));
+        }
+    }
+    None
+}
+
+fn write_ports(ports: &Bus, port: u16, width: usize, data: &[u8]) {
+    data.chunks(width).for_each(|access| drop(ports.write(port.into(), access)));
+}
+
+/// Types of KVM_EXIT_SYSTEM_EVENT (KVM API, 5).
+mod kvm_events {
+    pub(super) const SHUTDOWN: u32 = 1;
+    pub(super) const RESET: u32 = 2;
+}
