@@ -41,9 +41,9 @@ impl Cmdline {
         })
     }
 
-    /// Adds `key=value`, of which there may be many.
+    /// Adds `key=value`, of which there may be many; an empty value makes a bare word.
     pub(crate) fn push(&mut self, key: &str, value: &str) {
-        self.kernel.push(format!("{key}={value}"));
+        self.kernel.push(if value.is_empty() { key.to_owned() } else { format!("{key}={value}") });
     }
 
     /// Sets `key=value` unless the embedder chose a value already.

@@ -95,6 +95,12 @@ impl Kernel {
         &self.cmdline
     }
 
+    /// The initramfs as it was set, or an empty one.
+    #[cfg(feature = "container")]
+    pub(crate) fn initramfs_or_default(&self) -> Initramfs {
+        self.initramfs.clone().unwrap_or_default()
+    }
+
     fn read(path: &Path) -> Result<Self> {
         let mut file = File::open(path)?;
         if !file.metadata()?.is_file() {

@@ -1,5 +1,6 @@
 //! Files: locks that belong to the open file, unnamed temporary files, random bytes.
 
+use std::collections::BTreeMap;
 use std::ffi::CString;
 use std::fs::File;
 use std::io;
@@ -34,6 +35,95 @@ pub(crate) fn try_lock(file: &File, kind: LockKind) -> io::Result<bool> {
             e if matches!(e.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => Ok(false),
             e => Err(e),
         },
+    }
+}
+
+/// Takes an exclusive open-file-description lock on one byte, which need not exist; waits for others.
+pub(crate) fn lock_byte(file: &File, byte: u64) -> io::Result<()> {
+    let l_start = i64::try_from(byte).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))?;
+    let (l_type, l_whence) = (libc::F_WRLCK as i16, libc::SEEK_SET as i16);
+    let lock = libc::flock { l_type, l_whence, l_start, l_len: 1, l_pid: 0 };
+    loop {
+        // SAFETY: F_OFD_SETLKW reads one `flock`, which lives on this stack across the call.
+        match unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLKW, &lock) } {
+            0 => return Ok(()),
+            _ => match io::Error::last_os_error() {
+                e if e.kind() == io::ErrorKind::Interrupted => {}
+                e => return Err(e),
+            },
+        }
+    }
+}
+
+/// Where the next bytes that are not a hole begin, from `offset` on.
+pub(crate) fn next_data(file: &File, offset: u64) -> io::Result<Option<u64>> {
+    let offset = i64::try_from(offset).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))?;
+    // SAFETY: lseek takes numbers only.
+    match u64::try_from(unsafe { libc::lseek(file.as_raw_fd(), offset, libc::SEEK_DATA) }) {
+        Ok(at) => Ok(Some(at)),
+        Err(_) => match io::Error::last_os_error() {
+            e if e.raw_os_error() == Some(libc::ENXIO) => Ok(None),
+            e => Err(e),
+        },
+    }
+}
+
+/// Makes a hole, which reads as zeros. File systems that know no holes keep the space; that is no error.
+pub(crate) fn punch(file: &File, offset: u64, len: u64) -> io::Result<()> {
+    let (Ok(offset), Ok(len)) = (i64::try_from(offset), i64::try_from(len)) else {
+        return Err(io::Error::from_raw_os_error(libc::EINVAL));
+    };
+    let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+    // SAFETY: fallocate takes numbers only.
+    match unsafe { libc::fallocate(file.as_raw_fd(), mode, offset, len) } {
+        0 => Ok(()),
+        _ => match io::Error::last_os_error() {
+            e if matches!(e.raw_os_error(), Some(libc::EOPNOTSUPP)) => Ok(()),
+            e => Err(e),
+        },
+    }
+}
+
+/// All extended attributes of a path itself; a symbolic link is not followed.
+pub(crate) fn xattrs(path: &Path) -> io::Result<BTreeMap<String, Vec<u8>>> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    // SAFETY: `path` is NUL-terminated; the pointer and length describe the buffer.
+    let names = read_growing(|to| unsafe { libc::llistxattr(path.as_ptr(), to.as_mut_ptr().cast(), to.len()) });
+    let names = match names {
+        Err(e) if e.raw_os_error() == Some(libc::EOPNOTSUPP) => return Ok(BTreeMap::new()),
+        other => other?,
+    };
+    let mut found = BTreeMap::new();
+    for name in names.split(|byte| *byte == 0).filter(|name| !name.is_empty()) {
+        let c_name = CString::new(name)?;
+        // SAFETY: both strings are NUL-terminated; the pointer and length describe the buffer.
+        let value = read_growing(|to| unsafe {
+            libc::lgetxattr(path.as_ptr(), c_name.as_ptr(), to.as_mut_ptr().cast(), to.len())
+        });
+        match value {
+            Ok(value) => drop(found.insert(String::from_utf8_lossy(name).into_owned(), value)),
+            // It was removed in between.
+            Err(e) if e.raw_os_error() == Some(libc::ENODATA) => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(found)
+}
+
+/// Repeats a call that wants a buffer until the buffer is large enough; the kernel's limit is 64 KiB.
+fn read_growing(mut call: impl FnMut(&mut [u8]) -> isize) -> io::Result<Vec<u8>> {
+    let mut buffer = vec![0; 1024];
+    loop {
+        match usize::try_from(call(&mut buffer)) {
+            Ok(n) => {
+                buffer.truncate(n);
+                return Ok(buffer);
+            }
+            Err(_) => match io::Error::last_os_error() {
+                e if e.raw_os_error() == Some(libc::ERANGE) && buffer.len() < 1 << 20 => buffer.resize(buffer.len() * 4, 0),
+                e => return Err(e),
+            },
+        }
     }
 }
 

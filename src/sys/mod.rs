@@ -7,16 +7,20 @@
 mod file;
 mod iovec;
 mod signal;
+mod timer;
 
-pub(crate) use file::{LockKind, cache_dir, fill_random, page_size, scratch_file, temp_file, try_lock};
+pub(crate) use file::{
+    LockKind, cache_dir, fill_random, lock_byte, next_data, page_size, punch, scratch_file, temp_file, try_lock, xattrs,
+};
 pub(crate) use iovec::{preadv, pwritev, readv, send, sendv};
 pub(crate) use signal::{KickSignal, ThreadId};
+pub(crate) use timer::Timer;
 pub(crate) use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 pub(crate) use vmm_sys_util::eventfd::EventFd;
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// A counter descriptor that neither blocks nor survives exec.
 pub(crate) fn eventfd() -> io::Result<EventFd> {
@@ -31,14 +35,20 @@ pub(crate) fn borrow(fd: &EventFd) -> BorrowedFd<'_> {
 
 /// Waits until `fd` is readable or `timeout` is over; `None` waits for ever. True means readable.
 pub(crate) fn wait_readable(fd: BorrowedFd<'_>, timeout: Option<Duration>) -> io::Result<bool> {
-    let deadline = timeout.map(|t| std::time::Instant::now() + t);
+    wait_any(&[fd], timeout)
+}
+
+/// Waits until one of `fds` is readable or has ended, or `timeout` is over; `None` waits for ever. False: it is over.
+pub(crate) fn wait_any(fds: &[BorrowedFd<'_>], timeout: Option<Duration>) -> io::Result<bool> {
+    let deadline = timeout.map(|t| Instant::now() + t);
+    let mut polls: Vec<libc::pollfd> =
+        fds.iter().map(|fd| libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLIN, revents: 0 }).collect();
     loop {
         // Rounded up, so that a wait never ends early and spins.
-        let left = deadline.map(|d| d.saturating_duration_since(std::time::Instant::now()).as_nanos().div_ceil(1_000_000));
+        let left = deadline.map(|d| d.saturating_duration_since(Instant::now()).as_nanos().div_ceil(1_000_000));
         let millis = left.map_or(-1, |ms| i32::try_from(ms).unwrap_or(i32::MAX));
-        let mut poll = libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
-        // SAFETY: `poll` is one valid pollfd on this stack, and the count says one.
-        match unsafe { libc::poll(&mut poll, 1, millis) } {
+        // SAFETY: the pointer and the count describe `polls`, which is exclusively ours during the call.
+        match unsafe { libc::poll(polls.as_mut_ptr(), polls.len() as libc::nfds_t, millis) } {
             0 if left.is_some_and(|ms| ms > i32::MAX as u128) => {}
             0 => return Ok(false),
             n if n > 0 => return Ok(true),

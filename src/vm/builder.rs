@@ -23,6 +23,7 @@ impl VmBuilder {
             console: Console::none(),
             vsock: None,
             kick_signal: 10,
+            parameters: Vec::new(),
         };
         Self { config }
     }
@@ -63,6 +64,13 @@ impl VmBuilder {
     /// All VMs may share it. Choose another when the process uses that one itself.
     pub fn kick_signal(mut self, offset: u8) -> Self {
         self.config.kick_signal = offset;
+        self
+    }
+
+    /// Adds a parameter that the layer above needs on the kernel's command line; an empty value is a bare word.
+    #[cfg(feature = "container")]
+    pub(crate) fn parameter(mut self, key: &'static str, value: &'static str) -> Self {
+        self.config.parameters.push((key, value));
         self
     }
 

@@ -124,6 +124,8 @@ pub(super) struct VmConfig {
     pub console: Console,
     pub vsock: Option<Vsock>,
     pub kick_signal: u8,
+    /// What the layer above needs on the kernel's command line.
+    pub parameters: Vec<(&'static str, &'static str)>,
 }
 
 impl VmConfig {
@@ -151,6 +153,9 @@ impl VmConfig {
     /// The finished command line, with devices at these windows and lines.
     pub(super) fn cmdline(&self, slots: &[(u64, u32)]) -> Result<String> {
         let mut cmdline = Cmdline::new(self.kernel.text(), layout::CMDLINE_MAX)?;
+        for (key, value) in &self.parameters {
+            cmdline.require(key, value)?;
+        }
         // A reset by the keyboard controller is something we see; so the guest's end is never silent.
         cmdline.default("reboot", "k");
         cmdline.default("panic", "-1");

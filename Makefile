@@ -1,0 +1,37 @@
+# Everything from a fresh Debian 12 (or newer) machine with nothing but cargo, git and make. What is missing is installed with apt when
+# root; otherwise the line to run is printed. What takes long is made once, in $(CACHE).
+
+SHELL = /bin/sh
+CACHE = $(if $(XDG_CACHE_HOME),$(XDG_CACHE_HOME),$(HOME)/.cache)/cofferdam
+ROOTFS = $(CACHE)/images/debian-12.tar
+
+.PHONY: help demo test bench setup tools clean-cache
+
+help:
+	@echo "make demo         run a command in a real Debian 12 in a microVM"
+	@echo "make test         all tests (without hardware KVM, those that need it run in the lab: lab/README.md)"
+	@echo "make bench        all benches"
+	@echo "make setup        guest kernel and root file system, and the lab's image where it is needed"
+	@echo "make clean-cache  remove $(CACHE)"
+
+demo: setup
+	cargo run --release --example run -- --rootfs "$(ROOTFS)" -- sh -c 'cat /etc/os-release; uname -a'
+
+test: setup
+	cargo test --all-features
+
+bench: setup
+	cargo bench --all-features
+
+# The kernel and the root file system are for guests, the lab for machines without hardware KVM.
+setup: tools
+	@guest/kernel/build >/dev/null
+	@guest/rootfs >/dev/null
+	@lab/runner --setup
+
+tools:
+	@command -v cargo >/dev/null || { echo "make: cargo is not installed; see https://rustup.rs" >&2; exit 1; }
+	@lab/need gcc libc6-dev
+
+clean-cache:
+	rm -rf "$(CACHE)"

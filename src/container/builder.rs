@@ -1,0 +1,140 @@
+//! [`ContainerBuilder`]: what a container shall be, until `start`.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::agent::Agent;
+use super::{Container, Image, shim};
+use crate::boot::Kernel;
+use crate::error::{Context, Error, Result};
+use crate::proto::{BootConfig, CONTROL_PORT, Root, Source};
+use crate::size::Size;
+use crate::vm::{Console, Disk, Vm, Vsock};
+
+/// Collects what a container shall be; see [`Container::builder`]. Nothing is done before [`ContainerBuilder::start`].
+#[derive(Debug, Clone)]
+#[must_use = "a builder does nothing until `start`"]
+pub struct ContainerBuilder {
+    image: Image,
+    kernel: Option<Kernel>,
+    vcpus: u32,
+    memory: Size,
+    disk: Size,
+    hostname: String,
+    console: Console,
+    start_timeout: Duration,
+    kick_signal: Option<u8>,
+}
+
+impl ContainerBuilder {
+    pub(super) fn new(image: Image) -> Self {
+        Self {
+            image,
+            kernel: None,
+            vcpus: 1,
+            memory: Size::mib(256),
+            disk: Size::gib(4),
+            hostname: "container".into(),
+            console: Console::none(),
+            start_timeout: Duration::from_secs(30),
+            kick_signal: None,
+        }
+    }
+
+    /// Sets the kernel; what [`Kernel::find`] finds unless set. Its command line is added to, its initramfs extended.
+    pub fn kernel(mut self, kernel: Kernel) -> Self {
+        self.kernel = Some(kernel);
+        self
+    }
+
+    /// How many processors the container has: 1 to 254, 1 unless set.
+    pub fn vcpus(mut self, n: u32) -> Self {
+        self.vcpus = n;
+        self
+    }
+
+    /// How much memory the container has, its kernel included: whole pages of 4 KiB, 256 MiB unless set.
+    pub fn memory(mut self, size: Size) -> Self {
+        self.memory = size;
+        self
+    }
+
+    /// How much the container may write: 4 GiB unless set, rounded up to 128 MiB, at most 512 GiB. Takes space on the host as it is written, and is gone with
+    /// the container.
+    pub fn disk(mut self, size: Size) -> Self {
+        self.disk = size;
+        self
+    }
+
+    /// Sets the host name, at most 64 bytes; `container` unless set.
+    pub fn hostname(mut self, name: impl Into<String>) -> Self {
+        self.hostname = name.into();
+        self
+    }
+
+    /// Sets where the kernel's messages go; nowhere unless set. What programs print goes where their `exec` says.
+    pub fn console(mut self, console: Console) -> Self {
+        self.console = console;
+        self
+    }
+
+    /// Sets how long the guest may take until programs can be started; 30 seconds unless set.
+    pub fn start_timeout(mut self, timeout: Duration) -> Self {
+        self.start_timeout = timeout;
+        self
+    }
+
+    /// Sets the signal that takes vCPUs out of the guest; see [`VmBuilder::kick_signal`](crate::VmBuilder::kick_signal).
+    pub fn kick_signal(mut self, offset: u8) -> Self {
+        self.kick_signal = Some(offset);
+        self
+    }
+
+    /// Starts the container. Returns when programs can be started in it. The first container of an image waits for the
+    /// image's disk to be made, and others of the same image with it.
+    ///
+    /// # Errors
+    /// What [`VmBuilder::start`](crate::VmBuilder::start) says; `NotFound` without a kernel; `Corrupt` for a damaged
+    /// image; `TimedOut`, naming the last stage, and `GuestFailed`, with the console's last lines, for a guest that
+    /// never becomes ready. Nothing is left behind.
+    pub fn start(self) -> Result<Container> {
+        let begin = Instant::now();
+        self.run(begin).doing(|| "starting container")
+    }
+
+    fn run(self, begin: Instant) -> Result<Container> {
+        let hostname = self.hostname.as_bytes();
+        if hostname.len() > 64 || hostname.contains(&0) {
+            return Err(Error::invalid("hostname", format!("{:?} is longer than 64 bytes or has a NUL", self.hostname)));
+        }
+        let kernel = self.kernel.clone().map_or_else(Kernel::find, Ok)?;
+        let lower = Disk::open_file(self.image.disk()?).read_only();
+        let upper = Disk::open_file(super::image::scratch(self.disk)?);
+        let config = BootConfig {
+            hostname,
+            control_port: CONTROL_PORT,
+            root: Root::Overlay {
+                lower: Source { device: b"/dev/vda", fs: b"ext4" },
+                upper: Source { device: b"/dev/vdb", fs: b"ext4" },
+            },
+        };
+        let initramfs = shim::initramfs(kernel.initramfs_or_default(), &config)?;
+        let mut vm = Vm::builder(kernel.initramfs(initramfs))
+            .vcpus(self.vcpus)
+            .memory(self.memory)
+            .disk(lower)
+            .disk(upper)
+            .console(self.console)
+            .vsock(Vsock::new().listen(CONTROL_PORT))
+            .parameter("console", "hvc0")
+            .parameter("quiet", "")
+            .parameter("rdinit", "/init")
+            .parameter("cofferdam.shim", "1");
+        if let Some(offset) = self.kick_signal {
+            vm = vm.kick_signal(offset);
+        }
+        let vm = Arc::new(vm.start()?);
+        let agent = Agent::start(&vm, begin, self.start_timeout)?;
+        Ok(Container { vm, agent })
+    }
+}

@@ -1,0 +1,251 @@
+//! [`Exec`]: a program to run in a container, with the vocabulary of [`std::process::Command`].
+
+use std::ffi::{CString, OsString};
+use std::os::unix::ffi::OsStringExt;
+use std::sync::mpsc;
+use std::time::Duration;
+
+use super::agent::Agent;
+use super::process::{ExitStatus, Output, Process, ProcessReader, ProcessWriter, State};
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::proto::{self, Spawn, StringBuf};
+use crate::size::Size;
+use crate::virtio::vsock::{VsockListener, VsockStream};
+use crate::vm::Vm;
+
+/// What a program finds in its environment unless [`Exec::env_clear`] is said.
+const ENVIRONMENT: [(&str, &str); 2] =
+    [("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"), ("HOME", "/root")];
+/// How long the guest may take to start a program before it is given up.
+const START_TIMEOUT: Duration = Duration::from_secs(60);
+/// The shim has connected a stream before it says that the program runs, so it is here already.
+const STREAM_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A config value: what one of a process's standard streams is connected to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Stdio(Kind);
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+enum Kind {
+    #[default]
+    Null,
+    Piped,
+}
+
+impl Stdio {
+    /// `/dev/null`.
+    pub fn null() -> Self {
+        Self(Kind::Null)
+    }
+
+    /// A pipe to the embedder: [`Process::stdin`], [`Process::stdout`], [`Process::stderr`].
+    pub fn piped() -> Self {
+        Self(Kind::Piped)
+    }
+}
+
+/// Collects how a program shall run; see [`Container::exec`](super::Container::exec). Nothing is done before
+/// [`Exec::spawn`], [`Exec::output`] or [`Exec::status`].
+///
+/// Nothing of the embedder's is inherited: the environment is `PATH` and `HOME`, the working directory `/`, the streams
+/// are `/dev/null`, the user is root of the guest.
+#[derive(Debug, Clone)]
+#[must_use = "nothing runs until `spawn`, `output` or `status`"]
+pub struct Exec<'a> {
+    vm: &'a Vm,
+    agent: &'a Agent,
+    argv: Vec<OsString>,
+    env: Vec<(OsString, OsString)>,
+    current_dir: Option<OsString>,
+    stdio: [Option<Stdio>; 3],
+    timeout: Option<Duration>,
+    output_limit: Size,
+}
+
+impl<'a> Exec<'a> {
+    pub(super) fn new(vm: &'a Vm, agent: &'a Agent, argv: Vec<OsString>) -> Self {
+        let env = ENVIRONMENT.iter().map(|(k, v)| (OsString::from(k), OsString::from(v))).collect();
+        Self { vm, agent, argv, env, current_dir: None, stdio: [None; 3], timeout: None, output_limit: Size::mib(64) }
+    }
+
+    /// Adds an argument.
+    pub fn arg(mut self, arg: impl Into<OsString>) -> Self {
+        self.argv.push(arg.into());
+        self
+    }
+
+    /// Adds arguments.
+    pub fn args<S: Into<OsString>>(mut self, args: impl IntoIterator<Item = S>) -> Self {
+        self.argv.extend(args.into_iter().map(Into::into));
+        self
+    }
+
+    /// Sets an environment variable.
+    pub fn env(mut self, name: impl Into<OsString>, value: impl Into<OsString>) -> Self {
+        let name = name.into();
+        self.env.retain(|(known, _)| *known != name);
+        self.env.push((name, value.into()));
+        self
+    }
+
+    /// Sets environment variables.
+    pub fn envs<K: Into<OsString>, V: Into<OsString>>(self, vars: impl IntoIterator<Item = (K, V)>) -> Self {
+        vars.into_iter().fold(self, |exec, (name, value)| exec.env(name, value))
+    }
+
+    /// Removes an environment variable.
+    pub fn env_remove(mut self, name: impl Into<OsString>) -> Self {
+        let name = name.into();
+        self.env.retain(|(known, _)| *known != name);
+        self
+    }
+
+    /// Removes all environment variables, `PATH` and `HOME` too. Programs are still looked for in the usual folders.
+    pub fn env_clear(mut self) -> Self {
+        self.env.clear();
+        self
+    }
+
+    /// Sets the working directory, a path in the container; `/` unless set.
+    pub fn current_dir(mut self, dir: impl Into<OsString>) -> Self {
+        self.current_dir = Some(dir.into());
+        self
+    }
+
+    /// Sets standard input; `/dev/null` unless set.
+    pub fn stdin(mut self, stdio: Stdio) -> Self {
+        self.stdio[0] = Some(stdio);
+        self
+    }
+
+    /// Sets standard output; `/dev/null` unless set, but for [`Exec::output`], which reads it.
+    pub fn stdout(mut self, stdio: Stdio) -> Self {
+        self.stdio[1] = Some(stdio);
+        self
+    }
+
+    /// Sets standard error; `/dev/null` unless set, but for [`Exec::output`], which reads it.
+    pub fn stderr(mut self, stdio: Stdio) -> Self {
+        self.stdio[2] = Some(stdio);
+        self
+    }
+
+    /// Sets how long the program may run. Then it is killed with everything that it started, whether anybody waits for
+    /// it or not, and its end is [`ExitStatus::TimedOut`].
+    pub fn timeout(mut self, timeout: Duration) -> Self {
+        self.timeout = Some(timeout);
+        self
+    }
+
+    /// Sets how much [`Exec::output`] reads of each stream before it gives up; 64 MiB unless set.
+    pub fn output_limit(mut self, limit: Size) -> Self {
+        self.output_limit = limit;
+        self
+    }
+
+    /// Starts the program. Returns when it runs.
+    ///
+    /// # Errors
+    /// `NotFound`, `PermissionDenied` and `Incompatible` (not a program, or one for another processor) name the program
+    /// or directory; `InvalidConfig` for an empty program or a NUL in an argument; `ResourceExhausted` when the guest
+    /// cannot run one more; `InvalidState` when the container has ended.
+    pub fn spawn(self) -> Result<Process> {
+        let what = format!("running {:?} in the container", self.argv.first().cloned().unwrap_or_default());
+        let dir = self.current_dir.clone();
+        let where_ = move || match &dir {
+            Some(dir) => format!("{what}, in {dir:?}"),
+            None => what,
+        };
+        self.start().doing(where_)
+    }
+
+    /// Runs the program to its end and returns what it printed.
+    ///
+    /// # Errors
+    /// As [`Exec::spawn`]; `ResourceExhausted` when it prints more than [`Exec::output_limit`].
+    pub fn output(mut self) -> Result<Output> {
+        self.stdio[1].get_or_insert(Stdio::piped());
+        self.stdio[2].get_or_insert(Stdio::piped());
+        let limit = self.output_limit;
+        self.spawn()?.collect(limit)
+    }
+
+    /// Runs the program to its end.
+    ///
+    /// # Errors
+    /// As [`Exec::spawn`].
+    pub fn status(self) -> Result<ExitStatus> {
+        self.spawn()?.wait()
+    }
+
+    fn start(self) -> Result<Process> {
+        let (argv, env, cwd) = (self.strings()?, self.environment()?, self.cwd()?);
+        let state = State::new()?;
+        let piped = self.stdio.map(|s| s.unwrap_or_default().0 == Kind::Piped);
+        let remote = self.agent.remote();
+        let ports = remote.with(move |client| piped.map(|p| p.then(|| client.new_port())))?;
+        let mut listeners: [Option<VsockListener>; 3] = [None, None, None];
+        for (listener, port) in listeners.iter_mut().zip(ports) {
+            *listener = port.map(|port| self.vm.listen(port)).transpose()?;
+        }
+        let (started, answer) = mpsc::sync_channel(1);
+        let (timeout, its_state) = (self.timeout, state.clone());
+        let number = remote.with(move |client| {
+            let stdio = ports.map(|port| port.map_or(proto::Stdio::Null, proto::Stdio::Port));
+            let spawn = Spawn { argv: argv.as_strings(), env: env.as_strings(), cwd: cwd.as_deref(), stdio };
+            client.spawn(&spawn, its_state, timeout, started)
+        })?;
+        match answer.recv_timeout(START_TIMEOUT) {
+            Ok(outcome) => outcome?,
+            Err(mpsc::RecvTimeoutError::Timeout) => {
+                return Err(Error::new(ErrorKind::TimedOut, format!("the guest did not start it within {START_TIMEOUT:?}")));
+            }
+            Err(mpsc::RecvTimeoutError::Disconnected) => {
+                return Err(Error::new(ErrorKind::InvalidState, "the container has ended"));
+            }
+        }
+        let [stdin, stdout, stderr] = listeners.map(|l| l.map(|l| accept(&l)).transpose());
+        Ok(Process {
+            stdin: stdin?.map(ProcessWriter),
+            stdout: stdout?.map(ProcessReader),
+            stderr: stderr?.map(ProcessReader),
+            remote,
+            number,
+            state,
+        })
+    }
+
+    fn strings(&self) -> Result<StringBuf> {
+        if self.argv.first().is_none_or(|program| program.is_empty()) {
+            return Err(Error::invalid("exec", "there is no program to run"));
+        }
+        let mut strings = StringBuf::new();
+        for arg in &self.argv {
+            let bytes = arg.as_encoded_bytes();
+            strings.push(bytes).map_err(|_| Error::invalid("exec", format!("argument {arg:?} has a NUL")))?;
+        }
+        Ok(strings)
+    }
+
+    fn environment(&self) -> Result<StringBuf> {
+        let mut strings = StringBuf::new();
+        for (name, value) in &self.env {
+            let bad = || Error::invalid("env", format!("{name:?} is not a name, or it or its value has a NUL"));
+            if name.is_empty() || name.as_encoded_bytes().contains(&b'=') {
+                return Err(bad());
+            }
+            let pair = [name.as_encoded_bytes(), b"=", value.as_encoded_bytes()].concat();
+            strings.push(&pair).map_err(|_| bad())?;
+        }
+        Ok(strings)
+    }
+
+    fn cwd(&self) -> Result<Option<CString>> {
+        let dir = self.current_dir.clone().map(OsString::into_vec);
+        dir.map(CString::new).transpose().map_err(|_| Error::invalid("current_dir", "the path has a NUL"))
+    }
+}
+
+fn accept(listener: &VsockListener) -> Result<VsockStream> {
+    listener.accept_timeout(STREAM_TIMEOUT).doing(|| "taking the process's stream")
+}

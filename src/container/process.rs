@@ -1,0 +1,320 @@
+//! [`Process`]: a program that runs in a container, with the vocabulary of [`std::process::Child`].
+
+use std::fmt;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::agent::Client;
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::event::Remote;
+use crate::proto::FromHost;
+use crate::size::Size;
+use crate::sys::{EventFd, borrow, eventfd, wait_any};
+use crate::virtio::vsock::VsockStream;
+use crate::vm::Exit;
+
+/// How a process ended. The failure of a program and the failure of its machine never look alike.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub enum ExitStatus {
+    /// It ended by itself with this code.
+    Exited(u8),
+    /// A signal ended it.
+    Signaled(u8),
+    /// The guest's kernel killed it for want of memory.
+    OomKilled,
+    /// The time given to it was over, and it was killed with all that it had started.
+    TimedOut,
+    /// The machine ended while it ran.
+    VmEnded(Box<Exit>),
+}
+
+impl ExitStatus {
+    /// Whether it ended by itself with code 0.
+    pub fn success(&self) -> bool {
+        self.code() == Some(0)
+    }
+
+    /// The code it ended with by itself.
+    pub fn code(&self) -> Option<u8> {
+        match self {
+            Self::Exited(code) => Some(*code),
+            _ => None,
+        }
+    }
+
+    /// The signal that ended it.
+    pub fn signal(&self) -> Option<u8> {
+        match self {
+            Self::Signaled(signal) => Some(*signal),
+            _ => None,
+        }
+    }
+}
+
+impl fmt::Display for ExitStatus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Exited(code) => write!(f, "exit code {code}"),
+            Self::Signaled(signal) => write!(f, "ended by signal {signal}"),
+            Self::OomKilled => f.write_str("killed for want of memory"),
+            Self::TimedOut => f.write_str("killed when its time was over"),
+            Self::VmEnded(exit) => write!(f, "its machine ended: {exit}"),
+        }
+    }
+}
+
+/// Whether a process still runs; written once by the agent's thread.
+pub(super) struct State {
+    status: Mutex<Option<Ended>>,
+    changed: Condvar,
+    /// Readable once it has ended.
+    ended: EventFd,
+}
+
+#[derive(Clone)]
+enum Ended {
+    With(ExitStatus),
+    /// The container was dropped, and how it ended is not known any more.
+    Unknown,
+}
+
+impl State {
+    pub(super) fn new() -> Result<Arc<Self>> {
+        let ended = eventfd().doing(|| "creating a process's descriptor")?;
+        Ok(Arc::new(Self { status: Mutex::new(None), changed: Condvar::new(), ended }))
+    }
+
+    fn status(&self) -> MutexGuard<'_, Option<Ended>> {
+        self.status.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn set(&self, ended: Ended) {
+        self.status().get_or_insert(ended);
+        self.changed.notify_all();
+        // A full counter is readable, which is all that is wanted.
+        let _ = self.ended.write(1);
+    }
+
+    pub(super) fn finish(&self, status: ExitStatus) {
+        self.set(Ended::With(status));
+    }
+
+    pub(super) fn abandon(&self) {
+        self.set(Ended::Unknown);
+    }
+
+    fn wait(&self, deadline: Option<Instant>) -> Result<Option<ExitStatus>> {
+        let mut status = self.status();
+        loop {
+            match &*status {
+                Some(Ended::With(status)) => return Ok(Some(status.clone())),
+                Some(Ended::Unknown) => return Err(Error::new(ErrorKind::InvalidState, "the container was dropped")),
+                None => {}
+            }
+            status = match deadline.map(|d| d.saturating_duration_since(Instant::now())) {
+                None => self.changed.wait(status).unwrap_or_else(PoisonError::into_inner),
+                Some(left) if left.is_zero() => return Ok(None),
+                Some(left) => self.changed.wait_timeout(status, left).unwrap_or_else(PoisonError::into_inner).0,
+            };
+        }
+    }
+}
+
+/// The host's end of a process's standard input. Dropping it is end of file for the process.
+#[derive(Debug)]
+pub struct ProcessWriter(pub(super) VsockStream);
+
+/// The host's end of a process's standard output or error. Dropping it breaks the process's pipe.
+#[derive(Debug)]
+pub struct ProcessReader(pub(super) VsockStream);
+
+impl ProcessWriter {
+    /// The stream behind it, for non-blocking writes and time limits.
+    pub fn into_stream(self) -> VsockStream {
+        self.0
+    }
+}
+
+impl ProcessReader {
+    /// The stream behind it, for non-blocking reads and time limits.
+    pub fn into_stream(self) -> VsockStream {
+        self.0
+    }
+}
+
+impl Write for ProcessWriter {
+    fn write(&mut self, from: &[u8]) -> io::Result<usize> {
+        self.0.write(from)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Read for ProcessReader {
+    fn read(&mut self, to: &mut [u8]) -> io::Result<usize> {
+        self.0.read(to)
+    }
+}
+
+impl AsFd for ProcessWriter {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+impl AsFd for ProcessReader {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+/// What a process printed, and how it ended.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct Output {
+    /// How it ended.
+    pub status: ExitStatus,
+    /// What it printed on standard output, if that was piped.
+    pub stdout: Vec<u8>,
+    /// What it printed on standard error, if that was piped.
+    pub stderr: Vec<u8>,
+}
+
+/// A program that runs in a container; made by [`Exec::spawn`](super::Exec::spawn).
+///
+/// Dropping the handle lets the process run on, as with [`std::process::Child`]; it ends with its container at last.
+/// The descriptor behind [`AsFd`] becomes readable when the process has ended.
+pub struct Process {
+    /// Standard input, when it was piped. Take it to write, and drop it for end of file.
+    pub stdin: Option<ProcessWriter>,
+    /// Standard output, when it was piped.
+    pub stdout: Option<ProcessReader>,
+    /// Standard error, when it was piped.
+    pub stderr: Option<ProcessReader>,
+    pub(super) remote: Remote<Client>,
+    pub(super) number: u32,
+    pub(super) state: Arc<State>,
+}
+
+impl Process {
+    /// Closes standard input and waits until the process has ended. Its own end counts, not that of what it left behind.
+    ///
+    /// # Errors
+    /// `InvalidState` when the container was dropped meanwhile.
+    pub fn wait(&mut self) -> Result<ExitStatus> {
+        drop(self.stdin.take());
+        self.state.wait(None)?.ok_or_else(|| Error::new(ErrorKind::InvalidState, "the process's end is unknown"))
+    }
+
+    /// Waits until the process has ended, but not longer than `timeout`; `None` means that it still runs.
+    ///
+    /// # Errors
+    /// As [`Process::wait`].
+    pub fn wait_timeout(&self, timeout: Duration) -> Result<Option<ExitStatus>> {
+        self.state.wait(Some(Instant::now() + timeout))
+    }
+
+    /// How the process ended, or `None` while it runs. Never waits.
+    ///
+    /// # Errors
+    /// As [`Process::wait`].
+    pub fn try_wait(&self) -> Result<Option<ExitStatus>> {
+        self.wait_timeout(Duration::ZERO)
+    }
+
+    /// Kills the process and everything that it started, also when it has ended itself. Returns at once.
+    ///
+    /// # Errors
+    /// `InvalidState` when the container has ended.
+    pub fn kill(&self) -> Result<()> {
+        self.say(FromHost::Kill)
+    }
+
+    /// Sends a signal, 1 to 64, to the process alone.
+    ///
+    /// # Errors
+    /// `InvalidConfig` for a number that is no signal, `InvalidState` when the container has ended.
+    pub fn signal(&self, signal: u8) -> Result<()> {
+        if !(1..=64).contains(&signal) {
+            return Err(Error::invalid("signal", format!("{signal} is not a signal (1 to 64)")));
+        }
+        self.say(FromHost::Signal { signo: signal, group: false })
+    }
+
+    fn say(&self, message: FromHost<'static>) -> Result<()> {
+        let number = self.number;
+        self.remote.with(move |client| client.send(number, &message))?
+    }
+
+    /// Closes standard input, reads everything that is printed, and waits for the end. What a background process that
+    /// it left behind prints later is not waited for.
+    ///
+    /// # Errors
+    /// `ResourceExhausted` beyond 64 MiB a stream, see [`Exec::output_limit`](super::Exec::output_limit); the process
+    /// is killed then. Else as [`Process::wait`].
+    pub fn wait_with_output(self) -> Result<Output> {
+        self.collect(Size::mib(64))
+    }
+
+    pub(super) fn collect(mut self, limit: Size) -> Result<Output> {
+        drop(self.stdin.take());
+        let streams = [self.stdout.take(), self.stderr.take()];
+        match read_all(streams, limit) {
+            Ok([stdout, stderr]) => Ok(Output { status: self.wait()?, stdout, stderr }),
+            Err(error) => {
+                // It would block for ever with nobody reading.
+                let _ = self.kill();
+                Err(error)
+            }
+        }
+    }
+}
+
+/// Reads both streams to their ends as they come.
+fn read_all(streams: [Option<ProcessReader>; 2], limit: Size) -> Result<[Vec<u8>; 2]> {
+    let mut streams = streams;
+    let mut read = [Vec::new(), Vec::new()];
+    let mut buffer = vec![0; 64 * 1024];
+    for stream in streams.iter().flatten() {
+        stream.0.set_nonblocking(true)?;
+    }
+    while streams.iter().any(Option::is_some) {
+        let fds: Vec<BorrowedFd<'_>> = streams.iter().flatten().map(AsFd::as_fd).collect();
+        wait_any(&fds, None).doing(|| "waiting for a process's output")?;
+        for (stream, bytes) in streams.iter_mut().zip(&mut read) {
+            let Some(reader) = stream else { continue };
+            match reader.read(&mut buffer) {
+                Ok(0) => *stream = None,
+                Ok(n) => {
+                    bytes.extend_from_slice(buffer.get(..n).unwrap_or_default());
+                    if bytes.len() as u64 > limit.as_bytes() {
+                        return Err(Error::new(
+                            ErrorKind::ResourceExhausted,
+                            format!("output_limit: the process printed more than {limit}"),
+                        ));
+                    }
+                }
+                Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
+                Err(e) => return Err(e).doing(|| "reading a process's output"),
+            }
+        }
+    }
+    Ok(read)
+}
+
+impl AsFd for Process {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        borrow(&self.state.ended)
+    }
+}
+
+impl fmt::Debug for Process {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Process({})", self.number)
+    }
+}

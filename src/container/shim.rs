@@ -1,0 +1,39 @@
+//! The guest's PID 1: the program that `build.rs` made, put into an initramfs with its configuration.
+
+use std::borrow::Cow;
+
+use crate::boot::Initramfs;
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::proto::{BOOT_CONFIG_PATH, BootConfig};
+
+/// Empty where documentation is built.
+static BUILT_IN: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/shim"));
+
+/// Names another shim at run time, for work on the shim itself.
+const OVERRIDE: &str = "COFFERDAM_SHIM";
+
+fn program() -> Result<Cow<'static, [u8]>> {
+    if let Some(path) = std::env::var_os(OVERRIDE).filter(|path| !path.is_empty()) {
+        let read = std::fs::read(&path);
+        return read.map(Cow::Owned).doing(|| format!("reading the shim that {OVERRIDE} names, {}", path.display()));
+    }
+    if BUILT_IN.is_empty() {
+        return Err(Error::new(
+            ErrorKind::Unsupported,
+            "this build has no guest shim, as it was made for documentation only; build again without DOCS_RS",
+        ));
+    }
+    Ok(Cow::Borrowed(BUILT_IN))
+}
+
+/// Adds the shim and what it must know to `base`, as `/init`.
+pub(super) fn initramfs(base: Initramfs, config: &BootConfig<'_>) -> Result<Initramfs> {
+    let config = config
+        .encode()
+        .map_err(|e| Error::new(ErrorKind::InvalidConfig, format!("the guest's boot configuration: {}", e.0)))?;
+    Ok(base
+        .directory("/dev", 0o755)
+        .character_device("/dev/console", 0o600, (5, 1))
+        .file(BOOT_CONFIG_PATH, 0o600, config)
+        .file("/init", 0o755, program()?))
+}

@@ -1,0 +1,163 @@
+//! The shim: PID 1 of the guest. One static program without libc and crates, one thread around one poll loop.
+//!
+//! ```text
+//!  guard        refuses unless it is PID 1 of a machine that asked for it
+//!  files        small files whole            sys     raw system calls      rt   what libc would be
+//!  control      the stream to the host       end     how the machine ends
+//!  mount        the workloads' root          reaper  their PID 1           cgroup  their groups
+//!  serve        the loop: spawn, relay, exits, shutdown
+//! ```
+//! `build.rs` compiles this file alone into the program that the library embeds; as a module of the library it is compiled for tests only.
+#![cfg_attr(guest_bin, no_std, no_main)]
+#![cfg_attr(not(guest_bin), allow(dead_code, reason = "tests run the parts, only the shim runs the whole"))]
+
+extern crate alloc;
+
+#[cfg(guest_bin)]
+#[path = "../proto/mod.rs"]
+mod proto;
+
+mod cgroup;
+mod control;
+mod end;
+mod files;
+mod guard;
+mod mount;
+mod reaper;
+mod relay;
+#[cfg(guest_bin)]
+mod rt;
+mod serve;
+mod spawn;
+mod sys;
+
+use alloc::vec::Vec;
+
+use cgroup::Cgroups;
+use control::{Control, Failure};
+use mount::Writable;
+use serve::{Outcome, Shim};
+use sys::{Errno, Fd};
+
+use crate::proto::{BOOT_CONFIG_MAX, BootConfig, End, FromGuest, Stage};
+
+/// Files a program may open, and how far it may raise that: what most expect, and what systemd gives.
+const FILES: (u64, u64) = (1024, 524_288);
+
+/// Everything, from the first instruction to the end of the machine.
+fn run() -> ! {
+    let user_space_ns = sys::now_ns();
+    guard::check();
+    let signals = match settle_in() {
+        Ok(signals) => signals,
+        Err(failure) => fail_unheard(&failure),
+    };
+    let file = match read_config() {
+        Ok(file) => file,
+        Err(failure) => fail_unheard(&failure),
+    };
+    let config = match BootConfig::parse(&file) {
+        Ok(config) => config,
+        Err(malformed) => {
+            let text: [&[u8]; 2] = [b"reading the boot configuration: bad ", malformed.0.as_bytes()];
+            fail_unheard(&Failure::new(Stage::BootConfig, Errno::EPROTO, &text))
+        }
+    };
+    // Early, so that what fails from here on is told.
+    let control = match Control::dial(config.control_port) {
+        Ok(control) => control,
+        Err(errno) => fail_unheard(&Failure::new(Stage::Control, errno, &[b"connecting to the host over vsock"])),
+    };
+    let writable = match mount_all(&config) {
+        Ok(writable) => writable,
+        Err(failure) => control.fail(&failure),
+    };
+    let mut shim = match isolate(control, signals) {
+        Ok(shim) => shim,
+        Err((control, failure)) => control.fail(&failure),
+    };
+    drop(file);
+    shim.control.say(0, &FromGuest::Ready { user_space_ns, ready_ns: sys::now_ns() });
+    let outcome = shim.serve();
+    finish(shim, writable, outcome)
+}
+
+/// Nobody can be told but the console.
+fn fail_unheard(failure: &Failure) -> ! {
+    control::complain(failure);
+    end::fault()
+}
+
+/// What PID 1 owes itself: standard descriptors, blocked signals, a place out of the OOM killer's reach.
+fn settle_in() -> Result<Fd, Failure> {
+    let failure = |errno, what: &[u8]| Failure::new(Stage::Isolation, errno, &[what]);
+    let set = sys::signal_set(&serve::SIGNALS);
+    // SIGPIPE and all others too; those that nobody waits for stay pending for ever, which is what ignoring them is for PID 1.
+    sys::block_signals(u64::MAX).map_err(|errno| failure(errno, b"blocking signals"))?;
+    let signals = sys::signal_fd(set).map_err(|errno| failure(errno, b"making a signal descriptor"))?;
+    let _ = sys::reboot(sys::RB_CTRL_ALT_DEL_TO_INIT);
+    let _ = files::write(None, c"/proc/self/oom_score_adj", b"-1000");
+    // The streams and pipes of a thousand programs.
+    let _ = sys::limit_files(65_536, FILES.1);
+    Ok(signals)
+}
+
+fn read_config() -> Result<Vec<u8>, Failure> {
+    let file = files::read(None, c"/cofferdam.boot", BOOT_CONFIG_MAX + 1);
+    // The initramfs may be the workloads' root; none of this is theirs.
+    let _ = sys::unlink(c"/cofferdam.boot");
+    let _ = sys::unlink(c"/init");
+    file.map_err(|errno| Failure::new(Stage::BootConfig, errno, &[b"reading /cofferdam.boot"]))
+}
+
+fn mount_all(config: &BootConfig<'_>) -> Result<Writable, Failure> {
+    let plan = mount::plan(&config.root, config.hostname);
+    let (before, after) = mount::split(&plan);
+    mount::carry_out(before)?;
+    let writable = Writable::find(&config.root);
+    // This one shows the shim's pid namespace; the workloads get their own.
+    let _ = sys::unmount(c"/proc");
+    mount::carry_out(after)?;
+    if !config.hostname.is_empty() {
+        let _ = sys::set_hostname(config.hostname);
+    }
+    let _ = sys::loopback_up();
+    Ok(writable)
+}
+
+/// Makes everything that the workloads need around them.
+fn isolate(control: Control, signals: Fd) -> Result<Shim, (Control, Failure)> {
+    let reaper = match reaper::start() {
+        Ok(reaper) => reaper,
+        Err(failure) => return Err((control, failure)),
+    };
+    let null = match sys::open(None, c"/dev/null", sys::O_RDWR) {
+        Ok(null) => null,
+        Err(errno) => return Err((control, Failure::new(Stage::Isolation, errno, &[b"opening /dev/null"]))),
+    };
+    // A kernel without cgroups runs programs all the same.
+    let cgroups = Cgroups::make(cgroup::threads_max(&reaper.proc)).ok();
+    let ground = spawn::Ground { null, proc: reaper.proc, files: FILES };
+    Ok(Shim::new(control, signals, reaper.pid, ground, cgroups))
+}
+
+fn finish(shim: Shim, writable: Writable, outcome: Outcome) -> ! {
+    let Shim { control, .. } = shim;
+    // Also what came into being since.
+    let _ = sys::kill(-1, sys::SIGKILL);
+    match outcome {
+        Outcome::End(end) => {
+            writable.settle();
+            control.close();
+            end::end(end)
+        }
+        Outcome::HostGone => {
+            writable.settle();
+            end::end(End::PowerOff)
+        }
+        Outcome::Failed(failure) => {
+            writable.settle();
+            control.fail(&failure)
+        }
+    }
+}

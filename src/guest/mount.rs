@@ -1,0 +1,302 @@
+//! The workloads' file systems: what is to be mounted, as a plan that can be read and tested, and the carrying out of it.
+//!
+//! Runs once, on the shim's one thread, before anything of the guest's owner runs. After [`Step::Enter`] every path is inside the root of
+//! the workloads, so that a link in an image leads nowhere else.
+
+use core::ffi::CStr;
+
+use super::alloc::borrow::Cow;
+use super::alloc::ffi::CString;
+use super::alloc::vec::Vec;
+use super::control::Failure;
+use super::files;
+use super::sys::{self, Errno, MS_MOVE, MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_RDONLY, MS_REMOUNT};
+use crate::proto::{Root, Source, Stage};
+
+/// How long a device may take to appear. The drivers are there before the shim, so this is for devices that are probed later.
+const DEVICE_WAIT_NS: u64 = 3_000_000_000;
+
+type Path = Cow<'static, CStr>;
+
+/// One thing to do.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Step {
+    /// Make a directory, unless it is there.
+    Dir { path: Path, mode: u32 },
+    /// Wait until a device is there.
+    Device { path: Path },
+    /// Mount a file system.
+    Mount { source: Path, target: Path, fs: Path, flags: usize, data: Option<Path> },
+    /// Make a symbolic link, unless something is there.
+    Link { target: &'static CStr, path: &'static CStr },
+    /// Make a text file, unless something is there.
+    File { path: &'static CStr, content: Vec<u8> },
+    /// Make this directory the root of everything from here on.
+    Enter { path: &'static CStr },
+}
+
+/// A step, and whether the machine is of no use without it.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Planned {
+    pub(super) step: Step,
+    pub(super) required: bool,
+}
+
+const NEWROOT: &CStr = c"/root";
+const LOWER: &CStr = c"/lower";
+const UPPER: &CStr = c"/upper";
+
+/// Builds the list.
+#[derive(Default)]
+struct Plan(Vec<Planned>);
+
+impl Plan {
+    fn must(&mut self, step: Step) {
+        self.0.push(Planned { step, required: true });
+    }
+
+    fn may(&mut self, step: Step) {
+        self.0.push(Planned { step, required: false });
+    }
+
+    /// A file system of the kernel, with its mount point. The point is allowed to fail, as on a read-only root it is there or not; mounting
+    /// tells.
+    fn api(&mut self, fs: &'static CStr, target: &'static CStr, flags: usize, data: Option<&'static CStr>, required: bool) {
+        self.may(Step::Dir { path: target.into(), mode: 0o755 });
+        let step = Step::Mount { source: fs.into(), target: target.into(), fs: fs.into(), flags, data: data.map(Cow::from) };
+        self.0.push(Planned { step, required });
+    }
+
+    fn disk(&mut self, source: &Source<'_>, target: &'static CStr, flags: usize) {
+        self.must(Step::Dir { path: target.into(), mode: 0o755 });
+        self.must(Step::Device { path: path(source.device) });
+        self.must(Step::Mount { source: path(source.device), target: target.into(), fs: path(source.fs), flags, data: None });
+    }
+}
+
+/// The boot configuration has no NUL in any text; were there one, the text would end there.
+fn path(bytes: &[u8]) -> Path {
+    let text = bytes.split(|&byte| byte == 0).next().unwrap_or_default();
+    Cow::Owned(CString::new(text).unwrap_or_default())
+}
+
+/// Everything up to the root, from the initramfs.
+pub(super) fn plan(root: &Root<'_>, hostname: &[u8]) -> Vec<Planned> {
+    let mut plan = Plan::default();
+    plan.api(c"devtmpfs", c"/dev", MS_NOSUID, None, true);
+    match root {
+        Root::Initramfs => {}
+        Root::Device { source, read_only } => {
+            plan.disk(source, NEWROOT, if *read_only { MS_RDONLY } else { 0 });
+            plan.must(Step::Enter { path: NEWROOT });
+        }
+        Root::Overlay { lower, upper } => {
+            plan.disk(lower, LOWER, MS_RDONLY);
+            plan.disk(upper, UPPER, 0);
+            plan.must(Step::Dir { path: c"/upper/upper".into(), mode: 0o755 });
+            plan.must(Step::Dir { path: c"/upper/work".into(), mode: 0o755 });
+            plan.must(Step::Dir { path: NEWROOT.into(), mode: 0o755 });
+            plan.must(Step::Mount {
+                source: c"overlay".into(),
+                target: NEWROOT.into(),
+                fs: c"overlay".into(),
+                flags: 0,
+                // Without redirect_dir a directory of the image cannot be renamed.
+                data: Some(c"lowerdir=/lower,upperdir=/upper/upper,workdir=/upper/work,redirect_dir=on".into()),
+            });
+            plan.must(Step::Enter { path: NEWROOT });
+        }
+    }
+    if !matches!(root, Root::Initramfs) {
+        plan.api(c"devtmpfs", c"/dev", MS_NOSUID, None, true);
+    }
+    // The workloads' own /proc needs their pid namespace; here is only its place.
+    plan.may(Step::Dir { path: c"/proc".into(), mode: 0o555 });
+    plan.api(c"sysfs", c"/sys", MS_NOSUID | MS_NODEV | MS_NOEXEC, None, true);
+    plan.api(c"cgroup2", c"/sys/fs/cgroup", MS_NOSUID | MS_NODEV | MS_NOEXEC, None, false);
+    plan.api(c"devpts", c"/dev/pts", MS_NOSUID | MS_NOEXEC, Some(c"gid=5,mode=620,ptmxmode=666"), false);
+    plan.api(c"tmpfs", c"/dev/shm", MS_NOSUID | MS_NODEV, Some(c"mode=1777"), false);
+    plan.api(c"mqueue", c"/dev/mqueue", MS_NOSUID | MS_NODEV | MS_NOEXEC, None, false);
+    for (target, path) in [
+        (c"/proc/self/fd", c"/dev/fd"),
+        (c"/proc/self/fd/0", c"/dev/stdin"),
+        (c"/proc/self/fd/1", c"/dev/stdout"),
+        (c"/proc/self/fd/2", c"/dev/stderr"),
+    ] {
+        plan.may(Step::Link { target, path });
+    }
+    if matches!(root, Root::Device { read_only: true, .. }) {
+        // Hardly a program runs without these two. On a writable root they are as the image has them.
+        plan.api(c"tmpfs", c"/run", MS_NOSUID | MS_NODEV, Some(c"mode=755"), false);
+        plan.api(c"tmpfs", c"/tmp", MS_NOSUID | MS_NODEV, Some(c"mode=1777"), false);
+        return plan.0;
+    }
+    plan.may(Step::Dir { path: c"/run".into(), mode: 0o755 });
+    plan.may(Step::Dir { path: c"/tmp".into(), mode: 0o1777 });
+    plan.may(Step::Dir { path: c"/etc".into(), mode: 0o755 });
+    let own: &[u8] = if hostname.is_empty() { b"localhost" } else { hostname };
+    plan.may(Step::File { path: c"/etc/hostname", content: [own, b"\n"].concat() });
+    let hosts = [b"127.0.0.1\tlocalhost ", own, b"\n::1\tlocalhost ip6-localhost ip6-loopback\n"].concat();
+    plan.may(Step::File { path: c"/etc/hosts", content: hosts });
+    plan.0
+}
+
+/// Carries the plan out.
+pub(super) fn carry_out(plan: &[Planned]) -> Result<(), Failure> {
+    for Planned { step, required } in plan {
+        match step.carry_out() {
+            Err(errno) if *required => return Err(step.failure(errno)),
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+impl Step {
+    fn carry_out(&self) -> Result<(), Errno> {
+        match self {
+            Self::Dir { path, mode } => there(sys::mkdir(None, path, *mode)),
+            Self::Device { path } => wait_for(path),
+            Self::Mount { source, target, fs, flags, data } => {
+                match sys::mount(source, target, Some(fs), *flags, data.as_deref()) {
+                    // It is mounted there already, by the kernel.
+                    Err(Errno::EBUSY) if source == fs => Ok(()),
+                    result => result,
+                }
+            }
+            Self::Link { target, path } => there(sys::symlink(target, path)),
+            Self::File { path, content } => there(files::create(path, content)),
+            Self::Enter { path } => {
+                sys::chdir(path)?;
+                sys::mount(c".", c"/", None, MS_MOVE, None)?;
+                sys::chroot(c".")?;
+                sys::chdir(c"/")
+            }
+        }
+    }
+
+    fn failure(&self, errno: Errno) -> Failure {
+        let mount = |parts: &[&[u8]]| Failure::new(Stage::Mount, errno, parts);
+        match self {
+            Self::Dir { path, .. } => mount(&[b"making ", path.to_bytes()]),
+            Self::Device { path } => Failure::new(Stage::Device, errno, &[b"waiting for ", path.to_bytes()]),
+            Self::Mount { source, target, fs, .. } => {
+                mount(&[b"mounting ", source.to_bytes(), b" (", fs.to_bytes(), b") on ", target.to_bytes()])
+            }
+            Self::Link { path, .. } | Self::File { path, .. } => mount(&[b"making ", path.to_bytes()]),
+            Self::Enter { path } => mount(&[b"entering ", path.to_bytes()]),
+        }
+    }
+}
+
+/// What is there already needs no making.
+fn there(result: Result<(), Errno>) -> Result<(), Errno> {
+    match result {
+        Err(Errno::EEXIST) => Ok(()),
+        result => result,
+    }
+}
+
+fn wait_for(device: &CStr) -> Result<(), Errno> {
+    let deadline = sys::now_ns() + DEVICE_WAIT_NS;
+    let mut pause_ms = 1;
+    loop {
+        match sys::open(None, device, sys::O_PATH) {
+            Ok(_) => return Ok(()),
+            Err(errno) if errno != Errno::ENOENT || sys::now_ns() >= deadline => return Err(errno),
+            Err(_) => sys::sleep_ms(pause_ms),
+        }
+        pause_ms = (pause_ms * 2).min(50);
+    }
+}
+
+/// The file system that takes the workloads' writes, kept reachable below the root for [`Writable::settle`].
+#[derive(Debug)]
+pub(super) struct Writable(Option<sys::Fd>);
+
+impl Writable {
+    /// To be called after mounting and before [`Step::Enter`] hides it; so [`carry_out`] goes in two parts.
+    pub(super) fn find(root: &Root<'_>) -> Self {
+        let path = match root {
+            Root::Initramfs | Root::Device { .. } => return Self(None),
+            Root::Overlay { .. } => UPPER,
+        };
+        Self(sys::open(None, path, sys::O_RDONLY | sys::O_DIRECTORY).ok())
+    }
+
+    /// Brings everything to the disks, and where nothing writes any more makes them read-only, so that they are found clean.
+    pub(super) fn settle(self) {
+        sys::sync();
+        let remount = |path| sys::mount(c"none", path, None, MS_REMOUNT | MS_RDONLY, None);
+        let _ = remount(c"/");
+        if let Self(Some(fd)) = self {
+            if sys::fchdir(&fd).is_ok() {
+                drop(fd);
+                let _ = remount(c".");
+            }
+        }
+    }
+}
+
+/// Where a plan enters the root; before it [`Writable::find`] finds what it needs.
+pub(super) fn split(plan: &[Planned]) -> (&[Planned], &[Planned]) {
+    let enter = plan.iter().position(|planned| matches!(planned.step, Step::Enter { .. })).unwrap_or(0);
+    plan.split_at(enter)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const VDA: Source<'_> = Source { device: b"/dev/vda", fs: b"ext4" };
+    const VDB: Source<'_> = Source { device: b"/dev/vdb", fs: b"ext4" };
+
+    fn mounts(plan: &[Planned]) -> Vec<(&str, &str)> {
+        let text = |path: &'_ Path| -> &str { Box::leak(path.to_str().unwrap().to_owned().into_boxed_str()) };
+        plan.iter()
+            .filter_map(|planned| match &planned.step {
+                Step::Mount { target, fs, .. } => Some((text(fs), text(target))),
+                _ => None,
+            })
+            .collect()
+    }
+
+    #[test]
+    fn an_overlay_is_mounted_below_before_it_is_entered_and_the_rest_inside() {
+        let plan = plan(&Root::Overlay { lower: VDA, upper: VDB }, b"box");
+        let (before, after) = split(&plan);
+        assert_eq!(mounts(before), [("devtmpfs", "/dev"), ("ext4", "/lower"), ("ext4", "/upper"), ("overlay", "/root")]);
+        assert_eq!(mounts(after)[..3], [("devtmpfs", "/dev"), ("sysfs", "/sys"), ("cgroup2", "/sys/fs/cgroup")]);
+        assert!(!mounts(after).contains(&("tmpfs", "/run")), "what an image has in /run stays");
+    }
+
+    #[test]
+    fn the_lower_device_is_never_written() {
+        let plan = plan(&Root::Overlay { lower: VDA, upper: VDB }, b"");
+        let flags = plan.iter().find_map(|planned| match &planned.step {
+            Step::Mount { source, flags, .. } if source.to_bytes() == b"/dev/vda" => Some(*flags),
+            _ => None,
+        });
+        assert_eq!(flags, Some(MS_RDONLY));
+    }
+
+    #[test]
+    fn the_initramfs_is_not_entered() {
+        let plan = plan(&Root::Initramfs, b"");
+        assert!(!plan.iter().any(|planned| matches!(planned.step, Step::Enter { .. })));
+        assert_eq!(mounts(&plan).iter().filter(|mount| mount.1 == "/dev").count(), 1);
+    }
+
+    #[test]
+    fn a_read_only_root_gets_run_and_tmp_in_memory_and_no_files() {
+        let plan = plan(&Root::Device { source: VDA, read_only: true }, b"box");
+        assert!(mounts(&plan).contains(&("tmpfs", "/tmp")));
+        assert!(!plan.iter().any(|planned| matches!(planned.step, Step::File { .. })));
+    }
+
+    #[test]
+    fn a_missing_device_is_named() {
+        let failure = Step::Device { path: path(b"/dev/vdz") }.failure(Errno::ENOENT);
+        assert_eq!((failure.stage, &failure.text[..]), (Stage::Device, &b"waiting for /dev/vdz"[..]));
+    }
+}

@@ -1,0 +1,473 @@
+//! The loop: requests of the host, streams, ends of processes, the end of the machine. The shim's one thread stays here; it waits for
+//! events only, and by time only where something must end by then.
+
+use super::alloc::vec::Vec;
+use super::cgroup::{Cgroups, Group, Watch};
+use super::control::{Control, Failure, Gate};
+use super::reaper;
+use super::relay::{Progress, Relay};
+use super::spawn::{self, Ground, Refusal, Report, Wiring};
+use super::sys::{self, Errno, Fd, POLLIN, Poll, SIGKILL, Status};
+use crate::proto::{Decoder, End, FROM_HOST_MAX, Frame, FromGuest, FromHost, Spawn, Stage, Step};
+
+/// Programs that the shim keeps track of at the same time, with those that have exited and left something running.
+const MAX_PROCESSES: usize = 1024;
+/// How long killed processes may take to vanish, and streams to drain, when the machine ends.
+const LAST_WAIT_NS: u64 = 2_000_000_000;
+/// The grace of an end that something other than the host asked for.
+const OWN_GRACE_MS: u32 = 5000;
+
+/// Signals that PID 1 gets from the kernel: children, Ctrl-Alt-Del, and what else may ask for an end.
+pub(super) const SIGNALS: [u8; 4] = [sys::SIGCHLD, sys::SIGINT, sys::SIGTERM, sys::SIGPWR];
+
+/// Why the loop was left.
+#[derive(Debug)]
+pub(super) enum Outcome {
+    /// Everything has ended as asked.
+    End(End),
+    /// Nobody listens any more.
+    HostGone,
+    Failed(Failure),
+}
+
+/// A program that the host started.
+#[derive(Debug)]
+struct Process {
+    /// The number that the host gave it.
+    id: u32,
+    life: Life,
+    group: Option<Group>,
+    /// The host killed it: then its SIGKILL is not the OOM killer's.
+    killed: bool,
+}
+
+#[derive(Debug)]
+enum Life {
+    /// Its streams are being connected; the request waits.
+    Connecting { wiring: Wiring, kind: u32, payload: Vec<u8> },
+    /// Forked, and not yet known to be the program.
+    Starting { pid: i32, report: Report },
+    Running { pid: i32 },
+    /// It never became the program, which the host knows, and still has to be reaped.
+    Refused { pid: i32 },
+    /// It has exited, but not all that it started.
+    Left { watch: Watch },
+    /// To be forgotten.
+    Over,
+}
+
+impl Life {
+    fn pid(&self) -> Option<i32> {
+        match self {
+            Self::Starting { pid, .. } | Self::Running { pid } | Self::Refused { pid } => Some(*pid),
+            _ => None,
+        }
+    }
+}
+
+/// The end of the machine under way.
+#[derive(Debug)]
+struct Ending {
+    end: End,
+    phase: Phase,
+    deadline: u64,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    /// SIGTERM was sent.
+    Asked,
+    /// SIGKILL was sent.
+    Killed,
+    /// Nothing runs; the host takes what is in the streams.
+    Draining,
+}
+
+/// Everything that the shim knows while it serves.
+#[derive(Debug)]
+pub(super) struct Shim {
+    pub(super) control: Control,
+    gate: Gate,
+    signals: Fd,
+    reaper: i32,
+    ground: Ground,
+    cgroups: Option<Cgroups>,
+    /// All workloads, watched while the machine ends.
+    everybody: Option<Watch>,
+    processes: Vec<Process>,
+    relays: Vec<Relay>,
+    ending: Option<Ending>,
+}
+
+/// To whom an entry of the list to poll belongs.
+#[derive(Debug, Clone, Copy)]
+enum Owner {
+    Control,
+    Signals,
+    Everybody,
+    Process(u32),
+}
+
+impl Shim {
+    pub(super) fn new(control: Control, signals: Fd, reaper: i32, ground: Ground, cgroups: Option<Cgroups>) -> Self {
+        Self {
+            control,
+            gate: Gate::default(),
+            signals,
+            reaper,
+            ground,
+            cgroups,
+            everybody: None,
+            processes: Vec::new(),
+            relays: Vec::new(),
+            ending: None,
+        }
+    }
+
+    /// Serves until the end.
+    pub(super) fn serve(&mut self) -> Outcome {
+        let mut decoder = Decoder::new(FROM_HOST_MAX);
+        let (mut polls, mut owners) = (Vec::new(), Vec::new());
+        loop {
+            if let Some(end) = self.ending_over() {
+                return Outcome::End(end);
+            }
+            self.collect(&mut polls, &mut owners);
+            match sys::poll(&mut polls, self.ending.as_ref().map(|ending| ending.deadline)) {
+                Ok(_) | Err(Errno::EINTR) => {}
+                Err(errno) => return Outcome::Failed(Failure::new(Stage::Loop, errno, &[b"polling"])),
+            }
+            // The relays' entries come in pairs after those that have an owner.
+            let (owned, paired) = polls.split_at(owners.len().min(polls.len()));
+            self.advance_relays(paired);
+            for (poll, owner) in owned.iter().zip(&owners) {
+                if poll.happened == 0 {
+                    continue;
+                }
+                let result = match owner {
+                    Owner::Control => self.serve_host(poll.happened, &mut decoder),
+                    Owner::Signals => self.serve_signals(),
+                    Owner::Everybody => Ok(()),
+                    Owner::Process(id) => {
+                        self.serve_process(*id, poll.fd);
+                        Ok(())
+                    }
+                };
+                if let Err(outcome) = result {
+                    return outcome;
+                }
+            }
+            self.processes.retain(|process| !matches!(process.life, Life::Over));
+        }
+    }
+
+    /// Lists what to wait for.
+    fn collect(&self, polls: &mut Vec<Poll>, owners: &mut Vec<Owner>) {
+        polls.clear();
+        owners.clear();
+        let mut add = |poll, owner| {
+            polls.push(poll);
+            owners.push(owner);
+        };
+        // Before the requests of the host: a process that it asks about may just have ended.
+        add(Poll { fd: self.signals.raw(), events: POLLIN, happened: 0 }, Owner::Signals);
+        for process in &self.processes {
+            let owner = Owner::Process(process.id);
+            match &process.life {
+                Life::Connecting { wiring, .. } => wiring.polls().for_each(|poll| add(poll, owner)),
+                Life::Starting { report, .. } => add(report.poll(), owner),
+                Life::Left { watch } => add(watch.poll(), owner),
+                Life::Running { .. } | Life::Refused { .. } | Life::Over => {}
+            }
+        }
+        if let Some(watch) = &self.everybody {
+            add(watch.poll(), Owner::Everybody);
+        }
+        add(self.control.poll(), Owner::Control);
+        polls.extend(self.relays.iter().flat_map(Relay::polls));
+    }
+
+    fn advance_relays(&mut self, polls: &[Poll]) {
+        let mut pairs = polls.chunks_exact(2);
+        self.relays.retain_mut(|relay| match pairs.next() {
+            Some([pipe, socket]) => relay.advance([pipe.happened, socket.happened]) == Progress::Going,
+            _ => true,
+        });
+    }
+
+    fn serve_host(&mut self, happened: i16, decoder: &mut Decoder) -> Result<(), Outcome> {
+        self.control.flush();
+        if happened & !sys::POLLOUT == 0 {
+            return Ok(());
+        }
+        let mut buffer = [0u8; 8192];
+        let n = match self.control.read(&mut buffer) {
+            Ok(0) => return Err(Outcome::HostGone),
+            Ok(n) => n,
+            Err(Errno::EAGAIN | Errno::EINTR) => return Ok(()),
+            Err(_) => return Err(Outcome::HostGone),
+        };
+        let broken = |what: &[u8]| {
+            let text: [&[u8]; 2] = [b"the host sent an unusable ", what];
+            Outcome::Failed(Failure::new(Stage::Control, Errno::EPROTO, &text))
+        };
+        let mut input = buffer.get(..n).unwrap_or_default();
+        while let Some(frame) = decoder.next(&mut input).map_err(|_| broken(b"frame"))? {
+            if let Some(message) = self.gate.admit(&frame).map_err(broken)? {
+                self.obey(&frame, &message);
+            }
+        }
+        Ok(())
+    }
+
+    fn obey(&mut self, frame: &Frame<'_>, message: &FromHost<'_>) {
+        match *message {
+            FromHost::Hello { .. } => {}
+            FromHost::Spawn(spawn) => {
+                if let Err(refusal) = self.spawn(frame, &spawn) {
+                    self.refuse(frame.stream, refusal);
+                }
+            }
+            FromHost::Signal { signo, group } => self.signal(frame.stream, signo, group),
+            FromHost::Kill => self.kill(frame.stream),
+            FromHost::Shutdown { grace_ms, end } => self.start_ending(end, grace_ms),
+        }
+    }
+
+    fn find(&mut self, id: u32) -> Option<&mut Process> {
+        self.processes.iter_mut().find(|process| process.id == id && !matches!(process.life, Life::Over))
+    }
+
+    fn refuse(&mut self, id: u32, (step, errno): Refusal) {
+        self.control.say(id, &FromGuest::SpawnFailed { step, errno: errno.0 });
+    }
+
+    fn spawn(&mut self, frame: &Frame<'_>, spawn: &Spawn<'_>) -> Result<(), Refusal> {
+        if self.ending.is_some() {
+            return Err((Step::Request, Errno::ESHUTDOWN));
+        }
+        if self.find(frame.stream).is_some() {
+            return Err((Step::Request, Errno::EEXIST));
+        }
+        if self.processes.len() >= MAX_PROCESSES {
+            return Err((Step::Request, Errno::EAGAIN));
+        }
+        let wiring = Wiring::dial(&spawn.stdio)?;
+        let mut process = Process { id: frame.stream, life: Life::Over, group: None, killed: false };
+        if wiring.is_connected() {
+            self.start(&mut process, spawn, wiring)?;
+        } else {
+            let mut payload = Vec::new();
+            payload.try_reserve_exact(frame.payload.len()).map_err(|_| (Step::Request, Errno::ENOMEM))?;
+            payload.extend_from_slice(frame.payload);
+            process.life = Life::Connecting { wiring, kind: frame.kind, payload };
+        }
+        self.processes.push(process);
+        Ok(())
+    }
+
+    /// Its streams are connected: fork.
+    fn start(&mut self, process: &mut Process, spawn: &Spawn<'_>, wiring: Wiring) -> Result<(), Refusal> {
+        if let Some(cgroups) = &self.cgroups {
+            process.group = Some(cgroups.group(process.id).map_err(|errno| (Step::Cgroup, errno))?);
+        }
+        let cgroup = process.group.as_ref().map(|group| &group.dir);
+        match spawn::start(process.id, spawn, wiring, cgroup, &self.ground) {
+            Ok(started) => {
+                self.relays.extend(started.relays);
+                process.life = Life::Starting { pid: started.pid, report: started.report };
+                Ok(())
+            }
+            Err(refusal) => {
+                self.dissolve(process);
+                Err(refusal)
+            }
+        }
+    }
+
+    /// Removes the cgroup if it can be removed now.
+    fn dissolve(&self, process: &mut Process) {
+        if let (Some(cgroups), Some(group)) = (&self.cgroups, &process.group) {
+            if cgroups.remove(group) {
+                process.group = None;
+            }
+        }
+    }
+
+    /// Something happened to a descriptor of this process.
+    fn serve_process(&mut self, id: u32, fd: i32) {
+        let Some(index) = self.processes.iter().position(|process| process.id == id) else { return };
+        // Out of the list while it changes, so that the rest of the shim is at hand.
+        let mut process = self.processes.swap_remove(index);
+        match core::mem::replace(&mut process.life, Life::Over) {
+            Life::Connecting { mut wiring, kind, payload } => {
+                let result = wiring.advance(fd).and_then(|()| {
+                    if !wiring.is_connected() {
+                        process.life = Life::Connecting { wiring, kind, payload };
+                        return Ok(());
+                    }
+                    // It was understood when it came.
+                    match FromHost::parse(&Frame { stream: id, kind, payload: &payload }) {
+                        Ok(Some(FromHost::Spawn(spawn))) => self.start(&mut process, &spawn, wiring),
+                        _ => Err((Step::Request, Errno::EPROTO)),
+                    }
+                });
+                if let Err(refusal) = result {
+                    self.refuse(id, refusal);
+                }
+            }
+            Life::Starting { pid, report } => self.started(&mut process, pid, report),
+            Life::Left { watch } => {
+                if watch.is_populated() {
+                    process.life = Life::Left { watch };
+                } else {
+                    self.dissolve(&mut process);
+                }
+            }
+            other => process.life = other,
+        }
+        if !matches!(process.life, Life::Over) {
+            self.processes.push(process);
+        }
+    }
+
+    /// The new process has become the program, or will not.
+    fn started(&mut self, process: &mut Process, pid: i32, report: Report) {
+        match report.read() {
+            Ok(inner) => {
+                self.control.say(process.id, &FromGuest::Spawned { pid: inner });
+                process.life = Life::Running { pid };
+            }
+            Err(refusal) => {
+                self.relays.retain(|relay| relay.owner != process.id);
+                self.refuse(process.id, refusal);
+                process.life = Life::Refused { pid };
+            }
+        }
+    }
+
+    fn serve_signals(&mut self) -> Result<(), Outcome> {
+        while let Some(signal) = sys::next_signal(&self.signals) {
+            match signal {
+                // Many children may share one signal.
+                sys::SIGCHLD => {
+                    while let Some((pid, status)) = sys::reap() {
+                        self.ended(pid, status)?;
+                    }
+                }
+                // Ctrl-Alt-Del.
+                sys::SIGINT => self.start_ending(End::Reboot, OWN_GRACE_MS),
+                _ => self.start_ending(End::PowerOff, OWN_GRACE_MS),
+            }
+        }
+        Ok(())
+    }
+
+    fn ended(&mut self, pid: i32, status: Status) -> Result<(), Outcome> {
+        if pid == self.reaper {
+            // With it go all workloads. Where the machine is ending that is meant.
+            return match (&self.ending, reaper::meaning(status)) {
+                (Some(_), _) => Ok(()),
+                (None, Some(end)) => Err(Outcome::End(end)),
+                (None, None) => {
+                    Err(Outcome::Failed(Failure::new(Stage::Reaper, Errno(0), &[b"PID 1 of the workloads has ended"])))
+                }
+            };
+        }
+        let Some(index) = self.processes.iter().position(|process| process.life.pid() == Some(pid)) else {
+            return Ok(());
+        };
+        let mut process = self.processes.swap_remove(index);
+        if let Life::Starting { pid, report } = core::mem::replace(&mut process.life, Life::Over) {
+            self.started(&mut process, pid, report);
+        } else {
+            process.life = Life::Running { pid };
+        }
+        self.exited(process, status);
+        Ok(())
+    }
+
+    /// The program's own exit, told at once: what it left running and what is still in its pipes holds nothing up.
+    fn exited(&mut self, mut process: Process, status: Status) {
+        if let Life::Running { .. } = process.life {
+            self.relays.retain_mut(|relay| relay.owner != process.id || relay.owner_exited() == Progress::Going);
+            let message = match status {
+                Status::Exited(code) => FromGuest::Exited { code },
+                Status::Signaled(signo) => {
+                    let kills = || process.group.as_ref().map_or(0, Group::oom_kills);
+                    FromGuest::Signaled { signo, oom: signo == SIGKILL && !process.killed && kills() > 0 }
+                }
+            };
+            self.control.say(process.id, &message);
+        }
+        self.dissolve(&mut process);
+        if let Some(watch) = process.group.as_ref().and_then(|group| group.watch().ok()) {
+            if watch.is_populated() {
+                process.life = Life::Left { watch };
+                self.processes.push(process);
+            }
+        }
+    }
+
+    fn signal(&mut self, id: u32, signo: u8, group: bool) {
+        // One that has just ended is as good as signalled; the host learns of its end anyway.
+        if let Some(pid) = self.find(id).and_then(|process| process.life.pid()) {
+            let _ = sys::kill(if group { -pid } else { pid }, signo);
+        }
+    }
+
+    fn kill(&mut self, id: u32) {
+        let Some(process) = self.find(id) else { return };
+        process.killed = true;
+        if let Life::Connecting { .. } = process.life {
+            process.life = Life::Over;
+            return self.refuse(id, (Step::Request, Errno::ECANCELED));
+        }
+        if process.group.as_ref().is_some_and(|group| group.kill().is_ok()) {
+            return;
+        }
+        if let Some(pid) = process.life.pid() {
+            let _ = sys::kill(-pid, SIGKILL);
+            let _ = sys::kill(pid, SIGKILL);
+        }
+    }
+
+    /// Asks all workloads to end. A second request can only make it sooner.
+    fn start_ending(&mut self, end: End, grace_ms: u32) {
+        let deadline = sys::now_ns() + u64::from(grace_ms) * 1_000_000;
+        if let Some(ending) = &mut self.ending {
+            ending.deadline = ending.deadline.min(deadline);
+            return;
+        }
+        for process in &mut self.processes {
+            if let Life::Connecting { .. } = process.life {
+                process.life = Life::Over;
+                let refused = FromGuest::SpawnFailed { step: Step::Request, errno: Errno::ESHUTDOWN.0 };
+                self.control.say(process.id, &refused);
+            }
+        }
+        self.everybody = self.cgroups.as_ref().and_then(|cgroups| cgroups.watch().ok());
+        // Everything but the shim, and the reaper, which lets only SIGKILL through. What is stopped must run to hear it.
+        let _ = sys::kill(-1, sys::SIGTERM);
+        let _ = sys::kill(-1, sys::SIGCONT);
+        self.ending = Some(Ending { end, phase: Phase::Asked, deadline });
+    }
+
+    /// Takes the end of the machine as far as it can go now.
+    fn ending_over(&mut self) -> Option<End> {
+        let ending = self.ending.as_mut()?;
+        let populated = self.everybody.as_ref().is_some_and(Watch::is_populated);
+        let alive = populated || self.processes.iter().any(|process| process.life.pid().is_some());
+        let now = sys::now_ns();
+        if ending.phase == Phase::Asked && (!alive || now >= ending.deadline) {
+            let _ = sys::kill(-1, SIGKILL);
+            (ending.phase, ending.deadline) = (Phase::Killed, now + LAST_WAIT_NS);
+        }
+        if ending.phase == Phase::Killed && (!alive || now >= ending.deadline) {
+            (ending.phase, ending.deadline) = (Phase::Draining, now + LAST_WAIT_NS);
+            self.everybody = None;
+        }
+        let drained = self.relays.is_empty() || now >= ending.deadline;
+        (ending.phase == Phase::Draining && drained).then_some(ending.end)
+    }
+}

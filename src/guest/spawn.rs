@@ -1,0 +1,302 @@
+//! Starting a program: its streams are connected first, then a process is forked, prepared and becomes the program. Runs on the shim's one
+//! thread, which never waits for any of it; the part after the fork runs in the new process.
+
+use core::ffi::CStr;
+
+use super::alloc::ffi::CString;
+use super::alloc::vec::Vec;
+use super::relay::{Flow, Relay};
+use super::sys::{self, Errno, Fd, POLLOUT, Poll, Vector};
+use crate::proto::{HOST_CID, Spawn, Step, Stdio};
+
+/// Where programs are looked for if the environment has no `PATH`.
+const DEFAULT_PATH: &[u8] = b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// A step that failed, and why.
+pub(super) type Refusal = (Step, Errno);
+
+/// What every new process needs from the shim.
+#[derive(Debug)]
+pub(super) struct Ground {
+    /// `/dev/null`, opened before a workload could put something else there.
+    pub(super) null: Fd,
+    /// The workloads' `/proc`.
+    pub(super) proc: Fd,
+    /// Files a program may open, and how far it may raise that.
+    pub(super) files: (u64, u64),
+}
+
+/// One stream to the host on its way.
+#[derive(Debug)]
+struct Link {
+    socket: Fd,
+    connected: bool,
+}
+
+/// The streams of a program before it runs, by standard descriptor. Without a link it is `/dev/null`, or standard output where `joined`.
+#[derive(Debug)]
+pub(super) struct Wiring {
+    links: [Option<Link>; 3],
+    joined: bool,
+}
+
+impl Wiring {
+    /// Starts connecting.
+    pub(super) fn dial(stdio: &[Stdio; 3]) -> Result<Self, Refusal> {
+        let joined = is_joined(stdio);
+        let mut links = [None, None, None];
+        for ((number, link), stdio) in links.iter_mut().enumerate().zip(stdio) {
+            if let Stdio::Port(port) = *stdio {
+                if number == 2 && joined {
+                    continue;
+                }
+                let dialled = sys::connect_vsock(HOST_CID, port);
+                let (socket, connected) = dialled.map_err(|errno| (Step::Stdio, errno))?;
+                *link = Some(Link { socket, connected });
+            }
+        }
+        Ok(Self { links, joined })
+    }
+
+    pub(super) fn is_connected(&self) -> bool {
+        self.links.iter().flatten().all(|link| link.connected)
+    }
+
+    /// What to wait for until it is.
+    pub(super) fn polls(&self) -> impl Iterator<Item = Poll> {
+        let waiting = self.links.iter().flatten().filter(|link| !link.connected);
+        waiting.map(|link| Poll { fd: link.socket.raw(), events: POLLOUT, happened: 0 })
+    }
+
+    /// Something happened to the descriptor `fd` of [`Wiring::polls`].
+    pub(super) fn advance(&mut self, fd: i32) -> Result<(), Refusal> {
+        for link in self.links.iter_mut().flatten().filter(|link| link.socket.raw() == fd) {
+            sys::connect_result(&link.socket).map_err(|errno| (Step::Stdio, errno))?;
+            link.connected = true;
+        }
+        Ok(())
+    }
+}
+
+/// Whether standard error goes where standard output goes: then they share a pipe, which keeps their order.
+fn is_joined(stdio: &[Stdio; 3]) -> bool {
+    matches!(stdio, [_, Stdio::Port(out), Stdio::Port(error)] if out == error)
+}
+
+/// A new process.
+#[derive(Debug)]
+pub(super) struct Started {
+    /// As the shim sees it.
+    pub(super) pid: i32,
+    pub(super) report: Report,
+    pub(super) relays: Vec<Relay>,
+}
+
+/// Forks. Whether the program runs, the report tells.
+pub(super) fn start(
+    id: u32,
+    spawn: &Spawn<'_>,
+    wiring: Wiring,
+    cgroup: Option<&Fd>,
+    ground: &Ground,
+) -> Result<Started, Refusal> {
+    let no = |step| move |errno| (step, errno);
+    let mut relays = Vec::new();
+    let mut ends: [Option<Fd>; 3] = [None, None, None];
+    for ((number, link), end) in wiring.links.into_iter().enumerate().zip(&mut ends) {
+        let Some(link) = link else { continue };
+        let (reader, writer) = sys::pipe().map_err(no(Step::Stdio))?;
+        let (flow, mine, theirs) = if number == 0 { (Flow::In, writer, reader) } else { (Flow::Out, reader, writer) };
+        sys::set_nonblocking(&mine).map_err(no(Step::Stdio))?;
+        relays.push(Relay::new(id, flow, mine, link.socket));
+        *end = Some(theirs);
+    }
+    let [input, output, error] = &ends;
+    let output = output.as_ref().unwrap_or(&ground.null);
+    let error = if wiring.joined { output } else { error.as_ref().unwrap_or(&ground.null) };
+    let plan = Child {
+        stdio: [input.as_ref().unwrap_or(&ground.null), output, error],
+        ground,
+        cwd: spawn.cwd.unwrap_or(c"/"),
+        programs: candidates(spawn),
+        argv: Vector::new(spawn.argv.iter()).map_err(no(Step::Fork))?,
+        envp: Vector::new(spawn.env.iter()).map_err(no(Step::Fork))?,
+    };
+    let (reader, writer) = sys::pipe().map_err(no(Step::Fork))?;
+    sys::set_nonblocking(&reader).map_err(no(Step::Fork))?;
+    let pid = sys::fork(cgroup, || plan.run(&writer)).map_err(no(Step::Fork))?;
+    Ok(Started { pid, report: Report(reader), relays })
+}
+
+/// What the new process does until it is the program. All memory it needs was made before.
+struct Child<'a> {
+    stdio: [&'a Fd; 3],
+    ground: &'a Ground,
+    cwd: &'a CStr,
+    programs: Vec<CString>,
+    argv: Vector<'a>,
+    envp: Vector<'a>,
+}
+
+impl Child<'_> {
+    fn run(&self, report: &Fd) -> i32 {
+        let _ = sys::write(report, &sys::getpid().to_ne_bytes());
+        let (step, errno) = self.become_the_program();
+        let mut message = [0u8; 8];
+        message[..4].copy_from_slice(&(step as u32).to_ne_bytes());
+        message[4..].copy_from_slice(&errno.0.to_ne_bytes());
+        let _ = sys::write(report, &message);
+        127
+    }
+
+    /// Returns only if it could not.
+    fn become_the_program(&self) -> Refusal {
+        if let Err(errno) = self.prepare() {
+            return (Step::Prepare, errno);
+        }
+        if let Err(errno) = sys::chdir(self.cwd) {
+            return (Step::Chdir, errno);
+        }
+        // What was sent meanwhile takes effect here, with the default actions.
+        if let Err(errno) = sys::block_signals(0) {
+            return (Step::Prepare, errno);
+        }
+        (Step::Exec, self.execute())
+    }
+
+    fn prepare(&self) -> Result<(), Errno> {
+        sys::set_sid()?;
+        for (number, fd) in (0..).zip(self.stdio) {
+            sys::dup_onto(fd, number)?;
+        }
+        sys::umask(0o022);
+        sys::limit_files(self.ground.files.0, self.ground.files.1)?;
+        // The shim is out of the OOM killer's reach, its workloads are not.
+        super::files::write(Some(&self.ground.proc), c"self/oom_score_adj", b"0")
+    }
+
+    /// The rules of execvp(3), but that a file which is no program is not given to a shell.
+    fn execute(&self) -> Errno {
+        let mut result = Errno::ENOENT;
+        for program in &self.programs {
+            match sys::execve(program, &self.argv, &self.envp) {
+                Errno::EACCES => result = Errno::EACCES,
+                Errno::ENOENT | Errno::ENOTDIR | Errno::ENODEV | Errno::ESTALE | Errno::ETIMEDOUT => {}
+                errno => return errno,
+            }
+        }
+        result
+    }
+}
+
+/// The paths at which the program may be, in order.
+fn candidates(spawn: &Spawn<'_>) -> Vec<CString> {
+    let program = spawn.argv.iter().next().unwrap_or(c"");
+    let name = program.to_bytes();
+    if name.is_empty() || name.contains(&b'/') {
+        return Vec::from([CString::from(program)]);
+    }
+    let path = spawn.env.iter().find_map(|variable| variable.to_bytes().strip_prefix(b"PATH="));
+    // An empty entry is the working directory.
+    let join = |directory: &[u8]| {
+        let slash: &[u8] = if directory.is_empty() || directory.ends_with(b"/") { b"" } else { b"/" };
+        CString::new([directory, slash, name].concat()).unwrap_or_default()
+    };
+    path.unwrap_or(DEFAULT_PATH).split(|&byte| byte == b':').map(join).collect()
+}
+
+/// What the new process says before it is the program: its pid, and if it never becomes the program, why. Then it hangs up.
+#[derive(Debug)]
+pub(super) struct Report(Fd);
+
+impl Report {
+    /// To wait for the hanging up.
+    pub(super) fn poll(&self) -> Poll {
+        Poll { fd: self.0.raw(), events: 0, happened: 0 }
+    }
+
+    /// The pid as the workloads see it, or the refusal. To be read when the process has hung up or died.
+    pub(super) fn read(self) -> Result<u32, Refusal> {
+        let mut message = [0u8; 12];
+        let length = sys::read(&self.0, &mut message).unwrap_or(0);
+        let [a, b, c, d, e, f, g, h, i, j, k, l] = message;
+        if length < message.len() {
+            // Without a word it was killed before it could say one; then it did run, and how it ended will be told.
+            return Ok(u32::from_ne_bytes([a, b, c, d]));
+        }
+        let step = u32::from_ne_bytes([e, f, g, h]);
+        let step = [Step::Chdir, Step::Exec].into_iter().find(|&known| known as u32 == step).unwrap_or(Step::Prepare);
+        Err((step, Errno(i32::from_ne_bytes([i, j, k, l]))))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::proto::{StringBuf, Strings};
+
+    fn list(strings: &[&str]) -> StringBuf {
+        let mut list = StringBuf::new();
+        strings.iter().for_each(|string| list.push(string.as_bytes()).unwrap());
+        list
+    }
+
+    fn spawn<'a>(argv: &'a StringBuf, env: &'a StringBuf) -> Spawn<'a> {
+        Spawn { argv: argv.as_strings(), env: env.as_strings(), cwd: None, stdio: [Stdio::Null; 3] }
+    }
+
+    fn found(argv: &[&str], env: &[&str]) -> Vec<String> {
+        let (argv, env) = (list(argv), list(env));
+        candidates(&spawn(&argv, &env)).into_iter().map(|path| path.into_string().unwrap()).collect()
+    }
+
+    #[test]
+    fn programs_are_looked_for_along_the_path() {
+        assert_eq!(found(&["ls"], &["HOME=/", "PATH=/a:/b/", "PATH=/c"]), ["/a/ls", "/b/ls"]);
+        assert_eq!(found(&["ls"], &[]).len(), 6);
+        assert_eq!(found(&["ls"], &["PATH=:/a"]), ["ls", "/a/ls"]);
+        assert_eq!(found(&["./ls"], &["PATH=/a"]), ["./ls"]);
+        assert_eq!(found(&[""], &["PATH=/a"]), [""]);
+    }
+
+    #[test]
+    fn output_and_error_on_one_port_share_a_pipe() {
+        assert!(is_joined(&[Stdio::Null, Stdio::Port(7), Stdio::Port(7)]));
+        assert!(!is_joined(&[Stdio::Port(7), Stdio::Port(7), Stdio::Port(8)]));
+        assert!(!is_joined(&[Stdio::Null; 3]));
+    }
+
+    /// A process of this host that dies before it is the program: preparing it needs no more than an ordinary test may.
+    fn try_to_start(argv: &[&str], cwd: Option<&CStr>) -> Result<u32, Refusal> {
+        let ground = Ground {
+            null: sys::open(None, c"/dev/null", sys::O_RDWR).unwrap(),
+            proc: sys::open(None, c"/proc", sys::O_PATH).unwrap(),
+            files: (64, 64),
+        };
+        let (argv, env) = (list(argv), StringBuf::new());
+        let request = Spawn { cwd, ..spawn(&argv, &env) };
+        let wiring = Wiring::dial(&request.stdio)?;
+        assert!(wiring.is_connected());
+        let started = start(1, &request, wiring, None, &ground)?;
+        let mut polls = [started.report.poll()];
+        assert_eq!(sys::poll(&mut polls, Some(sys::now_ns() + 10_000_000_000)), Ok(1));
+        assert!(started.relays.is_empty());
+        started.report.read()
+    }
+
+    #[test]
+    fn a_program_starts() {
+        assert!(try_to_start(&["true"], None).unwrap() > 0);
+    }
+
+    #[test]
+    fn what_cannot_start_says_why() {
+        assert_eq!(try_to_start(&["/nowhere"], None), Err((Step::Exec, Errno::ENOENT)));
+        assert_eq!(try_to_start(&["no-such-program"], None), Err((Step::Exec, Errno::ENOENT)));
+        assert_eq!(try_to_start(&[""], None), Err((Step::Exec, Errno::ENOENT)));
+        assert_eq!(try_to_start(&["/etc/passwd"], None), Err((Step::Exec, Errno::EACCES)));
+        assert_eq!(try_to_start(&["/"], None), Err((Step::Exec, Errno::EACCES)));
+        assert_eq!(try_to_start(&["true"], Some(c"/nowhere")), Err((Step::Chdir, Errno::ENOENT)));
+        assert!(Strings::default().is_empty());
+    }
+}

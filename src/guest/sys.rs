@@ -1,0 +1,622 @@
+//! The kernel, as the shim sees it: every raw system call is here, behind functions that are safe to call. Owned by the shim's one thread.
+//!
+//! x86_64 only; what depends on the processor is at the top. The same file is part of the library's tests, where it runs on the host.
+#![allow(unsafe_code, reason = "raw system calls: the shim has no libc")]
+
+use core::arch::asm;
+use core::ffi::{CStr, c_char};
+use core::marker::PhantomData;
+use core::ptr;
+
+use super::alloc::vec::Vec;
+
+/// System call numbers of x86_64 (Linux, arch/x86/entry/syscalls/syscall_64.tbl).
+mod nr {
+    pub(super) const READ: usize = 0;
+    pub(super) const WRITE: usize = 1;
+    pub(super) const CLOSE: usize = 3;
+    pub(super) const RT_SIGPROCMASK: usize = 14;
+    pub(super) const IOCTL: usize = 16;
+    pub(super) const PREAD64: usize = 17;
+    pub(super) const NANOSLEEP: usize = 35;
+    pub(super) const GETPID: usize = 39;
+    pub(super) const SOCKET: usize = 41;
+    pub(super) const CONNECT: usize = 42;
+    pub(super) const SHUTDOWN: usize = 48;
+    pub(super) const GETSOCKOPT: usize = 55;
+    pub(super) const EXECVE: usize = 59;
+    pub(super) const WAIT4: usize = 61;
+    pub(super) const KILL: usize = 62;
+    pub(super) const FCNTL: usize = 72;
+    pub(super) const CHDIR: usize = 80;
+    pub(super) const FCHDIR: usize = 81;
+    pub(super) const UMASK: usize = 95;
+    pub(super) const SETSID: usize = 112;
+    pub(super) const RT_SIGTIMEDWAIT: usize = 128;
+    pub(super) const CHROOT: usize = 161;
+    pub(super) const SYNC: usize = 162;
+    pub(super) const MOUNT: usize = 165;
+    pub(super) const UMOUNT2: usize = 166;
+    pub(super) const REBOOT: usize = 169;
+    pub(super) const SETHOSTNAME: usize = 170;
+    pub(super) const IOPERM: usize = 173;
+    pub(super) const CLOCK_GETTIME: usize = 228;
+    pub(super) const EXIT_GROUP: usize = 231;
+    pub(super) const OPENAT: usize = 257;
+    pub(super) const MKDIRAT: usize = 258;
+    pub(super) const UNLINKAT: usize = 263;
+    pub(super) const SYMLINKAT: usize = 266;
+    pub(super) const PPOLL: usize = 271;
+    pub(super) const UNSHARE: usize = 272;
+    pub(super) const SPLICE: usize = 275;
+    pub(super) const SIGNALFD4: usize = 289;
+    pub(super) const DUP3: usize = 292;
+    pub(super) const PIPE2: usize = 293;
+    pub(super) const PRLIMIT64: usize = 302;
+    pub(super) const CLONE3: usize = 435;
+    pub(super) const CLOSE_RANGE: usize = 436;
+}
+
+/// # Safety
+///
+/// The arguments are what the system call `n` takes: pointers are valid for what the kernel reads and writes through them.
+unsafe fn syscall(n: usize, args: [usize; 6]) -> Result<usize, Errno> {
+    let result: usize;
+    let [a, b, c, d, e, f] = args;
+    // SAFETY: x86_64 system calls clobber rcx, r11 and rax only; what the kernel does with the arguments is the caller's promise.
+    unsafe {
+        asm!("syscall", inlateout("rax") n => result, in("rdi") a, in("rsi") b, in("rdx") c, in("r10") d, in("r8") e, in("r9") f,
+             lateout("rcx") _, lateout("r11") _, options(nostack));
+    }
+    // -4095..=-1 are error numbers.
+    match result.wrapping_neg() {
+        errno @ 1..=4095 => Err(Errno(errno as i32)),
+        _ => Ok(result),
+    }
+}
+
+/// Writes one byte to an I/O port. Fails where the process may not, as for any but root.
+pub(super) fn write_port(port: u16, value: u8) -> Result<(), Errno> {
+    // SAFETY: ioperm takes plain numbers.
+    unsafe { syscall(nr::IOPERM, [usize::from(port), 1, 1, 0, 0, 0]) }?;
+    // SAFETY: `out` touches no memory of this process, and the permission for this port was just given.
+    unsafe { asm!("out dx, al", in("dx") port, in("al") value, options(nomem, nostack, preserves_flags)) };
+    Ok(())
+}
+
+/// An error number of Linux.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Errno(pub(super) i32);
+
+impl Errno {
+    pub(super) const ENOENT: Self = Self(2);
+    pub(super) const EINTR: Self = Self(4);
+    pub(super) const EAGAIN: Self = Self(11);
+    pub(super) const ENOMEM: Self = Self(12);
+    pub(super) const EACCES: Self = Self(13);
+    pub(super) const EBUSY: Self = Self(16);
+    pub(super) const EEXIST: Self = Self(17);
+    pub(super) const ENODEV: Self = Self(19);
+    pub(super) const ENOTDIR: Self = Self(20);
+    pub(super) const EPROTO: Self = Self(71);
+    pub(super) const ECANCELED: Self = Self(125);
+    pub(super) const ESHUTDOWN: Self = Self(108);
+    pub(super) const ETIMEDOUT: Self = Self(110);
+    pub(super) const EINPROGRESS: Self = Self(115);
+    pub(super) const ESTALE: Self = Self(116);
+}
+
+type Result<T, E = Errno> = core::result::Result<T, E>;
+
+/// An open file, closed when dropped.
+#[derive(Debug)]
+pub(super) struct Fd(i32);
+
+impl Fd {
+    pub(super) fn raw(&self) -> i32 {
+        self.0
+    }
+
+    /// Leaves it open for good.
+    pub(super) fn keep(self) {
+        let _ = core::mem::ManuallyDrop::new(self);
+    }
+
+    /// For system calls; descriptors are never negative.
+    fn arg(&self) -> usize {
+        self.0 as usize
+    }
+
+    fn new(raw: usize) -> Self {
+        Self(raw as i32)
+    }
+}
+
+impl Drop for Fd {
+    fn drop(&mut self) {
+        // SAFETY: the descriptor is this value's alone, and nobody uses it after.
+        let _ = unsafe { syscall(nr::CLOSE, [self.arg(), 0, 0, 0, 0, 0]) };
+    }
+}
+
+#[cfg(test)]
+impl From<std::os::fd::OwnedFd> for Fd {
+    fn from(fd: std::os::fd::OwnedFd) -> Self {
+        Self(std::os::fd::IntoRawFd::into_raw_fd(fd))
+    }
+}
+
+#[cfg(test)]
+impl From<Fd> for std::os::fd::OwnedFd {
+    fn from(fd: Fd) -> Self {
+        let raw = core::mem::ManuallyDrop::new(fd).0;
+        // SAFETY: the descriptor was owned by `fd`, which does not close it any more.
+        unsafe { std::os::fd::FromRawFd::from_raw_fd(raw) }
+    }
+}
+
+/// Paths relative to the current directory.
+const AT_FDCWD: usize = -100isize as usize;
+
+fn dir(at: Option<&Fd>) -> usize {
+    at.map_or(AT_FDCWD, Fd::arg)
+}
+
+fn text(path: &CStr) -> usize {
+    path.as_ptr() as usize
+}
+
+fn optional(path: Option<&CStr>) -> usize {
+    path.map_or(0, text)
+}
+
+pub(super) const O_RDONLY: usize = 0;
+pub(super) const O_WRONLY: usize = 1;
+pub(super) const O_RDWR: usize = 2;
+pub(super) const O_CREAT: usize = 0o100;
+pub(super) const O_EXCL: usize = 0o200;
+pub(super) const O_NONBLOCK: usize = 0o4000;
+pub(super) const O_DIRECTORY: usize = 0o200_000;
+pub(super) const O_NOFOLLOW: usize = 0o400_000;
+pub(super) const O_PATH: usize = 0o10_000_000;
+const O_CLOEXEC: usize = 0o2_000_000;
+
+/// Opens a file, relative to a directory or to the current one. Always close-on-exec; new files get the mode 0644.
+pub(super) fn open(at: Option<&Fd>, path: &CStr, flags: usize) -> Result<Fd> {
+    // SAFETY: `path` is a C string that outlives the call.
+    unsafe { syscall(nr::OPENAT, [dir(at), text(path), flags | O_CLOEXEC, 0o644, 0, 0]) }.map(Fd::new)
+}
+
+pub(super) fn read(fd: &Fd, into: &mut [u8]) -> Result<usize> {
+    // SAFETY: the kernel writes at most `len` bytes into the slice.
+    unsafe { syscall(nr::READ, [fd.arg(), into.as_mut_ptr() as usize, into.len(), 0, 0, 0]) }
+}
+
+/// Reads from the beginning, wherever the descriptor stands.
+pub(super) fn read_start(fd: &Fd, into: &mut [u8]) -> Result<usize> {
+    // SAFETY: the kernel writes at most `len` bytes into the slice.
+    unsafe { syscall(nr::PREAD64, [fd.arg(), into.as_mut_ptr() as usize, into.len(), 0, 0, 0]) }
+}
+
+pub(super) fn write(fd: &Fd, from: &[u8]) -> Result<usize> {
+    write_raw(fd.raw(), from)
+}
+
+/// Writes to a descriptor that nobody owns, such as standard error.
+pub(super) fn write_raw(fd: i32, from: &[u8]) -> Result<usize> {
+    // SAFETY: the kernel reads at most `len` bytes of the slice; a wrong descriptor is an error.
+    unsafe { syscall(nr::WRITE, [fd as usize, from.as_ptr() as usize, from.len(), 0, 0, 0]) }
+}
+
+pub(super) fn mkdir(at: Option<&Fd>, path: &CStr, mode: u32) -> Result<()> {
+    // SAFETY: `path` is a C string that outlives the call.
+    unsafe { syscall(nr::MKDIRAT, [dir(at), text(path), mode as usize, 0, 0, 0]) }.map(drop)
+}
+
+pub(super) fn symlink(target: &CStr, path: &CStr) -> Result<()> {
+    // SAFETY: both are C strings that outlive the call.
+    unsafe { syscall(nr::SYMLINKAT, [text(target), AT_FDCWD, text(path), 0, 0, 0]) }.map(drop)
+}
+
+pub(super) fn unlink(path: &CStr) -> Result<()> {
+    // SAFETY: `path` is a C string that outlives the call.
+    unsafe { syscall(nr::UNLINKAT, [AT_FDCWD, text(path), 0, 0, 0, 0]) }.map(drop)
+}
+
+pub(super) fn rmdir(at: Option<&Fd>, path: &CStr) -> Result<()> {
+    const AT_REMOVEDIR: usize = 0x200;
+    // SAFETY: `path` is a C string that outlives the call.
+    unsafe { syscall(nr::UNLINKAT, [dir(at), text(path), AT_REMOVEDIR, 0, 0, 0]) }.map(drop)
+}
+
+pub(super) const MS_RDONLY: usize = 1;
+pub(super) const MS_NOSUID: usize = 2;
+pub(super) const MS_NODEV: usize = 4;
+pub(super) const MS_NOEXEC: usize = 8;
+pub(super) const MS_REMOUNT: usize = 32;
+pub(super) const MS_MOVE: usize = 8192;
+
+pub(super) fn mount(source: &CStr, target: &CStr, fs: Option<&CStr>, flags: usize, data: Option<&CStr>) -> Result<()> {
+    // SAFETY: all are C strings that outlive the call, or null, which mount(2) takes for both.
+    unsafe { syscall(nr::MOUNT, [text(source), text(target), optional(fs), flags, optional(data), 0]) }.map(drop)
+}
+
+/// Unmounts a file system even when it is in use: it disappears from the tree now and ends when the last user does.
+pub(super) fn unmount(target: &CStr) -> Result<()> {
+    const MNT_DETACH: usize = 2;
+    // SAFETY: `target` is a C string that outlives the call.
+    unsafe { syscall(nr::UMOUNT2, [text(target), MNT_DETACH, 0, 0, 0, 0]) }.map(drop)
+}
+
+pub(super) fn chdir(path: &CStr) -> Result<()> {
+    // SAFETY: `path` is a C string that outlives the call.
+    unsafe { syscall(nr::CHDIR, [text(path), 0, 0, 0, 0, 0]) }.map(drop)
+}
+
+pub(super) fn fchdir(fd: &Fd) -> Result<()> {
+    // SAFETY: takes a plain number.
+    unsafe { syscall(nr::FCHDIR, [fd.arg(), 0, 0, 0, 0, 0]) }.map(drop)
+}
+
+pub(super) fn chroot(path: &CStr) -> Result<()> {
+    // SAFETY: `path` is a C string that outlives the call.
+    unsafe { syscall(nr::CHROOT, [text(path), 0, 0, 0, 0, 0]) }.map(drop)
+}
+
+pub(super) fn sync() {
+    // SAFETY: takes nothing.
+    let _ = unsafe { syscall(nr::SYNC, [0; 6]) };
+}
+
+pub(super) fn set_hostname(name: &[u8]) -> Result<()> {
+    // SAFETY: the kernel reads `len` bytes of the slice.
+    unsafe { syscall(nr::SETHOSTNAME, [name.as_ptr() as usize, name.len(), 0, 0, 0, 0]) }.map(drop)
+}
+
+/// Nanoseconds of `CLOCK_MONOTONIC`.
+pub(super) fn now_ns() -> u64 {
+    const CLOCK_MONOTONIC: usize = 1;
+    let mut time = [0u64; 2];
+    // SAFETY: the kernel writes one timespec, two words.
+    let _ = unsafe { syscall(nr::CLOCK_GETTIME, [CLOCK_MONOTONIC, time.as_mut_ptr() as usize, 0, 0, 0, 0]) };
+    time[0].saturating_mul(1_000_000_000).saturating_add(time[1])
+}
+
+pub(super) fn sleep_ms(ms: u64) {
+    let time = [ms / 1000, ms % 1000 * 1_000_000];
+    // SAFETY: the kernel reads one timespec, two words, and writes nothing, as the second pointer is null.
+    let _ = unsafe { syscall(nr::NANOSLEEP, [time.as_ptr() as usize, 0, 0, 0, 0, 0]) };
+}
+
+pub(super) fn getpid() -> i32 {
+    // SAFETY: takes nothing.
+    unsafe { syscall(nr::GETPID, [0; 6]) }.map_or(0, |pid| pid as i32)
+}
+
+/// Both ends of a new pipe, reader first, close-on-exec.
+pub(super) fn pipe() -> Result<(Fd, Fd)> {
+    let mut ends = [0i32; 2];
+    // SAFETY: the kernel writes two descriptors.
+    unsafe { syscall(nr::PIPE2, [ends.as_mut_ptr() as usize, O_CLOEXEC, 0, 0, 0, 0]) }?;
+    Ok((Fd(ends[0]), Fd(ends[1])))
+}
+
+pub(super) fn set_nonblocking(fd: &Fd) -> Result<()> {
+    const F_SETFL: usize = 4;
+    // SAFETY: takes plain numbers.
+    unsafe { syscall(nr::FCNTL, [fd.arg(), F_SETFL, O_NONBLOCK, 0, 0, 0]) }.map(drop)
+}
+
+/// Whether a descriptor, of whatever owner, is open.
+pub(super) fn is_open(fd: i32) -> bool {
+    const F_GETFD: usize = 1;
+    // SAFETY: takes plain numbers.
+    unsafe { syscall(nr::FCNTL, [fd as usize, F_GETFD, 0, 0, 0, 0]) }.is_ok()
+}
+
+/// Makes `number` another name of `fd`, open across `execve`. What it was before is closed.
+pub(super) fn dup_onto(fd: &Fd, number: i32) -> Result<()> {
+    // SAFETY: takes plain numbers; only the standard streams are numbered by hand, and no `Fd` owns those.
+    unsafe { syscall(nr::DUP3, [fd.arg(), number as usize, 0, 0, 0, 0]) }.map(drop)
+}
+
+/// Bytes that can be read from a pipe now.
+pub(super) fn readable_bytes(pipe: &Fd) -> Result<u64> {
+    const FIONREAD: usize = 0x541b;
+    let mut count = 0i32;
+    // SAFETY: the kernel writes one int.
+    unsafe { syscall(nr::IOCTL, [pipe.arg(), FIONREAD, &raw mut count as usize, 0, 0, 0]) }?;
+    Ok(u64::try_from(count).unwrap_or(0))
+}
+
+/// Moves up to `max` bytes between a pipe and a socket, without waiting. 0: the source has ended.
+pub(super) fn splice(from: &Fd, to: &Fd, max: usize) -> Result<usize> {
+    const SPLICE_F_MOVE: usize = 1;
+    const SPLICE_F_NONBLOCK: usize = 2;
+    // SAFETY: takes plain numbers; the offsets are null, as they must be for pipes and sockets.
+    unsafe { syscall(nr::SPLICE, [from.arg(), 0, to.arg(), 0, max, SPLICE_F_MOVE | SPLICE_F_NONBLOCK]) }
+}
+
+/// Starts connecting a new vsock stream to a port of the host, without waiting. `true`: it is connected already; else it becomes writable.
+pub(super) fn connect_vsock(cid: u32, port: u32) -> Result<(Fd, bool)> {
+    const AF_VSOCK: u16 = 40;
+    const SOCK_STREAM: usize = 1;
+    /// struct sockaddr_vm (Linux, include/uapi/linux/vm_sockets.h)
+    #[repr(C)]
+    struct Address {
+        family: u16,
+        reserved: u16,
+        port: u32,
+        cid: u32,
+        zero: [u8; 4],
+    }
+    // SAFETY: takes plain numbers.
+    let fd = unsafe { syscall(nr::SOCKET, [AF_VSOCK.into(), SOCK_STREAM | O_NONBLOCK | O_CLOEXEC, 0, 0, 0, 0]) };
+    let fd = fd.map(Fd::new)?;
+    let address = Address { family: AF_VSOCK, reserved: 0, port, cid, zero: [0; 4] };
+    // SAFETY: the kernel reads one address of the given size.
+    match unsafe { syscall(nr::CONNECT, [fd.arg(), &raw const address as usize, size_of::<Address>(), 0, 0, 0]) } {
+        Ok(_) => Ok((fd, true)),
+        Err(Errno::EINPROGRESS) => Ok((fd, false)),
+        Err(errno) => Err(errno),
+    }
+}
+
+/// How connecting ended, once the socket is writable.
+pub(super) fn connect_result(socket: &Fd) -> Result<()> {
+    const SOL_SOCKET: usize = 1;
+    const SO_ERROR: usize = 4;
+    let (mut errno, mut length) = (0i32, 4u32);
+    // SAFETY: the kernel writes one int and its length.
+    unsafe {
+        syscall(
+            nr::GETSOCKOPT,
+            [socket.arg(), SOL_SOCKET, SO_ERROR, &raw mut errno as usize, &raw mut length as usize, 0],
+        )
+    }?;
+    if errno == 0 { Ok(()) } else { Err(Errno(errno)) }
+}
+
+/// Ends the stream in the direction from here to the host; what was sent still arrives.
+pub(super) fn shut_write(socket: &Fd) -> Result<()> {
+    const SHUT_WR: usize = 1;
+    // SAFETY: takes plain numbers.
+    unsafe { syscall(nr::SHUTDOWN, [socket.arg(), SHUT_WR, 0, 0, 0, 0]) }.map(drop)
+}
+
+/// Switches the loopback interface on.
+pub(super) fn loopback_up() -> Result<()> {
+    const AF_INET: usize = 2;
+    const SOCK_DGRAM: usize = 2;
+    const SIOCSIFFLAGS: usize = 0x8914;
+    const IFF_UP: u16 = 1;
+    /// struct ifreq (Linux, include/uapi/linux/if.h)
+    #[repr(C)]
+    struct Request {
+        name: [u8; 16],
+        flags: u16,
+        rest: [u8; 22],
+    }
+    // SAFETY: takes plain numbers.
+    let socket = unsafe { syscall(nr::SOCKET, [AF_INET, SOCK_DGRAM | O_CLOEXEC, 0, 0, 0, 0]) }.map(Fd::new)?;
+    let mut request = Request { name: [0; 16], flags: IFF_UP, rest: [0; 22] };
+    request.name[..2].copy_from_slice(b"lo");
+    // SAFETY: the kernel reads and writes one request of 40 bytes.
+    unsafe { syscall(nr::IOCTL, [socket.arg(), SIOCSIFFLAGS, &raw mut request as usize, 0, 0, 0]) }.map(drop)
+}
+
+pub(super) const POLLIN: i16 = 1;
+pub(super) const POLLPRI: i16 = 2;
+pub(super) const POLLOUT: i16 = 4;
+pub(super) const POLLERR: i16 = 8;
+pub(super) const POLLHUP: i16 = 16;
+pub(super) const POLLRDHUP: i16 = 0x2000;
+
+/// One descriptor to wait for. A negative one is ignored.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub(super) struct Poll {
+    pub(super) fd: i32,
+    pub(super) events: i16,
+    pub(super) happened: i16,
+}
+
+/// Waits until something happens to one of them, at most until the time `deadline_ns` of [`now_ns`].
+pub(super) fn poll(polls: &mut [Poll], deadline_ns: Option<u64>) -> Result<usize> {
+    let time = deadline_ns.map(|deadline| {
+        let left = deadline.saturating_sub(now_ns());
+        [left / 1_000_000_000, left % 1_000_000_000]
+    });
+    let time = time.as_ref().map_or(0, |time| time.as_ptr() as usize);
+    // SAFETY: the kernel reads and writes `len` entries, and reads the timespec if there is one; the signal mask is null.
+    unsafe { syscall(nr::PPOLL, [polls.as_mut_ptr() as usize, polls.len(), time, 0, 8, 0]) }
+}
+
+pub(super) const SIGHUP: u8 = 1;
+pub(super) const SIGINT: u8 = 2;
+pub(super) const SIGKILL: u8 = 9;
+pub(super) const SIGTERM: u8 = 15;
+pub(super) const SIGCHLD: u8 = 17;
+pub(super) const SIGCONT: u8 = 18;
+pub(super) const SIGPWR: u8 = 30;
+
+/// A set of signals as the kernel takes it.
+pub(super) fn signal_set(signals: &[u8]) -> u64 {
+    signals.iter().fold(0, |set, signal| set | 1 << (signal - 1))
+}
+
+/// Makes `set` the signals that are blocked.
+pub(super) fn block_signals(set: u64) -> Result<()> {
+    const SIG_SETMASK: usize = 2;
+    // SAFETY: the kernel reads one set of 8 bytes and writes nothing, as the second pointer is null.
+    unsafe { syscall(nr::RT_SIGPROCMASK, [SIG_SETMASK, &raw const set as usize, 0, 8, 0, 0]) }.map(drop)
+}
+
+/// A descriptor that is readable while a signal of `set` is pending.
+pub(super) fn signal_fd(set: u64) -> Result<Fd> {
+    // SAFETY: the kernel reads one set of 8 bytes.
+    unsafe { syscall(nr::SIGNALFD4, [usize::MAX, &raw const set as usize, 8, O_CLOEXEC | O_NONBLOCK, 0, 0]) }.map(Fd::new)
+}
+
+/// The next pending signal of a [`signal_fd`].
+pub(super) fn next_signal(fd: &Fd) -> Option<u8> {
+    // struct signalfd_siginfo; the first word is the signal.
+    let mut info = [0u8; 128];
+    read(fd, &mut info).ok().filter(|&n| n == info.len()).map(|_| info[0])
+}
+
+/// Waits for a blocked signal of `set`.
+pub(super) fn wait_signal(set: u64) {
+    // SAFETY: the kernel reads one set of 8 bytes; the other pointers are null.
+    let _ = unsafe { syscall(nr::RT_SIGTIMEDWAIT, [&raw const set as usize, 0, 0, 8, 0, 0]) };
+}
+
+pub(super) fn kill(pid: i32, signal: u8) -> Result<()> {
+    // SAFETY: takes plain numbers.
+    unsafe { syscall(nr::KILL, [pid as usize, signal.into(), 0, 0, 0, 0]) }.map(drop)
+}
+
+/// How a process ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Status {
+    Exited(u8),
+    Signaled(u8),
+}
+
+/// The next child that has ended, if one has.
+pub(super) fn reap() -> Option<(i32, Status)> {
+    const WNOHANG: usize = 1;
+    let mut status = 0i32;
+    // SAFETY: the kernel writes one int; the resource usage is null.
+    let pid = unsafe { syscall(nr::WAIT4, [usize::MAX, &raw mut status as usize, WNOHANG, 0, 0, 0]) }.ok()? as i32;
+    let status = match (status & 0x7f) as u8 {
+        0 => Status::Exited((status >> 8) as u8),
+        signal => Status::Signaled(signal),
+    };
+    (pid > 0).then_some((pid, status))
+}
+
+/// Makes a process that runs `child` on a copy of this process's memory and exits with what it returns; born in the cgroup if one is given.
+/// Returns its pid.
+pub(super) fn fork(cgroup: Option<&Fd>, child: impl FnOnce() -> i32) -> Result<i32> {
+    const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+    /// struct clone_args, version 2 (Linux 5.7, include/uapi/linux/sched.h)
+    #[repr(C)]
+    #[derive(Default)]
+    struct Arguments {
+        flags: u64,
+        /// pidfd, child_tid, parent_tid
+        ids: [u64; 3],
+        exit_signal: u64,
+        /// stack, stack_size, tls, set_tid, set_tid_size
+        place: [u64; 5],
+        cgroup: u64,
+    }
+    let arguments = Arguments {
+        flags: if cgroup.is_some() { CLONE_INTO_CGROUP } else { 0 },
+        exit_signal: SIGCHLD.into(),
+        cgroup: cgroup.map_or(0, |fd| fd.raw() as u64),
+        ..Arguments::default()
+    };
+    // SAFETY: the kernel reads one structure of the given size. Without CLONE_VM and without a stack the child gets a copy of
+    // everything and goes on from here as after fork(2).
+    match unsafe { syscall(nr::CLONE3, [&raw const arguments as usize, size_of::<Arguments>(), 0, 0, 0, 0]) }? {
+        0 => exit(child()),
+        pid => Ok(pid as i32),
+    }
+}
+
+/// A null-terminated vector of C strings, as `execve` takes two of.
+#[derive(Debug)]
+pub(super) struct Vector<'a>(Vec<*const c_char>, PhantomData<&'a CStr>);
+
+impl<'a> Vector<'a> {
+    pub(super) fn new(strings: impl Iterator<Item = &'a CStr> + Clone) -> Result<Self> {
+        let mut pointers = Vec::new();
+        pointers.try_reserve_exact(strings.clone().count() + 1).map_err(|_| Errno::ENOMEM)?;
+        pointers.extend(strings.map(CStr::as_ptr));
+        pointers.push(ptr::null());
+        Ok(Self(pointers, PhantomData))
+    }
+
+    fn arg(&self) -> usize {
+        self.0.as_ptr() as usize
+    }
+}
+
+/// Becomes another program. Returns only if that fails.
+pub(super) fn execve(path: &CStr, argv: &Vector<'_>, envp: &Vector<'_>) -> Errno {
+    // SAFETY: `path` and both vectors outlive the call; the vectors end with a null and point to C strings by construction.
+    unsafe { syscall(nr::EXECVE, [text(path), argv.arg(), envp.arg(), 0, 0, 0]) }.err().unwrap_or(Errno(0))
+}
+
+pub(super) fn set_sid() -> Result<()> {
+    // SAFETY: takes nothing.
+    unsafe { syscall(nr::SETSID, [0; 6]) }.map(drop)
+}
+
+pub(super) fn umask(mask: u32) {
+    // SAFETY: takes a plain number.
+    let _ = unsafe { syscall(nr::UMASK, [mask as usize, 0, 0, 0, 0, 0]) };
+}
+
+/// Sets how many files this process may open: now, and how far it may raise that itself.
+pub(super) fn limit_files(soft: u64, hard: u64) -> Result<()> {
+    const RLIMIT_NOFILE: usize = 7;
+    let limit = [soft, hard];
+    // SAFETY: the kernel reads one rlimit64, two words, and writes nothing, as the last pointer is null.
+    unsafe { syscall(nr::PRLIMIT64, [0, RLIMIT_NOFILE, limit.as_ptr() as usize, 0, 0, 0]) }.map(drop)
+}
+
+/// The next children of this process live in a new pid namespace, the first of them as its PID 1.
+pub(super) fn new_pid_namespace() -> Result<()> {
+    const CLONE_NEWPID: usize = 0x2000_0000;
+    // SAFETY: takes a plain number.
+    unsafe { syscall(nr::UNSHARE, [CLONE_NEWPID, 0, 0, 0, 0, 0]) }.map(drop)
+}
+
+/// Closes every descriptor of this process. Only for one that uses none from here on.
+pub(super) fn close_all() {
+    // SAFETY: takes plain numbers. An `Fd` that still exists then names nothing, or later something of this same process's making.
+    let _ = unsafe { syscall(nr::CLOSE_RANGE, [0, u32::MAX as usize, 0, 0, 0, 0]) };
+}
+
+pub(super) fn exit(code: i32) -> ! {
+    loop {
+        // SAFETY: takes a plain number and does not return.
+        let _ = unsafe { syscall(nr::EXIT_GROUP, [code as usize, 0, 0, 0, 0, 0]) };
+    }
+}
+
+/// The commands of [`reboot`].
+pub(super) const RB_CTRL_ALT_DEL_TO_INIT: usize = 0;
+pub(super) const RB_POWER_OFF: usize = 0x4321_fedc;
+pub(super) const RB_RESTART: usize = 0x0123_4567;
+pub(super) const RB_HALT: usize = 0xcdef_0123;
+
+/// Tells the kernel how to end, or what to do with Ctrl-Alt-Del. Those that end return only if they fail.
+pub(super) fn reboot(command: usize) -> Result<()> {
+    // SAFETY: takes plain numbers: the two magic ones and the command.
+    unsafe { syscall(nr::REBOOT, [0xfee1_dead, 672_274_793, command, 0, 0, 0]) }.map(drop)
+}
+
+/// Pages from the kernel, zeroed; for the allocator.
+#[cfg(guest_bin)]
+pub(super) fn map(len: usize) -> *mut u8 {
+    const PROT_READ_WRITE: usize = 3;
+    const MAP_PRIVATE_ANONYMOUS: usize = 0x22;
+    // SAFETY: a new mapping where the kernel likes touches nothing that exists.
+    unsafe { syscall(9, [0, len, PROT_READ_WRITE, MAP_PRIVATE_ANONYMOUS, usize::MAX, 0]) }
+        .map_or(ptr::null_mut(), |address| address as *mut u8)
+}
+
+/// Gives pages of [`map`] back.
+///
+/// # Safety
+///
+/// Nobody uses them any more.
+#[cfg(guest_bin)]
+pub(super) unsafe fn unmap(pages: *mut u8, len: usize) {
+    // SAFETY: the caller's promise.
+    let _ = unsafe { syscall(11, [pages as usize, len, 0, 0, 0, 0]) };
+}

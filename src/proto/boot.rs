@@ -1,0 +1,123 @@
+//! What the shim must know before it can ask: a file in the initramfs beside it. Written by the library, read once by the shim.
+
+use super::BOOT_CONFIG_MAX;
+use super::alloc::vec::Vec;
+use super::field::{Fields, Malformed, Writer};
+
+/// The file's first bytes: a shim of one build meets the file of another only by mistake, and then shall say so.
+const MAGIC: &[u8] = b"cofferdam boot 1\n";
+
+const HOSTNAME: u8 = 1;
+const CONTROL_PORT: u8 = 2;
+const ROOT: u8 = 3;
+const READ_ONLY: u8 = 4;
+const DEVICE: u8 = 5;
+const FS: u8 = 6;
+const UPPER_DEVICE: u8 = 7;
+const UPPER_FS: u8 = 8;
+
+const ROOT_INITRAMFS: u8 = 0;
+const ROOT_DEVICE: u8 = 1;
+const ROOT_OVERLAY: u8 = 2;
+
+/// Where the shim finds things, and what the workloads' root is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct BootConfig<'a> {
+    /// The guest's host name; empty leaves the kernel's.
+    pub(crate) hostname: &'a [u8],
+    /// The host's vsock port for the control stream, ordinarily [`super::CONTROL_PORT`].
+    pub(crate) control_port: u32,
+    /// The root file system of the workloads.
+    pub(crate) root: Root<'a>,
+}
+
+/// The root file system of the workloads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Root<'a> {
+    /// The initramfs itself.
+    Initramfs,
+    /// One device.
+    Device {
+        /// The device.
+        source: Source<'a>,
+        /// Mounted read-only; `/run` and `/tmp` are in memory then.
+        read_only: bool,
+    },
+    /// A shared device below, only read, and a private one on top.
+    Overlay {
+        /// The device below.
+        lower: Source<'a>,
+        /// The device on top.
+        upper: Source<'a>,
+    },
+}
+
+/// A block device and the file system on it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Source<'a> {
+    /// Path of the device in the guest, such as `/dev/vda`.
+    pub(crate) device: &'a [u8],
+    /// The kernel's name of the file system, such as `ext4`.
+    pub(crate) fs: &'a [u8],
+}
+
+impl<'a> BootConfig<'a> {
+    /// The file's content. [`Malformed`] names a text with a NUL in it or one that makes the file too long.
+    pub(crate) fn encode(&self) -> Result<Vec<u8>, Malformed> {
+        let mut out = Vec::from(MAGIC);
+        let mut fields = Writer(&mut out);
+        fields.bytes(HOSTNAME, self.hostname);
+        fields.u32(CONTROL_PORT, self.control_port);
+        match self.root {
+            Root::Initramfs => fields.u8(ROOT, ROOT_INITRAMFS),
+            Root::Device { source, read_only } => {
+                fields.u8(ROOT, ROOT_DEVICE);
+                fields.flag(READ_ONLY, read_only);
+                fields.bytes(DEVICE, source.device);
+                fields.bytes(FS, source.fs);
+            }
+            Root::Overlay { lower, upper } => {
+                fields.u8(ROOT, ROOT_OVERLAY);
+                fields.bytes(DEVICE, lower.device);
+                fields.bytes(FS, lower.fs);
+                fields.bytes(UPPER_DEVICE, upper.device);
+                fields.bytes(UPPER_FS, upper.fs);
+            }
+        }
+        // The reader is the judge of what may stand in it.
+        BootConfig::parse(&out)?;
+        Ok(out)
+    }
+
+    /// Reads the file's content.
+    pub(crate) fn parse(file: &'a [u8]) -> Result<Self, Malformed> {
+        if file.len() > BOOT_CONFIG_MAX {
+            return Err(Malformed("length of the boot configuration"));
+        }
+        let payload = file.strip_prefix(MAGIC).ok_or(Malformed("first line of the boot configuration"))?;
+        let fields = Fields::parse(payload)?;
+        let source = |device, fs| {
+            Ok(Source { device: text(&fields, device, "root device")?, fs: text(&fields, fs, "root file system")? })
+        };
+        let root = match fields.u8(ROOT, "root")?.unwrap_or(ROOT_INITRAMFS) {
+            ROOT_INITRAMFS => Root::Initramfs,
+            ROOT_DEVICE => {
+                Root::Device { source: source(DEVICE, FS)?, read_only: fields.flag(READ_ONLY, "read-only")? }
+            }
+            ROOT_OVERLAY => Root::Overlay { lower: source(DEVICE, FS)?, upper: source(UPPER_DEVICE, UPPER_FS)? },
+            _ => return Err(Malformed("kind of root")),
+        };
+        let hostname = fields.get(HOSTNAME).unwrap_or_default();
+        // Linux keeps 64 bytes of it (__NEW_UTS_LEN).
+        if hostname.len() > 64 || hostname.contains(&0) {
+            return Err(Malformed("host name"));
+        }
+        let control_port = fields.u32(CONTROL_PORT, "control port")?.unwrap_or(super::CONTROL_PORT);
+        Ok(Self { hostname, control_port, root })
+    }
+}
+
+/// A text that must be there.
+fn text<'a>(fields: &Fields<'a>, tag: u8, name: &'static str) -> Result<&'a [u8], Malformed> {
+    fields.get(tag).filter(|text| !text.is_empty() && !text.contains(&0)).ok_or(Malformed(name))
+}

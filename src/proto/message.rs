@@ -1,0 +1,394 @@
+//! The messages of the control stream: frames whose payload was checked and means something. No I/O; any thread.
+
+use core::ffi::CStr;
+
+use super::alloc::vec::Vec;
+use super::field::{Fields, Malformed, Writer};
+use super::frame::{self, Frame, FrameError};
+use super::strings::Strings;
+use super::{FROM_GUEST_MAX, FROM_HOST_MAX};
+
+/// Kinds from the host are small, kinds from the guest have this bit; so a stream read by the wrong side is full of unknown kinds.
+const GUEST: u32 = 0x100;
+
+const HOST_HELLO: u32 = 1;
+const SPAWN: u32 = 2;
+const SIGNAL: u32 = 3;
+const KILL: u32 = 4;
+const SHUTDOWN: u32 = 5;
+const GUEST_HELLO: u32 = GUEST | 1;
+const READY: u32 = GUEST | 2;
+const FAILED: u32 = GUEST | 3;
+const SPAWNED: u32 = GUEST | 4;
+const SPAWN_FAILED: u32 = GUEST | 5;
+const EXITED: u32 = GUEST | 6;
+
+/// Tags, by message. A tag's meaning never changes; what is new gets a new tag.
+mod tag {
+    pub(super) const VERSION: u8 = 1;
+
+    pub(super) const ARGV: u8 = 1;
+    pub(super) const ENV: u8 = 2;
+    pub(super) const CWD: u8 = 3;
+    /// Standard input, output and error are three tags in a row.
+    pub(super) const STDIO: [u8; 3] = [4, 5, 6];
+
+    pub(super) const SIGNO: u8 = 1;
+    pub(super) const GROUP: u8 = 2;
+
+    pub(super) const GRACE_MS: u8 = 1;
+    pub(super) const ACTION: u8 = 2;
+
+    pub(super) const MIN: u8 = 1;
+    pub(super) const MAX: u8 = 2;
+
+    pub(super) const USER_SPACE_NS: u8 = 1;
+    pub(super) const READY_NS: u8 = 2;
+
+    pub(super) const STAGE: u8 = 1;
+    pub(super) const ERRNO: u8 = 2;
+    pub(super) const TEXT: u8 = 3;
+
+    pub(super) const PID: u8 = 1;
+
+    pub(super) const STEP: u8 = 1;
+
+    pub(super) const CODE: u8 = 1;
+    pub(super) const BY_SIGNAL: u8 = 2;
+    pub(super) const OOM: u8 = 3;
+}
+
+/// An enum that travels as one byte.
+macro_rules! byte_enum {
+    ($(#[$meta:meta])* $name:ident { $($(#[$doc:meta])* $variant:ident = $value:literal,)* }) => {
+        $(#[$meta])*
+        #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+        pub(crate) enum $name { $($(#[$doc])* $variant = $value,)* }
+
+        impl $name {
+            fn parse(byte: u8) -> Option<Self> {
+                match byte { $($value => Some(Self::$variant),)* _ => None }
+            }
+
+            /// Every value, for tests that must not forget one.
+            #[cfg(test)]
+            pub(super) const ALL: &'static [Self] = &[$(Self::$variant,)*];
+        }
+    };
+}
+
+byte_enum! {
+    /// How the machine shall end.
+    End { /// Power off.
+        PowerOff = 0,
+        /// Start again.
+        Reboot = 1,
+        /// Stop where it is.
+        Halt = 2,
+    }
+}
+
+byte_enum! {
+    /// What the shim was doing when it failed. `Other` also stands for a stage that a newer guest knows.
+    Stage { /// A stage without a name of its own.
+        Other = 0,
+        /// Reading the boot configuration.
+        BootConfig = 1,
+        /// Waiting for a root device; the text names it.
+        Device = 2,
+        /// Mounting; the text names what.
+        Mount = 3,
+        /// Making the workloads' namespaces, cgroups and reaper.
+        Isolation = 4,
+        /// Talking to the host: it broke the protocol or speaks another version.
+        Control = 5,
+        /// PID 1 of the workloads ended, and they with it.
+        Reaper = 6,
+        /// Waiting for events.
+        Loop = 7,
+    }
+}
+
+byte_enum! {
+    /// Which step of starting a program failed. `Other` also stands for a step that a newer guest knows.
+    Step { /// A step without a name of its own.
+        Other = 0,
+        /// The request itself: a process of that number exists, or the guest is going down.
+        Request = 1,
+        /// Connecting a stdio stream or making its pipe.
+        Stdio = 2,
+        /// Making the cgroup.
+        Cgroup = 3,
+        /// Making the process.
+        Fork = 4,
+        /// Preparing the new process.
+        Prepare = 5,
+        /// Changing into the working directory.
+        Chdir = 6,
+        /// Executing the program.
+        Exec = 7,
+    }
+}
+
+/// One of the three standard streams of a new process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) enum Stdio {
+    /// `/dev/null`.
+    #[default]
+    Null,
+    /// A pipe that is relayed over a connection which the guest opens to this port of the host. Standard output and error with the same
+    /// port share one pipe and one connection.
+    Port(u32),
+}
+
+/// A program to start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Spawn<'a> {
+    /// The argument vector, at least the program. A program without a slash is looked for in `PATH` of `env`.
+    pub(crate) argv: Strings<'a>,
+    /// The whole environment, `NAME=value` each. Nothing is added.
+    pub(crate) env: Strings<'a>,
+    /// Where it starts, `/` if absent.
+    pub(crate) cwd: Option<&'a CStr>,
+    /// Standard input, output and error.
+    pub(crate) stdio: [Stdio; 3],
+}
+
+/// What the host says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum FromHost<'a> {
+    /// The version in which the conversation goes on; the first message.
+    Hello {
+        /// One of those that the guest's `Hello` offered.
+        version: u32,
+    },
+    /// Start a program; answered by `Spawned` or `SpawnFailed`.
+    Spawn(Spawn<'a>),
+    /// Send a signal to a process.
+    Signal {
+        /// 1 to 64.
+        signo: u8,
+        /// To its whole process group.
+        group: bool,
+    },
+    /// Kill a process and all that it started, its cgroup. Also after its own exit.
+    Kill,
+    /// End all processes, then the machine.
+    Shutdown {
+        /// Milliseconds between SIGTERM and SIGKILL.
+        grace_ms: u32,
+        /// What comes after.
+        end: End,
+    },
+}
+
+/// What the guest says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum FromGuest<'a> {
+    /// The versions that the shim speaks; the first message.
+    Hello {
+        /// The oldest.
+        min: u32,
+        /// The newest.
+        max: u32,
+    },
+    /// Programs can be started. Both times are the guest's `CLOCK_MONOTONIC`.
+    Ready {
+        /// When the shim's first instruction ran.
+        user_space_ns: u64,
+        /// Now.
+        ready_ns: u64,
+    },
+    /// The shim cannot go on and ends the machine.
+    Failed {
+        /// While doing what.
+        stage: Stage,
+        /// The guest's `errno`, 0 if none.
+        errno: i32,
+        /// What exactly, for people. Not necessarily UTF-8: it may quote a path.
+        text: &'a [u8],
+    },
+    /// The program runs.
+    Spawned {
+        /// As the workloads see it.
+        pid: u32,
+    },
+    /// The program does not run.
+    SpawnFailed {
+        /// Which step failed.
+        step: Step,
+        /// The guest's `errno`.
+        errno: i32,
+    },
+    /// The process itself has ended with this code. What it wrote before may still be under way on its streams.
+    Exited {
+        /// The low byte of what it gave to `exit`.
+        code: u8,
+    },
+    /// The process itself was ended by a signal.
+    Signaled {
+        /// Which one.
+        signo: u8,
+        /// The guest's kernel did it, for want of memory.
+        oom: bool,
+    },
+}
+
+impl<'a> FromHost<'a> {
+    /// Appends the message as a frame. Only a `Spawn` can be too long.
+    pub(crate) fn encode(&self, stream: u32, out: &mut Vec<u8>) -> Result<(), FrameError> {
+        let kind = match self {
+            Self::Hello { .. } => HOST_HELLO,
+            Self::Spawn(_) => SPAWN,
+            Self::Signal { .. } => SIGNAL,
+            Self::Kill => KILL,
+            Self::Shutdown { .. } => SHUTDOWN,
+        };
+        frame::append(out, stream, kind, FROM_HOST_MAX, |payload| {
+            let mut fields = Writer(payload);
+            match *self {
+                Self::Hello { version } => fields.u32(tag::VERSION, version),
+                Self::Spawn(spawn) => spawn.encode(&mut fields),
+                Self::Signal { signo, group } => {
+                    fields.u8(tag::SIGNO, signo);
+                    fields.flag(tag::GROUP, group);
+                }
+                Self::Kill => {}
+                Self::Shutdown { grace_ms, end } => {
+                    fields.u32(tag::GRACE_MS, grace_ms);
+                    fields.u8(tag::ACTION, end as u8);
+                }
+            }
+        })
+    }
+
+    /// Understands a frame; `None` if it is of a kind that this build does not know and skips.
+    pub(crate) fn parse(frame: &Frame<'a>) -> Result<Option<Self>, Malformed> {
+        let fields = Fields::parse(frame.payload)?;
+        Ok(Some(match frame.kind {
+            HOST_HELLO => Self::Hello { version: fields.u32(tag::VERSION, "version")?.ok_or(Malformed("version"))? },
+            SPAWN => Self::Spawn(Spawn::parse(&fields)?),
+            SIGNAL => Self::Signal {
+                signo: fields
+                    .u8(tag::SIGNO, "signal")?
+                    .filter(|signo| (1..=64).contains(signo))
+                    .ok_or(Malformed("signal"))?,
+                group: fields.flag(tag::GROUP, "group")?,
+            },
+            KILL => Self::Kill,
+            SHUTDOWN => Self::Shutdown {
+                grace_ms: fields.u32(tag::GRACE_MS, "grace")?.unwrap_or(0),
+                end: End::parse(fields.u8(tag::ACTION, "action")?.unwrap_or(0)).ok_or(Malformed("action"))?,
+            },
+            _ => return Ok(None),
+        }))
+    }
+}
+
+impl<'a> Spawn<'a> {
+    fn encode(&self, fields: &mut Writer<'_>) {
+        fields.bytes(tag::ARGV, self.argv.as_bytes());
+        fields.bytes(tag::ENV, self.env.as_bytes());
+        if let Some(cwd) = self.cwd {
+            fields.bytes(tag::CWD, cwd.to_bytes_with_nul());
+        }
+        for (tag, stdio) in tag::STDIO.into_iter().zip(self.stdio) {
+            if let Stdio::Port(port) = stdio {
+                fields.u32(tag, port);
+            }
+        }
+    }
+
+    fn parse(fields: &Fields<'a>) -> Result<Self, Malformed> {
+        let argv = Strings::parse(fields.get(tag::ARGV).unwrap_or_default(), "argv")?;
+        if argv.is_empty() {
+            return Err(Malformed("argv"));
+        }
+        let cwd = match fields.get(tag::CWD) {
+            None => None,
+            Some(bytes) => Some(CStr::from_bytes_with_nul(bytes).map_err(|_| Malformed("working directory"))?),
+        };
+        let mut stdio = [Stdio::Null; 3];
+        for (tag, stdio) in tag::STDIO.into_iter().zip(&mut stdio) {
+            if let Some(port) = fields.u32(tag, "stdio")? {
+                *stdio = Stdio::Port(port);
+            }
+        }
+        Ok(Self { argv, env: Strings::parse(fields.get(tag::ENV).unwrap_or_default(), "environment")?, cwd, stdio })
+    }
+}
+
+impl<'a> FromGuest<'a> {
+    /// Appends the message as a frame. Too long a text of `Failed` is cut, so all fit.
+    pub(crate) fn encode(&self, stream: u32, out: &mut Vec<u8>) -> Result<(), FrameError> {
+        let kind = match self {
+            Self::Hello { .. } => GUEST_HELLO,
+            Self::Ready { .. } => READY,
+            Self::Failed { .. } => FAILED,
+            Self::Spawned { .. } => SPAWNED,
+            Self::SpawnFailed { .. } => SPAWN_FAILED,
+            Self::Exited { .. } | Self::Signaled { .. } => EXITED,
+        };
+        frame::append(out, stream, kind, FROM_GUEST_MAX, |payload| {
+            let mut fields = Writer(payload);
+            match *self {
+                Self::Hello { min, max } => {
+                    fields.u32(tag::MIN, min);
+                    fields.u32(tag::MAX, max);
+                }
+                Self::Ready { user_space_ns, ready_ns } => {
+                    fields.u64(tag::USER_SPACE_NS, user_space_ns);
+                    fields.u64(tag::READY_NS, ready_ns);
+                }
+                Self::Failed { stage, errno, text } => {
+                    fields.u8(tag::STAGE, stage as u8);
+                    fields.u32(tag::ERRNO, errno as u32);
+                    // Room for the other fields remains.
+                    fields.bytes(tag::TEXT, text.get(..FROM_GUEST_MAX / 2).unwrap_or(text));
+                }
+                Self::Spawned { pid } => fields.u32(tag::PID, pid),
+                Self::SpawnFailed { step, errno } => {
+                    fields.u8(tag::STEP, step as u8);
+                    fields.u32(tag::ERRNO, errno as u32);
+                }
+                Self::Exited { code } => fields.u8(tag::CODE, code),
+                Self::Signaled { signo, oom } => {
+                    fields.u8(tag::BY_SIGNAL, signo);
+                    fields.flag(tag::OOM, oom);
+                }
+            }
+        })
+    }
+
+    /// Understands a frame; `None` if it is of a kind that this build does not know and skips.
+    pub(crate) fn parse(frame: &Frame<'a>) -> Result<Option<Self>, Malformed> {
+        let fields = Fields::parse(frame.payload)?;
+        let errno = || Ok(fields.u32(tag::ERRNO, "errno")?.unwrap_or(0) as i32);
+        Ok(Some(match frame.kind {
+            GUEST_HELLO => Self::Hello {
+                min: fields.u32(tag::MIN, "oldest version")?.ok_or(Malformed("oldest version"))?,
+                max: fields.u32(tag::MAX, "newest version")?.ok_or(Malformed("newest version"))?,
+            },
+            READY => Self::Ready {
+                user_space_ns: fields.u64(tag::USER_SPACE_NS, "time of user space")?.unwrap_or(0),
+                ready_ns: fields.u64(tag::READY_NS, "time of readiness")?.unwrap_or(0),
+            },
+            FAILED => Self::Failed {
+                stage: Stage::parse(fields.u8(tag::STAGE, "stage")?.unwrap_or(0)).unwrap_or(Stage::Other),
+                errno: errno()?,
+                text: fields.get(tag::TEXT).unwrap_or_default(),
+            },
+            SPAWNED => Self::Spawned { pid: fields.u32(tag::PID, "pid")?.unwrap_or(0) },
+            SPAWN_FAILED => Self::SpawnFailed {
+                step: Step::parse(fields.u8(tag::STEP, "step")?.unwrap_or(0)).unwrap_or(Step::Other),
+                errno: errno()?,
+            },
+            EXITED => match (fields.u8(tag::CODE, "exit code")?, fields.u8(tag::BY_SIGNAL, "signal")?) {
+                (Some(code), None) => Self::Exited { code },
+                (None, Some(signo)) => Self::Signaled { signo, oom: fields.flag(tag::OOM, "oom")? },
+                _ => return Err(Malformed("exit status")),
+            },
+            _ => return Ok(None),
+        }))
+    }
+}

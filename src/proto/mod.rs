@@ -1,0 +1,89 @@
+//! The host-guest protocol: what the library and the shim say to each other, as bytes. No I/O, no threads, `core` + `alloc` only.
+//!
+//! The library compiles these files as its module, the shim compiles the same files into itself; so both sides always agree on the
+//! layout, and a shim from another build of the crate is met through [`negotiate`].
+//!
+//! # The conversation
+//!
+//! ```text
+//!  before the start   host writes BootConfig into the initramfs, beside the shim
+//!  control stream     guest connects to (HOST_CID, BootConfig::control_port)
+//!      guest -> host  Hello{min, max} · Ready or Failed
+//!      host -> guest  Hello{version}
+//!      host -> guest  Spawn (stream = a new process id of the host's choice)
+//!  stdio streams      guest connects to (HOST_CID, port) for every Stdio::Port, before the program starts
+//!      guest -> host  Spawned or SpawnFailed · later Exited (same stream number)
+//! ```
+//! Bulk data never travels in control frames. A stdio stream carries bytes one way; its end is the connection's end of that direction.
+//! A host that closes its end of an output stream makes the writer see a broken pipe.
+//!
+//! # The layout
+//!
+//! Everything is little-endian. A frame is `payload length: u32`, `stream: u32`, `kind: u32`, payload. The payload, like
+//! [`BootConfig`], is a list of fields `tag: u8`, `length: u32`, bytes. Unknown kinds and unknown tags are skipped, a missing optional
+//! field has its default, a repeated field's last one counts. Stream 0 is the VM itself, all others are processes.
+#![allow(dead_code, reason = "each side builds one half of the messages and parses the other")]
+#![deny(clippy::indexing_slicing)]
+
+extern crate alloc;
+
+mod boot;
+mod field;
+mod frame;
+mod message;
+mod strings;
+
+#[cfg(test)]
+mod tests;
+
+#[allow(unused_imports, reason = "each side names only what it uses")]
+pub(crate) use {
+    boot::{BootConfig, Root, Source},
+    field::Malformed,
+    frame::{Decoder, Frame, FrameError, HEADER_SIZE},
+    message::{End, FromGuest, FromHost, Spawn, Stage, Step, Stdio},
+    strings::{Nul, StringBuf, Strings},
+};
+
+/// CID of the host (Virtio 1.3, 5.10.4).
+pub(crate) const HOST_CID: u32 = 2;
+
+/// The vsock port of the host on which it awaits the shim's control stream.
+pub(crate) const CONTROL_PORT: u32 = 1024;
+
+/// The word on the kernel command line without which the shim does nothing: a shim started anywhere else would mount over a live system.
+pub(crate) const MARKER: &str = "cofferdam.shim=1";
+
+/// The file of the initramfs that holds the encoded [`BootConfig`].
+pub(crate) const BOOT_CONFIG_PATH: &str = "/cofferdam.boot";
+
+/// An encoded [`BootConfig`] is no longer than this.
+pub(crate) const BOOT_CONFIG_MAX: usize = 64 * 1024;
+
+/// The I/O port (one byte wide) to which the shim writes how the machine shall end, one of the `EXIT_` values. The VMM stops the VM there; a
+/// machine that has no such port goes on to `reboot(2)`.
+pub(crate) const EXIT_PORT: u16 = 0x600;
+/// The guest has shut down and wants the power off.
+pub(crate) const EXIT_POWER_OFF: u8 = 0x34;
+/// The guest has shut down and wants to start again.
+pub(crate) const EXIT_REBOOT: u8 = 0x35;
+/// The guest has shut down and halts.
+pub(crate) const EXIT_HALT: u8 = 0x36;
+/// The shim itself failed; why is on the console, and where possible in a `Failed` message before.
+pub(crate) const EXIT_FAULT: u8 = 0x37;
+
+/// The oldest version of the protocol that this build speaks.
+pub(crate) const VERSION_MIN: u32 = 1;
+/// The newest version of the protocol that this build speaks.
+pub(crate) const VERSION_MAX: u32 = 1;
+
+/// The longest payload the host may send: argv and environment of the size that Linux takes fit (`ARG_MAX` and then some).
+pub(crate) const FROM_HOST_MAX: usize = 4 * 1024 * 1024;
+/// The longest payload the guest may send. Nothing that the guest writes may make the host grow.
+pub(crate) const FROM_GUEST_MAX: usize = 4 * 1024;
+
+/// The newest version that both this build and a peer who speaks `min..=max` know.
+pub(crate) fn negotiate(min: u32, max: u32) -> Option<u32> {
+    let version = max.min(VERSION_MAX);
+    (version >= VERSION_MIN && version >= min).then_some(version)
+}
