@@ -55,10 +55,10 @@ fn build(shim: &Path, target: &str) -> Result<(), Failure> {
         flag.push(linker);
         through_cc.push(flag);
     }
-    for arg in ["-nostartfiles", "-nostdlib", "-static", "-Wl,--build-id=none", "-Wl,-z,max-page-size=4096"] {
+    for arg in ["-nostartfiles", "-nostdlib", "-static", "-Wl,--build-id=none", "-Wl,--no-eh-frame-hdr", "-Wl,-z,max-page-size=4096"] {
         through_cc.push(format!("-Clink-arg={arg}").into());
     }
-    let direct: Vec<OsString> = ["-Clinker=rust-lld", "-Clinker-flavor=ld.lld", "-Clink-arg=--build-id=none", "-Clink-arg=-zmax-page-size=4096"]
+    let direct: Vec<OsString> = ["-Clinker=rust-lld", "-Clinker-flavor=ld.lld", "-Clink-arg=--build-id=none", "-Clink-arg=--no-eh-frame-hdr", "-Clink-arg=-zmax-page-size=4096"]
         .map(OsString::from)
         .into();
 
@@ -86,7 +86,7 @@ fn compile(shim: &Path, target: &str, linking: &[OsString]) -> Result<Output, Fa
     rustc.arg(source.join("src/guest/main.rs")).arg("-o").arg(shim).arg(remap);
     rustc.args(["--crate-name=shim", "--crate-type=bin", "--edition=2024", "--cfg=guest_bin", "--target", target]);
     rustc.args(["-Cpanic=abort", "-Copt-level=z", "-Clto=fat", "-Ccodegen-units=1", "-Cstrip=symbols", "-Cdebuginfo=0"]);
-    rustc.args(["-Crelocation-model=static", "-Ctarget-cpu=x86-64", "-Cforce-frame-pointers=no", "-Cdebug-assertions=no"]);
+    rustc.args(["-Crelocation-model=static", "-Ctarget-cpu=x86-64", "-Cforce-unwind-tables=no", "-Cdebug-assertions=no"]);
     // On musl targets the compiler brings start files and a libc of its own.
     if text("CARGO_CFG_TARGET_ENV")? == "musl" {
         rustc.arg("-Clink-self-contained=no");

@@ -47,23 +47,27 @@ pub(super) fn say(parts: &[&[u8]]) {
 
 /// Ends the machine as it was asked to.
 pub(super) fn end(end: End) -> ! {
-    match end {
-        End::PowerOff => leave(EXIT_POWER_OFF, sys::RB_POWER_OFF),
-        End::Reboot => leave(EXIT_REBOOT, sys::RB_RESTART),
-        End::Halt => leave(EXIT_HALT, sys::RB_HALT),
-    }
+    leave(match end {
+        End::PowerOff => EXIT_POWER_OFF,
+        End::Reboot => EXIT_REBOOT,
+        End::Halt => EXIT_HALT,
+    })
 }
 
 /// Ends the machine because the shim cannot go on.
 pub(super) fn fault() -> ! {
-    leave(EXIT_FAULT, sys::RB_POWER_OFF)
+    leave(EXIT_FAULT)
 }
 
-fn leave(value: u8, command: usize) -> ! {
-    // A machine without ACPI has no way of its own to switch off, so the VMM offers one. Others do not notice this write.
+fn leave(value: u8) -> ! {
+    // A machine without ACPI has no way of its own to switch off, so the VMM offers one. Kernels are built with either way to it, or none.
     let _ = sys::write_port(EXIT_PORT, value);
-    let _ = sys::reboot(command);
-    // Neither worked; PID 1 that leaves makes the kernel panic, and that ends any machine.
+    if let Ok(ports) = sys::open(None, c"/dev/port", sys::O_WRONLY) {
+        let _ = sys::write_at(&ports, &[value], EXIT_PORT.into());
+    }
+    // Still here. A reset ends a machine under any VMM; switching off would, without ACPI, leave it standing still for ever.
+    let _ = sys::reboot(sys::RB_RESTART);
+    // PID 1 that leaves makes the kernel panic, which ends it too.
     sys::exit(1)
 }
 

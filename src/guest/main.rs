@@ -142,12 +142,13 @@ fn isolate(control: Control, signals: Fd) -> Result<Shim, (Control, Failure)> {
 }
 
 fn finish(shim: Shim, writable: Writable, outcome: Outcome) -> ! {
-    let Shim { control, .. } = shim;
+    let Shim { mut control, .. } = shim;
     // Also what came into being since.
     let _ = sys::kill(-1, sys::SIGKILL);
     match outcome {
         Outcome::End(end) => {
             writable.settle();
+            control.say(0, &FromGuest::Ending { end });
             control.close();
             end::end(end)
         }

@@ -378,10 +378,9 @@ impl Shim {
             return Ok(());
         };
         let mut process = self.processes.swap_remove(index);
-        if let Life::Starting { pid, report } = core::mem::replace(&mut process.life, Life::Over) {
-            self.started(&mut process, pid, report);
-        } else {
-            process.life = Life::Running { pid };
+        match core::mem::replace(&mut process.life, Life::Over) {
+            Life::Starting { pid, report } => self.started(&mut process, pid, report),
+            other => process.life = other,
         }
         self.exited(process, status);
         Ok(())
@@ -389,6 +388,7 @@ impl Shim {
 
     /// The program's own exit, told at once: what it left running and what is still in its pipes holds nothing up.
     fn exited(&mut self, mut process: Process, status: Status) {
+        // Of one that never became the program the host knows already.
         if let Life::Running { .. } = process.life {
             self.relays.retain_mut(|relay| relay.owner != process.id || relay.owner_exited() == Progress::Going);
             let message = match status {

@@ -18,6 +18,7 @@ mod nr {
     pub(super) const RT_SIGPROCMASK: usize = 14;
     pub(super) const IOCTL: usize = 16;
     pub(super) const PREAD64: usize = 17;
+    pub(super) const PWRITE64: usize = 18;
     pub(super) const NANOSLEEP: usize = 35;
     pub(super) const GETPID: usize = 39;
     pub(super) const SOCKET: usize = 41;
@@ -200,6 +201,12 @@ pub(super) fn read_start(fd: &Fd, into: &mut [u8]) -> Result<usize> {
 
 pub(super) fn write(fd: &Fd, from: &[u8]) -> Result<usize> {
     write_raw(fd.raw(), from)
+}
+
+/// Writes at a place of the file.
+pub(super) fn write_at(fd: &Fd, from: &[u8], offset: usize) -> Result<usize> {
+    // SAFETY: the kernel reads at most `len` bytes of the slice.
+    unsafe { syscall(nr::PWRITE64, [fd.arg(), from.as_ptr() as usize, from.len(), offset, 0, 0]) }
 }
 
 /// Writes to a descriptor that nobody owns, such as standard error.
@@ -590,9 +597,7 @@ pub(super) fn exit(code: i32) -> ! {
 
 /// The commands of [`reboot`].
 pub(super) const RB_CTRL_ALT_DEL_TO_INIT: usize = 0;
-pub(super) const RB_POWER_OFF: usize = 0x4321_fedc;
 pub(super) const RB_RESTART: usize = 0x0123_4567;
-pub(super) const RB_HALT: usize = 0xcdef_0123;
 
 /// Tells the kernel how to end, or what to do with Ctrl-Alt-Del. Those that end return only if they fail.
 pub(super) fn reboot(command: usize) -> Result<()> {

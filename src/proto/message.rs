@@ -22,6 +22,7 @@ const FAILED: u32 = GUEST | 3;
 const SPAWNED: u32 = GUEST | 4;
 const SPAWN_FAILED: u32 = GUEST | 5;
 const EXITED: u32 = GUEST | 6;
+const ENDING: u32 = GUEST | 7;
 
 /// Tags, by message. A tag's meaning never changes; what is new gets a new tag.
 mod tag {
@@ -56,6 +57,8 @@ mod tag {
     pub(super) const CODE: u8 = 1;
     pub(super) const BY_SIGNAL: u8 = 2;
     pub(super) const OOM: u8 = 3;
+
+    pub(super) const END: u8 = 1;
 }
 
 /// An enum that travels as one byte.
@@ -232,6 +235,12 @@ pub(crate) enum FromGuest<'a> {
         /// The guest's kernel did it, for want of memory.
         oom: bool,
     },
+    /// The shim ends the machine now, as asked or because a workload did; the last message. The host hangs up, and whatever the machine
+    /// does next is this end, also where its kernel can do no better than reset or stand still.
+    Ending {
+        /// How.
+        end: End,
+    },
 }
 
 impl<'a> FromHost<'a> {
@@ -328,6 +337,7 @@ impl<'a> FromGuest<'a> {
             Self::Spawned { .. } => SPAWNED,
             Self::SpawnFailed { .. } => SPAWN_FAILED,
             Self::Exited { .. } | Self::Signaled { .. } => EXITED,
+            Self::Ending { .. } => ENDING,
         };
         frame::append(out, stream, kind, FROM_GUEST_MAX, |payload| {
             let mut fields = Writer(payload);
@@ -356,6 +366,7 @@ impl<'a> FromGuest<'a> {
                     fields.u8(tag::BY_SIGNAL, signo);
                     fields.flag(tag::OOM, oom);
                 }
+                Self::Ending { end } => fields.u8(tag::END, end as u8),
             }
         })
     }
@@ -388,6 +399,7 @@ impl<'a> FromGuest<'a> {
                 (None, Some(signo)) => Self::Signaled { signo, oom: fields.flag(tag::OOM, "oom")? },
                 _ => return Err(Malformed("exit status")),
             },
+            ENDING => Self::Ending { end: End::parse(fields.u8(tag::END, "end")?.unwrap_or(0)).ok_or(Malformed("end"))? },
             _ => return Ok(None),
         }))
     }

@@ -12,7 +12,8 @@
 //!      host -> guest  Hello{version}
 //!      host -> guest  Spawn (stream = a new process id of the host's choice)
 //!  stdio streams      guest connects to (HOST_CID, port) for every Stdio::Port, before the program starts
-//!      guest -> host  Spawned or SpawnFailed · later Exited (same stream number)
+//!      guest -> host  Spawned or SpawnFailed · later Exited or Signaled (same stream number)
+//!      guest -> host  Ending, when all is over; the host hangs up
 //! ```
 //! Bulk data never travels in control frames. A stdio stream carries bytes one way; its end is the connection's end of that direction.
 //! A host that closes its end of an output stream makes the writer see a broken pipe.

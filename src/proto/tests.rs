@@ -179,6 +179,7 @@ fn every_other_message_round_trips() {
         FromGuest::Exited { code: 255 },
         FromGuest::Signaled { signo: 9, oom: true },
     ];
+    guest.extend(End::ALL.iter().map(|&end| FromGuest::Ending { end }));
     guest.extend(Stage::ALL.iter().map(|&stage| FromGuest::Failed { stage, errno: -1, text: b"/dev/vda" }));
     guest.extend(Step::ALL.iter().map(|&step| FromGuest::SpawnFailed { step, errno: 2 }));
     for message in guest {

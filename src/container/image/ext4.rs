@@ -12,7 +12,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
 use arcbox_ext4::constants::{file_mode, make_mode};
-use arcbox_ext4::error::FormatError;
+use arcbox_ext4::error::{FormatError, ReadError};
 use arcbox_ext4::{FileTimestamps, FormatOptions, Formatter, Reader};
 
 use super::entry::{Entry, Kind, Name};
@@ -139,6 +139,9 @@ impl Writer {
         if self.formatter.is_dir(&at) {
             return Err(Error::new(ErrorKind::Corrupt, "a hard link in the place of a directory"));
         }
+        if let Some(node) = self.special.get(&to).copied() {
+            self.special.insert(at.clone(), node);
+        }
         self.formatter.link(&at, &to).map_err(convert)
     }
 }
@@ -188,34 +191,68 @@ impl Read for Limited<'_> {
     }
 }
 
-/// Turns empty files into the nodes that they stand for (Linux ext4, inode table: `i_mode`, `i_flags`, `i_block`).
+/// Turns empty files into the nodes that they stand for.
 fn make_special(path: &Path, nodes: &BTreeMap<String, (u16, u32, u32)>) -> Result<()> {
     if nodes.is_empty() {
         return Ok(());
     }
-    let broken = |e: arcbox_ext4::error::ReadError| Error::new(ErrorKind::Corrupt, format!("reading the new disk: {e}"));
+    let broken = |e: ReadError| Error::new(ErrorKind::Corrupt, format!("reading the new disk: {e}"));
     let mut reader = Reader::new(path).map_err(broken)?;
     let file = OpenOptions::new().read(true).write(true).open(path)?;
-    for (name, (mode, major, minor)) in nodes {
+    for (name, node) in nodes {
         let (number, _) = reader.stat_no_follow(name).map_err(broken)?;
-        let per_group = reader.superblock().inodes_per_group.max(1);
-        let size = u64::from(reader.superblock().inode_size);
-        let (group, index) = ((number - 1) / per_group, u64::from((number - 1) % per_group));
-        let table = reader.get_group_descriptor(group).map_err(broken)?.inode_table_lo;
-        let at = u64::from(table) * BLOCK + index * size;
-        file.write_all_at(&mode.to_le_bytes(), at)?;
-        // No extents: the block map holds the device number, in the old form where it fits.
-        file.write_all_at(&0u32.to_le_bytes(), at + 0x20)?;
-        let mut blocks = [0; 60];
-        let (old, new) = blocks.split_at_mut(4);
-        if *major < 256 && *minor < 256 {
-            old.copy_from_slice(&(major << 8 | minor).to_le_bytes());
-        } else if let Some(new) = new.first_chunk_mut() {
-            *new = (minor & 0xff | major << 8 | (minor & !0xff) << 12).to_le_bytes();
-        }
-        file.write_all_at(&blocks, at + 0x28)?;
+        rewrite_inode(&file, inode_offset(&mut reader, number).map_err(broken)?, *node)?;
+        let (parent, own) = name.rsplit_once('/').unwrap_or(("", name));
+        let parent = if parent.is_empty() { "/" } else { parent };
+        let (_, directory) = reader.stat_no_follow(parent).map_err(broken)?;
+        rewrite_type(&file, &directory.block, own.as_bytes(), node.0)?;
     }
     Ok(())
+}
+
+/// Where an inode lies on the disk (Linux ext4, inode table).
+fn inode_offset(reader: &mut Reader, number: u32) -> std::result::Result<u64, ReadError> {
+    let (per_group, size) = (reader.superblock().inodes_per_group.max(1), u64::from(reader.superblock().inode_size));
+    let table = reader.get_group_descriptor((number - 1) / per_group)?.inode_table_lo;
+    Ok(u64::from(table) * BLOCK + u64::from((number - 1) % per_group) * size)
+}
+
+/// Linux ext4, inode table: `i_mode`, `i_flags`, `i_block`, which holds a device number, in the old form where it fits.
+fn rewrite_inode(file: &File, at: u64, (mode, major, minor): (u16, u32, u32)) -> io::Result<()> {
+    file.write_all_at(&mode.to_le_bytes(), at)?;
+    file.write_all_at(&0u32.to_le_bytes(), at + 0x20)?;
+    let (old, new) = match major < 256 && minor < 256 {
+        true => (major << 8 | minor, 0),
+        false => (0, minor & 0xff | major << 8 | (minor & !0xff) << 12),
+    };
+    let mut blocks = [0; 60];
+    let numbers = old.to_le_bytes().into_iter().chain(new.to_le_bytes());
+    blocks.iter_mut().zip(numbers).for_each(|(to, byte)| *to = byte);
+    file.write_all_at(&blocks, at + 0x28)
+}
+
+/// Linux ext4, directory entries: each repeats its file's type. `blocks` is the directory's `i_block`: one extent, as
+/// the format writer lays directories down in one piece.
+fn rewrite_type(file: &File, blocks: &[u8; 60], name: &[u8], mode: u16) -> Result<()> {
+    let kind = match mode & file_mode::TYPE_MASK {
+        file_mode::S_IFCHR => 3,
+        file_mode::S_IFBLK => 4,
+        _ => 5,
+    };
+    let [_, _, _, _, _, _, _, _, _, _, _, _, _, _, _, _, len_low, len_high, _, _, a, b, c, d, ..] = *blocks;
+    let (start, len) = (u32::from_le_bytes([a, b, c, d]), u16::from_le_bytes([len_low, len_high]));
+    let mut bytes = vec![0; usize::from(len) * BLOCK as usize];
+    let offset = u64::from(start) * BLOCK;
+    file.read_exact_at(&mut bytes, offset)?;
+    let mut at = 0;
+    while let Some([_, _, _, _, size_low, size_high, name_len, _]) = bytes.get(at..).and_then(|rest| rest.first_chunk()) {
+        let size = usize::from(u16::from_le_bytes([*size_low, *size_high]));
+        if bytes.get(at + 8..at + 8 + usize::from(*name_len)) == Some(name) {
+            return Ok(file.write_all_at(&[kind], offset + at as u64 + 7)?);
+        }
+        at += size.max(8);
+    }
+    Err(Error::new(ErrorKind::Corrupt, "reading the new disk: an entry is not in its directory"))
 }
 
 /// Gives back the space of blocks that are all zeros; what they read as stays the same.
