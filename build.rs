@@ -42,7 +42,9 @@ fn main() -> Result<(), Failure> {
     build(&shim, &target)?;
     match std::fs::metadata(&shim) {
         Ok(metadata) if (1..=MAX_SIZE).contains(&metadata.len()) => Ok(()),
-        Ok(metadata) => Err(Failure(format!("the guest shim has {} bytes; at most {MAX_SIZE} are meant", metadata.len()))),
+        Ok(metadata) => {
+            Err(Failure(format!("the guest shim has {} bytes; at most {MAX_SIZE} are meant", metadata.len())))
+        }
         Err(error) => Err(Failure(format!("the guest shim was not written to {}: {error}", shim.display()))),
     }
 }
@@ -55,12 +57,25 @@ fn build(shim: &Path, target: &str) -> Result<(), Failure> {
         flag.push(linker);
         through_cc.push(flag);
     }
-    for arg in ["-nostartfiles", "-nostdlib", "-static", "-Wl,--build-id=none", "-Wl,--no-eh-frame-hdr", "-Wl,-z,max-page-size=4096"] {
+    for arg in [
+        "-nostartfiles",
+        "-nostdlib",
+        "-static",
+        "-Wl,--build-id=none",
+        "-Wl,--no-eh-frame-hdr",
+        "-Wl,-z,max-page-size=4096",
+    ] {
         through_cc.push(format!("-Clink-arg={arg}").into());
     }
-    let direct: Vec<OsString> = ["-Clinker=rust-lld", "-Clinker-flavor=ld.lld", "-Clink-arg=--build-id=none", "-Clink-arg=--no-eh-frame-hdr", "-Clink-arg=-zmax-page-size=4096"]
-        .map(OsString::from)
-        .into();
+    let direct: Vec<OsString> = [
+        "-Clinker=rust-lld",
+        "-Clinker-flavor=ld.lld",
+        "-Clink-arg=--build-id=none",
+        "-Clink-arg=--no-eh-frame-hdr",
+        "-Clink-arg=-zmax-page-size=4096",
+    ]
+    .map(OsString::from)
+    .into();
 
     let mut complaints = String::new();
     for linking in [&through_cc, &direct] {
@@ -84,16 +99,38 @@ fn compile(shim: &Path, target: &str, linking: &[OsString]) -> Result<Output, Fa
 
     let mut rustc = Command::new(variable("RUSTC")?);
     rustc.arg(source.join("src/guest/main.rs")).arg("-o").arg(shim).arg(remap);
-    rustc.args(["--crate-name=shim", "--crate-type=bin", "--edition=2024", "--cfg=guest_bin", "--target", target]);
-    rustc.args(["-Cpanic=abort", "-Copt-level=z", "-Clto=fat", "-Ccodegen-units=1", "-Cstrip=symbols", "-Cdebuginfo=0"]);
-    rustc.args(["-Crelocation-model=static", "-Ctarget-cpu=x86-64", "-Cforce-unwind-tables=no", "-Cdebug-assertions=no"]);
+    rustc.args([
+        "--crate-name=shim",
+        "--crate-type=bin",
+        "--edition=2024",
+        "--cfg=guest_bin",
+        "--check-cfg=cfg(guest_bin, test)",
+        "--target",
+        target,
+    ]);
+    rustc.args([
+        "-Cpanic=abort",
+        "-Copt-level=z",
+        "-Clto=fat",
+        "-Ccodegen-units=1",
+        "-Cstrip=symbols",
+        "-Cdebuginfo=0",
+    ]);
+    rustc.args([
+        "-Crelocation-model=static",
+        "-Ctarget-cpu=x86-64",
+        "-Cforce-unwind-tables=no",
+        "-Cdebug-assertions=no",
+    ]);
     // On musl targets the compiler brings start files and a libc of its own.
     if text("CARGO_CFG_TARGET_ENV")? == "musl" {
         rustc.arg("-Clink-self-contained=no");
     }
     rustc.args(linking);
     // What wraps the compiler for the library (caches, clippy, coverage) and what bends its output has no say here.
-    for name in ["RUSTFLAGS", "CARGO_ENCODED_RUSTFLAGS", "RUSTC_WRAPPER", "RUSTC_WORKSPACE_WRAPPER", "SOURCE_DATE_EPOCH"] {
+    for name in
+        ["RUSTFLAGS", "CARGO_ENCODED_RUSTFLAGS", "RUSTC_WRAPPER", "RUSTC_WORKSPACE_WRAPPER", "SOURCE_DATE_EPOCH"]
+    {
         rustc.env_remove(name);
     }
     rustc.output().map_err(|error| Failure(format!("running {:?}: {error}", rustc.get_program())))

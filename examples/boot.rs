@@ -4,6 +4,8 @@
 //!
 //! The guest is busybox: it says hello on its console and powers off.
 
+#![allow(clippy::print_stdout, clippy::print_stderr, clippy::expect_used, reason = "a program may")]
+
 use std::io::stdout;
 
 use cofferdam::{Console, Exit, Initramfs, Kernel, Size, Vm};

@@ -2,6 +2,8 @@
 //!
 //!     cargo run --release --example exec_stream -- ROOTFS_TAR_OR_DIRECTORY
 
+#![allow(clippy::print_stdout, clippy::print_stderr, clippy::expect_used, reason = "a program may")]
+
 use std::io::{BufRead, BufReader, Write};
 use std::thread;
 

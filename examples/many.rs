@@ -4,6 +4,8 @@
 //!
 //! The kernels are the vmlinux and the bzImage that guest/kernel/build made.
 
+#![allow(clippy::print_stdout, clippy::print_stderr, clippy::expect_used, reason = "a program may")]
+
 use std::thread;
 
 use cofferdam::{Container, Image, Kernel, Size};

@@ -5,6 +5,8 @@
 //! Like a shell: 126 and 127 when the command cannot be run or found, 128 + n when signal n ended it, 125 when the
 //! machine itself failed. The library never makes such numbers; a command-line program has nothing else.
 
+#![allow(clippy::print_stdout, clippy::print_stderr, clippy::expect_used, reason = "a program may")]
+
 use std::io::{self, copy, stderr, stdout};
 use std::process::ExitCode;
 use std::thread;
@@ -15,7 +17,9 @@ fn main() -> ExitCode {
     let args = match Args::parse() {
         Ok(args) => args,
         Err(error) => {
-            eprintln!("run: {error}\nusage: run --rootfs TAR_OR_DIRECTORY [--kernel FILE] [--memory MIB] [--] COMMAND [ARG...]");
+            eprintln!(
+                "run: {error}\nusage: run --rootfs TAR_OR_DIRECTORY [--kernel FILE] [--memory MIB] [--] COMMAND [ARG...]"
+            );
             return ExitCode::from(2);
         }
     };

@@ -29,7 +29,12 @@ impl Interrupt {
     /// `ResourceExhausted` when the process has no descriptors left.
     pub(crate) fn new() -> Result<Self> {
         let fd = eventfd().doing(|| "creating an interrupt")?;
-        Ok(Self(Arc::new(Line { fd, status: AtomicU32::new(0), raised: AtomicU64::new(0), broken: AtomicBool::new(false) })))
+        Ok(Self(Arc::new(Line {
+            fd,
+            status: AtomicU32::new(0),
+            raised: AtomicU64::new(0),
+            broken: AtomicBool::new(false),
+        })))
     }
 
     /// What the hypervisor listens to (KVM API, 4.75).

@@ -1,26 +1,96 @@
 //! Run untrusted Linux work inside its own microVM, in process.
+//!
+//! Cofferdam is a library, not a program: no daemon, no helper process, no shared library, no download, and no root
+//! where the host lets its users open `/dev/kvm`. A virtual machine is a value; any number of them live in one process.
+//!
+//! ```no_run
+//! use cofferdam::{Container, Image, Size};
+//! use std::time::Duration;
+//!
+//! # fn main() -> cofferdam::Result<()> {
+//! let debian = Container::builder(Image::open("debian.tar")?).memory(Size::mib(256)).start()?;
+//! let out = debian.exec(["uname", "-r"]).timeout(Duration::from_secs(5)).output()?;
+//! assert!(out.status.success());
+//! println!("{}", String::from_utf8_lossy(&out.stdout));
+//! debian.stop(Duration::from_secs(2))?;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # Nouns
+//!
+//! The **VM layer** boots kernels: a [`Kernel`] is opened once and booted any number of times, [`Vm::builder`] describes
+//! a machine, a [`Vm`] runs until its [`Exit`] says how it ended.
+//!
+//! The **container layer** (feature `container`, on by default) runs programs: an `Image` is a root file system, a
+//! `Container` is a VM of its own around a private copy of it, a `Process` runs in there, with the vocabulary of
+//! [`std::process::Command`].
+//!
+//! Everywhere, [`Error`] says what failed, where, and what to do; [`Size`] is bytes as a type; [`Host::probe`] says
+//! whether this machine can run virtual machines at all. The rest are config values and handles reached from these.
+//!
+//! # What a guest is granted
+//!
+//! Nothing, by default: no network, no standard input, no environment, no path of the host, no device of the host. It
+//! has the memory, processors, disks and vsock ports that its builder was told, a console whose last 64 KiB are kept,
+//! and the host's random numbers.
+//!
+//! # What an embedder can rely on
+//!
+//! The library never ends, forks or daemonises the process, prints, installs a logger or panic hook, touches standard
+//! streams or terminals, changes user, limits or the process's seccomp, or takes SIGCHLD. It keeps no global state but
+//! one: a real-time signal whose handler does nothing, see [`VmBuilder::kick_signal`]. All descriptors are
+//! close-on-exec. When the process dies by any means, its machines, disks and locks are gone with it.
+//!
+//! # Threads
+//!
+//! A VM has one thread for each vCPU, one event loop that owns its devices, one for each disk, because files block, and
+//! one for the console's writer, if there is one; a container has one more, which speaks with the guest. Calls block
+//! and need no runtime; what can be waited for also has a descriptor (`AsFd`) for poll, epoll, tokio, smol or mio. All
+//! handles are `Send` and `Sync`. Dropping a [`Vm`] or a `Container` kills it and waits for its threads.
+//!
+//! # Layers
+//!
+//! ```text
+//! container   Image, Container, exec, the agent's client          guest   the shim: PID 1 in the guest
+//! vm          builder, machine, vCPU threads, ends                proto   what both say to each other
+//! virtio      device model, mmio transport: blk vsock console rng
+//! boot arch legacy kvm bus irq event memory sys
+//! ```
+
+#![cfg_attr(not(feature = "container"), allow(dead_code, unused_imports, reason = "only the container layer uses it"))]
+
 mod arch;
 mod boot;
 mod bus;
 #[cfg(feature = "container")]
 mod container;
+#[cfg(any(test, feature = "internals"))]
+#[doc(hidden)]
+pub mod doors;
 mod error;
 mod event;
+#[cfg(test)]
+#[path = "guest/main.rs"]
+mod guest;
 mod irq;
 mod kvm;
 mod legacy;
 mod memory;
-#[cfg(feature = "container")]
+#[cfg(any(feature = "container", test))]
 mod proto;
 mod size;
 mod sys;
 mod virtio;
 mod vm;
-#[cfg(feature = "container")]
-pub use container::*;
+
 pub use boot::{Initramfs, Kernel};
+#[cfg(feature = "container")]
+pub use container::{
+    Container, ContainerBuilder, Exec, ExitStatus, Image, Output, Process, ProcessReader, ProcessWriter, Startup, Stdio,
+};
 pub use error::{Error, ErrorKind, Result};
-pub use kvm::Host;
+pub use kvm::{Device, Host};
 pub use size::Size;
 pub use virtio::vsock::{VsockListener, VsockStream};
-pub use vm::*;
+pub use vm::{Console, DeviceStats, Disk, Exit, Registers, Stage, Timeline, Trace, Vm, VmBuilder, Vsock};

@@ -52,10 +52,9 @@ mod tests {
 
     #[test]
     fn prints_the_largest_exact_unit() {
-        let printed: Vec<_> =
-            [Size::gib(2), Size::mib(1536), Size::kib(4), Size::bytes(1000), Size::bytes(0)]
-                .map(|s| s.to_string())
-                .into();
+        let printed: Vec<_> = [Size::gib(2), Size::mib(1536), Size::kib(4), Size::bytes(1000), Size::bytes(0)]
+            .map(|s| s.to_string())
+            .into();
         assert_eq!(printed, ["2 GiB", "1536 MiB", "4 KiB", "1000 bytes", "0 bytes"]);
     }
 

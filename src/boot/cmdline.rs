@@ -60,7 +60,9 @@ impl Cmdline {
     pub(crate) fn require(&mut self, key: &str, value: &str) -> Result<()> {
         match self.value_of(key) {
             Some(same) if same == value => Ok(()),
-            Some(other) => Err(invalid(format!("`{key}={other}` conflicts with `{key}={value}`, which is needed here"))),
+            Some(other) => {
+                Err(invalid(format!("`{key}={other}` conflicts with `{key}={value}`, which is needed here")))
+            }
             None => {
                 self.push(key, value);
                 Ok(())
@@ -132,7 +134,10 @@ mod tests {
         let mut line = cmdline("console=hvc0  quiet -- single -x").unwrap();
         line.push("virtio_mmio.device", "4K@0xd0000000:5");
         line.default("panic", "-1");
-        assert_eq!(line.finish().unwrap(), "console=hvc0 quiet virtio_mmio.device=4K@0xd0000000:5 panic=-1 -- single -x");
+        assert_eq!(
+            line.finish().unwrap(),
+            "console=hvc0 quiet virtio_mmio.device=4K@0xd0000000:5 panic=-1 -- single -x"
+        );
     }
 
     #[test]

@@ -50,7 +50,9 @@ impl Archive {
         if name.split('/').any(|part| matches!(part, "" | "." | "..")) {
             return bad("has a part that is empty or leaves the tree");
         }
-        let Ok(len) = u32::try_from(data.len()) else { return bad("is larger than 4 GiB") };
+        let Ok(len) = u32::try_from(data.len()) else {
+            return bad("is larger than 4 GiB");
+        };
         self.inode += 1;
         self.write_header(name, self.inode, mode, device, len);
         self.bytes.extend_from_slice(data);
@@ -112,7 +114,8 @@ mod tests {
         archive.symlink("etc/link", "motd").unwrap();
         archive.character_device("console", 0o600, (5, 1)).unwrap();
         let bytes = archive.finish();
-        let Ok(mut cpio) = Command::new("cpio").args(["-tv", "--quiet"]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()
+        let Ok(mut cpio) =
+            Command::new("cpio").args(["-tv", "--quiet"]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()
         else {
             // The format is checked above; the reference implementation is only on some machines.
             return;

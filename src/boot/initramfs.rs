@@ -106,7 +106,10 @@ impl Initramfs {
         let Some(start) = start.filter(|at| memory.segment(GuestAddress(*at), len as usize).is_ok()) else {
             return Err(Error::invalid(
                 "Kernel::initramfs",
-                format!("{len} bytes do not fit into the guest's memory beside the kernel ({} bytes free)", limit.saturating_sub(floor)),
+                format!(
+                    "{len} bytes do not fit into the guest's memory beside the kernel ({} bytes free)",
+                    limit.saturating_sub(floor)
+                ),
             ));
         };
         let mut at = start;
@@ -140,7 +143,9 @@ impl Piece<'_> {
                     let rest = [memory.segment(GuestAddress(at + done), (len - done) as usize)?];
                     let doing = || format!("reading initramfs {}", path.display());
                     match memory.read_at(&rest, file.as_fd(), done) {
-                        Ok(0) => return Err(Error::new(ErrorKind::Corrupt, "it became shorter").doing(doing())),
+                        Ok(0) => {
+                            return Err(Error::new(ErrorKind::Corrupt, "it became shorter").doing(doing()));
+                        }
                         Ok(n) => done += n as u64,
                         Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
                         Err(e) => return Err(e).doing(doing),
@@ -182,7 +187,7 @@ mod tests {
         assert_eq!((at.0 % 4096, at.0 + len <= 4 << 20), (0, true));
         let mut seen = vec![0; len as usize];
         memory.read(at, &mut seen).unwrap();
-        assert!(seen.starts_with(b"070701archive\0\0\0070701"));
+        assert!(seen.starts_with(b"070701archive\x00\x00\x00070701"));
         std::fs::remove_file(path).unwrap();
     }
 

@@ -49,7 +49,10 @@ impl Kernel {
     /// a 64-bit bzImage or is damaged, `ResourceExhausted` when the host has no memory for it.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        Self::read(path).doing(|| format!("opening kernel {}", path.display()))
+        File::open(path)
+            .map_err(Error::from)
+            .and_then(|mut file| Self::read(&mut file))
+            .doing(|| format!("opening kernel {}", path.display()))
     }
 
     /// Opens the kernel named by the environment variable `COFFERDAM_KERNEL`, else the one that this crate's
@@ -60,9 +63,13 @@ impl Kernel {
     /// `NotFound`, saying how to get one, when there is none; else as [`Kernel::open`].
     pub fn find() -> Result<Self> {
         let named = std::env::var_os("COFFERDAM_KERNEL").filter(|v| !v.is_empty()).map(PathBuf::from);
-        let path = named.or_else(|| crate::sys::cache_dir().map(|dir| dir.join("kernel/vmlinux"))).ok_or_else(|| {
-            Error::new(ErrorKind::NotFound, "no kernel: set COFFERDAM_KERNEL, or HOME so that the cache can be found")
-        })?;
+        let path =
+            named.or_else(|| crate::sys::cache_dir().map(|dir| dir.join("kernel/vmlinux"))).ok_or_else(|| {
+                Error::new(
+                    ErrorKind::NotFound,
+                    "no kernel: set COFFERDAM_KERNEL, or HOME so that the cache can be found",
+                )
+            })?;
         Self::open(&path).map_err(|error| match error.kind() {
             ErrorKind::NotFound => Error::new(
                 ErrorKind::NotFound,
@@ -101,12 +108,12 @@ impl Kernel {
         self.initramfs.clone().unwrap_or_default()
     }
 
-    fn read(path: &Path) -> Result<Self> {
-        let mut file = File::open(path)?;
+    /// As [`Kernel::open`], from an open file.
+    pub(crate) fn read(file: &mut File) -> Result<Self> {
         if !file.metadata()?.is_file() {
             return Err(Error::new(ErrorKind::InvalidConfig, "not a regular file"));
         }
-        let loaded = load(&mut file)?;
+        let loaded = load(file)?;
         Ok(Self { loaded: Arc::new(loaded), cmdline: String::new(), initramfs: None })
     }
 }
@@ -148,7 +155,11 @@ fn load_bzimage(file: &mut File) -> Result<Loaded> {
     let header = result.setup_header.ok_or_else(|| corrupt("a bzImage without a header"))?;
     if header.version < 0x20c || header.xloadflags & XLF_KERNEL_64 == 0 {
         let version = header.version;
-        return Err(corrupt(format!("a bzImage without a 64-bit entry point (boot protocol {:x}.{:02x})", version >> 8, version & 0xff)));
+        return Err(corrupt(format!(
+            "a bzImage without a 64-bit entry point (boot protocol {:x}.{:02x})",
+            version >> 8,
+            version & 0xff
+        )));
     }
     let load = result.kernel_load.0;
     // Where it unpacks itself and how much it needs there (Linux x86 boot protocol, 1.3, init_size).

@@ -31,7 +31,10 @@ pub(crate) fn load(memory: &GuestMemory, kernel: &Kernel, cmdline: &str) -> Resu
     let low_end = memory.regions().first().map_or(0, |r| r.addr.0 + r.len);
     if loaded.end > low_end {
         let (need, have) = (loaded.end.div_ceil(1 << 20), memory.size() >> 20);
-        return Err(Error::invalid("memory", format!("{have} MiB are too few for this kernel, which needs {need} MiB to unpack itself")));
+        return Err(Error::invalid(
+            "memory",
+            format!("{have} MiB are too few for this kernel, which needs {need} MiB to unpack itself"),
+        ));
     }
     memory.map_image(&loaded.image)?;
     let mut text = cmdline.as_bytes().to_vec();

@@ -16,8 +16,8 @@ use crate::error::{Context, Error, ErrorKind, Result};
 use crate::event::{Handler, Interest, Loop, Remote, Sources};
 use crate::proto::{CONTROL_PORT, Decoder, End, FROM_GUEST_MAX, FromGuest, FromHost, Spawn, Step, negotiate};
 use crate::sys::Timer;
-use crate::vm::{Exit, Vm};
 use crate::virtio::vsock::VsockStream;
+use crate::vm::{Exit, Vm};
 
 /// Sources of the loop.
 const STREAM: u64 = 0;
@@ -94,7 +94,9 @@ fn greet(vm: &Vm, begin: Instant, deadline: Instant) -> Result<(VsockStream, Dec
         let wait = left().max(Duration::from_millis(1));
         stream.set_read_timeout(Some(wait))?;
         let read = match stream.read(&mut buffer) {
-            Ok(0) => return Err(Error::new(ErrorKind::GuestFailed, "the shim closed its connection")),
+            Ok(0) => {
+                return Err(Error::new(ErrorKind::GuestFailed, "the shim closed its connection"));
+            }
             Ok(n) => n,
             Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
@@ -110,7 +112,10 @@ fn greet(vm: &Vm, begin: Instant, deadline: Instant) -> Result<(VsockStream, Dec
                         let ours = (crate::proto::VERSION_MIN, crate::proto::VERSION_MAX);
                         Error::new(
                             ErrorKind::Incompatible,
-                            format!("the guest's shim speaks protocol versions {min} to {max}, this library {} to {}", ours.0, ours.1),
+                            format!(
+                                "the guest's shim speaks protocol versions {min} to {max}, this library {} to {}",
+                                ours.0, ours.1
+                            ),
                         )
                     })?;
                     let mut hello = Vec::new();
@@ -126,8 +131,12 @@ fn greet(vm: &Vm, begin: Instant, deadline: Instant) -> Result<(VsockStream, Dec
                 }
                 Some(FromGuest::Failed { stage, errno, text }) => {
                     let text = String::from_utf8_lossy(text);
-                    let os = if errno == 0 { String::new() } else { format!(": {}", io::Error::from_raw_os_error(errno)) };
-                    return Err(Error::new(ErrorKind::GuestFailed, format!("the guest could not be set up: {stage:?}: {text}{os}")));
+                    let os =
+                        if errno == 0 { String::new() } else { format!(": {}", io::Error::from_raw_os_error(errno)) };
+                    return Err(Error::new(
+                        ErrorKind::GuestFailed,
+                        format!("the guest could not be set up: {stage:?}: {text}{os}"),
+                    ));
                 }
                 _ => {}
             }
@@ -153,7 +162,10 @@ fn explain(vm: &Vm, timeout: Duration, error: Error) -> Error {
         },
         _ => {
             let lines = vm.trace().console_lines(5);
-            Error::new(error.kind(), if lines.is_empty() { error.to_string() } else { format!("{error}; console: {lines}") })
+            Error::new(
+                error.kind(),
+                if lines.is_empty() { error.to_string() } else { format!("{error}; console: {lines}") },
+            )
         }
     }
 }
@@ -203,7 +215,13 @@ impl Client {
     }
 
     /// Asks for a program; `started` is told whether it runs. Gives its number.
-    pub(super) fn spawn(&mut self, spawn: &Spawn<'_>, state: Arc<State>, timeout: Option<Duration>, started: Started) -> u32 {
+    pub(super) fn spawn(
+        &mut self,
+        spawn: &Spawn<'_>,
+        state: Arc<State>,
+        timeout: Option<Duration>,
+        started: Started,
+    ) -> u32 {
         let number = self.next_process;
         self.next_process = number.wrapping_add(1).max(1);
         let deadline = timeout.map(|t| Instant::now() + t);
@@ -225,9 +243,9 @@ impl Client {
         if self.unsent.len() > MAX_UNSENT {
             return Err(Error::new(ErrorKind::ResourceExhausted, "the guest does not read its control stream"));
         }
-        message.encode(process, &mut self.unsent).map_err(|_| {
-            Error::invalid("exec", "arguments and environment are together longer than 4 MiB")
-        })?;
+        message
+            .encode(process, &mut self.unsent)
+            .map_err(|_| Error::invalid("exec", "arguments and environment are together longer than 4 MiB"))?;
         self.flush();
         Ok(())
     }
@@ -303,7 +321,8 @@ impl Client {
             FromGuest::Failed { stage, text, .. } => {
                 log::warn!("the guest's shim failed: {stage:?}: {}", String::from_utf8_lossy(text));
             }
-            FromGuest::Hello { .. } | FromGuest::Ready { .. } => {}
+            // The machine tells its end itself.
+            FromGuest::Hello { .. } | FromGuest::Ready { .. } | FromGuest::Ending { .. } => {}
         }
     }
 
@@ -340,7 +359,13 @@ impl Client {
     /// The conversation is over: everything that ran has ended with the VM.
     fn end(&mut self, why: &str) {
         self.ended = true;
-        let Some(exit) = self.last_words(why) else { return };
+        // The shim waits for this before it ends the machine, so that its last words are not overtaken by the end.
+        if let Err(error) = self.stream.shutdown(std::net::Shutdown::Both) {
+            log::debug!("the control stream was closed already: {error}");
+        }
+        let Some(exit) = self.last_words(why) else {
+            return;
+        };
         for (_, entry) in self.processes.drain() {
             entry.state.finish(ExitStatus::VmEnded(Box::new(exit.clone())));
             if let Some(started) = entry.started {

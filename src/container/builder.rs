@@ -105,7 +105,10 @@ impl ContainerBuilder {
     fn run(self, begin: Instant) -> Result<Container> {
         let hostname = self.hostname.as_bytes();
         if hostname.len() > 64 || hostname.contains(&0) {
-            return Err(Error::invalid("hostname", format!("{:?} is longer than 64 bytes or has a NUL", self.hostname)));
+            return Err(Error::invalid(
+                "hostname",
+                format!("{:?} is longer than 64 bytes or has a NUL", self.hostname),
+            ));
         }
         let kernel = self.kernel.clone().map_or_else(Kernel::find, Ok)?;
         let lower = Disk::open_file(self.image.disk()?).read_only();

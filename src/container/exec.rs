@@ -198,7 +198,10 @@ impl<'a> Exec<'a> {
         match answer.recv_timeout(START_TIMEOUT) {
             Ok(outcome) => outcome?,
             Err(mpsc::RecvTimeoutError::Timeout) => {
-                return Err(Error::new(ErrorKind::TimedOut, format!("the guest did not start it within {START_TIMEOUT:?}")));
+                return Err(Error::new(
+                    ErrorKind::TimedOut,
+                    format!("the guest did not start it within {START_TIMEOUT:?}"),
+                ));
             }
             Err(mpsc::RecvTimeoutError::Disconnected) => {
                 return Err(Error::new(ErrorKind::InvalidState, "the container has ended"));

@@ -14,6 +14,8 @@ use std::time::{Duration, Instant};
 pub use builder::ContainerBuilder;
 pub use exec::{Exec, Stdio};
 pub use image::Image;
+#[cfg(any(test, feature = "internals"))]
+pub(crate) use image::read_archive;
 pub use process::{ExitStatus, Output, Process, ProcessReader, ProcessWriter};
 
 use crate::error::Result;

@@ -111,7 +111,9 @@ impl State {
         loop {
             match &*status {
                 Some(Ended::With(status)) => return Ok(Some(status.clone())),
-                Some(Ended::Unknown) => return Err(Error::new(ErrorKind::InvalidState, "the container was dropped")),
+                Some(Ended::Unknown) => {
+                    return Err(Error::new(ErrorKind::InvalidState, "the container was dropped"));
+                }
                 None => {}
             }
             status = match deadline.map(|d| d.saturating_duration_since(Instant::now())) {

@@ -15,7 +15,9 @@ const OVERRIDE: &str = "COFFERDAM_SHIM";
 fn program() -> Result<Cow<'static, [u8]>> {
     if let Some(path) = std::env::var_os(OVERRIDE).filter(|path| !path.is_empty()) {
         let read = std::fs::read(&path);
-        return read.map(Cow::Owned).doing(|| format!("reading the shim that {OVERRIDE} names, {}", path.display()));
+        return read
+            .map(Cow::Owned)
+            .doing(|| format!("reading the shim that {OVERRIDE} names, {}", path.to_string_lossy()));
     }
     if BUILT_IN.is_empty() {
         return Err(Error::new(
@@ -36,4 +38,15 @@ pub(super) fn initramfs(base: Initramfs, config: &BootConfig<'_>) -> Result<Init
         .character_device("/dev/console", 0o600, (5, 1))
         .file(BOOT_CONFIG_PATH, 0o600, config)
         .file("/init", 0o755, program()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn both_sides_mean_the_same_exit_port() {
+        assert_eq!(crate::legacy::EXIT_PORT, u64::from(crate::proto::EXIT_PORT));
+        assert!(!BUILT_IN.is_empty() && BUILT_IN.len() < 128 * 1024, "{} bytes", BUILT_IN.len());
+    }
 }

@@ -37,6 +37,12 @@ impl Sources {
         self.0.ctl(ControlOperation::Add, fd.as_raw_fd(), EpollEvent::new(interest, token))
     }
 
+    /// Of no loop: whatever is watched is reported to nobody.
+    #[cfg(any(test, feature = "internals"))]
+    pub(crate) fn of_nobody() -> io::Result<Self> {
+        Ok(Self(Arc::new(Epoll::new()?)))
+    }
+
     /// Stops reporting `fd`. Closing the only copy of a descriptor does the same.
     pub(crate) fn unwatch(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
         self.0.ctl(ControlOperation::Delete, fd.as_raw_fd(), EpollEvent::default())
@@ -218,7 +224,9 @@ fn serve<S: Handler>(value: &mut S, shared: &Shared<S>) -> bool {
     let _ = shared.wake.read();
     loop {
         let mut mailbox = shared.mailbox();
-        let Some(request) = mailbox.requests.pop_front() else { return !mailbox.closed };
+        let Some(request) = mailbox.requests.pop_front() else {
+            return !mailbox.closed;
+        };
         drop(mailbox);
         request(value);
     }

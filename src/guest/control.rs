@@ -183,7 +183,10 @@ mod tests {
         let shutdown = FromHost::Shutdown { grace_ms: 0, end: End::PowerOff };
         let mut gate = Gate::default();
         assert_eq!(admit(&mut gate, shutdown), Err(&b"message before the version"[..]));
-        assert_eq!(admit(&mut gate, FromHost::Hello { version: VERSION_MAX + 1 }), Err(&b"version that was not offered"[..]));
+        assert_eq!(
+            admit(&mut gate, FromHost::Hello { version: VERSION_MAX + 1 }),
+            Err(&b"version that was not offered"[..])
+        );
         assert_eq!(admit(&mut gate, hello), Ok(false));
         assert_eq!(admit(&mut gate, shutdown), Ok(true));
         assert_eq!(admit(&mut gate, hello), Err(&b"second version"[..]));

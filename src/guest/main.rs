@@ -5,7 +5,8 @@
 //!  files        small files whole            sys     raw system calls      rt   what libc would be
 //!  control      the stream to the host       end     how the machine ends
 //!  mount        the workloads' root          reaper  their PID 1           cgroup  their groups
-//!  serve        the loop: spawn, relay, exits, shutdown
+//!  serve        the loop                  process  one program             spawn, relay  its start, its streams
+//!  ending       the order of the machine's end
 //! ```
 //! `build.rs` compiles this file alone into the program that the library embeds; as a module of the library it is compiled for tests only.
 #![cfg_attr(guest_bin, no_std, no_main)]
@@ -20,9 +21,11 @@ mod proto;
 mod cgroup;
 mod control;
 mod end;
+mod ending;
 mod files;
 mod guard;
 mod mount;
+mod process;
 mod reaper;
 mod relay;
 #[cfg(guest_bin)]
@@ -133,7 +136,9 @@ fn isolate(control: Control, signals: Fd) -> Result<Shim, (Control, Failure)> {
     };
     let null = match sys::open(None, c"/dev/null", sys::O_RDWR) {
         Ok(null) => null,
-        Err(errno) => return Err((control, Failure::new(Stage::Isolation, errno, &[b"opening /dev/null"]))),
+        Err(errno) => {
+            return Err((control, Failure::new(Stage::Isolation, errno, &[b"opening /dev/null"])));
+        }
     };
     // A kernel without cgroups runs programs all the same.
     let cgroups = Cgroups::make(cgroup::threads_max(&reaper.proc)).ok();

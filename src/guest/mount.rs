@@ -61,16 +61,30 @@ impl Plan {
 
     /// A file system of the kernel, with its mount point. The point is allowed to fail, as on a read-only root it is there or not; mounting
     /// tells.
-    fn api(&mut self, fs: &'static CStr, target: &'static CStr, flags: usize, data: Option<&'static CStr>, required: bool) {
+    fn api(
+        &mut self,
+        fs: &'static CStr,
+        target: &'static CStr,
+        flags: usize,
+        data: Option<&'static CStr>,
+        required: bool,
+    ) {
         self.may(Step::Dir { path: target.into(), mode: 0o755 });
-        let step = Step::Mount { source: fs.into(), target: target.into(), fs: fs.into(), flags, data: data.map(Cow::from) };
+        let step =
+            Step::Mount { source: fs.into(), target: target.into(), fs: fs.into(), flags, data: data.map(Cow::from) };
         self.0.push(Planned { step, required });
     }
 
     fn disk(&mut self, source: &Source<'_>, target: &'static CStr, flags: usize) {
         self.must(Step::Dir { path: target.into(), mode: 0o755 });
         self.must(Step::Device { path: path(source.device) });
-        self.must(Step::Mount { source: path(source.device), target: target.into(), fs: path(source.fs), flags, data: None });
+        self.must(Step::Mount {
+            source: path(source.device),
+            target: target.into(),
+            fs: path(source.fs),
+            flags,
+            data: None,
+        });
     }
 }
 
@@ -229,11 +243,8 @@ impl Writable {
         sys::sync();
         let remount = |path| sys::mount(c"none", path, None, MS_REMOUNT | MS_RDONLY, None);
         let _ = remount(c"/");
-        if let Self(Some(fd)) = self {
-            if sys::fchdir(&fd).is_ok() {
-                drop(fd);
-                let _ = remount(c".");
-            }
+        if self.0.is_some_and(|fd| sys::fchdir(&fd).is_ok()) {
+            let _ = remount(c".");
         }
     }
 }
@@ -265,7 +276,10 @@ mod tests {
     fn an_overlay_is_mounted_below_before_it_is_entered_and_the_rest_inside() {
         let plan = plan(&Root::Overlay { lower: VDA, upper: VDB }, b"box");
         let (before, after) = split(&plan);
-        assert_eq!(mounts(before), [("devtmpfs", "/dev"), ("ext4", "/lower"), ("ext4", "/upper"), ("overlay", "/root")]);
+        assert_eq!(
+            mounts(before),
+            [("devtmpfs", "/dev"), ("ext4", "/lower"), ("ext4", "/upper"), ("overlay", "/root")]
+        );
         assert_eq!(mounts(after)[..3], [("devtmpfs", "/dev"), ("sysfs", "/sys"), ("cgroup2", "/sys/fs/cgroup")]);
         assert!(!mounts(after).contains(&("tmpfs", "/run")), "what an image has in /run stays");
     }

@@ -4,6 +4,8 @@
 use super::alloc::vec::Vec;
 use super::cgroup::{Cgroups, Group, Watch};
 use super::control::{Control, Failure, Gate};
+use super::ending::{Ending, Next};
+use super::process::{Life, Process};
 use super::reaper;
 use super::relay::{Progress, Relay};
 use super::spawn::{self, Ground, Refusal, Report, Wiring};
@@ -12,8 +14,6 @@ use crate::proto::{Decoder, End, FROM_HOST_MAX, Frame, FromGuest, FromHost, Spaw
 
 /// Programs that the shim keeps track of at the same time, with those that have exited and left something running.
 const MAX_PROCESSES: usize = 1024;
-/// How long killed processes may take to vanish, and streams to drain, when the machine ends.
-const LAST_WAIT_NS: u64 = 2_000_000_000;
 /// The grace of an end that something other than the host asked for.
 const OWN_GRACE_MS: u32 = 5000;
 
@@ -28,59 +28,6 @@ pub(super) enum Outcome {
     /// Nobody listens any more.
     HostGone,
     Failed(Failure),
-}
-
-/// A program that the host started.
-#[derive(Debug)]
-struct Process {
-    /// The number that the host gave it.
-    id: u32,
-    life: Life,
-    group: Option<Group>,
-    /// The host killed it: then its SIGKILL is not the OOM killer's.
-    killed: bool,
-}
-
-#[derive(Debug)]
-enum Life {
-    /// Its streams are being connected; the request waits.
-    Connecting { wiring: Wiring, kind: u32, payload: Vec<u8> },
-    /// Forked, and not yet known to be the program.
-    Starting { pid: i32, report: Report },
-    Running { pid: i32 },
-    /// It never became the program, which the host knows, and still has to be reaped.
-    Refused { pid: i32 },
-    /// It has exited, but not all that it started.
-    Left { watch: Watch },
-    /// To be forgotten.
-    Over,
-}
-
-impl Life {
-    fn pid(&self) -> Option<i32> {
-        match self {
-            Self::Starting { pid, .. } | Self::Running { pid } | Self::Refused { pid } => Some(*pid),
-            _ => None,
-        }
-    }
-}
-
-/// The end of the machine under way.
-#[derive(Debug)]
-struct Ending {
-    end: End,
-    phase: Phase,
-    deadline: u64,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Phase {
-    /// SIGTERM was sent.
-    Asked,
-    /// SIGKILL was sent.
-    Killed,
-    /// Nothing runs; the host takes what is in the streams.
-    Draining,
 }
 
 /// Everything that the shim knows while it serves.
@@ -133,9 +80,11 @@ impl Shim {
                 return Outcome::End(end);
             }
             self.collect(&mut polls, &mut owners);
-            match sys::poll(&mut polls, self.ending.as_ref().map(|ending| ending.deadline)) {
+            match sys::poll(&mut polls, self.ending.as_ref().map(Ending::deadline)) {
                 Ok(_) | Err(Errno::EINTR) => {}
-                Err(errno) => return Outcome::Failed(Failure::new(Stage::Loop, errno, &[b"polling"])),
+                Err(errno) => {
+                    return Outcome::Failed(Failure::new(Stage::Loop, errno, &[b"polling"]));
+                }
             }
             // The relays' entries come in pairs after those that have an owner.
             let (owned, paired) = polls.split_at(owners.len().min(polls.len()));
@@ -253,7 +202,7 @@ impl Shim {
             return Err((Step::Request, Errno::EAGAIN));
         }
         let wiring = Wiring::dial(&spawn.stdio)?;
-        let mut process = Process { id: frame.stream, life: Life::Over, group: None, killed: false };
+        let mut process = Process::new(frame.stream);
         if wiring.is_connected() {
             self.start(&mut process, spawn, wiring)?;
         } else {
@@ -287,16 +236,16 @@ impl Shim {
 
     /// Removes the cgroup if it can be removed now.
     fn dissolve(&self, process: &mut Process) {
-        if let (Some(cgroups), Some(group)) = (&self.cgroups, &process.group) {
-            if cgroups.remove(group) {
-                process.group = None;
-            }
+        if let Some(cgroups) = &self.cgroups {
+            process.group = process.group.take().filter(|group| !cgroups.remove(group));
         }
     }
 
     /// Something happened to a descriptor of this process.
     fn serve_process(&mut self, id: u32, fd: i32) {
-        let Some(index) = self.processes.iter().position(|process| process.id == id) else { return };
+        let Some(index) = self.processes.iter().position(|process| process.id == id) else {
+            return;
+        };
         // Out of the list while it changes, so that the rest of the shim is at hand.
         let mut process = self.processes.swap_remove(index);
         match core::mem::replace(&mut process.life, Life::Over) {
@@ -401,11 +350,10 @@ impl Shim {
             self.control.say(process.id, &message);
         }
         self.dissolve(&mut process);
-        if let Some(watch) = process.group.as_ref().and_then(|group| group.watch().ok()) {
-            if watch.is_populated() {
-                process.life = Life::Left { watch };
-                self.processes.push(process);
-            }
+        let watch = process.group.as_ref().and_then(|group| group.watch().ok());
+        if let Some(watch) = watch.filter(Watch::is_populated) {
+            process.life = Life::Left { watch };
+            self.processes.push(process);
         }
     }
 
@@ -418,39 +366,31 @@ impl Shim {
 
     fn kill(&mut self, id: u32) {
         let Some(process) = self.find(id) else { return };
-        process.killed = true;
         if let Life::Connecting { .. } = process.life {
             process.life = Life::Over;
             return self.refuse(id, (Step::Request, Errno::ECANCELED));
         }
-        if process.group.as_ref().is_some_and(|group| group.kill().is_ok()) {
-            return;
-        }
-        if let Some(pid) = process.life.pid() {
-            let _ = sys::kill(-pid, SIGKILL);
-            let _ = sys::kill(pid, SIGKILL);
-        }
+        process.kill();
     }
 
     /// Asks all workloads to end. A second request can only make it sooner.
     fn start_ending(&mut self, end: End, grace_ms: u32) {
         let deadline = sys::now_ns() + u64::from(grace_ms) * 1_000_000;
         if let Some(ending) = &mut self.ending {
-            ending.deadline = ending.deadline.min(deadline);
-            return;
+            return ending.hurry(deadline);
         }
         for process in &mut self.processes {
             if let Life::Connecting { .. } = process.life {
                 process.life = Life::Over;
-                let refused = FromGuest::SpawnFailed { step: Step::Request, errno: Errno::ESHUTDOWN.0 };
-                self.control.say(process.id, &refused);
+                let (step, errno) = (Step::Request, Errno::ESHUTDOWN.0);
+                self.control.say(process.id, &FromGuest::SpawnFailed { step, errno });
             }
         }
         self.everybody = self.cgroups.as_ref().and_then(|cgroups| cgroups.watch().ok());
         // Everything but the shim, and the reaper, which lets only SIGKILL through. What is stopped must run to hear it.
         let _ = sys::kill(-1, sys::SIGTERM);
         let _ = sys::kill(-1, sys::SIGCONT);
-        self.ending = Some(Ending { end, phase: Phase::Asked, deadline });
+        self.ending = Some(Ending::new(end, deadline));
     }
 
     /// Takes the end of the machine as far as it can go now.
@@ -458,16 +398,13 @@ impl Shim {
         let ending = self.ending.as_mut()?;
         let populated = self.everybody.as_ref().is_some_and(Watch::is_populated);
         let alive = populated || self.processes.iter().any(|process| process.life.pid().is_some());
-        let now = sys::now_ns();
-        if ending.phase == Phase::Asked && (!alive || now >= ending.deadline) {
-            let _ = sys::kill(-1, SIGKILL);
-            (ending.phase, ending.deadline) = (Phase::Killed, now + LAST_WAIT_NS);
+        match ending.step(alive, self.relays.is_empty(), sys::now_ns()) {
+            Next::Wait => None,
+            Next::Kill => {
+                let _ = sys::kill(-1, SIGKILL);
+                None
+            }
+            Next::Leave(end) => Some(end),
         }
-        if ending.phase == Phase::Killed && (!alive || now >= ending.deadline) {
-            (ending.phase, ending.deadline) = (Phase::Draining, now + LAST_WAIT_NS);
-            self.everybody = None;
-        }
-        let drained = self.relays.is_empty() || now >= ending.deadline;
-        (ending.phase == Phase::Draining && drained).then_some(ending.end)
     }
 }

@@ -7,7 +7,7 @@ use super::alloc::ffi::CString;
 use super::alloc::vec::Vec;
 use super::relay::{Flow, Relay};
 use super::sys::{self, Errno, Fd, POLLOUT, Poll, Vector};
-use crate::proto::{HOST_CID, Spawn, Step, Stdio};
+use crate::proto::{HOST_CID, Spawn, Stdio, Step};
 
 /// Where programs are looked for if the environment has no `PATH`.
 const DEFAULT_PATH: &[u8] = b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";

@@ -15,6 +15,10 @@ mod nr {
     pub(super) const READ: usize = 0;
     pub(super) const WRITE: usize = 1;
     pub(super) const CLOSE: usize = 3;
+    #[cfg(guest_bin)]
+    pub(super) const MMAP: usize = 9;
+    #[cfg(guest_bin)]
+    pub(super) const MUNMAP: usize = 11;
     pub(super) const RT_SIGPROCMASK: usize = 14;
     pub(super) const IOCTL: usize = 16;
     pub(super) const PREAD64: usize = 17;
@@ -76,10 +80,35 @@ unsafe fn syscall(n: usize, args: [usize; 6]) -> Result<usize, Errno> {
     }
 }
 
+/// A system call with as many arguments as it takes; the others are 0.
+macro_rules! call {
+    ($n:expr) => {
+        call!($n, 0)
+    };
+    ($n:expr, $a:expr) => {
+        call!($n, $a, 0)
+    };
+    ($n:expr, $a:expr, $b:expr) => {
+        call!($n, $a, $b, 0)
+    };
+    ($n:expr, $a:expr, $b:expr, $c:expr) => {
+        call!($n, $a, $b, $c, 0)
+    };
+    ($n:expr, $a:expr, $b:expr, $c:expr, $d:expr) => {
+        call!($n, $a, $b, $c, $d, 0)
+    };
+    ($n:expr, $a:expr, $b:expr, $c:expr, $d:expr, $e:expr) => {
+        call!($n, $a, $b, $c, $d, $e, 0)
+    };
+    ($n:expr, $a:expr, $b:expr, $c:expr, $d:expr, $e:expr, $f:expr) => {
+        syscall($n, [$a, $b, $c, $d, $e, $f])
+    };
+}
+
 /// Writes one byte to an I/O port. Fails where the process may not, as for any but root.
 pub(super) fn write_port(port: u16, value: u8) -> Result<(), Errno> {
     // SAFETY: ioperm takes plain numbers.
-    unsafe { syscall(nr::IOPERM, [usize::from(port), 1, 1, 0, 0, 0]) }?;
+    unsafe { call!(nr::IOPERM, usize::from(port), 1, 1) }?;
     // SAFETY: `out` touches no memory of this process, and the permission for this port was just given.
     unsafe { asm!("out dx, al", in("dx") port, in("al") value, options(nomem, nostack, preserves_flags)) };
     Ok(())
@@ -136,7 +165,7 @@ impl Fd {
 impl Drop for Fd {
     fn drop(&mut self) {
         // SAFETY: the descriptor is this value's alone, and nobody uses it after.
-        let _ = unsafe { syscall(nr::CLOSE, [self.arg(), 0, 0, 0, 0, 0]) };
+        let _ = unsafe { call!(nr::CLOSE, self.arg()) };
     }
 }
 
@@ -185,18 +214,18 @@ const O_CLOEXEC: usize = 0o2_000_000;
 /// Opens a file, relative to a directory or to the current one. Always close-on-exec; new files get the mode 0644.
 pub(super) fn open(at: Option<&Fd>, path: &CStr, flags: usize) -> Result<Fd> {
     // SAFETY: `path` is a C string that outlives the call.
-    unsafe { syscall(nr::OPENAT, [dir(at), text(path), flags | O_CLOEXEC, 0o644, 0, 0]) }.map(Fd::new)
+    unsafe { call!(nr::OPENAT, dir(at), text(path), flags | O_CLOEXEC, 0o644) }.map(Fd::new)
 }
 
 pub(super) fn read(fd: &Fd, into: &mut [u8]) -> Result<usize> {
     // SAFETY: the kernel writes at most `len` bytes into the slice.
-    unsafe { syscall(nr::READ, [fd.arg(), into.as_mut_ptr() as usize, into.len(), 0, 0, 0]) }
+    unsafe { call!(nr::READ, fd.arg(), into.as_mut_ptr() as usize, into.len()) }
 }
 
 /// Reads from the beginning, wherever the descriptor stands.
 pub(super) fn read_start(fd: &Fd, into: &mut [u8]) -> Result<usize> {
     // SAFETY: the kernel writes at most `len` bytes into the slice.
-    unsafe { syscall(nr::PREAD64, [fd.arg(), into.as_mut_ptr() as usize, into.len(), 0, 0, 0]) }
+    unsafe { call!(nr::PREAD64, fd.arg(), into.as_mut_ptr() as usize, into.len()) }
 }
 
 pub(super) fn write(fd: &Fd, from: &[u8]) -> Result<usize> {
@@ -206,34 +235,34 @@ pub(super) fn write(fd: &Fd, from: &[u8]) -> Result<usize> {
 /// Writes at a place of the file.
 pub(super) fn write_at(fd: &Fd, from: &[u8], offset: usize) -> Result<usize> {
     // SAFETY: the kernel reads at most `len` bytes of the slice.
-    unsafe { syscall(nr::PWRITE64, [fd.arg(), from.as_ptr() as usize, from.len(), offset, 0, 0]) }
+    unsafe { call!(nr::PWRITE64, fd.arg(), from.as_ptr() as usize, from.len(), offset) }
 }
 
 /// Writes to a descriptor that nobody owns, such as standard error.
 pub(super) fn write_raw(fd: i32, from: &[u8]) -> Result<usize> {
     // SAFETY: the kernel reads at most `len` bytes of the slice; a wrong descriptor is an error.
-    unsafe { syscall(nr::WRITE, [fd as usize, from.as_ptr() as usize, from.len(), 0, 0, 0]) }
+    unsafe { call!(nr::WRITE, fd as usize, from.as_ptr() as usize, from.len()) }
 }
 
 pub(super) fn mkdir(at: Option<&Fd>, path: &CStr, mode: u32) -> Result<()> {
     // SAFETY: `path` is a C string that outlives the call.
-    unsafe { syscall(nr::MKDIRAT, [dir(at), text(path), mode as usize, 0, 0, 0]) }.map(drop)
+    unsafe { call!(nr::MKDIRAT, dir(at), text(path), mode as usize) }.map(drop)
 }
 
 pub(super) fn symlink(target: &CStr, path: &CStr) -> Result<()> {
     // SAFETY: both are C strings that outlive the call.
-    unsafe { syscall(nr::SYMLINKAT, [text(target), AT_FDCWD, text(path), 0, 0, 0]) }.map(drop)
+    unsafe { call!(nr::SYMLINKAT, text(target), AT_FDCWD, text(path)) }.map(drop)
 }
 
 pub(super) fn unlink(path: &CStr) -> Result<()> {
     // SAFETY: `path` is a C string that outlives the call.
-    unsafe { syscall(nr::UNLINKAT, [AT_FDCWD, text(path), 0, 0, 0, 0]) }.map(drop)
+    unsafe { call!(nr::UNLINKAT, AT_FDCWD, text(path)) }.map(drop)
 }
 
 pub(super) fn rmdir(at: Option<&Fd>, path: &CStr) -> Result<()> {
     const AT_REMOVEDIR: usize = 0x200;
     // SAFETY: `path` is a C string that outlives the call.
-    unsafe { syscall(nr::UNLINKAT, [dir(at), text(path), AT_REMOVEDIR, 0, 0, 0]) }.map(drop)
+    unsafe { call!(nr::UNLINKAT, dir(at), text(path), AT_REMOVEDIR) }.map(drop)
 }
 
 pub(super) const MS_RDONLY: usize = 1;
@@ -245,39 +274,39 @@ pub(super) const MS_MOVE: usize = 8192;
 
 pub(super) fn mount(source: &CStr, target: &CStr, fs: Option<&CStr>, flags: usize, data: Option<&CStr>) -> Result<()> {
     // SAFETY: all are C strings that outlive the call, or null, which mount(2) takes for both.
-    unsafe { syscall(nr::MOUNT, [text(source), text(target), optional(fs), flags, optional(data), 0]) }.map(drop)
+    unsafe { call!(nr::MOUNT, text(source), text(target), optional(fs), flags, optional(data)) }.map(drop)
 }
 
 /// Unmounts a file system even when it is in use: it disappears from the tree now and ends when the last user does.
 pub(super) fn unmount(target: &CStr) -> Result<()> {
     const MNT_DETACH: usize = 2;
     // SAFETY: `target` is a C string that outlives the call.
-    unsafe { syscall(nr::UMOUNT2, [text(target), MNT_DETACH, 0, 0, 0, 0]) }.map(drop)
+    unsafe { call!(nr::UMOUNT2, text(target), MNT_DETACH) }.map(drop)
 }
 
 pub(super) fn chdir(path: &CStr) -> Result<()> {
     // SAFETY: `path` is a C string that outlives the call.
-    unsafe { syscall(nr::CHDIR, [text(path), 0, 0, 0, 0, 0]) }.map(drop)
+    unsafe { call!(nr::CHDIR, text(path)) }.map(drop)
 }
 
 pub(super) fn fchdir(fd: &Fd) -> Result<()> {
     // SAFETY: takes a plain number.
-    unsafe { syscall(nr::FCHDIR, [fd.arg(), 0, 0, 0, 0, 0]) }.map(drop)
+    unsafe { call!(nr::FCHDIR, fd.arg()) }.map(drop)
 }
 
 pub(super) fn chroot(path: &CStr) -> Result<()> {
     // SAFETY: `path` is a C string that outlives the call.
-    unsafe { syscall(nr::CHROOT, [text(path), 0, 0, 0, 0, 0]) }.map(drop)
+    unsafe { call!(nr::CHROOT, text(path)) }.map(drop)
 }
 
 pub(super) fn sync() {
     // SAFETY: takes nothing.
-    let _ = unsafe { syscall(nr::SYNC, [0; 6]) };
+    let _ = unsafe { call!(nr::SYNC) };
 }
 
 pub(super) fn set_hostname(name: &[u8]) -> Result<()> {
     // SAFETY: the kernel reads `len` bytes of the slice.
-    unsafe { syscall(nr::SETHOSTNAME, [name.as_ptr() as usize, name.len(), 0, 0, 0, 0]) }.map(drop)
+    unsafe { call!(nr::SETHOSTNAME, name.as_ptr() as usize, name.len()) }.map(drop)
 }
 
 /// Nanoseconds of `CLOCK_MONOTONIC`.
@@ -285,46 +314,46 @@ pub(super) fn now_ns() -> u64 {
     const CLOCK_MONOTONIC: usize = 1;
     let mut time = [0u64; 2];
     // SAFETY: the kernel writes one timespec, two words.
-    let _ = unsafe { syscall(nr::CLOCK_GETTIME, [CLOCK_MONOTONIC, time.as_mut_ptr() as usize, 0, 0, 0, 0]) };
+    let _ = unsafe { call!(nr::CLOCK_GETTIME, CLOCK_MONOTONIC, time.as_mut_ptr() as usize) };
     time[0].saturating_mul(1_000_000_000).saturating_add(time[1])
 }
 
 pub(super) fn sleep_ms(ms: u64) {
     let time = [ms / 1000, ms % 1000 * 1_000_000];
     // SAFETY: the kernel reads one timespec, two words, and writes nothing, as the second pointer is null.
-    let _ = unsafe { syscall(nr::NANOSLEEP, [time.as_ptr() as usize, 0, 0, 0, 0, 0]) };
+    let _ = unsafe { call!(nr::NANOSLEEP, time.as_ptr() as usize) };
 }
 
 pub(super) fn getpid() -> i32 {
     // SAFETY: takes nothing.
-    unsafe { syscall(nr::GETPID, [0; 6]) }.map_or(0, |pid| pid as i32)
+    unsafe { call!(nr::GETPID) }.map_or(0, |pid| pid as i32)
 }
 
 /// Both ends of a new pipe, reader first, close-on-exec.
 pub(super) fn pipe() -> Result<(Fd, Fd)> {
     let mut ends = [0i32; 2];
     // SAFETY: the kernel writes two descriptors.
-    unsafe { syscall(nr::PIPE2, [ends.as_mut_ptr() as usize, O_CLOEXEC, 0, 0, 0, 0]) }?;
+    unsafe { call!(nr::PIPE2, ends.as_mut_ptr() as usize, O_CLOEXEC) }?;
     Ok((Fd(ends[0]), Fd(ends[1])))
 }
 
 pub(super) fn set_nonblocking(fd: &Fd) -> Result<()> {
     const F_SETFL: usize = 4;
     // SAFETY: takes plain numbers.
-    unsafe { syscall(nr::FCNTL, [fd.arg(), F_SETFL, O_NONBLOCK, 0, 0, 0]) }.map(drop)
+    unsafe { call!(nr::FCNTL, fd.arg(), F_SETFL, O_NONBLOCK) }.map(drop)
 }
 
 /// Whether a descriptor, of whatever owner, is open.
 pub(super) fn is_open(fd: i32) -> bool {
     const F_GETFD: usize = 1;
     // SAFETY: takes plain numbers.
-    unsafe { syscall(nr::FCNTL, [fd as usize, F_GETFD, 0, 0, 0, 0]) }.is_ok()
+    unsafe { call!(nr::FCNTL, fd as usize, F_GETFD) }.is_ok()
 }
 
 /// Makes `number` another name of `fd`, open across `execve`. What it was before is closed.
 pub(super) fn dup_onto(fd: &Fd, number: i32) -> Result<()> {
     // SAFETY: takes plain numbers; only the standard streams are numbered by hand, and no `Fd` owns those.
-    unsafe { syscall(nr::DUP3, [fd.arg(), number as usize, 0, 0, 0, 0]) }.map(drop)
+    unsafe { call!(nr::DUP3, fd.arg(), number as usize) }.map(drop)
 }
 
 /// Bytes that can be read from a pipe now.
@@ -332,7 +361,7 @@ pub(super) fn readable_bytes(pipe: &Fd) -> Result<u64> {
     const FIONREAD: usize = 0x541b;
     let mut count = 0i32;
     // SAFETY: the kernel writes one int.
-    unsafe { syscall(nr::IOCTL, [pipe.arg(), FIONREAD, &raw mut count as usize, 0, 0, 0]) }?;
+    unsafe { call!(nr::IOCTL, pipe.arg(), FIONREAD, &raw mut count as usize) }?;
     Ok(u64::try_from(count).unwrap_or(0))
 }
 
@@ -341,7 +370,7 @@ pub(super) fn splice(from: &Fd, to: &Fd, max: usize) -> Result<usize> {
     const SPLICE_F_MOVE: usize = 1;
     const SPLICE_F_NONBLOCK: usize = 2;
     // SAFETY: takes plain numbers; the offsets are null, as they must be for pipes and sockets.
-    unsafe { syscall(nr::SPLICE, [from.arg(), 0, to.arg(), 0, max, SPLICE_F_MOVE | SPLICE_F_NONBLOCK]) }
+    unsafe { call!(nr::SPLICE, from.arg(), 0, to.arg(), 0, max, SPLICE_F_MOVE | SPLICE_F_NONBLOCK) }
 }
 
 /// Starts connecting a new vsock stream to a port of the host, without waiting. `true`: it is connected already; else it becomes writable.
@@ -358,11 +387,11 @@ pub(super) fn connect_vsock(cid: u32, port: u32) -> Result<(Fd, bool)> {
         zero: [u8; 4],
     }
     // SAFETY: takes plain numbers.
-    let fd = unsafe { syscall(nr::SOCKET, [AF_VSOCK.into(), SOCK_STREAM | O_NONBLOCK | O_CLOEXEC, 0, 0, 0, 0]) };
+    let fd = unsafe { call!(nr::SOCKET, AF_VSOCK.into(), SOCK_STREAM | O_NONBLOCK | O_CLOEXEC) };
     let fd = fd.map(Fd::new)?;
     let address = Address { family: AF_VSOCK, reserved: 0, port, cid, zero: [0; 4] };
     // SAFETY: the kernel reads one address of the given size.
-    match unsafe { syscall(nr::CONNECT, [fd.arg(), &raw const address as usize, size_of::<Address>(), 0, 0, 0]) } {
+    match unsafe { call!(nr::CONNECT, fd.arg(), &raw const address as usize, size_of::<Address>()) } {
         Ok(_) => Ok((fd, true)),
         Err(Errno::EINPROGRESS) => Ok((fd, false)),
         Err(errno) => Err(errno),
@@ -376,10 +405,7 @@ pub(super) fn connect_result(socket: &Fd) -> Result<()> {
     let (mut errno, mut length) = (0i32, 4u32);
     // SAFETY: the kernel writes one int and its length.
     unsafe {
-        syscall(
-            nr::GETSOCKOPT,
-            [socket.arg(), SOL_SOCKET, SO_ERROR, &raw mut errno as usize, &raw mut length as usize, 0],
-        )
+        call!(nr::GETSOCKOPT, socket.arg(), SOL_SOCKET, SO_ERROR, &raw mut errno as usize, &raw mut length as usize)
     }?;
     if errno == 0 { Ok(()) } else { Err(Errno(errno)) }
 }
@@ -388,7 +414,7 @@ pub(super) fn connect_result(socket: &Fd) -> Result<()> {
 pub(super) fn shut_write(socket: &Fd) -> Result<()> {
     const SHUT_WR: usize = 1;
     // SAFETY: takes plain numbers.
-    unsafe { syscall(nr::SHUTDOWN, [socket.arg(), SHUT_WR, 0, 0, 0, 0]) }.map(drop)
+    unsafe { call!(nr::SHUTDOWN, socket.arg(), SHUT_WR) }.map(drop)
 }
 
 /// Switches the loopback interface on.
@@ -405,11 +431,11 @@ pub(super) fn loopback_up() -> Result<()> {
         rest: [u8; 22],
     }
     // SAFETY: takes plain numbers.
-    let socket = unsafe { syscall(nr::SOCKET, [AF_INET, SOCK_DGRAM | O_CLOEXEC, 0, 0, 0, 0]) }.map(Fd::new)?;
+    let socket = unsafe { call!(nr::SOCKET, AF_INET, SOCK_DGRAM | O_CLOEXEC) }.map(Fd::new)?;
     let mut request = Request { name: [0; 16], flags: IFF_UP, rest: [0; 22] };
     request.name[..2].copy_from_slice(b"lo");
     // SAFETY: the kernel reads and writes one request of 40 bytes.
-    unsafe { syscall(nr::IOCTL, [socket.arg(), SIOCSIFFLAGS, &raw mut request as usize, 0, 0, 0]) }.map(drop)
+    unsafe { call!(nr::IOCTL, socket.arg(), SIOCSIFFLAGS, &raw mut request as usize) }.map(drop)
 }
 
 pub(super) const POLLIN: i16 = 1;
@@ -436,7 +462,7 @@ pub(super) fn poll(polls: &mut [Poll], deadline_ns: Option<u64>) -> Result<usize
     });
     let time = time.as_ref().map_or(0, |time| time.as_ptr() as usize);
     // SAFETY: the kernel reads and writes `len` entries, and reads the timespec if there is one; the signal mask is null.
-    unsafe { syscall(nr::PPOLL, [polls.as_mut_ptr() as usize, polls.len(), time, 0, 8, 0]) }
+    unsafe { call!(nr::PPOLL, polls.as_mut_ptr() as usize, polls.len(), time, 0, 8) }
 }
 
 pub(super) const SIGHUP: u8 = 1;
@@ -456,13 +482,13 @@ pub(super) fn signal_set(signals: &[u8]) -> u64 {
 pub(super) fn block_signals(set: u64) -> Result<()> {
     const SIG_SETMASK: usize = 2;
     // SAFETY: the kernel reads one set of 8 bytes and writes nothing, as the second pointer is null.
-    unsafe { syscall(nr::RT_SIGPROCMASK, [SIG_SETMASK, &raw const set as usize, 0, 8, 0, 0]) }.map(drop)
+    unsafe { call!(nr::RT_SIGPROCMASK, SIG_SETMASK, &raw const set as usize, 0, 8) }.map(drop)
 }
 
 /// A descriptor that is readable while a signal of `set` is pending.
 pub(super) fn signal_fd(set: u64) -> Result<Fd> {
     // SAFETY: the kernel reads one set of 8 bytes.
-    unsafe { syscall(nr::SIGNALFD4, [usize::MAX, &raw const set as usize, 8, O_CLOEXEC | O_NONBLOCK, 0, 0]) }.map(Fd::new)
+    unsafe { call!(nr::SIGNALFD4, usize::MAX, &raw const set as usize, 8, O_CLOEXEC | O_NONBLOCK) }.map(Fd::new)
 }
 
 /// The next pending signal of a [`signal_fd`].
@@ -475,12 +501,12 @@ pub(super) fn next_signal(fd: &Fd) -> Option<u8> {
 /// Waits for a blocked signal of `set`.
 pub(super) fn wait_signal(set: u64) {
     // SAFETY: the kernel reads one set of 8 bytes; the other pointers are null.
-    let _ = unsafe { syscall(nr::RT_SIGTIMEDWAIT, [&raw const set as usize, 0, 0, 8, 0, 0]) };
+    let _ = unsafe { call!(nr::RT_SIGTIMEDWAIT, &raw const set as usize, 0, 0, 8) };
 }
 
 pub(super) fn kill(pid: i32, signal: u8) -> Result<()> {
     // SAFETY: takes plain numbers.
-    unsafe { syscall(nr::KILL, [pid as usize, signal.into(), 0, 0, 0, 0]) }.map(drop)
+    unsafe { call!(nr::KILL, pid as usize, signal.into()) }.map(drop)
 }
 
 /// How a process ended.
@@ -495,7 +521,7 @@ pub(super) fn reap() -> Option<(i32, Status)> {
     const WNOHANG: usize = 1;
     let mut status = 0i32;
     // SAFETY: the kernel writes one int; the resource usage is null.
-    let pid = unsafe { syscall(nr::WAIT4, [usize::MAX, &raw mut status as usize, WNOHANG, 0, 0, 0]) }.ok()? as i32;
+    let pid = unsafe { call!(nr::WAIT4, usize::MAX, &raw mut status as usize, WNOHANG) }.ok()? as i32;
     let status = match (status & 0x7f) as u8 {
         0 => Status::Exited((status >> 8) as u8),
         signal => Status::Signaled(signal),
@@ -527,7 +553,7 @@ pub(super) fn fork(cgroup: Option<&Fd>, child: impl FnOnce() -> i32) -> Result<i
     };
     // SAFETY: the kernel reads one structure of the given size. Without CLONE_VM and without a stack the child gets a copy of
     // everything and goes on from here as after fork(2).
-    match unsafe { syscall(nr::CLONE3, [&raw const arguments as usize, size_of::<Arguments>(), 0, 0, 0, 0]) }? {
+    match unsafe { call!(nr::CLONE3, &raw const arguments as usize, size_of::<Arguments>()) }? {
         0 => exit(child()),
         pid => Ok(pid as i32),
     }
@@ -554,17 +580,17 @@ impl<'a> Vector<'a> {
 /// Becomes another program. Returns only if that fails.
 pub(super) fn execve(path: &CStr, argv: &Vector<'_>, envp: &Vector<'_>) -> Errno {
     // SAFETY: `path` and both vectors outlive the call; the vectors end with a null and point to C strings by construction.
-    unsafe { syscall(nr::EXECVE, [text(path), argv.arg(), envp.arg(), 0, 0, 0]) }.err().unwrap_or(Errno(0))
+    unsafe { call!(nr::EXECVE, text(path), argv.arg(), envp.arg()) }.err().unwrap_or(Errno(0))
 }
 
 pub(super) fn set_sid() -> Result<()> {
     // SAFETY: takes nothing.
-    unsafe { syscall(nr::SETSID, [0; 6]) }.map(drop)
+    unsafe { call!(nr::SETSID) }.map(drop)
 }
 
 pub(super) fn umask(mask: u32) {
     // SAFETY: takes a plain number.
-    let _ = unsafe { syscall(nr::UMASK, [mask as usize, 0, 0, 0, 0, 0]) };
+    let _ = unsafe { call!(nr::UMASK, mask as usize) };
 }
 
 /// Sets how many files this process may open: now, and how far it may raise that itself.
@@ -572,26 +598,26 @@ pub(super) fn limit_files(soft: u64, hard: u64) -> Result<()> {
     const RLIMIT_NOFILE: usize = 7;
     let limit = [soft, hard];
     // SAFETY: the kernel reads one rlimit64, two words, and writes nothing, as the last pointer is null.
-    unsafe { syscall(nr::PRLIMIT64, [0, RLIMIT_NOFILE, limit.as_ptr() as usize, 0, 0, 0]) }.map(drop)
+    unsafe { call!(nr::PRLIMIT64, 0, RLIMIT_NOFILE, limit.as_ptr() as usize) }.map(drop)
 }
 
 /// The next children of this process live in a new pid namespace, the first of them as its PID 1.
 pub(super) fn new_pid_namespace() -> Result<()> {
     const CLONE_NEWPID: usize = 0x2000_0000;
     // SAFETY: takes a plain number.
-    unsafe { syscall(nr::UNSHARE, [CLONE_NEWPID, 0, 0, 0, 0, 0]) }.map(drop)
+    unsafe { call!(nr::UNSHARE, CLONE_NEWPID) }.map(drop)
 }
 
 /// Closes every descriptor of this process. Only for one that uses none from here on.
 pub(super) fn close_all() {
     // SAFETY: takes plain numbers. An `Fd` that still exists then names nothing, or later something of this same process's making.
-    let _ = unsafe { syscall(nr::CLOSE_RANGE, [0, u32::MAX as usize, 0, 0, 0, 0]) };
+    let _ = unsafe { call!(nr::CLOSE_RANGE, 0, u32::MAX as usize) };
 }
 
 pub(super) fn exit(code: i32) -> ! {
     loop {
         // SAFETY: takes a plain number and does not return.
-        let _ = unsafe { syscall(nr::EXIT_GROUP, [code as usize, 0, 0, 0, 0, 0]) };
+        let _ = unsafe { call!(nr::EXIT_GROUP, code as usize) };
     }
 }
 
@@ -602,7 +628,7 @@ pub(super) const RB_RESTART: usize = 0x0123_4567;
 /// Tells the kernel how to end, or what to do with Ctrl-Alt-Del. Those that end return only if they fail.
 pub(super) fn reboot(command: usize) -> Result<()> {
     // SAFETY: takes plain numbers: the two magic ones and the command.
-    unsafe { syscall(nr::REBOOT, [0xfee1_dead, 672_274_793, command, 0, 0, 0]) }.map(drop)
+    unsafe { call!(nr::REBOOT, 0xfee1_dead, 672_274_793, command) }.map(drop)
 }
 
 /// Pages from the kernel, zeroed; for the allocator.
@@ -611,7 +637,7 @@ pub(super) fn map(len: usize) -> *mut u8 {
     const PROT_READ_WRITE: usize = 3;
     const MAP_PRIVATE_ANONYMOUS: usize = 0x22;
     // SAFETY: a new mapping where the kernel likes touches nothing that exists.
-    unsafe { syscall(9, [0, len, PROT_READ_WRITE, MAP_PRIVATE_ANONYMOUS, usize::MAX, 0]) }
+    unsafe { call!(nr::MMAP, 0, len, PROT_READ_WRITE, MAP_PRIVATE_ANONYMOUS, usize::MAX) }
         .map_or(ptr::null_mut(), |address| address as *mut u8)
 }
 
@@ -623,5 +649,5 @@ pub(super) fn map(len: usize) -> *mut u8 {
 #[cfg(guest_bin)]
 pub(super) unsafe fn unmap(pages: *mut u8, len: usize) {
     // SAFETY: the caller's promise.
-    let _ = unsafe { syscall(11, [pages as usize, len, 0, 0, 0, 0]) };
+    let _ = unsafe { call!(nr::MUNMAP, pages as usize, len) };
 }

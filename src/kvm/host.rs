@@ -65,10 +65,8 @@ impl Host {
     }
 
     fn examine(device: &Path, modules: &Path) -> Self {
-        let module = ["kvm_intel", "kvm_amd", "kvm_pvm"]
-            .into_iter()
-            .find(|name| modules.join(name).exists())
-            .map(str::to_owned);
+        let module =
+            ["kvm_intel", "kvm_amd", "kvm_pvm"].into_iter().find(|name| modules.join(name).exists()).map(str::to_owned);
         let mut host = Self { module, device: Device::Usable, api_version: None, missing: Vec::new() };
         match open_at(device) {
             Err(error) => {
@@ -172,7 +170,11 @@ mod tests {
             (host(Device::Broken(libc::EIO), "kvm_amd"), ErrorKind::Io, "os error 5"),
             (host(Device::Usable, "kvm_pvm"), ErrorKind::Unsupported, "kvm_pvm"),
             (Host { api_version: Some(11), ..host(Device::Usable, "kvm_amd") }, ErrorKind::Incompatible, "version 11"),
-            (Host { missing: vec!["KVM_CAP_IRQFD"], ..host(Device::Usable, "kvm_amd") }, ErrorKind::Unsupported, "KVM_CAP_IRQFD"),
+            (
+                Host { missing: vec!["KVM_CAP_IRQFD"], ..host(Device::Usable, "kvm_amd") },
+                ErrorKind::Unsupported,
+                "KVM_CAP_IRQFD",
+            ),
         ];
         for (host, kind, word) in cases {
             let error = host.ready().unwrap_err();

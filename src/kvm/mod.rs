@@ -12,7 +12,7 @@ use std::os::fd::AsRawFd;
 use kvm_bindings::{CpuId, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region};
 use kvm_ioctls::{Cap, IoEventAddress};
 
-pub use host::Host;
+pub use host::{Device, Host};
 pub(crate) use vcpu::{Kicker, VcpuExit, VcpuFd};
 
 use crate::error::{Context, Error, ErrorKind, Result};

@@ -172,9 +172,7 @@ impl VcpuFd {
         let taken = self.fd.set_msrs(msrs).map_err(failed).doing(|| "setting a vCPU's MSRs")?;
         match msrs.as_slice().get(taken) {
             None => Ok(()),
-            Some(refused) => {
-                Err(Error::new(ErrorKind::Unsupported, format!("KVM refuses MSR {:#x}", refused.index)))
-            }
+            Some(refused) => Err(Error::new(ErrorKind::Unsupported, format!("KVM refuses MSR {:#x}", refused.index))),
         }
     }
 

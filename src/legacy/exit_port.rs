@@ -49,10 +49,11 @@ mod tests {
     #[test]
     fn only_known_requests_are_passed_on() {
         let mut seen = Vec::new();
-        let mut port = ExitPort::new(|request| seen.push(request));
-        (0..=u8::MAX).for_each(|value| port.write(0, &[value]));
-        port.write(0, &[]);
-        drop(port);
+        {
+            let mut port = ExitPort::new(|request| seen.push(request));
+            (0..=u8::MAX).for_each(|value| port.write(0, &[value]));
+            port.write(0, &[]);
+        }
         assert_eq!(seen, [Request::PowerOff, Request::Reboot, Request::Halt, Request::Fault]);
     }
 }

@@ -162,7 +162,10 @@ mod tests {
     #[test]
     fn a_pulse_of_the_reset_line_is_reported() {
         let resets = AtomicU32::new(0);
-        let (mut controller, _) = I8042::new(|| drop(resets.fetch_add(1, Ordering::Relaxed))).unwrap();
+        let (mut controller, _) = I8042::new(|| {
+            resets.fetch_add(1, Ordering::Relaxed);
+        })
+        .unwrap();
         (0..=u8::MAX).for_each(|command| controller.write(COMMAND, &[command]));
         assert_eq!(resets.load(Ordering::Relaxed), 1);
     }

@@ -63,9 +63,13 @@ impl GuestMemory {
             let size = usize::try_from(len).map_err(|_| Error::invalid("memory", "too large"))?;
             // One slice means that the range is contiguous in this process too.
             let slice = self.inner.get_slice(GuestAddress(start).inner(), size).map_err(|_| {
-                Error::invalid("memory", format!("{} bytes cannot hold the kernel, which needs {start:#x}..{:#x}", self.size(), start + len))
+                Error::invalid(
+                    "memory",
+                    format!("{} bytes cannot hold the kernel, which needs {start:#x}..{:#x}", self.size(), start + len),
+                )
             })?;
-            let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_FIXED | libc::MAP_NORESERVE);
+            let (prot, flags) =
+                (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_FIXED | libc::MAP_NORESERVE);
             let offset = i64::try_from(start).map_err(|_| Error::invalid("memory", "too large"))?;
             let at = slice.ptr_guard_mut().as_ptr();
             // SAFETY: `at..at+size` lies inside one mapping of this guest's memory, which stays mapped as long as `self`
@@ -114,7 +118,9 @@ fn extents(file: &File, len: u64) -> io::Result<Vec<(u64, u64)>> {
     };
     let (mut found, mut at) = (Vec::new(), 0);
     while at < len {
-        let Some(start) = seek(at, libc::SEEK_DATA)? else { break };
+        let Some(start) = seek(at, libc::SEEK_DATA)? else {
+            break;
+        };
         let end = seek(start, libc::SEEK_HOLE)?.unwrap_or(len).next_multiple_of(page);
         found.push((start / page * page, end - start / page * page));
         at = end;
@@ -146,8 +152,7 @@ mod tests {
 
     #[test]
     fn a_guest_too_small_for_the_image_is_refused() {
-        let (image, ()) =
-            MemoryImage::build(64 << 20, |m| Ok(m.write(GuestAddress(32 << 20), b"x")?)).unwrap();
+        let (image, ()) = MemoryImage::build(64 << 20, |m| Ok(m.write(GuestAddress(32 << 20), b"x")?)).unwrap();
         let small = GuestMemory::anonymous(&[(GuestAddress(0), 4 << 20)]).unwrap();
         assert_eq!(small.map_image(&image).unwrap_err().kind(), ErrorKind::InvalidConfig);
     }

@@ -1,5 +1,8 @@
 //! Vectored transfers between descriptors and guest memory, without a copy in between.
-#![allow(unsafe_code, reason = "guest memory is handed to the kernel as raw buffers; memory/ is one of the folders that may")]
+#![allow(
+    unsafe_code,
+    reason = "guest memory is handed to the kernel as raw buffers; memory/ is one of the folders that may"
+)]
 
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -15,9 +18,8 @@ impl GuestMemory {
         let mut buffers = Vec::with_capacity(segments.len());
         for segment in segments.iter().filter(|s| s.len > 0) {
             for slice in self.inner.get_slices(segment.addr.inner(), segment.len) {
-                let slice: VolatileSlice<'_, _> = slice.map_err(|_| {
-                    io::Error::other(OutOfBounds { addr: segment.addr, len: segment.len })
-                })?;
+                let slice: VolatileSlice<'_, _> =
+                    slice.map_err(|_| io::Error::other(OutOfBounds { addr: segment.addr, len: segment.len }))?;
                 let guard = slice.ptr_guard_mut();
                 buffers.push(libc::iovec { iov_base: guard.as_ptr().cast(), iov_len: slice.len() });
             }

@@ -165,8 +165,12 @@ mod tests {
     use super::*;
 
     fn two_ranges() -> GuestMemory {
-        GuestMemory::anonymous(&[(GuestAddress(0), 0x2000), (GuestAddress(0x2000), 0x1000), (GuestAddress(0x10000), 0x1000)])
-            .unwrap()
+        GuestMemory::anonymous(&[
+            (GuestAddress(0), 0x2000),
+            (GuestAddress(0x2000), 0x1000),
+            (GuestAddress(0x10000), 0x1000),
+        ])
+        .unwrap()
     }
 
     #[test]

@@ -76,7 +76,9 @@ impl Decoder {
 
     fn fill(&mut self, input: &mut &[u8]) -> Result<(), FrameError> {
         self.take(HEADER_SIZE, input)?;
-        let Some(header) = self.buffer.first_chunk::<HEADER_SIZE>() else { return Ok(()) };
+        let Some(header) = self.buffer.first_chunk::<HEADER_SIZE>() else {
+            return Ok(());
+        };
         let [length, ..] = words(*header);
         let payload = usize::try_from(length).ok().filter(|&n| n <= self.max).ok_or(FrameError::TooLong(length))?;
         self.take(HEADER_SIZE + payload, input)?;
@@ -87,7 +89,9 @@ impl Decoder {
     /// Moves bytes from `input` until the buffer holds `target` of them.
     fn take(&mut self, target: usize, input: &mut &[u8]) -> Result<(), FrameError> {
         let wanted = target.saturating_sub(self.buffer.len()).min(input.len());
-        let Some((now, later)) = input.split_at_checked(wanted) else { return Ok(()) };
+        let Some((now, later)) = input.split_at_checked(wanted) else {
+            return Ok(());
+        };
         self.buffer.try_reserve(wanted).map_err(|_| FrameError::NoMemory)?;
         self.buffer.extend_from_slice(now);
         *input = later;
@@ -101,7 +105,13 @@ fn words(header: [u8; HEADER_SIZE]) -> [u32; 3] {
 }
 
 /// Appends one frame whose payload `write` makes. Fails, leaving `out` as it was, when the payload is longer than `max`.
-pub(super) fn append(out: &mut Vec<u8>, stream: u32, kind: u32, max: usize, write: impl FnOnce(&mut Vec<u8>)) -> Result<(), FrameError> {
+pub(super) fn append(
+    out: &mut Vec<u8>,
+    stream: u32,
+    kind: u32,
+    max: usize,
+    write: impl FnOnce(&mut Vec<u8>),
+) -> Result<(), FrameError> {
     let start = out.len();
     out.extend_from_slice(&[0; HEADER_SIZE]);
     write(out);

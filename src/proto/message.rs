@@ -399,7 +399,9 @@ impl<'a> FromGuest<'a> {
                 (None, Some(signo)) => Self::Signaled { signo, oom: fields.flag(tag::OOM, "oom")? },
                 _ => return Err(Malformed("exit status")),
             },
-            ENDING => Self::Ending { end: End::parse(fields.u8(tag::END, "end")?.unwrap_or(0)).ok_or(Malformed("end"))? },
+            ENDING => {
+                Self::Ending { end: End::parse(fields.u8(tag::END, "end")?.unwrap_or(0)).ok_or(Malformed("end"))? }
+            }
             _ => return Ok(None),
         }))
     }

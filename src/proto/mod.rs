@@ -42,7 +42,7 @@ pub(crate) use {
     boot::{BootConfig, Root, Source},
     field::Malformed,
     frame::{Decoder, Frame, FrameError, HEADER_SIZE},
-    message::{End, FromGuest, FromHost, Spawn, Stage, Step, Stdio},
+    message::{End, FromGuest, FromHost, Spawn, Stage, Stdio, Step},
     strings::{Nul, StringBuf, Strings},
 };
 

@@ -63,7 +63,11 @@ fn stdio() -> impl Strategy<Value = Stdio> {
 }
 
 fn any_frame() -> impl Strategy<Value = Owned> {
-    (any::<u32>(), any::<u32>(), vec(any::<u8>(), 0..300)).prop_map(|(stream, kind, payload)| Owned { stream, kind, payload })
+    (any::<u32>(), any::<u32>(), vec(any::<u8>(), 0..300)).prop_map(|(stream, kind, payload)| Owned {
+        stream,
+        kind,
+        payload,
+    })
 }
 
 proptest! {

@@ -120,7 +120,9 @@ fn read_growing(mut call: impl FnMut(&mut [u8]) -> isize) -> io::Result<Vec<u8>>
                 return Ok(buffer);
             }
             Err(_) => match io::Error::last_os_error() {
-                e if e.raw_os_error() == Some(libc::ERANGE) && buffer.len() < 1 << 20 => buffer.resize(buffer.len() * 4, 0),
+                e if e.raw_os_error() == Some(libc::ERANGE) && buffer.len() < 1 << 20 => {
+                    buffer.resize(buffer.len() * 4, 0)
+                }
                 e => return Err(e),
             },
         }

@@ -46,7 +46,9 @@ impl Buffers {
         let mut taken = Vec::with_capacity(self.segments.len());
         let mut rest = n;
         while rest > 0 {
-            let Some(first) = self.segments.pop_front() else { break };
+            let Some(first) = self.segments.pop_front() else {
+                break;
+            };
             let (head, tail) = first.split_at(rest);
             if tail.len() > 0 {
                 self.segments.push_front(tail);
@@ -82,8 +84,13 @@ impl Chain {
         memory: &GuestMemory,
         descriptors: impl Iterator<Item = Descriptor>,
     ) -> Result<Self, ChainError> {
-        let mut chain =
-            Self { head, memory: memory.clone(), readable: Buffers::default(), writable: Buffers::default(), written: 0 };
+        let mut chain = Self {
+            head,
+            memory: memory.clone(),
+            readable: Buffers::default(),
+            writable: Buffers::default(),
+            written: 0,
+        };
         let (mut total, mut ended) = (0u64, false);
         for descriptor in descriptors {
             ended = !descriptor.has_next();

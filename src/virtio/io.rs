@@ -44,7 +44,6 @@ pub(crate) struct DeviceIo {
     pub(super) queues: Vec<Queue>,
     pub(super) kicks: Arc<[EventFd]>,
     pub(super) interrupt: Interrupt,
-    pub(super) features: u64,
     pub(super) counters: Arc<Counters>,
     pub(super) sources: Sources,
     pub(super) slot: usize,
@@ -53,16 +52,6 @@ pub(crate) struct DeviceIo {
 }
 
 impl DeviceIo {
-    /// The guest's memory.
-    pub(crate) fn memory(&self) -> &GuestMemory {
-        &self.memory
-    }
-
-    /// The features that driver and device agreed on.
-    pub(crate) fn features(&self) -> u64 {
-        self.features
-    }
-
     /// Hands every request in `queue` to `f`, completes each with what was written to its chain, and interrupts the
     /// driver at most once. Ends when the queue is empty, or after a fair turn.
     pub(crate) fn drain(&mut self, queue: usize, mut f: impl FnMut(&mut Chain)) {

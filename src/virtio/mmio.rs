@@ -83,7 +83,8 @@ impl MmioTransport {
     /// # Errors
     /// `ResourceExhausted` when the process has no descriptors left.
     pub(crate) fn new(profile: Profile, memory: GuestMemory, devices: Remote<Slots>, slot: usize) -> Result<Self> {
-        let kicks: Result<Vec<_>> = profile.queues.iter().map(|_| eventfd().doing(|| "creating a queue's kick")).collect();
+        let kicks: Result<Vec<_>> =
+            profile.queues.iter().map(|_| eventfd().doing(|| "creating a queue's kick")).collect();
         Ok(Self {
             queues: vec![QueueConfig::default(); profile.queues.len()],
             kicks: kicks?.into(),
@@ -131,7 +132,9 @@ impl MmioTransport {
     }
 
     fn read_register(&self, offset: u64) -> u32 {
-        let word = |value: u64, high: u32| if high == 0 { value as u32 } else { (value >> 32) as u32 };
+        let word = |value: u64, high: u32| {
+            if high == 0 { value as u32 } else { (value >> 32) as u32 }
+        };
         match offset {
             reg::MAGIC => MAGIC,
             reg::VERSION => VERSION,
@@ -187,7 +190,9 @@ impl MmioTransport {
         if self.status & status::DRIVER_OK != 0 {
             return;
         }
-        let Some(queue) = self.queues.get_mut(self.queue_sel as usize) else { return };
+        let Some(queue) = self.queues.get_mut(self.queue_sel as usize) else {
+            return;
+        };
         if offset == reg::QUEUE_READY {
             queue.ready = value & 1 != 0;
             return;
@@ -256,10 +261,10 @@ impl MmioTransport {
             queues.push(made.map_err(|e| Error::new(ErrorKind::GuestFailed, format!("queue {n}: {e}")))?);
         }
         let (memory, kicks, interrupt) = (self.memory.clone(), self.kicks.clone(), self.interrupt.clone());
-        let (features, counters, slot) = (self.driver_features, self.counters.clone(), self.slot);
+        let (counters, slot) = (self.counters.clone(), self.slot);
         self.devices.with(move |slots| {
             let sources = slots.sources();
-            slots.start(slot, DeviceIo { memory, queues, kicks, interrupt, features, counters, sources, slot, told: false })
+            slots.start(slot, DeviceIo { memory, queues, kicks, interrupt, counters, sources, slot, told: false })
         })?
     }
 

@@ -45,7 +45,12 @@ pub(crate) struct Queue {
 
 impl Queue {
     /// Checks everything the driver wrote.
-    pub(crate) fn new(config: &QueueConfig, max: u16, event_idx: bool, memory: &GuestMemory) -> Result<Self, QueueError> {
+    pub(crate) fn new(
+        config: &QueueConfig,
+        max: u16,
+        event_idx: bool,
+        memory: &GuestMemory,
+    ) -> Result<Self, QueueError> {
         let QueueConfig { size, descriptors, available, used, .. } = *config;
         if !size.is_power_of_two() || size > max {
             return Err(QueueError::Size { size, max });

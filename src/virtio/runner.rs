@@ -73,7 +73,9 @@ impl Slots {
     }
 
     fn poke(&mut self, slot: usize, source: Source) {
-        let Some(Slot { device, running: Some(io) }) = self.slots.get_mut(slot) else { return };
+        let Some(Slot { device, running: Some(io) }) = self.slots.get_mut(slot) else {
+            return;
+        };
         if let Source::Queue(queue) = source {
             io.heard(queue);
         }

@@ -6,9 +6,8 @@ use std::sync::Arc;
 
 use super::io::{Counters, DeviceIo};
 use super::queue::{Queue, QueueConfig};
-use super::spec::TRANSPORT_FEATURES;
 use super::{Source, VirtioDevice};
-use crate::event::{Handler, Loop, Sources};
+use crate::event::Sources;
 use crate::irq::Interrupt;
 use crate::memory::{GuestAddress, GuestMemory};
 use crate::sys::eventfd;
@@ -24,8 +23,9 @@ const MEMORY: u64 = 0x200_0000;
 pub(crate) const NEXT: u16 = 1;
 /// A descriptor flag: the device writes.
 pub(crate) const WRITE: u16 = 2;
-/// A descriptor flag: the buffer is a table of descriptors.
-pub(crate) const INDIRECT: u16 = 4;
+
+/// A chain that the device has: its head, all its descriptors, and its writable buffers.
+type Flight = (u16, Vec<u16>, Vec<(u64, usize)>);
 
 struct Ring {
     size: u16,
@@ -35,7 +35,7 @@ struct Ring {
     available: u16,
     used: u16,
     /// Chains in flight, by head: all their descriptors, and the writable buffers.
-    flight: Vec<(u16, Vec<u16>, Vec<(u64, usize)>)>,
+    flight: Vec<Flight>,
 }
 
 /// A driver with its memory, and the device it drives.
@@ -45,20 +45,12 @@ pub(crate) struct Driver<D> {
     io: DeviceIo,
     rings: Vec<Ring>,
     next_buffer: u64,
-    _loop: Loop<Nothing>,
 }
 
 impl<D> std::fmt::Debug for Driver<D> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("Driver")
     }
-}
-
-/// A loop that watches and reports to nobody: tests poke by themselves.
-struct Nothing;
-
-impl Handler for Nothing {
-    fn ready(&mut self, _: u64, _: crate::event::Interest) {}
 }
 
 #[allow(clippy::unwrap_used, reason = "test support: a failure here is the test's")]
@@ -70,27 +62,34 @@ impl<D: VirtioDevice> Driver<D> {
         let (mut queues, mut rings) = (Vec::new(), Vec::new());
         for (n, size) in (0..).zip(&profile.queues) {
             let base = RINGS + n * BLOCK;
-            let config = QueueConfig { size: *size, ready: true, descriptors: base, available: base + 0x8000, used: base + 0xc000 };
+            let config = QueueConfig {
+                size: *size,
+                ready: true,
+                descriptors: base,
+                available: base + 0x8000,
+                used: base + 0xc000,
+            };
             queues.push(Queue::new(&config, *size, false, &memory).unwrap());
-            rings.push(Ring { size: *size, base, free: (0..*size).rev().collect(), available: 0, used: 0, flight: vec![] });
+            rings.push(Ring {
+                size: *size,
+                base,
+                free: (0..*size).rev().collect(),
+                available: 0,
+                used: 0,
+                flight: vec![],
+            });
         }
-        let mut sources = None::<Sources>;
-        let idle = Loop::start("testing", |s| {
-            sources = Some(s);
-            Nothing
-        });
         let io = DeviceIo {
             memory,
             kicks: profile.queues.iter().map(|_| eventfd().unwrap()).collect(),
             queues,
             interrupt: Interrupt::new().unwrap(),
-            features: profile.features | TRANSPORT_FEATURES,
             counters: Arc::<Counters>::default(),
-            sources: sources.unwrap(),
+            sources: Sources::of_nobody().unwrap(),
             slot: 0,
             told: false,
         };
-        let mut driver = Self { device, io, rings, next_buffer: BUFFERS, _loop: idle.unwrap() };
+        let mut driver = Self { device, io, rings, next_buffer: BUFFERS };
         driver.device.started(&mut driver.io).unwrap();
         driver
     }
@@ -170,6 +169,7 @@ impl<D: VirtioDevice> Driver<D> {
     }
 
     /// The device and what it is given, for calls that its handle would make.
+    #[cfg(test)]
     pub(crate) fn parts(&mut self) -> (&mut D, &mut DeviceIo) {
         (&mut self.device, &mut self.io)
     }
@@ -202,17 +202,20 @@ impl<D: VirtioDevice> Driver<D> {
     }
 
     /// Whether the device interrupted since it was asked last.
+    #[cfg(test)]
     pub(crate) fn interrupted(&mut self) -> bool {
         self.io.interrupt.acknowledge(u32::MAX);
         self.io.interrupt.fd().read().is_ok()
     }
 
     /// Whether the device asks for a reset.
+    #[cfg(test)]
     pub(crate) fn broken(&self) -> bool {
         self.io.interrupt.broken()
     }
 
     /// Stops the device and gives it back.
+    #[cfg(test)]
     pub(crate) fn stop(mut self) -> D {
         self.device.stopping(&mut self.io);
         self.device

@@ -119,6 +119,9 @@ pub struct DeviceStats {
     pub faults: u64,
 }
 
+/// How every Linux kernel begins the message of its panic.
+const PANIC: &str = "Kernel panic - not syncing";
+
 /// What was known when a VM ended.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
@@ -136,6 +139,13 @@ pub struct Trace {
 }
 
 impl Trace {
+    /// What the guest's kernel said when it panicked, if it did.
+    pub fn panic_message(&self) -> Option<String> {
+        let text = String::from_utf8_lossy(&self.console);
+        let at = text.rfind(PANIC)?;
+        text.get(at..)?.lines().next().map(|line| line.trim_end().to_owned())
+    }
+
     /// The last `n` lines of the console, without control characters.
     pub fn console_lines(&self, n: usize) -> String {
         let text = String::from_utf8_lossy(&self.console);
@@ -208,7 +218,9 @@ impl fmt::Display for Exit {
             Self::PowerOff => f.write_str("the guest powered off"),
             Self::Reboot(t) => write!(f, "the guest asked for a reboot ({t})"),
             Self::Halt(t) => write!(f, "the guest halted ({t})"),
-            Self::Panic(t) => write!(f, "the guest's kernel panicked ({t})"),
+            Self::Panic(t) => {
+                write!(f, "the guest's kernel panicked: {} ({t})", t.panic_message().unwrap_or_default())
+            }
             Self::TripleFault(t) => write!(f, "the guest ended in a triple fault ({t})"),
             Self::Killed(t) => write!(f, "the virtual machine was killed ({t})"),
             Self::DeviceFault(why, t) => write!(f, "a device failed: {why} ({t})"),
@@ -234,8 +246,7 @@ pub(super) enum Reason {
 impl Reason {
     /// A reset after a panic message is a panic: kernels have no other way to say so here.
     pub(super) fn report(self, trace: Trace) -> Exit {
-        const PANIC: &[u8] = b"Kernel panic - not syncing";
-        let panicked = trace.console.windows(PANIC.len()).any(|w| w == PANIC);
+        let panicked = trace.panic_message().is_some();
         let trace = Box::new(trace);
         match self {
             Self::PowerOff => Exit::PowerOff,
@@ -263,7 +274,12 @@ mod tests {
     #[test]
     fn a_reset_after_a_panic_message_is_a_panic() {
         let panic = "[0.1] Kernel panic - not syncing: VFS\n";
-        assert!(matches!(Reason::Reset.report(trace(panic)), Exit::Panic(_)));
+        let exit = Reason::Reset.report(trace(panic));
+        assert!(matches!(exit, Exit::Panic(_)));
+        assert!(
+            exit.to_string().starts_with("the guest's kernel panicked: Kernel panic - not syncing: VFS ("),
+            "{exit}"
+        );
         assert!(matches!(Reason::Reset.report(trace("bye")), Exit::Reboot(_)));
         assert!(matches!(Reason::Killed.report(trace(panic)), Exit::Killed(_)));
     }

@@ -182,7 +182,10 @@ fn attachments(config: &VmConfig, output: &Output) -> Result<(Vec<Attachment>, V
 fn slots(n: usize) -> Result<Vec<(u64, u32)>> {
     let lines: Vec<u32> = layout::DEVICE_IRQS.filter(|irq| !layout::RESERVED_IRQS.contains(irq)).collect();
     if n > lines.len() {
-        return Err(Error::invalid("disk", format!("{n} devices, but the machine has interrupt lines for {}", lines.len())));
+        return Err(Error::invalid(
+            "disk",
+            format!("{n} devices, but the machine has interrupt lines for {}", lines.len()),
+        ));
     }
     Ok((0..n as u64).map(|slot| layout::MMIO.0 + slot * layout::MMIO_WINDOW).zip(lines).collect())
 }
@@ -221,7 +224,8 @@ pub(super) fn start(config: &VmConfig) -> Result<Vm> {
         devices: Mutex::default(),
     });
     let (ports, keyboard) = ports(&vm, &shared)?;
-    let mut parts = Parts { vm: &vm, memory: &memory, shared: &shared, mmio: Bus::default(), loops: Vec::new(), vsock: None };
+    let mut parts =
+        Parts { vm: &vm, memory: &memory, shared: &shared, mmio: Bus::default(), loops: Vec::new(), vsock: None };
     parts.attach(attachments, &slots)?;
     let Parts { mmio, loops, vsock, .. } = parts;
     let machine = Arc::new(Machine { vm, mmio, ports, loops, shared: shared.clone(), _memory: memory });
@@ -333,7 +337,9 @@ fn ports(vm: &VmFd, shared: &Arc<Shared>) -> Result<(Bus, Keyboard)> {
 
 /// The thread that gives the console to the embedder's writer, which may block.
 fn start_pump(config: &VmConfig, output: &Output) -> Result<Option<JoinHandle<()>>> {
-    let Some(writer) = config.console.writer.clone() else { return Ok(None) };
+    let Some(writer) = config.console.writer.clone() else {
+        return Ok(None);
+    };
     output.expect_pump();
     let output = output.clone();
     let pump = move || {
@@ -389,7 +395,9 @@ fn start_vcpus(machine: &Arc<Machine>, cpu: &Cpu, vcpus: u8, entry: GuestAddress
     }
     if outcome.is_ok() {
         // A thread waits at its gate until it opens or closes, so this reaches all of them.
-        gates.iter().for_each(|gate| drop(gate.send(())));
+        for gate in &gates {
+            let _ = gate.send(());
+        }
     }
     Started { threads, outcome }
 }

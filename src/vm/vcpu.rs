@@ -43,7 +43,9 @@ pub(super) type LastExit = (Option<String>, Option<Registers>);
 
 /// Runs `vcpu` until the machine stops. On its own thread.
 pub(super) fn run(machine: &Machine, id: u8, mut vcpu: VcpuFd) {
-    let Some(control) = machine.shared.vcpus.get(usize::from(id)) else { return };
+    let Some(control) = machine.shared.vcpus.get(usize::from(id)) else {
+        return;
+    };
     control.enter(vcpu.kicker());
     machine.shared.marks.running();
     let mut told_entered = false;
@@ -64,17 +66,23 @@ pub(super) fn run(machine: &Machine, id: u8, mut vcpu: VcpuFd) {
         };
         if let Some((reason, words)) = reason {
             let registers = (reason != Reason::PowerOff).then(|| Registers::of(&vcpu).ok()).flatten();
+            let registers = registers.filter(|r| reason != Reason::TripleFault || r.rip != RESET_VECTOR);
             machine.shared.stop(reason, (Some(words), registers));
         }
     }
     control.leave();
 }
 
+/// Where a reset processor begins. KVM on AMD resets a vCPU at a triple fault, so nothing of the fault is left to tell.
+const RESET_VECTOR: u64 = 0xfff0;
+
 /// Serves one exit. Something comes back when the guest cannot go on.
 fn handle(machine: &Machine, exit: VcpuExit<'_>) -> Option<(Reason, String)> {
     match exit {
         VcpuExit::PortIn { port, width, data } => {
-            data.chunks_mut(width).for_each(|access| drop(machine.ports.read(port.into(), access)));
+            for access in data.chunks_mut(width) {
+                machine.ports.read(port.into(), access);
+            }
         }
         VcpuExit::PortOut { port, width, data } => write_ports(&machine.ports, port, width, data),
         VcpuExit::MmioRead { addr, data } => {
@@ -84,7 +92,9 @@ fn handle(machine: &Machine, exit: VcpuExit<'_>) -> Option<(Reason, String)> {
             machine.mmio.write(addr, data);
         }
         VcpuExit::Interrupted => {}
-        VcpuExit::TripleFault => return Some((Reason::TripleFault, "triple fault (KVM_EXIT_SHUTDOWN)".into())),
+        VcpuExit::TripleFault => {
+            return Some((Reason::TripleFault, "triple fault (KVM_EXIT_SHUTDOWN)".into()));
+        }
         VcpuExit::Halt => return Some((Reason::Halt, "HLT with nothing to wake it".into())),
         VcpuExit::SystemEvent(kind) => {
             let reason = match kind {
@@ -112,7 +122,9 @@ fn handle(machine: &Machine, exit: VcpuExit<'_>) -> Option<(Reason, String)> {
 }
 
 fn write_ports(ports: &Bus, port: u16, width: usize, data: &[u8]) {
-    data.chunks(width).for_each(|access| drop(ports.write(port.into(), access)));
+    for access in data.chunks(width) {
+        ports.write(port.into(), access);
+    }
 }
 
 /// Types of KVM_EXIT_SYSTEM_EVENT (KVM API, 5).

@@ -1,9 +1,9 @@
 //! What a guest's processors say of themselves: the host's CPUID as KVM offers it, with the guest's own topology.
 
-use kvm_bindings::{CpuId, kvm_cpuid_entry2};
+use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 
 use super::boot_msrs;
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::kvm::{Kvm, VcpuFd};
 
 /// The CPUID that every vCPU of a VM shows, but for its own identifier.
@@ -16,11 +16,10 @@ pub(crate) struct Cpu {
 impl Cpu {
     /// The host's processor as far as KVM supports it, with `vcpus` cores of one thread in one package.
     pub(crate) fn host(kvm: &Kvm, vcpus: u8) -> Result<Self> {
-        let mut cpuid = kvm.supported_cpuid()?;
         let deadline = kvm.has_tsc_deadline();
-        for entry in cpuid.as_mut_slice() {
-            shared(entry, vcpus, deadline);
-        }
+        let entries = with_topology(kvm.supported_cpuid()?.as_slice(), vcpus, deadline);
+        let cpuid = CpuId::from_entries(&entries)
+            .map_err(|e| Error::new(ErrorKind::ResourceExhausted, format!("building the CPUID: {e:?}")))?;
         Ok(Self { cpuid, vcpus })
     }
 
@@ -38,6 +37,21 @@ impl Cpu {
 /// How many bits number `vcpus` cores.
 fn core_bits(vcpus: u8) -> u32 {
     u8::BITS - (vcpus.max(1) - 1).leading_zeros()
+}
+
+/// Topology leaves (Intel SDM vol. 2A, CPUID leaves 0BH and 1FH), of which KVM offers an empty one at most.
+const TOPOLOGY: [u32; 2] = [0xb, 0x1f];
+
+/// The host's leaves with the guest's topology in them.
+fn with_topology(host: &[kvm_cpuid_entry2], vcpus: u8, tsc_deadline: bool) -> Vec<kvm_cpuid_entry2> {
+    let mut entries: Vec<_> = host.iter().filter(|e| !TOPOLOGY.contains(&e.function)).copied().collect();
+    let present = |leaf: u32| host.iter().any(|e| e.function == leaf);
+    for function in TOPOLOGY.into_iter().filter(|leaf| present(*leaf)) {
+        let flags = KVM_CPUID_FLAG_SIGNIFCANT_INDEX;
+        entries.extend((0..3).map(|index| kvm_cpuid_entry2 { function, index, flags, ..Default::default() }));
+    }
+    entries.iter_mut().for_each(|entry| shared(entry, vcpus, tsc_deadline));
+    entries
 }
 
 /// Leaves that are the same on every vCPU.
@@ -87,7 +101,15 @@ mod tests {
     use super::*;
 
     fn entry(function: u32, index: u32) -> kvm_cpuid_entry2 {
-        kvm_cpuid_entry2 { function, index, eax: u32::MAX, ebx: u32::MAX, ecx: u32::MAX, edx: u32::MAX, ..Default::default() }
+        kvm_cpuid_entry2 {
+            function,
+            index,
+            eax: u32::MAX,
+            ebx: u32::MAX,
+            ecx: u32::MAX,
+            edx: u32::MAX,
+            ..Default::default()
+        }
     }
 
     #[test]
@@ -105,6 +127,9 @@ mod tests {
         shared(&mut cores, 6, true);
         own(&mut cores, 5, 6);
         assert_eq!((cores.eax, cores.ebx, cores.ecx, cores.edx), (3, 6, 0x201, 5));
+        // KVM offers one empty topology leaf; the guest gets all of them.
+        let all = with_topology(&[entry(0xb, 0)], 6, true);
+        assert_eq!(all.iter().map(|e| e.ecx).collect::<Vec<_>>(), [0x100, 0x201, 2]);
         let mut single = entry(1, 0);
         shared(&mut single, 1, true);
         assert_eq!((single.edx >> 28 & 1, single.ecx >> 24 & 1), (0, 1));

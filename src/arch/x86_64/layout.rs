@@ -73,7 +73,10 @@ pub(crate) fn memory_ranges(size: Size) -> Result<Vec<(GuestAddress, u64)>> {
         return Err(Error::invalid("memory", format!("{size} is not a multiple of 4 KiB")));
     }
     if size < MIN_MEMORY {
-        return Err(Error::invalid("memory", format!("{size} is too little to boot a kernel; give at least {MIN_MEMORY}")));
+        return Err(Error::invalid(
+            "memory",
+            format!("{size} is too little to boot a kernel; give at least {MIN_MEMORY}"),
+        ));
     }
     if size > MAX_MEMORY {
         return Err(Error::invalid("memory", format!("{size} is more than a guest can address ({MAX_MEMORY})")));

@@ -12,17 +12,16 @@ use crate::kvm::VcpuFd;
 use crate::memory::{GuestAddress, GuestMemory};
 
 /// Null, unused, code at 0x10, data at 0x18, task state at 0x20: as the boot protocol wants.
-const GDT: [u64; 5] = [
-    0,
-    0,
-    descriptor(0xa09b, 0, 0xf_ffff),
-    descriptor(0xc093, 0, 0xf_ffff),
-    descriptor(0x808b, 0, 0xf_ffff),
-];
+const GDT: [u64; 5] =
+    [0, 0, descriptor(0xa09b, 0, 0xf_ffff), descriptor(0xc093, 0, 0xf_ffff), descriptor(0x808b, 0, 0xf_ffff)];
 
 /// A segment descriptor (Intel SDM vol. 3A, 3.4.5) from its flags, base and limit.
 const fn descriptor(flags: u64, base: u64, limit: u64) -> u64 {
-    (base & 0xff00_0000) << 32 | (base & 0x00ff_ffff) << 16 | limit & 0xffff | (limit & 0xf_0000) << 32 | (flags & 0xf0ff) << 40
+    (base & 0xff00_0000) << 32
+        | (base & 0x00ff_ffff) << 16
+        | limit & 0xffff
+        | (limit & 0xf_0000) << 32
+        | (flags & 0xf0ff) << 40
 }
 
 fn segment(selector: u16, flags: u16) -> kvm_segment {
@@ -56,7 +55,8 @@ pub(crate) fn write_boot_tables(memory: &GuestMemory) -> Result<()> {
         memory.write(GuestAddress(layout::GDT.0 + 8 * n), &entry.to_le_bytes())?;
     }
     memory.write(layout::IDT, &[0; 8])?;
-    let (level4, level3, level2) = (layout::PAGE_TABLES.0, layout::PAGE_TABLES.0 + 0x1000, layout::PAGE_TABLES.0 + 0x2000);
+    let (level4, level3, level2) =
+        (layout::PAGE_TABLES.0, layout::PAGE_TABLES.0 + 0x1000, layout::PAGE_TABLES.0 + 0x2000);
     // Present and writable; the lowest level maps large pages of 2 MiB (Intel SDM vol. 3A, 4.5).
     memory.write(GuestAddress(level4), &(level3 | 3).to_le_bytes())?;
     memory.write(GuestAddress(level3), &(level2 | 3).to_le_bytes())?;
@@ -77,7 +77,8 @@ pub(crate) fn boot_vcpu(vcpu: &VcpuFd, entry: GuestAddress) -> Result<()> {
     vcpu.set_sregs(&sregs)?;
     // Reserved bit 1 set, interrupts off; the stack grows down below the zero page's neighbours.
     let stack = layout::PAGE_TABLES.0 - 16;
-    let regs = kvm_regs { rip: entry.0, rsi: layout::ZERO_PAGE.0, rsp: stack, rbp: stack, rflags: 2, ..Default::default() };
+    let regs =
+        kvm_regs { rip: entry.0, rsi: layout::ZERO_PAGE.0, rsp: stack, rbp: stack, rflags: 2, ..Default::default() };
     vcpu.set_regs(&regs)?;
     let mut lapic = vcpu.lapic()?;
     route_legacy_interrupts(&mut lapic);
@@ -127,7 +128,9 @@ impl Registers {
             rip: r.rip,
             rsp: r.rsp,
             rflags: r.rflags,
-            general: [r.rax, r.rbx, r.rcx, r.rdx, r.rsi, r.rdi, r.rbp, r.r8, r.r9, r.r10, r.r11, r.r12, r.r13, r.r14, r.r15],
+            general: [
+                r.rax, r.rbx, r.rcx, r.rdx, r.rsi, r.rdi, r.rbp, r.r8, r.r9, r.r10, r.r11, r.r12, r.r13, r.r14, r.r15,
+            ],
             cr0: s.cr0,
             cr2: s.cr2,
             cr3: s.cr3,
@@ -140,11 +143,16 @@ impl Registers {
 impl fmt::Display for Registers {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "rip={:#x} rsp={:#x} rflags={:#x}", self.rip, self.rsp, self.rflags)?;
-        let names = ["rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15"];
+        let names =
+            ["rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15"];
         for (name, value) in names.iter().zip(self.general) {
             write!(f, " {name}={value:#x}")?;
         }
-        write!(f, " cr0={:#x} cr2={:#x} cr3={:#x} cr4={:#x} efer={:#x}", self.cr0, self.cr2, self.cr3, self.cr4, self.efer)
+        write!(
+            f,
+            " cr0={:#x} cr2={:#x} cr3={:#x} cr4={:#x} efer={:#x}",
+            self.cr0, self.cr2, self.cr3, self.cr4, self.efer
+        )
     }
 }
 

@@ -75,9 +75,8 @@ fn uuid() -> uuid::Uuid {
 
 /// The format writer asserts in places what hostile input may break; that is an error here, not the end of the embedder.
 fn guarded<T>(f: impl FnOnce() -> Result<T>) -> Result<T> {
-    catch_unwind(AssertUnwindSafe(f)).unwrap_or_else(|_| {
-        Err(Error::new(ErrorKind::Corrupt, "the disk's format writer cannot express this image"))
-    })
+    catch_unwind(AssertUnwindSafe(f))
+        .unwrap_or_else(|_| Err(Error::new(ErrorKind::Corrupt, "the disk's format writer cannot express this image")))
 }
 
 fn convert(error: FormatError) -> Error {
@@ -86,7 +85,9 @@ fn convert(error: FormatError) -> Error {
         FormatError::NotDirectory(path) => {
             Error::new(ErrorKind::Corrupt, format!("{} is below something that is no directory", path.display()))
         }
-        FormatError::NotFound(path) => Error::new(ErrorKind::Corrupt, format!("{} is not in the image", path.display())),
+        FormatError::NotFound(path) => {
+            Error::new(ErrorKind::Corrupt, format!("{} is not in the image", path.display()))
+        }
         other => Error::new(ErrorKind::Corrupt, other.to_string()),
     }
 }
@@ -103,8 +104,12 @@ impl Writer {
             Kind::File(_) => (make_mode(file_mode::S_IFREG, mode), None),
             Kind::Symlink(_) => (make_mode(file_mode::S_IFLNK, 0o777), None),
             Kind::HardLink(target) => return self.link(&path, target).map_err(named),
-            Kind::CharacterDevice(major, minor) => (make_mode(file_mode::S_IFREG, mode), Some((file_mode::S_IFCHR | mode, *major, *minor))),
-            Kind::BlockDevice(major, minor) => (make_mode(file_mode::S_IFREG, mode), Some((file_mode::S_IFBLK | mode, *major, *minor))),
+            Kind::CharacterDevice(major, minor) => {
+                (make_mode(file_mode::S_IFREG, mode), Some((file_mode::S_IFCHR | mode, *major, *minor)))
+            }
+            Kind::BlockDevice(major, minor) => {
+                (make_mode(file_mode::S_IFREG, mode), Some((file_mode::S_IFBLK | mode, *major, *minor)))
+            }
             Kind::Fifo => (make_mode(file_mode::S_IFREG, mode), Some((file_mode::S_IFIFO | mode, 0, 0))),
         };
         if path.is_root() && !matches!(kind, Kind::Directory) {
@@ -121,7 +126,10 @@ impl Writer {
                 let mut limited = Limited { inner: data, left: &mut self.left, exceeded: false };
                 let outcome = self.formatter.create(&at, mode, None, times, Some(&mut limited), uid, gid, xattrs);
                 if limited.exceeded {
-                    return Err(named(Error::invalid("Image::max_size", format!("the image has more than {}", self.max))));
+                    return Err(named(Error::invalid(
+                        "Image::max_size",
+                        format!("the image has more than {}", self.max),
+                    )));
                 }
                 outcome
             }
@@ -134,7 +142,10 @@ impl Writer {
     fn link(&mut self, path: &Name, target: &Name) -> Result<()> {
         let (at, to) = (path.absolute(), target.absolute());
         if at == to || !self.formatter.exists(&to) {
-            return Err(Error::new(ErrorKind::Corrupt, format!("a hard link to {to}, which is not in the image before it")));
+            return Err(Error::new(
+                ErrorKind::Corrupt,
+                format!("a hard link to {to}, which is not in the image before it"),
+            ));
         }
         if self.formatter.is_dir(&at) {
             return Err(Error::new(ErrorKind::Corrupt, "a hard link in the place of a directory"));
@@ -177,7 +188,9 @@ impl Read for Limited<'_> {
                 Ok(0) => break,
                 Ok(more) => n += more,
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) => return Err(io::Error::new(io::ErrorKind::UnexpectedEof, format!("its content is cut off: {e}"))),
+                Err(e) => {
+                    return Err(io::Error::new(io::ErrorKind::UnexpectedEof, format!("its content is cut off: {e}")));
+                }
             }
         }
         match self.left.checked_sub(n as u64) {
@@ -245,7 +258,8 @@ fn rewrite_type(file: &File, blocks: &[u8; 60], name: &[u8], mode: u16) -> Resul
     let offset = u64::from(start) * BLOCK;
     file.read_exact_at(&mut bytes, offset)?;
     let mut at = 0;
-    while let Some([_, _, _, _, size_low, size_high, name_len, _]) = bytes.get(at..).and_then(|rest| rest.first_chunk()) {
+    while let Some([_, _, _, _, size_low, size_high, name_len, _]) = bytes.get(at..).and_then(|rest| rest.first_chunk())
+    {
         let size = usize::from(u16::from_le_bytes([*size_low, *size_high]));
         if bytes.get(at + 8..at + 8 + usize::from(*name_len)) == Some(name) {
             return Ok(file.write_all_at(&[kind], offset + at as u64 + 7)?);

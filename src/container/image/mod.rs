@@ -53,7 +53,9 @@ impl Image {
         let kind = match () {
             () if metadata.is_dir() => Kind::Directory,
             () if metadata.is_file() => Kind::Tar,
-            () => return Err(Error::new(ErrorKind::InvalidConfig, "neither a file nor a directory").doing(doing())),
+            () => {
+                return Err(Error::new(ErrorKind::InvalidConfig, "neither a file nor a directory").doing(doing()));
+            }
         };
         let path = std::path::absolute(path).doing(doing)?;
         Ok(Self { path, kind, cache: None, max_size: Size::gib(16) })
@@ -138,6 +140,17 @@ fn hex(bytes: &[u8]) -> String {
 /// An empty, unnamed file system of `size` for a container to write to.
 pub(super) fn scratch(size: Size) -> Result<File> {
     ext4::empty(size).doing(|| format!("disk: making a disk of {size}"))
+}
+
+/// Reads an archive into a disk that nobody keeps.
+#[cfg(any(test, feature = "internals"))]
+pub(crate) fn read_archive(source: &mut dyn std::io::Read) {
+    use std::os::fd::AsRawFd;
+    let Ok(file) = crate::sys::temp_file(&std::env::temp_dir()) else {
+        return;
+    };
+    let path = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
+    let _ = ext4::write(&path, Size::mib(64), |writer| tar::read_archive(source, writer));
 }
 
 #[cfg(test)]

@@ -12,8 +12,12 @@ use super::ext4::Writer;
 use crate::error::{Context, Error, ErrorKind, Result};
 
 /// How compressed files begin, and what they are called.
-const COMPRESSED: [(&[u8], &str); 4] =
-    [(&[0x1f, 0x8b], "gzip"), (&[0x28, 0xb5, 0x2f, 0xfd], "zstd"), (&[0xfd, b'7', b'z', b'X', b'Z'], "xz"), (b"BZh", "bzip2")];
+const COMPRESSED: [(&[u8], &str); 4] = [
+    (&[0x1f, 0x8b], "gzip"),
+    (&[0x28, 0xb5, 0x2f, 0xfd], "zstd"),
+    (&[0xfd, b'7', b'z', b'X', b'Z'], "xz"),
+    (b"BZh", "bzip2"),
+];
 
 /// Gives every entry of the archive to `writer`.
 ///
@@ -23,7 +27,8 @@ pub(super) fn write(path: &Path, writer: &mut Writer) -> Result<()> {
     let mut file = File::open(path)?;
     let mut head = [0; 8];
     let read = file.read(&mut head)?;
-    if let Some((_, name)) = COMPRESSED.iter().find(|(magic, _)| head.get(..read).is_some_and(|h| h.starts_with(magic))) {
+    if let Some((_, name)) = COMPRESSED.iter().find(|(magic, _)| head.get(..read).is_some_and(|h| h.starts_with(magic)))
+    {
         return Err(Error::new(ErrorKind::Unsupported, format!("it is compressed with {name}: decompress it first")));
     }
     read_archive(BufReader::with_capacity(1 << 20, File::open(path)?), writer)
@@ -34,10 +39,8 @@ pub(super) fn read_archive(source: impl Read, writer: &mut Writer) -> Result<()>
     let mut watched = LastBlock { inner: source, block: Vec::with_capacity(512), zeros: false, total: 0 };
     {
         let mut archive = Archive::new(&mut watched);
-        let mut count = 0u64;
-        for entry in archive.entries().map_err(|e| damaged(count, &e))? {
-            let mut entry = entry.map_err(|e| damaged(count, &e))?;
-            count += 1;
+        for (before, entry) in archive.entries().map_err(|e| damaged(0, &e))?.enumerate() {
+            let mut entry = entry.map_err(|e| damaged(before, &e))?;
             let name = String::from_utf8_lossy(&entry.path_bytes()).into_owned();
             add(&mut entry, writer).doing(|| format!("entry {name:?}"))?;
         }
@@ -46,7 +49,7 @@ pub(super) fn read_archive(source: impl Read, writer: &mut Writer) -> Result<()>
     if watched.zeros { Ok(()) } else { Err(Error::new(ErrorKind::Corrupt, "not a tar archive, or cut off at its end")) }
 }
 
-fn damaged(entries: u64, error: &io::Error) -> Error {
+fn damaged(entries: usize, error: &io::Error) -> Error {
     match entries {
         0 => Error::new(ErrorKind::Corrupt, format!("not a tar archive: {error}")),
         n => Error::new(ErrorKind::Corrupt, format!("the archive is damaged after {n} entries: {error}")),
@@ -58,7 +61,8 @@ fn add<R: Read>(entry: &mut tar::Entry<'_, R>, writer: &mut Writer) -> Result<()
     let path = Name::parse(&entry.path_bytes())?;
     let header = entry.header();
     let corrupt = |what: &'static str| move |e: io::Error| Error::new(ErrorKind::Corrupt, format!("{what}: {e}"));
-    let id = |n: u64| u32::try_from(n).map_err(|_| Error::new(ErrorKind::Corrupt, format!("owner {n} is beyond 32 bits")));
+    let id =
+        |n: u64| u32::try_from(n).map_err(|_| Error::new(ErrorKind::Corrupt, format!("owner {n} is beyond 32 bits")));
     let (uid, gid) = (id(header.uid().map_err(corrupt("owner"))?)?, id(header.gid().map_err(corrupt("group"))?)?);
     let mode = (header.mode().map_err(corrupt("mode"))? & 0o7777) as u16;
     let mtime = i64::try_from(header.mtime().map_err(corrupt("time"))?).unwrap_or(i64::MAX);

@@ -75,7 +75,9 @@ fn prepare(bytes: &[u8]) -> Result<(Temp, PathBuf)> {
 }
 
 fn disks(temp: &Temp) -> Vec<PathBuf> {
-    let Ok(entries) = fs::read_dir(temp.0.join("cache")) else { return Vec::new() };
+    let Ok(entries) = fs::read_dir(temp.0.join("cache")) else {
+        return Vec::new();
+    };
     entries.map(|e| e.unwrap().path()).filter(|p| p.extension().is_some_and(|e| e == "ext4")).collect()
 }
 

@@ -108,7 +108,9 @@ fn transfer(
     let (mut rest, mut at) = (segments.to_vec(), offset);
     while !rest.is_empty() {
         match step(&rest, at) {
-            Ok(0) => return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the image has become shorter")),
+            Ok(0) => {
+                return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the image has become shorter"));
+            }
             Ok(n) => {
                 at += n as u64;
                 skip(&mut rest, n);
@@ -122,7 +124,15 @@ fn transfer(
 
 /// Drops the first `n` bytes.
 fn skip(segments: &mut Vec<Segment>, mut n: usize) {
-    let whole = segments.iter().take_while(|s| s.len() <= n && { n -= s.len(); true }).count();
+    let whole = segments
+        .iter()
+        .take_while(|s| {
+            s.len() <= n && {
+                n -= s.len();
+                true
+            }
+        })
+        .count();
     segments.drain(..whole);
     if let Some(first) = segments.first_mut() {
         *first = first.split_at(n).1;

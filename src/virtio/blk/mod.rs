@@ -68,7 +68,9 @@ impl Blk {
 
     fn serve(&self, chain: &mut Chain) {
         // The last byte is the status; without one there is nowhere to put an answer.
-        let Some(data) = chain.writable_len().checked_sub(1) else { return };
+        let Some(data) = chain.writable_len().checked_sub(1) else {
+            return;
+        };
         let status = match self.execute(chain, data) {
             Ok(()) => S_OK,
             Err(Failure::Malformed) => S_IOERR,

@@ -62,7 +62,13 @@ impl Connection {
         Self::new(ports, socket, tail, Due::Response, None)
     }
 
-    pub(super) fn connecting(ports: Ports, socket: UnixStream, tail: Tail, answer: Answer, stream: VsockStream) -> Self {
+    pub(super) fn connecting(
+        ports: Ports,
+        socket: UnixStream,
+        tail: Tail,
+        answer: Answer,
+        stream: VsockStream,
+    ) -> Self {
         Self::new(ports, socket, tail, Due::Request, Some((answer, stream)))
     }
 
@@ -130,7 +136,11 @@ impl Connection {
             return None;
         }
         let may_send = self.credit.may_send();
-        if self.readable && self.closed & SHUTDOWN_SEND == 0 && may_send > 0 && self.guest_closed & SHUTDOWN_RECEIVE == 0 {
+        if self.readable
+            && self.closed & SHUTDOWN_SEND == 0
+            && may_send > 0
+            && self.guest_closed & SHUTDOWN_RECEIVE == 0
+        {
             return Some(Due::Data(may_send));
         }
         // The end of sending is told after everything was read (`closed` gets the flag at end of file), or when the

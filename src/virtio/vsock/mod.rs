@@ -98,7 +98,10 @@ impl Vsock {
             return refuse(Error::new(ErrorKind::InvalidState, "the guest has no vsock driver running yet"));
         };
         if self.connections.len() >= MAX_CONNECTIONS {
-            return refuse(Error::new(ErrorKind::ResourceExhausted, format!("there are {MAX_CONNECTIONS} vsock connections")));
+            return refuse(Error::new(
+                ErrorKind::ResourceExhausted,
+                format!("there are {MAX_CONNECTIONS} vsock connections"),
+            ));
         }
         let (stream, socket, tail) = match VsockStream::pair() {
             Ok(pair) => pair,
@@ -171,7 +174,9 @@ impl Vsock {
         let Some(arrivals) = self.listeners.get(&ports.0).filter(|a| a.has_room() && !full).cloned() else {
             return self.reset(ports);
         };
-        let Ok((stream, socket, tail)) = VsockStream::pair() else { return self.reset(ports) };
+        let Ok((stream, socket, tail)) = VsockStream::pair() else {
+            return self.reset(ports);
+        };
         let mut connection = Connection::accepted(ports, socket, tail);
         connection.credit.heard(header.buf_alloc, header.fwd_cnt);
         match self.add(io, connection) {
@@ -182,7 +187,9 @@ impl Vsock {
 
     /// A packet for a connection that exists.
     fn talk_to(&mut self, number: u32, ports: Ports, header: &Header, chain: &mut Chain) {
-        let Some(connection) = self.connections.get_mut(&number) else { return };
+        let Some(connection) = self.connections.get_mut(&number) else {
+            return;
+        };
         connection.credit.heard(header.buf_alloc, header.fwd_cnt);
         let sound = match header.op {
             Op::Response if connection.is_connecting() => {
@@ -276,7 +283,9 @@ impl Vsock {
             return chain.write(&header.to_bytes()).is_ok();
         }
         while let Some(number) = self.talkative.pop_front() {
-            let Some(connection) = self.connections.get_mut(&number) else { continue };
+            let Some(connection) = self.connections.get_mut(&number) else {
+                continue;
+            };
             connection.queued = false;
             let said = say(connection, chain);
             self.has_news(number);
@@ -288,7 +297,9 @@ impl Vsock {
     }
 
     fn socket_ready(&mut self, number: u32, events: Interest) {
-        let Some(connection) = self.connections.get_mut(&number) else { return };
+        let Some(connection) = self.connections.get_mut(&number) else {
+            return;
+        };
         if events.intersects(Interest::IN | Interest::READ_HANG_UP | Interest::HANG_UP | Interest::ERROR) {
             connection.socket_readable();
         }
@@ -309,7 +320,9 @@ impl Vsock {
 
 /// Puts what is due into `chain`, which has room for a header. False when it was data and there is none after all.
 fn say(connection: &mut Connection, chain: &mut Chain) -> bool {
-    let Some(due) = connection.due() else { return false };
+    let Some(due) = connection.due() else {
+        return false;
+    };
     let (op, flags, mut len) = match due {
         Due::Request => (Op::Request, 0, 0),
         Due::Response => (Op::Response, 0, 0),

@@ -1,0 +1,241 @@
+//! Every door that a guest or a file can knock on, as a function of bytes: for fuzzing, and for tests with any bytes.
+//!
+//! Each must come back whatever the bytes are: no panic, no unbounded wait or growth, no access outside guest memory.
+
+use std::io::{Cursor, Write};
+use std::sync::{Arc, Mutex, OnceLock};
+
+use crate::boot::Kernel;
+use crate::bus::{Bus, BusDevice};
+use crate::event::Loop;
+use crate::memory::{GuestAddress, GuestMemory};
+use crate::sys;
+use crate::virtio::blk::{Blk, DiskFile};
+use crate::virtio::rng::Rng;
+use crate::virtio::testing::Driver;
+use crate::virtio::vsock::{GUEST_CID, Vsock, VsockListener};
+use crate::virtio::{MmioTransport, Slots, VirtioDevice};
+
+/// Takes values off the front of the bytes; zeros when they are used up.
+struct Bytes<'a>(&'a [u8]);
+
+impl<'a> Bytes<'a> {
+    fn take(&mut self, n: usize) -> &'a [u8] {
+        let (now, later) = self.0.split_at(n.min(self.0.len()));
+        self.0 = later;
+        now
+    }
+
+    fn number<const N: usize>(&mut self) -> [u8; N] {
+        let mut number = [0; N];
+        number.iter_mut().zip(self.take(N)).for_each(|(to, byte)| *to = *byte);
+        number
+    }
+
+    fn byte(&mut self) -> u8 {
+        u8::from_le_bytes(self.number())
+    }
+
+    fn done(&self) -> bool {
+        self.0.is_empty()
+    }
+}
+
+/// Chains of any addresses, lengths and flags, and rings written over at any place.
+pub fn queue(data: &[u8]) {
+    let (mut bytes, mut driver) = (Bytes(data), Driver::start(Rng));
+    let memory = driver.memory();
+    while !bytes.done() {
+        match bytes.byte() % 4 {
+            0 => {
+                let count = usize::from(bytes.byte() % 8) + 1;
+                let piece = |b: &mut Bytes<'_>| {
+                    // Most addresses shall hit memory, or every chain would fail at once.
+                    let at = u64::from(u32::from_le_bytes(b.number()));
+                    let addr = if b.byte() % 8 == 0 { at << 32 | at } else { at % 0x200_0000 };
+                    (addr, u32::from_le_bytes(b.number()) >> (b.byte() % 32), u16::from(b.byte() % 8))
+                };
+                let pieces: Vec<_> = (0..count).map(|_| piece(&mut bytes)).collect();
+                driver.send_raw(0, &pieces);
+            }
+            1 => {
+                // Rings and tables lie here.
+                let at = 0x10_0000 + u64::from(u16::from_le_bytes(bytes.number()));
+                let len = usize::from(bytes.byte() % 32);
+                let _ = memory.write(GuestAddress(at), bytes.take(len));
+            }
+            _ => driver.poke(0),
+        }
+    }
+    driver.poke(0);
+}
+
+/// Reads and writes of any register at any width, while the device runs on its loop.
+pub fn mmio(data: &[u8]) {
+    static LOOP: OnceLock<Loop<Slots>> = OnceLock::new();
+    let make = || Loop::start("doors", |sources| Slots::new(vec![Box::new(Rng)], sources, Box::new(|_| ())));
+    let devices = LOOP.get_or_init(|| make().unwrap_or_else(|e| unreachable!("{e}")));
+    let Ok(memory) = GuestMemory::anonymous(&[(GuestAddress(0), 1 << 20)]) else {
+        return;
+    };
+    let Ok(transport) = MmioTransport::new(Rng.profile(), memory, devices.remote(), 0) else {
+        return;
+    };
+    let (mut bus, transport) = (Bus::default(), Arc::new(Mutex::new(transport)));
+    let _ = bus.attach(0, 0x1000, transport.clone());
+    // A driver's first steps, so that what follows meets a running device as often as an idle one.
+    let mut bytes = Bytes(data);
+    if bytes.byte() % 2 == 0 {
+        let steps: [(u64, u32); 13] = [
+            (0x70, 1),
+            (0x70, 3),
+            (0x24, 1),
+            (0x20, 1),
+            (0x70, 11),
+            (0x30, 0),
+            (0x38, 8),
+            (0x80, 0x1000),
+            (0x90, 0x2000),
+            (0xa0, 0x3000),
+            (0x44, 1),
+            (0x70, 15),
+            (0x50, 0),
+        ];
+        for (at, value) in steps {
+            bus.write(at, &value.to_le_bytes());
+        }
+    }
+    while !bytes.done() {
+        let (at, len) = (u64::from(u16::from_le_bytes(bytes.number()) % 0x210), 1 << (bytes.byte() % 4));
+        if bytes.byte() % 4 == 0 {
+            bus.read(at, &mut [0; 8][..len]);
+        } else {
+            let mut value = [0; 8];
+            value.iter_mut().zip(bytes.take(len)).for_each(|(to, byte)| *to = *byte);
+            bus.write(at, &value[..len]);
+        }
+    }
+    if let Ok(mut transport) = transport.lock() {
+        transport.write(0x70, &0u32.to_le_bytes());
+    }
+}
+
+/// Block requests of any header, in any split, with any room for data and status.
+pub fn blk_request(data: &[u8]) {
+    let disk = sys::scratch_file(crate::Size::kib(64)).map(|f| DiskFile::from_file(f, data.first() == Some(&1)));
+    let Ok(Ok(disk)) = disk else { return };
+    let (mut bytes, mut driver) = (Bytes(data), Driver::start(Blk::new(disk, "fuzz")));
+    while !bytes.done() {
+        let (readable, writable) = (usize::from(bytes.byte() % 6), usize::from(bytes.byte() % 6));
+        let mut header = [0; 16];
+        (header[0], header[8], header[15]) =
+            (bytes.byte() % 16, bytes.byte(), bytes.byte() & bytes.byte() & bytes.byte());
+        let mut pieces: Vec<Vec<u8>> = vec![header.to_vec()];
+        for _ in 0..readable {
+            let len = usize::from(u16::from_le_bytes(bytes.number()) % 2048);
+            pieces.push(vec![bytes.byte(); len]);
+        }
+        if bytes.byte() % 4 == 0 {
+            pieces[0].truncate(usize::from(bytes.byte() % 16));
+        }
+        pieces.retain(|piece| !piece.is_empty());
+        let readable: Vec<&[u8]> = pieces.iter().map(Vec::as_slice).collect();
+        let writable: Vec<usize> =
+            (0..writable).map(|_| usize::from(u16::from_le_bytes(bytes.number()) % 2048) + 1).collect();
+        driver.send(0, &readable, &writable);
+        driver.poke(0);
+        while driver.receive(0).is_some() {}
+    }
+}
+
+/// Packets of any header in any split, while an embedder reads, writes and hangs up.
+pub fn vsock_packet(data: &[u8]) {
+    let mut vsock = Vsock::new();
+    let listener: Option<VsockListener> = vsock.listen(1).ok();
+    let (mut bytes, mut driver, mut streams) = (Bytes(data), Driver::start(vsock), Vec::new());
+    while !bytes.done() {
+        match bytes.byte() % 8 {
+            0 => drop(driver.send(0, &[], &[usize::from(bytes.byte()), 1000])),
+            1 => streams.extend(listener.as_ref().and_then(|l| l.accept_timeout(std::time::Duration::ZERO).ok())),
+            2 => drop(streams.pop()),
+            3 => {
+                if let Some(stream) = streams.last_mut() {
+                    let _ = stream.set_nonblocking(true).map(|()| stream.write(&[7; 5000]));
+                }
+            }
+            4 => (0..3).for_each(|number| driver.poke_watched(number)),
+            _ => {
+                let (op, len) = (u16::from(bytes.byte() % 10), u32::from(u16::from_le_bytes(bytes.number())));
+                let mut packet = Vec::new();
+                let guest = if bytes.byte() == 0 { 99 } else { GUEST_CID };
+                packet.extend_from_slice(&guest.to_le_bytes());
+                packet.extend_from_slice(&2u64.to_le_bytes());
+                let words = [u32::from(bytes.byte() % 4), u32::from(bytes.byte() % 3), len % 3000];
+                words.iter().for_each(|word| packet.extend_from_slice(&word.to_le_bytes()));
+                packet.extend_from_slice(&(1 + u16::from(bytes.byte() == 0)).to_le_bytes());
+                packet.extend_from_slice(&op.to_le_bytes());
+                let words =
+                    [u32::from(bytes.byte()), u32::from_le_bytes(bytes.number()), u32::from_le_bytes(bytes.number())];
+                words.iter().for_each(|word| packet.extend_from_slice(&word.to_le_bytes()));
+                packet.resize(44 + usize::from(u16::from_le_bytes(bytes.number()) % 3000), 5);
+                let (head, tail) = packet.split_at(usize::from(bytes.byte()).min(packet.len()));
+                let pieces: Vec<&[u8]> = [head, tail].into_iter().filter(|p| !p.is_empty()).collect();
+                driver.send(1, &pieces, &[]);
+            }
+        }
+        driver.poke(1);
+        while driver.receive(0).is_some() || driver.receive(1).is_some() {}
+    }
+}
+
+/// Frames of either direction, in any pieces.
+#[cfg(any(feature = "container", test))]
+pub fn proto_frame(data: &[u8]) {
+    use crate::proto::{BootConfig, Decoder, FROM_GUEST_MAX, FROM_HOST_MAX, FromGuest, FromHost};
+    let _ = BootConfig::parse(data);
+    for max in [FROM_GUEST_MAX, FROM_HOST_MAX] {
+        let (mut decoder, mut bytes) = (Decoder::new(max), Bytes(data));
+        let size = usize::from(bytes.byte()) + 1;
+        while !bytes.done() {
+            let mut input = bytes.take(size);
+            while let Ok(Some(frame)) = decoder.next(&mut input) {
+                let _ = FromGuest::parse(&frame);
+                if let Ok(Some(FromHost::Spawn(spawn))) = FromHost::parse(&frame) {
+                    let _ = spawn.argv.iter().chain(spawn.env.iter()).count();
+                }
+            }
+        }
+    }
+}
+
+/// A kernel file of any bytes.
+pub fn kernel_image(data: &[u8]) {
+    let Ok(mut file) = sys::temp_file(&std::env::temp_dir()) else {
+        return;
+    };
+    if file.write_all(data).is_ok() {
+        let _ = Kernel::read(&mut file);
+    }
+}
+
+/// An image's archive of any bytes.
+#[cfg(any(feature = "container", test))]
+pub fn image_tar(data: &[u8]) {
+    crate::container::read_archive(&mut Cursor::new(data));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        #[test]
+        fn any_bytes_are_survived(data in proptest::collection::vec(any::<u8>(), 0..600)) {
+            for door in [queue, mmio, blk_request, vsock_packet, proto_frame, kernel_image, image_tar] {
+                door(&data);
+            }
+        }
+    }
+}

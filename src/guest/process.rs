@@ -1,0 +1,79 @@
+//! A program that the host started, from the request to the last of what it left behind. Owned by the shim's one thread.
+//!
+//! ```text
+//!  Connecting --streams are there--> Starting --is the program--> Running --exit--> Left --group is empty--> Over
+//!                                        `-----could not be-----> Refused --exit--> Over
+//! ```
+
+use super::alloc::vec::Vec;
+use super::cgroup::{Group, Watch};
+use super::spawn::{Report, Wiring};
+use super::sys::{self, SIGKILL};
+
+/// A program that the host started.
+#[derive(Debug)]
+pub(super) struct Process {
+    /// The number that the host gave it.
+    pub(super) id: u32,
+    pub(super) life: Life,
+    pub(super) group: Option<Group>,
+    /// The host killed it: then its SIGKILL is not the OOM killer's.
+    pub(super) killed: bool,
+}
+
+#[derive(Debug)]
+pub(super) enum Life {
+    /// Its streams are being connected; the request waits.
+    Connecting {
+        wiring: Wiring,
+        kind: u32,
+        payload: Vec<u8>,
+    },
+    /// Forked, and not yet known to be the program.
+    Starting {
+        pid: i32,
+        report: Report,
+    },
+    Running {
+        pid: i32,
+    },
+    /// It never became the program, which the host knows, and still has to be reaped.
+    Refused {
+        pid: i32,
+    },
+    /// It has exited, but not all that it started.
+    Left {
+        watch: Watch,
+    },
+    /// To be forgotten.
+    Over,
+}
+
+impl Life {
+    /// While it has one.
+    pub(super) fn pid(&self) -> Option<i32> {
+        match self {
+            Self::Starting { pid, .. } | Self::Running { pid } | Self::Refused { pid } => Some(*pid),
+            _ => None,
+        }
+    }
+}
+
+impl Process {
+    pub(super) fn new(id: u32) -> Self {
+        Self { id, life: Life::Over, group: None, killed: false }
+    }
+
+    /// Kills it and what it started.
+    pub(super) fn kill(&mut self) {
+        self.killed = true;
+        if self.group.as_ref().is_some_and(|group| group.kill().is_ok()) {
+            return;
+        }
+        // Without cgroups, what stayed in its process group.
+        if let Some(pid) = self.life.pid() {
+            let _ = sys::kill(-pid, SIGKILL);
+            let _ = sys::kill(pid, SIGKILL);
+        }
+    }
+}

@@ -1,0 +1,117 @@
+//! Containers: a root file system of their own, and ends in good order.
+
+use std::fs;
+use std::time::{Duration, Instant};
+
+use cofferdam::{Container, ErrorKind, Exit, ExitStatus, Image, Size};
+
+use crate::fixture::{Outcome, PATIENCE, Temp, container, debian_container, kernel};
+use crate::{check, check_eq};
+
+/// Runs a shell command and returns what it printed.
+fn shell(container: &Container, command: &str) -> cofferdam::Result<String> {
+    let output = container.exec(["sh", "-c", command]).timeout(PATIENCE).output()?;
+    Ok(String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).trim().to_owned())
+}
+
+pub fn a_root_file_system_like_any_other() -> Outcome {
+    let container = debian_container().hostname("inside").start()?;
+    check!(shell(&container, "cat /etc/os-release")?.contains("bookworm"));
+    check_eq!(shell(&container, "hostname; stat -c '%U %a' /etc/shadow; stat -c %a /tmp")?, "inside\nroot 640\n1777");
+    check_eq!(shell(&container, "find / -xdev -nouser | wc -l")?, "0");
+    let mounts = shell(&container, "cut -d ' ' -f 2 /proc/mounts")?;
+    for point in ["/proc", "/sys", "/dev", "/dev/pts", "/dev/shm", "/sys/fs/cgroup"] {
+        check!(mounts.lines().any(|line| line == point), "{point} is not mounted: {mounts}");
+    }
+    check_eq!(shell(&container, "echo x | tee /dev/stderr > /dev/null; test -r /dev/urandom && echo y")?, "y\nx");
+    Ok(())
+}
+
+pub fn missing_mount_points_are_made() -> Outcome {
+    let temp = Temp::new()?;
+    fs::create_dir_all(temp.path("root/bin"))?;
+    fs::copy("/bin/busybox", temp.path("root/bin/busybox"))?;
+    let image = Image::open(temp.path("root"))?.cache_dir(temp.path("cache"));
+    let container = Container::builder(image).kernel(kernel()).start_timeout(PATIENCE).start()?;
+    let output = container.exec(["/bin/busybox", "ls", "/"]).output()?;
+    let seen = String::from_utf8_lossy(&output.stdout).into_owned();
+    for name in ["dev", "proc", "sys", "tmp", "run"] {
+        check!(seen.lines().any(|line| line == name), "{name}: {seen}");
+    }
+    Ok(())
+}
+
+pub fn images_from_directories() -> Outcome {
+    let temp = Temp::new()?;
+    fs::create_dir_all(temp.path("root/bin"))?;
+    fs::copy("/bin/busybox", temp.path("root/bin/busybox"))?;
+    fs::write(temp.path("root/greeting"), "from a directory")?;
+    let image = Image::open(temp.path("root"))?.cache_dir(temp.path("cache"));
+    let container = Container::builder(image).kernel(kernel()).start_timeout(PATIENCE).start()?;
+    check_eq!(container.exec(["/bin/busybox", "cat", "/greeting"]).output()?.stdout, b"from a directory");
+    Ok(())
+}
+
+pub fn writes_are_private_and_gone_with_the_container() -> Outcome {
+    let (one, two) = (container()?, container()?);
+    check_eq!(shell(&one, "echo mine > /etc/motd && rm /bin/dd && cat /etc/motd")?, "mine");
+    check_eq!(shell(&two, "test -e /bin/dd && ! grep -q mine /etc/motd && echo untouched")?, "untouched");
+    drop(one);
+    check_eq!(shell(&container()?, "test -e /bin/dd && echo whole")?, "whole");
+    Ok(())
+}
+
+pub fn the_image_is_shared_and_stays_as_it_is() -> Outcome {
+    let container = container()?;
+    check!(shell(&container, "echo x > /dev/vda; echo $?")?.ends_with(|c: char| c != '0'));
+    Ok(())
+}
+
+pub fn stops_in_good_order() -> Outcome {
+    let container = container()?;
+    let mut sleeper = container.exec(["sleep", "1000"]).spawn()?;
+    let exit = container.stop(PATIENCE)?;
+    check!(matches!(exit, Exit::PowerOff), "{exit}");
+    let status = sleeper.wait()?;
+    check!(matches!(status, ExitStatus::Signaled(15) | ExitStatus::VmEnded(_)), "{status}");
+    check!(matches!(container.stop(PATIENCE)?, Exit::PowerOff), "a second stop is no error");
+    Ok(())
+}
+
+pub fn stop_is_bounded_whatever_the_guest_does() -> Outcome {
+    let container = container()?;
+    let _deaf = container.exec(["sh", "-c", "trap '' TERM; while :; do :; done"]).spawn()?;
+    let begin = Instant::now();
+    let exit = container.stop(Duration::from_millis(200))?;
+    check!(matches!(exit, Exit::PowerOff | Exit::Killed(_)), "{exit}");
+    check!(begin.elapsed() < Duration::from_secs(30), "{:?}", begin.elapsed());
+    Ok(())
+}
+
+pub fn everything_ends_with_the_container() -> Outcome {
+    let container = container()?;
+    let process = container.exec(["sleep", "1000"]).spawn()?;
+    drop(container);
+    match process.wait_timeout(PATIENCE) {
+        Ok(Some(ExitStatus::VmEnded(_))) => Ok(()),
+        Err(error) if error.kind() == ErrorKind::InvalidState => Ok(()),
+        other => Err(format!("{other:?}").into()),
+    }
+}
+
+pub fn memory_and_processors_arrive() -> Outcome {
+    let container = debian_container().vcpus(2).memory(Size::mib(512)).disk(Size::gib(1)).start()?;
+    check_eq!(shell(&container, "nproc")?, "2");
+    let mib: u64 = shell(&container, "awk '/MemTotal/ {print int($2 / 1024)}' /proc/meminfo")?.parse()?;
+    check!((440..=512).contains(&mib), "{mib}");
+    let disk: u64 = shell(&container, "df -m --output=size / | tail -n 1")?.parse()?;
+    check!((900..=1024).contains(&disk), "{disk}");
+    Ok(())
+}
+
+pub fn connecting_to_nobody_is_refused() -> Outcome {
+    let container = container()?;
+    let error = container.vm().connect(9999).expect_err("nobody listens");
+    check_eq!(error.kind(), ErrorKind::NotFound);
+    Ok(())
+}

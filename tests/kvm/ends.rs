@@ -1,0 +1,148 @@
+//! Every way a guest can end is told apart, and none is silent.
+
+use std::os::fd::{AsFd, AsRawFd};
+use std::time::{Duration, Instant};
+
+use cofferdam::{Console, Exit, Stage, Vm};
+
+use crate::fixture::{Outcome, PATIENCE, Printed, Temp, guest, run, tiny_kernel};
+use crate::{check, check_eq};
+
+/// `mov dx, 0x600; mov al, N; out dx, al; hlt`
+fn exit_port(value: u8) -> Vec<u8> {
+    vec![0x66, 0xba, 0x00, 0x06, 0xb0, value, 0xee, 0xf4]
+}
+
+/// `jmp .`
+const SPIN: &[u8] = &[0xeb, 0xfe];
+
+fn tiny(code: &[u8]) -> Result<Exit, Box<dyn std::error::Error>> {
+    let temp = Temp::new()?;
+    let vm = Vm::builder(tiny_kernel(&temp, code)?).start()?;
+    Ok(vm.wait_timeout(PATIENCE)?.ok_or("it never ended")?)
+}
+
+pub fn power_off() -> Outcome {
+    let exit = tiny(&exit_port(0x34))?;
+    check!(matches!(exit, Exit::PowerOff), "{exit}");
+    Ok(())
+}
+
+pub fn halt() -> Outcome {
+    let exit = tiny(&exit_port(0x36))?;
+    check!(matches!(exit, Exit::Halt(_)), "{exit}");
+    Ok(())
+}
+
+pub fn init_fault() -> Outcome {
+    let exit = tiny(&exit_port(0x37))?;
+    check!(matches!(exit, Exit::InitFault(_)), "{exit}");
+    Ok(())
+}
+
+pub fn reboot() -> Outcome {
+    let (exit, _) = run(guest("echo last words\nreboot -f"))?;
+    check!(matches!(exit, Exit::Reboot(_)), "{exit}");
+    check!(exit.to_string().contains("last words"), "{exit}");
+    check_eq!(exit.trace().map(|t| t.stage), Some(Stage::DriversReady));
+    Ok(())
+}
+
+pub fn panic() -> Outcome {
+    // PID 1 ends, which no kernel survives.
+    let (exit, _) = run(guest("exit 3"))?;
+    check!(matches!(exit, Exit::Panic(_)), "{exit}");
+    check!(exit.to_string().contains("Attempted to kill init"), "{exit}");
+    Ok(())
+}
+
+pub fn triple_fault() -> Outcome {
+    // An undefined instruction, without anybody to handle it.
+    let exit = tiny(&[0x0f, 0x0b])?;
+    check!(matches!(exit, Exit::TripleFault(_)), "{exit}");
+    // KVM on AMD resets the processor at once; on Intel it still shows where it was.
+    if let Some(registers) = exit.trace().and_then(|t| t.registers.clone()) {
+        check_eq!(registers.rip, 0x10_0000);
+    }
+    Ok(())
+}
+
+pub fn killed_while_it_spins() -> Outcome {
+    let temp = Temp::new()?;
+    let vm = Vm::builder(tiny_kernel(&temp, SPIN)?).vcpus(2).start()?;
+    check!(vm.try_wait()?.is_none());
+    vm.kill();
+    vm.kill();
+    let exit = vm.wait_timeout(PATIENCE)?.ok_or("kill did nothing")?;
+    check!(matches!(exit, Exit::Killed(_)), "{exit}");
+    check!(matches!(vm.wait()?, Exit::Killed(_)));
+    Ok(())
+}
+
+pub fn dropped_while_it_spins() -> Outcome {
+    let temp = Temp::new()?;
+    let vm = Vm::builder(tiny_kernel(&temp, SPIN)?).start()?;
+    let begin = Instant::now();
+    drop(vm);
+    check!(begin.elapsed() < PATIENCE);
+    Ok(())
+}
+
+pub fn ctrl_alt_del_asks_init_to_shut_down() -> Outcome {
+    let printed = Printed::default();
+    let script =
+        "trap 'echo asked; reboot -f' INT\necho 0 > /proc/sys/kernel/ctrl-alt-del\necho up\nwhile :; do sleep 1; done";
+    let vm = guest(script).console(printed.console()).start()?;
+    printed.wait_for("up")?;
+    let exit = vm.shutdown(PATIENCE)?;
+    check!(matches!(exit, Exit::Reboot(_)), "{exit}");
+    check!(printed.text().contains("asked"), "{}", printed.text());
+    Ok(())
+}
+
+pub fn shutdown_ends_a_guest_that_does_not_listen() -> Outcome {
+    let temp = Temp::new()?;
+    let vm = Vm::builder(tiny_kernel(&temp, SPIN)?).start()?;
+    let begin = Instant::now();
+    let exit = vm.shutdown(Duration::from_millis(100))?;
+    check!(matches!(exit, Exit::Killed(_)), "{exit}");
+    check!(begin.elapsed() >= Duration::from_millis(100), "{:?}", begin.elapsed());
+    Ok(())
+}
+
+#[allow(unsafe_code, reason = "waits for a descriptor, as an embedder's event loop would")]
+pub fn the_exit_descriptor_tells() -> Outcome {
+    let temp = Temp::new()?;
+    let vm = Vm::builder(tiny_kernel(&temp, SPIN)?).start()?;
+    let ready = |wait: i32| {
+        let mut poll = libc::pollfd { fd: vm.as_fd().as_raw_fd(), events: libc::POLLIN, revents: 0 };
+        // SAFETY: `poll` is one valid pollfd on this stack, and the count says one.
+        unsafe { libc::poll(&mut poll, 1, wait) == 1 }
+    };
+    check!(!ready(0));
+    vm.kill();
+    check!(ready(60_000));
+    Ok(())
+}
+
+pub fn a_stuck_console_writer_holds_nothing_up() -> Outcome {
+    struct Stuck(std::sync::mpsc::Receiver<()>);
+    impl std::io::Write for Stuck {
+        fn write(&mut self, _: &[u8]) -> std::io::Result<usize> {
+            // Until the test is over.
+            let _ = self.0.recv();
+            Err(std::io::ErrorKind::BrokenPipe.into())
+        }
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+    let (hold, held) = std::sync::mpsc::channel();
+    let vm = guest("yes | head -c 1000000").console(Console::writer(Stuck(held))).start()?;
+    std::thread::sleep(Duration::from_millis(500));
+    vm.kill();
+    let exit = vm.wait_timeout(PATIENCE)?.ok_or("the writer held the end up")?;
+    check!(matches!(exit, Exit::Killed(_)), "{exit}");
+    drop((vm, hold));
+    Ok(())
+}

@@ -1,0 +1,257 @@
+//! Programs in containers, with the vocabulary of `std::process::Command`.
+
+use std::io::{Read, Write};
+use std::time::{Duration, Instant};
+
+use cofferdam::{ErrorKind, Exec, ExitStatus, Size, Stdio};
+
+use crate::fixture::{Outcome, PATIENCE, container, debian_container};
+use crate::{check, check_eq};
+
+fn text(exec: Exec<'_>) -> cofferdam::Result<String> {
+    let output = exec.timeout(PATIENCE).output()?;
+    Ok(String::from_utf8_lossy(&output.stdout).trim_end().to_owned())
+}
+
+pub fn output_and_codes() -> Outcome {
+    let container = container()?;
+    let output = container.exec(["sh", "-c", "echo out; exit 42"]).output()?;
+    check_eq!((output.stdout.as_slice(), output.status.code()), (&b"out\n"[..], Some(42)));
+    check!(container.exec(["true"]).status()?.success());
+    check_eq!(container.exec(["sh", "-c", "exit 126"]).status()?.code(), Some(126));
+    Ok(())
+}
+
+pub fn streams_are_apart() -> Outcome {
+    let output = container()?.exec(["sh", "-c", "echo one; echo two >&2; echo three"]).output()?;
+    check_eq!((output.stdout.as_slice(), output.stderr.as_slice()), (&b"one\nthree\n"[..], &b"two\n"[..]));
+    Ok(())
+}
+
+pub fn environment_and_directory() -> Outcome {
+    let container = container()?;
+    let seen = text(
+        container.exec(["sh", "-c", "echo $A-$B; pwd"]).env("A", "1 2").envs([("B", "3")]).current_dir("/usr/lib"),
+    )?;
+    check_eq!(seen, "1 2-3\n/usr/lib");
+    check_eq!(
+        text(container.exec(["env"]).env("X", "y").env_remove("HOME"))?,
+        "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin\nX=y"
+    );
+    check_eq!(text(container.exec(["env"]).env_clear())?, "");
+    check_eq!(text(container.exec(["printf", "[%s]"]).args(["a b", "", "c\nd"]).arg("*"))?, "[a b][][c\nd][*]");
+    Ok(())
+}
+
+pub fn nothing_of_the_embedder_is_inherited() -> Outcome {
+    let container = container()?;
+    check_eq!(text(container.exec(["sh", "-c", "cat; ls /proc/self/fd | wc -l; umask"]))?, "4\n0022");
+    check_eq!(
+        text(container.exec(["sh", "-c", "grep Sig[BI] /proc/self/status | cut -f 2"]))?,
+        "0000000000000000\n0000000000000000"
+    );
+    Ok(())
+}
+
+pub fn standard_input_ends() -> Outcome {
+    let container = container()?;
+    let mut process = container.exec(["wc", "-c"]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
+    let mut stdin = process.stdin.take().ok_or("no stdin")?;
+    stdin.write_all(b"12345")?;
+    drop(stdin);
+    check_eq!(process.wait_with_output()?.stdout, b"5\n");
+    Ok(())
+}
+
+pub fn binary_data_survives_both_ways() -> Outcome {
+    let container = container()?;
+    let data: Vec<u8> = (0..8u32 << 20).map(|n| (n.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+    let mut process = container.exec(["cat"]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
+    let mut stdin = process.stdin.take().ok_or("no stdin")?;
+    let mut stdout = process.stdout.take().ok_or("no stdout")?;
+    let sent = data.clone();
+    let writer = std::thread::spawn(move || stdin.write_all(&sent));
+    let mut back = Vec::new();
+    stdout.read_to_end(&mut back)?;
+    writer.join().map_err(|_| "the writer panicked")??;
+    check!(back == data, "{} bytes came back of {}", back.len(), data.len());
+    check!(process.wait()?.success());
+    Ok(())
+}
+
+pub fn slow_readers_lose_nothing() -> Outcome {
+    let container = container()?;
+    let mut process = container.exec(["seq", "200000"]).stdout(Stdio::piped()).spawn()?;
+    // The process cannot end before somebody reads; what it wrote last is there after its end.
+    check!(process.wait_timeout(Duration::from_millis(500))?.is_none(), "1.3 MB fit nowhere");
+    let mut printed = String::new();
+    process.stdout.take().ok_or("no stdout")?.read_to_string(&mut printed)?;
+    check_eq!((printed.lines().count(), printed.lines().last()), (200_000, Some("200000")));
+    check!(process.wait()?.success());
+    Ok(())
+}
+
+pub fn signals_end_processes() -> Outcome {
+    let container = container()?;
+    let mut process = container.exec(["sleep", "1000"]).spawn()?;
+    process.signal(15)?;
+    check_eq!(process.wait()?.signal(), Some(15));
+    check_eq!(container.exec(["sh", "-c", "kill -SEGV $$"]).status()?.signal(), Some(11));
+    let process = container.exec(["sleep", "1000"]).spawn()?;
+    check_eq!(process.signal(0).expect_err("no signal").kind(), ErrorKind::InvalidConfig);
+    Ok(())
+}
+
+pub fn kill_takes_all_that_was_started() -> Outcome {
+    let container = container()?;
+    let mut process = container.exec(["sh", "-c", "sleep 4321 & sleep 4321 & wait"]).spawn()?;
+    while text(container.exec(["sh", "-c", "grep -l 4321 /proc/[0-9]*/cmdline | wc -l"]))? < "4".into() {}
+    process.kill()?;
+    check_eq!(process.wait()?.signal(), Some(9));
+    let left = "for f in /proc/[0-9]*/cmdline; do tr '\\0' ' ' < $f 2>/dev/null; echo; done | grep -c '^sleep 4321'";
+    let begin = Instant::now();
+    while text(container.exec(["sh", "-c", left]))? != "0" {
+        check!(begin.elapsed() < PATIENCE, "something was left");
+    }
+    Ok(())
+}
+
+pub fn time_outs_kill_what_was_started() -> Outcome {
+    let container = container()?;
+    let begin = Instant::now();
+    let output =
+        container.exec(["sh", "-c", "echo begun; sleep 4321 & sleep 4321"]).timeout(Duration::from_secs(1)).output()?;
+    check!(matches!(output.status, ExitStatus::TimedOut), "{}", output.status);
+    check_eq!(output.stdout, b"begun\n");
+    check!(begin.elapsed() < PATIENCE);
+    // Nobody has to wait for it to be kept.
+    let process = container.exec(["sleep", "4321"]).timeout(Duration::from_millis(100)).spawn()?;
+    let status = process.wait_timeout(PATIENCE)?.ok_or("it runs on")?;
+    check!(matches!(status, ExitStatus::TimedOut), "{status}");
+    Ok(())
+}
+
+pub fn background_processes_hold_nothing_up() -> Outcome {
+    let container = container()?;
+    let begin = Instant::now();
+    let output = container.exec(["sh", "-c", "sleep 1000 & echo done"]).output()?;
+    check_eq!((output.stdout.as_slice(), output.status.code()), (&b"done\n"[..], Some(0)));
+    check!(begin.elapsed() < Duration::from_secs(500));
+    Ok(())
+}
+
+pub fn waiting_and_not_waiting() -> Outcome {
+    let container = container()?;
+    let mut process = container.exec(["cat"]).stdin(Stdio::piped()).spawn()?;
+    check!(process.try_wait()?.is_none());
+    check!(process.wait_timeout(Duration::from_millis(50))?.is_none());
+    // Waiting closes standard input, which ends `cat`.
+    check!(process.wait()?.success());
+    check!(process.try_wait()?.is_some_and(|status| status.success()));
+    Ok(())
+}
+
+pub fn what_cannot_run_is_named() -> Outcome {
+    let container = container()?;
+    let arm = "printf '\\177ELF\\2\\1\\1\\0\\0\\0\\0\\0\\0\\0\\0\\0\\2\\0\\267\\0\\1\\0\\0\\0' > /arm; chmod 755 /arm; echo text > /text; chmod 755 /text";
+    container.exec(["sh", "-c", arm]).status()?;
+    let cases = [
+        (container.exec(["nonesuch"]), ErrorKind::NotFound, "nonesuch"),
+        (container.exec(["/no/such/program"]), ErrorKind::NotFound, "/no/such/program"),
+        (container.exec(["/etc/passwd"]), ErrorKind::PermissionDenied, "/etc/passwd"),
+        (container.exec(["/etc"]), ErrorKind::PermissionDenied, "/etc"),
+        (container.exec(["/arm"]), ErrorKind::Incompatible, "another processor"),
+        (container.exec(["/text"]), ErrorKind::Incompatible, "/text"),
+        (container.exec(["true"]).current_dir("/no/such/dir"), ErrorKind::NotFound, "/no/such/dir"),
+        (container.exec(["true"]).current_dir("/etc/passwd"), ErrorKind::Io, "/etc/passwd"),
+        (container.exec([""]), ErrorKind::InvalidConfig, "no program"),
+        (container.exec(["a\0b"]), ErrorKind::InvalidConfig, "NUL"),
+        (container.exec(["true"]).env("A=B", "c"), ErrorKind::InvalidConfig, "A=B"),
+    ];
+    for (exec, kind, word) in cases {
+        let error = exec.spawn().map(drop).expect_err(word);
+        check!(error.kind() == kind && error.to_string().contains(word), "{word}: {error:?}");
+    }
+    Ok(())
+}
+
+pub fn output_is_bounded() -> Outcome {
+    let container = container()?;
+    let error = container.exec(["yes"]).output_limit(Size::mib(1)).output().expect_err("yes never ends");
+    check_eq!(error.kind(), ErrorKind::ResourceExhausted);
+    check!(error.to_string().contains("1 MiB"), "{error}");
+    Ok(())
+}
+
+pub fn want_of_memory_is_told() -> Outcome {
+    let container = debian_container().memory(Size::mib(160)).start()?;
+    let status = container.exec(["sh", "-c", "exec tail /dev/zero"]).timeout(PATIENCE).status()?;
+    check!(matches!(status, ExitStatus::OomKilled), "{status}");
+    check!(container.exec(["true"]).status()?.success(), "the container goes on");
+    Ok(())
+}
+
+pub fn many_at_once() -> Outcome {
+    let container = container()?;
+    let processes = (0..50).map(|n| {
+        container
+            .exec(["sh", "-c", "cat; echo $0"])
+            .arg(n.to_string())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+    });
+    for (n, process) in processes.collect::<Result<Vec<_>, _>>()?.into_iter().enumerate() {
+        check_eq!(String::from_utf8_lossy(&process.wait_with_output()?.stdout).trim(), n.to_string());
+    }
+    Ok(())
+}
+
+pub fn a_reader_that_stops_breaks_the_pipe() -> Outcome {
+    let container = container()?;
+    let mut process = container.exec(["yes"]).stdout(Stdio::piped()).spawn()?;
+    let mut stdout = process.stdout.take().ok_or("no stdout")?;
+    let mut some = [0; 1000];
+    stdout.read_exact(&mut some)?;
+    drop(stdout);
+    let status = process.wait_timeout(PATIENCE)?.ok_or("it goes on writing")?;
+    check!(status.signal() == Some(13) || status.code() == Some(1), "{status}");
+    Ok(())
+}
+
+pub fn pid_1_survives_kill_all() -> Outcome {
+    let container = container()?;
+    let status = container.exec(["sh", "-c", "kill -9 -1; kill -9 1; sleep 1; exit 5"]).timeout(PATIENCE).status()?;
+    // A shell does not signal itself with -1.
+    check!(matches!(status, ExitStatus::Exited(5) | ExitStatus::Signaled(9)), "{status}");
+    check_eq!(text(container.exec(["echo", "alive"]))?, "alive");
+    Ok(())
+}
+
+pub fn orphans_are_reaped() -> Outcome {
+    let container = container()?;
+    container.exec(["sh", "-c", "for n in $(seq 50); do sh -c 'sleep 0.01 &' & done; wait"]).status()?;
+    let zombies = "sleep 0.5; grep -l '^State:.Z' /proc/[0-9]*/status 2>/dev/null | wc -l";
+    check_eq!(text(container.exec(["sh", "-c", zombies]))?, "0");
+    Ok(())
+}
+
+pub fn the_end_of_the_machine_is_told() -> Outcome {
+    let container = container()?;
+    let mut process = container.exec(["sleep", "1000"]).spawn()?;
+    container.kill();
+    let status = process.wait()?;
+    check!(matches!(status, ExitStatus::VmEnded(_)), "{status}");
+    let error = container.exec(["true"]).spawn().map(drop).expect_err("the machine is gone");
+    check_eq!(error.kind(), ErrorKind::InvalidState);
+    Ok(())
+}
+
+pub fn large_arguments() -> Outcome {
+    let container = container()?;
+    let long = "x".repeat(100_000);
+    check_eq!(text(container.exec(["sh", "-c", "echo ${#0} ${#A}"]).arg(&long).env("A", &long))?, "100000 100000");
+    let error = container.exec(["true"]).args((0..50).map(|_| long.clone())).spawn().map(drop).expect_err("5 MB");
+    check_eq!(error.kind(), ErrorKind::InvalidConfig);
+    Ok(())
+}

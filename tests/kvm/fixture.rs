@@ -1,0 +1,180 @@
+//! Guests that are ready to be tested with.
+
+use std::error::Error;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::Duration;
+
+use cofferdam::{Console, Container, ContainerBuilder, Exit, Image, Initramfs, Kernel, Size, Vm, VmBuilder};
+
+/// What a test returns.
+pub type Outcome = Result<(), Box<dyn Error>>;
+
+/// Longer than anything takes in the lab, where a guest's second may be many.
+pub const PATIENCE: Duration = Duration::from_secs(120);
+
+/// Fails the test unless the condition holds, and says what was seen.
+#[macro_export]
+macro_rules! check {
+    ($condition:expr, $($seen:tt)*) => {
+        if !$condition {
+            return Err(format!("not so: {} — {}", stringify!($condition), format_args!($($seen)*)).into());
+        }
+    };
+    ($condition:expr) => { $crate::check!($condition, "") };
+}
+
+/// Fails the test unless both are equal.
+#[macro_export]
+macro_rules! check_eq {
+    ($left:expr, $right:expr) => {
+        match (&$left, &$right) {
+            (left, right) if left != right => {
+                return Err(format!("{} is {left:?} instead of {right:?}", stringify!($left)).into());
+            }
+            _ => {}
+        }
+    };
+}
+
+fn cache() -> PathBuf {
+    let base = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
+    base.unwrap_or_else(|| PathBuf::from(std::env::var_os("HOME").unwrap_or_default()).join(".cache")).join("cofferdam")
+}
+
+/// Our kernel, opened once.
+pub fn kernel() -> Kernel {
+    static KERNEL: OnceLock<Kernel> = OnceLock::new();
+    KERNEL.get_or_init(|| Kernel::find().expect("run `make setup` first")).clone()
+}
+
+/// The same kernel as distributions ship theirs.
+pub fn bzimage() -> cofferdam::Result<Kernel> {
+    Kernel::open(cache().join("kernel/bzImage"))
+}
+
+/// The root file system of Debian that `make setup` made.
+pub fn debian() -> Image {
+    Image::open(cache().join("images/debian-12.tar")).expect("run `make setup` first")
+}
+
+/// What a guest printed.
+#[derive(Clone, Default)]
+pub struct Printed(Arc<Mutex<Vec<u8>>>);
+
+impl Printed {
+    pub fn text(&self) -> String {
+        String::from_utf8_lossy(&self.0.lock().unwrap_or_else(PoisonError::into_inner)).into_owned()
+    }
+
+    pub fn console(&self) -> Console {
+        Console::writer(self.clone())
+    }
+
+    /// Waits until `word` was printed.
+    pub fn wait_for(&self, word: &str) -> Outcome {
+        let deadline = std::time::Instant::now() + PATIENCE;
+        while !self.text().contains(word) {
+            check!(std::time::Instant::now() < deadline, "{word} was never printed: {}", self.text());
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        Ok(())
+    }
+}
+
+impl Write for Printed {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// An initramfs in which busybox runs `script` as PID 1.
+pub fn busybox(script: &str) -> Initramfs {
+    let program = std::fs::read("/bin/busybox").expect("busybox-static is not installed: run `make setup` first");
+    let init = format!(
+        "#!/bin/busybox sh\nexport PATH=/bin\n/bin/busybox --install -s /bin\nmount -t proc proc /proc\nmount -t sysfs sys /sys\nmount -t devtmpfs dev /dev\n{script}\n"
+    );
+    Initramfs::new()
+        .directory("/bin", 0o755)
+        .directory("/proc", 0o755)
+        .directory("/sys", 0o755)
+        .directory("/dev", 0o755)
+        .character_device("/dev/console", 0o600, (5, 1))
+        .file("/bin/busybox", 0o755, program)
+        .file("/init", 0o755, init)
+}
+
+/// A VM in which busybox runs `script` as PID 1.
+pub fn guest(script: &str) -> VmBuilder {
+    Vm::builder(kernel().cmdline("console=hvc0 quiet").initramfs(busybox(script))).memory(Size::mib(128))
+}
+
+/// Runs `script` to the end of the machine; how it ended and what it printed.
+pub fn run(builder: VmBuilder) -> Result<(Exit, String), Box<dyn Error>> {
+    let printed = Printed::default();
+    let vm = builder.console(printed.console()).start()?;
+    let exit = vm.wait_timeout(PATIENCE)?.ok_or_else(|| format!("it never ended: {}", vm.trace()))?;
+    // The kernel's own messages, which begin with their time, come in between when something is slow.
+    let text = printed.text().lines().filter(|line| !line.starts_with('[')).collect::<Vec<_>>().join("\n");
+    Ok((exit, text))
+}
+
+/// A container of Debian with these settings.
+pub fn debian_container() -> ContainerBuilder {
+    Container::builder(debian()).kernel(kernel()).start_timeout(PATIENCE)
+}
+
+/// A running container of Debian.
+pub fn container() -> cofferdam::Result<Container> {
+    debian_container().start()
+}
+
+/// A folder that goes away with its test.
+pub struct Temp(PathBuf);
+
+impl Temp {
+    pub fn new() -> std::io::Result<Self> {
+        static NEXT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
+        let n = NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let path = std::env::temp_dir().join(format!("cofferdam-test-{}-{n}", std::process::id()));
+        std::fs::create_dir_all(&path)?;
+        Ok(Self(path))
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.0.join(name)
+    }
+}
+
+impl Drop for Temp {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// The smallest ELF kernel: `code` at 1 MiB, entered at its start in 64-bit mode.
+pub fn tiny_kernel(temp: &Temp, code: &[u8]) -> cofferdam::Result<Kernel> {
+    let mut file = vec![0u8; 120];
+    let mut put = |at: usize, bytes: &[u8]| file[at..at + bytes.len()].copy_from_slice(bytes);
+    put(0, &[0x7f, b'E', b'L', b'F', 2, 1, 1]);
+    put(16, &[2, 0, 62, 0]);
+    put(24, &0x10_0000u64.to_le_bytes());
+    put(32, &64u64.to_le_bytes());
+    put(52, &[64, 0, 56, 0, 1, 0]);
+    put(64, &1u32.to_le_bytes());
+    put(72, &120u64.to_le_bytes());
+    put(80, &0x10_0000u64.to_le_bytes());
+    put(88, &0x10_0000u64.to_le_bytes());
+    put(96, &(code.len() as u64).to_le_bytes());
+    put(104, &(code.len() as u64).to_le_bytes());
+    file.extend_from_slice(code);
+    let path: &Path = &temp.path("kernel");
+    std::fs::write(path, file)?;
+    Kernel::open(path)
+}

@@ -1,0 +1,73 @@
+//! Real guests through the public API: every test here boots at least one virtual machine.
+//!
+//! Where the machine has no hardware KVM, cargo's runner takes this program into the lab (lab/README.md). Nothing is
+//! skipped silently: without KVM every test fails and says what to do, unless COFFERDAM_WITHOUT_KVM=1 asks for them to
+//! be counted and printed as ignored.
+
+#![allow(clippy::expect_used, reason = "a failure here is the test's")]
+
+mod boot;
+mod container;
+mod disk;
+mod ends;
+mod exec;
+mod fixture;
+mod many;
+mod start;
+
+use std::process::ExitCode;
+
+use cofferdam::Host;
+use libtest_mimic::{Arguments, Completion, Failed, Trial};
+
+/// A test, under its name.
+type Test = (&'static str, fn() -> Result<(), Failed>);
+
+/// Names the functions of a module as tests.
+macro_rules! tests {
+    ($($module:ident: $($name:ident)*;)*) => {
+        const TESTS: &[Test] = &[$($((concat!(stringify!($module), "::", stringify!($name)), || {
+            $module::$name().map_err(|e| Failed::from(e.to_string()))
+        }),)*)*];
+    };
+}
+
+tests! {
+    boot: vmlinux bzimage two_processors memory_around_the_hole serial_port command_line_arguments_reach_init
+        a_timeline_is_kept;
+    ends: power_off reboot halt panic triple_fault init_fault killed_while_it_spins dropped_while_it_spins
+        ctrl_alt_del_asks_init_to_shut_down shutdown_ends_a_guest_that_does_not_listen the_exit_descriptor_tells
+        a_stuck_console_writer_holds_nothing_up;
+    disk: written_and_read_back order_is_meaning read_only_is_kept one_writer_or_many_readers sizes_arrive;
+    container: a_root_file_system_like_any_other missing_mount_points_are_made images_from_directories
+        writes_are_private_and_gone_with_the_container stops_in_good_order
+        stop_is_bounded_whatever_the_guest_does everything_ends_with_the_container memory_and_processors_arrive
+        connecting_to_nobody_is_refused the_image_is_shared_and_stays_as_it_is;
+    exec: output_and_codes streams_are_apart environment_and_directory standard_input_ends
+        binary_data_survives_both_ways signals_end_processes kill_takes_all_that_was_started
+        time_outs_kill_what_was_started background_processes_hold_nothing_up waiting_and_not_waiting
+        what_cannot_run_is_named output_is_bounded want_of_memory_is_told many_at_once
+        nothing_of_the_embedder_is_inherited a_reader_that_stops_breaks_the_pipe pid_1_survives_kill_all
+        orphans_are_reaped slow_readers_lose_nothing the_end_of_the_machine_is_told large_arguments;
+    many: ten_machines_in_one_process starting_and_ending_leaves_nothing_behind two_kernels_side_by_side;
+    start: a_guest_that_is_never_ready_names_its_stage a_guest_that_ends_first_says_how a_broken_shim_is_told;
+}
+
+fn main() -> ExitCode {
+    let mut arguments = Arguments::from_args();
+    // Guests compete for two processors in the lab; more at once only makes each slower.
+    arguments.test_threads.get_or_insert(2);
+    let without = std::env::var_os("COFFERDAM_WITHOUT_KVM").is_some_and(|v| v == "1");
+    let missing = Host::probe().ready().err().map(|e| e.to_string());
+    let trial = |&(name, test): &Test| {
+        let missing = missing.clone();
+        Trial::ignorable_test(name, move || match &missing {
+            None => test().map(|()| Completion::Completed),
+            Some(why) if without => Ok(Completion::ignored_with(why)),
+            Some(why) => {
+                Err(Failed::from(format!("{why}; run `cargo test` as it is to use the lab, see lab/README.md")))
+            }
+        })
+    };
+    libtest_mimic::run(&arguments, TESTS.iter().map(trial).collect()).exit_code()
+}

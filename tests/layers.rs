@@ -1,0 +1,151 @@
+//! The architecture, enforced: who may import whom, how large a file may be, what every file begins with.
+
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a failure here is the test's")]
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// Every layer and what it may import. `vm` never sees the protocol, `virtio` never sees the hypervisor.
+const LAYERS: &[(&str, &[&str])] = &[
+    ("error", &[]),
+    ("size", &[]),
+    ("proto", &[]),
+    ("sys", &["error", "size"]),
+    ("memory", &["sys", "error", "size"]),
+    ("event", &["sys", "error"]),
+    ("bus", &["sys", "error"]),
+    ("irq", &["sys", "error"]),
+    ("kvm", &["sys", "memory", "error"]),
+    ("arch", &["kvm", "memory", "error", "size"]),
+    ("boot", &["memory", "arch", "sys", "error"]),
+    ("legacy", &["bus", "irq", "arch", "sys", "error"]),
+    ("virtio", &["sys", "memory", "bus", "irq", "event", "error", "size"]),
+    ("vm", &["error", "size", "sys", "memory", "event", "bus", "irq", "kvm", "arch", "boot", "legacy", "virtio"]),
+    ("container", &["error", "size", "sys", "event", "boot", "virtio", "vm", "proto"]),
+    ("guest", &["proto"]),
+    // For fuzzing and tests only: stands outside and knocks.
+    ("doors", &["error", "size", "sys", "memory", "event", "bus", "boot", "virtio", "container", "proto"]),
+];
+
+/// Crates that live in one layer only.
+const CRATES: &[(&str, &[&str])] = &[
+    ("kvm_ioctls", &["kvm"]),
+    ("kvm_bindings", &["kvm", "arch"]),
+    ("vm_memory", &["memory"]),
+    ("linux_loader", &["boot"]),
+    ("virtio_queue", &["virtio"]),
+    ("vmm_sys_util", &["sys"]),
+    ("vm_superio", &["legacy"]),
+    ("arcbox_ext4", &["container"]),
+];
+
+/// Folders in which `unsafe` may be allowed.
+const UNSAFE: &[&str] = &["sys", "memory", "kvm", "guest"];
+
+/// Lines of code, without blank ones, comments and tests, that still are one idea.
+const MAX_CODE: usize = 500;
+
+struct Source {
+    path: PathBuf,
+    layer: String,
+    text: String,
+}
+
+fn sources() -> Vec<Source> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let (mut found, mut folders) = (Vec::new(), vec![root.clone()]);
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                folders.push(path);
+            } else if path.extension().is_some_and(|e| e == "rs") {
+                let inside = path.strip_prefix(&root).unwrap();
+                let layer = inside.iter().next().unwrap().to_string_lossy().trim_end_matches(".rs").to_owned();
+                found.push(Source { text: fs::read_to_string(&path).unwrap(), path, layer });
+            }
+        }
+    }
+    assert!(found.len() > 40, "the sources were not found");
+    found
+}
+
+/// The code before the file's own tests, without comments.
+fn code(text: &str) -> impl Iterator<Item = &str> {
+    let end = text.find("#[cfg(test)]\nmod tests {").unwrap_or(text.len());
+    text[..end].lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with("//"))
+}
+
+/// Every `crate::name` in the code.
+fn imports(text: &str) -> Vec<String> {
+    let words = |line: &str| {
+        let after = line.split("crate::").skip(1).map(str::to_owned).collect::<Vec<_>>();
+        after.into_iter().map(|rest| rest.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect::<String>())
+    };
+    code(text).flat_map(words).filter(|name| !name.is_empty()).collect()
+}
+
+#[test]
+fn layers_import_only_what_lies_below() {
+    let table: BTreeMap<_, _> = LAYERS.iter().copied().collect();
+    for source in sources().iter().filter(|s| s.layer != "lib") {
+        let allowed =
+            table.get(source.layer.as_str()).unwrap_or_else(|| panic!("{} is not in the table", source.layer));
+        for import in imports(&source.text) {
+            // What the crate's root re-exports, in documentation links, and macros are no layers.
+            let known = table.contains_key(import.as_str());
+            let fine = !known || import == source.layer || allowed.contains(&import.as_str());
+            assert!(fine, "{} imports crate::{import}, which lies above", source.path.display());
+        }
+    }
+}
+
+#[test]
+fn dependencies_live_in_one_layer() {
+    for source in sources() {
+        for (name, layers) in CRATES {
+            let used = code(&source.text).any(|line| line.contains(&format!("{name}::")));
+            assert!(!used || layers.contains(&source.layer.as_str()), "{} uses {name}", source.path.display());
+        }
+    }
+}
+
+#[test]
+fn unsafe_is_allowed_in_marked_folders_only() {
+    for source in sources().iter().filter(|s| !UNSAFE.contains(&s.layer.as_str())) {
+        assert!(!source.text.contains("allow(unsafe_code"), "{} allows unsafe code", source.path.display());
+    }
+}
+
+#[test]
+fn files_say_what_they_are_and_hold_one_idea() {
+    for source in sources() {
+        let path = source.path.display();
+        assert!(source.text.starts_with("//!"), "{path} does not begin with what it is");
+        let lines = code(&source.text).count();
+        assert!(lines <= MAX_CODE, "{path} has {lines} lines of code: that is two ideas");
+        let name = source.path.file_stem().unwrap().to_string_lossy();
+        let forbidden = ["utils", "common", "helpers", "manager", "types", "misc"];
+        assert!(!forbidden.contains(&&*name), "{path}: the name says nothing");
+    }
+}
+
+#[test]
+fn nothing_behaves_like_a_process() {
+    for source in sources().iter().filter(|s| s.layer != "guest") {
+        for word in [
+            "process::exit",
+            "libc::_exit",
+            "println!",
+            "eprintln!",
+            "set_hook",
+            "set_logger",
+            "todo!",
+            "unimplemented!",
+        ] {
+            let found = code(&source.text).any(|line| line.contains(word));
+            assert!(!found, "{} has {word}", source.path.display());
+        }
+    }
+}
