@@ -31,7 +31,7 @@ setup: tools
 
 tools:
 	@command -v cargo >/dev/null || { echo "make: cargo is not installed; see https://rustup.rs" >&2; exit 1; }
-	@lab/need gcc libc6-dev
+	@lab/need gcc libc6-dev busybox-static
 
 clean-cache:
 	rm -rf "$(CACHE)"

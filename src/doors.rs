@@ -224,6 +224,122 @@ pub fn image_tar(data: &[u8]) {
     crate::container::read_archive(&mut Cursor::new(data));
 }
 
+/// Devices with a driver in front of them, for `benches/virtio.rs`.
+#[cfg(feature = "internals")]
+pub mod bench {
+    use std::fs::File;
+    use std::io::Read;
+
+    use super::*;
+    use crate::virtio::vsock::VsockStream;
+
+    const PAGE: usize = 4096;
+
+    /// The shortest way through a queue: an entropy device that is asked for nothing.
+    #[derive(Debug)]
+    pub struct Queue(Driver<Rng>);
+
+    impl Queue {
+        #[allow(clippy::new_without_default, missing_docs, reason = "for this repository's bench alone")]
+        pub fn new() -> Self {
+            Self(Driver::start(Rng))
+        }
+
+        /// `n` chains of one buffer, one kick each.
+        pub fn run(&mut self, n: u32) {
+            for _ in 0..n {
+                self.0.send(0, &[b"x"], &[]);
+                self.0.poke(0);
+                self.0.receive(0);
+            }
+        }
+    }
+
+    /// A disk on a file in the page cache.
+    #[derive(Debug)]
+    pub struct Blk(Driver<super::Blk>, File);
+
+    impl Blk {
+        #[allow(
+            clippy::new_without_default,
+            missing_docs,
+            clippy::unwrap_used,
+            reason = "for this repository's bench alone"
+        )]
+        pub fn new() -> Self {
+            let file = sys::scratch_file(crate::Size::mib(1)).unwrap();
+            let disk = DiskFile::from_file(file.try_clone().unwrap(), false).unwrap();
+            Self(Driver::start(super::Blk::new(disk, "")), file)
+        }
+
+        /// The file itself.
+        #[allow(clippy::unwrap_used, reason = "for this repository's bench alone")]
+        pub fn file(&self) -> File {
+            self.1.try_clone().unwrap()
+        }
+
+        /// `n` reads of 4 KiB, one kick each.
+        pub fn run(&mut self, n: u32) {
+            for _ in 0..n {
+                self.0.send(0, &[&[0; 16]], &[PAGE, 1]);
+                self.0.poke(0);
+                self.0.receive(0);
+            }
+        }
+    }
+
+    /// One connection with a guest.
+    #[derive(Debug)]
+    pub struct Vsock(Driver<super::Vsock>, VsockStream);
+
+    /// A packet's header from the guest (Virtio 1.3, 5.10.6).
+    fn header(op: u16, len: usize) -> Vec<u8> {
+        let words = [5u32, 1, len as u32];
+        let mut packet = [GUEST_CID.to_le_bytes(), 2u64.to_le_bytes()].concat();
+        words.iter().for_each(|word| packet.extend_from_slice(&word.to_le_bytes()));
+        packet.extend_from_slice(&[1, 0]);
+        packet.extend_from_slice(&op.to_le_bytes());
+        packet.extend_from_slice(&[0, 0, 0, 0, 0, 0, 16, 0, 0, 0, 0, 0]);
+        packet
+    }
+
+    impl Vsock {
+        #[allow(
+            clippy::new_without_default,
+            missing_docs,
+            clippy::unwrap_used,
+            reason = "for this repository's bench alone"
+        )]
+        pub fn new() -> Self {
+            let mut device = super::Vsock::new();
+            let listener = device.listen(1).unwrap();
+            let mut driver = Driver::start(device);
+            for _ in 0..64 {
+                driver.send(0, &[], &[PAGE]);
+            }
+            driver.send(1, &[&header(1, 0)], &[]);
+            driver.poke(1);
+            let stream = listener.accept_timeout(std::time::Duration::ZERO).unwrap();
+            Self(driver, stream)
+        }
+
+        /// `n` packets of 4 KiB, each read by the embedder at once.
+        #[allow(clippy::unwrap_used, reason = "for this repository's bench alone")]
+        pub fn run(&mut self, n: u32) {
+            let (header, mut page) = (header(5, PAGE), [0; PAGE]);
+            for _ in 0..n {
+                self.0.send(1, &[&header, &page], &[]);
+                self.0.poke(1);
+                self.1.read_exact(&mut page).unwrap();
+                self.0.receive(1);
+                while self.0.receive(0).is_some() {
+                    self.0.send(0, &[], &[PAGE]);
+                }
+            }
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -1,0 +1,70 @@
+//! What one request costs in the device model, without KVM: through queue, block device and vsock.
+//!
+//! Printed in nanoseconds here and then, by running itself in the lab's virtual time, in instructions.
+
+#![allow(clippy::print_stdout, clippy::expect_used, reason = "a bench prints, and fails loudly")]
+
+use std::io::{Read, Write};
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
+use std::process::Command;
+use std::time::Instant;
+
+use cofferdam::doors::bench;
+
+/// Nanoseconds for one of `n`.
+fn each(n: u32, mut f: impl FnMut()) -> f64 {
+    // Once for the caches.
+    f();
+    let begin = Instant::now();
+    f();
+    begin.elapsed().as_nanos() as f64 / f64::from(n)
+}
+
+fn figure(name: &str, unit: &str, value: f64, peer: Option<f64>) {
+    let (peer, ratio) = match peer {
+        Some(peer) => (format!("{peer:.0}"), format!("{:.2}", peer / value)),
+        None => ("null".into(), "null".into()),
+    };
+    println!(
+        r#"{{"bench":"virtio","figure":"{name}","value":{value:.0},"unit":"{unit}","peer":{peer},"ratio":{ratio}}}"#
+    );
+}
+
+fn measure(unit: &str, n: u32) {
+    let mut queue = bench::Queue::new();
+    figure("queue: one chain, kick to interrupt", unit, each(n, || queue.run(n)), None);
+
+    let mut blk = bench::Blk::new();
+    let (file, mut page) = (blk.file(), vec![0; 4096]);
+    let pread = each(n, || (0..n).for_each(|_| file.read_exact_at(&mut page, 0).expect("a read")));
+    figure("blk: 4 KiB read, kick to interrupt (peer: the pread alone)", unit, each(n, || blk.run(n)), Some(pread));
+
+    let mut vsock = bench::Vsock::new();
+    let (mut near, mut far) = UnixStream::pair().expect("a socket pair");
+    let pair = each(n, || {
+        (0..n).for_each(|_| {
+            near.write_all(&page).expect("a write");
+            far.read_exact(&mut page).expect("a read");
+        });
+    });
+    figure(
+        "vsock: 4 KiB from guest to embedder (peer: the socket pair alone)",
+        unit,
+        each(n, || vsock.run(n)),
+        Some(pair),
+    );
+}
+
+fn main() {
+    if std::env::var_os("COFFERDAM_IN_LAB").is_some() {
+        return measure("instructions", 2_000);
+    }
+    measure("ns", 50_000);
+    let this = std::env::current_exe().expect("this program");
+    let lab = concat!(env!("CARGO_MANIFEST_DIR"), "/lab/run");
+    let status = Command::new(lab).arg("--icount").arg(this).status();
+    if !status.is_ok_and(|s| s.success()) {
+        println!("the lab did not run, so there are no instruction counts");
+    }
+}
