@@ -229,3 +229,77 @@ impl Chain {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::GuestAddress;
+    use proptest::prelude::*;
+
+    fn chain(memory: &GuestMemory, readable: &[usize], writable: &[usize]) -> Chain {
+        let (mut descriptors, mut at) = (Vec::new(), 0x1000);
+        let count = readable.len() + writable.len();
+        for (n, len) in readable.iter().chain(writable).enumerate() {
+            let flags = u16::from(n + 1 < count) | if n >= readable.len() { 2 } else { 0 };
+            descriptors.push(Descriptor::new(at, *len as u32, flags, 0));
+            at += *len as u64;
+        }
+        Chain::collect(0, memory, descriptors.into_iter()).unwrap()
+    }
+
+    fn memory() -> GuestMemory {
+        GuestMemory::anonymous(&[(GuestAddress(0), 1 << 20)]).unwrap()
+    }
+
+    #[test]
+    fn mistakes_of_the_driver_are_told_apart() {
+        let memory = memory();
+        let collect = |descriptors: &[(u64, u32, u16)]| {
+            let all = descriptors.iter().map(|(addr, len, flags)| Descriptor::new(*addr, *len, *flags, 0));
+            Chain::collect(0, &memory, all).map(drop)
+        };
+        assert!(matches!(collect(&[(1 << 20, 1, 0)]), Err(ChainError::OutOfBounds(_))));
+        assert_eq!(collect(&[(0, 1, 3), (0, 1, 0)]), Err(ChainError::Order));
+        assert_eq!(collect(&[(0, 1, 1)]), Err(ChainError::Endless));
+        assert!(matches!(
+            collect(&[(0, u32::MAX, 1), (0, 1, 0)]),
+            Err(ChainError::OutOfBounds(_) | ChainError::TooLong)
+        ));
+        assert_eq!(collect(&[(0, 0, 0)]), Ok(()));
+    }
+
+    proptest! {
+        /// However the driver splits its buffers and the device its accesses, the bytes are those of one long buffer.
+        #[test]
+        fn splits_do_not_matter(
+            readable in proptest::collection::vec(0usize..300, 1..6),
+            writable in proptest::collection::vec(0usize..300, 1..6),
+            steps in proptest::collection::vec(0usize..200, 1..20),
+        ) {
+            let memory = memory();
+            let (to_read, to_write) = (readable.iter().sum::<usize>(), writable.iter().sum::<usize>());
+            let model: Vec<u8> = (0..to_read + to_write).map(|n| n as u8).collect();
+            memory.write(GuestAddress(0x1000), &model[..to_read]).unwrap();
+            let mut chain = chain(&memory, &readable, &writable);
+            let (mut read, mut written) = (Vec::new(), 0);
+            for step in steps {
+                let mut buffer = vec![0; step];
+                match chain.read_into(&mut buffer) {
+                    Ok(()) => read.extend(buffer),
+                    Err(TooShort) => prop_assert!(step > chain.readable_len()),
+                }
+                let end = (to_read + written + step).min(model.len());
+                let piece = &model[to_read + written..end];
+                if piece.len() == step {
+                    chain.write(piece).unwrap();
+                    written += step;
+                }
+            }
+            prop_assert_eq!(&read, &model[..read.len()]);
+            prop_assert_eq!((chain.writable_len(), chain.written() as usize), (to_write - written, written));
+            let mut back = vec![0; written];
+            memory.read(GuestAddress(0x1000 + to_read as u64), &mut back).unwrap();
+            prop_assert_eq!(&back, &model[to_read..to_read + written]);
+        }
+    }
+}

@@ -298,3 +298,115 @@ impl BusDevice for MmioTransport {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::event::Loop;
+    use crate::memory::GuestAddress;
+    use crate::virtio::VirtioDevice;
+    use crate::virtio::rng::Rng;
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    /// A transport with its device on a loop; the registers as a driver uses them.
+    struct Rig {
+        transport: MmioTransport,
+        memory: GuestMemory,
+        _devices: Loop<Slots>,
+    }
+
+    impl Rig {
+        fn new() -> Self {
+            let devices = Loop::start("test", |s| Slots::new(vec![Box::new(Rng)], s, Box::new(|_| ()))).unwrap();
+            let memory = GuestMemory::anonymous(&[(GuestAddress(0), 1 << 20)]).unwrap();
+            let transport = MmioTransport::new(Rng.profile(), memory.clone(), devices.remote(), 0).unwrap();
+            Self { transport, memory, _devices: devices }
+        }
+
+        fn get(&mut self, offset: u64) -> u32 {
+            let mut word = [0; 4];
+            self.transport.read(offset, &mut word);
+            u32::from_le_bytes(word)
+        }
+
+        fn set(&mut self, offset: u64, value: u32) {
+            self.transport.write(offset, &value.to_le_bytes());
+        }
+
+        /// As a driver does until the device runs, with features `high` in the upper word and a queue of `size`.
+        fn drive(&mut self, high: u32, size: u32) {
+            let steps = [(0x70, 1), (0x70, 3), (0x24, 1), (0x20, high), (0x70, 11), (0x38, size), (0x80, 0x1000)];
+            let more = [(0x90, 0x2000), (0xa0, 0x3000), (0x44, 1), (0x70, 15)];
+            steps.into_iter().chain(more).for_each(|(at, value)| self.set(at, value));
+        }
+    }
+
+    #[test]
+    fn says_what_it_is() {
+        let mut rig = Rig::new();
+        let read = [0x00, 0x04, 0x08, 0x34].map(|at| rig.get(at));
+        assert_eq!(read, [0x7472_6976, 2, 4, 64]);
+        rig.set(0x14, 1);
+        assert_eq!(rig.get(0x10), 1, "VERSION_1 is offered");
+        rig.set(0x14, 2);
+        assert_eq!(rig.get(0x10), 0);
+        rig.set(0x30, 9);
+        assert_eq!(rig.get(0x34), 0, "there is no queue 9");
+    }
+
+    #[test]
+    fn the_status_write_completes_when_the_device_runs() {
+        let (mut rig, told) = (Rig::new(), Arc::new(AtomicU32::new(0)));
+        let counter = told.clone();
+        rig.transport = rig.transport.on_ready(move || {
+            counter.fetch_add(1, Ordering::SeqCst);
+        });
+        // A buffer of 16 bytes, offered before the device runs: it must be seen without a kick.
+        let descriptor = [0x5000u64.to_le_bytes().as_slice(), &16u32.to_le_bytes(), &[2, 0, 0, 0]].concat();
+        rig.memory.write(GuestAddress(0x1000), &descriptor).unwrap();
+        rig.memory.write(GuestAddress(0x2002), &[1, 0, 0, 0]).unwrap();
+        rig.drive(1, 8);
+        assert_eq!((rig.get(0x70), told.load(Ordering::SeqCst)), (15, 1));
+        let mut used = [0; 2];
+        rig.memory.read(GuestAddress(0x3002), &mut used).unwrap();
+        assert_eq!((used, rig.get(0x60)), ([1, 0], 1));
+        rig.set(0x64, 1);
+        assert_eq!(rig.get(0x60), 0);
+        rig.set(0x70, 0);
+        assert_eq!((rig.get(0x70), rig.get(0x44)), (0, 0));
+        rig.drive(1, 8);
+        assert_eq!(rig.get(0x70), 15, "a device starts again after a reset");
+    }
+
+    #[test]
+    fn drivers_that_refuse_version_1_or_invent_features_get_no_device() {
+        for features in [0, 0x8000_0001] {
+            let mut rig = Rig::new();
+            rig.drive(features, 8);
+            assert_eq!(rig.get(0x70), 3, "neither FEATURES_OK nor DRIVER_OK");
+        }
+    }
+
+    #[test]
+    fn queues_that_make_no_sense_need_a_reset() {
+        for size in [0, 3, 128, u32::MAX] {
+            let mut rig = Rig::new();
+            rig.drive(1, size);
+            assert_eq!(rig.get(0x70), 11 | 64, "size {size}");
+            assert_eq!(rig.get(0x60), 2, "the driver is told");
+        }
+    }
+
+    #[test]
+    fn accesses_of_other_widths_and_places_do_nothing() {
+        let mut rig = Rig::new();
+        rig.transport.write(0x70, &[1]);
+        rig.transport.write(0x71, &[1, 0, 0, 0]);
+        rig.transport.write(0x70, &[1; 8]);
+        assert_eq!(rig.get(0x70), 0);
+        let mut byte = [7];
+        rig.transport.read(0x70, &mut byte);
+        rig.transport.read(u64::MAX, &mut byte);
+        assert_eq!(rig.get(0xb0), u32::MAX, "there is no shared memory");
+    }
+}

@@ -1,0 +1,88 @@
+//! What a builder refuses before it asks the hypervisor for anything: so these need no KVM. Each error names the method
+//! and the value, or the file, and nothing is left behind.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a failure here is the test's")]
+
+use std::fs;
+use std::path::PathBuf;
+
+use cofferdam::{Disk, ErrorKind, Initramfs, Kernel, Size, Vm, VmBuilder, Vsock};
+
+/// A folder that goes away with its test.
+struct Temp(PathBuf);
+
+impl Temp {
+    fn new(name: &str) -> Self {
+        let path = std::env::temp_dir().join(format!("cofferdam-errors-{name}-{}", std::process::id()));
+        fs::create_dir_all(&path).unwrap();
+        Self(path)
+    }
+
+    /// The smallest ELF kernel, which is never run here.
+    fn kernel(&self) -> Kernel {
+        let mut file = vec![0u8; 124];
+        let mut put = |at: usize, bytes: &[u8]| file[at..at + bytes.len()].copy_from_slice(bytes);
+        put(0, &[0x7f, b'E', b'L', b'F', 2, 1, 1]);
+        put(16, &[2, 0, 62, 0]);
+        [(24, 0x10_0000u64), (32, 64), (72, 120), (80, 0x10_0000), (88, 0x10_0000), (96, 4), (104, 4)]
+            .iter()
+            .for_each(|(at, value)| put(*at, &value.to_le_bytes()));
+        put(52, &[64, 0, 56, 0, 1, 0]);
+        put(64, &[1]);
+        let path = self.0.join("kernel");
+        fs::write(&path, file).unwrap();
+        Kernel::open(path).unwrap()
+    }
+
+    fn vm(&self) -> VmBuilder {
+        Vm::builder(self.kernel()).memory(Size::mib(16))
+    }
+
+    fn image(&self, len: usize) -> PathBuf {
+        let path = self.0.join(format!("{len}.img"));
+        fs::write(&path, vec![0; len]).unwrap();
+        path
+    }
+}
+
+impl Drop for Temp {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+fn refused(builder: VmBuilder, kind: ErrorKind, word: &str) {
+    let descriptors = || fs::read_dir("/proc/self/fd").unwrap().count();
+    let before = descriptors();
+    let error = builder.start().map(drop).expect_err(word);
+    assert_eq!(error.kind(), kind, "{error}");
+    assert!(error.to_string().starts_with("starting VM: ") && error.to_string().contains(word), "{error}");
+    assert!(descriptors() <= before, "descriptors are left behind");
+}
+
+/// One test, as descriptors are counted.
+#[test]
+fn what_cannot_work_is_refused_by_name() {
+    let temp = Temp::new("config");
+    let invalid = ErrorKind::InvalidConfig;
+    refused(temp.vm().vcpus(0), invalid, "vcpus: 0");
+    refused(temp.vm().vcpus(255), invalid, "vcpus: 255");
+    refused(temp.vm().vcpus(u32::MAX), invalid, "vcpus");
+    refused(temp.vm().memory(Size::bytes(0)), invalid, "memory: 0 bytes");
+    refused(temp.vm().memory(Size::bytes(5_000_001)), invalid, "4 KiB");
+    refused(temp.vm().memory(Size::gib(u64::MAX)), invalid, "memory");
+    let long = Vm::builder(temp.kernel().cmdline("x".repeat(2000)));
+    refused(long, invalid, "Kernel::cmdline: ");
+    refused(Vm::builder(temp.kernel().cmdline("a\nb")), invalid, "printable");
+    refused(Vm::builder(temp.kernel().cmdline("virtio_mmio.device=1@2:3")), invalid, "virtio_mmio.device");
+    let large = Initramfs::new().file("/x", 0o644, vec![0; 17 << 20]);
+    refused(Vm::builder(temp.kernel().initramfs(large)).memory(Size::mib(16)), invalid, "Kernel::initramfs");
+    refused(temp.vm().disk(Disk::file(temp.0.join("none"))), ErrorKind::NotFound, "attaching disk 0: opening disk");
+    let good = || Disk::file(temp.image(4096)).read_only();
+    refused(temp.vm().disk(good()).disk(Disk::file(temp.image(0))), invalid, "attaching disk 1: ");
+    refused(temp.vm().disk(Disk::file(temp.image(1000))), invalid, "1000 bytes are not a disk");
+    refused(temp.vm().disk(Disk::file(&temp.0)), ErrorKind::Io, "attaching disk 0");
+    let many = (0..30).fold(temp.vm(), |vm, _| vm.disk(good()));
+    refused(many, invalid, "interrupt lines");
+    refused(temp.vm().vsock(Vsock::new().listen(1).listen(1)), ErrorKind::AlreadyExists, "port 1");
+}
