@@ -92,7 +92,7 @@ fn shortest_life(kernel: &Kernel) {
         init(),
     );
     let (mut whole, mut uptime, mut first, mut ended) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-    for _ in 0..ROUNDS {
+    for round in 0..=ROUNDS {
         let clock = Clock::default();
         let kernel = kernel.clone().cmdline("console=hvc0 quiet").initramfs(initramfs.clone());
         let begin = Instant::now();
@@ -101,6 +101,10 @@ fn shortest_life(kernel: &Kernel) {
         vm.wait().expect("the guest ends");
         let end = begin.elapsed();
         let line = vm.timeline();
+        // Once for the caches.
+        if round == 0 {
+            continue;
+        }
         whole.push(ms(end));
         first.push(ms(line.running.expect("it ran")));
         ended.push(ms(end.saturating_sub(line.ended.expect("it ended"))));
@@ -125,7 +129,7 @@ fn qemu(init: &[u8]) -> Option<f64> {
     let cache = std::env::var("XDG_CACHE_HOME").or_else(|_| std::env::var("HOME").map(|h| h + "/.cache")).ok()?;
     let kernel = std::env::var("COFFERDAM_KERNEL").unwrap_or(format!("{cache}/cofferdam/kernel/vmlinux"));
     let mut times = Vec::new();
-    for _ in 0..ROUNDS {
+    for round in 0..=ROUNDS {
         let begin = Instant::now();
         let status = Command::new("qemu-system-x86_64")
             .args([
@@ -145,7 +149,9 @@ fn qemu(init: &[u8]) -> Option<f64> {
         if !status.success() {
             return None;
         }
-        times.push(ms(begin.elapsed()));
+        if round > 0 {
+            times.push(ms(begin.elapsed()));
+        }
     }
     let _ = std::fs::remove_dir_all(dir);
     Some(median(times))

@@ -3,7 +3,8 @@
 //! Cofferdam is a library, not a program: no daemon, no helper process, no shared library, no download, and no root
 //! where the host lets its users open `/dev/kvm`. A virtual machine is a value; any number of them live in one process.
 //!
-//! ```no_run
+#![cfg_attr(feature = "container", doc = "```no_run")]
+#![cfg_attr(not(feature = "container"), doc = "```ignore")]
 //! use cofferdam::{Container, Image, Size};
 //! use std::time::Duration;
 //!
@@ -94,3 +95,8 @@ pub use kvm::{Device, Host};
 pub use size::Size;
 pub use virtio::vsock::{VsockListener, VsockStream};
 pub use vm::{Console, DeviceStats, Disk, Exit, Registers, Stage, Timeline, Trace, Vm, VmBuilder, Vsock};
+
+/// The readme's code is compiled with the documentation's.
+#[cfg(all(doctest, feature = "container"))]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -19,30 +19,34 @@ struct Header<'a> {
     name: &'a str,
     mode: u32,
     device: (u32, u32),
-    data: &'a [u8],
+    len: usize,
 }
 
 impl Archive {
     pub(crate) fn directory(&mut self, name: &str, permissions: u32) -> Result<()> {
-        self.entry(&Header { name, mode: DIRECTORY | permissions, device: (0, 0), data: &[] })
+        self.entry(&Header { name, mode: DIRECTORY | permissions, device: (0, 0), len: 0 })
     }
 
-    pub(crate) fn file(&mut self, name: &str, permissions: u32, data: &[u8]) -> Result<()> {
-        self.entry(&Header { name, mode: FILE | permissions, device: (0, 0), data })
+    /// The header of a file whose `len` bytes follow the archive so far, padded to a multiple of four.
+    pub(crate) fn file(&mut self, name: &str, permissions: u32, len: usize) -> Result<()> {
+        self.entry(&Header { name, mode: FILE | permissions, device: (0, 0), len })
     }
 
     pub(crate) fn symlink(&mut self, name: &str, target: &str) -> Result<()> {
-        self.entry(&Header { name, mode: SYMLINK | 0o777, device: (0, 0), data: target.as_bytes() })
+        self.entry(&Header { name, mode: SYMLINK | 0o777, device: (0, 0), len: target.len() })?;
+        self.bytes.extend_from_slice(target.as_bytes());
+        self.pad();
+        Ok(())
     }
 
     pub(crate) fn character_device(&mut self, name: &str, permissions: u32, device: (u32, u32)) -> Result<()> {
-        self.entry(&Header { name, mode: CHARACTER | permissions, device, data: &[] })
+        self.entry(&Header { name, mode: CHARACTER | permissions, device, len: 0 })
     }
 
     /// # Errors
     /// `InvalidConfig` for a name that the format or a tree cannot hold, or more data than 32 bits count.
     fn entry(&mut self, header: &Header<'_>) -> Result<()> {
-        let Header { name, mode, device, data } = *header;
+        let Header { name, mode, device, len } = *header;
         let bad = |what: &str| Err(Error::invalid("Initramfs", format!("{name:?} {what}")));
         if name.is_empty() || name.starts_with('/') || name.contains('\0') || name.len() > 4095 {
             return bad("is not a name relative to the root");
@@ -50,13 +54,11 @@ impl Archive {
         if name.split('/').any(|part| matches!(part, "" | "." | "..")) {
             return bad("has a part that is empty or leaves the tree");
         }
-        let Ok(len) = u32::try_from(data.len()) else {
+        let Ok(len) = u32::try_from(len) else {
             return bad("is larger than 4 GiB");
         };
         self.inode += 1;
         self.write_header(name, self.inode, mode, device, len);
-        self.bytes.extend_from_slice(data);
-        self.pad();
         Ok(())
     }
 
@@ -77,6 +79,11 @@ impl Archive {
         self.bytes.resize(self.bytes.len().next_multiple_of(4), 0);
     }
 
+    /// The archive so far; what is added later goes on after it.
+    pub(crate) fn take(&mut self) -> Vec<u8> {
+        std::mem::take(&mut self.bytes)
+    }
+
     /// The archive with its end mark.
     pub(crate) fn finish(mut self) -> Vec<u8> {
         self.write_header("TRAILER!!!", 0, 0, (0, 0), 0);
@@ -93,15 +100,15 @@ mod tests {
     #[test]
     fn names_stay_inside_the_tree() {
         for name in ["", "/etc", "a//b", "../x", "a/../b", "a/.", "nul\0"] {
-            assert!(Archive::default().file(name, 0o644, b"").is_err(), "{name:?}");
+            assert!(Archive::default().file(name, 0o644, 0).is_err(), "{name:?}");
         }
     }
 
     #[test]
     fn entries_are_aligned_and_end_with_the_trailer() {
         let mut archive = Archive::default();
-        archive.file("abc", 0o755, b"12345").unwrap();
-        let bytes = archive.finish();
+        archive.file("abc", 0o755, 5).unwrap();
+        let bytes = [archive.take(), b"12345\0\0\0".to_vec(), archive.finish()].concat();
         assert_eq!((&bytes[..6], bytes.len() % 4), (&b"070701"[..], 0));
         assert!(bytes.windows(10).any(|w| w == b"TRAILER!!!"));
     }
@@ -110,10 +117,11 @@ mod tests {
     fn cpio_itself_reads_what_we_write() {
         let mut archive = Archive::default();
         archive.directory("etc", 0o755).unwrap();
-        archive.file("etc/motd", 0o644, b"hello").unwrap();
+        archive.file("etc/motd", 0o644, 5).unwrap();
+        let before = [archive.take(), b"hello\0\0\0".to_vec()].concat();
         archive.symlink("etc/link", "motd").unwrap();
         archive.character_device("console", 0o600, (5, 1)).unwrap();
-        let bytes = archive.finish();
+        let bytes = [before, archive.finish()].concat();
         let Ok(mut cpio) =
             Command::new("cpio").args(["-tv", "--quiet"]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()
         else {

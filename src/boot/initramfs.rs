@@ -88,7 +88,14 @@ impl Initramfs {
                     pieces.extend(archive.take().map(|a: Archive| Piece::Bytes(a.finish())));
                     pieces.push(Piece::File { file, path, len: *len });
                 }
-                Part::Entry(entry) => append(archive.get_or_insert_default(), entry)?,
+                Part::Entry(entry) => {
+                    let archive = archive.get_or_insert_default();
+                    append(archive, entry)?;
+                    // Contents are not copied before they are copied into the guest.
+                    if let Entry::File { contents, .. } = &**entry {
+                        pieces.extend([Piece::Bytes(archive.take()), Piece::Contents(contents)]);
+                    }
+                }
             }
         }
         pieces.extend(archive.map(|a| Piece::Bytes(a.finish())));
@@ -123,6 +130,7 @@ impl Initramfs {
 
 enum Piece<'a> {
     Bytes(Vec<u8>),
+    Contents(&'a [u8]),
     File { file: &'a File, path: &'a Path, len: u64 },
 }
 
@@ -130,6 +138,7 @@ impl Piece<'_> {
     fn len(&self) -> u64 {
         match self {
             Self::Bytes(bytes) => bytes.len() as u64,
+            Self::Contents(bytes) => bytes.len() as u64,
             Self::File { len, .. } => *len,
         }
     }
@@ -137,6 +146,7 @@ impl Piece<'_> {
     fn load(&self, memory: &GuestMemory, at: u64) -> Result<()> {
         match self {
             Self::Bytes(bytes) => Ok(memory.write(GuestAddress(at), bytes)?),
+            Self::Contents(bytes) => Ok(memory.write(GuestAddress(at), bytes)?),
             Self::File { file, path, len } => {
                 let mut done = 0;
                 while done < *len {
@@ -161,7 +171,7 @@ fn append(archive: &mut Archive, entry: &Entry) -> Result<()> {
     let name = |path: &'_ str| path.trim_start_matches('/').to_owned();
     match entry {
         Entry::Directory { path, permissions } => archive.directory(&name(path), permissions & 0o7777),
-        Entry::File { path, permissions, contents } => archive.file(&name(path), permissions & 0o7777, contents),
+        Entry::File { path, permissions, contents } => archive.file(&name(path), permissions & 0o7777, contents.len()),
         Entry::Symlink { path, target } => archive.symlink(&name(path), target),
         Entry::CharacterDevice { path, permissions, device } => {
             archive.character_device(&name(path), permissions & 0o7777, *device)

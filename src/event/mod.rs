@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::{self, JoinHandle};
 
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::sys::{ControlOperation, Epoll, EpollEvent, EventFd, EventSet, eventfd};
+use crate::sys::{ControlOperation, Epoll, EpollEvent, EventFd, EventSet, STACK, eventfd};
 
 pub(crate) use crate::sys::EventSet as Interest;
 
@@ -149,6 +149,7 @@ impl<S: Handler> Loop<S> {
         let (mut value, epoll, theirs) = (make(sources.clone()), sources.0, shared.clone());
         let thread = thread::Builder::new()
             .name(name.into())
+            .stack_size(STACK)
             .spawn(move || {
                 // A panic is our own mistake. It must not leave others waiting for answers for ever.
                 let ended = catch_unwind(AssertUnwindSafe(|| run(&mut value, &epoll, &theirs)));

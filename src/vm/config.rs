@@ -159,6 +159,9 @@ impl VmConfig {
         // A reset by the keyboard controller is something we see; so the guest's end is never silent.
         cmdline.default("reboot", "k");
         cmdline.default("panic", "-1");
+        // There are no tables of ACPI and no PCI bus, and looking for them takes time.
+        cmdline.default("acpi", "off");
+        cmdline.default("pci", "off");
         // There is no auxiliary port, no multiplexer and nothing to wait for.
         for option in ["i8042.noaux", "i8042.nomux", "i8042.dumbkbd"] {
             cmdline.default(option, "1");

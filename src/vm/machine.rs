@@ -21,7 +21,7 @@ use crate::irq::Interrupt;
 use crate::kvm::{Kvm, VmFd};
 use crate::legacy::{EXIT_PORT, ExitPort, I8042, I8042_PORTS, Request, SERIAL_PORTS, SerialPort};
 use crate::memory::{GuestAddress, GuestMemory};
-use crate::sys::{EventFd, KickSignal, eventfd};
+use crate::sys::{EventFd, KickSignal, STACK, eventfd};
 use crate::virtio::console::{Console, Output};
 use crate::virtio::rng::Rng;
 use crate::virtio::vsock::{self, VsockListener};
@@ -346,7 +346,13 @@ fn start_pump(config: &VmConfig, output: &Output) -> Result<Option<JoinHandle<()
         let mut writer = writer.lock().unwrap_or_else(PoisonError::into_inner);
         output.pump(&mut *writer);
     };
-    thread::Builder::new().name("console".into()).spawn(pump).map(Some).doing(|| "starting thread console")
+    // The writer is the embedder's: its stack is larger, and still no huge page.
+    thread::Builder::new()
+        .name("console".into())
+        .stack_size(4 * STACK)
+        .spawn(pump)
+        .map(Some)
+        .doing(|| "starting thread console")
 }
 
 struct Started {
@@ -376,7 +382,7 @@ fn start_vcpus(machine: &Arc<Machine>, cpu: &Cpu, vcpus: u8, entry: GuestAddress
             }
             machine.vcpu_done();
         };
-        match thread::Builder::new().name(format!("vcpu{id}")).spawn(body) {
+        match thread::Builder::new().name(format!("vcpu{id}")).stack_size(STACK).spawn(body) {
             Ok(thread) => {
                 threads.push(thread);
                 gates.push(gate);
