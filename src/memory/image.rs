@@ -46,6 +46,11 @@ impl MemoryImage {
         self.extents.last().map_or(0, |(start, len)| start + len)
     }
 
+    /// Where the first data is.
+    pub(crate) fn start(&self) -> u64 {
+        self.extents.first().map_or(0, |(start, _)| *start)
+    }
+
     /// How many bytes hold data.
     #[cfg(test)]
     pub(crate) fn data_len(&self) -> u64 {
@@ -54,6 +59,18 @@ impl MemoryImage {
 }
 
 impl GuestMemory {
+    /// Keeps the kernel from backing this range with huge pages: a few bytes written there would cost 2 MiB and the
+    /// time to clear them. A kernel that does not know huge pages refuses, which is fine.
+    pub(crate) fn use_small_pages(&self, addr: GuestAddress, len: u64) {
+        let (Ok(size), page) = (usize::try_from(len), sys::page_size()) else { return };
+        let Ok(slice) = self.inner.get_slice(addr.inner(), size) else { return };
+        let at = slice.ptr_guard_mut().as_ptr();
+        if at.addr() % page == 0 {
+            // SAFETY: `at..at+size` lies inside one mapping of this guest's memory; the advice changes no contents.
+            unsafe { libc::madvise(at.cast(), size, libc::MADV_NOHUGEPAGE) };
+        }
+    }
+
     /// Puts the image's data where it belongs, copy-on-write. What was there before is gone.
     ///
     /// # Errors

@@ -162,6 +162,8 @@ impl VmConfig {
         // There are no tables of ACPI and no PCI bus, and looking for them takes time.
         cmdline.default("acpi", "off");
         cmdline.default("pci", "off");
+        // Taking the lock prefixes out for one processor would touch, and so copy, most pages of the shared image.
+        cmdline.default("noreplace-smp", "");
         // There is no auxiliary port, no multiplexer and nothing to wait for.
         for option in ["i8042.noaux", "i8042.nomux", "i8042.dumbkbd"] {
             cmdline.default(option, "1");
