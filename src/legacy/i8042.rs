@@ -15,13 +15,16 @@ pub(crate) const I8042_PORTS: (u64, u64) = (I8042_PORT, 5);
 const DATA: u64 = 0;
 const COMMAND: u64 = 4;
 
-/// Status register: the guest may read a byte; the system has passed its test.
+/// Status register: the guest may read a byte; the system has passed its test; the keyboard is not locked.
 const OUTPUT_FULL: u8 = 1;
 const SYSTEM_FLAG: u8 = 4;
+const NOT_LOCKED: u8 = 1 << 4;
 /// Command byte: interrupt when a byte of the keyboard can be read.
 const KEYBOARD_INTERRUPT: u8 = 1;
 /// Command byte: the keyboard's clock is off.
 const KEYBOARD_OFF: u8 = 1 << 4;
+/// Command byte: scan codes are translated to set 1, which is what [`CTRL_ALT_DEL`] is in.
+const TRANSLATE: u8 = 1 << 6;
 
 /// Ctrl, Alt and Del, pressed and released (scan code set 1).
 const CTRL_ALT_DEL: [u8; 8] = [0x1d, 0x38, 0xe0, 0x53, 0xe0, 0xd3, 0xb8, 0x9d];
@@ -58,8 +61,13 @@ impl<F: FnMut() + Send> I8042<F> {
     pub(crate) fn new(on_reset: F) -> Result<(Self, EventFd)> {
         let interrupt = eventfd().doing(|| "creating a keyboard controller")?;
         let theirs = interrupt.try_clone().doing(|| "creating a keyboard controller")?;
-        let controller =
-            Self { on_reset, interrupt, output: VecDeque::new(), command_byte: KEYBOARD_OFF, expect: Expect::Keyboard };
+        let controller = Self {
+            on_reset,
+            interrupt,
+            output: VecDeque::new(),
+            command_byte: KEYBOARD_OFF | TRANSLATE,
+            expect: Expect::Keyboard,
+        };
         Ok((controller, theirs))
     }
 
@@ -134,7 +142,7 @@ impl<F: FnMut() + Send> BusDevice for I8042<F> {
                 *byte = self.output.pop_front().unwrap_or(0);
                 self.raise();
             }
-            COMMAND => *byte = SYSTEM_FLAG | if self.output.is_empty() { 0 } else { OUTPUT_FULL },
+            COMMAND => *byte = SYSTEM_FLAG | NOT_LOCKED | if self.output.is_empty() { 0 } else { OUTPUT_FULL },
             _ => {}
         }
     }
