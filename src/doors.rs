@@ -250,7 +250,7 @@ pub mod bench {
             for _ in 0..n {
                 self.0.send(0, &[b"x"], &[]);
                 self.0.poke(0);
-                self.0.receive(0);
+                self.0.collect(0);
             }
         }
     }
@@ -283,7 +283,7 @@ pub mod bench {
             for _ in 0..n {
                 self.0.send(0, &[&[0; 16]], &[PAGE, 1]);
                 self.0.poke(0);
-                self.0.receive(0);
+                self.0.collect(0);
             }
         }
     }
@@ -331,8 +331,8 @@ pub mod bench {
                 self.0.send(1, &[&header, &page], &[]);
                 self.0.poke(1);
                 self.1.read_exact(&mut page).unwrap();
-                self.0.receive(1);
-                while self.0.receive(0).is_some() {
+                self.0.collect(1);
+                while self.0.collect(0).is_some() {
                     self.0.send(0, &[], &[PAGE]);
                 }
             }

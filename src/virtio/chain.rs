@@ -218,8 +218,11 @@ impl Chain {
 
     /// Fills what is left, but at most `max` bytes, with what `fill` makes. What it cannot make is not reported.
     pub(crate) fn fill_with(&mut self, max: usize, mut fill: impl FnMut(&mut [u8]) -> std::io::Result<()>) {
-        let mut buffer = [0; 4096];
         let mut left = max.min(self.writable.len);
+        if left == 0 {
+            return;
+        }
+        let mut buffer = [0; 4096];
         while left > 0 {
             let (now, _) = buffer.split_at_mut(left.min(4096));
             if fill(now).is_err() || self.write(now).is_err() {

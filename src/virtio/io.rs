@@ -9,7 +9,6 @@ use super::chain::Chain;
 use super::queue::Queue;
 use crate::event::{Interest, Sources};
 use crate::irq::Interrupt;
-use crate::memory::GuestMemory;
 use crate::sys::{EventFd, borrow};
 
 /// Chains taken from one queue before others get their turn: a driver that never stops cannot starve anybody.
@@ -40,7 +39,6 @@ pub(super) fn split_token(token: u64, events: Interest) -> (usize, super::Source
 /// A running device's hold on the world. Made when the driver is ready, gone when the device is idle.
 #[derive(Debug)]
 pub(crate) struct DeviceIo {
-    pub(super) memory: GuestMemory,
     pub(super) queues: Vec<Queue>,
     pub(super) kicks: Arc<[EventFd]>,
     pub(super) interrupt: Interrupt,

@@ -260,11 +260,11 @@ impl MmioTransport {
             };
             queues.push(made.map_err(|e| Error::new(ErrorKind::GuestFailed, format!("queue {n}: {e}")))?);
         }
-        let (memory, kicks, interrupt) = (self.memory.clone(), self.kicks.clone(), self.interrupt.clone());
+        let (kicks, interrupt) = (self.kicks.clone(), self.interrupt.clone());
         let (counters, slot) = (self.counters.clone(), self.slot);
         self.devices.with(move |slots| {
             let sources = slots.sources();
-            slots.start(slot, DeviceIo { memory, queues, kicks, interrupt, counters, sources, slot, told: false })
+            slots.start(slot, DeviceIo { queues, kicks, interrupt, counters, sources, slot, told: false })
         })?
     }
 

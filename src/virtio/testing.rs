@@ -43,6 +43,7 @@ pub(crate) struct Driver<D> {
     /// The device, to look into.
     pub(crate) device: D,
     io: DeviceIo,
+    memory: GuestMemory,
     rings: Vec<Ring>,
     next_buffer: u64,
 }
@@ -80,7 +81,6 @@ impl<D: VirtioDevice> Driver<D> {
             });
         }
         let io = DeviceIo {
-            memory,
             kicks: profile.queues.iter().map(|_| eventfd().unwrap()).collect(),
             queues,
             interrupt: Interrupt::new().unwrap(),
@@ -89,14 +89,14 @@ impl<D: VirtioDevice> Driver<D> {
             slot: 0,
             told: false,
         };
-        let mut driver = Self { device, io, rings, next_buffer: BUFFERS };
+        let mut driver = Self { device, io, memory, rings, next_buffer: BUFFERS };
         driver.device.started(&mut driver.io).unwrap();
         driver
     }
 
     /// The guest's memory.
     pub(crate) fn memory(&self) -> GuestMemory {
-        self.io.memory.clone()
+        self.memory.clone()
     }
 
     fn buffer(&mut self, len: usize) -> u64 {
@@ -115,7 +115,7 @@ impl<D: VirtioDevice> Driver<D> {
         bytes.extend_from_slice(&flags.to_le_bytes());
         bytes.extend_from_slice(&next.to_le_bytes());
         let at = self.rings.get(queue).unwrap().base + 16 * u64::from(n);
-        self.io.memory.write(GuestAddress(at), &bytes).unwrap();
+        self.memory.write(GuestAddress(at), &bytes).unwrap();
     }
 
     /// Puts a chain into `queue`: one descriptor for each piece to be read, then one for each to be written.
@@ -124,7 +124,7 @@ impl<D: VirtioDevice> Driver<D> {
         let mut pieces = Vec::new();
         for bytes in readable {
             let at = self.buffer(bytes.len());
-            self.io.memory.write(GuestAddress(at), bytes).unwrap();
+            self.memory.write(GuestAddress(at), bytes).unwrap();
             pieces.push((at, bytes.len() as u32, 0));
         }
         for len in writable {
@@ -146,7 +146,7 @@ impl<D: VirtioDevice> Driver<D> {
             self.write_descriptor(queue, *n, *addr, *len, flags | next.map_or(0, |_| NEXT), next.copied().unwrap_or(0));
         }
         let writable = pieces.iter().filter(|p| p.2 & WRITE != 0).map(|p| (p.0, p.1 as usize)).collect();
-        let memory = self.io.memory.clone();
+        let memory = self.memory.clone();
         let ring = self.rings.get_mut(queue).unwrap();
         ring.flight.push((head, taken, writable));
         let available = ring.base + 0x8000;
@@ -176,7 +176,19 @@ impl<D: VirtioDevice> Driver<D> {
 
     /// The next completed chain of `queue`: the bytes of its writable part, and how many of them the device claims.
     pub(crate) fn receive(&mut self, queue: usize) -> Option<(Vec<u8>, u32)> {
-        let memory = self.io.memory.clone();
+        let (writable, written) = self.collect(queue)?;
+        let mut bytes = Vec::new();
+        for (addr, len) in writable {
+            let start = bytes.len();
+            bytes.resize(start + len, 0);
+            self.memory.read(GuestAddress(addr), bytes.get_mut(start..).unwrap()).unwrap();
+        }
+        Some((bytes, written))
+    }
+
+    /// The same without looking at the bytes: where they are.
+    pub(crate) fn collect(&mut self, queue: usize) -> Option<(Vec<(u64, usize)>, u32)> {
+        let memory = &self.memory;
         let ring = self.rings.get_mut(queue)?;
         let used = ring.base + 0xc000;
         let mut index = [0; 2];
@@ -192,13 +204,7 @@ impl<D: VirtioDevice> Driver<D> {
         let at = ring.flight.iter().position(|(h, ..)| u32::from(*h) == head).unwrap();
         let (_, taken, writable) = ring.flight.swap_remove(at);
         ring.free.extend(taken.into_iter().rev());
-        let mut bytes = Vec::new();
-        for (addr, len) in writable {
-            let start = bytes.len();
-            bytes.resize(start + len, 0);
-            memory.read(GuestAddress(addr), bytes.get_mut(start..).unwrap()).unwrap();
-        }
-        Some((bytes, written))
+        Some((writable, written))
     }
 
     /// Whether the device interrupted since it was asked last.
