@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use super::Startup;
 use super::process::{ExitStatus, State};
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::event::{Handler, Interest, Loop, Remote, Sources};
+use crate::event::{Handler, Interest, Loop, Remote};
 use crate::proto::{CONTROL_PORT, Decoder, End, FROM_GUEST_MAX, FromGuest, FromHost, Spawn, Step, negotiate};
 use crate::sys::Timer;
 use crate::virtio::vsock::VsockStream;
@@ -57,7 +57,7 @@ impl Agent {
                 .watch(watched.as_fd(), STREAM, edges)
                 .and_then(|()| sources.watch(timer.as_fd(), TIMER, Interest::IN))
                 .doing(|| "watching the control stream");
-            Client::new(stream, decoder, timer, Arc::downgrade(vm), sources)
+            Client::new(stream, decoder, timer, Arc::downgrade(vm))
         })?;
         trouble?;
         Ok(Self { looped, startup })
@@ -189,11 +189,10 @@ pub(super) struct Client {
     timer: Timer,
     vm: Weak<Vm>,
     ended: bool,
-    _sources: Sources,
 }
 
 impl Client {
-    fn new(stream: VsockStream, decoder: Decoder, timer: Timer, vm: Weak<Vm>, sources: Sources) -> Self {
+    fn new(stream: VsockStream, decoder: Decoder, timer: Timer, vm: Weak<Vm>) -> Self {
         Self {
             stream,
             decoder,
@@ -204,7 +203,6 @@ impl Client {
             timer,
             vm,
             ended: false,
-            _sources: sources,
         }
     }
 

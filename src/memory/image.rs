@@ -122,23 +122,12 @@ fn seal(file: &File) -> io::Result<()> {
 /// The ranges of a sparse file that hold data.
 fn extents(file: &File, len: u64) -> io::Result<Vec<(u64, u64)>> {
     let page = sys::page_size() as u64;
-    let seek = |from: u64, whence| -> io::Result<Option<u64>> {
-        let from = i64::try_from(from).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))?;
-        // SAFETY: lseek takes numbers only.
-        match u64::try_from(unsafe { libc::lseek(file.as_raw_fd(), from, whence) }) {
-            Ok(at) => Ok(Some(at)),
-            Err(_) => match io::Error::last_os_error() {
-                e if e.raw_os_error() == Some(libc::ENXIO) => Ok(None),
-                e => Err(e),
-            },
-        }
-    };
     let (mut found, mut at) = (Vec::new(), 0);
     while at < len {
-        let Some(start) = seek(at, libc::SEEK_DATA)? else {
+        let Some(start) = sys::next_data(file, at)? else {
             break;
         };
-        let end = seek(start, libc::SEEK_HOLE)?.unwrap_or(len).next_multiple_of(page);
+        let end = sys::next_hole(file, start)?.unwrap_or(len).next_multiple_of(page);
         found.push((start / page * page, end - start / page * page));
         at = end;
     }

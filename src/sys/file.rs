@@ -57,9 +57,18 @@ pub(crate) fn lock_byte(file: &File, byte: u64) -> io::Result<()> {
 
 /// Where the next bytes that are not a hole begin, from `offset` on.
 pub(crate) fn next_data(file: &File, offset: u64) -> io::Result<Option<u64>> {
+    seek(file, offset, libc::SEEK_DATA)
+}
+
+/// Where the next hole begins, from `offset` on; the end of the file is one.
+pub(crate) fn next_hole(file: &File, offset: u64) -> io::Result<Option<u64>> {
+    seek(file, offset, libc::SEEK_HOLE)
+}
+
+fn seek(file: &File, offset: u64, whence: libc::c_int) -> io::Result<Option<u64>> {
     let offset = i64::try_from(offset).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))?;
     // SAFETY: lseek takes numbers only.
-    match u64::try_from(unsafe { libc::lseek(file.as_raw_fd(), offset, libc::SEEK_DATA) }) {
+    match u64::try_from(unsafe { libc::lseek(file.as_raw_fd(), offset, whence) }) {
         Ok(at) => Ok(Some(at)),
         Err(_) => match io::Error::last_os_error() {
             e if e.raw_os_error() == Some(libc::ENXIO) => Ok(None),

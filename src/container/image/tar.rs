@@ -36,7 +36,7 @@ pub(super) fn write(path: &Path, writer: &mut Writer) -> Result<()> {
 
 /// The same for any source of bytes.
 pub(super) fn read_archive(source: impl Read, writer: &mut Writer) -> Result<()> {
-    let mut watched = LastBlock { inner: source, block: Vec::with_capacity(512), zeros: false, total: 0 };
+    let mut watched = LastBlock { inner: source, block: Vec::with_capacity(512), zeros: false };
     {
         let mut archive = Archive::new(&mut watched);
         for (before, entry) in archive.entries().map_err(|e| damaged(0, &e))?.enumerate() {
@@ -117,13 +117,11 @@ struct LastBlock<R> {
     inner: R,
     block: Vec<u8>,
     zeros: bool,
-    total: u64,
 }
 
 impl<R: Read> Read for LastBlock<R> {
     fn read(&mut self, to: &mut [u8]) -> io::Result<usize> {
         let n = self.inner.read(to)?;
-        self.total += n as u64;
         let mut rest = to.get(..n).unwrap_or_default();
         // Only the last block counts, so all before it is passed over.
         let whole = (self.block.len() + rest.len()) / 512;
