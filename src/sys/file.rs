@@ -2,10 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::ffi::CString;
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd};
+use std::ops::Range;
+use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use crate::size::Size;
@@ -27,31 +29,32 @@ pub(crate) fn try_lock(file: &File, kind: LockKind) -> io::Result<bool> {
         LockKind::Shared => libc::F_RDLCK,
         LockKind::Exclusive => libc::F_WRLCK,
     };
-    let lock = libc::flock { l_type: l_type as i16, l_whence: libc::SEEK_SET as i16, l_start: 0, l_len: 0, l_pid: 0 };
-    // SAFETY: F_OFD_SETLK reads one `flock`, which lives on this stack across the call.
-    match unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &lock) } {
-        0 => Ok(true),
-        _ => match io::Error::last_os_error() {
-            e if matches!(e.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => Ok(false),
-            e => Err(e),
-        },
+    match lock(file, libc::F_OFD_SETLK, l_type, 0..0) {
+        Ok(()) => Ok(true),
+        Err(e) if matches!(e.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => Ok(false),
+        Err(e) => Err(e),
     }
 }
 
 /// Takes an exclusive open-file-description lock on one byte, which need not exist; waits for others.
 pub(crate) fn lock_byte(file: &File, byte: u64) -> io::Result<()> {
-    let l_start = i64::try_from(byte).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))?;
-    let (l_type, l_whence) = (libc::F_WRLCK as i16, libc::SEEK_SET as i16);
-    let lock = libc::flock { l_type, l_whence, l_start, l_len: 1, l_pid: 0 };
+    let start = i64::try_from(byte).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))?;
     loop {
-        // SAFETY: F_OFD_SETLKW reads one `flock`, which lives on this stack across the call.
-        match unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLKW, &lock) } {
-            0 => return Ok(()),
-            _ => match io::Error::last_os_error() {
-                e if e.kind() == io::ErrorKind::Interrupted => {}
-                e => return Err(e),
-            },
+        match lock(file, libc::F_OFD_SETLKW, libc::F_WRLCK, start..start.saturating_add(1)) {
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            outcome => return outcome,
         }
+    }
+}
+
+/// An empty range from 0 means the whole file.
+fn lock(file: &File, command: libc::c_int, l_type: libc::c_int, range: Range<i64>) -> io::Result<()> {
+    let (l_start, l_len) = (range.start, range.end - range.start);
+    let lock = libc::flock { l_type: l_type as i16, l_whence: libc::SEEK_SET as i16, l_start, l_len, l_pid: 0 };
+    // SAFETY: both commands read one `flock`, which lives on this stack across the call.
+    match unsafe { libc::fcntl(file.as_raw_fd(), command, &lock) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
     }
 }
 
@@ -140,15 +143,20 @@ fn read_growing(mut call: impl FnMut(&mut [u8]) -> isize) -> io::Result<Vec<u8>>
 
 /// A file in `dir` that has no name and is gone when its last descriptor is closed.
 pub(crate) fn temp_file(dir: &Path) -> io::Result<File> {
-    let path = CString::new(dir.as_os_str().as_bytes())?;
-    let flags = libc::O_TMPFILE | libc::O_RDWR | libc::O_CLOEXEC | libc::O_EXCL;
-    // SAFETY: `path` is a NUL-terminated string that outlives the call.
-    let fd = unsafe { libc::open(path.as_ptr(), flags, 0o600) };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
+    let open = |path: &Path, flags| {
+        OpenOptions::new().read(true).write(true).mode(0o600).custom_flags(flags | libc::O_EXCL).open(path)
+    };
+    match open(dir, libc::O_TMPFILE) {
+        Err(e) if matches!(e.raw_os_error(), Some(libc::EOPNOTSUPP | libc::EISDIR)) => {}
+        outcome => return outcome,
     }
-    // SAFETY: open returned a new descriptor that nobody else owns.
-    Ok(unsafe { File::from_raw_fd(fd) })
+    // The file system knows no files without a name, as FUSE and NFS do not. For a moment, this one has one.
+    let mut number = [0; 16];
+    fill_random(&mut number)?;
+    let path = dir.join(format!("cofferdam-{:032x}", u128::from_le_bytes(number)));
+    let file = open(&path, libc::O_CREAT)?;
+    std::fs::remove_file(&path)?;
+    Ok(file)
 }
 
 /// An unnamed, sparse file of `size` in the folder for temporary files.
@@ -193,7 +201,6 @@ pub(crate) fn page_size() -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::fs::OpenOptions;
 
     #[test]
     fn locks_belong_to_the_open_file() {
