@@ -5,7 +5,7 @@
 use std::io::{Cursor, Write};
 use std::sync::{Arc, Mutex, OnceLock};
 
-use crate::boot::Kernel;
+use crate::boot::{Kernel, tiny};
 use crate::bus::{Bus, BusDevice};
 use crate::event::Loop;
 use crate::memory::{GuestAddress, GuestMemory};
@@ -13,7 +13,8 @@ use crate::sys;
 use crate::virtio::blk::{Blk, DiskFile};
 use crate::virtio::rng::Rng;
 use crate::virtio::testing::Driver;
-use crate::virtio::vsock::{GUEST_CID, Vsock, VsockListener};
+use crate::virtio::vsock::packet::{HEADER, Header, Op, TYPE_STREAM};
+use crate::virtio::vsock::{GUEST_CID, HOST_CID, Vsock, VsockListener};
 use crate::virtio::{MmioTransport, Slots, VirtioDevice};
 
 /// Takes values off the front of the bytes; zeros when they are used up.
@@ -165,19 +166,21 @@ pub fn vsock_packet(data: &[u8]) {
             }
             4 => (0..3).for_each(|number| driver.poke_watched(number)),
             _ => {
-                let (op, len) = (u16::from(bytes.byte() % 10), u32::from(u16::from_le_bytes(bytes.number())));
-                let mut packet = Vec::new();
-                let guest = if bytes.byte() == 0 { 99 } else { GUEST_CID };
-                packet.extend_from_slice(&guest.to_le_bytes());
-                packet.extend_from_slice(&2u64.to_le_bytes());
-                let words = [u32::from(bytes.byte() % 4), u32::from(bytes.byte() % 3), len % 3000];
-                words.iter().for_each(|word| packet.extend_from_slice(&word.to_le_bytes()));
-                packet.extend_from_slice(&(1 + u16::from(bytes.byte() == 0)).to_le_bytes());
-                packet.extend_from_slice(&op.to_le_bytes());
-                let words =
-                    [u32::from(bytes.byte()), u32::from_le_bytes(bytes.number()), u32::from_le_bytes(bytes.number())];
-                words.iter().for_each(|word| packet.extend_from_slice(&word.to_le_bytes()));
-                packet.resize(44 + usize::from(u16::from_le_bytes(bytes.number()) % 3000), 5);
+                let op = Op::parse(u16::from(bytes.byte() % 10));
+                let header = Header {
+                    len: u32::from(u16::from_le_bytes(bytes.number()) % 3000),
+                    src_cid: if bytes.byte() == 0 { 99 } else { GUEST_CID },
+                    dst_cid: HOST_CID,
+                    src_port: u32::from(bytes.byte() % 4),
+                    dst_port: u32::from(bytes.byte() % 3),
+                    kind: TYPE_STREAM + u16::from(bytes.byte() == 0),
+                    op,
+                    flags: u32::from(bytes.byte()),
+                    buf_alloc: u32::from_le_bytes(bytes.number()),
+                    fwd_cnt: u32::from_le_bytes(bytes.number()),
+                };
+                let mut packet = header.to_bytes().to_vec();
+                packet.resize(HEADER + usize::from(u16::from_le_bytes(bytes.number()) % 3000), 5);
                 let (head, tail) = packet.split_at(usize::from(bytes.byte()).min(packet.len()));
                 let pieces: Vec<&[u8]> = [head, tail].into_iter().filter(|p| !p.is_empty()).collect();
                 driver.send(1, &pieces, &[]);
@@ -208,20 +211,86 @@ pub fn proto_frame(data: &[u8]) {
     }
 }
 
-/// A kernel file of any bytes.
+/// A kernel file of any bytes, or a valid one that is damaged.
 pub fn kernel_image(data: &[u8]) {
     let Ok(mut file) = sys::temp_file(&std::env::temp_dir()) else {
         return;
     };
-    if file.write_all(data).is_ok() {
+    let mut bytes = Bytes(data);
+    let file_bytes = match bytes.byte() % 4 {
+        0 => data.to_vec(),
+        1 => damaged(tiny::bzimage(&[0xf4; 600]), bytes),
+        _ => damaged(tiny::elf(&[0xf4; 600]), bytes),
+    };
+    if file.write_all(&file_bytes).is_ok() {
         let _ = Kernel::read(&mut file);
     }
 }
 
-/// An image's archive of any bytes.
+/// Writes over numbers in a file, and may cut it off.
+fn damaged(mut file: Vec<u8>, mut bytes: Bytes<'_>) -> Vec<u8> {
+    while !bytes.done() {
+        let at = usize::from(u16::from_le_bytes(bytes.number())) % file.len();
+        let len = 1usize << (bytes.byte() % 5);
+        if len == 16 {
+            file.truncate(at.max(1));
+        } else {
+            file[at..].iter_mut().zip(bytes.take(len)).for_each(|(to, byte)| *to = *byte);
+        }
+    }
+    file
+}
+
+/// An image's archive of any bytes, or one of entries with any fields and right checksums.
 #[cfg(any(feature = "container", test))]
 pub fn image_tar(data: &[u8]) {
-    crate::container::read_archive(&mut Cursor::new(data));
+    let mut bytes = Bytes(data);
+    if bytes.byte() % 4 == 0 {
+        return crate::container::read_archive(&mut Cursor::new(data));
+    }
+    let mut archive = Vec::new();
+    while !bytes.done() {
+        archive.extend_from_slice(&tar_entry(&mut bytes));
+    }
+    archive.extend_from_slice(&[0; 1024]);
+    crate::container::read_archive(&mut Cursor::new(archive));
+}
+
+/// A header (POSIX.1-2024, pax, ustar interchange format) and its data.
+#[cfg(any(feature = "container", test))]
+fn tar_entry(bytes: &mut Bytes<'_>) -> Vec<u8> {
+    const NAMES: [&[u8]; 8] = [b"a", b"a/b", b"./d/", b"../x", b"/", b"a/b/c", b"\xff", b"d/e"];
+    const TYPES: &[u8] = b"0123456756LKxgSDM7";
+    let name = |bytes: &mut Bytes<'_>| match bytes.byte() {
+        n @ ..200 => NAMES[usize::from(n % 8)].to_vec(),
+        n => bytes.take(usize::from(n % 100)).to_vec(),
+    };
+    let mut header = [0; 512];
+    let mut put = |at: usize, field: &[u8]| header[at..at + field.len()].copy_from_slice(field);
+    put(0, &name(bytes));
+    let kind = TYPES[usize::from(bytes.byte()) % TYPES.len()];
+    let size = if matches!(kind, b'0' | b'L' | b'K' | b'x' | b'g' | b'S') { usize::from(bytes.byte()) } else { 0 };
+    for (at, width) in [(100, 7), (108, 7), (116, 7), (136, 11), (329, 7), (337, 7)] {
+        put(at, format!("{:0width$o}", u16::from_le_bytes(bytes.number())).as_bytes());
+    }
+    put(124, format!("{size:011o}").as_bytes());
+    put(156, &[kind]);
+    put(157, &name(bytes));
+    put(257, b"ustar\x0000");
+    // Fields of other formats, and damage.
+    let (at, field) = (usize::from(bytes.byte()) * 2, bytes.byte());
+    if field < 64 {
+        let field = bytes.take(field.into());
+        header[at..].iter_mut().zip(field).for_each(|(to, byte)| *to = *byte);
+    }
+    header[148..156].fill(b' ');
+    let sum: u32 = header.iter().map(|byte| u32::from(*byte)).sum();
+    header[148..155].copy_from_slice(format!("{sum:06o}\0").as_bytes());
+    let mut entry = header.to_vec();
+    let mut content = bytes.take(size).to_vec();
+    content.resize(size.next_multiple_of(512), b'1');
+    entry.extend_from_slice(&content);
+    entry
 }
 
 /// Devices with a driver in front of them, for `benches/virtio.rs`.
@@ -292,15 +361,21 @@ pub mod bench {
     #[derive(Debug)]
     pub struct Vsock(Driver<super::Vsock>, VsockStream);
 
-    /// A packet's header from the guest (Virtio 1.3, 5.10.6).
-    fn header(op: u16, len: usize) -> Vec<u8> {
-        let words = [5u32, 1, len as u32];
-        let mut packet = [GUEST_CID.to_le_bytes(), 2u64.to_le_bytes()].concat();
-        words.iter().for_each(|word| packet.extend_from_slice(&word.to_le_bytes()));
-        packet.extend_from_slice(&[1, 0]);
-        packet.extend_from_slice(&op.to_le_bytes());
-        packet.extend_from_slice(&[0, 0, 0, 0, 0, 0, 16, 0, 0, 0, 0, 0]);
-        packet
+    /// The guest's half of one connection.
+    fn header(op: Op, len: usize) -> [u8; HEADER] {
+        Header {
+            src_cid: GUEST_CID,
+            dst_cid: HOST_CID,
+            src_port: 5,
+            dst_port: 1,
+            len: len as u32,
+            kind: TYPE_STREAM,
+            op,
+            flags: 0,
+            buf_alloc: 1 << 20,
+            fwd_cnt: 0,
+        }
+        .to_bytes()
     }
 
     impl Vsock {
@@ -317,7 +392,7 @@ pub mod bench {
             for _ in 0..64 {
                 driver.send(0, &[], &[PAGE]);
             }
-            driver.send(1, &[&header(1, 0)], &[]);
+            driver.send(1, &[&header(Op::Request, 0)], &[]);
             driver.poke(1);
             let stream = listener.accept_timeout(std::time::Duration::ZERO).unwrap();
             Self(driver, stream)
@@ -326,7 +401,7 @@ pub mod bench {
         /// `n` packets of 4 KiB, each read by the embedder at once.
         #[allow(clippy::unwrap_used, reason = "for this repository's bench alone")]
         pub fn run(&mut self, n: u32) {
-            let (header, mut page) = (header(5, PAGE), [0; PAGE]);
+            let (header, mut page) = (header(Op::Data, PAGE), [0; PAGE]);
             for _ in 0..n {
                 self.0.send(1, &[&header, &page], &[]);
                 self.0.poke(1);

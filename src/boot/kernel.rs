@@ -17,6 +17,8 @@ use crate::memory::{GuestAddress, GuestMemory, MemoryImage};
 const IMAGE_SPACE: u64 = 1 << 30;
 /// `xloadflags`: the kernel has a 64-bit entry point at 0x200 (Linux x86 boot protocol, 1.3).
 const XLF_KERNEL_64: u16 = 1;
+/// Where that entry point is, from where the kernel was loaded (Linux x86 boot protocol, 1.4).
+const ENTRY_64: u64 = 0x200;
 
 /// A Linux kernel to boot, with its command line and initramfs. Cloning is cheap and shares the loaded image.
 ///
@@ -162,13 +164,18 @@ fn load_bzimage(file: &mut File) -> Result<Loaded> {
         )));
     }
     let load = result.kernel_load.0;
+    let entry = load + ENTRY_64;
+    if entry >= result.kernel_end {
+        return Err(corrupt(format!("a bzImage that ends before its entry point {entry:#x}")));
+    }
     // Where it unpacks itself and how much it needs there (Linux x86 boot protocol, 1.3, init_size).
     let end = load.max(header.pref_address).saturating_add(header.init_size.into()).max(image.end());
-    Ok(Loaded { image, entry: GuestAddress(load + 0x200), end, header: Some(header) })
+    Ok(Loaded { image, entry: GuestAddress(entry), end, header: Some(header) })
 }
 
 #[cfg(test)]
 pub(super) mod tests {
+    use super::super::tiny::{bzimage, elf};
     use super::*;
 
     /// A file that goes away with its test.
@@ -188,25 +195,6 @@ pub(super) mod tests {
         }
     }
 
-    /// The smallest ELF kernel: one segment of `code` at 1 MiB, entered at its start.
-    pub(crate) fn elf(code: &[u8]) -> Vec<u8> {
-        let mut file = vec![0; 120];
-        file[..8].copy_from_slice(&[0x7f, b'E', b'L', b'F', 2, 1, 1, 0]);
-        file[16..20].copy_from_slice(&[2, 0, 62, 0]);
-        let mut put = |at: usize, bytes: &[u8]| file[at..at + bytes.len()].copy_from_slice(bytes);
-        put(24, &0x10_0000u64.to_le_bytes());
-        put(32, &64u64.to_le_bytes());
-        put(52, &[64, 0, 56, 0, 1, 0]);
-        put(64, &1u32.to_le_bytes());
-        put(72, &120u64.to_le_bytes());
-        put(80, &0x10_0000u64.to_le_bytes());
-        put(88, &0x10_0000u64.to_le_bytes());
-        put(96, &(code.len() as u64).to_le_bytes());
-        put(104, &(code.len() as u64).to_le_bytes());
-        file.extend_from_slice(code);
-        file
-    }
-
     fn open(name: &str, bytes: &[u8]) -> Result<Kernel> {
         Kernel::open(&Temp::new(name, bytes).0)
     }
@@ -219,13 +207,23 @@ pub(super) mod tests {
     }
 
     #[test]
+    fn a_bzimage_is_loaded_where_it_asks_and_keeps_room_to_unpack() {
+        let kernel = open("bzimage", &bzimage(b"\xf4")).unwrap();
+        assert_eq!((kernel.loaded.entry, kernel.loaded.end), (GuestAddress(0x10_0200), 0x10_1000));
+        assert!(kernel.loaded.header.is_some());
+    }
+
+    #[test]
     fn damaged_files_are_refused_with_what_is_wrong() {
         let whole = elf(&[0xf4; 64]);
-        let with = |at: usize, bytes: &[u8]| {
-            let mut file = whole.clone();
+        let packed = bzimage(&[0xf4; 64]);
+        let damage = |file: &[u8], at: usize, bytes: &[u8]| {
+            let mut file = file.to_vec();
             file[at..at + bytes.len()].copy_from_slice(bytes);
             file
         };
+        let with = |at: usize, bytes: &[u8]| damage(&whole, at, bytes);
+        let packed_with = |at: usize, bytes: &[u8]| damage(&packed, at, bytes);
         let cases = [
             ("empty", vec![]),
             ("text", b"#!/bin/sh\necho this is not a kernel at all".repeat(100)),
@@ -240,6 +238,15 @@ pub(super) mod tests {
             ("many-headers", with(56, &[0xff, 0xff])),
             ("entry-elsewhere", with(24, &0x4000_0000u64.to_le_bytes())),
             ("entry-low", with(24, &0u64.to_le_bytes())),
+            ("bzimage-header-truncated", packed[..0x208].to_vec()),
+            ("bzimage-truncated", packed[..1024 + 0x200].to_vec()),
+            ("bzimage-without-kernel", packed[..1000].to_vec()),
+            ("bzimage-all-setup", packed_with(0x1f1, &[0xff])),
+            ("bzimage-magic", packed_with(0x202, b"SrdH")),
+            ("bzimage-old", packed_with(0x206, &[4, 2])),
+            ("bzimage-32-bit", packed_with(0x236, &[0])),
+            ("bzimage-low", packed_with(0x214, &0x1000u32.to_le_bytes())),
+            ("bzimage-high", packed_with(0x214, &0xffff_f000u32.to_le_bytes())),
         ];
         for (name, bytes) in cases {
             let error = open(name, &bytes).unwrap_err();

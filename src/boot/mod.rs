@@ -7,6 +7,8 @@ mod cpio;
 mod initramfs;
 mod kernel;
 mod linux;
+#[cfg(any(test, feature = "internals"))]
+pub(crate) mod tiny;
 
 pub(crate) use cmdline::Cmdline;
 pub use initramfs::Initramfs;

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
+use crate::tiny;
 use cofferdam::{Console, Container, ContainerBuilder, Exit, Image, Initramfs, Kernel, Size, Vm, VmBuilder};
 
 /// What a test returns.
@@ -158,23 +159,9 @@ impl Drop for Temp {
     }
 }
 
-/// The smallest ELF kernel: `code` at 1 MiB, entered at its start in 64-bit mode.
+/// A kernel of a few instructions: `code` at 1 MiB, entered at its start in 64-bit mode.
 pub fn tiny_kernel(temp: &Temp, code: &[u8]) -> cofferdam::Result<Kernel> {
-    let mut file = vec![0u8; 120];
-    let mut put = |at: usize, bytes: &[u8]| file[at..at + bytes.len()].copy_from_slice(bytes);
-    put(0, &[0x7f, b'E', b'L', b'F', 2, 1, 1]);
-    put(16, &[2, 0, 62, 0]);
-    put(24, &0x10_0000u64.to_le_bytes());
-    put(32, &64u64.to_le_bytes());
-    put(52, &[64, 0, 56, 0, 1, 0]);
-    put(64, &1u32.to_le_bytes());
-    put(72, &120u64.to_le_bytes());
-    put(80, &0x10_0000u64.to_le_bytes());
-    put(88, &0x10_0000u64.to_le_bytes());
-    put(96, &(code.len() as u64).to_le_bytes());
-    put(104, &(code.len() as u64).to_le_bytes());
-    file.extend_from_slice(code);
     let path: &Path = &temp.path("kernel");
-    std::fs::write(path, file)?;
+    std::fs::write(path, tiny::elf(code))?;
     Kernel::open(path)
 }

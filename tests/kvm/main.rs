@@ -14,6 +14,8 @@ mod exec;
 mod fixture;
 mod many;
 mod start;
+#[path = "../../src/boot/tiny.rs"]
+mod tiny;
 
 use std::process::ExitCode;
 

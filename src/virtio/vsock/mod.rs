@@ -6,7 +6,7 @@
 
 mod connection;
 mod credit;
-mod packet;
+pub(crate) mod packet;
 mod stream;
 
 use std::collections::{HashMap, VecDeque};

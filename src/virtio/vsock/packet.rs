@@ -1,13 +1,13 @@
 //! The packet header of a socket device, read and written as one value (Virtio 1.3, 5.10.6).
 
 /// Bytes of a header on the wire.
-pub(super) const HEADER: usize = 44;
+pub(crate) const HEADER: usize = 44;
 /// The only kind of socket offered (Virtio 1.3, 5.10.6, VIRTIO_VSOCK_TYPE_STREAM).
-pub(super) const TYPE_STREAM: u16 = 1;
+pub(crate) const TYPE_STREAM: u16 = 1;
 
 /// What a packet is for (Virtio 1.3, 5.10.6).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Op {
+pub(crate) enum Op {
     Request,
     Response,
     Reset,
@@ -19,7 +19,7 @@ pub(super) enum Op {
 }
 
 impl Op {
-    fn parse(number: u16) -> Self {
+    pub(crate) fn parse(number: u16) -> Self {
         match number {
             1 => Self::Request,
             2 => Self::Response,
@@ -47,13 +47,13 @@ impl Op {
 }
 
 /// Shutdown flag: the sender will not receive any more.
-pub(super) const SHUTDOWN_RECEIVE: u32 = 1;
+pub(crate) const SHUTDOWN_RECEIVE: u32 = 1;
 /// Shutdown flag: the sender will not send any more.
-pub(super) const SHUTDOWN_SEND: u32 = 2;
+pub(crate) const SHUTDOWN_SEND: u32 = 2;
 
 /// A header's fields; no combination is trusted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Header {
+pub(crate) struct Header {
     pub src_cid: u64,
     pub dst_cid: u64,
     pub src_port: u32,
@@ -67,7 +67,7 @@ pub(super) struct Header {
 }
 
 impl Header {
-    pub(super) fn parse(bytes: &[u8; HEADER]) -> Self {
+    pub(crate) fn parse(bytes: &[u8; HEADER]) -> Self {
         let mut rest = bytes.as_slice();
         Self {
             src_cid: u64::from_le_bytes(take(&mut rest)),
@@ -83,7 +83,7 @@ impl Header {
         }
     }
 
-    pub(super) fn to_bytes(self) -> [u8; HEADER] {
+    pub(crate) fn to_bytes(self) -> [u8; HEADER] {
         let mut bytes = [0; HEADER];
         let mut rest = bytes.as_mut_slice();
         put(&mut rest, self.src_cid.to_le_bytes());
