@@ -1,11 +1,60 @@
-//! What a container says that never comes to life.
+//! What machines and containers say that never come to life.
 
+use std::ffi::OsString;
+use std::process::Command;
 use std::time::Duration;
 
-use cofferdam::{Container, ErrorKind};
+use cofferdam::{Container, ErrorKind, Host, Kernel, Vm};
 
 use crate::fixture::{Outcome, Temp, debian, debian_container, kernel, tiny_kernel};
 use crate::{check, check_eq};
+
+/// Asks this program, run again, for a report on a kernel's path instead of tests.
+pub const REPORT: &str = "COFFERDAM_TEST_REPORT";
+
+/// Prints what stands in the way of booting the kernel at `path`: the probe's words, then those of starting it.
+#[allow(clippy::print_stdout, reason = "the test that runs this program again reads it")]
+pub fn report(path: OsString) {
+    let told = |outcome: cofferdam::Result<()>| match outcome {
+        Ok(()) => "nothing".to_owned(),
+        Err(error) => format!("{:?}: {error}", error.kind()),
+    };
+    println!("{}", told(Host::probe().ready()));
+    println!("{}", told(Kernel::open(path).and_then(|kernel| Vm::builder(kernel).start().map(drop))));
+}
+
+/// The report of this program where `preparation` has changed what is mounted, without any capability.
+fn reported(temp: &Temp, preparation: &str, kernel: &str) -> Result<String, Box<dyn std::error::Error>> {
+    let script = format!("{preparation} && exec setpriv --bounding-set=-all --inh-caps=-all \"$0\"");
+    let output = Command::new("unshare")
+        .args(["-r", "-m", "sh", "-c", &script])
+        .arg(std::env::current_exe()?)
+        .current_dir(temp.path(""))
+        .env(REPORT, temp.path(kernel))
+        .output()?;
+    check!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    Ok(String::from_utf8(output.stdout)?)
+}
+
+pub fn without_kvm_the_remedy_is_told() -> Outcome {
+    let temp = Temp::new()?;
+    tiny_kernel(&temp, &[0xf4])?;
+    let forbidden = reported(&temp, "touch kvm && chmod 0 kvm && mount --bind kvm /dev/kvm", "kernel")?;
+    check!(forbidden.lines().all(|line| line.starts_with("PermissionDenied: ")), "{forbidden}");
+    check_eq!(forbidden.matches("usermod -aG kvm").count(), 2);
+    let absent = reported(&temp, "mount -t tmpfs none /dev", "kernel")?;
+    check!(absent.lines().all(|line| line.starts_with("NotFound: ")), "{absent}");
+    check_eq!(absent.matches("load the module kvm_intel or kvm_amd").count(), 2);
+    Ok(())
+}
+
+pub fn what_may_not_be_read_is_named() -> Outcome {
+    let temp = Temp::new()?;
+    let told = reported(&temp, "touch secret && chmod 0 secret", "secret")?;
+    let expected = format!("PermissionDenied: opening kernel {}: Permission denied", temp.path("secret").display());
+    check!(told.contains(&expected), "{told}");
+    Ok(())
+}
 
 pub fn a_guest_that_is_never_ready_names_its_stage() -> Outcome {
     let temp = Temp::new()?;
