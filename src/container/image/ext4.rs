@@ -6,6 +6,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read};
+use std::ops::RangeInclusive;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -157,8 +158,13 @@ impl Writer {
     }
 }
 
-/// Seconds in the format of an inode: the low 32 bits, and two more above them (Linux ext4, inode timestamps).
+/// The first and the last second that an inode can keep, in 1901 and 2446.
+const TIMES: RangeInclusive<i64> = i32::MIN as i64..=(3 << 32) + i32::MAX as i64;
+
+/// Seconds in the format of an inode: the low 32 bits, and two more above them (Linux ext4, inode timestamps). What
+/// lies beyond becomes the nearest that can be kept, as Linux does it.
 fn times(mtime: i64) -> FileTimestamps {
+    let mtime = mtime.clamp(*TIMES.start(), *TIMES.end());
     let (low, high) = (mtime as u32, ((mtime - i64::from(mtime as i32)) >> 32) as u32 & 3);
     FileTimestamps {
         access_lo: low,
@@ -298,4 +304,22 @@ fn punch_holes(file: &File) -> Result<()> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_beyond_those_of_an_inode_become_the_nearest() {
+        // The low word is signed; the high bits count how often 2^32 seconds were added.
+        let kept = |mtime: i64| {
+            let t = times(mtime);
+            i64::from(t.modification_lo as i32) + (i64::from(t.modification_hi) << 32)
+        };
+        for mtime in [0, 1_600_000_000, -1, *TIMES.start(), *TIMES.end(), i64::from(i32::MAX) + 1] {
+            assert_eq!(kept(mtime), mtime);
+        }
+        assert_eq!((kept(i64::MIN), kept(i64::MAX)), (*TIMES.start(), *TIMES.end()));
+    }
 }
