@@ -112,7 +112,7 @@ impl ContainerBuilder {
         }
         let kernel = self.kernel.clone().map_or_else(Kernel::find, Ok)?;
         let lower = Disk::open_file(self.image.disk()?).read_only();
-        let upper = Disk::open_file(super::image::scratch(self.disk)?);
+        let upper = Disk::open_file(self.image.scratch(self.disk)?);
         let config = BootConfig {
             hostname,
             control_port: CONTROL_PORT,

@@ -7,7 +7,7 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use crate::size::Size;
@@ -94,6 +94,28 @@ pub(crate) fn punch(file: &File, offset: u64, len: u64) -> io::Result<()> {
             e => Err(e),
         },
     }
+}
+
+/// Makes `to`, an empty file, the same as `from`. Holes stay holes.
+pub(crate) fn copy_data(from: &File, to: &File) -> io::Result<()> {
+    let len = from.metadata()?.len();
+    to.set_len(len)?;
+    let (mut buffer, mut at) = (vec![0; 64 << 10], 0);
+    while let Some(start) = next_data(from, at)? {
+        at = next_hole(from, start)?.unwrap_or(len);
+        let mut from_at = start;
+        while from_at < at {
+            let room = buffer.len().min(usize::try_from(at - from_at).unwrap_or(usize::MAX));
+            let piece = buffer.get_mut(..room).unwrap_or_default();
+            let read = from.read_at(piece, from_at)?;
+            if read == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            to.write_all_at(piece.get(..read).unwrap_or_default(), from_at)?;
+            from_at += read as u64;
+        }
+    }
+    Ok(())
 }
 
 /// All extended attributes of a path itself; a symbolic link is not followed.
@@ -213,6 +235,18 @@ mod tests {
         drop(a);
         assert!(try_lock(&b, LockKind::Exclusive).unwrap());
         std::fs::remove_file(&dir).unwrap();
+    }
+
+    #[test]
+    fn copies_have_the_data_and_the_holes() {
+        let [from, to] = [(); 2].map(|()| temp_file(&std::env::temp_dir()).unwrap());
+        from.set_len(64 << 20).unwrap();
+        from.write_all_at(&[7; 100_000], 32 << 20).unwrap();
+        copy_data(&from, &to).unwrap();
+        let mut piece = [0; 100_001];
+        to.read_exact_at(&mut piece, 32 << 20).unwrap();
+        assert!(piece[..100_000].iter().all(|b| *b == 7) && piece[100_000] == 0);
+        assert_eq!((to.metadata().unwrap().len(), next_data(&to, 0).unwrap()), (64 << 20, Some(32 << 20)));
     }
 
     #[test]

@@ -10,8 +10,8 @@ mod signal;
 mod timer;
 
 pub(crate) use file::{
-    LockKind, cache_dir, fill_random, lock_byte, next_data, next_hole, page_size, punch, scratch_file, temp_file,
-    try_lock, xattrs,
+    LockKind, cache_dir, copy_data, fill_random, lock_byte, next_data, next_hole, page_size, punch, scratch_file,
+    temp_file, try_lock, xattrs,
 };
 pub(crate) use iovec::{preadv, pwritev, readv, send, sendv};
 pub(crate) use signal::{KickSignal, ThreadId};

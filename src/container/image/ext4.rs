@@ -7,10 +7,9 @@ use std::collections::{BTreeMap, HashMap};
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read};
 use std::ops::RangeInclusive;
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use arcbox_ext4::constants::{file_mode, make_mode};
 use arcbox_ext4::error::{FormatError, ReadError};
@@ -54,20 +53,25 @@ pub(super) fn write(path: &Path, max: Size, fill: impl FnOnce(&mut Writer) -> Re
     })
 }
 
-/// An empty file system of `size`, rounded up to 128 MiB, in a file without a name.
-pub(super) fn empty(size: Size) -> Result<File> {
+/// What is written for a disk of `size`: whole groups.
+///
+/// # Errors
+/// `InvalidConfig` for nothing and for more than the format writer has room for.
+pub(super) fn whole_groups(size: Size) -> Result<Size> {
     if size.as_bytes() == 0 || size > MAX_DISK {
         return Err(Error::invalid("disk", format!("{size}: up to {MAX_DISK} are possible, and not nothing")));
     }
-    let file = sys::temp_file(&std::env::temp_dir())?;
-    // The format writer opens by path; this path is the file that has none.
-    let path = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
+    Ok(Size::bytes(size.as_bytes().next_multiple_of(GROUP)))
+}
+
+/// Makes an empty file system of `size` at `path`.
+pub(super) fn write_empty(path: &Path, size: Size) -> Result<()> {
     guarded(|| {
-        let options = FormatOptions::new(size.as_bytes().next_multiple_of(GROUP)).uuid(uuid());
-        let formatter = Formatter::with_options(&path, options).map_err(convert)?;
-        formatter.close().map_err(convert)
-    })?;
-    Ok(file)
+        let formatter =
+            Formatter::with_options(path, FormatOptions::new(size.as_bytes()).uuid(uuid())).map_err(convert)?;
+        formatter.close().map_err(convert)?;
+        punch_holes(&OpenOptions::new().read(true).write(true).open(path)?)
+    })
 }
 
 fn uuid() -> uuid::Uuid {

@@ -14,6 +14,7 @@ use sha2::{Digest, Sha256};
 
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::size::Size;
+use crate::sys;
 use store::Store;
 
 /// A root file system to start containers from: a tar archive or a directory. Cloning is cheap.
@@ -88,6 +89,24 @@ impl Image {
         self.made().doing(|| format!("preparing image {}", self.path.display()))
     }
 
+    /// An empty, unnamed file system of `size`, rounded up to 128 MiB, for a container to write to. The first of a size is
+    /// kept beside the disks of images, all others are copies of the little that is in it.
+    pub(super) fn scratch(&self, size: Size) -> Result<File> {
+        let size = ext4::whole_groups(size)?;
+        self.copy_of_empty(size).doing(|| format!("disk: making a disk of {size}"))
+    }
+
+    fn copy_of_empty(&self, size: Size) -> Result<File> {
+        let mut hash = Sha256::new();
+        hash.update(b"cofferdam empty disk 1\n");
+        hash.update(size.as_bytes().to_le_bytes());
+        let store = Store::open(self.cache.clone())?;
+        let empty = store.get_or_make(&hex(&hash.finalize()), |path| ext4::write_empty(path, size))?;
+        let copy = sys::temp_file(&std::env::temp_dir())?;
+        sys::copy_data(&empty, &copy)?;
+        Ok(copy)
+    }
+
     fn made(&self) -> Result<File> {
         let store = Store::open(self.cache.clone())?;
         let identity = self.identity()?;
@@ -137,16 +156,11 @@ fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// An empty, unnamed file system of `size` for a container to write to.
-pub(super) fn scratch(size: Size) -> Result<File> {
-    ext4::empty(size).doing(|| format!("disk: making a disk of {size}"))
-}
-
 /// Reads an archive into a disk that nobody keeps.
 #[cfg(any(test, feature = "internals"))]
 pub(crate) fn read_archive(source: &mut dyn std::io::Read) {
     use std::os::fd::AsRawFd;
-    let Ok(file) = crate::sys::temp_file(&std::env::temp_dir()) else {
+    let Ok(file) = sys::temp_file(&std::env::temp_dir()) else {
         return;
     };
     let path = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));

@@ -242,11 +242,17 @@ fn the_same_content_gives_the_same_bytes() {
 
 #[test]
 fn empty_disks_have_the_size_asked_for_and_nearly_none_on_the_host() {
-    let file = scratch(Size::gib(4)).unwrap();
-    let metadata = file.metadata().unwrap();
-    assert!(metadata.len() >= 4 << 30 && metadata.blocks() * 512 < 4 << 20, "{metadata:?}");
-    assert_eq!(scratch(Size::bytes(0)).unwrap_err().kind(), ErrorKind::InvalidConfig);
-    assert_eq!(scratch(Size::gib(1 << 30)).unwrap_err().kind(), ErrorKind::InvalidConfig);
+    let temp = Temp::new();
+    let image = Image::open(&temp.0).unwrap().cache_dir(temp.0.join("cache"));
+    for _ in 0..2 {
+        let metadata = image.scratch(Size::gib(4)).unwrap().metadata().unwrap();
+        assert!(metadata.len() == 4 << 30 && metadata.blocks() * 512 < 1 << 20, "{metadata:?}");
+    }
+    assert_eq!(disks(&temp).len(), 1, "made once");
+    fsck(&disks(&temp)[0]);
+    assert_eq!(image.scratch(Size::mib(1)).unwrap().metadata().unwrap().len(), 128 << 20);
+    assert_eq!(image.scratch(Size::bytes(0)).unwrap_err().kind(), ErrorKind::InvalidConfig);
+    assert_eq!(image.scratch(Size::gib(1 << 30)).unwrap_err().kind(), ErrorKind::InvalidConfig);
 }
 
 #[test]
