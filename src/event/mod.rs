@@ -11,9 +11,10 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::sys::{ControlOperation, Epoll, EpollEvent, EventFd, EventSet, STACK, eventfd};
+use crate::sys::{ControlOperation, Epoll, EpollEvent, EventFd, EventSet, STACK, borrow, eventfd, wait_readable};
 
 pub(crate) use crate::sys::EventSet as Interest;
 
@@ -61,6 +62,15 @@ struct Mailbox<S> {
     requests: VecDeque<Request<S>>,
     /// The thread is gone or going: nothing will be run any more.
     closed: bool,
+    hold: Hold,
+}
+
+/// Whether the loop looks at its descriptors.
+enum Hold {
+    No,
+    /// After those that are being looked at, it shall not look any more, and say so here.
+    Asked(mpsc::SyncSender<()>),
+    Yes,
 }
 
 struct Shared<S> {
@@ -72,6 +82,17 @@ impl<S> Shared<S> {
     fn mailbox(&self) -> MutexGuard<'_, Mailbox<S>> {
         // Poison is impossible to act on: the mailbox is valid after every statement that holds the lock.
         self.mailbox.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether the loop shall look at its mailbox only. Tells who asked for it.
+    fn held(&self) -> bool {
+        let mut mailbox = self.mailbox();
+        if let Hold::Asked(held) = &mailbox.hold {
+            // Who asked may have given up.
+            let _ = held.send(());
+            mailbox.hold = Hold::Yes;
+        }
+        matches!(mailbox.hold, Hold::Yes)
     }
 }
 
@@ -116,9 +137,47 @@ impl<S: Handler> Remote<S> {
             }
             mailbox.requests.push_back(Box::new(f));
         }
+        self.wake();
+        Ok(())
+    }
+
+    /// Keeps the loop from looking at its descriptors: when this returns, nothing happens to its value but what others ask
+    /// of it. What becomes ready meanwhile is seen after [`Remote::release`]. Idempotent; one thread asks at a time.
+    ///
+    /// # Errors
+    /// `InvalidState` when the loop has ended, `TimedOut` when it is busy for longer than `limit`; then it is not held.
+    pub(crate) fn hold(&self, limit: Duration) -> Result<()> {
+        let (held, wait) = mpsc::sync_channel(1);
+        {
+            let mut mailbox = self.0.mailbox();
+            if mailbox.closed {
+                return Err(ended());
+            }
+            if matches!(mailbox.hold, Hold::Yes) {
+                return Ok(());
+            }
+            mailbox.hold = Hold::Asked(held);
+        }
+        self.wake();
+        match wait.recv_timeout(limit) {
+            Ok(()) => Ok(()),
+            Err(mpsc::RecvTimeoutError::Disconnected) => Err(ended()),
+            Err(mpsc::RecvTimeoutError::Timeout) => {
+                self.release();
+                Err(Error::new(ErrorKind::TimedOut, format!("an event loop was busy for longer than {limit:?}")))
+            }
+        }
+    }
+
+    /// Lets the loop look at its descriptors again. Idempotent.
+    pub(crate) fn release(&self) {
+        self.0.mailbox().hold = Hold::No;
+        self.wake();
+    }
+
+    fn wake(&self) {
         // The only possible failure is a counter at its maximum, which is readable all the same.
         let _ = self.0.wake.write(1);
-        Ok(())
     }
 }
 
@@ -144,7 +203,7 @@ impl<S: Handler> Loop<S> {
             .0
             .ctl(ControlOperation::Add, wake.as_raw_fd(), EpollEvent::new(EventSet::IN, MAILBOX))
             .doing(|| "creating an event loop")?;
-        let mailbox = Mutex::new(Mailbox { requests: VecDeque::new(), closed: false });
+        let mailbox = Mutex::new(Mailbox { requests: VecDeque::new(), closed: false, hold: Hold::No });
         let shared = Arc::new(Shared { mailbox, wake });
         let (mut value, epoll, theirs) = (make(sources.clone()), sources.0, shared.clone());
         let thread = thread::Builder::new()
@@ -156,6 +215,7 @@ impl<S: Handler> Loop<S> {
                 let mut mailbox = theirs.mailbox();
                 mailbox.closed = true;
                 mailbox.requests.clear();
+                mailbox.hold = Hold::No;
                 drop(mailbox);
                 ended.is_ok().then_some(value)
             })
@@ -207,13 +267,25 @@ fn run<S: Handler>(value: &mut S, epoll: &Epoll, shared: &Shared<S>) {
                 return;
             }
         };
+        let mut asked = false;
         for event in events.iter().take(count) {
             if event.data() == MAILBOX {
+                asked = true;
                 if !serve(value, shared) {
                     return;
                 }
             } else {
                 value.ready(event.data(), event.event_set());
+            }
+        }
+        // Only now, as what was taken from the kernel may not be told again.
+        while asked && shared.held() {
+            if let Err(e) = wait_readable(borrow(&shared.wake), None) {
+                log::error!("an event loop cannot wait any more: {e}");
+                return;
+            }
+            if !serve(value, shared) {
+                return;
             }
         }
     }
@@ -236,7 +308,6 @@ fn serve<S: Handler>(value: &mut S, shared: &Shared<S>) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sys::borrow;
 
     #[derive(Default)]
     struct Counter {
@@ -273,6 +344,30 @@ mod tests {
         it.remote().with(|c| c.kicks.as_ref().unwrap().write(3)).unwrap().unwrap();
         while it.remote().with(|c| c.seen).unwrap() < 3 {}
         assert_eq!(it.join().unwrap().seen, 3);
+    }
+
+    #[test]
+    fn a_held_loop_sees_only_its_mailbox_and_loses_nothing() {
+        let (it, limit) = (counter(), Duration::from_secs(10));
+        for _ in 0..100 {
+            it.remote().hold(limit).unwrap();
+            it.remote().hold(limit).unwrap();
+            let before = it.remote().with(|c| (c.kicks.as_ref().unwrap().write(1), c.seen).1).unwrap();
+            assert_eq!(it.remote().with(|c| c.seen).unwrap(), before);
+            it.remote().release();
+            while it.remote().with(|c| c.seen).unwrap() == before {}
+        }
+        it.remote().hold(limit).unwrap();
+        assert_eq!(it.join().unwrap().seen, 100);
+    }
+
+    #[test]
+    fn a_busy_loop_is_not_held() {
+        let it = counter();
+        it.remote().post(|_| thread::sleep(Duration::from_millis(300))).unwrap();
+        assert_eq!(it.remote().hold(Duration::from_millis(10)).unwrap_err().kind(), ErrorKind::TimedOut);
+        it.remote().with(|c| c.kicks.as_ref().unwrap().write(1)).unwrap().unwrap();
+        while it.remote().with(|c| c.seen).unwrap() == 0 {}
     }
 
     #[test]

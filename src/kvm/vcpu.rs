@@ -131,6 +131,19 @@ impl VcpuFd {
         Kicker(self.page.clone())
     }
 
+    /// As [`Kicker::request_exit`], by the vCPU's own thread: `run` finishes what the last exit began, and no more.
+    pub(crate) fn request_exit(&self) {
+        self.page.immediate_exit().store(1, Ordering::SeqCst);
+    }
+
+    /// Tells the guest that it did not run for a while, so that its watchdogs do not complain (KVM API, 4.70). A guest
+    /// that has set up no clock of KVM's cannot be told.
+    pub(crate) fn tell_paused(&self) {
+        if let Err(error) = self.fd.kvmclock_ctrl() {
+            log::trace!("a vCPU has no clock of KVM's: {error}");
+        }
+    }
+
     /// The kick was seen: `run` enters the guest again.
     pub(crate) fn clear_exit_request(&self) {
         self.page.immediate_exit().store(0, Ordering::SeqCst);

@@ -10,12 +10,13 @@ use std::time::{Duration, Instant};
 
 use super::config::VmConfig;
 use super::exit::{DeviceStats, Exit, Marks, Reason, Trace};
+use super::pause::{Gate, Parked};
 use super::vcpu::{self, LastExit, VcpuControl};
 use super::{Keyboard, Vm};
 use crate::arch::{self, Cpu, layout};
 use crate::boot;
 use crate::bus::{Attached, Bus};
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, ErrorKind, Result};
 use crate::event::Loop;
 use crate::irq::Interrupt;
 use crate::kvm::{Kvm, VmFd};
@@ -38,6 +39,7 @@ pub(super) struct Shared {
     /// Readable once the VM has ended.
     pub exit_fd: EventFd,
     pub vcpus: Vec<VcpuControl>,
+    pub gate: Gate,
     running_vcpus: AtomicUsize,
     signal: KickSignal,
     pub marks: Marks,
@@ -65,7 +67,27 @@ impl Shared {
         self.end().reason.get_or_insert((reason, last));
         self.marks.ended();
         self.stopping.store(true, Ordering::SeqCst);
+        self.gate.remove();
+        self.kick();
+    }
+
+    /// Gets all vCPUs out of the guest, to look at what is asked of them.
+    fn kick(&self) {
         self.vcpus.iter().for_each(|vcpu| vcpu.kick(self.signal));
+    }
+
+    /// Brings all vCPUs to the gate, within `limit`.
+    pub(super) fn park_vcpus(&self, limit: Duration) -> Result<()> {
+        self.gate.close();
+        self.kick();
+        match self.gate.wait_parked(self.vcpus.len(), Instant::now() + limit) {
+            Parked::All => Ok(()),
+            Parked::Gone => Err(Error::new(ErrorKind::InvalidState, "the virtual machine has ended")),
+            Parked::Busy(n) => {
+                self.gate.open();
+                Err(Error::new(ErrorKind::TimedOut, format!("{n} vCPUs were busy for longer than {limit:?}")))
+            }
+        }
     }
 
     /// What is known now.
@@ -217,6 +239,7 @@ pub(super) fn start(config: &VmConfig) -> Result<Vm> {
         ended: Condvar::new(),
         exit_fd: eventfd().doing(|| "creating the exit descriptor")?,
         vcpus: (0..vcpus).map(|_| VcpuControl::default()).collect(),
+        gate: Gate::default(),
         running_vcpus: AtomicUsize::new(vcpus.into()),
         signal: KickSignal::install(config.kick_signal)?,
         marks,
@@ -228,11 +251,12 @@ pub(super) fn start(config: &VmConfig) -> Result<Vm> {
         Parts { vm: &vm, memory: &memory, shared: &shared, mmio: Bus::default(), loops: Vec::new(), vsock: None };
     parts.attach(attachments, &slots)?;
     let Parts { mmio, loops, vsock, .. } = parts;
+    let remotes = loops.iter().map(Loop::remote).collect();
     let machine = Arc::new(Machine { vm, mmio, ports, loops, shared: shared.clone(), _memory: memory });
 
     let pump = start_pump(config, &output)?;
     let threads = start_vcpus(&machine, &cpu, vcpus, entry);
-    let vm = Vm::new(shared, threads.threads, pump, vsock, listeners, keyboard);
+    let vm = Vm::new(shared, threads.threads, pump, remotes, vsock, listeners, keyboard);
     // A thread that could not start is an error; those that could are ended by dropping `vm`.
     threads.outcome.map(|()| vm)
 }

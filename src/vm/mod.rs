@@ -4,6 +4,7 @@ mod builder;
 mod config;
 mod exit;
 mod machine;
+mod pause;
 mod vcpu;
 
 use std::fmt;
@@ -18,10 +19,11 @@ pub use exit::{DeviceStats, Exit, Registers, Stage, Timeline, Trace};
 
 use crate::boot::Kernel;
 use crate::error::{Error, ErrorKind, Result};
+use crate::event::Remote;
 use crate::legacy::I8042;
 use crate::sys::borrow;
-use crate::virtio::DeviceHandle;
 use crate::virtio::vsock::{VsockListener, VsockStream};
+use crate::virtio::{DeviceHandle, Slots};
 use exit::Reason;
 use machine::Shared;
 
@@ -29,6 +31,9 @@ type Keyboard = Arc<Mutex<I8042<Box<dyn FnMut() + Send>>>>;
 
 /// How long a connection to the guest may take to be answered.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long a pause waits for what devices and vCPUs are doing.
+const PAUSE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A running virtual machine. Any number live in one process; each has its own threads and nothing in common.
 ///
@@ -39,6 +44,9 @@ pub struct Vm {
     threads: Vec<JoinHandle<()>>,
     /// The console's writer may block for ever, so nobody waits for its thread but within [`Shared`]'s bound.
     _pump: Option<JoinHandle<()>>,
+    /// Whether the VM is paused; locked while that changes.
+    paused: Mutex<bool>,
+    loops: Vec<Remote<Slots>>,
     vsock: Option<DeviceHandle<crate::virtio::vsock::Vsock>>,
     /// Listeners that were configured and not yet taken.
     listeners: Mutex<Vec<VsockListener>>,
@@ -56,11 +64,13 @@ impl Vm {
         shared: Arc<Shared>,
         threads: Vec<JoinHandle<()>>,
         pump: Option<JoinHandle<()>>,
+        loops: Vec<Remote<Slots>>,
         vsock: Option<DeviceHandle<crate::virtio::vsock::Vsock>>,
         listeners: Vec<VsockListener>,
         keyboard: Keyboard,
     ) -> Self {
-        Self { shared, threads, _pump: pump, vsock, listeners: Mutex::new(listeners), keyboard }
+        let (paused, listeners) = (Mutex::default(), Mutex::new(listeners));
+        Self { shared, threads, _pump: pump, paused, loops, vsock, listeners, keyboard }
     }
 
     /// Waits until the VM has ended, however that comes about. May be called again and from many threads.
@@ -88,12 +98,15 @@ impl Vm {
     }
 
     /// Asks the guest to shut down by pressing Ctrl-Alt-Del, which every init understands, and kills it when it has
-    /// not ended after `grace`. A guest without a keyboard driver is not asked and killed after `grace`.
+    /// not ended after `grace`. A guest without a keyboard driver is not asked and killed after `grace`; a paused one goes
+    /// on first.
     ///
     /// # Errors
     /// As [`Vm::wait`].
     pub fn shutdown(&self, grace: Duration) -> Result<Exit> {
         let deadline = Instant::now() + grace;
+        // One that has ended is told by what follows.
+        let _ = self.resume();
         if !self.keyboard.lock().unwrap_or_else(PoisonError::into_inner).press_ctrl_alt_del() {
             log::info!("the guest has no keyboard driver and cannot be asked to shut down");
         }
@@ -104,6 +117,50 @@ impl Vm {
                 self.wait()
             }
         }
+    }
+
+    /// Stops the guest where it is: when this returns no vCPU runs and no device touches the guest's memory, until
+    /// [`Vm::resume`]. Idempotent. Waits for what a device is doing at this moment, at most ten seconds.
+    ///
+    /// Clocks go on, as they do for a stopped process: timers that come due meanwhile fire at once afterwards. The guest
+    /// is told that it did not run, so that its watchdogs are quiet. What embedder and guest sent each other waits.
+    ///
+    /// # Errors
+    /// `InvalidState` when the VM has ended, `TimedOut` when a device is busy for too long, on a file that does not answer
+    /// say; then the guest goes on.
+    pub fn pause(&self) -> Result<()> {
+        let mut paused = self.paused.lock().unwrap_or_else(PoisonError::into_inner);
+        let quiet = || {
+            self.shared.park_vcpus(PAUSE_TIMEOUT)?;
+            self.loops.iter().try_for_each(|it| it.hold(PAUSE_TIMEOUT))
+        };
+        if !*paused {
+            if let Err(error) = quiet() {
+                self.go_on();
+                return Err(error.doing("pausing the VM"));
+            }
+            *paused = true;
+        }
+        Ok(())
+    }
+
+    /// Lets a paused guest go on. Idempotent; returns at once.
+    ///
+    /// # Errors
+    /// `InvalidState` when the VM has ended.
+    pub fn resume(&self) -> Result<()> {
+        let mut paused = self.paused.lock().unwrap_or_else(PoisonError::into_inner);
+        self.go_on();
+        *paused = false;
+        match self.shared.stopping() {
+            true => Err(Error::new(ErrorKind::InvalidState, "resuming the VM: the virtual machine has ended")),
+            false => Ok(()),
+        }
+    }
+
+    fn go_on(&self) {
+        self.loops.iter().for_each(Remote::release);
+        self.shared.gate.open();
     }
 
     /// Ends the VM now, whatever the guest does. Idempotent; returns at once: [`Vm::wait`] tells when it is done.

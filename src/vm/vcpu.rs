@@ -55,7 +55,18 @@ pub(super) fn run(machine: &Machine, id: u8, mut vcpu: VcpuFd) {
         if machine.shared.stopping() {
             break;
         }
+        let pausing = machine.shared.gate.closed();
+        if pausing {
+            // What the last exit began must be finished in KVM before the vCPU rests; the guest is not entered.
+            vcpu.request_exit();
+        }
         let exit = vcpu.run();
+        if pausing && matches!(exit, Ok(VcpuExit::Interrupted)) {
+            if machine.shared.gate.park() {
+                vcpu.tell_paused();
+            }
+            continue;
+        }
         if !told_entered && !matches!(exit, Ok(VcpuExit::Interrupted)) {
             told_entered = true;
             machine.shared.marks.kernel_entered();

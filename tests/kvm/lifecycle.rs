@@ -1,0 +1,147 @@
+//! Pausing and going on.
+
+use std::io::Write;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use cofferdam::{ErrorKind, Exit, Stdio};
+
+use crate::fixture::{Outcome, PATIENCE, Printed, container, guest};
+use crate::{check, check_eq};
+
+const MOMENT: Duration = Duration::from_millis(200);
+
+/// Waits until the guest has printed more than `n` bytes.
+fn printed_beyond(printed: &Printed, n: usize) -> Result<usize, String> {
+    let deadline = Instant::now() + PATIENCE;
+    while Instant::now() < deadline {
+        match printed.text().len() {
+            now if now > n => return Ok(now),
+            _ => thread::sleep(Duration::from_millis(1)),
+        }
+    }
+    Err(format!("nothing printed beyond {n} bytes"))
+}
+
+pub fn a_paused_guest_stands_still_and_goes_on() -> Outcome {
+    let printed = Printed::default();
+    let vm = guest("while :; do echo running; done").vcpus(2).console(printed.console()).start()?;
+    let mut seen = printed_beyond(&printed, 100)?;
+    for _ in 0..3 {
+        vm.pause()?;
+        vm.pause()?;
+        // The console's thread may still have something to give.
+        thread::sleep(MOMENT);
+        seen = printed.text().len();
+        thread::sleep(MOMENT);
+        check_eq!(printed.text().len(), seen);
+        vm.resume()?;
+        vm.resume()?;
+        seen = printed_beyond(&printed, seen)?;
+    }
+    check!(seen > 100);
+    vm.kill();
+    vm.wait()?;
+    check_eq!(vm.pause().map_err(|e| e.kind()), Err(ErrorKind::InvalidState));
+    check_eq!(vm.resume().map_err(|e| e.kind()), Err(ErrorKind::InvalidState));
+    Ok(())
+}
+
+pub fn nothing_is_lost_however_often_it_is_paused() -> Outcome {
+    const ROUNDS: u32 = 2000;
+    let container = container()?;
+    let done = AtomicBool::new(false);
+    let (mut data, mut state) = (vec![0u8; 256 << 10], 1u32);
+    data.iter_mut().for_each(|byte| {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        *byte = (state >> 24) as u8;
+    });
+    thread::scope(|scope| -> Outcome {
+        let work = scope.spawn(|| -> Result<u32, String> {
+            let mut turns = 0;
+            while !done.load(Ordering::SeqCst) {
+                // Over vsock to the disk, flushed, and back over vsock.
+                let command = "cat > /root/data; sync /root/data; echo 3 > /proc/sys/vm/drop_caches; cat /root/data";
+                let mut process = container
+                    .exec(["sh", "-c", command])
+                    .stdin(Stdio::piped())
+                    .stdout(Stdio::piped())
+                    .spawn()
+                    .map_err(|e| e.to_string())?;
+                let mut input = process.stdin.take().ok_or("no stdin")?;
+                let output = thread::scope(|both| {
+                    both.spawn(|| input.write_all(&data).map(|()| drop(input)));
+                    process.wait_with_output()
+                });
+                let output = output.map_err(|e| e.to_string())?;
+                if output.stdout != data {
+                    return Err(format!("{} bytes came back: {}", output.stdout.len(), output.status));
+                }
+                turns += 1;
+            }
+            Ok(turns)
+        });
+        for _ in 0..ROUNDS {
+            container.vm().pause()?;
+            container.vm().resume()?;
+            if work.is_finished() {
+                break;
+            }
+        }
+        done.store(true, Ordering::SeqCst);
+        let turns = work.join().map_err(|_| "the work panicked")??;
+        check!(turns > 0, "{turns} turns");
+        Ok(())
+    })
+}
+
+pub fn clocks_go_on_while_paused() -> Outcome {
+    let container = container()?;
+    let uptime = || -> Result<f64, Box<dyn std::error::Error>> {
+        let output = container.exec(["cut", "-d ", "-f1", "/proc/uptime"]).output()?;
+        Ok(String::from_utf8(output.stdout)?.trim().parse()?)
+    };
+    let before = uptime()?;
+    container.vm().pause()?;
+    thread::sleep(Duration::from_secs(3));
+    container.vm().resume()?;
+    let passed = uptime()? - before;
+    check!((3.0..60.0).contains(&passed), "{passed} s");
+    let log = String::from_utf8(container.exec(["dmesg"]).output()?.stdout)?;
+    check!(!log.contains("lockup") && !log.contains("stall"), "{log}");
+    Ok(())
+}
+
+pub fn a_paused_guest_ends_when_told() -> Outcome {
+    let spinning = || guest("while :; do :; done").vcpus(2).start();
+    let vm = spinning()?;
+    vm.pause()?;
+    vm.kill();
+    check!(matches!(vm.wait()?, Exit::Killed(_)));
+    let vm = spinning()?;
+    vm.pause()?;
+    drop(vm);
+    let vm = guest("exec sleep 1000").start()?;
+    vm.pause()?;
+    check!(vm.shutdown(Duration::from_millis(100)).is_ok());
+    Ok(())
+}
+
+pub fn pauses_and_ends_race_from_many_threads() -> Outcome {
+    for round in 0..5 {
+        let vm = guest("while :; do echo; done").vcpus(2).start()?;
+        let vm = &vm;
+        thread::scope(|scope| {
+            for _ in 0..3 {
+                scope.spawn(|| while vm.pause().is_ok() && vm.resume().is_ok() {});
+            }
+            scope.spawn(move || {
+                thread::sleep(Duration::from_millis(40 * round));
+                vm.kill();
+            });
+        });
+        check!(matches!(vm.wait()?, Exit::Killed(_)));
+    }
+    Ok(())
+}
