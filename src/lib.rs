@@ -94,7 +94,10 @@ pub use error::{Error, ErrorKind, Result};
 pub use kvm::{Device, Host};
 pub use size::Size;
 pub use virtio::vsock::{VsockListener, VsockStream};
-pub use vm::{Console, DeviceStats, Disk, Exit, Registers, Stage, Timeline, Trace, Vm, VmBuilder, Vsock};
+pub use vm::{
+    Console, DeviceStats, Disk, Event, EventKind, Events, Exit, Registers, Stage, Stats, Timeline, Trace, VcpuStats,
+    Vm, VmBuilder, Vsock,
+};
 
 /// The readme's code is compiled with the documentation's.
 #[cfg(all(doctest, feature = "container"))]

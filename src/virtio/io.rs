@@ -1,5 +1,6 @@
 //! [`DeviceIo`]: everything that a running device is given.
 
+use std::fmt;
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
@@ -19,6 +20,8 @@ const TURN: usize = 256;
 pub(crate) struct Counters {
     pub kicks: AtomicU64,
     pub requests: AtomicU64,
+    pub bytes_read: AtomicU64,
+    pub bytes_written: AtomicU64,
     pub faults: AtomicU64,
 }
 
@@ -36,8 +39,10 @@ pub(super) fn split_token(token: u64, events: Interest) -> (usize, super::Source
     }
 }
 
+/// Told why a device needs a reset.
+pub(crate) type OnBroken = Arc<dyn Fn(&str) + Send + Sync>;
+
 /// A running device's hold on the world. Made when the driver is ready, gone when the device is idle.
-#[derive(Debug)]
 pub(crate) struct DeviceIo {
     pub(super) queues: Vec<Queue>,
     pub(super) kicks: Arc<[EventFd]>,
@@ -45,8 +50,15 @@ pub(crate) struct DeviceIo {
     pub(super) counters: Arc<Counters>,
     pub(super) sources: Sources,
     pub(super) slot: usize,
+    pub(super) on_broken: OnBroken,
     /// The fault was logged: one line a start is enough.
     pub(super) told: bool,
+}
+
+impl fmt::Debug for DeviceIo {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "DeviceIo({}, {:?})", self.slot, self.queues)
+    }
 }
 
 impl DeviceIo {
@@ -84,6 +96,7 @@ impl DeviceIo {
         match popped {
             Some(chain) => {
                 self.counters.requests.fetch_add(1, Ordering::Relaxed);
+                self.counters.bytes_read.fetch_add(chain.readable_len() as u64, Ordering::Relaxed);
                 Some(chain)
             }
             None => {
@@ -95,6 +108,7 @@ impl DeviceIo {
 
     /// Gives a request back. Say [`DeviceIo::flush`] when no more follow at once.
     pub(crate) fn complete(&mut self, queue: usize, chain: Chain) {
+        self.counters.bytes_written.fetch_add(chain.written().into(), Ordering::Relaxed);
         if let Some(q) = self.queues.get_mut(queue) {
             q.complete(chain);
         }
@@ -142,6 +156,7 @@ impl DeviceIo {
             self.told = true;
             log::warn!("device {} needs a reset: {why}", self.slot);
             self.counters.faults.fetch_add(1, Ordering::Relaxed);
+            (self.on_broken)(&why.to_string());
         }
         self.interrupt.signal_broken();
     }

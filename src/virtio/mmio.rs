@@ -5,8 +5,9 @@
 //! device runs.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
-use super::io::{Counters, DeviceIo};
+use super::io::{Counters, DeviceIo, OnBroken};
 use super::queue::{Queue, QueueConfig};
 use super::spec::{F_EVENT_IDX, F_VERSION_1, TRANSPORT_FEATURES, status};
 use super::{Profile, Slots};
@@ -68,6 +69,7 @@ pub(crate) struct MmioTransport {
     counters: Arc<Counters>,
     /// Told when a driver has made the device run.
     on_ready: Box<dyn Fn() + Send>,
+    on_broken: OnBroken,
 
     status: u32,
     device_features_sel: u32,
@@ -91,6 +93,7 @@ impl MmioTransport {
             interrupt: Interrupt::new()?,
             counters: Arc::default(),
             on_ready: Box::new(|| ()),
+            on_broken: Arc::new(|_| ()),
             profile,
             memory,
             devices,
@@ -106,6 +109,12 @@ impl MmioTransport {
     /// Tells `f`, on a vCPU's thread, whenever a driver has made the device run.
     pub(crate) fn on_ready(mut self, f: impl Fn() + Send + 'static) -> Self {
         self.on_ready = Box::new(f);
+        self
+    }
+
+    /// Tells `f`, on a vCPU's thread or the device's loop, once each time the device comes to need a reset.
+    pub(crate) fn on_broken(mut self, f: impl Fn(&str) + Send + Sync + 'static) -> Self {
+        self.on_broken = Arc::new(f);
         self
     }
 
@@ -238,6 +247,8 @@ impl MmioTransport {
                 }
                 Err(error) => {
                     log::warn!("device {} cannot start: {error}", self.slot);
+                    self.counters.faults.fetch_add(1, Ordering::Relaxed);
+                    (self.on_broken)(&error.to_string());
                     self.interrupt.signal_broken();
                 }
             }
@@ -261,10 +272,10 @@ impl MmioTransport {
             queues.push(made.map_err(|e| Error::new(ErrorKind::GuestFailed, format!("queue {n}: {e}")))?);
         }
         let (kicks, interrupt) = (self.kicks.clone(), self.interrupt.clone());
-        let (counters, slot) = (self.counters.clone(), self.slot);
+        let (counters, slot, on_broken) = (self.counters.clone(), self.slot, self.on_broken.clone());
         self.devices.with(move |slots| {
             let sources = slots.sources();
-            slots.start(slot, DeviceIo { queues, kicks, interrupt, counters, sources, slot, told: false })
+            slots.start(slot, DeviceIo { queues, kicks, interrupt, counters, sources, slot, on_broken, told: false })
         })?
     }
 
@@ -306,7 +317,7 @@ mod tests {
     use crate::memory::GuestAddress;
     use crate::virtio::VirtioDevice;
     use crate::virtio::rng::Rng;
-    use std::sync::atomic::{AtomicU32, Ordering};
+    use std::sync::atomic::AtomicU32;
 
     /// A transport with its device on a loop; the registers as a driver uses them.
     struct Rig {
@@ -390,10 +401,16 @@ mod tests {
     #[test]
     fn queues_that_make_no_sense_need_a_reset() {
         for size in [0, 3, 128, u32::MAX] {
-            let mut rig = Rig::new();
+            let (mut rig, told) = (Rig::new(), Arc::new(AtomicU32::new(0)));
+            let counter = told.clone();
+            rig.transport = rig.transport.on_broken(move |why| {
+                assert!(why.starts_with("queue 0: "), "{why}");
+                counter.fetch_add(1, Ordering::SeqCst);
+            });
             rig.drive(1, size);
             assert_eq!(rig.get(0x70), 11 | 64, "size {size}");
             assert_eq!(rig.get(0x60), 2, "the driver is told");
+            assert_eq!((told.load(Ordering::SeqCst), rig.transport.counters().faults.load(Ordering::SeqCst)), (1, 1));
         }
     }
 

@@ -85,6 +85,7 @@ impl<D: VirtioDevice> Driver<D> {
             queues,
             interrupt: Interrupt::new().unwrap(),
             counters: Arc::<Counters>::default(),
+            on_broken: Arc::new(|_| ()),
             sources: Sources::of_nobody().unwrap(),
             slot: 0,
             told: false,

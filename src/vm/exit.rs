@@ -4,6 +4,8 @@ use std::fmt;
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
+use super::stats::DeviceStats;
+
 pub use crate::arch::Registers;
 
 /// How far a guest has come. Later stages compare greater.
@@ -61,23 +63,21 @@ impl Marks {
         Self { start, running: none(), kernel_entered: none(), drivers_ready: none(), ended: none() }
     }
 
-    fn mark(&self, stage: &OnceLock<Duration>) {
-        if stage.get().is_none() {
-            // Somebody else may have been first in between; one of the two is right.
-            let _ = stage.set(self.start.elapsed());
-        }
+    /// True the first time.
+    fn mark(&self, stage: &OnceLock<Duration>) -> bool {
+        stage.get().is_none() && stage.set(self.start.elapsed()).is_ok()
     }
 
-    pub(super) fn running(&self) {
-        self.mark(&self.running);
+    pub(super) fn running(&self) -> bool {
+        self.mark(&self.running)
     }
 
     pub(super) fn kernel_entered(&self) {
         self.mark(&self.kernel_entered);
     }
 
-    pub(super) fn drivers_ready(&self) {
-        self.mark(&self.drivers_ready);
+    pub(super) fn drivers_ready(&self) -> bool {
+        self.mark(&self.drivers_ready)
     }
 
     pub(super) fn ended(&self) {
@@ -101,22 +101,6 @@ impl Marks {
             ended: self.ended.get().copied(),
         }
     }
-}
-
-/// What a device has seen so far.
-#[derive(Debug, Clone, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct DeviceStats {
-    /// Its name in this report: `disk0`, `vsock`, `console`, `rng`.
-    pub name: String,
-    /// Notifications of the driver.
-    pub kicks: u64,
-    /// Descriptor chains taken from the driver.
-    pub requests: u64,
-    /// Interrupts raised.
-    pub interrupts: u64,
-    /// Times the driver made a mistake that needs a reset.
-    pub faults: u64,
 }
 
 /// How every Linux kernel begins the message of its panic.

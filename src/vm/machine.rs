@@ -9,8 +9,10 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use super::config::VmConfig;
-use super::exit::{DeviceStats, Exit, Marks, Reason, Trace};
+use super::events::{EventKind, Log};
+use super::exit::{Exit, Marks, Reason, Trace};
 use super::pause::{Gate, Parked};
+use super::stats::DeviceStats;
 use super::vcpu::{self, LastExit, VcpuControl};
 use super::{Keyboard, Vm};
 use crate::arch::{self, Cpu, layout};
@@ -43,6 +45,7 @@ pub(super) struct Shared {
     running_vcpus: AtomicUsize,
     signal: KickSignal,
     pub marks: Marks,
+    pub log: Arc<Log>,
     pub output: Output,
     devices: Mutex<Vec<(String, Arc<Counters>, Interrupt)>>,
 }
@@ -99,16 +102,22 @@ impl Shared {
     }
 
     fn observe(&self, (vcpu_exit, registers): LastExit) -> Trace {
+        let devices = self.device_stats();
+        Trace { stage: self.marks.stage(), console: self.output.tail(), vcpu_exit, registers, devices }
+    }
+
+    pub(super) fn device_stats(&self) -> Vec<DeviceStats> {
         let devices = self.devices.lock().unwrap_or_else(PoisonError::into_inner);
         let stats = |(name, counters, interrupt): &(String, Arc<Counters>, Interrupt)| DeviceStats {
             name: name.clone(),
             kicks: counters.kicks.load(Ordering::Relaxed),
             requests: counters.requests.load(Ordering::Relaxed),
+            bytes_read: counters.bytes_read.load(Ordering::Relaxed),
+            bytes_written: counters.bytes_written.load(Ordering::Relaxed),
             interrupts: interrupt.raised(),
             faults: counters.faults.load(Ordering::Relaxed),
         };
-        let devices = devices.iter().map(stats).collect();
-        Trace { stage: self.marks.stage(), console: self.output.tail(), vcpu_exit, registers, devices }
+        devices.iter().map(stats).collect()
     }
 
     /// All vCPUs have stopped and all devices are at rest: tells everybody who waits.
@@ -118,6 +127,7 @@ impl Shared {
         let trace = self.observe(last);
         end.report = Some((reason.report(trace.clone()), trace));
         drop(end);
+        self.log.push(EventKind::Ended);
         self.ended.notify_all();
         // A full counter is readable, which is all that is wanted.
         let _ = self.exit_fd.write(1);
@@ -214,7 +224,8 @@ fn slots(n: usize) -> Result<Vec<(u64, u32)>> {
 
 /// Builds the machine and starts its vCPUs.
 pub(super) fn start(config: &VmConfig) -> Result<Vm> {
-    let marks = Marks::new(Instant::now());
+    let begin = Instant::now();
+    let (marks, log) = (Marks::new(begin), Log::new(begin));
     // Everything that can be wrong with the configuration is found before the hypervisor is asked for anything.
     let vcpus = config.vcpus()?;
     let ranges = layout::memory_ranges(config.memory)?;
@@ -243,6 +254,7 @@ pub(super) fn start(config: &VmConfig) -> Result<Vm> {
         running_vcpus: AtomicUsize::new(vcpus.into()),
         signal: KickSignal::install(config.kick_signal)?,
         marks,
+        log,
         output: output.clone(),
         devices: Mutex::default(),
     });
@@ -316,9 +328,17 @@ impl Parts<'_> {
         slot: usize,
         (addr, irq): (u64, u32),
     ) -> Result<()> {
-        let shared = self.shared.clone();
+        let [ready, broken] = [(); 2].map(|()| self.shared.clone());
+        let device = name.clone();
         let transport = MmioTransport::new(profile, self.memory.clone(), remote, slot)?
-            .on_ready(move || shared.marks.drivers_ready());
+            .on_ready(move || {
+                if ready.marks.drivers_ready() {
+                    ready.log.push(EventKind::DriversReady);
+                }
+            })
+            .on_broken(move |why| {
+                broken.log.push(EventKind::DeviceError { device: device.clone(), what: why.to_owned() });
+            });
         self.vm.attach_irq(transport.interrupt().fd(), irq)?;
         for (queue, kick) in (0..).zip(transport.kicks().iter()) {
             self.vm.attach_kick(kick, addr + NOTIFY_OFFSET, queue)?;

@@ -2,9 +2,11 @@
 
 mod builder;
 mod config;
+mod events;
 mod exit;
 mod machine;
 mod pause;
+mod stats;
 mod vcpu;
 
 use std::fmt;
@@ -15,7 +17,9 @@ use std::time::{Duration, Instant};
 
 pub use builder::VmBuilder;
 pub use config::{Console, Disk, Vsock};
-pub use exit::{DeviceStats, Exit, Registers, Stage, Timeline, Trace};
+pub use events::{Event, EventKind, Events};
+pub use exit::{Exit, Registers, Stage, Timeline, Trace};
+pub use stats::{DeviceStats, Stats, VcpuStats};
 
 use crate::boot::Kernel;
 use crate::error::{Error, ErrorKind, Result};
@@ -140,6 +144,7 @@ impl Vm {
                 return Err(error.doing("pausing the VM"));
             }
             *paused = true;
+            self.shared.log.push(EventKind::Paused);
         }
         Ok(())
     }
@@ -150,8 +155,10 @@ impl Vm {
     /// `InvalidState` when the VM has ended.
     pub fn resume(&self) -> Result<()> {
         let mut paused = self.paused.lock().unwrap_or_else(PoisonError::into_inner);
-        self.go_on();
-        *paused = false;
+        if std::mem::take(&mut *paused) {
+            self.go_on();
+            self.shared.log.push(EventKind::Resumed);
+        }
         match self.shared.stopping() {
             true => Err(Error::new(ErrorKind::InvalidState, "resuming the VM: the virtual machine has ended")),
             false => Ok(()),
@@ -171,6 +178,20 @@ impl Vm {
     /// What is known of the VM: while it runs, how far it has come and what it printed; after its end, how it was then.
     pub fn trace(&self) -> Trace {
         self.shared.trace()
+    }
+
+    /// What happens to the VM, from its start on. Each call gives a stream of its own, and none of them is ever waited for.
+    ///
+    /// # Errors
+    /// `ResourceExhausted` when the process has no descriptors left.
+    pub fn events(&self) -> Result<Events> {
+        self.shared.log.reader()
+    }
+
+    /// What processors and devices have done so far. Does not disturb the guest.
+    pub fn stats(&self) -> Stats {
+        let vcpus = self.shared.vcpus.iter().map(vcpu::VcpuControl::stats).collect();
+        Stats { vcpus, devices: self.shared.device_stats() }
     }
 
     /// When each stage was reached, counted from the call of `start`.

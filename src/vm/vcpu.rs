@@ -1,26 +1,47 @@
 //! One vCPU and its thread: runs the guest, takes its exits to the buses, stops when told.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
+use super::events::EventKind;
 use super::exit::{Reason, Registers};
 use super::machine::Machine;
+use super::stats::{ExitCounts, VcpuStats, count};
 use crate::bus::Bus;
 use crate::kvm::{Kicker, VcpuExit, VcpuFd};
 use crate::sys::{KickSignal, ThreadId};
 
-/// How others reach a vCPU's thread. `None` before it runs and after it has ended.
+/// What others see of a vCPU and its thread.
 #[derive(Debug, Default)]
-pub(super) struct VcpuControl(Mutex<Option<(Kicker, ThreadId)>>);
+pub(super) struct VcpuControl {
+    /// How they reach it. `None` before it runs and after it has ended.
+    thread: Mutex<Option<(Kicker, ThreadId)>>,
+    exits: ExitCounts,
+    /// In nanoseconds, once its thread has ended.
+    cpu_time: AtomicU64,
+}
 
 impl VcpuControl {
+    fn thread(&self) -> MutexGuard<'_, Option<(Kicker, ThreadId)>> {
+        self.thread.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn stats(&self) -> VcpuStats {
+        let running = self.thread().as_ref().map(|(_, thread)| thread.cpu_time());
+        self.exits.stats(running.unwrap_or_else(|| Duration::from_nanos(self.cpu_time.load(Ordering::Relaxed))))
+    }
+
     /// The calling thread will run the vCPU.
     fn enter(&self, kicker: Kicker) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some((kicker, ThreadId::current()));
+        *self.thread() = Some((kicker, ThreadId::current()));
     }
 
     /// The calling thread will not run it any more, so nobody may signal the thread.
     fn leave(&self) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        let mut thread = self.thread();
+        let used = thread.take().map_or(Duration::ZERO, |(_, thread)| thread.cpu_time());
+        self.cpu_time.store(u64::try_from(used.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
     }
 
     /// Gets the vCPU out of the guest, or keeps it from entering. Idempotent; never waits for the guest.
@@ -29,7 +50,7 @@ impl VcpuControl {
     /// signal, so either KVM_RUN sees it on entry or the signal interrupts it.
     pub(super) fn kick(&self, signal: KickSignal) {
         // The thread cannot end while this lock is held, so the signal reaches it and nobody else.
-        if let Some((kicker, thread)) = &*self.0.lock().unwrap_or_else(PoisonError::into_inner) {
+        if let Some((kicker, thread)) = &*self.thread() {
             kicker.request_exit();
             if let Err(error) = signal.send(*thread) {
                 log::error!("a vCPU cannot be kicked: {error}");
@@ -47,7 +68,9 @@ pub(super) fn run(machine: &Machine, id: u8, mut vcpu: VcpuFd) {
         return;
     };
     control.enter(vcpu.kicker());
-    machine.shared.marks.running();
+    if machine.shared.marks.running() {
+        machine.shared.log.push(EventKind::Started);
+    }
     let mut told_entered = false;
     loop {
         // Cleared before the check: a stop that is requested later makes a new request.
@@ -61,6 +84,12 @@ pub(super) fn run(machine: &Machine, id: u8, mut vcpu: VcpuFd) {
             vcpu.request_exit();
         }
         let exit = vcpu.run();
+        count(match &exit {
+            Ok(VcpuExit::PortIn { .. } | VcpuExit::PortOut { .. }) => &control.exits.port,
+            Ok(VcpuExit::MmioRead { .. } | VcpuExit::MmioWrite { .. }) => &control.exits.mmio,
+            Ok(VcpuExit::Interrupted) => &control.exits.interrupted,
+            _ => &control.exits.other,
+        });
         if pausing && matches!(exit, Ok(VcpuExit::Interrupted)) {
             if machine.shared.gate.park() {
                 vcpu.tell_paused();

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use cofferdam::{ErrorKind, Exit, Stdio};
+use cofferdam::{ErrorKind, EventKind, Exit, Stats, Stdio};
 
 use crate::fixture::{Outcome, PATIENCE, Printed, container, guest};
 use crate::{check, check_eq};
@@ -143,5 +143,42 @@ pub fn pauses_and_ends_race_from_many_threads() -> Outcome {
         });
         check!(matches!(vm.wait()?, Exit::Killed(_)));
     }
+    Ok(())
+}
+
+pub fn events_tell_the_whole_life() -> Outcome {
+    let vm = guest("sleep 1000").start()?;
+    let mut events = vm.events()?;
+    let kinds = [EventKind::Started, EventKind::DriversReady];
+    for kind in kinds {
+        check_eq!(events.next_timeout(PATIENCE).map(|e| e.kind), Some(kind));
+    }
+    vm.pause()?;
+    vm.pause()?;
+    vm.resume()?;
+    vm.kill();
+    vm.wait()?;
+    check_eq!(events.next().map(|e| e.kind), Some(EventKind::Paused));
+    // The stream outlives the machine's handle.
+    drop(vm);
+    check_eq!(events.map(|e| e.kind).collect::<Vec<_>>(), [EventKind::Resumed, EventKind::Ended]);
+    Ok(())
+}
+
+pub fn numbers_grow_with_what_the_guest_does() -> Outcome {
+    let container = container()?;
+    let before = container.vm().stats();
+    let command = "dd if=/dev/zero of=/root/x bs=1M count=4 conv=fsync 2>/dev/null; i=0; while [ $i -lt 20000 ]; do i=$((i+1)); done";
+    check!(container.exec(["sh", "-c", command]).status()?.success());
+    let after = container.vm().stats();
+    let device = |stats: &Stats, name: &str| stats.devices.iter().find(|d| d.name == name).cloned();
+    let [old, new] = [&before, &after].map(|stats| device(stats, "disk1"));
+    let (old, new) = (old.ok_or("no disk1")?, new.ok_or("no disk1")?);
+    check!(new.bytes_read - old.bytes_read >= 4 << 20, "{old:?} {new:?}");
+    check!(new.requests > old.requests && new.kicks > old.kicks && new.interrupts > old.interrupts, "{new:?}");
+    check!(after.vcpus[0].cpu_time > before.vcpus[0].cpu_time, "{after:?}");
+    check!(after.vcpus[0].mmio_exits > 0 && after.vcpus[0].port_exits > 0, "{after:?}");
+    let text = Stats::openmetrics([("one", &after)]);
+    check!(text.contains("cofferdam_device_read_bytes_total{vm=\"one\",device=\"disk1\"}"), "{text}");
     Ok(())
 }

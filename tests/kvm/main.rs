@@ -53,7 +53,8 @@ tests! {
         nothing_of_the_embedder_is_inherited a_reader_that_stops_breaks_the_pipe pid_1_survives_kill_all
         orphans_are_reaped slow_readers_lose_nothing the_end_of_the_machine_is_told large_arguments;
     lifecycle: a_paused_guest_stands_still_and_goes_on nothing_is_lost_however_often_it_is_paused
-        clocks_go_on_while_paused a_paused_guest_ends_when_told pauses_and_ends_race_from_many_threads;
+        clocks_go_on_while_paused a_paused_guest_ends_when_told pauses_and_ends_race_from_many_threads
+        events_tell_the_whole_life numbers_grow_with_what_the_guest_does;
     many: ten_machines_in_one_process starting_and_ending_leaves_nothing_behind two_kernels_side_by_side;
     start: a_guest_that_is_never_ready_names_its_stage a_guest_that_ends_first_says_how a_broken_shim_is_told
         without_kvm_the_remedy_is_told what_may_not_be_read_is_named;

@@ -1,0 +1,249 @@
+//! What happens to a VM, as a stream: a bounded log that everybody reads at their own pace.
+//!
+//! Whoever writes never waits for a reader: one who is too slow is told how many events were dropped.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::{Duration, Instant};
+
+use crate::error::{Context, Result};
+use crate::sys::{EventFd, borrow, eventfd};
+
+/// So many events are kept for readers that come late or are slow.
+const KEPT: usize = 256;
+
+/// Something that happened to a VM.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Event {
+    /// When, counted from the call of `start`.
+    pub at: Duration,
+    /// What.
+    pub kind: EventKind,
+}
+
+/// What happened.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum EventKind {
+    /// Its vCPUs run.
+    Started,
+    /// A driver of the guest has set up the first virtio device.
+    DriversReady,
+    /// It was paused.
+    Paused,
+    /// It goes on after a pause.
+    Resumed,
+    /// A device cannot go on until the guest's driver resets it.
+    DeviceError {
+        /// The device's name: `disk0`, `vsock`, `console`, `rng`.
+        device: String,
+        /// What the guest's driver did, or what failed on the host.
+        what: String,
+    },
+    /// It has ended; [`Vm::wait`](crate::Vm::wait) says how. The last event.
+    Ended,
+    /// The reader was too slow, and so many events before the next were dropped.
+    Missed(u64),
+}
+
+impl fmt::Display for Event {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:.3} s: ", self.at.as_secs_f64())?;
+        match &self.kind {
+            EventKind::Started => f.write_str("started"),
+            EventKind::DriversReady => f.write_str("virtio drivers ready"),
+            EventKind::Paused => f.write_str("paused"),
+            EventKind::Resumed => f.write_str("resumed"),
+            EventKind::DeviceError { device, what } => write!(f, "{device} needs a reset: {what}"),
+            EventKind::Ended => f.write_str("ended"),
+            EventKind::Missed(n) => write!(f, "{n} events were dropped"),
+        }
+    }
+}
+
+/// The log of one VM, shared by everybody who writes and reads.
+#[derive(Debug)]
+pub(super) struct Log {
+    start: Instant,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    kept: VecDeque<Event>,
+    /// How many were dropped: the number of the first that is kept.
+    dropped: u64,
+    ended: bool,
+    readers: Vec<Weak<EventFd>>,
+}
+
+impl Log {
+    pub(super) fn new(start: Instant) -> Arc<Self> {
+        Arc::new(Self { start, state: Mutex::default(), changed: Condvar::new() })
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Never waits for anybody. What comes after the end is not kept.
+    pub(super) fn push(&self, kind: EventKind) {
+        let mut state = self.state();
+        if state.ended {
+            return;
+        }
+        state.ended = kind == EventKind::Ended;
+        if state.kept.len() == KEPT {
+            state.kept.pop_front();
+            state.dropped += 1;
+        }
+        state.kept.push_back(Event { at: self.start.elapsed(), kind });
+        state.readers.retain(|reader| {
+            // A counter at its maximum is readable all the same.
+            reader.upgrade().map(|fd| drop(fd.write(1))).is_some()
+        });
+        drop(state);
+        self.changed.notify_all();
+    }
+
+    /// A reader, from the first event that is kept.
+    pub(super) fn reader(self: &Arc<Self>) -> Result<Events> {
+        let fd = Arc::new(eventfd().doing(|| "creating an event stream")?);
+        let mut state = self.state();
+        state.readers.push(Arc::downgrade(&fd));
+        if !state.kept.is_empty() {
+            let _ = fd.write(1);
+        }
+        drop(state);
+        Ok(Events { log: self.clone(), fd, next: Mutex::new(0) })
+    }
+}
+
+/// The events of one VM, from its start on; see [`Vm::events`](crate::Vm::events).
+///
+/// The descriptor behind [`AsFd`] is readable while there is something to read, and once the last event was read. The
+/// last 256 events are kept; a reader who falls behind that gets [`EventKind::Missed`], and the VM never waits for one.
+/// The stream outlives the VM's handle. As an iterator it blocks until the next event, and ends after
+/// [`EventKind::Ended`].
+#[derive(Debug)]
+pub struct Events {
+    log: Arc<Log>,
+    fd: Arc<EventFd>,
+    /// The number of the next event to read.
+    next: Mutex<u64>,
+}
+
+impl Events {
+    /// The next event if there is one already. Never waits.
+    pub fn try_next(&self) -> Option<Event> {
+        self.read(&mut self.log.state())
+    }
+
+    /// The next event, waiting for it at most `timeout`. `None` when none came, or when the last one was read.
+    pub fn next_timeout(&self, timeout: Duration) -> Option<Event> {
+        let deadline = Instant::now() + timeout;
+        let mut state = self.log.state();
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match self.read(&mut state) {
+                None if !state.ended && !left.is_zero() => {
+                    state = self.log.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+                }
+                event => return event,
+            }
+        }
+    }
+
+    fn read(&self, state: &mut State) -> Option<Event> {
+        let mut next = self.next.lock().unwrap_or_else(PoisonError::into_inner);
+        let missed = state.dropped.saturating_sub(*next);
+        if missed > 0 {
+            *next = state.dropped;
+            let at = state.kept.front().map_or(Duration::ZERO, |event| event.at);
+            return Some(Event { at, kind: EventKind::Missed(missed) });
+        }
+        let event = usize::try_from(*next - state.dropped).ok().and_then(|n| state.kept.get(n)).cloned();
+        *next += u64::from(event.is_some());
+        if !state.ended && *next == state.dropped + state.kept.len() as u64 {
+            // All were read, and the lock keeps others from coming in between.
+            let _ = self.fd.read();
+        }
+        event
+    }
+}
+
+impl Iterator for Events {
+    type Item = Event;
+
+    fn next(&mut self) -> Option<Event> {
+        let mut state = self.log.state();
+        loop {
+            match self.read(&mut state) {
+                None if !state.ended => {
+                    state = self.log.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+                }
+                event => return event,
+            }
+        }
+    }
+}
+
+impl AsFd for Events {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        borrow(&self.fd)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sys::wait_readable;
+
+    fn readable(events: &Events) -> bool {
+        wait_readable(events.as_fd(), Some(Duration::ZERO)).unwrap()
+    }
+
+    #[test]
+    fn every_reader_sees_everything_from_the_start_to_the_end() {
+        let log = Log::new(Instant::now());
+        log.push(EventKind::Started);
+        let [early, late] = [(); 2].map(|()| log.reader().unwrap());
+        assert!(readable(&early));
+        assert_eq!(early.try_next().unwrap().kind, EventKind::Started);
+        assert!(!readable(&early) && early.try_next().is_none());
+        assert!(early.next_timeout(Duration::from_millis(5)).is_none());
+        log.push(EventKind::Paused);
+        log.push(EventKind::Ended);
+        log.push(EventKind::Resumed);
+        assert_eq!(early.map(|e| e.kind).collect::<Vec<_>>(), [EventKind::Paused, EventKind::Ended]);
+        assert_eq!(late.map(|e| e.kind).collect::<Vec<_>>(), [EventKind::Started, EventKind::Paused, EventKind::Ended]);
+    }
+
+    #[test]
+    fn slow_readers_are_told_what_they_missed_and_cost_nothing() {
+        let log = Log::new(Instant::now());
+        let mut events = log.reader().unwrap();
+        (0..1000).for_each(|_| log.push(EventKind::Paused));
+        assert_eq!(events.try_next().unwrap().kind, EventKind::Missed(1000 - KEPT as u64));
+        assert_eq!((0..KEPT).filter(|_| events.try_next().is_some()).count(), KEPT);
+        assert!(events.try_next().is_none() && !readable(&events));
+        log.push(EventKind::Ended);
+        assert_eq!(events.next().unwrap().kind, EventKind::Ended);
+        assert!(events.next().is_none() && readable(&events));
+        drop(events);
+        assert_eq!(log.state().kept.len(), KEPT);
+    }
+
+    #[test]
+    fn a_reader_that_waits_is_woken() {
+        let log = Log::new(Instant::now());
+        let mut events = log.reader().unwrap();
+        let reader = std::thread::spawn(move || events.next().map(|e| e.to_string()));
+        log.push(EventKind::DeviceError { device: "rng".into(), what: "a loop".into() });
+        assert!(reader.join().unwrap().unwrap().ends_with(" s: rng needs a reset: a loop"));
+    }
+}

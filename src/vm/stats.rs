@@ -1,0 +1,181 @@
+//! Numbers of a running VM: what its processors and devices did so far.
+
+use std::fmt::{self, Write};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+/// What a VM has done so far; see [`Vm::stats`](crate::Vm::stats). All numbers only ever grow.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Stats {
+    /// One for each vCPU, in their order.
+    pub vcpus: Vec<VcpuStats>,
+    /// One for each virtio device: disks first, in their order.
+    pub devices: Vec<DeviceStats>,
+}
+
+/// What a vCPU has done.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct VcpuStats {
+    /// Processor time of its thread: in the guest, in KVM, and in this crate. Time in which the guest's processor
+    /// idled is not in it.
+    pub cpu_time: Duration,
+    /// Accesses to ports, which devices of this crate served.
+    pub port_exits: u64,
+    /// Accesses to device registers in memory, likewise. Queue notifications are not among them.
+    pub mmio_exits: u64,
+    /// Interruptions: by a pause, by the VM's end, or by a signal from elsewhere.
+    pub interrupted_exits: u64,
+    /// All others.
+    pub other_exits: u64,
+}
+
+/// What a device has seen so far.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct DeviceStats {
+    /// Its name: `disk0`, `vsock`, `console`, `rng`.
+    pub name: String,
+    /// Notifications of the driver.
+    pub kicks: u64,
+    /// Descriptor chains taken from the driver.
+    pub requests: u64,
+    /// Bytes in those chains that the driver gave the device to read, headers included.
+    pub bytes_read: u64,
+    /// Bytes that the device wrote to guest memory, status bytes included.
+    pub bytes_written: u64,
+    /// Interrupts raised.
+    pub interrupts: u64,
+    /// Times the driver made a mistake that needs a reset.
+    pub faults: u64,
+}
+
+/// A vCPU's own count: written by its thread, read by anybody.
+#[derive(Debug, Default)]
+pub(super) struct ExitCounts {
+    pub port: AtomicU64,
+    pub mmio: AtomicU64,
+    pub interrupted: AtomicU64,
+    pub other: AtomicU64,
+}
+
+impl ExitCounts {
+    pub(super) fn stats(&self, cpu_time: Duration) -> VcpuStats {
+        let count = |n: &AtomicU64| n.load(Ordering::Relaxed);
+        VcpuStats {
+            cpu_time,
+            port_exits: count(&self.port),
+            mmio_exits: count(&self.mmio),
+            interrupted_exits: count(&self.interrupted),
+            other_exits: count(&self.other),
+        }
+    }
+}
+
+/// One more. Only the vCPU's thread writes, so no atomic addition is needed.
+pub(super) fn count(n: &AtomicU64) {
+    n.store(n.load(Ordering::Relaxed).wrapping_add(1), Ordering::Relaxed);
+}
+
+/// A number's name without the suffix of counters, what it means, and where it is.
+type Metric<T> = (&'static str, &'static str, fn(&T) -> u64);
+
+const DEVICE_METRICS: [Metric<DeviceStats>; 6] = [
+    ("cofferdam_device_kicks", "Notifications of the driver.", |d| d.kicks),
+    ("cofferdam_device_requests", "Descriptor chains taken from the driver.", |d| d.requests),
+    ("cofferdam_device_read_bytes", "Bytes in those chains for the device to read.", |d| d.bytes_read),
+    ("cofferdam_device_written_bytes", "Bytes written to guest memory.", |d| d.bytes_written),
+    ("cofferdam_device_interrupts", "Interrupts raised.", |d| d.interrupts),
+    ("cofferdam_device_faults", "Mistakes of the driver that needed a reset.", |d| d.faults),
+];
+
+const EXITS: [Metric<VcpuStats>; 4] = [
+    ("port", "", |v| v.port_exits),
+    ("mmio", "", |v| v.mmio_exits),
+    ("interrupted", "", |v| v.interrupted_exits),
+    ("other", "", |v| v.other_exits),
+];
+
+impl Stats {
+    /// The numbers of several VMs in the text format of OpenMetrics 1.0, for a server of the embedder's choice. Each VM is
+    /// told apart by the name that comes with it, as label `vm`.
+    pub fn openmetrics<'a>(all: impl IntoIterator<Item = (&'a str, &'a Self)>) -> String {
+        let mut text = String::new();
+        // Writing to a string cannot fail.
+        let _ = write_metrics(&mut text, &all.into_iter().collect::<Vec<_>>());
+        text
+    }
+}
+
+/// OpenMetrics 1.0, "Text format": each family once, its samples together, counters with `_total`, `# EOF` at the end.
+fn write_metrics(to: &mut String, all: &[(&str, &Stats)]) -> fmt::Result {
+    let labels = |vm: &str, key: &str, value: &str| format!("vm=\"{}\",{key}=\"{}\"", escaped(vm), escaped(value));
+    let vcpus = || all.iter().flat_map(|(vm, s)| s.vcpus.iter().enumerate().map(move |(n, v)| (*vm, n, v)));
+    let family = "cofferdam_vcpu_cpu_seconds";
+    writeln!(
+        to,
+        "# TYPE {family} counter\n# UNIT {family} seconds\n# HELP {family} Processor time of the vCPU's thread."
+    )?;
+    for (vm, n, vcpu) in vcpus() {
+        let time = vcpu.cpu_time;
+        let labels = labels(vm, "vcpu", &n.to_string());
+        writeln!(to, "{family}_total{{{labels}}} {}.{:09}", time.as_secs(), time.subsec_nanos())?;
+    }
+    let family = "cofferdam_vcpu_exits";
+    writeln!(to, "# TYPE {family} counter\n# HELP {family} Times the guest needed the host, by reason.")?;
+    for (vm, n, vcpu) in vcpus() {
+        for (reason, _, value) in EXITS {
+            let labels = labels(vm, "vcpu", &n.to_string());
+            writeln!(to, "{family}_total{{{labels},reason=\"{reason}\"}} {}", value(vcpu))?;
+        }
+    }
+    for (family, help, value) in DEVICE_METRICS {
+        writeln!(to, "# TYPE {family} counter")?;
+        if family.ends_with("_bytes") {
+            writeln!(to, "# UNIT {family} bytes")?;
+        }
+        writeln!(to, "# HELP {family} {help}")?;
+        for (vm, device) in all.iter().flat_map(|(vm, s)| s.devices.iter().map(move |d| (*vm, d))) {
+            writeln!(to, "{family}_total{{{}}} {}", labels(vm, "device", &device.name), value(device))?;
+        }
+    }
+    to.write_str("# EOF\n")
+}
+
+/// A label's value (OpenMetrics 1.0, "Escaping").
+fn escaped(value: &str) -> String {
+    value.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn openmetrics_has_each_family_once_with_all_its_samples() {
+        let device = DeviceStats {
+            name: "disk0".into(),
+            kicks: 1,
+            requests: 2,
+            bytes_read: 3,
+            bytes_written: 4,
+            interrupts: 5,
+            faults: 6,
+        };
+        let vcpu = VcpuStats { cpu_time: Duration::from_millis(1500), mmio_exits: 7, ..VcpuStats::default() };
+        let stats = Stats { vcpus: vec![vcpu; 2], devices: vec![device] };
+        let text = Stats::openmetrics([("a", &stats), ("quo\"te}", &stats)]);
+        for line in [
+            "cofferdam_vcpu_cpu_seconds_total{vm=\"a\",vcpu=\"1\"} 1.500000000",
+            "cofferdam_vcpu_exits_total{vm=\"a\",vcpu=\"0\",reason=\"mmio\"} 7",
+            "cofferdam_vcpu_exits_total{vm=\"quo\\\"te}\",vcpu=\"0\",reason=\"mmio\"} 7",
+            "# UNIT cofferdam_device_written_bytes bytes",
+            "cofferdam_device_written_bytes_total{vm=\"quo\\\"te}\",device=\"disk0\"} 4",
+        ] {
+            assert_eq!(text.lines().filter(|l| *l == line).count(), 1, "{line}\n{text}");
+        }
+        assert_eq!(text.matches("# TYPE ").count(), 8);
+        assert!(text.ends_with("# EOF\n") && !text.contains("\n\n"));
+    }
+}
