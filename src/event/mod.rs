@@ -9,6 +9,7 @@ use std::fmt;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
@@ -117,12 +118,28 @@ impl<S: Handler> Remote<S> {
     /// # Errors
     /// `InvalidState` when the loop has ended, or ends without having run `f`.
     pub(crate) fn with<R: Send + 'static>(&self, f: impl FnOnce(&mut S) -> R + Send + 'static) -> Result<R> {
+        self.ask(f)?.recv().map_err(|_| ended())
+    }
+
+    /// As [`Remote::with`], but waits no longer than `limit`; `f` is run all the same when the loop comes to it.
+    ///
+    /// # Errors
+    /// As [`Remote::with`], and `TimedOut`.
+    pub(crate) fn with_timeout<R: Send + 'static>(
+        &self,
+        limit: Duration,
+        f: impl FnOnce(&mut S) -> R + Send + 'static,
+    ) -> Result<R> {
+        answered(&self.ask(f)?, limit)
+    }
+
+    fn ask<R: Send + 'static>(&self, f: impl FnOnce(&mut S) -> R + Send + 'static) -> Result<mpsc::Receiver<R>> {
         let (answer, wait) = mpsc::sync_channel(1);
         self.post(move |s| {
             // The asker may be gone; nobody is interested in the answer then.
             let _ = answer.send(f(s));
         })?;
-        wait.recv().map_err(|_| ended())
+        Ok(wait)
     }
 
     /// Runs `f` on the owner some time soon.
@@ -159,14 +176,7 @@ impl<S: Handler> Remote<S> {
             mailbox.hold = Hold::Asked(held);
         }
         self.wake();
-        match wait.recv_timeout(limit) {
-            Ok(()) => Ok(()),
-            Err(mpsc::RecvTimeoutError::Disconnected) => Err(ended()),
-            Err(mpsc::RecvTimeoutError::Timeout) => {
-                self.release();
-                Err(Error::new(ErrorKind::TimedOut, format!("an event loop was busy for longer than {limit:?}")))
-            }
-        }
+        answered(&wait, limit).inspect_err(|_| self.release())
     }
 
     /// Lets the loop look at its descriptors again. Idempotent.
@@ -181,6 +191,15 @@ impl<S: Handler> Remote<S> {
     }
 }
 
+fn answered<R>(wait: &mpsc::Receiver<R>, limit: Duration) -> Result<R> {
+    wait.recv_timeout(limit).map_err(|error| match error {
+        mpsc::RecvTimeoutError::Disconnected => ended(),
+        mpsc::RecvTimeoutError::Timeout => {
+            Error::new(ErrorKind::TimedOut, format!("an event loop was busy for longer than {limit:?}"))
+        }
+    })
+}
+
 fn ended() -> Error {
     Error::new(ErrorKind::InvalidState, "the virtual machine has ended")
 }
@@ -189,6 +208,8 @@ fn ended() -> Error {
 pub(crate) struct Loop<S: Handler> {
     shared: Arc<Shared<S>>,
     thread: Option<JoinHandle<Option<S>>>,
+    /// Nobody waits for the thread any more.
+    abandoned: AtomicBool,
 }
 
 impl<S: Handler> Loop<S> {
@@ -220,11 +241,17 @@ impl<S: Handler> Loop<S> {
                 ended.is_ok().then_some(value)
             })
             .doing(|| format!("starting thread {name}"))?;
-        Ok(Self { shared, thread: Some(thread) })
+        Ok(Self { shared, thread: Some(thread), abandoned: AtomicBool::new(false) })
     }
 
     pub(crate) fn remote(&self) -> Remote<S> {
         Remote(self.shared.clone())
+    }
+
+    /// From now on dropping the loop does not wait for its thread, which hangs in a call of the host's: the thread ends,
+    /// and drops the value, when that comes back.
+    pub(crate) fn abandon(&self) {
+        self.abandoned.store(true, Ordering::SeqCst);
     }
 
     /// Stops the thread after what is in the mailbox, and gives the value back; `None` when the thread panicked.
@@ -236,7 +263,8 @@ impl<S: Handler> Loop<S> {
     fn stop(&mut self) -> Result<Option<S>, Box<dyn Any + Send>> {
         self.shared.mailbox().closed = true;
         let _ = self.shared.wake.write(1);
-        self.thread.take().map_or(Ok(None), JoinHandle::join)
+        let thread = self.thread.take().filter(|_| !self.abandoned.load(Ordering::SeqCst));
+        thread.map_or(Ok(None), JoinHandle::join)
     }
 }
 
@@ -368,6 +396,19 @@ mod tests {
         assert_eq!(it.remote().hold(Duration::from_millis(10)).unwrap_err().kind(), ErrorKind::TimedOut);
         it.remote().with(|c| c.kicks.as_ref().unwrap().write(1)).unwrap().unwrap();
         while it.remote().with(|c| c.seen).unwrap() == 0 {}
+    }
+
+    #[test]
+    fn a_loop_that_hangs_holds_nobody_up() {
+        let (it, (hang, come_back)) = (counter(), mpsc::channel::<()>());
+        it.remote().post(move |_| assert!(come_back.recv().is_err())).unwrap();
+        let outcome = it.remote().with_timeout(Duration::from_millis(10), |c| c.seen += 1);
+        assert_eq!(outcome.unwrap_err().kind(), ErrorKind::TimedOut);
+        let remote = it.remote();
+        it.abandon();
+        drop(it);
+        assert_eq!(remote.with(|_| ()).unwrap_err().kind(), ErrorKind::InvalidState);
+        drop(hang);
     }
 
     #[test]

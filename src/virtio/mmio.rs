@@ -6,6 +6,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use super::io::{Counters, DeviceIo, OnBroken};
 use super::queue::{Queue, QueueConfig};
@@ -54,6 +55,9 @@ const MAGIC: u32 = 0x7472_6976;
 const VERSION: u32 = 2;
 /// "COFF", for people who look.
 const VENDOR: u32 = 0x4646_4f43;
+
+/// How long a vCPU waits for a device that starts or stops: one on a file of the host's that does not answer never would.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// The register where the driver kicks queue `n` by writing `n`, relative to the window.
 pub(crate) const NOTIFY_OFFSET: u64 = reg::QUEUE_NOTIFY;
@@ -273,7 +277,7 @@ impl MmioTransport {
         }
         let (kicks, interrupt) = (self.kicks.clone(), self.interrupt.clone());
         let (counters, slot, on_broken) = (self.counters.clone(), self.slot, self.on_broken.clone());
-        self.devices.with(move |slots| {
+        self.devices.with_timeout(PATIENCE, move |slots| {
             let sources = slots.sources();
             slots.start(slot, DeviceIo { queues, kicks, interrupt, counters, sources, slot, on_broken, told: false })
         })?
@@ -282,8 +286,14 @@ impl MmioTransport {
     fn reset(&mut self) {
         let slot = self.slot;
         // The queues that come back are let go: the driver will set up new ones.
-        if let Err(error) = self.devices.with(move |slots| drop(slots.stop(slot))) {
-            log::debug!("device {slot} was reset after its loop had ended: {error}");
+        match self.devices.with_timeout(PATIENCE, move |slots| drop(slots.stop(slot))) {
+            // The device may still use its queues, so the driver does not see a status of 0 (Virtio 1.3, 2.4.2).
+            Err(error) if error.kind() == ErrorKind::TimedOut => {
+                log::warn!("device {slot} was not reset: {error}");
+                return;
+            }
+            Err(error) => log::debug!("device {slot} was reset after its loop had ended: {error}"),
+            Ok(()) => {}
         }
         self.interrupt.reset();
         self.status = 0;

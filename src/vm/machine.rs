@@ -30,6 +30,8 @@ use crate::virtio::rng::Rng;
 use crate::virtio::vsock::{self, VsockListener};
 use crate::virtio::{Counters, DeviceHandle, MmioTransport, NOTIFY_OFFSET, Profile, Slots, VirtioDevice};
 
+/// How long the end of a VM waits for what its guest has asked of devices last: disks on files that answer late.
+const LAST_REQUESTS: Duration = Duration::from_secs(10);
 /// How long the end of a VM waits for a console's writer to take the last bytes.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
@@ -172,9 +174,12 @@ impl Machine {
         if self.shared.running_vcpus.fetch_sub(1, Ordering::SeqCst) != 1 {
             return;
         }
+        let deadline = Instant::now() + LAST_REQUESTS;
         for it in &self.loops {
-            if let Err(error) = it.remote().with(Slots::finish) {
-                log::debug!("an event loop had ended before its VM: {error}");
+            let left = deadline.saturating_duration_since(Instant::now());
+            if let Err(error) = it.remote().with_timeout(left, Slots::finish) {
+                log::warn!("a device does not come to rest, and is left behind: {error}");
+                it.abandon();
             }
         }
         self.shared.output.close(LAST_WORDS);

@@ -41,7 +41,8 @@ const PAUSE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A running virtual machine. Any number live in one process; each has its own threads and nothing in common.
 ///
-/// The handle may be used from any thread. Dropping it kills the guest and waits until its threads have ended.
+/// The handle may be used from any thread. Dropping it kills the guest and waits until its threads have ended; a thread
+/// that hangs in a file of the host's which does not answer is left behind after ten seconds.
 /// The descriptor behind [`AsFd`] becomes readable when the VM has ended, for poll, epoll, tokio, smol or mio.
 pub struct Vm {
     shared: Arc<Shared>,
