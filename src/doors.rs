@@ -10,9 +10,10 @@ use crate::bus::{Bus, BusDevice};
 use crate::event::Loop;
 use crate::memory::{GuestAddress, GuestMemory};
 use crate::sys;
+use crate::virtio::balloon::Balloon;
 use crate::virtio::blk::{Blk, DiskFile};
 use crate::virtio::rng::Rng;
-use crate::virtio::testing::Driver;
+use crate::virtio::testing::{Driver, WRITE};
 use crate::virtio::vsock::packet::{HEADER, Header, Op, TYPE_STREAM};
 use crate::virtio::vsock::{GUEST_CID, HOST_CID, Vsock, VsockListener};
 use crate::virtio::{MmioTransport, Slots, VirtioDevice};
@@ -188,6 +189,34 @@ pub fn vsock_packet(data: &[u8]) {
         }
         driver.poke(1);
         while driver.receive(0).is_some() || driver.receive(1).is_some() {}
+    }
+}
+
+/// Requests of any kind to the balloon, while the embedder asks it for numbers.
+pub fn balloon(data: &[u8]) {
+    let (mut bytes, mut driver) = (Bytes(data), Driver::start_with(|memory| Balloon::new(memory.clone())));
+    let (answer, _told) = std::sync::mpsc::sync_channel(1);
+    while !bytes.done() {
+        let (what, queue) = (bytes.byte() % 4, usize::from(bytes.byte() % 4));
+        match what {
+            0 => {
+                let len = usize::from(u16::from_le_bytes(bytes.number()) % 600);
+                let list = bytes.take(len).to_vec();
+                driver.send(queue, &[&list], &[]);
+            }
+            1 => {
+                // Where rings are not, so that chains go on to be found.
+                let at = 0x40_0000 + u64::from(u32::from_le_bytes(bytes.number()) % 0x200_0000);
+                driver.send_raw(queue, &[(at, u32::from_le_bytes(bytes.number()) >> (bytes.byte() % 32), WRITE)]);
+            }
+            2 => {
+                let (balloon, io) = driver.parts();
+                balloon.ask(Some(io), answer.clone());
+                balloon.set_target(u64::from_le_bytes(bytes.number()), Some(io));
+            }
+            _ => while driver.collect(queue).is_some() {},
+        }
+        driver.poke(queue);
     }
 }
 
@@ -424,7 +453,7 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(64))]
         #[test]
         fn any_bytes_are_survived(data in proptest::collection::vec(any::<u8>(), 0..600)) {
-            for door in [queue, mmio, blk_request, vsock_packet, proto_frame, kernel_image, image_tar] {
+            for door in [queue, mmio, blk_request, balloon, vsock_packet, proto_frame, kernel_image, image_tar] {
                 door(&data);
             }
         }

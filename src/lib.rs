@@ -55,7 +55,7 @@
 //! ```text
 //! container   Image, Container, exec, the agent's client          guest   the shim: PID 1 in the guest
 //! vm          builder, machine, vCPU threads, ends                proto   what both say to each other
-//! virtio      device model, mmio transport: blk vsock console rng
+//! virtio      device model, mmio transport: blk vsock console rng balloon
 //! boot arch legacy kvm bus irq event memory sys
 //! ```
 
@@ -95,8 +95,8 @@ pub use kvm::{Device, Host};
 pub use size::Size;
 pub use virtio::vsock::{VsockListener, VsockStream};
 pub use vm::{
-    Console, DeviceStats, Disk, Event, EventKind, Events, Exit, Registers, Stage, Stats, Timeline, Trace, VcpuStats,
-    Vm, VmBuilder, Vsock,
+    Console, DeviceStats, Disk, Event, EventKind, Events, Exit, GuestMemoryUse, MemoryStats, Registers, Stage, Stats,
+    Timeline, Trace, VcpuStats, Vm, VmBuilder, Vsock,
 };
 
 /// The readme's code is compiled with the documentation's.

@@ -6,6 +6,7 @@
 
 mod image;
 mod io;
+mod usage;
 
 pub(crate) use image::MemoryImage;
 

@@ -48,6 +48,8 @@ pub(crate) struct DeviceIo {
     pub(super) kicks: Arc<[EventFd]>,
     pub(super) interrupt: Interrupt,
     pub(super) counters: Arc<Counters>,
+    /// What driver and device have agreed on.
+    pub(super) features: u64,
     pub(super) sources: Sources,
     pub(super) slot: usize,
     pub(super) on_broken: OnBroken,
@@ -62,6 +64,16 @@ impl fmt::Debug for DeviceIo {
 }
 
 impl DeviceIo {
+    /// What driver and device have agreed on.
+    pub(crate) fn features(&self) -> u64 {
+        self.features
+    }
+
+    /// Tells the driver that configuration space has changed.
+    pub(crate) fn config_changed(&self) {
+        self.interrupt.signal_config();
+    }
+
     /// Hands every request in `queue` to `f`, completes each with what was written to its chain, and interrupts the
     /// driver at most once. Ends when the queue is empty, or after a fair turn.
     pub(crate) fn drain(&mut self, queue: usize, mut f: impl FnMut(&mut Chain)) {

@@ -161,8 +161,7 @@ impl MmioTransport {
             reg::STATUS => self.status,
             // "the length … reads as -1 if the region does not exist" (Virtio 1.3, 4.2.2.1); its base likewise.
             reg::SHM_LEN_LOW..=reg::SHM_BASE_HIGH => u32::MAX,
-            // Configuration space never changes here.
-            reg::CONFIG_GENERATION => 0,
+            reg::CONFIG_GENERATION => self.profile.config.generation(),
             _ => 0,
         }
     }
@@ -276,10 +275,14 @@ impl MmioTransport {
             queues.push(made.map_err(|e| Error::new(ErrorKind::GuestFailed, format!("queue {n}: {e}")))?);
         }
         let (kicks, interrupt) = (self.kicks.clone(), self.interrupt.clone());
+        let features = self.driver_features;
         let (counters, slot, on_broken) = (self.counters.clone(), self.slot, self.on_broken.clone());
         self.devices.with_timeout(PATIENCE, move |slots| {
             let sources = slots.sources();
-            slots.start(slot, DeviceIo { queues, kicks, interrupt, counters, sources, slot, on_broken, told: false })
+            slots.start(
+                slot,
+                DeviceIo { queues, kicks, interrupt, counters, features, sources, slot, on_broken, told: false },
+            )
         })?
     }
 
@@ -305,8 +308,7 @@ impl MmioTransport {
 impl BusDevice for MmioTransport {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
         if let Some(at) = offset.checked_sub(reg::CONFIG) {
-            let from = self.profile.config.get(at as usize..).unwrap_or_default();
-            data.iter_mut().zip(from).for_each(|(to, byte)| *to = *byte);
+            self.profile.config.read(usize::try_from(at).unwrap_or(usize::MAX), data);
         } else if let (Ok(data), 0) = (<&mut [u8; 4]>::try_from(data), offset % 4) {
             // Registers are 32 bits wide and accessed so (Virtio 1.3, 4.2.2.2).
             *data = self.read_register(offset).to_le_bytes();
@@ -314,7 +316,9 @@ impl BusDevice for MmioTransport {
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) {
-        if let (Ok(data), 0, true) = (<[u8; 4]>::try_from(data), offset % 4, offset < reg::CONFIG) {
+        if let Some(at) = offset.checked_sub(reg::CONFIG) {
+            self.profile.config.write(usize::try_from(at).unwrap_or(usize::MAX), data);
+        } else if let (Ok(data), 0) = (<[u8; 4]>::try_from(data), offset % 4) {
             self.write_register(offset, u32::from_le_bytes(data));
         }
     }

@@ -8,8 +8,10 @@
 //! ```
 //! This folder never sees KVM: devices get memory, an interrupt and descriptors, so all of it runs in plain tests.
 
+pub(crate) mod balloon;
 pub(crate) mod blk;
 mod chain;
+mod config_space;
 pub(crate) mod console;
 mod io;
 mod mmio;
@@ -24,6 +26,7 @@ pub(crate) mod vsock;
 use std::any::Any;
 
 pub(crate) use chain::{Chain, TooShort};
+pub(crate) use config_space::ConfigSpace;
 pub(crate) use io::{Counters, DeviceIo};
 pub(crate) use mmio::{MmioTransport, NOTIFY_OFFSET};
 pub(crate) use runner::{DeviceHandle, Slots};
@@ -31,7 +34,7 @@ pub(crate) use spec::DeviceType;
 
 use crate::event::Interest;
 
-/// What never changes about a device.
+/// What is the same about a device as long as it lives.
 #[derive(Debug, Clone)]
 pub(crate) struct Profile {
     /// Which device it is.
@@ -40,14 +43,14 @@ pub(crate) struct Profile {
     pub features: u64,
     /// The largest size of each queue: powers of two.
     pub queues: Vec<u16>,
-    /// Configuration space as it is at first.
-    pub config: Vec<u8>,
+    /// Its configuration space.
+    pub config: ConfigSpace,
 }
 
 impl Profile {
     /// A device of this type without queues, features or configuration space.
     pub(crate) fn new(device_type: DeviceType) -> Self {
-        Self { device_type, features: 0, queues: Vec::new(), config: Vec::new() }
+        Self { device_type, features: 0, queues: Vec::new(), config: ConfigSpace::default() }
     }
 
     /// Adds a queue of at most `size` descriptors, a power of two.
@@ -62,9 +65,14 @@ impl Profile {
         self
     }
 
-    /// Sets the configuration space.
-    pub(crate) fn config(mut self, bytes: impl Into<Vec<u8>>) -> Self {
-        self.config = bytes.into();
+    /// Sets a configuration space that never changes.
+    pub(crate) fn config(self, bytes: impl Into<Vec<u8>>) -> Self {
+        self.config_space(ConfigSpace::new(bytes))
+    }
+
+    /// Sets a configuration space that the device goes on changing or reading.
+    pub(crate) fn config_space(mut self, space: ConfigSpace) -> Self {
+        self.config = space;
         self
     }
 }

@@ -10,6 +10,8 @@ pub(crate) enum DeviceType {
     Console = 3,
     /// Entropy (Virtio 1.3, 5.4).
     Entropy = 4,
+    /// Memory balloon (Virtio 1.3, 5.5).
+    Balloon = 5,
     /// Socket (Virtio 1.3, 5.10).
     Vsock = 19,
 }

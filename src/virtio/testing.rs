@@ -58,7 +58,13 @@ impl<D> std::fmt::Debug for Driver<D> {
 impl<D: VirtioDevice> Driver<D> {
     /// Sets up all queues at their largest size and starts the device.
     pub(crate) fn start(device: D) -> Self {
+        Self::start_with(|_| device)
+    }
+
+    /// The same for a device that is made with the guest's memory.
+    pub(crate) fn start_with(make: impl FnOnce(&GuestMemory) -> D) -> Self {
         let memory = GuestMemory::anonymous(&[(GuestAddress(0), MEMORY)]).unwrap();
+        let device = make(&memory);
         let profile = device.profile();
         let (mut queues, mut rings) = (Vec::new(), Vec::new());
         for (n, size) in (0..).zip(&profile.queues) {
@@ -86,6 +92,7 @@ impl<D: VirtioDevice> Driver<D> {
             interrupt: Interrupt::new().unwrap(),
             counters: Arc::<Counters>::default(),
             on_broken: Arc::new(|_| ()),
+            features: profile.features,
             sources: Sources::of_nobody().unwrap(),
             slot: 0,
             told: false,
@@ -170,7 +177,6 @@ impl<D: VirtioDevice> Driver<D> {
     }
 
     /// The device and what it is given, for calls that its handle would make.
-    #[cfg(test)]
     pub(crate) fn parts(&mut self) -> (&mut D, &mut DeviceIo) {
         (&mut self.device, &mut self.io)
     }

@@ -38,7 +38,7 @@ pub enum EventKind {
     Resumed,
     /// A device cannot go on until the guest's driver resets it.
     DeviceError {
-        /// The device's name: `disk0`, `vsock`, `console`, `rng`.
+        /// The device's name: `disk0`, `vsock`, `console`, `rng`, `balloon`.
         device: String,
         /// What the guest's driver did, or what failed on the host.
         what: String,

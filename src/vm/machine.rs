@@ -2,6 +2,7 @@
 //!
 //! All threads of a VM are made here, named `vcpu0`, `io`, `disk0`, `console`.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
@@ -14,7 +15,7 @@ use super::exit::{Exit, Marks, Reason, Trace};
 use super::pause::{Gate, Parked};
 use super::stats::DeviceStats;
 use super::vcpu::{self, LastExit, VcpuControl};
-use super::{Keyboard, Vm};
+use super::{Handles, Keyboard, Vm};
 use crate::arch::{self, Cpu, layout};
 use crate::boot;
 use crate::bus::{Attached, Bus};
@@ -25,6 +26,7 @@ use crate::kvm::{Kvm, VmFd};
 use crate::legacy::{EXIT_PORT, ExitPort, I8042, I8042_PORTS, Request, SERIAL_PORTS, SerialPort};
 use crate::memory::{GuestAddress, GuestMemory};
 use crate::sys::{EventFd, KickSignal, STACK, eventfd};
+use crate::virtio::balloon::Balloon;
 use crate::virtio::console::{Console, Output};
 use crate::virtio::rng::Rng;
 use crate::virtio::vsock::{self, VsockListener};
@@ -195,7 +197,11 @@ struct Attachment {
     blocking: bool,
 }
 
-fn attachments(config: &VmConfig, output: &Output) -> Result<(Vec<Attachment>, Vec<VsockListener>)> {
+fn attachments(
+    config: &VmConfig,
+    output: &Output,
+    memory: &GuestMemory,
+) -> Result<(Vec<Attachment>, Vec<VsockListener>)> {
     let (mut all, mut listeners) = (Vec::new(), Vec::new());
     for (n, disk) in config.open_disks()?.into_iter().enumerate() {
         all.push(Attachment { name: format!("disk{n}"), device: Box::new(disk), blocking: true });
@@ -205,6 +211,7 @@ fn attachments(config: &VmConfig, output: &Output) -> Result<(Vec<Attachment>, V
     };
     add("console", Box::new(Console::new(output.clone())));
     add("rng", Box::new(Rng));
+    add("balloon", Box::new(Balloon::new(memory.clone())));
     if let Some(wanted) = &config.vsock {
         let mut device = vsock::Vsock::new();
         for port in &wanted.ports {
@@ -235,10 +242,10 @@ pub(super) fn start(config: &VmConfig) -> Result<Vm> {
     let vcpus = config.vcpus()?;
     let ranges = layout::memory_ranges(config.memory)?;
     let output = Output::new()?;
-    let (attachments, listeners) = attachments(config, &output)?;
+    let memory = GuestMemory::anonymous(&ranges)?;
+    let (attachments, listeners) = attachments(config, &output, &memory)?;
     let slots = slots(attachments.len())?;
     let cmdline = config.cmdline(&slots)?;
-    let memory = GuestMemory::anonymous(&ranges)?;
     let entry = boot::load(&memory, &config.kernel, &cmdline)?;
     arch::write_tables(&memory, vcpus)?;
 
@@ -264,16 +271,28 @@ pub(super) fn start(config: &VmConfig) -> Result<Vm> {
         devices: Mutex::default(),
     });
     let (ports, keyboard) = ports(&vm, &shared)?;
-    let mut parts =
-        Parts { vm: &vm, memory: &memory, shared: &shared, mmio: Bus::default(), loops: Vec::new(), vsock: None };
+    let mut parts = Parts {
+        vm: &vm,
+        memory: &memory,
+        shared: &shared,
+        mmio: Bus::default(),
+        loops: Vec::new(),
+        slots: BTreeMap::new(),
+    };
     parts.attach(attachments, &slots)?;
-    let Parts { mmio, loops, vsock, .. } = parts;
-    let remotes = loops.iter().map(Loop::remote).collect();
+    let Parts { mmio, loops, slots, .. } = parts;
+    let handles = Handles {
+        loops: loops.iter().map(Loop::remote).collect(),
+        vsock: slots.get("vsock").map(|(remote, slot)| DeviceHandle::new(remote.clone(), *slot)),
+        balloon: slots.get("balloon").map(|(remote, slot)| DeviceHandle::new(remote.clone(), *slot)),
+        keyboard,
+        memory: memory.clone(),
+    };
     let machine = Arc::new(Machine { vm, mmio, ports, loops, shared: shared.clone(), _memory: memory });
 
     let pump = start_pump(config, &output)?;
     let threads = start_vcpus(&machine, &cpu, vcpus, entry);
-    let vm = Vm::new(shared, threads.threads, pump, remotes, vsock, listeners, keyboard);
+    let vm = Vm::new(shared, threads.threads, pump, listeners, handles);
     // A thread that could not start is an error; those that could are ended by dropping `vm`.
     threads.outcome.map(|()| vm)
 }
@@ -285,7 +304,8 @@ struct Parts<'a> {
     shared: &'a Arc<Shared>,
     mmio: Bus,
     loops: Vec<Loop<Slots>>,
-    vsock: Option<DeviceHandle<vsock::Vsock>>,
+    /// Where each device lives, by its name.
+    slots: BTreeMap<String, (crate::event::Remote<Slots>, usize)>,
 }
 
 impl Parts<'_> {
@@ -304,9 +324,7 @@ impl Parts<'_> {
         }
         let remote = self.start_loop("io", common)?;
         for (n, (name, profile, slot)) in places.into_iter().enumerate() {
-            if name == "vsock" {
-                self.vsock = Some(DeviceHandle::new(remote.clone(), n));
-            }
+            self.slots.insert(name.clone(), (remote.clone(), n));
             self.connect(name, profile, remote.clone(), n, slot)?;
         }
         Ok(())

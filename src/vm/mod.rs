@@ -19,13 +19,16 @@ pub use builder::VmBuilder;
 pub use config::{Console, Disk, Vsock};
 pub use events::{Event, EventKind, Events};
 pub use exit::{Exit, Registers, Stage, Timeline, Trace};
-pub use stats::{DeviceStats, Stats, VcpuStats};
+pub use stats::{DeviceStats, GuestMemoryUse, MemoryStats, Stats, VcpuStats};
 
 use crate::boot::Kernel;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Context, Error, ErrorKind, Result};
 use crate::event::Remote;
 use crate::legacy::I8042;
+use crate::memory::GuestMemory;
+use crate::size::Size;
 use crate::sys::borrow;
+use crate::virtio::balloon::Balloon;
 use crate::virtio::vsock::{VsockListener, VsockStream};
 use crate::virtio::{DeviceHandle, Slots};
 use exit::Reason;
@@ -33,6 +36,8 @@ use machine::Shared;
 
 type Keyboard = Arc<Mutex<I8042<Box<dyn FnMut() + Send>>>>;
 
+/// How long a guest may take to say how it uses its memory.
+const MEMORY_PATIENCE: Duration = Duration::from_secs(1);
 /// How long a connection to the guest may take to be answered.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -51,11 +56,18 @@ pub struct Vm {
     _pump: Option<JoinHandle<()>>,
     /// Whether the VM is paused; locked while that changes.
     paused: Mutex<bool>,
-    loops: Vec<Remote<Slots>>,
-    vsock: Option<DeviceHandle<crate::virtio::vsock::Vsock>>,
     /// Listeners that were configured and not yet taken.
     listeners: Mutex<Vec<VsockListener>>,
+    handles: Handles,
+}
+
+/// Ways to the parts of a machine.
+struct Handles {
+    loops: Vec<Remote<Slots>>,
+    vsock: Option<DeviceHandle<crate::virtio::vsock::Vsock>>,
+    balloon: Option<DeviceHandle<Balloon>>,
     keyboard: Keyboard,
+    memory: GuestMemory,
 }
 
 impl Vm {
@@ -69,13 +81,11 @@ impl Vm {
         shared: Arc<Shared>,
         threads: Vec<JoinHandle<()>>,
         pump: Option<JoinHandle<()>>,
-        loops: Vec<Remote<Slots>>,
-        vsock: Option<DeviceHandle<crate::virtio::vsock::Vsock>>,
         listeners: Vec<VsockListener>,
-        keyboard: Keyboard,
+        handles: Handles,
     ) -> Self {
         let (paused, listeners) = (Mutex::default(), Mutex::new(listeners));
-        Self { shared, threads, _pump: pump, paused, loops, vsock, listeners, keyboard }
+        Self { shared, threads, _pump: pump, paused, listeners, handles }
     }
 
     /// Waits until the VM has ended, however that comes about. May be called again and from many threads.
@@ -112,7 +122,7 @@ impl Vm {
         let deadline = Instant::now() + grace;
         // One that has ended is told by what follows.
         let _ = self.resume();
-        if !self.keyboard.lock().unwrap_or_else(PoisonError::into_inner).press_ctrl_alt_del() {
+        if !self.handles.keyboard.lock().unwrap_or_else(PoisonError::into_inner).press_ctrl_alt_del() {
             log::info!("the guest has no keyboard driver and cannot be asked to shut down");
         }
         match self.shared.wait(Some(deadline)) {
@@ -137,7 +147,7 @@ impl Vm {
         let mut paused = self.paused.lock().unwrap_or_else(PoisonError::into_inner);
         let quiet = || {
             self.shared.park_vcpus(PAUSE_TIMEOUT)?;
-            self.loops.iter().try_for_each(|it| it.hold(PAUSE_TIMEOUT))
+            self.handles.loops.iter().try_for_each(|it| it.hold(PAUSE_TIMEOUT))
         };
         if !*paused {
             if let Err(error) = quiet() {
@@ -167,7 +177,7 @@ impl Vm {
     }
 
     fn go_on(&self) {
-        self.loops.iter().for_each(Remote::release);
+        self.handles.loops.iter().for_each(Remote::release);
         self.shared.gate.open();
     }
 
@@ -193,6 +203,43 @@ impl Vm {
     pub fn stats(&self) -> Stats {
         let vcpus = self.shared.vcpus.iter().map(vcpu::VcpuControl::stats).collect();
         Stats { vcpus, devices: self.shared.device_stats() }
+    }
+
+    /// What the guest's memory costs the host, and how the guest uses it. Asks the guest and waits at most a second for
+    /// its answer.
+    ///
+    /// # Errors
+    /// `InvalidState` when the VM has ended.
+    pub fn memory_stats(&self) -> Result<MemoryStats> {
+        let (answer, wait) = mpsc::sync_channel(1);
+        let (balloon, reported) = self.balloon()?.with(move |balloon, io| {
+            balloon.ask(io, answer);
+            (balloon.actual(), balloon.reported())
+        })?;
+        let guest = wait.recv_timeout(MEMORY_PATIENCE).ok();
+        let resident = self.handles.memory.resident().doing(|| "counting the guest's pages")?;
+        Ok(MemoryStats::new(&self.handles.memory, resident, balloon, reported, guest))
+    }
+
+    /// Asks the guest to give `size` of its memory back to the host and not to use it until asked for less; at first
+    /// that is nothing. The guest does so when it can: [`MemoryStats::balloon`] tells how far it is. One that runs short
+    /// of memory takes some back by itself. Returns at once.
+    ///
+    /// What a guest frees goes back to the host without being asked for (free page reporting, in pieces of 2 MiB and
+    /// more), so this is for taking memory that it has not freed: caches, above all.
+    ///
+    /// # Errors
+    /// `InvalidConfig` for more than the guest has, `InvalidState` when the VM has ended.
+    pub fn set_balloon(&self, size: Size) -> Result<()> {
+        let all = Size::bytes(self.handles.memory.size());
+        if size > all {
+            return Err(Error::invalid("set_balloon", format!("{size}: the guest has {all}")));
+        }
+        self.balloon()?.with(move |balloon, io| balloon.set_target(size.as_bytes(), io))
+    }
+
+    fn balloon(&self) -> Result<&DeviceHandle<Balloon>> {
+        self.handles.balloon.as_ref().ok_or_else(|| Error::new(ErrorKind::InvalidState, "this VM has no balloon"))
     }
 
     /// When each stage was reached, counted from the call of `start`.
@@ -235,7 +282,7 @@ impl Vm {
     }
 
     fn vsock(&self) -> Result<&DeviceHandle<crate::virtio::vsock::Vsock>> {
-        self.vsock.as_ref().ok_or_else(|| {
+        self.handles.vsock.as_ref().ok_or_else(|| {
             Error::new(ErrorKind::InvalidState, "this VM has no vsock device: add one with `VmBuilder::vsock`")
         })
     }

@@ -4,6 +4,10 @@ use std::fmt::{self, Write};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use crate::memory::GuestMemory;
+use crate::size::Size;
+use crate::virtio::balloon::GuestUse;
+
 /// What a VM has done so far; see [`Vm::stats`](crate::Vm::stats). All numbers only ever grow.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
@@ -35,7 +39,7 @@ pub struct VcpuStats {
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct DeviceStats {
-    /// Its name: `disk0`, `vsock`, `console`, `rng`.
+    /// Its name: `disk0`, `vsock`, `console`, `rng`, `balloon`.
     pub name: String,
     /// Notifications of the driver.
     pub kicks: u64,
@@ -49,6 +53,59 @@ pub struct DeviceStats {
     pub interrupts: u64,
     /// Times the driver made a mistake that needs a reset.
     pub faults: u64,
+}
+
+/// What a guest's memory costs the host, and how the guest uses it; see [`Vm::memory_stats`](crate::Vm::memory_stats).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct MemoryStats {
+    /// What the guest was given.
+    pub configured: Size,
+    /// What of that the host has in memory now. Pages of the kernel's image that several VMs share count in each.
+    pub resident: Size,
+    /// What is in the balloon, as the guest says.
+    pub balloon: Size,
+    /// What the guest has reported as free so far, all in all; the host took it each time.
+    pub reported: Size,
+    /// How the guest uses its memory, as it says; `None` when it has no driver or did not answer.
+    pub guest: Option<GuestMemoryUse>,
+}
+
+/// How a guest uses its memory, as its kernel says (Virtio 1.3, 5.5.6.4). What it does not tell is `None`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct GuestMemoryUse {
+    /// Used by nobody.
+    pub free: Option<Size>,
+    /// Known to the guest's kernel, without what it keeps for itself.
+    pub total: Option<Size>,
+    /// What programs could have without swapping: free memory and caches.
+    pub available: Option<Size>,
+    /// Files of disks.
+    pub caches: Option<Size>,
+    /// Page faults that had to wait for a disk, since the guest started.
+    pub major_faults: Option<u64>,
+}
+
+impl MemoryStats {
+    pub(super) fn new(
+        memory: &GuestMemory,
+        resident: u64,
+        balloon: u64,
+        reported: u64,
+        guest: Option<GuestUse>,
+    ) -> Self {
+        let size = |n: Option<u64>| n.map(Size::bytes);
+        let guest = guest.map(|g| GuestMemoryUse {
+            free: size(g.free),
+            total: size(g.total),
+            available: size(g.available),
+            caches: size(g.caches),
+            major_faults: g.major_faults,
+        });
+        let [configured, resident, balloon, reported] = [memory.size(), resident, balloon, reported].map(Size::bytes);
+        Self { configured, resident, balloon, reported, guest }
+    }
 }
 
 /// A vCPU's own count: written by its thread, read by anybody.

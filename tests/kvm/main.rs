@@ -14,6 +14,7 @@ mod exec;
 mod fixture;
 mod lifecycle;
 mod many;
+mod memory;
 mod start;
 #[path = "../../src/boot/tiny.rs"]
 mod tiny;
@@ -56,6 +57,8 @@ tests! {
         clocks_go_on_while_paused a_paused_guest_ends_when_told pauses_and_ends_race_from_many_threads
         events_tell_the_whole_life numbers_grow_with_what_the_guest_does;
     many: ten_machines_in_one_process starting_and_ending_leaves_nothing_behind two_kernels_side_by_side;
+    memory: what_a_guest_frees_comes_back the_balloon_takes_what_it_is_told_and_gives_it_back
+        a_guest_short_of_memory_takes_it_from_the_balloon;
     start: a_guest_that_is_never_ready_names_its_stage a_guest_that_ends_first_says_how a_broken_shim_is_told
         without_kvm_the_remedy_is_told what_may_not_be_read_is_named;
 }

@@ -1,0 +1,292 @@
+//! Memory balloon (Virtio 1.3, 5.5): memory that the guest does not use goes back to the host.
+//!
+//! Runs on the VM's loop. Three ways: the guest reports what it freed, without being asked (free page reporting); the
+//! embedder inflates the balloon; and the guest says how it is using its memory. What it gives is discarded at once.
+
+use std::sync::mpsc::SyncSender;
+
+use super::config_space::ConfigSpace;
+use super::{Chain, DeviceIo, DeviceType, Profile, Source, VirtioDevice};
+use crate::memory::{GuestAddress, GuestMemory};
+
+/// The guest says how it uses its memory (Virtio 1.3, 5.5.3, VIRTIO_BALLOON_F_STATS_VQ).
+const F_STATS: u64 = 1 << 1;
+/// A guest short of memory takes some back from the balloon (VIRTIO_BALLOON_F_DEFLATE_ON_OOM).
+const F_DEFLATE_ON_OOM: u64 = 1 << 2;
+/// The guest tells what is free (VIRTIO_BALLOON_F_PAGE_REPORTING).
+const F_REPORTING: u64 = 1 << 5;
+
+/// Configuration space (Virtio 1.3, 5.5.4): how many pages the balloon shall have, and how many it has.
+const TARGET: usize = 0;
+const ACTUAL: usize = 4;
+
+/// The balloon counts in pages of this size on every machine (Virtio 1.3, 5.5.6).
+const PAGE: u64 = 4096;
+/// Pages in one request; Linux sends 256. More would keep the loop busy for too long.
+const MAX_PAGES: usize = 4096;
+
+/// How a guest uses its memory (Virtio 1.3, 5.5.6.4). What it does not tell is `None`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct GuestUse {
+    pub free: Option<u64>,
+    pub total: Option<u64>,
+    pub available: Option<u64>,
+    pub caches: Option<u64>,
+    pub major_faults: Option<u64>,
+}
+
+impl GuestUse {
+    /// A list of tags, of 16 bits, and values, of 64.
+    fn parse(bytes: &[u8]) -> Self {
+        let mut found = Self::default();
+        for entry in bytes.chunks_exact(10) {
+            let [t0, t1, v @ ..] = entry else { break };
+            let Ok(value) = <[u8; 8]>::try_from(v) else { break };
+            let value = Some(u64::from_le_bytes(value));
+            match u16::from_le_bytes([*t0, *t1]) {
+                2 => found.major_faults = value,
+                4 => found.free = value,
+                5 => found.total = value,
+                6 => found.available = value,
+                7 => found.caches = value,
+                _ => {}
+            }
+        }
+        found
+    }
+}
+
+/// What a queue is for. Which there are depends on the features, and they are numbered without gaps, as Linux and every
+/// device it meets do; the specification numbers them with gaps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Role {
+    Inflate,
+    Deflate,
+    Stats,
+    Reporting,
+}
+
+/// The device.
+pub(crate) struct Balloon {
+    memory: GuestMemory,
+    config: ConfigSpace,
+    roles: Vec<Role>,
+    /// The driver's buffer for statistics: it fills in new ones when it gets the buffer back.
+    stats: Option<Chain>,
+    waiting: Vec<SyncSender<GuestUse>>,
+    /// Bytes that the guest has reported as free so far.
+    reported: u64,
+}
+
+impl Balloon {
+    pub(crate) fn new(memory: GuestMemory) -> Self {
+        let config = ConfigSpace::new([0; 8]).writable(ACTUAL..ACTUAL + 4);
+        Self { memory, config, roles: Vec::new(), stats: None, waiting: Vec::new(), reported: 0 }
+    }
+
+    /// Wants the guest to give `bytes` back, or to take again what is beyond that. It does so when it can.
+    pub(crate) fn set_target(&mut self, bytes: u64, io: Option<&mut DeviceIo>) {
+        let pages = u32::try_from(bytes / PAGE).unwrap_or(u32::MAX);
+        self.config.set(TARGET, &pages.to_le_bytes());
+        if let Some(io) = io {
+            io.config_changed();
+        }
+    }
+
+    /// Bytes in the balloon, as the guest says.
+    pub(crate) fn actual(&self) -> u64 {
+        u64::from(self.config.word(ACTUAL)) * PAGE
+    }
+
+    /// Bytes that the guest has reported as free so far.
+    pub(crate) fn reported(&self) -> u64 {
+        self.reported
+    }
+
+    /// Asks the guest how it uses its memory; the answer goes to `answer`, which is dropped when there will be none.
+    pub(crate) fn ask(&mut self, io: Option<&mut DeviceIo>, answer: SyncSender<GuestUse>) {
+        let Some(queue) = self.roles.iter().position(|role| *role == Role::Stats) else {
+            return;
+        };
+        if let (Some(io), Some(chain)) = (io, self.stats.take()) {
+            io.complete(queue, chain);
+            io.flush(queue);
+            self.waiting.push(answer);
+        }
+    }
+
+    /// The pages whose numbers are in the chain are the host's now.
+    fn inflate(&self, chain: &mut Chain) -> Result<(), String> {
+        let count = chain.readable_len() / 4;
+        if count > MAX_PAGES {
+            return Err(format!("{count} pages in one request"));
+        }
+        let mut pages = vec![0; count * 4];
+        chain.read_into(&mut pages).map_err(|e| e.to_string())?;
+        let mut run: Option<(u64, u64)> = None;
+        for number in pages.chunks_exact(4).filter_map(|n| n.try_into().ok()).map(u32::from_le_bytes).map(u64::from) {
+            run = match run {
+                Some((start, n)) if start + n == number => Some((start, n + 1)),
+                Some(whole) => {
+                    self.discard(whole);
+                    Some((number, 1))
+                }
+                None => Some((number, 1)),
+            };
+        }
+        run.into_iter().for_each(|whole| self.discard(whole));
+        Ok(())
+    }
+
+    fn discard(&self, (start, pages): (u64, u64)) {
+        let len = usize::try_from(pages * PAGE).unwrap_or(usize::MAX);
+        match self.memory.segment(GuestAddress(start * PAGE), len) {
+            Ok(segment) => self.memory.discard(segment),
+            // The guest's mistake, which harms nobody.
+            Err(error) => log::debug!("a balloon holds what is no memory: {error}"),
+        }
+    }
+}
+
+impl VirtioDevice for Balloon {
+    fn profile(&self) -> Profile {
+        Profile::new(DeviceType::Balloon)
+            .features(F_STATS | F_DEFLATE_ON_OOM | F_REPORTING)
+            .queue(64)
+            .queue(64)
+            .queue(16)
+            .queue(64)
+            .config_space(self.config.clone())
+    }
+
+    fn started(&mut self, io: &mut DeviceIo) -> std::io::Result<()> {
+        let optional = [(F_STATS, Role::Stats), (F_REPORTING, Role::Reporting)];
+        self.roles = vec![Role::Inflate, Role::Deflate];
+        self.roles.extend(optional.into_iter().filter(|(bit, _)| io.features() & bit != 0).map(|(_, role)| role));
+        Ok(())
+    }
+
+    fn ready(&mut self, io: &mut DeviceIo, source: Source) {
+        let Source::Queue(queue) = source else { return };
+        match self.roles.get(queue).copied() {
+            Some(Role::Inflate) => {
+                let mut mistake = None;
+                io.drain(queue, |chain| mistake = self.inflate(chain).err().or(mistake.take()));
+                if let Some(why) = mistake {
+                    io.fail(&why);
+                }
+            }
+            // What the guest takes back is there again as soon as it touches it.
+            Some(Role::Deflate) => io.drain(queue, |_| ()),
+            Some(Role::Stats) => {
+                while let Some(mut chain) = io.pop(queue) {
+                    let mut bytes = vec![0; chain.readable_len().min(1024)];
+                    if chain.read_into(&mut bytes).is_ok() {
+                        let told = GuestUse::parse(&bytes);
+                        for answer in self.waiting.drain(..) {
+                            // Who asked may have given up.
+                            let _ = answer.try_send(told);
+                        }
+                    }
+                    // One buffer is kept; a driver that sends another gets the first back.
+                    if let Some(old) = self.stats.replace(chain) {
+                        io.complete(queue, old);
+                    }
+                }
+                if io.rearm(queue) {
+                    io.kick_self(queue);
+                }
+            }
+            Some(Role::Reporting) => io.drain(queue, |chain| {
+                let room = chain.writable_len();
+                for segment in chain.take_writable(room) {
+                    self.reported += segment.len() as u64;
+                    self.memory.discard(segment);
+                }
+            }),
+            None => {}
+        }
+    }
+
+    fn stopping(&mut self, _: &mut DeviceIo) {
+        self.stats = None;
+        self.waiting.clear();
+        self.config.set(ACTUAL, &[0; 4]);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::virtio::testing::{Driver, WRITE};
+    use std::sync::mpsc;
+
+    const INFLATE: usize = 0;
+    const STATS: usize = 2;
+    const REPORTING: usize = 3;
+
+    fn rig() -> Driver<Balloon> {
+        Driver::start_with(|memory| Balloon::new(memory.clone()))
+    }
+
+    fn byte(memory: &GuestMemory, at: u64) -> u8 {
+        let mut byte = [0];
+        memory.read(GuestAddress(at), &mut byte).unwrap();
+        byte[0]
+    }
+
+    #[test]
+    fn inflated_pages_are_discarded_and_others_are_not() {
+        let mut driver = rig();
+        let memory = driver.memory();
+        let pages = [0x400u32, 0x401, 0x403, 0xffff_ffff];
+        (0x400..0x405).for_each(|page| memory.write(GuestAddress(page * PAGE), &[7]).unwrap());
+        let numbers: Vec<u8> = pages.iter().flat_map(|n| n.to_le_bytes()).collect();
+        driver.send(INFLATE, &[&numbers[..6], &numbers[6..]], &[]);
+        driver.poke(INFLATE);
+        assert!(driver.receive(INFLATE).is_some());
+        let left: Vec<u8> = (0x400..0x405).map(|page| byte(&memory, page * PAGE)).collect();
+        assert_eq!(left, [0, 0, 7, 0, 7]);
+    }
+
+    #[test]
+    fn absurd_requests_need_a_reset() {
+        let mut driver = rig();
+        driver.send(INFLATE, &[&vec![0; (MAX_PAGES + 1) * 4]], &[]);
+        driver.poke(INFLATE);
+        assert!(driver.broken());
+    }
+
+    #[test]
+    fn reported_memory_is_discarded_and_counted() {
+        let mut driver = rig();
+        let memory = driver.memory();
+        let (free, written) = (0x40_0000, 0x40_3000);
+        memory.write(GuestAddress(written), &[7]).unwrap();
+        driver.send_raw(REPORTING, &[(free, 16 * PAGE as u32, WRITE)]);
+        driver.poke(REPORTING);
+        assert!(driver.receive(REPORTING).is_some());
+        assert_eq!((byte(&memory, written), driver.device.reported()), (0, 16 * PAGE));
+    }
+
+    #[test]
+    fn statistics_are_asked_for_and_come_back() {
+        let mut driver = rig();
+        let (answer, told) = mpsc::sync_channel(1);
+        let ask = |driver: &mut Driver<Balloon>| {
+            let (device, io) = driver.parts();
+            device.ask(Some(io), answer.clone());
+        };
+        ask(&mut driver);
+        assert!(told.try_recv().is_err(), "the driver has not sent its buffer yet");
+        let entry = |tag: u16, value: u64| [tag.to_le_bytes().as_slice(), &value.to_le_bytes()].concat();
+        driver.send(STATS, &[&entry(9, 1)], &[]);
+        driver.poke(STATS);
+        ask(&mut driver);
+        assert!(driver.receive(STATS).is_some(), "the buffer comes back to be filled");
+        driver.send(STATS, &[&[entry(4, 1 << 20), entry(5, 1 << 30), vec![1]].concat()], &[]);
+        driver.poke(STATS);
+        let expected = GuestUse { free: Some(1 << 20), total: Some(1 << 30), ..GuestUse::default() };
+        assert_eq!(told.try_recv(), Ok(expected));
+    }
+}
