@@ -126,6 +126,26 @@ pub fn run(builder: VmBuilder) -> Result<(Exit, String), Box<dyn Error>> {
     Ok((exit, text))
 }
 
+/// True in a process of its own, in which no other test comes in between. Elsewhere this runs the test `name` in such a
+/// process, and fails as it does.
+pub fn alone(name: &str) -> Result<bool, Box<dyn Error>> {
+    const ALONE: &str = "COFFERDAM_TEST_ALONE";
+    if std::env::var_os(ALONE).is_some() {
+        return Ok(true);
+    }
+    let output =
+        std::process::Command::new(std::env::current_exe()?).args(["--exact", name]).env(ALONE, "1").output()?;
+    check!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+    Ok(false)
+}
+
+/// Bytes that this process has in memory.
+pub fn resident() -> Result<u64, Box<dyn Error>> {
+    let statm = std::fs::read_to_string("/proc/self/statm")?;
+    let pages: u64 = statm.split(' ').nth(1).ok_or("no second field")?.parse()?;
+    Ok(pages * 4096)
+}
+
 /// A container of Debian with these settings.
 pub fn debian_container() -> ContainerBuilder {
     Container::builder(debian()).kernel(kernel()).start_timeout(PATIENCE)

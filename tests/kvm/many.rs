@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use cofferdam::{Exit, Vm};
 
-use crate::fixture::{Outcome, PATIENCE, Temp, busybox, bzimage, guest, kernel, run, tiny_kernel};
+use crate::fixture::{Outcome, PATIENCE, Temp, alone, busybox, bzimage, guest, kernel, run, tiny_kernel};
 use crate::{check, check_eq};
 
 pub fn ten_machines_in_one_process() -> Outcome {
@@ -34,13 +34,7 @@ pub fn two_kernels_side_by_side() -> Outcome {
 }
 
 pub fn starting_and_ending_leaves_nothing_behind() -> Outcome {
-    // A process of its own, so that other tests do not come in between.
-    if std::env::var_os("COFFERDAM_TEST_ALONE").is_none() {
-        let this = std::env::current_exe()?;
-        let name = "many::starting_and_ending_leaves_nothing_behind";
-        let output =
-            std::process::Command::new(this).args(["--exact", name]).env("COFFERDAM_TEST_ALONE", "1").output()?;
-        check!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+    if !alone("many::starting_and_ending_leaves_nothing_behind")? {
         return Ok(());
     }
     let temp = Temp::new()?;
@@ -48,7 +42,7 @@ pub fn starting_and_ending_leaves_nothing_behind() -> Outcome {
     let kernel = tiny_kernel(&temp, &[0x66, 0xba, 0x00, 0x06, 0xb0, 0x34, 0xee, 0xf4])?;
     let count = |what: &str| fs::read_dir(format!("/proc/self/{what}")).map(Iterator::count);
     let mut first = None;
-    for _ in 0..50 {
+    for _ in 0..1000 {
         let vm = Vm::builder(kernel.clone()).vcpus(2).start()?;
         let exit = vm.wait_timeout(PATIENCE)?.ok_or("it never ended")?;
         check!(matches!(exit, Exit::PowerOff), "{exit}");

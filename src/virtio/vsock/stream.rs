@@ -160,7 +160,16 @@ impl Arrivals {
         let _ = self.ready.write(1);
     }
 
-    /// Nothing more will arrive, or nobody will accept.
+    /// Nobody will accept any more: what waits is hung up.
+    fn abandon(&self) {
+        let mut queue = self.queue();
+        queue.closed = true;
+        let waiting = std::mem::take(&mut queue.waiting);
+        drop(queue);
+        drop(waiting);
+    }
+
+    /// Nothing more will arrive.
     pub(super) fn close(&self) {
         self.queue().closed = true;
         let _ = self.ready.write(1);
@@ -231,7 +240,7 @@ impl VsockListener {
 
 impl Drop for VsockListener {
     fn drop(&mut self) {
-        self.arrivals.close();
+        self.arrivals.abandon();
     }
 }
 

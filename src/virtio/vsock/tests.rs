@@ -268,6 +268,17 @@ fn strange_packets_break_nothing() {
 }
 
 #[test]
+fn what_nobody_accepts_is_hung_up_with_its_listener() {
+    let mut rig = Rig::new();
+    rig.say(guest(Op::Request, 0), &[], &[]);
+    assert_eq!(rig.hear_op(), Some(Op::Response));
+    let other = rig.driver.device.listen(99).unwrap();
+    drop(std::mem::replace(&mut rig.listener, other));
+    rig.sockets();
+    assert!(matches!(rig.hear_op(), Some(Op::Shutdown | Op::Reset)));
+}
+
+#[test]
 fn listeners_are_one_a_port_until_dropped() {
     let mut vsock = Vsock::new();
     let first = vsock.listen(5).unwrap();

@@ -1,0 +1,146 @@
+//! Guests that mean harm, beside a neighbour that must not notice.
+
+use std::io::Read;
+use std::time::{Duration, Instant};
+
+use cofferdam::{Container, Exit, Size, Stdio, Vm, Vsock};
+
+use crate::fixture::{Outcome, PATIENCE, Temp, alone, container, guest, resident, tiny_kernel};
+use crate::{check, check_eq};
+
+/// The neighbour still runs programs, and soon.
+fn unharmed(neighbour: &Container) -> Outcome {
+    let begin = Instant::now();
+    let output = neighbour.exec(["echo", "well"]).output()?;
+    check_eq!(output.stdout, b"well\n");
+    check!(begin.elapsed() < PATIENCE / 4, "{:?}", begin.elapsed());
+    Ok(())
+}
+
+pub fn registers_written_at_random() -> Outcome {
+    // Maps 3 to 4 GiB, then reads and writes all device windows at random places, with random values, at every width.
+    let code: &[u8] = &[
+        0x48, 0xb8, 0x83, 0, 0, 0xc0, 0, 0, 0, 0, // mov rax, 0xc0000083
+        0x48, 0xa3, 0x18, 0xa0, 0, 0, 0, 0, 0, 0, // mov [0xa018], rax
+        0x0f, 0x20, 0xd9, 0x0f, 0x22, 0xd9, // mov rcx, cr3; mov cr3, rcx
+        0xbf, 0, 0, 0, 0xd0, // mov edi, 0xd0000000
+        0xbb, 1, 2, 3, 4, // mov ebx, seed
+        0x69, 0xdb, 0x0d, 0x66, 0x19, 0, // again: imul ebx, ebx, 1664525
+        0x81, 0xc3, 0x5f, 0xf3, 0x6e, 0x3c, // add ebx, 1013904223
+        0x89, 0xd8, 0xc1, 0xe8, 0x0c, // mov eax, ebx; shr eax, 12
+        0x25, 0xff, 0x7f, 0, 0, // and eax, 0x7fff
+        0x85, 0xdb, 0x78, 0x0d, // test ebx, ebx; js words
+        0x88, 0x1c, 0x07, 0x66, 0x89, 0x1c, 0x07, // mov [rdi+rax], bl; mov [rdi+rax], bx
+        0x48, 0x89, 0x1c, 0x07, // mov [rdi+rax], rbx
+        0xeb, 0xd9, // jmp again
+        0x25, 0xfc, 0x7f, 0, 0, // words: and eax, 0x7ffc
+        0x89, 0x1c, 0x07, 0x8b, 0x0c, 0x07, // mov [rdi+rax], ebx; mov ecx, [rdi+rax]
+        0xeb, 0xcc, // jmp again
+    ];
+    let (temp, neighbour) = (Temp::new()?, container()?);
+    let vm = Vm::builder(tiny_kernel(&temp, code)?).memory(Size::mib(4)).vsock(Vsock::new()).start()?;
+    let end = Instant::now() + Duration::from_secs(3);
+    while Instant::now() < end {
+        unharmed(&neighbour)?;
+    }
+    check!(vm.try_wait()?.is_none(), "{}", vm.trace());
+    let exits = vm.stats().vcpus.iter().map(|vcpu| vcpu.mmio_exits).sum::<u64>();
+    check!(exits > 1000, "{exits}");
+    vm.kill();
+    check!(matches!(vm.wait()?, Exit::Killed(_)));
+    Ok(())
+}
+
+pub fn boot_structures_written_over() -> Outcome {
+    // mov edi, 0x500; mov ecx, 0xffa80; mov al, 0xcc; rep stosb; jmp .: descriptor and page tables, the zero page, MP tables.
+    let code = [0xbf, 0, 5, 0, 0, 0xb9, 0x80, 0xfa, 0x0f, 0, 0xb0, 0xcc, 0xf3, 0xaa, 0xeb, 0xfe];
+    let (temp, neighbour) = (Temp::new()?, container()?);
+    let vm = Vm::builder(tiny_kernel(&temp, &code)?).memory(Size::mib(4)).start()?;
+    // Without its page tables the guest cannot go on: it faults, or spins on what the processor still remembers.
+    let exit = vm.wait_timeout(Duration::from_secs(2))?;
+    check!(matches!(exit, None | Some(Exit::TripleFault(_) | Exit::VcpuFault(..))), "{exit:?}");
+    unharmed(&neighbour)
+}
+
+pub fn a_flood_on_the_console() -> Outcome {
+    const FLOOD: u64 = 64 << 20;
+    if !alone("hostile::a_flood_on_the_console")? {
+        return Ok(());
+    }
+    let script = format!("head -c {FLOOD} /dev/zero | tr '\\0' x > /dev/hvc0; echo; echo done; reboot -f");
+    let (neighbour, vm) = (container()?, guest(&script).start()?);
+    let (mut most, least) = (0, resident()?);
+    let deadline = Instant::now() + PATIENCE * 2;
+    while vm.try_wait()?.is_none() {
+        unharmed(&neighbour)?;
+        most = most.max(resident()?);
+        check!(Instant::now() < deadline, "{}", vm.trace());
+    }
+    check!(vm.trace().console_lines(1).contains("done"), "{}", vm.trace());
+    check!(vm.trace().console.len() <= 64 << 10);
+    // The guests' own memory, and not the flood.
+    check!(most < least + (96 << 20), "{least} {most}");
+    Ok(())
+}
+
+pub fn a_fork_bomb_stays_inside() -> Outcome {
+    let (neighbour, bombed) = (container()?, container()?);
+    let mut bomb = bombed.exec(["sh", "-c", "f() { f & f & wait; }; f"]).spawn()?;
+    let end = Instant::now() + Duration::from_secs(3);
+    while Instant::now() < end {
+        unharmed(&neighbour)?;
+    }
+    // Whatever became of the bomb, the machine ends in the time that was given.
+    let begin = Instant::now();
+    bombed.stop(Duration::from_secs(1))?;
+    check!(begin.elapsed() < Duration::from_secs(30), "{:?}", begin.elapsed());
+    check!(bomb.wait().is_ok());
+    unharmed(&neighbour)
+}
+
+pub fn a_storm_of_connections() -> Outcome {
+    const STORM: u32 = 10_000;
+    if !alone("hostile::a_storm_of_connections")? {
+        return Ok(());
+    }
+    let (neighbour, stormy) = (container()?, container()?);
+    let listener = stormy.vm().listen(77)?;
+    unharmed(&neighbour)?;
+    unharmed(&stormy)?;
+    let descriptors = || std::fs::read_dir("/proc/self/fd").map(Iterator::count);
+    let (before, memory) = (descriptors()?, resident()?);
+    // Family 40, port 77, CID 2; every second one sends a byte, none waits for an answer.
+    let script = format!(
+        "use Socket; $SIG{{PIPE}} = 'IGNORE'; $to = pack('SSLLx4', 40, 0, 77, 2); $ok = 0; \
+         for $n (1..{STORM}) {{ socket(my $s, 40, SOCK_STREAM, 0) or next; connect($s, $to) and $ok++; syswrite($s, 'x') if $n % 2; }} \
+         print $ok"
+    );
+    let storm = stormy.exec(["perl", "-e", &script]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+    let (mut taken, mut most) = (0u32, 0);
+    while storm.try_wait()?.is_none() {
+        // Half of them are taken, and read to their end; the others wait until they are too many.
+        if let Ok(mut stream) = listener.accept_timeout(Duration::from_millis(1)) {
+            taken += 1;
+            let mut sent = Vec::new();
+            let _ = stream.set_nonblocking(true).map(|()| stream.read_to_end(&mut sent));
+        }
+        if taken % 1000 == 0 {
+            unharmed(&neighbour)?;
+            most = most.max(resident()?);
+        }
+    }
+    let output = storm.wait_with_output()?;
+    let made = String::from_utf8(output.stdout)?;
+    check!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    check!(taken > 0, "{made} made, {taken} taken");
+    check!(most < memory + (192 << 20), "{memory} {most}");
+    drop(listener);
+    unharmed(&neighbour)?;
+    check!(stormy.exec(["true"]).status()?.success());
+    let deadline = Instant::now() + PATIENCE / 4;
+    while descriptors()? > before {
+        check!(Instant::now() < deadline, "{} of {before} descriptors; {made} made, {taken} taken", descriptors()?);
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    Ok(())
+}
