@@ -37,6 +37,8 @@ const CRATES: &[(&str, &[&str])] = &[
     ("virtio_queue", &["virtio"]),
     ("vmm_sys_util", &["sys"]),
     ("vm_superio", &["legacy"]),
+    ("acpi_tables", &["arch"]),
+    ("flate2", &["boot"]),
     ("arcbox_ext4", &["container"]),
 ];
 

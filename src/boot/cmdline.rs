@@ -34,7 +34,7 @@ impl Cmdline {
     }
 
     /// The value of the last `key=value`, or `""` for a bare `key`.
-    fn value_of(&self, key: &str) -> Option<&str> {
+    pub(crate) fn value_of(&self, key: &str) -> Option<&str> {
         self.kernel.iter().rev().find_map(|word| match word.split_once('=') {
             Some((k, value)) => same_key(k, key).then_some(value),
             None => same_key(word, key).then_some(""),

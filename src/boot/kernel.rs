@@ -9,6 +9,7 @@ use linux_loader::bootparam::setup_header;
 use linux_loader::loader::{BzImage, Elf, KernelLoader};
 
 use super::Initramfs;
+use super::ikconfig::Configuration;
 use crate::arch::layout;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::memory::{GuestAddress, GuestMemory, MemoryImage};
@@ -25,6 +26,11 @@ const ENTRY_64: u64 = 0x200;
 /// Takes an x86_64 ELF `vmlinux` or a `bzImage` (`vmlinuz`) as distributions ship them. Opening loads the file into a
 /// sealed image in memory once; every VM that boots it maps that image copy-on-write, so the file may change or go
 /// away afterwards. Nothing is ever downloaded.
+///
+/// A kernel finds the machine's devices by ACPI, as those of distributions do (`CONFIG_ACPI`, `CONFIG_VIRTIO_MMIO`).
+/// Faster to boot is one that takes them from its command line (`CONFIG_VIRTIO_MMIO_CMDLINE_DEVICES`) and is known to,
+/// because its configuration is embedded in it or lies beside it (see [`Kernel::check`]): then ACPI and PCI are off
+/// unless `acpi=` is on the command line. Where `acpi=off` is there, devices are on the command line of any kernel.
 #[derive(Debug, Clone)]
 pub struct Kernel {
     pub(super) loaded: Arc<Loaded>,
@@ -41,20 +47,28 @@ pub(super) struct Loaded {
     pub end: u64,
     /// A bzImage's own header, to be handed back to it.
     pub header: Option<setup_header>,
+    pub configuration: Configuration,
 }
 
 impl Kernel {
-    /// Opens a kernel image. Blocks while the file is read.
+    /// Opens a kernel image. Blocks while the file is read, and the kernel's configuration, if there is one (see
+    /// [`Kernel::check`]).
     ///
     /// # Errors
     /// `NotFound` or `PermissionDenied` when it cannot be opened, `Corrupt` when it is neither an x86_64 ELF kernel nor
     /// a 64-bit bzImage or is damaged, `ResourceExhausted` when the host has no memory for it.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        File::open(path)
+        let mut loaded = File::open(path)
             .map_err(Error::from)
-            .and_then(|mut file| Self::read(&mut file))
-            .doing(|| format!("opening kernel {}", path.display()))
+            .and_then(|mut file| load(&mut file))
+            .doing(|| format!("opening kernel {}", path.display()))?;
+        loaded.configuration = loaded.configuration.or_beside(path);
+        Ok(Self::new(loaded))
+    }
+
+    fn new(loaded: Loaded) -> Self {
+        Self { loaded: Arc::new(loaded), cmdline: String::new(), initramfs: None }
     }
 
     /// Opens the kernel named by the environment variable `COFFERDAM_KERNEL`, else the one that this crate's
@@ -86,8 +100,9 @@ impl Kernel {
 
     /// Sets the kernel's command line, such as `console=hvc0 root=/dev/vda ro quiet`; replaces what was set before.
     ///
-    /// The machine adds its devices, and `reboot=k panic=-1` unless those are set here. Checked when the VM starts:
-    /// printable ASCII, at most 2,047 bytes with what is added.
+    /// The machine adds `reboot=k panic=-1` and a few more unless those are set here, and devices where the kernel takes
+    /// them from there (see [`Kernel`]). Checked when the VM starts: printable ASCII, at most 2,047 bytes with what is
+    /// added.
     pub fn cmdline(mut self, text: impl Into<String>) -> Self {
         self.cmdline = text.into();
         self
@@ -97,6 +112,26 @@ impl Kernel {
     pub fn initramfs(mut self, initramfs: Initramfs) -> Self {
         self.initramfs = Some(initramfs);
         self
+    }
+
+    /// Checks that the kernel was built with everything that is needed: symbols of its configuration such as
+    /// `CONFIG_VIRTIO_BLK`, with or without the prefix, each built in (`=y`) or a module (`=m`). Never blocks.
+    ///
+    /// The configuration is what [`Kernel::open`] found: embedded in a `vmlinux` (`CONFIG_IKCONFIG`), or else in a file
+    /// of at most 1 MiB in the same folder, which is `config-VERSION` for a kernel `vmlinuz-VERSION`, or `config`. The
+    /// payload of a `bzImage` is compressed and not looked into. What a configuration says of the kernel is believed,
+    /// so this finds mistakes, not lies.
+    ///
+    /// # Errors
+    /// `Unsupported` names all symbols that are missing. `NotFound` when the configuration is not known, with the places
+    /// that were looked at.
+    pub fn check(&self, needs: impl IntoIterator<Item = impl AsRef<str>>) -> Result<()> {
+        self.loaded.configuration.check(needs)
+    }
+
+    /// Whether it is known to take devices from the command line.
+    pub(crate) fn takes_devices_from_cmdline(&self) -> bool {
+        self.loaded.configuration.has("VIRTIO_MMIO_CMDLINE_DEVICES")
     }
 
     /// The command line as it was set.
@@ -110,13 +145,10 @@ impl Kernel {
         self.initramfs.clone().unwrap_or_default()
     }
 
-    /// As [`Kernel::open`], from an open file.
+    /// As [`Kernel::open`], from an open file that nothing lies beside.
+    #[cfg(any(test, feature = "internals"))]
     pub(crate) fn read(file: &mut File) -> Result<Self> {
-        if !file.metadata()?.is_file() {
-            return Err(Error::new(ErrorKind::InvalidConfig, "not a regular file"));
-        }
-        let loaded = load(file)?;
-        Ok(Self { loaded: Arc::new(loaded), cmdline: String::new(), initramfs: None })
+        load(file).map(Self::new)
     }
 }
 
@@ -125,6 +157,9 @@ fn corrupt(text: impl Into<String>) -> Error {
 }
 
 fn load(file: &mut File) -> Result<Loaded> {
+    if !file.metadata()?.is_file() {
+        return Err(Error::new(ErrorKind::InvalidConfig, "not a regular file"));
+    }
     let mut head = [0; 20];
     file.read_exact(&mut head).map_err(|_| corrupt("too short to be a kernel"))?;
     file.seek(SeekFrom::Start(0))?;
@@ -146,7 +181,8 @@ fn load_elf(file: &mut File) -> Result<Loaded> {
         return Err(corrupt(format!("its entry point {entry:#x} lies outside what it loads")));
     }
     let end = result.kernel_end.max(image.end());
-    Ok(Loaded { image, entry: GuestAddress(entry), end, header: None })
+    let configuration = Configuration::embedded(&image);
+    Ok(Loaded { image, entry: GuestAddress(entry), end, header: None, configuration })
 }
 
 fn load_bzimage(file: &mut File) -> Result<Loaded> {
@@ -170,7 +206,8 @@ fn load_bzimage(file: &mut File) -> Result<Loaded> {
     }
     // Where it unpacks itself and how much it needs there (Linux x86 boot protocol, 1.3, init_size).
     let end = load.max(header.pref_address).saturating_add(header.init_size.into()).max(image.end());
-    Ok(Loaded { image, entry: GuestAddress(entry), end, header: Some(header) })
+    let configuration = Configuration::default();
+    Ok(Loaded { image, entry: GuestAddress(entry), end, header: Some(header), configuration })
 }
 
 #[cfg(test)]

@@ -74,7 +74,8 @@ fn place(initramfs: &Initramfs, memory: &GuestMemory, loaded: &Loaded, low_end: 
 }
 
 fn write_zero_page(memory: &GuestMemory, header: setup_header) -> Result<()> {
-    let mut params = boot_params { hdr: header, ..Default::default() };
+    // Kernels from before boot protocol 2.14 do not know the field and search for what it points at.
+    let mut params = boot_params { hdr: header, acpi_rsdp_addr: layout::ACPI.0, ..Default::default() };
     let mut map = vec![(0, layout::LOW_MEMORY_END.0)];
     for region in memory.regions() {
         let start = region.addr.0.max(layout::HIGH_MEMORY.0);
@@ -118,6 +119,8 @@ mod tests {
         memory.read(GuestAddress(layout::ZERO_PAGE.0 + 0x218), &mut at).unwrap();
         assert_eq!(byte(&memory, u32::from_le_bytes(at).into()), b'0', "a cpio archive begins with its magic number");
         assert_eq!(byte(&memory, layout::ZERO_PAGE.0 + 0x1e8), 2, "memory below and above the legacy area");
+        memory.read(GuestAddress(layout::ZERO_PAGE.0 + 0x70), &mut at).unwrap();
+        assert_eq!(u64::from(u32::from_le_bytes(at)), layout::ACPI.0, "acpi_rsdp_addr");
     }
 
     #[test]

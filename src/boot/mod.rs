@@ -4,6 +4,7 @@
 
 mod cmdline;
 mod cpio;
+mod ikconfig;
 mod initramfs;
 mod kernel;
 mod linux;

@@ -1,12 +1,14 @@
-//! One port, by which a guest says that it has ended and how.
+//! The port by which a guest says that it has ended and how, and the port of its status, which never has anything to say.
 //!
 //! The values are those of an ACPI sleep control register (ACPI 6.5, 4.8.3.7: sleep type in bits 2 to 4, enable in
-//! bit 5), so that the port can be named in tables too: type 5 is power-off.
+//! bit 5), and the tables name the ports so: type 5 is power-off. No guest sleeps here, so none is ever woken.
 
+use crate::arch::layout::EXIT_PORT;
 use crate::bus::BusDevice;
 
-/// The port's number.
-pub(crate) const EXIT_PORT: u64 = 0x600;
+/// Where it answers: first port, and how many.
+pub(crate) const EXIT_PORTS: (u64, u64) = (EXIT_PORT, 2);
+const CONTROL: u64 = 0;
 
 /// What the guest asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,12 +32,12 @@ impl<F: FnMut(Request) + Send> ExitPort<F> {
 impl<F: FnMut(Request) + Send> BusDevice for ExitPort<F> {
     fn read(&mut self, _: u64, _: &mut [u8]) {}
 
-    fn write(&mut self, _: u64, data: &[u8]) {
-        let request = match data {
-            [0x34, ..] => Request::PowerOff,
-            [0x35, ..] => Request::Reboot,
-            [0x36, ..] => Request::Halt,
-            [0x37, ..] => Request::Fault,
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        let request = match (offset, data) {
+            (CONTROL, [0x34, ..]) => Request::PowerOff,
+            (CONTROL, [0x35, ..]) => Request::Reboot,
+            (CONTROL, [0x36, ..]) => Request::Halt,
+            (CONTROL, [0x37, ..]) => Request::Fault,
             _ => return,
         };
         (self.0)(request);
@@ -51,8 +53,9 @@ mod tests {
         let mut seen = Vec::new();
         {
             let mut port = ExitPort::new(|request| seen.push(request));
-            (0..=u8::MAX).for_each(|value| port.write(0, &[value]));
-            port.write(0, &[]);
+            (0..=u8::MAX).for_each(|value| port.write(CONTROL, &[value]));
+            (0..=u8::MAX).for_each(|value| port.write(CONTROL + 1, &[value]));
+            port.write(CONTROL, &[]);
         }
         assert_eq!(seen, [Request::PowerOff, Request::Reboot, Request::Halt, Request::Fault]);
     }

@@ -6,6 +6,6 @@ mod exit_port;
 mod i8042;
 mod serial;
 
-pub(crate) use exit_port::{EXIT_PORT, ExitPort, Request};
+pub(crate) use exit_port::{EXIT_PORTS, ExitPort, Request};
 pub(crate) use i8042::{I8042, I8042_PORTS};
 pub(crate) use serial::{SERIAL_PORTS, SerialPort};

@@ -8,6 +8,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::unix::fs::FileExt;
 
 use vm_memory::{FileOffset, GuestMemoryBackend, GuestMemoryMmap};
 
@@ -44,6 +45,19 @@ impl MemoryImage {
     /// The end of the last byte that holds data, rounded up to a page.
     pub(crate) fn end(&self) -> u64 {
         self.extents.last().map_or(0, |(start, len)| start + len)
+    }
+
+    /// The ranges that hold data, sorted: where they begin and how long they are.
+    pub(crate) fn extents(&self) -> &[(u64, u64)] {
+        &self.extents
+    }
+
+    /// Copies from the image.
+    ///
+    /// # Errors
+    /// `Corrupt` beyond the image's length.
+    pub(crate) fn read(&self, addr: GuestAddress, to: &mut [u8]) -> Result<()> {
+        self.file.read_exact_at(to, addr.0).doing(|| "reading a memory image")
     }
 
     /// Where the first data is.

@@ -150,7 +150,10 @@ impl VmConfig {
         self.disks.iter().enumerate().map(open).collect()
     }
 
-    /// The finished command line, with devices at these windows and lines.
+    /// The finished command line, with devices at these windows and lines where the kernel takes them from there.
+    ///
+    /// # Errors
+    /// `InvalidConfig` names what in the kernel's command line cannot be.
     pub(super) fn cmdline(&self, slots: &[(u64, u32)]) -> Result<String> {
         let mut cmdline = Cmdline::new(self.kernel.text(), layout::CMDLINE_MAX)?;
         for (key, value) in &self.parameters {
@@ -159,17 +162,25 @@ impl VmConfig {
         // A reset by the keyboard controller is something we see; so the guest's end is never silent.
         cmdline.default("reboot", "k");
         cmdline.default("panic", "-1");
-        // There are no tables of ACPI and no PCI bus, and looking for them takes time.
-        cmdline.default("acpi", "off");
-        cmdline.default("pci", "off");
         // Taking the lock prefixes out for one processor would touch, and so copy, most pages of the shared image.
         cmdline.default("noreplace-smp", "");
         // There is no auxiliary port, no multiplexer and nothing to wait for.
         for option in ["i8042.noaux", "i8042.nomux", "i8042.dumbkbd"] {
             cmdline.default(option, "1");
         }
-        for (addr, irq) in slots {
-            cmdline.push("virtio_mmio.device", &format!("4K@{addr:#x}:{irq}"));
+        // There is no PCI bus, and looking for one takes time.
+        cmdline.default("pci", "off");
+        // A kernel must be told of its devices in one way only, or it would find each of them twice.
+        let by_acpi = match cmdline.value_of("acpi") {
+            Some(value) => value != "off",
+            None => !self.kernel.takes_devices_from_cmdline(),
+        };
+        if !by_acpi {
+            // Nothing else is in the tables, and looking for them takes time.
+            cmdline.default("acpi", "off");
+            for (addr, irq) in slots {
+                cmdline.push("virtio_mmio.device", &format!("4K@{addr:#x}:{irq}"));
+            }
         }
         cmdline.finish()
     }
@@ -178,7 +189,52 @@ impl VmConfig {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::boot::tiny;
     use crate::error::ErrorKind;
+
+    /// The command line, with one device, of a kernel with this configuration beside it.
+    fn finished(test: &str, configuration: &str, text: &str) -> String {
+        let folder = std::env::temp_dir().join(format!("cofferdam-config-{test}-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        std::fs::write(folder.join("bzImage"), tiny::bzimage(b"\xf4")).unwrap();
+        std::fs::write(folder.join("config"), configuration).unwrap();
+        let kernel = Kernel::open(folder.join("bzImage")).unwrap().cmdline(text);
+        std::fs::remove_dir_all(folder).unwrap();
+        let config = VmConfig {
+            kernel,
+            vcpus: 1,
+            memory: Size::mib(16),
+            disks: vec![],
+            console: Console::none(),
+            vsock: None,
+            kick_signal: 10,
+            parameters: vec![],
+        };
+        config.cmdline(&[(0xd000_0000, 5)]).unwrap()
+    }
+
+    const DEVICE: &str = "virtio_mmio.device=4K@0xd0000000:5";
+
+    #[test]
+    fn kernels_that_take_devices_from_the_command_line_get_them_there() {
+        let ours = "CONFIG_X86_64=y\nCONFIG_ACPI=y\nCONFIG_VIRTIO_MMIO_CMDLINE_DEVICES=y\n";
+        let line = finished("ours", ours, "quiet");
+        assert!(line.starts_with("quiet reboot=k panic=-1 ") && line.contains(" pci=off acpi=off "), "{line}");
+        assert!(line.ends_with(DEVICE), "{line}");
+        let line = finished("forced", ours, "acpi=force");
+        assert!(!line.contains("virtio_mmio") && !line.contains("acpi=off"), "{line}");
+    }
+
+    #[test]
+    fn other_kernels_get_them_by_acpi_alone_unless_that_is_off() {
+        for (n, theirs) in ["CONFIG_X86_64=y\nCONFIG_VIRTIO_MMIO=m\n", ""].iter().enumerate() {
+            let line = finished(&format!("theirs-{n}"), theirs, "quiet");
+            assert!(line.starts_with("quiet reboot=k panic=-1 noreplace-smp i8042.noaux=1"), "{line}");
+            assert!(!line.contains("virtio_mmio") && !line.contains("acpi=off"), "{line}");
+            let line = finished(&format!("off-{n}"), theirs, "acpi=off");
+            assert!(line.ends_with(DEVICE) && line.contains("pci=off"), "{line}");
+        }
+    }
 
     #[test]
     fn disks_name_themselves_in_errors() {

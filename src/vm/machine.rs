@@ -23,7 +23,7 @@ use crate::error::{Context, Error, ErrorKind, Result};
 use crate::event::Loop;
 use crate::irq::Interrupt;
 use crate::kvm::{Kvm, VmFd};
-use crate::legacy::{EXIT_PORT, ExitPort, I8042, I8042_PORTS, Request, SERIAL_PORTS, SerialPort};
+use crate::legacy::{EXIT_PORTS, ExitPort, I8042, I8042_PORTS, Request, SERIAL_PORTS, SerialPort};
 use crate::memory::{GuestAddress, GuestMemory};
 use crate::sys::{EventFd, KickSignal, STACK, eventfd};
 use crate::virtio::balloon::Balloon;
@@ -247,7 +247,7 @@ pub(super) fn start(config: &VmConfig) -> Result<Vm> {
     let slots = slots(attachments.len())?;
     let cmdline = config.cmdline(&slots)?;
     let entry = boot::load(&memory, &config.kernel, &cmdline)?;
-    arch::write_tables(&memory, vcpus)?;
+    arch::write_tables(&memory, vcpus, &slots)?;
 
     let kvm = Kvm::open()?;
     if usize::from(vcpus) > kvm.max_vcpus() {
@@ -398,7 +398,7 @@ fn ports(vm: &VmFd, shared: &Arc<Shared>) -> Result<(Bus, Keyboard)> {
             Request::Fault => Reason::InitFault,
         });
     })));
-    ports.attach(EXIT_PORT, 1, exit_port)?;
+    ports.attach(EXIT_PORTS.0, EXIT_PORTS.1, exit_port)?;
     Ok((ports, keyboard))
 }
 

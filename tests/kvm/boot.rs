@@ -1,8 +1,8 @@
 //! Kernels boot and see the machine that was asked for.
 
-use cofferdam::{Exit, Size, Vm};
+use cofferdam::{Disk, ErrorKind, Exit, Size, Vm};
 
-use crate::fixture::{self, Outcome, busybox, guest, kernel, run};
+use crate::fixture::{self, Outcome, PATIENCE, Printed, Temp, busybox, guest, kernel, run, stock_guest};
 use crate::{check, check_eq};
 
 pub fn vmlinux() -> Outcome {
@@ -55,5 +55,71 @@ pub fn a_timeline_is_kept() -> Outcome {
     let line = vm.timeline();
     let marks = [line.running, line.kernel_entered, line.drivers_ready, line.ended];
     check!(marks.iter().all(Option::is_some) && marks.is_sorted(), "{line:?}");
+    Ok(())
+}
+
+pub fn what_a_kernel_lacks_is_named() -> Outcome {
+    for kernel in [kernel(), fixture::bzimage()?] {
+        kernel.check(["CONFIG_VIRTIO_MMIO_CMDLINE_DEVICES", "VIRTIO_BLK"])?;
+        let error = kernel.check(["CONFIG_VIRTIO_MMIO", "CONFIG_NO_SUCH"]).err().ok_or("it lacks nothing")?;
+        check_eq!(error.kind(), ErrorKind::Unsupported);
+        check!(error.to_string().ends_with("CONFIG_NO_SUCH"), "{error}");
+    }
+    let error = fixture::stock_kernel(&Temp::new()?)?.check(["CONFIG_ACPI"]).err().ok_or("nobody told")?;
+    check_eq!(error.kind(), ErrorKind::NotFound);
+    Ok(())
+}
+
+pub fn devices_by_acpi() -> Outcome {
+    let script = "ls -1 /sys/bus/acpi/devices\ncat /sys/block/vda/size /sys/block/vdb/size\n\
+        grep -o virtio_mmio.device /proc/cmdline\ncat /proc/interrupts\ndmesg -r | grep '^<[0-4]>'\npoweroff -f";
+    let disks = |vm: cofferdam::VmBuilder| vm.disk(Disk::scratch(Size::mib(1))).disk(Disk::scratch(Size::mib(2)));
+    let (exit, printed) = run(disks(stock_guest("console=hvc0 quiet", script)?))?;
+    check!(matches!(exit, Exit::PowerOff), "{exit}");
+    check_eq!(printed.lines().filter(|line| line.starts_with("LNRO0005:")).count(), 5);
+    check!(printed.contains("PNP0501:00") && printed.contains("PNP0303:00"), "{printed}");
+    check!(printed.contains("\n2048\n4096\n"), "{printed}");
+    check!(printed.contains("IO-APIC   5-edge"), "{printed}");
+    check!(!printed.contains("virtio_mmio.device"), "{printed}");
+    check!(!printed.lines().any(|line| line.starts_with('<') && line.contains("ACPI")), "{printed}");
+    Ok(())
+}
+
+pub fn power_off_by_acpi() -> Outcome {
+    let (exit, _) = run(stock_guest("console=ttyS0 quiet", "poweroff -f")?)?;
+    check!(matches!(exit, Exit::PowerOff), "{exit}");
+    Ok(())
+}
+
+pub fn reboot_by_acpi() -> Outcome {
+    for way in ["", " reboot=acpi"] {
+        let (exit, _) = run(stock_guest(&format!("console=hvc0 quiet{way}"), "reboot -f")?)?;
+        check!(matches!(exit, Exit::Reboot(_)), "{way}: {exit}");
+    }
+    Ok(())
+}
+
+pub fn two_processors_by_acpi() -> Outcome {
+    let script = "cat /sys/devices/system/cpu/online\nnproc\npoweroff -f";
+    let (exit, printed) = run(stock_guest("console=hvc0 quiet", script)?.vcpus(2))?;
+    check!(matches!(exit, Exit::PowerOff), "{exit}");
+    check_eq!(printed.split_whitespace().collect::<Vec<_>>(), ["0-1", "2"]);
+    Ok(())
+}
+
+pub fn the_keyboard_is_heard_by_acpi() -> Outcome {
+    let printed = Printed::default();
+    let script = "trap 'poweroff -f' INT\necho 0 > /proc/sys/kernel/ctrl-alt-del\necho up\nwhile :; do sleep 1; done";
+    let vm = stock_guest("console=hvc0 quiet", script)?.console(printed.console()).start()?;
+    printed.wait_for("up")?;
+    let exit = vm.shutdown(PATIENCE)?;
+    check!(matches!(exit, Exit::PowerOff), "{exit}");
+    Ok(())
+}
+
+pub fn acpi_off_puts_devices_on_the_command_line() -> Outcome {
+    let (exit, printed) = run(stock_guest("console=hvc0 quiet acpi=off", "echo here\nreboot -f")?)?;
+    check!(matches!(exit, Exit::Reboot(_)), "{exit}");
+    check_eq!(printed.trim(), "here");
     Ok(())
 }

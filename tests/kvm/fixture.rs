@@ -55,6 +55,19 @@ pub fn bzimage() -> cofferdam::Result<Kernel> {
     Kernel::open(cache().join("kernel/bzImage"))
 }
 
+/// The same kernel, of which nothing is known, so that it must find everything by ACPI.
+pub fn stock_kernel(temp: &Temp) -> Result<Kernel, Box<dyn Error>> {
+    let path = temp.path("bzImage");
+    std::fs::copy(cache().join("kernel/bzImage"), &path)?;
+    Ok(Kernel::open(path)?)
+}
+
+/// A VM in which busybox runs `script` as PID 1 under such a kernel.
+pub fn stock_guest(cmdline: &str, script: &str) -> Result<VmBuilder, Box<dyn Error>> {
+    let kernel = stock_kernel(&Temp::new()?)?.cmdline(cmdline).initramfs(busybox(script));
+    Ok(Vm::builder(kernel).memory(Size::mib(128)))
+}
+
 /// The root file system of Debian that `make setup` made.
 pub fn debian() -> Image {
     Image::open(cache().join("images/debian-12.tar")).expect("run `make setup` first")

@@ -39,7 +39,8 @@ macro_rules! tests {
 
 tests! {
     boot: vmlinux bzimage two_processors memory_around_the_hole serial_port command_line_arguments_reach_init
-        a_timeline_is_kept;
+        a_timeline_is_kept what_a_kernel_lacks_is_named devices_by_acpi power_off_by_acpi reboot_by_acpi
+        two_processors_by_acpi the_keyboard_is_heard_by_acpi acpi_off_puts_devices_on_the_command_line;
     ends: power_off reboot halt panic triple_fault init_fault killed_while_it_spins dropped_while_it_spins
         ctrl_alt_del_asks_init_to_shut_down shutdown_ends_a_guest_that_does_not_listen the_exit_descriptor_tells
         a_stuck_console_writer_holds_nothing_up;

@@ -6,7 +6,8 @@
 //! 0x0000_9000  page tables                0xc000_0000  hole: no memory up to 4 GiB
 //! 0x0002_0000  kernel command line        0xd000_0000  virtio-mmio windows, one page each
 //! 0x0009_fc00  end of low memory          0xfec0_0000  I/O APIC, then local APIC, TSS pages
-//! 0x000f_0000  MP table                   0x1_0000_0000  the rest of memory
+//! 0x000e_0000  ACPI tables                0x1_0000_0000  the rest of memory
+//! 0x000f_0000  MP table
 //! ```
 
 use crate::error::{Error, Result};
@@ -27,6 +28,10 @@ pub(crate) const CMDLINE: GuestAddress = GuestAddress(0x2_0000);
 pub(crate) const CMDLINE_MAX: usize = 2048;
 /// End of the memory below the legacy area.
 pub(crate) const LOW_MEMORY_END: GuestAddress = GuestAddress(0x9_fc00);
+/// The ACPI root pointer, in the area that kernels search for it (ACPI 6.5, 5.2.5.1); the tables follow it.
+pub(crate) const ACPI: GuestAddress = GuestAddress(0xe_0000);
+/// Where they must end.
+pub(crate) const ACPI_END: GuestAddress = MP_TABLE;
 /// MultiProcessor tables, in the area that Linux searches for them.
 pub(crate) const MP_TABLE: GuestAddress = GuestAddress(0xf_0000);
 /// Where that area ends.
@@ -48,7 +53,9 @@ pub(crate) const LOCAL_APIC: u32 = 0xfee0_0000;
 /// Interrupt lines free for devices: those of the ISA that nothing here uses, and the I/O APIC's own.
 pub(crate) const DEVICE_IRQS: std::ops::RangeInclusive<u32> = 5..=23;
 /// Lines in that range that belong to others: the real-time clock and ACPI.
-pub(crate) const RESERVED_IRQS: [u32; 2] = [8, 9];
+pub(crate) const RESERVED_IRQS: [u32; 2] = [8, ACPI_IRQ as u32];
+/// The line that ACPI events would have.
+pub(crate) const ACPI_IRQ: u16 = 9;
 /// The first serial port's.
 pub(crate) const SERIAL_IRQ: u32 = 4;
 /// The first serial port.
@@ -57,6 +64,8 @@ pub(crate) const SERIAL_PORT: u64 = 0x3f8;
 pub(crate) const I8042_PORT: u64 = 0x60;
 /// The keyboard's interrupt.
 pub(crate) const I8042_IRQ: u32 = 1;
+/// The port by which a guest says how it ended, and that of its status.
+pub(crate) const EXIT_PORT: u64 = 0x600;
 
 /// The least memory that a kernel and its tables can live in.
 const MIN_MEMORY: Size = Size::mib(2);

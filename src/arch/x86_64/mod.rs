@@ -1,5 +1,6 @@
-//! x86_64: memory layout, boot registers, CPUID, MSRs and the MultiProcessor table.
+//! x86_64: memory layout, boot registers, CPUID, MSRs, ACPI tables and the MultiProcessor table.
 
+mod acpi;
 mod cpuid;
 pub(crate) mod layout;
 mod mptable;
@@ -8,11 +9,11 @@ mod regs;
 use kvm_bindings::{Msrs, kvm_msr_entry};
 
 pub(crate) use cpuid::Cpu;
-pub(crate) use mptable::write_tables;
 pub use regs::Registers;
 pub(crate) use regs::{boot_vcpu, write_boot_tables};
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::memory::GuestMemory;
 
 /// xAPIC identifiers are 8 bits and the last is broadcast; the I/O APIC takes one more.
 pub(crate) const MAX_VCPUS: u8 = 254;
@@ -21,6 +22,16 @@ pub(crate) const MAX_VCPUS: u8 = 254;
 const MSR_IA32_MISC_ENABLE: u32 = 0x1a0;
 /// Default memory type write-back, MTRRs enabled (Intel SDM vol. 3A, 13.11.2.1).
 const MSR_MTRR_DEF_TYPE: u32 = 0x2ff;
+
+/// Writes what a kernel reads about the machine: its `vcpus` processors, and virtio-mmio devices by the addresses of
+/// their windows and their interrupt lines.
+///
+/// # Errors
+/// `InvalidConfig` when the tables do not fit their areas.
+pub(crate) fn write_tables(memory: &GuestMemory, vcpus: u8, devices: &[(u64, u32)]) -> Result<()> {
+    acpi::write(memory, vcpus, devices)?;
+    mptable::write(memory, vcpus)
+}
 
 /// The MSRs that firmware would have set.
 fn boot_msrs() -> Result<Msrs> {

@@ -14,7 +14,7 @@ const APIC_VERSION: u8 = 0x14;
 ///
 /// # Errors
 /// `InvalidConfig` when the tables do not fit their area.
-pub(crate) fn write_tables(memory: &GuestMemory, vcpus: u8) -> Result<()> {
+pub(super) fn write(memory: &GuestMemory, vcpus: u8) -> Result<()> {
     let table = configuration(vcpus);
     let at = GuestAddress(layout::MP_TABLE.0 + 16);
     if at.0 + table.len() as u64 > layout::MP_TABLE_END.0 {
@@ -102,6 +102,6 @@ mod tests {
     #[test]
     fn the_largest_machine_fits() {
         let memory = GuestMemory::anonymous(&[(GuestAddress(0), 2 << 20)]).unwrap();
-        write_tables(&memory, super::super::MAX_VCPUS).unwrap();
+        write(&memory, super::super::MAX_VCPUS).unwrap();
     }
 }
