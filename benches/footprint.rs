@@ -9,6 +9,8 @@ use std::time::Duration;
 use cofferdam::{Console, Initramfs, Kernel, Size, Vm};
 
 const MEMORY: u64 = 64;
+/// Nothing is reserved for guests' memory in this process, which is how it is told from all else.
+const OURS: Option<&str> = Some("nr");
 
 /// The guest prints a word when it has nothing left to do.
 fn initramfs() -> Initramfs {
@@ -21,26 +23,49 @@ fn initramfs() -> Initramfs {
         .file("/init", 0o755, "#!/bin/busybox sh\necho idle\nwhile :; do /bin/busybox sleep 1000; done\n")
 }
 
-/// Resident KiB of a process: all, and what of it is a guest's memory: the kernel's image, large anonymous mappings,
-/// and the parts of those that are kept from huge pages ("nh").
-fn resident(pid: &str) -> (u64, u64) {
+/// Resident KiB of a process: all, and what of it is guests' memory: writable mappings with this flag, if any, which lie
+/// side by side and together have at least the size of a guest.
+fn resident(pid: &str, flag: Option<&str>) -> (u64, u64) {
     let smaps = std::fs::read_to_string(format!("/proc/{pid}/smaps")).expect("smaps");
-    let (mut all, mut guest, mut name, mut size, mut rss) = (0, 0, String::new(), 0, 0);
+    let (mut all, mut guests, mut run) = (0, 0, Run::default());
+    let (mut range, mut writable, mut rss) = (0..0, false, 0);
     for line in smaps.lines() {
         let words: Vec<&str> = line.split_whitespace().collect();
         match words.as_slice() {
-            [range, perms, ..] if range.contains('-') && perms.len() == 4 => name = words[5..].join(" "),
-            ["Size:", kib, _] => size = kib.parse().unwrap_or(0),
+            [addresses, perms, ..] if addresses.contains('-') && perms.len() == 4 => {
+                let mut ends = addresses.split('-').filter_map(|end| u64::from_str_radix(end, 16).ok());
+                range = ends.next().expect("a start")..ends.next().expect("an end");
+                writable = *perms == "rw-p";
+            }
             ["Rss:", kib, _] => rss = kib.parse().unwrap_or(0),
             ["VmFlags:", flags @ ..] => {
-                let anonymous = name.is_empty() && (size >= 8192 || flags.contains(&"nh"));
                 all += rss;
-                guest += if anonymous || name.contains("memfd:cofferdam") { rss } else { 0 };
+                let guest = writable && flag.is_none_or(|flag| flags.contains(&flag));
+                if !guest || run.range.end != range.start {
+                    guests += std::mem::take(&mut run).of_guest();
+                    run.range.start = range.start;
+                }
+                if guest {
+                    run = Run { range: run.range.start..range.end, rss: run.rss + rss };
+                }
             }
             _ => {}
         }
     }
-    (all, guest)
+    (all, guests + run.of_guest())
+}
+
+/// Mappings side by side.
+#[derive(Default)]
+struct Run {
+    range: std::ops::Range<u64>,
+    rss: u64,
+}
+
+impl Run {
+    fn of_guest(self) -> u64 {
+        if self.range.end - self.range.start >= MEMORY << 20 { self.rss } else { 0 }
+    }
 }
 
 fn figure(name: &str, value: f64, peer: Option<f64>) {
@@ -91,7 +116,7 @@ fn qemu() -> Option<f64> {
         .spawn()
         .ok()?;
     std::thread::sleep(Duration::from_secs(4));
-    let (all, guest) = resident(&child.id().to_string());
+    let (all, guest) = resident(&child.id().to_string(), None);
     let _ = child.kill();
     let _ = child.wait();
     Some((all - guest) as f64)
@@ -103,11 +128,11 @@ fn main() {
     let peer = qemu();
     // What the first one leaves to all that follow is no VM's own.
     drop(start(&kernel));
-    let (all, guest) = resident("self");
+    let (all, guest) = resident("self", OURS);
     let before = all - guest;
     let mut vms = vec![start(&kernel)];
     let beyond = |n: u64| {
-        let (all, guest) = resident("self");
+        let (all, guest) = resident("self", OURS);
         (all - guest).saturating_sub(before) as f64 / n as f64
     };
     figure("1 VM: resident beyond guest pages", beyond(1), peer);
