@@ -63,7 +63,7 @@ pub fn boot_structures_written_over() -> Outcome {
 }
 
 pub fn a_flood_on_the_console() -> Outcome {
-    const FLOOD: u64 = 64 << 20;
+    const FLOOD: u64 = 4 << 20;
     if !alone("hostile::a_flood_on_the_console")? {
         return Ok(());
     }

@@ -42,7 +42,7 @@ pub fn starting_and_ending_leaves_nothing_behind() -> Outcome {
     let kernel = tiny_kernel(&temp, &[0x66, 0xba, 0x00, 0x06, 0xb0, 0x34, 0xee, 0xf4])?;
     let count = |what: &str| fs::read_dir(format!("/proc/self/{what}")).map(Iterator::count);
     let mut first = None;
-    for _ in 0..1000 {
+    for _ in 0..300 {
         let vm = Vm::builder(kernel.clone()).vcpus(2).start()?;
         let exit = vm.wait_timeout(PATIENCE)?.ok_or("it never ended")?;
         check!(matches!(exit, Exit::PowerOff), "{exit}");
