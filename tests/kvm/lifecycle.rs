@@ -26,7 +26,7 @@ fn printed_beyond(printed: &Printed, n: usize) -> Result<usize, String> {
 
 pub fn a_paused_guest_stands_still_and_goes_on() -> Outcome {
     let printed = Printed::default();
-    let vm = guest("while :; do echo running; done").vcpus(2).console(printed.console()).start()?;
+    let vm = guest("while :; do echo running; done").console(printed.console()).start()?;
     let mut seen = printed_beyond(&printed, 100)?;
     for _ in 0..3 {
         vm.pause()?;
@@ -114,7 +114,7 @@ pub fn clocks_go_on_while_paused() -> Outcome {
 }
 
 pub fn a_paused_guest_ends_when_told() -> Outcome {
-    let spinning = || guest("while :; do :; done").vcpus(2).start();
+    let spinning = || guest("while :; do :; done").start();
     let vm = spinning()?;
     vm.pause()?;
     vm.kill();
@@ -130,7 +130,7 @@ pub fn a_paused_guest_ends_when_told() -> Outcome {
 
 pub fn pauses_and_ends_race_from_many_threads() -> Outcome {
     for round in 0..5 {
-        let vm = guest("while :; do echo; done").vcpus(2).start()?;
+        let vm = guest("while :; do echo; done").start()?;
         let vm = &vm;
         thread::scope(|scope| {
             for _ in 0..3 {
