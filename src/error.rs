@@ -67,6 +67,11 @@ impl Error {
         Self::new(ErrorKind::InvalidConfig, format!("{method}: {problem}"))
     }
 
+    /// What can only be asked of a machine that runs.
+    pub(crate) fn vm_ended() -> Self {
+        Self::new(ErrorKind::InvalidState, "the virtual machine has ended")
+    }
+
     /// The error of the last system call.
     pub(crate) fn last_os() -> Self {
         io::Error::last_os_error().into()

@@ -1,5 +1,6 @@
 //! The initramfs: what a guest's kernel unpacks into its first root file system.
 
+use std::borrow::Cow;
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
@@ -85,7 +86,7 @@ impl Initramfs {
         for part in &self.parts {
             match part {
                 Part::Archive { file, path, len } => {
-                    pieces.extend(archive.take().map(|a: Archive| Piece::Bytes(a.finish())));
+                    pieces.extend(archive.take().map(|a: Archive| Piece::Bytes(a.finish().into())));
                     pieces.push(Piece::File { file, path, len: *len });
                 }
                 Part::Entry(entry) => {
@@ -93,12 +94,12 @@ impl Initramfs {
                     append(archive, entry)?;
                     // Contents are not copied before they are copied into the guest.
                     if let Entry::File { contents, .. } = &**entry {
-                        pieces.extend([Piece::Bytes(archive.take()), Piece::Contents(contents)]);
+                        pieces.extend([archive.take().into(), contents.as_slice().into()].map(Piece::Bytes));
                     }
                 }
             }
         }
-        pieces.extend(archive.map(|a| Piece::Bytes(a.finish())));
+        pieces.extend(archive.map(|a| Piece::Bytes(a.finish().into())));
         Ok(pieces)
     }
 
@@ -130,8 +131,7 @@ impl Initramfs {
 }
 
 enum Piece<'a> {
-    Bytes(Vec<u8>),
-    Contents(&'a [u8]),
+    Bytes(Cow<'a, [u8]>),
     File { file: &'a File, path: &'a Path, len: u64 },
 }
 
@@ -139,7 +139,6 @@ impl Piece<'_> {
     fn len(&self) -> u64 {
         match self {
             Self::Bytes(bytes) => bytes.len() as u64,
-            Self::Contents(bytes) => bytes.len() as u64,
             Self::File { len, .. } => *len,
         }
     }
@@ -147,7 +146,6 @@ impl Piece<'_> {
     fn load(&self, memory: &GuestMemory, at: u64) -> Result<()> {
         match self {
             Self::Bytes(bytes) => Ok(memory.write(GuestAddress(at), bytes)?),
-            Self::Contents(bytes) => Ok(memory.write(GuestAddress(at), bytes)?),
             Self::File { file, path, len } => {
                 let mut done = 0;
                 while done < *len {

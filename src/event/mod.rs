@@ -118,7 +118,7 @@ impl<S: Handler> Remote<S> {
     /// # Errors
     /// `InvalidState` when the loop has ended, or ends without having run `f`.
     pub(crate) fn with<R: Send + 'static>(&self, f: impl FnOnce(&mut S) -> R + Send + 'static) -> Result<R> {
-        self.ask(f)?.recv().map_err(|_| ended())
+        self.ask(f)?.recv().map_err(|_| Error::vm_ended())
     }
 
     /// As [`Remote::with`], but waits no longer than `limit`; `f` is run all the same when the loop comes to it.
@@ -150,7 +150,7 @@ impl<S: Handler> Remote<S> {
         {
             let mut mailbox = self.0.mailbox();
             if mailbox.closed {
-                return Err(ended());
+                return Err(Error::vm_ended());
             }
             mailbox.requests.push_back(Box::new(f));
         }
@@ -168,7 +168,7 @@ impl<S: Handler> Remote<S> {
         {
             let mut mailbox = self.0.mailbox();
             if mailbox.closed {
-                return Err(ended());
+                return Err(Error::vm_ended());
             }
             if matches!(mailbox.hold, Hold::Yes) {
                 return Ok(());
@@ -193,15 +193,11 @@ impl<S: Handler> Remote<S> {
 
 fn answered<R>(wait: &mpsc::Receiver<R>, limit: Duration) -> Result<R> {
     wait.recv_timeout(limit).map_err(|error| match error {
-        mpsc::RecvTimeoutError::Disconnected => ended(),
+        mpsc::RecvTimeoutError::Disconnected => Error::vm_ended(),
         mpsc::RecvTimeoutError::Timeout => {
             Error::new(ErrorKind::TimedOut, format!("an event loop was busy for longer than {limit:?}"))
         }
     })
-}
-
-fn ended() -> Error {
-    Error::new(ErrorKind::InvalidState, "the virtual machine has ended")
 }
 
 /// A running loop. Dropping it stops the thread and drops the value on it.

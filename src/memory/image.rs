@@ -7,6 +7,7 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::unix::fs::FileExt;
 
@@ -37,7 +38,7 @@ impl MemoryImage {
         let inner = GuestMemoryMmap::from_ranges_with_files([(GuestAddress(0).inner(), size, Some(backing))])
             .map_err(|e| Error::new(ErrorKind::ResourceExhausted, format!("mapping a memory image: {e}")))?;
         let answer = fill(&GuestMemory { inner })?;
-        let extents = extents(&file, len).doing(|| "reading a memory image's layout")?;
+        let extents = extents(&file).doing(|| "reading a memory image's layout")?;
         seal(&file).doing(|| "sealing a memory image")?;
         Ok((Self { file, extents }, answer))
     }
@@ -133,19 +134,14 @@ fn seal(file: &File) -> io::Result<()> {
     }
 }
 
-/// The ranges of a sparse file that hold data.
-fn extents(file: &File, len: u64) -> io::Result<Vec<(u64, u64)>> {
+/// The whole pages of a sparse file that hold data: where they begin, and how many bytes.
+fn extents(file: &File) -> io::Result<Vec<(u64, u64)>> {
     let page = sys::page_size() as u64;
-    let (mut found, mut at) = (Vec::new(), 0);
-    while at < len {
-        let Some(start) = sys::next_data(file, at)? else {
-            break;
-        };
-        let end = sys::next_hole(file, start)?.unwrap_or(len).next_multiple_of(page);
-        found.push((start / page * page, end - start / page * page));
-        at = end;
-    }
-    Ok(found)
+    let whole = |range: Range<u64>| {
+        let start = range.start / page * page;
+        (start, range.end.next_multiple_of(page) - start)
+    };
+    Ok(sys::data_ranges(file)?.into_iter().map(whole).collect())
 }
 
 #[cfg(test)]

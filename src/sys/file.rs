@@ -63,9 +63,15 @@ pub(crate) fn next_data(file: &File, offset: u64) -> io::Result<Option<u64>> {
     seek(file, offset, libc::SEEK_DATA)
 }
 
-/// Where the next hole begins, from `offset` on; the end of the file is one.
-pub(crate) fn next_hole(file: &File, offset: u64) -> io::Result<Option<u64>> {
-    seek(file, offset, libc::SEEK_HOLE)
+/// The ranges of a file that are not holes, in their order. The end of the file is the end of the last.
+pub(crate) fn data_ranges(file: &File) -> io::Result<Vec<Range<u64>>> {
+    let len = file.metadata()?.len();
+    let (mut found, mut at) = (Vec::new(), 0);
+    while let Some(start) = next_data(file, at)? {
+        at = seek(file, start, libc::SEEK_HOLE)?.unwrap_or(len);
+        found.push(start..at);
+    }
+    Ok(found)
 }
 
 fn seek(file: &File, offset: u64, whence: libc::c_int) -> io::Result<Option<u64>> {
@@ -98,21 +104,14 @@ pub(crate) fn punch(file: &File, offset: u64, len: u64) -> io::Result<()> {
 
 /// Makes `to`, an empty file, the same as `from`. Holes stay holes.
 pub(crate) fn copy_data(from: &File, to: &File) -> io::Result<()> {
-    let len = from.metadata()?.len();
-    to.set_len(len)?;
-    let (mut buffer, mut at) = (vec![0; 64 << 10], 0);
-    while let Some(start) = next_data(from, at)? {
-        at = next_hole(from, start)?.unwrap_or(len);
-        let mut from_at = start;
-        while from_at < at {
-            let room = buffer.len().min(usize::try_from(at - from_at).unwrap_or(usize::MAX));
+    to.set_len(from.metadata()?.len())?;
+    let mut buffer = vec![0; 64 << 10];
+    for range in data_ranges(from)? {
+        for at in range.clone().step_by(buffer.len()) {
+            let room = usize::try_from(range.end - at).unwrap_or(usize::MAX).min(buffer.len());
             let piece = buffer.get_mut(..room).unwrap_or_default();
-            let read = from.read_at(piece, from_at)?;
-            if read == 0 {
-                return Err(io::ErrorKind::UnexpectedEof.into());
-            }
-            to.write_all_at(piece.get(..read).unwrap_or_default(), from_at)?;
-            from_at += read as u64;
+            from.read_exact_at(piece, at)?;
+            to.write_all_at(piece, at)?;
         }
     }
     Ok(())

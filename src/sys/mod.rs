@@ -10,7 +10,7 @@ mod signal;
 mod timer;
 
 pub(crate) use file::{
-    LockKind, cache_dir, copy_data, fill_random, lock_byte, next_data, next_hole, page_size, punch, scratch_file,
+    LockKind, cache_dir, copy_data, data_ranges, fill_random, lock_byte, next_data, page_size, punch, scratch_file,
     temp_file, try_lock, xattrs,
 };
 pub(crate) use iovec::{preadv, pwritev, readv, send, sendv};

@@ -8,6 +8,7 @@ use std::sync::mpsc::SyncSender;
 use super::config_space::ConfigSpace;
 use super::{Chain, DeviceIo, DeviceType, Profile, Source, VirtioDevice};
 use crate::memory::{GuestAddress, GuestMemory};
+use crate::size::Size;
 
 /// The guest says how it uses its memory (Virtio 1.3, 5.5.3, VIRTIO_BALLOON_F_STATS_VQ).
 const F_STATS: u64 = 1 << 1;
@@ -25,30 +26,37 @@ const PAGE: u64 = 4096;
 /// Pages in one request; Linux sends 256. More would keep the loop busy for too long.
 const MAX_PAGES: usize = 4096;
 
-/// How a guest uses its memory (Virtio 1.3, 5.5.6.4). What it does not tell is `None`.
+/// How a guest uses its memory, as its kernel says (Virtio 1.3, 5.5.6.4). What it does not tell is `None`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(crate) struct GuestUse {
-    pub free: Option<u64>,
-    pub total: Option<u64>,
-    pub available: Option<u64>,
-    pub caches: Option<u64>,
+#[non_exhaustive]
+pub struct GuestMemoryUse {
+    /// Used by nobody.
+    pub free: Option<Size>,
+    /// Known to the guest's kernel, without what it keeps for itself.
+    pub total: Option<Size>,
+    /// What programs could have without swapping: free memory and caches.
+    pub available: Option<Size>,
+    /// Files of disks.
+    pub caches: Option<Size>,
+    /// Page faults that had to wait for a disk, since the guest started.
     pub major_faults: Option<u64>,
 }
 
-impl GuestUse {
+impl GuestMemoryUse {
     /// A list of tags, of 16 bits, and values, of 64.
     fn parse(bytes: &[u8]) -> Self {
         let mut found = Self::default();
         for entry in bytes.chunks_exact(10) {
             let [t0, t1, v @ ..] = entry else { break };
             let Ok(value) = <[u8; 8]>::try_from(v) else { break };
-            let value = Some(u64::from_le_bytes(value));
+            let value = u64::from_le_bytes(value);
+            let size = Some(Size::bytes(value));
             match u16::from_le_bytes([*t0, *t1]) {
-                2 => found.major_faults = value,
-                4 => found.free = value,
-                5 => found.total = value,
-                6 => found.available = value,
-                7 => found.caches = value,
+                2 => found.major_faults = Some(value),
+                4 => found.free = size,
+                5 => found.total = size,
+                6 => found.available = size,
+                7 => found.caches = size,
                 _ => {}
             }
         }
@@ -73,7 +81,7 @@ pub(crate) struct Balloon {
     roles: Vec<Role>,
     /// The driver's buffer for statistics: it fills in new ones when it gets the buffer back.
     stats: Option<Chain>,
-    waiting: Vec<SyncSender<GuestUse>>,
+    waiting: Vec<SyncSender<GuestMemoryUse>>,
     /// Bytes that the guest has reported as free so far.
     reported: u64,
 }
@@ -93,6 +101,11 @@ impl Balloon {
         }
     }
 
+    /// What the balloon takes from.
+    pub(crate) fn memory(&self) -> &GuestMemory {
+        &self.memory
+    }
+
     /// Bytes in the balloon, as the guest says.
     pub(crate) fn actual(&self) -> u64 {
         u64::from(self.config.word(ACTUAL)) * PAGE
@@ -104,7 +117,7 @@ impl Balloon {
     }
 
     /// Asks the guest how it uses its memory; the answer goes to `answer`, which is dropped when there will be none.
-    pub(crate) fn ask(&mut self, io: Option<&mut DeviceIo>, answer: SyncSender<GuestUse>) {
+    pub(crate) fn ask(&mut self, io: Option<&mut DeviceIo>, answer: SyncSender<GuestMemoryUse>) {
         let Some(queue) = self.roles.iter().position(|role| *role == Role::Stats) else {
             return;
         };
@@ -182,7 +195,7 @@ impl VirtioDevice for Balloon {
                 while let Some(mut chain) = io.pop(queue) {
                     let mut bytes = vec![0; chain.readable_len().min(1024)];
                     if chain.read_into(&mut bytes).is_ok() {
-                        let told = GuestUse::parse(&bytes);
+                        let told = GuestMemoryUse::parse(&bytes);
                         for answer in self.waiting.drain(..) {
                             // Who asked may have given up.
                             let _ = answer.try_send(told);
@@ -286,7 +299,8 @@ mod tests {
         assert!(driver.receive(STATS).is_some(), "the buffer comes back to be filled");
         driver.send(STATS, &[&[entry(4, 1 << 20), entry(5, 1 << 30), vec![1]].concat()], &[]);
         driver.poke(STATS);
-        let expected = GuestUse { free: Some(1 << 20), total: Some(1 << 30), ..GuestUse::default() };
+        let expected =
+            GuestMemoryUse { free: Some(Size::mib(1)), total: Some(Size::gib(1)), ..GuestMemoryUse::default() };
         assert_eq!(told.try_recv(), Ok(expected));
     }
 }

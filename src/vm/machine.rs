@@ -20,7 +20,7 @@ use crate::arch::{self, Cpu, layout};
 use crate::boot;
 use crate::bus::{Attached, Bus};
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::event::Loop;
+use crate::event::{Loop, Remote};
 use crate::irq::Interrupt;
 use crate::kvm::{Kvm, VmFd};
 use crate::legacy::{EXIT_PORTS, ExitPort, I8042, I8042_PORTS, Request, SERIAL_PORTS, SerialPort};
@@ -89,7 +89,7 @@ impl Shared {
         self.kick();
         match self.gate.wait_parked(self.vcpus.len(), Instant::now() + limit) {
             Parked::All => Ok(()),
-            Parked::Gone => Err(Error::new(ErrorKind::InvalidState, "the virtual machine has ended")),
+            Parked::Gone => Err(Error::vm_ended()),
             Parked::Busy(n) => {
                 self.gate.open();
                 Err(Error::new(ErrorKind::TimedOut, format!("{n} vCPUs were busy for longer than {limit:?}")))
@@ -283,10 +283,9 @@ pub(super) fn start(config: &VmConfig) -> Result<Vm> {
     let Parts { mmio, loops, slots, .. } = parts;
     let handles = Handles {
         loops: loops.iter().map(Loop::remote).collect(),
-        vsock: slots.get("vsock").map(|(remote, slot)| DeviceHandle::new(remote.clone(), *slot)),
-        balloon: slots.get("balloon").map(|(remote, slot)| DeviceHandle::new(remote.clone(), *slot)),
+        vsock: slots.get("vsock").map(handle),
+        balloon: slots.get("balloon").map(handle),
         keyboard,
-        memory: memory.clone(),
     };
     let machine = Arc::new(Machine { vm, mmio, ports, loops, shared: shared.clone(), _memory: memory });
 
@@ -305,7 +304,14 @@ struct Parts<'a> {
     mmio: Bus,
     loops: Vec<Loop<Slots>>,
     /// Where each device lives, by its name.
-    slots: BTreeMap<String, (crate::event::Remote<Slots>, usize)>,
+    slots: BTreeMap<String, Place>,
+}
+
+/// A device's loop, and its slot there.
+type Place = (Remote<Slots>, usize);
+
+fn handle<D: VirtioDevice>((remote, slot): &Place) -> DeviceHandle<D> {
+    DeviceHandle::new(remote.clone(), *slot)
 }
 
 impl Parts<'_> {
@@ -330,7 +336,7 @@ impl Parts<'_> {
         Ok(())
     }
 
-    fn start_loop(&mut self, name: &str, devices: Vec<Box<dyn VirtioDevice>>) -> Result<crate::event::Remote<Slots>> {
+    fn start_loop(&mut self, name: &str, devices: Vec<Box<dyn VirtioDevice>>) -> Result<Remote<Slots>> {
         let shared = Arc::downgrade(self.shared);
         let on_fault = Box::new(move |why: &str| {
             if let Some(shared) = shared.upgrade() {
@@ -347,7 +353,7 @@ impl Parts<'_> {
         &mut self,
         name: String,
         profile: Profile,
-        remote: crate::event::Remote<Slots>,
+        remote: Remote<Slots>,
         slot: usize,
         (addr, irq): (u64, u32),
     ) -> Result<()> {

@@ -25,7 +25,6 @@ use crate::boot::Kernel;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::event::Remote;
 use crate::legacy::I8042;
-use crate::memory::GuestMemory;
 use crate::size::Size;
 use crate::sys::borrow;
 use crate::virtio::balloon::Balloon;
@@ -67,7 +66,6 @@ struct Handles {
     vsock: Option<DeviceHandle<crate::virtio::vsock::Vsock>>,
     balloon: Option<DeviceHandle<Balloon>>,
     keyboard: Keyboard,
-    memory: GuestMemory,
 }
 
 impl Vm {
@@ -171,7 +169,7 @@ impl Vm {
             self.shared.log.push(EventKind::Resumed);
         }
         match self.shared.stopping() {
-            true => Err(Error::new(ErrorKind::InvalidState, "resuming the VM: the virtual machine has ended")),
+            true => Err(Error::vm_ended().doing("resuming the VM")),
             false => Ok(()),
         }
     }
@@ -212,13 +210,14 @@ impl Vm {
     /// `InvalidState` when the VM has ended.
     pub fn memory_stats(&self) -> Result<MemoryStats> {
         let (answer, wait) = mpsc::sync_channel(1);
-        let (balloon, reported) = self.balloon()?.with(move |balloon, io| {
+        let (memory, balloon, reported) = self.balloon()?.with(move |balloon, io| {
             balloon.ask(io, answer);
-            (balloon.actual(), balloon.reported())
+            (balloon.memory().clone(), balloon.actual(), balloon.reported())
         })?;
         let guest = wait.recv_timeout(MEMORY_PATIENCE).ok();
-        let resident = self.handles.memory.resident().doing(|| "counting the guest's pages")?;
-        Ok(MemoryStats::new(&self.handles.memory, resident, balloon, reported, guest))
+        let resident = memory.resident().doing(|| "counting the guest's pages")?;
+        let [configured, resident, balloon, reported] = [memory.size(), resident, balloon, reported].map(Size::bytes);
+        Ok(MemoryStats { configured, resident, balloon, reported, guest })
     }
 
     /// Asks the guest to give `size` of its memory back to the host and not to use it until asked for less; at first
@@ -231,11 +230,14 @@ impl Vm {
     /// # Errors
     /// `InvalidConfig` for more than the guest has, `InvalidState` when the VM has ended.
     pub fn set_balloon(&self, size: Size) -> Result<()> {
-        let all = Size::bytes(self.handles.memory.size());
-        if size > all {
-            return Err(Error::invalid("set_balloon", format!("{size}: the guest has {all}")));
-        }
-        self.balloon()?.with(move |balloon, io| balloon.set_target(size.as_bytes(), io))
+        self.balloon()?.with(move |balloon, io| {
+            let all = Size::bytes(balloon.memory().size());
+            if size > all {
+                return Err(Error::invalid("set_balloon", format!("{size}: the guest has {all}")));
+            }
+            balloon.set_target(size.as_bytes(), io);
+            Ok(())
+        })?
     }
 
     fn balloon(&self) -> Result<&DeviceHandle<Balloon>> {
@@ -275,9 +277,7 @@ impl Vm {
                 ErrorKind::TimedOut,
                 format!("connecting to vsock port {port}: the guest did not answer within {CONNECT_TIMEOUT:?}"),
             )),
-            Err(mpsc::RecvTimeoutError::Disconnected) => {
-                Err(Error::new(ErrorKind::InvalidState, "the virtual machine has ended"))
-            }
+            Err(mpsc::RecvTimeoutError::Disconnected) => Err(Error::vm_ended()),
         }
     }
 

@@ -4,9 +4,8 @@ use std::fmt::{self, Write};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use crate::memory::GuestMemory;
 use crate::size::Size;
-use crate::virtio::balloon::GuestUse;
+pub use crate::virtio::balloon::GuestMemoryUse;
 
 /// What a VM has done so far; see [`Vm::stats`](crate::Vm::stats). All numbers only ever grow.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -69,43 +68,6 @@ pub struct MemoryStats {
     pub reported: Size,
     /// How the guest uses its memory, as it says; `None` when it has no driver or did not answer.
     pub guest: Option<GuestMemoryUse>,
-}
-
-/// How a guest uses its memory, as its kernel says (Virtio 1.3, 5.5.6.4). What it does not tell is `None`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct GuestMemoryUse {
-    /// Used by nobody.
-    pub free: Option<Size>,
-    /// Known to the guest's kernel, without what it keeps for itself.
-    pub total: Option<Size>,
-    /// What programs could have without swapping: free memory and caches.
-    pub available: Option<Size>,
-    /// Files of disks.
-    pub caches: Option<Size>,
-    /// Page faults that had to wait for a disk, since the guest started.
-    pub major_faults: Option<u64>,
-}
-
-impl MemoryStats {
-    pub(super) fn new(
-        memory: &GuestMemory,
-        resident: u64,
-        balloon: u64,
-        reported: u64,
-        guest: Option<GuestUse>,
-    ) -> Self {
-        let size = |n: Option<u64>| n.map(Size::bytes);
-        let guest = guest.map(|g| GuestMemoryUse {
-            free: size(g.free),
-            total: size(g.total),
-            available: size(g.available),
-            caches: size(g.caches),
-            major_faults: g.major_faults,
-        });
-        let [configured, resident, balloon, reported] = [memory.size(), resident, balloon, reported].map(Size::bytes);
-        Self { configured, resident, balloon, reported, guest }
-    }
 }
 
 /// A vCPU's own count: written by its thread, read by anybody.

@@ -225,7 +225,7 @@ impl VsockListener {
                     return Ok(Some(stream));
                 }
                 if queue.closed {
-                    return Err(Error::new(ErrorKind::InvalidState, "the virtual machine has ended"));
+                    return Err(Error::vm_ended());
                 }
                 // Under the lock: what is pushed later sets it again.
                 let _ = self.arrivals.ready.read();
