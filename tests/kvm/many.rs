@@ -9,17 +9,15 @@ use crate::fixture::{Outcome, PATIENCE, Temp, alone, busybox, bzimage, guest, ke
 use crate::{check, check_eq};
 
 pub fn ten_machines_in_one_process() -> Outcome {
-    let texts: Vec<_> = std::thread::scope(|scope| {
-        let run = |n| {
-            scope.spawn(move || {
-                run(guest(&format!("echo machine {n}\nreboot -f"))).map(|r| r.1).map_err(|e| e.to_string())
-            })
-        };
+    let ends: Vec<_> = std::thread::scope(|scope| {
+        let run =
+            |n| scope.spawn(move || run(guest(&format!("echo machine {n}\nreboot -f"))).map_err(|e| e.to_string()));
         let threads: Vec<_> = (0..10).map(run).collect();
         threads.into_iter().map(|t| t.join().expect("a thread panicked")).collect()
     });
-    for (n, text) in texts.into_iter().enumerate() {
-        check_eq!(text?.trim(), format!("machine {n}"));
+    for (n, end) in ends.into_iter().enumerate() {
+        let (exit, text) = end?;
+        check!(matches!(exit, Exit::Reboot(_)) && text.trim() == format!("machine {n}"), "{text}\n{exit}");
     }
     Ok(())
 }
