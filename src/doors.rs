@@ -75,7 +75,7 @@ pub fn queue(data: &[u8]) {
 /// Reads and writes of any register at any width, while the device runs on its loop.
 pub fn mmio(data: &[u8]) {
     static LOOP: OnceLock<Loop<Slots>> = OnceLock::new();
-    let make = || Loop::start("doors", |sources| Slots::new(vec![Box::new(Rng)], sources, Box::new(|_| ())));
+    let make = || Loop::start("doors", |sources| Slots::new(vec![Box::new(Rng)], sources, Box::new(|_, _| ())));
     let devices = LOOP.get_or_init(|| make().unwrap_or_else(|e| unreachable!("{e}")));
     let Ok(memory) = GuestMemory::anonymous(&[(GuestAddress(0), 1 << 20)]) else {
         return;

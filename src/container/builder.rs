@@ -9,7 +9,7 @@ use crate::boot::Kernel;
 use crate::error::{Context, Error, Result};
 use crate::proto::{BootConfig, CONTROL_PORT, Root, Source};
 use crate::size::Size;
-use crate::vm::{Console, Disk, Vm, Vsock};
+use crate::vm::{Console, Disk, Memory, Vm, Vsock};
 
 /// Collects what a container shall be; see [`Container::builder`]. Nothing is done before [`ContainerBuilder::start`].
 #[derive(Debug, Clone)]
@@ -18,7 +18,7 @@ pub struct ContainerBuilder {
     image: Image,
     kernel: Option<Kernel>,
     vcpus: u32,
-    memory: Size,
+    memory: Memory,
     disk: Size,
     hostname: String,
     console: Console,
@@ -32,7 +32,7 @@ impl ContainerBuilder {
             image,
             kernel: None,
             vcpus: 1,
-            memory: Size::mib(256),
+            memory: Size::mib(256).into(),
             disk: Size::gib(4),
             hostname: "container".into(),
             console: Console::none(),
@@ -53,9 +53,9 @@ impl ContainerBuilder {
         self
     }
 
-    /// How much memory the container has, its kernel included: whole pages of 4 KiB, 256 MiB unless set.
-    pub fn memory(mut self, size: Size) -> Self {
-        self.memory = size;
+    /// How much memory the container has, its kernel included, and what of the host's it is made of; 256 MiB unless set.
+    pub fn memory(mut self, memory: impl Into<Memory>) -> Self {
+        self.memory = memory.into();
         self
     }
 

@@ -1,11 +1,14 @@
-//! The few old devices that a stock kernel talks to: a serial port, a keyboard controller, and the port that ends a VM.
+//! The few old devices that a stock kernel talks to: a serial port, a keyboard controller, and the ports by which it ends or
+//! says that it has panicked.
 //!
 //! They answer on the port bus, on vCPU threads, and never wait.
 
 mod exit_port;
 mod i8042;
+mod panic_port;
 mod serial;
 
 pub(crate) use exit_port::{EXIT_PORTS, ExitPort, Request};
 pub(crate) use i8042::{I8042, I8042_PORTS};
+pub(crate) use panic_port::{PANIC_PORTS, PanicPort};
 pub(crate) use serial::{SERIAL_PORTS, SerialPort};

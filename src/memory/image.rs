@@ -8,12 +8,13 @@
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::FileExt;
 
 use vm_memory::{FileOffset, GuestMemoryBackend, GuestMemoryMmap};
 
-use super::{GuestAddress, GuestMemory};
+use super::backing::memfd;
+use super::{Backing, GuestAddress, GuestMemory, Segment};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::sys;
 
@@ -31,13 +32,13 @@ impl MemoryImage {
     /// # Errors
     /// What `fill` returns; `ResourceExhausted` when the host has no memory or descriptors left.
     pub(crate) fn build<T>(len: u64, fill: impl FnOnce(&GuestMemory) -> Result<T>) -> Result<(Self, T)> {
-        let file = memfd().doing(|| "creating a memory image")?;
+        let file = memfd(libc::MFD_ALLOW_SEALING).doing(|| "creating a memory image")?;
         file.set_len(len).doing(|| "creating a memory image")?;
         let backing = FileOffset::new(file.try_clone().doing(|| "creating a memory image")?, 0);
         let size = usize::try_from(len).map_err(|_| Error::invalid("memory image", "too large"))?;
         let inner = GuestMemoryMmap::from_ranges_with_files([(GuestAddress(0).inner(), size, Some(backing))])
             .map_err(|e| Error::new(ErrorKind::ResourceExhausted, format!("mapping a memory image: {e}")))?;
-        let answer = fill(&GuestMemory { inner })?;
+        let answer = fill(&GuestMemory { inner, backing: Backing::Memfd })?;
         let extents = extents(&file).doing(|| "reading a memory image's layout")?;
         seal(&file).doing(|| "sealing a memory image")?;
         Ok((Self { file, extents }, answer))
@@ -86,43 +87,53 @@ impl GuestMemory {
         }
     }
 
-    /// Puts the image's data where it belongs, copy-on-write. What was there before is gone.
+    /// Puts the image's data where it belongs: copy-on-write, or as a copy where others see what the guest writes. What
+    /// was there before is gone.
     ///
     /// # Errors
     /// `InvalidConfig` when the memory is too small for the image, `ResourceExhausted` when the host has too many mappings.
     pub(crate) fn map_image(&self, image: &MemoryImage) -> Result<()> {
         for &(start, len) in &image.extents {
             let size = usize::try_from(len).map_err(|_| Error::invalid("memory", "too large"))?;
-            // One slice means that the range is contiguous in this process too.
-            let slice = self.inner.get_slice(GuestAddress(start).inner(), size).map_err(|_| {
+            let small = |_| {
                 Error::invalid(
                     "memory",
                     format!("{} bytes cannot hold the kernel, which needs {start:#x}..{:#x}", self.size(), start + len),
                 )
-            })?;
-            let (prot, flags) =
-                (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_FIXED | libc::MAP_NORESERVE);
-            let offset = i64::try_from(start).map_err(|_| Error::invalid("memory", "too large"))?;
-            let at = slice.ptr_guard_mut().as_ptr();
-            // SAFETY: `at..at+size` lies inside one mapping of this guest's memory, which stays mapped as long as `self`
-            // and is only ever accessed through raw pointers; extents are page-aligned, as guest ranges are.
-            let mapped = unsafe { libc::mmap(at.cast(), size, prot, flags, image.file.as_raw_fd(), offset) };
-            if mapped == libc::MAP_FAILED {
-                return Err(Error::last_os().doing("mapping the kernel into guest memory"));
+            };
+            let segment = self.segment(GuestAddress(start), size).map_err(small)?;
+            match self.private() {
+                true => self.map_over(segment, image).doing(|| "mapping the kernel into guest memory")?,
+                false => self.copy_over(segment, image).doing(|| "copying the kernel into guest memory")?,
             }
         }
         Ok(())
     }
-}
 
-fn memfd() -> io::Result<File> {
-    // SAFETY: the name is a NUL-terminated literal.
-    let fd = unsafe { libc::memfd_create(c"cofferdam".as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING) };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
+    fn map_over(&self, segment: Segment, image: &MemoryImage) -> io::Result<()> {
+        let (addr, len) = (segment.addr(), segment.len());
+        // One slice means that the range is contiguous in this process too.
+        let slice = self.inner.get_slice(addr.inner(), len).map_err(io::Error::other)?;
+        let (prot, flags) =
+            (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_FIXED | libc::MAP_NORESERVE);
+        let offset = i64::try_from(addr.0).map_err(io::Error::other)?;
+        let at = slice.ptr_guard_mut().as_ptr();
+        // SAFETY: `at..at+len` lies inside one mapping of this guest's memory, which stays mapped as long as `self`
+        // and is only ever accessed through raw pointers; extents are page-aligned, as guest ranges are.
+        let mapped = unsafe { libc::mmap(at.cast(), len, prot, flags, image.file.as_raw_fd(), offset) };
+        if mapped == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
     }
-    // SAFETY: memfd_create returned a new descriptor that nobody else owns.
-    Ok(unsafe { File::from_raw_fd(fd) })
+
+    fn copy_over(&self, segment: Segment, image: &MemoryImage) -> io::Result<()> {
+        let mut rest = segment;
+        while rest.len() > 0 {
+            match self.read_at(&[rest], image.file.as_fd(), rest.addr().0)? {
+                0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+                n => rest = rest.split_at(n).1,
+            }
+        }
+        Ok(())
+    }
 }
 
 fn seal(file: &File) -> io::Result<()> {
@@ -156,13 +167,15 @@ mod tests {
         })
         .unwrap();
         assert!(image.end() > 0x10_0000 && image.data_len() < 1 << 20, "only what was written is kept");
-        let guests = [(); 2].map(|()| GuestMemory::anonymous(&[(GuestAddress(0), 4 << 20)]).unwrap());
+        let guest = |backing| GuestMemory::new(&[(GuestAddress(0), 4 << 20)], backing).unwrap();
+        let guests = [Backing::Memfd, Backing::Anonymous, Backing::Transparent].map(guest);
         for guest in &guests {
             guest.map_image(&image).unwrap();
         }
         guests[0].write(GuestAddress(0x10_0000), b"KERNEL").unwrap();
         let mut seen = [0; 6];
-        guests[1].read(GuestAddress(0x10_0000), &mut seen).unwrap();
+        guests[1].write(GuestAddress(0x10_0001), b"E").unwrap();
+        guests[2].read(GuestAddress(0x10_0000), &mut seen).unwrap();
         assert_eq!(&seen, b"kernel");
     }
 

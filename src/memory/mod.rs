@@ -4,10 +4,13 @@
 //! Shared by every thread of one VM; the guest writes to it at any time, so nothing is ever
 //! handed out as a Rust reference, only copied or given to the kernel.
 
+mod backing;
 mod image;
 mod io;
 mod usage;
 
+pub(crate) use backing::Backing;
+pub use backing::Memory;
 pub(crate) use image::MemoryImage;
 
 use std::fmt;
@@ -91,6 +94,7 @@ pub(crate) struct Region {
 #[derive(Clone)]
 pub struct GuestMemory {
     inner: GuestMemoryMmap<()>,
+    backing: Backing,
 }
 
 impl GuestMemory {
@@ -98,22 +102,9 @@ impl GuestMemory {
     ///
     /// # Errors
     /// `ResourceExhausted` when the host has no address space left, `InvalidConfig` for an empty or overlapping range.
+    #[cfg(any(test, feature = "internals"))]
     pub fn anonymous(ranges: &[(GuestAddress, u64)]) -> Result<Self> {
-        let mut checked = Vec::with_capacity(ranges.len());
-        for &(addr, len) in ranges {
-            let len = usize::try_from(len).map_err(|_| Error::invalid("memory", "larger than the address space"))?;
-            checked.push((addr.inner(), len));
-        }
-        match GuestMemoryMmap::from_ranges(&checked) {
-            Ok(inner) => Ok(Self { inner }),
-            Err(error) => {
-                let kind = match &error {
-                    vm_memory::mmap::FromRangesError::MmapRegion(_) => ErrorKind::ResourceExhausted,
-                    _ => ErrorKind::InvalidConfig,
-                };
-                Err(Error::new(kind, format!("mapping guest memory: {error}")))
-            }
-        }
+        Self::new(ranges, Backing::Anonymous)
     }
 
     /// The type that loaders and queues of the rust-vmm crates take.

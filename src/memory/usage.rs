@@ -3,7 +3,7 @@
 
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
-use super::{GuestMemory, Segment};
+use super::{Backing, GuestMemory, Segment};
 use crate::sys;
 
 /// Pages asked about at once: 256 MiB of memory, 64 KiB of answers.
@@ -13,6 +13,13 @@ impl GuestMemory {
     /// Gives the host back what lies in `segment`, as far as it is whole pages. The guest finds something else there
     /// afterwards: zeros, or what the kernel's image has in that place.
     pub(crate) fn discard(&self, segment: Segment) {
+        let advice = match self.backing {
+            Backing::Anonymous | Backing::Transparent => libc::MADV_DONTNEED,
+            // Taken out of the file too.
+            Backing::Memfd => libc::MADV_REMOVE,
+            // Their reservation would go with them, and touching them again could be a signal.
+            Backing::Huge(_) => return,
+        };
         let page = sys::page_size();
         for slice in self.inner.get_slices(segment.addr().inner(), segment.len()).flatten() {
             let (at, len) = (slice.ptr_guard_mut().as_ptr(), slice.len());
@@ -23,7 +30,7 @@ impl GuestMemory {
             }
             // SAFETY: the range lies inside one mapping of this guest's memory, which is only ever accessed through raw
             // pointers and by the guest, neither of which counts on its contents.
-            if unsafe { libc::madvise(at.wrapping_add(skip).cast(), whole, libc::MADV_DONTNEED) } != 0 {
+            if unsafe { libc::madvise(at.wrapping_add(skip).cast(), whole, advice) } != 0 {
                 log::debug!("memory cannot be given back: {}", std::io::Error::last_os_error());
             }
         }

@@ -5,12 +5,13 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use super::chain::Chain;
 use super::queue::Queue;
 use crate::event::{Interest, Sources};
 use crate::irq::Interrupt;
-use crate::sys::{EventFd, borrow};
+use crate::sys::{EventFd, Timer, borrow};
 
 /// Chains taken from one queue before others get their turn: a driver that never stops cannot starve anybody.
 const TURN: usize = 256;
@@ -29,13 +30,20 @@ pub(crate) struct Counters {
 const TOKEN_BITS: u32 = 32;
 /// Tokens from here on are queues, below are the device's own descriptors.
 const QUEUE_TOKENS: u32 = u32::MAX - 0xffff;
+/// The timer that runs while the device needs a reset.
+const OVERDUE_TOKEN: u32 = QUEUE_TOKENS - 1;
 
-/// A token's parts.
-pub(super) fn split_token(token: u64, events: Interest) -> (usize, super::Source) {
+/// How long a driver may leave a device that needs a reset without one. Those that have not done it by then never do, and
+/// the guest would wait for the device for ever.
+const RESET_GRACE: Duration = Duration::from_secs(10);
+
+/// A token's parts: a slot, and what of the device's is ready; `None` when the time for a reset is over.
+pub(super) fn split_token(token: u64, events: Interest) -> (usize, Option<super::Source>) {
     let (slot, code) = ((token >> TOKEN_BITS) as usize, token as u32);
     match code.checked_sub(QUEUE_TOKENS) {
-        Some(queue) => (slot, super::Source::Queue(queue as usize)),
-        None => (slot, super::Source::Watched { number: code, events }),
+        Some(queue) => (slot, Some(super::Source::Queue(queue as usize))),
+        None if code == OVERDUE_TOKEN => (slot, None),
+        None => (slot, Some(super::Source::Watched { number: code, events })),
     }
 }
 
@@ -53,8 +61,8 @@ pub(crate) struct DeviceIo {
     pub(super) sources: Sources,
     pub(super) slot: usize,
     pub(super) on_broken: OnBroken,
-    /// The fault was logged: one line a start is enough.
-    pub(super) told: bool,
+    /// Why the device needs a reset, and the moment by which it must have come. Told once: one line a start is enough.
+    pub(super) broken: Option<(String, Option<Timer>)>,
 }
 
 impl fmt::Debug for DeviceIo {
@@ -149,10 +157,10 @@ impl DeviceIo {
         }
     }
 
-    /// Reports `fd` as `Source::Watched` from now on; numbers below 4,294,901,760 are free to use.
+    /// Reports `fd` as `Source::Watched` from now on; numbers below 4,294,901,759 are free to use.
     pub(crate) fn watch(&self, fd: BorrowedFd<'_>, number: u32, interest: Interest) -> io::Result<()> {
-        debug_assert!(number < QUEUE_TOKENS);
-        self.sources.watch(fd, (self.slot as u64) << TOKEN_BITS | u64::from(number), interest)
+        debug_assert!(number < OVERDUE_TOKEN);
+        self.sources.watch(fd, self.token(number), interest)
     }
 
     /// Stops reporting `fd`.
@@ -162,20 +170,42 @@ impl DeviceIo {
         }
     }
 
-    /// The device cannot go on: the driver sees DEVICE_NEEDS_RESET (Virtio 1.3, 2.1.2).
+    /// The device cannot go on: the driver sees DEVICE_NEEDS_RESET (Virtio 1.3, 2.1.2), and has a while to reset it.
     pub(crate) fn fail(&mut self, why: &dyn std::fmt::Display) {
-        if !self.told {
-            self.told = true;
+        if self.broken.is_none() {
+            let why = why.to_string();
             log::warn!("device {} needs a reset: {why}", self.slot);
             self.counters.faults.fetch_add(1, Ordering::Relaxed);
-            (self.on_broken)(&why.to_string());
+            (self.on_broken)(&why);
+            let overdue = self.start_grace();
+            let overdue = overdue.inspect_err(|e| log::warn!("nobody will see whether it comes: {e}")).ok();
+            self.broken = Some((why, overdue));
         }
         self.interrupt.signal_broken();
     }
 
+    fn start_grace(&self) -> io::Result<Timer> {
+        let mut timer = Timer::new()?;
+        timer.set(Some(Instant::now() + RESET_GRACE))?;
+        self.sources.watch(timer.as_fd(), self.token(OVERDUE_TOKEN), Interest::IN)?;
+        Ok(timer)
+    }
+
+    /// The reset has not come in time: what to tell of it, once.
+    pub(super) fn overdue(&mut self) -> Option<String> {
+        let (why, timer) = self.broken.as_mut()?;
+        // Closing it ends its reports.
+        timer.take()?;
+        Some(format!("{why}; the guest's driver did not reset it within {} s", RESET_GRACE.as_secs()))
+    }
+
+    fn token(&self, code: u32) -> u64 {
+        (self.slot as u64) << TOKEN_BITS | u64::from(code)
+    }
+
     fn check(&mut self, queue: usize) {
         if let Some(error) = self.queues.get(queue).and_then(Queue::broken) {
-            if !self.told {
+            if self.broken.is_none() {
                 self.fail(&error);
             }
         }
@@ -184,8 +214,7 @@ impl DeviceIo {
     /// Starts hearing kicks.
     pub(super) fn watch_kicks(&self) -> io::Result<()> {
         for (n, kick) in (0..).zip(self.kicks.iter()) {
-            let token = (self.slot as u64) << TOKEN_BITS | u64::from(QUEUE_TOKENS + n);
-            self.sources.watch(borrow(kick), token, Interest::IN)?;
+            self.sources.watch(borrow(kick), self.token(QUEUE_TOKENS + n), Interest::IN)?;
         }
         Ok(())
     }

@@ -13,7 +13,7 @@ use super::queue::{Queue, QueueConfig};
 use super::spec::{F_EVENT_IDX, F_VERSION_1, TRANSPORT_FEATURES, status};
 use super::{Profile, Slots};
 use crate::bus::BusDevice;
-use crate::error::{Context, Error, ErrorKind, Result};
+use crate::error::{Context, ErrorKind, Result};
 use crate::event::Remote;
 use crate::irq::Interrupt;
 use crate::memory::GuestMemory;
@@ -244,10 +244,12 @@ impl MmioTransport {
         }
         if added & status::DRIVER_OK != 0 && self.status & status::FEATURES_OK != 0 {
             match self.start() {
-                Ok(()) => {
+                Ok(true) => {
                     self.status |= status::DRIVER_OK;
                     (self.on_ready)();
                 }
+                // The device needs a reset, and the driver was told.
+                Ok(false) => {}
                 Err(error) => {
                     log::warn!("device {} cannot start: {error}", self.slot);
                     self.counters.faults.fetch_add(1, Ordering::Relaxed);
@@ -262,28 +264,48 @@ impl MmioTransport {
         self.driver_features & !self.offered() == 0 && self.driver_features & F_VERSION_1 != 0
     }
 
-    /// Makes the queues and hands them to the device's loop; returns when the device runs.
-    fn start(&mut self) -> Result<()> {
+    fn make_queues(&self) -> Result<Vec<Queue>, String> {
         let event_idx = self.driver_features & F_EVENT_IDX != 0;
-        let mut queues = Vec::with_capacity(self.queues.len());
-        for (n, (config, max)) in self.queues.iter().zip(&self.profile.queues).enumerate() {
+        let make = |(n, (config, max)): (usize, (&QueueConfig, &u16))| {
             let made = match config.ready {
                 true => Queue::new(config, *max, event_idx, &self.memory),
                 // Drivers leave out queues of features they do not use.
                 false => Queue::unused(&self.memory),
             };
-            queues.push(made.map_err(|e| Error::new(ErrorKind::GuestFailed, format!("queue {n}: {e}")))?);
-        }
+            made.map_err(|e| format!("queue {n}: {e}"))
+        };
+        self.queues.iter().zip(&self.profile.queues).enumerate().map(make).collect()
+    }
+
+    /// Makes the queues and hands them to the device's loop; returns when the device runs, or false when it cannot.
+    ///
+    /// # Errors
+    /// `TimedOut` when the loop is busy, `InvalidState` when it has ended.
+    fn start(&mut self) -> Result<bool> {
+        let (made, features) = (self.make_queues(), self.driver_features);
         let (kicks, interrupt) = (self.kicks.clone(), self.interrupt.clone());
-        let features = self.driver_features;
         let (counters, slot, on_broken) = (self.counters.clone(), self.slot, self.on_broken.clone());
         self.devices.with_timeout(PATIENCE, move |slots| {
             let sources = slots.sources();
-            slots.start(
+            let io = |queues| DeviceIo {
+                queues,
+                kicks,
+                interrupt,
+                counters,
+                features,
+                sources,
                 slot,
-                DeviceIo { queues, kicks, interrupt, counters, features, sources, slot, on_broken, told: false },
-            )
-        })?
+                on_broken,
+                broken: None,
+            };
+            match made {
+                Ok(queues) => slots.start(slot, io(queues)),
+                Err(why) => {
+                    slots.refuse(slot, io(Vec::new()), &why);
+                    false
+                }
+            }
+        })
     }
 
     fn reset(&mut self) {
@@ -342,7 +364,7 @@ mod tests {
 
     impl Rig {
         fn new() -> Self {
-            let devices = Loop::start("test", |s| Slots::new(vec![Box::new(Rng)], s, Box::new(|_| ()))).unwrap();
+            let devices = Loop::start("test", |s| Slots::new(vec![Box::new(Rng)], s, Box::new(|_, _| ()))).unwrap();
             let memory = GuestMemory::anonymous(&[(GuestAddress(0), 1 << 20)]).unwrap();
             let transport = MmioTransport::new(Rng.profile(), memory.clone(), devices.remote(), 0).unwrap();
             Self { transport, memory, _devices: devices }

@@ -6,15 +6,17 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use super::io::split_token;
 use super::{DeviceIo, Source, VirtioDevice};
-use crate::error::{Context, Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::event::{Handler, Interest, Remote, Sources};
 
-/// Called once when a device has panicked: our own mistake, which ends its VM and nothing else.
-pub(crate) type OnFault = Box<dyn Fn(&str) + Send>;
+/// Called with a device's slot when it has panicked, our own mistake, or has waited in vain for its driver's reset.
+pub(crate) type OnFault = Box<dyn Fn(usize, &str) + Send>;
 
 struct Slot {
     device: Box<dyn VirtioDevice>,
     running: Option<DeviceIo>,
+    /// What a driver set up so that the device could not start; it waits for a reset.
+    refused: Option<DeviceIo>,
 }
 
 /// What an event loop owns.
@@ -32,7 +34,7 @@ impl fmt::Debug for Slots {
 
 impl Slots {
     pub(crate) fn new(devices: Vec<Box<dyn VirtioDevice>>, sources: Sources, on_fault: OnFault) -> Self {
-        let slots = devices.into_iter().map(|device| Slot { device, running: None }).collect();
+        let slots = devices.into_iter().map(|device| Slot { device, running: None, refused: None }).collect();
         Self { slots, sources, on_fault }
     }
 
@@ -41,21 +43,31 @@ impl Slots {
         self.sources.clone()
     }
 
-    /// The driver is ready: the device runs, and has looked at its queues once when this returns.
-    pub(super) fn start(&mut self, slot: usize, mut io: DeviceIo) -> Result<()> {
+    /// The driver is ready: the device runs, and has looked at its queues once when this returns. One that cannot run waits
+    /// for its driver's reset; then this is false.
+    pub(super) fn start(&mut self, slot: usize, mut io: DeviceIo) -> bool {
         let Some(it) = self.slots.get_mut(slot) else {
-            return Err(Error::new(ErrorKind::InvalidState, format!("there is no device {slot}")));
+            return false;
         };
         it.stop();
-        io.watch_kicks().doing(|| "watching a device's queues")?;
-        if let Err(error) = it.device.started(&mut io) {
+        if let Err(error) = io.watch_kicks().and_then(|()| it.device.started(&mut io)) {
             io.unwatch_kicks();
-            return Err(error).doing(|| format!("starting device {slot}"));
+            self.refuse(slot, io, &error.to_string());
+            return false;
         }
         let queues = io.queues.len();
         it.running = Some(io);
         (0..queues).for_each(|queue| self.poke(slot, Source::Queue(queue)));
-        Ok(())
+        true
+    }
+
+    /// The driver has set the device up so that it cannot run: it waits for a reset.
+    pub(super) fn refuse(&mut self, slot: usize, mut io: DeviceIo, why: &str) {
+        io.fail(&why);
+        if let Some(it) = self.slots.get_mut(slot) {
+            it.stop();
+            it.refused = Some(io);
+        }
     }
 
     /// The device becomes idle; its queues come back. Idle ones stay idle.
@@ -73,7 +85,7 @@ impl Slots {
     }
 
     fn poke(&mut self, slot: usize, source: Source) {
-        let Some(Slot { device, running: Some(io) }) = self.slots.get_mut(slot) else {
+        let Some(Slot { device, running: Some(io), .. }) = self.slots.get_mut(slot) else {
             return;
         };
         if let Source::Queue(queue) = source {
@@ -88,13 +100,22 @@ impl Slots {
             if let Some(Slot { running, .. }) = self.slots.get_mut(slot) {
                 *running = None;
             }
-            (self.on_fault)(&format!("device {slot} panicked: {why}"));
+            (self.on_fault)(slot, &format!("it panicked: {why}"));
+        }
+    }
+
+    /// The driver has not reset the device in time.
+    fn overdue(&mut self, slot: usize) {
+        let io = self.slots.get_mut(slot).and_then(|it| it.running.as_mut().or(it.refused.as_mut()));
+        if let Some(why) = io.and_then(DeviceIo::overdue) {
+            (self.on_fault)(slot, &why);
         }
     }
 }
 
 impl Slot {
     fn stop(&mut self) -> Option<DeviceIo> {
+        self.refused = None;
         let mut io = self.running.take()?;
         io.unwatch_kicks();
         self.device.stopping(&mut io);
@@ -104,8 +125,10 @@ impl Slot {
 
 impl Handler for Slots {
     fn ready(&mut self, token: u64, events: Interest) {
-        let (slot, source) = split_token(token, events);
-        self.poke(slot, source);
+        match split_token(token, events) {
+            (slot, Some(source)) => self.poke(slot, source),
+            (slot, None) => self.overdue(slot),
+        }
     }
 }
 
@@ -150,7 +173,7 @@ impl<D: VirtioDevice> DeviceHandle<D> {
     ) -> Result<R> {
         let slot = self.slot;
         let answer = self.remote.with(move |slots| {
-            let Slot { device, running } = slots.slots.get_mut(slot)?;
+            let Slot { device, running, .. } = slots.slots.get_mut(slot)?;
             (**device).as_any_mut().downcast_mut::<D>().map(|device| f(device, running.as_mut()))
         })?;
         answer.ok_or_else(|| Error::new(ErrorKind::InvalidState, format!("device {slot} is of another type")))

@@ -95,7 +95,7 @@ impl<D: VirtioDevice> Driver<D> {
             features: profile.features,
             sources: Sources::of_nobody().unwrap(),
             slot: 0,
-            told: false,
+            broken: None,
         };
         let mut driver = Self { device, io, memory, rings, next_buffer: BUFFERS };
         driver.device.started(&mut driver.io).unwrap();

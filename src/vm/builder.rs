@@ -4,6 +4,7 @@ use super::config::{Console, Disk, VmConfig, Vsock};
 use super::{Vm, machine};
 use crate::boot::Kernel;
 use crate::error::Result;
+use crate::memory::Memory;
 use crate::size::Size;
 
 /// Collects what a VM shall be; see [`Vm::builder`]. Nothing is checked or done before [`VmBuilder::start`].
@@ -18,7 +19,7 @@ impl VmBuilder {
         let config = VmConfig {
             kernel,
             vcpus: 1,
-            memory: Size::mib(256),
+            memory: Size::mib(256).into(),
             disks: Vec::new(),
             console: Console::none(),
             vsock: None,
@@ -34,9 +35,10 @@ impl VmBuilder {
         self
     }
 
-    /// How much memory the guest has: whole pages of 4 KiB, 256 MiB unless set. The host gives pages as they are touched.
-    pub fn memory(mut self, size: Size) -> Self {
-        self.config.memory = size;
+    /// How much memory the guest has, and what of the host's it is made of: a [`Size`] is [`Memory::anonymous`]; 256 MiB
+    /// unless set. The host gives pages as they are touched.
+    pub fn memory(mut self, memory: impl Into<Memory>) -> Self {
+        self.config.memory = memory.into();
         self
     }
 

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex};
 use crate::arch::{MAX_VCPUS, layout};
 use crate::boot::{Cmdline, Kernel};
 use crate::error::{Context, Error, Result};
+use crate::memory::Memory;
 use crate::size::Size;
 use crate::sys;
 use crate::virtio::blk::{Blk, DiskFile};
@@ -119,7 +120,7 @@ impl Vsock {
 pub(super) struct VmConfig {
     pub kernel: Kernel,
     pub vcpus: u32,
-    pub memory: Size,
+    pub memory: Memory,
     pub disks: Vec<Disk>,
     pub console: Console,
     pub vsock: Option<Vsock>,
@@ -203,7 +204,7 @@ mod tests {
         let config = VmConfig {
             kernel,
             vcpus: 1,
-            memory: Size::mib(16),
+            memory: Size::mib(16).into(),
             disks: vec![],
             console: Console::none(),
             vsock: None,

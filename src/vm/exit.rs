@@ -177,7 +177,8 @@ pub enum Exit {
     TripleFault(Box<Trace>),
     /// Ended by [`Vm::kill`](crate::Vm::kill), by a grace that ran out, or by dropping the handle.
     Killed(Box<Trace>),
-    /// A device of ours failed. A mistake in this crate.
+    /// A device cannot go on: it needed a reset that the guest's driver did not give it within ten seconds, or it failed by
+    /// a mistake in this crate. Says which and why.
     DeviceFault(String, Box<Trace>),
     /// The host's KVM could not go on with a vCPU.
     VcpuFault(String, Box<Trace>),
@@ -203,7 +204,8 @@ impl fmt::Display for Exit {
             Self::Reboot(t) => write!(f, "the guest asked for a reboot ({t})"),
             Self::Halt(t) => write!(f, "the guest halted ({t})"),
             Self::Panic(t) => {
-                write!(f, "the guest's kernel panicked: {} ({t})", t.panic_message().unwrap_or_default())
+                let message = t.panic_message().unwrap_or_else(|| "its console does not say why".into());
+                write!(f, "the guest's kernel panicked: {message} ({t})")
             }
             Self::TripleFault(t) => write!(f, "the guest ended in a triple fault ({t})"),
             Self::Killed(t) => write!(f, "the virtual machine was killed ({t})"),
@@ -222,18 +224,20 @@ pub(super) enum Reason {
     Halt,
     TripleFault,
     Killed,
+    Panic,
     InitFault,
     Device(String),
     Vcpu(String),
 }
 
 impl Reason {
-    /// A reset after a panic message is a panic: kernels have no other way to say so here.
+    /// A reset after a panic message is a panic: a kernel without a driver for the panic port has no other way to say so.
     pub(super) fn report(self, trace: Trace) -> Exit {
         let panicked = trace.panic_message().is_some();
         let trace = Box::new(trace);
         match self {
             Self::PowerOff => Exit::PowerOff,
+            Self::Panic => Exit::Panic(trace),
             Self::Reset | Self::TripleFault if panicked => Exit::Panic(trace),
             Self::Reset => Exit::Reboot(trace),
             Self::Halt => Exit::Halt(trace),

@@ -23,7 +23,9 @@ use crate::error::{Context, Error, ErrorKind, Result};
 use crate::event::{Loop, Remote};
 use crate::irq::Interrupt;
 use crate::kvm::{Kvm, VmFd};
-use crate::legacy::{EXIT_PORTS, ExitPort, I8042, I8042_PORTS, Request, SERIAL_PORTS, SerialPort};
+use crate::legacy::{
+    EXIT_PORTS, ExitPort, I8042, I8042_PORTS, PANIC_PORTS, PanicPort, Request, SERIAL_PORTS, SerialPort,
+};
 use crate::memory::{GuestAddress, GuestMemory};
 use crate::sys::{EventFd, KickSignal, STACK, eventfd};
 use crate::virtio::balloon::Balloon;
@@ -240,9 +242,9 @@ pub(super) fn start(config: &VmConfig) -> Result<Vm> {
     let (marks, log) = (Marks::new(begin), Log::new(begin));
     // Everything that can be wrong with the configuration is found before the hypervisor is asked for anything.
     let vcpus = config.vcpus()?;
-    let ranges = layout::memory_ranges(config.memory)?;
+    let ranges = layout::memory_ranges(config.memory.size())?;
     let output = Output::new()?;
-    let memory = GuestMemory::anonymous(&ranges)?;
+    let memory = GuestMemory::new(&ranges, config.memory.backing())?;
     let (attachments, listeners) = attachments(config, &output, &memory)?;
     let slots = slots(attachments.len())?;
     let cmdline = config.cmdline(&slots)?;
@@ -321,14 +323,15 @@ impl Parts<'_> {
         for (Attachment { name, device, blocking }, slot) in attachments.into_iter().zip(slots) {
             let profile = device.profile();
             if blocking {
-                let remote = self.start_loop(&name, vec![device])?;
+                let remote = self.start_loop(&name, vec![name.clone()], vec![device])?;
                 self.connect(name, profile, remote, 0, *slot)?;
             } else {
                 places.push((name, profile, *slot));
                 common.push(device);
             }
         }
-        let remote = self.start_loop("io", common)?;
+        let names = places.iter().map(|(name, ..)| name.clone()).collect();
+        let remote = self.start_loop("io", names, common)?;
         for (n, (name, profile, slot)) in places.into_iter().enumerate() {
             self.slots.insert(name.clone(), (remote.clone(), n));
             self.connect(name, profile, remote.clone(), n, slot)?;
@@ -336,11 +339,18 @@ impl Parts<'_> {
         Ok(())
     }
 
-    fn start_loop(&mut self, name: &str, devices: Vec<Box<dyn VirtioDevice>>) -> Result<Remote<Slots>> {
+    /// A loop called `name` for devices that are called `names`.
+    fn start_loop(
+        &mut self,
+        name: &str,
+        names: Vec<String>,
+        devices: Vec<Box<dyn VirtioDevice>>,
+    ) -> Result<Remote<Slots>> {
         let shared = Arc::downgrade(self.shared);
-        let on_fault = Box::new(move |why: &str| {
+        let on_fault = Box::new(move |slot: usize, why: &str| {
             if let Some(shared) = shared.upgrade() {
-                shared.stop(Reason::Device(why.into()), (None, None));
+                let name = names.get(slot).map_or("a device", String::as_str);
+                shared.stop(Reason::Device(format!("{name}: {why}")), (None, None));
             }
         });
         let it = Loop::start(name, |sources| Slots::new(devices, sources, on_fault))?;
@@ -394,6 +404,10 @@ fn ports(vm: &VmFd, shared: &Arc<Shared>) -> Result<(Bus, Keyboard)> {
     vm.attach_irq(&line, layout::I8042_IRQ)?;
     let keyboard: Keyboard = Arc::new(Mutex::new(controller));
     ports.attach(I8042_PORTS.0, I8042_PORTS.1, keyboard.clone())?;
+
+    let on_panic = stop(shared);
+    let panic: Attached = Arc::new(Mutex::new(PanicPort::new(move || on_panic(Reason::Panic))));
+    ports.attach(PANIC_PORTS.0, PANIC_PORTS.1, panic)?;
 
     let on_request = stop(shared);
     let exit_port: Attached = Arc::new(Mutex::new(ExitPort::new(move |request| {

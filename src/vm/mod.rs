@@ -10,7 +10,7 @@ mod stats;
 mod vcpu;
 
 use std::fmt;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -25,6 +25,7 @@ use crate::boot::Kernel;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::event::Remote;
 use crate::legacy::I8042;
+pub use crate::memory::Memory;
 use crate::size::Size;
 use crate::sys::borrow;
 use crate::virtio::balloon::Balloon;
@@ -218,6 +219,16 @@ impl Vm {
         let resident = memory.resident().doing(|| "counting the guest's pages")?;
         let [configured, resident, balloon, reported] = [memory.size(), resident, balloon, reported].map(Size::bytes);
         Ok(MemoryStats { configured, resident, balloon, reported, guest })
+    }
+
+    /// The file that the guest's memory is, for other processes to map: memory below the 3 GiB mark at its beginning, what
+    /// the guest has above 4 GiB right behind that. `None` unless it is [`Memory::memfd`] or [`Memory::huge`].
+    ///
+    /// # Errors
+    /// `InvalidState` when the VM has ended, `ResourceExhausted` when the process has no descriptors left.
+    pub fn memory_fd(&self) -> Result<Option<OwnedFd>> {
+        let file = self.balloon()?.with(|balloon, _| balloon.memory().file())?;
+        file.map(|file| file.as_fd().try_clone_to_owned().doing(|| "opening the guest's memory once more")).transpose()
     }
 
     /// Asks the guest to give `size` of its memory back to the host and not to use it until asked for less; at first

@@ -41,7 +41,7 @@ tests! {
     boot: vmlinux bzimage two_processors memory_around_the_hole serial_port command_line_arguments_reach_init
         a_timeline_is_kept what_a_kernel_lacks_is_named devices_by_acpi power_off_by_acpi reboot_by_acpi
         two_processors_by_acpi the_keyboard_is_heard_by_acpi acpi_off_puts_devices_on_the_command_line;
-    ends: power_off reboot halt panic triple_fault init_fault killed_while_it_spins dropped_while_it_spins
+    ends: power_off reboot halt panic panic_without_a_word want_of_memory device_that_is_never_reset triple_fault init_fault killed_while_it_spins dropped_while_it_spins
         ctrl_alt_del_asks_init_to_shut_down shutdown_ends_a_guest_that_does_not_listen the_exit_descriptor_tells
         a_stuck_console_writer_holds_nothing_up;
     disk: written_and_read_back order_is_meaning read_only_is_kept one_writer_or_many_readers sizes_arrive;
@@ -62,7 +62,8 @@ tests! {
         events_tell_the_whole_life numbers_grow_with_what_the_guest_does;
     many: ten_machines_in_one_process starting_and_ending_leaves_nothing_behind two_kernels_side_by_side;
     memory: what_a_guest_frees_comes_back the_balloon_takes_what_it_is_told_and_gives_it_back
-        a_guest_short_of_memory_takes_it_from_the_balloon;
+        a_guest_short_of_memory_takes_it_from_the_balloon asked_for_in_transparent_huge_pages
+        in_a_file_that_others_may_map in_huge_pages_of_the_hosts_pool;
     start: a_guest_that_is_never_ready_names_its_stage a_guest_that_ends_first_says_how a_broken_shim_is_told
         without_kvm_the_remedy_is_told what_may_not_be_read_is_named;
 }

@@ -1,10 +1,12 @@
 //! Memory that the guest does not use goes back to the host.
 
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
-use cofferdam::{Container, ErrorKind, MemoryStats, Size};
+use cofferdam::{Container, ErrorKind, Exit, Memory, MemoryStats, Size};
 
-use crate::fixture::{Outcome, PATIENCE, container, debian_container};
+use crate::fixture::{Outcome, PATIENCE, container, debian_container, guest, run as run_vm};
 use crate::{check, check_eq};
 
 const MIB: u64 = 1 << 20;
@@ -68,5 +70,49 @@ pub fn a_guest_short_of_memory_takes_it_from_the_balloon() -> Outcome {
     run(&container, &format!("head -c {half} /dev/zero | tail > /dev/null"))?;
     let after = wait_for(&container, |stats| stats.balloon.as_bytes() < half)?;
     check!(after.guest.is_some(), "{after:?}");
+    Ok(())
+}
+
+pub fn asked_for_in_transparent_huge_pages() -> Outcome {
+    let (exit, text) = run_vm(guest("echo here\nreboot -f").memory(Memory::transparent(Size::mib(128))))?;
+    check!(matches!(exit, Exit::Reboot(_)) && text.contains("here"), "{exit}");
+    Ok(())
+}
+
+pub fn in_a_file_that_others_may_map() -> Outcome {
+    let container = debian_container().memory(Memory::memfd(Size::mib(128))).start()?;
+    let file = File::from(container.vm().memory_fd()?.ok_or("no descriptor")?);
+    check_eq!(file.metadata()?.len(), 128 * MIB);
+    // A word that is nowhere but in the guest's memory; the shell's command line has it in two pieces.
+    run(&container, "mkdir /tmp/m && mount -t tmpfs none /tmp/m && echo cof''ferd''am-was-here > /tmp/m/x")?;
+    let mut all = vec![0; 128 << 20];
+    file.read_exact_at(&mut all, 0)?;
+    check!(all.windows(17).any(|bytes| bytes == b"cofferdam-was-here".split_at(17).0));
+    let before = wait_for(&container, |stats| stats.guest.is_some())?;
+    run(&container, "head -c 40000000 /dev/zero > /tmp/m/x")?;
+    let used = wait_for(&container, |stats| stats.resident.as_bytes() > before.resident.as_bytes() + 30 * MIB)?;
+    run(&container, "umount /tmp/m")?;
+    wait_for(&container, |stats| stats.resident.as_bytes() < used.resident.as_bytes() - 30 * MIB)?;
+    check!(container.vm().memory_fd().is_ok() && debian_container().start()?.vm().memory_fd()?.is_none());
+    Ok(())
+}
+
+pub fn in_huge_pages_of_the_hosts_pool() -> Outcome {
+    const POOL: &str = "/proc/sys/vm/nr_hugepages";
+    let (before, huge) = (fs::read_to_string(POOL)?, Memory::huge(Size::mib(128), Size::mib(2)));
+    let builder = || guest("echo here\nreboot -f").memory(huge);
+    // Only root makes a pool; where there is none, the reason is told.
+    let made = fs::write(POOL, "64").is_ok();
+    let outcome = run_vm(builder());
+    // Whatever is in use now stays until it is given back.
+    let emptied = fs::write(POOL, before);
+    match made {
+        true => check!(matches!(outcome?, (Exit::Reboot(_), text) if text.contains("here"))),
+        false => check!(outcome.is_err_and(|e| e.to_string().contains("huge pages of 2 MiB wanted"))),
+    }
+    check_eq!(made, emptied.is_ok());
+    let error = guest("").memory(Memory::huge(Size::gib(4096), Size::mib(2))).start().err().ok_or("it started")?;
+    check_eq!(error.kind(), ErrorKind::ResourceExhausted);
+    check!(error.to_string().contains("nr_hugepages"), "{error}");
     Ok(())
 }

@@ -138,6 +138,7 @@ fn dsdt(devices: &[(u64, u32)]) -> Sdt {
     }
     serial(&mut all);
     keyboard(&mut all);
+    panic_port(&mut all);
     let mut definitions = aml::Scope::raw("_SB_".into(), all);
     let off = aml::Package::new(vec![&POWER_OFF, &aml::ZERO, &aml::ZERO, &aml::ZERO]);
     aml::Name::new("_S5_".into(), &off).to_aml_bytes(&mut definitions);
@@ -171,6 +172,11 @@ fn serial(to: &mut Vec<u8>) {
 fn keyboard(to: &mut Vec<u8>) {
     let (data, command) = (ports(layout::I8042_PORT, 1), ports(layout::I8042_PORT + 4, 1));
     device("KBD_", &aml::EISAName::new("PNP0303"), 0, vec![&data, &command, &line(layout::I8042_IRQ)], to);
+}
+
+/// The port that hears of panics. By this name, which QEMU gave it, drivers know it.
+fn panic_port(to: &mut Vec<u8>) {
+    device("PEVT", &"QEMU0001", 0, vec![&ports(layout::PANIC_PORT, 1)], to);
 }
 
 /// A device: its kind, which of that kind it is, and what it takes (ACPI 6.5, 6.1.5, 6.1.12 and 6.2.2).

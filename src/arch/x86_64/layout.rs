@@ -64,6 +64,8 @@ pub(crate) const SERIAL_PORT: u64 = 0x3f8;
 pub(crate) const I8042_PORT: u64 = 0x60;
 /// The keyboard's interrupt.
 pub(crate) const I8042_IRQ: u32 = 1;
+/// The port by which a guest says that it has panicked.
+pub(crate) const PANIC_PORT: u64 = 0x505;
 /// The port by which a guest says how it ended, and that of its status.
 pub(crate) const EXIT_PORT: u64 = 0x600;
 

@@ -1,0 +1,55 @@
+//! The port by which a guest's kernel says that it has panicked, for kernels whose console nobody hears.
+//!
+//! As QEMU's pvpanic device, which Linux has a driver for (QEMU, docs/specs/pvpanic: events are bits; reading gives those
+//! that the device knows). The ACPI tables name it.
+
+use crate::arch::layout::PANIC_PORT;
+use crate::bus::BusDevice;
+
+/// Where it answers: first port, and how many.
+pub(crate) const PANIC_PORTS: (u64, u64) = (PANIC_PORT, 1);
+/// The guest has panicked and will do nothing more about it.
+const PANICKED: u8 = 1 << 0;
+/// The guest has panicked and runs a crash kernel now, which will end the machine when it is done.
+const CRASH_LOADED: u8 = 1 << 1;
+
+/// The device: calls `on_panic` on the vCPU's thread.
+pub(crate) struct PanicPort<F>(F);
+
+impl<F: FnMut() + Send> PanicPort<F> {
+    pub(crate) fn new(on_panic: F) -> Self {
+        Self(on_panic)
+    }
+}
+
+impl<F: FnMut() + Send> BusDevice for PanicPort<F> {
+    fn read(&mut self, _: u64, data: &mut [u8]) {
+        if let Some(byte) = data.first_mut() {
+            *byte = PANICKED | CRASH_LOADED;
+        }
+    }
+
+    fn write(&mut self, _: u64, data: &[u8]) {
+        match data.first() {
+            Some(events) if events & PANICKED != 0 => (self.0)(),
+            Some(events) if events & CRASH_LOADED != 0 => log::info!("the guest panicked and runs its crash kernel"),
+            _ => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_panic_is_told_unless_a_crash_kernel_sees_to_it() {
+        let mut told = 0;
+        let mut port = PanicPort::new(|| told += 1);
+        let mut events = [0];
+        port.read(0, &mut events);
+        assert_eq!(events, [3]);
+        [&[][..], &[0], &[2], &[4], &[1]].into_iter().for_each(|data| port.write(0, data));
+        assert_eq!(told, 1);
+    }
+}

@@ -1,0 +1,271 @@
+//! What of the host's a guest's memory is made of.
+#![allow(
+    unsafe_code,
+    reason = "makes files without names and advises about pages; memory/ is one of the folders that may"
+)]
+
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::FromRawFd;
+use std::sync::Arc;
+
+use vm_memory::mmap::{MmapRegion, MmapRegionBuilder};
+use vm_memory::{FileOffset, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap};
+
+use super::{GuestAddress, GuestMemory};
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::size::Size;
+
+/// A config value: how much memory a guest has, and what of the host's it is made of. A plain [`Size`] is
+/// [`Memory::anonymous`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Memory {
+    size: Size,
+    backing: Backing,
+}
+
+/// What a mapping is made of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Backing {
+    Anonymous,
+    Transparent,
+    Memfd,
+    /// In pages of so many bytes.
+    Huge(u64),
+}
+
+impl Memory {
+    /// Ordinary memory, whole pages of 4 KiB: the host gives pages as they are touched, and gets back what the guest
+    /// frees. Whether it uses huge pages is the host's setting.
+    pub const fn anonymous(size: Size) -> Self {
+        Self { size, backing: Backing::Anonymous }
+    }
+
+    /// As [`Memory::anonymous`], and the host is asked to use huge pages of its own accord (`MADV_HUGEPAGE`): fewer
+    /// misses of the translation cache, more memory touched at once. A host that does not know them gives ordinary pages.
+    pub const fn transparent(size: Size) -> Self {
+        Self { size, backing: Backing::Transparent }
+    }
+
+    /// A file without a name (memfd), by which other processes can map the same memory: [`Vm::memory_fd`]. The kernel is
+    /// copied into it instead of being shared with other guests.
+    ///
+    /// [`Vm::memory_fd`]: crate::Vm::memory_fd
+    pub const fn memfd(size: Size) -> Self {
+        Self { size, backing: Backing::Memfd }
+    }
+
+    /// Huge pages of `page` bytes from the host's pool (hugetlbfs), 2 MiB or 1 GiB on x86-64; the size is a multiple.
+    ///
+    /// All of them are reserved when the VM starts and kept until it ends: neither a balloon nor what the guest frees
+    /// gives any back. Other processes can map them, as with [`Memory::memfd`].
+    pub const fn huge(size: Size, page: Size) -> Self {
+        Self { size, backing: Backing::Huge(page.as_bytes()) }
+    }
+
+    pub(crate) fn size(&self) -> Size {
+        self.size
+    }
+
+    pub(crate) fn backing(&self) -> Backing {
+        self.backing
+    }
+}
+
+impl From<Size> for Memory {
+    fn from(size: Size) -> Self {
+        Self::anonymous(size)
+    }
+}
+
+impl Backing {
+    /// Whether the mapping is of a file that others may map too.
+    fn shared(self) -> bool {
+        matches!(self, Self::Memfd | Self::Huge(_))
+    }
+
+    /// The file for `len` bytes in all.
+    fn file(self, len: u64) -> Result<Option<Arc<File>>> {
+        let flags = match self {
+            Self::Anonymous | Self::Transparent => return Ok(None),
+            Self::Memfd => 0,
+            Self::Huge(page) => {
+                pool_has(page, len)?;
+                libc::MFD_HUGETLB | page.trailing_zeros() << libc::MFD_HUGE_SHIFT
+            }
+        };
+        let doing = || "memory: creating a file for the guest's memory";
+        let file = memfd(flags).doing(doing)?;
+        file.set_len(len).doing(doing)?;
+        Ok(Some(Arc::new(file)))
+    }
+
+    fn map(self, file: Option<FileOffset>, len: usize) -> Result<MmapRegion> {
+        let flags = match self {
+            Self::Anonymous | Self::Transparent => libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+            Self::Memfd => libc::MAP_SHARED | libc::MAP_NORESERVE,
+            // Reserved now, so that the pool cannot be empty when a page is touched: that would be a signal.
+            Self::Huge(_) => libc::MAP_SHARED,
+        };
+        let mut builder = MmapRegionBuilder::new(len)
+            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+            .with_mmap_flags(flags)
+            .with_hugetlbfs(matches!(self, Self::Huge(_)));
+        if let Some(file) = file {
+            builder = builder.with_file_offset(file);
+        }
+        builder.build().map_err(|error| {
+            let why = match self {
+                Self::Huge(page) => format!("; the host's pool of {} pages is used up", Size::bytes(page)),
+                _ => "; see vm.overcommit_memory and this process's RLIMIT_AS".into(),
+            };
+            Error::new(
+                ErrorKind::ResourceExhausted,
+                format!("memory: mapping {}: {error}{why}", Size::bytes(len as u64)),
+            )
+        })
+    }
+}
+
+impl GuestMemory {
+    /// Maps memory for the ranges, which must be sorted and disjoint.
+    ///
+    /// # Errors
+    /// `ResourceExhausted` when the host has no address space or no huge pages left, `Unsupported` for huge pages of a
+    /// size that it does not know, `InvalidConfig` for an empty or overlapping range or one that is not whole pages.
+    pub(crate) fn new(ranges: &[(GuestAddress, u64)], backing: Backing) -> Result<Self> {
+        if let Backing::Huge(page) = backing {
+            if !page.is_power_of_two() || ranges.iter().any(|(_, len)| len % page != 0) {
+                let (page, len) = (Size::bytes(page), Size::bytes(ranges.iter().map(|(_, len)| len).sum()));
+                return Err(Error::invalid("memory", format!("{len} is not whole huge pages of {page}")));
+            }
+        }
+        let file = backing.file(ranges.iter().map(|(_, len)| len).sum())?;
+        let (mut regions, mut offset) = (Vec::with_capacity(ranges.len()), 0);
+        for &(addr, len) in ranges {
+            let size = usize::try_from(len).map_err(|_| Error::invalid("memory", "larger than the address space"))?;
+            let part = file.as_ref().map(|file| FileOffset::from_arc(file.clone(), offset));
+            let region = GuestRegionMmap::new(backing.map(part, size)?, addr.inner());
+            regions.push(region.ok_or_else(|| Error::invalid("memory", "ends beyond the address space"))?);
+            offset += len;
+        }
+        let inner = GuestMemoryMmap::from_regions(regions)
+            .map_err(|error| Error::invalid("memory", format!("laying out the guest's memory: {error}")))?;
+        let memory = Self { inner, backing };
+        if backing == Backing::Transparent {
+            memory.advise_all(libc::MADV_HUGEPAGE);
+        }
+        Ok(memory)
+    }
+
+    /// The file that this is a mapping of, from its first byte on.
+    pub(crate) fn file(&self) -> Option<Arc<File>> {
+        self.inner.iter().next()?.file_offset().map(|it| it.arc().clone())
+    }
+
+    /// Whether nobody else can see what the guest writes.
+    pub(super) fn private(&self) -> bool {
+        !self.backing.shared()
+    }
+
+    fn advise_all(&self, advice: libc::c_int) {
+        for region in self.regions() {
+            let len = usize::try_from(region.len).unwrap_or(usize::MAX);
+            // SAFETY: the range is one mapping of this guest's memory; the advice changes no contents.
+            if unsafe { libc::madvise(region.host.cast(), len, advice) } != 0 {
+                log::info!("the host gives no transparent huge pages: {}", io::Error::last_os_error());
+            }
+        }
+    }
+}
+
+/// A file in memory without a name.
+pub(super) fn memfd(flags: libc::c_uint) -> io::Result<File> {
+    // SAFETY: the name is a NUL-terminated literal.
+    let fd = unsafe { libc::memfd_create(c"cofferdam".as_ptr(), libc::MFD_CLOEXEC | flags) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: memfd_create returned a new descriptor that nobody else owns.
+    Ok(unsafe { File::from_raw_fd(fd) })
+}
+
+/// Says beforehand, and better than the system call would, that there are too few huge pages.
+fn pool_has(page: u64, len: u64) -> Result<()> {
+    const POOLS: &str = "/sys/kernel/mm/hugepages";
+    let pool = format!("{POOLS}/hugepages-{}kB", page >> 10);
+    let number = |file: &str| fs::read_to_string(format!("{pool}/{file}")).ok()?.trim().parse::<u64>().ok();
+    let size = Size::bytes(page);
+    let (Some(all), Some(free)) = (number("nr_hugepages"), number("free_hugepages")) else {
+        let known = fs::read_dir(POOLS).map_or_else(
+            |_| "none".into(),
+            |dir| {
+                let names = dir.flatten().filter_map(|e| e.file_name().into_string().ok());
+                names.map(|n| n.trim_start_matches("hugepages-").to_owned()).collect::<Vec<_>>().join(", ")
+            },
+        );
+        return Err(Error::new(
+            ErrorKind::Unsupported,
+            format!("memory: this host has no huge pages of {size} (it has {known})"),
+        ));
+    };
+    let reserved = number("resv_hugepages").unwrap_or(0);
+    let (wanted, left) = (len / page, free.saturating_sub(reserved));
+    if wanted > left {
+        return Err(Error::new(
+            ErrorKind::ResourceExhausted,
+            format!("memory: {wanted} huge pages of {size} wanted, {left} of {all} left; raise {pool}/nr_hugepages"),
+        ));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const RANGES: [(GuestAddress, u64); 2] = [(GuestAddress(0), 2 << 20), (GuestAddress(1 << 32), 4 << 20)];
+
+    #[test]
+    fn what_one_mapping_writes_another_reads_in_the_order_of_addresses() {
+        use std::os::unix::fs::FileExt;
+        let memory = GuestMemory::new(&RANGES, Backing::Memfd).unwrap();
+        memory.write(GuestAddress((1 << 32) + 5), b"there").unwrap();
+        let mut back = [0; 5];
+        memory.file().unwrap().read_exact_at(&mut back, (2 << 20) + 5).unwrap();
+        assert_eq!(&back, b"there");
+        assert!(GuestMemory::new(&RANGES, Backing::Transparent).unwrap().file().is_none());
+    }
+
+    #[test]
+    fn what_is_discarded_is_gone_for_all() {
+        let memory = GuestMemory::new(&RANGES, Backing::Memfd).unwrap();
+        memory.write(GuestAddress(0x1000), &[7; 0x3000]).unwrap();
+        let before = memory.resident().unwrap();
+        memory.discard(memory.segment(GuestAddress(0x1000), 0x2000).unwrap());
+        assert_eq!(before - memory.resident().unwrap(), 0x2000);
+        let mut back = [1; 2];
+        memory.read(GuestAddress(0x2fff), &mut back).unwrap();
+        assert_eq!(back, [0, 7]);
+    }
+
+    #[test]
+    fn huge_pages_that_are_not_there_are_named() {
+        let error = |page: u64, len: u64| GuestMemory::new(&[(GuestAddress(0), len)], Backing::Huge(page)).unwrap_err();
+        assert_eq!(error(2 << 20, 3 << 20).to_string(), "memory: 3 MiB is not whole huge pages of 2 MiB");
+        assert_eq!(error(3 << 20, 3 << 20).kind(), ErrorKind::InvalidConfig);
+        let odd = error(64 << 10, 64 << 10);
+        assert_eq!(odd.kind(), ErrorKind::Unsupported);
+        assert!(odd.to_string().starts_with("memory: this host has no huge pages of 64 KiB (it has "), "{odd}");
+        // More than any machine's pool, where there is one.
+        let many = error(2 << 20, 1 << 44);
+        assert!(matches!(many.kind(), ErrorKind::ResourceExhausted | ErrorKind::Unsupported), "{many}");
+    }
+
+    #[test]
+    fn more_than_there_is_room_for_is_an_error() {
+        let error = GuestMemory::new(&[(GuestAddress(0), 1 << 47)], Backing::Anonymous).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::ResourceExhausted);
+        assert!(error.to_string().starts_with("memory: mapping 131072 GiB: "), "{error}");
+    }
+}
