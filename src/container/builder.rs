@@ -9,7 +9,7 @@ use crate::boot::Kernel;
 use crate::error::{Context, Error, Result};
 use crate::proto::{BootConfig, CONTROL_PORT, Root, Source};
 use crate::size::Size;
-use crate::vm::{Console, Disk, Memory, Vm, Vsock};
+use crate::vm::{Cgroup, Console, Disk, Memory, Vm, Vsock};
 
 /// Collects what a container shall be; see [`Container::builder`]. Nothing is done before [`ContainerBuilder::start`].
 #[derive(Debug, Clone)]
@@ -23,6 +23,7 @@ pub struct ContainerBuilder {
     hostname: String,
     console: Console,
     start_timeout: Duration,
+    cgroup: Option<Cgroup>,
     kick_signal: Option<u8>,
 }
 
@@ -37,6 +38,7 @@ impl ContainerBuilder {
             hostname: "container".into(),
             console: Console::none(),
             start_timeout: Duration::from_secs(30),
+            cgroup: None,
             kick_signal: None,
         }
     }
@@ -81,6 +83,12 @@ impl ContainerBuilder {
     /// Sets how long the guest may take until programs can be started; 30 seconds unless set.
     pub fn start_timeout(mut self, timeout: Duration) -> Self {
         self.start_timeout = timeout;
+        self
+    }
+
+    /// Puts the container's threads on the host into a control group of their own; none unless set.
+    pub fn cgroup(mut self, cgroup: Cgroup) -> Self {
+        self.cgroup = Some(cgroup);
         self
     }
 
@@ -133,6 +141,9 @@ impl ContainerBuilder {
             .parameter("quiet", "")
             .parameter("rdinit", "/init")
             .parameter("cofferdam.shim", "1");
+        if let Some(cgroup) = self.cgroup {
+            vm = vm.cgroup(cgroup);
+        }
         if let Some(offset) = self.kick_signal {
             vm = vm.kick_signal(offset);
         }

@@ -1,5 +1,6 @@
 //! [`VmBuilder`]: what a VM shall be, until `start`.
 
+use super::cgroup::Cgroup;
 use super::config::{Console, Disk, VmConfig, Vsock};
 use super::{Vm, machine};
 use crate::boot::Kernel;
@@ -23,6 +24,7 @@ impl VmBuilder {
             disks: Vec::new(),
             console: Console::none(),
             vsock: None,
+            cgroup: None,
             kick_signal: 10,
             parameters: Vec::new(),
         };
@@ -57,6 +59,12 @@ impl VmBuilder {
     /// Gives the guest a vsock device; none unless set.
     pub fn vsock(mut self, vsock: Vsock) -> Self {
         self.config.vsock = Some(vsock);
+        self
+    }
+
+    /// Puts the VM's threads into a control group of their own; none unless set.
+    pub fn cgroup(mut self, cgroup: Cgroup) -> Self {
+        self.config.cgroup = Some(cgroup);
         self
     }
 

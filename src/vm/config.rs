@@ -6,6 +6,7 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
+use super::cgroup::Cgroup;
 use crate::arch::{MAX_VCPUS, layout};
 use crate::boot::{Cmdline, Kernel};
 use crate::error::{Context, Error, Result};
@@ -124,6 +125,7 @@ pub(super) struct VmConfig {
     pub disks: Vec<Disk>,
     pub console: Console,
     pub vsock: Option<Vsock>,
+    pub cgroup: Option<Cgroup>,
     pub kick_signal: u8,
     /// What the layer above needs on the kernel's command line.
     pub parameters: Vec<(&'static str, &'static str)>,
@@ -208,6 +210,7 @@ mod tests {
             disks: vec![],
             console: Console::none(),
             vsock: None,
+            cgroup: None,
             kick_signal: 10,
             parameters: vec![],
         };

@@ -36,6 +36,11 @@ pub enum EventKind {
     Paused,
     /// It goes on after a pause.
     Resumed,
+    /// It runs without something that was optional.
+    Degraded {
+        /// Without what, and why.
+        what: String,
+    },
     /// A device cannot go on until the guest's driver resets it.
     DeviceError {
         /// The device's name: `disk0`, `vsock`, `console`, `rng`, `balloon`.
@@ -57,6 +62,7 @@ impl fmt::Display for Event {
             EventKind::DriversReady => f.write_str("virtio drivers ready"),
             EventKind::Paused => f.write_str("paused"),
             EventKind::Resumed => f.write_str("resumed"),
+            EventKind::Degraded { what } => write!(f, "without {what}"),
             EventKind::DeviceError { device, what } => write!(f, "{device} needs a reset: {what}"),
             EventKind::Ended => f.write_str("ended"),
             EventKind::Missed(n) => write!(f, "{n} events were dropped"),

@@ -9,6 +9,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use super::cgroup::{Leaf, Member};
 use super::config::VmConfig;
 use super::events::{EventKind, Log};
 use super::exit::{Exit, Marks, Reason, Trace};
@@ -242,6 +243,11 @@ pub(super) fn start(config: &VmConfig) -> Result<Vm> {
     let (marks, log) = (Marks::new(begin), Log::new(begin));
     // Everything that can be wrong with the configuration is found before the hypervisor is asked for anything.
     let vcpus = config.vcpus()?;
+    let cgroup = config.cgroup.as_ref().map(|cgroup| cgroup.make()).transpose()?;
+    let cgroup = cgroup.and_then(|made| {
+        let degraded = |why| log.push(EventKind::Degraded { what: format!("a cgroup: {why}") });
+        made.map_err(degraded).ok()
+    });
     let ranges = layout::memory_ranges(config.memory.size())?;
     let output = Output::new()?;
     let memory = GuestMemory::new(&ranges, config.memory.backing())?;
@@ -291,9 +297,16 @@ pub(super) fn start(config: &VmConfig) -> Result<Vm> {
     };
     let machine = Arc::new(Machine { vm, mmio, ports, loops, shared: shared.clone(), _memory: memory });
 
-    let pump = start_pump(config, &output)?;
-    let threads = start_vcpus(&machine, &cpu, vcpus, entry);
-    let vm = Vm::new(shared, threads.threads, pump, listeners, handles);
+    let member = cgroup.as_ref().map(Leaf::member);
+    if let Some(member) = &member {
+        handles.loops.iter().try_for_each(|it| {
+            let member = member.clone();
+            it.with(move |_| member.join())?
+        })?;
+    }
+    let pump = start_pump(config, &output, member.clone())?;
+    let threads = start_vcpus(&machine, &cpu, vcpus, entry, member);
+    let vm = Vm::new(shared, threads.threads, pump, listeners, handles, cgroup);
     // A thread that could not start is an error; those that could are ended by dropping `vm`.
     threads.outcome.map(|()| vm)
 }
@@ -423,13 +436,17 @@ fn ports(vm: &VmFd, shared: &Arc<Shared>) -> Result<(Bus, Keyboard)> {
 }
 
 /// The thread that gives the console to the embedder's writer, which may block.
-fn start_pump(config: &VmConfig, output: &Output) -> Result<Option<JoinHandle<()>>> {
+fn start_pump(config: &VmConfig, output: &Output, member: Option<Member>) -> Result<Option<JoinHandle<()>>> {
     let Some(writer) = config.console.writer.clone() else {
         return Ok(None);
     };
     output.expect_pump();
     let output = output.clone();
     let pump = move || {
+        // A writer that is slow because it has no time is better than none.
+        if let Some(Err(error)) = member.map(|member| member.join()) {
+            log::warn!("the console's thread: {error}");
+        }
         let mut writer = writer.lock().unwrap_or_else(PoisonError::into_inner);
         output.pump(&mut *writer);
     };
@@ -448,15 +465,16 @@ struct Started {
 }
 
 /// Starts the vCPU threads; each makes its vCPU, as KVM wants, and runs it once all are made.
-fn start_vcpus(machine: &Arc<Machine>, cpu: &Cpu, vcpus: u8, entry: GuestAddress) -> Started {
+fn start_vcpus(machine: &Arc<Machine>, cpu: &Cpu, vcpus: u8, entry: GuestAddress, member: Option<Member>) -> Started {
     let (ready, answers) = mpsc::channel::<Result<()>>();
     let (mut threads, mut outcome, mut gates) = (Vec::new(), Ok(()), Vec::new());
     for id in 0..vcpus {
         let (gate, open) = mpsc::sync_channel::<()>(1);
-        let (its_machine, cpu, ready) = (machine.clone(), cpu.clone(), ready.clone());
+        let (its_machine, cpu, ready, member) = (machine.clone(), cpu.clone(), ready.clone(), member.clone());
         let body = move || {
             let machine = its_machine;
-            let made = make_vcpu(&machine, &cpu, id, entry);
+            let joined = member.map_or(Ok(()), |member| member.join());
+            let made = joined.and_then(|()| make_vcpu(&machine, &cpu, id, entry));
             let (vcpu, answer) = match made {
                 Ok(vcpu) => (Some(vcpu), Ok(())),
                 Err(error) => (None, Err(error.doing(format!("making vCPU {id}")))),

@@ -1,6 +1,7 @@
 //! [`Vm`]: a virtual machine that runs, and everything to make, watch and end one.
 
 mod builder;
+mod cgroup;
 mod config;
 mod events;
 mod exit;
@@ -16,6 +17,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 pub use builder::VmBuilder;
+pub use cgroup::{Cgroup, CgroupStats};
 pub use config::{Console, Disk, Vsock};
 pub use events::{Event, EventKind, Events};
 pub use exit::{Exit, Registers, Stage, Timeline, Trace};
@@ -31,6 +33,7 @@ use crate::sys::borrow;
 use crate::virtio::balloon::Balloon;
 use crate::virtio::vsock::{VsockListener, VsockStream};
 use crate::virtio::{DeviceHandle, Slots};
+use cgroup::Leaf;
 use exit::Reason;
 use machine::Shared;
 
@@ -59,6 +62,8 @@ pub struct Vm {
     /// Listeners that were configured and not yet taken.
     listeners: Mutex<Vec<VsockListener>>,
     handles: Handles,
+    /// Goes last, when no thread is in it any more.
+    cgroup: Option<Leaf>,
 }
 
 /// Ways to the parts of a machine.
@@ -82,9 +87,10 @@ impl Vm {
         pump: Option<JoinHandle<()>>,
         listeners: Vec<VsockListener>,
         handles: Handles,
+        cgroup: Option<Leaf>,
     ) -> Self {
         let (paused, listeners) = (Mutex::default(), Mutex::new(listeners));
-        Self { shared, threads, _pump: pump, paused, listeners, handles }
+        Self { shared, threads, _pump: pump, paused, listeners, handles, cgroup }
     }
 
     /// Waits until the VM has ended, however that comes about. May be called again and from many threads.
@@ -201,7 +207,7 @@ impl Vm {
     /// What processors and devices have done so far. Does not disturb the guest.
     pub fn stats(&self) -> Stats {
         let vcpus = self.shared.vcpus.iter().map(vcpu::VcpuControl::stats).collect();
-        Stats { vcpus, devices: self.shared.device_stats() }
+        Stats { vcpus, devices: self.shared.device_stats(), cgroup: self.cgroup.as_ref().map(Leaf::stats) }
     }
 
     /// What the guest's memory costs the host, and how the guest uses it. Asks the guest and waits at most a second for

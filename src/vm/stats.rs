@@ -4,6 +4,7 @@ use std::fmt::{self, Write};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use super::cgroup::CgroupStats;
 use crate::size::Size;
 pub use crate::virtio::balloon::GuestMemoryUse;
 
@@ -15,6 +16,8 @@ pub struct Stats {
     pub vcpus: Vec<VcpuStats>,
     /// One for each virtio device: disks first, in their order.
     pub devices: Vec<DeviceStats>,
+    /// Of the control group, when the VM has one.
+    pub cgroup: Option<CgroupStats>,
 }
 
 /// What a vCPU has done.
@@ -109,6 +112,14 @@ const DEVICE_METRICS: [Metric<DeviceStats>; 6] = [
     ("cofferdam_device_faults", "Mistakes of the driver that needed a reset.", |d| d.faults),
 ];
 
+/// The same in seconds.
+type TimeMetric<T> = (&'static str, &'static str, fn(&T) -> Duration);
+
+const CGROUP_METRICS: [TimeMetric<CgroupStats>; 2] = [
+    ("cofferdam_cgroup_cpu_seconds", "Processor time of all threads of the VM.", |g| g.cpu_time),
+    ("cofferdam_cgroup_throttled_seconds", "Time in which they waited for their limit.", |g| g.throttled_time),
+];
+
 const EXITS: [Metric<VcpuStats>; 4] = [
     ("port", "", |v| v.port_exits),
     ("mmio", "", |v| v.mmio_exits),
@@ -159,6 +170,14 @@ fn write_metrics(to: &mut String, all: &[(&str, &Stats)]) -> fmt::Result {
             writeln!(to, "{family}_total{{{}}} {}", labels(vm, "device", &device.name), value(device))?;
         }
     }
+    let groups = || all.iter().filter_map(|(vm, s)| Some((*vm, s.cgroup?)));
+    for (family, help, value) in CGROUP_METRICS {
+        writeln!(to, "# TYPE {family} counter\n# UNIT {family} seconds\n# HELP {family} {help}")?;
+        for (vm, group) in groups() {
+            let time = value(&group);
+            writeln!(to, "{family}_total{{vm=\"{}\"}} {}.{:09}", escaped(vm), time.as_secs(), time.subsec_nanos())?;
+        }
+    }
     to.write_str("# EOF\n")
 }
 
@@ -183,18 +202,20 @@ mod tests {
             faults: 6,
         };
         let vcpu = VcpuStats { cpu_time: Duration::from_millis(1500), mmio_exits: 7, ..VcpuStats::default() };
-        let stats = Stats { vcpus: vec![vcpu; 2], devices: vec![device] };
+        let cgroup = CgroupStats { throttled_time: Duration::from_millis(250), ..CgroupStats::default() };
+        let stats = Stats { vcpus: vec![vcpu; 2], devices: vec![device], cgroup: Some(cgroup) };
         let text = Stats::openmetrics([("a", &stats), ("quo\"te}", &stats)]);
         for line in [
             "cofferdam_vcpu_cpu_seconds_total{vm=\"a\",vcpu=\"1\"} 1.500000000",
             "cofferdam_vcpu_exits_total{vm=\"a\",vcpu=\"0\",reason=\"mmio\"} 7",
             "cofferdam_vcpu_exits_total{vm=\"quo\\\"te}\",vcpu=\"0\",reason=\"mmio\"} 7",
+            "cofferdam_cgroup_throttled_seconds_total{vm=\"a\"} 0.250000000",
             "# UNIT cofferdam_device_written_bytes bytes",
             "cofferdam_device_written_bytes_total{vm=\"quo\\\"te}\",device=\"disk0\"} 4",
         ] {
             assert_eq!(text.lines().filter(|l| *l == line).count(), 1, "{line}\n{text}");
         }
-        assert_eq!(text.matches("# TYPE ").count(), 8);
+        assert_eq!(text.matches("# TYPE ").count(), 10);
         assert!(text.ends_with("# EOF\n") && !text.contains("\n\n"));
     }
 }

@@ -7,6 +7,7 @@
 #![allow(clippy::expect_used, reason = "a failure here is the test's")]
 
 mod boot;
+mod cgroup;
 mod container;
 mod disk;
 mod ends;
@@ -44,6 +45,8 @@ tests! {
     ends: power_off reboot halt panic panic_without_a_word want_of_memory device_that_is_never_reset triple_fault init_fault killed_while_it_spins dropped_while_it_spins
         ctrl_alt_del_asks_init_to_shut_down shutdown_ends_a_guest_that_does_not_listen the_exit_descriptor_tells
         a_stuck_console_writer_holds_nothing_up;
+    cgroup: threads_have_a_group_of_their_own_and_leave_none_behind a_limit_holds_and_is_counted
+        weights_divide_what_is_short where_there_is_none_the_reason_is_told;
     disk: written_and_read_back order_is_meaning read_only_is_kept one_writer_or_many_readers sizes_arrive;
     container: a_root_file_system_like_any_other missing_mount_points_are_made images_from_directories
         writes_are_private_and_gone_with_the_container stops_in_good_order

@@ -1,0 +1,277 @@
+//! [`Cgroup`]: what of the host's processors a VM's threads get, by a control group of their own.
+//!
+//! A threaded group (Linux cgroup v2, "Threads"), since all VMs are threads of one process: it divides processor time and
+//! nothing else. Made before the VM, entered by each of its threads, removed with the handle by [`Leaf`]'s drop.
+
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::sys;
+
+/// Names of groups begin so, followed by the process and something random.
+const PREFIX: &str = "cofferdam-";
+/// The period of `cpu.max`, in microseconds: the kernel's own default.
+const PERIOD: u64 = 100_000;
+/// Threads that were joined leave their group a moment later.
+const LEAVING: Duration = Duration::from_millis(500);
+
+/// A config value: a control group (cgroup v2) for the threads of a VM, which says what of the host's processors they get.
+///
+/// Without one, a VM's threads are threads of the process like any other. With one, a VM with many busy vCPUs gets no more
+/// than one with a single vCPU and the same weight. The group above becomes a *threaded domain* for as long as there are
+/// VMs below it, which needs it to be delegated to this process (systemd: `Delegate=yes`) and to have no other groups with
+/// processes below it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Cgroup {
+    parent: Option<PathBuf>,
+    weight: u32,
+    cpus: Option<f64>,
+    optional: bool,
+}
+
+impl Cgroup {
+    /// Below the group that this process is in.
+    #[allow(clippy::new_without_default, reason = "a group is asked for, never the default")]
+    pub fn new() -> Self {
+        Self { parent: None, weight: 100, cpus: None, optional: false }
+    }
+
+    /// Below the group whose folder is `path`. This process must be in it or below it: threads cannot leave their process.
+    pub fn under(path: impl Into<PathBuf>) -> Self {
+        Self { parent: Some(path.into()), ..Self::new() }
+    }
+
+    /// The VM's share, when processors are short, beside that of others: 1 to 10,000, 100 unless set (`cpu.weight`).
+    pub fn weight(mut self, weight: u32) -> Self {
+        self.weight = weight;
+        self
+    }
+
+    /// The most that the VM may use even when processors idle: the time of `n` of them, such as 0.5 (`cpu.max`, in periods
+    /// of 100 ms). Leave room for device threads beside the vCPUs.
+    pub fn cpus(mut self, n: f64) -> Self {
+        self.cpus = Some(n);
+        self
+    }
+
+    /// Where the host allows no such group, the VM starts without one, and [`EventKind::Degraded`] says why.
+    ///
+    /// [`EventKind::Degraded`]: crate::EventKind::Degraded
+    pub fn optional(mut self) -> Self {
+        self.optional = true;
+        self
+    }
+
+    /// Makes the group, or says in words why the VM has to do without.
+    ///
+    /// # Errors
+    /// `InvalidConfig` for numbers that cannot be; unless it is optional, `NotFound`, `PermissionDenied` or `Unsupported`
+    /// when the host has no group for it.
+    pub(super) fn make(&self) -> Result<Result<Leaf, String>> {
+        if !(1..=10_000).contains(&self.weight) {
+            return Err(Error::invalid("Cgroup::weight", format!("{} is not within 1 to 10,000", self.weight)));
+        }
+        let quota = match self.cpus {
+            None => "max".to_owned(),
+            // At least the millisecond that the kernel wants.
+            Some(n) if (0.01..=1e6).contains(&n) => format!("{:.0}", n * PERIOD as f64),
+            Some(n) => return Err(Error::invalid("Cgroup::cpus", format!("{n} is not within 0.01 to a million"))),
+        };
+        let made = self.parent().and_then(|parent| {
+            let leaf = Leaf::make(&parent)?;
+            leaf.set("cpu.weight", &self.weight.to_string())?;
+            leaf.set("cpu.max", &format!("{quota} {PERIOD}"))?;
+            Ok(leaf)
+        });
+        match made {
+            Ok(leaf) => Ok(Ok(leaf)),
+            Err(error) if self.optional => Ok(Err(error.to_string())),
+            Err(error) => Err(error.doing("cgroup")),
+        }
+    }
+
+    fn parent(&self) -> Result<PathBuf> {
+        if let Some(parent) = &self.parent {
+            return Ok(parent.clone());
+        }
+        let none = || Error::new(ErrorKind::Unsupported, "this process is in no cgroup of version 2");
+        let mounts = fs::read_to_string("/proc/self/mounts").doing(|| "looking for cgroups")?;
+        let groups = fs::read_to_string("/proc/self/cgroup").doing(|| "looking for cgroups")?;
+        let own = groups.lines().find_map(|line| line.strip_prefix("0::/")).ok_or_else(none)?;
+        let mount = mounts.lines().find_map(|line| match line.split(' ').collect::<Vec<_>>().as_slice() {
+            [_, at, "cgroup2", ..] => Some(Path::new(at).join(own)),
+            _ => None,
+        });
+        mount.ok_or_else(none)
+    }
+}
+
+/// What a group has done and had to wait for; see [`Stats`](crate::Stats).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct CgroupStats {
+    /// Processor time of all threads of the VM.
+    pub cpu_time: Duration,
+    /// How often, in periods of 100 ms, they had used up what [`Cgroup::cpus`] gives them.
+    pub throttled_periods: u64,
+    /// How long they have waited because of that, all threads together.
+    pub throttled_time: Duration,
+}
+
+/// A group that exists. Dropping it removes it once its threads are gone.
+#[derive(Debug)]
+pub(super) struct Leaf {
+    path: PathBuf,
+    member: Member,
+}
+
+/// By which a thread enters the group. Outliving the group is harmless.
+#[derive(Debug, Clone)]
+pub(super) struct Member(Arc<File>);
+
+impl Member {
+    /// The calling thread enters.
+    pub(super) fn join(&self) -> Result<()> {
+        // Zero is whoever writes (Linux cgroup v2, "Threads").
+        (&*self.0).write_all(b"0").doing(|| "entering the VM's cgroup")
+    }
+}
+
+impl Leaf {
+    fn make(parent: &Path) -> Result<Self> {
+        let hint = "; does this process own the group (systemd: Delegate=yes)?";
+        let failed = |what: &str, error: io::Error| {
+            let kind = match error.kind() {
+                io::ErrorKind::NotFound => ErrorKind::NotFound,
+                io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => ErrorKind::PermissionDenied,
+                _ => ErrorKind::Unsupported,
+            };
+            Error::new(kind, format!("{what} {}: {error}{hint}", parent.display()))
+        };
+        let controllers = fs::read_to_string(parent.join("cgroup.controllers"))
+            .map_err(|error| failed("reading the controllers of", error))?;
+        if !controllers.split_whitespace().any(|name| name == "cpu") {
+            let what = format!("the cpu controller is not enabled for {}{hint}", parent.display());
+            return Err(Error::new(ErrorKind::Unsupported, what));
+        }
+        sweep(parent);
+        let mut random = [0; 8];
+        sys::fill_random(&mut random).doing(|| "naming the VM's cgroup")?;
+        let name = format!("{PREFIX}{}-{:016x}", std::process::id(), u64::from_le_bytes(random));
+        let path = parent.join(name);
+        fs::create_dir(&path).map_err(|error| failed("making a group below", error))?;
+        let undo = |error| {
+            remove(&path);
+            error
+        };
+        let write =
+            |path: PathBuf, text: &str| fs::OpenOptions::new().write(true).open(path)?.write_all(text.as_bytes());
+        // The first makes the parent a threaded domain, which then may hand out processor time beside having processes.
+        write(path.join("cgroup.type"), "threaded")
+            .map_err(|error| undo(failed("threads cannot have groups below", error)))?;
+        write(parent.join("cgroup.subtree_control"), "+cpu")
+            .map_err(|error| undo(failed("enabling the cpu controller below", error)))?;
+        let member = fs::OpenOptions::new().write(true).open(path.join("cgroup.threads"));
+        let member = member.map_err(|error| undo(failed("opening a group below", error)))?;
+        Ok(Self { path, member: Member(Arc::new(member)) })
+    }
+
+    fn set(&self, file: &str, value: &str) -> Result<()> {
+        fs::write(self.path.join(file), value).doing(|| format!("writing {value} to {file}"))
+    }
+
+    pub(super) fn member(&self) -> Member {
+        self.member.clone()
+    }
+
+    pub(super) fn stats(&self) -> CgroupStats {
+        parse(&fs::read_to_string(self.path.join("cpu.stat")).unwrap_or_default())
+    }
+}
+
+impl Drop for Leaf {
+    fn drop(&mut self) {
+        remove(&self.path);
+    }
+}
+
+/// A thread that hangs in the host's kernel keeps its group; the next VM of another process removes it.
+fn remove(path: &Path) {
+    let step = Duration::from_millis(1);
+    for _ in 0..LEAVING.as_millis() {
+        match fs::remove_dir(path) {
+            Err(error) if error.raw_os_error() == Some(libc::EBUSY) => thread::sleep(step),
+            Ok(()) => return,
+            Err(error) => return log::warn!("removing {}: {error}", path.display()),
+        }
+    }
+    log::warn!("{} still has threads and is left behind", path.display());
+}
+
+/// Removes groups of processes that were killed and could not.
+fn sweep(parent: &Path) {
+    let Ok(entries) = fs::read_dir(parent) else { return };
+    for name in entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()) {
+        let process = name.strip_prefix(PREFIX).and_then(|rest| rest.split('-').next()?.parse::<u32>().ok());
+        if process.is_some_and(|id| !Path::new("/proc").join(id.to_string()).exists()) {
+            // One that is not empty is somebody's after all.
+            let _ = fs::remove_dir(parent.join(name));
+        }
+    }
+}
+
+/// `cpu.stat` (Linux cgroup v2, "CPU Interface Files").
+fn parse(text: &str) -> CgroupStats {
+    let mut stats = CgroupStats::default();
+    for (key, value) in text.lines().filter_map(|line| line.split_once(' ')) {
+        let Ok(value) = value.trim().parse::<u64>() else { continue };
+        match key {
+            "usage_usec" => stats.cpu_time = Duration::from_micros(value),
+            "nr_throttled" => stats.throttled_periods = value,
+            "throttled_usec" => stats.throttled_time = Duration::from_micros(value),
+            _ => {}
+        }
+    }
+    stats
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_that_cannot_be_are_refused_by_name() {
+        for (cgroup, method) in [
+            (Cgroup::new().weight(0), "Cgroup::weight: "),
+            (Cgroup::new().weight(10_001).optional(), "Cgroup::weight: "),
+            (Cgroup::new().cpus(0.0), "Cgroup::cpus: "),
+            (Cgroup::new().cpus(f64::NAN), "Cgroup::cpus: "),
+        ] {
+            let error = cgroup.make().unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::InvalidConfig);
+            assert!(error.to_string().starts_with(method), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_folder_that_is_no_group_is_refused_unless_that_does_not_matter() {
+        let folder = std::env::temp_dir();
+        let error = Cgroup::under(&folder).make().unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::NotFound);
+        assert!(error.to_string().starts_with("cgroup: reading the controllers of "), "{error}");
+        let why = Cgroup::under(&folder).optional().make().unwrap().unwrap_err();
+        assert!(why.contains("Delegate=yes"), "{why}");
+    }
+
+    #[test]
+    fn a_groups_numbers_are_read() {
+        let stats = parse("usage_usec 1500\nuser_usec 1\nnr_periods 9\nnr_throttled 4\nthrottled_usec 2000000\nodd\n");
+        assert_eq!(stats.throttled_periods, 4);
+        assert_eq!((stats.cpu_time, stats.throttled_time), (Duration::from_micros(1500), Duration::from_secs(2)));
+    }
+}
