@@ -3,17 +3,19 @@
 //! The value never leaves its thread while the loop lives, so it needs no lock. Others say
 //! `handle.with(|it| …)`; the closure runs on the owner and its answer comes back.
 
+mod mailbox;
+
 use std::any::Any;
-use std::collections::VecDeque;
 use std::fmt;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::sync::{self, Arc, mpsc};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
+use self::mailbox::{Closed, Mailbox, Wake};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::sys::{ControlOperation, Epoll, EpollEvent, EventFd, EventSet, STACK, borrow, eventfd, wait_readable};
 
@@ -57,48 +59,19 @@ impl fmt::Debug for Sources {
     }
 }
 
-type Request<S> = Box<dyn FnOnce(&mut S) + Send>;
-
-struct Mailbox<S> {
-    requests: VecDeque<Request<S>>,
-    /// The thread is gone or going: nothing will be run any more.
-    closed: bool,
-    hold: Hold,
-}
-
-/// Whether the loop looks at its descriptors.
-enum Hold {
-    No,
-    /// After those that are being looked at, it shall not look any more, and say so here.
-    Asked(mpsc::SyncSender<()>),
-    Yes,
-}
-
-struct Shared<S> {
-    mailbox: Mutex<Mailbox<S>>,
-    wake: EventFd,
-}
-
-impl<S> Shared<S> {
-    fn mailbox(&self) -> MutexGuard<'_, Mailbox<S>> {
-        // Poison is impossible to act on: the mailbox is valid after every statement that holds the lock.
-        self.mailbox.lock().unwrap_or_else(PoisonError::into_inner)
+impl Wake for EventFd {
+    fn wake(&self) {
+        // The only possible failure is a counter at its maximum, which is readable all the same.
+        let _ = self.write(1);
     }
 
-    /// Whether the loop shall look at its mailbox only. Tells who asked for it.
-    fn held(&self) -> bool {
-        let mut mailbox = self.mailbox();
-        if let Hold::Asked(held) = &mailbox.hold {
-            // Who asked may have given up.
-            let _ = held.send(());
-            mailbox.hold = Hold::Yes;
-        }
-        matches!(mailbox.hold, Hold::Yes)
+    fn clear(&self) {
+        let _ = self.read();
     }
 }
 
 /// A way to reach the value from other threads. Cheap to clone; outliving the loop is harmless.
-pub(crate) struct Remote<S>(Arc<Shared<S>>);
+pub(crate) struct Remote<S>(Arc<Mailbox<S, EventFd>>);
 
 impl<S> Clone for Remote<S> {
     fn clone(&self) -> Self {
@@ -147,15 +120,7 @@ impl<S: Handler> Remote<S> {
     /// # Errors
     /// `InvalidState` when the loop has ended.
     pub(crate) fn post(&self, f: impl FnOnce(&mut S) + Send + 'static) -> Result<()> {
-        {
-            let mut mailbox = self.0.mailbox();
-            if mailbox.closed {
-                return Err(Error::vm_ended());
-            }
-            mailbox.requests.push_back(Box::new(f));
-        }
-        self.wake();
-        Ok(())
+        self.0.post(Box::new(f)).map_err(|Closed| Error::vm_ended())
     }
 
     /// Keeps the loop from looking at its descriptors: when this returns, nothing happens to its value but what others ask
@@ -165,29 +130,15 @@ impl<S: Handler> Remote<S> {
     /// `InvalidState` when the loop has ended, `TimedOut` when it is busy for longer than `limit`; then it is not held.
     pub(crate) fn hold(&self, limit: Duration) -> Result<()> {
         let (held, wait) = mpsc::sync_channel(1);
-        {
-            let mut mailbox = self.0.mailbox();
-            if mailbox.closed {
-                return Err(Error::vm_ended());
-            }
-            if matches!(mailbox.hold, Hold::Yes) {
-                return Ok(());
-            }
-            mailbox.hold = Hold::Asked(held);
+        match self.0.hold(held).map_err(|Closed| Error::vm_ended())? {
+            true => answered(&wait, limit).inspect_err(|_| self.release()),
+            false => Ok(()),
         }
-        self.wake();
-        answered(&wait, limit).inspect_err(|_| self.release())
     }
 
     /// Lets the loop look at its descriptors again. Idempotent.
     pub(crate) fn release(&self) {
-        self.0.mailbox().hold = Hold::No;
-        self.wake();
-    }
-
-    fn wake(&self) {
-        // The only possible failure is a counter at its maximum, which is readable all the same.
-        let _ = self.0.wake.write(1);
+        self.0.release();
     }
 }
 
@@ -202,7 +153,7 @@ fn answered<R>(wait: &mpsc::Receiver<R>, limit: Duration) -> Result<R> {
 
 /// A running loop. Dropping it stops the thread and drops the value on it.
 pub(crate) struct Loop<S: Handler> {
-    shared: Arc<Shared<S>>,
+    mailbox: Arc<Mailbox<S, EventFd>>,
     thread: Option<JoinHandle<Option<S>>>,
     /// Nobody waits for the thread any more.
     abandoned: AtomicBool,
@@ -220,28 +171,23 @@ impl<S: Handler> Loop<S> {
             .0
             .ctl(ControlOperation::Add, wake.as_raw_fd(), EpollEvent::new(EventSet::IN, MAILBOX))
             .doing(|| "creating an event loop")?;
-        let mailbox = Mutex::new(Mailbox { requests: VecDeque::new(), closed: false, hold: Hold::No });
-        let shared = Arc::new(Shared { mailbox, wake });
-        let (mut value, epoll, theirs) = (make(sources.clone()), sources.0, shared.clone());
+        let mailbox = Arc::new(Mailbox::new(wake));
+        let (mut value, epoll, theirs) = (make(sources.clone()), sources.0, mailbox.clone());
         let thread = thread::Builder::new()
             .name(name.into())
             .stack_size(STACK)
             .spawn(move || {
                 // A panic is our own mistake. It must not leave others waiting for answers for ever.
                 let ended = catch_unwind(AssertUnwindSafe(|| run(&mut value, &epoll, &theirs)));
-                let mut mailbox = theirs.mailbox();
-                mailbox.closed = true;
-                mailbox.requests.clear();
-                mailbox.hold = Hold::No;
-                drop(mailbox);
+                theirs.end();
                 ended.is_ok().then_some(value)
             })
             .doing(|| format!("starting thread {name}"))?;
-        Ok(Self { shared, thread: Some(thread), abandoned: AtomicBool::new(false) })
+        Ok(Self { mailbox, thread: Some(thread), abandoned: AtomicBool::new(false) })
     }
 
     pub(crate) fn remote(&self) -> Remote<S> {
-        Remote(self.shared.clone())
+        Remote(self.mailbox.clone())
     }
 
     /// From now on dropping the loop does not wait for its thread, which hangs in a call of the host's: the thread ends,
@@ -257,8 +203,7 @@ impl<S: Handler> Loop<S> {
     }
 
     fn stop(&mut self) -> Result<Option<S>, Box<dyn Any + Send>> {
-        self.shared.mailbox().closed = true;
-        let _ = self.shared.wake.write(1);
+        self.mailbox.close();
         let thread = self.thread.take().filter(|_| !self.abandoned.load(Ordering::SeqCst));
         thread.map_or(Ok(None), JoinHandle::join)
     }
@@ -280,7 +225,7 @@ impl<S: Handler> fmt::Debug for Loop<S> {
 /// How many ready descriptors are taken from the kernel at once.
 const BATCH: usize = 32;
 
-fn run<S: Handler>(value: &mut S, epoll: &Epoll, shared: &Shared<S>) {
+fn run<S: Handler>(value: &mut S, epoll: &Epoll, mailbox: &Mailbox<S, EventFd>) {
     let mut events = [EpollEvent::default(); BATCH];
     loop {
         let count = match epoll.wait(-1, &mut events) {
@@ -295,7 +240,7 @@ fn run<S: Handler>(value: &mut S, epoll: &Epoll, shared: &Shared<S>) {
         for event in events.iter().take(count) {
             if event.data() == MAILBOX {
                 asked = true;
-                if !serve(value, shared) {
+                if !mailbox.serve(value) {
                     return;
                 }
             } else {
@@ -303,29 +248,15 @@ fn run<S: Handler>(value: &mut S, epoll: &Epoll, shared: &Shared<S>) {
             }
         }
         // Only now, as what was taken from the kernel may not be told again.
-        while asked && shared.held() {
-            if let Err(e) = wait_readable(borrow(&shared.wake), None) {
+        while asked && mailbox.held() {
+            if let Err(e) = wait_readable(borrow(mailbox.waker()), None) {
                 log::error!("an event loop cannot wait any more: {e}");
                 return;
             }
-            if !serve(value, shared) {
+            if !mailbox.serve(value) {
                 return;
             }
         }
-    }
-}
-
-/// Runs every request. False when the loop shall end.
-fn serve<S: Handler>(value: &mut S, shared: &Shared<S>) -> bool {
-    // Cleared first: a request that comes later wakes the loop again.
-    let _ = shared.wake.read();
-    loop {
-        let mut mailbox = shared.mailbox();
-        let Some(request) = mailbox.requests.pop_front() else {
-            return !mailbox.closed;
-        };
-        drop(mailbox);
-        request(value);
     }
 }
 

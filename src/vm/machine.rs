@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -42,7 +42,6 @@ const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// What every thread of a VM sees of its end.
 pub(super) struct Shared {
-    stopping: AtomicBool,
     end: Mutex<End>,
     ended: Condvar,
     /// Readable once the VM has ended.
@@ -69,14 +68,13 @@ impl Shared {
     }
 
     pub(super) fn stopping(&self) -> bool {
-        self.stopping.load(Ordering::SeqCst)
+        self.gate.gone()
     }
 
     /// Makes all vCPUs stop. The first reason is the one that is reported.
     pub(super) fn stop(&self, reason: Reason, last: LastExit) {
         self.end().reason.get_or_insert((reason, last));
         self.marks.ended();
-        self.stopping.store(true, Ordering::SeqCst);
         self.gate.remove();
         self.kick();
     }
@@ -265,7 +263,6 @@ pub(super) fn start(config: &VmConfig) -> Result<Vm> {
     vm.set_memory(&memory)?;
     let cpu = Cpu::host(&kvm, vcpus)?;
     let shared = Arc::new(Shared {
-        stopping: AtomicBool::new(false),
         end: Mutex::default(),
         ended: Condvar::new(),
         exit_fd: eventfd().doing(|| "creating the exit descriptor")?,

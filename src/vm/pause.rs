@@ -1,27 +1,43 @@
-//! The gate that vCPU threads wait at while a VM is paused.
+//! The gate that vCPU threads pass before each entry into the guest: where a pause stops them, and the end for good.
 //!
 //! Closing it and kicking the vCPUs brings all of them here; each has finished what its last exit began. Nobody holds a
-//! lock in KVM_RUN, and a VM that ends while it is paused opens the gate for good.
+//! lock in KVM_RUN, and a VM that ends while it is paused opens the gate for good. `tests/models.rs` runs these very lines
+//! in many thousand orders of their threads.
 
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
+
+use super::sync::atomic::{AtomicBool, Ordering};
+use super::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 /// Shared by the threads of one VM.
 #[derive(Debug, Default)]
 pub(super) struct Gate {
-    /// Changed under the lock, looked at without it before each KVM_RUN.
+    /// Both are changed under the lock, and looked at without it before each KVM_RUN.
     closed: AtomicBool,
-    state: Mutex<State>,
+    /// The VM ends: nobody waits any more, and nobody runs.
+    gone: AtomicBool,
+    /// How many vCPU threads wait here.
+    parked: Mutex<usize>,
     changed: Condvar,
 }
 
-#[derive(Debug, Default)]
-struct State {
-    /// How many vCPU threads wait here.
-    parked: usize,
-    /// The VM ends: nobody waits any more.
-    gone: bool,
+/// How a vCPU's thread asks its own vCPU to come back.
+pub(super) trait ExitRequest {
+    /// The next KVM_RUN finishes what the last exit began, and no more.
+    fn request_exit(&self);
+    /// The next KVM_RUN enters the guest.
+    fn clear_exit_request(&self);
+}
+
+/// What a vCPU's thread does next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Turn {
+    /// The VM has ended.
+    End,
+    /// Run the guest.
+    Enter,
+    /// Call KVM_RUN, which will not enter the guest; when it was merely interrupted, [`Gate::park`].
+    Finish,
 }
 
 /// What came of waiting for all vCPUs.
@@ -35,59 +51,79 @@ pub(super) enum Parked {
 }
 
 impl Gate {
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    fn parked(&self) -> MutexGuard<'_, usize> {
+        self.parked.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// vCPUs that come by from now on wait. They must be kicked after this.
     pub(super) fn close(&self) {
-        let state = self.state();
-        self.closed.store(!state.gone, Ordering::SeqCst);
+        let _parked = self.parked();
+        self.closed.store(!self.gone(), Ordering::SeqCst);
     }
 
     /// Lets them go on.
     pub(super) fn open(&self) {
-        let _state = self.state();
+        let _parked = self.parked();
         self.closed.store(false, Ordering::SeqCst);
         self.changed.notify_all();
     }
 
-    /// The VM ends.
+    /// The VM ends. vCPUs must be kicked after this.
     pub(super) fn remove(&self) {
-        self.state().gone = true;
-        self.open();
+        let _parked = self.parked();
+        self.gone.store(true, Ordering::SeqCst);
+        self.closed.store(false, Ordering::SeqCst);
+        self.changed.notify_all();
     }
 
-    /// Whether a vCPU has to stop here.
-    pub(super) fn closed(&self) -> bool {
+    /// Whether the VM ends.
+    pub(super) fn gone(&self) -> bool {
+        self.gone.load(Ordering::SeqCst)
+    }
+
+    fn closed(&self) -> bool {
         self.closed.load(Ordering::SeqCst)
+    }
+
+    /// What the thread of `vcpu` does next.
+    pub(super) fn turn(&self, vcpu: &impl ExitRequest) -> Turn {
+        // Cleared before the checks: an end or a pause that comes later makes a new request.
+        vcpu.clear_exit_request();
+        match () {
+            () if self.gone() => Turn::End,
+            () if self.closed() => {
+                vcpu.request_exit();
+                Turn::Finish
+            }
+            () => Turn::Enter,
+        }
     }
 
     /// A vCPU's thread waits until it may go on. True when it had to.
     pub(super) fn park(&self) -> bool {
-        let mut state = self.state();
+        let mut parked = self.parked();
         if !self.closed() {
             return false;
         }
-        state.parked += 1;
+        *parked += 1;
         self.changed.notify_all();
         while self.closed() {
-            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            parked = self.changed.wait(parked).unwrap_or_else(PoisonError::into_inner);
         }
-        state.parked -= 1;
+        *parked -= 1;
         true
     }
 
     /// Waits until `vcpus` threads are here.
     pub(super) fn wait_parked(&self, vcpus: usize, deadline: Instant) -> Parked {
-        let mut state = self.state();
+        let mut parked = self.parked();
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             match () {
-                () if state.gone => return Parked::Gone,
-                () if state.parked >= vcpus => return Parked::All,
-                () if left.is_zero() => return Parked::Busy(vcpus - state.parked),
-                () => state = self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0,
+                () if self.gone() => return Parked::Gone,
+                () if *parked >= vcpus => return Parked::All,
+                () if left.is_zero() => return Parked::Busy(vcpus - *parked),
+                () => parked = self.changed.wait_timeout(parked, left).unwrap_or_else(PoisonError::into_inner).0,
             }
         }
     }

@@ -7,6 +7,7 @@ use std::time::Duration;
 use super::events::EventKind;
 use super::exit::{Reason, Registers};
 use super::machine::Machine;
+use super::pause::{ExitRequest, Turn};
 use super::stats::{ExitCounts, VcpuStats, count};
 use crate::bus::Bus;
 use crate::kvm::{Kicker, VcpuExit, VcpuFd};
@@ -59,6 +60,16 @@ impl VcpuControl {
     }
 }
 
+impl ExitRequest for VcpuFd {
+    fn request_exit(&self) {
+        Self::request_exit(self);
+    }
+
+    fn clear_exit_request(&self) {
+        Self::clear_exit_request(self);
+    }
+}
+
 /// Why a vCPU left the guest for good, in words, and its registers where they matter.
 pub(super) type LastExit = (Option<String>, Option<Registers>);
 
@@ -73,15 +84,9 @@ pub(super) fn run(machine: &Machine, id: u8, mut vcpu: VcpuFd) {
     }
     let mut told_entered = false;
     loop {
-        // Cleared before the check: a stop that is requested later makes a new request.
-        vcpu.clear_exit_request();
-        if machine.shared.stopping() {
+        let turn = machine.shared.gate.turn(&vcpu);
+        if turn == Turn::End {
             break;
-        }
-        let pausing = machine.shared.gate.closed();
-        if pausing {
-            // What the last exit began must be finished in KVM before the vCPU rests; the guest is not entered.
-            vcpu.request_exit();
         }
         let exit = vcpu.run();
         count(match &exit {
@@ -90,7 +95,7 @@ pub(super) fn run(machine: &Machine, id: u8, mut vcpu: VcpuFd) {
             Ok(VcpuExit::Interrupted) => &control.exits.interrupted,
             _ => &control.exits.other,
         });
-        if pausing && matches!(exit, Ok(VcpuExit::Interrupted)) {
+        if turn == Turn::Finish && matches!(exit, Ok(VcpuExit::Interrupted)) {
             if machine.shared.gate.park() {
                 vcpu.tell_paused();
             }

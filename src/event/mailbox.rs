@@ -1,0 +1,129 @@
+//! What others ask of a loop's value: closures, in order, until the loop ends.
+//!
+//! Shared by the loop's thread and everybody with a `Remote`. `tests/models.rs` runs these very lines in many thousand
+//! orders of their threads.
+
+use std::collections::VecDeque;
+
+use super::sync::{Mutex, MutexGuard, PoisonError, mpsc};
+
+pub(super) type Request<S> = Box<dyn FnOnce(&mut S) + Send>;
+
+/// By which the loop's thread is told to look.
+pub(super) trait Wake {
+    /// Never waits; many in a row are one.
+    fn wake(&self);
+    /// What was told so far is seen.
+    fn clear(&self);
+}
+
+/// The mailbox of one loop.
+pub(super) struct Mailbox<S, W> {
+    state: Mutex<State<S>>,
+    wake: W,
+}
+
+struct State<S> {
+    requests: VecDeque<Request<S>>,
+    /// The thread is gone or going: nothing will be run any more.
+    closed: bool,
+    hold: Hold,
+}
+
+/// Whether the loop looks at its descriptors.
+enum Hold {
+    No,
+    /// After those that are being looked at, it shall not look any more, and say so here.
+    Asked(mpsc::SyncSender<()>),
+    Yes,
+}
+
+/// The loop has ended.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Closed;
+
+impl<S, W: Wake> Mailbox<S, W> {
+    pub(super) fn new(wake: W) -> Self {
+        Self { state: Mutex::new(State { requests: VecDeque::new(), closed: false, hold: Hold::No }), wake }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State<S>> {
+        // Poison is impossible to act on: the state is valid after every statement that holds the lock.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn waker(&self) -> &W {
+        &self.wake
+    }
+
+    pub(super) fn post(&self, request: Request<S>) -> Result<(), Closed> {
+        let mut state = self.state();
+        if state.closed {
+            return Err(Closed);
+        }
+        state.requests.push_back(request);
+        drop(state);
+        self.wake.wake();
+        Ok(())
+    }
+
+    /// Asks the loop not to look at its descriptors; it says so by `held`. False when it does not look already.
+    pub(super) fn hold(&self, held: mpsc::SyncSender<()>) -> Result<bool, Closed> {
+        let mut state = self.state();
+        match state.hold {
+            _ if state.closed => return Err(Closed),
+            Hold::Yes => return Ok(false),
+            _ => state.hold = Hold::Asked(held),
+        }
+        drop(state);
+        self.wake.wake();
+        Ok(true)
+    }
+
+    pub(super) fn release(&self) {
+        self.state().hold = Hold::No;
+        self.wake.wake();
+    }
+
+    /// No more requests are taken; those that are here are still run.
+    pub(super) fn close(&self) {
+        self.state().closed = true;
+        self.wake.wake();
+    }
+
+    /// By the loop's thread: runs every request. False when the loop shall end.
+    pub(super) fn serve(&self, value: &mut S) -> bool {
+        // Cleared first: a request that comes later wakes the loop again.
+        self.wake.clear();
+        loop {
+            let mut state = self.state();
+            let Some(request) = state.requests.pop_front() else {
+                return !state.closed;
+            };
+            drop(state);
+            request(value);
+        }
+    }
+
+    /// By the loop's thread: whether it shall look at its mailbox only. Tells who asked for it.
+    pub(super) fn held(&self) -> bool {
+        let mut state = self.state();
+        if let Hold::Asked(held) = &state.hold {
+            // Who asked may have given up.
+            let _ = held.try_send(());
+            state.hold = Hold::Yes;
+        }
+        matches!(state.hold, Hold::Yes)
+    }
+
+    /// By the loop's thread, when it ends for whatever reason: everybody who waits is told by what is dropped.
+    pub(super) fn end(&self) {
+        let mut state = self.state();
+        state.closed = true;
+        state.hold = Hold::No;
+        let requests = std::mem::take(&mut state.requests);
+        drop(state);
+        // Not under the lock: dropping a closure may run anything.
+        drop(requests);
+    }
+}
