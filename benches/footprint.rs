@@ -1,4 +1,4 @@
-//! Host memory of an idle VM beyond the guest's own pages, with 1 and with 50 in one process; QEMU's microvm beside it.
+//! Host memory of an idle VM beyond the guest's own pages, with 1 and with 64 in one process; QEMU's microvm beside it.
 
 #![allow(clippy::print_stdout, clippy::expect_used, reason = "a bench prints, and fails loudly")]
 
@@ -136,8 +136,8 @@ fn main() {
         (all - guest).saturating_sub(before) as f64 / n as f64
     };
     figure("1 VM: resident beyond guest pages", beyond(1), peer);
-    while vms.len() < 50 {
+    while vms.len() < 64 {
         vms.push(start(&kernel));
     }
-    figure("50 VMs: resident beyond guest pages, each", beyond(50), peer);
+    figure("64 VMs: resident beyond guest pages, each", beyond(64), peer);
 }

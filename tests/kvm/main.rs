@@ -63,7 +63,8 @@ tests! {
     lifecycle: a_paused_guest_stands_still_and_goes_on nothing_is_lost_however_often_it_is_paused
         clocks_go_on_while_paused a_paused_guest_ends_when_told pauses_and_ends_race_from_many_threads
         events_tell_the_whole_life numbers_grow_with_what_the_guest_does;
-    many: ten_machines_in_one_process starting_and_ending_leaves_nothing_behind two_kernels_side_by_side;
+    many: ten_machines_in_one_process a_thousand_machines_leave_nothing_behind fifty_containers_leave_nothing_behind
+        sixty_four_machines_at_once machines_that_race_from_many_threads two_kernels_side_by_side;
     memory: what_a_guest_frees_comes_back the_balloon_takes_what_it_is_told_and_gives_it_back
         a_guest_short_of_memory_takes_it_from_the_balloon asked_for_in_transparent_huge_pages
         in_a_file_that_others_may_map in_huge_pages_of_the_hosts_pool;
