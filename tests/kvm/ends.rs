@@ -5,21 +5,13 @@ use std::time::{Duration, Instant};
 
 use cofferdam::{Console, Exit, Stage, Vm};
 
-use crate::fixture::{Outcome, PATIENCE, Printed, Temp, guest, run, tiny_kernel};
+use crate::fixture::{Outcome, PATIENCE, Printed, Temp, driver, guest, run, tiny_kernel};
 use crate::{check, check_eq};
 
 /// `mov dx, 0x600; mov al, N; out dx, al; hlt`
 fn exit_port(value: u8) -> Vec<u8> {
     vec![0x66, 0xba, 0x00, 0x06, 0xb0, value, 0xee, 0xf4]
 }
-
-/// Maps 3 to 4 GiB, where devices are, and sets `rdi` to the first of them.
-pub const MAP_DEVICES: &[u8] = &[
-    0x48, 0xb8, 0x83, 0, 0, 0xc0, 0, 0, 0, 0, // mov rax, 0xc0000083
-    0x48, 0xa3, 0x18, 0xa0, 0, 0, 0, 0, 0, 0, // mov [0xa018], rax
-    0x0f, 0x20, 0xd9, 0x0f, 0x22, 0xd9, // mov rcx, cr3; mov cr3, rcx
-    0xbf, 0, 0, 0, 0xd0, // mov edi, 0xd0000000
-];
 
 /// `jmp .`
 const SPIN: &[u8] = &[0xeb, 0xfe];
@@ -80,15 +72,8 @@ pub fn want_of_memory() -> Outcome {
 }
 
 pub fn device_that_is_never_reset() -> Outcome {
-    // Maps 3 to 4 GiB, then starts the first device as a driver does, but for a queue of three entries; jmp .
-    let mut code = MAP_DEVICES.to_vec();
-    let steps = [(0x70, 1), (0x70, 3), (0x24, 1), (0x20, 1), (0x70, 11), (0x38, 3), (0x44, 1), (0x70, 15)];
-    for (register, value) in steps {
-        // mov dword [rdi+register], value
-        code.extend([0xc7, 0x87].iter().chain(&u32::to_le_bytes(register)).chain(&u32::to_le_bytes(value)));
-    }
-    code.extend(SPIN);
-    let exit = tiny(&code)?;
+    // Starts the first device as a driver does, but for a queue of three entries.
+    let exit = tiny(&[driver(0, 0x3000, 3), SPIN.to_vec()].concat())?;
     check!(matches!(&exit, Exit::DeviceFault(why, _) if why.starts_with("console: queue 0: ")), "{exit}");
     check!(exit.to_string().contains("did not reset it within 10 s"), "{exit}");
     Ok(())

@@ -198,3 +198,31 @@ pub fn tiny_kernel(temp: &Temp, code: &[u8]) -> cofferdam::Result<Kernel> {
     std::fs::write(path, tiny::elf(code))?;
     Kernel::open(path)
 }
+
+/// Code that maps 3 to 4 GiB, where devices are, and sets `rdi` to the first of them.
+pub const MAP_DEVICES: &[u8] = &[
+    0x48, 0xb8, 0x83, 0, 0, 0xc0, 0, 0, 0, 0, // mov rax, 0xc0000083
+    0x48, 0xa3, 0x18, 0xa0, 0, 0, 0, 0, 0, 0, // mov [0xa018], rax
+    0x0f, 0x20, 0xd9, 0x0f, 0x22, 0xd9, // mov rcx, cr3; mov cr3, rcx
+    0xbf, 0, 0, 0, 0xd0, // mov edi, 0xd0000000
+];
+
+/// Where the rings of [`driver`]'s queue are: descriptors, available, used.
+pub const RINGS: [u32; 3] = [0x20_0000, 0x20_1000, 0x20_2000];
+
+/// Code that does what a driver does to start the `n`th device (of a VM without disks: console, entropy, balloon), with a
+/// first queue of `size` entries whose descriptors are at `descriptors`.
+pub fn driver(n: u32, descriptors: u64, size: u32) -> Vec<u8> {
+    let (low, high) = (descriptors as u32, (descriptors >> 32) as u32);
+    let steps = [(0x70, 1), (0x70, 3), (0x24, 1), (0x20, 1), (0x70, 11), (0x38, size), (0x80, low), (0x84, high)];
+    let more = [(0x90, RINGS[1]), (0xa0, RINGS[2]), (0x44, 1), (0x70, 15)];
+    let mut code = MAP_DEVICES.to_vec();
+    // mov edi, window
+    code.push(0xbf);
+    code.extend((0xd000_0000 + n * 0x1000).to_le_bytes());
+    for (register, value) in steps.into_iter().chain(more) {
+        // mov dword [rdi+register], value
+        code.extend([[0xc7, 0x87].as_slice(), &u32::to_le_bytes(register), &u32::to_le_bytes(value)].concat());
+    }
+    code
+}

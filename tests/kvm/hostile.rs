@@ -3,10 +3,12 @@
 use std::io::Read;
 use std::time::{Duration, Instant};
 
-use cofferdam::{Container, Exit, Size, Stdio, Vm, Vsock};
+use cofferdam::{Container, Disk, EventKind, Exit, ExitStatus, Size, Stdio, Vm, Vsock};
 
-use crate::ends::MAP_DEVICES;
-use crate::fixture::{Outcome, PATIENCE, Temp, alone, container, guest, resident, tiny_kernel};
+use crate::fixture::{
+    MAP_DEVICES, Outcome, PATIENCE, RINGS, Temp, alone, container, debian_container, driver, guest, resident, run,
+    tiny_kernel,
+};
 use crate::{check, check_eq};
 
 /// The neighbour still runs programs, and soon.
@@ -47,6 +49,111 @@ pub fn registers_written_at_random() -> Outcome {
     vm.kill();
     check!(matches!(vm.wait()?, Exit::Killed(_)));
     Ok(())
+}
+
+/// `mov dword [address], value`
+fn store(address: u32, value: u32) -> Vec<u8> {
+    [[0xc7, 0x04, 0x25].as_slice(), &address.to_le_bytes(), &value.to_le_bytes()].concat()
+}
+
+/// Offers one more buffer, kicks the first queue, waits until the buffer comes back, and so on for ever:
+/// inc word [available.index]; mov dword [rdi+0x50], 0; mov ax, [used.index]; cmp ax, [available.index]; jne .-16; jmp .-33
+fn storm() -> Vec<u8> {
+    let [available, used] = [RINGS[1], RINGS[2]].map(|ring| (ring + 2).to_le_bytes());
+    let kick = [0xc7, 0x47, 0x50, 0, 0, 0, 0];
+    let parts = [&[0x66, 0xff, 0x04, 0x25], available.as_slice(), &kick, &[0x66, 0x8b, 0x04, 0x25], &used];
+    [parts.concat().as_slice(), &[0x66, 0x3b, 0x04, 0x25], &available, &[0x75, 0xee, 0xeb, 0xdd]].concat()
+}
+
+pub fn queues_where_no_memory_is() -> Outcome {
+    let neighbour = container()?;
+    // Beyond memory, at its very end, wrapping around, and where the other rings are.
+    for descriptors in [0x1_0000_0000, 0x3f_fff0, u64::MAX - 15, RINGS[1].into(), RINGS[2].into()] {
+        let vm = Vm::builder(tiny_kernel(&Temp::new()?, &[driver(1, descriptors, 8), storm()].concat())?);
+        let vm = vm.memory(Size::mib(4)).start()?;
+        unharmed(&neighbour)?;
+        check!(vm.stats().vcpus[0].mmio_exits > 0 || vm.try_wait()?.is_none(), "{}", vm.trace());
+        vm.kill();
+        check!(matches!(vm.wait()?, Exit::Killed(_)));
+    }
+    Ok(())
+}
+
+pub fn descriptors_in_a_loop() -> Outcome {
+    let neighbour = container()?;
+    // A descriptor for sixteen bytes whose next is itself; then the ring says that it is offered.
+    let table = [(0, 0x30_0000), (4, 0), (8, 16), (12, 1)].map(|(at, value)| store(RINGS[0] + at, value)).concat();
+    let code = [table, driver(1, RINGS[0].into(), 8), storm()].concat();
+    let vm = Vm::builder(tiny_kernel(&Temp::new()?, &code)?).memory(Size::mib(4)).start()?;
+    let events = vm.events()?;
+    let broken = |kind: &EventKind| matches!(kind, EventKind::DeviceError { device, .. } if device == "rng");
+    let found = std::iter::from_fn(|| events.next_timeout(PATIENCE)).find(|event| broken(&event.kind));
+    check!(found.is_some(), "{}", vm.trace());
+    unharmed(&neighbour)
+}
+
+pub fn kicks_and_interrupts_without_end() -> Outcome {
+    let neighbour = container()?;
+    // The same buffer for sixteen bytes, again and again.
+    let table = [(0, 0x30_0000), (8, 16), (12, 2)].map(|(at, value)| store(RINGS[0] + at, value)).concat();
+    let code = [table, driver(1, RINGS[0].into(), 8), storm()].concat();
+    let vm = Vm::builder(tiny_kernel(&Temp::new()?, &code)?).memory(Size::mib(4)).start()?;
+    let end = Instant::now() + Duration::from_secs(3);
+    while Instant::now() < end {
+        unharmed(&neighbour)?;
+    }
+    let rng = vm.stats().devices.into_iter().find(|d| d.name == "rng").ok_or("no rng")?;
+    check!(rng.interrupts > 100 && rng.requests > 100, "{rng:?}");
+    vm.kill();
+    check!(matches!(vm.wait()?, Exit::Killed(_)));
+    unharmed(&neighbour)
+}
+
+pub fn miners_on_all_processors() -> Outcome {
+    let neighbour = container()?;
+    let miners = std::thread::available_parallelism()?.get() as u32 + 1;
+    let vm = Vm::builder(tiny_kernel(&Temp::new()?, &[0xeb, 0xfe])?).vcpus(miners).start()?;
+    let end = Instant::now() + Duration::from_secs(3);
+    while Instant::now() < end {
+        unharmed(&neighbour)?;
+    }
+    check!(vm.stats().vcpus.iter().all(|vcpu| !vcpu.cpu_time.is_zero()), "{:?}", vm.stats());
+    Ok(())
+}
+
+pub fn panics_again_and_again() -> Outcome {
+    let neighbour = container()?;
+    for _ in 0..5 {
+        let (exit, _) = run(guest("echo c > /proc/sysrq-trigger; sleep 1000"))?;
+        check!(matches!(exit, Exit::Panic(_)), "{exit}");
+        unharmed(&neighbour)?;
+    }
+    Ok(())
+}
+
+pub fn memory_and_disk_are_used_up() -> Outcome {
+    let neighbour = container()?;
+    let greedy = debian_container().disk(Size::mib(64)).memory(Size::mib(128)).start()?;
+    for _ in 0..2 {
+        let hog = greedy.exec(["tail", "/dev/zero"]).status()?;
+        check!(matches!(hog, ExitStatus::OomKilled), "{hog:?}");
+        let filler = greedy.exec(["dd", "if=/dev/zero", "of=/root/x", "bs=1M"]).output()?;
+        check!(String::from_utf8_lossy(&filler.stderr).contains("No space left on device"), "{filler:?}");
+        unharmed(&neighbour)?;
+        check!(greedy.exec(["rm", "/root/x"]).status()?.success());
+    }
+    unharmed(&greedy)
+}
+
+pub fn a_disk_reset_in_the_middle_of_requests() -> Outcome {
+    let neighbour = container()?;
+    let script = "cd /sys/bus/virtio/drivers/virtio_blk; disk=$(basename $(readlink -f /sys/block/vda/device))\n\
+        for i in 1 2 3 4 5 6 7 8 9 10; do\n\
+        dd if=/dev/zero of=/dev/vda bs=256k count=64 conv=fsync 2>/dev/null & echo $disk > unbind; echo $disk > bind; wait\n\
+        done; dd if=/dev/vda of=/dev/null bs=1M count=1 2>/dev/null && echo whole; reboot -f";
+    let (exit, text) = run(guest(script).disk(Disk::scratch(Size::mib(64))))?;
+    check!(matches!(exit, Exit::Reboot(_)) && text.contains("whole"), "{exit}");
+    unharmed(&neighbour)
 }
 
 pub fn boot_structures_written_over() -> Outcome {

@@ -58,7 +58,8 @@ tests! {
         what_cannot_run_is_named output_is_bounded want_of_memory_is_told many_at_once
         nothing_of_the_embedder_is_inherited a_reader_that_stops_breaks_the_pipe pid_1_survives_kill_all
         orphans_are_reaped slow_readers_lose_nothing the_end_of_the_machine_is_told large_arguments;
-    hostile: registers_written_at_random boot_structures_written_over a_flood_on_the_console
+    hostile: queues_where_no_memory_is descriptors_in_a_loop kicks_and_interrupts_without_end miners_on_all_processors
+        panics_again_and_again memory_and_disk_are_used_up a_disk_reset_in_the_middle_of_requests registers_written_at_random boot_structures_written_over a_flood_on_the_console
         a_fork_bomb_stays_inside a_storm_of_connections;
     lifecycle: a_paused_guest_stands_still_and_goes_on nothing_is_lost_however_often_it_is_paused
         clocks_go_on_while_paused a_paused_guest_ends_when_told pauses_and_ends_race_from_many_threads
