@@ -109,6 +109,13 @@ impl Kicker {
     }
 }
 
+impl Kicker {
+    /// Bytes of the page by which the vCPU's thread and KVM speak, and those beside it.
+    pub(crate) fn held(&self) -> usize {
+        self.0.len
+    }
+}
+
 impl fmt::Debug for Kicker {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Kicker")

@@ -7,6 +7,7 @@
 mod file;
 mod iovec;
 mod signal;
+mod stack;
 mod timer;
 
 pub(crate) use file::{
@@ -15,6 +16,7 @@ pub(crate) use file::{
 };
 pub(crate) use iovec::{preadv, pwritev, readv, send, sendv};
 pub(crate) use signal::{KickSignal, ThreadId};
+pub(crate) use stack::Stack;
 pub(crate) use timer::Timer;
 pub(crate) use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 pub(crate) use vmm_sys_util::eventfd::EventFd;

@@ -73,6 +73,12 @@ impl Output {
         self.state().tail.iter().copied().collect()
     }
 
+    /// Bytes of memory that all this takes.
+    pub(crate) fn held(&self) -> usize {
+        let state = self.state();
+        state.tail.capacity() + state.pending.capacity()
+    }
+
     /// From now on everything printed waits for [`Output::pump`].
     pub(crate) fn expect_pump(&self) {
         self.state().pumped = true;

@@ -28,7 +28,7 @@ use crate::legacy::{
     EXIT_PORTS, ExitPort, I8042, I8042_PORTS, PANIC_PORTS, PanicPort, Request, SERIAL_PORTS, SerialPort,
 };
 use crate::memory::{GuestAddress, GuestMemory};
-use crate::sys::{EventFd, KickSignal, STACK, eventfd};
+use crate::sys::{EventFd, KickSignal, STACK, Stack, eventfd};
 use crate::virtio::balloon::Balloon;
 use crate::virtio::console::{Console, Output};
 use crate::virtio::rng::Rng;
@@ -54,6 +54,8 @@ pub(super) struct Shared {
     pub log: Arc<Log>,
     pub output: Output,
     devices: Mutex<Vec<(String, Arc<Counters>, Interrupt)>>,
+    /// Of the VM's threads.
+    stacks: Mutex<Vec<Stack>>,
 }
 
 #[derive(Default)]
@@ -96,6 +98,22 @@ impl Shared {
                 Err(Error::new(ErrorKind::TimedOut, format!("{n} vCPUs were busy for longer than {limit:?}")))
             }
         }
+    }
+
+    /// The calling thread is one of the VM's.
+    fn is_mine(&self) {
+        match Stack::of_current() {
+            Ok(stack) => self.stacks.lock().unwrap_or_else(PoisonError::into_inner).push(stack),
+            Err(error) => log::debug!("a thread's stack is not counted: {error}"),
+        }
+    }
+
+    /// Bytes that this process has in memory for the VM beside the guest's.
+    pub(super) fn overhead(&self) -> u64 {
+        let stacks = self.stacks.lock().unwrap_or_else(PoisonError::into_inner);
+        let stacks: u64 = stacks.iter().map(|stack| stack.resident()).sum();
+        let held = self.vcpus.iter().map(VcpuControl::held).sum::<usize>() + self.output.held();
+        stacks + held as u64
     }
 
     /// What is known now.
@@ -274,6 +292,7 @@ pub(super) fn start(config: &VmConfig) -> Result<Vm> {
         log,
         output: output.clone(),
         devices: Mutex::default(),
+        stacks: Mutex::default(),
     });
     let (ports, keyboard) = ports(&vm, &shared)?;
     let mut parts = Parts {
@@ -295,13 +314,14 @@ pub(super) fn start(config: &VmConfig) -> Result<Vm> {
     let machine = Arc::new(Machine { vm, mmio, ports, loops, shared: shared.clone(), _memory: memory });
 
     let member = cgroup.as_ref().map(Leaf::member);
-    if let Some(member) = &member {
-        handles.loops.iter().try_for_each(|it| {
-            let member = member.clone();
-            it.with(move |_| member.join())?
-        })?;
-    }
-    let pump = start_pump(config, &output, member.clone())?;
+    handles.loops.iter().try_for_each(|it| {
+        let (shared, member) = (shared.clone(), member.clone());
+        it.with(move |_| {
+            shared.is_mine();
+            member.map_or(Ok(()), |member| member.join())
+        })?
+    })?;
+    let pump = start_pump(config, &shared, member.clone())?;
     let threads = start_vcpus(&machine, &cpu, vcpus, entry, member);
     let vm = Vm::new(shared, threads.threads, pump, listeners, handles, cgroup);
     // A thread that could not start is an error; those that could are ended by dropping `vm`.
@@ -433,13 +453,17 @@ fn ports(vm: &VmFd, shared: &Arc<Shared>) -> Result<(Bus, Keyboard)> {
 }
 
 /// The thread that gives the console to the embedder's writer, which may block.
-fn start_pump(config: &VmConfig, output: &Output, member: Option<Member>) -> Result<Option<JoinHandle<()>>> {
+fn start_pump(config: &VmConfig, shared: &Arc<Shared>, member: Option<Member>) -> Result<Option<JoinHandle<()>>> {
     let Some(writer) = config.console.writer.clone() else {
         return Ok(None);
     };
+    let output = shared.output.clone();
     output.expect_pump();
-    let output = output.clone();
+    let shared = Arc::downgrade(shared);
     let pump = move || {
+        if let Some(shared) = shared.upgrade() {
+            shared.is_mine();
+        }
         // A writer that is slow because it has no time is better than none.
         if let Some(Err(error)) = member.map(|member| member.join()) {
             log::warn!("the console's thread: {error}");
@@ -470,6 +494,7 @@ fn start_vcpus(machine: &Arc<Machine>, cpu: &Cpu, vcpus: u8, entry: GuestAddress
         let (its_machine, cpu, ready, member) = (machine.clone(), cpu.clone(), ready.clone(), member.clone());
         let body = move || {
             let machine = its_machine;
+            machine.shared.is_mine();
             let joined = member.map_or(Ok(()), |member| member.join());
             let made = joined.and_then(|()| make_vcpu(&machine, &cpu, id, entry));
             let (vcpu, answer) = match made {

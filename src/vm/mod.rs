@@ -224,8 +224,9 @@ impl Vm {
         })?;
         let guest = wait.recv_timeout(MEMORY_PATIENCE).ok();
         let resident = memory.resident().doing(|| "counting the guest's pages")?;
-        let [configured, resident, balloon, reported] = [memory.size(), resident, balloon, reported].map(Size::bytes);
-        Ok(MemoryStats { configured, resident, balloon, reported, guest })
+        let all = [memory.size(), resident, self.shared.overhead(), balloon, reported];
+        let [configured, resident, overhead, balloon, reported] = all.map(Size::bytes);
+        Ok(MemoryStats { configured, resident, overhead, balloon, reported, guest })
     }
 
     /// The file that the guest's memory is, for other processes to map: memory below the 3 GiB mark at its beginning, what

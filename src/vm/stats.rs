@@ -65,6 +65,9 @@ pub struct MemoryStats {
     pub configured: Size,
     /// What of that the host has in memory now. Pages of the kernel's image that several VMs share count in each.
     pub resident: Size,
+    /// What this process has in memory for the VM beside that: its threads' stacks, the pages that vCPUs share with the
+    /// host's kernel, and what was printed last. Neither the allocator's share nor what the host's kernel keeps is in it.
+    pub overhead: Size,
     /// What is in the balloon, as the guest says.
     pub balloon: Size,
     /// What the guest has reported as free so far, all in all; the host took it each time.

@@ -33,6 +33,11 @@ impl VcpuControl {
         self.exits.stats(running.unwrap_or_else(|| Duration::from_nanos(self.cpu_time.load(Ordering::Relaxed))))
     }
 
+    /// Bytes of memory that the vCPU takes beside its thread's stack.
+    pub(super) fn held(&self) -> usize {
+        self.thread().as_ref().map_or(0, |(kicker, _)| kicker.held())
+    }
+
     /// The calling thread will run the vCPU.
     fn enter(&self, kicker: Kicker) {
         *self.thread() = Some((kicker, ThreadId::current()));

@@ -43,6 +43,7 @@ pub fn what_a_guest_frees_comes_back() -> Outcome {
     let after = wait_for(&container, |stats| stats.resident.as_bytes() <= given_back)?;
     check!(after.reported.as_bytes() >= USED / 10 * 9, "{after:?}");
     check_eq!(after.configured, Size::mib(256));
+    check!((16 << 10..1 << 20).contains(&after.overhead.as_bytes()), "{after:?}");
     // What was given back can be used again.
     run(&container, "head -c 104857600 /dev/zero | tail -c 1 > /dev/null")
 }
