@@ -5,16 +5,16 @@ SHELL = /bin/sh
 CACHE = $(if $(XDG_CACHE_HOME),$(XDG_CACHE_HOME),$(HOME)/.cache)/cofferdam
 ROOTFS = $(CACHE)/images/debian-12.tar
 
-.PHONY: help demo test bench setup tools clean-cache
+.PHONY: help demo test bench setup base tools clean-cache
 
 help:
 	@echo "make demo         run a command in a real Debian 12 in a microVM"
 	@echo "make test         all tests (without hardware KVM, those that need it run in the lab: lab/README.md)"
 	@echo "make bench        all benches"
-	@echo "make setup        guest kernel and root file system, and the lab's image where it is needed"
+	@echo "make setup        guest kernel, root file system, kernels and a system of Debian's, and the lab's image where it is needed"
 	@echo "make clean-cache  remove $(CACHE)"
 
-demo: setup
+demo: base
 	cargo run --release --example run -- --rootfs "$(ROOTFS)" -- sh -c 'cat /etc/os-release; uname -a'
 
 test: setup
@@ -23,8 +23,13 @@ test: setup
 bench: setup
 	cargo bench --all-features
 
+# Kernels and a whole system as Debian has them are for tests.
+setup: base
+	@guest/stock-kernels >/dev/null
+	@guest/system >/dev/null
+
 # The kernel and the root file system are for guests, the lab for machines without hardware KVM.
-setup: tools
+base: tools
 	@guest/kernel/build >/dev/null
 	@guest/rootfs >/dev/null
 	@lab/runner --setup

@@ -12,6 +12,8 @@ use std::time::{Duration, Instant};
 use cofferdam::{Console, Container, Image, Initramfs, Kernel, Size, Vm};
 
 const ROUNDS: usize = 3;
+/// A distribution's kernel takes some thirty times as long.
+const STOCK_ROUNDS: usize = 1;
 
 /// PID 1 in 70 bytes: writes its clock to standard output, then resets the machine.
 const INIT: [u8; 68] = [
@@ -84,17 +86,43 @@ impl std::io::Write for Clock {
     }
 }
 
+fn cache() -> String {
+    let base = std::env::var("XDG_CACHE_HOME").or_else(|_| std::env::var("HOME").map(|h| h + "/.cache"));
+    base.expect("HOME") + "/cofferdam"
+}
+
+fn initramfs() -> Initramfs {
+    let console = Initramfs::new().directory("/dev", 0o755).character_device("/dev/console", 0o600, (5, 1));
+    console.file("/init", 0o755, init())
+}
+
+/// A distribution's kernel until its user space has ended at once, and QEMU with the same files.
+fn stock() {
+    let path = cache() + "/kernels/cloud-6.12/vmlinuz";
+    let begin = Instant::now();
+    let kernel = Kernel::open(&path).expect("a stock kernel: run `make setup`");
+    figure("stock kernel: Kernel::open (once for all VMs)", ms(begin.elapsed()), None);
+    let cmdline = "reboot=t panic=-1 quiet";
+    let mut whole = Vec::new();
+    for round in 0..=STOCK_ROUNDS {
+        let kernel = kernel.clone().cmdline(cmdline).initramfs(initramfs());
+        let begin = Instant::now();
+        let vm = Vm::builder(kernel).start().expect("the guest starts");
+        vm.wait().expect("the guest ends");
+        if round > 0 {
+            whole.push(ms(begin.elapsed()));
+        }
+    }
+    let qemu = qemu(&path, cmdline, 256, STOCK_ROUNDS);
+    figure("stock kernel: start to end of a guest that ends at once in user space", median(whole), qemu);
+}
+
 /// A guest that powers off at once: time from `start` to its end beyond its own uptime, and QEMU's whole time.
 fn shortest_life(kernel: &Kernel) {
-    let initramfs = Initramfs::new().directory("/dev", 0o755).character_device("/dev/console", 0o600, (5, 1)).file(
-        "/init",
-        0o755,
-        init(),
-    );
     let (mut whole, mut uptime, mut first, mut ended) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for round in 0..=ROUNDS {
         let clock = Clock::default();
-        let kernel = kernel.clone().cmdline("console=hvc0 quiet").initramfs(initramfs.clone());
+        let kernel = kernel.clone().cmdline("console=hvc0 quiet").initramfs(initramfs());
         let begin = Instant::now();
         let builder = Vm::builder(kernel).memory(Size::mib(128)).console(Console::writer(clock.clone()));
         let vm = builder.start().expect("the guest starts");
@@ -110,7 +138,9 @@ fn shortest_life(kernel: &Kernel) {
         ended.push(ms(end.saturating_sub(line.ended.expect("it ended"))));
         uptime.push(ms(clock.read()));
     }
-    let qemu = qemu(&init());
+    let cache = cache();
+    let path = std::env::var("COFFERDAM_KERNEL").unwrap_or(format!("{cache}/kernel/vmlinux"));
+    let qemu = qemu(&path, "reboot=t panic=-1 quiet", 128, ROUNDS);
     let (whole, uptime) = (median(whole), median(uptime));
     figure("start() to first KVM_RUN", median(first), None);
     figure("guest's own uptime at user space", uptime, None);
@@ -119,17 +149,15 @@ fn shortest_life(kernel: &Kernel) {
     figure("guest's end to wait() returned", median(ended), None);
 }
 
-/// QEMU's microvm, start to end, in ms; `None` where it is not installed.
-fn qemu(init: &[u8]) -> Option<f64> {
+/// QEMU's microvm of `memory` MiB, start to end, in ms; `None` where it is not installed.
+fn qemu(kernel: &str, cmdline: &str, memory: u32, rounds: usize) -> Option<f64> {
     let dir = std::env::temp_dir().join(format!("cofferdam-bench-{}", std::process::id()));
     std::fs::create_dir_all(dir.join("root/dev")).ok()?;
-    std::fs::write(dir.join("root/init"), init).ok()?;
+    std::fs::write(dir.join("root/init"), init()).ok()?;
     let archive = "chmod 755 root/init && cd root && find . | cpio -o -H newc --quiet > ../initrd";
     Command::new("sh").args(["-c", archive]).current_dir(&dir).status().ok()?;
-    let cache = std::env::var("XDG_CACHE_HOME").or_else(|_| std::env::var("HOME").map(|h| h + "/.cache")).ok()?;
-    let kernel = std::env::var("COFFERDAM_KERNEL").unwrap_or(format!("{cache}/cofferdam/kernel/vmlinux"));
     let mut times = Vec::new();
-    for round in 0..=ROUNDS {
+    for round in 0..=rounds {
         let begin = Instant::now();
         let status = Command::new("qemu-system-x86_64")
             .args([
@@ -140,8 +168,17 @@ fn qemu(init: &[u8]) -> Option<f64> {
                 "-cpu",
                 "host",
             ])
-            .args(["-m", "128", "-smp", "1", "-nodefaults", "-no-user-config", "-nographic", "-no-reboot"])
-            .args(["-kernel", &kernel, "-append", "reboot=t panic=-1 quiet", "-initrd"])
+            .args([
+                "-m",
+                &memory.to_string(),
+                "-smp",
+                "1",
+                "-nodefaults",
+                "-no-user-config",
+                "-nographic",
+                "-no-reboot",
+            ])
+            .args(["-kernel", kernel, "-append", cmdline, "-initrd"])
             .arg(dir.join("initrd"))
             .stdin(Stdio::null())
             .status()
@@ -203,10 +240,9 @@ fn main() {
     let begin = Instant::now();
     let kernel = Kernel::find().expect("a kernel: run `make setup`");
     figure("Kernel::open (once for all VMs)", ms(begin.elapsed()), None);
-    let cache =
-        std::env::var("XDG_CACHE_HOME").or_else(|_| std::env::var("HOME").map(|h| h + "/.cache")).expect("HOME");
-    let image = Image::open(format!("{cache}/cofferdam/images/debian-12.tar")).expect("an image: run `make setup`");
+    let image = Image::open(cache() + "/images/debian-12.tar").expect("an image: run `make setup`");
     image.prepare().expect("the image's disk");
     shortest_life(&kernel);
     container(&kernel, &image);
+    stock();
 }

@@ -5,7 +5,7 @@
 use std::io::{Cursor, Write};
 use std::sync::{Arc, Mutex, OnceLock};
 
-use crate::boot::{Kernel, tiny};
+use crate::boot::{Kernel, read_modules, tiny};
 use crate::bus::{Bus, BusDevice};
 use crate::event::Loop;
 use crate::memory::{GuestAddress, GuestMemory};
@@ -258,6 +258,22 @@ pub fn kernel_image(data: &[u8]) {
     }
 }
 
+/// A kernel module packed in any way, and the lists of a folder of modules.
+pub fn kernel_module(data: &[u8]) {
+    const START: [&[u8]; 4] = [b"\x1f\x8b\x08", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd", b""];
+    let mut bytes = Bytes(data);
+    let start = START[usize::from(bytes.byte() % 4)];
+    // Words of a few modules, so that they need each other often.
+    let mut list = |words: [&str; 8]| -> String {
+        let len = usize::from(bytes.byte() % 64);
+        bytes.take(len).iter().map(|byte| words[usize::from(byte % 8)]).collect()
+    };
+    let dep = list(["k/a.ko:", "k/b.ko:", "k/c.ko:", " k/a.ko", " k/b.ko", " k/c.ko.xz", "\n", "../"]);
+    let softdep = list(["softdep a pre:", "softdep b pre:", " a", " b", " c", " x", "\n", " post:"]);
+    let alias = list(["alias x", "alias c", " a", " b", " c", "*", "\n", "alias "]);
+    read_modules([start, bytes.0].concat(), [&dep, &softdep, &alias]);
+}
+
 /// Writes over numbers in a file, and may cut it off.
 fn damaged(mut file: Vec<u8>, mut bytes: Bytes<'_>) -> Vec<u8> {
     while !bytes.done() {
@@ -455,7 +471,7 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(64))]
         #[test]
         fn any_bytes_are_survived(data in proptest::collection::vec(any::<u8>(), 0..600)) {
-            for door in [queue, mmio, blk_request, balloon, vsock_packet, proto_frame, kernel_image, image_tar] {
+            for door in [queue, mmio, blk_request, balloon, vsock_packet, proto_frame, kernel_image, kernel_module, image_tar] {
                 door(&data);
             }
         }

@@ -85,7 +85,7 @@ mod sys;
 mod virtio;
 mod vm;
 
-pub use boot::{Initramfs, Kernel};
+pub use boot::{Initramfs, Kernel, Modules};
 #[cfg(feature = "container")]
 pub use container::{
     Container, ContainerBuilder, Exec, ExitStatus, Image, Output, Process, ProcessReader, ProcessWriter, Startup, Stdio,

@@ -6,7 +6,7 @@
 use std::fs;
 use std::path::PathBuf;
 
-use cofferdam::{Disk, ErrorKind, Initramfs, Kernel, Size, Vm, VmBuilder, Vsock};
+use cofferdam::{Disk, ErrorKind, Initramfs, Kernel, Modules, Size, Vm, VmBuilder, Vsock};
 
 #[path = "../src/boot/tiny.rs"]
 mod tiny;
@@ -30,6 +30,14 @@ impl Temp {
 
     fn vm(&self) -> VmBuilder {
         Vm::builder(self.kernel()).memory(Size::mib(16))
+    }
+
+    /// A folder of modules in which there are none.
+    fn modules(&self) -> Modules {
+        for list in ["modules.dep", "modules.builtin"] {
+            fs::write(self.0.join(list), "").unwrap();
+        }
+        Modules::open(&self.0).unwrap()
     }
 
     fn image(&self, len: usize) -> PathBuf {
@@ -79,4 +87,12 @@ fn what_cannot_work_is_refused_by_name() {
     let many = (0..30).fold(temp.vm(), |vm, _| vm.disk(good()));
     refused(many, invalid, "interrupt lines");
     refused(temp.vm().vsock(Vsock::new().listen(1).listen(1)), ErrorKind::AlreadyExists, "port 1");
+    refused(Vm::builder(temp.kernel().pvh()).memory(Size::mib(16)), ErrorKind::Unsupported, "Kernel::pvh: ");
+    let modules = temp.modules();
+    let kernel = || temp.kernel().modules(modules.clone());
+    refused(
+        Vm::builder(kernel()).memory(Size::mib(16)),
+        ErrorKind::Unsupported,
+        "Kernel::modules: the kernel has no module virtio_mmio",
+    );
 }

@@ -39,6 +39,8 @@ const CRATES: &[(&str, &[&str])] = &[
     ("vm_superio", &["legacy"]),
     ("acpi_tables", &["arch"]),
     ("flate2", &["boot"]),
+    ("lzma_rust2", &["boot"]),
+    ("ruzstd", &["boot"]),
     ("arcbox_ext4", &["container"]),
 ];
 

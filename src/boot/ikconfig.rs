@@ -3,7 +3,7 @@
 //! Read once, by whoever opens the kernel, and never trusted: what is damaged, too large or of another kind of kernel
 //! is as if it were not there, because a kernel boots without it just as well.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -29,8 +29,8 @@ const ALWAYS: &str = "X86_64";
 /// What is known of a kernel's configuration.
 #[derive(Debug, Default)]
 pub(super) struct Configuration {
-    /// Symbols that are built in or modules, without `CONFIG_`; `None` when they are not known.
-    enabled: Option<BTreeSet<Box<str>>>,
+    /// Symbols that are built in or modules, without `CONFIG_`, and whether they are modules; `None` when they are not known.
+    enabled: Option<BTreeMap<Box<str>, bool>>,
     /// The files that do not tell.
     looked: Vec<PathBuf>,
 }
@@ -57,7 +57,29 @@ impl Configuration {
     /// Whether `symbol`, with or without `CONFIG_`, is known to be built in or a module.
     pub(super) fn has(&self, symbol: &str) -> bool {
         let symbol = symbol.strip_prefix("CONFIG_").unwrap_or(symbol);
-        self.enabled.as_ref().is_some_and(|enabled| enabled.contains(symbol))
+        self.enabled.as_ref().is_some_and(|enabled| enabled.contains_key(symbol))
+    }
+
+    /// Checks that drivers are there, each by its module's name and its symbol: built in, or as modules if there are
+    /// `modules`. What is not known is not missed.
+    ///
+    /// # Errors
+    /// `Unsupported` names what is missing.
+    pub(super) fn check_drivers(&self, drivers: &[(&str, &str)], modules: bool) -> Result<()> {
+        let Some(enabled) = &self.enabled else { return Ok(()) };
+        for (name, symbol) in drivers {
+            match enabled.get(*symbol) {
+                Some(true) if !modules => {
+                    return Err(Error::new(
+                        ErrorKind::Unsupported,
+                        format!("the kernel has {name} as a module only: give it its modules with `Kernel::modules`"),
+                    ));
+                }
+                Some(_) => {}
+                None => return self.check([symbol]),
+            }
+        }
+        Ok(())
     }
 
     /// # Errors
@@ -133,14 +155,15 @@ fn unpack(packed: &[u8]) -> Option<Vec<u8>> {
 }
 
 /// What a configuration enables, if this is one.
-fn parse(text: &[u8]) -> Option<BTreeSet<Box<str>>> {
+fn parse(text: &[u8]) -> Option<BTreeMap<Box<str>, bool>> {
     let text = String::from_utf8_lossy(text);
     let enabled = |line: &str| match line.trim_end().strip_prefix("CONFIG_")?.split_once('=')? {
-        (symbol, "y" | "m") => Some(symbol.into()),
+        (symbol, "y") => Some((symbol.into(), false)),
+        (symbol, "m") => Some((symbol.into(), true)),
         _ => None,
     };
-    let all: BTreeSet<Box<str>> = text.lines().filter_map(enabled).collect();
-    all.contains(ALWAYS).then_some(all)
+    let all: BTreeMap<Box<str>, bool> = text.lines().filter_map(enabled).collect();
+    all.contains_key(ALWAYS).then_some(all)
 }
 
 /// `config-VERSION` for a file with a version after its first dash, such as `vmlinuz-VERSION`; then `config`.
@@ -217,6 +240,19 @@ mod tests {
         let error = config.check(["VIRTIO", "CONFIG_ACPI", "HZ", "NO_SUCH"]).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Unsupported);
         assert_eq!(error.to_string(), "the kernel was built without CONFIG_ACPI, CONFIG_HZ, CONFIG_NO_SUCH");
+    }
+
+    #[test]
+    fn drivers_are_built_in_or_modules_that_were_given() {
+        let config = Configuration::embedded(&image(0x10_0000, &embed(TEXT.as_bytes())));
+        let drivers = [("virtio", "VIRTIO"), ("virtio_blk", "VIRTIO_BLK")];
+        config.check_drivers(&drivers, true).unwrap();
+        config.check_drivers(&drivers[..1], false).unwrap();
+        let error = config.check_drivers(&drivers, false).unwrap_err();
+        assert!(error.to_string().starts_with("the kernel has virtio_blk as a module only"), "{error}");
+        let error = config.check_drivers(&[("ext4", "EXT4_FS")], true).unwrap_err();
+        assert_eq!(error.to_string(), "the kernel was built without CONFIG_EXT4_FS");
+        Configuration::default().check_drivers(&drivers, false).unwrap();
     }
 
     #[test]

@@ -28,7 +28,7 @@ enum Part {
 #[derive(Debug)]
 enum Entry {
     Directory { path: String, permissions: u32 },
-    File { path: String, permissions: u32, contents: Vec<u8> },
+    File { path: String, permissions: u32, contents: Arc<Vec<u8>> },
     Symlink { path: String, target: String },
     CharacterDevice { path: String, permissions: u32, device: (u32, u32) },
 }
@@ -62,7 +62,12 @@ impl Initramfs {
 
     /// Adds a file. `/init` with permissions `0o755` is what the kernel runs.
     pub fn file(self, path: impl Into<String>, permissions: u32, contents: impl Into<Vec<u8>>) -> Self {
-        self.entry(Entry::File { path: path.into(), permissions, contents: contents.into() })
+        self.shared_file(path, permissions, Arc::new(contents.into()))
+    }
+
+    /// Adds a file that others have too.
+    pub(crate) fn shared_file(self, path: impl Into<String>, permissions: u32, contents: Arc<Vec<u8>>) -> Self {
+        self.entry(Entry::File { path: path.into(), permissions, contents })
     }
 
     /// Adds a symbolic link.

@@ -2,15 +2,17 @@
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use linux_loader::bootparam::setup_header;
+use linux_loader::loader::elf::PvhBootCapability;
 use linux_loader::loader::{BzImage, Elf, KernelLoader};
 
-use super::Initramfs;
 use super::ikconfig::Configuration;
-use crate::arch::layout;
+use super::{Initramfs, Modules, Need, Packed};
+use crate::arch::{Entry, layout};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::memory::{GuestAddress, GuestMemory, MemoryImage};
 
@@ -27,6 +29,9 @@ const ENTRY_64: u64 = 0x200;
 /// sealed image in memory once; every VM that boots it maps that image copy-on-write, so the file may change or go
 /// away afterwards. Nothing is ever downloaded.
 ///
+/// What a kernel of a distribution has in modules it gets by [`Kernel::modules`]: `vmlinuz` and its folder below
+/// `/lib/modules` are used as the package has them.
+///
 /// A kernel finds the machine's devices by ACPI, as those of distributions do (`CONFIG_ACPI`, `CONFIG_VIRTIO_MMIO`).
 /// Faster to boot is one that takes them from its command line (`CONFIG_VIRTIO_MMIO_CMDLINE_DEVICES`) and is known to,
 /// because its configuration is embedded in it or lies beside it (see [`Kernel::check`]): then ACPI and PCI are off
@@ -36,18 +41,24 @@ pub struct Kernel {
     pub(super) loaded: Arc<Loaded>,
     pub(super) cmdline: String,
     pub(super) initramfs: Option<Initramfs>,
+    modules: Option<Modules>,
+    pvh: bool,
 }
 
 /// What came of a kernel file.
 #[derive(Debug)]
 pub(super) struct Loaded {
     pub image: MemoryImage,
-    pub entry: GuestAddress,
+    pub entry: Entry,
+    /// Its PVH entry point, if it has one.
+    pub pvh: Option<GuestAddress>,
     /// Where the kernel will have unpacked itself; the initramfs must lie above.
     pub end: u64,
     /// A bzImage's own header, to be handed back to it.
     pub header: Option<setup_header>,
     pub configuration: Configuration,
+    /// What `uname -r` says, where the file tells.
+    pub release: Option<String>,
 }
 
 impl Kernel {
@@ -68,7 +79,7 @@ impl Kernel {
     }
 
     fn new(loaded: Loaded) -> Self {
-        Self { loaded: Arc::new(loaded), cmdline: String::new(), initramfs: None }
+        Self { loaded: Arc::new(loaded), cmdline: String::new(), initramfs: None, modules: None, pvh: false }
     }
 
     /// Opens the kernel named by the environment variable `COFFERDAM_KERNEL`, else the one that this crate's
@@ -114,6 +125,23 @@ impl Kernel {
         self
     }
 
+    /// Starts a `vmlinux` by its PVH entry point (`CONFIG_PVH`), as other hypervisors do; for comparing with those. By itself
+    /// that is done with kernels that have no 64-bit entry point where they are loaded, as some of other systems.
+    ///
+    /// Linux is better off by its 64-bit entry point: it is entered in the mode in which it runs, and takes its boot parameters
+    /// as they are, where the other way begins in 32-bit mode and makes both by itself.
+    pub fn pvh(mut self) -> Self {
+        self.pvh = true;
+        self
+    }
+
+    /// Sets the kernel's modules, for kernels that have drivers there: guests get those that their devices need, see
+    /// [`Modules`]; replaces what was set before.
+    pub fn modules(mut self, modules: Modules) -> Self {
+        self.modules = Some(modules);
+        self
+    }
+
     /// Checks that the kernel was built with everything that is needed: symbols of its configuration such as
     /// `CONFIG_VIRTIO_BLK`, with or without the prefix, each built in (`=y`) or a module (`=m`). Never blocks.
     ///
@@ -132,6 +160,45 @@ impl Kernel {
     /// Whether it is known to take devices from the command line.
     pub(crate) fn takes_devices_from_cmdline(&self) -> bool {
         self.loaded.configuration.has("VIRTIO_MMIO_CMDLINE_DEVICES")
+    }
+
+    /// Where it is entered.
+    ///
+    /// # Errors
+    /// `Unsupported` when it shall be entered in a way that it has not.
+    pub(super) fn entry(&self) -> Result<Entry> {
+        if !self.pvh {
+            return Ok(self.loaded.entry);
+        }
+        let none = || Error::new(ErrorKind::Unsupported, "Kernel::pvh: this kernel has no PVH entry point");
+        self.loaded.pvh.map(Entry::Pvh).ok_or_else(none)
+    }
+
+    /// What is needed of its modules; nothing when it has none.
+    ///
+    /// # Errors
+    /// As [`Modules::pack`].
+    pub(crate) fn pack_modules(&self, needs: &[Need]) -> Result<Packed> {
+        let pack = |modules: &Modules| modules.pack(needs, self.loaded.release.as_deref());
+        self.modules.as_ref().map_or_else(|| Ok(Packed::default()), pack).doing(|| "Kernel::modules")
+    }
+
+    /// Checks that the kernel has these drivers, as far as its configuration is known.
+    ///
+    /// # Errors
+    /// `Unsupported` names what it lacks, or has in modules that were not given.
+    #[cfg(feature = "container")]
+    pub(crate) fn check_drivers(&self, needs: &[Need]) -> Result<()> {
+        self.loaded.configuration.check_drivers(&Need::drivers(needs), self.modules.is_some()).doing(|| "kernel")
+    }
+
+    /// The same with all that these modules are in its initramfs already.
+    pub(crate) fn with_packed(mut self, packed: &Packed) -> Self {
+        self.modules = None;
+        if !packed.is_empty() {
+            self.initramfs = Some(packed.add_to(self.initramfs.take().unwrap_or_default()));
+        }
+        self
     }
 
     /// The command line as it was set.
@@ -176,13 +243,20 @@ fn load_elf(file: &mut File) -> Result<Loaded> {
         Elf::load(memory.inner(), None, file, Some(layout::HIGH_MEMORY.inner()))
             .map_err(|e| corrupt(format!("not a usable ELF kernel: {e}")))
     })?;
-    let entry = result.kernel_load.0;
-    if entry >= image.end() {
-        return Err(corrupt(format!("its entry point {entry:#x} lies outside what it loads")));
-    }
+    let inside = |at: &GuestAddress| (image.start()..image.end()).contains(&at.0);
+    let pvh = match result.pvh_boot_cap {
+        PvhBootCapability::PvhEntryPresent(at) => Some(GuestAddress(at.0)).filter(inside),
+        _ => None,
+    };
+    let at = GuestAddress(result.kernel_load.0);
+    let entry = match pvh {
+        _ if inside(&at) => Entry::Linux64(at),
+        Some(pvh) => Entry::Pvh(pvh),
+        None => return Err(corrupt(format!("its entry point {at} lies outside what it loads"))),
+    };
     let end = result.kernel_end.max(image.end());
     let configuration = Configuration::embedded(&image);
-    Ok(Loaded { image, entry: GuestAddress(entry), end, header: None, configuration })
+    Ok(Loaded { image, entry, pvh, end, header: None, configuration, release: None })
 }
 
 fn load_bzimage(file: &mut File) -> Result<Loaded> {
@@ -207,12 +281,23 @@ fn load_bzimage(file: &mut File) -> Result<Loaded> {
     // Where it unpacks itself and how much it needs there (Linux x86 boot protocol, 1.3, init_size).
     let end = load.max(header.pref_address).saturating_add(header.init_size.into()).max(image.end());
     let configuration = Configuration::default();
-    Ok(Loaded { image, entry: GuestAddress(entry), end, header: Some(header), configuration })
+    let release = release(file, header.kernel_version);
+    let entry = Entry::Linux64(GuestAddress(entry));
+    Ok(Loaded { image, entry, pvh: None, end, header: Some(header), configuration, release })
+}
+
+/// The first word of the version in a bzImage; its header says where that is, from 0x200 on (Linux x86 boot protocol, 1.3,
+/// kernel_version).
+fn release(file: &File, at: u16) -> Option<String> {
+    let mut text = [0; 128];
+    let len = file.read_at(&mut text, 0x200 + u64::from(at)).ok().filter(|_| at != 0)?;
+    let word = text.get(..len)?.split(|byte| matches!(byte, b' ' | 0)).next()?;
+    String::from_utf8(word.to_vec()).ok().filter(|word| !word.is_empty())
 }
 
 #[cfg(test)]
 pub(super) mod tests {
-    use super::super::tiny::{bzimage, elf};
+    use super::super::tiny::{bzimage, elf, elf_with_pvh};
     use super::*;
 
     /// A file that goes away with its test.
@@ -239,15 +324,30 @@ pub(super) mod tests {
     #[test]
     fn an_elf_kernel_is_loaded_where_it_asks() {
         let kernel = open("elf", &elf(b"\xf4")).unwrap();
-        assert_eq!(kernel.loaded.entry, GuestAddress(0x10_0000));
+        assert_eq!(kernel.loaded.entry, Entry::Linux64(GuestAddress(0x10_0000)));
         assert_eq!(kernel.loaded.image.data_len(), 4096);
     }
 
     #[test]
     fn a_bzimage_is_loaded_where_it_asks_and_keeps_room_to_unpack() {
         let kernel = open("bzimage", &bzimage(b"\xf4")).unwrap();
-        assert_eq!((kernel.loaded.entry, kernel.loaded.end), (GuestAddress(0x10_0200), 0x10_1000));
+        assert_eq!((kernel.loaded.entry, kernel.loaded.end), (Entry::Linux64(GuestAddress(0x10_0200)), 0x10_1000));
         assert!(kernel.loaded.header.is_some());
+    }
+
+    #[test]
+    fn the_64_bit_entry_point_is_preferred_and_the_pvh_one_taken_where_there_is_no_other() {
+        let at = GuestAddress(0x10_0000);
+        let both = open("pvh", &elf_with_pvh(&[0xf4; 64])).unwrap();
+        assert_eq!((both.entry().unwrap(), both.pvh().entry().unwrap()), (Entry::Linux64(at), Entry::Pvh(at)));
+        let mut virtual_entry = elf_with_pvh(&[0xf4; 64]);
+        virtual_entry[24..32].copy_from_slice(&0xffff_ffff_8010_0000_u64.to_le_bytes());
+        assert_eq!(open("pvh-only", &virtual_entry).unwrap().entry().unwrap(), Entry::Pvh(at));
+        let error = open("pvh-none", &elf(b"\xf4")).unwrap().pvh().entry().unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unsupported);
+        let end = virtual_entry.len();
+        virtual_entry[end - 4..].copy_from_slice(&0x4000_0000_u32.to_le_bytes());
+        assert_eq!(open("pvh-outside", &virtual_entry).unwrap_err().kind(), ErrorKind::Corrupt);
     }
 
     #[test]

@@ -7,13 +7,13 @@ use linux_loader::configurator::linux::LinuxBootConfigurator;
 use linux_loader::configurator::{BootConfigurator, BootParams};
 
 use super::kernel::Loaded;
-use super::{Initramfs, Kernel};
-use crate::arch::{self, layout};
+use super::{Initramfs, Kernel, pvh};
+use crate::arch::{self, Entry, layout};
 use crate::error::{Error, ErrorKind, Result};
 use crate::memory::{GuestAddress, GuestMemory};
 
 /// Usable memory, in the firmware's numbering.
-const E820_RAM: u32 = 1;
+pub(super) const E820_RAM: u32 = 1;
 /// "Unassigned" boot loader (Linux x86 boot protocol, 1.3, type_of_loader).
 const LOADER_UNDEFINED: u8 = 0xff;
 /// What a kernel without a header of its own is told, as the boot protocol defines it.
@@ -24,12 +24,12 @@ const HUGE_PAGE: u64 = 2 << 20;
 /// Kernels that do not say how high an initramfs may lie take it below 2 GiB.
 const INITRAMFS_LIMIT: u64 = 0x7fff_ffff;
 
-/// Loads everything; returns the kernel's entry point. `cmdline` is the finished text.
+/// Loads everything; returns where the kernel is entered. `cmdline` is the finished text.
 ///
 /// # Errors
-/// `InvalidConfig` when something does not fit into the guest's memory.
-pub(crate) fn load(memory: &GuestMemory, kernel: &Kernel, cmdline: &str) -> Result<GuestAddress> {
-    let loaded = &*kernel.loaded;
+/// `InvalidConfig` when something does not fit into the guest's memory, `Unsupported` when the kernel has no such entry.
+pub(crate) fn load(memory: &GuestMemory, kernel: &Kernel, cmdline: &str) -> Result<Entry> {
+    let (loaded, entry) = (&*kernel.loaded, kernel.entry()?);
     let low_end = memory.regions().first().map_or(0, |r| r.addr.0 + r.len);
     if loaded.end > low_end {
         let (need, have) = (loaded.end.div_ceil(1 << 20), memory.size() >> 20);
@@ -45,17 +45,27 @@ pub(crate) fn load(memory: &GuestMemory, kernel: &Kernel, cmdline: &str) -> Resu
     let mut text = cmdline.as_bytes().to_vec();
     text.push(0);
     memory.write(layout::CMDLINE, &text)?;
-    let mut header = header(loaded, cmdline.len());
-    if let Some(initramfs) = &kernel.initramfs {
-        let (at, len) = place(initramfs, memory, loaded, low_end)?;
-        (header.ramdisk_image, header.ramdisk_size) = (at.0 as u32, len as u32);
+    let initramfs = kernel.initramfs.as_ref().map(|it| place(it, memory, loaded, low_end)).transpose()?;
+    let map = memory_map(memory);
+    match entry {
+        Entry::Linux64(_) => write_zero_page(memory, &map, header(loaded, cmdline.len(), initramfs))?,
+        Entry::Pvh(_) => pvh::write(memory, &map, initramfs)?,
     }
-    write_zero_page(memory, header)?;
-    arch::write_boot_tables(memory)?;
-    Ok(loaded.entry)
+    arch::write_boot_tables(memory, entry)?;
+    Ok(entry)
 }
 
-fn header(loaded: &Loaded, cmdline_len: usize) -> setup_header {
+/// Where there is memory to use: addresses and sizes.
+fn memory_map(memory: &GuestMemory) -> Vec<(u64, u64)> {
+    let mut map = vec![(0, layout::LOW_MEMORY_END.0)];
+    for region in memory.regions() {
+        let start = region.addr.0.max(layout::HIGH_MEMORY.0);
+        map.push((start, region.addr.0 + region.len - start));
+    }
+    map
+}
+
+fn header(loaded: &Loaded, cmdline_len: usize, initramfs: Option<(GuestAddress, u64)>) -> setup_header {
     let mut header = loaded.header.unwrap_or(setup_header {
         boot_flag: BOOT_FLAG,
         header: HEADER_MAGIC,
@@ -65,6 +75,9 @@ fn header(loaded: &Loaded, cmdline_len: usize) -> setup_header {
     header.type_of_loader = LOADER_UNDEFINED;
     header.cmd_line_ptr = layout::CMDLINE.0 as u32;
     header.cmdline_size = cmdline_len as u32;
+    if let Some((at, len)) = initramfs {
+        (header.ramdisk_image, header.ramdisk_size) = (at.0 as u32, len as u32);
+    }
     header
 }
 
@@ -73,15 +86,10 @@ fn place(initramfs: &Initramfs, memory: &GuestMemory, loaded: &Loaded, low_end: 
     initramfs.load(memory, loaded.end.next_multiple_of(4096), limit.min(low_end) & !0xfff)
 }
 
-fn write_zero_page(memory: &GuestMemory, header: setup_header) -> Result<()> {
+fn write_zero_page(memory: &GuestMemory, map: &[(u64, u64)], header: setup_header) -> Result<()> {
     // Kernels from before boot protocol 2.14 do not know the field and search for what it points at.
     let mut params = boot_params { hdr: header, acpi_rsdp_addr: layout::ACPI.0, ..Default::default() };
-    let mut map = vec![(0, layout::LOW_MEMORY_END.0)];
-    for region in memory.regions() {
-        let start = region.addr.0.max(layout::HIGH_MEMORY.0);
-        map.push((start, region.addr.0 + region.len - start));
-    }
-    for (entry, (addr, size)) in params.e820_table.iter_mut().zip(&map) {
+    for (entry, (addr, size)) in params.e820_table.iter_mut().zip(map) {
         *entry = boot_e820_entry { addr: *addr, size: *size, r#type: E820_RAM };
     }
     params.e820_entries = map.len() as u8;
@@ -92,7 +100,7 @@ fn write_zero_page(memory: &GuestMemory, header: setup_header) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::super::kernel::tests::Temp;
-    use super::super::tiny::elf;
+    use super::super::tiny::{elf, elf_with_pvh};
     use super::*;
 
     fn guest(mib: u64) -> GuestMemory {
@@ -112,8 +120,8 @@ mod tests {
     #[test]
     fn kernel_command_line_and_initramfs_are_where_the_kernel_looks() {
         let (memory, kernel) = (guest(8), kernel("load").initramfs(Initramfs::new().file("init", 0o755, "x")));
-        let entry = load(&memory, &kernel, "quiet").unwrap();
-        assert_eq!(byte(&memory, entry.0), 0xf4);
+        assert_eq!(load(&memory, &kernel, "quiet").unwrap(), Entry::Linux64(GuestAddress(0x10_0000)));
+        assert_eq!(byte(&memory, 0x10_0000), 0xf4);
         assert_eq!(byte(&memory, layout::CMDLINE.0 + 5), 0);
         let mut at = [0; 4];
         memory.read(GuestAddress(layout::ZERO_PAGE.0 + 0x218), &mut at).unwrap();
@@ -121,6 +129,25 @@ mod tests {
         assert_eq!(byte(&memory, layout::ZERO_PAGE.0 + 0x1e8), 2, "memory below and above the legacy area");
         memory.read(GuestAddress(layout::ZERO_PAGE.0 + 0x70), &mut at).unwrap();
         assert_eq!(u64::from(u32::from_le_bytes(at)), layout::ACPI.0, "acpi_rsdp_addr");
+    }
+
+    #[test]
+    fn a_start_info_says_the_same() {
+        let kernel = Kernel::open(&Temp::new("start-info", &elf_with_pvh(b"\xf4")).0).unwrap().pvh();
+        let (memory, kernel) = (guest(8), kernel.initramfs(Initramfs::new().file("init", 0o755, "x")));
+        assert_eq!(load(&memory, &kernel, "quiet").unwrap(), Entry::Pvh(GuestAddress(0x10_0000)));
+        let number = |at: u64| {
+            let mut number = [0; 8];
+            memory.read(GuestAddress(at), &mut number).unwrap();
+            u64::from_le_bytes(number)
+        };
+        let info = layout::PVH_START_INFO.0;
+        assert_eq!((number(info), number(info + 8) >> 32), (1 << 32 | 0x336e_c578, 1), "magic, version, modules");
+        assert_eq!(byte(&memory, number(number(info + 16))), b'0', "a cpio archive begins with its magic number");
+        assert_eq!((byte(&memory, number(info + 24)), number(info + 32)), (b'q', layout::ACPI.0));
+        let (map, entries) = (number(info + 40), number(info + 48));
+        assert_eq!((entries, number(map), number(map + 8)), (2, 0, layout::LOW_MEMORY_END.0));
+        assert_eq!((number(map + 24), number(map + 32), number(map + 40)), (1 << 20, 7 << 20, 1));
     }
 
     #[test]

@@ -8,6 +8,8 @@ mod ikconfig;
 mod initramfs;
 mod kernel;
 mod linux;
+mod modules;
+mod pvh;
 #[cfg(any(test, feature = "internals"))]
 pub(crate) mod tiny;
 
@@ -15,3 +17,7 @@ pub(crate) use cmdline::Cmdline;
 pub use initramfs::Initramfs;
 pub use kernel::Kernel;
 pub(crate) use linux::load;
+pub use modules::Modules;
+#[cfg(any(test, feature = "internals"))]
+pub(crate) use modules::read as read_modules;
+pub(crate) use modules::{Need, Packed};

@@ -25,6 +25,28 @@ pub fn elf(code: &[u8]) -> Vec<u8> {
     file
 }
 
+/// The same with a note that says where it is entered in 32-bit mode: at its start too (Xen, public/elfnote.h,
+/// `XEN_ELFNOTE_PHYS32_ENTRY`).
+#[allow(dead_code, reason = "not every test that includes this file wants it")]
+pub fn elf_with_pvh(code: &[u8]) -> Vec<u8> {
+    let mut note = vec![4, 0, 0, 0, 4, 0, 0, 0, 18, 0, 0, 0];
+    note.extend_from_slice(b"Xen\0");
+    note.extend_from_slice(&(START as u32).to_le_bytes());
+    let mut file = elf(code);
+    // A second program header goes between the first and the code.
+    let mut header = [0; 56];
+    header[..4].copy_from_slice(&4u32.to_le_bytes());
+    let (at, size) = ((file.len() + header.len()) as u64, note.len() as u64);
+    for (field, value) in [(8, at), (32, size), (40, size), (48, 4)] {
+        header[field..field + 8].copy_from_slice(&value.to_le_bytes());
+    }
+    file.splice(120..120, header);
+    file[56] = 2;
+    file[72] += header.len() as u8;
+    file.extend_from_slice(&note);
+    file
+}
+
 /// A bzImage whose kernel is `code`, which unpacks nothing (Linux x86 boot protocol, 1.3).
 #[allow(dead_code, reason = "not every test that includes this file wants both")]
 pub fn bzimage(code: &[u8]) -> Vec<u8> {

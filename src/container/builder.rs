@@ -5,11 +5,14 @@ use std::time::{Duration, Instant};
 
 use super::agent::Agent;
 use super::{Container, Image, shim};
-use crate::boot::Kernel;
+use crate::boot::{Kernel, Need, Packed};
 use crate::error::{Context, Error, Result};
-use crate::proto::{BootConfig, CONTROL_PORT, Root, Source};
+use crate::proto::{BootConfig, CONTROL_PORT, OPTIONAL, Root, Source, StringBuf};
 use crate::size::Size;
 use crate::vm::{Cgroup, Console, Disk, Memory, Vm, Vsock};
+
+/// What the root of a container needs of its kernel.
+const FILE_SYSTEMS: [Need; 2] = [Need::required("ext4", "EXT4_FS"), Need::required("overlay", "OVERLAY_FS")];
 
 /// Collects what a container shall be; see [`Container::builder`]. Nothing is done before [`ContainerBuilder::start`].
 #[derive(Debug, Clone)]
@@ -43,7 +46,8 @@ impl ContainerBuilder {
         }
     }
 
-    /// Sets the kernel; what [`Kernel::find`] finds unless set. Its command line is added to, its initramfs extended.
+    /// Sets the kernel; what [`Kernel::find`] finds unless set. Its command line is added to, its initramfs extended. One of a
+    /// distribution wants its [`Modules`](crate::Modules) too; of these the container inserts what it needs.
     pub fn kernel(mut self, kernel: Kernel) -> Self {
         self.kernel = Some(kernel);
         self
@@ -102,7 +106,8 @@ impl ContainerBuilder {
     /// image's disk to be made, and others of the same image with it.
     ///
     /// # Errors
-    /// What [`VmBuilder::start`](crate::VmBuilder::start) says; `NotFound` without a kernel; `Corrupt` for a damaged
+    /// What [`VmBuilder::start`](crate::VmBuilder::start) says; `NotFound` without a kernel; `Unsupported` for a kernel
+    /// that is known to lack a driver; `Incompatible` for one with another's modules; `Corrupt` for a damaged
     /// image; `TimedOut`, naming the last stage, and `GuestFailed`, with the console's last lines, for a guest that
     /// never becomes ready. Nothing is left behind.
     pub fn start(self) -> Result<Container> {
@@ -121,16 +126,7 @@ impl ContainerBuilder {
         let kernel = self.kernel.clone().map_or_else(Kernel::find, Ok)?;
         let lower = Disk::open_file(self.image.disk()?).read_only();
         let upper = Disk::open_file(self.image.scratch(self.disk)?);
-        let config = BootConfig {
-            hostname,
-            control_port: CONTROL_PORT,
-            root: Root::Overlay {
-                lower: Source { device: b"/dev/vda", fs: b"ext4" },
-                upper: Source { device: b"/dev/vdb", fs: b"ext4" },
-            },
-        };
-        let initramfs = shim::initramfs(kernel.initramfs_or_default(), &config)?;
-        let mut vm = Vm::builder(kernel.initramfs(initramfs))
+        let mut vm = Vm::builder(kernel.clone())
             .vcpus(self.vcpus)
             .memory(self.memory)
             .disk(lower)
@@ -147,8 +143,33 @@ impl ContainerBuilder {
         if let Some(offset) = self.kick_signal {
             vm = vm.kick_signal(offset);
         }
-        let vm = Arc::new(vm.start()?);
+        let needs = [vm.needs().as_slice(), &FILE_SYSTEMS].concat();
+        kernel.check_drivers(&needs)?;
+        let packed = kernel.pack_modules(&needs)?;
+        let modules = modules(&packed)?;
+        let config = BootConfig {
+            hostname,
+            control_port: CONTROL_PORT,
+            root: Root::Overlay {
+                lower: Source { device: b"/dev/vda", fs: b"ext4" },
+                upper: Source { device: b"/dev/vdb", fs: b"ext4" },
+            },
+            modules: modules.as_strings(),
+        };
+        let kernel = kernel.with_packed(&packed);
+        let initramfs = shim::initramfs(kernel.initramfs_or_default(), &config)?;
+        let vm = Arc::new(vm.kernel(kernel.initramfs(initramfs)).start()?);
         let agent = Agent::start(&vm, begin, self.start_timeout)?;
         Ok(Container { vm, agent })
     }
+}
+
+/// The list by which the shim inserts them.
+fn modules(packed: &Packed) -> Result<StringBuf> {
+    let mut list = StringBuf::new();
+    for (path, required) in packed.paths() {
+        let entry = if required { path } else { format!("{}{path}", char::from(OPTIONAL)) };
+        list.push(entry.as_bytes()).map_err(|_| Error::invalid("Kernel::modules", format!("{entry:?} has a NUL")))?;
+    }
+    Ok(list)
 }

@@ -3,6 +3,9 @@
 use super::sys;
 use crate::proto::{EXIT_FAULT, EXIT_HALT, EXIT_PORT, EXIT_POWER_OFF, EXIT_REBOOT, End};
 
+/// The first serial port, which takes what is to be printed.
+const SERIAL_PORT: u16 = 0x3f8;
+
 /// A number as text, without the machinery of `core::fmt`.
 pub(super) struct Decimal {
     digits: [u8; 20],
@@ -42,7 +45,13 @@ pub(super) fn say(parts: &[&[u8]]) {
         *to = b'\n';
         length += 1;
     }
-    let _ = sys::write_raw(2, line.get(..length).unwrap_or_default());
+    let line = line.get(..length).unwrap_or_default();
+    if sys::write_raw(2, line).is_err() {
+        // The kernel has no driver for its console, or not yet; the machine has a serial port all the same.
+        for byte in line {
+            let _ = sys::write_port(SERIAL_PORT, *byte);
+        }
+    }
 }
 
 /// Ends the machine as it was asked to.

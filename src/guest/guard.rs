@@ -57,6 +57,15 @@ fn open_standard_descriptors() {
     }
 }
 
+/// Makes the console standard input, output and error, where the kernel had no driver for it before.
+pub(super) fn open_console() {
+    if let Ok(console) = sys::open(None, c"/dev/console", sys::O_RDWR) {
+        for number in 0..3 {
+            let _ = sys::dup_onto(&console, number);
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -3,7 +3,8 @@
 //! ```text
 //!  guard        refuses unless it is PID 1 of a machine that asked for it
 //!  files        small files whole            sys     raw system calls      rt   what libc would be
-//!  control      the stream to the host       end     how the machine ends
+//!  modules      the kernel's drivers          end     how the machine ends
+//!  control      the stream to the host
 //!  mount        the workloads' root          reaper  their PID 1           cgroup  their groups
 //!  serve        the loop                  process  one program             spawn, relay  its start, its streams
 //!  ending       the order of the machine's end
@@ -24,6 +25,7 @@ mod end;
 mod ending;
 mod files;
 mod guard;
+mod modules;
 mod mount;
 mod process;
 mod reaper;
@@ -66,10 +68,15 @@ fn run() -> ! {
             fail_unheard(&Failure::new(Stage::BootConfig, Errno::EPROTO, &text))
         }
     };
+    let modules = insert_modules(&config);
     // Early, so that what fails from here on is told.
-    let control = match Control::dial(config.control_port) {
-        Ok(control) => control,
-        Err(errno) => fail_unheard(&Failure::new(Stage::Control, errno, &[b"connecting to the host over vsock"])),
+    let control = match (Control::dial(config.control_port), modules) {
+        (Ok(control), Ok(())) => control,
+        (Ok(control), Err(failure)) => control.fail(&failure),
+        (Err(_), Err(failure)) => fail_unheard(&failure),
+        (Err(errno), Ok(())) => {
+            fail_unheard(&Failure::new(Stage::Control, errno, &[b"connecting to the host over vsock"]))
+        }
     };
     let writable = match mount_all(&config) {
         Ok(writable) => writable,
@@ -111,6 +118,17 @@ fn read_config() -> Result<Vec<u8>, Failure> {
     let _ = sys::unlink(c"/cofferdam.boot");
     let _ = sys::unlink(c"/init");
     file.map_err(|errno| Failure::new(Stage::BootConfig, errno, &[b"reading /cofferdam.boot"]))
+}
+
+/// The drivers that the kernel does not have built in. The console's may be among them.
+fn insert_modules(config: &BootConfig<'_>) -> Result<(), Failure> {
+    if config.modules.is_empty() {
+        return Ok(());
+    }
+    let outcome = modules::insert_all(config.modules);
+    let _ = sys::rmdir(None, c"/cofferdam.modules");
+    guard::open_console();
+    outcome
 }
 
 fn mount_all(config: &BootConfig<'_>) -> Result<Writable, Failure> {

@@ -45,6 +45,7 @@ mod nr {
     pub(super) const REBOOT: usize = 169;
     pub(super) const SETHOSTNAME: usize = 170;
     pub(super) const IOPERM: usize = 173;
+    pub(super) const INIT_MODULE: usize = 175;
     pub(super) const CLOCK_GETTIME: usize = 228;
     pub(super) const EXIT_GROUP: usize = 231;
     pub(super) const OPENAT: usize = 257;
@@ -58,6 +59,7 @@ mod nr {
     pub(super) const DUP3: usize = 292;
     pub(super) const PIPE2: usize = 293;
     pub(super) const PRLIMIT64: usize = 302;
+    pub(super) const FINIT_MODULE: usize = 313;
     pub(super) const CLONE3: usize = 435;
     pub(super) const CLOSE_RANGE: usize = 436;
 }
@@ -128,6 +130,7 @@ impl Errno {
     pub(super) const EEXIST: Self = Self(17);
     pub(super) const ENODEV: Self = Self(19);
     pub(super) const ENOTDIR: Self = Self(20);
+    pub(super) const ENOSYS: Self = Self(38);
     pub(super) const EPROTO: Self = Self(71);
     pub(super) const ECANCELED: Self = Self(125);
     pub(super) const ESHUTDOWN: Self = Self(108);
@@ -297,6 +300,18 @@ pub(super) fn fchdir(fd: &Fd) -> Result<()> {
 pub(super) fn chroot(path: &CStr) -> Result<()> {
     // SAFETY: `path` is a C string that outlives the call.
     unsafe { call!(nr::CHROOT, text(path)) }.map(drop)
+}
+
+/// Inserts a module from its file.
+pub(super) fn insert_module_file(file: &Fd) -> Result<()> {
+    // SAFETY: the parameters are an empty C string that lives for ever; the rest are plain numbers.
+    unsafe { call!(nr::FINIT_MODULE, file.arg(), text(c""), 0) }.map(drop)
+}
+
+/// Inserts a module from memory.
+pub(super) fn insert_module(module: &[u8]) -> Result<()> {
+    // SAFETY: the kernel reads `len` bytes of the slice; the parameters are an empty C string that lives for ever.
+    unsafe { call!(nr::INIT_MODULE, module.as_ptr() as usize, module.len(), text(c"")) }.map(drop)
 }
 
 pub(super) fn sync() {

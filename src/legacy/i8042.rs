@@ -1,7 +1,7 @@
 //! The keyboard controller: kernels reset the machine through it, and a person's Ctrl-Alt-Del arrives by it.
 //!
-//! Command and data bytes are those of the IBM PC/AT Technical Reference, "Keyboard Controller". The keyboard has one
-//! gesture: Ctrl-Alt-Del, which every init takes as the wish to shut down.
+//! Command and data bytes are those of the IBM PC/AT Technical Reference, "Keyboard Controller". The keyboard has two
+//! gestures: its power key, by which whole systems power off, and Ctrl-Alt-Del, by which every init shuts down.
 
 use std::collections::VecDeque;
 
@@ -23,13 +23,27 @@ const NOT_LOCKED: u8 = 1 << 4;
 const KEYBOARD_INTERRUPT: u8 = 1;
 /// Command byte: the keyboard's clock is off.
 const KEYBOARD_OFF: u8 = 1 << 4;
-/// Command byte: scan codes are translated to set 1, which is what [`CTRL_ALT_DEL`] is in.
+/// Command byte: scan codes are translated to set 1, which is what [`Keys`] are in.
 const TRANSLATE: u8 = 1 << 6;
 
-/// Ctrl, Alt and Del, pressed and released (scan code set 1).
-const CTRL_ALT_DEL: [u8; 8] = [0x1d, 0x38, 0xe0, 0x53, 0xe0, 0xd3, 0xb8, 0x9d];
 /// What the guest has not read; more is dropped, as a real controller drops keys.
 const MAX_OUTPUT: usize = 32;
+
+/// Keys pressed and released, in scan code set 1.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Keys {
+    Power,
+    CtrlAltDel,
+}
+
+impl Keys {
+    fn codes(self) -> &'static [u8] {
+        match self {
+            Self::Power => &[0xe0, 0x5e, 0xe0, 0xde],
+            Self::CtrlAltDel => &[0x1d, 0x38, 0xe0, 0x53, 0xe0, 0xd3, 0xb8, 0x9d],
+        }
+    }
+}
 
 /// What the next byte at the data port belongs to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -71,11 +85,11 @@ impl<F: FnMut() + Send> I8042<F> {
         Ok((controller, theirs))
     }
 
-    /// Presses Ctrl-Alt-Del. False when the guest has no keyboard driver to hear it.
-    pub(crate) fn press_ctrl_alt_del(&mut self) -> bool {
+    /// Presses keys. False when the guest has no keyboard driver to hear it.
+    pub(crate) fn press(&mut self, keys: Keys) -> bool {
         let listening = self.command_byte & (KEYBOARD_INTERRUPT | KEYBOARD_OFF) == KEYBOARD_INTERRUPT;
         if listening {
-            self.answer(&CTRL_ALT_DEL);
+            self.answer(keys.codes());
         }
         listening
     }
@@ -179,16 +193,17 @@ mod tests {
     }
 
     #[test]
-    fn a_driver_that_set_it_up_hears_ctrl_alt_del() {
+    fn a_driver_that_set_it_up_hears_keys() {
         let (mut controller, interrupt) = I8042::new(|| ()).unwrap();
-        assert!(!controller.press_ctrl_alt_del(), "nobody listens yet");
+        assert!(!controller.press(Keys::Power), "nobody listens yet");
         controller.write(COMMAND, &[0x60]);
         controller.write(DATA, &[KEYBOARD_INTERRUPT]);
-        assert!(controller.press_ctrl_alt_del());
+        assert!(controller.press(Keys::Power) && controller.press(Keys::CtrlAltDel));
         assert!(interrupt.read().is_ok());
         assert_eq!(read(&mut controller, COMMAND) & OUTPUT_FULL, OUTPUT_FULL);
-        let keys: Vec<u8> = (0..8).map(|_| read(&mut controller, DATA)).collect();
-        assert_eq!((keys.as_slice(), read(&mut controller, COMMAND) & OUTPUT_FULL), (&CTRL_ALT_DEL[..], 0));
+        let keys: Vec<u8> = (0..12).map(|_| read(&mut controller, DATA)).collect();
+        let expected = [Keys::Power, Keys::CtrlAltDel].map(Keys::codes).concat();
+        assert_eq!((keys, read(&mut controller, COMMAND) & OUTPUT_FULL), (expected, 0));
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use super::BOOT_CONFIG_MAX;
 use super::alloc::vec::Vec;
 use super::field::{Fields, Malformed, Writer};
+use super::strings::Strings;
 
 /// The file's first bytes: a shim of one build meets the file of another only by mistake, and then shall say so.
 const MAGIC: &[u8] = b"cofferdam boot 1\n";
@@ -15,6 +16,7 @@ const DEVICE: u8 = 5;
 const FS: u8 = 6;
 const UPPER_DEVICE: u8 = 7;
 const UPPER_FS: u8 = 8;
+const MODULES: u8 = 9;
 
 const ROOT_INITRAMFS: u8 = 0;
 const ROOT_DEVICE: u8 = 1;
@@ -29,7 +31,12 @@ pub(crate) struct BootConfig<'a> {
     pub(crate) control_port: u32,
     /// The root file system of the workloads.
     pub(crate) root: Root<'a>,
+    /// Files of kernel modules, in the order in which they are inserted before anything else is done; see [`OPTIONAL`].
+    pub(crate) modules: Strings<'a>,
 }
+
+/// How the path of a module begins that may fail to be inserted; the path proper follows.
+pub(crate) const OPTIONAL: u8 = b'-';
 
 /// The root file system of the workloads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -84,6 +91,9 @@ impl<'a> BootConfig<'a> {
                 fields.bytes(UPPER_FS, upper.fs);
             }
         }
+        if !self.modules.is_empty() {
+            fields.bytes(MODULES, self.modules.as_bytes());
+        }
         // The reader is the judge of what may stand in it.
         BootConfig::parse(&out)?;
         Ok(out)
@@ -113,7 +123,8 @@ impl<'a> BootConfig<'a> {
             return Err(Malformed("host name"));
         }
         let control_port = fields.u32(CONTROL_PORT, "control port")?.unwrap_or(super::CONTROL_PORT);
-        Ok(Self { hostname, control_port, root })
+        let modules = Strings::parse(fields.get(MODULES).unwrap_or_default(), "list of modules")?;
+        Ok(Self { hostname, control_port, root, modules })
     }
 }
 

@@ -109,6 +109,8 @@ byte_enum! {
         Reaper = 6,
         /// Waiting for events.
         Loop = 7,
+        /// Inserting a kernel module; the text names it.
+        Modules = 8,
     }
 }
 

@@ -144,7 +144,7 @@ proptest! {
     }
 
     #[test]
-    fn boot_config_round_trips(hostname in text(), control_port in any::<u32>(), kind in 0..3, read_only in any::<bool>(), names in [text(), text(), text(), text()]) {
+    fn boot_config_round_trips(hostname in text(), control_port in any::<u32>(), kind in 0..3, read_only in any::<bool>(), names in [text(), text(), text(), text()], modules in vec(text(), 0..6)) {
         let names = names.map(|mut name| { name.push(b'x'); name });
         let [a, b, c, d] = names.each_ref().map(|name| name.as_slice());
         let root = match kind {
@@ -152,7 +152,8 @@ proptest! {
             1 => Root::Device { source: Source { device: a, fs: b }, read_only },
             _ => Root::Overlay { lower: Source { device: a, fs: b }, upper: Source { device: c, fs: d } },
         };
-        let config = BootConfig { hostname: &hostname, control_port, root };
+        let modules = list(&modules);
+        let config = BootConfig { hostname: &hostname, control_port, root, modules: modules.as_strings() };
         let file = config.encode().unwrap();
         prop_assert_eq!(BootConfig::parse(&file), Ok(config));
         // Whatever is cut off, the rest is refused or is another valid file, never a panic.

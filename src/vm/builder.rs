@@ -3,7 +3,7 @@
 use super::cgroup::Cgroup;
 use super::config::{Console, Disk, VmConfig, Vsock};
 use super::{Vm, machine};
-use crate::boot::Kernel;
+use crate::boot::{Kernel, Need};
 use crate::error::Result;
 use crate::memory::Memory;
 use crate::size::Size;
@@ -74,6 +74,19 @@ impl VmBuilder {
     /// All VMs may share it. Choose another when the process uses that one itself.
     pub fn kick_signal(mut self, offset: u8) -> Self {
         self.config.kick_signal = offset;
+        self
+    }
+
+    /// What its devices need of the kernel's modules.
+    #[cfg(feature = "container")]
+    pub(crate) fn needs(&self) -> Vec<Need> {
+        self.config.needs()
+    }
+
+    /// Sets another kernel.
+    #[cfg(feature = "container")]
+    pub(crate) fn kernel(mut self, kernel: Kernel) -> Self {
+        self.config.kernel = kernel;
         self
     }
 

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 
 use super::cgroup::Cgroup;
 use crate::arch::{MAX_VCPUS, layout};
-use crate::boot::{Cmdline, Kernel};
+use crate::boot::{Cmdline, Kernel, Need};
 use crate::error::{Context, Error, Result};
 use crate::memory::Memory;
 use crate::size::Size;
@@ -151,6 +151,25 @@ impl VmConfig {
             Ok(Blk::new(file, &format!("disk{n}")))
         };
         self.disks.iter().enumerate().map(open).collect()
+    }
+
+    /// What the devices need of the kernel's modules. Every machine has a console, an entropy device and a balloon.
+    pub(super) fn needs(&self) -> Vec<Need> {
+        let disks = (!self.disks.is_empty()).then_some(Need::required("virtio_blk", "VIRTIO_BLK"));
+        let vsock = self.vsock.as_ref().map(|_| Need::required("vmw_vsock_virtio_transport", "VIRTIO_VSOCKETS"));
+        let always = [
+            Need::nice("virtio_console", "VIRTIO_CONSOLE"),
+            Need::nice("virtio_rng", "HW_RANDOM_VIRTIO"),
+            Need::nice("virtio_balloon", "VIRTIO_BALLOON"),
+            Need::nice("pvpanic_mmio", "PVPANIC_MMIO"),
+        ];
+        [Need::required("virtio_mmio", "VIRTIO_MMIO")].into_iter().chain(disks).chain(vsock).chain(always).collect()
+    }
+
+    /// The kernel, with what it needs of its modules in its initramfs.
+    pub(super) fn packed_kernel(&self) -> Result<Kernel> {
+        let packed = self.kernel.pack_modules(&self.needs())?;
+        Ok(self.kernel.clone().with_packed(&packed))
     }
 
     /// The finished command line, with devices at these windows and lines where the kernel takes them from there.

@@ -17,7 +17,7 @@ use super::pause::{Gate, Parked};
 use super::stats::DeviceStats;
 use super::vcpu::{self, LastExit, VcpuControl};
 use super::{Handles, Keyboard, Vm};
-use crate::arch::{self, Cpu, layout};
+use crate::arch::{self, Cpu, Entry, layout};
 use crate::boot;
 use crate::bus::{Attached, Bus};
 use crate::error::{Context, Error, ErrorKind, Result};
@@ -27,8 +27,8 @@ use crate::kvm::{Kvm, VmFd};
 use crate::legacy::{
     EXIT_PORTS, ExitPort, I8042, I8042_PORTS, PANIC_PORTS, PanicPort, Request, SERIAL_PORTS, SerialPort,
 };
-use crate::memory::{GuestAddress, GuestMemory};
-use crate::sys::{EventFd, KickSignal, STACK, Stack, eventfd};
+use crate::memory::GuestMemory;
+use crate::sys::{self, EventFd, KickSignal, STACK, Stack, eventfd};
 use crate::virtio::balloon::Balloon;
 use crate::virtio::console::{Console, Output};
 use crate::virtio::rng::Rng;
@@ -270,8 +270,10 @@ pub(super) fn start(config: &VmConfig) -> Result<Vm> {
     let (attachments, listeners) = attachments(config, &output, &memory)?;
     let slots = slots(attachments.len())?;
     let cmdline = config.cmdline(&slots)?;
-    let entry = boot::load(&memory, &config.kernel, &cmdline)?;
-    arch::write_tables(&memory, vcpus, &slots)?;
+    let entry = boot::load(&memory, &config.packed_kernel()?, &cmdline)?;
+    let mut generation = [0; 16];
+    sys::fill_random(&mut generation).doing(|| "making the machine's generation")?;
+    arch::write_tables(&memory, vcpus, &slots, generation)?;
 
     let kvm = Kvm::open()?;
     if usize::from(vcpus) > kvm.max_vcpus() {
@@ -486,7 +488,7 @@ struct Started {
 }
 
 /// Starts the vCPU threads; each makes its vCPU, as KVM wants, and runs it once all are made.
-fn start_vcpus(machine: &Arc<Machine>, cpu: &Cpu, vcpus: u8, entry: GuestAddress, member: Option<Member>) -> Started {
+fn start_vcpus(machine: &Arc<Machine>, cpu: &Cpu, vcpus: u8, entry: Entry, member: Option<Member>) -> Started {
     let (ready, answers) = mpsc::channel::<Result<()>>();
     let (mut threads, mut outcome, mut gates) = (Vec::new(), Ok(()), Vec::new());
     for id in 0..vcpus {
@@ -535,7 +537,7 @@ fn start_vcpus(machine: &Arc<Machine>, cpu: &Cpu, vcpus: u8, entry: GuestAddress
     Started { threads, outcome }
 }
 
-fn make_vcpu(machine: &Machine, cpu: &Cpu, id: u8, entry: GuestAddress) -> Result<crate::kvm::VcpuFd> {
+fn make_vcpu(machine: &Machine, cpu: &Cpu, id: u8, entry: Entry) -> Result<crate::kvm::VcpuFd> {
     machine.shared.signal.unblock().doing(|| "unblocking the kick signal")?;
     let vcpu = machine.vm.create_vcpu(id)?;
     cpu.apply(&vcpu, id)?;

@@ -27,7 +27,7 @@ pub use stats::{DeviceStats, GuestMemoryUse, MemoryStats, Stats, VcpuStats};
 use crate::boot::Kernel;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::event::Remote;
-use crate::legacy::I8042;
+use crate::legacy::{I8042, Keys};
 pub use crate::memory::Memory;
 use crate::size::Size;
 use crate::sys::borrow;
@@ -42,6 +42,8 @@ type Keyboard = Arc<Mutex<I8042<Box<dyn FnMut() + Send>>>>;
 
 /// How long a guest may take to say how it uses its memory.
 const MEMORY_PATIENCE: Duration = Duration::from_secs(1);
+/// How long a guest may take to power off by its power key, before Ctrl-Alt-Del is pressed too.
+const POWER_KEY_PATIENCE: Duration = Duration::from_secs(10);
 /// How long a connection to the guest may take to be answered.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -118,26 +120,31 @@ impl Vm {
         self.wait_timeout(Duration::ZERO)
     }
 
-    /// Asks the guest to shut down by pressing Ctrl-Alt-Del, which every init understands, and kills it when it has
-    /// not ended after `grace`. A guest without a keyboard driver is not asked and killed after `grace`; a paused one goes
-    /// on first.
+    /// Asks the guest to shut down, and kills it when it has not ended after `grace`. A guest without a keyboard driver is
+    /// not asked and killed after `grace`; a paused one goes on first.
+    ///
+    /// It is asked by two keys of its keyboard. First the power key, upon which systems with systemd-logind or acpid power
+    /// off. When it still runs after a quarter of `grace`, at most ten seconds, Ctrl-Alt-Del, which every init understands:
+    /// most end with a reset, which is [`Exit::Reboot`] and starts nothing again. A systemd that is powering off already is not
+    /// disturbed by it.
     ///
     /// # Errors
     /// As [`Vm::wait`].
     pub fn shutdown(&self, grace: Duration) -> Result<Exit> {
-        let deadline = Instant::now() + grace;
+        let begin = Instant::now();
         // One that has ended is told by what follows.
         let _ = self.resume();
-        if !self.handles.keyboard.lock().unwrap_or_else(PoisonError::into_inner).press_ctrl_alt_del() {
-            log::info!("the guest has no keyboard driver and cannot be asked to shut down");
-        }
-        match self.shared.wait(Some(deadline)) {
-            Some(exit) => Ok(exit),
-            None => {
-                self.kill();
-                self.wait()
+        let second = begin + (grace / 4).min(POWER_KEY_PATIENCE);
+        for (keys, until) in [(Keys::Power, second), (Keys::CtrlAltDel, begin + grace)] {
+            if !self.handles.keyboard.lock().unwrap_or_else(PoisonError::into_inner).press(keys) {
+                log::info!("the guest has no keyboard driver and cannot be asked to shut down");
+            }
+            if let Some(exit) = self.shared.wait(Some(until)) {
+                return Ok(exit);
             }
         }
+        self.kill();
+        self.wait()
     }
 
     /// Stops the guest where it is: when this returns no vCPU runs and no device touches the guest's memory, until

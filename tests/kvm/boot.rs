@@ -1,8 +1,10 @@
 //! Kernels boot and see the machine that was asked for.
 
-use cofferdam::{Disk, ErrorKind, Exit, Size, Vm};
+use std::time::Duration;
 
-use crate::fixture::{self, Outcome, PATIENCE, Printed, Temp, busybox, guest, kernel, run, stock_guest};
+use cofferdam::{Disk, ErrorKind, Exit, Kernel, Size, Vm};
+
+use crate::fixture::{self, Outcome, Printed, Temp, busybox, guest, kernel, run, stock_guest};
 use crate::{check, check_eq};
 
 pub fn vmlinux() -> Outcome {
@@ -112,8 +114,29 @@ pub fn the_keyboard_is_heard_by_acpi() -> Outcome {
     let script = "trap 'poweroff -f' INT\necho 0 > /proc/sys/kernel/ctrl-alt-del\necho up\nwhile :; do sleep 1; done";
     let vm = stock_guest("console=hvc0 quiet", script)?.console(printed.console()).start()?;
     printed.wait_for("up")?;
-    let exit = vm.shutdown(PATIENCE)?;
+    let exit = vm.shutdown(Duration::from_secs(20))?;
     check!(matches!(exit, Exit::PowerOff), "{exit}");
+    Ok(())
+}
+
+pub fn a_clock_and_a_generation() -> Outcome {
+    // Of drivers, those that are bound; the driver itself is only there with the machine's table.
+    let script = "cat /sys/class/ptp/ptp0/clock_name; ls -d /sys/bus/*/drivers/vmgenid/*:00\npoweroff -f";
+    let (_, printed) = run(stock_guest("console=hvc0 quiet", script)?)?;
+    check!(printed.contains("KVM virtual PTP"), "{printed}");
+    check!(printed.contains("drivers/vmgenid/COFD0001:00"), "{printed}");
+    Ok(())
+}
+
+pub fn by_pvh() -> Outcome {
+    let script = "cat /proc/sys/kernel/bootloader_type\nnproc\nreboot -f";
+    let started = |kernel: Kernel| {
+        let kernel = kernel.cmdline("console=hvc0 quiet").initramfs(busybox(script));
+        run(Vm::builder(kernel)).map(|(_, printed)| printed.split_whitespace().collect::<Vec<_>>().join(" "))
+    };
+    // What Linux makes of an entry by PVH (0xb0), and what we say ourselves.
+    check_eq!(started(kernel().pvh())?, "176 1");
+    check_eq!(started(kernel())?, "255 1");
     Ok(())
 }
 

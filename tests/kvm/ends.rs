@@ -117,7 +117,7 @@ pub fn ctrl_alt_del_asks_init_to_shut_down() -> Outcome {
         "trap 'echo asked; reboot -f' INT\necho 0 > /proc/sys/kernel/ctrl-alt-del\necho up\nwhile :; do sleep 1; done";
     let vm = guest(script).console(printed.console()).start()?;
     printed.wait_for("up")?;
-    let exit = vm.shutdown(PATIENCE)?;
+    let exit = vm.shutdown(Duration::from_secs(20))?;
     check!(matches!(exit, Exit::Reboot(_)), "{exit}");
     check!(printed.text().contains("asked"), "{}", printed.text());
     Ok(())

@@ -7,7 +7,9 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use crate::tiny;
-use cofferdam::{Console, Container, ContainerBuilder, Exit, Image, Initramfs, Kernel, Size, Vm, VmBuilder};
+use cofferdam::{
+    Console, Container, ContainerBuilder, Disk, ErrorKind, Exit, Image, Initramfs, Kernel, Modules, Size, Vm, VmBuilder,
+};
 
 /// What a test returns.
 pub type Outcome = Result<(), Box<dyn Error>>;
@@ -62,6 +64,50 @@ pub fn stock_kernel(temp: &Temp) -> Result<Kernel, Box<dyn Error>> {
     Ok(Kernel::open(path)?)
 }
 
+/// A kernel of a distribution with its modules, unmodified, and its version.
+pub fn distribution(which: &str) -> Result<(Kernel, String), Box<dyn Error>> {
+    let stamp =
+        std::fs::read_to_string(cache().join("kernels/stamp")).map_err(|e| format!("run `make setup` first: {e}"))?;
+    let version = |line: &str| Some(line.strip_prefix(which)?.strip_prefix(' ')?.to_owned());
+    let release = stamp.lines().find_map(version).ok_or_else(|| format!("no kernel {which} in {stamp}"))?;
+    Ok((distribution_alone(which)?.modules(distribution_modules(which)?), release))
+}
+
+/// The same kernel without its modules.
+pub fn distribution_alone(which: &str) -> cofferdam::Result<Kernel> {
+    Kernel::open(cache().join("kernels").join(which).join("vmlinuz"))
+}
+
+/// Its modules.
+pub fn distribution_modules(which: &str) -> cofferdam::Result<Modules> {
+    Modules::open(cache().join("kernels").join(which).join("modules"))
+}
+
+/// The disk of the system below.
+pub fn system_disk() -> PathBuf {
+    cache().join("system/disk.ext4")
+}
+
+/// The whole Debian with systemd that `make setup` made, on its disk, as it boots by itself.
+pub fn system(console: Console) -> Result<Vm, Box<dyn Error>> {
+    let folder = cache().join("system");
+    let initramfs = Initramfs::open(folder.join("initrd"))?;
+    // The lab's processor has AVX without XSAVE, which that module takes for usable.
+    let cmdline = "console=hvc0 root=/dev/vda rw quiet module_blacklist=aesni_intel";
+    let kernel = Kernel::open(folder.join("vmlinuz"))?.cmdline(cmdline).initramfs(initramfs);
+    let vm = Vm::builder(kernel).disk(Disk::file(system_disk())).memory(Size::mib(512)).console(console);
+    let deadline = std::time::Instant::now() + PATIENCE;
+    loop {
+        match vm.clone().start() {
+            // Tests of another checkout have it.
+            Err(e) if e.kind() == ErrorKind::ResourceExhausted && std::time::Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(100));
+            }
+            outcome => return Ok(outcome?),
+        }
+    }
+}
+
 /// A VM in which busybox runs `script` as PID 1 under such a kernel.
 pub fn stock_guest(cmdline: &str, script: &str) -> Result<VmBuilder, Box<dyn Error>> {
     let kernel = stock_kernel(&Temp::new()?)?.cmdline(cmdline).initramfs(busybox(script));
@@ -88,7 +134,12 @@ impl Printed {
 
     /// Waits until `word` was printed.
     pub fn wait_for(&self, word: &str) -> Outcome {
-        let deadline = std::time::Instant::now() + PATIENCE;
+        self.wait_within(PATIENCE, word)
+    }
+
+    /// The same, as long as `limit`.
+    pub fn wait_within(&self, limit: Duration, word: &str) -> Outcome {
+        let deadline = std::time::Instant::now() + limit;
         while !self.text().contains(word) {
             check!(std::time::Instant::now() < deadline, "{word} was never printed: {}", self.text());
             std::thread::sleep(Duration::from_millis(5));

@@ -14,6 +14,7 @@ mod ends;
 mod exec;
 mod fixture;
 mod hostile;
+mod kernels;
 mod lifecycle;
 mod many;
 mod memory;
@@ -41,7 +42,8 @@ macro_rules! tests {
 tests! {
     boot: vmlinux bzimage two_processors memory_around_the_hole serial_port command_line_arguments_reach_init
         a_timeline_is_kept what_a_kernel_lacks_is_named devices_by_acpi power_off_by_acpi reboot_by_acpi
-        two_processors_by_acpi the_keyboard_is_heard_by_acpi acpi_off_puts_devices_on_the_command_line;
+        two_processors_by_acpi the_keyboard_is_heard_by_acpi acpi_off_puts_devices_on_the_command_line
+        a_clock_and_a_generation by_pvh;
     ends: power_off reboot halt panic panic_without_a_word want_of_memory device_that_is_never_reset triple_fault init_fault killed_while_it_spins dropped_while_it_spins
         ctrl_alt_del_asks_init_to_shut_down shutdown_ends_a_guest_that_does_not_listen the_exit_descriptor_tells
         a_stuck_console_writer_holds_nothing_up;
@@ -61,6 +63,10 @@ tests! {
     hostile: queues_where_no_memory_is descriptors_in_a_loop kicks_and_interrupts_without_end miners_on_all_processors
         panics_again_and_again memory_and_disk_are_used_up a_disk_reset_in_the_middle_of_requests registers_written_at_random boot_structures_written_over a_flood_on_the_console
         a_fork_bomb_stays_inside a_storm_of_connections;
+    kernels: debian_6_1_cloud debian_6_12_cloud debian_6_1_generic
+        modules_lie_in_the_initramfs_in_their_order a_module_that_fails_is_named
+        what_a_kernel_has_in_modules_that_were_not_given_is_named modules_of_another_kernel_are_refused
+        a_whole_system_boots_to_its_login_and_powers_off_when_asked;
     lifecycle: a_paused_guest_stands_still_and_goes_on nothing_is_lost_however_often_it_is_paused
         clocks_go_on_while_paused a_paused_guest_ends_when_told pauses_and_ends_race_from_many_threads
         events_tell_the_whole_life numbers_grow_with_what_the_guest_does;

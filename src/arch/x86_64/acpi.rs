@@ -139,6 +139,7 @@ fn dsdt(devices: &[(u64, u32)]) -> Sdt {
     serial(&mut all);
     keyboard(&mut all);
     panic_port(&mut all);
+    generation(&mut all);
     let mut definitions = aml::Scope::raw("_SB_".into(), all);
     let off = aml::Package::new(vec![&POWER_OFF, &aml::ZERO, &aml::ZERO, &aml::ZERO]);
     aml::Name::new("_S5_".into(), &off).to_aml_bytes(&mut definitions);
@@ -177,6 +178,19 @@ fn keyboard(to: &mut Vec<u8>) {
 /// The port that hears of panics. By this name, which QEMU gave it, drivers know it.
 fn panic_port(to: &mut Vec<u8>) {
     device("PEVT", &"QEMU0001", 0, vec![&ports(layout::PANIC_PORT, 1)], to);
+}
+
+/// Where the machine's generation is, by which a guest knows that it is a copy of itself (Microsoft, "Virtual Machine
+/// Generation ID"). The first of the two names is the specification's, the second one that ACPI allows.
+fn generation(to: &mut Vec<u8>) {
+    let kind = aml::Name::new("_HID".into(), &"COFD0001");
+    let names = aml::Package::new(vec![&"VM_Gen_Counter", &"VMGENCTR"]);
+    let compatible = aml::Name::new("_CID".into(), &names);
+    let description = aml::Name::new("_DDN".into(), &"VM_Gen_Counter");
+    let (low, high) = (layout::VM_GENERATION.0 as u32, (layout::VM_GENERATION.0 >> 32) as u32);
+    let at = aml::Package::new(vec![&low, &high]);
+    let address = aml::Name::new("ADDR".into(), &at);
+    aml::Device::new("VGEN".into(), vec![&kind, &compatible, &description, &address]).to_aml_bytes(to);
 }
 
 /// A device: its kind, which of that kind it is, and what it takes (ACPI 6.5, 6.1.5, 6.1.12 and 6.2.2).
@@ -284,6 +298,16 @@ mod tests {
             assert_eq!(count(body, &resources), 1, "{name}: {body:x?}");
         }
         assert_eq!(count(&dsdt, b"_S5_\x12"), 1);
+    }
+
+    #[test]
+    fn the_generation_lies_where_nothing_else_does() {
+        let [.., dsdt] = tables(&machine(1, &[]));
+        assert_eq!((count(&dsdt, b"VM_Gen_Counter\0"), count(&dsdt, b"VMGENCTR\0")), (2, 1));
+        // A package of two: the address in 32 bits, and zero.
+        let at = [&b"ADDR\x12\x08\x02\x0c"[..], &(layout::VM_GENERATION.0 as u32).to_le_bytes(), &[0]].concat();
+        assert_eq!(count(&dsdt, &at), 1, "{dsdt:x?}");
+        assert_eq!((layout::VM_GENERATION.0 % 4096, layout::MP_TABLE.0 - layout::VM_GENERATION.0), (0, 4096));
     }
 
     #[test]

@@ -2,11 +2,11 @@
 //!
 //! ```text
 //! 0x0000_0500  GDT                        0x0010_0000  kernel, as it asks
-//! 0x0000_7000  boot_params (zero page)    ...          initramfs, as high as the kernel allows below the hole
+//! 0x0000_7000  boot parameters             ...          initramfs, as high as the kernel allows below the hole
 //! 0x0000_9000  page tables                0xc000_0000  hole: no memory up to 4 GiB
 //! 0x0002_0000  kernel command line        0xd000_0000  virtio-mmio windows, one page each
 //! 0x0009_fc00  end of low memory          0xfec0_0000  I/O APIC, then local APIC, TSS pages
-//! 0x000e_0000  ACPI tables                0x1_0000_0000  the rest of memory
+//! 0x000e_0000  ACPI tables, VM generation 0x1_0000_0000  the rest of memory
 //! 0x000f_0000  MP table
 //! ```
 
@@ -17,9 +17,15 @@ use crate::size::Size;
 /// Global descriptor table of the boot vCPU.
 pub(crate) const GDT: GuestAddress = GuestAddress(0x500);
 /// Empty interrupt descriptor table.
-pub(crate) const IDT: GuestAddress = GuestAddress(0x520);
+pub(crate) const IDT: GuestAddress = GuestAddress(0x540);
 /// `boot_params` (Linux x86 boot protocol, 1.15).
 pub(crate) const ZERO_PAGE: GuestAddress = GuestAddress(0x7000);
+/// What a kernel that is started by its PVH entry point finds in place of `boot_params`.
+pub(crate) const PVH_START_INFO: GuestAddress = ZERO_PAGE;
+/// Where that says that the initramfs is.
+pub(crate) const PVH_MODULES: GuestAddress = GuestAddress(0x7100);
+/// Where that says that memory is.
+pub(crate) const PVH_MEMORY_MAP: GuestAddress = GuestAddress(0x7200);
 /// Level 4, 3 and 2 page tables, one page each.
 pub(crate) const PAGE_TABLES: GuestAddress = GuestAddress(0x9000);
 /// The kernel's command line.
@@ -31,7 +37,9 @@ pub(crate) const LOW_MEMORY_END: GuestAddress = GuestAddress(0x9_fc00);
 /// The ACPI root pointer, in the area that kernels search for it (ACPI 6.5, 5.2.5.1); the tables follow it.
 pub(crate) const ACPI: GuestAddress = GuestAddress(0xe_0000);
 /// Where they must end.
-pub(crate) const ACPI_END: GuestAddress = MP_TABLE;
+pub(crate) const ACPI_END: GuestAddress = VM_GENERATION;
+/// The machine's generation, in a page of its own that nothing else uses.
+pub(crate) const VM_GENERATION: GuestAddress = GuestAddress(0xe_f000);
 /// MultiProcessor tables, in the area that Linux searches for them.
 pub(crate) const MP_TABLE: GuestAddress = GuestAddress(0xf_0000);
 /// Where that area ends.

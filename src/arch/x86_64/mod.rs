@@ -10,7 +10,7 @@ use kvm_bindings::{Msrs, kvm_msr_entry};
 
 pub(crate) use cpuid::Cpu;
 pub use regs::Registers;
-pub(crate) use regs::{boot_vcpu, write_boot_tables};
+pub(crate) use regs::{Entry, boot_vcpu, write_boot_tables};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::memory::GuestMemory;
@@ -23,13 +23,19 @@ const MSR_IA32_MISC_ENABLE: u32 = 0x1a0;
 /// Default memory type write-back, MTRRs enabled (Intel SDM vol. 3A, 13.11.2.1).
 const MSR_MTRR_DEF_TYPE: u32 = 0x2ff;
 
-/// Writes what a kernel reads about the machine: its `vcpus` processors, and virtio-mmio devices by the addresses of
-/// their windows and their interrupt lines.
+/// Writes what a kernel reads about the machine: its `vcpus` processors, virtio-mmio devices by the addresses of their
+/// windows and their interrupt lines, and its `generation`, which is never the same twice.
 ///
 /// # Errors
 /// `InvalidConfig` when the tables do not fit their areas.
-pub(crate) fn write_tables(memory: &GuestMemory, vcpus: u8, devices: &[(u64, u32)]) -> Result<()> {
+pub(crate) fn write_tables(
+    memory: &GuestMemory,
+    vcpus: u8,
+    devices: &[(u64, u32)],
+    generation: [u8; 16],
+) -> Result<()> {
     acpi::write(memory, vcpus, devices)?;
+    memory.write(layout::VM_GENERATION, &generation)?;
     mptable::write(memory, vcpus)
 }
 

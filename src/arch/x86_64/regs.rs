@@ -1,6 +1,5 @@
-//! How a vCPU reaches the kernel's first instruction: 64-bit mode, flat segments, identity-mapped memory.
-//!
-//! Linux x86 boot protocol, 1.15 ("64-bit Boot Protocol").
+//! How a vCPU reaches the kernel's first instruction: in 64-bit mode, with flat segments and identity-mapped memory (Linux x86
+//! boot protocol, 1.15, "64-bit Boot Protocol"); or in 32-bit mode without paging (Xen, docs/misc/pvh, "x86/HVM direct boot ABI").
 
 use std::fmt;
 
@@ -11,12 +10,31 @@ use crate::error::Result;
 use crate::kvm::VcpuFd;
 use crate::memory::{GuestAddress, GuestMemory};
 
-/// Null, unused, code at 0x10, data at 0x18, task state at 0x20: as the boot protocol wants.
-const GDT: [u64; 5] =
-    [0, 0, descriptor(0xa09b, 0, 0xf_ffff), descriptor(0xc093, 0, 0xf_ffff), descriptor(0x808b, 0, 0xf_ffff)];
+/// Where and how a kernel is entered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Entry {
+    /// In 64-bit mode, with Linux's boot parameters.
+    Linux64(GuestAddress),
+    /// In 32-bit mode, with a start info.
+    Pvh(GuestAddress),
+}
+
+/// Flags of segments: code of 64 bits, code of 32 bits, data, task state (Intel SDM vol. 3A, 3.4.5 and 3.5).
+const CODE_64: u16 = 0xa09b;
+const CODE_32: u16 = 0xc09b;
+const DATA: u16 = 0xc093;
+const TASK: u16 = 0x808b;
+/// A task state of no more than its size, as the direct boot ABI wants it: flags, and the size less one.
+const SMALL_TASK: (u16, u32) = (0x008b, 0x67);
+
+/// Null, unused, code at 0x10, data at 0x18, task state at 0x20: as both protocols want or allow.
+const fn gdt(code: u16, task: (u16, u32)) -> [u64; 5] {
+    [0, 0, descriptor(code, 0, 0xf_ffff), descriptor(DATA, 0, 0xf_ffff), descriptor(task.0, 0, task.1)]
+}
 
 /// A segment descriptor (Intel SDM vol. 3A, 3.4.5) from its flags, base and limit.
-const fn descriptor(flags: u64, base: u64, limit: u64) -> u64 {
+const fn descriptor(flags: u16, base: u64, limit: u32) -> u64 {
+    let (flags, limit) = (flags as u64, limit as u64);
     (base & 0xff00_0000) << 32
         | (base & 0x00ff_ffff) << 16
         | limit & 0xffff
@@ -44,14 +62,20 @@ fn segment(selector: u16, flags: u16) -> kvm_segment {
 
 /// Protection enable, extension type, paging (Intel SDM vol. 3A, 2.5).
 const CR0: u64 = 1 | 1 << 4 | 1 << 31;
+/// The same without paging.
+const CR0_PROTECTED: u64 = 1 | 1 << 4;
 /// Physical address extension.
 const CR4: u64 = 1 << 5;
 /// Long mode enabled and active (Intel SDM vol. 3A, 2.2.1).
 const EFER: u64 = 1 << 8 | 1 << 10;
 
 /// Writes the descriptor tables and page tables that [`boot_vcpu`] points at: the first GiB, mapped onto itself.
-pub(crate) fn write_boot_tables(memory: &GuestMemory) -> Result<()> {
-    for (n, entry) in (0..).zip(GDT) {
+pub(crate) fn write_boot_tables(memory: &GuestMemory, entry: Entry) -> Result<()> {
+    let gdt = match entry {
+        Entry::Linux64(_) => gdt(CODE_64, (TASK, 0xf_ffff)),
+        Entry::Pvh(_) => gdt(CODE_32, SMALL_TASK),
+    };
+    for (n, entry) in (0..).zip(gdt) {
         memory.write(GuestAddress(layout::GDT.0 + 8 * n), &entry.to_le_bytes())?;
     }
     memory.write(layout::IDT, &[0; 8])?;
@@ -65,20 +89,29 @@ pub(crate) fn write_boot_tables(memory: &GuestMemory) -> Result<()> {
 }
 
 /// Makes the next instruction of `vcpu` the kernel's `entry`. Only for the first vCPU: the others wait for it.
-pub(crate) fn boot_vcpu(vcpu: &VcpuFd, entry: GuestAddress) -> Result<()> {
+pub(crate) fn boot_vcpu(vcpu: &VcpuFd, entry: Entry) -> Result<()> {
     let mut sregs: kvm_sregs = vcpu.sregs()?;
-    let data = segment(0x18, 0xc093);
-    sregs.cs = segment(0x10, 0xa09b);
+    let data = segment(0x18, DATA);
     (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
-    sregs.tr = segment(0x20, 0x808b);
-    (sregs.gdt.base, sregs.gdt.limit) = (layout::GDT.0, size_of_val(&GDT) as u16 - 1);
+    (sregs.gdt.base, sregs.gdt.limit) = (layout::GDT.0, size_of_val(&gdt(0, (0, 0))) as u16 - 1);
     (sregs.idt.base, sregs.idt.limit) = (layout::IDT.0, 7);
-    (sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer) = (CR0, layout::PAGE_TABLES.0, CR4, EFER);
-    vcpu.set_sregs(&sregs)?;
     // Reserved bit 1 set, interrupts off; the stack grows down below the zero page's neighbours.
     let stack = layout::PAGE_TABLES.0 - 16;
-    let regs =
-        kvm_regs { rip: entry.0, rsi: layout::ZERO_PAGE.0, rsp: stack, rbp: stack, rflags: 2, ..Default::default() };
+    let mut regs = kvm_regs { rsp: stack, rbp: stack, rflags: 2, ..Default::default() };
+    match entry {
+        Entry::Linux64(at) => {
+            (sregs.cs, sregs.tr) = (segment(0x10, CODE_64), segment(0x20, TASK));
+            (sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer) = (CR0, layout::PAGE_TABLES.0, CR4, EFER);
+            (regs.rip, regs.rsi) = (at.0, layout::ZERO_PAGE.0);
+        }
+        Entry::Pvh(at) => {
+            (sregs.cs, sregs.tr) = (segment(0x10, CODE_32), segment(0x20, SMALL_TASK.0));
+            sregs.tr.limit = SMALL_TASK.1;
+            (sregs.cr0, sregs.cr4, sregs.efer) = (CR0_PROTECTED, 0, 0);
+            (regs.rip, regs.rbx) = (at.0, layout::PVH_START_INFO.0);
+        }
+    }
+    vcpu.set_sregs(&sregs)?;
     vcpu.set_regs(&regs)?;
     let mut lapic = vcpu.lapic()?;
     route_legacy_interrupts(&mut lapic);
@@ -162,16 +195,29 @@ mod tests {
 
     #[test]
     fn descriptors_match_the_boot_protocol() {
-        assert_eq!(GDT[2], 0x00af_9b00_0000_ffff);
-        assert_eq!(GDT[3], 0x00cf_9300_0000_ffff);
-        let code = segment(0x10, 0xa09b);
+        let gdt = gdt(CODE_64, (TASK, 0xf_ffff));
+        assert_eq!(gdt[2], 0x00af_9b00_0000_ffff);
+        assert_eq!(gdt[3], 0x00cf_9300_0000_ffff);
+        let code = segment(0x10, CODE_64);
         assert_eq!((code.type_, code.s, code.present, code.l, code.db, code.g), (0xb, 1, 1, 1, 0, 1));
+    }
+
+    #[test]
+    fn the_direct_boot_abi_wants_code_of_32_bits() {
+        let memory = GuestMemory::anonymous(&[(GuestAddress(0), 1 << 20)]).unwrap();
+        write_boot_tables(&memory, Entry::Pvh(GuestAddress(0x10_0000))).unwrap();
+        let mut gdt = [0; 40];
+        memory.read(layout::GDT, &mut gdt).unwrap();
+        assert_eq!(gdt[16..24], 0x00cf_9b00_0000_ffff_u64.to_le_bytes());
+        assert_eq!(gdt[32..], 0x0000_8b00_0000_0067_u64.to_le_bytes()[..]);
+        let code = segment(0x10, CODE_32);
+        assert_eq!((code.type_, code.s, code.present, code.l, code.db, code.g), (0xb, 1, 1, 0, 1, 1));
     }
 
     #[test]
     fn the_first_gibibyte_is_mapped_onto_itself() {
         let memory = GuestMemory::anonymous(&[(GuestAddress(0), 1 << 20)]).unwrap();
-        write_boot_tables(&memory).unwrap();
+        write_boot_tables(&memory, Entry::Linux64(GuestAddress(0x10_0000))).unwrap();
         let entry = |at: u64| {
             let mut bytes = [0; 8];
             memory.read(GuestAddress(at), &mut bytes).unwrap();

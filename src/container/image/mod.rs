@@ -7,6 +7,7 @@ mod store;
 mod tar;
 
 use std::fs::File;
+use std::io::Read;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -145,10 +146,22 @@ impl Image {
         // Disks that an older release wrote in another way are other disks.
         hash.update(b"cofferdam disk 1\n");
         match self.kind {
-            Kind::Tar => drop(std::io::copy(&mut File::open(&self.path)?, &mut hash)?),
+            Kind::Tar => read_into(File::open(&self.path)?, &mut hash)?,
             Kind::Directory => directory::fingerprint(&self.path, &mut hash)?,
         }
         Ok(hex(&hash.finalize()))
+    }
+}
+
+fn read_into(mut file: File, hash: &mut Sha256) -> Result<()> {
+    let mut buffer = vec![0; 64 << 10];
+    loop {
+        match file.read(&mut buffer) {
+            Ok(0) => return Ok(()),
+            Ok(n) => hash.update(buffer.get(..n).unwrap_or_default()),
+            Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e.into()),
+        }
     }
 }
 

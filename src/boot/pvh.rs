@@ -1,0 +1,39 @@
+//! What a kernel is told that is started by its PVH entry point: the start info (Xen, public/arch-x86/hvm/start_info.h) in place of
+//! Linux's boot parameters.
+
+use linux_loader::configurator::pvh::PvhBootConfigurator;
+use linux_loader::configurator::{BootConfigurator, BootParams};
+use linux_loader::loader::elf::start_info::{hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info};
+
+use super::linux::E820_RAM;
+use crate::arch::layout;
+use crate::error::{Error, ErrorKind, Result};
+use crate::memory::{GuestAddress, GuestMemory};
+
+const MAGIC: u32 = 0x336e_c578;
+/// The version that has a memory map.
+const VERSION: u32 = 1;
+
+/// Writes it for a machine with this memory map and initramfs, each as addresses and sizes.
+pub(super) fn write(memory: &GuestMemory, map: &[(u64, u64)], initramfs: Option<(GuestAddress, u64)>) -> Result<()> {
+    let ram = |&(addr, size): &(u64, u64)| hvm_memmap_table_entry { addr, size, type_: E820_RAM, reserved: 0 };
+    let map: Vec<_> = map.iter().map(ram).collect();
+    let module = |(at, size): (GuestAddress, u64)| hvm_modlist_entry { paddr: at.0, size, ..Default::default() };
+    let modules: Vec<_> = initramfs.map(module).into_iter().collect();
+    let info = hvm_start_info {
+        magic: MAGIC,
+        version: VERSION,
+        nr_modules: modules.len() as u32,
+        modlist_paddr: layout::PVH_MODULES.0,
+        cmdline_paddr: layout::CMDLINE.0,
+        rsdp_paddr: layout::ACPI.0,
+        memmap_paddr: layout::PVH_MEMORY_MAP.0,
+        memmap_entries: map.len() as u32,
+        ..Default::default()
+    };
+    let mut params = BootParams::new(&info, layout::PVH_START_INFO.inner());
+    params.set_sections(&map, layout::PVH_MEMORY_MAP.inner());
+    params.set_modules(&modules, layout::PVH_MODULES.inner());
+    PvhBootConfigurator::write_bootparams(&params, memory.inner())
+        .map_err(|e| Error::new(ErrorKind::InvalidConfig, format!("memory: writing the start info: {e}")))
+}

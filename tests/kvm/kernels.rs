@@ -1,0 +1,104 @@
+//! Kernels as distributions ship them, unmodified, with the modules that they need.
+
+use std::os::unix::fs::FileExt;
+
+use cofferdam::{Disk, ErrorKind, Exit, Modules, Size, Vm};
+
+use crate::fixture::{
+    Outcome, PATIENCE, Printed, Temp, busybox, debian_container, distribution, distribution_alone,
+    distribution_modules, kernel, run, system, system_disk,
+};
+use crate::{check, check_eq};
+
+/// A container on such a kernel, in which everything that a machine has does its work.
+fn contains(which: &str) -> Outcome {
+    let (kernel, release) = distribution(which)?;
+    let container = debian_container().kernel(kernel).start()?;
+    let script = "uname -r; cat /sys/class/misc/hw_random/rng_current; ls /sys/bus/virtio/drivers; echo x > /tmp/x && cat /tmp/x\n\
+        head -c 8 /dev/hwrng | wc -c; echo spoken > /dev/hvc0";
+    let out = String::from_utf8(container.exec(["sh", "-c", script]).output()?.stdout)?;
+    check!(out.starts_with(&format!("{release}\nvirtio_rng.0\n")) && out.ends_with("\nx\n8\n"), "{out}");
+    for driver in ["virtio_balloon", "virtio_blk", "virtio_console", "virtio_rng", "vmw_vsock_virtio_transport"] {
+        check!(out.contains(driver), "{driver}: {out}");
+    }
+    check!(container.vm().trace().console_lines(5).contains("spoken"));
+    // Asked through the balloon, with a second for the answer.
+    check!((0..10).any(|_| container.vm().memory_stats().is_ok_and(|memory| memory.guest.is_some())));
+    container.stop(PATIENCE)?;
+    Ok(())
+}
+
+pub fn debian_6_1_cloud() -> Outcome {
+    contains("cloud")
+}
+
+pub fn debian_6_12_cloud() -> Outcome {
+    contains("cloud-6.12")
+}
+
+pub fn debian_6_1_generic() -> Outcome {
+    contains("generic")
+}
+
+pub fn modules_lie_in_the_initramfs_in_their_order() -> Outcome {
+    let script = "for module in /cofferdam.modules/*; do insmod $module || echo $module; done\ncat /sys/block/vda/size\n\
+        ls /cofferdam.modules | sed s/....//\npoweroff -f";
+    let (kernel, _) = distribution("cloud-6.12")?;
+    let kernel = kernel.cmdline("console=ttyS0 quiet").initramfs(busybox(script));
+    let (exit, printed) = run(Vm::builder(kernel).disk(Disk::scratch(Size::mib(1))))?;
+    check!(matches!(exit, Exit::PowerOff), "{exit}");
+    let expected = ["2048", "virtio_mmio.ko", "virtio_blk.ko", "virtio_rng.ko", "virtio_balloon.ko"];
+    check_eq!(printed.split_whitespace().collect::<Vec<_>>(), expected);
+    Ok(())
+}
+
+pub fn a_module_that_fails_is_named() -> Outcome {
+    let temp = Temp::new()?;
+    let built_in = ["virtio_mmio", "virtio_blk", "vmw_vsock_virtio_transport", "ext4", "overlay"];
+    std::fs::write(temp.path("modules.builtin"), built_in.map(|name| format!("kernel/{name}.ko\n")).concat())?;
+    std::fs::write(temp.path("modules.dep"), "broken.ko:\n")?;
+    std::fs::write(temp.path("broken.ko"), b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x01\0\x3e\0")?;
+    let modules = Modules::open(temp.path(""))?.with("broken");
+    let error = debian_container().kernel(kernel().modules(modules)).start().map(drop).expect_err("it is broken");
+    check_eq!(error.kind(), ErrorKind::GuestFailed);
+    check!(error.to_string().contains("Modules: inserting /cofferdam.modules/000-broken.ko: "), "{error}");
+    check!(error.to_string().contains("(os error "), "{error}");
+    Ok(())
+}
+
+pub fn what_a_kernel_has_in_modules_that_were_not_given_is_named() -> Outcome {
+    let error = debian_container().kernel(distribution_alone("generic")?).start().map(drop).expect_err("no drivers");
+    check_eq!(error.kind(), ErrorKind::Unsupported);
+    check!(error.to_string().contains("has virtio_mmio as a module only"), "{error}");
+    Ok(())
+}
+
+pub fn modules_of_another_kernel_are_refused() -> Outcome {
+    let (other, _) = distribution("cloud")?;
+    let (_, release) = distribution("generic")?;
+    let kernel = other.modules(distribution_modules("generic")?);
+    let error = debian_container().kernel(kernel).start().map(drop).expect_err("modules of another kernel");
+    check_eq!(error.kind(), ErrorKind::Incompatible);
+    check!(error.to_string().ends_with(&format!("these modules are for {release}")), "{error}");
+    Ok(())
+}
+
+pub fn a_whole_system_boots_to_its_login_and_powers_off_when_asked() -> Outcome {
+    let printed = Printed::default();
+    let vm = system(printed.console())?;
+    // Emulated, it takes most of a minute.
+    printed.wait_within(4 * PATIENCE, "debian login:")?;
+    let exit = vm.shutdown(PATIENCE)?;
+    check!(matches!(exit, Exit::PowerOff), "{exit}");
+    check!(is_clean(&system_disk())?, "its file system was not unmounted");
+    Ok(())
+}
+
+/// Whether an ext4 file system was unmounted: nothing in its journal is to be done (Linux, ext4 documentation, super block:
+/// `s_feature_incompat`, INCOMPAT_RECOVER), and nothing is known to be wrong (`s_state`).
+fn is_clean(disk: &std::path::Path) -> std::io::Result<bool> {
+    let (mut state, mut features, disk) = ([0; 2], [0; 4], std::fs::File::open(disk)?);
+    disk.read_exact_at(&mut state, 1024 + 0x3a)?;
+    disk.read_exact_at(&mut features, 1024 + 0x60)?;
+    Ok(u16::from_le_bytes(state) == 1 && u32::from_le_bytes(features) & 4 == 0)
+}
