@@ -12,6 +12,8 @@ use std::time::{Duration, Instant};
 use cofferdam::{Console, Container, Image, Initramfs, Kernel, Size, Vm};
 
 const ROUNDS: usize = 3;
+/// Longer than any guest that ends at all.
+const PATIENCE: Duration = Duration::from_secs(20);
 /// A distribution's kernel takes some thirty times as long.
 const STOCK_ROUNDS: usize = 1;
 
@@ -117,16 +119,28 @@ fn stock() {
     figure("stock kernel: start to end of a guest that ends at once in user space", median(whole), qemu);
 }
 
-/// A guest that powers off at once: time from `start` to its end beyond its own uptime, and QEMU's whole time.
-fn shortest_life(kernel: &Kernel) {
+/// Medians over the lives of guests that power off at once, in ms.
+struct Lives {
+    /// From `start` to `wait` returned.
+    whole: f64,
+    /// The guest's own uptime at user space.
+    uptime: f64,
+    /// From `start` to the first KVM_RUN, when all vCPUs are made.
+    first: f64,
+    /// From the guest's end to `wait` returned.
+    ended: f64,
+}
+
+/// `None` when one of them did not end.
+fn lives(kernel: &Kernel, vcpus: u32) -> Option<Lives> {
     let (mut whole, mut uptime, mut first, mut ended) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for round in 0..=ROUNDS {
         let clock = Clock::default();
         let kernel = kernel.clone().cmdline("console=hvc0 quiet").initramfs(initramfs());
         let begin = Instant::now();
-        let builder = Vm::builder(kernel).memory(Size::mib(128)).console(Console::writer(clock.clone()));
+        let builder = Vm::builder(kernel).vcpus(vcpus).memory(Size::mib(128)).console(Console::writer(clock.clone()));
         let vm = builder.start().expect("the guest starts");
-        vm.wait().expect("the guest ends");
+        vm.wait_timeout(PATIENCE).expect("the guest's end")?;
         let end = begin.elapsed();
         let line = vm.timeline();
         // Once for the caches.
@@ -138,15 +152,32 @@ fn shortest_life(kernel: &Kernel) {
         ended.push(ms(end.saturating_sub(line.ended.expect("it ended"))));
         uptime.push(ms(clock.read()));
     }
-    let cache = cache();
-    let path = std::env::var("COFFERDAM_KERNEL").unwrap_or(format!("{cache}/kernel/vmlinux"));
+    Some(Lives { whole: median(whole), uptime: median(uptime), first: median(first), ended: median(ended) })
+}
+
+/// A guest that powers off at once: time from `start` to its end beyond its own uptime, and QEMU's whole time.
+fn shortest_life(kernel: &Kernel) -> Lives {
+    let path = std::env::var("COFFERDAM_KERNEL").unwrap_or(cache() + "/kernel/vmlinux");
     let qemu = qemu(&path, "reboot=t panic=-1 quiet", 128, ROUNDS);
-    let (whole, uptime) = (median(whole), median(uptime));
-    figure("start() to first KVM_RUN", median(first), None);
-    figure("guest's own uptime at user space", uptime, None);
-    figure("start to end of a guest that powers off at once", whole, qemu);
-    figure("the same beyond the guest's uptime", whole - uptime, qemu.map(|q| q - uptime));
-    figure("guest's end to wait() returned", median(ended), None);
+    let lives = lives(kernel, 1).expect("the guest ends");
+    let beyond = |whole: f64| whole - lives.uptime;
+    figure("start() to first KVM_RUN", lives.first, None);
+    figure("guest's own uptime at user space", lives.uptime, None);
+    figure("start to end of a guest that powers off at once", lives.whole, qemu);
+    figure("the same beyond the guest's uptime", beyond(lives.whole), qemu.map(beyond));
+    figure("guest's end to wait() returned", lives.ended, None);
+    lives
+}
+
+/// What a second vCPU adds. Without a peer: guests of several vCPUs, QEMU's too, now and then never end in virtual time, which
+/// has one processor for all of them.
+fn second_vcpu(kernel: &Kernel, one: &Lives) {
+    let Some(two) = lives(kernel, 2) else {
+        println!("start: a guest of two vCPUs did not end");
+        return;
+    };
+    figure("the second vCPU: start() to first KVM_RUN", two.first - one.first, None);
+    figure("the second vCPU: start to end", two.whole - one.whole, None);
 }
 
 /// QEMU's microvm of `memory` MiB, start to end, in ms; `None` where it is not installed.
@@ -242,7 +273,9 @@ fn main() {
     figure("Kernel::open (once for all VMs)", ms(begin.elapsed()), None);
     let image = Image::open(cache() + "/images/debian-12.tar").expect("an image: run `make setup`");
     image.prepare().expect("the image's disk");
-    shortest_life(&kernel);
+    let one = shortest_life(&kernel);
     container(&kernel, &image);
     stock();
+    // Last, as such a guest now and then never ends in virtual time.
+    second_vcpu(&kernel, &one);
 }

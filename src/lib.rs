@@ -95,8 +95,9 @@ pub use kvm::{Device, Host};
 pub use size::Size;
 pub use virtio::vsock::{VsockListener, VsockStream};
 pub use vm::{
-    Cgroup, CgroupStats, Console, DeviceStats, Disk, Event, EventKind, Events, Exit, GuestMemoryUse, Memory,
-    MemoryStats, Registers, Stage, Stats, Timeline, Trace, VcpuStats, Vm, VmBuilder, Vsock,
+    Cgroup, CgroupStats, Console, CpuProfile, CpuidBits, CpuidRegister, DeviceStats, Disk, Event, EventKind, Events,
+    Exit, GuestMemoryUse, Memory, MemoryStats, Registers, Stage, Stats, Timeline, Trace, VcpuStats, Vm, VmBuilder,
+    Vsock,
 };
 
 /// The readme's code is compiled with the documentation's.

@@ -7,9 +7,9 @@
 #[cfg(target_arch = "x86_64")]
 mod x86_64;
 #[cfg(target_arch = "x86_64")]
-pub use x86_64::Registers;
-#[cfg(target_arch = "x86_64")]
 pub(crate) use x86_64::*;
+#[cfg(target_arch = "x86_64")]
+pub use x86_64::{CpuProfile, CpuidBits, CpuidRegister, Registers};
 
 #[cfg(not(target_arch = "x86_64"))]
 compile_error!("cofferdam runs on x86_64 Linux hosts only, for now");

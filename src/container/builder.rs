@@ -9,7 +9,7 @@ use crate::boot::{Kernel, Need, Packed};
 use crate::error::{Context, Error, Result};
 use crate::proto::{BootConfig, CONTROL_PORT, OPTIONAL, Root, Source, StringBuf};
 use crate::size::Size;
-use crate::vm::{Cgroup, Console, Disk, Memory, Vm, Vsock};
+use crate::vm::{Cgroup, Console, CpuProfile, Disk, Memory, Vm, Vsock};
 
 /// What the root of a container needs of its kernel.
 const FILE_SYSTEMS: [Need; 2] = [Need::required("ext4", "EXT4_FS"), Need::required("overlay", "OVERLAY_FS")];
@@ -21,6 +21,7 @@ pub struct ContainerBuilder {
     image: Image,
     kernel: Option<Kernel>,
     vcpus: u32,
+    cpu: CpuProfile,
     memory: Memory,
     disk: Size,
     hostname: String,
@@ -36,6 +37,7 @@ impl ContainerBuilder {
             image,
             kernel: None,
             vcpus: 1,
+            cpu: CpuProfile::host(),
             memory: Size::mib(256).into(),
             disk: Size::gib(4),
             hostname: "container".into(),
@@ -56,6 +58,12 @@ impl ContainerBuilder {
     /// How many processors the container has: 1 to 254, 1 unless set.
     pub fn vcpus(mut self, n: u32) -> Self {
         self.vcpus = n;
+        self
+    }
+
+    /// Sets which processor the container sees; the host's unless set.
+    pub fn cpu(mut self, profile: CpuProfile) -> Self {
+        self.cpu = profile;
         self
     }
 
@@ -128,6 +136,7 @@ impl ContainerBuilder {
         let upper = Disk::open_file(self.image.scratch(self.disk)?);
         let mut vm = Vm::builder(kernel.clone())
             .vcpus(self.vcpus)
+            .cpu(self.cpu)
             .memory(self.memory)
             .disk(lower)
             .disk(upper)

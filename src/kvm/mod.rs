@@ -9,8 +9,8 @@ mod vcpu;
 use std::fmt;
 use std::os::fd::AsRawFd;
 
-use kvm_bindings::{CpuId, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region};
-use kvm_ioctls::{Cap, IoEventAddress};
+use kvm_bindings::{CpuId, KVM_PIT_SPEAKER_DUMMY, Msrs, kvm_msr_entry, kvm_pit_config, kvm_userspace_memory_region};
+use kvm_ioctls::{Cap, IoEventAddress, MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags};
 
 pub use host::{Device, Host};
 pub(crate) use vcpu::{Kicker, VcpuExit, VcpuFd};
@@ -41,6 +41,17 @@ impl Kvm {
             .get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
             .map_err(failed)
             .doing(|| "asking KVM for its CPUID")
+    }
+
+    /// The value of an MSR that says what the processor can do, as far as KVM can show it (KVM API, 4.17).
+    pub(crate) fn feature_msr(&self, index: u32) -> Result<Option<u64>> {
+        let mut msrs = Msrs::from_entries(&[kvm_msr_entry { index, ..Default::default() }])
+            .map_err(|e| Error::new(ErrorKind::ResourceExhausted, format!("building MSRs: {e:?}")))?;
+        match self.fd.get_msrs(&mut msrs) {
+            Ok(0) => Ok(None),
+            Ok(_) => Ok(msrs.as_slice().first().map(|msr| msr.data)),
+            Err(e) => Err(failed(e)).doing(|| format!("asking KVM for MSR {index:#x}")),
+        }
     }
 
     /// How many vCPUs a VM may have.
@@ -122,6 +133,42 @@ impl VmFd {
             .doing(|| format!("attaching queue notification {value} at {addr:#x}"))
     }
 
+    /// Makes reading and writing these MSRs, which are in order, a general protection fault in the guest (KVM API, 4.97).
+    pub(crate) fn hide_msrs(&self, msrs: &[u32]) -> Result<()> {
+        if msrs.is_empty() {
+            return Ok(());
+        }
+        if !self.fd.check_extension(Cap::X86MsrFilter) {
+            return Err(missing(&["KVM_CAP_X86_MSR_FILTER"]));
+        }
+        // Ranges that begin with a hidden one, and bitmaps in which only those are 0.
+        let mut ranges: Vec<(u32, Vec<u8>)> = Vec::new();
+        for index in msrs {
+            match ranges.last_mut() {
+                Some((base, bits)) if index - *base < MSR_RANGE => clear(bits, index - *base),
+                _ => {
+                    let mut bits = vec![0xff; MSR_RANGE as usize / 8];
+                    clear(&mut bits, 0);
+                    ranges.push((*index, bits));
+                }
+            }
+        }
+        let flags = MsrFilterRangeFlags::READ | MsrFilterRangeFlags::WRITE;
+        let ranges: Vec<_> = ranges
+            .iter()
+            .map(|(base, bitmap)| MsrFilterRange {
+                flags,
+                base: *base,
+                msr_count: MSR_RANGE.min(u32::MAX - base),
+                bitmap,
+            })
+            .collect();
+        self.fd
+            .set_msr_filter(MsrFilterDefaultAction::ALLOW, &ranges)
+            .map_err(failed)
+            .doing(|| format!("hiding MSRs {msrs:#x?}"))
+    }
+
     /// The vCPU `id`; must be called on the thread that will run it, as KVM wants (KVM API, 2).
     pub(crate) fn create_vcpu(&self, id: u8) -> Result<VcpuFd> {
         let fd = self.fd.create_vcpu(id.into()).map_err(failed).doing(|| format!("creating vCPU {id}"))?;
@@ -132,6 +179,16 @@ impl VmFd {
 impl fmt::Debug for VmFd {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "VmFd({})", self.fd.as_raw_fd())
+    }
+}
+
+/// How many MSRs one range of a filter speaks of. KVM allows 16 ranges.
+const MSR_RANGE: u32 = 4096;
+
+/// Clears a bit of a bitmap, counted from the lowest of its first byte.
+fn clear(bitmap: &mut [u8], bit: u32) {
+    if let Some(byte) = bitmap.get_mut(bit as usize / 8) {
+        *byte &= !(1 << (bit % 8));
     }
 }
 

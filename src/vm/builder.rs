@@ -3,6 +3,7 @@
 use super::cgroup::Cgroup;
 use super::config::{Console, Disk, VmConfig, Vsock};
 use super::{Vm, machine};
+use crate::arch::CpuProfile;
 use crate::boot::{Kernel, Need};
 use crate::error::Result;
 use crate::memory::Memory;
@@ -20,6 +21,7 @@ impl VmBuilder {
         let config = VmConfig {
             kernel,
             vcpus: 1,
+            cpu: CpuProfile::host(),
             memory: Size::mib(256).into(),
             disks: Vec::new(),
             console: Console::none(),
@@ -34,6 +36,12 @@ impl VmBuilder {
     /// How many processors the guest has: 1 to 254, 1 unless set.
     pub fn vcpus(mut self, n: u32) -> Self {
         self.config.vcpus = n;
+        self
+    }
+
+    /// Sets which processor the guest sees; the host's unless set.
+    pub fn cpu(mut self, profile: CpuProfile) -> Self {
+        self.config.cpu = profile;
         self
     }
 
@@ -101,8 +109,9 @@ impl VmBuilder {
     ///
     /// # Errors
     /// `InvalidConfig` names the method and the value that cannot work. `NotFound`, `PermissionDenied` and
-    /// `Unsupported` say what this host lacks (see [`Host`](crate::Host)); `ResourceExhausted` which limit was met, or
-    /// which disk another VM holds. Nothing is left behind.
+    /// `Unsupported` say what this host lacks (see [`Host`](crate::Host)), `Unsupported` and `Incompatible` also what of a
+    /// [`CpuProfile`] it cannot show; `ResourceExhausted` which limit was met, or which disk another VM holds. Nothing is
+    /// left behind.
     pub fn start(self) -> Result<Vm> {
         machine::start(&self.config).map_err(|e| e.doing("starting VM"))
     }

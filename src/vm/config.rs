@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
 use super::cgroup::Cgroup;
-use crate::arch::{MAX_VCPUS, layout};
+use crate::arch::{CpuProfile, MAX_VCPUS, layout};
 use crate::boot::{Cmdline, Kernel, Need};
 use crate::error::{Context, Error, Result};
 use crate::memory::Memory;
@@ -121,6 +121,7 @@ impl Vsock {
 pub(super) struct VmConfig {
     pub kernel: Kernel,
     pub vcpus: u32,
+    pub cpu: CpuProfile,
     pub memory: Memory,
     pub disks: Vec<Disk>,
     pub console: Console,
@@ -225,6 +226,7 @@ mod tests {
         let config = VmConfig {
             kernel,
             vcpus: 1,
+            cpu: CpuProfile::host(),
             memory: Size::mib(16).into(),
             disks: vec![],
             console: Console::none(),

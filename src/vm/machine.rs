@@ -279,9 +279,11 @@ pub(super) fn start(config: &VmConfig) -> Result<Vm> {
     if usize::from(vcpus) > kvm.max_vcpus() {
         return Err(Error::invalid("vcpus", format!("{vcpus}: this host's KVM allows {}", kvm.max_vcpus())));
     }
+    let cpu = Cpu::new(&kvm, &config.cpu, vcpus)?;
+    ranges.iter().try_for_each(|(start, len)| cpu.addresses(start.0 + len))?;
     let vm = kvm.create_vm()?;
+    cpu.restrict(&vm)?;
     vm.set_memory(&memory)?;
-    let cpu = Cpu::host(&kvm, vcpus)?;
     let shared = Arc::new(Shared {
         end: Mutex::default(),
         ended: Condvar::new(),

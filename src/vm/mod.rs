@@ -24,6 +24,7 @@ pub use events::{Event, EventKind, Events};
 pub use exit::{Exit, Registers, Stage, Timeline, Trace};
 pub use stats::{DeviceStats, GuestMemoryUse, MemoryStats, Stats, VcpuStats};
 
+pub use crate::arch::{CpuProfile, CpuidBits, CpuidRegister};
 use crate::boot::Kernel;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::event::Remote;

@@ -9,6 +9,7 @@
 mod boot;
 mod cgroup;
 mod container;
+mod cpu;
 mod disk;
 mod ends;
 mod exec;
@@ -44,6 +45,13 @@ tests! {
         a_timeline_is_kept what_a_kernel_lacks_is_named devices_by_acpi power_off_by_acpi reboot_by_acpi
         two_processors_by_acpi the_keyboard_is_heard_by_acpi acpi_off_puts_devices_on_the_command_line
         a_clock_and_a_generation by_pvh;
+    cpu: level_2_is_all_that_is_seen level_3_is_all_that_is_seen_or_what_lacks_is_named
+        the_hosts_processor_written_out_is_the_same masked_bits_are_gone_from_linux_too fields_are_what_they_were_set_to
+        time_never_goes_back_between_processors registers_have_their_value_or_are_hidden
+        registers_that_kvm_refuses_are_named_before_anything_starts
+        one_package_of_cores_with_one_thread_each caches_are_shared_as_told lscpu_agrees as_many_as_asked_for_are_online
+        thirty_two_are_online all_start_or_none kvms_clock_is_the_hosts the_tsc_has_the_frequency_that_is_told
+        what_others_take_is_seen_as_stolen;
     ends: power_off reboot halt panic panic_without_a_word want_of_memory device_that_is_never_reset triple_fault init_fault killed_while_it_spins dropped_while_it_spins
         ctrl_alt_del_asks_init_to_shut_down shutdown_ends_a_guest_that_does_not_listen the_exit_descriptor_tells
         a_stuck_console_writer_holds_nothing_up;

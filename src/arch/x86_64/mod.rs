@@ -1,14 +1,16 @@
-//! x86_64: memory layout, boot registers, CPUID, MSRs, ACPI tables and the MultiProcessor table.
+//! x86_64: memory layout, boot registers, CPUID and its profiles, MSRs, ACPI tables and the MultiProcessor table.
 
 mod acpi;
 mod cpuid;
 pub(crate) mod layout;
 mod mptable;
+mod profile;
 mod regs;
 
 use kvm_bindings::{Msrs, kvm_msr_entry};
 
 pub(crate) use cpuid::Cpu;
+pub use profile::{CpuProfile, CpuidBits, CpuidRegister};
 pub use regs::Registers;
 pub(crate) use regs::{Entry, boot_vcpu, write_boot_tables};
 
@@ -39,9 +41,10 @@ pub(crate) fn write_tables(
     mptable::write(memory, vcpus)
 }
 
-/// The MSRs that firmware would have set.
-fn boot_msrs() -> Result<Msrs> {
-    let entry = |index, data| kvm_msr_entry { index, data, ..Default::default() };
-    let entries = [entry(MSR_IA32_MISC_ENABLE, 1), entry(MSR_MTRR_DEF_TYPE, 1 << 11 | 6)];
+/// The MSRs that firmware would have set, and then these.
+fn boot_msrs(more: &[(u32, u64)]) -> Result<Msrs> {
+    let own = [(MSR_IA32_MISC_ENABLE, 1), (MSR_MTRR_DEF_TYPE, 1 << 11 | 6)];
+    let all = own.iter().chain(more).map(|&(index, data)| kvm_msr_entry { index, data, ..Default::default() });
+    let entries: Vec<_> = all.collect();
     Msrs::from_entries(&entries).map_err(|e| Error::new(ErrorKind::ResourceExhausted, format!("building MSRs: {e:?}")))
 }

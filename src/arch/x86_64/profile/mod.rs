@@ -1,0 +1,463 @@
+//! [`CpuProfile`]: which processor a guest sees, as a value that can be kept and shared by a fleet of unlike hosts.
+
+mod bits;
+mod leaves;
+mod level;
+mod names;
+mod vendor;
+
+pub use bits::{CpuidBits, CpuidRegister};
+pub(super) use leaves::Leaves;
+
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::kvm::Kvm;
+
+/// What a processor does not suffer from, and in which ways it predicts (Intel SDM vol. 4, IA32_ARCH_CAPABILITIES).
+const ARCH_CAPABILITIES: u32 = 0x10a;
+/// The bits in it that are no virtue: RSBA and RRSBA.
+const WEAKNESSES: u64 = 1 << 2 | 1 << 19;
+/// The interrupt controller's registers, of which KVM hides none (KVM API, 4.97).
+const X2APIC: std::ops::RangeInclusive<u32> = 0x800..=0x8ff;
+
+/// A config value: which processor the guest sees.
+///
+/// Unless told otherwise this is the host's, with everything that its KVM offers: the fastest, and different on every
+/// kind of host. A *level* is the same on every host that can show it: instructions, model, name, caches, address sizes,
+/// KVM's own interface. So guests can be moved between hosts, and behave alike on all of them.
+///
+/// ```
+/// # fn main() -> cofferdam::Result<()> {
+/// use cofferdam::CpuProfile;
+///
+/// let level = CpuProfile::x86_64_v3();
+/// let like_here_but_older = CpuProfile::host().without("avx512f".parse()?);
+/// # Ok(())
+/// # }
+/// ```
+///
+/// For a fleet, ask each host what it is ([`CpuProfile::of_host`]), keep the answers (feature `serde`), and give what they
+/// have in common ([`CpuProfile::intersect`]) to all guests.
+///
+/// Three things stay the host's even at a level: the maker (`GenuineIntel`, `AuthenticAMD`), as each has instructions for
+/// system calls and for hypervisors of its own; the frequency of the TSC; and its physical speed. A level shows neither the processor's
+/// mitigations of its own weaknesses nor that it needs none, so the guest's kernel switches on those in software that it
+/// was built with; add what all hosts have, such as `spec_ctrl`, where programs in a guest must not trust each other.
+///
+/// CPUID tells; it does not forbid. Programs that use instructions without asking are stopped by hardware only where it can:
+/// at what needs XSAVE (AVX and all after it), when that is not shown. Registers (MSRs) can be hidden for good.
+///
+/// Processors are numbered and grouped by the machine that a profile is given to, so what a profile says of topology
+/// (leaves 0xb and 0x1f, counts and identifiers in 1, 4, 0x80000008, 0x8000001d and 0x8000001e) is written over.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(deny_unknown_fields))]
+pub struct CpuProfile {
+    base: Base,
+    msrs: Vec<Msr>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(rename_all = "snake_case"))]
+enum Base {
+    /// What the host's KVM offers when the machine starts, and then these changes in their order.
+    Host(Vec<Change>),
+    /// These leaves, on hosts of this maker.
+    Fixed {
+        /// Any, when `None`.
+        vendor: Option<String>,
+        leaves: Leaves,
+    },
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(deny_unknown_fields))]
+struct Change {
+    bits: CpuidBits,
+    value: u32,
+}
+
+/// A model-specific register: its value at the first instruction, or none at all.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(deny_unknown_fields))]
+struct Msr {
+    index: u32,
+    value: Option<u64>,
+}
+
+impl Default for CpuProfile {
+    fn default() -> Self {
+        Self::host()
+    }
+}
+
+impl CpuProfile {
+    /// The host's processor, as far as its KVM offers it to guests, whatever that is where the machine starts.
+    pub fn host() -> Self {
+        Self { base: Base::Host(Vec::new()), msrs: Vec::new() }
+    }
+
+    /// The processor of the host that this is called on, written out, so that other hosts can show it too.
+    ///
+    /// Frequencies are not in it, as they are no property of what the processor can do.
+    ///
+    /// # Errors
+    /// What [`Host::ready`](crate::Host::ready) says is missing here.
+    pub fn of_host() -> Result<Self> {
+        let kvm = Kvm::open()?;
+        let mut leaves = offered(&kvm)?;
+        for leaf in [0x15, 0x16] {
+            leaves.remove(leaf);
+        }
+        let vendor = Some(vendor::name(leaves.registers(0, 0)));
+        let capable: CpuidBits = "arch_capabilities".parse()?;
+        let value = kvm.feature_msr(ARCH_CAPABILITIES)?.filter(|_| leaves.get(capable) != 0);
+        let msrs = value.map(|value| Msr { index: ARCH_CAPABILITIES, value: Some(value) });
+        Ok(Self { base: Base::Fixed { vendor, leaves }, msrs: msrs.into_iter().collect() })
+    }
+
+    /// The level x86-64-v2 of the System V ABI: SSE4.2 and POPCNT, what processors have since about 2009.
+    pub fn x86_64_v2() -> Self {
+        Self { base: Base::Fixed { vendor: None, leaves: level::v2() }, msrs: Vec::new() }
+    }
+
+    /// The level x86-64-v3 of the System V ABI: AVX2, BMI and FMA, what processors have since about 2013.
+    pub fn x86_64_v3() -> Self {
+        Self { base: Base::Fixed { vendor: None, leaves: level::v3() }, msrs: Vec::new() }
+    }
+
+    /// Adds what `bits` stand for.
+    pub fn with(self, bits: CpuidBits) -> Self {
+        self.cpuid(bits, u32::MAX)
+    }
+
+    /// Takes away what `bits` stand for, and what needs it: with `xsave` goes AVX, with `avx` AVX2.
+    pub fn without(self, bits: CpuidBits) -> Self {
+        self.cpuid(bits, 0)
+    }
+
+    /// Makes `bits` those of `value`: a field of several bits, such as one of a cache's sizes.
+    pub fn cpuid(mut self, bits: CpuidBits, value: u32) -> Self {
+        let change = Change { bits, value };
+        match &mut self.base {
+            Base::Host(changes) => changes.push(change),
+            Base::Fixed { leaves, .. } => change.apply(leaves),
+        }
+        self
+    }
+
+    /// Sets a model-specific register: it has this value at the guest's first instruction.
+    pub fn msr(self, index: u32, value: u64) -> Self {
+        self.register(Msr { index, value: Some(value) })
+    }
+
+    /// Hides a model-specific register: reading and writing it is a general protection fault (#GP) in the guest.
+    pub fn without_msr(self, index: u32) -> Self {
+        self.register(Msr { index, value: None })
+    }
+
+    fn register(mut self, msr: Msr) -> Self {
+        self.msrs.retain(|it| it.index != msr.index);
+        self.msrs.push(msr);
+        self.msrs.sort_by_key(|it| it.index);
+        self
+    }
+
+    /// The processor that can be shown wherever either of both can.
+    ///
+    /// It has what both have, and describes itself (model, name, caches) as the older of them. Registers that both
+    /// set differently are hidden. The order of the two makes no difference, nor does that of many.
+    ///
+    /// # Errors
+    /// `InvalidConfig` for [`CpuProfile::host`], which says nothing of any particular host: take
+    /// [`CpuProfile::of_host`] there. `Incompatible` when the two are of different makers.
+    pub fn intersect(&self, other: &Self) -> Result<Self> {
+        let (Base::Fixed { vendor: one, leaves: a }, Base::Fixed { vendor: two, leaves: b }) =
+            (&self.base, &other.base)
+        else {
+            let problem = "`host()` is another processor on every host; ask each with `of_host()`";
+            return Err(Error::invalid("CpuProfile::intersect", problem));
+        };
+        if let (Some(one), Some(two)) = (one, two) {
+            same_vendor(one, two)?;
+        }
+        let mut leaves = a.intersect(b);
+        leaves.seal();
+        let mut both =
+            Self { base: Base::Fixed { vendor: one.clone().or_else(|| two.clone()), leaves }, msrs: Vec::new() };
+        for msr in self.msrs.iter().chain(&other.msrs) {
+            let value = match [self, other].map(|profile| profile.msrs.iter().find(|it| it.index == msr.index)) {
+                [Some(a), Some(b)] => a.common(*b),
+                _ => msr.value,
+            };
+            both = both.register(Msr { index: msr.index, value });
+        }
+        if both.shows("arch_capabilities".parse()?) != Some(true) {
+            both.msrs.retain(|msr| msr.index != ARCH_CAPABILITIES);
+        }
+        Ok(both)
+    }
+
+    /// Whether all of `bits` are shown; `None` where that depends on the host.
+    pub fn shows(&self, bits: CpuidBits) -> Option<bool> {
+        match &self.base {
+            Base::Host(_) => None,
+            Base::Fixed { leaves, .. } => Some(leaves.get(bits) == bits.mask),
+        }
+    }
+
+    /// `Ok` when this host can show it.
+    ///
+    /// # Errors
+    /// Those of [`VmBuilder::start`](crate::VmBuilder::start) that are about the processor.
+    pub fn check(&self) -> Result<()> {
+        super::Cpu::new(&Kvm::open()?, self, 1).map(drop)
+    }
+
+    /// What a guest is shown here.
+    ///
+    /// # Errors
+    /// `Unsupported` naming each bit that this host lacks, `Incompatible` when it is of another maker, `InvalidConfig`
+    /// for bits without what they need.
+    pub(super) fn on(&self, kvm: &Kvm) -> Result<Leaves> {
+        self.among(&offered(kvm)?).doing(|| "cpu")
+    }
+
+    fn among(&self, host: &Leaves) -> Result<Leaves> {
+        let mut leaves = match &self.base {
+            Base::Host(changes) => {
+                let mut leaves = host.clone();
+                changes.iter().for_each(|change| change.apply(&mut leaves));
+                leaves
+            }
+            Base::Fixed { vendor, leaves } => {
+                let here = host.registers(0, 0);
+                if let Some(vendor) = vendor {
+                    same_vendor(vendor, &vendor::name(here))?;
+                }
+                let [_, ebx, ecx, edx] = here;
+                let mut leaves = leaves.clone();
+                level::settle(&mut leaves, [ebx, ecx, edx]);
+                leaves
+            }
+        };
+        if let Some((bits, needed)) = leaves.orphan() {
+            return Err(Error::new(ErrorKind::InvalidConfig, format!("{bits} means nothing without {needed}")));
+        }
+        leaves.seal();
+        let missing = leaves.lacking(host);
+        if missing.is_empty() {
+            return Ok(leaves);
+        }
+        Err(Error::new(ErrorKind::Unsupported, format!("this host cannot show {}", missing.join(", "))))
+    }
+
+    /// Registers to set, with their values.
+    ///
+    /// # Errors
+    /// `Unsupported` naming the bits of IA32_ARCH_CAPABILITIES that this host lacks.
+    pub(super) fn values(&self, kvm: &Kvm) -> Result<Vec<(u32, u64)>> {
+        let values: Vec<_> = self.msrs.iter().filter_map(|msr| Some((msr.index, msr.value?))).collect();
+        for (index, value) in values.iter().filter(|(index, _)| *index == ARCH_CAPABILITIES) {
+            let lacking = value & !WEAKNESSES & !kvm.feature_msr(*index)?.unwrap_or(0);
+            if lacking != 0 {
+                let bits = (0..u64::BITS).filter(|bit| lacking >> bit & 1 == 1).map(|bit| format!("bit {bit}"));
+                let bits = bits.collect::<Vec<_>>().join(", ");
+                return Err(Error::new(
+                    ErrorKind::Unsupported,
+                    format!("cpu: this host lacks {bits} of MSR {index:#x}"),
+                ));
+            }
+        }
+        Ok(values)
+    }
+
+    /// Registers to hide, in order.
+    ///
+    /// # Errors
+    /// `InvalidConfig` for one that cannot be hidden.
+    pub(super) fn hidden(&self) -> Result<Vec<u32>> {
+        let hidden: Vec<_> = self.msrs.iter().filter(|msr| msr.value.is_none()).map(|msr| msr.index).collect();
+        match hidden.iter().find(|index| X2APIC.contains(index)) {
+            None => Ok(hidden),
+            Some(index) => {
+                Err(Error::invalid("cpu", format!("MSR {index:#x} is the interrupt controller's and cannot be hidden")))
+            }
+        }
+    }
+}
+
+impl Change {
+    fn apply(self, leaves: &mut Leaves) {
+        let whole = leaves.orphan().is_none();
+        leaves.set(self.bits, self.value);
+        // What is taken away takes along what needs it; what is added alone is a mistake, and told at the start.
+        if whole && self.value & self.bits.mask == 0 {
+            leaves.drop_orphans();
+        }
+    }
+}
+
+impl Msr {
+    /// What two hosts can both give this register; `None` is no register at all.
+    fn common(self, other: Self) -> Option<u64> {
+        let (one, two) = (self.value?, other.value?);
+        match self.index {
+            ARCH_CAPABILITIES => Some(one & two & !WEAKNESSES | (one | two) & WEAKNESSES),
+            _ => (one == two).then_some(one),
+        }
+    }
+}
+
+/// What KVM offers, and what it does not list although it makes it.
+fn offered(kvm: &Kvm) -> Result<Leaves> {
+    let mut leaves = Leaves::offered(kvm.supported_cpuid()?.as_slice());
+    let deadline = if kvm.has_tsc_deadline() { u32::MAX } else { 0 };
+    for (name, value) in [("hypervisor", u32::MAX), ("ht", u32::MAX), ("tsc_deadline_timer", deadline)] {
+        leaves.set(name.parse()?, value);
+    }
+    Ok(leaves)
+}
+
+fn same_vendor(profile: &str, other: &str) -> Result<()> {
+    if profile == other {
+        return Ok(());
+    }
+    Err(Error::new(
+        ErrorKind::Incompatible,
+        format!("the profile is of a processor by {profile}, this one is by {other}"),
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn bits(name: &str) -> CpuidBits {
+        name.parse().unwrap()
+    }
+
+    /// A host that offers what this profile shows, and these bits.
+    fn host(vendor: &str, profile: &CpuProfile, more: &[&str]) -> Leaves {
+        let Base::Fixed { leaves, .. } = &profile.base else { panic!("no host") };
+        let mut leaves = leaves.clone();
+        level::settle(&mut leaves, vendor::words(vendor));
+        more.iter().for_each(|name| leaves.set(bits(name), u32::MAX));
+        leaves
+    }
+
+    #[test]
+    fn a_level_is_the_same_on_every_host_of_a_maker() {
+        let level = CpuProfile::x86_64_v2();
+        let old = host("GenuineIntel", &level, &["rdrand", "pcid"]);
+        let mut new = host("GenuineIntel", &CpuProfile::x86_64_v3(), &["avx512f", "sha_ni", "invtsc"]);
+        new.set(CpuidBits::new(1, 0, CpuidRegister::Eax, u32::MAX), 0x8_06f8);
+        let seen = level.among(&old).unwrap();
+        assert_eq!(seen, level.among(&new).unwrap());
+        assert_eq!(seen.get(bits("rdrand")) | seen.get(bits("avx")) | seen.get(bits("invtsc")), 0);
+        let amd = level.among(&host("AuthenticAMD", &level, &[])).unwrap();
+        assert_ne!(seen.registers(0, 0), amd.registers(0, 0));
+        assert_ne!(seen.registers(1, 0)[0], amd.registers(1, 0)[0]);
+        assert_eq!(seen.registers(1, 0)[2..], amd.registers(1, 0)[2..]);
+    }
+
+    #[test]
+    fn a_host_without_a_level_is_told_what_it_lacks() {
+        let here = host("AuthenticAMD", &CpuProfile::x86_64_v2(), &["bmi1"]);
+        let error = CpuProfile::x86_64_v3().among(&here).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unsupported);
+        let text = error.to_string();
+        assert!(text.starts_with("this host cannot show fma (leaf 1 ECX bit 12), movbe "), "{text}");
+        assert!(text.contains("avx2 (leaf 7.0 EBX bit 5), bmi2 ") && !text.contains("bmi1"), "{text}");
+        let mut small = here.clone();
+        small.put(0x8000_0008, 0, [0x3024, 0, 0, 0]);
+        let error = CpuProfile::x86_64_v2().among(&small).unwrap_err();
+        assert!(error.to_string().contains("leaf 0x80000008 EAX = 0x3027"), "{error}");
+    }
+
+    #[test]
+    fn masks_are_applied_and_what_hangs_on_them() {
+        let here = host("GenuineIntel", &CpuProfile::x86_64_v3(), &["rdrand"]);
+        let seen = CpuProfile::host().without(bits("xsave")).without(bits("rdrand")).among(&here).unwrap();
+        assert_eq!(seen.get(bits("avx2")) | seen.get(bits("rdrand")) | seen.get(bits("fma")), 0);
+        assert_ne!(seen.get(bits("sse4_2")), 0);
+        let model = CpuidBits::new(1, 0, CpuidRegister::Eax, 0xf);
+        assert_eq!(CpuProfile::x86_64_v2().cpuid(model, 7).among(&here).unwrap().get(model), 7);
+        let error = CpuProfile::x86_64_v2().with(bits("avx")).among(&here).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidConfig, "{error}");
+        let error = CpuProfile::host().with(bits("sha_ni")).among(&here).unwrap_err();
+        assert!(error.to_string().ends_with("cannot show sha_ni (leaf 7.0 EBX bit 29)"), "{error}");
+        assert_eq!(CpuProfile::x86_64_v3().without(bits("avx")).shows(bits("avx2")), Some(false));
+    }
+
+    #[test]
+    fn a_fleet_has_one_processor() {
+        let fixed = |vendor: &str, names: &[&str], msrs: &[(u32, u64)]| CpuProfile {
+            base: Base::Fixed { vendor: Some(vendor.into()), leaves: host(vendor, &CpuProfile::x86_64_v2(), names) },
+            msrs: msrs.iter().map(|(index, value)| Msr { index: *index, value: Some(*value) }).collect(),
+        };
+        let one = fixed("GenuineIntel", &["rdrand", "aes", "arch_capabilities"], &[(ARCH_CAPABILITIES, 0b1011)]);
+        let two = fixed("GenuineIntel", &["aes", "pcid", "arch_capabilities"], &[(ARCH_CAPABILITIES, 0b1101)]);
+        let both = one.intersect(&two).unwrap();
+        assert_eq!(both, two.intersect(&one).unwrap());
+        assert_eq!(both.msrs, [Msr { index: ARCH_CAPABILITIES, value: Some(0b1101) }]);
+        assert_eq!(
+            ["aes", "rdrand", "pcid"].map(|name| both.shows(bits(name))),
+            [Some(true), Some(false), Some(false)]
+        );
+        let older = fixed("GenuineIntel", &["aes"], &[]);
+        assert!(both.intersect(&older).unwrap().msrs.is_empty());
+        let error = one.intersect(&fixed("AuthenticAMD", &[], &[])).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Incompatible, "{error}");
+        assert_eq!(one.intersect(&CpuProfile::host()).unwrap_err().kind(), ErrorKind::InvalidConfig);
+        // A level is of any maker, and what it has in common with a host is of the host's.
+        let level = CpuProfile::x86_64_v2().intersect(&one).unwrap();
+        assert!(level.among(&host("AuthenticAMD", &CpuProfile::x86_64_v2(), &[])).is_err());
+    }
+
+    #[test]
+    fn hidden_registers_are_kept_in_order() {
+        let profile = CpuProfile::host().without_msr(0x345).without_msr(0x10).msr(0x345, 1).without_msr(0x8b);
+        assert_eq!(profile.hidden().unwrap(), [0x10, 0x8b]);
+        assert!(CpuProfile::host().without_msr(0x808).hidden().is_err());
+    }
+
+    proptest::proptest! {
+        /// Tables may come from files: whatever is in them, the answer is an error or what the host can show.
+        #[test]
+        fn any_table_is_refused_or_within_the_host(
+            tables in proptest::array::uniform2(proptest::collection::vec(
+                (proptest::sample::select(vec![0u32, 1, 6, 7, 0xd, 0x14, 0x8000_0001, 0x8000_0008, u32::MAX]), 0u32..70, proptest::array::uniform4(proptest::num::u32::ANY)),
+                0..12,
+            ))
+        ) {
+            let [one, two] = tables.map(|table| {
+                let mut leaves = Leaves::default();
+                table.into_iter().for_each(|(leaf, subleaf, registers)| leaves.put(leaf, subleaf, registers));
+                CpuProfile { base: Base::Fixed { vendor: None, leaves }, msrs: Vec::new() }
+            });
+            let here = host("GenuineIntel", &one, &[]);
+            if let Ok(seen) = two.among(&here) {
+                assert!(seen.lacking(&here).is_empty() && seen.orphan().is_none());
+            }
+            let both = one.intersect(&two).unwrap();
+            assert_eq!(both, two.intersect(&one).unwrap());
+            both.among(&here).unwrap();
+        }
+    }
+
+    #[cfg(feature = "serde")]
+    #[test]
+    fn profiles_are_kept_as_text() {
+        let profiles = [
+            CpuProfile::host().without(bits("avx512f")).msr(0x10a, u64::MAX).without_msr(0x345),
+            CpuProfile::x86_64_v3(),
+        ];
+        for profile in profiles {
+            let text = serde_json::to_string(&profile).unwrap();
+            assert_eq!(serde_json::from_str::<CpuProfile>(&text).unwrap(), profile, "{text}");
+        }
+        let kept =
+            r#"{"base":{"host":[{"bits":{"leaf":7,"subleaf":0,"register":"ebx","mask":32},"value":0}]},"msrs":[]}"#;
+        assert_eq!(serde_json::from_str::<CpuProfile>(kept).unwrap(), CpuProfile::host().without(bits("avx2")));
+        assert!(serde_json::from_str::<CpuProfile>(&kept.replace("msrs", "more")).is_err());
+    }
+}
