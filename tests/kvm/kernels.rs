@@ -47,8 +47,26 @@ pub fn modules_lie_in_the_initramfs_in_their_order() -> Outcome {
     let kernel = kernel.cmdline("console=ttyS0 quiet").initramfs(busybox(script));
     let (exit, printed) = run(Vm::builder(kernel).disk(Disk::scratch(Size::mib(1))))?;
     check!(matches!(exit, Exit::PowerOff), "{exit}");
-    let expected = ["2048", "virtio_mmio.ko", "virtio_blk.ko", "virtio_rng.ko", "virtio_balloon.ko"];
+    let expected = [
+        "2048",
+        "virtio_mmio.ko",
+        "virtio_blk.ko",
+        "virtio_rng.ko",
+        "virtio_balloon.ko",
+        "pvpanic.ko",
+        "pvpanic_mmio.ko",
+    ];
     check_eq!(printed.split_whitespace().collect::<Vec<_>>(), expected);
+    Ok(())
+}
+
+pub fn a_panic_is_told_though_the_kernel_would_hang() -> Outcome {
+    let (kernel, _) = distribution("cloud-6.12")?;
+    // Without a reset afterwards there is only the panic port.
+    let container = debian_container().kernel(kernel.cmdline("panic=0")).start()?;
+    let _crash = container.exec(["sh", "-c", "echo c > /proc/sysrq-trigger"]).spawn()?;
+    let exit = container.vm().wait_timeout(PATIENCE)?.ok_or("it hangs")?;
+    check!(matches!(exit, Exit::Panic(_)), "{exit}");
     Ok(())
 }
 

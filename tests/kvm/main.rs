@@ -72,7 +72,7 @@ tests! {
         panics_again_and_again memory_and_disk_are_used_up a_disk_reset_in_the_middle_of_requests registers_written_at_random boot_structures_written_over a_flood_on_the_console
         a_fork_bomb_stays_inside a_storm_of_connections;
     kernels: debian_6_1_cloud debian_6_12_cloud debian_6_1_generic
-        modules_lie_in_the_initramfs_in_their_order a_module_that_fails_is_named
+        modules_lie_in_the_initramfs_in_their_order a_module_that_fails_is_named a_panic_is_told_though_the_kernel_would_hang
         what_a_kernel_has_in_modules_that_were_not_given_is_named modules_of_another_kernel_are_refused
         a_whole_system_boots_to_its_login_and_powers_off_when_asked;
     lifecycle: a_paused_guest_stands_still_and_goes_on nothing_is_lost_however_often_it_is_paused
