@@ -1,11 +1,14 @@
 //! Every way a guest can end is told apart, and none is silent.
 
+use std::io::{BufRead, BufReader, Write};
 use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::process::ExitStatusExt;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
-use cofferdam::{Console, Exit, Stage, Vm};
+use cofferdam::{Console, Disk, Exit, Size, Stage, Vm};
 
-use crate::fixture::{Outcome, PATIENCE, Printed, Temp, driver, guest, run, tiny_kernel};
+use crate::fixture::{Outcome, PATIENCE, Printed, Temp, alone, driver, guest, run, tiny_kernel};
 use crate::{check, check_eq};
 
 /// `mov dx, 0x600; mov al, N; out dx, al; hlt`
@@ -73,7 +76,7 @@ pub fn want_of_memory() -> Outcome {
 
 pub fn device_that_is_never_reset() -> Outcome {
     // Starts the first device as a driver does, but for a queue of three entries.
-    let exit = tiny(&[driver(0, 0x3000, 3), SPIN.to_vec()].concat())?;
+    let exit = tiny(&[driver(0, 0, 0x3000, 3), SPIN.to_vec()].concat())?;
     check!(matches!(&exit, Exit::DeviceFault(why, _) if why.starts_with("console: queue 0: ")), "{exit}");
     check!(exit.to_string().contains("did not reset it within 10 s"), "{exit}");
     Ok(())
@@ -120,6 +123,50 @@ pub fn ctrl_alt_del_asks_init_to_shut_down() -> Outcome {
     let exit = vm.shutdown(Duration::from_secs(20))?;
     check!(matches!(exit, Exit::Reboot(_)), "{exit}");
     check!(printed.text().contains("asked"), "{}", printed.text());
+    Ok(())
+}
+
+pub fn stops_and_signals_of_the_host_are_survived() -> Outcome {
+    if !alone("ends::stops_and_signals_of_the_host_are_survived")? {
+        return Ok(());
+    }
+    let printed = Printed::default();
+    let vm =
+        guest("n=0; while :; do n=$((n + 1)); echo round $n; sleep 0.1; done").console(printed.console()).start()?;
+    printed.wait_for("round 1")?;
+    // By the kernel's name for the process, as a shell or a supervisor would.
+    let script = "for n in 1 2 3; do kill -STOP $0; sleep 0.2; kill -CONT $0; kill -WINCH $0; sleep 0.2; done";
+    check!(Command::new("sh").args(["-c", script, &std::process::id().to_string()]).status()?.success());
+    let rounds = printed.text().matches("round").count();
+    printed.wait_for(&format!("round {}", rounds + 3))?;
+    vm.kill();
+    check!(matches!(vm.wait()?, Exit::Killed(_)));
+    Ok(())
+}
+
+pub fn nothing_is_left_when_the_process_is_killed() -> Outcome {
+    const TEST: &str = "ends::nothing_is_left_when_the_process_is_killed";
+    if std::env::var_os("COFFERDAM_TEST_KILLED").is_some() {
+        let vm = guest("sleep 1000").disk(Disk::scratch(Size::mib(64))).start()?;
+        writeln!(std::io::stdout(), "started")?;
+        vm.wait()?;
+        return Ok(());
+    }
+    let temp = Temp::new()?;
+    for signal in ["-TERM", "-KILL"] {
+        let mut child = Command::new(std::env::current_exe()?)
+            .args(["--exact", TEST, "--nocapture"])
+            .env("COFFERDAM_TEST_KILLED", "1")
+            .env("TMPDIR", temp.path(""))
+            .stdout(std::process::Stdio::piped())
+            .spawn()?;
+        let output = child.stdout.take().ok_or("no output")?;
+        let told = BufReader::new(output).lines().map_while(Result::ok).find(|line| line.contains("started"));
+        check!(told.is_some());
+        check!(Command::new("kill").args([signal, &child.id().to_string()]).status()?.success());
+        check!(child.wait()?.signal().is_some());
+        check_eq!(std::fs::read_dir(temp.path(""))?.count(), 0);
+    }
     Ok(())
 }
 

@@ -261,11 +261,21 @@ pub const MAP_DEVICES: &[u8] = &[
 /// Where the rings of [`driver`]'s queue are: descriptors, available, used.
 pub const RINGS: [u32; 3] = [0x20_0000, 0x20_1000, 0x20_2000];
 
-/// Code that does what a driver does to start the `n`th device (of a VM without disks: console, entropy, balloon), with a
-/// first queue of `size` entries whose descriptors are at `descriptors`.
-pub fn driver(n: u32, descriptors: u64, size: u32) -> Vec<u8> {
+/// Code that does what a driver does to start the `n`th device (of a VM without disks: console, entropy, balloon), with one
+/// queue of `size` entries whose descriptors are at `descriptors`.
+pub fn driver(n: u32, queue: u32, descriptors: u64, size: u32) -> Vec<u8> {
     let (low, high) = (descriptors as u32, (descriptors >> 32) as u32);
-    let steps = [(0x70, 1), (0x70, 3), (0x24, 1), (0x20, 1), (0x70, 11), (0x38, size), (0x80, low), (0x84, high)];
+    let steps = [
+        (0x70, 1),
+        (0x70, 3),
+        (0x24, 1),
+        (0x20, 1),
+        (0x70, 11),
+        (0x30, queue),
+        (0x38, size),
+        (0x80, low),
+        (0x84, high),
+    ];
     let more = [(0x90, RINGS[1]), (0xa0, RINGS[2]), (0x44, 1), (0x70, 15)];
     let mut code = MAP_DEVICES.to_vec();
     // mov edi, window

@@ -56,11 +56,11 @@ fn store(address: u32, value: u32) -> Vec<u8> {
     [[0xc7, 0x04, 0x25].as_slice(), &address.to_le_bytes(), &value.to_le_bytes()].concat()
 }
 
-/// Offers one more buffer, kicks the first queue, waits until the buffer comes back, and so on for ever:
-/// inc word [available.index]; mov dword [rdi+0x50], 0; mov ax, [used.index]; cmp ax, [available.index]; jne .-16; jmp .-33
-fn storm() -> Vec<u8> {
+/// Offers one more buffer, kicks the queue, waits until the buffer comes back, and so on for ever:
+/// inc word [available.index]; mov dword [rdi+0x50], queue; mov ax, [used.index]; cmp ax, [available.index]; jne .-16; jmp .-33
+fn storm(queue: u8) -> Vec<u8> {
     let [available, used] = [RINGS[1], RINGS[2]].map(|ring| (ring + 2).to_le_bytes());
-    let kick = [0xc7, 0x47, 0x50, 0, 0, 0, 0];
+    let kick = [0xc7, 0x47, 0x50, queue, 0, 0, 0];
     let parts = [&[0x66, 0xff, 0x04, 0x25], available.as_slice(), &kick, &[0x66, 0x8b, 0x04, 0x25], &used];
     [parts.concat().as_slice(), &[0x66, 0x3b, 0x04, 0x25], &available, &[0x75, 0xee, 0xeb, 0xdd]].concat()
 }
@@ -69,7 +69,7 @@ pub fn queues_where_no_memory_is() -> Outcome {
     let neighbour = container()?;
     // Beyond memory, at its very end, wrapping around, and where the other rings are.
     for descriptors in [0x1_0000_0000, 0x3f_fff0, u64::MAX - 15, RINGS[1].into(), RINGS[2].into()] {
-        let vm = Vm::builder(tiny_kernel(&Temp::new()?, &[driver(1, descriptors, 8), storm()].concat())?);
+        let vm = Vm::builder(tiny_kernel(&Temp::new()?, &[driver(1, 0, descriptors, 8), storm(0)].concat())?);
         let vm = vm.memory(Size::mib(4)).start()?;
         unharmed(&neighbour)?;
         check!(vm.stats().vcpus[0].mmio_exits > 0 || vm.try_wait()?.is_none(), "{}", vm.trace());
@@ -83,7 +83,7 @@ pub fn descriptors_in_a_loop() -> Outcome {
     let neighbour = container()?;
     // A descriptor for sixteen bytes whose next is itself; then the ring says that it is offered.
     let table = [(0, 0x30_0000), (4, 0), (8, 16), (12, 1)].map(|(at, value)| store(RINGS[0] + at, value)).concat();
-    let code = [table, driver(1, RINGS[0].into(), 8), storm()].concat();
+    let code = [table, driver(1, 0, RINGS[0].into(), 8), storm(0)].concat();
     let vm = Vm::builder(tiny_kernel(&Temp::new()?, &code)?).memory(Size::mib(4)).start()?;
     let events = vm.events()?;
     let broken = |kind: &EventKind| matches!(kind, EventKind::DeviceError { device, .. } if device == "rng");
@@ -96,7 +96,7 @@ pub fn kicks_and_interrupts_without_end() -> Outcome {
     let neighbour = container()?;
     // The same buffer for sixteen bytes, again and again.
     let table = [(0, 0x30_0000), (8, 16), (12, 2)].map(|(at, value)| store(RINGS[0] + at, value)).concat();
-    let code = [table, driver(1, RINGS[0].into(), 8), storm()].concat();
+    let code = [table, driver(1, 0, RINGS[0].into(), 8), storm(0)].concat();
     let vm = Vm::builder(tiny_kernel(&Temp::new()?, &code)?).memory(Size::mib(4)).start()?;
     let end = Instant::now() + Duration::from_secs(3);
     while Instant::now() < end {
@@ -185,6 +185,29 @@ pub fn a_flood_on_the_console() -> Outcome {
     check!(vm.trace().console.len() <= 64 << 10);
     // The guests' own memory, and not the flood.
     check!(most < least + (96 << 20), "{least} {most}");
+    Ok(())
+}
+
+pub fn gigabytes_on_the_console() -> Outcome {
+    const FLOOD: u64 = 4 << 30;
+    if !alone("hostile::gigabytes_on_the_console")? {
+        return Ok(());
+    }
+    // A driver that prints the same MiB again and again, on the second queue, which is for what the guest says.
+    let table = [(0, 0x30_0000), (8, 1 << 20), (12, 0)].map(|(at, value)| store(RINGS[0] + at, value)).concat();
+    let code = [table, driver(0, 1, RINGS[0].into(), 8), storm(1)].concat();
+    let neighbour = container()?;
+    let before = resident()?;
+    let vm = Vm::builder(tiny_kernel(&Temp::new()?, &code)?).memory(Size::mib(8)).start()?;
+    let (mut most, deadline) = (0, Instant::now() + PATIENCE * 4);
+    while vm.stats().devices.iter().all(|device| device.bytes_read < FLOOD) {
+        unharmed(&neighbour)?;
+        most = most.max(resident()?);
+        check!(Instant::now() < deadline && vm.try_wait()?.is_none(), "{:?} {}", vm.stats(), vm.trace());
+    }
+    vm.kill();
+    check!(vm.wait()?.trace().is_some_and(|trace| trace.console.len() <= 64 << 10));
+    check!(most < before + (64 << 20), "{before} {most}");
     Ok(())
 }
 

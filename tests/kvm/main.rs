@@ -53,7 +53,8 @@ tests! {
         thirty_two_are_online all_start_or_none kvms_clock_is_the_hosts the_tsc_has_the_frequency_that_is_told
         what_others_take_is_seen_as_stolen;
     ends: power_off reboot halt panic panic_without_a_word want_of_memory device_that_is_never_reset triple_fault init_fault killed_while_it_spins dropped_while_it_spins
-        ctrl_alt_del_asks_init_to_shut_down shutdown_ends_a_guest_that_does_not_listen the_exit_descriptor_tells
+        ctrl_alt_del_asks_init_to_shut_down stops_and_signals_of_the_host_are_survived
+        nothing_is_left_when_the_process_is_killed shutdown_ends_a_guest_that_does_not_listen the_exit_descriptor_tells
         a_stuck_console_writer_holds_nothing_up;
     cgroup: threads_have_a_group_of_their_own_and_leave_none_behind a_limit_holds_and_is_counted
         weights_divide_what_is_short where_there_is_none_the_reason_is_told;
@@ -69,7 +70,7 @@ tests! {
         nothing_of_the_embedder_is_inherited a_reader_that_stops_breaks_the_pipe pid_1_survives_kill_all
         orphans_are_reaped slow_readers_lose_nothing the_end_of_the_machine_is_told large_arguments;
     hostile: queues_where_no_memory_is descriptors_in_a_loop kicks_and_interrupts_without_end miners_on_all_processors
-        panics_again_and_again memory_and_disk_are_used_up a_disk_reset_in_the_middle_of_requests registers_written_at_random boot_structures_written_over a_flood_on_the_console
+        panics_again_and_again memory_and_disk_are_used_up a_disk_reset_in_the_middle_of_requests registers_written_at_random boot_structures_written_over a_flood_on_the_console gigabytes_on_the_console
         a_fork_bomb_stays_inside a_storm_of_connections;
     kernels: debian_6_1_cloud debian_6_12_cloud debian_6_1_generic
         modules_lie_in_the_initramfs_in_their_order a_module_that_fails_is_named a_panic_is_told_though_the_kernel_would_hang
