@@ -30,6 +30,17 @@ enum Hostile {
     Container(Container, Process),
 }
 
+impl Hostile {
+    /// Seconds of processor time so far.
+    fn cpu_time(&self) -> f64 {
+        let vm = match self {
+            Self::Machine(vm) => vm,
+            Self::Container(container, _) => container.vm(),
+        };
+        vm.stats().cgroup.expect("its group").cpu_time.as_secs_f64()
+    }
+}
+
 impl Bench {
     fn container(&self) -> ContainerBuilder {
         let builder = Container::builder(self.image.clone()).kernel(self.kernel.clone()).memory(Size::mib(192));
@@ -110,7 +121,12 @@ fn main() {
     for (name, begin) in hostile {
         let kept = begin();
         std::thread::sleep(Duration::from_millis(500));
+        let (at, before) = (Instant::now(), kept.cpu_time());
         let (work_beside, start_beside) = measure(&neighbour);
+        let share = (kept.cpu_time() - before) / at.elapsed().as_secs_f64();
+        println!(
+            r#"{{"bench":"neighbour","figure":"used meanwhile by {name}","value":{share:.3},"unit":"processors","peer":null,"ratio":null}}"#
+        );
         figure(&format!("work beside {name}"), work_beside, "MB/CPU-s", work, work_beside / work);
         figure(&format!("program start beside {name}"), start_beside, "ms", start, start / start_beside);
         match kept {

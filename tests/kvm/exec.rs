@@ -120,7 +120,7 @@ pub fn time_outs_kill_what_was_started() -> Outcome {
     let container = container()?;
     let begin = Instant::now();
     let output =
-        container.exec(["sh", "-c", "echo begun; sleep 4321 & sleep 4321"]).timeout(Duration::from_secs(1)).output()?;
+        container.exec(["sh", "-c", "echo begun; sleep 4321 & sleep 4321"]).timeout(Duration::from_secs(3)).output()?;
     check!(matches!(output.status, ExitStatus::TimedOut), "{}", output.status);
     check_eq!(output.stdout, b"begun\n");
     check!(begin.elapsed() < PATIENCE);
