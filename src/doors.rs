@@ -194,7 +194,8 @@ pub fn vsock_packet(data: &[u8]) {
 
 /// Requests of any kind to the balloon, while the embedder asks it for numbers.
 pub fn balloon(data: &[u8]) {
-    let (mut bytes, mut driver) = (Bytes(data), Driver::start_with(|memory| Balloon::new(memory.clone())));
+    let (mut bytes, mut driver) =
+        (Bytes(data), Driver::start_with(|memory| Balloon::new(memory.clone(), Box::new(|_| ()))));
     let (answer, _told) = std::sync::mpsc::sync_channel(1);
     while !bytes.done() {
         let (what, queue) = (bytes.byte() % 4, usize::from(bytes.byte() % 4));

@@ -74,9 +74,17 @@ enum Role {
     Reporting,
 }
 
+/// Told how many bytes the balloon holds.
+pub(crate) type OnSettled = Box<dyn Fn(u64) + Send>;
+
 /// The device.
 pub(crate) struct Balloon {
     memory: GuestMemory,
+    /// Called when the balloon has become what was asked for, and when the guest makes it less than that.
+    on_settled: OnSettled,
+    /// Pages that went in, less those that came out.
+    held: u64,
+    settled: bool,
     config: ConfigSpace,
     roles: Vec<Role>,
     /// The driver's buffer for statistics: it fills in new ones when it gets the buffer back.
@@ -87,15 +95,17 @@ pub(crate) struct Balloon {
 }
 
 impl Balloon {
-    pub(crate) fn new(memory: GuestMemory) -> Self {
+    pub(crate) fn new(memory: GuestMemory, on_settled: OnSettled) -> Self {
         let config = ConfigSpace::new([0; 8]).writable(ACTUAL..ACTUAL + 4);
-        Self { memory, config, roles: Vec::new(), stats: None, waiting: Vec::new(), reported: 0 }
+        let (roles, waiting) = (Vec::new(), Vec::new());
+        Self { memory, on_settled, held: 0, settled: true, config, roles, stats: None, waiting, reported: 0 }
     }
 
     /// Wants the guest to give `bytes` back, or to take again what is beyond that. It does so when it can.
     pub(crate) fn set_target(&mut self, bytes: u64, io: Option<&mut DeviceIo>) {
         let pages = u32::try_from(bytes / PAGE).unwrap_or(u32::MAX);
         self.config.set(TARGET, &pages.to_le_bytes());
+        self.settled = self.held == u64::from(pages);
         if let Some(io) = io {
             io.config_changed();
         }
@@ -128,8 +138,16 @@ impl Balloon {
         }
     }
 
+    /// Tells of what the last requests have made of the balloon.
+    fn settle(&mut self) {
+        let settled = self.held == u64::from(self.config.word(TARGET));
+        if std::mem::replace(&mut self.settled, settled) != settled {
+            (self.on_settled)(self.held * PAGE);
+        }
+    }
+
     /// The pages whose numbers are in the chain are the host's now.
-    fn inflate(&self, chain: &mut Chain) -> Result<(), String> {
+    fn inflate(&mut self, chain: &mut Chain) -> Result<(), String> {
         let count = chain.readable_len() / 4;
         if count > MAX_PAGES {
             return Err(format!("{count} pages in one request"));
@@ -148,6 +166,8 @@ impl Balloon {
             };
         }
         run.into_iter().for_each(|whole| self.discard(whole));
+        // No more than there is memory, whatever the guest says.
+        self.held = (self.held + count as u64).min(self.memory.size() / PAGE);
         Ok(())
     }
 
@@ -188,9 +208,13 @@ impl VirtioDevice for Balloon {
                 if let Some(why) = mistake {
                     io.fail(&why);
                 }
+                self.settle();
             }
             // What the guest takes back is there again as soon as it touches it.
-            Some(Role::Deflate) => io.drain(queue, |_| ()),
+            Some(Role::Deflate) => {
+                io.drain(queue, |chain| self.held = self.held.saturating_sub(chain.readable_len() as u64 / 4));
+                self.settle();
+            }
             Some(Role::Stats) => {
                 while let Some(mut chain) = io.pop(queue) {
                     let mut bytes = vec![0; chain.readable_len().min(1024)];
@@ -224,6 +248,7 @@ impl VirtioDevice for Balloon {
     fn stopping(&mut self, _: &mut DeviceIo) {
         self.stats = None;
         self.waiting.clear();
+        self.held = 0;
         self.config.set(ACTUAL, &[0; 4]);
     }
 }
@@ -235,11 +260,12 @@ mod tests {
     use std::sync::mpsc;
 
     const INFLATE: usize = 0;
+    const DEFLATE: usize = 1;
     const STATS: usize = 2;
     const REPORTING: usize = 3;
 
     fn rig() -> Driver<Balloon> {
-        Driver::start_with(|memory| Balloon::new(memory.clone()))
+        Driver::start_with(|memory| Balloon::new(memory.clone(), Box::new(|_| ())))
     }
 
     fn byte(memory: &GuestMemory, at: u64) -> u8 {
@@ -260,6 +286,20 @@ mod tests {
         assert!(driver.receive(INFLATE).is_some());
         let left: Vec<u8> = (0x400..0x405).map(|page| byte(&memory, page * PAGE)).collect();
         assert_eq!(left, [0, 0, 7, 0, 7]);
+    }
+
+    #[test]
+    fn who_asked_is_told_when_it_is_done_and_when_the_guest_takes_some_back() {
+        let (tell, told) = mpsc::channel();
+        let mut driver =
+            Driver::start_with(|memory| Balloon::new(memory.clone(), Box::new(move |held| tell.send(held).unwrap())));
+        let (device, io) = driver.parts();
+        device.set_target(3 * PAGE, Some(io));
+        for (queue, pages) in [(INFLATE, 2), (INFLATE, 1), (DEFLATE, 1), (DEFLATE, 1)] {
+            driver.send(queue, &[&vec![0; pages * 4]], &[]);
+            driver.poke(queue);
+        }
+        assert_eq!(told.try_iter().collect::<Vec<_>>(), [3 * PAGE, 2 * PAGE]);
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
 use super::cgroup::Cgroup;
-use crate::arch::{CpuProfile, MAX_VCPUS, layout};
+use crate::arch::{CpuProfile, MAX_VCPUS, Tables, layout};
 use crate::boot::{Cmdline, Kernel, Need};
 use crate::error::{Context, Error, Result};
 use crate::memory::Memory;
@@ -173,11 +173,12 @@ impl VmConfig {
         Ok(self.kernel.clone().with_packed(&packed))
     }
 
-    /// The finished command line, with devices at these windows and lines where the kernel takes them from there.
+    /// The finished command line, with devices at these windows and lines where the kernel takes them from there; and by
+    /// what the kernel learns of the machine.
     ///
     /// # Errors
     /// `InvalidConfig` names what in the kernel's command line cannot be.
-    pub(super) fn cmdline(&self, slots: &[(u64, u32)]) -> Result<String> {
+    pub(super) fn cmdline(&self, slots: &[(u64, u32)]) -> Result<(String, Tables)> {
         let mut cmdline = Cmdline::new(self.kernel.text(), layout::CMDLINE_MAX)?;
         for (key, value) in &self.parameters {
             cmdline.require(key, value)?;
@@ -205,7 +206,7 @@ impl VmConfig {
                 cmdline.push("virtio_mmio.device", &format!("4K@{addr:#x}:{irq}"));
             }
         }
-        cmdline.finish()
+        Ok((cmdline.finish()?, if by_acpi { Tables::Acpi } else { Tables::MultiProcessor }))
     }
 }
 
@@ -216,7 +217,7 @@ mod tests {
     use crate::error::ErrorKind;
 
     /// The command line, with one device, of a kernel with this configuration beside it.
-    fn finished(test: &str, configuration: &str, text: &str) -> String {
+    fn finished(test: &str, configuration: &str, text: &str) -> (String, Tables) {
         let folder = std::env::temp_dir().join(format!("cofferdam-config-{test}-{}", std::process::id()));
         std::fs::create_dir_all(&folder).unwrap();
         std::fs::write(folder.join("bzImage"), tiny::bzimage(b"\xf4")).unwrap();
@@ -243,20 +244,24 @@ mod tests {
     #[test]
     fn kernels_that_take_devices_from_the_command_line_get_them_there() {
         let ours = "CONFIG_X86_64=y\nCONFIG_ACPI=y\nCONFIG_VIRTIO_MMIO_CMDLINE_DEVICES=y\n";
-        let line = finished("ours", ours, "quiet");
+        let (line, tables) = finished("ours", ours, "quiet");
+        assert_eq!(tables, Tables::MultiProcessor);
         assert!(line.starts_with("quiet reboot=k panic=-1 ") && line.contains(" pci=off acpi=off "), "{line}");
         assert!(line.ends_with(DEVICE), "{line}");
-        let line = finished("forced", ours, "acpi=force");
+        let (line, tables) = finished("forced", ours, "acpi=force");
+        assert_eq!(tables, Tables::Acpi);
         assert!(!line.contains("virtio_mmio") && !line.contains("acpi=off"), "{line}");
     }
 
     #[test]
     fn other_kernels_get_them_by_acpi_alone_unless_that_is_off() {
         for (n, theirs) in ["CONFIG_X86_64=y\nCONFIG_VIRTIO_MMIO=m\n", ""].iter().enumerate() {
-            let line = finished(&format!("theirs-{n}"), theirs, "quiet");
+            let (line, tables) = finished(&format!("theirs-{n}"), theirs, "quiet");
+            assert_eq!(tables, Tables::Acpi);
             assert!(line.starts_with("quiet reboot=k panic=-1 noreplace-smp i8042.noaux=1"), "{line}");
             assert!(!line.contains("virtio_mmio") && !line.contains("acpi=off"), "{line}");
-            let line = finished(&format!("off-{n}"), theirs, "acpi=off");
+            let (line, tables) = finished(&format!("off-{n}"), theirs, "acpi=off");
+            assert_eq!(tables, Tables::MultiProcessor);
             assert!(line.ends_with(DEVICE) && line.contains("pci=off"), "{line}");
         }
     }

@@ -9,6 +9,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use crate::error::{Context, Result};
+use crate::size::Size;
 use crate::sys::{EventFd, borrow, eventfd};
 
 /// So many events are kept for readers that come late or are slow.
@@ -48,6 +49,12 @@ pub enum EventKind {
         /// What the guest's driver did, or what failed on the host.
         what: String,
     },
+    /// The balloon has become what [`Vm::set_balloon`](crate::Vm::set_balloon) asked for, or less again because the guest
+    /// runs short of memory.
+    Balloon {
+        /// What is in it.
+        size: Size,
+    },
     /// It has ended; [`Vm::wait`](crate::Vm::wait) says how. The last event.
     Ended,
     /// The reader was too slow, and so many events before the next were dropped.
@@ -64,6 +71,7 @@ impl fmt::Display for Event {
             EventKind::Resumed => f.write_str("resumed"),
             EventKind::Degraded { what } => write!(f, "without {what}"),
             EventKind::DeviceError { device, what } => write!(f, "{device} needs a reset: {what}"),
+            EventKind::Balloon { size } => write!(f, "{size} in the balloon"),
             EventKind::Ended => f.write_str("ended"),
             EventKind::Missed(n) => write!(f, "{n} events were dropped"),
         }

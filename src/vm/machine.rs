@@ -28,6 +28,7 @@ use crate::legacy::{
     EXIT_PORTS, ExitPort, I8042, I8042_PORTS, PANIC_PORTS, PanicPort, Request, SERIAL_PORTS, SerialPort,
 };
 use crate::memory::GuestMemory;
+use crate::size::Size;
 use crate::sys::{self, EventFd, KickSignal, STACK, Stack, eventfd};
 use crate::virtio::balloon::Balloon;
 use crate::virtio::console::{Console, Output};
@@ -220,6 +221,7 @@ fn attachments(
     config: &VmConfig,
     output: &Output,
     memory: &GuestMemory,
+    log: &Arc<Log>,
 ) -> Result<(Vec<Attachment>, Vec<VsockListener>)> {
     let (mut all, mut listeners) = (Vec::new(), Vec::new());
     for (n, disk) in config.open_disks()?.into_iter().enumerate() {
@@ -230,7 +232,9 @@ fn attachments(
     };
     add("console", Box::new(Console::new(output.clone())));
     add("rng", Box::new(Rng));
-    add("balloon", Box::new(Balloon::new(memory.clone())));
+    let log = log.clone();
+    let settled = Box::new(move |held| log.push(EventKind::Balloon { size: Size::bytes(held) }));
+    add("balloon", Box::new(Balloon::new(memory.clone(), settled)));
     if let Some(wanted) = &config.vsock {
         let mut device = vsock::Vsock::new();
         for port in &wanted.ports {
@@ -267,13 +271,13 @@ pub(super) fn start(config: &VmConfig) -> Result<Vm> {
     let ranges = layout::memory_ranges(config.memory.size())?;
     let output = Output::new()?;
     let memory = GuestMemory::new(&ranges, config.memory.backing())?;
-    let (attachments, listeners) = attachments(config, &output, &memory)?;
+    let (attachments, listeners) = attachments(config, &output, &memory, &log)?;
     let slots = slots(attachments.len())?;
-    let cmdline = config.cmdline(&slots)?;
+    let (cmdline, tables) = config.cmdline(&slots)?;
     let entry = boot::load(&memory, &config.packed_kernel()?, &cmdline)?;
     let mut generation = [0; 16];
     sys::fill_random(&mut generation).doing(|| "making the machine's generation")?;
-    arch::write_tables(&memory, vcpus, &slots, generation)?;
+    arch::write_tables(&memory, tables, vcpus, &slots, generation)?;
 
     let kvm = Kvm::open()?;
     if usize::from(vcpus) > kvm.max_vcpus() {

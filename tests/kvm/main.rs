@@ -83,7 +83,7 @@ tests! {
         sixty_four_machines_at_once machines_that_race_from_many_threads two_kernels_side_by_side;
     memory: what_a_guest_frees_comes_back the_balloon_takes_what_it_is_told_and_gives_it_back
         a_guest_short_of_memory_takes_it_from_the_balloon asked_for_in_transparent_huge_pages
-        in_a_file_that_others_may_map in_huge_pages_of_the_hosts_pool;
+        in_a_file_that_others_may_map in_huge_pages_of_the_hosts_pool more_than_a_host_without_overcommit_promises;
     start: a_guest_that_is_never_ready_names_its_stage a_guest_that_ends_first_says_how a_broken_shim_is_told
         without_kvm_the_remedy_is_told what_may_not_be_read_is_named;
 }

@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
-use cofferdam::{Container, ErrorKind, Exit, Memory, MemoryStats, Size};
+use cofferdam::{Container, ErrorKind, EventKind, Exit, Memory, MemoryStats, Size};
 
 use crate::fixture::{Outcome, PATIENCE, container, debian_container, guest, run as run_vm};
 use crate::{check, check_eq};
@@ -52,9 +52,15 @@ pub fn the_balloon_takes_what_it_is_told_and_gives_it_back() -> Outcome {
     let container = debian_container().memory(Size::mib(256)).start()?;
     let free = |stats: &MemoryStats| stats.guest.and_then(|g| g.free).map_or(0, Size::as_bytes);
     let before = free(&wait_for(&container, |stats| free(stats) > 0)?);
+    let mut events = container.vm().events()?;
     container.vm().set_balloon(Size::mib(64))?;
     let full = wait_for(&container, |stats| stats.balloon == Size::mib(64))?;
     check!(free(&full) < before - 48 * MIB, "{before} {full:?}");
+    let told = events.find_map(|event| match event.kind {
+        EventKind::Balloon { size } => Some(size),
+        _ => None,
+    });
+    check_eq!(told, Some(Size::mib(64)));
     container.vm().set_balloon(Size::bytes(0))?;
     wait_for(&container, |stats| stats.balloon == Size::bytes(0) && free(stats) > before - 16 * MIB)?;
     let refused = container.vm().set_balloon(Size::mib(257)).map_err(|e| e.kind());
@@ -71,6 +77,23 @@ pub fn a_guest_short_of_memory_takes_it_from_the_balloon() -> Outcome {
     run(&container, &format!("head -c {half} /dev/zero | tail > /dev/null"))?;
     let after = wait_for(&container, |stats| stats.balloon.as_bytes() < half)?;
     check!(after.guest.is_some(), "{after:?}");
+    Ok(())
+}
+
+pub fn more_than_a_host_without_overcommit_promises() -> Outcome {
+    let [mode, ratio] = ["memory", "ratio"].map(|name| format!("/proc/sys/vm/overcommit_{name}"));
+    let before = [fs::read_to_string(&mode)?, fs::read_to_string(&ratio)?];
+    // A hundred times what the host has, for a moment: nobody else is denied anything.
+    fs::write(&ratio, "10000")?;
+    fs::write(&mode, "2")?;
+    let refused = guest("true").memory(Size::gib(60_000)).start().map(drop);
+    let started = run_vm(guest("reboot -f").memory(Size::gib(2)));
+    fs::write(&mode, &before[0])?;
+    fs::write(&ratio, &before[1])?;
+    let error = refused.err().ok_or("60 TiB were promised")?;
+    check_eq!(error.kind(), ErrorKind::ResourceExhausted);
+    check!(error.to_string().contains("vm.overcommit_memory"), "{error}");
+    check!(matches!(started?.0, Exit::Reboot(_)));
     Ok(())
 }
 

@@ -25,6 +25,15 @@ const MSR_IA32_MISC_ENABLE: u32 = 0x1a0;
 /// Default memory type write-back, MTRRs enabled (Intel SDM vol. 3A, 13.11.2.1).
 const MSR_MTRR_DEF_TYPE: u32 = 0x2ff;
 
+/// By what a kernel learns of the machine. One is enough: there is nothing that only the other says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Tables {
+    /// ACPI tables: what every distribution's kernel reads.
+    Acpi,
+    /// Intel's MultiProcessor specification 1.4: for kernels that read ACPI late or not at all, and get their devices elsewhere.
+    MultiProcessor,
+}
+
 /// Writes what a kernel reads about the machine: its `vcpus` processors, virtio-mmio devices by the addresses of their
 /// windows and their interrupt lines, and its `generation`, which is never the same twice.
 ///
@@ -32,13 +41,18 @@ const MSR_MTRR_DEF_TYPE: u32 = 0x2ff;
 /// `InvalidConfig` when the tables do not fit their areas.
 pub(crate) fn write_tables(
     memory: &GuestMemory,
+    tables: Tables,
     vcpus: u8,
     devices: &[(u64, u32)],
     generation: [u8; 16],
 ) -> Result<()> {
-    acpi::write(memory, vcpus, devices)?;
-    memory.write(layout::VM_GENERATION, &generation)?;
-    mptable::write(memory, vcpus)
+    match tables {
+        Tables::Acpi => {
+            acpi::write(memory, vcpus, devices)?;
+            Ok(memory.write(layout::VM_GENERATION, &generation)?)
+        }
+        Tables::MultiProcessor => mptable::write(memory, vcpus),
+    }
 }
 
 /// The MSRs that firmware would have set, and then these.
