@@ -227,7 +227,8 @@ pub fn a_fork_bomb_stays_inside() -> Outcome {
 }
 
 pub fn a_storm_of_connections() -> Outcome {
-    const STORM: u32 = 10_000;
+    const STORM: u32 = 100_000;
+    const WAVE: u32 = 500;
     if !alone("hostile::a_storm_of_connections")? {
         return Ok(());
     }
@@ -237,37 +238,41 @@ pub fn a_storm_of_connections() -> Outcome {
     unharmed(&stormy)?;
     let descriptors = || std::fs::read_dir("/proc/self/fd").map(Iterator::count);
     let (before, memory) = (descriptors()?, resident()?);
-    // Family 40, port 77, CID 2; every second one sends a byte, none waits for an answer.
+    // Family 40, port 77, CID 2, none waits for an answer; of each wave that has broken, every second one sends a byte.
     let script = format!(
-        "use Socket; $SIG{{PIPE}} = 'IGNORE'; $to = pack('SSLLx4', 40, 0, 77, 2); $ok = 0; \
-         for $n (1..{STORM}) {{ socket(my $s, 40, SOCK_STREAM, 0) or next; connect($s, $to) and $ok++; syswrite($s, 'x') if $n % 2; }} \
-         print $ok"
+        "use Socket; $SIG{{PIPE}} = 'IGNORE'; $to = pack('SSLLx4', 40, 0, 77, 2); $sent = 0; \
+         for (1..{STORM} / {WAVE}) {{ my (@all, $open); \
+         for (1..{WAVE}) {{ socket(my $s, 40, SOCK_STREAM | 2048, 0) or die $!; connect($s, $to); push @all, $s; vec($open, fileno $s, 1) = 1; }} \
+         my $end = time + 10; \
+         while ($open =~ /[^\\0]/ && time < $end) {{ select(undef, my $ready = $open, undef, 1) > 0 and $open &= ~$ready; }} \
+         for (@all) {{ $n++ % 2 and syswrite($_, 'x') and $sent++; }} }} \
+         print $sent"
     );
     let storm = stormy.exec(["perl", "-e", &script]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
-    let (mut taken, mut most) = (0u32, 0);
+    let (mut taken, mut most, mut looked) = (0u32, 0, Instant::now());
     while storm.try_wait()?.is_none() {
-        // Half of them are taken, and read to their end; the others wait until they are too many.
+        // Those that are taken are read to their end; the others wait, and are refused when they are too many.
         if let Ok(mut stream) = listener.accept_timeout(Duration::from_millis(1)) {
             taken += 1;
             let mut sent = Vec::new();
             let _ = stream.set_nonblocking(true).map(|()| stream.read_to_end(&mut sent));
         }
-        if taken % 1000 == 0 {
+        if looked.elapsed() > Duration::from_secs(2) {
             unharmed(&neighbour)?;
-            most = most.max(resident()?);
+            (most, looked) = (most.max(resident()?), Instant::now());
         }
     }
     let output = storm.wait_with_output()?;
-    let made = String::from_utf8(output.stdout)?;
+    let sent = String::from_utf8(output.stdout)?;
     check!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    check!(taken > 0, "{made} made, {taken} taken");
+    check!(taken > 0, "{sent} sent, {taken} taken");
     check!(most < memory + (192 << 20), "{memory} {most}");
     drop(listener);
     unharmed(&neighbour)?;
     check!(stormy.exec(["true"]).status()?.success());
     let deadline = Instant::now() + PATIENCE / 4;
     while descriptors()? > before {
-        check!(Instant::now() < deadline, "{} of {before} descriptors; {made} made, {taken} taken", descriptors()?);
+        check!(Instant::now() < deadline, "{} of {before} descriptors; {sent} sent, {taken} taken", descriptors()?);
         std::thread::sleep(Duration::from_millis(20));
     }
     Ok(())

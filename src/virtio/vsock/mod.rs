@@ -33,8 +33,10 @@ const TX: usize = 1;
 const QUEUE_SIZE: u16 = 256;
 /// Connections at once. More are refused.
 const MAX_CONNECTIONS: usize = 1024;
-/// Answers that may wait for the guest to offer buffers. Then nothing more is taken from it.
-const MAX_RESETS: usize = 128;
+/// Refusals that may wait for the guest to offer buffers. More are not told: its sockets find out by themselves, in a few
+/// seconds. To take nothing more from it until it does would be worse. A guest stops looking at what it gets when too many of
+/// its own answers wait to be sent, and each would wait for the other for ever.
+const MAX_RESETS: usize = 4096;
 /// Packets sent or taken before others get their turn.
 const TURN: usize = 256;
 /// The most data in one packet.
@@ -145,7 +147,14 @@ impl Vsock {
 
     fn reset(&mut self, ports: Ports) {
         self.remove(ports, "the connection was reset");
-        self.resets.push_back(ports);
+        self.refuse(ports);
+    }
+
+    /// The guest will be told that there is no such connection.
+    fn refuse(&mut self, ports: Ports) {
+        if self.resets.len() < MAX_RESETS {
+            self.resets.push_back(ports);
+        }
     }
 
     /// The driver sent a packet.
@@ -181,7 +190,7 @@ impl Vsock {
         connection.credit.heard(header.buf_alloc, header.fwd_cnt);
         match self.add(io, connection) {
             Ok(()) => arrivals.push(stream),
-            Err(_) => self.resets.push_back(ports),
+            Err(_) => self.refuse(ports),
         }
     }
 
@@ -232,13 +241,9 @@ impl Vsock {
         }
     }
 
-    /// Takes what the driver sent, as long as answers have room.
+    /// Takes what the driver sent.
     fn listen_to_driver(&mut self, io: &mut DeviceIo) {
         for _ in 0..TURN {
-            if self.resets.len() >= MAX_RESETS {
-                // Goes on when the driver has offered buffers for the answers: see `ready`.
-                return io.flush(TX);
-            }
             match io.pop(TX) {
                 Some(mut chain) => {
                     self.hear(io, &mut chain);
@@ -357,12 +362,7 @@ impl VirtioDevice for Vsock {
     fn ready(&mut self, io: &mut DeviceIo, source: Source) {
         match source {
             Source::Queue(TX) => self.listen_to_driver(io),
-            Source::Queue(RX) => {
-                // Room for answers lets us hear again what was put off.
-                if self.resets.len() >= MAX_RESETS {
-                    io.kick_self(TX);
-                }
-            }
+            // Buffers for what is due, or for events, of which there are none.
             Source::Queue(_) => {}
             Source::Watched { number, events } => self.socket_ready(number, events),
         }
