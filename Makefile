@@ -27,6 +27,7 @@ bench: setup
 setup: base
 	@guest/stock-kernels >/dev/null
 	@guest/system >/dev/null
+	@guest/rootfs storage >/dev/null
 
 # The kernel and the root file system are for guests, the lab for machines without hardware KVM.
 base: tools

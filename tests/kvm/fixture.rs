@@ -41,7 +41,8 @@ macro_rules! check_eq {
     };
 }
 
-fn cache() -> PathBuf {
+/// Where `make setup` puts what it makes.
+pub fn cache() -> PathBuf {
     let base = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
     base.unwrap_or_else(|| PathBuf::from(std::env::var_os("HOME").unwrap_or_default()).join(".cache")).join("cofferdam")
 }

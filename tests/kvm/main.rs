@@ -20,6 +20,7 @@ mod lifecycle;
 mod many;
 mod memory;
 mod start;
+mod storage;
 #[path = "../../src/boot/tiny.rs"]
 mod tiny;
 
@@ -86,12 +87,16 @@ tests! {
         in_a_file_that_others_may_map in_huge_pages_of_the_hosts_pool more_than_a_host_without_overcommit_promises;
     start: a_guest_that_is_never_ready_names_its_stage a_guest_that_ends_first_says_how a_broken_shim_is_told
         without_kvm_the_remedy_is_told what_may_not_be_read_is_named;
+    storage: fio_reads_what_it_wrote what_was_durable_survives_the_kill_of_its_process;
 }
 
 fn main() -> ExitCode {
     if let Some(path) = std::env::var_os(start::REPORT) {
         start::report(path);
         return ExitCode::SUCCESS;
+    }
+    if let Some(disk) = std::env::var_os(storage::VICTIM) {
+        return if storage::victim(disk.as_ref()).is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
     }
     let mut arguments = Arguments::from_args();
     // Guests compete for two processors in the lab; more at once only makes each slower.

@@ -1,0 +1,143 @@
+//! Disks under real programs: `fio` that reads back what it wrote, and a journal and a database whose machine is killed.
+//!
+//! `COFFERDAM_SOAK` makes them as long as wanted: seconds of `fio` for each kind of disk, and kills.
+
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use cofferdam::{Console, Disk, Exit, Image, Initramfs, Size, Vm, VmBuilder};
+
+use crate::fixture::{Outcome, PATIENCE, Printed, Temp, busybox, cache, kernel};
+use crate::{check, check_eq};
+
+/// In the environment of a process that shall run a machine until it is killed: the machine's disk.
+pub const VICTIM: &str = "COFFERDAM_TEST_VICTIM";
+
+/// How long, where somebody said so.
+fn soak() -> Option<u64> {
+    std::env::var("COFFERDAM_SOAK").ok()?.parse().ok()
+}
+
+/// The disk of a Debian with fio, e2fsprogs and sqlite3.
+fn root() -> Result<PathBuf, Box<dyn std::error::Error>> {
+    // In a folder of its own, so that it is the only disk there.
+    let folder = cache().join("storage");
+    Image::open(cache().join("images/debian-12-storage.tar"))?.cache_dir(&folder).prepare()?;
+    let is_disk = |path: &PathBuf| path.extension().is_some_and(|extension| extension == "ext4");
+    let found = std::fs::read_dir(folder)?.flatten().map(|entry| entry.path()).find(is_disk);
+    found.ok_or_else(|| "the image's disk is not there".into())
+}
+
+/// A machine with that Debian as `/dev/vda`, in which bash runs `script`.
+fn debian(script: &str) -> Result<VmBuilder, Box<dyn std::error::Error>> {
+    let init = "mkdir /mnt; mount -o ro -t ext4 /dev/vda /mnt; for d in dev proc sys; do mount -o bind /$d /mnt/$d; done; \
+                for d in tmp run mnt; do mount -t tmpfs $d /mnt/$d; done; cp /script /mnt/tmp/; \
+                PATH=/usr/sbin:/usr/bin:/sbin:/bin chroot /mnt bash /tmp/script; \
+                reboot -f";
+    let initramfs: Initramfs = busybox(init).file("/script", 0o644, script);
+    let vm = Vm::builder(kernel().cmdline("console=hvc0 quiet").initramfs(initramfs)).memory(Size::mib(192));
+    Ok(vm.disk(Disk::file(root()?).read_only()))
+}
+
+/// Random writes of mixed sizes, with syncs, all of them read back and compared, while the machine is paused again and again.
+fn verified(disks: Vec<Disk>) -> Outcome {
+    let seconds = soak().unwrap_or(4);
+    let script: String = ('b'..)
+        .take(disks.len())
+        .map(|letter| {
+            format!(
+                "fio --name={letter} --filename=/dev/vd{letter} --direct=1 --ioengine=libaio --iodepth=16 --rw=randrw --bsrange=512-64k \
+                 --bs_unaligned=0 --size=48m --fsync=32 --verify=crc32c --verify_backlog=64 --verify_fatal=1 --time_based \
+                 --runtime={seconds} --thread --minimal > /tmp/{letter}.out && echo {letter} is sound || tail -n 3 /tmp/{letter}.out &\n"
+            )
+        })
+        .collect::<String>()
+        + "wait\n";
+    let (wanted, printed) = (disks.len(), Printed::default());
+    let vm = disks.into_iter().fold(debian(&script)?, VmBuilder::disk).console(printed.console()).start()?;
+    let deadline = Instant::now() + PATIENCE + 10 * Duration::from_secs(seconds);
+    while vm.try_wait()?.is_none() {
+        check!(Instant::now() < deadline, "{} {}", printed.text(), vm.trace());
+        std::thread::sleep(Duration::from_millis(70));
+        // It may have ended in between.
+        if vm.pause().is_ok() {
+            std::thread::sleep(Duration::from_millis(5));
+            let _ = vm.resume();
+        }
+    }
+    let exit = vm.wait()?;
+    check!(matches!(exit, Exit::Reboot(_)), "{exit}");
+    check_eq!(printed.text().matches(" is sound").count(), wanted);
+    Ok(())
+}
+
+pub fn fio_reads_what_it_wrote() -> Outcome {
+    let temp = Temp::new()?;
+    let file = temp.path("raw");
+    std::fs::File::create(&file)?.set_len(64 << 20)?;
+    verified(vec![Disk::file(&file), Disk::scratch(Size::mib(64))])
+}
+
+/// Numbers in a file and in a database, each told on the console once it is durable.
+const WORKLOAD: &str = "mount -t ext4 /dev/vdb /mnt && cd /mnt && echo ready\n\
+    n=$(cat log 2>/dev/null | wc -l)\n\
+    sqlite3 db 'pragma synchronous=full; create table if not exists t(n integer primary key)'\n\
+    while :; do n=$((n + 1)); echo $n >> log; sync log; sqlite3 db \"pragma synchronous=full; insert or ignore into t values($n)\"; \
+    echo durable $n; done\n";
+
+/// Runs the machine whose disk is at `path`, until somebody kills this process.
+pub fn victim(path: &Path) -> Outcome {
+    let vm = debian(WORKLOAD)?.disk(Disk::file(path)).console(Console::writer(std::io::stdout())).start()?;
+    let exit = vm.wait()?;
+    Err(format!("the machine was not to end: {exit}").into())
+}
+
+/// What the guest was told to be durable when its process was killed, `after` the first of it.
+fn killed(disk: &Path, after: Duration) -> Result<u64, Box<dyn std::error::Error>> {
+    let mut child = Command::new(std::env::current_exe()?).env(VICTIM, disk).stdout(Stdio::piped()).spawn()?;
+    let mut lines = BufReader::new(child.stdout.take().ok_or("no output")?).lines().map_while(Result::ok);
+    let number = |line: &str| line.trim().strip_prefix("durable ")?.parse::<u64>().ok();
+    let mut last = lines.by_ref().find_map(|line| number(&line)).ok_or("it never said that anything is durable")?;
+    let pid = child.id();
+    let killer = std::thread::spawn(move || {
+        std::thread::sleep(after);
+        Command::new("kill").args(["-KILL", &pid.to_string()]).status()
+    });
+    for line in lines {
+        last = number(&line).unwrap_or(last);
+    }
+    let _ = killer.join();
+    child.wait()?;
+    Ok(last)
+}
+
+pub fn what_was_durable_survives_the_kill_of_its_process() -> Outcome {
+    let temp = Temp::new()?;
+    let disk = temp.path("disk");
+    std::fs::File::create(&disk)?.set_len(64 << 20)?;
+    check!(Command::new("/sbin/mkfs.ext4").args(["-q", "-F"]).arg(&disk).status()?.success());
+    let mut seed = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?.as_nanos() as u64;
+    for round in 0..soak().unwrap_or(2) {
+        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        let durable = killed(&disk, Duration::from_millis(seed >> 33 & 0x7ff))?;
+        let check = "e2fsck -fp /dev/vdb; echo fsck $?; mount -t ext4 /dev/vdb /mnt && cd /mnt && echo log $(tail -n 1 log) \
+                     lines $(wc -l < log)\n sqlite3 db 'pragma integrity_check; select \"rows \", max(n), count(*) from t'\n\
+                     cd / && umount /mnt && e2fsck -fn /dev/vdb > /dev/null && echo clean\n";
+        let printed = Printed::default();
+        let vm = debian(check)?.disk(Disk::file(&disk)).console(printed.console()).start()?;
+        vm.wait_timeout(PATIENCE)?.ok_or("the check never ended")?;
+        let text = printed.text();
+        let numbers = |prefix: &str| -> Vec<u64> {
+            let line = text.lines().find(|line| line.trim().starts_with(prefix)).unwrap_or_default();
+            line.split(|c: char| !c.is_ascii_digit()).filter_map(|n| n.parse().ok()).collect()
+        };
+        // fsck's 1: what was wrong is right now, which is the journal that was replayed.
+        check!(numbers("fsck").iter().all(|code| *code <= 1) && text.contains("clean"), "round {round}: {text}");
+        let (log, rows) = (numbers("log"), numbers("rows"));
+        check!(log.len() == 2 && log[0] == log[1] && log[0] >= durable, "round {round}: {durable} {text}");
+        check!(rows.len() == 2 && rows[0] >= durable && text.contains("\nok"), "round {round}: {durable} {text}");
+    }
+    Ok(())
+}
