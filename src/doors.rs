@@ -11,7 +11,7 @@ use crate::event::Loop;
 use crate::memory::{GuestAddress, GuestMemory};
 use crate::sys;
 use crate::virtio::balloon::Balloon;
-use crate::virtio::blk::{Blk, DiskFile};
+use crate::virtio::blk::{Blk, Options, RawFile};
 use crate::virtio::rng::Rng;
 use crate::virtio::testing::{Driver, WRITE};
 use crate::virtio::vsock::packet::{HEADER, Header, Op, TYPE_STREAM};
@@ -122,32 +122,75 @@ pub fn mmio(data: &[u8]) {
     }
 }
 
-/// Block requests of any header, in any split, with any room for data and status.
+/// The file of an overlay with any bytes changed, and what a guest does on it.
+pub fn overlay(data: &[u8]) {
+    crate::virtio::blk::doors::overlay(data);
+}
+
+/// An image in QEMU's format with any bytes changed, and what a guest does on it.
+#[cfg(feature = "qcow2")]
+pub fn qcow2_open(data: &[u8]) {
+    crate::virtio::blk::doors::qcow2_open(data);
+}
+
+/// Block requests of any type and header, in any split, with any room for data and status, over both engines, with and
+/// without limits and write cache, while the disk grows, and the machine is paused and goes on.
 pub fn blk_request(data: &[u8]) {
-    let disk = sys::scratch_file(crate::Size::kib(64)).map(|f| DiskFile::from_file(f, data.first() == Some(&1)));
+    let flavour = data.first().copied().unwrap_or_default();
+    let disk = sys::scratch_file(crate::Size::kib(64)).map(|f| RawFile::from_file(f, flavour == 1));
     let Ok(Ok(disk)) = disk else { return };
-    let (mut bytes, mut driver) = (Bytes(data), Driver::start(Blk::new(disk, "fuzz")));
+    let engine = if flavour & 2 == 0 { crate::DiskEngine::Threads } else { crate::DiskEngine::Ring };
+    let queues = if flavour & 4 == 0 { 1 } else { 3 };
+    let limit = crate::DiskLimit::none().write_operations(crate::Rate::per_second(1_000_000).once(3));
+    let limit = if flavour & 8 == 0 { crate::DiskLimit::none() } else { limit };
+    let disk = Blk::new(Box::new(disk), Options { engine, queues, limit, ..Options::new("fuzz") });
+    let (mut bytes, mut driver) = (Bytes(data), Driver::start(disk));
+    let patience = std::time::Duration::from_secs(10);
     while !bytes.done() {
         let (readable, writable) = (usize::from(bytes.byte() % 6), usize::from(bytes.byte() % 6));
         let mut header = [0; 16];
         (header[0], header[8], header[15]) =
             (bytes.byte() % 16, bytes.byte(), bytes.byte() & bytes.byte() & bytes.byte());
         let mut pieces: Vec<Vec<u8>> = vec![header.to_vec()];
-        for _ in 0..readable {
-            let len = usize::from(u16::from_le_bytes(bytes.number()) % 2048);
-            pieces.push(vec![bytes.byte(); len]);
+        if matches!(header[0], 11 | 13) {
+            // Ranges that often exist.
+            for _ in 0..readable {
+                let mut range = [0; 16];
+                (range[0], range[8], range[12]) = (bytes.byte(), bytes.byte() % 32, bytes.byte() & bytes.byte() & 3);
+                pieces.push(range.to_vec());
+            }
+        } else {
+            for _ in 0..readable {
+                let len = usize::from(u16::from_le_bytes(bytes.number()) % 2048);
+                pieces.push(vec![bytes.byte(); len]);
+            }
         }
-        if bytes.byte() % 4 == 0 {
+        let what = bytes.byte();
+        if what % 4 == 0 {
             pieces[0].truncate(usize::from(bytes.byte() % 16));
         }
         pieces.retain(|piece| !piece.is_empty());
         let readable: Vec<&[u8]> = pieces.iter().map(Vec::as_slice).collect();
         let writable: Vec<usize> =
             (0..writable).map(|_| usize::from(u16::from_le_bytes(bytes.number()) % 2048) + 1).collect();
-        driver.send(0, &readable, &writable);
-        driver.poke(0);
-        while driver.receive(0).is_some() {}
+        let queue = usize::from(what) % usize::from(queues);
+        driver.send(queue, &readable, &writable);
+        driver.poke(queue);
+        let (disk, io) = driver.parts();
+        match what >> 4 {
+            0 => drop(disk.grow(Some(io), u64::from(bytes.byte()) << 9)),
+            1 => disk.profile().config.set(32, &[bytes.byte() & 1]),
+            2..8 => assert!(disk.pausing(io, patience), "the disk does not come to rest"),
+            8 => disk.resumed(io),
+            _ => driver.poke_watched(0),
+        }
+        for queue in 0..usize::from(queues) {
+            while driver.receive(queue).is_some() {}
+        }
     }
+    let (disk, io) = driver.parts();
+    disk.finishing(io, patience);
+    disk.stopping(io);
 }
 
 /// Packets of any header in any split, while an embedder reads, writes and hangs up.
@@ -383,10 +426,12 @@ pub mod bench {
             clippy::unwrap_used,
             reason = "for this repository's bench alone"
         )]
-        pub fn new() -> Self {
+        pub fn new(engine: crate::DiskEngine) -> Self {
             let file = sys::scratch_file(crate::Size::mib(1)).unwrap();
-            let disk = DiskFile::from_file(file.try_clone().unwrap(), false).unwrap();
-            Self(Driver::start(super::Blk::new(disk, "")), file)
+            let disk = RawFile::from_file(file.try_clone().unwrap(), false).unwrap();
+            let disk = super::Blk::new(Box::new(disk), Options { engine, ..Options::new("") });
+            assert_eq!(disk.engine(), engine);
+            Self(Driver::start(disk), file)
         }
 
         /// The file itself.
@@ -400,7 +445,9 @@ pub mod bench {
             for _ in 0..n {
                 self.0.send(0, &[&[0; 16]], &[PAGE, 1]);
                 self.0.poke(0);
-                self.0.collect(0);
+                while self.0.collect(0).is_none() {
+                    self.0.poke_watched(0);
+                }
             }
         }
     }
@@ -468,11 +515,16 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    #[cfg(not(feature = "qcow2"))]
+    fn qcow2(_: &[u8]) {}
+    #[cfg(feature = "qcow2")]
+    use super::qcow2_open as qcow2;
+
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(64))]
         #[test]
         fn any_bytes_are_survived(data in proptest::collection::vec(any::<u8>(), 0..600)) {
-            for door in [queue, mmio, blk_request, balloon, vsock_packet, proto_frame, kernel_image, kernel_module, image_tar] {
+            for door in [queue, mmio, blk_request, balloon, vsock_packet, proto_frame, kernel_image, kernel_module, image_tar, overlay, qcow2] {
                 door(&data);
             }
         }

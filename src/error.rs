@@ -32,6 +32,8 @@ pub enum ErrorKind {
     GuestFailed,
     /// The time allowed is over; the message names the last stage reached.
     TimedOut,
+    /// The caller's own callback asked to stop; the message says how far it was.
+    Cancelled,
     /// Two versions do not meet; the message names both.
     Incompatible,
     /// A file or stream is damaged or is not what it claims to be.

@@ -45,8 +45,9 @@
 //!
 //! # Threads
 //!
-//! A VM has one thread for each vCPU, one event loop that owns its devices, one for each disk, because files block, and
-//! one for the console's writer, if there is one; a container has one more, which speaks with the guest. Calls block
+//! A VM has one thread for each vCPU, one event loop that owns its devices, one for each disk that io_uring cannot serve
+//! alone ([`DiskEngine`]), because files block, and one for the console's writer, if there is one; a container has one more,
+//! which speaks with the guest. Calls block
 //! and need no runtime; what can be waited for also has a descriptor (`AsFd`) for poll, epoll, tokio, smol or mio. All
 //! handles are `Send` and `Sync`. Dropping a [`Vm`] or a `Container` kills it and waits for its threads.
 //!
@@ -95,9 +96,10 @@ pub use kvm::{Device, Host};
 pub use size::Size;
 pub use virtio::vsock::{VsockListener, VsockStream};
 pub use vm::{
-    Cgroup, CgroupStats, Console, CpuProfile, CpuidBits, CpuidRegister, DeviceStats, Disk, Event, EventKind, Events,
-    Exit, GuestMemoryUse, Memory, MemoryStats, Registers, Stage, Stats, Timeline, Trace, VcpuStats, Vm, VmBuilder,
-    Vsock,
+    Base, Cache, Cgroup, CgroupStats, Console, CpuProfile, CpuidBits, CpuidRegister, DeviceStats, Disk, DiskEngine,
+    DiskFault, DiskHandle, DiskLimit, DiskOperation, DiskUsage, ErrorAction, ErrorClass, Event, EventKind, Events,
+    Exit, GuestMemoryUse, Memory, MemoryStats, Overlay, OverlayInfo, Progress, Rate, Registers, Stage, Stats, Timeline,
+    Trace, VcpuStats, Vm, VmBuilder, Vsock,
 };
 
 /// The readme's code is compiled with the documentation's.

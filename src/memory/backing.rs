@@ -6,7 +6,6 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::FromRawFd;
 use std::sync::Arc;
 
 use vm_memory::mmap::{MmapRegion, MmapRegionBuilder};
@@ -15,6 +14,7 @@ use vm_memory::{FileOffset, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegi
 use super::{GuestAddress, GuestMemory};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::size::Size;
+use crate::sys;
 
 /// A config value: how much memory a guest has, and what of the host's it is made of. A plain [`Size`] is
 /// [`Memory::anonymous`].
@@ -95,7 +95,7 @@ impl Backing {
             }
         };
         let doing = || "memory: creating a file for the guest's memory";
-        let file = memfd(flags).doing(doing)?;
+        let file = sys::memfd(flags).doing(doing)?;
         file.set_len(len).doing(doing)?;
         Ok(Some(Arc::new(file)))
     }
@@ -151,7 +151,7 @@ impl GuestMemory {
         }
         let inner = GuestMemoryMmap::from_regions(regions)
             .map_err(|error| Error::invalid("memory", format!("laying out the guest's memory: {error}")))?;
-        let memory = Self { inner, backing };
+        let memory = Self { inner: Arc::new(inner), backing };
         if backing == Backing::Transparent {
             memory.advise_all(libc::MADV_HUGEPAGE);
         }
@@ -177,17 +177,6 @@ impl GuestMemory {
             }
         }
     }
-}
-
-/// A file in memory without a name.
-pub(super) fn memfd(flags: libc::c_uint) -> io::Result<File> {
-    // SAFETY: the name is a NUL-terminated literal.
-    let fd = unsafe { libc::memfd_create(c"cofferdam".as_ptr(), libc::MFD_CLOEXEC | flags) };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: memfd_create returned a new descriptor that nobody else owns.
-    Ok(unsafe { File::from_raw_fd(fd) })
 }
 
 /// Says beforehand, and better than the system call would, that there are too few huge pages.

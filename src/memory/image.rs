@@ -10,10 +10,10 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 
 use vm_memory::{FileOffset, GuestMemoryBackend, GuestMemoryMmap};
 
-use super::backing::memfd;
 use super::{Backing, GuestAddress, GuestMemory, Segment};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::sys;
@@ -32,13 +32,13 @@ impl MemoryImage {
     /// # Errors
     /// What `fill` returns; `ResourceExhausted` when the host has no memory or descriptors left.
     pub(crate) fn build<T>(len: u64, fill: impl FnOnce(&GuestMemory) -> Result<T>) -> Result<(Self, T)> {
-        let file = memfd(libc::MFD_ALLOW_SEALING).doing(|| "creating a memory image")?;
+        let file = sys::memfd(libc::MFD_ALLOW_SEALING).doing(|| "creating a memory image")?;
         file.set_len(len).doing(|| "creating a memory image")?;
         let backing = FileOffset::new(file.try_clone().doing(|| "creating a memory image")?, 0);
         let size = usize::try_from(len).map_err(|_| Error::invalid("memory image", "too large"))?;
         let inner = GuestMemoryMmap::from_ranges_with_files([(GuestAddress(0).inner(), size, Some(backing))])
             .map_err(|e| Error::new(ErrorKind::ResourceExhausted, format!("mapping a memory image: {e}")))?;
-        let answer = fill(&GuestMemory { inner, backing: Backing::Memfd })?;
+        let answer = fill(&GuestMemory { inner: Arc::new(inner), backing: Backing::Memfd })?;
         let extents = extents(&file).doing(|| "reading a memory image's layout")?;
         seal(&file).doing(|| "sealing a memory image")?;
         Ok((Self { file, extents }, answer))

@@ -14,7 +14,7 @@ use crate::sys;
 
 impl GuestMemory {
     /// The host buffers that `segments` consist of. A segment of another memory gives an error, never a wild pointer.
-    fn buffers(&self, segments: &[Segment]) -> io::Result<Vec<libc::iovec>> {
+    pub(super) fn buffers(&self, segments: &[Segment]) -> io::Result<Vec<libc::iovec>> {
         let mut buffers = Vec::with_capacity(segments.len());
         for segment in segments.iter().filter(|s| s.len > 0) {
             for slice in self.inner.get_slices(segment.addr.inner(), segment.len) {

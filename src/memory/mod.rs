@@ -7,13 +7,16 @@
 mod backing;
 mod image;
 mod io;
+mod mover;
 mod usage;
 
 pub(crate) use backing::Backing;
 pub use backing::Memory;
 pub(crate) use image::MemoryImage;
+pub(crate) use mover::{Move, Mover};
 
 use std::fmt;
+use std::sync::Arc;
 
 use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
@@ -93,7 +96,8 @@ pub(crate) struct Region {
 /// A guest's RAM. Clones share it; it is unmapped with the last of them.
 #[derive(Clone)]
 pub struct GuestMemory {
-    inner: GuestMemoryMmap<()>,
+    /// Shared, so that a clone is a number that is counted up.
+    inner: Arc<GuestMemoryMmap<()>>,
     backing: Backing,
 }
 
@@ -127,7 +131,12 @@ impl GuestMemory {
 
     /// Checks that `len` bytes from `addr` exist and names them.
     pub fn segment(&self, addr: GuestAddress, len: usize) -> Result<Segment, OutOfBounds> {
-        if addr.checked_add(len as u64).is_some() && self.inner.check_range(addr.inner(), len) {
+        // Nearly all segments lie in one range, and looking for more takes longer.
+        let end = addr.checked_add(len as u64);
+        let in_one = || {
+            self.inner.find_region(addr.inner()).is_some_and(|r| end.is_some_and(|e| e.0 <= r.start_addr().0 + r.len()))
+        };
+        if end.is_some() && (in_one() || self.inner.check_range(addr.inner(), len)) {
             Ok(Segment { addr, len })
         } else {
             Err(OutOfBounds { addr, len })
@@ -136,12 +145,19 @@ impl GuestMemory {
 
     /// Copies from the guest.
     pub fn read(&self, addr: GuestAddress, to: &mut [u8]) -> Result<(), OutOfBounds> {
-        self.inner.read_slice(to, addr.inner()).map_err(|_| OutOfBounds { addr, len: to.len() })
+        match self.inner.to_region_addr(addr.inner()) {
+            // Nearly all lie in one range, and looking for more takes longer.
+            Some((region, at)) if region.read_slice(to, at).is_ok() => Ok(()),
+            _ => self.inner.read_slice(to, addr.inner()).map_err(|_| OutOfBounds { addr, len: to.len() }),
+        }
     }
 
     /// Copies to the guest.
     pub fn write(&self, addr: GuestAddress, from: &[u8]) -> Result<(), OutOfBounds> {
-        self.inner.write_slice(from, addr.inner()).map_err(|_| OutOfBounds { addr, len: from.len() })
+        match self.inner.to_region_addr(addr.inner()) {
+            Some((region, at)) if region.write_slice(from, at).is_ok() => Ok(()),
+            _ => self.inner.write_slice(from, addr.inner()).map_err(|_| OutOfBounds { addr, len: from.len() }),
+        }
     }
 }
 

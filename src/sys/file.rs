@@ -88,17 +88,48 @@ fn seek(file: &File, offset: u64, whence: libc::c_int) -> io::Result<Option<u64>
 
 /// Makes a hole, which reads as zeros. File systems that know no holes keep the space; that is no error.
 pub(crate) fn punch(file: &File, offset: u64, len: u64) -> io::Result<()> {
+    match allocate(file, libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE, offset, len) {
+        Err(e) if e.raw_os_error() == Some(libc::EOPNOTSUPP) => Ok(()),
+        outcome => outcome,
+    }
+}
+
+/// Makes a range read as zeros; as a hole when its space may go. Writes them where the file system knows no other way.
+pub(crate) fn zero(file: &File, offset: u64, len: u64, hole: bool) -> io::Result<()> {
+    if zero_range(file, offset, len, hole)? {
+        return Ok(());
+    }
+    let zeros = vec![0; 64 << 10];
+    for at in (offset..offset.saturating_add(len)).step_by(zeros.len()) {
+        let room = usize::try_from(offset + len - at).unwrap_or(usize::MAX).min(zeros.len());
+        file.write_all_at(zeros.get(..room).unwrap_or_default(), at)?;
+    }
+    Ok(())
+}
+
+/// The same, but false where it takes writing them: the file system knows no other way, or a device has larger sectors.
+pub(crate) fn zero_range(file: &File, offset: u64, len: u64, hole: bool) -> io::Result<bool> {
+    let way = if hole { libc::FALLOC_FL_PUNCH_HOLE } else { libc::FALLOC_FL_ZERO_RANGE };
+    match allocate(file, way | libc::FALLOC_FL_KEEP_SIZE, offset, len) {
+        Ok(()) => Ok(true),
+        Err(e) if matches!(e.raw_os_error(), Some(libc::EOPNOTSUPP | libc::EINVAL)) => Ok(false),
+        Err(e) => Err(e),
+    }
+}
+
+fn allocate(file: &File, mode: libc::c_int, offset: u64, len: u64) -> io::Result<()> {
     let (Ok(offset), Ok(len)) = (i64::try_from(offset), i64::try_from(len)) else {
         return Err(io::Error::from_raw_os_error(libc::EINVAL));
     };
-    let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
-    // SAFETY: fallocate takes numbers only.
-    match unsafe { libc::fallocate(file.as_raw_fd(), mode, offset, len) } {
-        0 => Ok(()),
-        _ => match io::Error::last_os_error() {
-            e if matches!(e.raw_os_error(), Some(libc::EOPNOTSUPP)) => Ok(()),
-            e => Err(e),
-        },
+    loop {
+        // SAFETY: fallocate takes numbers only.
+        match unsafe { libc::fallocate(file.as_raw_fd(), mode, offset, len) } {
+            0 => return Ok(()),
+            _ => match io::Error::last_os_error() {
+                e if e.kind() == io::ErrorKind::Interrupted => {}
+                e => return Err(e),
+            },
+        }
     }
 }
 

@@ -14,7 +14,7 @@ fn result(n: isize) -> io::Result<usize> {
 }
 
 /// At most [`MAX_BUFFERS`] of them: what is beyond is a short transfer, which every caller must handle anyway.
-fn count(buffers: &[libc::iovec]) -> i32 {
+pub(super) fn count(buffers: &[libc::iovec]) -> i32 {
     buffers.len().min(MAX_BUFFERS) as i32
 }
 

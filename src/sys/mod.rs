@@ -4,20 +4,24 @@
 //! about guest memory or KVM lives in this folder.
 #![allow(unsafe_code, reason = "raw system calls; see DESIGN 7: sys/ is one of the folders that may")]
 
+mod disk;
 mod file;
 mod iovec;
 mod signal;
 mod stack;
 mod timer;
+mod uring;
 
+pub(crate) use disk::{Alignment, discard_device, draft_file, free_space, lock_holder, memfd, memory_file, rename_new};
 pub(crate) use file::{
     LockKind, cache_dir, copy_data, data_ranges, fill_random, lock_byte, next_data, page_size, punch, scratch_file,
-    temp_file, try_lock, xattrs,
+    temp_file, try_lock, xattrs, zero, zero_range,
 };
 pub(crate) use iovec::{preadv, pwritev, readv, send, sendv};
 pub(crate) use signal::{KickSignal, ThreadId};
 pub(crate) use stack::Stack;
 pub(crate) use timer::Timer;
+pub(crate) use uring::Uring;
 pub(crate) use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 pub(crate) use vmm_sys_util::eventfd::EventFd;
 

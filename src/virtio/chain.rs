@@ -41,20 +41,24 @@ impl Buffers {
         }
     }
 
+    /// Takes the first piece, but at most `n` bytes of it.
+    fn next(&mut self, n: usize) -> Option<Segment> {
+        let (head, tail) = self.segments.pop_front()?.split_at(n);
+        if tail.len() > 0 {
+            self.segments.push_front(tail);
+        }
+        self.len -= head.len();
+        Some(head)
+    }
+
     /// Takes the first `n` bytes, or all there are.
     fn take(&mut self, n: usize) -> Vec<Segment> {
-        let mut taken = Vec::with_capacity(self.segments.len());
-        let mut rest = n;
+        let (mut taken, mut rest) = (Vec::new(), n);
         while rest > 0 {
-            let Some(first) = self.segments.pop_front() else {
+            let Some(head) = self.next(rest) else {
                 break;
             };
-            let (head, tail) = first.split_at(rest);
-            if tail.len() > 0 {
-                self.segments.push_front(tail);
-            }
             rest -= head.len();
-            self.len -= head.len();
             taken.push(head);
         }
         taken
@@ -121,6 +125,11 @@ impl Chain {
         &self.memory
     }
 
+    /// How many pieces its buffers are in.
+    pub(crate) fn pieces(&self) -> usize {
+        self.readable.segments.len() + self.writable.segments.len()
+    }
+
     /// Bytes not yet read.
     pub(crate) fn readable_len(&self) -> usize {
         self.readable.len
@@ -146,7 +155,10 @@ impl Chain {
     /// [`TooShort`] when fewer are left; nothing is consumed then.
     pub(crate) fn read_into(&mut self, to: &mut [u8]) -> Result<(), TooShort> {
         self.peek_into(to)?;
-        let _ = self.readable.take(to.len());
+        let mut rest = to.len();
+        while let Some(segment) = (rest > 0).then(|| self.readable.next(rest)).flatten() {
+            rest -= segment.len();
+        }
         Ok(())
     }
 
@@ -181,7 +193,7 @@ impl Chain {
             return Err(TooShort);
         }
         let mut rest = from;
-        for segment in self.writable.take(from.len()) {
+        while let Some(segment) = (!rest.is_empty()).then(|| self.writable.next(rest.len())).flatten() {
             let (now, later) = rest.split_at_checked(segment.len()).ok_or(TooShort)?;
             self.memory.write(segment.addr(), now).map_err(|_| TooShort)?;
             rest = later;

@@ -24,6 +24,11 @@ pub(crate) struct Counters {
     pub bytes_read: AtomicU64,
     pub bytes_written: AtomicU64,
     pub faults: AtomicU64,
+    /// Requests that the host failed.
+    pub errors: AtomicU64,
+    /// Requests that waited for a limit, and how long, in nanoseconds.
+    pub throttled: AtomicU64,
+    pub throttled_nanos: AtomicU64,
 }
 
 /// Descriptors of a slot are told apart by tokens: the slot, and what in it.
@@ -63,6 +68,8 @@ pub(crate) struct DeviceIo {
     pub(super) on_broken: OnBroken,
     /// Why the device needs a reset, and the moment by which it must have come. Told once: one line a start is enough.
     pub(super) broken: Option<(String, Option<Timer>)>,
+    /// The device was stopped, and the host still moves bytes that it asked for.
+    pub(super) left_moving: bool,
 }
 
 impl fmt::Debug for DeviceIo {
@@ -75,6 +82,16 @@ impl DeviceIo {
     /// What driver and device have agreed on.
     pub(crate) fn features(&self) -> u64 {
         self.features
+    }
+
+    /// Where the device counts what happens to it.
+    pub(crate) fn counters(&self) -> &Counters {
+        &self.counters
+    }
+
+    /// Said while stopping: the host still moves bytes from or to guest memory, and nothing keeps it from that.
+    pub(crate) fn leave_moving(&mut self) {
+        self.left_moving = true;
     }
 
     /// Tells the driver that configuration space has changed.

@@ -297,6 +297,7 @@ impl MmioTransport {
                 slot,
                 on_broken,
                 broken: None,
+                left_moving: false,
             };
             match made {
                 Ok(queues) => slots.start(slot, io(queues)),
@@ -311,14 +312,18 @@ impl MmioTransport {
     fn reset(&mut self) {
         let slot = self.slot;
         // The queues that come back are let go: the driver will set up new ones.
-        match self.devices.with_timeout(PATIENCE, move |slots| drop(slots.stop(slot))) {
+        match self.devices.with_timeout(PATIENCE, move |slots| slots.stop(slot).is_some_and(|io| io.left_moving)) {
             // The device may still use its queues, so the driver does not see a status of 0 (Virtio 1.3, 2.4.2).
             Err(error) if error.kind() == ErrorKind::TimedOut => {
                 log::warn!("device {slot} was not reset: {error}");
                 return;
             }
+            Ok(true) => {
+                log::warn!("device {slot} was not reset: the host still moves bytes from or to guest memory");
+                return;
+            }
             Err(error) => log::debug!("device {slot} was reset after its loop had ended: {error}"),
-            Ok(()) => {}
+            Ok(false) => {}
         }
         self.interrupt.reset();
         self.status = 0;

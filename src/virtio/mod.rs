@@ -24,6 +24,7 @@ pub(crate) mod testing;
 pub(crate) mod vsock;
 
 use std::any::Any;
+use std::time::Duration;
 
 pub(crate) use chain::{Chain, TooShort};
 pub(crate) use config_space::ConfigSpace;
@@ -129,7 +130,25 @@ pub(crate) trait VirtioDevice: AsAny + Send {
     /// Something happened at `source`. Spurious calls are normal.
     fn ready(&mut self, io: &mut DeviceIo, source: Source);
 
-    /// About to become idle: stop watching, let go of every chain.
+    /// The VM is being paused: bring what is under way to its end and begin nothing, so that guest memory stands still. May
+    /// block, at most `patience`. False when something is still under way then.
+    fn pausing(&mut self, io: &mut DeviceIo, patience: Duration) -> bool {
+        let _ = (io, patience);
+        true
+    }
+
+    /// The VM goes on after a pause.
+    fn resumed(&mut self, io: &mut DeviceIo) {
+        let _ = io;
+    }
+
+    /// The VM has ended, and every queue was looked at for the last time: serve what is left, within `patience`.
+    fn finishing(&mut self, io: &mut DeviceIo, patience: Duration) {
+        let _ = (io, patience);
+    }
+
+    /// About to become idle: stop watching, let go of every chain. The device touches guest memory no more when this
+    /// returns, or says [`DeviceIo::leave_moving`].
     fn stopping(&mut self, io: &mut DeviceIo) {
         let _ = io;
     }

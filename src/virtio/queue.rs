@@ -41,6 +41,8 @@ pub(crate) struct Queue {
     memory: GuestMemory,
     /// Set for good by the first mistake: nothing is taken from or given to the driver any more.
     broken: Option<QueueError>,
+    /// The driver was told not to kick.
+    quiet: bool,
 }
 
 impl Queue {
@@ -71,13 +73,13 @@ impl Queue {
         if !ring.is_valid(memory.inner()) {
             return Err(QueueError::Addresses);
         }
-        Ok(Self { ring, memory: memory.clone(), broken: None })
+        Ok(Self { ring, memory: memory.clone(), broken: None, quiet: false })
     }
 
     /// Stands for a queue that the driver left out: nothing ever comes, which is nobody's mistake.
     pub(crate) fn unused(memory: &GuestMemory) -> Result<Self, QueueError> {
         let ring = Ring::new(1).map_err(|_| QueueError::Unused)?;
-        Ok(Self { ring, memory: memory.clone(), broken: Some(QueueError::Unused) })
+        Ok(Self { ring, memory: memory.clone(), broken: Some(QueueError::Unused), quiet: false })
     }
 
     /// The next request, or `None` when there is none or the driver broke the queue.
@@ -112,6 +114,7 @@ impl Queue {
 
     /// Asks for kicks again. True when something came in between, which must be looked at.
     pub(crate) fn enable_kicks(&mut self) -> bool {
+        self.quiet = false;
         match self.ring.enable_notification(self.memory.inner()) {
             Ok(more) => more && self.broken.is_none(),
             Err(_) => {
@@ -123,7 +126,7 @@ impl Queue {
 
     /// No kicks needed: the queue is being looked at.
     pub(crate) fn disable_kicks(&mut self) {
-        if self.ring.disable_notification(self.memory.inner()).is_err() {
+        if !std::mem::replace(&mut self.quiet, true) && self.ring.disable_notification(self.memory.inner()).is_err() {
             self.broken.get_or_insert(QueueError::UsedRing);
         }
     }

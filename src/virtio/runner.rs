@@ -3,6 +3,7 @@
 use std::fmt;
 use std::marker::PhantomData;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::{Duration, Instant};
 
 use super::io::split_token;
 use super::{DeviceIo, Source, VirtioDevice};
@@ -75,33 +76,59 @@ impl Slots {
         self.slots.get_mut(slot).and_then(Slot::stop)
     }
 
-    /// The VM has ended: what the driver has already handed over is still served, then every device stops.
-    pub(crate) fn finish(&mut self) {
+    /// The VM has ended: what the driver has already handed over is still served, within `patience` as far as it takes
+    /// waiting, then every device stops.
+    pub(crate) fn finish(&mut self, patience: Duration) {
+        let deadline = Instant::now() + patience;
         for slot in 0..self.slots.len() {
             let queues = self.slots.get(slot).and_then(|s| s.running.as_ref()).map_or(0, |io| io.queues.len());
             (0..queues).for_each(|queue| self.poke(slot, Source::Queue(queue)));
+            self.call(slot, |device, io| device.finishing(io, left(deadline)));
             self.stop(slot);
         }
     }
 
+    /// Brings what devices have under way to its end, within `patience`. False when something is still under way then.
+    pub(crate) fn pause(&mut self, patience: Duration) -> bool {
+        let (deadline, slots) = (Instant::now() + patience, self.slots.len());
+        let mut pause = |slot| self.call(slot, |device, io| device.pausing(io, left(deadline)));
+        (0..slots).filter_map(&mut pause).all(|quiet| quiet)
+    }
+
+    /// Devices go on after a pause.
+    pub(crate) fn resume(&mut self) {
+        for slot in 0..self.slots.len() {
+            self.call(slot, |device, io| device.resumed(io));
+        }
+    }
+
     fn poke(&mut self, slot: usize, source: Source) {
-        let Some(Slot { device, running: Some(io), .. }) = self.slots.get_mut(slot) else {
-            return;
-        };
-        if let Source::Queue(queue) = source {
-            io.heard(queue);
-        }
-        let outcome = catch_unwind(AssertUnwindSafe(|| device.ready(io, source)));
-        if let Err(panic) = outcome {
-            let why = panic.downcast_ref::<String>().cloned();
-            let why = why.or_else(|| panic.downcast_ref::<&str>().map(|s| (*s).to_owned())).unwrap_or_default();
-            io.fail(&why);
-            io.unwatch_kicks();
-            if let Some(Slot { running, .. }) = self.slots.get_mut(slot) {
-                *running = None;
+        self.call(slot, |device, io| {
+            if let Source::Queue(queue) = source {
+                io.heard(queue);
             }
-            (self.on_fault)(slot, &format!("it panicked: {why}"));
+            device.ready(io, source);
+        });
+    }
+
+    /// Asks something of a device that runs. One that panics, our own mistake, does not run any more.
+    fn call<R>(&mut self, slot: usize, f: impl FnOnce(&mut dyn VirtioDevice, &mut DeviceIo) -> R) -> Option<R> {
+        let Some(Slot { device, running: Some(io), .. }) = self.slots.get_mut(slot) else {
+            return None;
+        };
+        let panic = match catch_unwind(AssertUnwindSafe(|| f(&mut **device, io))) {
+            Ok(answer) => return Some(answer),
+            Err(panic) => panic,
+        };
+        let why = panic.downcast_ref::<String>().cloned();
+        let why = why.or_else(|| panic.downcast_ref::<&str>().map(|s| (*s).to_owned())).unwrap_or_default();
+        io.fail(&why);
+        io.unwatch_kicks();
+        if let Some(Slot { running, .. }) = self.slots.get_mut(slot) {
+            *running = None;
         }
+        (self.on_fault)(slot, &format!("it panicked: {why}"));
+        None
     }
 
     /// The driver has not reset the device in time.
@@ -111,6 +138,10 @@ impl Slots {
             (self.on_fault)(slot, &why);
         }
     }
+}
+
+fn left(deadline: Instant) -> Duration {
+    deadline.saturating_duration_since(Instant::now())
 }
 
 impl Slot {

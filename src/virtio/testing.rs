@@ -96,6 +96,7 @@ impl<D: VirtioDevice> Driver<D> {
             sources: Sources::of_nobody().unwrap(),
             slot: 0,
             broken: None,
+            left_moving: false,
         };
         let mut driver = Self { device, io, memory, rings, next_buffer: BUFFERS };
         driver.device.started(&mut driver.io).unwrap();
@@ -163,6 +164,12 @@ impl<D: VirtioDevice> Driver<D> {
         ring.available = ring.available.wrapping_add(1);
         memory.write(GuestAddress(available + 2), &ring.available.to_le_bytes()).unwrap();
         true
+    }
+
+    /// As if the driver had accepted these features only.
+    #[cfg(test)]
+    pub(crate) fn set_features(&mut self, features: u64) {
+        self.io.features = features;
     }
 
     /// Makes the device look at `queue`.

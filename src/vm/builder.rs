@@ -1,7 +1,8 @@
 //! [`VmBuilder`]: what a VM shall be, until `start`.
 
 use super::cgroup::Cgroup;
-use super::config::{Console, Disk, VmConfig, Vsock};
+use super::config::{Console, VmConfig, Vsock};
+use super::disk::Disk;
 use super::{Vm, machine};
 use crate::arch::CpuProfile;
 use crate::boot::{Kernel, Need};

@@ -1,72 +1,16 @@
 //! What the embedder asks for: plain values, checked without touching KVM.
 
 use std::fmt;
-use std::fs::File;
 use std::io::Write;
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
 use super::cgroup::Cgroup;
+use super::disk::{Disk, check_serials};
 use crate::arch::{CpuProfile, MAX_VCPUS, Tables, layout};
 use crate::boot::{Cmdline, Kernel, Need};
-use crate::error::{Context, Error, Result};
+use crate::error::{Error, Result};
 use crate::memory::Memory;
-use crate::size::Size;
-use crate::sys;
-use crate::virtio::blk::{Blk, DiskFile};
-
-/// A config value: one disk of a VM.
-#[derive(Debug, Clone)]
-pub struct Disk {
-    source: Source,
-    read_only: bool,
-}
-
-#[derive(Debug, Clone)]
-enum Source {
-    Path(PathBuf),
-    File(Arc<File>),
-    Scratch(Size),
-}
-
-impl Disk {
-    /// A raw image file, or a block device of the host, to read and write in place.
-    ///
-    /// While a VM runs it is locked: many may read an image at once, but who writes has it alone. Flushes of the guest
-    /// are answered when the data is on stable storage.
-    pub fn file(path: impl Into<PathBuf>) -> Self {
-        Self { source: Source::Path(path.into()), read_only: false }
-    }
-
-    /// A raw image that is open already, for reading and writing unless [`Disk::read_only`] follows. It is not locked:
-    /// whoever opened it knows who else uses it.
-    pub fn open_file(file: File) -> Self {
-        Self { source: Source::File(Arc::new(file)), read_only: false }
-    }
-
-    /// An empty disk of `size` that is gone with the VM. Takes space on the host, in the folder for temporary files,
-    /// as the guest writes.
-    pub fn scratch(size: Size) -> Self {
-        Self { source: Source::Scratch(size), read_only: false }
-    }
-
-    /// The guest may only read it.
-    pub fn read_only(mut self) -> Self {
-        self.read_only = true;
-        self
-    }
-
-    fn open(&self) -> Result<DiskFile> {
-        match &self.source {
-            Source::Path(path) => DiskFile::open(path, self.read_only),
-            Source::File(file) => DiskFile::from_file(file.try_clone()?, self.read_only),
-            Source::Scratch(size) => {
-                let file = sys::scratch_file(*size).doing(|| format!("making a scratch disk of {size}"))?;
-                DiskFile::from_file(file, self.read_only)
-            }
-        }
-    }
-}
+use crate::virtio::blk::Blk;
 
 /// A config value: where the guest's console goes, beside the tail that every report of an end carries.
 #[derive(Clone, Default)]
@@ -147,10 +91,8 @@ impl VmConfig {
 
     /// Opens all disks in their order.
     pub(super) fn open_disks(&self) -> Result<Vec<Blk>> {
-        let open = |(n, disk): (usize, &Disk)| {
-            let file = disk.open().map_err(|e| e.doing(format!("attaching disk {n}")))?;
-            Ok(Blk::new(file, &format!("disk{n}")))
-        };
+        check_serials(&self.disks)?;
+        let open = |(n, disk): (usize, &Disk)| disk.attach(n).map_err(|e| e.doing(format!("attaching disk {n}")));
         self.disks.iter().enumerate().map(open).collect()
     }
 
@@ -214,7 +156,7 @@ impl VmConfig {
 mod tests {
     use super::*;
     use crate::boot::tiny;
-    use crate::error::ErrorKind;
+    use crate::size::Size;
 
     /// The command line, with one device, of a kernel with this configuration beside it.
     fn finished(test: &str, configuration: &str, text: &str) -> (String, Tables) {
@@ -264,14 +206,5 @@ mod tests {
             assert_eq!(tables, Tables::MultiProcessor);
             assert!(line.ends_with(DEVICE) && line.contains("pci=off"), "{line}");
         }
-    }
-
-    #[test]
-    fn disks_name_themselves_in_errors() {
-        let error = Disk::file("/nonexistent/a.img").open().unwrap_err();
-        assert_eq!(error.to_string(), "opening disk /nonexistent/a.img: No such file or directory (os error 2)");
-        assert_eq!(Disk::scratch(Size::bytes(0)).open().unwrap_err().kind(), ErrorKind::InvalidConfig);
-        assert_eq!(Disk::scratch(Size::bytes(1000)).open().unwrap_err().kind(), ErrorKind::InvalidConfig);
-        assert_eq!(Disk::scratch(Size::gib(100)).open().unwrap().len(), 100 << 30);
     }
 }

@@ -8,6 +8,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
+use super::disk::DiskFault;
 use crate::error::{Context, Result};
 use crate::size::Size;
 use crate::sys::{EventFd, borrow, eventfd};
@@ -33,7 +34,7 @@ pub enum EventKind {
     Started,
     /// A driver of the guest has set up the first virtio device.
     DriversReady,
-    /// It was paused.
+    /// It was paused, by [`Vm::pause`](crate::Vm::pause) or by a disk; then the event before says why.
     Paused,
     /// It goes on after a pause.
     Resumed,
@@ -55,6 +56,16 @@ pub enum EventKind {
         /// What is in it.
         size: Size,
     },
+    /// The host could not do what the guest asked of a disk.
+    DiskError(DiskFault),
+    /// Where a disk is, the host has less space left than [`Disk::headroom`](crate::Disk::headroom). Told once until there is
+    /// more again; looked at once a second while the guest writes.
+    DiskSpaceLow {
+        /// The disk's name: `disk0` is the first.
+        disk: String,
+        /// What is left.
+        free: Size,
+    },
     /// It has ended; [`Vm::wait`](crate::Vm::wait) says how. The last event.
     Ended,
     /// The reader was too slow, and so many events before the next were dropped.
@@ -72,6 +83,8 @@ impl fmt::Display for Event {
             EventKind::Degraded { what } => write!(f, "without {what}"),
             EventKind::DeviceError { device, what } => write!(f, "{device} needs a reset: {what}"),
             EventKind::Balloon { size } => write!(f, "{size} in the balloon"),
+            EventKind::DiskError(fault) => write!(f, "{fault}"),
+            EventKind::DiskSpaceLow { disk, free } => write!(f, "{disk}: {free} are left on the host"),
             EventKind::Ended => f.write_str("ended"),
             EventKind::Missed(n) => write!(f, "{n} events were dropped"),
         }

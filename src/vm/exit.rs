@@ -4,6 +4,7 @@ use std::fmt;
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
+use super::disk::DiskFault;
 use super::stats::DeviceStats;
 
 pub use crate::arch::Registers;
@@ -180,6 +181,9 @@ pub enum Exit {
     /// A device cannot go on: it needed a reset that the guest's driver did not give it within ten seconds, or it failed by
     /// a mistake in this crate. Says which and why.
     DeviceFault(String, Box<Trace>),
+    /// The host could not do what the guest asked of a disk that was told to end the machine then, by
+    /// [`ErrorAction::Stop`](crate::ErrorAction::Stop).
+    DiskFault(Box<DiskFault>, Box<Trace>),
     /// The host's KVM could not go on with a vCPU.
     VcpuFault(String, Box<Trace>),
     /// PID 1 of the guest could not go on.
@@ -192,7 +196,7 @@ impl Exit {
         match self {
             Self::PowerOff => None,
             Self::Reboot(t) | Self::Halt(t) | Self::Panic(t) | Self::TripleFault(t) | Self::Killed(t) => Some(t),
-            Self::InitFault(t) | Self::DeviceFault(_, t) | Self::VcpuFault(_, t) => Some(t),
+            Self::InitFault(t) | Self::DeviceFault(_, t) | Self::VcpuFault(_, t) | Self::DiskFault(_, t) => Some(t),
         }
     }
 }
@@ -209,6 +213,7 @@ impl fmt::Display for Exit {
             }
             Self::TripleFault(t) => write!(f, "the guest ended in a triple fault ({t})"),
             Self::Killed(t) => write!(f, "the virtual machine was killed ({t})"),
+            Self::DiskFault(fault, t) => write!(f, "{fault} ({t})"),
             Self::DeviceFault(why, t) => write!(f, "a device failed: {why} ({t})"),
             Self::VcpuFault(why, t) => write!(f, "the processor could not go on with the guest: {why} ({t})"),
             Self::InitFault(t) => write!(f, "the guest's init failed ({t})"),
@@ -227,6 +232,7 @@ pub(super) enum Reason {
     Panic,
     InitFault,
     Device(String),
+    Disk(DiskFault),
     Vcpu(String),
 }
 
@@ -245,6 +251,7 @@ impl Reason {
             Self::Killed => Exit::Killed(trace),
             Self::InitFault => Exit::InitFault(trace),
             Self::Device(why) => Exit::DeviceFault(why, trace),
+            Self::Disk(fault) => Exit::DiskFault(Box::new(fault), trace),
             Self::Vcpu(why) => Exit::VcpuFault(why, trace),
         }
     }

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use super::cgroup::{Leaf, Member};
 use super::config::VmConfig;
+use super::devices::{Faults, Parts, Told, attachments, disk_handle, handle, slots};
 use super::events::{EventKind, Log};
 use super::exit::{Exit, Marks, Reason, Trace};
 use super::pause::{Gate, Parked};
@@ -21,20 +22,15 @@ use crate::arch::{self, Cpu, Entry, layout};
 use crate::boot;
 use crate::bus::{Attached, Bus};
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::event::{Loop, Remote};
-use crate::irq::Interrupt;
+use crate::event::Loop;
 use crate::kvm::{Kvm, VmFd};
 use crate::legacy::{
     EXIT_PORTS, ExitPort, I8042, I8042_PORTS, PANIC_PORTS, PanicPort, Request, SERIAL_PORTS, SerialPort,
 };
 use crate::memory::GuestMemory;
-use crate::size::Size;
 use crate::sys::{self, EventFd, KickSignal, STACK, Stack, eventfd};
-use crate::virtio::balloon::Balloon;
-use crate::virtio::console::{Console, Output};
-use crate::virtio::rng::Rng;
-use crate::virtio::vsock::{self, VsockListener};
-use crate::virtio::{Counters, DeviceHandle, MmioTransport, NOTIFY_OFFSET, Profile, Slots, VirtioDevice};
+use crate::virtio::Slots;
+use crate::virtio::console::Output;
 
 /// How long the end of a VM waits for what its guest has asked of devices last: disks on files that answer late.
 const LAST_REQUESTS: Duration = Duration::from_secs(10);
@@ -54,7 +50,7 @@ pub(super) struct Shared {
     pub marks: Marks,
     pub log: Arc<Log>,
     pub output: Output,
-    devices: Mutex<Vec<(String, Arc<Counters>, Interrupt)>>,
+    pub devices: Mutex<Vec<Told>>,
     /// Of the VM's threads.
     stacks: Mutex<Vec<Stack>>,
 }
@@ -83,7 +79,7 @@ impl Shared {
     }
 
     /// Gets all vCPUs out of the guest, to look at what is asked of them.
-    fn kick(&self) {
+    pub(super) fn kick(&self) {
         self.vcpus.iter().for_each(|vcpu| vcpu.kick(self.signal));
     }
 
@@ -132,7 +128,7 @@ impl Shared {
 
     pub(super) fn device_stats(&self) -> Vec<DeviceStats> {
         let devices = self.devices.lock().unwrap_or_else(PoisonError::into_inner);
-        let stats = |(name, counters, interrupt): &(String, Arc<Counters>, Interrupt)| DeviceStats {
+        let stats = |Told { name, counters, interrupt, engine }: &Told| DeviceStats {
             name: name.clone(),
             kicks: counters.kicks.load(Ordering::Relaxed),
             requests: counters.requests.load(Ordering::Relaxed),
@@ -140,6 +136,10 @@ impl Shared {
             bytes_written: counters.bytes_written.load(Ordering::Relaxed),
             interrupts: interrupt.raised(),
             faults: counters.faults.load(Ordering::Relaxed),
+            errors: counters.errors.load(Ordering::Relaxed),
+            throttled: counters.throttled.load(Ordering::Relaxed),
+            throttled_time: Duration::from_nanos(counters.throttled_nanos.load(Ordering::Relaxed)),
+            engine: *engine,
         };
         devices.iter().map(stats).collect()
     }
@@ -199,7 +199,9 @@ impl Machine {
         let deadline = Instant::now() + LAST_REQUESTS;
         for it in &self.loops {
             let left = deadline.saturating_duration_since(Instant::now());
-            if let Err(error) = it.remote().with_timeout(left, Slots::finish) {
+            // Devices get less than we wait, to stop what does not end, and to say what they leave behind.
+            let theirs = left / 2;
+            if let Err(error) = it.remote().with_timeout(left, move |slots| slots.finish(theirs)) {
                 log::warn!("a device does not come to rest, and is left behind: {error}");
                 it.abandon();
             }
@@ -207,54 +209,6 @@ impl Machine {
         self.shared.output.close(LAST_WORDS);
         self.shared.publish();
     }
-}
-
-/// A device on its way into the machine.
-struct Attachment {
-    name: String,
-    device: Box<dyn VirtioDevice>,
-    /// It blocks, so it gets a loop of its own.
-    blocking: bool,
-}
-
-fn attachments(
-    config: &VmConfig,
-    output: &Output,
-    memory: &GuestMemory,
-    log: &Arc<Log>,
-) -> Result<(Vec<Attachment>, Vec<VsockListener>)> {
-    let (mut all, mut listeners) = (Vec::new(), Vec::new());
-    for (n, disk) in config.open_disks()?.into_iter().enumerate() {
-        all.push(Attachment { name: format!("disk{n}"), device: Box::new(disk), blocking: true });
-    }
-    let mut add = |name: &str, device: Box<dyn VirtioDevice>| {
-        all.push(Attachment { name: name.into(), device, blocking: false });
-    };
-    add("console", Box::new(Console::new(output.clone())));
-    add("rng", Box::new(Rng));
-    let log = log.clone();
-    let settled = Box::new(move |held| log.push(EventKind::Balloon { size: Size::bytes(held) }));
-    add("balloon", Box::new(Balloon::new(memory.clone(), settled)));
-    if let Some(wanted) = &config.vsock {
-        let mut device = vsock::Vsock::new();
-        for port in &wanted.ports {
-            listeners.push(device.listen(*port).map_err(|e| e.doing("vsock"))?);
-        }
-        add("vsock", Box::new(device));
-    }
-    Ok((all, listeners))
-}
-
-/// Windows and interrupt lines for `n` devices, in order.
-fn slots(n: usize) -> Result<Vec<(u64, u32)>> {
-    let lines: Vec<u32> = layout::DEVICE_IRQS.filter(|irq| !layout::RESERVED_IRQS.contains(irq)).collect();
-    if n > lines.len() {
-        return Err(Error::invalid(
-            "disk",
-            format!("{n} devices, but the machine has interrupt lines for {}", lines.len()),
-        ));
-    }
-    Ok((0..n as u64).map(|slot| layout::MMIO.0 + slot * layout::MMIO_WINDOW).zip(lines).collect())
 }
 
 /// Builds the machine and starts its vCPUs.
@@ -271,7 +225,8 @@ pub(super) fn start(config: &VmConfig) -> Result<Vm> {
     let ranges = layout::memory_ranges(config.memory.size())?;
     let output = Output::new()?;
     let memory = GuestMemory::new(&ranges, config.memory.backing())?;
-    let (attachments, listeners) = attachments(config, &output, &memory, &log)?;
+    let faults = Faults::default();
+    let (attachments, listeners) = attachments(config, &output, &memory, &log, &faults)?;
     let slots = slots(attachments.len())?;
     let (cmdline, tables) = config.cmdline(&slots)?;
     let entry = boot::load(&memory, &config.packed_kernel()?, &cmdline)?;
@@ -302,6 +257,8 @@ pub(super) fn start(config: &VmConfig) -> Result<Vm> {
         devices: Mutex::default(),
         stacks: Mutex::default(),
     });
+    // Nobody has set it before.
+    let _ = faults.set(Arc::downgrade(&shared));
     let (ports, keyboard) = ports(&vm, &shared)?;
     let mut parts = Parts {
         vm: &vm,
@@ -317,6 +274,7 @@ pub(super) fn start(config: &VmConfig) -> Result<Vm> {
         loops: loops.iter().map(Loop::remote).collect(),
         vsock: slots.get("vsock").map(handle),
         balloon: slots.get("balloon").map(handle),
+        disks: (0..config.disks.len()).filter_map(|n| disk_handle(n, &slots)).collect(),
         keyboard,
     };
     let machine = Arc::new(Machine { vm, mmio, ports, loops, shared: shared.clone(), _memory: memory });
@@ -334,96 +292,6 @@ pub(super) fn start(config: &VmConfig) -> Result<Vm> {
     let vm = Vm::new(shared, threads.threads, pump, listeners, handles, cgroup);
     // A thread that could not start is an error; those that could are ended by dropping `vm`.
     threads.outcome.map(|()| vm)
-}
-
-/// The machine while devices are attached.
-struct Parts<'a> {
-    vm: &'a VmFd,
-    memory: &'a GuestMemory,
-    shared: &'a Arc<Shared>,
-    mmio: Bus,
-    loops: Vec<Loop<Slots>>,
-    /// Where each device lives, by its name.
-    slots: BTreeMap<String, Place>,
-}
-
-/// A device's loop, and its slot there.
-type Place = (Remote<Slots>, usize);
-
-fn handle<D: VirtioDevice>((remote, slot): &Place) -> DeviceHandle<D> {
-    DeviceHandle::new(remote.clone(), *slot)
-}
-
-impl Parts<'_> {
-    /// Puts every device onto a loop and the bus.
-    fn attach(&mut self, attachments: Vec<Attachment>, slots: &[(u64, u32)]) -> Result<()> {
-        let (mut common, mut places) = (Vec::new(), Vec::new());
-        for (Attachment { name, device, blocking }, slot) in attachments.into_iter().zip(slots) {
-            let profile = device.profile();
-            if blocking {
-                let remote = self.start_loop(&name, vec![name.clone()], vec![device])?;
-                self.connect(name, profile, remote, 0, *slot)?;
-            } else {
-                places.push((name, profile, *slot));
-                common.push(device);
-            }
-        }
-        let names = places.iter().map(|(name, ..)| name.clone()).collect();
-        let remote = self.start_loop("io", names, common)?;
-        for (n, (name, profile, slot)) in places.into_iter().enumerate() {
-            self.slots.insert(name.clone(), (remote.clone(), n));
-            self.connect(name, profile, remote.clone(), n, slot)?;
-        }
-        Ok(())
-    }
-
-    /// A loop called `name` for devices that are called `names`.
-    fn start_loop(
-        &mut self,
-        name: &str,
-        names: Vec<String>,
-        devices: Vec<Box<dyn VirtioDevice>>,
-    ) -> Result<Remote<Slots>> {
-        let shared = Arc::downgrade(self.shared);
-        let on_fault = Box::new(move |slot: usize, why: &str| {
-            if let Some(shared) = shared.upgrade() {
-                let name = names.get(slot).map_or("a device", String::as_str);
-                shared.stop(Reason::Device(format!("{name}: {why}")), (None, None));
-            }
-        });
-        let it = Loop::start(name, |sources| Slots::new(devices, sources, on_fault))?;
-        let remote = it.remote();
-        self.loops.push(it);
-        Ok(remote)
-    }
-
-    fn connect(
-        &mut self,
-        name: String,
-        profile: Profile,
-        remote: Remote<Slots>,
-        slot: usize,
-        (addr, irq): (u64, u32),
-    ) -> Result<()> {
-        let [ready, broken] = [(); 2].map(|()| self.shared.clone());
-        let device = name.clone();
-        let transport = MmioTransport::new(profile, self.memory.clone(), remote, slot)?
-            .on_ready(move || {
-                if ready.marks.drivers_ready() {
-                    ready.log.push(EventKind::DriversReady);
-                }
-            })
-            .on_broken(move |why| {
-                broken.log.push(EventKind::DeviceError { device: device.clone(), what: why.to_owned() });
-            });
-        self.vm.attach_irq(transport.interrupt().fd(), irq)?;
-        for (queue, kick) in (0..).zip(transport.kicks().iter()) {
-            self.vm.attach_kick(kick, addr + NOTIFY_OFFSET, queue)?;
-        }
-        let told = (name, transport.counters().clone(), transport.interrupt().clone());
-        self.shared.devices.lock().unwrap_or_else(PoisonError::into_inner).push(told);
-        self.mmio.attach(addr, layout::MMIO_WINDOW, Arc::new(Mutex::new(transport)))
-    }
 }
 
 /// The port bus, and the keyboard by which the guest can be asked to shut down.

@@ -3,9 +3,12 @@
 mod builder;
 mod cgroup;
 mod config;
+mod devices;
+mod disk;
 mod events;
 mod exit;
 mod machine;
+mod overlay;
 mod pause;
 mod stats;
 mod vcpu;
@@ -19,9 +22,13 @@ use std::time::{Duration, Instant};
 
 pub use builder::VmBuilder;
 pub use cgroup::{Cgroup, CgroupStats};
-pub use config::{Console, Disk, Vsock};
+pub use config::{Console, Vsock};
+pub use disk::{
+    Cache, Disk, DiskEngine, DiskFault, DiskHandle, DiskLimit, DiskOperation, DiskUsage, ErrorAction, ErrorClass, Rate,
+};
 pub use events::{Event, EventKind, Events};
 pub use exit::{Exit, Registers, Stage, Timeline, Trace};
+pub use overlay::{Base, Overlay, OverlayInfo, Progress};
 pub use stats::{DeviceStats, GuestMemoryUse, MemoryStats, Stats, VcpuStats};
 
 pub use crate::arch::{CpuProfile, CpuidBits, CpuidRegister};
@@ -75,6 +82,7 @@ struct Handles {
     loops: Vec<Remote<Slots>>,
     vsock: Option<DeviceHandle<crate::virtio::vsock::Vsock>>,
     balloon: Option<DeviceHandle<Balloon>>,
+    disks: Vec<DiskHandle>,
     keyboard: Keyboard,
 }
 
@@ -160,8 +168,18 @@ impl Vm {
     pub fn pause(&self) -> Result<()> {
         let mut paused = self.paused.lock().unwrap_or_else(PoisonError::into_inner);
         let quiet = || {
+            let deadline = Instant::now() + PAUSE_TIMEOUT;
             self.shared.park_vcpus(PAUSE_TIMEOUT)?;
-            self.handles.loops.iter().try_for_each(|it| it.hold(PAUSE_TIMEOUT))
+            self.handles.loops.iter().try_for_each(|it| it.hold(deadline.saturating_duration_since(Instant::now())))?;
+            // No loop looks at anything any more, and what its devices have under way with the host comes to its end.
+            let calm =
+                |it: &Remote<Slots>| it.with(move |it| it.pause(deadline.saturating_duration_since(Instant::now())));
+            match self.handles.loops.iter().map(calm).collect::<Result<Vec<_>>>()?.contains(&false) {
+                true => {
+                    Err(Error::new(ErrorKind::TimedOut, format!("a disk was busy for longer than {PAUSE_TIMEOUT:?}")))
+                }
+                false => Ok(()),
+            }
         };
         if !*paused {
             if let Err(error) = quiet() {
@@ -174,15 +192,16 @@ impl Vm {
         Ok(())
     }
 
-    /// Lets a paused guest go on. Idempotent; returns at once.
+    /// Lets a paused guest go on, whether [`Vm::pause`] has paused it or a disk by [`ErrorAction::Pause`], which tries again
+    /// what had failed. Idempotent; returns at once.
     ///
     /// # Errors
     /// `InvalidState` when the VM has ended.
     pub fn resume(&self) -> Result<()> {
         let mut paused = self.paused.lock().unwrap_or_else(PoisonError::into_inner);
-        if std::mem::take(&mut *paused) {
-            self.go_on();
+        if std::mem::take(&mut *paused) | self.shared.gate.release() {
             self.shared.log.push(EventKind::Resumed);
+            self.go_on();
         }
         match self.shared.stopping() {
             true => Err(Error::vm_ended().doing("resuming the VM")),
@@ -191,7 +210,11 @@ impl Vm {
     }
 
     fn go_on(&self) {
-        self.handles.loops.iter().for_each(Remote::release);
+        for it in &self.handles.loops {
+            it.release();
+            // One that has ended has nothing to go on with.
+            let _ = it.post(Slots::resume);
+        }
         self.shared.gate.open();
     }
 
@@ -269,6 +292,17 @@ impl Vm {
 
     fn balloon(&self) -> Result<&DeviceHandle<Balloon>> {
         self.handles.balloon.as_ref().ok_or_else(|| Error::new(ErrorKind::InvalidState, "this VM has no balloon"))
+    }
+
+    /// The `n`th disk, counted from 0 in the order of [`VmBuilder::disk`], to change it while the VM runs.
+    ///
+    /// # Errors
+    /// `NotFound` when there are fewer.
+    pub fn disk(&self, n: usize) -> Result<DiskHandle> {
+        self.handles.disks.get(n).cloned().ok_or_else(|| {
+            let all = self.handles.disks.len();
+            Error::new(ErrorKind::NotFound, format!("disk {n}: the VM has {all}, counted from 0"))
+        })
     }
 
     /// When each stage was reached, counted from the call of `start`.

@@ -14,6 +14,8 @@ use super::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 pub(super) struct Gate {
     /// Both are changed under the lock, and looked at without it before each KVM_RUN.
     closed: AtomicBool,
+    /// A device cannot go on until somebody says so; changed and looked at likewise.
+    held: AtomicBool,
     /// The VM ends: nobody waits any more, and nobody runs.
     gone: AtomicBool,
     /// How many vCPU threads wait here.
@@ -61,6 +63,18 @@ impl Gate {
         self.closed.store(!self.gone(), Ordering::SeqCst);
     }
 
+    /// As [`Gate::close`], by a device; only [`Gate::release`] ends it. Never waits for anybody.
+    pub(super) fn hold(&self) {
+        let _parked = self.parked();
+        self.held.store(!self.gone(), Ordering::SeqCst);
+    }
+
+    /// No device holds the vCPUs any more. True when one did. They go on with [`Gate::open`].
+    pub(super) fn release(&self) -> bool {
+        let _parked = self.parked();
+        self.held.swap(false, Ordering::SeqCst)
+    }
+
     /// Lets them go on.
     pub(super) fn open(&self) {
         let _parked = self.parked();
@@ -73,6 +87,7 @@ impl Gate {
         let _parked = self.parked();
         self.gone.store(true, Ordering::SeqCst);
         self.closed.store(false, Ordering::SeqCst);
+        self.held.store(false, Ordering::SeqCst);
         self.changed.notify_all();
     }
 
@@ -82,7 +97,7 @@ impl Gate {
     }
 
     fn closed(&self) -> bool {
-        self.closed.load(Ordering::SeqCst)
+        self.closed.load(Ordering::SeqCst) || self.held.load(Ordering::SeqCst)
     }
 
     /// What the thread of `vcpu` does next.

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use super::cgroup::CgroupStats;
+use super::disk::DiskEngine;
 use crate::size::Size;
 pub use crate::virtio::balloon::GuestMemoryUse;
 
@@ -55,6 +56,14 @@ pub struct DeviceStats {
     pub interrupts: u64,
     /// Times the driver made a mistake that needs a reset.
     pub faults: u64,
+    /// Requests that the host failed, tries included. Only disks have them.
+    pub errors: u64,
+    /// Requests that waited for a limit.
+    pub throttled: u64,
+    /// How long those that went on have waited, summed up.
+    pub throttled_time: Duration,
+    /// What moves a disk's bytes: [`DiskEngine::Ring`] or [`DiskEngine::Threads`].
+    pub engine: Option<DiskEngine>,
 }
 
 /// What a guest's memory costs the host, and how the guest uses it; see [`Vm::memory_stats`](crate::Vm::memory_stats).
@@ -106,14 +115,19 @@ pub(super) fn count(n: &AtomicU64) {
 /// A number's name without the suffix of counters, what it means, and where it is.
 type Metric<T> = (&'static str, &'static str, fn(&T) -> u64);
 
-const DEVICE_METRICS: [Metric<DeviceStats>; 6] = [
+const DEVICE_METRICS: [Metric<DeviceStats>; 8] = [
     ("cofferdam_device_kicks", "Notifications of the driver.", |d| d.kicks),
     ("cofferdam_device_requests", "Descriptor chains taken from the driver.", |d| d.requests),
     ("cofferdam_device_read_bytes", "Bytes in those chains for the device to read.", |d| d.bytes_read),
     ("cofferdam_device_written_bytes", "Bytes written to guest memory.", |d| d.bytes_written),
     ("cofferdam_device_interrupts", "Interrupts raised.", |d| d.interrupts),
     ("cofferdam_device_faults", "Mistakes of the driver that needed a reset.", |d| d.faults),
+    ("cofferdam_device_errors", "Requests that the host failed.", |d| d.errors),
+    ("cofferdam_device_throttled", "Requests that waited for a limit.", |d| d.throttled),
 ];
+
+const DEVICE_TIMES: [TimeMetric<DeviceStats>; 1] =
+    [("cofferdam_device_throttled_seconds", "Time that requests have waited for a limit.", |d| d.throttled_time)];
 
 /// The same in seconds.
 type TimeMetric<T> = (&'static str, &'static str, fn(&T) -> Duration);
@@ -173,6 +187,13 @@ fn write_metrics(to: &mut String, all: &[(&str, &Stats)]) -> fmt::Result {
             writeln!(to, "{family}_total{{{}}} {}", labels(vm, "device", &device.name), value(device))?;
         }
     }
+    for (family, help, value) in DEVICE_TIMES {
+        writeln!(to, "# TYPE {family} counter\n# UNIT {family} seconds\n# HELP {family} {help}")?;
+        for (vm, device) in all.iter().flat_map(|(vm, s)| s.devices.iter().map(move |d| (*vm, d))) {
+            let (labels, time) = (labels(vm, "device", &device.name), value(device));
+            writeln!(to, "{family}_total{{{labels}}} {}.{:09}", time.as_secs(), time.subsec_nanos())?;
+        }
+    }
     let groups = || all.iter().filter_map(|(vm, s)| Some((*vm, s.cgroup?)));
     for (family, help, value) in CGROUP_METRICS {
         writeln!(to, "# TYPE {family} counter\n# UNIT {family} seconds\n# HELP {family} {help}")?;
@@ -203,6 +224,10 @@ mod tests {
             bytes_written: 4,
             interrupts: 5,
             faults: 6,
+            errors: 7,
+            throttled: 8,
+            throttled_time: Duration::from_millis(1250),
+            engine: None,
         };
         let vcpu = VcpuStats { cpu_time: Duration::from_millis(1500), mmio_exits: 7, ..VcpuStats::default() };
         let cgroup = CgroupStats { throttled_time: Duration::from_millis(250), ..CgroupStats::default() };
@@ -213,12 +238,13 @@ mod tests {
             "cofferdam_vcpu_exits_total{vm=\"a\",vcpu=\"0\",reason=\"mmio\"} 7",
             "cofferdam_vcpu_exits_total{vm=\"quo\\\"te}\",vcpu=\"0\",reason=\"mmio\"} 7",
             "cofferdam_cgroup_throttled_seconds_total{vm=\"a\"} 0.250000000",
+            "cofferdam_device_throttled_seconds_total{vm=\"a\",device=\"disk0\"} 1.250000000",
             "# UNIT cofferdam_device_written_bytes bytes",
             "cofferdam_device_written_bytes_total{vm=\"quo\\\"te}\",device=\"disk0\"} 4",
         ] {
             assert_eq!(text.lines().filter(|l| *l == line).count(), 1, "{line}\n{text}");
         }
-        assert_eq!(text.matches("# TYPE ").count(), 10);
+        assert_eq!(text.matches("# TYPE ").count(), 13);
         assert!(text.ends_with("# EOF\n") && !text.contains("\n\n"));
     }
 }

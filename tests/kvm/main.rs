@@ -19,6 +19,7 @@ mod kernels;
 mod lifecycle;
 mod many;
 mod memory;
+mod overlay;
 mod start;
 mod storage;
 #[path = "../../src/boot/tiny.rs"]
@@ -59,7 +60,11 @@ tests! {
         a_stuck_console_writer_holds_nothing_up;
     cgroup: threads_have_a_group_of_their_own_and_leave_none_behind a_limit_holds_and_is_counted
         weights_divide_what_is_short where_there_is_none_the_reason_is_told;
-    disk: written_and_read_back order_is_meaning read_only_is_kept one_writer_or_many_readers sizes_arrive;
+    disk: written_and_read_back order_is_meaning read_only_is_kept one_writer_or_many_readers sizes_arrive
+        serial_numbers_and_queues_arrive discards_give_space_back a_disk_grows_while_it_is_used
+        limits_hold_and_can_be_changed a_full_host_holds_the_guest_until_there_is_room a_fault_can_end_the_machine
+        pauses_find_nothing_under_way without_io_uring_there_are_threads
+        a_file_system_is_whole_after_much_at_once;
     container: a_root_file_system_like_any_other missing_mount_points_are_made images_from_directories
         writes_are_private_and_gone_with_the_container stops_in_good_order
         stop_is_bounded_whatever_the_guest_does everything_ends_with_the_container memory_and_processors_arrive
@@ -85,9 +90,12 @@ tests! {
     memory: what_a_guest_frees_comes_back the_balloon_takes_what_it_is_told_and_gives_it_back
         a_guest_short_of_memory_takes_it_from_the_balloon asked_for_in_transparent_huge_pages
         in_a_file_that_others_may_map in_huge_pages_of_the_hosts_pool more_than_a_host_without_overcommit_promises;
+    overlay: three_guests_write_on_one_base_which_stays_as_it_is what_is_not_kept_is_gone_with_its_machine
+        a_snapshot_is_the_base_of_others an_overlay_that_may_take_no_more_tells_the_guest
+        qcow2_is_written_on_a_backing_file_which_stays_as_it_is past_the_page_cache_and_in_memory;
     start: a_guest_that_is_never_ready_names_its_stage a_guest_that_ends_first_says_how a_broken_shim_is_told
         without_kvm_the_remedy_is_told what_may_not_be_read_is_named;
-    storage: fio_reads_what_it_wrote what_was_durable_survives_the_kill_of_its_process;
+    storage: fio_reads_what_it_wrote fio_reads_what_it_wrote_through_other_ways what_was_durable_survives_the_kill_of_its_process;
 }
 
 fn main() -> ExitCode {

@@ -1,243 +1,294 @@
-//! Block device (Virtio 1.3, 5.2): a disk on a file. Runs on a loop of its own, because files block.
+//! Block device (Virtio 1.3, 5.2): a disk. Its requests are in flight together and complete in any order.
 //!
-//! Honest by default: a flush is answered after `fdatasync`, so what the guest was told is durable is on the disk.
+//! [`Blk`] lives on the VM's common loop when everything that could block is done by the kernel through an io_uring, and on a loop
+//! of its own otherwise. Honest by default: a flush is answered after `fdatasync`, so what the guest was told is durable is on
+//! the disk, and after a sync has failed nothing is called durable any more.
 
-mod file;
+mod backend;
+mod config;
+mod engine;
+mod flight;
+mod limit;
+mod policy;
 mod request;
+mod serve;
+#[cfg(test)]
+mod tests;
 
+use std::collections::VecDeque;
+use std::fmt;
 use std::io;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-pub(crate) use file::DiskFile;
-use request::{Header, Kind};
+#[cfg(feature = "qcow2")]
+pub(crate) use backend::Qcow2;
+#[cfg(any(test, feature = "internals"))]
+pub(crate) use backend::doors;
+pub(crate) use backend::{
+    BasePath, BlockBackend, DirectFile, OverlayDisk, RawFile, compact, create, flatten, freeze, rebase,
+};
+pub use config::{Cache, DiskEngine};
+pub use limit::{DiskLimit, Rate};
+pub use policy::{DiskFault, DiskOperation, ErrorAction, ErrorClass};
 
-use super::{Chain, DeviceIo, DeviceType, Profile, Source, TooShort, VirtioDevice};
+use super::{ConfigSpace, DeviceIo, DeviceType, Profile, Source, VirtioDevice};
+use crate::memory::Mover;
+use crate::sys::Timer;
+pub(crate) use config::Options;
+use flight::Table;
+use limit::Buckets;
+use policy::Telling;
 
 /// The unit of every address and length (Virtio 1.3, 5.2.4).
 pub(crate) const SECTOR: u64 = 512;
-/// Descriptors in the queue.
+/// Descriptors in each queue.
 const QUEUE_SIZE: u16 = 256;
-/// Buffers in one request, beside its header and its status.
-const SEG_MAX: u32 = QUEUE_SIZE as u32 - 2;
-/// Feature bits (Virtio 1.3, 5.2.3).
-const F_SEG_MAX: u64 = 1 << 2;
-const F_RO: u64 = 1 << 5;
-const F_FLUSH: u64 = 1 << 9;
+/// Requests that are in flight together, whatever the driver's rings say.
+const IN_FLIGHT: usize = 1024;
+/// Operations that the kernel has at once.
+const RING: u32 = 128;
+
 /// Status bytes (Virtio 1.3, 5.2.6).
 const S_OK: u8 = 0;
 const S_IOERR: u8 = 1;
 const S_UNSUPP: u8 = 2;
-/// The name that a driver may ask for (Virtio 1.3, 5.2.6, VIRTIO_BLK_T_GET_ID).
-const ID_LEN: usize = 20;
+
+/// What is watched beside the queues.
+const RING_READY: u32 = 0;
+const TIMER: u32 = 1;
+
+/// How often the space that is left is looked at, at most, while the guest writes.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// How long a stop waits for what is under way and cannot be cancelled.
+const STOP_PATIENCE: Duration = Duration::from_secs(4);
+
+/// Told of every fault but those that come too fast. It must carry out the fault's action.
+pub(crate) type OnFault = Arc<dyn Fn(DiskFault) + Send + Sync>;
+
+/// Told how many bytes are left when that becomes less than the disk's headroom.
+pub(crate) type OnLowSpace = Arc<dyn Fn(u64) + Send + Sync>;
 
 /// A disk.
-#[derive(Debug)]
 pub(crate) struct Blk {
-    disk: DiskFile,
-    id: [u8; ID_LEN],
+    backend: Box<dyn BlockBackend>,
+    options: Options,
+    config: ConfigSpace,
+    on_fault: OnFault,
+    on_low_space: OnLowSpace,
+    /// Moves bytes to and from the backend's files. `None`: the backend's own calls do.
+    mover: Option<Mover>,
+    /// Why there is no mover though one was asked for.
+    refused: Option<String>,
+    /// All of the disk is one file, so nothing but the mover is needed.
+    direct: bool,
+    table: Table,
+    /// Requests that wait for a limit: reads and writes.
+    waiting: [VecDeque<usize>; 2],
+    buckets: Buckets,
+    timer: Option<Timer>,
+    /// Requests that failed and will be tried again when the VM goes on, or never.
+    held: Vec<usize>,
+    /// Queues that were left alone for a lack of room.
+    full: Vec<usize>,
+    /// Queues with completions that the driver has not been told of.
+    dirty: Vec<usize>,
+    telling: Telling,
+    /// Something was written by the backend's calls, which a sync of its file alone may not cover.
+    called: bool,
+    /// A sync has failed: the host forgets that once it was told, so nothing that it says later can be believed.
+    undurable: bool,
+    /// When the space that is left was looked at last, and whether it was too little.
+    looked: Duration,
+    low: bool,
+    epoch: Instant,
 }
 
-/// What goes wrong with a request.
-enum Failure {
-    /// The request makes no sense or names sectors that do not exist.
-    Malformed,
-    /// Its type is not offered.
-    Unsupported,
-    /// The host could not do it.
-    Host(io::Error),
-}
-
-impl From<TooShort> for Failure {
-    fn from(_: TooShort) -> Self {
-        Self::Malformed
-    }
-}
-
-impl From<io::Error> for Failure {
-    fn from(error: io::Error) -> Self {
-        Self::Host(error)
+impl fmt::Debug for Blk {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Blk({}, {:?}, {:?})", self.options.name, self.backend, self.mover)
     }
 }
 
 impl Blk {
-    /// `id` is what the guest sees as the disk's serial number; cut after 20 bytes.
-    pub(crate) fn new(disk: DiskFile, id: &str) -> Self {
-        let mut bytes = [0; ID_LEN];
-        bytes.iter_mut().zip(id.bytes()).for_each(|(to, byte)| *to = byte);
-        Self { disk, id: bytes }
+    /// A disk on `backend`.
+    pub(crate) fn new(backend: Box<dyn BlockBackend>, options: Options) -> Self {
+        let mut disk = Self {
+            config: options.config_space(&backend.shape()),
+            buckets: Buckets::new(&options.limit, Duration::ZERO),
+            backend,
+            options,
+            on_fault: Arc::new(|_| ()),
+            on_low_space: Arc::new(|_| ()),
+            mover: None,
+            refused: None,
+            direct: false,
+            table: Table::default(),
+            waiting: Default::default(),
+            timer: None,
+            held: Vec::new(),
+            full: Vec::new(),
+            dirty: Vec::new(),
+            telling: Telling::new(),
+            called: false,
+            undurable: false,
+            looked: Duration::ZERO,
+            low: false,
+            epoch: Instant::now(),
+        };
+        disk.choose_engine();
+        disk
     }
 
-    fn serve(&self, chain: &mut Chain) {
-        // The last byte is the status; without one there is nowhere to put an answer.
-        let Some(data) = chain.writable_len().checked_sub(1) else {
-            return;
-        };
-        let status = match self.execute(chain, data) {
-            Ok(()) => S_OK,
-            Err(Failure::Malformed) => S_IOERR,
-            Err(Failure::Unsupported) => S_UNSUPP,
-            Err(Failure::Host(error)) => {
-                log::warn!("disk {}: {error}", self.disk);
-                S_IOERR
-            }
-        };
-        // Whatever the request left of its data lies before the status.
-        let _ = chain.take_writable(chain.writable_len() - 1);
-        let _ = chain.write(&[status]);
+    /// Sets who is told of faults and acts on them.
+    pub(crate) fn on_fault(mut self, f: impl Fn(DiskFault) + Send + Sync + 'static) -> Self {
+        self.on_fault = Arc::new(f);
+        self
     }
 
-    /// `data` is the number of writable bytes before the status.
-    fn execute(&self, chain: &mut Chain, data: usize) -> Result<(), Failure> {
-        let header = Header::parse(&chain.read()?);
-        match header.kind {
-            Kind::Read => {
-                let offset = self.locate(header.sector, data)?;
-                let segments = chain.take_writable(data);
-                self.disk.read(chain.memory(), &segments, offset)?;
-                chain.wrote(data);
-            }
-            Kind::Write => {
-                let length = chain.readable_len();
-                let offset = self.locate(header.sector, length)?;
-                let segments = chain.take_readable(length);
-                self.disk.write(chain.memory(), &segments, offset)?;
-            }
-            Kind::Flush => self.disk.flush()?,
-            Kind::GetId if data >= ID_LEN => chain.write(&self.id)?,
-            Kind::GetId => return Err(Failure::Malformed),
-            Kind::Other(_) => return Err(Failure::Unsupported),
+    /// Sets who is told, once each time, that the host has less space left than the disk's headroom.
+    pub(crate) fn on_low_space(mut self, f: impl Fn(u64) + Send + Sync + 'static) -> Self {
+        self.on_low_space = Arc::new(f);
+        self
+    }
+
+    /// What moves its bytes: [`DiskEngine::Ring`] or [`DiskEngine::Threads`].
+    pub(crate) fn engine(&self) -> DiskEngine {
+        if self.mover.is_some() { DiskEngine::Ring } else { DiskEngine::Threads }
+    }
+
+    /// Why it does without the ring that it was told to use.
+    pub(crate) fn refused(&self) -> Option<&str> {
+        self.refused.as_deref()
+    }
+
+    /// Whether some requests block the thread that serves them, so that it needs one of its own.
+    pub(crate) fn blocks(&self) -> bool {
+        !self.direct || self.mover.is_none()
+    }
+
+    /// Changes the limits. What waits is looked at anew at once.
+    pub(crate) fn set_limit(&mut self, limit: &DiskLimit) {
+        self.options.limit = *limit;
+        self.buckets = Buckets::new(limit, self.now());
+        self.arm(Duration::ZERO);
+    }
+
+    /// Makes the disk larger and tells the driver.
+    ///
+    /// # Errors
+    /// The backend's; `EINVAL` for what is smaller than it is, or not whole sectors.
+    pub(crate) fn grow(&mut self, io: Option<&mut DeviceIo>, len: u64) -> io::Result<()> {
+        if len < self.backend.shape().len || len % SECTOR != 0 {
+            return Err(io::Error::from_raw_os_error(libc::EINVAL));
+        }
+        self.backend.grow(len)?;
+        self.config.set(config::CAPACITY, &(self.backend.shape().len / SECTOR).to_le_bytes());
+        if let Some(io) = io {
+            io.config_changed();
         }
         Ok(())
     }
 
-    /// The byte offset of `length` bytes at `sector`, all of which exist.
-    fn locate(&self, sector: u64, length: usize) -> Result<u64, Failure> {
-        let length = length as u64;
-        let offset = sector.checked_mul(SECTOR).ok_or(Failure::Malformed)?;
-        let end = offset.checked_add(length).ok_or(Failure::Malformed)?;
-        if length % SECTOR != 0 || end > self.disk.len() {
-            return Err(Failure::Malformed);
+    /// Bytes that it takes up on the host, and bytes that the guest sees.
+    ///
+    /// # Errors
+    /// The host's.
+    pub(crate) fn usage(&self) -> io::Result<(u64, u64)> {
+        Ok((self.backend.allocated()?, self.backend.shape().len))
+    }
+
+    fn now(&self) -> Duration {
+        self.epoch.elapsed()
+    }
+
+    /// Looks at what waits after this time.
+    fn arm(&mut self, wait: Duration) {
+        if let Some(timer) = &mut self.timer {
+            if let Err(error) = timer.set(Some(Instant::now() + wait)) {
+                log::error!("{}: its timer: {error}", self.options.name);
+            }
         }
-        Ok(offset)
     }
 }
 
 impl VirtioDevice for Blk {
     fn profile(&self) -> Profile {
-        // Virtio 1.3, 5.2.4: capacity in sectors, size_max, seg_max; the rest belongs to features not offered.
-        let mut config = [0; 60];
-        let capacity = (self.disk.len() / SECTOR).to_le_bytes();
-        let fields = capacity.iter().chain(&[0; 4]).chain(SEG_MAX.to_le_bytes().iter()).copied().collect::<Vec<u8>>();
-        config.iter_mut().zip(fields).for_each(|(to, byte)| *to = byte);
-        let read_only = if self.disk.read_only() { F_RO } else { 0 };
-        Profile::new(DeviceType::Block).queue(QUEUE_SIZE).features(F_SEG_MAX | F_FLUSH | read_only).config(config)
+        let profile = Profile::new(DeviceType::Block).features(self.options.features(&self.backend.shape()));
+        let profile = (0..self.options.queues).fold(profile, |profile, _| profile.queue(QUEUE_SIZE));
+        profile.config_space(self.config.clone())
     }
 
-    fn ready(&mut self, io: &mut DeviceIo, _: Source) {
-        io.drain(0, |chain| self.serve(chain));
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::sys;
-    use crate::virtio::testing::{Driver, WRITE};
-    use std::io::Write;
-    use std::os::unix::fs::FileExt;
-
-    fn disk(sectors: u64) -> (Driver<Blk>, std::fs::File) {
-        let mut file = sys::temp_file(&std::env::temp_dir()).unwrap();
-        file.write_all(&(0..sectors).flat_map(|n| [n as u8; 512]).collect::<Vec<_>>()).unwrap();
-        let disk = DiskFile::from_file(file.try_clone().unwrap(), false).unwrap();
-        (Driver::start(Blk::new(disk, "serial")), file)
-    }
-
-    fn header(kind: u32, sector: u64) -> Vec<u8> {
-        [kind.to_le_bytes().as_slice(), &[0; 4], &sector.to_le_bytes()].concat()
-    }
-
-    /// Sends one request and returns the data and the status.
-    fn request(driver: &mut Driver<Blk>, readable: &[&[u8]], writable: &[usize]) -> (Vec<u8>, u8) {
-        assert!(driver.send(0, readable, writable));
-        driver.poke(0);
-        let (mut bytes, _) = driver.receive(0).unwrap();
-        let status = bytes.pop().unwrap();
-        (bytes, status)
-    }
-
-    #[test]
-    fn reads_in_any_split_of_buffers() {
-        let (mut driver, _) = disk(8);
-        let header = header(0, 2);
-        let (data, status) = request(&mut driver, &[&header[..3], &header[3..]], &[100, 412, 512, 1]);
-        assert_eq!(status, S_OK);
-        assert_eq!((data[0], data[511], data[512]), (2, 2, 3));
-        // The status may share a buffer with the data.
-        let (data, status) = request(&mut driver, &[&header], &[513]);
-        assert_eq!((data.len(), data[0], status), (512, 2, S_OK));
-    }
-
-    #[test]
-    fn writes_reach_the_file_and_flush_is_answered() {
-        let (mut driver, file) = disk(8);
-        let (_, status) = request(&mut driver, &[&header(1, 1), &[9; 200], &[8; 312]], &[1]);
-        assert_eq!(status, S_OK);
-        assert_eq!(request(&mut driver, &[&header(4, 0)], &[1]).1, S_OK);
-        let mut back = [0; 512];
-        file.read_exact_at(&mut back, 512).unwrap();
-        assert_eq!((back[0], back[199], back[200], back[511]), (9, 9, 8, 8));
-    }
-
-    #[test]
-    fn what_does_not_exist_is_an_io_error() {
-        let (mut driver, _) = disk(8);
-        for (sector, len) in [(8, 512), (7, 1024), (u64::MAX, 512), (u64::MAX / 512, 512), (0, 100)] {
-            assert_eq!(request(&mut driver, &[&header(0, sector)], &[len, 1]).1, S_IOERR, "{sector} {len}");
-            assert_eq!(request(&mut driver, &[&header(1, sector), &vec![0; len]], &[1]).1, S_IOERR);
+    fn started(&mut self, io: &mut DeviceIo) -> io::Result<()> {
+        if self.direct && self.mover.is_none() {
+            // The last one was left with a file that did not answer.
+            self.mover = Some(Mover::new(RING)?);
         }
-        assert_eq!(request(&mut driver, &[&[0; 5]], &[1]).1, S_IOERR);
-        assert_eq!(request(&mut driver, &[&header(11, 0)], &[1]).1, S_UNSUPP);
+        if let Some(fd) = self.mover.as_ref().and_then(Mover::as_fd) {
+            io.watch(fd, RING_READY, crate::event::Interest::IN)?;
+        }
+        let timer = self.timer.insert(Timer::new()?);
+        io.watch(timer.as_fd(), TIMER, crate::event::Interest::IN)
     }
 
-    #[test]
-    fn the_serial_number_can_be_read() {
-        let (mut driver, _) = disk(1);
-        let (data, status) = request(&mut driver, &[&header(8, 0)], &[20, 1]);
-        assert_eq!((&data[..7], status), (&b"serial\0"[..], S_OK));
-        assert_eq!(request(&mut driver, &[&header(8, 0)], &[19, 1]).1, S_IOERR);
+    fn ready(&mut self, io: &mut DeviceIo, source: Source) {
+        match source {
+            Source::Queue(queue) => self.take(io, queue),
+            Source::Watched { number: TIMER, .. } => {
+                if let Some(timer) = &mut self.timer {
+                    timer.clear();
+                }
+                self.release(io);
+            }
+            Source::Watched { .. } => {}
+        }
+        self.settle(io);
     }
 
-    #[test]
-    fn a_read_only_disk_refuses_writes_and_says_so() {
-        let file = sys::temp_file(&std::env::temp_dir()).unwrap();
-        file.set_len(4096).unwrap();
-        let blk = Blk::new(DiskFile::from_file(file, true).unwrap(), "");
-        assert_ne!(blk.profile().features & F_RO, 0);
-        assert_eq!(request(&mut Driver::start(blk), &[&header(1, 0), &[1; 512]], &[1]).1, S_IOERR);
+    fn pausing(&mut self, io: &mut DeviceIo, patience: Duration) -> bool {
+        self.come_to_rest(io, patience)
     }
 
-    #[test]
-    fn a_request_without_room_for_a_status_is_given_back() {
-        let (mut driver, _) = disk(1);
-        driver.send(0, &[&header(4, 0)], &[]);
-        driver.poke(0);
-        assert_eq!(driver.receive(0), Some((vec![], 0)));
-        assert!(!driver.broken());
+    fn resumed(&mut self, io: &mut DeviceIo) {
+        for slot in std::mem::take(&mut self.held) {
+            self.drive(io, slot);
+        }
+        self.settle(io);
     }
 
-    #[test]
-    fn addresses_outside_memory_need_a_reset() {
-        let (mut driver, _) = disk(1);
-        driver.send_raw(0, &[(u64::MAX - 4, 16, 0), (0, 1, WRITE)]);
-        driver.poke(0);
-        assert!(driver.broken());
-        assert_eq!(driver.receive(0), None);
+    fn finishing(&mut self, io: &mut DeviceIo, patience: Duration) {
+        // No limit keeps back what is the last.
+        self.buckets = Buckets::default();
+        self.release(io);
+        if !self.come_to_rest(io, patience) {
+            log::warn!("{}: requests are dropped, because the host does not answer", self.options.name);
+        }
     }
 
-    #[test]
-    fn a_disk_that_shrank_is_an_io_error() {
-        let (mut driver, file) = disk(8);
-        file.set_len(512).unwrap();
-        assert_eq!(request(&mut driver, &[&header(0, 4)], &[512, 1]).1, S_IOERR);
+    fn stopping(&mut self, io: &mut DeviceIo) {
+        if let Some(timer) = self.timer.take() {
+            io.unwatch(timer.as_fd());
+        }
+        if let Some(mover) = &mut self.mover {
+            if let Some(fd) = mover.as_fd() {
+                io.unwatch(fd);
+            }
+            if !mover.stop(STOP_PATIENCE) {
+                mover.leave();
+                self.mover = None;
+                io.leave_moving();
+            } else {
+                // They stay taken where the kernel may still write to them.
+                self.table.placed().for_each(|(offset, len)| self.backend.abandoned(offset, len));
+            }
+        }
+        // The driver takes its requests back with the reset.
+        self.table = Table::default();
+        self.waiting = Default::default();
+        self.held.clear();
+        self.full.clear();
+        self.dirty.clear();
+        self.config.set(config::WRITEBACK, &[1]);
     }
 }

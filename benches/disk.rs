@@ -1,0 +1,250 @@
+//! What a guest's real `fio` gets of a raw file, and what of the host's processor that takes; QEMU's microvm beside it, with
+//! io_uring and with threads, in the same run.
+//!
+//! Runs in the lab's virtual time, where a second is a thousand million instructions of guest and host together, so the figures
+//! do not depend on how busy the machine is (benches/README.md).
+
+#![allow(clippy::print_stdout, clippy::print_stderr, clippy::expect_used, reason = "a bench prints, and fails loudly")]
+
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc;
+use std::time::Duration;
+
+use cofferdam::{Console, Disk, Image, Initramfs, Kernel, Size, Vm};
+
+/// What `fio` does, each for half a second: how it is called here, and its options.
+const JOBS: [(&str, &str); 7] = [
+    ("4k random read, depth 1", "--rw=randread --bs=4k --iodepth=1"),
+    ("4k random read, depth 32", "--rw=randread --bs=4k --iodepth=32"),
+    ("4k random write, depth 1", "--rw=randwrite --bs=4k --iodepth=1"),
+    ("4k random write, depth 32", "--rw=randwrite --bs=4k --iodepth=32"),
+    ("4k random write with fsync, depth 1", "--rw=randwrite --bs=4k --iodepth=1 --fsync=1"),
+    ("128k read in sequence, depth 8", "--rw=read --bs=128k --iodepth=8"),
+    ("128k write in sequence, depth 8", "--rw=write --bs=128k --iodepth=8"),
+];
+const DATA: u64 = 128 << 20;
+/// Longer than any job takes in virtual time.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+fn cache() -> PathBuf {
+    let base = std::env::var("XDG_CACHE_HOME").or_else(|_| std::env::var("HOME").map(|h| h + "/.cache"));
+    PathBuf::from(base.expect("HOME")).join("cofferdam")
+}
+
+/// Processor time that a process has used, all its threads together, those that have ended too.
+fn used(process: &str) -> Duration {
+    let stat = fs::read_to_string(format!("/proc/{process}/stat")).unwrap_or_default();
+    let ticks = stat.rsplit(')').next().unwrap_or_default().split_whitespace().skip(11).take(2);
+    Duration::from_millis(10 * ticks.filter_map(|n| n.parse::<u64>().ok()).sum::<u64>())
+}
+
+/// What came of one job.
+#[derive(Debug, Clone, Copy)]
+struct Outcome {
+    /// Requests in a second.
+    rate: f64,
+    /// Requests in a second of the host's processor.
+    per_cpu: f64,
+}
+
+/// Reads what the guest prints, until it has ended, and looks at the process's time around each job.
+fn outcomes(lines: impl Iterator<Item = (String, Duration)>) -> Vec<Outcome> {
+    let (mut all, mut before) = (Vec::new(), Duration::ZERO);
+    for (line, now) in lines {
+        let line = line.trim();
+        if line == "begin" {
+            before = now;
+        } else if line.starts_with("3;fio") {
+            // fio, "Terse output", version 3: reads begin at field 6, writes at field 47; then bandwidth, rate, milliseconds.
+            let fields: Vec<f64> = line.split(';').map(|field| field.parse().unwrap_or(0.0)).collect();
+            let (rate, ms) = (fields[7] + fields[48], fields[8].max(fields[49]));
+            let cpu = (now - before).as_secs_f64();
+            all.push(Outcome { rate, per_cpu: rate * ms / 1e3 / cpu });
+            if all.len() == JOBS.len() {
+                break;
+            }
+        } else {
+            log(line);
+        }
+    }
+    all
+}
+
+fn log(line: &str) {
+    if !line.is_empty() {
+        eprintln!("guest: {line}");
+    }
+}
+
+/// A console that gives away its lines, each with the time that this process has used by then.
+struct Lines(Vec<u8>, mpsc::Sender<(String, Duration)>);
+
+impl Write for Lines {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        for byte in bytes {
+            if *byte == b'\n' {
+                let line = String::from_utf8_lossy(&std::mem::take(&mut self.0)).into_owned();
+                let _ = self.1.send((line, used("self")));
+            } else {
+                self.0.push(*byte);
+            }
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Everything that the machines share, in a folder that goes with it.
+struct Bench {
+    dir: PathBuf,
+    kernel: PathBuf,
+    root: PathBuf,
+}
+
+impl Drop for Bench {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.dir);
+    }
+}
+
+const CMDLINE: &str = "console=hvc0 quiet reboot=t panic=-1";
+
+impl Bench {
+    fn new() -> Self {
+        let dir = std::env::temp_dir().join(format!("cofferdam-disk-bench-{}", std::process::id()));
+        fs::create_dir_all(dir.join("root/bin")).expect("a folder");
+        let image = Image::open(cache().join("images/debian-12-storage.tar")).expect("an image: run `make setup`");
+        // In a folder of its own, its disk is the only file there.
+        let disks = cache().join("bench-disk");
+        image.cache_dir(&disks).prepare().expect("the image's disk");
+        let is_disk = |path: &PathBuf| path.extension().is_some_and(|e| e == "ext4");
+        let root =
+            fs::read_dir(disks).expect("it").flatten().map(|e| e.path()).find(is_disk).expect("the image's disk");
+        let jobs: String = JOBS
+            .iter()
+            .map(|(_, options)| {
+                format!(
+                    "echo begin\nchroot /mnt fio --name=job --filename=/dev/vdb --direct=1 --ioengine=libaio --thread \
+                     --runtime=500ms --time_based --randrepeat=1 --output-format=terse --terse-version=3 {options}\n"
+                )
+            })
+            .collect();
+        let script = format!(
+            "#!/bin/busybox sh\nexport PATH=/bin\n/bin/busybox --install -s /bin\nmkdir -p /proc /sys /mnt\n\
+             mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t devtmpfs dev /dev\n\
+             mount -o ro -t ext4 /dev/vda /mnt; mount -o bind /dev /mnt/dev; mount -o bind /proc /mnt/proc\n\
+             mount -o bind /sys /mnt/sys; mount -t tmpfs tmp /mnt/tmp\n{jobs}reboot -f\n"
+        );
+        fs::write(dir.join("root/init"), script).expect("the script");
+        let archive = "chmod 755 root/init && mkdir -p root/dev && cp /bin/busybox root/bin/ && mknod root/dev/console c 5 1 && \
+                       cd root && find . | cpio -o -H newc --quiet > ../initrd";
+        let made = Command::new("sh").args(["-c", archive]).current_dir(&dir).status().expect("sh");
+        assert!(made.success(), "busybox-static and cpio: run `make setup`");
+        let kernel = std::env::var("COFFERDAM_KERNEL").map(PathBuf::from).unwrap_or(cache().join("kernel/vmlinux"));
+        Self { dir, kernel, root }
+    }
+
+    /// A disk that was written whole, so that nothing is the first to touch a page of it.
+    fn data(&self, name: &str) -> PathBuf {
+        let path = self.dir.join(name);
+        let mut file = File::create(&path).expect("a disk");
+        let piece: Vec<u8> = (0..1u32 << 18).flat_map(|n| n.wrapping_mul(0x9e37_79b9).to_le_bytes()).collect();
+        (0..DATA / piece.len() as u64).for_each(|_| file.write_all(&piece).expect("room for a disk"));
+        path
+    }
+
+    fn ours(&self) -> Vec<Outcome> {
+        let (to, from) = mpsc::channel();
+        let data = self.data("ours");
+        let kernel = Kernel::open(&self.kernel).expect("a kernel: run `make setup`").cmdline(CMDLINE);
+        let kernel = kernel.initramfs(Initramfs::open(self.dir.join("initrd")).expect("the initramfs"));
+        let vm = Vm::builder(kernel)
+            .memory(Size::mib(256))
+            .disk(Disk::file(&self.root).read_only())
+            .disk(Disk::file(&data))
+            .console(Console::writer(Lines(Vec::new(), to)))
+            .start()
+            .expect("the guest starts");
+        let all = outcomes(std::iter::from_fn(|| from.recv_timeout(PATIENCE).ok()));
+        vm.wait_timeout(PATIENCE).expect("its end");
+        drop(vm);
+        fs::remove_file(data).expect("the disk goes");
+        all
+    }
+
+    /// `None` where it is not installed, or knows no such way.
+    fn qemu(&self, aio: &str) -> Option<Vec<Outcome>> {
+        let data = self.data("qemu");
+        let drive = |id: &str, path: &Path, more: &str, device: &str| {
+            let drive = format!("id={id},if=none,format=raw,file={},{more}", path.display());
+            ["-drive".to_owned(), drive, "-device".to_owned(), format!("virtio-blk-device,drive={id}{device}")]
+        };
+        let mut child = Command::new("qemu-system-x86_64")
+            .args(["-M", "microvm,x-option-roms=off,pit=off,pic=off,rtc=off", "-accel", "kvm", "-cpu", "host"])
+            .args(["-m", "256", "-smp", "1", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"])
+            .args([
+                "-chardev",
+                "stdio,id=console",
+                "-device",
+                "virtio-serial-device",
+                "-device",
+                "virtconsole,chardev=console",
+            ])
+            .args(["-object", "iothread,id=io", "-append", CMDLINE])
+            .arg("-kernel")
+            .arg(&self.kernel)
+            .arg("-initrd")
+            .arg(self.dir.join("initrd"))
+            .args(drive("root", &self.root, "readonly=on", ""))
+            .args(drive("data", &data, &format!("aio={aio},cache=writeback"), ",iothread=io"))
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .ok()?;
+        let pid = child.id().to_string();
+        let lines = BufReader::new(child.stdout.take()?).lines().map_while(Result::ok).map(|line| (line, used(&pid)));
+        let all = outcomes(lines);
+        ended(child);
+        fs::remove_file(data).ok()?;
+        (all.len() == JOBS.len()).then_some(all)
+    }
+}
+
+fn ended(mut child: Child) {
+    let _ = child.wait();
+}
+
+fn figure(name: &str, value: f64, unit: &str, peer: Option<f64>) {
+    let (peer, ratio) = match peer {
+        Some(peer) => (format!("{peer:.0}"), format!("{:.2}", value / peer)),
+        None => ("null".into(), "null".into()),
+    };
+    println!(
+        r#"{{"bench":"disk","figure":"{name}","value":{value:.0},"unit":"{unit}","peer":{peer},"ratio":{ratio}}}"#
+    );
+}
+
+fn main() {
+    let bench = Bench::new();
+    let ours = bench.ours();
+    assert_eq!(ours.len(), JOBS.len(), "every job has an outcome");
+    for aio in ["io_uring", "threads"] {
+        let peer = bench.qemu(aio);
+        for (n, (job, _)) in JOBS.iter().enumerate() {
+            let peer = peer.as_ref().map(|all| all[n]);
+            figure(
+                &format!("{job}: requests per second of the host's processor (QEMU: {aio})"),
+                ours[n].per_cpu,
+                "1/s",
+                peer.map(|p| p.per_cpu),
+            );
+            figure(&format!("{job}: requests per second (QEMU: {aio})"), ours[n].rate, "1/s", peer.map(|p| p.rate));
+        }
+    }
+}

@@ -1,0 +1,463 @@
+//! [`Mover`]: moves bytes between files and guest memory through an io_uring, many at once and without a copy.
+//!
+//! Owned by a device, used on its loop. Guest memory is the buffer, so the mover holds on to it, and to every array that
+//! describes a part of it, until the kernel has said that it is done with that; when it does not say so, for ever.
+#![allow(
+    unsafe_code,
+    reason = "guest memory is handed to the kernel as raw buffers; memory/ is one of the folders that may"
+)]
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::io;
+use std::os::fd::{BorrowedFd, RawFd};
+use std::time::{Duration, Instant};
+
+use super::{GuestMemory, Segment};
+use crate::sys::{self, Uring};
+
+/// How often an operation that the kernel has no resources for is tried again, one after the other.
+const TRIES: u8 = 16;
+/// How long the drop of a mover waits for what is under way.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// What zeroes are written from.
+static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
+/// Buffers of zeroes in one write.
+const ZERO_BUFFERS: usize = 256;
+
+/// What is to be done. Descriptors must stay open until that was submitted; one that is not gives an error.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Move<'a> {
+    /// From `offset` of the file to the guest, all of it.
+    Read { fd: RawFd, offset: u64, to: &'a [Segment] },
+    /// From the guest to `offset` of the file, all of it.
+    Write { fd: RawFd, offset: u64, from: &'a [Segment] },
+    /// Zeroes to the file.
+    Zero { fd: RawFd, offset: u64, len: u64 },
+    /// `fdatasync`.
+    Sync { fd: RawFd },
+    /// `fallocate` in this mode.
+    Allocate { fd: RawFd, mode: i32, offset: u64, len: u64 },
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Read,
+    Write,
+    Zero { left: u64 },
+    Sync,
+    Allocate { mode: i32, len: u64 },
+}
+
+/// An operation under way.
+struct Flight {
+    tag: usize,
+    kind: Kind,
+    fd: RawFd,
+    offset: u64,
+    /// Of guest memory, but for zeroes. The kernel may look at the array and write to the buffers while `submitted`.
+    buffers: Vec<libc::iovec>,
+    /// So many of them are done.
+    done: usize,
+    tries: u8,
+    submitted: bool,
+}
+
+// SAFETY: the raw pointers in `buffers` lie in mappings that the mover's `memory` keeps alive, whatever thread it is on.
+unsafe impl Send for Flight {}
+
+/// Operations that are under way, and those that wait for room on the ring.
+pub(crate) struct Mover {
+    /// `None` once it was left.
+    ring: Option<Uring>,
+    /// What all buffers lie in: that of the first operation.
+    memory: Option<GuestMemory>,
+    flights: Vec<Option<Flight>>,
+    free: Vec<usize>,
+    waiting: VecDeque<usize>,
+    submitted: usize,
+    stuck: bool,
+}
+
+impl fmt::Debug for Mover {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Mover({} under way, {} waiting)", self.submitted, self.waiting.len())
+    }
+}
+
+impl Mover {
+    /// One that has at most `entries` operations, a power of two, under way; more wait.
+    ///
+    /// # Errors
+    /// As [`Uring::new`].
+    pub(crate) fn new(entries: u32) -> io::Result<Self> {
+        Ok(Self {
+            ring: Some(Uring::new(entries)?),
+            memory: None,
+            flights: Vec::new(),
+            free: Vec::new(),
+            waiting: VecDeque::new(),
+            submitted: 0,
+            stuck: false,
+        })
+    }
+
+    /// Readable when [`Mover::next`] has something. `None` once it was left.
+    pub(crate) fn as_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.ring.as_ref().map(Uring::as_fd)
+    }
+
+    /// Whether something is under way or waits.
+    pub(crate) fn busy(&self) -> bool {
+        self.submitted > 0 || !self.waiting.is_empty()
+    }
+
+    /// Takes something on; [`Mover::next`] says `tag` when it has ended. It begins with the next [`Mover::submit`].
+    /// All segments lie in one and the same `memory`.
+    ///
+    /// # Errors
+    /// When segments do not exist in the memory of the first operation; nothing was taken on then.
+    pub(crate) fn take_on(&mut self, memory: &GuestMemory, tag: usize, what: Move<'_>) -> io::Result<()> {
+        let memory = self.memory.get_or_insert_with(|| memory.clone());
+        let (kind, fd, offset, buffers) = match what {
+            Move::Read { fd, offset, to } => (Kind::Read, fd, offset, memory.buffers(to)?),
+            Move::Write { fd, offset, from } => (Kind::Write, fd, offset, memory.buffers(from)?),
+            Move::Zero { fd, offset, len } => (Kind::Zero { left: len }, fd, offset, zeroes(len)),
+            Move::Sync { fd } => (Kind::Sync, fd, 0, Vec::new()),
+            Move::Allocate { fd, mode, offset, len } => (Kind::Allocate { mode, len }, fd, offset, Vec::new()),
+        };
+        let flight = Flight { tag, kind, fd, offset, buffers, done: 0, tries: 0, submitted: false };
+        let slot = self.free.pop().unwrap_or(self.flights.len());
+        match self.flights.get_mut(slot) {
+            Some(place) => *place = Some(flight),
+            None => self.flights.push(Some(flight)),
+        }
+        self.waiting.push_back(slot);
+        Ok(())
+    }
+
+    /// Hands what waits to the kernel as far as there is room, with one system call. True when it was something new, which may
+    /// have ended already.
+    pub(crate) fn submit(&mut self) -> bool {
+        let Some(ring) = &mut self.ring else { return false };
+        let before = self.submitted;
+        while self.submitted < ring.room() {
+            let Some(slot) = self.waiting.front().copied() else { break };
+            if let Some(Some(flight)) = self.flights.get_mut(slot) {
+                if !flight.push(ring, slot as u64) {
+                    break;
+                }
+                flight.submitted = true;
+                self.submitted += 1;
+            }
+            self.waiting.pop_front();
+        }
+        self.stuck =
+            ring.submit().inspect_err(|e| log::debug!("the kernel takes no more operations now: {e}")).is_err();
+        self.submitted > before
+    }
+
+    /// The kernel did not take all that was handed to it: [`Mover::submit`] has to be said again after a while.
+    pub(crate) fn stuck(&self) -> bool {
+        self.stuck
+    }
+
+    /// The next operation that has ended, all of it or with an error; short and interrupted ones go on by themselves with the
+    /// next [`Mover::submit`].
+    pub(crate) fn next(&mut self) -> Option<(usize, io::Result<()>)> {
+        loop {
+            let (slot, result) = self.ring.as_mut()?.next()?;
+            let slot = usize::try_from(slot).ok()?;
+            let Some(Some(flight)) = self.flights.get_mut(slot) else { continue };
+            flight.submitted = false;
+            self.submitted -= 1;
+            match flight.ended(result) {
+                Some(outcome) => {
+                    let tag = flight.tag;
+                    self.release(slot);
+                    return Some((tag, outcome));
+                }
+                None => self.waiting.push_front(slot),
+            }
+        }
+    }
+
+    fn release(&mut self, slot: usize) {
+        if let Some(place) = self.flights.get_mut(slot) {
+            *place = None;
+            self.free.push(slot);
+        }
+    }
+
+    /// Submits, and waits until something has ended, but not beyond `deadline`. False: it is over.
+    pub(crate) fn wait(&mut self, deadline: Instant) -> bool {
+        self.submit();
+        let Some(ring) = &self.ring else { return false };
+        let left = deadline.saturating_duration_since(Instant::now());
+        sys::wait_readable(ring.as_fd(), Some(left)).unwrap_or_else(|error| {
+            log::error!("waiting for a disk: {error}");
+            false
+        })
+    }
+
+    /// Ends everything soon: what waits is dropped at once and will not be heard of again, what is under way is cancelled
+    /// where the kernel can.
+    fn cancel(&mut self) {
+        for slot in std::mem::take(&mut self.waiting) {
+            self.release(slot);
+        }
+        let Some(ring) = &mut self.ring else { return };
+        for (slot, _) in self.flights.iter().enumerate().filter(|(_, f)| f.as_ref().is_some_and(|f| f.submitted)) {
+            if !ring.cancel(slot as u64) {
+                let submitted = ring.submit().is_ok();
+                if !submitted || !ring.cancel(slot as u64) {
+                    break;
+                }
+            }
+        }
+        if let Err(error) = ring.submit() {
+            log::debug!("cancelling: {error}");
+        }
+    }
+
+    /// Waits until the kernel touches guest memory no more. False when it still does at the deadline. Whatever ends is not
+    /// heard of again.
+    fn drain(&mut self, deadline: Instant) -> bool {
+        while self.submitted > 0 {
+            // Those that would go on do not.
+            while self.next().is_some() {}
+            for slot in std::mem::take(&mut self.waiting) {
+                self.release(slot);
+            }
+            if self.submitted > 0 && !self.wait(deadline) {
+                return false;
+            }
+        }
+        true
+    }
+}
+
+impl Flight {
+    fn rest(&self) -> &[libc::iovec] {
+        self.buffers.get(self.done..).unwrap_or_default()
+    }
+
+    fn push(&self, ring: &mut Uring, tag: u64) -> bool {
+        match self.kind {
+            // SAFETY: the buffers came from `GuestMemory::buffers` of the memory that the mover holds, so they lie in mappings
+            // that are alive and writable. They, the array and the memory are released only after `Uring::next` gave the tag
+            // back (`Mover::next` takes the flight then), or never (`Mover::drop`).
+            Kind::Read => unsafe { ring.read(tag, self.fd, self.rest(), self.offset) },
+            // SAFETY: as for reads; buffers of zeroes are a static's.
+            Kind::Write | Kind::Zero { .. } => unsafe { ring.write(tag, self.fd, self.rest(), self.offset) },
+            Kind::Sync => ring.sync(tag, self.fd),
+            Kind::Allocate { mode, len } => ring.allocate(tag, self.fd, mode, self.offset, len),
+        }
+    }
+
+    /// What the kernel said; `None` when the operation must go on.
+    fn ended(&mut self, result: i32) -> Option<io::Result<()>> {
+        if result < 0 {
+            let code = result.saturating_neg();
+            self.tries = self.tries.saturating_add(1);
+            let again = code == libc::EINTR || code == libc::EAGAIN && self.tries < TRIES;
+            return (!again).then(|| Err(io::Error::from_raw_os_error(code)));
+        }
+        self.tries = 0;
+        let moved = result.unsigned_abs();
+        match &mut self.kind {
+            Kind::Sync | Kind::Allocate { .. } => return Some(Ok(())),
+            Kind::Zero { left } => {
+                *left = left.saturating_sub(moved.into());
+                self.offset = self.offset.saturating_add(moved.into());
+                self.buffers = zeroes(*left);
+            }
+            Kind::Read | Kind::Write => self.skip(moved as usize),
+        }
+        match self.rest().is_empty() {
+            true => Some(Ok(())),
+            false if moved == 0 => {
+                Some(Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the image has become shorter")))
+            }
+            false => None,
+        }
+    }
+
+    /// `n` more bytes were moved.
+    fn skip(&mut self, mut n: usize) {
+        self.offset = self.offset.saturating_add(n as u64);
+        while let Some(first) = self.buffers.get_mut(self.done) {
+            if n < first.iov_len {
+                // SAFETY: `n` is less than the buffer's length, so this points into the same buffer.
+                first.iov_base = unsafe { first.iov_base.byte_add(n) };
+                first.iov_len -= n;
+                return;
+            }
+            n -= first.iov_len;
+            self.done += 1;
+        }
+    }
+}
+
+/// Buffers from which at most `len` zeroes are written, for as many writes as it takes.
+fn zeroes(len: u64) -> Vec<libc::iovec> {
+    let (mut buffers, mut left) = (Vec::new(), len);
+    while left > 0 && buffers.len() < ZERO_BUFFERS {
+        let now = ZEROES.len().min(usize::try_from(left).unwrap_or(usize::MAX));
+        buffers.push(libc::iovec { iov_base: ZEROES.as_ptr().cast_mut().cast(), iov_len: now });
+        left -= now as u64;
+    }
+    buffers
+}
+
+impl Drop for Mover {
+    fn drop(&mut self) {
+        if !self.stop(PATIENCE) {
+            self.leave();
+        }
+    }
+}
+
+impl Mover {
+    /// Ends everything, within `patience`. False when the kernel still touches guest memory then.
+    pub(crate) fn stop(&mut self, patience: Duration) -> bool {
+        self.cancel();
+        self.drain(Instant::now() + patience)
+    }
+
+    /// Leaves what is under way to a thread that outlives everybody. The mover is of no use after that.
+    pub(crate) fn leave(&mut self) {
+        // The kernel may go on writing to guest memory after the ring was closed, so ring and memory outlive everybody.
+        log::warn!("{} operations on a file that does not answer are left behind", self.submitted);
+        let left = Self {
+            ring: self.ring.take(),
+            memory: self.memory.take(),
+            flights: std::mem::take(&mut self.flights),
+            free: Vec::new(),
+            waiting: VecDeque::new(),
+            submitted: self.submitted,
+            stuck: false,
+        };
+        self.submitted = 0;
+        let left = std::mem::ManuallyDrop::new(left);
+        let wait = move || {
+            let mut left = left;
+            while !left.drain(Instant::now() + Duration::from_secs(3600)) {}
+            drop(std::mem::ManuallyDrop::into_inner(left));
+        };
+        if let Err(error) = std::thread::Builder::new().name("left-behind".into()).stack_size(sys::STACK).spawn(wait) {
+            log::warn!("nobody waits for them: {error}");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::GuestAddress;
+    use std::io::{Read, Write};
+    use std::os::fd::AsRawFd;
+    use std::os::unix::fs::FileExt;
+    use std::os::unix::net::UnixStream;
+    use std::sync::Arc;
+
+    fn memory() -> GuestMemory {
+        GuestMemory::anonymous(&[(GuestAddress(0), 0x10_0000)]).unwrap()
+    }
+
+    fn ended(mover: &mut Mover, n: usize) -> Vec<(usize, Result<(), io::ErrorKind>)> {
+        let mut all = Vec::new();
+        while all.len() < n {
+            assert!(mover.wait(Instant::now() + Duration::from_secs(20)), "{all:?}");
+            all.extend(std::iter::from_fn(|| mover.next()).map(|(tag, result)| (tag, result.map_err(|e| e.kind()))));
+        }
+        all.sort_unstable_by_key(|(tag, _)| *tag);
+        all
+    }
+
+    #[test]
+    fn more_than_there_is_room_for_is_done_all_the_same() {
+        let (memory, mut mover) = (memory(), Mover::new(4).unwrap());
+        let file = sys::temp_file(&std::env::temp_dir()).unwrap();
+        let fd = file.as_raw_fd();
+        memory.write(GuestAddress(0), &[7; 0x1000]).unwrap();
+        for n in 0..100 {
+            let from = [memory.segment(GuestAddress(n), 100).unwrap(), memory.segment(GuestAddress(0), 28).unwrap()];
+            mover.take_on(&memory, n as usize, Move::Write { fd, offset: n * 128, from: &from }).unwrap();
+        }
+        assert_eq!(ended(&mut mover, 100), (0..100).map(|n| (n, Ok(()))).collect::<Vec<_>>());
+        mover.take_on(&memory, 1, Move::Zero { fd, offset: 10, len: 20 << 20 }).unwrap();
+        mover.take_on(&memory, 2, Move::Sync { fd }).unwrap();
+        ended(&mut mover, 2);
+        assert_eq!((file.metadata().unwrap().len(), mover.busy()), ((20 << 20) + 10, false));
+        let mut head = [1; 11];
+        file.read_exact_at(&mut head, 0).unwrap();
+        assert_eq!((&head[..10], head[10]), (&[7; 10][..], 0));
+    }
+
+    #[test]
+    fn short_transfers_go_on_and_the_end_of_a_file_is_an_error() {
+        let (memory, mut mover) = (memory(), Mover::new(4).unwrap());
+        let to = [memory.segment(GuestAddress(0), 3).unwrap(), memory.segment(GuestAddress(100), 3).unwrap()];
+        let mut flight = Flight {
+            tag: 0,
+            kind: Kind::Read,
+            fd: 0,
+            offset: 1000,
+            buffers: memory.buffers(&to).unwrap(),
+            done: 0,
+            tries: 0,
+            submitted: true,
+        };
+        let lengths = |flight: &Flight| flight.rest().iter().map(|b| b.iov_len).collect::<Vec<_>>();
+        assert!(
+            flight.ended(2).is_none() && flight.ended(-libc::EINTR).is_none() && flight.ended(-libc::EAGAIN).is_none()
+        );
+        assert_eq!((flight.offset, lengths(&flight)), (1002, vec![1, 3]));
+        assert!(flight.ended(2).is_none());
+        assert_eq!((flight.offset, lengths(&flight)), (1004, vec![2]));
+        assert!(matches!(flight.ended(2), Some(Ok(()))));
+        let file = sys::temp_file(&std::env::temp_dir()).unwrap();
+        file.set_len(4).unwrap();
+        mover.take_on(&memory, 6, Move::Read { fd: file.as_raw_fd(), offset: 0, to: &to }).unwrap();
+        mover.take_on(&memory, 7, Move::Sync { fd: -1 }).unwrap();
+        let seen = ended(&mut mover, 2);
+        assert!(matches!(seen[..], [(6, Err(io::ErrorKind::UnexpectedEof)), (7, Err(_))]), "{seen:?}");
+    }
+
+    #[test]
+    fn a_mover_that_goes_away_ends_what_is_under_way() {
+        let (memory, mut mover) = (memory(), Mover::new(4).unwrap());
+        let (near, mut far) = UnixStream::pair().unwrap();
+        let to = [memory.segment(GuestAddress(0), 3).unwrap()];
+        mover.take_on(&memory, 5, Move::Read { fd: near.as_raw_fd(), offset: 0, to: &to }).unwrap();
+        mover.submit();
+        assert!(mover.busy() && mover.next().is_none());
+        let begin = Instant::now();
+        drop(mover);
+        assert!(begin.elapsed() < PATIENCE);
+        far.write_all(b"abc").unwrap();
+        let mut back = [0; 3];
+        (&near).read_exact(&mut back).unwrap();
+        assert_eq!(&back, b"abc");
+    }
+    #[test]
+    fn what_does_not_end_is_left_with_all_that_it_touches() {
+        let (memory, mut mover) = (memory(), Mover::new(4).unwrap());
+        let (near, mut far) = UnixStream::pair().unwrap();
+        let to = [memory.segment(GuestAddress(0), 3).unwrap()];
+        mover.take_on(&memory, 5, Move::Read { fd: near.as_raw_fd(), offset: 0, to: &to }).unwrap();
+        mover.submit();
+        let weak = Arc::downgrade(&memory.inner);
+        drop(memory);
+        mover.leave();
+        drop(mover);
+        assert!(weak.upgrade().is_some());
+        far.write_all(b"abc").unwrap();
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while weak.upgrade().is_some() {
+            assert!(Instant::now() < deadline, "the memory was never released");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+}

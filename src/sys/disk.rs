@@ -1,0 +1,152 @@
+//! What disk images need beyond plain files: who holds a lock, space that is left, alignment of direct I/O, devices' discard.
+
+use std::ffi::CString;
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use super::fill_random;
+use crate::size::Size;
+
+/// Linux, include/uapi/linux/fs.h: `_IO(0x12, 119)`.
+const BLKDISCARD: libc::c_ulong = 0x1277;
+/// The same: `_IO(0x12, 104)`, the size of a device's logical sectors.
+const BLKSSZGET: libc::c_ulong = 0x1268;
+
+/// A process that holds a lock on this file through another descriptor, in words; `None` when none can be seen, as those of
+/// other users cannot.
+///
+/// The kernel tells no process for locks of open files, neither by `F_OFD_GETLK` nor in `/proc/locks`; but it lists them with
+/// each descriptor that has them.
+pub(crate) fn lock_holder(file: &File) -> Option<String> {
+    let wanted = file.metadata().ok()?;
+    let holds = |process: &Path| {
+        fs::read_dir(process.join("fd")).into_iter().flatten().flatten().any(|fd| {
+            let same = fs::metadata(fd.path()).is_ok_and(|it| (it.dev(), it.ino()) == (wanted.dev(), wanted.ino()));
+            let info = || fs::read_to_string(process.join("fdinfo").join(fd.file_name()));
+            same && info().is_ok_and(|text| text.lines().any(|line| line.starts_with("lock:")))
+        })
+    };
+    if holds(Path::new("/proc/self")) {
+        return Some("this process".into());
+    }
+    let processes = fs::read_dir("/proc").ok()?.flatten();
+    let mut numbered = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    let holder = numbered.find(|pid| holds(Path::new(&format!("/proc/{pid}"))))?;
+    let name = fs::read_to_string(format!("/proc/{holder}/comm")).unwrap_or_default();
+    Some(format!("process {holder} ({})", name.trim_end()))
+}
+
+/// Bytes that this process may still use of the file system that the file is on.
+pub(crate) fn free_space(file: &File) -> io::Result<u64> {
+    // SAFETY: an all-zero statvfs is a valid one, of numbers only.
+    let mut found: libc::statvfs = unsafe { std::mem::zeroed() };
+    // SAFETY: fstatvfs writes one statvfs, which lives on this stack across the call.
+    match unsafe { libc::fstatvfs(file.as_raw_fd(), &mut found) } {
+        0 => Ok(found.f_bavail.saturating_mul(found.f_frsize)),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// What direct I/O on a file must be multiples of, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Alignment {
+    /// Addresses of buffers.
+    pub memory: usize,
+    /// Offsets and lengths.
+    pub offset: u64,
+}
+
+impl Alignment {
+    /// What the file says, or what is always enough.
+    pub(crate) fn of(file: &File) -> io::Result<Self> {
+        // SAFETY: an all-zero statx is a valid one, of numbers only.
+        let mut found: libc::statx = unsafe { std::mem::zeroed() };
+        let (flags, mask) = (libc::AT_EMPTY_PATH, libc::STATX_DIOALIGN);
+        // SAFETY: the path is a NUL-terminated literal; statx writes one statx, which lives on this stack across the call.
+        let outcome = unsafe { libc::statx(file.as_raw_fd(), c"".as_ptr(), flags, mask, &mut found) };
+        let told = outcome == 0 && found.stx_mask & libc::STATX_DIOALIGN != 0;
+        if told && found.stx_dio_offset_align != 0 && found.stx_dio_mem_align != 0 {
+            let memory = usize::try_from(found.stx_dio_mem_align).unwrap_or(4096);
+            return Ok(Self { memory, offset: found.stx_dio_offset_align.into() });
+        }
+        // Kernels before 6.1 do not tell. No sector of a device that holds a file system is larger than a page.
+        let sector = logical_sector(file).unwrap_or(4096);
+        Ok(Self { memory: 4096, offset: sector.max(512) })
+    }
+}
+
+/// The size of a block device's logical sectors.
+fn logical_sector(file: &File) -> Option<u64> {
+    let mut size: libc::c_int = 0;
+    // SAFETY: the request writes one int, which lives on this stack across the call.
+    let outcome = unsafe { libc::ioctl(file.as_raw_fd(), BLKSSZGET, &mut size) };
+    if outcome == 0 { u64::try_from(size).ok() } else { None }
+}
+
+/// Tells a block device that nobody needs these bytes. Devices that know no discard keep them; that is no error.
+pub(crate) fn discard_device(file: &File, offset: u64, len: u64) -> io::Result<()> {
+    let sector = logical_sector(file).unwrap_or(4096).max(512);
+    let (start, end) = (offset.next_multiple_of(sector), (offset + len) / sector * sector);
+    if start >= end {
+        return Ok(());
+    }
+    let range = [start, end - start];
+    // SAFETY: the request reads two 64-bit numbers, which live on this stack across the call.
+    match unsafe { libc::ioctl(file.as_raw_fd(), BLKDISCARD, range.as_ptr()) } {
+        0 => Ok(()),
+        _ => match io::Error::last_os_error() {
+            e if matches!(e.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOTTY)) => Ok(()),
+            e => Err(e),
+        },
+    }
+}
+
+/// A file in memory without a name.
+pub(crate) fn memfd(flags: libc::c_uint) -> io::Result<File> {
+    // SAFETY: the name is a NUL-terminated literal.
+    let fd = unsafe { libc::memfd_create(c"cofferdam".as_ptr(), libc::MFD_CLOEXEC | flags) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: memfd_create returned a new descriptor that nobody else owns.
+    Ok(unsafe { File::from_raw_fd(fd) })
+}
+
+/// The same, of a size.
+pub(crate) fn memory_file(size: Size) -> io::Result<File> {
+    let file = memfd(0)?;
+    file.set_len(size.as_bytes())?;
+    Ok(file)
+}
+
+/// A new file in `folder` that is to get its real name when it is whole, and the name it has until then.
+pub(crate) fn draft_file(folder: &Path) -> io::Result<(File, PathBuf)> {
+    let mut number = [0; 16];
+    fill_random(&mut number)?;
+    let path = folder.join(format!(".cofferdam-{:032x}", u128::from_le_bytes(number)));
+    let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(&path)?;
+    Ok((file, path))
+}
+
+/// Renames a file unless there is one of that name already.
+pub(crate) fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
+    let c_string = |path: &Path| CString::new(path.as_os_str().as_bytes());
+    let (c_from, c_to) = (c_string(from)?, c_string(to)?);
+    let (here, how) = (libc::AT_FDCWD, libc::RENAME_NOREPLACE);
+    // SAFETY: both paths are NUL-terminated and live across the call.
+    match unsafe { libc::renameat2(here, c_from.as_ptr(), here, c_to.as_ptr(), how) } {
+        0 => Ok(()),
+        _ => match io::Error::last_os_error() {
+            // The file system knows no such way, as some network file systems do not: one of them has both names for a moment.
+            e if matches!(e.raw_os_error(), Some(libc::EINVAL | libc::ENOSYS)) => {
+                fs::hard_link(from, to)?;
+                fs::remove_file(from)
+            }
+            e => Err(e),
+        },
+    }
+}

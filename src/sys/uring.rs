@@ -1,0 +1,166 @@
+//! [`Uring`]: an io_uring for files. The crate `io-uring` lives here only.
+//!
+//! Owned by whoever moves bytes with it, used on one thread at a time. What the kernel was given must stay valid until its
+//! completion was taken: that is the caller's business, see `memory::Mover`.
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+
+use io_uring::{IoUring, Probe, opcode, squeue, types};
+
+/// The number under which the answers to cancellations come, which tell nothing.
+const CANCEL: u64 = u64::MAX;
+
+/// Submission and completion queues that are shared with the kernel.
+pub(crate) struct Uring {
+    ring: IoUring,
+    room: usize,
+}
+
+impl Uring {
+    /// A ring on which at most `entries` operations, a power of two, are under way.
+    ///
+    /// # Errors
+    /// The kernel's: `ENOSYS` and `EPERM` where there is none or it is forbidden, `ENOMEM` for a lack of lockable memory;
+    /// `EOPNOTSUPP` where it does not know every operation that is needed, before Linux 5.6.
+    pub(crate) fn new(entries: u32) -> io::Result<Self> {
+        // Completions get twice the room, for the answers to cancellations.
+        let ring = IoUring::builder().dontfork().build(entries)?;
+        let mut probe = Probe::new();
+        ring.submitter().register_probe(&mut probe)?;
+        let needed = [
+            opcode::Read::CODE,
+            opcode::Write::CODE,
+            opcode::Readv::CODE,
+            opcode::Writev::CODE,
+            opcode::Fsync::CODE,
+            opcode::Fallocate::CODE,
+            opcode::AsyncCancel::CODE,
+        ];
+        if needed.iter().any(|code| !probe.is_supported(*code)) {
+            return Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP));
+        }
+        Ok(Self { ring, room: entries as usize })
+    }
+
+    /// How many operations may be under way at once.
+    pub(crate) fn room(&self) -> usize {
+        self.room
+    }
+
+    /// False when the queue is full: submit, and try again.
+    fn push(&mut self, entry: squeue::Entry, tag: u64) -> bool {
+        let entry = entry.user_data(tag);
+        // SAFETY: the entry's buffers are valid until its completion, by the contract of those who call this.
+        unsafe { self.ring.submission().push(&entry) }.is_ok()
+    }
+
+    /// Queues a read from `fd` at `offset` into the buffers; may be short. False when the queue is full.
+    ///
+    /// # Safety
+    /// The array and every buffer must be valid for writes of its length until [`Uring::next`] has given `tag` back, or for
+    /// ever.
+    pub(crate) unsafe fn read(&mut self, tag: u64, fd: RawFd, buffers: &[libc::iovec], offset: u64) -> bool {
+        let fd = types::Fd(fd);
+        let entry = match buffers {
+            [one] => opcode::Read::new(fd, one.iov_base.cast(), length(one)).offset(offset).build(),
+            many => opcode::Readv::new(fd, many.as_ptr(), super::iovec::count(many) as u32).offset(offset).build(),
+        };
+        self.push(entry, tag)
+    }
+
+    /// Queues a write of the buffers to `fd` at `offset`; may be short. False when the queue is full.
+    ///
+    /// # Safety
+    /// The array and every buffer must be valid for reads of its length until [`Uring::next`] has given `tag` back, or for
+    /// ever.
+    pub(crate) unsafe fn write(&mut self, tag: u64, fd: RawFd, buffers: &[libc::iovec], offset: u64) -> bool {
+        let fd = types::Fd(fd);
+        let entry = match buffers {
+            [one] => opcode::Write::new(fd, one.iov_base.cast_const().cast(), length(one)).offset(offset).build(),
+            many => opcode::Writev::new(fd, many.as_ptr(), super::iovec::count(many) as u32).offset(offset).build(),
+        };
+        self.push(entry, tag)
+    }
+
+    /// Queues an `fdatasync`.
+    pub(crate) fn sync(&mut self, tag: u64, fd: RawFd) -> bool {
+        self.push(opcode::Fsync::new(types::Fd(fd)).flags(types::FsyncFlags::DATASYNC).build(), tag)
+    }
+
+    /// Queues a `fallocate`.
+    pub(crate) fn allocate(&mut self, tag: u64, fd: RawFd, mode: i32, offset: u64, len: u64) -> bool {
+        self.push(opcode::Fallocate::new(types::Fd(fd), len).offset(offset).mode(mode).build(), tag)
+    }
+
+    /// Queues the wish that `tag` ends soon, however.
+    pub(crate) fn cancel(&mut self, tag: u64) -> bool {
+        self.push(opcode::AsyncCancel::new(tag).build(), CANCEL)
+    }
+
+    /// Hands what is queued to the kernel; many at once are one system call.
+    pub(crate) fn submit(&mut self) -> io::Result<()> {
+        while !self.ring.submission().is_empty() {
+            match self.ring.submit() {
+                Ok(_) => {}
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(())
+    }
+
+    /// The next operation that ended, and what the system call of its kind would have returned, errors as negative numbers.
+    pub(crate) fn next(&mut self) -> Option<(u64, i32)> {
+        let mut completions = self.ring.completion();
+        loop {
+            let entry = completions.next()?;
+            if entry.user_data() != CANCEL {
+                return Some((entry.user_data(), entry.result()));
+            }
+        }
+    }
+
+    /// Readable while [`Uring::next`] has something to give.
+    pub(crate) fn as_fd(&self) -> BorrowedFd<'_> {
+        // SAFETY: the ring owns an open descriptor for as long as the borrow of it lives.
+        unsafe { BorrowedFd::borrow_raw(self.ring.as_raw_fd()) }
+    }
+}
+
+/// Buffers beyond 4 GiB are short transfers, as the kernel makes them of all beyond 2 GiB.
+fn length(buffer: &libc::iovec) -> u32 {
+    u32::try_from(buffer.iov_len).unwrap_or(1 << 30)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sys::{temp_file, wait_readable};
+    use std::os::fd::AsRawFd;
+    use std::os::unix::fs::FileExt;
+
+    #[test]
+    fn several_operations_are_one_submission() {
+        let mut ring = Uring::new(4).unwrap();
+        let file = temp_file(&std::env::temp_dir()).unwrap();
+        file.write_all_at(b"abcdef", 0).unwrap();
+        let mut to = [[0u8; 3]; 2];
+        let buffers = to.each_mut().map(|b| libc::iovec { iov_base: b.as_mut_ptr().cast(), iov_len: 3 });
+        // SAFETY: the buffers outlive the loop below, which takes all completions.
+        unsafe {
+            assert!(ring.read(7, file.as_raw_fd(), &buffers, 1));
+            assert!(ring.read(8, file.as_raw_fd(), &buffers[..1], 100));
+        }
+        assert!(ring.sync(9, file.as_raw_fd()) && ring.cancel(1000) && !ring.sync(10, 0));
+        ring.submit().unwrap();
+        let mut ended = Vec::new();
+        while ended.len() < 3 {
+            wait_readable(ring.as_fd(), None).unwrap();
+            ended.extend(std::iter::from_fn(|| ring.next()));
+        }
+        ended.sort_unstable();
+        assert_eq!(ended, [(7, 5), (8, 0), (9, 0)]);
+        assert_eq!(&to.concat(), b"bcdef\0");
+    }
+}

@@ -1,0 +1,124 @@
+//! Files with any bytes in them, and what a guest does on those that are taken for disks: for `crate::doors`.
+
+use std::fs;
+use std::ops::ControlFlow;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use super::overlay::{STATES, reseal};
+use super::{BasePath, BlockBackend, OverlayDisk};
+use crate::memory::{GuestAddress, GuestMemory};
+
+/// A folder that goes away with its door.
+struct Folder(PathBuf);
+
+impl Folder {
+    fn new() -> Option<Self> {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let n = NEXT.fetch_add(1, Ordering::Relaxed);
+        let path = std::env::temp_dir().join(format!("cofferdam-door-{}-{n}", std::process::id()));
+        fs::create_dir_all(&path).ok()?;
+        Some(Self(path))
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+fn take<const N: usize>(bytes: &mut &[u8]) -> [u8; N] {
+    let (now, later) = bytes.split_at(N.min(bytes.len()));
+    *bytes = later;
+    let mut taken = [0; N];
+    taken.iter_mut().zip(now).for_each(|(to, byte)| *to = *byte);
+    taken
+}
+
+/// Changes up to 16 runs of up to 8 bytes in the first `within` bytes of a file.
+fn patch(file: &mut [u8], within: usize, bytes: &mut &[u8]) {
+    let [count] = take(bytes);
+    for _ in 0..count % 17 {
+        let ([len], at) = (take(bytes), usize::from(u16::from_le_bytes(take(bytes))) % within.max(1));
+        for n in at..at + usize::from(len % 8) + 1 {
+            let [byte] = take(bytes);
+            if let Some(place) = file.get_mut(n) {
+                *place = byte;
+            }
+        }
+    }
+}
+
+/// Whatever a guest can ask for.
+fn use_disk(disk: &mut dyn BlockBackend, mut bytes: &[u8]) {
+    let Ok(memory) = GuestMemory::anonymous(&[(GuestAddress(0), 1 << 20)]) else { return };
+    let size = disk.shape().len;
+    for _ in 0..32 {
+        let [what, sector, high, count] = take(&mut bytes);
+        let sectors = size / 512;
+        let offset = (u64::from(sector) | u64::from(high) << 24) % sectors * 512;
+        let len = (u64::from(count) + 1).min(sectors - offset / 512) * 512;
+        let Ok(segment) = memory.segment(GuestAddress(0), len as usize) else { return };
+        // A failure is an answer.
+        let _ = match what % 7 {
+            0 | 1 => disk.read(&memory, &[segment], offset),
+            2 => disk.write(&memory, &[segment], offset),
+            3 => disk.write_zeroes(offset, len, what > 127),
+            4 => disk.discard(offset, len),
+            5 => disk.extents(what > 127, offset, len).map_or(Ok(()), |found| found.map(drop)),
+            _ => disk.flush(),
+        };
+    }
+}
+
+pub(crate) fn overlay(data: &[u8]) {
+    let (mut bytes, Some(folder)) = (data, Folder::new()) else { return };
+    let (base, path) = (folder.0.join("base"), folder.0.join("overlay"));
+    let raw = BasePath::Raw(base.clone());
+    if fs::write(&base, [7; 8192]).is_err() || super::create(&path, &raw, None).is_err() {
+        return;
+    }
+    let Ok(file) = fs::OpenOptions::new().read(true).write(true).open(&path) else { return };
+    let mut head = vec![0; STATES as usize + 64];
+    use std::os::unix::fs::FileExt;
+    if file.read_exact_at(&mut head, 0).is_err() {
+        return;
+    }
+    let [how] = take(&mut bytes);
+    // The header's numbers, or all that there is.
+    patch(&mut head, if how & 1 == 0 { 116 } else { STATES as usize + 64 }, &mut bytes);
+    if how & 2 == 0 {
+        reseal(&mut head);
+    }
+    let _ = file.write_all_at(&head, 0);
+    if how & 4 == 0 {
+        let _ = file.set_len(u64::from(u16::from_le_bytes(take(&mut bytes))));
+    }
+    drop(file);
+    if let Ok(mut disk) = OverlayDisk::open(&path, None, how & 8 == 0) {
+        use_disk(&mut disk, bytes);
+    }
+    let few = &mut |done: u64, _: u64| if done < 4 << 20 { ControlFlow::Continue(()) } else { ControlFlow::Break(()) };
+    let _ = super::flatten(&path, &folder.0.join("flat"), few);
+    let _ = super::compact(&path, few);
+}
+
+#[cfg(feature = "qcow2")]
+pub(crate) fn qcow2_open(data: &[u8]) {
+    let Some(folder) = Folder::new() else { return };
+    let (mut bytes, path) = (data, folder.0.join("image"));
+    let mut image = super::qcow2::small().to_vec();
+    let [how] = take(&mut bytes);
+    let len = image.len();
+    patch(&mut image, if how & 1 == 0 { 112 } else { len }, &mut bytes);
+    if how & 2 == 0 {
+        image.truncate(usize::from(u16::from_le_bytes(take(&mut bytes))));
+    }
+    if fs::write(&path, image).is_err() {
+        return;
+    }
+    if let Ok(mut disk) = super::Qcow2::open(&path, None, how & 4 == 0) {
+        use_disk(&mut disk, bytes);
+    }
+}

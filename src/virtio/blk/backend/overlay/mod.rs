@@ -1,0 +1,405 @@
+//! A private, sparse file over a base that is only read: what was written is here, all else is there. Owned by its disk's loop.
+//!
+//! What a cluster's state says is never ahead of its bytes: a flush makes the bytes durable, then writes the states, then makes
+//! those durable. So whatever part of what was not flushed a loss of power leaves behind, each sector is as it was at the last
+//! flush or as it was written since.
+
+mod format;
+mod open;
+#[cfg(test)]
+mod power;
+mod rewrite;
+mod states;
+#[cfg(test)]
+mod tests;
+
+use std::io;
+use std::ops::Range;
+use std::os::fd::RawFd;
+
+use super::layer::{Layer, push};
+use super::storage::{Storage, zeroes_to_guest};
+use super::{BlockBackend, Extent, Shape, front};
+
+use crate::memory::{GuestMemory, Segment};
+use format::{CLUSTER, Header};
+#[cfg(any(test, feature = "internals"))]
+pub(super) use format::{STATES, reseal};
+pub(crate) use open::{BasePath, create};
+pub(crate) use rewrite::{compact, flatten, freeze, rebase};
+use states::{State, States};
+
+/// Clusters that are given up at once: their states fit into memory.
+const AT_ONCE: u64 = 64 * format::PER_PAGE;
+/// Writes under way that are remembered. More cannot be in a queue of the device.
+const IN_FLIGHT: usize = 4096;
+
+/// An open overlay.
+#[derive(Debug)]
+pub(crate) struct OverlayDisk {
+    file: Box<dyn Storage>,
+    header: Header,
+    base: Box<dyn Layer>,
+    states: States,
+    /// Clusters of the base that somebody else is writing whole.
+    in_flight: Vec<Range<u64>>,
+    read_only: bool,
+    /// Whether the file has a name, so that somebody can read it after a loss of power.
+    durable: bool,
+    /// A sync has failed, upon which the kernel forgets what it could not write: nothing is durable from then on.
+    failed: bool,
+    /// How many bytes it may take up.
+    limit: u64,
+    /// How many it takes up, at most.
+    allocated: u64,
+}
+
+impl OverlayDisk {
+    fn new(file: Box<dyn Storage>, header: Header, base: Box<dyn Layer>) -> io::Result<Self> {
+        let allocated = file.allocated()?;
+        Ok(Self {
+            file,
+            header,
+            base,
+            states: States::default(),
+            in_flight: Vec::new(),
+            read_only: false,
+            durable: true,
+            failed: false,
+            limit: u64::MAX,
+            allocated,
+        })
+    }
+
+    fn writable(&self) -> io::Result<()> {
+        if self.read_only { Err(io::Error::from_raw_os_error(libc::EROFS)) } else { Ok(()) }
+    }
+
+    /// Where these bytes of the disk are in the file.
+    fn place(&self, offset: u64) -> u64 {
+        self.header.data + offset
+    }
+
+    /// All clusters that a range touches.
+    fn touched(offset: u64, len: u64) -> Range<u64> {
+        offset / CLUSTER..offset.saturating_add(len).div_ceil(CLUSTER)
+    }
+
+    /// The clusters of which nothing is outside the range. The disk's last one may be a piece.
+    fn whole(&self, offset: u64, len: u64) -> Range<u64> {
+        let (start, end) = (offset.div_ceil(CLUSTER), offset.saturating_add(len));
+        let end = if end >= self.header.size { end.div_ceil(CLUSTER) } else { end / CLUSTER };
+        start..end.max(start)
+    }
+
+    /// The state of the first bytes of a range, and how many they are.
+    fn run(&mut self, offset: u64, len: u64) -> io::Result<(State, u64)> {
+        let (state, count) = self.states.run(&*self.file, Self::touched(offset, len))?;
+        Ok((state, ((offset / CLUSTER + count) * CLUSTER - offset).min(len)))
+    }
+
+    /// Calls `each` with every run of equal states, in order.
+    fn runs(
+        &mut self,
+        offset: u64,
+        len: u64,
+        mut each: impl FnMut(&mut Self, State, u64, u64) -> io::Result<()>,
+    ) -> io::Result<()> {
+        let (mut at, end) = (offset, offset + len);
+        while at < end {
+            let (state, len) = self.run(at, end - at)?;
+            each(self, state, at, len)?;
+            at += len;
+        }
+        Ok(())
+    }
+
+    /// Reads bytes of the disk.
+    fn read_bytes(&mut self, to: &mut [u8], offset: u64) -> io::Result<()> {
+        let here = usize::try_from(self.header.size.saturating_sub(offset)).unwrap_or(usize::MAX).min(to.len());
+        let (mut rest, beyond) = to.split_at_mut(here);
+        beyond.fill(0);
+        self.runs(offset, here as u64, |disk, state, at, len| {
+            let (now, later) = std::mem::take(&mut rest).split_at_mut(usize::try_from(len).unwrap_or(usize::MAX));
+            rest = later;
+            match state {
+                State::Here => disk.file.read(now, disk.place(at)),
+                State::Base => disk.base.read(now, at),
+                State::Zero => {
+                    now.fill(0);
+                    Ok(())
+                }
+            }
+        })
+    }
+
+    /// Makes sure that the range may be written in place, and that all that is in its clusters beside it is here.
+    fn prepare(&mut self, offset: u64, len: u64) -> io::Result<()> {
+        self.writable()?;
+        let touched = Self::touched(offset, len);
+        let missing = self.states.missing(&*self.file, touched.clone())?;
+        if missing == 0 {
+            return Ok(());
+        }
+        self.room_for(missing * CLUSTER)?;
+        let whole = self.whole(offset, len);
+        for cluster in [touched.start, touched.end - 1] {
+            if !whole.contains(&cluster) {
+                self.bring(cluster)?;
+            }
+        }
+        self.allocated += missing * CLUSTER;
+        Ok(())
+    }
+
+    /// Copies a cluster here, unless somebody is about to write all of it.
+    fn bring(&mut self, cluster: u64) -> io::Result<()> {
+        let this = cluster..cluster + 1;
+        let (state, _) = self.states.run(&*self.file, this.clone())?;
+        if state == State::Here || self.in_flight.iter().any(|clusters| clusters.contains(&cluster)) {
+            return Ok(());
+        }
+        let mut bytes = [0; CLUSTER as usize];
+        if state == State::Base {
+            self.base.read(&mut bytes, cluster * CLUSTER)?;
+        }
+        self.file.write(&bytes, self.place(cluster * CLUSTER))?;
+        self.states.set(&*self.file, this, State::Here)
+    }
+
+    /// Fails when so many bytes more are too many.
+    fn room_for(&mut self, more: u64) -> io::Result<()> {
+        if self.limit < self.allocated.saturating_add(more) {
+            // What was counted beforehand may not have come, or holes were made.
+            self.allocated = self.file.allocated()?;
+            if self.limit < self.allocated.saturating_add(more) {
+                return Err(io::Error::from_raw_os_error(libc::ENOSPC));
+            }
+        }
+        Ok(())
+    }
+
+    /// Keeps what is in memory within bounds.
+    fn trim(&mut self) -> io::Result<()> {
+        if self.states.many() { self.persist() } else { Ok(()) }
+    }
+
+    fn persist(&mut self) -> io::Result<()> {
+        self.sync()?;
+        if self.states.changed() {
+            self.states.write(&*self.file)?;
+            self.sync()?;
+        }
+        Ok(())
+    }
+
+    fn sync(&mut self) -> io::Result<()> {
+        if !self.durable {
+            return Ok(());
+        }
+        if self.failed {
+            return Err(io::Error::from_raw_os_error(libc::EIO));
+        }
+        let outcome = self.file.sync();
+        self.failed = outcome.is_err();
+        outcome
+    }
+
+    /// Sets clusters to zero, whatever the base has, and gives up their space.
+    fn zero_clusters(&mut self, clusters: Range<u64>, keep: bool) -> io::Result<()> {
+        let mut at = clusters.start;
+        while at < clusters.end {
+            let (state, count) = self.states.run(&*self.file, at..clusters.end.min(at + AT_ONCE))?;
+            let (place, len) = (self.place(at * CLUSTER), count * CLUSTER);
+            match state {
+                State::Zero => {}
+                State::Here if keep => self.file.zero(place, len)?,
+                State::Here => {
+                    self.file.punch(place, len)?;
+                    self.states.set(&*self.file, at..at + count, State::Zero)?;
+                    self.allocated = self.allocated.saturating_sub(len);
+                }
+                State::Base => self.states.set(&*self.file, at..at + count, State::Zero)?,
+            }
+            at += count;
+            self.trim()?;
+        }
+        Ok(())
+    }
+
+    /// Zeroes in a piece of one cluster.
+    fn zero_piece(&mut self, piece: Range<u64>) -> io::Result<()> {
+        let len = piece.end - piece.start;
+        if self.run(piece.start, len)?.0 == State::Zero {
+            return Ok(());
+        }
+        self.prepare(piece.start, len)?;
+        let zeroes = [0; CLUSTER as usize];
+        let zeroes = zeroes.get(..usize::try_from(len).unwrap_or(0)).unwrap_or_default();
+        self.file.write(zeroes, self.place(piece.start))
+    }
+}
+
+impl BlockBackend for OverlayDisk {
+    fn shape(&self) -> Shape {
+        let discard = if self.read_only { 0 } else { CLUSTER as u32 };
+        Shape { len: self.header.size, read_only: self.read_only, discard }
+    }
+
+    fn read(&mut self, memory: &GuestMemory, segments: &[Segment], offset: u64) -> io::Result<()> {
+        let mut rest = segments.to_vec();
+        let len = segments.iter().map(|s| s.len() as u64).sum();
+        self.runs(offset, len, |disk, state, at, len| {
+            let now = front(&mut rest, usize::try_from(len).unwrap_or(usize::MAX));
+            match state {
+                State::Here => disk.file.read_guest(memory, &now, disk.place(at)),
+                State::Base => disk.base.read_guest(memory, &now, at),
+                State::Zero => zeroes_to_guest(memory, &now),
+            }
+        })
+    }
+
+    fn write(&mut self, memory: &GuestMemory, segments: &[Segment], offset: u64) -> io::Result<()> {
+        let len = segments.iter().map(|s| s.len() as u64).sum();
+        if len == 0 {
+            return Ok(());
+        }
+        self.prepare(offset, len)?;
+        self.file.write_guest(memory, segments, self.place(offset))?;
+        self.states.set(&*self.file, Self::touched(offset, len), State::Here)?;
+        self.trim()
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        if self.read_only || !self.durable { Ok(()) } else { self.persist() }
+    }
+
+    fn discard(&mut self, offset: u64, len: u64) -> io::Result<()> {
+        self.writable()?;
+        self.zero_clusters(self.whole(offset, len), false)
+    }
+
+    fn write_zeroes(&mut self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
+        self.writable()?;
+        let (whole, end) = (self.whole(offset, len), offset + len);
+        if whole.is_empty() {
+            // Pieces of one cluster, or of two.
+            let middle = offset.next_multiple_of(CLUSTER).clamp(offset, end);
+            return [offset..middle, middle..end]
+                .into_iter()
+                .filter(|p| !p.is_empty())
+                .try_for_each(|p| self.zero_piece(p));
+        }
+        let (first, last) = (whole.start * CLUSTER, whole.end * CLUSTER);
+        if offset < first {
+            self.zero_piece(offset..first)?;
+        }
+        if last < end {
+            self.zero_piece(last..end)?;
+        }
+        self.zero_clusters(whole, !unmap)
+    }
+
+    fn grow(&mut self, len: u64) -> io::Result<()> {
+        self.writable()?;
+        if len < self.header.size || len > self.header.most() || len % 512 != 0 {
+            return Err(io::Error::from_raw_os_error(libc::EINVAL));
+        }
+        let larger = Header { size: len, ..self.header.clone() };
+        self.file.set_len(larger.file_len())?;
+        self.sync()?;
+        self.file.write(&larger.sector(), 0)?;
+        self.header = larger;
+        self.sync()
+    }
+
+    fn allocated(&self) -> io::Result<u64> {
+        self.file.allocated()
+    }
+
+    fn extents(&mut self, write: bool, offset: u64, len: u64) -> Option<io::Result<Vec<Extent>>> {
+        let fd = self.file.fd()?;
+        if !write {
+            let mut found = Vec::new();
+            return Some(self.list(offset, len, &mut found).map(|()| found));
+        }
+        let prepared = self.prepare(offset, len).and_then(|()| {
+            let whole = self.whole(offset, len);
+            if self.states.missing(&*self.file, whole.clone())? > 0 {
+                if self.in_flight.len() >= IN_FLIGHT {
+                    self.in_flight.remove(0);
+                }
+                self.in_flight.push(whole);
+            }
+            Ok(vec![Extent::File { fd, offset: self.place(offset), len }])
+        });
+        Some(prepared)
+    }
+
+    fn written(&mut self, offset: u64, len: u64) -> io::Result<()> {
+        self.abandoned(offset, len);
+        // What is beside the range in its clusters was copied before, or is being written by a request that this one overlaps.
+        self.states.set(&*self.file, Self::touched(offset, len), State::Here)?;
+        self.trim()
+    }
+
+    fn abandoned(&mut self, offset: u64, len: u64) {
+        let whole = self.whole(offset, len);
+        if let Some(n) = self.in_flight.iter().position(|it| *it == whole) {
+            self.in_flight.swap_remove(n);
+        }
+    }
+
+    fn sync_fd(&self) -> Option<RawFd> {
+        None
+    }
+
+    fn free_space(&self) -> io::Result<Option<u64>> {
+        if self.read_only { Ok(None) } else { self.file.free().map(Some) }
+    }
+}
+
+impl OverlayDisk {
+    fn list(&mut self, offset: u64, len: u64, found: &mut Vec<Extent>) -> io::Result<()> {
+        let fd = self.file.fd().ok_or(io::ErrorKind::Unsupported)?;
+        self.runs(offset, len, |disk, state, at, len| match state {
+            State::Base => disk.base.extents(at, len, found),
+            State::Here => {
+                push(found, Extent::File { fd, offset: disk.place(at), len });
+                Ok(())
+            }
+            State::Zero => {
+                push(found, Extent::Zeroes { len });
+                Ok(())
+            }
+        })
+    }
+}
+
+/// A frozen overlay is a base.
+impl Layer for OverlayDisk {
+    fn len(&self) -> u64 {
+        self.header.size
+    }
+
+    fn read(&mut self, to: &mut [u8], offset: u64) -> io::Result<()> {
+        self.read_bytes(to, offset)
+    }
+
+    fn read_guest(&mut self, memory: &GuestMemory, segments: &[Segment], offset: u64) -> io::Result<()> {
+        let mut beyond = segments.to_vec();
+        let here = usize::try_from(self.header.size.saturating_sub(offset)).unwrap_or(usize::MAX);
+        let here = front(&mut beyond, here);
+        BlockBackend::read(self, memory, &here, offset)?;
+        zeroes_to_guest(memory, &beyond)
+    }
+
+    fn extents(&mut self, offset: u64, len: u64, found: &mut Vec<Extent>) -> io::Result<()> {
+        let here = self.header.size.saturating_sub(offset).min(len);
+        self.list(offset, here, found)?;
+        if here < len {
+            push(found, Extent::Zeroes { len: len - here });
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,168 @@
+//! What is done to overlays that no VM has open: freezing, and new files that take an old one's place whole or not at all.
+
+use std::fs::{self, File};
+use std::io;
+use std::ops::ControlFlow;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use super::format::{CLUSTER, Header};
+use super::open::{BasePath, on, open_alone, open_on_changed, own_base, plan_again};
+use super::states::State;
+use super::{OverlayDisk, States};
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::sys;
+
+/// Bytes that are looked at between two reports.
+const STEP: u64 = 1 << 20;
+
+/// How far it is: bytes of the disk that are done, and how many there are. `Break` ends it.
+pub(crate) type Step<'a> = &'a mut dyn FnMut(u64, u64) -> ControlFlow<()>;
+
+/// From now on it is only read, and may be a base. One sector is replaced, so it is frozen or it is not.
+///
+/// # Errors
+/// As opening; freezing twice is none.
+pub(crate) fn freeze(path: &Path) -> Result<()> {
+    let mut disk = open_alone(path)?;
+    disk.persist()?;
+    disk.header.frozen = true;
+    disk.file.write(&disk.header.sector(), 0)?;
+    Ok(disk.file.sync()?)
+}
+
+/// Writes the whole disk as a raw image into a new file.
+pub(crate) fn flatten(path: &Path, to: &Path, step: Step<'_>) -> Result<()> {
+    let mut disk = OverlayDisk::open(path, None, true)?;
+    let size = disk.header.size;
+    publish(to, false, |file| {
+        file.set_len(size)?;
+        each_piece(size, step, |at, bytes| {
+            disk.read_bytes(bytes, at)?;
+            for (n, cluster) in bytes.chunks(CLUSTER as usize).enumerate() {
+                if cluster.iter().any(|byte| *byte != 0) {
+                    file.write_all_at(cluster, at + n as u64 * CLUSTER)?;
+                }
+            }
+            Ok(())
+        })
+    })
+    .doing(|| format!("writing {}", to.display()))
+}
+
+/// Puts the disk on another base; its own content stays what it is. With `same`, the new base is taken to have the content
+/// of the old one, which need not be there any more, and only what is here is copied.
+pub(crate) fn rebase(path: &Path, base: &BasePath, same: bool, step: Step<'_>) -> Result<()> {
+    let mut disk = if same { open_on_changed(path, base) } else { open_alone(path) }?;
+    let (header, mut below) = plan_again(&disk, base)?;
+    let (_, layer) = plan_again(&disk, base)?;
+    replace(path, header, layer, |new| {
+        copy(&mut disk, new, step, |disk, state, at, bytes, theirs| {
+            if same {
+                return Ok(state != State::Base);
+            }
+            disk.read_bytes(bytes, at)?;
+            below.read(theirs, at)?;
+            Ok(bytes != theirs)
+        })
+    })
+}
+
+/// Writes it again without what is the same as in its base.
+pub(crate) fn compact(path: &Path, step: Step<'_>) -> Result<()> {
+    let mut disk = open_alone(path)?;
+    let (header, layer) = plan_again(&disk, &own_base(&disk))?;
+    replace(path, header, layer, |new| {
+        copy(&mut disk, new, step, |disk, state, at, bytes, theirs| {
+            if state == State::Base {
+                return Ok(false);
+            }
+            disk.read_bytes(bytes, at)?;
+            disk.base.read(theirs, at)?;
+            Ok(bytes != theirs)
+        })
+    })
+}
+
+/// Copies the clusters for which `wanted` says so, as data or as zeroes.
+fn copy(
+    disk: &mut OverlayDisk,
+    new: &mut OverlayDisk,
+    step: Step<'_>,
+    mut wanted: impl FnMut(&mut OverlayDisk, State, u64, &mut [u8], &mut [u8]) -> io::Result<bool>,
+) -> Result<()> {
+    let mut theirs = [0; CLUSTER as usize];
+    each_piece(disk.header.size, step, |at, bytes| {
+        for (n, cluster) in bytes.chunks_mut(CLUSTER as usize).enumerate() {
+            let at = at + n as u64 * CLUSTER;
+            let theirs = theirs.get_mut(..cluster.len()).unwrap_or_default();
+            let (state, _) = disk.run(at, cluster.len() as u64)?;
+            if !wanted(disk, state, at, cluster, theirs)? {
+                continue;
+            }
+            disk.read_bytes(cluster, at)?;
+            let this = at / CLUSTER..at / CLUSTER + 1;
+            if cluster.iter().all(|byte| *byte == 0) {
+                new.states.set(&*new.file, this, State::Zero)?;
+            } else {
+                new.file.write(cluster, new.place(at))?;
+                new.states.set(&*new.file, this, State::Here)?;
+            }
+        }
+        new.trim()
+    })?;
+    Ok(new.persist()?)
+}
+
+/// Calls `each` with a buffer for every piece of the disk.
+fn each_piece(size: u64, step: Step<'_>, mut each: impl FnMut(u64, &mut [u8]) -> io::Result<()>) -> Result<()> {
+    let mut bytes = vec![0; STEP as usize];
+    for at in (0..size).step_by(STEP as usize) {
+        if step(at, size).is_break() {
+            return Err(Error::new(ErrorKind::Cancelled, format!("told to stop after {at} of {size} bytes")));
+        }
+        let len = usize::try_from((size - at).min(STEP)).unwrap_or(0);
+        each(at, bytes.get_mut(..len).unwrap_or_default())?;
+    }
+    let _ = step(size, size);
+    Ok(())
+}
+
+/// Lets `fill` write a new overlay, which then takes the place of the one at `path`.
+fn replace(
+    path: &Path,
+    header: Header,
+    base: Box<dyn super::Layer>,
+    fill: impl FnOnce(&mut OverlayDisk) -> Result<()>,
+) -> Result<()> {
+    publish(path, true, |file| {
+        let mut new = on(file.try_clone()?, header, base)?;
+        new.states = States::default();
+        fill(&mut new)
+    })
+}
+
+/// Lets `fill` write a file in the folder of `path`, and gives it that name when it is durable: whole or not at all. Where
+/// there is one already it takes its place, or fails.
+pub(super) fn publish(path: &Path, over: bool, fill: impl FnOnce(&File) -> Result<()>) -> Result<()> {
+    if !over && path.symlink_metadata().is_ok() {
+        return Err(Error::from(io::Error::from_raw_os_error(libc::EEXIST)));
+    }
+    // A link to the overlay goes on leading to it.
+    let path = if over { &fs::canonicalize(path)? } else { path };
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let (file, draft) = sys::draft_file(folder)?;
+    let outcome = fill(&file).and_then(|()| Ok(file.sync_all()?)).and_then(|()| {
+        if over {
+            fs::set_permissions(&draft, fs::metadata(path)?.permissions())?;
+            fs::rename(&draft, path)?;
+        } else {
+            sys::rename_new(&draft, path)?;
+        }
+        Ok(File::open(folder)?.sync_all()?)
+    });
+    if outcome.is_err() {
+        let _ = fs::remove_file(&draft);
+    }
+    outcome
+}

@@ -1,0 +1,166 @@
+//! The header of a qcow2 image (QEMU, docs/interop/qcow2.txt), read by ourselves: what is not supported is refused by its name
+//! before anything is opened for writing or allocated.
+
+use crate::error::{Error, ErrorKind, Result};
+
+/// Bytes that are read: the header, its extensions and the backing file's name are in the first cluster.
+pub(super) const MOST: usize = 64 << 10;
+/// As QEMU has them.
+const MAX_L1: u64 = 32 << 20;
+const MAX_REFCOUNT_TABLE: u64 = 8 << 20;
+const MAX_NAME: usize = 1023;
+/// The extension that names the backing file's format.
+const BACKING_FORMAT: u32 = 0xe279_2aca;
+/// Where the byte with the incompatible feature "dirty refcounts" is, as its lowest bit.
+pub(super) const DIRTY: u64 = 79;
+/// Incompatible features, by their bits.
+const FEATURES: [&str; 5] =
+    ["dirty refcounts", "corrupt", "external data file", "compression type", "extended L2 entries"];
+
+/// What of a header is of use before the image is open.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Header {
+    /// Bytes of the disk.
+    pub size: u64,
+    /// Bytes of a cluster.
+    pub cluster: u32,
+    /// The name of the backing file as the image has it, and its format.
+    pub backing: Option<(String, Format)>,
+}
+
+/// What a backing file is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Format {
+    Raw,
+    Qcow2,
+}
+
+fn corrupt(problem: impl Into<std::borrow::Cow<'static, str>>) -> Error {
+    Error::new(ErrorKind::Corrupt, problem)
+}
+
+fn unsupported(problem: impl std::fmt::Display) -> Error {
+    Error::new(ErrorKind::Unsupported, format!("qcow2: {problem}"))
+}
+
+impl Header {
+    /// Reads the first bytes of a file of `len` bytes that is to be written, or not.
+    ///
+    /// # Errors
+    /// `Corrupt` when it is none or damaged, `Unsupported` names what of it is not.
+    pub(super) fn parse(bytes: &[u8], len: u64, write: bool) -> Result<Self> {
+        let cut = || corrupt("the file is too short for a qcow2 image");
+        let u32_at = |at| number(bytes, at).map(u32::from_be_bytes).ok_or_else(cut);
+        let u64_at = |at| number(bytes, at).map(u64::from_be_bytes).ok_or_else(cut);
+        if u32_at(0)? != 0x5146_49fb {
+            return Err(corrupt("not a qcow2 image"));
+        }
+        let version = u32_at(4)?;
+        if !(2..=3).contains(&version) {
+            return Err(unsupported(format!("version {version}; versions 2 and 3 are known")));
+        }
+        match u32_at(32)? {
+            0 => {}
+            1 => return Err(unsupported("the image is encrypted (AES)")),
+            2 => return Err(unsupported("the image is encrypted (LUKS)")),
+            other => return Err(unsupported(format!("the image is encrypted (method {other})"))),
+        }
+        let header_len = if version == 2 { 72 } else { Self::features(bytes, u64_at(72)?)? };
+        if write && version == 2 {
+            return Err(unsupported(
+                "writing version 2, which cannot be marked as open; see qemu-img amend -o compat=1.1",
+            ));
+        }
+        let snapshots = u32_at(60)?;
+        if write && snapshots > 0 {
+            return Err(unsupported(format!("writing beside {snapshots} internal snapshots; it can be read")));
+        }
+        let (bits, size) = (u32_at(20)?, u64_at(24)?);
+        if !(9..=21).contains(&bits) {
+            return Err(corrupt(format!("clusters of 2^{bits} bytes cannot be")));
+        }
+        if size == 0 || size % 512 != 0 || size > 1 << 62 {
+            return Err(corrupt(format!(
+                "{size} bytes are not a disk: a multiple of 512 is needed, at least one sector"
+            )));
+        }
+        let cluster = 1u64 << bits;
+        let within = |offset: u64, bytes: u64| {
+            offset % cluster == 0 && offset > 0 && offset.checked_add(bytes).is_some_and(|end| end <= len)
+        };
+        let (l1, l1_at) = (u64::from(u32_at(36)?) * 8, u64_at(40)?);
+        if l1 > MAX_L1 || (l1 / 8).saturating_mul(cluster / 8).saturating_mul(cluster) < size || !within(l1_at, l1) {
+            return Err(corrupt("its table of clusters (L1) cannot be"));
+        }
+        let (refcounts_at, refcounts) = (u64_at(48)?, u64::from(u32_at(56)?) * cluster);
+        if refcounts == 0 || refcounts > MAX_REFCOUNT_TABLE || !within(refcounts_at, refcounts.min(cluster)) {
+            return Err(corrupt("its table of reference counts cannot be"));
+        }
+        let backing = Self::backing(bytes, u64_at(8)?, u32_at(16)?, header_len)?;
+        Ok(Self { size, cluster: cluster as u32, backing })
+    }
+
+    /// Checks what only version 3 has; how long its header is.
+    fn features(bytes: &[u8], incompatible: u64) -> Result<usize> {
+        let cut = || corrupt("the file is too short for a qcow2 image");
+        let order = number(bytes, 96).map(u32::from_be_bytes).ok_or_else(cut)?;
+        let len = number(bytes, 100).map(u32::from_be_bytes).ok_or_else(cut)?;
+        // The first one is enough to be refused.
+        let lowest = (incompatible != 0).then(|| incompatible.trailing_zeros() as usize);
+        match lowest.map(|bit| (bit, FEATURES.get(bit))) {
+            None => {}
+            Some((bit, Some(name))) if bit < 2 => {
+                return Err(corrupt(format!("the image is marked {name:?}: repair it with qemu-img check -r all")));
+            }
+            Some((bit, Some(name))) => return Err(unsupported(format!("incompatible feature {name:?} (bit {bit})"))),
+            Some((bit, None)) => return Err(unsupported(format!("unknown incompatible feature (bit {bit})"))),
+        }
+        if order > 6 || !(104..=4096).contains(&len) {
+            return Err(corrupt("its header cannot be"));
+        }
+        Ok(len as usize)
+    }
+
+    fn backing(bytes: &[u8], at: u64, len: u32, header_len: usize) -> Result<Option<(String, Format)>> {
+        if at == 0 {
+            return Ok(None);
+        }
+        let (at, len) = (usize::try_from(at).unwrap_or(usize::MAX), len as usize);
+        let name = bytes.get(at..at.saturating_add(len)).filter(|name| (1..=MAX_NAME).contains(&name.len()));
+        let name = name.ok_or_else(|| corrupt("the name of its backing file cannot be"))?;
+        let name =
+            String::from_utf8(name.to_vec()).map_err(|_| unsupported("a backing file whose name is not UTF-8"))?;
+        match extension(bytes, header_len, BACKING_FORMAT) {
+            Some(b"raw") => Ok(Some((name, Format::Raw))),
+            Some(b"qcow2") => Ok(Some((name, Format::Qcow2))),
+            Some(other) => {
+                let other = String::from_utf8_lossy(other).into_owned();
+                Err(unsupported(format!("backing file {name:?} is in format {other:?}; raw and qcow2 are known")))
+            }
+            // To look into the file would let a guest that wrote it choose.
+            None => Err(unsupported(format!(
+                "the image does not say in which format its backing file {name:?} is; see qemu-img rebase -u -F"
+            ))),
+        }
+    }
+}
+
+/// The data of a header extension.
+fn extension(bytes: &[u8], mut at: usize, wanted: u32) -> Option<&[u8]> {
+    loop {
+        let kind = u32::from_be_bytes(number(bytes, at)?);
+        let len = u32::from_be_bytes(number(bytes, at + 4)?) as usize;
+        if kind == 0 {
+            return None;
+        }
+        let data = bytes.get(at + 8..(at + 8).checked_add(len)?)?;
+        if kind == wanted {
+            return Some(data);
+        }
+        at += 8 + len.next_multiple_of(8);
+    }
+}
+
+fn number<const N: usize>(bytes: &[u8], at: usize) -> Option<[u8; N]> {
+    bytes.get(at..at.checked_add(N)?)?.try_into().ok()
+}

@@ -1,0 +1,286 @@
+//! Images in QEMU's format, through the crate imago. Owned by the disk's loop; every call blocks.
+//!
+//! Which files belong to an image is decided here and never by the crate: names in a header are followed within one folder only.
+
+mod header;
+#[cfg(test)]
+mod tests;
+
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::RawFd;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+
+use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder, StorageOpenOptions};
+
+use super::raw::{length, open};
+use super::storage::{from_guest, to_guest};
+use super::{BlockBackend, Extent, Shape};
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::memory::{GuestMemory, Segment};
+use crate::sys;
+use header::{Format, Header};
+
+type Access = FormatAccess<imago::file::File>;
+
+/// Images that may lie on each other.
+const DEPTH: usize = 16;
+
+/// An open image with all that it lies on.
+#[derive(Debug)]
+pub(crate) struct Qcow2 {
+    access: Option<Access>,
+    /// The image's own file, which also holds the lock.
+    file: File,
+    size: u64,
+    read_only: bool,
+    cluster: u32,
+    /// The image says that it is open for writing.
+    marked: bool,
+    /// A sync has failed, or the crate has: nothing is durable from then on.
+    failed: bool,
+}
+
+/// The files that were opened on the way down, and the folder that they must be in.
+struct Chain {
+    folder: PathBuf,
+    files: Vec<(u64, u64)>,
+}
+
+impl Chain {
+    fn add(&mut self, file: &File) -> Result<()> {
+        let metadata = file.metadata()?;
+        let this = (metadata.dev(), metadata.ino());
+        if self.files.contains(&this) {
+            return Err(Error::new(ErrorKind::Corrupt, "the chain of backing files comes back to this image"));
+        }
+        if self.files.len() == DEPTH {
+            return Err(Error::new(ErrorKind::InvalidConfig, format!("more than {DEPTH} images lie on each other")));
+        }
+        self.files.push(this);
+        Ok(())
+    }
+
+    /// The path of a backing file as an image in `beside` names it.
+    fn find(&self, beside: &Path, name: &str) -> Result<PathBuf> {
+        let named = beside.parent().unwrap_or(Path::new("/")).join(name);
+        let path = fs::canonicalize(&named).doing(|| format!("finding backing file {}", named.display()))?;
+        if path.starts_with(&self.folder) {
+            return Ok(path);
+        }
+        Err(Error::new(
+            ErrorKind::PermissionDenied,
+            format!(
+                "its backing file {} is outside {}; see Disk::backing_folder",
+                path.display(),
+                self.folder.display()
+            ),
+        ))
+    }
+}
+
+/// Calls the crate. That it panics about a damaged image must not end the caller.
+fn guarded<T>(call: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+    catch_unwind(AssertUnwindSafe(call)).unwrap_or_else(|_| {
+        Err(io::Error::new(io::ErrorKind::InvalidData, "the image is damaged in a way that its reader cannot express"))
+    })
+}
+
+fn storage(file: &File, write: bool) -> io::Result<imago::file::File> {
+    imago::file::File::from_open_file(file.try_clone()?, StorageOpenOptions::new().write(write))
+}
+
+/// Opens an image and what it lies on, the lowest first.
+fn open_image(path: &Path, write: bool, chain: &mut Chain) -> Result<(Access, File, Header)> {
+    let file = open(path, !write, true, 0)?;
+    if !file.metadata()?.is_file() {
+        return Err(Error::new(ErrorKind::InvalidConfig, "not a regular file"));
+    }
+    chain.add(&file)?;
+    let len = file.metadata()?.len();
+    let mut bytes = vec![0; usize::try_from(len).unwrap_or(usize::MAX).min(header::MOST)];
+    file.read_exact_at(&mut bytes, 0)?;
+    let header = Header::parse(&bytes, len, write)?;
+    let backing = match &header.backing {
+        None => None,
+        Some((name, format)) => {
+            let below = chain.find(path, name)?;
+            Some(open_backing(&below, *format, chain).doing(|| format!("opening backing file {}", below.display()))?)
+        }
+    };
+    let own = storage(&file, write)?;
+    let image = guarded(|| {
+        imago::qcow2::Qcow2::<imago::file::File>::builder(own)
+            .write(write)
+            .backing(backing)
+            .data_file(None)
+            .open(DenyImplicitOpenGate::default())
+    });
+    let image = image.map_err(|e| Error::from(e).with_kind(ErrorKind::Corrupt))?;
+    Ok((FormatAccess::new(image), file, header))
+}
+
+fn open_backing(path: &Path, format: Format, chain: &mut Chain) -> Result<Access> {
+    if format == Format::Qcow2 {
+        return Ok(open_image(path, false, chain)?.0);
+    }
+    let file = open(path, true, true, 0)?;
+    chain.add(&file)?;
+    length(&file)?;
+    let own = storage(&file, false)?;
+    let raw = guarded(|| {
+        imago::raw::Raw::<imago::file::File>::builder(own).write(false).open(DenyImplicitOpenGate::default())
+    });
+    Ok(FormatAccess::new(raw?))
+}
+
+impl Qcow2 {
+    /// Opens and locks an image with its backing files, which are in `folder`, or where the image itself is.
+    ///
+    /// # Errors
+    /// `NotFound`; `PermissionDenied`, also for a backing file elsewhere; `ResourceExhausted` when somebody has one of them open;
+    /// `Corrupt` when the image is none, damaged, or lies on itself; `Unsupported` names what of it is not.
+    pub(crate) fn open(path: &Path, folder: Option<&Path>, read_only: bool) -> Result<Self> {
+        let doing = || format!("opening disk {}", path.display());
+        let path = fs::canonicalize(path).doing(doing)?;
+        let folder = match folder {
+            Some(folder) => fs::canonicalize(folder).doing(|| format!("backing_folder: {}", folder.display()))?,
+            None => path.parent().unwrap_or(Path::new("/")).to_path_buf(),
+        };
+        let mut chain = Chain { folder, files: Vec::new() };
+        let (access, file, Header { size, cluster, .. }) = open_image(&path, !read_only, &mut chain).doing(doing)?;
+        Ok(Self { access: Some(access), file, size, read_only, cluster, marked: false, failed: false })
+    }
+
+    /// What is needed before anything is written. The crate writes reference counts and tables without a sync in between, so after
+    /// a loss of power the counts may be behind, and who goes on would write over data. So the image is marked as QEMU does with
+    /// lazy reference counts, until it is closed: then they are to be counted again first.
+    fn writable(&mut self) -> io::Result<()> {
+        if self.read_only {
+            return Err(io::Error::from_raw_os_error(libc::EROFS));
+        }
+        if !self.marked {
+            self.mark(1)?;
+            self.marked = true;
+        }
+        Ok(())
+    }
+
+    fn mark(&self, bit: u8) -> io::Result<()> {
+        let mut byte = [0];
+        self.file.read_exact_at(&mut byte, header::DIRTY)?;
+        self.file.write_all_at(&[byte[0] & !1 | bit], header::DIRTY)?;
+        self.file.sync_data()
+    }
+
+    /// Calls the crate. Once it panicked, what it has in memory is not to be relied on and is never written.
+    fn call<T>(&mut self, call: impl FnOnce(&mut Access) -> io::Result<T>) -> io::Result<T> {
+        let gone = || io::Error::from_raw_os_error(libc::EIO);
+        let access = self.access.as_mut().filter(|_| !self.failed).ok_or_else(gone)?;
+        catch_unwind(AssertUnwindSafe(|| call(access))).unwrap_or_else(|_| {
+            self.failed = true;
+            Err(gone())
+        })
+    }
+}
+
+/// An image of 256 KiB in clusters of 512 bytes, some of which are written.
+#[cfg(any(test, feature = "internals"))]
+pub(super) fn small() -> &'static [u8] {
+    use imago::FormatCreateBuilder;
+    static IMAGE: std::sync::OnceLock<Vec<u8>> = std::sync::OnceLock::new();
+    let make = || -> io::Result<Vec<u8>> {
+        let file = sys::temp_file(&std::env::temp_dir())?;
+        let builder = imago::qcow2::Qcow2::<imago::file::File>::create_builder(storage(&file, true)?);
+        builder.size(256 << 10).cluster_size(512).create()?;
+        let image = imago::qcow2::Qcow2::<imago::file::File>::builder(storage(&file, true)?).write(true);
+        let image = FormatAccess::new(image.open(DenyImplicitOpenGate::default())?);
+        image.write([3; 4096].as_slice(), 1024)?;
+        image.write([4; 4096].as_slice(), 128 << 10)?;
+        image.flush()?;
+        let mut bytes = vec![0; usize::try_from(file.metadata()?.len()).unwrap_or(0)];
+        file.read_exact_at(&mut bytes, 0)?;
+        Ok(bytes)
+    };
+    IMAGE.get_or_init(|| make().unwrap_or_else(|e| unreachable!("{e}")))
+}
+
+impl Drop for Qcow2 {
+    fn drop(&mut self) {
+        if self.marked && self.flush().is_ok() {
+            let _ = self.mark(0);
+        }
+        // The crate writes what it still has in memory, which may go as wrong as all else.
+        let access = self.access.take();
+        let _ = catch_unwind(AssertUnwindSafe(|| drop(access)));
+    }
+}
+
+impl BlockBackend for Qcow2 {
+    fn shape(&self) -> Shape {
+        let discard = if self.read_only { 0 } else { self.cluster };
+        Shape { len: self.size, read_only: self.read_only, discard }
+    }
+
+    fn read(&mut self, memory: &GuestMemory, segments: &[Segment], offset: u64) -> io::Result<()> {
+        self.call(|image| to_guest(memory, segments, offset, |to, at| image.read(to, at)))
+    }
+
+    fn write(&mut self, memory: &GuestMemory, segments: &[Segment], offset: u64) -> io::Result<()> {
+        self.writable()?;
+        self.call(|image| from_guest(memory, segments, offset, |from, at| image.write(from, at)))
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        if self.read_only {
+            return Ok(());
+        }
+        // The crate's flush writes the tables that it has in memory, without a sync before: they must not speak of bytes that are
+        // not there yet.
+        let outcome = self.call(|image| image.sync().and_then(|()| image.flush()).and_then(|()| image.sync()));
+        self.failed |= outcome.is_err();
+        outcome
+    }
+
+    fn discard(&mut self, offset: u64, len: u64) -> io::Result<()> {
+        self.writable()?;
+        self.call(|image| image.discard_to_any(offset, len))
+    }
+
+    fn write_zeroes(&mut self, offset: u64, len: u64, _: bool) -> io::Result<()> {
+        self.writable()?;
+        self.call(|image| image.write_zeroes(offset, len))
+    }
+
+    fn grow(&mut self, len: u64) -> io::Result<()> {
+        self.writable()?;
+        if len < self.size || len % 512 != 0 {
+            return Err(io::Error::from_raw_os_error(libc::EINVAL));
+        }
+        self.call(|image| image.resize_grow(len, imago::format::PreallocateMode::None))?;
+        self.size = len;
+        Ok(())
+    }
+
+    fn allocated(&self) -> io::Result<u64> {
+        Ok(self.file.metadata()?.blocks() * 512)
+    }
+
+    fn extents(&mut self, _: bool, _: u64, _: u64) -> Option<io::Result<Vec<Extent>>> {
+        None
+    }
+
+    fn written(&mut self, _: u64, _: u64) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn sync_fd(&self) -> Option<RawFd> {
+        None
+    }
+
+    fn free_space(&self) -> io::Result<Option<u64>> {
+        if self.read_only { Ok(None) } else { sys::free_space(&self.file).map(Some) }
+    }
+}

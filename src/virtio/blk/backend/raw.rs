@@ -1,0 +1,245 @@
+//! A raw image: a file or block device of the host, locked, read and written in place.
+
+use std::fmt;
+use std::fs::{File, OpenOptions};
+use std::io::{self, Seek, SeekFrom};
+use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use super::super::SECTOR;
+use super::{BlockBackend, Extent, Shape, transfer};
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::memory::{GuestMemory, Segment};
+use crate::sys::{self, LockKind, try_lock};
+
+/// An open disk image. Its length is fixed when it is opened.
+#[derive(Debug)]
+pub(crate) struct RawFile {
+    file: File,
+    path: Option<PathBuf>,
+    len: u64,
+    read_only: bool,
+    /// Whether it is a device of the host.
+    device: bool,
+    /// A sync has failed, upon which the kernel forgets what it could not write: nothing is durable from then on.
+    failed: bool,
+}
+
+/// Opens an image and, unless told otherwise, locks it: readers share it, a writer has it alone, whoever they are. `flags`
+/// are more of `open(2)`.
+///
+/// # Errors
+/// `NotFound`, `PermissionDenied`; `ResourceExhausted` names who holds it.
+pub(super) fn open(path: &Path, read_only: bool, locked: bool, flags: i32) -> Result<File> {
+    let file = OpenOptions::new().read(true).write(!read_only).custom_flags(flags).open(path)?;
+    if locked {
+        lock_or_name_holder(&file, if read_only { LockKind::Shared } else { LockKind::Exclusive })?;
+    }
+    Ok(file)
+}
+
+/// # Errors
+/// `ResourceExhausted` when somebody else has it.
+pub(super) fn lock_or_name_holder(file: &File, kind: LockKind) -> Result<()> {
+    if try_lock(file, kind)? {
+        return Ok(());
+    }
+    let holder = sys::lock_holder(file).unwrap_or_else(|| "another process".into());
+    Err(Error::new(
+        ErrorKind::ResourceExhausted,
+        format!(
+            "{holder} has it open for writing, or would be disturbed by writes; \
+             share it read-only, use an overlay or a copy, or see Disk::unlocked"
+        ),
+    ))
+}
+
+/// How long an image is, in bytes.
+///
+/// # Errors
+/// `InvalidConfig` when it is empty, not a file or block device, or not whole sectors.
+pub(super) fn length(mut file: &File) -> Result<u64> {
+    let kind = file.metadata()?.file_type();
+    if !kind.is_file() && !kind.is_block_device() {
+        return Err(Error::new(ErrorKind::InvalidConfig, "neither a regular file nor a block device"));
+    }
+    // The length of a block device is not in its metadata.
+    let len = file.seek(SeekFrom::End(0))?;
+    if len == 0 || len % SECTOR != 0 {
+        return Err(Error::new(
+            ErrorKind::InvalidConfig,
+            format!("{len} bytes are not a disk: a multiple of {SECTOR} is needed, at least one sector"),
+        ));
+    }
+    Ok(len)
+}
+
+impl RawFile {
+    /// Opens an image, and locks it unless told otherwise: readers share it, a writer has it alone, whoever they are.
+    ///
+    /// # Errors
+    /// `NotFound`, `PermissionDenied`; `ResourceExhausted` when another VM holds it; `InvalidConfig` when it is empty,
+    /// not a file or block device, or not whole sectors.
+    pub(crate) fn open(path: &Path, read_only: bool, locked: bool) -> Result<Self> {
+        let doing = || format!("opening disk {}", path.display());
+        let file = open(path, read_only, locked, 0).doing(doing)?;
+        let mut disk = Self::from_file(file, read_only).doing(doing)?;
+        disk.path = Some(path.into());
+        Ok(disk)
+    }
+
+    /// Takes a file that is open already, and that nobody else knows.
+    ///
+    /// # Errors
+    /// `InvalidConfig` when it is empty, not a file or block device, or not whole sectors.
+    pub(crate) fn from_file(file: File, read_only: bool) -> Result<Self> {
+        let len = length(&file)?;
+        let device = file.metadata()?.file_type().is_block_device();
+        Ok(Self { file, path: None, len, read_only, device, failed: false })
+    }
+
+    /// What no disk for reading only may be asked for.
+    fn writable(&self) -> io::Result<&File> {
+        if self.read_only { Err(io::Error::from_raw_os_error(libc::EROFS)) } else { Ok(&self.file) }
+    }
+}
+
+impl BlockBackend for RawFile {
+    fn shape(&self) -> Shape {
+        Shape { len: self.len, read_only: self.read_only, discard: if self.read_only { 0 } else { 4096 } }
+    }
+
+    fn read(&mut self, memory: &GuestMemory, segments: &[Segment], offset: u64) -> io::Result<()> {
+        transfer(segments, offset, |rest, at| memory.read_at(rest, self.file.as_fd(), at))
+    }
+
+    fn write(&mut self, memory: &GuestMemory, segments: &[Segment], offset: u64) -> io::Result<()> {
+        let file = self.writable()?;
+        transfer(segments, offset, |rest, at| memory.write_at(rest, file.as_fd(), at))
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        if self.read_only {
+            return Ok(());
+        }
+        if self.failed {
+            return Err(io::Error::from_raw_os_error(libc::EIO));
+        }
+        let outcome = self.file.sync_data();
+        self.failed = outcome.is_err();
+        outcome
+    }
+
+    fn discard(&mut self, offset: u64, len: u64) -> io::Result<()> {
+        let file = self.writable()?;
+        if self.device { sys::discard_device(file, offset, len) } else { sys::punch(file, offset, len) }
+    }
+
+    fn write_zeroes(&mut self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
+        sys::zero(self.writable()?, offset, len, unmap)
+    }
+
+    fn grow(&mut self, len: u64) -> io::Result<()> {
+        if len < self.len {
+            return Err(io::Error::from_raw_os_error(libc::EINVAL));
+        }
+        if self.device {
+            // Who makes a device larger is not us.
+            if length(self.writable()?).map_err(io::Error::from)? < len {
+                return Err(io::Error::from_raw_os_error(libc::ENOSPC));
+            }
+        } else {
+            self.writable()?.set_len(len)?;
+        }
+        self.len = len;
+        Ok(())
+    }
+
+    fn allocated(&self) -> io::Result<u64> {
+        if self.device { Ok(self.len) } else { Ok(self.file.metadata()?.blocks() * 512) }
+    }
+
+    fn extents(&mut self, write: bool, offset: u64, len: u64) -> Option<io::Result<Vec<Extent>>> {
+        let file = if write { self.writable() } else { Ok(&self.file) };
+        Some(file.map(|file| vec![Extent::File { fd: file.as_raw_fd(), offset, len }]))
+    }
+
+    fn written(&mut self, _: u64, _: u64) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn sync_fd(&self) -> Option<RawFd> {
+        Some(self.file.as_raw_fd())
+    }
+
+    fn free_space(&self) -> io::Result<Option<u64>> {
+        // A file that was given all of its space needs no more.
+        if self.read_only || self.device || self.allocated()? >= self.len {
+            return Ok(None);
+        }
+        sys::free_space(&self.file).map(Some)
+    }
+}
+
+impl fmt::Display for RawFile {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.path {
+            Some(path) => write!(f, "{}", path.display()),
+            None => f.write_str("(unnamed)"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Temp(PathBuf);
+
+    impl Temp {
+        fn new(name: &str, len: u64) -> Self {
+            let path = std::env::temp_dir().join(format!("cofferdam-disk-{name}-{}", std::process::id()));
+            File::create(&path).unwrap().set_len(len).unwrap();
+            Self(path)
+        }
+    }
+
+    impl Drop for Temp {
+        fn drop(&mut self) {
+            let _ = std::fs::remove_file(&self.0);
+        }
+    }
+
+    #[test]
+    fn a_writer_has_the_image_alone_and_readers_share_it() {
+        let temp = Temp::new("lock", 4096);
+        let reader = RawFile::open(&temp.0, true, true).unwrap();
+        let second = RawFile::open(&temp.0, true, true).unwrap();
+        assert_eq!(RawFile::open(&temp.0, false, true).unwrap_err().kind(), ErrorKind::ResourceExhausted);
+        drop((reader, second));
+        let _writer = RawFile::open(&temp.0, false, true).unwrap();
+        let error = RawFile::open(&temp.0, true, true).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::ResourceExhausted);
+        let text = error.to_string();
+        assert!(text.contains(&*temp.0.to_string_lossy()) && text.contains(": this process has it open"), "{text}");
+        RawFile::open(&temp.0, false, false).unwrap();
+    }
+
+    #[test]
+    fn what_space_is_left_is_told_for_disks_that_may_grow() {
+        let temp = Temp::new("space", 1 << 20);
+        assert!(RawFile::open(&temp.0, false, true).unwrap().free_space().unwrap().is_some_and(|free| free > 0));
+        assert_eq!(RawFile::open(&temp.0, true, true).unwrap().free_space().unwrap(), None);
+    }
+
+    #[test]
+    fn what_is_no_disk_is_refused() {
+        for len in [0, 1, 511, 513] {
+            let error = RawFile::open(&Temp::new(&format!("odd{len}"), len).0, true, true).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::InvalidConfig, "{error}");
+        }
+        assert_eq!(RawFile::open(Path::new("/nonexistent"), true, true).unwrap_err().kind(), ErrorKind::NotFound);
+        assert_eq!(RawFile::open(Path::new("/tmp"), true, true).unwrap_err().kind(), ErrorKind::InvalidConfig);
+    }
+}

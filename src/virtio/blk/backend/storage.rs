@@ -1,0 +1,161 @@
+//! [`Storage`]: the file that a disk format keeps its bytes in, so that tests can put something else below it.
+
+use std::fmt;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::os::unix::fs::{FileExt, MetadataExt};
+
+use super::{front, transfer};
+use crate::memory::{GuestMemory, Segment};
+use crate::sys;
+
+/// Bytes at offsets, with holes that read as zeroes. All calls may block; what was written is durable after `sync`.
+pub(super) trait Storage: Send + fmt::Debug {
+    /// Fills all of `to`.
+    fn read(&self, to: &mut [u8], offset: u64) -> io::Result<()>;
+
+    fn write(&self, from: &[u8], offset: u64) -> io::Result<()>;
+
+    fn sync(&self) -> io::Result<()>;
+
+    /// The range reads as zeroes from now on and takes no space where that is possible.
+    fn punch(&self, offset: u64, len: u64) -> io::Result<()>;
+
+    /// The range reads as zeroes from now on and keeps its space.
+    fn zero(&self, offset: u64, len: u64) -> io::Result<()>;
+
+    fn set_len(&self, len: u64) -> io::Result<()>;
+
+    /// Bytes it takes up on the host.
+    fn allocated(&self) -> io::Result<u64>;
+
+    /// Bytes that the host can still give it.
+    fn free(&self) -> io::Result<u64>;
+
+    /// The descriptor, where it is one file and the offsets are the file's.
+    fn fd(&self) -> Option<RawFd>;
+
+    fn read_guest(&self, memory: &GuestMemory, segments: &[Segment], offset: u64) -> io::Result<()>;
+
+    fn write_guest(&self, memory: &GuestMemory, segments: &[Segment], offset: u64) -> io::Result<()>;
+}
+
+impl Storage for File {
+    fn read(&self, to: &mut [u8], offset: u64) -> io::Result<()> {
+        self.read_exact_at(to, offset)
+    }
+
+    fn write(&self, from: &[u8], offset: u64) -> io::Result<()> {
+        self.write_all_at(from, offset)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.sync_data()
+    }
+
+    fn punch(&self, offset: u64, len: u64) -> io::Result<()> {
+        sys::zero(self, offset, len, true)
+    }
+
+    fn zero(&self, offset: u64, len: u64) -> io::Result<()> {
+        sys::zero(self, offset, len, false)
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        File::set_len(self, len)
+    }
+
+    fn allocated(&self) -> io::Result<u64> {
+        Ok(self.metadata()?.blocks() * 512)
+    }
+
+    fn free(&self) -> io::Result<u64> {
+        sys::free_space(self)
+    }
+
+    fn fd(&self) -> Option<RawFd> {
+        Some(self.as_raw_fd())
+    }
+
+    fn read_guest(&self, memory: &GuestMemory, segments: &[Segment], offset: u64) -> io::Result<()> {
+        transfer(segments, offset, |rest, at| memory.read_at(rest, self.as_fd(), at))
+    }
+
+    fn write_guest(&self, memory: &GuestMemory, segments: &[Segment], offset: u64) -> io::Result<()> {
+        transfer(segments, offset, |rest, at| memory.write_at(rest, self.as_fd(), at))
+    }
+}
+
+/// Gives the guest what `read` fills a buffer with, piece by piece.
+#[cfg(any(test, feature = "qcow2"))]
+pub(super) fn to_guest(
+    memory: &GuestMemory,
+    segments: &[Segment],
+    offset: u64,
+    mut read: impl FnMut(&mut [u8], u64) -> io::Result<()>,
+) -> io::Result<()> {
+    pieces(segments, offset, |buffer, piece, at| {
+        read(buffer, at)?;
+        scatter(memory, piece, buffer)
+    })
+}
+
+/// Gives `write` what the guest has, piece by piece.
+#[cfg(any(test, feature = "qcow2"))]
+pub(super) fn from_guest(
+    memory: &GuestMemory,
+    segments: &[Segment],
+    offset: u64,
+    mut write: impl FnMut(&[u8], u64) -> io::Result<()>,
+) -> io::Result<()> {
+    pieces(segments, offset, |buffer, piece, at| {
+        gather(memory, piece, buffer)?;
+        write(buffer, at)
+    })
+}
+
+/// Fills the guest's buffers with zeroes.
+pub(super) fn zeroes_to_guest(memory: &GuestMemory, segments: &[Segment]) -> io::Result<()> {
+    // The buffer is nothing but zeroes, and nobody writes to it.
+    pieces(segments, 0, |buffer, piece, _| scatter(memory, piece, buffer))
+}
+
+/// Cuts `segments` into pieces of at most 64 KiB, each with a buffer of its size.
+fn pieces(
+    segments: &[Segment],
+    mut offset: u64,
+    mut each: impl FnMut(&mut [u8], &[Segment], u64) -> io::Result<()>,
+) -> io::Result<()> {
+    let mut rest = segments.to_vec();
+    let mut buffer = vec![0; segments.iter().map(|s| s.len()).sum::<usize>().min(64 << 10)];
+    while !rest.is_empty() {
+        let piece = front(&mut rest, buffer.len());
+        let len = piece.iter().map(|s| s.len()).sum::<usize>();
+        each(buffer.get_mut(..len).unwrap_or_default(), &piece, offset)?;
+        offset += len as u64;
+    }
+    Ok(())
+}
+
+/// Copies `from` into the guest's buffers, which have as many bytes.
+pub(super) fn scatter(memory: &GuestMemory, segments: &[Segment], from: &[u8]) -> io::Result<()> {
+    let mut rest = from;
+    for segment in segments {
+        let (now, later) = rest.split_at(segment.len().min(rest.len()));
+        memory.write(segment.addr(), now).map_err(io::Error::other)?;
+        rest = later;
+    }
+    Ok(())
+}
+
+/// Copies the guest's buffers into `to`, which has as many bytes.
+pub(super) fn gather(memory: &GuestMemory, segments: &[Segment], to: &mut [u8]) -> io::Result<()> {
+    let mut rest = to;
+    for segment in segments {
+        let (now, later) = rest.split_at_mut(segment.len().min(rest.len()));
+        memory.read(segment.addr(), now).map_err(io::Error::other)?;
+        rest = later;
+    }
+    Ok(())
+}

@@ -1,0 +1,197 @@
+//! What a disk does when the host cannot do what the guest asked for: [`ErrorAction`] for each [`ErrorClass`].
+
+use std::fmt;
+use std::io;
+use std::time::Duration;
+
+use super::limit::{Bucket, Rate};
+
+/// Kinds of failures of the host's that a disk tells apart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum ErrorClass {
+    /// Something could not be read.
+    Read,
+    /// Something could not be written, discarded or brought to stable storage.
+    Write,
+    /// There was no room for what was written: `ENOSPC` or `EDQUOT`.
+    NoSpace,
+}
+
+/// What a disk does when the host fails; see [`Disk::on_error`](crate::Disk::on_error).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum ErrorAction {
+    /// The guest sees an I/O error.
+    Report,
+    /// The guest sees nothing: its processors stand still, and [`Vm::resume`](crate::Vm::resume) tries again. For what
+    /// cannot be tried again, a sync that failed, this is [`ErrorAction::Report`].
+    Pause,
+    /// The VM ends with [`Exit::DiskFault`](crate::Exit::DiskFault).
+    Stop,
+}
+
+/// What a guest wants of a disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum DiskOperation {
+    /// Data from the disk.
+    Read,
+    /// Data to the disk.
+    Write,
+    /// What was written shall be on stable storage.
+    Flush,
+    /// Data that is needed no more.
+    Discard,
+    /// Zeroes to the disk.
+    WriteZeroes,
+}
+
+impl fmt::Display for DiskOperation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Read => "reading",
+            Self::Write => "writing",
+            Self::Flush => "flushing",
+            Self::Discard => "discarding",
+            Self::WriteZeroes => "writing zeroes",
+        })
+    }
+}
+
+/// A request that the host could not do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct DiskFault {
+    /// The disk's name: `disk0` is the first.
+    pub disk: String,
+    /// What the guest wanted.
+    pub operation: DiskOperation,
+    /// Where it begins, in units of 512 bytes; 0 for a flush, which is about everything.
+    pub sector: u64,
+    /// How many bytes it is about; 0 for a flush.
+    pub bytes: u64,
+    /// The host's error number, where there is one.
+    pub errno: Option<i32>,
+    /// The error in words.
+    pub error: String,
+    /// What is done about it.
+    pub action: ErrorAction,
+    /// So many other faults of this disk came too fast to be told since the one before.
+    pub untold: u64,
+}
+
+impl fmt::Display for DiskFault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { disk, operation, sector, bytes, error, .. } = self;
+        match operation {
+            DiskOperation::Flush => write!(f, "{disk}: {operation}: {error}")?,
+            _ => write!(f, "{disk}: {operation} {bytes} bytes at sector {sector}: {error}")?,
+        }
+        f.write_str(match self.action {
+            ErrorAction::Report => "; the guest was told",
+            ErrorAction::Pause => "; the guest waits",
+            ErrorAction::Stop => "; the machine ends",
+        })?;
+        if self.untold > 0 {
+            write!(f, "; {} more before", self.untold)?;
+        }
+        Ok(())
+    }
+}
+
+/// Which action each class has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Policy {
+    read: ErrorAction,
+    write: ErrorAction,
+    no_space: ErrorAction,
+}
+
+impl Default for Policy {
+    /// Errors of the medium are the guest's to handle, as on a real disk. For a lack of room it can do nothing, and a guest
+    /// that is told makes its file system read-only for good.
+    fn default() -> Self {
+        Self { read: ErrorAction::Report, write: ErrorAction::Report, no_space: ErrorAction::Pause }
+    }
+}
+
+impl Policy {
+    pub(crate) fn set(&mut self, class: ErrorClass, action: ErrorAction) {
+        match class {
+            ErrorClass::Read => self.read = action,
+            ErrorClass::Write => self.write = action,
+            ErrorClass::NoSpace => self.no_space = action,
+        }
+    }
+
+    /// What to do about `error`; `again` tells whether the same may be tried again.
+    pub(super) fn action(&self, operation: DiskOperation, error: &io::Error, again: bool) -> ErrorAction {
+        let class = match (operation, error.raw_os_error()) {
+            (DiskOperation::Read, _) => ErrorClass::Read,
+            (_, Some(libc::ENOSPC | libc::EDQUOT)) => ErrorClass::NoSpace,
+            _ => ErrorClass::Write,
+        };
+        let action = match class {
+            ErrorClass::Read => self.read,
+            ErrorClass::Write => self.write,
+            ErrorClass::NoSpace => self.no_space,
+        };
+        match action {
+            ErrorAction::Pause if !again => ErrorAction::Report,
+            action => action,
+        }
+    }
+}
+
+/// Lets so many faults of a disk be told that a flood costs nothing.
+#[derive(Debug)]
+pub(super) struct Telling {
+    bucket: Bucket,
+    untold: u64,
+}
+
+impl Telling {
+    /// Ten a second, and 50 more in a disk's life.
+    pub(super) fn new() -> Self {
+        Self { bucket: Bucket::new(Rate::per_second(10).once(50), Duration::ZERO), untold: 0 }
+    }
+
+    /// Whether a fault at `now` is told, and how many were not before it. One that `must` be told always is.
+    pub(super) fn tell(&mut self, must: bool, now: Duration) -> Option<u64> {
+        if !must && !self.bucket.wait(now).is_zero() {
+            self.untold += 1;
+            return None;
+        }
+        if !must {
+            self.bucket.take(1);
+        }
+        Some(std::mem::take(&mut self.untold))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn classes_have_their_own_actions() {
+        let mut policy = Policy::default();
+        let [eio, enospc, edquot] = [libc::EIO, libc::ENOSPC, libc::EDQUOT].map(io::Error::from_raw_os_error);
+        assert_eq!(policy.action(DiskOperation::Read, &eio, true), ErrorAction::Report);
+        assert_eq!(policy.action(DiskOperation::WriteZeroes, &enospc, true), ErrorAction::Pause);
+        assert_eq!(policy.action(DiskOperation::Flush, &edquot, false), ErrorAction::Report);
+        policy.set(ErrorClass::Write, ErrorAction::Stop);
+        assert_eq!(policy.action(DiskOperation::Flush, &eio, false), ErrorAction::Stop);
+        assert_eq!(policy.action(DiskOperation::Read, &enospc, true), ErrorAction::Report);
+    }
+
+    #[test]
+    fn a_flood_of_faults_is_counted_and_not_told() {
+        let mut telling = Telling::new();
+        let told = (0..100_000).filter(|_| telling.tell(false, Duration::from_millis(1)).is_some()).count();
+        assert!((50..60).contains(&told), "{told}");
+        assert_eq!(telling.tell(true, Duration::from_millis(1)), Some(100_000 - told as u64));
+        assert_eq!(telling.tell(false, Duration::from_secs(1)), Some(0));
+    }
+}

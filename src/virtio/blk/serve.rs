@@ -1,0 +1,304 @@
+//! The life of a request: taken from a queue, perhaps held back by a limit, done, answered; or failed, by the disk's policy.
+
+use std::io;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use super::config::{F_CONFIG_WCE, F_FLUSH, WRITEBACK};
+use super::engine::Begun;
+use super::flight::Flight;
+use super::policy::{DiskFault, DiskOperation, ErrorAction};
+use super::request::{Direction, Refused, Work};
+use super::{Blk, Cache, LOOK, S_IOERR, S_OK, S_UNSUPP};
+use crate::virtio::{Chain, DeviceIo};
+
+/// Requests taken from one queue before others get their turn.
+const TURN: usize = 256;
+/// Pieces of one request.
+const MAX_PIECES: usize = 300;
+/// After how long the kernel is asked again when it took no more operations.
+const AGAIN: Duration = Duration::from_millis(10);
+
+impl Blk {
+    /// Takes what the driver has put into `queue`, as far as there is room.
+    pub(super) fn take(&mut self, io: &mut DeviceIo, queue: usize) {
+        for _ in 0..TURN {
+            if self.table.full() {
+                self.full.push(queue);
+                return;
+            }
+            match io.pop(queue) {
+                Some(chain) => self.accept(io, queue, chain),
+                None if io.rearm(queue) => {}
+                None => return,
+            }
+        }
+        io.kick_self(queue);
+    }
+
+    fn accept(&mut self, io: &mut DeviceIo, queue: usize, mut chain: Chain) {
+        // The last byte is the status; without one there is nowhere to put an answer.
+        let Some(data) = chain.writable_len().checked_sub(1) else {
+            return self.give_back(io, queue, chain);
+        };
+        // Drivers keep to seg_max, but for header and status, which they may split; more would be memory that the guest takes.
+        if chain.pieces() > MAX_PIECES {
+            return self.answer(io, queue, chain, S_IOERR);
+        }
+        match Work::parse(&mut chain, data, &self.backend.shape()) {
+            Ok(Work::GetId) => {
+                let status = if chain.write(&self.options.id()).is_ok() { S_OK } else { S_IOERR };
+                self.answer(io, queue, chain, status);
+            }
+            Ok(work) => {
+                let slot = self.table.put(Flight::new(queue, chain, work));
+                self.admit(io, slot);
+            }
+            Err(Refused::Malformed) => self.answer(io, queue, chain, S_IOERR),
+            Err(Refused::Unsupported) => self.answer(io, queue, chain, S_UNSUPP),
+        }
+    }
+
+    /// Begins a request, or lets it wait for its limit.
+    fn admit(&mut self, io: &mut DeviceIo, slot: usize) {
+        let Some(flight) = self.table.get(slot) else { return };
+        let direction = flight.work.direction().filter(|direction| self.buckets.limited(*direction));
+        let Some(direction) = direction else {
+            return self.drive(io, slot);
+        };
+        let now = self.epoch.elapsed();
+        let [reads, writes] = &mut self.waiting;
+        let waiting = if direction == Direction::Read { reads } else { writes };
+        let admitted = match waiting.is_empty() {
+            true => self.buckets.admit(direction, flight.work.moved(), now),
+            false => Err(Duration::MAX),
+        };
+        match admitted {
+            Ok(()) => self.drive(io, slot),
+            Err(wait) => {
+                flight.since = now;
+                waiting.push_back(slot);
+                io.counters().throttled.fetch_add(1, Ordering::Relaxed);
+                // One that waits behind others needs no moment of its own.
+                if wait < Duration::MAX {
+                    self.rearm();
+                }
+            }
+        }
+    }
+
+    /// Begins what waits and may go now.
+    pub(super) fn release(&mut self, io: &mut DeviceIo) {
+        for direction in [Direction::Read, Direction::Write] {
+            loop {
+                let now = self.now();
+                let [reads, writes] = &mut self.waiting;
+                let waiting = if direction == Direction::Read { reads } else { writes };
+                let Some(slot) = waiting.front().copied() else { break };
+                let Some(flight) = self.table.get(slot) else { break };
+                if self.buckets.admit(direction, flight.work.moved(), now).is_err() {
+                    break;
+                }
+                let waited = u64::try_from(now.saturating_sub(flight.since).as_nanos()).unwrap_or(u64::MAX);
+                io.counters().throttled_nanos.fetch_add(waited, Ordering::Relaxed);
+                waiting.pop_front();
+                self.drive(io, slot);
+            }
+        }
+        self.rearm();
+    }
+
+    /// Sets the timer to when the first of those that wait may go.
+    fn rearm(&mut self) {
+        let now = self.now();
+        let [reads, writes] = &self.waiting;
+        let waits = [(Direction::Read, reads.is_empty()), (Direction::Write, writes.is_empty())];
+        let some = waits.into_iter().filter(|(_, empty)| !empty);
+        if let Some(wait) = some.map(|(direction, _)| self.buckets.wait(direction, now)).min() {
+            self.arm(wait);
+        }
+    }
+
+    /// Does a request from where it stands, stage by stage, until it is over or under way.
+    pub(super) fn drive(&mut self, io: &mut DeviceIo, slot: usize) {
+        while let Begun::Ended(result) = self.begin(io, slot) {
+            if !self.over(io, slot, result) {
+                return;
+            }
+        }
+    }
+
+    /// Takes what the mover has done until there is nothing more, and tells the driver. After everything else.
+    pub(super) fn settle(&mut self, io: &mut DeviceIo) {
+        loop {
+            match self.mover.as_mut().and_then(|mover| mover.next()) {
+                Some((slot, result)) => self.moved(io, slot, result),
+                None if self.mover.as_mut().is_some_and(|mover| mover.submit()) => {}
+                None => break,
+            }
+        }
+        if self.mover.as_ref().is_some_and(|mover| mover.stuck()) {
+            self.arm(AGAIN);
+        }
+        for queue in self.dirty.drain(..) {
+            io.flush(queue);
+        }
+        if !self.table.full() {
+            // Those that found no room are looked at again.
+            self.full.drain(..).for_each(|queue| io.kick_self(queue));
+        }
+    }
+
+    /// Waits until nothing is under way, within `patience`. Begins nothing new.
+    pub(super) fn come_to_rest(&mut self, io: &mut DeviceIo, patience: Duration) -> bool {
+        let deadline = Instant::now() + patience;
+        self.settle(io);
+        while let Some(mover) = self.mover.as_mut().filter(|mover| mover.busy()) {
+            if !mover.wait(deadline) {
+                return false;
+            }
+            self.settle(io);
+        }
+        true
+    }
+
+    /// One of the mover's operations for a request has ended.
+    fn moved(&mut self, io: &mut DeviceIo, slot: usize, result: io::Result<()>) {
+        let Some(flight) = self.table.get(slot) else { return };
+        flight.moves = flight.moves.saturating_sub(1);
+        if let Err(error) = result {
+            flight.error.get_or_insert(error);
+        }
+        if flight.moves == 0 {
+            let result = flight.error.take().map_or(Ok(()), Err);
+            if self.over(io, slot, result) {
+                self.drive(io, slot);
+            }
+        }
+    }
+
+    /// A stage of a request is over. True when another follows.
+    fn over(&mut self, io: &mut DeviceIo, slot: usize, mut result: io::Result<()>) -> bool {
+        let through = self.writes_through(io);
+        let Some(flight) = self.table.get(slot) else { return false };
+        let sync = flight.syncing || flight.work == Work::Flush;
+        if let (Work::Write { offset, len, .. }, true, true) = (&flight.work, flight.placed, result.is_err() && !sync) {
+            self.backend.abandoned(*offset, *len as u64);
+            flight.placed = false;
+        }
+        if sync {
+            self.undurable |= result.is_err();
+        } else if result.is_ok() {
+            if let (Work::Write { offset, len, .. }, true) = (&flight.work, flight.placed) {
+                result = self.backend.written(*offset, *len as u64);
+            }
+            if result.is_ok() && through && flight.work.direction() == Some(Direction::Write) {
+                flight.syncing = true;
+                return true;
+            }
+        } else if result.as_ref().is_err_and(|e| e.raw_os_error() == Some(libc::EOPNOTSUPP)) {
+            match flight.work {
+                // The file system knows no holes, and the space is kept.
+                Work::Discard(_) => result = Ok(()),
+                Work::WriteZeroes(_) if !flight.plain => {
+                    flight.plain = true;
+                    return true;
+                }
+                _ => {}
+            }
+        }
+        match result {
+            Ok(()) => {
+                if flight.work.direction() == Some(Direction::Write) {
+                    self.look_at_space();
+                }
+                if let Some(Flight { queue, mut chain, work, .. }) = self.table.take(slot) {
+                    if let Work::Read { len, .. } = work {
+                        chain.wrote(len);
+                    }
+                    self.answer(io, queue, chain, S_OK);
+                }
+            }
+            Err(error) => self.fail(io, slot, &error, !sync),
+        }
+        false
+    }
+
+    /// Warns when the host has little space left, while there is some.
+    fn look_at_space(&mut self) {
+        let Some(headroom) = self.options.headroom else { return };
+        let now = self.epoch.elapsed();
+        if now < self.looked + LOOK {
+            return;
+        }
+        self.looked = now;
+        match self.backend.free_space() {
+            Ok(Some(free)) if free < headroom => {
+                if !std::mem::replace(&mut self.low, true) {
+                    (self.on_low_space)(free);
+                }
+            }
+            Ok(_) => self.low = false,
+            Err(error) => log::debug!("{}: the space that is left: {error}", self.options.name),
+        }
+    }
+
+    /// The host could not do it; `again` tells whether it may be tried again.
+    fn fail(&mut self, io: &mut DeviceIo, slot: usize, error: &io::Error, again: bool) {
+        let Some(flight) = self.table.get(slot) else { return };
+        io.counters().errors.fetch_add(1, Ordering::Relaxed);
+        let (operation, offset, bytes) = match flight.syncing {
+            true => (DiskOperation::Flush, 0, 0),
+            false => flight.work.describe(),
+        };
+        let action = self.options.policy.action(operation, error, again);
+        // The first that holds the machine up must be told; those behind it need not.
+        let must = action != ErrorAction::Report && self.held.is_empty();
+        let now = self.epoch.elapsed();
+        if action == ErrorAction::Report {
+            if let Some(Flight { queue, chain, .. }) = self.table.take(slot) {
+                self.answer(io, queue, chain, S_IOERR);
+            }
+        } else {
+            self.held.push(slot);
+        }
+        if let Some(untold) = self.telling.tell(must, now) {
+            let fault = DiskFault {
+                disk: self.options.name.clone(),
+                operation,
+                sector: offset / super::SECTOR,
+                bytes,
+                errno: error.raw_os_error(),
+                error: error.to_string(),
+                action,
+                untold,
+            };
+            log::warn!("{fault}");
+            (self.on_fault)(fault);
+        }
+    }
+
+    /// Whether a write must be on stable storage before it is answered (Virtio 1.3, 5.2.6.2).
+    fn writes_through(&self, io: &DeviceIo) -> bool {
+        let features = io.features();
+        let through = match features & F_CONFIG_WCE {
+            0 => features & F_FLUSH == 0,
+            _ => self.config.word(WRITEBACK) & 0xff == 0,
+        };
+        through && self.options.cache == Cache::Durable
+    }
+
+    /// Gives a request back with its status behind whatever of its data was filled.
+    fn answer(&mut self, io: &mut DeviceIo, queue: usize, mut chain: Chain, status: u8) {
+        let _ = chain.take_writable(chain.writable_len().saturating_sub(1));
+        let _ = chain.write(&[status]);
+        self.give_back(io, queue, chain);
+    }
+
+    fn give_back(&mut self, io: &mut DeviceIo, queue: usize, chain: Chain) {
+        io.complete(queue, chain);
+        if !self.dirty.contains(&queue) {
+            self.dirty.push(queue);
+        }
+    }
+}

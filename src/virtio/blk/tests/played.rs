@@ -1,0 +1,345 @@
+//! The disk over a backend that fails, stalls and keeps record as it is told; limits, pauses and ends.
+
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Mutex;
+
+use super::super::backend::{Extent, Shape};
+use super::super::config::F_CONFIG_WCE;
+use super::*;
+use crate::memory::{GuestMemory, Segment};
+
+/// What a played backend did, in its order, and what it shall do.
+#[derive(Debug, Default)]
+struct Script {
+    log: Vec<String>,
+    /// The next calls fail like this.
+    fail: VecDeque<i32>,
+    /// Where the mover reads and writes, and what it syncs.
+    places: Option<RawFd>,
+    sync: Option<RawFd>,
+    free: Option<u64>,
+}
+
+/// A backend that does as it is told.
+#[derive(Debug)]
+struct Played(Arc<Mutex<Script>>);
+
+impl Played {
+    fn call(&self, name: &str) -> io::Result<()> {
+        let mut script = self.0.lock().unwrap();
+        script.log.push(name.into());
+        script.fail.pop_front().map_or(Ok(()), |code| Err(io::Error::from_raw_os_error(code)))
+    }
+}
+
+impl BlockBackend for Played {
+    fn shape(&self) -> Shape {
+        Shape { len: 1 << 20, read_only: false, discard: 512 }
+    }
+    fn read(&mut self, _: &GuestMemory, _: &[Segment], _: u64) -> io::Result<()> {
+        self.call("read")
+    }
+    fn write(&mut self, _: &GuestMemory, _: &[Segment], _: u64) -> io::Result<()> {
+        self.call("write")
+    }
+    fn flush(&mut self) -> io::Result<()> {
+        self.call("flush")
+    }
+    fn discard(&mut self, _: u64, _: u64) -> io::Result<()> {
+        self.call("discard")
+    }
+    fn write_zeroes(&mut self, _: u64, _: u64, _: bool) -> io::Result<()> {
+        self.call("zero")
+    }
+    fn grow(&mut self, _: u64) -> io::Result<()> {
+        self.call("grow")
+    }
+    fn allocated(&self) -> io::Result<u64> {
+        Ok(0)
+    }
+    fn extents(&mut self, write: bool, offset: u64, len: u64) -> Option<io::Result<Vec<Extent>>> {
+        let fd = self.0.lock().unwrap().places?;
+        // In two files of one, with a hole before what is read.
+        let half = len / 1024 * 512;
+        let first = match write {
+            true => Extent::File { fd, offset, len: half },
+            false => Extent::Zeroes { len: half },
+        };
+        Some(Ok(vec![first, Extent::File { fd, offset: offset + half, len: len - half }]))
+    }
+    fn written(&mut self, offset: u64, len: u64) -> io::Result<()> {
+        self.call(&format!("written {offset} {len}"))
+    }
+    fn abandoned(&mut self, offset: u64, len: u64) {
+        self.0.lock().unwrap().log.push(format!("abandoned {offset} {len}"));
+    }
+    fn sync_fd(&self) -> Option<RawFd> {
+        self.0.lock().unwrap().sync
+    }
+    fn free_space(&self) -> io::Result<Option<u64>> {
+        Ok(self.0.lock().unwrap().free)
+    }
+}
+
+type Faults = Arc<Mutex<Vec<DiskFault>>>;
+
+fn played(options: Options, script: Script) -> (Driver<Blk>, Arc<Mutex<Script>>, Faults) {
+    let (script, faults) = (Arc::new(Mutex::new(script)), Faults::default());
+    let told = faults.clone();
+    let disk = Blk::new(Box::new(Played(script.clone())), options).on_fault(move |f| told.lock().unwrap().push(f));
+    (Driver::start(disk), script, faults)
+}
+
+fn write_through(driver: &mut Driver<Blk>) {
+    assert_ne!(driver.device.profile().features & F_CONFIG_WCE, 0);
+    driver.device.config.set(config::WRITEBACK, &[0]);
+}
+
+#[test]
+fn a_sync_comes_before_the_status_that_promises_it() {
+    let (mut driver, script, _) = played(options(DiskEngine::Auto), Script::default());
+    assert_eq!(driver.device.engine(), DiskEngine::Threads);
+    let log = || std::mem::take(&mut script.lock().unwrap().log);
+    let write = [header(WRITES, 0), vec![1; 512]].concat();
+    request(&mut driver, &[&write], &[1]);
+    assert_eq!(log(), ["write"]);
+    request(&mut driver, &[&header(FLUSH, 0)], &[1]);
+    assert_eq!(log(), ["flush"]);
+    write_through(&mut driver);
+    request(&mut driver, &[&write], &[1]);
+    assert_eq!(log(), ["write", "flush"]);
+    request(&mut driver, &[&header(DISCARD, 0), &range(0, 1, 0)], &[1]);
+    assert_eq!(log(), ["discard", "flush"]);
+    // A driver that knows no flushes gets every write on stable storage.
+    let mut driver = played(options(DiskEngine::Auto), Script::default());
+    driver.0.set_features(0);
+    request(&mut driver.0, &[&write], &[1]);
+    assert_eq!(driver.1.lock().unwrap().log, ["write", "flush"]);
+    // Unless nobody wants that.
+    let (mut driver, script, _) = played(Options { cache: Cache::Unsafe, ..Options::new("") }, Script::default());
+    write_through(&mut driver);
+    request(&mut driver, &[&write], &[1]);
+    request(&mut driver, &[&header(FLUSH, 0)], &[1]);
+    assert_eq!(script.lock().unwrap().log, ["write"]);
+}
+
+#[test]
+fn nothing_is_durable_any_more_after_a_sync_has_failed() {
+    let script = Script { fail: [libc::EIO].into(), ..Script::default() };
+    let mut options = options(DiskEngine::Auto);
+    options.policy.set(ErrorClass::Write, ErrorAction::Pause);
+    let (mut driver, script, faults) = played(options, script);
+    // It cannot be tried again, so the guest is told at once.
+    assert_eq!(request(&mut driver, &[&header(FLUSH, 0)], &[1]).1, S_IOERR);
+    assert_eq!(request(&mut driver, &[&header(FLUSH, 0)], &[1]).1, S_IOERR);
+    let write = [header(WRITES, 0), vec![1; 512]].concat();
+    assert_eq!(request(&mut driver, &[&write], &[1]).1, S_OK);
+    write_through(&mut driver);
+    assert_eq!(request(&mut driver, &[&write], &[1]).1, S_IOERR);
+    assert_eq!(script.lock().unwrap().log, ["flush", "write", "write"]);
+    let faults = faults.lock().unwrap();
+    assert_eq!((faults.len(), faults[0].operation, faults[0].errno), (3, DiskOperation::Flush, Some(libc::EIO)));
+}
+
+#[test]
+fn a_sync_that_fails_on_the_ring_is_told() {
+    let (file, socket) = (scratch(2048), std::os::unix::net::UnixStream::pair().unwrap().0);
+    // A socket cannot be synced.
+    let script = Script { places: Some(file.as_raw_fd()), sync: Some(socket.as_raw_fd()), ..Script::default() };
+    let (mut driver, script, faults) = played(options(DiskEngine::Ring), script);
+    assert_eq!(request(&mut driver, &[&header(FLUSH, 0)], &[1]).1, S_IOERR);
+    script.lock().unwrap().sync = Some(file.as_raw_fd());
+    assert_eq!(request(&mut driver, &[&header(FLUSH, 0)], &[1]).1, S_IOERR);
+    assert_eq!((faults.lock().unwrap().len(), script.lock().unwrap().log.len()), (2, 0));
+}
+
+#[test]
+fn places_that_a_backend_tells_are_read_and_written_by_the_ring() {
+    let file = scratch(2048);
+    let script = Script { places: Some(file.as_raw_fd()), sync: Some(file.as_raw_fd()), ..Script::default() };
+    let (mut driver, script, _) = played(options(DiskEngine::Ring), script);
+    assert_eq!((driver.device.engine(), driver.device.blocks()), (DiskEngine::Ring, true));
+    let pieces: [&[u8]; 3] = [&header(WRITES, 2), &[5; 700], &[6; 836]];
+    assert_eq!(request(&mut driver, &pieces, &[1]).1, S_OK);
+    assert_eq!(script.lock().unwrap().log, ["written 1024 1536"]);
+    let (data, status) = request(&mut driver, &[&header(READ, 2)], &[1000, 537]);
+    assert_eq!((status, data.iter().filter(|b| **b == 0).count()), (S_OK, 512));
+    assert_eq!((data[511], data[512], data[700], data[1535]), (0, 5, 6, 6));
+    // What blocks comes after what is under way, and from then on a flush is the backend's.
+    assert_eq!(request(&mut driver, &[&header(FLUSH, 0)], &[1]).1, S_OK);
+    assert_eq!(request(&mut driver, &[&header(ZEROES, 0), &range(0, 1, 0)], &[1]).1, S_OK);
+    assert_eq!(request(&mut driver, &[&header(FLUSH, 0)], &[1]).1, S_OK);
+    assert_eq!(script.lock().unwrap().log[1..], ["zero", "flush"]);
+    script.lock().unwrap().fail.push_back(libc::EIO);
+    assert_eq!(request(&mut driver, &pieces, &[1]).1, S_IOERR);
+    // A place that nothing can be written to is given back.
+    script.lock().unwrap().places = Some(-1);
+    assert_eq!(request(&mut driver, &pieces, &[1]).1, S_IOERR);
+    assert_eq!(script.lock().unwrap().log.last().unwrap(), "abandoned 1024 1536");
+}
+
+#[test]
+fn errors_are_the_guests_or_the_embedders() {
+    let mut options = options(DiskEngine::Auto);
+    options.policy.set(ErrorClass::Write, ErrorAction::Stop);
+    let (mut driver, script, faults) = played(options, Script { fail: [libc::EIO].into(), ..Script::default() });
+    let next = |fail: &[i32]| script.lock().unwrap().fail = fail.to_vec().into();
+    assert_eq!(request(&mut driver, &[&header(READ, 3)], &[512, 1]).1, S_IOERR);
+    // Held until the machine goes on, and then again.
+    let write = [header(WRITES, 5), vec![1; 1024]].concat();
+    for _ in 0..2 {
+        next(&[libc::ENOSPC]);
+        driver.send(0, &[&write], &[1]);
+        driver.poke(0);
+        assert_eq!(driver.receive(0), None);
+        let (disk, io) = driver.parts();
+        disk.resumed(io);
+        assert_eq!(status(&mut driver), S_OK);
+    }
+    next(&[libc::EIO]);
+    driver.send(0, &[&write], &[1]);
+    driver.poke(0);
+    assert_eq!(driver.receive(0), None);
+    let told: Vec<_> = faults.lock().unwrap().iter().map(|f| (f.sector, f.bytes, f.errno, f.action)).collect();
+    assert_eq!(
+        told,
+        [
+            (3, 512, Some(libc::EIO), ErrorAction::Report),
+            (5, 1024, Some(libc::ENOSPC), ErrorAction::Pause),
+            (5, 1024, Some(libc::ENOSPC), ErrorAction::Pause),
+            (5, 1024, Some(libc::EIO), ErrorAction::Stop),
+        ]
+    );
+    let text = faults.lock().unwrap()[1].to_string();
+    assert_eq!(text, "disk0: writing 1024 bytes at sector 5: No space left on device (os error 28); the guest waits");
+}
+
+/// Waits for the disk's timer.
+fn tick(driver: &mut Driver<Blk>) {
+    let timer = driver.device.timer.as_ref().unwrap();
+    assert!(sys::wait_readable(timer.as_fd(), Some(Duration::from_secs(20))).unwrap());
+    driver.poke_watched(TIMER);
+}
+
+#[test]
+fn requests_wait_for_their_limit_in_order_and_flushes_do_not() {
+    for engine in ENGINES {
+        let file = scratch(4096);
+        let limit = DiskLimit::none().write_operations(Rate::per_second(50).once(2));
+        let mut driver = Driver::start(Blk::new(raw(&file, false), Options { limit, ..options(engine) }));
+        let begin = Instant::now();
+        // Seven or eight at once, two of them by the burst; then one each 20 ms.
+        for n in 0..12u8 {
+            assert!(driver.send(0, &[&header(WRITES, 0), &[n; 512]], &[1]));
+        }
+        driver.send(0, &[&header(FLUSH, 0)], &[1]);
+        driver.send(0, &[&header(READ, 0)], &[512, 1]);
+        driver.poke(0);
+        assert!(driver.device.waiting[0].is_empty() && (4..=5).contains(&driver.device.waiting[1].len()));
+        let mut answers = 0;
+        while answers < 14 {
+            match driver.receive(0) {
+                Some((bytes, _)) => {
+                    assert_eq!(bytes.last(), Some(&S_OK));
+                    answers += 1;
+                }
+                None if driver.device.waiting[1].is_empty() => driver.poke_watched(RING_READY),
+                None => tick(&mut driver),
+            }
+        }
+        assert!(begin.elapsed() >= Duration::from_millis(59), "{:?}", begin.elapsed());
+        let mut back = [0; 1];
+        file.read_exact_at(&mut back, 0).unwrap();
+        assert_eq!(back[0], 11);
+        let (_, io) = driver.parts();
+        let count = |n: &std::sync::atomic::AtomicU64| n.load(std::sync::atomic::Ordering::Relaxed);
+        assert!((4..=5).contains(&count(&io.counters().throttled)));
+        assert!(count(&io.counters().throttled_nanos) > 50_000_000);
+    }
+}
+
+#[test]
+fn a_limit_that_goes_away_lets_everybody_through() {
+    let limit = DiskLimit::none().read_bytes(Rate::per_second(1));
+    let mut driver = Driver::start(Blk::new(raw(&scratch(8), false), Options { limit, ..options(DiskEngine::Auto) }));
+    for _ in 0..3 {
+        driver.send(0, &[&header(READ, 0)], &[512, 1]);
+    }
+    driver.poke(0);
+    answer_on(&mut driver, 0);
+    assert_eq!(driver.receive(0), None);
+    driver.device.set_limit(&DiskLimit::none());
+    tick(&mut driver);
+    answer_on(&mut driver, 0);
+    answer_on(&mut driver, 0);
+}
+
+#[test]
+fn a_stop_waits_until_guest_memory_stands_still_and_a_pause_too() {
+    let (near, far) = std::os::unix::net::UnixStream::pair().unwrap();
+    // Reads of an empty socket are under way for as long as one likes.
+    let script = Script { places: Some(near.as_raw_fd()), ..Script::default() };
+    let (mut driver, script, _) = played(options(DiskEngine::Ring), script);
+    driver.send(0, &[&header(READ, 0)], &[512, 1]);
+    driver.poke(0);
+    assert_eq!(driver.receive(0), None);
+    let (disk, io) = driver.parts();
+    assert!(!disk.pausing(io, Duration::from_millis(20)));
+    std::io::Write::write_all(&mut &far, &[3; 512]).unwrap();
+    assert!(disk.pausing(io, Duration::from_secs(20)));
+    let (bytes, _) = driver.receive(0).unwrap();
+    assert_eq!((bytes[0], bytes[511], bytes[512]), (3, 3, S_OK));
+
+    driver.send(0, &[&header(READ, 0)], &[512, 1]);
+    driver.poke(0);
+    let memory = driver.memory();
+    let disk = driver.stop();
+    assert!(!disk.mover.as_ref().unwrap().busy());
+    std::io::Write::write_all(&mut &far, &[3; 512]).unwrap();
+    let mut back = [0; 512];
+    std::io::Read::read_exact(&mut &near, &mut back).unwrap();
+    assert!(script.lock().unwrap().log.is_empty());
+    drop(memory);
+}
+
+#[test]
+fn the_last_requests_are_served_whatever_their_limit() {
+    for engine in ENGINES {
+        let file = scratch(8);
+        let limit = DiskLimit::none().write_operations(Rate::per_second(1));
+        let mut driver = Driver::start(Blk::new(raw(&file, false), Options { limit, ..options(engine) }));
+        for n in 0..8 {
+            driver.send(0, &[&header(WRITES, n), &[9; 512]], &[1]);
+        }
+        driver.poke(0);
+        let (disk, io) = driver.parts();
+        disk.finishing(io, Duration::from_secs(20));
+        let mut back = [0; 4096];
+        file.read_exact_at(&mut back, 0).unwrap();
+        assert!(back.iter().all(|b| *b == 9));
+    }
+}
+
+#[test]
+fn a_ring_that_was_asked_for_and_is_of_no_use_is_told() {
+    let disk = Blk::new(Box::new(Played(Arc::default())), options(DiskEngine::Ring));
+    assert!(disk.refused().is_some() && disk.engine() == DiskEngine::Threads && disk.blocks());
+    assert!(Blk::new(Box::new(Played(Arc::default())), options(DiskEngine::Auto)).refused().is_none());
+}
+
+#[test]
+fn little_space_is_told_once_each_time() {
+    let (script, told) = (Arc::<Mutex<Script>>::default(), Arc::<Mutex<Vec<u64>>>::default());
+    let options = Options { headroom: Some(1000), ..Options::new("") };
+    let hears = told.clone();
+    let disk = Blk::new(Box::new(Played(script.clone())), options).on_low_space(move |n| hears.lock().unwrap().push(n));
+    let mut driver = Driver::start(disk);
+    for (n, free) in [1000, 999, 998, 2000, 5].into_iter().enumerate() {
+        script.lock().unwrap().free = Some(free);
+        driver.device.epoch -= LOOK;
+        for _ in 0..10 {
+            request(&mut driver, &[&header(WRITES, n as u64), &[1; 512]], &[1]);
+        }
+    }
+    assert_eq!(*told.lock().unwrap(), [999, 5]);
+}

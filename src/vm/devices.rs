@@ -1,0 +1,214 @@
+//! The devices of a machine on their way to their loops and onto the bus. Only [`machine`](super::machine) uses it.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+
+use super::config::VmConfig;
+use super::disk::{DiskEngine, DiskFault, DiskHandle, ErrorAction};
+use super::events::{EventKind, Log};
+use super::exit::Reason;
+use super::machine::Shared;
+use crate::arch::layout;
+use crate::bus::Bus;
+use crate::error::{Error, Result};
+use crate::event::{Loop, Remote};
+use crate::irq::Interrupt;
+use crate::kvm::VmFd;
+use crate::memory::GuestMemory;
+use crate::size::Size;
+use crate::virtio::balloon::Balloon;
+use crate::virtio::console::{Console, Output};
+use crate::virtio::rng::Rng;
+use crate::virtio::vsock::{self, VsockListener};
+use crate::virtio::{Counters, DeviceHandle, MmioTransport, NOTIFY_OFFSET, Profile, Slots, VirtioDevice};
+
+/// What is known of a device without asking it.
+pub(super) struct Told {
+    pub name: String,
+    pub counters: Arc<Counters>,
+    pub interrupt: Interrupt,
+    pub engine: Option<DiskEngine>,
+}
+
+/// A device on its way into the machine.
+pub(super) struct Attachment {
+    name: String,
+    device: Box<dyn VirtioDevice>,
+    /// It blocks, so it gets a loop of its own.
+    blocking: bool,
+    /// Of a disk.
+    engine: Option<DiskEngine>,
+}
+
+/// Where a disk's faults go, once the machine is there: the disk is made before it.
+pub(super) type Faults = Arc<OnceLock<Weak<Shared>>>;
+
+/// Carries out what is to be done about a fault. On the disk's loop.
+fn on_disk_fault(shared: &Shared, fault: DiskFault) {
+    shared.log.push(EventKind::DiskError(fault.clone()));
+    match fault.action {
+        ErrorAction::Pause => {
+            shared.gate.hold();
+            shared.kick();
+            shared.log.push(EventKind::Paused);
+        }
+        ErrorAction::Stop => shared.stop(Reason::Disk(fault), (None, None)),
+        _ => {}
+    }
+}
+
+pub(super) fn attachments(
+    config: &VmConfig,
+    output: &Output,
+    memory: &GuestMemory,
+    log: &Arc<Log>,
+    faults: &Faults,
+) -> Result<(Vec<Attachment>, Vec<VsockListener>)> {
+    let (mut all, mut listeners) = (Vec::new(), Vec::new());
+    for (n, disk) in config.open_disks()?.into_iter().enumerate() {
+        let (name, faults) = (format!("disk{n}"), faults.clone());
+        if let Some(why) = disk.refused() {
+            log.push(EventKind::Degraded { what: format!("io_uring for {name}: {why}") });
+        }
+        let (blocking, engine) = (disk.blocks(), Some(disk.engine()));
+        let (low, low_name) = (faults.clone(), name.clone());
+        let disk = disk
+            .on_fault(move |fault| {
+                if let Some(shared) = faults.get().and_then(Weak::upgrade) {
+                    on_disk_fault(&shared, fault);
+                }
+            })
+            .on_low_space(move |free| {
+                if let Some(shared) = low.get().and_then(Weak::upgrade) {
+                    shared.log.push(EventKind::DiskSpaceLow { disk: low_name.clone(), free: Size::bytes(free) });
+                }
+            });
+        all.push(Attachment { name, device: Box::new(disk), blocking, engine });
+    }
+    let mut add = |name: &str, device: Box<dyn VirtioDevice>| {
+        all.push(Attachment { name: name.into(), device, blocking: false, engine: None });
+    };
+    add("console", Box::new(Console::new(output.clone())));
+    add("rng", Box::new(Rng));
+    let log = log.clone();
+    let settled = Box::new(move |held| log.push(EventKind::Balloon { size: Size::bytes(held) }));
+    add("balloon", Box::new(Balloon::new(memory.clone(), settled)));
+    if let Some(wanted) = &config.vsock {
+        let mut device = vsock::Vsock::new();
+        for port in &wanted.ports {
+            listeners.push(device.listen(*port).map_err(|e| e.doing("vsock"))?);
+        }
+        add("vsock", Box::new(device));
+    }
+    Ok((all, listeners))
+}
+
+/// Windows and interrupt lines for `n` devices, in order.
+pub(super) fn slots(n: usize) -> Result<Vec<(u64, u32)>> {
+    let lines: Vec<u32> = layout::DEVICE_IRQS.filter(|irq| !layout::RESERVED_IRQS.contains(irq)).collect();
+    if n > lines.len() {
+        return Err(Error::invalid(
+            "disk",
+            format!("{n} devices, but the machine has interrupt lines for {}", lines.len()),
+        ));
+    }
+    Ok((0..n as u64).map(|slot| layout::MMIO.0 + slot * layout::MMIO_WINDOW).zip(lines).collect())
+}
+
+/// The machine while devices are attached.
+pub(super) struct Parts<'a> {
+    pub vm: &'a VmFd,
+    pub memory: &'a GuestMemory,
+    pub shared: &'a Arc<Shared>,
+    pub mmio: Bus,
+    pub loops: Vec<Loop<Slots>>,
+    /// Where each device lives, by its name.
+    pub slots: BTreeMap<String, Place>,
+}
+
+/// A device as the bus sees it: its window and interrupt line are the last.
+struct OnBus {
+    profile: Profile,
+    engine: Option<DiskEngine>,
+    window: (u64, u32),
+}
+
+/// A device's loop, and its slot there.
+pub(super) type Place = (Remote<Slots>, usize);
+
+pub(super) fn handle<D: VirtioDevice>((remote, slot): &Place) -> DeviceHandle<D> {
+    DeviceHandle::new(remote.clone(), *slot)
+}
+
+pub(super) fn disk_handle(n: usize, slots: &BTreeMap<String, Place>) -> Option<DiskHandle> {
+    let name = format!("disk{n}");
+    let device = slots.get(&name).map(handle)?;
+    Some(DiskHandle { name, device })
+}
+
+impl Parts<'_> {
+    /// Puts every device onto a loop and the bus.
+    pub(super) fn attach(&mut self, attachments: Vec<Attachment>, slots: &[(u64, u32)]) -> Result<()> {
+        let (mut common, mut places) = (Vec::new(), Vec::new());
+        for (Attachment { name, device, blocking, engine }, window) in attachments.into_iter().zip(slots) {
+            let on_bus = OnBus { profile: device.profile(), engine, window: *window };
+            if blocking {
+                let remote = self.start_loop(&name, vec![name.clone()], vec![device])?;
+                self.connect(name, (remote, 0), on_bus)?;
+            } else {
+                places.push((name, on_bus));
+                common.push(device);
+            }
+        }
+        let names = places.iter().map(|(name, ..)| name.clone()).collect();
+        let remote = self.start_loop("io", names, common)?;
+        for (n, (name, on_bus)) in places.into_iter().enumerate() {
+            self.connect(name, (remote.clone(), n), on_bus)?;
+        }
+        Ok(())
+    }
+
+    /// A loop called `name` for devices that are called `names`.
+    fn start_loop(
+        &mut self,
+        name: &str,
+        names: Vec<String>,
+        devices: Vec<Box<dyn VirtioDevice>>,
+    ) -> Result<Remote<Slots>> {
+        let shared = Arc::downgrade(self.shared);
+        let on_fault = Box::new(move |slot: usize, why: &str| {
+            if let Some(shared) = shared.upgrade() {
+                let name = names.get(slot).map_or("a device", String::as_str);
+                shared.stop(Reason::Device(format!("{name}: {why}")), (None, None));
+            }
+        });
+        let it = Loop::start(name, |sources| Slots::new(devices, sources, on_fault))?;
+        let remote = it.remote();
+        self.loops.push(it);
+        Ok(remote)
+    }
+
+    fn connect(&mut self, name: String, (remote, slot): Place, on_bus: OnBus) -> Result<()> {
+        let OnBus { profile, engine, window: (addr, irq) } = on_bus;
+        self.slots.insert(name.clone(), (remote.clone(), slot));
+        let [ready, broken] = [(); 2].map(|()| self.shared.clone());
+        let device = name.clone();
+        let transport = MmioTransport::new(profile, self.memory.clone(), remote, slot)?
+            .on_ready(move || {
+                if ready.marks.drivers_ready() {
+                    ready.log.push(EventKind::DriversReady);
+                }
+            })
+            .on_broken(move |why| {
+                broken.log.push(EventKind::DeviceError { device: device.clone(), what: why.to_owned() });
+            });
+        self.vm.attach_irq(transport.interrupt().fd(), irq)?;
+        for (queue, kick) in (0..).zip(transport.kicks().iter()) {
+            self.vm.attach_kick(kick, addr + NOTIFY_OFFSET, queue)?;
+        }
+        let (counters, interrupt) = (transport.counters().clone(), transport.interrupt().clone());
+        let told = Told { name, counters, interrupt, engine };
+        self.shared.devices.lock().unwrap_or_else(PoisonError::into_inner).push(told);
+        self.mmio.attach(addr, layout::MMIO_WINDOW, Arc::new(Mutex::new(transport)))
+    }
+}

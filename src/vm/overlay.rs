@@ -1,0 +1,208 @@
+//! [`Overlay`]: disks that lie on others, as files, while no VM has them.
+
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+
+use crate::error::{Context, Result};
+use crate::size::Size;
+use crate::virtio::blk::{self, BasePath, OverlayDisk};
+
+/// A copy-on-write disk in a sparse file of its own: what was written is here, all else is in its base, which nobody changes.
+///
+/// A base is a raw image, or another overlay that was frozen. An overlay knows the base that it was made for, and refuses one
+/// that was changed since. To give it to a VM: [`Disk::overlay`](super::Disk::overlay) with
+/// [`Disk::at`](super::Disk::at). An overlay's file names the file that it lies on, and a guest can read that: take none from
+/// strangers.
+///
+/// What replaces a file here writes a new one beside it first, so that a crash leaves the old one whole; at worst a file whose
+/// name begins with `.cofferdam-` is left. All calls block, lock the file, and fail with `ResourceExhausted` when a VM has it
+/// open, with `NotFound`, `PermissionDenied` or `Io` as the host does, with `Corrupt` when it is no overlay, damaged, or lies on
+/// itself, and with `Incompatible` when its base was changed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Overlay {
+    path: PathBuf,
+}
+
+/// What an overlay lies on: a raw image, or a frozen [`Overlay`]. A path is a raw image, whatever is in it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Base(pub(super) BasePath);
+
+impl Base {
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        self.0.path()
+    }
+
+    /// Whether it is an overlay itself.
+    pub fn is_overlay(&self) -> bool {
+        matches!(self.0, BasePath::Overlay(_))
+    }
+}
+
+impl From<PathBuf> for Base {
+    fn from(path: PathBuf) -> Self {
+        Self(BasePath::Raw(path))
+    }
+}
+
+impl From<&Path> for Base {
+    fn from(path: &Path) -> Self {
+        path.to_path_buf().into()
+    }
+}
+
+impl From<&PathBuf> for Base {
+    fn from(path: &PathBuf) -> Self {
+        path.clone().into()
+    }
+}
+
+impl From<&str> for Base {
+    fn from(path: &str) -> Self {
+        PathBuf::from(path).into()
+    }
+}
+
+impl From<String> for Base {
+    fn from(path: String) -> Self {
+        PathBuf::from(path).into()
+    }
+}
+
+impl From<&Overlay> for Base {
+    fn from(overlay: &Overlay) -> Self {
+        Self(BasePath::Overlay(overlay.path.clone()))
+    }
+}
+
+impl From<Overlay> for Base {
+    fn from(overlay: Overlay) -> Self {
+        (&overlay).into()
+    }
+}
+
+/// What an overlay's file says; see [`Overlay::info`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct OverlayInfo {
+    /// How large the disk is that a guest sees.
+    pub size: Size,
+    /// What the file takes up on the host, without its base.
+    pub allocated: Size,
+    /// Whether it is only read, and may be a base.
+    pub frozen: bool,
+    /// What it lies on.
+    pub base: Base,
+}
+
+/// How far a call has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Progress {
+    /// How much of the disk was looked at.
+    pub done: Size,
+    /// How large the disk is.
+    pub total: Size,
+}
+
+impl Overlay {
+    /// Makes an empty overlay of the base's size in a file of its own, which must not exist.
+    ///
+    /// # Errors
+    /// `AlreadyExists`; and as said at [`Overlay`], of the base.
+    pub fn create(path: impl Into<PathBuf>, base: impl Into<Base>) -> Result<Self> {
+        Self::make(path.into(), base.into(), None)
+    }
+
+    /// The same, of another size: what is beyond the base's end reads as zeroes.
+    ///
+    /// # Errors
+    /// `AlreadyExists`; `InvalidConfig` when `size` is smaller than the base or no whole sectors of 512 bytes.
+    pub fn create_larger(path: impl Into<PathBuf>, base: impl Into<Base>, size: Size) -> Result<Self> {
+        Self::make(path.into(), base.into(), Some(size))
+    }
+
+    fn make(path: PathBuf, base: Base, size: Option<Size>) -> Result<Self> {
+        blk::create(&path, &base.0, size)?;
+        Ok(Self { path })
+    }
+
+    /// Finds an overlay, and checks it and all that it lies on.
+    ///
+    /// # Errors
+    /// As said at [`Overlay`].
+    pub fn open(path: impl Into<PathBuf>) -> Result<Self> {
+        let overlay = Self { path: path.into() };
+        overlay.info()?;
+        Ok(overlay)
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// What its file says.
+    ///
+    /// # Errors
+    /// As said at [`Overlay`].
+    pub fn info(&self) -> Result<OverlayInfo> {
+        let about = OverlayDisk::open(&self.path, None, true)?.about()?;
+        let (size, allocated) = (Size::bytes(about.size), Size::bytes(about.allocated));
+        Ok(OverlayInfo { size, allocated, frozen: about.frozen, base: Base(about.base) })
+    }
+
+    /// Makes it a snapshot: from now on it is only read, and new overlays can be made on it.
+    ///
+    /// # Errors
+    /// As said at [`Overlay`].
+    pub fn freeze(&self) -> Result<()> {
+        blk::freeze(&self.path).doing(|| self.doing("freezing"))
+    }
+
+    /// Writes the whole disk into a raw image, which must not exist. `progress` is called for every MiB; when it breaks,
+    /// nothing is left.
+    ///
+    /// # Errors
+    /// `AlreadyExists`; `Cancelled`; and as said at [`Overlay`].
+    pub fn flatten(&self, to: impl AsRef<Path>, progress: impl FnMut(Progress) -> ControlFlow<()>) -> Result<()> {
+        let mut step = stepping(progress);
+        blk::flatten(&self.path, to.as_ref(), &mut step).doing(|| self.doing("flattening"))
+    }
+
+    /// Puts it on another base. What a guest reads stays what it is: where the bases differ, clusters are copied.
+    ///
+    /// # Errors
+    /// `InvalidConfig` when the new base is larger than the disk; `Cancelled`; and as said at [`Overlay`].
+    pub fn rebase(&self, base: impl Into<Base>, progress: impl FnMut(Progress) -> ControlFlow<()>) -> Result<()> {
+        let mut step = stepping(progress);
+        blk::rebase(&self.path, &base.into().0, false, &mut step).doing(|| self.doing("rebasing"))
+    }
+
+    /// Puts it on a base of which the caller knows that it has the content of the old one: a copy, or the old one, moved or
+    /// touched. The old one need not be there; nothing is compared.
+    ///
+    /// # Errors
+    /// As [`Overlay::rebase`].
+    pub fn rebase_same(&self, base: impl Into<Base>, progress: impl FnMut(Progress) -> ControlFlow<()>) -> Result<()> {
+        let mut step = stepping(progress);
+        blk::rebase(&self.path, &base.into().0, true, &mut step).doing(|| self.doing("rebasing"))
+    }
+
+    /// Writes it again without what is the same as in its base, and with holes for what is zero.
+    ///
+    /// # Errors
+    /// `Cancelled`; and as said at [`Overlay`].
+    pub fn compact(&self, progress: impl FnMut(Progress) -> ControlFlow<()>) -> Result<()> {
+        let mut step = stepping(progress);
+        blk::compact(&self.path, &mut step).doing(|| self.doing("compacting"))
+    }
+
+    fn doing(&self, what: &str) -> String {
+        format!("{what} overlay {}", self.path.display())
+    }
+}
+
+fn stepping(mut progress: impl FnMut(Progress) -> ControlFlow<()>) -> impl FnMut(u64, u64) -> ControlFlow<()> {
+    move |done, total| progress(Progress { done: Size::bytes(done), total: Size::bytes(total) })
+}
