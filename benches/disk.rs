@@ -1,8 +1,8 @@
 //! What a guest's real `fio` gets of a raw file, and what of the host's processor that takes; QEMU's microvm beside it, with
 //! io_uring and with threads, in the same run.
 //!
-//! Runs in the lab's virtual time, where a second is a thousand million instructions of guest and host together, so the figures
-//! do not depend on how busy the machine is (benches/README.md).
+//! Where the machine has no hardware KVM this runs in the lab, in real time: its figures are of an emulated processor, and only
+//! their ratios mean anything (benches/README.md).
 
 #![allow(clippy::print_stdout, clippy::print_stderr, clippy::expect_used, reason = "a bench prints, and fails loudly")]
 
@@ -26,7 +26,7 @@ const JOBS: [(&str, &str); 7] = [
     ("128k write in sequence, depth 8", "--rw=write --bs=128k --iodepth=8"),
 ];
 const DATA: u64 = 128 << 20;
-/// Longer than any job takes in virtual time.
+/// Longer than any job takes in the lab.
 const PATIENCE: Duration = Duration::from_secs(20);
 
 fn cache() -> PathBuf {

@@ -110,7 +110,8 @@ pub fn an_overlay_that_may_take_no_more_tells_the_guest() -> Outcome {
     let temp = Temp::new()?;
     let path = temp.path("base.img");
     fs::File::create(&path)?.set_len(64 << 20)?;
-    let script = "dd if=/dev/zero of=/dev/vda bs=1M count=16 conv=fsync 2>/dev/null && echo all || echo refused; reboot -f";
+    let script =
+        "dd if=/dev/zero of=/dev/vda bs=1M count=16 conv=fsync 2>/dev/null && echo all || echo refused; reboot -f";
     let disk = |max| {
         let disk = Disk::overlay(&path).folder(temp.path("")).max(max);
         disk.on_error(ErrorClass::NoSpace, ErrorAction::Report)
