@@ -6,6 +6,7 @@ use std::io::{self, Seek, SeekFrom};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use super::super::SECTOR;
 use super::{BlockBackend, Extent, Shape, transfer};
@@ -39,20 +40,32 @@ pub(super) fn open(path: &Path, read_only: bool, locked: bool, flags: i32) -> Re
     Ok(file)
 }
 
+/// How long a lock of somebody else may be one that is about to go: a program that this process starts has a copy of every
+/// descriptor until it is loaded, also of those that were closed meanwhile.
+const STARTING: Duration = Duration::from_millis(300);
+
 /// # Errors
 /// `ResourceExhausted` when somebody else has it.
 pub(super) fn lock_or_name_holder(file: &File, kind: LockKind) -> Result<()> {
-    if try_lock(file, kind)? {
-        return Ok(());
+    let deadline = Instant::now() + STARTING;
+    while !try_lock(file, kind)? {
+        if Instant::now() >= deadline {
+            return Err(held(file));
+        }
+        std::thread::sleep(Duration::from_millis(5));
     }
+    Ok(())
+}
+
+fn held(file: &File) -> Error {
     let holder = sys::lock_holder(file).unwrap_or_else(|| "another process".into());
-    Err(Error::new(
+    Error::new(
         ErrorKind::ResourceExhausted,
         format!(
             "{holder} has it open for writing, or would be disturbed by writes; \
              share it read-only, use an overlay or a copy, or see Disk::unlocked"
         ),
-    ))
+    )
 }
 
 /// How long an image is, in bytes.
