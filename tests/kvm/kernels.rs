@@ -1,6 +1,7 @@
 //! Kernels as distributions ship them, unmodified, with the modules that they need.
 
 use std::os::unix::fs::FileExt;
+use std::time::{Duration, Instant};
 
 use cofferdam::{Disk, ErrorKind, Exit, Modules, Size, Vm};
 
@@ -106,10 +107,26 @@ pub fn a_whole_system_boots_to_its_login_and_powers_off_when_asked() -> Outcome 
     let vm = system(printed.console())?;
     // Emulated, it takes most of a minute.
     printed.wait_within(4 * PATIENCE, "debian login:")?;
+    // Its prompt comes before the rest of it, of which logind hears the power key.
+    at_rest(&vm)?;
     let exit = vm.shutdown(PATIENCE)?;
     check!(matches!(exit, Exit::PowerOff), "{exit}");
     check!(is_clean(&system_disk())?, "its file system was not unmounted");
     Ok(())
+}
+
+/// Waits until the guest takes less than a tenth of a processor for two seconds.
+fn at_rest(vm: &Vm) -> Outcome {
+    let used = || vm.stats().vcpus.iter().map(|vcpu| vcpu.cpu_time).sum::<Duration>();
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let before = used();
+        std::thread::sleep(Duration::from_secs(2));
+        if used() - before < Duration::from_millis(200) {
+            return Ok(());
+        }
+        check!(Instant::now() < deadline, "{}", vm.trace());
+    }
 }
 
 /// Whether an ext4 file system was unmounted: nothing in its journal is to be done (Linux, ext4 documentation, super block:
