@@ -195,18 +195,13 @@ fn read_growing(mut call: impl FnMut(&mut [u8]) -> isize) -> io::Result<Vec<u8>>
 
 /// A file in `dir` that has no name and is gone when its last descriptor is closed.
 pub(crate) fn temp_file(dir: &Path) -> io::Result<File> {
-    let open = |path: &Path, flags| {
-        OpenOptions::new().read(true).write(true).mode(0o600).custom_flags(flags | libc::O_EXCL).open(path)
-    };
-    match open(dir, libc::O_TMPFILE) {
+    let flags = libc::O_TMPFILE | libc::O_EXCL;
+    match OpenOptions::new().read(true).write(true).mode(0o600).custom_flags(flags).open(dir) {
         Err(e) if matches!(e.raw_os_error(), Some(libc::EOPNOTSUPP | libc::EISDIR)) => {}
         outcome => return outcome,
     }
     // The file system knows no files without a name, as FUSE and NFS do not. For a moment, this one has one.
-    let mut number = [0; 16];
-    fill_random(&mut number)?;
-    let path = dir.join(format!("cofferdam-{:032x}", u128::from_le_bytes(number)));
-    let file = open(&path, libc::O_CREAT)?;
+    let (file, path) = super::draft_file(dir)?;
     std::fs::remove_file(&path)?;
     Ok(file)
 }

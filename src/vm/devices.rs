@@ -71,7 +71,7 @@ pub(super) fn attachments(
             log.push(EventKind::Degraded { what: format!("io_uring for {name}: {why}") });
         }
         let (blocking, engine) = (disk.blocks(), Some(disk.engine()));
-        let (low, low_name) = (faults.clone(), name.clone());
+        let (log, its_name) = (log.clone(), name.clone());
         let disk = disk
             .on_fault(move |fault| {
                 if let Some(shared) = faults.get().and_then(Weak::upgrade) {
@@ -79,9 +79,7 @@ pub(super) fn attachments(
                 }
             })
             .on_low_space(move |free| {
-                if let Some(shared) = low.get().and_then(Weak::upgrade) {
-                    shared.log.push(EventKind::DiskSpaceLow { disk: low_name.clone(), free: Size::bytes(free) });
-                }
+                log.push(EventKind::DiskSpaceLow { disk: its_name.clone(), free: Size::bytes(free) });
             });
         all.push(Attachment { name, device: Box::new(disk), blocking, engine });
     }

@@ -159,16 +159,9 @@ impl Stats {
 fn write_metrics(to: &mut String, all: &[(&str, &Stats)]) -> fmt::Result {
     let labels = |vm: &str, key: &str, value: &str| format!("vm=\"{}\",{key}=\"{}\"", escaped(vm), escaped(value));
     let vcpus = || all.iter().flat_map(|(vm, s)| s.vcpus.iter().enumerate().map(move |(n, v)| (*vm, n, v)));
-    let family = "cofferdam_vcpu_cpu_seconds";
-    writeln!(
-        to,
-        "# TYPE {family} counter\n# UNIT {family} seconds\n# HELP {family} Processor time of the vCPU's thread."
-    )?;
-    for (vm, n, vcpu) in vcpus() {
-        let time = vcpu.cpu_time;
-        let labels = labels(vm, "vcpu", &n.to_string());
-        writeln!(to, "{family}_total{{{labels}}} {}.{:09}", time.as_secs(), time.subsec_nanos())?;
-    }
+    let devices = || all.iter().flat_map(|(vm, s)| s.devices.iter().map(move |d| (*vm, d)));
+    let times = vcpus().map(|(vm, n, vcpu)| (labels(vm, "vcpu", &n.to_string()), vcpu.cpu_time));
+    write_seconds(to, "cofferdam_vcpu_cpu_seconds", "Processor time of the vCPU's thread.", times)?;
     let family = "cofferdam_vcpu_exits";
     writeln!(to, "# TYPE {family} counter\n# HELP {family} Times the guest needed the host, by reason.")?;
     for (vm, n, vcpu) in vcpus() {
@@ -183,26 +176,34 @@ fn write_metrics(to: &mut String, all: &[(&str, &Stats)]) -> fmt::Result {
             writeln!(to, "# UNIT {family} bytes")?;
         }
         writeln!(to, "# HELP {family} {help}")?;
-        for (vm, device) in all.iter().flat_map(|(vm, s)| s.devices.iter().map(move |d| (*vm, d))) {
+        for (vm, device) in devices() {
             writeln!(to, "{family}_total{{{}}} {}", labels(vm, "device", &device.name), value(device))?;
         }
     }
     for (family, help, value) in DEVICE_TIMES {
-        writeln!(to, "# TYPE {family} counter\n# UNIT {family} seconds\n# HELP {family} {help}")?;
-        for (vm, device) in all.iter().flat_map(|(vm, s)| s.devices.iter().map(move |d| (*vm, d))) {
-            let (labels, time) = (labels(vm, "device", &device.name), value(device));
-            writeln!(to, "{family}_total{{{labels}}} {}.{:09}", time.as_secs(), time.subsec_nanos())?;
-        }
+        let times = devices().map(|(vm, device)| (labels(vm, "device", &device.name), value(device)));
+        write_seconds(to, family, help, times)?;
     }
-    let groups = || all.iter().filter_map(|(vm, s)| Some((*vm, s.cgroup?)));
     for (family, help, value) in CGROUP_METRICS {
-        writeln!(to, "# TYPE {family} counter\n# UNIT {family} seconds\n# HELP {family} {help}")?;
-        for (vm, group) in groups() {
-            let time = value(&group);
-            writeln!(to, "{family}_total{{vm=\"{}\"}} {}.{:09}", escaped(vm), time.as_secs(), time.subsec_nanos())?;
-        }
+        let groups = all.iter().filter_map(|(vm, s)| Some((vm, s.cgroup?)));
+        let times = groups.map(|(vm, group)| (format!("vm=\"{}\"", escaped(vm)), value(&group)));
+        write_seconds(to, family, help, times)?;
     }
     to.write_str("# EOF\n")
+}
+
+/// A family of times: the labels of each, and it.
+fn write_seconds(
+    to: &mut String,
+    family: &str,
+    help: &str,
+    times: impl Iterator<Item = (String, Duration)>,
+) -> fmt::Result {
+    writeln!(to, "# TYPE {family} counter\n# UNIT {family} seconds\n# HELP {family} {help}")?;
+    for (labels, time) in times {
+        writeln!(to, "{family}_total{{{labels}}} {}.{:09}", time.as_secs(), time.subsec_nanos())?;
+    }
+    Ok(())
 }
 
 /// A label's value (OpenMetrics 1.0, "Escaping").

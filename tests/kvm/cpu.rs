@@ -373,7 +373,7 @@ pub fn what_others_take_is_seen_as_stolen() -> Outcome {
         echo stolen $(steal)\nreboot -f";
     let done = AtomicBool::new(false);
     let hosts = std::thread::available_parallelism()?.get();
-    let (_, printed) = std::thread::scope(|scope| {
+    let (exit, printed) = std::thread::scope(|scope| {
         for _ in 0..hosts {
             scope.spawn(|| {
                 while !done.load(Ordering::Relaxed) {
@@ -385,6 +385,7 @@ pub fn what_others_take_is_seen_as_stolen() -> Outcome {
         done.store(true, Ordering::Relaxed);
         outcome
     })?;
+    check!(matches!(exit, Exit::Reboot(_)), "{exit}");
     let stolen: u64 = told(&printed, "stolen")?.first().ok_or("no number")?.parse()?;
     check!(stolen >= 5, "{stolen} hundredths of a second");
     Ok(())

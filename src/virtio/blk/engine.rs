@@ -5,12 +5,12 @@ use std::io;
 use std::os::fd::RawFd;
 use std::time::Duration;
 
-use super::backend::Extent;
+use super::backend::{Extent, front, zeroes_to_guest};
 use super::config::{Cache, DiskEngine};
 use super::flight::Flight;
 use super::request::{Range, Work};
 use super::{Blk, RING, SECTOR};
-use crate::memory::{GuestMemory, Move, Mover, Segment};
+use crate::memory::{Move, Mover, Segment};
 use crate::virtio::DeviceIo;
 
 /// How long a call that needs the disk for itself waits for what is under way.
@@ -124,7 +124,7 @@ impl Blk {
         };
         for place in places {
             let (Extent::File { len, .. } | Extent::Zeroes { len }) = *place;
-            let part = if alone { Vec::new() } else { cut(&mut rest, len) };
+            let part = if alone { Vec::new() } else { front(&mut rest, usize::try_from(len).unwrap_or(usize::MAX)) };
             let part = if alone { segments } else { &part };
             match *place {
                 Extent::File { fd, offset, .. } if write => {
@@ -132,7 +132,7 @@ impl Blk {
                 }
                 Extent::File { fd, offset, .. } => self.hand_over(slot, flight, Move::Read { fd, offset, to: part })?,
                 Extent::Zeroes { .. } if write => return Err(io::Error::other("there is no place to write to")),
-                Extent::Zeroes { .. } => fill(flight.chain.memory(), part)?,
+                Extent::Zeroes { .. } => zeroes_to_guest(flight.chain.memory(), part)?,
             }
         }
         debug_assert!(rest.is_empty(), "the backend did not tell all places");
@@ -197,31 +197,4 @@ impl Blk {
         self.mover.as_ref().filter(|_| !self.called)?;
         self.backend.sync_fd()
     }
-}
-
-/// Takes the first `n` bytes.
-fn cut(segments: &mut Vec<Segment>, n: u64) -> Vec<Segment> {
-    let (mut left, mut part, mut rest) = (usize::try_from(n).unwrap_or(usize::MAX), Vec::new(), Vec::new());
-    for segment in segments.drain(..) {
-        let (now, later) = segment.split_at(left);
-        left -= now.len();
-        part.extend(Some(now).filter(|s| s.len() > 0));
-        rest.extend(Some(later).filter(|s| s.len() > 0));
-    }
-    *segments = rest;
-    part
-}
-
-/// Makes zeroes of a part of guest memory.
-fn fill(memory: &GuestMemory, segments: &[Segment]) -> io::Result<()> {
-    for segment in segments {
-        let mut rest = *segment;
-        while rest.len() > 0 {
-            let (now, later) = rest.split_at(4096);
-            let zeroes = [0; 4096];
-            memory.write(now.addr(), zeroes.get(..now.len()).unwrap_or_default()).map_err(io::Error::other)?;
-            rest = later;
-        }
-    }
-    Ok(())
 }

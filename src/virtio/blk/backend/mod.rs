@@ -19,6 +19,7 @@ pub(crate) use overlay::{BasePath, OverlayDisk, compact, create, flatten, freeze
 #[cfg(feature = "qcow2")]
 pub(crate) use qcow2::Qcow2;
 pub(crate) use raw::RawFile;
+pub(super) use storage::zeroes_to_guest;
 
 use crate::memory::{GuestMemory, Segment};
 
@@ -115,7 +116,7 @@ fn transfer(
 }
 
 /// Takes the first `n` bytes, or all.
-fn front(segments: &mut Vec<Segment>, n: usize) -> Vec<Segment> {
+pub(super) fn front(segments: &mut Vec<Segment>, n: usize) -> Vec<Segment> {
     let (mut taken, mut room) = (Vec::new(), n);
     for segment in segments.iter() {
         let (now, _) = segment.split_at(room);

@@ -1,11 +1,10 @@
 //! A raw image: a file or block device of the host, locked, read and written in place.
 
-use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use super::super::SECTOR;
@@ -18,13 +17,10 @@ use crate::sys::{self, LockKind, try_lock};
 #[derive(Debug)]
 pub(crate) struct RawFile {
     file: File,
-    path: Option<PathBuf>,
     len: u64,
     read_only: bool,
     /// Whether it is a device of the host.
     device: bool,
-    /// A sync has failed, upon which the kernel forgets what it could not write: nothing is durable from then on.
-    failed: bool,
 }
 
 /// Opens an image and, unless told otherwise, locks it: readers share it, a writer has it alone, whoever they are. `flags`
@@ -97,9 +93,7 @@ impl RawFile {
     pub(crate) fn open(path: &Path, read_only: bool, locked: bool) -> Result<Self> {
         let doing = || format!("opening disk {}", path.display());
         let file = open(path, read_only, locked, 0).doing(doing)?;
-        let mut disk = Self::from_file(file, read_only).doing(doing)?;
-        disk.path = Some(path.into());
-        Ok(disk)
+        Self::from_file(file, read_only).doing(doing)
     }
 
     /// Takes a file that is open already, and that nobody else knows.
@@ -109,7 +103,7 @@ impl RawFile {
     pub(crate) fn from_file(file: File, read_only: bool) -> Result<Self> {
         let len = length(&file)?;
         let device = file.metadata()?.file_type().is_block_device();
-        Ok(Self { file, path: None, len, read_only, device, failed: false })
+        Ok(Self { file, len, read_only, device })
     }
 
     /// What no disk for reading only may be asked for.
@@ -133,15 +127,7 @@ impl BlockBackend for RawFile {
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        if self.read_only {
-            return Ok(());
-        }
-        if self.failed {
-            return Err(io::Error::from_raw_os_error(libc::EIO));
-        }
-        let outcome = self.file.sync_data();
-        self.failed = outcome.is_err();
-        outcome
+        if self.read_only { Ok(()) } else { self.file.sync_data() }
     }
 
     fn discard(&mut self, offset: u64, len: u64) -> io::Result<()> {
@@ -195,18 +181,10 @@ impl BlockBackend for RawFile {
     }
 }
 
-impl fmt::Display for RawFile {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.path {
-            Some(path) => write!(f, "{}", path.display()),
-            None => f.write_str("(unnamed)"),
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::path::PathBuf;
 
     struct Temp(PathBuf);
 

@@ -6,7 +6,9 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
 
-use super::{front, transfer};
+#[cfg(any(test, feature = "qcow2"))]
+use super::front;
+use super::transfer;
 use crate::memory::{GuestMemory, Segment};
 use crate::sys;
 
@@ -116,12 +118,21 @@ pub(super) fn from_guest(
 }
 
 /// Fills the guest's buffers with zeroes.
-pub(super) fn zeroes_to_guest(memory: &GuestMemory, segments: &[Segment]) -> io::Result<()> {
-    // The buffer is nothing but zeroes, and nobody writes to it.
-    pieces(segments, 0, |buffer, piece, _| scatter(memory, piece, buffer))
+pub(crate) fn zeroes_to_guest(memory: &GuestMemory, segments: &[Segment]) -> io::Result<()> {
+    let zeroes = [0; 4096];
+    for segment in segments {
+        let mut rest = *segment;
+        while rest.len() > 0 {
+            let (now, later) = rest.split_at(zeroes.len());
+            memory.write(now.addr(), zeroes.get(..now.len()).unwrap_or_default()).map_err(io::Error::other)?;
+            rest = later;
+        }
+    }
+    Ok(())
 }
 
 /// Cuts `segments` into pieces of at most 64 KiB, each with a buffer of its size.
+#[cfg(any(test, feature = "qcow2"))]
 fn pieces(
     segments: &[Segment],
     mut offset: u64,

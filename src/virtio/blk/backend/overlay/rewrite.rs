@@ -6,10 +6,10 @@ use std::ops::ControlFlow;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
+use super::OverlayDisk;
 use super::format::{CLUSTER, Header};
 use super::open::{BasePath, on, open_alone, open_on_changed, own_base, plan_again};
 use super::states::State;
-use super::{OverlayDisk, States};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::sys;
 
@@ -54,16 +54,12 @@ pub(crate) fn flatten(path: &Path, to: &Path, step: Step<'_>) -> Result<()> {
 /// of the old one, which need not be there any more, and only what is here is copied.
 pub(crate) fn rebase(path: &Path, base: &BasePath, same: bool, step: Step<'_>) -> Result<()> {
     let mut disk = if same { open_on_changed(path, base) } else { open_alone(path) }?;
-    let (header, mut below) = plan_again(&disk, base)?;
-    let (_, layer) = plan_again(&disk, base)?;
+    let (header, layer) = plan_again(&disk, base)?;
     replace(path, header, layer, |new| {
-        copy(&mut disk, new, step, |disk, state, at, bytes, theirs| {
-            if same {
-                return Ok(state != State::Base);
-            }
-            disk.read_bytes(bytes, at)?;
-            below.read(theirs, at)?;
-            Ok(bytes != theirs)
+        copy(&mut disk, new, step, |state| match (same, state) {
+            (true, State::Base) => Look::Skip,
+            (true, _) => Look::Copy,
+            (false, _) => Look::Compare,
         })
     })
 }
@@ -73,34 +69,40 @@ pub(crate) fn compact(path: &Path, step: Step<'_>) -> Result<()> {
     let mut disk = open_alone(path)?;
     let (header, layer) = plan_again(&disk, &own_base(&disk))?;
     replace(path, header, layer, |new| {
-        copy(&mut disk, new, step, |disk, state, at, bytes, theirs| {
-            if state == State::Base {
-                return Ok(false);
-            }
-            disk.read_bytes(bytes, at)?;
-            disk.base.read(theirs, at)?;
-            Ok(bytes != theirs)
-        })
+        copy(&mut disk, new, step, |state| if state == State::Base { Look::Skip } else { Look::Compare })
     })
 }
 
-/// Copies the clusters for which `wanted` says so, as data or as zeroes.
-fn copy(
-    disk: &mut OverlayDisk,
-    new: &mut OverlayDisk,
-    step: Step<'_>,
-    mut wanted: impl FnMut(&mut OverlayDisk, State, u64, &mut [u8], &mut [u8]) -> io::Result<bool>,
-) -> Result<()> {
+/// What becomes of a cluster.
+#[derive(PartialEq)]
+enum Look {
+    /// It is the same in the new base.
+    Skip,
+    /// It is copied.
+    Copy,
+    /// It is copied unless it is the same in the new base.
+    Compare,
+}
+
+/// Copies clusters by their state, as data or as zeroes.
+fn copy(disk: &mut OverlayDisk, new: &mut OverlayDisk, step: Step<'_>, look_at: impl Fn(State) -> Look) -> Result<()> {
     let mut theirs = [0; CLUSTER as usize];
     each_piece(disk.header.size, step, |at, bytes| {
         for (n, cluster) in bytes.chunks_mut(CLUSTER as usize).enumerate() {
             let at = at + n as u64 * CLUSTER;
             let theirs = theirs.get_mut(..cluster.len()).unwrap_or_default();
             let (state, _) = disk.run(at, cluster.len() as u64)?;
-            if !wanted(disk, state, at, cluster, theirs)? {
+            let look = look_at(state);
+            if look == Look::Skip {
                 continue;
             }
             disk.read_bytes(cluster, at)?;
+            if look == Look::Compare {
+                new.base.read(theirs, at)?;
+                if cluster == theirs {
+                    continue;
+                }
+            }
             let this = at / CLUSTER..at / CLUSTER + 1;
             if cluster.iter().all(|byte| *byte == 0) {
                 new.states.set(&*new.file, this, State::Zero)?;
@@ -135,11 +137,7 @@ fn replace(
     base: Box<dyn super::Layer>,
     fill: impl FnOnce(&mut OverlayDisk) -> Result<()>,
 ) -> Result<()> {
-    publish(path, true, |file| {
-        let mut new = on(file.try_clone()?, header, base)?;
-        new.states = States::default();
-        fill(&mut new)
-    })
+    publish(path, true, |file| fill(&mut on(file.try_clone()?, header, base)?))
 }
 
 /// Lets `fill` write a file in the folder of `path`, and gives it that name when it is durable: whole or not at all. Where
