@@ -15,6 +15,8 @@ use crate::sys::{EventFd, borrow, eventfd};
 const TAIL: usize = 64 * 1024;
 /// How much may wait for a slow writer. A guest that prints more waits too.
 const PENDING: usize = 64 * 1024;
+/// How long the end of the output waits for the writer's thread to have a turn on a busy host.
+const BEGIN: Duration = Duration::from_secs(5);
 /// Queues of port 0 (Virtio 1.3, 5.3.2).
 const TRANSMIT: usize = 1;
 /// The number under which the wake-up of a waiting guest is watched.
@@ -26,6 +28,8 @@ struct State {
     pending: VecDeque<u8>,
     /// Somebody takes what is pending.
     pumped: bool,
+    /// Since when the writer has what is pending.
+    writing: Option<Instant>,
     /// No more will be printed: the pump ends when nothing is pending.
     closed: bool,
 }
@@ -93,6 +97,8 @@ impl Output {
             }
             // What waits is written before it is taken away, so that `drained` means written.
             let bytes: Vec<u8> = state.pending.iter().copied().collect();
+            state.writing = Some(Instant::now());
+            self.0.changed.notify_all();
             drop(state);
             if bytes.is_empty() {
                 return;
@@ -105,7 +111,10 @@ impl Output {
                 self.made_room();
                 return;
             }
-            self.state().pending.drain(..bytes.len());
+            let mut state = self.state();
+            state.pending.drain(..bytes.len());
+            state.writing = None;
+            drop(state);
             self.made_room();
         }
     }
@@ -116,13 +125,15 @@ impl Output {
         let _ = self.0.space.write(1);
     }
 
-    /// Nothing more will be printed. Waits until the writer has everything, but not longer than `bound`.
+    /// Nothing more will be printed. Waits until the writer has everything, but not longer than `bound` once it has begun to
+    /// write: only the host keeps its thread from beginning, which is given [`BEGIN`] for it.
     pub(crate) fn close(&self, bound: Duration) {
-        let deadline = Instant::now() + bound;
+        let begin = Instant::now();
         let mut state = self.state();
         state.closed = true;
         self.0.changed.notify_all();
         while state.pumped && !state.pending.is_empty() {
+            let deadline = state.writing.map_or(begin + BEGIN, |since| since.max(begin) + bound);
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return;
@@ -287,5 +298,40 @@ mod tests {
         output.pump(&mut Broken);
         assert_eq!(output.print(&[0; PENDING * 2]), PENDING * 2);
         output.close(Duration::from_secs(10));
+    }
+
+    #[test]
+    fn a_writer_that_has_not_begun_is_waited_for_and_one_that_hangs_is_not() {
+        struct Hanging(std::sync::mpsc::Receiver<()>);
+        impl Write for Hanging {
+            fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+                let _ = self.0.recv();
+                Ok(bytes.len())
+            }
+            fn flush(&mut self) -> std::io::Result<()> {
+                Ok(())
+            }
+        }
+        let bound = Duration::from_millis(20);
+        let (late, hung) = (Output::new().unwrap(), Output::new().unwrap());
+        let (done, hangs) = std::sync::mpsc::channel();
+        let begin = |output: &Output, mut writer: Box<dyn Write + Send>| {
+            output.expect_pump();
+            output.print(b"x");
+            let output = output.clone();
+            thread::spawn(move || {
+                thread::sleep(5 * bound);
+                output.pump(&mut *writer);
+            })
+        };
+        let pumps = [begin(&late, Box::new(std::io::sink())), begin(&hung, Box::new(Hanging(hangs)))];
+        late.close(bound);
+        assert!(late.state().pending.is_empty());
+        hung.close(bound);
+        assert!(!hung.state().pending.is_empty());
+        drop(done);
+        for pump in pumps {
+            pump.join().unwrap();
+        }
     }
 }
