@@ -95,7 +95,7 @@ tests! {
         qcow2_is_written_on_a_backing_file_which_stays_as_it_is past_the_page_cache_and_in_memory;
     start: a_guest_that_is_never_ready_names_its_stage a_guest_that_ends_first_says_how a_broken_shim_is_told
         without_kvm_the_remedy_is_told what_may_not_be_read_is_named;
-    storage: fio_reads_what_it_wrote fio_reads_what_it_wrote_through_other_ways what_was_durable_survives_the_kill_of_its_process;
+    storage: fio_reads_what_it_wrote what_was_durable_survives_the_kill_of_its_process;
 }
 
 fn main() -> ExitCode {

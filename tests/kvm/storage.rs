@@ -2,15 +2,15 @@
 //!
 //! `COFFERDAM_SOAK` makes them as long as wanted: seconds of `fio` for each kind of disk, and kills.
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use cofferdam::{Console, Disk, DiskEngine, Exit, Image, Initramfs, Size, Vm, VmBuilder};
+use cofferdam::{Console, Disk, DiskEngine, DiskLimit, Exit, Image, Initramfs, Rate, Size, Vm, VmBuilder};
 
 use crate::fixture::{Outcome, PATIENCE, Printed, Temp, busybox, cache, kernel};
-use crate::{check, check_eq};
+use crate::check;
 
 /// In the environment of a process that shall run a machine until it is killed: the machine's disk.
 pub const VICTIM: &str = "COFFERDAM_TEST_VICTIM";
@@ -41,38 +41,6 @@ fn debian(script: &str) -> Result<VmBuilder, Box<dyn std::error::Error>> {
     Ok(vm.disk(Disk::file(root()?).read_only()))
 }
 
-/// Random writes of mixed sizes, with syncs, all of them read back and compared, while the machine is paused again and again.
-fn verified(disks: Vec<Disk>) -> Outcome {
-    let seconds = soak().unwrap_or(4);
-    let script: String = ('b'..)
-        .take(disks.len())
-        .map(|letter| {
-            format!(
-                "fio --name={letter} --filename=/dev/vd{letter} --direct=1 --ioengine=libaio --iodepth=16 --rw=randrw --bsrange=512-64k \
-                 --bs_unaligned=0 --size=48m --fsync=32 --verify=crc32c --verify_backlog=64 --verify_fatal=1 --time_based \
-                 --runtime={seconds} --thread --minimal > /tmp/{letter}.out && echo {letter} is sound || tail -n 3 /tmp/{letter}.out &\n"
-            )
-        })
-        .collect::<String>()
-        + "wait\n";
-    let (wanted, printed) = (disks.len(), Printed::default());
-    let vm = disks.into_iter().fold(debian(&script)?, VmBuilder::disk).console(printed.console()).start()?;
-    let deadline = Instant::now() + PATIENCE + 10 * Duration::from_secs(seconds);
-    while vm.try_wait()?.is_none() {
-        check!(Instant::now() < deadline, "{} {}", printed.text(), vm.trace());
-        std::thread::sleep(Duration::from_millis(70));
-        // It may have ended in between.
-        if vm.pause().is_ok() {
-            std::thread::sleep(Duration::from_millis(5));
-            let _ = vm.resume();
-        }
-    }
-    let exit = vm.wait()?;
-    check!(matches!(exit, Exit::Reboot(_)), "{exit}");
-    check_eq!(printed.text().matches(" is sound").count(), wanted);
-    Ok(())
-}
-
 /// An empty file of 64 MiB.
 fn file(temp: &Temp, name: &str) -> std::io::Result<PathBuf> {
     let path = temp.path(name);
@@ -80,21 +48,85 @@ fn file(temp: &Temp, name: &str) -> std::io::Result<PathBuf> {
     Ok(path)
 }
 
-pub fn fio_reads_what_it_wrote() -> Outcome {
-    let temp = Temp::new()?;
-    let base = file(&temp, "base")?;
-    let kept = Disk::overlay(&base).at(temp.path("kept"));
-    verified(vec![Disk::file(file(&temp, "raw")?), Disk::scratch(Size::mib(64)), Disk::overlay(&base), kept])
-}
-
-pub fn fio_reads_what_it_wrote_through_other_ways() -> Outcome {
-    let temp = Temp::new()?;
-    let image = temp.path("image.qcow2");
+/// A disk of every kind, and its name.
+fn every_kind(temp: &Temp) -> Result<Vec<(&'static str, Disk)>, Box<dyn std::error::Error>> {
+    let (base, image) = (file(temp, "base")?, temp.path("image.qcow2"));
     let made = Command::new("qemu-img").args(["create", "-q", "-f", "qcow2"]).arg(&image).arg("64M").status()?;
     check!(made.success());
-    let threads = |name| Ok::<_, std::io::Error>(Disk::file(file(&temp, name)?).engine(DiskEngine::Threads));
-    let direct = Disk::file(file(&temp, "direct")?).direct();
-    verified(vec![threads("threads")?, Disk::memory(Size::mib(64)), direct, Disk::qcow2(image)])
+    Ok(vec![
+        ("raw", Disk::file(file(temp, "raw")?)),
+        ("scratch", Disk::scratch(Size::mib(64))),
+        ("private overlay", Disk::overlay(&base)),
+        ("kept overlay", Disk::overlay(&base).at(temp.path("kept"))),
+        ("threads", Disk::file(file(temp, "threads")?).engine(DiskEngine::Threads)),
+        ("memory", Disk::memory(Size::mib(64))),
+        ("direct", Disk::file(file(temp, "direct")?).direct()),
+        ("qcow2", Disk::qcow2(image)),
+    ])
+}
+
+/// What this process has in memory of its own, without what it maps of files: the guest's memory too.
+fn resident() -> Result<u64, Box<dyn std::error::Error>> {
+    let status = std::fs::read_to_string("/proc/self/status")?;
+    let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).ok_or("no RssAnon")?;
+    Ok(line.trim().trim_end_matches(" kB").parse()?)
+}
+
+/// Random writes of mixed sizes, with syncs, all of them read back and compared, while the machine is paused again and again and
+/// what the disks may do changes.
+pub fn fio_reads_what_it_wrote() -> Outcome {
+    let (temp, seconds, printed) = (Temp::new()?, soak().unwrap_or(4), Printed::default());
+    let (names, disks): (Vec<_>, Vec<_>) = every_kind(&temp)?.into_iter().unzip();
+    let script: String = ('b'..)
+        .zip(&names)
+        .map(|(letter, name)| {
+            format!(
+                "(fio --name={letter} --filename=/dev/vd{letter} --direct=1 --ioengine=libaio --iodepth=8 --rw=randrw --bsrange=512-128k \
+                 --bs_unaligned=0 --numjobs=4 --offset_increment=16m --size=12m --fsync=32 --verify=crc32c --verify_backlog=64 \
+                 --verify_fatal=1 --time_based --runtime={seconds} --thread --group_reporting --minimal > /tmp/{letter}.out \
+                 && echo \"sound $(tail -n 1 /tmp/{letter}.out | cut -d';' -f47) KiB written to {name}\" || tail -n 3 /tmp/{letter}.out) &\n"
+            )
+        })
+        .collect::<String>()
+        + "wait\n";
+    let vm = disks.into_iter().fold(debian(&script)?, VmBuilder::disk).console(printed.console());
+    let vm = vm.memory(Size::mib(256)).start()?;
+    let deadline = Instant::now() + PATIENCE + 10 * Duration::from_secs(seconds);
+    let limits = [DiskLimit::none(), DiskLimit::none().write_operations(Rate::per_second(500)), DiskLimit::none()];
+    let (mut turns, mut sizes) = (limits.iter().cycle(), Vec::new());
+    while vm.try_wait()?.is_none() {
+        check!(Instant::now() < deadline, "{} {}", printed.text(), vm.trace());
+        std::thread::sleep(Duration::from_millis(70));
+        sizes.push(resident()?);
+        let limit = turns.next().ok_or("no limit")?;
+        // It may have ended in between.
+        if vm.pause().is_ok() {
+            std::thread::sleep(Duration::from_millis(5));
+            let _ = vm.resume();
+        }
+        for n in 1..=names.len() {
+            let _ = vm.disk(n).and_then(|disk| disk.set_limit(*limit));
+        }
+    }
+    let exit = vm.wait()?;
+    check!(matches!(exit, Exit::Reboot(_)), "{exit}");
+    let written = |line: &str| line.trim().strip_prefix("sound ")?.split(' ').next()?.parse::<u64>().ok();
+    let text = printed.text();
+    let written: Vec<u64> = text.lines().filter_map(written).collect();
+    check!(written.len() == names.len() && written.iter().all(|kib| *kib > 0), "{text}");
+    // The last quarter of the time beside the one before it: what leaks goes on leaking.
+    let most = |part: &[u64]| part.iter().copied().max().unwrap_or(0);
+    let quarter = sizes.len() / 4;
+    let (before, after) = (most(&sizes[..sizes.len() - quarter]), most(&sizes[sizes.len() - quarter..]));
+    let total = written.iter().sum::<u64>() >> 10;
+    let pauses = sizes.len();
+    writeln!(
+        std::io::stderr(),
+        "fio: {total} MiB written in {seconds} s, {pauses} pauses, {before} and then {after} KiB of memory\n{text}"
+    )?;
+    // Other tests beside this one take memory of the same process.
+    check!(soak().is_none() || after <= before + 8 * 1024, "{before} KiB have become {after}");
+    Ok(())
 }
 
 /// Numbers in a file and in a database, each told on the console once it is durable. With less than "extra" a commit of SQLite's
