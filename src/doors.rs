@@ -122,6 +122,16 @@ pub fn mmio(data: &[u8]) {
     }
 }
 
+/// What a qcow2 image holds that was found after a loss of power, and what after `byte` was written to the first sector of every
+/// `step` bytes.
+///
+/// # Errors
+/// As opening such a disk.
+#[cfg(feature = "qcow2")]
+pub fn qcow2_found(path: &std::path::Path, step: u64, byte: u8) -> crate::Result<[Vec<u8>; 2]> {
+    crate::virtio::blk::doors::qcow2_found(path, step, byte)
+}
+
 /// The file of an overlay with any bytes changed, and what a guest does on it.
 pub fn overlay(data: &[u8]) {
     crate::virtio::blk::doors::overlay(data);

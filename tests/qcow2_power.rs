@@ -1,14 +1,15 @@
 //! What a loss of power leaves of a qcow2 image that is flushed as `Disk::qcow2` does: a storage below the crate imago records
-//! writes and syncs, and every state in which the file may be found after is opened again. What is promised is what can be read;
-//! reference counts may be behind, for which `Disk::qcow2` marks the image.
+//! writes and syncs, and every state in which the file may be found after is opened again. What is promised can be read; and
+//! though reference counts may be behind, for which `Disk::qcow2` marks the image, it can be used again without losing any of it.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a failure here is the test's")]
 #![allow(unsafe_code, reason = "imago's storage trait has unsafe methods; nothing unsafe is done in them")]
 
-use std::fmt;
-use std::io;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
+use std::{fmt, fs, io};
 
+use cofferdam::doors::qcow2_found;
 use imago::io_buffers::{IoVector, IoVectorMut};
 use imago::qcow2::Qcow2;
 use imago::raw::Raw;
@@ -147,6 +148,32 @@ fn found(start: &[u8], events: &[Event], end: usize, mut kept: impl FnMut() -> b
     bytes
 }
 
+/// Opens what was found as `Disk::qcow2` does, marked as it marks what it writes, and uses it.
+fn used_again(folder: &Path, mut bytes: Vec<u8>) -> [Vec<u8>; 2] {
+    let path = folder.join("image");
+    bytes[79] |= 1;
+    fs::write(&path, bytes).unwrap();
+    qcow2_found(&path, CLUSTER as u64, 255).unwrap()
+}
+
+/// A folder in memory, where syncs cost nothing.
+struct Folder(PathBuf);
+
+impl Folder {
+    fn new() -> Self {
+        let path = Path::new("/dev/shm").join(format!("cofferdam-power-{}", std::process::id()));
+        fs::create_dir_all(&path).unwrap();
+        fs::write(path.join("base"), vec![200; 2 * CLUSTER]).unwrap();
+        Self(path)
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
 #[derive(Debug, Clone, Copy)]
 enum Op {
     Write(u8),
@@ -163,7 +190,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
     #[test]
     fn whatever_a_loss_of_power_leaves_what_was_promised_is_there(ops in ops(), seed in any::<u64>()) {
-        let start = empty();
+        let (start, folder) = (empty(), Folder::new());
         let file = Recorder::on(start.clone());
         let events = file.events.clone();
         let count = || events.lock().unwrap().len();
@@ -200,6 +227,14 @@ proptest! {
                     random ^= random << 17;
                     how == 0 || how > 1 && random % 2 == 0
                 });
+                if how == 2 {
+                    let [found, used] = used_again(&folder.0, bytes.clone());
+                    for (sector, (found, used)) in found.chunks(SECTOR).zip(used.chunks(SECTOR)).enumerate() {
+                        prop_assert!(allowed[sector].contains(&found[0]), "found after {end} events: sector {sector}");
+                        let wanted = if sector * SECTOR % CLUSTER == 0 { 255 } else { found[0] };
+                        prop_assert!(used.iter().all(|b| *b == wanted), "used after {end} events: sector {sector}");
+                    }
+                }
                 for (sector, byte) in contents(&open(Recorder::on(bytes))).iter().enumerate() {
                     prop_assert!(
                         allowed[sector].contains(byte),

@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 
 use cofferdam::{Console, Disk, DiskEngine, DiskLimit, Exit, Image, Initramfs, Rate, Size, Vm, VmBuilder};
 
-use crate::fixture::{Outcome, PATIENCE, Printed, Temp, busybox, cache, kernel};
 use crate::check;
+use crate::fixture::{Outcome, PATIENCE, Printed, Temp, busybox, cache, kernel};
 
 /// In the environment of a process that shall run a machine until it is killed: the machine's disk.
 pub const VICTIM: &str = "COFFERDAM_TEST_VICTIM";
@@ -137,9 +137,18 @@ const WORKLOAD: &str = "mount -t ext4 /dev/vdb /mnt && cd /mnt && echo ready\n\
     while :; do n=$((n + 1)); echo $n >> log; sync log; sqlite3 db \"pragma synchronous=extra; insert or ignore into t values($n)\"; \
     echo durable $n; done\n";
 
+/// The disk at this path, of the kind that its name says; what it lies on is beside it.
+fn by_name(path: &Path) -> Disk {
+    match path.extension().and_then(|extension| extension.to_str()) {
+        Some("overlay") => Disk::overlay(path.with_file_name("base.raw")).at(path),
+        Some("qcow2") => Disk::qcow2(path),
+        _ => Disk::file(path),
+    }
+}
+
 /// Runs the machine whose disk is at `path`, until somebody kills this process.
 pub fn victim(path: &Path) -> Outcome {
-    let vm = debian(WORKLOAD)?.disk(Disk::file(path)).console(Console::writer(std::io::stdout())).start()?;
+    let vm = debian(WORKLOAD)?.disk(by_name(path)).console(Console::writer(std::io::stdout())).start()?;
     let exit = vm.wait()?;
     Err(format!("the machine was not to end: {exit}").into())
 }
@@ -165,18 +174,22 @@ fn killed(disk: &Path, after: Duration) -> Result<u64, Box<dyn std::error::Error
 
 pub fn what_was_durable_survives_the_kill_of_its_process() -> Outcome {
     let temp = Temp::new()?;
-    let disk = temp.path("disk");
-    std::fs::File::create(&disk)?.set_len(64 << 20)?;
-    check!(Command::new("/sbin/mkfs.ext4").args(["-q", "-F"]).arg(&disk).status()?.success());
+    let base = file(&temp, "base.raw")?;
+    check!(Command::new("/sbin/mkfs.ext4").args(["-q", "-F"]).arg(&base).status()?.success());
+    std::fs::copy(&base, temp.path("disk.raw"))?;
+    let image = temp.path("disk.qcow2");
+    let lying = ["create", "-q", "-f", "qcow2", "-F", "raw", "-b", "base.raw"];
+    check!(Command::new("qemu-img").args(lying).arg(&image).status()?.success());
+    let disks = [temp.path("disk.raw"), temp.path("disk.overlay"), image];
     let mut seed = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?.as_nanos() as u64;
-    for round in 0..soak().unwrap_or(2) {
+    for (round, disk) in (0..soak().unwrap_or(3)).zip(disks.iter().cycle()) {
         seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-        let durable = killed(&disk, Duration::from_millis(seed >> 33 & 0x7ff))?;
+        let durable = killed(disk, Duration::from_millis(seed >> 33 & 0x7ff))?;
         let check = "e2fsck -fp /dev/vdb; echo fsck $?; mount -t ext4 /dev/vdb /mnt && cd /mnt && echo log $(tail -n 1 log) \
                      lines $(wc -l < log)\n sqlite3 db 'pragma integrity_check; select \"rows \", max(n), count(*) from t'\n\
                      cd / && umount /mnt && e2fsck -fn /dev/vdb > /dev/null && echo clean\n";
         let printed = Printed::default();
-        let vm = debian(check)?.disk(Disk::file(&disk)).console(printed.console()).start()?;
+        let vm = debian(check)?.disk(by_name(disk)).console(printed.console()).start()?;
         vm.wait_timeout(PATIENCE)?.ok_or("the check never ended")?;
         let text = printed.text();
         let numbers = |prefix: &str| -> Vec<u64> {
@@ -188,6 +201,7 @@ pub fn what_was_durable_survives_the_kill_of_its_process() -> Outcome {
         let (log, rows) = (numbers("log"), numbers("rows"));
         check!(log.len() == 2 && log[0] == log[1] && log[0] >= durable, "round {round}: {durable} {text}");
         check!(rows.len() == 2 && rows[0] >= durable && text.contains("\nok"), "round {round}: {durable} {text}");
+        writeln!(std::io::stderr(), "kill {round}: {} of {durable} and more transactions is whole", disk.display())?;
     }
     Ok(())
 }

@@ -122,3 +122,28 @@ pub(crate) fn qcow2_open(data: &[u8]) {
         use_disk(&mut disk, bytes);
     }
 }
+
+/// What an image holds that was found after its writer was gone, and what after it was used again: the byte is written at the
+/// begin of every `step`.
+#[cfg(feature = "qcow2")]
+pub(crate) fn qcow2_found(path: &std::path::Path, step: u64, byte: u8) -> crate::error::Result<[Vec<u8>; 2]> {
+    let mut disk = super::Qcow2::open(path, None, false)?;
+    let size = disk.shape().len;
+    let memory = GuestMemory::anonymous(&[(GuestAddress(0), size)])?;
+    let all = [memory.segment(GuestAddress(0), size as usize).map_err(std::io::Error::other)?];
+    let contents = |disk: &mut super::Qcow2| -> crate::error::Result<Vec<u8>> {
+        let mut bytes = vec![0; size as usize];
+        disk.read(&memory, &all, 0)?;
+        memory.read(GuestAddress(0), &mut bytes).map_err(std::io::Error::other)?;
+        Ok(bytes)
+    };
+    let found = contents(&mut disk)?;
+    memory.write(GuestAddress(0), &[byte; 512]).map_err(std::io::Error::other)?;
+    let sector = [memory.segment(GuestAddress(0), 512).map_err(std::io::Error::other)?];
+    for at in (0..size).step_by(step as usize) {
+        disk.write(&memory, &sector, at)?;
+    }
+    drop(disk);
+    let used = contents(&mut super::Qcow2::open(path, None, true)?)?;
+    Ok([found, used])
+}

@@ -7,7 +7,7 @@ use crate::error::{Error, ErrorKind, Result};
 pub(super) const MOST: usize = 64 << 10;
 /// As QEMU has them.
 const MAX_L1: u64 = 32 << 20;
-const MAX_REFCOUNT_TABLE: u64 = 8 << 20;
+pub(super) const MAX_REFCOUNT_TABLE: u64 = 8 << 20;
 const MAX_NAME: usize = 1023;
 /// The extension that names the backing file's format.
 const BACKING_FORMAT: u32 = 0xe279_2aca;
@@ -24,8 +24,36 @@ pub(super) struct Header {
     pub size: u64,
     /// Bytes of a cluster.
     pub cluster: u32,
+    /// Where its table of tables (L1) is, and its bytes.
+    pub l1: (u64, u64),
+    pub counts: Counts,
+    /// Its last writer did not close it: its reference counts may be wrong.
+    pub dirty: bool,
     /// The name of the backing file as the image has it, and its format.
     pub backing: Option<(String, Format)>,
+}
+
+/// Where its table of reference counts is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Counts {
+    pub at: u64,
+    pub clusters: u32,
+    /// A count has 2^order bits.
+    pub order: u32,
+}
+
+impl Counts {
+    /// Where offset and size are in the header.
+    pub(super) const AT: u64 = 48;
+
+    /// Offset and size as they are in the header.
+    pub(super) fn bytes(&self) -> [u8; 12] {
+        let mut bytes = [0; 12];
+        let (at, clusters) = bytes.split_at_mut(8);
+        at.copy_from_slice(&self.at.to_be_bytes());
+        clusters.copy_from_slice(&self.clusters.to_be_bytes());
+        bytes
+    }
 }
 
 /// What a backing file is.
@@ -65,7 +93,13 @@ impl Header {
             2 => return Err(unsupported("the image is encrypted (LUKS)")),
             other => return Err(unsupported(format!("the image is encrypted (method {other})"))),
         }
-        let header_len = if version == 2 { 72 } else { Self::features(bytes, u64_at(72)?)? };
+        let (header_len, order, dirty) =
+            if version == 2 { (72, 4, false) } else { Self::features(bytes, u64_at(72)?)? };
+        if dirty && !write {
+            return Err(corrupt(
+                "its last writer did not close it: open it for writing once, or repair it with qemu-img check -r all",
+            ));
+        }
         if write && version == 2 {
             return Err(unsupported(
                 "writing version 2, which cannot be marked as open; see qemu-img amend -o compat=1.1",
@@ -97,19 +131,21 @@ impl Header {
             return Err(corrupt("its table of reference counts cannot be"));
         }
         let backing = Self::backing(bytes, u64_at(8)?, u32_at(16)?, header_len)?;
-        Ok(Self { size, cluster: cluster as u32, backing })
+        let counts = Counts { at: refcounts_at, clusters: (refcounts / cluster) as u32, order };
+        Ok(Self { size, cluster: cluster as u32, l1: (l1_at, l1), counts, dirty, backing })
     }
 
-    /// Checks what only version 3 has; how long its header is.
-    fn features(bytes: &[u8], incompatible: u64) -> Result<usize> {
+    /// Checks what only version 3 has; how long its header is, the order of its reference counts, and whether these are dirty.
+    fn features(bytes: &[u8], incompatible: u64) -> Result<(usize, u32, bool)> {
         let cut = || corrupt("the file is too short for a qcow2 image");
         let order = number(bytes, 96).map(u32::from_be_bytes).ok_or_else(cut)?;
         let len = number(bytes, 100).map(u32::from_be_bytes).ok_or_else(cut)?;
+        let refused = incompatible & !1;
         // The first one is enough to be refused.
-        let lowest = (incompatible != 0).then(|| incompatible.trailing_zeros() as usize);
+        let lowest = (refused != 0).then(|| refused.trailing_zeros() as usize);
         match lowest.map(|bit| (bit, FEATURES.get(bit))) {
             None => {}
-            Some((bit, Some(name))) if bit < 2 => {
+            Some((1, Some(name))) => {
                 return Err(corrupt(format!("the image is marked {name:?}: repair it with qemu-img check -r all")));
             }
             Some((bit, Some(name))) => return Err(unsupported(format!("incompatible feature {name:?} (bit {bit})"))),
@@ -118,7 +154,7 @@ impl Header {
         if order > 6 || !(104..=4096).contains(&len) {
             return Err(corrupt("its header cannot be"));
         }
-        Ok(len as usize)
+        Ok((len as usize, order, incompatible & 1 != 0))
     }
 
     fn backing(bytes: &[u8], at: u64, len: u32, header_len: usize) -> Result<Option<(String, Format)>> {

@@ -3,6 +3,7 @@
 //! Which files belong to an image is decided here and never by the crate: names in a header are followed within one folder only.
 
 mod header;
+mod recount;
 #[cfg(test)]
 mod tests;
 
@@ -92,6 +93,14 @@ fn storage(file: &File, write: bool) -> io::Result<imago::file::File> {
     imago::file::File::from_open_file(file.try_clone()?, StorageOpenOptions::new().write(write))
 }
 
+/// Says in an image whether its reference counts may be wrong.
+fn mark(file: &File, bit: u8) -> io::Result<()> {
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, header::DIRTY)?;
+    file.write_all_at(&[byte[0] & !1 | bit], header::DIRTY)?;
+    file.sync_data()
+}
+
 /// Opens an image and what it lies on, the lowest first.
 fn open_image(path: &Path, write: bool, chain: &mut Chain) -> Result<(Access, File, Header)> {
     let file = open(path, !write, true, 0)?;
@@ -103,6 +112,10 @@ fn open_image(path: &Path, write: bool, chain: &mut Chain) -> Result<(Access, Fi
     let mut bytes = vec![0; usize::try_from(len).unwrap_or(usize::MAX).min(header::MOST)];
     file.read_exact_at(&mut bytes, 0)?;
     let header = Header::parse(&bytes, len, write)?;
+    if header.dirty {
+        recount::recount(&file, &header)?;
+        mark(&file, 0)?;
+    }
     let backing = match &header.backing {
         None => None,
         Some((name, format)) => {
@@ -156,23 +169,16 @@ impl Qcow2 {
 
     /// What is needed before anything is written. The crate writes reference counts and tables without a sync in between, so after
     /// a loss of power the counts may be behind, and who goes on would write over data. So the image is marked as QEMU does with
-    /// lazy reference counts, until it is closed: then they are to be counted again first.
+    /// lazy reference counts, until it is closed: who opens it then counts again first.
     fn writable(&mut self) -> io::Result<()> {
         if self.read_only {
             return Err(io::Error::from_raw_os_error(libc::EROFS));
         }
         if !self.marked {
-            self.mark(1)?;
+            mark(&self.file, 1)?;
             self.marked = true;
         }
         Ok(())
-    }
-
-    fn mark(&self, bit: u8) -> io::Result<()> {
-        let mut byte = [0];
-        self.file.read_exact_at(&mut byte, header::DIRTY)?;
-        self.file.write_all_at(&[byte[0] & !1 | bit], header::DIRTY)?;
-        self.file.sync_data()
     }
 
     /// Calls the crate. Once it panicked, what it has in memory is not to be relied on and is never written.
@@ -210,7 +216,7 @@ pub(super) fn small() -> &'static [u8] {
 impl Drop for Qcow2 {
     fn drop(&mut self) {
         if self.marked && self.flush().is_ok() {
-            let _ = self.mark(0);
+            let _ = mark(&self.file, 0);
         }
         // The crate writes what it still has in memory, which may go as wrong as all else.
         let access = self.access.take();

@@ -63,10 +63,11 @@ fn what_is_written_is_there_and_qemu_finds_nothing_wrong() {
     disk.flush().unwrap();
     fs::copy(temp.path("a.qcow2"), temp.path("copy.qcow2")).unwrap();
     // Found like this, it was not closed: its counts are made again before anybody goes on.
-    let error = Qcow2::open(&temp.path("copy.qcow2"), None, false).unwrap_err();
-    assert!(error.to_string().contains("dirty refcounts"), "{error}");
-    temp.qemu_img("check -q -r all copy.qcow2");
-    assert_eq!(read(&mut Qcow2::open(&temp.path("copy.qcow2"), None, false).unwrap(), 3 * 512, 512), [1; 512]);
+    let mut copy = Qcow2::open(&temp.path("copy.qcow2"), None, false).unwrap();
+    assert_eq!(read(&mut copy, 3 * 512, 512), [1; 512]);
+    write(&mut copy, &[3; 1 << 20], 20 << 20);
+    drop(copy);
+    temp.qemu_img("check -q copy.qcow2");
     assert_eq!(read(&mut disk, 3 * 512, 512), [1; 512]);
     assert_eq!(read(&mut disk, 4096, 8192), [0; 8192]);
     disk.grow(65 << 20).unwrap();
@@ -122,12 +123,11 @@ fn what_is_damaged_or_unknown_is_named_and_not_touched() {
     let temp = Temp::new("damaged");
     temp.qemu_img("create -q -f qcow2 a.qcow2 64M");
     let (path, good) = (temp.path("a.qcow2"), fs::read(temp.path("a.qcow2")).unwrap());
-    let cases: [(usize, &[u8], ErrorKind, &str); 14] = [
+    let cases: [(usize, &[u8], ErrorKind, &str); 13] = [
         (0, b"QFJ", ErrorKind::Corrupt, "not a qcow2 image"),
         (4, &[0, 0, 0, 9], ErrorKind::Unsupported, "version 9"),
         (35, &[1], ErrorKind::Unsupported, "encrypted (AES)"),
         (35, &[2], ErrorKind::Unsupported, "encrypted (LUKS)"),
-        (79, &[1], ErrorKind::Corrupt, "dirty refcounts"),
         (79, &[2], ErrorKind::Corrupt, "marked \"corrupt\""),
         (79, &[4], ErrorKind::Unsupported, "external data file"),
         (79, &[16], ErrorKind::Unsupported, "extended L2 entries"),
@@ -151,4 +151,82 @@ fn what_is_damaged_or_unknown_is_named_and_not_touched() {
         assert_eq!(Qcow2::open(&path, None, false).unwrap_err().kind(), ErrorKind::Corrupt, "{len}");
     }
     assert_eq!(Qcow2::open(&temp.path("none"), None, false).unwrap_err().kind(), ErrorKind::NotFound);
+}
+
+/// Wrong counts and the mark of somebody who did not close it.
+fn left_open(path: &Path) {
+    let file = fs::OpenOptions::new().read(true).write(true).open(path).unwrap();
+    let mut at = [0; 8];
+    file.read_exact_at(&mut at, 48).unwrap();
+    let table = u64::from_be_bytes(at);
+    file.read_exact_at(&mut at, table).unwrap();
+    file.write_all_at(&[0; 512], u64::from_be_bytes(at)).unwrap();
+    mark(&file, 1).unwrap();
+}
+
+#[test]
+fn counts_are_made_again_of_every_width_and_of_compressed_data() {
+    let temp = Temp::new("recount");
+    let raw: Vec<u8> = (0..4u32 << 20).map(|n| (n / 5000) as u8).collect();
+    fs::write(temp.path("a.raw"), &raw).unwrap();
+    for options in ["refcount_bits=1", "refcount_bits=4", "refcount_bits=64", "cluster_size=512"] {
+        temp.qemu_img(&format!("convert -f raw -O qcow2 -o {options} a.raw a.qcow2"));
+        check_again(&temp, &raw, options);
+    }
+    temp.qemu_img("convert -c -f raw -O qcow2 a.raw a.qcow2");
+    check_again(&temp, &raw, "compressed");
+}
+
+fn check_again(temp: &Temp, raw: &[u8], what: &str) {
+    left_open(&temp.path("a.qcow2"));
+    let error = Qcow2::open(&temp.path("a.qcow2"), None, true).unwrap_err();
+    assert!(error.to_string().contains("open it for writing once"), "{what}: {error}");
+    let mut disk = Qcow2::open(&temp.path("a.qcow2"), None, false).unwrap();
+    fs::copy(temp.path("a.qcow2"), temp.path("copy.qcow2")).unwrap();
+    assert!(temp.qemu_img("check copy.qcow2").contains("No errors"), "{what}");
+    write(&mut disk, &[3; 1 << 20], 1 << 20);
+    drop(disk);
+    assert!(temp.qemu_img("check a.qcow2").contains("No errors"), "{what}");
+    temp.qemu_img("convert -O raw a.qcow2 b.raw");
+    let now = fs::read(temp.path("b.raw")).unwrap();
+    let wanted = [&raw[..1 << 20], &[3; 1 << 20], &raw[2 << 20..]].concat();
+    assert!(now == wanted, "{what}");
+}
+
+#[test]
+fn tables_that_cannot_be_are_not_counted_and_not_touched() {
+    let temp = Temp::new("uncountable");
+    fs::write(temp.path("a.raw"), vec![1; 1 << 20]).unwrap();
+    temp.qemu_img("convert -f raw -O qcow2 a.raw a.qcow2");
+    let (path, good) = (temp.path("a.qcow2"), fs::read(temp.path("a.qcow2")).unwrap());
+    let at = |at: usize| u64::from_be_bytes(good[at..at + 8].try_into().unwrap());
+    let (l1, counts) = (at(40), at(48));
+    let l2 = at(l1 as usize) & 0x00ff_ffff_ffff_fe00;
+    let cases = [
+        (l1, l1, "overlaps"),
+        (l1, counts + 512, "within a cluster"),
+        (l2, l2, "overlaps"),
+        (l2, 512, "within a cluster"),
+    ];
+    for (at, entry, word) in cases {
+        let mut bad = good.clone();
+        bad[at as usize..at as usize + 8].copy_from_slice(&u64::to_be_bytes(entry));
+        bad[79] |= 1;
+        fs::write(&path, &bad).unwrap();
+        let error = Qcow2::open(&path, None, false).unwrap_err();
+        assert!(error.kind() == ErrorKind::Corrupt && error.to_string().contains(word), "{word}: {error:?}");
+        assert!(fs::read(&path).unwrap() == bad, "{word}: touched");
+    }
+    // What was not there yet when the power went was never promised: what was there before is found instead.
+    for (at, entry) in [(l1, 1u64 << 40), (l2, 1 << 50), (l2, 1 << 62 | 1 << 50)] {
+        let mut lost = good.clone();
+        lost[at as usize..at as usize + 8].copy_from_slice(&entry.to_be_bytes());
+        lost[79] |= 1;
+        fs::write(&path, &lost).unwrap();
+        let mut disk = Qcow2::open(&path, None, false).unwrap();
+        assert_eq!(read(&mut disk, 0, 512), [0; 512]);
+        write(&mut disk, &[5; 512], 512);
+        drop(disk);
+        assert!(temp.qemu_img("check a.qcow2").contains("No errors"));
+    }
 }
