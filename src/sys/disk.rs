@@ -1,14 +1,11 @@
 //! What disk images need beyond plain files: who holds a lock, space that is left, alignment of direct I/O, devices' discard.
 
-use std::ffi::CString;
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd};
-use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 
-use super::fill_random;
 use crate::size::Size;
 
 /// Linux, include/uapi/linux/fs.h: `_IO(0x12, 119)`.
@@ -121,32 +118,4 @@ pub(crate) fn memory_file(size: Size) -> io::Result<File> {
     let file = memfd(0)?;
     file.set_len(size.as_bytes())?;
     Ok(file)
-}
-
-/// A new file in `folder` that is to get its real name when it is whole, and the name it has until then.
-pub(crate) fn draft_file(folder: &Path) -> io::Result<(File, PathBuf)> {
-    let mut number = [0; 16];
-    fill_random(&mut number)?;
-    let path = folder.join(format!(".cofferdam-{:032x}", u128::from_le_bytes(number)));
-    let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(&path)?;
-    Ok((file, path))
-}
-
-/// Renames a file unless there is one of that name already.
-pub(crate) fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
-    let c_string = |path: &Path| CString::new(path.as_os_str().as_bytes());
-    let (c_from, c_to) = (c_string(from)?, c_string(to)?);
-    let (here, how) = (libc::AT_FDCWD, libc::RENAME_NOREPLACE);
-    // SAFETY: both paths are NUL-terminated and live across the call.
-    match unsafe { libc::renameat2(here, c_from.as_ptr(), here, c_to.as_ptr(), how) } {
-        0 => Ok(()),
-        _ => match io::Error::last_os_error() {
-            // The file system knows no such way, as some network file systems do not: one of them has both names for a moment.
-            e if matches!(e.raw_os_error(), Some(libc::EINVAL | libc::ENOSYS)) => {
-                fs::hard_link(from, to)?;
-                fs::remove_file(from)
-            }
-            e => Err(e),
-        },
-    }
 }

@@ -2,12 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::ffi::CString;
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use crate::size::Size;
@@ -193,22 +193,9 @@ fn read_growing(mut call: impl FnMut(&mut [u8]) -> isize) -> io::Result<Vec<u8>>
     }
 }
 
-/// A file in `dir` that has no name and is gone when its last descriptor is closed.
-pub(crate) fn temp_file(dir: &Path) -> io::Result<File> {
-    let flags = libc::O_TMPFILE | libc::O_EXCL;
-    match OpenOptions::new().read(true).write(true).mode(0o600).custom_flags(flags).open(dir) {
-        Err(e) if matches!(e.raw_os_error(), Some(libc::EOPNOTSUPP | libc::EISDIR)) => {}
-        outcome => return outcome,
-    }
-    // The file system knows no files without a name, as FUSE and NFS do not. For a moment, this one has one.
-    let (file, path) = super::draft_file(dir)?;
-    std::fs::remove_file(&path)?;
-    Ok(file)
-}
-
 /// An unnamed, sparse file of `size` in the folder for temporary files.
 pub(crate) fn scratch_file(size: Size) -> io::Result<File> {
-    let file = temp_file(&std::env::temp_dir())?;
+    let file = super::temp_file(&std::env::temp_dir())?;
     file.set_len(size.as_bytes())?;
     Ok(file)
 }
@@ -252,7 +239,7 @@ mod tests {
     #[test]
     fn locks_belong_to_the_open_file() {
         let dir = std::env::temp_dir().join(format!("cofferdam-lock-{}", std::process::id()));
-        let open = || OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&dir).unwrap();
+        let open = || File::options().read(true).write(true).create(true).truncate(false).open(&dir).unwrap();
         let (a, b) = (open(), open());
         assert!(try_lock(&a, LockKind::Shared).unwrap());
         assert!(try_lock(&b, LockKind::Shared).unwrap());
@@ -264,7 +251,7 @@ mod tests {
 
     #[test]
     fn copies_have_the_data_and_the_holes() {
-        let [from, to] = [(); 2].map(|()| temp_file(&std::env::temp_dir()).unwrap());
+        let [from, to] = [(); 2].map(|()| crate::sys::temp_file(&std::env::temp_dir()).unwrap());
         from.set_len(64 << 20).unwrap();
         from.write_all_at(&[7; 100_000], 32 << 20).unwrap();
         copy_data(&from, &to).unwrap();

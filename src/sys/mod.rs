@@ -5,6 +5,7 @@
 #![allow(unsafe_code, reason = "raw system calls; see DESIGN 7: sys/ is one of the folders that may")]
 
 mod disk;
+mod draft;
 mod file;
 mod iovec;
 mod signal;
@@ -12,10 +13,11 @@ mod stack;
 mod timer;
 mod uring;
 
-pub(crate) use disk::{Alignment, discard_device, draft_file, free_space, lock_holder, memfd, memory_file, rename_new};
+pub(crate) use disk::{Alignment, discard_device, free_space, lock_holder, memfd, memory_file};
+pub(crate) use draft::{Draft, temp_file};
 pub(crate) use file::{
     LockKind, cache_dir, copy_data, data_ranges, fill_random, lock_byte, next_data, page_size, punch, scratch_file,
-    temp_file, try_lock, xattrs, zero, zero_range,
+    try_lock, xattrs, zero, zero_range,
 };
 pub(crate) use iovec::{preadv, pwritev, readv, send, sendv};
 pub(crate) use signal::{KickSignal, ThreadId};

@@ -14,8 +14,8 @@ use crate::virtio::blk::{self, BasePath, OverlayDisk};
 /// [`Disk::at`](super::Disk::at). An overlay's file names the file that it lies on, and a guest can read that: take none from
 /// strangers.
 ///
-/// What replaces a file here writes a new one beside it first, so that a crash leaves the old one whole; at worst a file whose
-/// name begins with `.cofferdam-` is left. All calls block, lock the file, and fail with `ResourceExhausted` when a VM has it
+/// What replaces a file here writes a new one without a name first, so that a crash leaves the old one whole, and nothing else; on file
+/// systems that know no such files, as NFS, one is left whose name begins with `.cofferdam-`. All calls block, lock the file, and fail with `ResourceExhausted` when a VM has it
 /// open, with `NotFound`, `PermissionDenied` or `Io` as the host does, with `Corrupt` when it is no overlay, damaged, or lies on
 /// itself, and with `Incompatible` when its base was changed.
 #[derive(Debug, Clone, PartialEq, Eq)]

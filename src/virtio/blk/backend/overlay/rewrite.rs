@@ -149,18 +149,8 @@ pub(super) fn publish(path: &Path, over: bool, fill: impl FnOnce(&File) -> Resul
     // A link to the overlay goes on leading to it.
     let path = if over { &fs::canonicalize(path)? } else { path };
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let (file, draft) = sys::draft_file(folder)?;
-    let outcome = fill(&file).and_then(|()| Ok(file.sync_all()?)).and_then(|()| {
-        if over {
-            fs::set_permissions(&draft, fs::metadata(path)?.permissions())?;
-            fs::rename(&draft, path)?;
-        } else {
-            sys::rename_new(&draft, path)?;
-        }
-        Ok(File::open(folder)?.sync_all()?)
-    });
-    if outcome.is_err() {
-        let _ = fs::remove_file(&draft);
-    }
-    outcome
+    let draft = sys::Draft::new(folder)?;
+    fill(draft.file())?;
+    draft.file().sync_all()?;
+    Ok(if over { draft.replace(path) } else { draft.publish(path) }?)
 }
