@@ -24,6 +24,7 @@ pub struct ContainerBuilder {
     cpu: CpuProfile,
     memory: Memory,
     disk: Size,
+    attached: Vec<Disk>,
     hostname: String,
     console: Console,
     start_timeout: Duration,
@@ -40,6 +41,7 @@ impl ContainerBuilder {
             cpu: CpuProfile::host(),
             memory: Size::mib(256).into(),
             disk: Size::gib(4),
+            attached: Vec::new(),
             hostname: "container".into(),
             console: Console::none(),
             start_timeout: Duration::from_secs(30),
@@ -77,6 +79,14 @@ impl ContainerBuilder {
     /// the container.
     pub fn disk(mut self, size: Size) -> Self {
         self.disk = size;
+        self
+    }
+
+    /// Attaches one more disk: `/dev/vdc`, then `/dev/vdd` and so on, behind the two that the container itself is made of, which
+    /// programs in it find by its serial number (`/sys/block/*/serial`) too. It is not mounted. [`Container::vm`] and
+    /// [`Vm::disk`] have its handle, as number 2 and so on.
+    pub fn attach(mut self, disk: Disk) -> Self {
+        self.attached.push(disk);
         self
     }
 
@@ -146,6 +156,9 @@ impl ContainerBuilder {
             .parameter("quiet", "")
             .parameter("rdinit", "/init")
             .parameter("cofferdam.shim", "1");
+        for disk in self.attached {
+            vm = vm.disk(disk);
+        }
         if let Some(cgroup) = self.cgroup {
             vm = vm.cgroup(cgroup);
         }

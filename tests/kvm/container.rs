@@ -3,7 +3,7 @@
 use std::fs;
 use std::time::{Duration, Instant};
 
-use cofferdam::{Container, ErrorKind, Exit, ExitStatus, Image, Size};
+use cofferdam::{Container, Disk, ErrorKind, Exit, ExitStatus, Image, Size};
 
 use crate::fixture::{Outcome, PATIENCE, Temp, container, debian_container, kernel};
 use crate::{check, check_eq};
@@ -106,6 +106,22 @@ pub fn memory_and_processors_arrive() -> Outcome {
     check!((440..=512).contains(&mib), "{mib}");
     let disk: u64 = shell(&container, "df -m --output=size / | tail -n 1")?.parse()?;
     check!((900..=1024).contains(&disk), "{disk}");
+    Ok(())
+}
+
+pub fn further_disks_are_there_by_their_numbers() -> Outcome {
+    let temp = Temp::new()?;
+    fs::File::create(temp.path("data"))?.set_len(8 << 20)?;
+    let data = Disk::file(temp.path("data")).serial("data");
+    let container = debian_container().attach(data).attach(Disk::scratch(Size::mib(1))).start()?;
+    check_eq!(shell(&container, "cat /sys/block/vdc/serial /sys/block/vdd/serial")?, "datadisk3");
+    check_eq!(
+        shell(&container, "echo kept | dd of=/dev/vdc conv=fsync 2> /dev/null; blockdev --getsize64 /dev/vdd")?,
+        "1048576"
+    );
+    check_eq!(container.vm().disk(2)?.usage()?.capacity, Size::mib(8));
+    drop(container);
+    check!(fs::read(temp.path("data"))?.starts_with(b"kept\n"));
     Ok(())
 }
 

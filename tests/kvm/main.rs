@@ -13,6 +13,7 @@ mod cpu;
 mod disk;
 mod ends;
 mod exec;
+mod faults;
 mod fixture;
 mod hostile;
 mod kernels;
@@ -67,7 +68,7 @@ tests! {
         a_file_system_is_whole_after_much_at_once;
     container: a_root_file_system_like_any_other missing_mount_points_are_made images_from_directories
         writes_are_private_and_gone_with_the_container stops_in_good_order
-        stop_is_bounded_whatever_the_guest_does everything_ends_with_the_container memory_and_processors_arrive
+        stop_is_bounded_whatever_the_guest_does everything_ends_with_the_container memory_and_processors_arrive further_disks_are_there_by_their_numbers
         connecting_to_nobody_is_refused the_image_is_shared_and_stays_as_it_is;
     exec: output_and_codes streams_are_apart environment_and_directory standard_input_ends
         binary_data_survives_both_ways signals_end_processes kill_takes_all_that_was_started
@@ -75,6 +76,8 @@ tests! {
         what_cannot_run_is_named output_is_bounded want_of_memory_is_told many_at_once
         nothing_of_the_embedder_is_inherited a_reader_that_stops_breaks_the_pipe pid_1_survives_kill_all
         orphans_are_reaped slow_readers_lose_nothing the_end_of_the_machine_is_told large_arguments;
+    faults: a_device_that_fails_and_comes_back after_a_failed_sync_nothing_is_promised
+        a_device_that_stands_still_for_half_a_minute a_file_system_that_becomes_read_only;
     hostile: queues_where_no_memory_is descriptors_in_a_loop kicks_and_interrupts_without_end miners_on_all_processors
         panics_again_and_again memory_and_disk_are_used_up a_disk_reset_in_the_middle_of_requests registers_written_at_random boot_structures_written_over a_flood_on_the_console gigabytes_on_the_console
         a_fork_bomb_stays_inside a_storm_of_connections;
