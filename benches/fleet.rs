@@ -1,7 +1,5 @@
 //! Two hundred VMs that run at once in one process, each on a copy-on-write disk of one base image, which all of them read: how
 //! long the first and the last take to start, and what a VM takes of the host.
-//!
-//! Runs in the lab's virtual time (benches/README.md).
 
 #![allow(clippy::print_stdout, clippy::expect_used, reason = "a bench prints, and fails loudly")]
 
