@@ -1,10 +1,11 @@
 //! What one request costs in the device model, without KVM: through queue, block device and vsock.
 //!
 //! Printed in nanoseconds here and then, by running itself in the lab's virtual time, in instructions, the kernel's included.
-//! Those of a disk's device in user space alone, from kick to interrupt, for 10,000 reads of 4 KiB through io_uring:
+//! Those of a disk's device in user space alone, from hearing the kick to having raised the interrupt, for 10,000 reads of 4 KiB
+//! through io_uring:
 //!
 //! ```text
-//! valgrind --tool=callgrind --toggle-collect='*blk::Blk as*ready*' target/release/deps/virtio-* ring
+//! valgrind --tool=callgrind --toggle-collect='*runner::look*' target/release/deps/virtio-* ring
 //! ```
 
 #![allow(clippy::print_stdout, clippy::expect_used, reason = "a bench prints, and fails loudly")]

@@ -34,7 +34,9 @@ const CRATES: &[(&str, &[&str])] = &[
     ("kvm_bindings", &["kvm", "arch"]),
     ("vm_memory", &["memory"]),
     ("linux_loader", &["boot"]),
+    // In tests only, as another ring to compare with.
     ("virtio_queue", &["virtio"]),
+    ("slab", &["memory", "virtio"]),
     ("imago", &["virtio"]),
     ("vmm_sys_util", &["sys"]),
     ("io_uring", &["sys"]),

@@ -16,42 +16,51 @@ impl GuestMemory {
     /// The host buffers that `segments` consist of. A segment of another memory gives an error, never a wild pointer.
     pub(super) fn buffers(&self, segments: &[Segment]) -> io::Result<Vec<libc::iovec>> {
         let mut buffers = Vec::with_capacity(segments.len());
-        for segment in segments.iter().filter(|s| s.len > 0) {
-            for slice in self.inner.get_slices(segment.addr.inner(), segment.len) {
-                let slice: VolatileSlice<'_, _> =
-                    slice.map_err(|_| io::Error::other(OutOfBounds { addr: segment.addr, len: segment.len }))?;
+        self.append_buffers(segments, &mut buffers).map(|()| buffers)
+    }
+
+    /// As [`GuestMemory::buffers`], behind those that are there.
+    pub(super) fn append_buffers(&self, segments: &[Segment], buffers: &mut Vec<libc::iovec>) -> io::Result<()> {
+        for &Segment { addr, len } in segments.iter().filter(|s| s.len > 0) {
+            // Nearly all segments lie in one range, and looking for more takes longer.
+            if let Some(host) = self.host(addr, len) {
+                buffers.push(libc::iovec { iov_base: host.cast(), iov_len: len });
+                continue;
+            }
+            for slice in self.inner.get_slices(addr.inner(), len) {
+                let slice: VolatileSlice<'_, _> = slice.map_err(|_| io::Error::other(OutOfBounds { addr, len }))?;
                 let guard = slice.ptr_guard_mut();
                 buffers.push(libc::iovec { iov_base: guard.as_ptr().cast(), iov_len: slice.len() });
             }
         }
-        Ok(buffers)
+        Ok(())
     }
 
     /// Reads a file's bytes at `offset` into the guest; may be short.
     pub fn read_at(&self, segments: &[Segment], fd: BorrowedFd<'_>, offset: u64) -> io::Result<usize> {
         let (buffers, offset) = (self.buffers(segments)?, file_offset(offset)?);
-        // SAFETY: `buffers` came from `get_slices`, so each lies in a mapping that `self` keeps alive and writable.
+        // SAFETY: `buffers` came from `append_buffers`, so each lies in a mapping that `self` keeps alive and writable.
         unsafe { sys::preadv(fd, &buffers, offset) }
     }
 
     /// Writes the guest's bytes to a file at `offset`; may be short.
     pub fn write_at(&self, segments: &[Segment], fd: BorrowedFd<'_>, offset: u64) -> io::Result<usize> {
         let (buffers, offset) = (self.buffers(segments)?, file_offset(offset)?);
-        // SAFETY: `buffers` came from `get_slices`, so each lies in a mapping that `self` keeps alive and readable.
+        // SAFETY: `buffers` came from `append_buffers`, so each lies in a mapping that `self` keeps alive and readable.
         unsafe { sys::pwritev(fd, &buffers, offset) }
     }
 
     /// Receives what a stream has into the guest; may be short, 0 is the stream's end.
     pub fn receive(&self, segments: &[Segment], fd: BorrowedFd<'_>) -> io::Result<usize> {
         let buffers = self.buffers(segments)?;
-        // SAFETY: `buffers` came from `get_slices`, so each lies in a mapping that `self` keeps alive and writable.
+        // SAFETY: `buffers` came from `append_buffers`, so each lies in a mapping that `self` keeps alive and writable.
         unsafe { sys::readv(fd, &buffers) }
     }
 
     /// Sends the guest's bytes to a stream socket without blocking; may be short.
     pub fn send(&self, segments: &[Segment], fd: BorrowedFd<'_>) -> io::Result<usize> {
         let buffers = self.buffers(segments)?;
-        // SAFETY: `buffers` came from `get_slices`, so each lies in a mapping that `self` keeps alive and readable.
+        // SAFETY: `buffers` came from `append_buffers`, so each lies in a mapping that `self` keeps alive and readable.
         unsafe { sys::sendv(fd, &buffers) }
     }
 }

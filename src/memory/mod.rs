@@ -1,6 +1,6 @@
 //! Guest physical memory: concrete, cheap to clone, every access bounds-checked.
 //!
-//! vm-memory lives in this folder only, but for the loaders and queues that take it by reference.
+//! vm-memory lives in this folder only, but for the loaders that take it by reference.
 //! Shared by every thread of one VM; the guest writes to it at any time, so nothing is ever
 //! handed out as a Rust reference, only copied or given to the kernel.
 
@@ -9,11 +9,13 @@ mod image;
 mod io;
 mod mover;
 mod usage;
+mod window;
 
 pub(crate) use backing::Backing;
 pub use backing::Memory;
 pub(crate) use image::MemoryImage;
 pub(crate) use mover::{Move, Mover};
+pub(crate) use window::{View, Window};
 
 use std::fmt;
 use std::sync::Arc;
@@ -111,7 +113,7 @@ impl GuestMemory {
         Self::new(ranges, Backing::Anonymous)
     }
 
-    /// The type that loaders and queues of the rust-vmm crates take.
+    /// The type that loaders of the rust-vmm crates take.
     pub(crate) fn inner(&self) -> &GuestMemoryMmap<()> {
         &self.inner
     }
@@ -129,14 +131,23 @@ impl GuestMemory {
         self.inner.iter().map(|r| r.len()).sum()
     }
 
+    /// Where `len` bytes from `addr` lie in this process; `None` when they are not guest memory, or not all in one range.
+    #[inline]
+    fn host(&self, addr: GuestAddress, len: usize) -> Option<*mut u8> {
+        // There are one or two ranges.
+        self.inner.iter().find_map(|region| {
+            let at = addr.0.checked_sub(region.start_addr().0)?;
+            let fits = at <= region.len() && len as u64 <= region.len() - at;
+            fits.then(|| region.as_ptr().wrapping_add(at as usize))
+        })
+    }
+
     /// Checks that `len` bytes from `addr` exist and names them.
+    #[inline]
     pub fn segment(&self, addr: GuestAddress, len: usize) -> Result<Segment, OutOfBounds> {
         // Nearly all segments lie in one range, and looking for more takes longer.
-        let end = addr.checked_add(len as u64);
-        let in_one = || {
-            self.inner.find_region(addr.inner()).is_some_and(|r| end.is_some_and(|e| e.0 <= r.start_addr().0 + r.len()))
-        };
-        if end.is_some() && (in_one() || self.inner.check_range(addr.inner(), len)) {
+        let there = || addr.checked_add(len as u64).is_some() && self.inner.check_range(addr.inner(), len);
+        if self.host(addr, len).is_some() || there() {
             Ok(Segment { addr, len })
         } else {
             Err(OutOfBounds { addr, len })
@@ -145,18 +156,17 @@ impl GuestMemory {
 
     /// Copies from the guest.
     pub fn read(&self, addr: GuestAddress, to: &mut [u8]) -> Result<(), OutOfBounds> {
-        match self.inner.to_region_addr(addr.inner()) {
-            // Nearly all lie in one range, and looking for more takes longer.
-            Some((region, at)) if region.read_slice(to, at).is_ok() => Ok(()),
-            _ => self.inner.read_slice(to, addr.inner()).map_err(|_| OutOfBounds { addr, len: to.len() }),
+        match self.view(addr, to.len()).and_then(|view| view.read(0, to)) {
+            Some(()) => Ok(()),
+            None => self.inner.read_slice(to, addr.inner()).map_err(|_| OutOfBounds { addr, len: to.len() }),
         }
     }
 
     /// Copies to the guest.
     pub fn write(&self, addr: GuestAddress, from: &[u8]) -> Result<(), OutOfBounds> {
-        match self.inner.to_region_addr(addr.inner()) {
-            Some((region, at)) if region.write_slice(from, at).is_ok() => Ok(()),
-            _ => self.inner.write_slice(from, addr.inner()).map_err(|_| OutOfBounds { addr, len: from.len() }),
+        match self.view(addr, from.len()).and_then(|view| view.write(0, from)) {
+            Some(()) => Ok(()),
+            None => self.inner.write_slice(from, addr.inner()).map_err(|_| OutOfBounds { addr, len: from.len() }),
         }
     }
 }

@@ -13,6 +13,8 @@ use std::io;
 use std::os::fd::{BorrowedFd, RawFd};
 use std::time::{Duration, Instant};
 
+use slab::Slab;
+
 use super::{GuestMemory, Segment};
 use crate::sys::{self, Uring};
 
@@ -24,8 +26,12 @@ const PATIENCE: Duration = Duration::from_secs(2);
 static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
 /// Buffers of zeroes in one write.
 const ZERO_BUFFERS: usize = 256;
+/// Arrays that are kept to be used again, and the largest of them.
+const SPARE: usize = 128;
+const SPARE_BUFFERS: usize = 64;
 
-/// What is to be done. Descriptors must stay open until that was submitted; one that is not gives an error.
+/// What is to be done. A descriptor that was used once stays open, and is of the same file, as long as the mover lives; one that
+/// is not open gives an error.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Move<'a> {
     /// From `offset` of the file to the guest, all of it.
@@ -56,15 +62,19 @@ struct Flight {
     fd: RawFd,
     offset: u64,
     /// Of guest memory, but for zeroes. The kernel may look at the array and write to the buffers while `submitted`.
-    buffers: Vec<libc::iovec>,
+    buffers: Buffers,
     /// So many of them are done.
     done: usize,
     tries: u8,
     submitted: bool,
 }
 
-// SAFETY: the raw pointers in `buffers` lie in mappings that the mover's `memory` keeps alive, whatever thread it is on.
-unsafe impl Send for Flight {}
+/// An array of buffers.
+#[derive(Default)]
+struct Buffers(Vec<libc::iovec>);
+
+// SAFETY: the raw pointers lie in mappings that the mover's `memory` keeps alive, whatever thread it is on.
+unsafe impl Send for Buffers {}
 
 /// Operations that are under way, and those that wait for room on the ring.
 pub(crate) struct Mover {
@@ -72,8 +82,9 @@ pub(crate) struct Mover {
     ring: Option<Uring>,
     /// What all buffers lie in: that of the first operation.
     memory: Option<GuestMemory>,
-    flights: Vec<Option<Flight>>,
-    free: Vec<usize>,
+    flights: Slab<Flight>,
+    /// Empty arrays for flights to come.
+    spare: Vec<Buffers>,
     waiting: VecDeque<usize>,
     submitted: usize,
     stuck: bool,
@@ -94,8 +105,8 @@ impl Mover {
         Ok(Self {
             ring: Some(Uring::new(entries)?),
             memory: None,
-            flights: Vec::new(),
-            free: Vec::new(),
+            flights: Slab::new(),
+            spare: Vec::new(),
             waiting: VecDeque::new(),
             submitted: 0,
             stuck: false,
@@ -119,20 +130,25 @@ impl Mover {
     /// When segments do not exist in the memory of the first operation; nothing was taken on then.
     pub(crate) fn take_on(&mut self, memory: &GuestMemory, tag: usize, what: Move<'_>) -> io::Result<()> {
         let memory = self.memory.get_or_insert_with(|| memory.clone());
-        let (kind, fd, offset, buffers) = match what {
-            Move::Read { fd, offset, to } => (Kind::Read, fd, offset, memory.buffers(to)?),
-            Move::Write { fd, offset, from } => (Kind::Write, fd, offset, memory.buffers(from)?),
-            Move::Zero { fd, offset, len } => (Kind::Zero { left: len }, fd, offset, zeroes(len)),
-            Move::Sync { fd } => (Kind::Sync, fd, 0, Vec::new()),
-            Move::Allocate { fd, mode, offset, len } => (Kind::Allocate { mode, len }, fd, offset, Vec::new()),
+        let mut buffers = self.spare.pop().unwrap_or_default();
+        let (kind, fd, offset) = match what {
+            Move::Read { fd, offset, to } => {
+                memory.append_buffers(to, &mut buffers.0)?;
+                (Kind::Read, fd, offset)
+            }
+            Move::Write { fd, offset, from } => {
+                memory.append_buffers(from, &mut buffers.0)?;
+                (Kind::Write, fd, offset)
+            }
+            Move::Zero { fd, offset, len } => {
+                zeroes(len, &mut buffers.0);
+                (Kind::Zero { left: len }, fd, offset)
+            }
+            Move::Sync { fd } => (Kind::Sync, fd, 0),
+            Move::Allocate { fd, mode, offset, len } => (Kind::Allocate { mode, len }, fd, offset),
         };
         let flight = Flight { tag, kind, fd, offset, buffers, done: 0, tries: 0, submitted: false };
-        let slot = self.free.pop().unwrap_or(self.flights.len());
-        match self.flights.get_mut(slot) {
-            Some(place) => *place = Some(flight),
-            None => self.flights.push(Some(flight)),
-        }
-        self.waiting.push_back(slot);
+        self.waiting.push_back(self.flights.insert(flight));
         Ok(())
     }
 
@@ -143,7 +159,7 @@ impl Mover {
         let before = self.submitted;
         while self.submitted < ring.room() {
             let Some(slot) = self.waiting.front().copied() else { break };
-            if let Some(Some(flight)) = self.flights.get_mut(slot) {
+            if let Some(flight) = self.flights.get_mut(slot) {
                 if !flight.push(ring, slot as u64) {
                     break;
                 }
@@ -168,7 +184,7 @@ impl Mover {
         loop {
             let (slot, result) = self.ring.as_mut()?.next()?;
             let slot = usize::try_from(slot).ok()?;
-            let Some(Some(flight)) = self.flights.get_mut(slot) else { continue };
+            let Some(flight) = self.flights.get_mut(slot) else { continue };
             flight.submitted = false;
             self.submitted -= 1;
             match flight.ended(result) {
@@ -183,9 +199,11 @@ impl Mover {
     }
 
     fn release(&mut self, slot: usize) {
-        if let Some(place) = self.flights.get_mut(slot) {
-            *place = None;
-            self.free.push(slot);
+        if let Some(Flight { mut buffers, .. }) = self.flights.try_remove(slot) {
+            if self.spare.len() < SPARE && buffers.0.capacity() <= SPARE_BUFFERS {
+                buffers.0.clear();
+                self.spare.push(buffers);
+            }
         }
     }
 
@@ -207,7 +225,7 @@ impl Mover {
             self.release(slot);
         }
         let Some(ring) = &mut self.ring else { return };
-        for (slot, _) in self.flights.iter().enumerate().filter(|(_, f)| f.as_ref().is_some_and(|f| f.submitted)) {
+        for (slot, _) in self.flights.iter().filter(|(_, flight)| flight.submitted) {
             if !ring.cancel(slot as u64) {
                 let submitted = ring.submit().is_ok();
                 if !submitted || !ring.cancel(slot as u64) {
@@ -239,7 +257,7 @@ impl Mover {
 
 impl Flight {
     fn rest(&self) -> &[libc::iovec] {
-        self.buffers.get(self.done..).unwrap_or_default()
+        self.buffers.0.get(self.done..).unwrap_or_default()
     }
 
     fn push(&self, ring: &mut Uring, tag: u64) -> bool {
@@ -270,7 +288,8 @@ impl Flight {
             Kind::Zero { left } => {
                 *left = left.saturating_sub(moved.into());
                 self.offset = self.offset.saturating_add(moved.into());
-                self.buffers = zeroes(*left);
+                self.buffers.0.clear();
+                zeroes(*left, &mut self.buffers.0);
             }
             Kind::Read | Kind::Write => self.skip(moved as usize),
         }
@@ -286,7 +305,7 @@ impl Flight {
     /// `n` more bytes were moved.
     fn skip(&mut self, mut n: usize) {
         self.offset = self.offset.saturating_add(n as u64);
-        while let Some(first) = self.buffers.get_mut(self.done) {
+        while let Some(first) = self.buffers.0.get_mut(self.done) {
             if n < first.iov_len {
                 // SAFETY: `n` is less than the buffer's length, so this points into the same buffer.
                 first.iov_base = unsafe { first.iov_base.byte_add(n) };
@@ -299,15 +318,14 @@ impl Flight {
     }
 }
 
-/// Buffers from which at most `len` zeroes are written, for as many writes as it takes.
-fn zeroes(len: u64) -> Vec<libc::iovec> {
-    let (mut buffers, mut left) = (Vec::new(), len);
+/// Appends buffers from which at most `len` zeroes are written, for as many writes as it takes.
+fn zeroes(len: u64, buffers: &mut Vec<libc::iovec>) {
+    let mut left = len;
     while left > 0 && buffers.len() < ZERO_BUFFERS {
         let now = ZEROES.len().min(usize::try_from(left).unwrap_or(usize::MAX));
         buffers.push(libc::iovec { iov_base: ZEROES.as_ptr().cast_mut().cast(), iov_len: now });
         left -= now as u64;
     }
-    buffers
 }
 
 impl Drop for Mover {
@@ -333,7 +351,7 @@ impl Mover {
             ring: self.ring.take(),
             memory: self.memory.take(),
             flights: std::mem::take(&mut self.flights),
-            free: Vec::new(),
+            spare: Vec::new(),
             waiting: VecDeque::new(),
             submitted: self.submitted,
             stuck: false,
@@ -404,7 +422,7 @@ mod tests {
             kind: Kind::Read,
             fd: 0,
             offset: 1000,
-            buffers: memory.buffers(&to).unwrap(),
+            buffers: Buffers(memory.buffers(&to).unwrap()),
             done: 0,
             tries: 0,
             submitted: true,
@@ -441,6 +459,7 @@ mod tests {
         (&near).read_exact(&mut back).unwrap();
         assert_eq!(&back, b"abc");
     }
+
     #[test]
     fn what_does_not_end_is_left_with_all_that_it_touches() {
         let (memory, mut mover) = (memory(), Mover::new(4).unwrap());

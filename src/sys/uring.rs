@@ -1,7 +1,8 @@
 //! [`Uring`]: an io_uring for files. The crate `io-uring` lives here only.
 //!
 //! Owned by whoever moves bytes with it, used on one thread at a time. What the kernel was given must stay valid until its
-//! completion was taken: that is the caller's business, see `memory::Mover`.
+//! completion was taken: that is the caller's business, see `memory::Mover`. Descriptors that were used once must not come to mean
+//! other files while the ring lives.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
@@ -10,11 +11,17 @@ use io_uring::{IoUring, Probe, opcode, squeue, types};
 
 /// The number under which the answers to cancellations come, which tell nothing.
 const CANCEL: u64 = u64::MAX;
+/// How many files the kernel is asked to look up only once.
+const FILES: usize = 16;
 
 /// Submission and completion queues that are shared with the kernel.
 pub(crate) struct Uring {
     ring: IoUring,
     room: usize,
+    /// Descriptors that the kernel has looked up once for all operations: the place of each is its number there.
+    files: Vec<RawFd>,
+    /// How many there may be; none where the kernel does not take them.
+    files_room: usize,
 }
 
 impl Uring {
@@ -40,7 +47,32 @@ impl Uring {
         if needed.iter().any(|code| !probe.is_supported(*code)) {
             return Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP));
         }
-        Ok(Self { ring, room: entries as usize })
+        // Empty places, to be filled as descriptors come.
+        let registered = ring.submitter().register_files(&[-1; FILES]);
+        let registered = registered.inspect_err(|e| log::debug!("io_uring keeps no files: {e}"));
+        let files_room = if registered.is_ok() { FILES } else { 0 };
+        Ok(Self { ring, room: entries as usize, files: Vec::with_capacity(files_room), files_room })
+    }
+
+    /// What an operation is told instead of `fd`, which the kernel need not look up each time when it is among the first.
+    fn file(&mut self, fd: RawFd) -> (types::Fd, squeue::Flags) {
+        let known = self.files.iter().position(|file| *file == fd);
+        match known.or_else(|| self.keep(fd)).map(i32::try_from) {
+            Some(Ok(number)) => (types::Fd(number), squeue::Flags::FIXED_FILE),
+            _ => (types::Fd(fd), squeue::Flags::empty()),
+        }
+    }
+
+    #[cold]
+    fn keep(&mut self, fd: RawFd) -> Option<usize> {
+        let number = self.files.len();
+        if number >= self.files_room || fd < 0 {
+            return None;
+        }
+        let kept = self.ring.submitter().register_files_update(number as u32, &[fd]);
+        kept.inspect_err(|e| log::debug!("io_uring does not keep a file: {e}")).ok()?;
+        self.files.push(fd);
+        Some(number)
     }
 
     /// How many operations may be under way at once.
@@ -61,12 +93,12 @@ impl Uring {
     /// The array and every buffer must be valid for writes of its length until [`Uring::next`] has given `tag` back, or for
     /// ever.
     pub(crate) unsafe fn read(&mut self, tag: u64, fd: RawFd, buffers: &[libc::iovec], offset: u64) -> bool {
-        let fd = types::Fd(fd);
+        let (fd, flags) = self.file(fd);
         let entry = match buffers {
             [one] => opcode::Read::new(fd, one.iov_base.cast(), length(one)).offset(offset).build(),
             many => opcode::Readv::new(fd, many.as_ptr(), super::iovec::count(many) as u32).offset(offset).build(),
         };
-        self.push(entry, tag)
+        self.push(entry.flags(flags), tag)
     }
 
     /// Queues a write of the buffers to `fd` at `offset`; may be short. False when the queue is full.
@@ -75,22 +107,24 @@ impl Uring {
     /// The array and every buffer must be valid for reads of its length until [`Uring::next`] has given `tag` back, or for
     /// ever.
     pub(crate) unsafe fn write(&mut self, tag: u64, fd: RawFd, buffers: &[libc::iovec], offset: u64) -> bool {
-        let fd = types::Fd(fd);
+        let (fd, flags) = self.file(fd);
         let entry = match buffers {
             [one] => opcode::Write::new(fd, one.iov_base.cast_const().cast(), length(one)).offset(offset).build(),
             many => opcode::Writev::new(fd, many.as_ptr(), super::iovec::count(many) as u32).offset(offset).build(),
         };
-        self.push(entry, tag)
+        self.push(entry.flags(flags), tag)
     }
 
     /// Queues an `fdatasync`.
     pub(crate) fn sync(&mut self, tag: u64, fd: RawFd) -> bool {
-        self.push(opcode::Fsync::new(types::Fd(fd)).flags(types::FsyncFlags::DATASYNC).build(), tag)
+        let (fd, flags) = self.file(fd);
+        self.push(opcode::Fsync::new(fd).flags(types::FsyncFlags::DATASYNC).build().flags(flags), tag)
     }
 
     /// Queues a `fallocate`.
     pub(crate) fn allocate(&mut self, tag: u64, fd: RawFd, mode: i32, offset: u64, len: u64) -> bool {
-        self.push(opcode::Fallocate::new(types::Fd(fd), len).offset(offset).mode(mode).build(), tag)
+        let (fd, flags) = self.file(fd);
+        self.push(opcode::Fallocate::new(fd, len).offset(offset).mode(mode).build().flags(flags), tag)
     }
 
     /// Queues the wish that `tag` ends soon, however.
@@ -125,6 +159,15 @@ impl Uring {
     pub(crate) fn as_fd(&self) -> BorrowedFd<'_> {
         // SAFETY: the ring owns an open descriptor for as long as the borrow of it lives.
         unsafe { BorrowedFd::borrow_raw(self.ring.as_raw_fd()) }
+    }
+}
+
+impl Drop for Uring {
+    fn drop(&mut self) {
+        // The kernel takes its time to put away a ring that was closed; files that it has kept would stay locked meanwhile.
+        if self.files_room > 0 {
+            let _ = self.ring.submitter().unregister_files();
+        }
     }
 }
 

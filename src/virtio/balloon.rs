@@ -236,7 +236,8 @@ impl VirtioDevice for Balloon {
             }
             Some(Role::Reporting) => io.drain(queue, |chain| {
                 let room = chain.writable_len();
-                for segment in chain.take_writable(room) {
+                let all = chain.take_writable(room);
+                for &segment in chain.writable(all) {
                     self.reported += segment.len() as u64;
                     self.memory.discard(segment);
                 }

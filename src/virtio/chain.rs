@@ -1,7 +1,6 @@
 //! [`Chain`]: one request of the driver, validated whole when popped, completed by value.
 
-use virtio_queue::desc::split::Descriptor;
-
+use super::ring::Descriptor;
 use crate::memory::{GuestAddress, GuestMemory, OutOfBounds, Segment};
 
 /// Why a descriptor chain is not one. The guest's mistake; the device must be reset.
@@ -26,42 +25,77 @@ pub(crate) enum ChainError {
 #[error("the request is shorter than its type demands")]
 pub(crate) struct TooShort;
 
+/// Segments with more room than this are not kept for the next chain.
+const KEEP: usize = 64;
+
+/// Consecutive buffers of one direction that were taken out of a chain; the chain tells which: [`Chain::readable`],
+/// [`Chain::writable`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Span {
+    from: usize,
+    to: usize,
+}
+
 /// Buffers of one direction, used up from the front.
 #[derive(Debug, Default)]
 struct Buffers {
-    segments: std::collections::VecDeque<Segment>,
+    segments: Vec<Segment>,
+    /// The first that is not used up. What was taken lies before it and stays what it is.
+    next: usize,
+    /// Bytes that are not used up.
     len: usize,
 }
 
 impl Buffers {
+    fn clear(&mut self) {
+        self.segments.clear();
+        (self.next, self.len) = (0, 0);
+    }
+
     fn push(&mut self, segment: Segment) {
         self.len += segment.len();
         if segment.len() > 0 {
-            self.segments.push_back(segment);
+            self.segments.push(segment);
         }
     }
 
-    /// Takes the first piece, but at most `n` bytes of it.
-    fn next(&mut self, n: usize) -> Option<Segment> {
-        let (head, tail) = self.segments.pop_front()?.split_at(n);
-        if tail.len() > 0 {
-            self.segments.push_front(tail);
+    /// What is not used up.
+    fn rest(&self) -> &[Segment] {
+        self.segments.get(self.next..).unwrap_or_default()
+    }
+
+    fn get(&self, span: Span) -> &[Segment] {
+        self.segments.get(span.from..span.to).unwrap_or_default()
+    }
+
+    /// Uses up the first `n` bytes, or all there are.
+    fn skip(&mut self, n: usize) {
+        let mut left = n.min(self.len);
+        self.len -= left;
+        while let Some(first) = self.segments.get_mut(self.next).filter(|_| left > 0) {
+            if left < first.len() {
+                *first = first.split_at(left).1;
+                return;
+            }
+            left -= first.len();
+            self.next += 1;
         }
-        self.len -= head.len();
-        Some(head)
     }
 
     /// Takes the first `n` bytes, or all there are.
-    fn take(&mut self, n: usize) -> Vec<Segment> {
-        let (mut taken, mut rest) = (Vec::new(), n);
-        while rest > 0 {
-            let Some(head) = self.next(rest) else {
-                break;
-            };
-            rest -= head.len();
-            taken.push(head);
+    fn take(&mut self, n: usize) -> Span {
+        let (from, mut left) = (self.next, n.min(self.len));
+        self.len -= left;
+        while let Some(first) = self.segments.get_mut(self.next).filter(|_| left > 0) {
+            let (head, tail) = first.split_at(left);
+            *first = head;
+            left -= head.len();
+            self.next += 1;
+            if tail.len() > 0 {
+                self.segments.insert(self.next, tail);
+            }
         }
-        taken
+        Span { from, to: self.next }
     }
 }
 
@@ -71,7 +105,11 @@ impl Buffers {
 /// waits for it. Data is consumed from the front, in any split that the driver chose.
 #[derive(Debug)]
 #[must_use = "the driver waits until the chain is completed"]
-pub(crate) struct Chain {
+pub(crate) struct Chain(Box<Body>);
+
+/// On the heap, so that requests are moved about cheaply; used again by the queue, so that none is allocated.
+#[derive(Debug)]
+struct Body {
     head: u16,
     memory: GuestMemory,
     readable: Buffers,
@@ -81,63 +119,68 @@ pub(crate) struct Chain {
 }
 
 impl Chain {
-    /// Collects and checks the descriptors of the chain that begins at `head`. `complete` tells whether the last
-    /// of them said that it is the last.
-    pub(super) fn collect(
-        head: u16,
-        memory: &GuestMemory,
-        descriptors: impl Iterator<Item = Descriptor>,
-    ) -> Result<Self, ChainError> {
-        let mut chain = Self {
-            head,
-            memory: memory.clone(),
-            readable: Buffers::default(),
-            writable: Buffers::default(),
-            written: 0,
-        };
+    /// An empty one, to be filled.
+    pub(super) fn new(memory: &GuestMemory) -> Self {
+        let (readable, writable) = Default::default();
+        Self(Box::new(Body { head: 0, memory: memory.clone(), readable, writable, written: 0 }))
+    }
+
+    /// Collects and checks the descriptors of the chain that begins at `head`. The last of them must say that it is the last.
+    pub(super) fn fill(&mut self, head: u16, descriptors: impl Iterator<Item = Descriptor>) -> Result<(), ChainError> {
+        let Body { memory, readable, writable, .. } = &mut *self.0;
         let (mut total, mut ended) = (0u64, false);
         for descriptor in descriptors {
             ended = !descriptor.has_next();
-            total += u64::from(descriptor.len());
+            total += u64::from(descriptor.len);
             if total > u64::from(u32::MAX) {
                 return Err(ChainError::TooLong);
             }
-            let segment = memory.segment(GuestAddress(descriptor.addr().0), descriptor.len() as usize)?;
-            match (descriptor.is_write_only(), chain.writable.segments.is_empty()) {
-                (true, _) => chain.writable.push(segment),
-                (false, true) => chain.readable.push(segment),
+            let segment = memory.segment(GuestAddress(descriptor.addr), descriptor.len as usize)?;
+            match (descriptor.is_writable(), writable.segments.is_empty()) {
+                (true, _) => writable.push(segment),
+                (false, true) => readable.push(segment),
                 (false, false) => return Err(ChainError::Order),
             }
         }
-        if ended { Ok(chain) } else { Err(ChainError::Endless) }
+        self.0.head = head;
+        if ended { Ok(()) } else { Err(ChainError::Endless) }
+    }
+
+    /// To be filled again, unless the driver has made it large.
+    pub(super) fn emptied(mut self) -> Option<Self> {
+        let Body { readable, writable, written, .. } = &mut *self.0;
+        readable.clear();
+        writable.clear();
+        *written = 0;
+        (readable.segments.capacity().max(writable.segments.capacity()) <= KEEP).then_some(self)
     }
 
     pub(super) fn head(&self) -> u16 {
-        self.head
+        self.0.head
     }
 
     pub(super) fn written(&self) -> u32 {
-        self.written
+        self.0.written
     }
 
     /// The memory that the segments lie in.
     pub(crate) fn memory(&self) -> &GuestMemory {
-        &self.memory
+        &self.0.memory
     }
 
     /// How many pieces its buffers are in.
     pub(crate) fn pieces(&self) -> usize {
-        self.readable.segments.len() + self.writable.segments.len()
+        self.0.readable.rest().len() + self.0.writable.rest().len()
     }
 
     /// Bytes not yet read.
     pub(crate) fn readable_len(&self) -> usize {
-        self.readable.len
+        self.0.readable.len
     }
 
     /// Bytes not yet written.
     pub(crate) fn writable_len(&self) -> usize {
-        self.writable.len
+        self.0.writable.len
     }
 
     /// Reads the next `N` bytes.
@@ -155,10 +198,7 @@ impl Chain {
     /// [`TooShort`] when fewer are left; nothing is consumed then.
     pub(crate) fn read_into(&mut self, to: &mut [u8]) -> Result<(), TooShort> {
         self.peek_into(to)?;
-        let mut rest = to.len();
-        while let Some(segment) = (rest > 0).then(|| self.readable.next(rest)).flatten() {
-            rest -= segment.len();
-        }
+        self.0.readable.skip(to.len());
         Ok(())
     }
 
@@ -167,21 +207,35 @@ impl Chain {
     /// # Errors
     /// [`TooShort`] when fewer are left.
     pub(crate) fn peek_into(&self, to: &mut [u8]) -> Result<(), TooShort> {
-        if self.readable.len < to.len() {
+        let Body { memory, readable, .. } = &*self.0;
+        if readable.len < to.len() {
             return Err(TooShort);
         }
         let mut rest = to;
-        for segment in &self.readable.segments {
+        for segment in readable.rest() {
+            if rest.is_empty() {
+                break;
+            }
             let (now, later) = rest.split_at_mut(segment.len().min(rest.len()));
-            self.memory.read(segment.addr(), now).map_err(|_| TooShort)?;
+            memory.read(segment.addr(), now).map_err(|_| TooShort)?;
             rest = later;
         }
         Ok(())
     }
 
+    /// Uses up the next `n` bytes to be read, or all there are, without looking at them.
+    pub(crate) fn skip_readable(&mut self, n: usize) {
+        self.0.readable.skip(n);
+    }
+
     /// Takes the next `n` bytes to be read, or all there are, without looking at them.
-    pub(crate) fn take_readable(&mut self, n: usize) -> Vec<Segment> {
-        self.readable.take(n)
+    pub(crate) fn take_readable(&mut self, n: usize) -> Span {
+        self.0.readable.take(n)
+    }
+
+    /// What [`Chain::take_readable`] took.
+    pub(crate) fn readable(&self, span: Span) -> &[Segment] {
+        self.0.readable.get(span)
     }
 
     /// Writes all of `from`.
@@ -189,15 +243,20 @@ impl Chain {
     /// # Errors
     /// [`TooShort`] when it does not fit; nothing is written then.
     pub(crate) fn write(&mut self, from: &[u8]) -> Result<(), TooShort> {
-        if self.writable.len < from.len() {
+        let Body { memory, writable, .. } = &mut *self.0;
+        if writable.len < from.len() {
             return Err(TooShort);
         }
         let mut rest = from;
-        while let Some(segment) = (!rest.is_empty()).then(|| self.writable.next(rest.len())).flatten() {
-            let (now, later) = rest.split_at_checked(segment.len()).ok_or(TooShort)?;
-            self.memory.write(segment.addr(), now).map_err(|_| TooShort)?;
+        for segment in writable.rest() {
+            if rest.is_empty() {
+                break;
+            }
+            let (now, later) = rest.split_at(segment.len().min(rest.len()));
+            memory.write(segment.addr(), now).map_err(|_| TooShort)?;
             rest = later;
         }
+        writable.skip(from.len());
         self.wrote(from.len());
         Ok(())
     }
@@ -206,7 +265,7 @@ impl Chain {
     /// after writing what comes before.
     pub(crate) fn writable_after(&self, skip: usize, n: usize) -> Vec<Segment> {
         let (mut skip, mut rest, mut found) = (skip, n, Vec::new());
-        for segment in &self.writable.segments {
+        for segment in self.0.writable.rest() {
             let (skipped, wanted) = segment.split_at(skip);
             skip -= skipped.len();
             let (head, _) = wanted.split_at(rest);
@@ -218,19 +277,29 @@ impl Chain {
         found
     }
 
+    /// Uses up the next `n` bytes to be written, or all there are; what they hold is not reported.
+    pub(crate) fn skip_writable(&mut self, n: usize) {
+        self.0.writable.skip(n);
+    }
+
     /// Takes the next `n` bytes to be written, or all there are. Say [`Chain::wrote`] for what was filled.
-    pub(crate) fn take_writable(&mut self, n: usize) -> Vec<Segment> {
-        self.writable.take(n)
+    pub(crate) fn take_writable(&mut self, n: usize) -> Span {
+        self.0.writable.take(n)
+    }
+
+    /// What [`Chain::take_writable`] took.
+    pub(crate) fn writable(&self, span: Span) -> &[Segment] {
+        self.0.writable.get(span)
     }
 
     /// `n` more bytes of what was taken hold an answer.
     pub(crate) fn wrote(&mut self, n: usize) {
-        self.written = self.written.saturating_add(u32::try_from(n).unwrap_or(u32::MAX));
+        self.0.written = self.0.written.saturating_add(u32::try_from(n).unwrap_or(u32::MAX));
     }
 
     /// Fills what is left, but at most `max` bytes, with what `fill` makes. What it cannot make is not reported.
     pub(crate) fn fill_with(&mut self, max: usize, mut fill: impl FnMut(&mut [u8]) -> std::io::Result<()>) {
-        let mut left = max.min(self.writable.len);
+        let mut left = max.min(self.0.writable.len);
         if left == 0 {
             return;
         }
@@ -251,15 +320,20 @@ mod tests {
     use crate::memory::GuestAddress;
     use proptest::prelude::*;
 
+    fn collected(memory: &GuestMemory, all: impl Iterator<Item = Descriptor>) -> Result<Chain, ChainError> {
+        let mut chain = Chain::new(memory);
+        chain.fill(0, all).map(|()| chain)
+    }
+
     fn chain(memory: &GuestMemory, readable: &[usize], writable: &[usize]) -> Chain {
         let (mut descriptors, mut at) = (Vec::new(), 0x1000);
         let count = readable.len() + writable.len();
         for (n, len) in readable.iter().chain(writable).enumerate() {
             let flags = u16::from(n + 1 < count) | if n >= readable.len() { 2 } else { 0 };
-            descriptors.push(Descriptor::new(at, *len as u32, flags, 0));
+            descriptors.push(Descriptor::new(at, *len as u32, flags));
             at += *len as u64;
         }
-        Chain::collect(0, memory, descriptors.into_iter()).unwrap()
+        collected(memory, descriptors.into_iter()).unwrap()
     }
 
     fn memory() -> GuestMemory {
@@ -270,8 +344,8 @@ mod tests {
     fn mistakes_of_the_driver_are_told_apart() {
         let memory = memory();
         let collect = |descriptors: &[(u64, u32, u16)]| {
-            let all = descriptors.iter().map(|(addr, len, flags)| Descriptor::new(*addr, *len, *flags, 0));
-            Chain::collect(0, &memory, all).map(drop)
+            let all = descriptors.iter().map(|(addr, len, flags)| Descriptor::new(*addr, *len, *flags));
+            collected(&memory, all).map(drop)
         };
         assert!(matches!(collect(&[(1 << 20, 1, 0)]), Err(ChainError::OutOfBounds(_))));
         assert_eq!(collect(&[(0, 1, 3), (0, 1, 0)]), Err(ChainError::Order));

@@ -184,7 +184,7 @@ impl Console {
                 return true;
             }
             let printed = self.output.print(now);
-            let _ = chain.take_readable(printed);
+            chain.skip_readable(printed);
             if printed < now.len() {
                 return false;
             }

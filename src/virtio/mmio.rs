@@ -270,7 +270,7 @@ impl MmioTransport {
             let made = match config.ready {
                 true => Queue::new(config, *max, event_idx, &self.memory),
                 // Drivers leave out queues of features they do not use.
-                false => Queue::unused(&self.memory),
+                false => Ok(Queue::unused(&self.memory)),
             };
             made.map_err(|e| format!("queue {n}: {e}"))
         };

@@ -16,6 +16,7 @@ pub(crate) mod console;
 mod io;
 mod mmio;
 mod queue;
+mod ring;
 pub(crate) mod rng;
 mod runner;
 mod spec;
@@ -26,7 +27,7 @@ pub(crate) mod vsock;
 use std::any::Any;
 use std::time::Duration;
 
-pub(crate) use chain::{Chain, TooShort};
+pub(crate) use chain::{Chain, Span, TooShort};
 pub(crate) use config_space::ConfigSpace;
 pub(crate) use io::{Counters, DeviceIo};
 pub(crate) use mmio::{MmioTransport, NOTIFY_OFFSET};

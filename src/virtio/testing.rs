@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use super::io::{Counters, DeviceIo};
 use super::queue::{Queue, QueueConfig};
+use super::runner::look;
 use super::{Source, VirtioDevice};
 use crate::event::Sources;
 use crate::irq::Interrupt;
@@ -174,13 +175,14 @@ impl<D: VirtioDevice> Driver<D> {
 
     /// Makes the device look at `queue`.
     pub(crate) fn poke(&mut self, queue: usize) {
-        self.device.ready(&mut self.io, Source::Queue(queue));
+        self.io.kick_self(queue);
+        look(&mut self.device, &mut self.io, Source::Queue(queue));
     }
 
     /// Makes the device look at its descriptor `number`.
     pub(crate) fn poke_watched(&mut self, number: u32) {
         let events = crate::event::Interest::IN | crate::event::Interest::OUT;
-        self.device.ready(&mut self.io, Source::Watched { number, events });
+        look(&mut self.device, &mut self.io, Source::Watched { number, events });
     }
 
     /// The device and what it is given, for calls that its handle would make.

@@ -2,19 +2,14 @@
 //! the backend's own calls, which block, everywhere else.
 
 use std::io;
-use std::os::fd::RawFd;
-use std::time::Duration;
 
-use super::backend::{Extent, front, zeroes_to_guest};
-use super::config::{Cache, DiskEngine};
+use super::backend::{BlockBackend, Extent, front, zeroes_to_guest};
+use super::config::{Cache, DiskEngine, Options};
 use super::flight::Flight;
 use super::request::{Range, Work};
-use super::{Blk, RING, SECTOR};
+use super::{RING, SECTOR};
 use crate::memory::{Move, Mover, Segment};
-use crate::virtio::DeviceIo;
-
-/// How long a call that needs the disk for itself waits for what is under way.
-const BARRIER: Duration = Duration::from_secs(30);
+use crate::virtio::Chain;
 
 /// What became of a stage of a request.
 pub(super) enum Begun {
@@ -24,18 +19,40 @@ pub(super) enum Begun {
     Ended(io::Result<()>),
 }
 
-impl Blk {
+/// A disk's bytes, and what moves them.
+pub(super) struct Engine {
+    pub backend: Box<dyn BlockBackend>,
+    /// Moves bytes to and from the backend's files. `None`: the backend's own calls do.
+    pub mover: Option<Mover>,
+    /// Why there is no mover though one was asked for.
+    pub refused: Option<String>,
+    /// All of the disk is one file, so nothing but the mover is needed.
+    pub direct: bool,
+    /// A sync has failed: the host forgets that once it was told, so nothing that it says later can be believed.
+    pub undurable: bool,
+    /// Something was written by the backend's calls, which a sync of its file alone may not cover.
+    called: bool,
+    cache: Cache,
+    /// Where the range at hand lies; kept, so that it is not allocated each time.
+    places: Vec<Extent>,
+}
+
+impl Engine {
     /// Finds out what the backend and the host can do.
-    pub(super) fn choose_engine(&mut self) {
-        let explicit = self.options.engine == DiskEngine::Ring;
-        if self.options.engine == DiskEngine::Threads {
-            return;
+    pub(super) fn new(backend: Box<dyn BlockBackend>, options: &Options) -> Self {
+        let cache = options.cache;
+        let (mover, refused, places) = Default::default();
+        let mut engine =
+            Self { backend, mover, refused, direct: false, undurable: false, called: false, cache, places };
+        if options.engine == DiskEngine::Threads {
+            return engine;
         }
-        let len = self.backend.shape().len;
+        let len = engine.backend.shape().len;
         // What is one file in any range is one file altogether.
-        let mut whole = |len| match self.backend.extents(false, 0, len) {
-            Some(Ok(extents)) => Some(matches!(extents[..], [Extent::File { len: found, .. }] if found == len)),
-            _ => None,
+        let mut whole = |len| {
+            let mut found = Vec::new();
+            let told = engine.backend.extents(false, 0, len, &mut found)?;
+            Some(told.is_ok() && matches!(found[..], [Extent::File { len: found, .. }] if found == len))
         };
         let (sector, all) = (whole(SECTOR), whole(len));
         let made = match sector {
@@ -44,96 +61,101 @@ impl Blk {
         };
         match made {
             Ok(mover) => {
-                self.direct = (sector, all) == (Some(true), Some(true)) && self.backend.sync_fd().is_some();
-                self.mover = Some(mover);
+                engine.direct = (sector, all) == (Some(true), Some(true)) && engine.backend.sync_fd().is_some();
+                engine.mover = Some(mover);
             }
-            Err(why) if explicit => self.refused = Some(why),
-            Err(why) => log::debug!("{}: no io_uring: {why}", self.options.name),
+            Err(why) if options.engine == DiskEngine::Ring => engine.refused = Some(why),
+            Err(why) => log::debug!("{}: no io_uring: {why}", options.name),
         }
+        engine
+    }
+
+    /// Whether this is done by a call of the backend's that may give away places which the mover reads from or writes to.
+    pub(super) fn needs_rest(&self, flight: &Flight) -> bool {
+        !flight.syncing
+            && matches!(flight.work, Work::Discard(_) | Work::WriteZeroes(_))
+            && !(self.direct && self.mover.is_some())
     }
 
     /// Begins the stage at which the request in `slot` stands.
-    pub(super) fn begin(&mut self, io: &mut DeviceIo, slot: usize) -> Begun {
-        let Some(mut flight) = self.table.lift(slot) else {
-            return Begun::UnderWay;
-        };
-        let outcome = self.begin_lifted(io, slot, &mut flight);
-        let begun = match outcome {
+    pub(super) fn begin(&mut self, slot: usize, flight: &mut Flight) -> Begun {
+        match self.step(slot, flight) {
             // What is under way must end before the request does.
             outcome if flight.moves > 0 => {
                 flight.error = outcome.err();
                 Begun::UnderWay
             }
             outcome => Begun::Ended(outcome),
-        };
-        self.table.restore(slot, flight);
-        begun
+        }
     }
 
-    fn begin_lifted(&mut self, io: &mut DeviceIo, slot: usize, flight: &mut Flight) -> io::Result<()> {
-        // Taken out and put back, so that nothing is copied.
-        let work = std::mem::replace(&mut flight.work, Work::Flush);
-        let outcome = match &work {
+    fn step(&mut self, slot: usize, flight: &mut Flight) -> io::Result<()> {
+        let Flight { chain, work, moves, .. } = flight;
+        match work {
             _ if flight.syncing => self.sync(slot, flight),
             Work::Flush => self.sync(slot, flight),
             Work::GetId | Work::Read { len: 0, .. } | Work::Write { len: 0, .. } => Ok(()),
-            Work::Read { offset, to, len } => match self.places(false, *offset, *len as u64) {
-                Some(places) => places.and_then(|places| self.transfer(slot, flight, &places, to, false)),
-                None => self.backend.read(flight.chain.memory(), to, *offset),
+            Work::Read { offset, to, len } => match self.locate(false, *offset, *len as u64) {
+                Some(located) => located.and_then(|()| self.transfer(slot, chain, moves, chain.writable(*to), false)),
+                None => self.backend.read(chain.memory(), chain.writable(*to), *offset),
             },
-            Work::Write { offset, from, len } => match self.places(true, *offset, *len as u64) {
-                Some(places) => places.and_then(|places| self.transfer(slot, flight, &places, from, true)),
+            Work::Write { offset, from, len } => match self.locate(true, *offset, *len as u64) {
+                Some(located) => {
+                    located?;
+                    flight.placed = true;
+                    self.transfer(slot, chain, moves, chain.readable(*from), true)
+                }
                 None => {
                     self.called = true;
-                    self.backend.write(flight.chain.memory(), from, *offset)
+                    self.backend.write(chain.memory(), chain.readable(*from), *offset)
                 }
             },
-            Work::Discard(ranges) => self.ranges(io, slot, flight, ranges, false),
-            Work::WriteZeroes(ranges) => self.ranges(io, slot, flight, ranges, true),
-        };
-        flight.work = work;
-        outcome
+            Work::Discard(ranges) => self.ranges(slot, chain, moves, ranges, Ranges::Discard),
+            Work::WriteZeroes(ranges) if flight.plain => self.ranges(slot, chain, moves, ranges, Ranges::PlainZeroes),
+            Work::WriteZeroes(ranges) => self.ranges(slot, chain, moves, ranges, Ranges::Zeroes),
+        }
     }
 
-    /// Where the mover can find the range by itself.
-    fn places(&mut self, write: bool, offset: u64, len: u64) -> Option<io::Result<Vec<Extent>>> {
+    /// Finds where the mover can find the range by itself: `places`. `None` where it cannot.
+    fn locate(&mut self, write: bool, offset: u64, len: u64) -> Option<io::Result<()>> {
         self.mover.as_ref()?;
-        self.backend.extents(write, offset, len)
+        self.places.clear();
+        self.backend.extents(write, offset, len, &mut self.places)
     }
 
-    /// Gives the mover an operation for the request in `slot`.
-    fn hand_over(&mut self, slot: usize, flight: &mut Flight, what: Move<'_>) -> io::Result<()> {
-        let mover = self.mover.as_mut().ok_or_else(|| io::Error::from_raw_os_error(libc::ENXIO))?;
-        mover.take_on(flight.chain.memory(), slot, what)?;
-        flight.moves += 1;
-        Ok(())
-    }
-
+    /// Moves the data between `segments` and the `places` that were found.
     fn transfer(
         &mut self,
         slot: usize,
-        flight: &mut Flight,
-        places: &[Extent],
+        chain: &Chain,
+        moves: &mut u32,
         segments: &[Segment],
         write: bool,
     ) -> io::Result<()> {
-        flight.placed = write;
-        let (mut rest, alone) = match places {
-            [_] => (Vec::new(), true),
-            _ => (segments.to_vec(), false),
-        };
-        for place in places {
+        let (mut rest, mut part) = (Vec::new(), Vec::new());
+        let alone = self.places.len() == 1;
+        if !alone {
+            rest.extend_from_slice(segments);
+        }
+        let mover = self.mover.as_mut();
+        let mover = mover.ok_or_else(no_mover)?;
+        for place in &self.places {
             let (Extent::File { len, .. } | Extent::Zeroes { len }) = *place;
-            let part = if alone { Vec::new() } else { front(&mut rest, usize::try_from(len).unwrap_or(usize::MAX)) };
-            let part = if alone { segments } else { &part };
-            match *place {
-                Extent::File { fd, offset, .. } if write => {
-                    self.hand_over(slot, flight, Move::Write { fd, offset, from: part })?;
-                }
-                Extent::File { fd, offset, .. } => self.hand_over(slot, flight, Move::Read { fd, offset, to: part })?,
-                Extent::Zeroes { .. } if write => return Err(io::Error::other("there is no place to write to")),
-                Extent::Zeroes { .. } => zeroes_to_guest(flight.chain.memory(), part)?,
+            if !alone {
+                part = front(&mut rest, usize::try_from(len).unwrap_or(usize::MAX));
             }
+            let part = if alone { segments } else { &part };
+            let what = match *place {
+                Extent::File { fd, offset, .. } if write => Move::Write { fd, offset, from: part },
+                Extent::File { fd, offset, .. } => Move::Read { fd, offset, to: part },
+                Extent::Zeroes { .. } if write => return Err(io::Error::other("there is no place to write to")),
+                Extent::Zeroes { .. } => {
+                    zeroes_to_guest(chain.memory(), part)?;
+                    continue;
+                }
+            };
+            mover.take_on(chain.memory(), slot, what)?;
+            *moves += 1;
         }
         debug_assert!(rest.is_empty(), "the backend did not tell all places");
         Ok(())
@@ -142,59 +164,68 @@ impl Blk {
     /// Discards ranges, or makes zeroes of them.
     fn ranges(
         &mut self,
-        io: &mut DeviceIo,
         slot: usize,
-        flight: &mut Flight,
+        chain: &Chain,
+        moves: &mut u32,
         ranges: &[Range],
-        zeroes: bool,
+        what: Ranges,
     ) -> io::Result<()> {
         let mut ranges = ranges.iter().filter(|range| range.len > 0);
         if self.mover.is_none() || !self.direct {
-            // The backend may give away places that the mover reads from or writes to.
-            if !self.come_to_rest(io, BARRIER) {
-                return Err(io::Error::from_raw_os_error(libc::ETIMEDOUT));
-            }
             self.called = true;
-            return ranges.try_for_each(|range| match zeroes {
-                true => self.backend.write_zeroes(range.offset, range.len, range.unmap),
-                false => self.backend.discard(range.offset, range.len),
+            return ranges.try_for_each(|range| match what {
+                Ranges::Discard => self.backend.discard(range.offset, range.len),
+                Ranges::Zeroes | Ranges::PlainZeroes => self.backend.write_zeroes(range.offset, range.len, range.unmap),
             });
         }
         ranges.try_for_each(|range| {
-            let places = self.places(true, range.offset, range.len).transpose()?.unwrap_or_default();
-            let [Extent::File { fd, offset, len }] = places[..] else {
+            self.locate(true, range.offset, range.len).transpose()?;
+            let [Extent::File { fd, offset, len }] = self.places[..] else {
                 return Err(io::Error::other("the range is not in one file"));
             };
             let hole = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
             let zero = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
-            let what = match (zeroes, range.unmap) {
-                (true, _) if flight.plain => Move::Zero { fd, offset, len },
-                (true, false) => Move::Allocate { fd, mode: zero, offset, len },
+            let what = match (what, range.unmap) {
+                (Ranges::PlainZeroes, _) => Move::Zero { fd, offset, len },
+                (Ranges::Zeroes, false) => Move::Allocate { fd, mode: zero, offset, len },
                 _ => Move::Allocate { fd, mode: hole, offset, len },
             };
-            self.hand_over(slot, flight, what)
+            self.mover.as_mut().ok_or_else(no_mover)?.take_on(chain.memory(), slot, what)?;
+            *moves += 1;
+            Ok(())
         })
     }
 
     /// Brings everything that was answered to stable storage.
     fn sync(&mut self, slot: usize, flight: &mut Flight) -> io::Result<()> {
-        if self.options.cache == Cache::Unsafe {
+        if self.cache == Cache::Unsafe {
             return Ok(());
         }
         if self.undurable {
             return Err(io::Error::other("a sync has failed before, so what was written then may be lost"));
         }
-        if let Some(fd) = self.sync_fd() {
-            return self.hand_over(slot, flight, Move::Sync { fd });
+        // What the mover can sync instead of the backend.
+        let fd = if self.called { None } else { self.backend.sync_fd() };
+        if let (Some(mover), Some(fd)) = (&mut self.mover, fd) {
+            mover.take_on(flight.chain.memory(), slot, Move::Sync { fd })?;
+            flight.moves += 1;
+            return Ok(());
         }
         let outcome = self.backend.flush();
         self.called &= outcome.is_err();
         outcome
     }
+}
 
-    /// What the mover can sync instead of the backend.
-    fn sync_fd(&self) -> Option<RawFd> {
-        self.mover.as_ref().filter(|_| !self.called)?;
-        self.backend.sync_fd()
-    }
+/// What becomes of ranges.
+#[derive(Debug, Clone, Copy)]
+enum Ranges {
+    Discard,
+    Zeroes,
+    /// The host knows no short way to zeroes here, so they are written.
+    PlainZeroes,
+}
+
+fn no_mover() -> io::Error {
+    io::Error::from_raw_os_error(libc::ENXIO)
 }

@@ -3,6 +3,8 @@
 use std::io;
 use std::time::Duration;
 
+use slab::Slab;
+
 use super::IN_FLIGHT;
 use super::request::Work;
 use crate::virtio::Chain;
@@ -43,55 +45,33 @@ impl Flight {
     }
 }
 
-/// Slots are used again.
+/// Requests in flight, by slot.
 #[derive(Debug, Default)]
-pub(super) struct Table {
-    slots: Vec<Option<Flight>>,
-    free: Vec<usize>,
-}
+pub(super) struct Table(Slab<Flight>);
 
 impl Table {
     pub(super) fn full(&self) -> bool {
-        self.free.is_empty() && self.slots.len() >= IN_FLIGHT
+        self.0.len() >= IN_FLIGHT
     }
 
     pub(super) fn put(&mut self, flight: Flight) -> usize {
-        let slot = self.free.pop().unwrap_or(self.slots.len());
-        match self.slots.get_mut(slot) {
-            Some(place) => *place = Some(flight),
-            None => self.slots.push(Some(flight)),
-        }
-        slot
-    }
-
-    /// Takes a flight out while its next stage begins, to be put back by [`Table::restore`].
-    pub(super) fn lift(&mut self, slot: usize) -> Option<Flight> {
-        self.slots.get_mut(slot)?.take()
-    }
-
-    pub(super) fn restore(&mut self, slot: usize, flight: Flight) {
-        if let Some(place) = self.slots.get_mut(slot) {
-            *place = Some(flight);
-        }
+        self.0.insert(flight)
     }
 
     pub(super) fn get(&mut self, slot: usize) -> Option<&mut Flight> {
-        self.slots.get_mut(slot)?.as_mut()
+        self.0.get_mut(slot)
+    }
+
+    pub(super) fn take(&mut self, slot: usize) -> Option<Flight> {
+        self.0.try_remove(slot)
     }
 
     /// Writes whose bytes were on their way to places that the backend told.
     pub(super) fn placed(&self) -> impl Iterator<Item = (u64, u64)> {
-        self.slots.iter().flatten().filter(|flight| flight.placed && !flight.syncing).filter_map(|flight| match flight
-            .work
-        {
+        let placed = self.0.iter().filter(|(_, flight)| flight.placed && !flight.syncing);
+        placed.filter_map(|(_, flight)| match flight.work {
             Work::Write { offset, len, .. } => Some((offset, len as u64)),
             _ => None,
         })
-    }
-
-    pub(super) fn take(&mut self, slot: usize) -> Option<Flight> {
-        let flight = self.slots.get_mut(slot)?.take()?;
-        self.free.push(slot);
-        Some(flight)
     }
 }

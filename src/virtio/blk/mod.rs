@@ -36,6 +36,7 @@ use super::{ConfigSpace, DeviceIo, DeviceType, Profile, Source, VirtioDevice};
 use crate::memory::Mover;
 use crate::sys::Timer;
 pub(crate) use config::Options;
+use engine::Engine;
 use flight::Table;
 use limit::Buckets;
 use policy::Telling;
@@ -72,17 +73,11 @@ pub(crate) type OnLowSpace = Arc<dyn Fn(u64) + Send + Sync>;
 
 /// A disk.
 pub(crate) struct Blk {
-    backend: Box<dyn BlockBackend>,
+    engine: Engine,
     options: Options,
     config: ConfigSpace,
     on_fault: OnFault,
     on_low_space: OnLowSpace,
-    /// Moves bytes to and from the backend's files. `None`: the backend's own calls do.
-    mover: Option<Mover>,
-    /// Why there is no mover though one was asked for.
-    refused: Option<String>,
-    /// All of the disk is one file, so nothing but the mover is needed.
-    direct: bool,
     table: Table,
     /// Requests that wait for a limit: reads and writes.
     waiting: [VecDeque<usize>; 2],
@@ -95,10 +90,6 @@ pub(crate) struct Blk {
     /// Queues with completions that the driver has not been told of.
     dirty: Vec<usize>,
     telling: Telling,
-    /// Something was written by the backend's calls, which a sync of its file alone may not cover.
-    called: bool,
-    /// A sync has failed: the host forgets that once it was told, so nothing that it says later can be believed.
-    undurable: bool,
     /// When the space that is left was looked at last, and whether it was too little.
     looked: Duration,
     low: bool,
@@ -107,23 +98,20 @@ pub(crate) struct Blk {
 
 impl fmt::Debug for Blk {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Blk({}, {:?}, {:?})", self.options.name, self.backend, self.mover)
+        write!(f, "Blk({}, {:?}, {:?})", self.options.name, self.engine.backend, self.engine.mover)
     }
 }
 
 impl Blk {
     /// A disk on `backend`.
     pub(crate) fn new(backend: Box<dyn BlockBackend>, options: Options) -> Self {
-        let mut disk = Self {
+        Self {
             config: options.config_space(&backend.shape()),
             buckets: Buckets::new(&options.limit, Duration::ZERO),
-            backend,
+            engine: Engine::new(backend, &options),
             options,
             on_fault: Arc::new(|_| ()),
             on_low_space: Arc::new(|_| ()),
-            mover: None,
-            refused: None,
-            direct: false,
             table: Table::default(),
             waiting: Default::default(),
             timer: None,
@@ -131,14 +119,10 @@ impl Blk {
             full: Vec::new(),
             dirty: Vec::new(),
             telling: Telling::new(),
-            called: false,
-            undurable: false,
             looked: Duration::ZERO,
             low: false,
             epoch: Instant::now(),
-        };
-        disk.choose_engine();
-        disk
+        }
     }
 
     /// Sets who is told of faults and acts on them.
@@ -155,17 +139,17 @@ impl Blk {
 
     /// What moves its bytes: [`DiskEngine::Ring`] or [`DiskEngine::Threads`].
     pub(crate) fn engine(&self) -> DiskEngine {
-        if self.mover.is_some() { DiskEngine::Ring } else { DiskEngine::Threads }
+        if self.engine.mover.is_some() { DiskEngine::Ring } else { DiskEngine::Threads }
     }
 
     /// Why it does without the ring that it was told to use.
     pub(crate) fn refused(&self) -> Option<&str> {
-        self.refused.as_deref()
+        self.engine.refused.as_deref()
     }
 
     /// Whether some requests block the thread that serves them, so that it needs one of its own.
     pub(crate) fn blocks(&self) -> bool {
-        !self.direct || self.mover.is_none()
+        !self.engine.direct || self.engine.mover.is_none()
     }
 
     /// Changes the limits. What waits is looked at anew at once.
@@ -180,11 +164,11 @@ impl Blk {
     /// # Errors
     /// The backend's; `EINVAL` for what is smaller than it is, or not whole sectors.
     pub(crate) fn grow(&mut self, io: Option<&mut DeviceIo>, len: u64) -> io::Result<()> {
-        if len < self.backend.shape().len || len % SECTOR != 0 {
+        if len < self.engine.backend.shape().len || len % SECTOR != 0 {
             return Err(io::Error::from_raw_os_error(libc::EINVAL));
         }
-        self.backend.grow(len)?;
-        self.config.set(config::CAPACITY, &(self.backend.shape().len / SECTOR).to_le_bytes());
+        self.engine.backend.grow(len)?;
+        self.config.set(config::CAPACITY, &(self.engine.backend.shape().len / SECTOR).to_le_bytes());
         if let Some(io) = io {
             io.config_changed();
         }
@@ -196,7 +180,7 @@ impl Blk {
     /// # Errors
     /// The host's.
     pub(crate) fn usage(&self) -> io::Result<(u64, u64)> {
-        Ok((self.backend.allocated()?, self.backend.shape().len))
+        Ok((self.engine.backend.allocated()?, self.engine.backend.shape().len))
     }
 
     fn now(&self) -> Duration {
@@ -215,17 +199,17 @@ impl Blk {
 
 impl VirtioDevice for Blk {
     fn profile(&self) -> Profile {
-        let profile = Profile::new(DeviceType::Block).features(self.options.features(&self.backend.shape()));
+        let profile = Profile::new(DeviceType::Block).features(self.options.features(&self.engine.backend.shape()));
         let profile = (0..self.options.queues).fold(profile, |profile, _| profile.queue(QUEUE_SIZE));
         profile.config_space(self.config.clone())
     }
 
     fn started(&mut self, io: &mut DeviceIo) -> io::Result<()> {
-        if self.direct && self.mover.is_none() {
+        if self.engine.direct && self.engine.mover.is_none() {
             // The last one was left with a file that did not answer.
-            self.mover = Some(Mover::new(RING)?);
+            self.engine.mover = Some(Mover::new(RING)?);
         }
-        if let Some(fd) = self.mover.as_ref().and_then(Mover::as_fd) {
+        if let Some(fd) = self.engine.mover.as_ref().and_then(Mover::as_fd) {
             io.watch(fd, RING_READY, crate::event::Interest::IN)?;
         }
         let timer = self.timer.insert(Timer::new()?);
@@ -270,17 +254,17 @@ impl VirtioDevice for Blk {
         if let Some(timer) = self.timer.take() {
             io.unwatch(timer.as_fd());
         }
-        if let Some(mover) = &mut self.mover {
+        if let Some(mover) = &mut self.engine.mover {
             if let Some(fd) = mover.as_fd() {
                 io.unwatch(fd);
             }
             if !mover.stop(STOP_PATIENCE) {
                 mover.leave();
-                self.mover = None;
+                self.engine.mover = None;
                 io.leave_moving();
             } else {
                 // They stay taken where the kernel may still write to them.
-                self.table.placed().for_each(|(offset, len)| self.backend.abandoned(offset, len));
+                self.table.placed().for_each(|(offset, len)| self.engine.backend.abandoned(offset, len));
             }
         }
         // The driver takes its requests back with the reset.

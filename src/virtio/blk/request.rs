@@ -3,8 +3,7 @@
 use super::SECTOR;
 use super::backend::Shape;
 use super::policy::DiskOperation;
-use crate::memory::Segment;
-use crate::virtio::{Chain, TooShort};
+use crate::virtio::{Chain, Span, TooShort};
 
 /// The largest range of one discard, in sectors.
 pub(super) const MAX_DISCARD: u32 = 1 << 22;
@@ -44,11 +43,11 @@ pub(super) struct Range {
     pub unmap: bool,
 }
 
-/// What is to be done; the data's place in guest memory included.
+/// What is to be done; the data's place in the request's chain included.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Work {
-    Read { offset: u64, to: Vec<Segment>, len: usize },
-    Write { offset: u64, from: Vec<Segment>, len: usize },
+    Read { offset: u64, to: Span, len: usize },
+    Write { offset: u64, from: Span, len: usize },
     Flush,
     Discard(Vec<Range>),
     WriteZeroes(Vec<Range>),

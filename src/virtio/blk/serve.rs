@@ -16,6 +16,8 @@ use crate::virtio::{Chain, DeviceIo};
 const TURN: usize = 256;
 /// Pieces of one request.
 const MAX_PIECES: usize = 300;
+/// How long a call that needs the disk for itself waits for what is under way.
+const BARRIER: Duration = Duration::from_secs(30);
 /// After how long the kernel is asked again when it took no more operations.
 const AGAIN: Duration = Duration::from_millis(10);
 
@@ -45,7 +47,7 @@ impl Blk {
         if chain.pieces() > MAX_PIECES {
             return self.answer(io, queue, chain, S_IOERR);
         }
-        match Work::parse(&mut chain, data, &self.backend.shape()) {
+        match Work::parse(&mut chain, data, &self.engine.backend.shape()) {
             Ok(Work::GetId) => {
                 let status = if chain.write(&self.options.id()).is_ok() { S_OK } else { S_IOERR };
                 self.answer(io, queue, chain, status);
@@ -128,16 +130,24 @@ impl Blk {
         }
     }
 
+    fn begin(&mut self, io: &mut DeviceIo, slot: usize) -> Begun {
+        let Some(flight) = self.table.get(slot) else { return Begun::UnderWay };
+        if self.engine.needs_rest(flight) && !self.come_to_rest(io, BARRIER) {
+            return Begun::Ended(Err(io::Error::from_raw_os_error(libc::ETIMEDOUT)));
+        }
+        self.table.get(slot).map_or(Begun::UnderWay, |flight| self.engine.begin(slot, flight))
+    }
+
     /// Takes what the mover has done until there is nothing more, and tells the driver. After everything else.
     pub(super) fn settle(&mut self, io: &mut DeviceIo) {
         loop {
-            match self.mover.as_mut().and_then(|mover| mover.next()) {
+            match self.engine.mover.as_mut().and_then(|mover| mover.next()) {
                 Some((slot, result)) => self.moved(io, slot, result),
-                None if self.mover.as_mut().is_some_and(|mover| mover.submit()) => {}
+                None if self.engine.mover.as_mut().is_some_and(|mover| mover.submit()) => {}
                 None => break,
             }
         }
-        if self.mover.as_ref().is_some_and(|mover| mover.stuck()) {
+        if self.engine.mover.as_ref().is_some_and(|mover| mover.stuck()) {
             self.arm(AGAIN);
         }
         for queue in self.dirty.drain(..) {
@@ -153,7 +163,7 @@ impl Blk {
     pub(super) fn come_to_rest(&mut self, io: &mut DeviceIo, patience: Duration) -> bool {
         let deadline = Instant::now() + patience;
         self.settle(io);
-        while let Some(mover) = self.mover.as_mut().filter(|mover| mover.busy()) {
+        while let Some(mover) = self.engine.mover.as_mut().filter(|mover| mover.busy()) {
             if !mover.wait(deadline) {
                 return false;
             }
@@ -183,14 +193,14 @@ impl Blk {
         let Some(flight) = self.table.get(slot) else { return false };
         let sync = flight.syncing || flight.work == Work::Flush;
         if let (Work::Write { offset, len, .. }, true, true) = (&flight.work, flight.placed, result.is_err() && !sync) {
-            self.backend.abandoned(*offset, *len as u64);
+            self.engine.backend.abandoned(*offset, *len as u64);
             flight.placed = false;
         }
         if sync {
-            self.undurable |= result.is_err();
+            self.engine.undurable |= result.is_err();
         } else if result.is_ok() {
             if let (Work::Write { offset, len, .. }, true) = (&flight.work, flight.placed) {
-                result = self.backend.written(*offset, *len as u64);
+                result = self.engine.backend.written(*offset, *len as u64);
             }
             if result.is_ok() && through && flight.work.direction() == Some(Direction::Write) {
                 flight.syncing = true;
@@ -232,7 +242,7 @@ impl Blk {
             return;
         }
         self.looked = now;
-        match self.backend.free_space() {
+        match self.engine.backend.free_space() {
             Ok(Some(free)) if free < headroom => {
                 if !std::mem::replace(&mut self.low, true) {
                     (self.on_low_space)(free);
@@ -290,7 +300,7 @@ impl Blk {
 
     /// Gives a request back with its status behind whatever of its data was filled.
     fn answer(&mut self, io: &mut DeviceIo, queue: usize, mut chain: Chain, status: u8) {
-        let _ = chain.take_writable(chain.writable_len().saturating_sub(1));
+        chain.skip_writable(chain.writable_len().saturating_sub(1));
         let _ = chain.write(&[status]);
         self.give_back(io, queue, chain);
     }

@@ -211,7 +211,7 @@ impl Vsock {
                 let len = header.len as usize;
                 len <= chain.readable_len() && {
                     let segments = chain.take_readable(len);
-                    connection.send_from(chain.memory(), &segments)
+                    connection.send_from(chain.memory(), chain.readable(segments))
                 }
             }
             Op::Shutdown => {

@@ -162,7 +162,7 @@ impl BlockBackend for DirectFile {
         self.raw.allocated()
     }
 
-    fn extents(&mut self, _: bool, _: u64, _: u64) -> Option<io::Result<Vec<Extent>>> {
+    fn extents(&mut self, _: bool, _: u64, _: u64, _: &mut Vec<Extent>) -> Option<io::Result<()>> {
         None
     }
 

@@ -70,11 +70,11 @@ pub(crate) trait BlockBackend: Send + fmt::Debug {
     /// Bytes that the disk takes up on the host.
     fn allocated(&self) -> io::Result<u64>;
 
-    /// Where the range lies, in order and without gaps, so that the bytes can be moved without the backend: for a `write` after
+    /// Appends where the range lies, in order and without gaps, so that the bytes can be moved without the backend: for a `write` after
     /// preparing that they go there. `None` when only [`BlockBackend::read`] and [`BlockBackend::write`] can.
     ///
     /// The places of a range stay what they are while requests that use them are under way.
-    fn extents(&mut self, write: bool, offset: u64, len: u64) -> Option<io::Result<Vec<Extent>>>;
+    fn extents(&mut self, write: bool, offset: u64, len: u64, found: &mut Vec<Extent>) -> Option<io::Result<()>>;
 
     /// The bytes of a range that was asked for with `write` have arrived at its places.
     fn written(&mut self, offset: u64, len: u64) -> io::Result<()>;

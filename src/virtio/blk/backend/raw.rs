@@ -159,9 +159,9 @@ impl BlockBackend for RawFile {
         if self.device { Ok(self.len) } else { Ok(self.file.metadata()?.blocks() * 512) }
     }
 
-    fn extents(&mut self, write: bool, offset: u64, len: u64) -> Option<io::Result<Vec<Extent>>> {
+    fn extents(&mut self, write: bool, offset: u64, len: u64, found: &mut Vec<Extent>) -> Option<io::Result<()>> {
         let file = if write { self.writable() } else { Ok(&self.file) };
-        Some(file.map(|file| vec![Extent::File { fd: file.as_raw_fd(), offset, len }]))
+        Some(file.map(|file| found.push(Extent::File { fd: file.as_raw_fd(), offset, len })))
     }
 
     fn written(&mut self, _: u64, _: u64) -> io::Result<()> {

@@ -317,11 +317,10 @@ impl BlockBackend for OverlayDisk {
         self.file.allocated()
     }
 
-    fn extents(&mut self, write: bool, offset: u64, len: u64) -> Option<io::Result<Vec<Extent>>> {
+    fn extents(&mut self, write: bool, offset: u64, len: u64, found: &mut Vec<Extent>) -> Option<io::Result<()>> {
         let fd = self.file.fd()?;
         if !write {
-            let mut found = Vec::new();
-            return Some(self.list(offset, len, &mut found).map(|()| found));
+            return Some(self.list(offset, len, found));
         }
         let prepared = self.prepare(offset, len).and_then(|()| {
             let whole = self.whole(offset, len);
@@ -331,7 +330,8 @@ impl BlockBackend for OverlayDisk {
                 }
                 self.in_flight.push(whole);
             }
-            Ok(vec![Extent::File { fd, offset: self.place(offset), len }])
+            found.push(Extent::File { fd, offset: self.place(offset), len });
+            Ok(())
         });
         Some(prepared)
     }

@@ -77,7 +77,9 @@ fn read(disk: &mut OverlayDisk, memory: &GuestMemory, offset: u64, len: usize) -
 /// What somebody reads who follows [`BlockBackend::extents`].
 fn read_extents(disk: &mut OverlayDisk, offset: u64, len: usize) -> Vec<u8> {
     let mut bytes = Vec::new();
-    for extent in BlockBackend::extents(disk, false, offset, len as u64).unwrap().unwrap() {
+    let mut extents = Vec::new();
+    BlockBackend::extents(disk, false, offset, len as u64, &mut extents).unwrap().unwrap();
+    for extent in extents {
         match extent {
             Extent::Zeroes { len } => bytes.extend(vec![0; len as usize]),
             Extent::File { fd, offset, len } => {
@@ -92,7 +94,8 @@ fn read_extents(disk: &mut OverlayDisk, offset: u64, len: usize) -> Vec<u8> {
 
 /// Writes as an engine does that moves the bytes itself.
 fn write_extents(disk: &mut OverlayDisk, bytes: &[u8], offset: u64) {
-    let extents = BlockBackend::extents(disk, true, offset, bytes.len() as u64).unwrap().unwrap();
+    let mut extents = Vec::new();
+    BlockBackend::extents(disk, true, offset, bytes.len() as u64, &mut extents).unwrap().unwrap();
     let mut rest = bytes;
     for extent in extents {
         let Extent::File { fd, offset, len } = extent else { panic!("nowhere to write") };
@@ -454,6 +457,8 @@ fn writes_under_way_in_one_cluster_do_not_undo_each_other() {
 
 impl OverlayDisk {
     fn extents_for_write(&mut self, offset: u64, len: u64) -> Extent {
-        BlockBackend::extents(self, true, offset, len).unwrap().unwrap()[0]
+        let mut extents = Vec::new();
+        BlockBackend::extents(self, true, offset, len, &mut extents).unwrap().unwrap();
+        extents[0]
     }
 }

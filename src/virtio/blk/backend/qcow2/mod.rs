@@ -274,7 +274,7 @@ impl BlockBackend for Qcow2 {
         Ok(self.file.metadata()?.blocks() * 512)
     }
 
-    fn extents(&mut self, _: bool, _: u64, _: u64) -> Option<io::Result<Vec<Extent>>> {
+    fn extents(&mut self, _: bool, _: u64, _: u64, _: &mut Vec<Extent>) -> Option<io::Result<()>> {
         None
     }
 
