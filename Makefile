@@ -25,7 +25,7 @@ bench: setup
 
 # Kernels and a whole system as Debian has them are for tests.
 setup: base
-	@lab/need qemu-utils dmsetup
+	@lab/need qemu-utils dmsetup iproute2
 	@guest/stock-kernels >/dev/null
 	@guest/system >/dev/null
 	@guest/rootfs storage >/dev/null

@@ -79,6 +79,7 @@ mod irq;
 mod kvm;
 mod legacy;
 mod memory;
+mod net;
 #[cfg(any(feature = "container", test))]
 mod proto;
 mod size;
@@ -98,8 +99,8 @@ pub use virtio::vsock::{VsockListener, VsockStream};
 pub use vm::{
     Base, Cache, Cgroup, CgroupStats, Console, CpuProfile, CpuidBits, CpuidRegister, DeviceStats, Disk, DiskEngine,
     DiskFault, DiskHandle, DiskLimit, DiskOperation, DiskUsage, ErrorAction, ErrorClass, Event, EventKind, Events,
-    Exit, GuestMemoryUse, Memory, MemoryStats, Overlay, OverlayInfo, Progress, Rate, Registers, Stage, Stats, Timeline,
-    Trace, VcpuStats, Vm, VmBuilder, Vsock,
+    Exit, GuestMemoryUse, Mac, Memory, MemoryStats, Net, NetHandle, Overlay, OverlayInfo, Progress, Rate, Registers,
+    Stage, Stats, Timeline, Trace, VcpuStats, Vm, VmBuilder, Vsock,
 };
 
 /// The readme's code is compiled with the documentation's.

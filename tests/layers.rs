@@ -20,8 +20,12 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("arch", &["kvm", "memory", "error", "size"]),
     ("boot", &["memory", "arch", "sys", "error"]),
     ("legacy", &["bus", "irq", "arch", "sys", "error"]),
-    ("virtio", &["sys", "memory", "bus", "irq", "event", "error", "size"]),
-    ("vm", &["error", "size", "sys", "memory", "event", "bus", "irq", "kvm", "arch", "boot", "legacy", "virtio"]),
+    ("net", &["sys", "memory", "event", "error", "size"]),
+    ("virtio", &["sys", "memory", "bus", "irq", "event", "net", "error", "size"]),
+    (
+        "vm",
+        &["error", "size", "sys", "memory", "event", "bus", "irq", "kvm", "arch", "boot", "legacy", "net", "virtio"],
+    ),
     ("container", &["error", "size", "sys", "event", "boot", "virtio", "vm", "proto"]),
     ("guest", &["proto"]),
     // For fuzzing and tests only: stands outside and knocks.

@@ -65,6 +65,38 @@ impl GuestMemory {
     }
 }
 
+/// Transfers of the guest's bytes behind some of our own.
+impl GuestMemory {
+    /// Writes `front` and then the guest's bytes to a device of packets, in one call.
+    pub fn write_behind(&self, front: &[u8], segments: &[Segment], fd: BorrowedFd<'_>) -> io::Result<usize> {
+        let buffers = self.buffers_behind(front.as_ptr(), front.len(), segments)?;
+        // SAFETY: the first buffer is `front`, borrowed throughout the call; the others came from `get_slices`, so each lies in a
+        // mapping that `self` keeps alive and readable.
+        unsafe { sys::writev(fd, &buffers) }
+    }
+
+    /// Sends the same to a socket without blocking; may be short where it is a stream.
+    pub fn send_behind(&self, front: &[u8], segments: &[Segment], fd: BorrowedFd<'_>) -> io::Result<usize> {
+        let buffers = self.buffers_behind(front.as_ptr(), front.len(), segments)?;
+        // SAFETY: as in `write_behind`.
+        unsafe { sys::sendv(fd, &buffers) }
+    }
+
+    /// Reads a packet into `front`, and what is behind that into the guest; what does not fit is lost.
+    pub fn read_behind(&self, front: &mut [u8], segments: &[Segment], fd: BorrowedFd<'_>) -> io::Result<usize> {
+        let buffers = self.buffers_behind(front.as_mut_ptr(), front.len(), segments)?;
+        // SAFETY: the first buffer is `front`, exclusively borrowed throughout the call; the others came from `get_slices`, so each
+        // lies in a mapping that `self` keeps alive and writable.
+        unsafe { sys::readv(fd, &buffers) }
+    }
+
+    fn buffers_behind(&self, front: *const u8, len: usize, segments: &[Segment]) -> io::Result<Vec<libc::iovec>> {
+        let mut buffers = self.buffers(segments)?;
+        buffers.insert(0, libc::iovec { iov_base: front.cast_mut().cast(), iov_len: len });
+        Ok(buffers)
+    }
+}
+
 fn file_offset(offset: u64) -> io::Result<i64> {
     i64::try_from(offset).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))
 }

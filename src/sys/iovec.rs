@@ -45,6 +45,15 @@ pub(crate) unsafe fn readv(fd: BorrowedFd<'_>, buffers: &[libc::iovec]) -> io::R
     result(unsafe { libc::readv(fd.as_raw_fd(), buffers.as_ptr(), count(buffers)) })
 }
 
+/// `writev(2)`: writes a packet.
+///
+/// # Safety
+/// Every buffer must be valid for reads of its length throughout the call.
+pub(crate) unsafe fn writev(fd: BorrowedFd<'_>, buffers: &[libc::iovec]) -> io::Result<usize> {
+    // SAFETY: the array is valid for `count` entries; the buffers are valid by this function's contract.
+    result(unsafe { libc::writev(fd.as_raw_fd(), buffers.as_ptr(), count(buffers)) })
+}
+
 /// `sendmsg(2)` on a stream socket, never blocking, never raising SIGPIPE; may be short.
 ///
 /// # Safety
@@ -56,6 +65,23 @@ pub(crate) unsafe fn sendv(fd: BorrowedFd<'_>, buffers: &[libc::iovec]) -> io::R
     message.msg_iovlen = count(buffers) as usize;
     // SAFETY: `message` points at `count` entries that sendmsg only reads; the buffers are valid by contract.
     result(unsafe { libc::sendmsg(fd.as_raw_fd(), &message, libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT) })
+}
+
+/// `recv(2)` without blocking; 0 is a stream's end.
+pub(crate) fn receive(fd: BorrowedFd<'_>, to: &mut [u8]) -> io::Result<usize> {
+    // SAFETY: pointer and length describe `to`, which is exclusively borrowed throughout the call.
+    result(unsafe { libc::recv(fd.as_raw_fd(), to.as_mut_ptr().cast(), to.len(), libc::MSG_DONTWAIT) })
+}
+
+/// What kind of socket it is (`SO_TYPE`).
+pub(crate) fn socket_kind(fd: BorrowedFd<'_>) -> io::Result<i32> {
+    let (mut kind, mut len) = (0i32, size_of::<i32>() as libc::socklen_t);
+    let at = (&raw mut kind).cast();
+    // SAFETY: `at` and `len` describe `kind`, which is exclusively ours during the call.
+    match unsafe { libc::getsockopt(fd.as_raw_fd(), libc::SOL_SOCKET, libc::SO_TYPE, at, &raw mut len) } {
+        0 => Ok(kind),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 /// `send(2)` on a stream socket, never raising SIGPIPE; may be short. Without `wait` it fails with `WouldBlock`

@@ -10,6 +10,7 @@ mod file;
 mod iovec;
 mod signal;
 mod stack;
+mod tap;
 mod timer;
 mod uring;
 
@@ -19,9 +20,10 @@ pub(crate) use file::{
     LockKind, cache_dir, copy_data, data_ranges, fill_random, lock_byte, next_data, page_size, punch, scratch_file,
     try_lock, xattrs, zero, zero_range,
 };
-pub(crate) use iovec::{preadv, pwritev, readv, send, sendv};
+pub(crate) use iovec::{preadv, pwritev, readv, receive, send, sendv, socket_kind, writev};
 pub(crate) use signal::{KickSignal, ThreadId};
 pub(crate) use stack::Stack;
+pub(crate) use tap::{TUN_CSUM, TUN_TSO4, TUN_TSO6, TUN_USO, Tap};
 pub(crate) use timer::Timer;
 pub(crate) use uring::Uring;
 pub(crate) use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -44,6 +46,12 @@ pub(crate) fn eventfd() -> io::Result<EventFd> {
 pub(crate) fn borrow(fd: &EventFd) -> BorrowedFd<'_> {
     // SAFETY: the EventFd owns an open descriptor for as long as the borrow of it lives.
     unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) }
+}
+
+/// Borrows an [`Epoll`] as the standard library's descriptor type.
+pub(crate) fn borrow_epoll(epoll: &Epoll) -> BorrowedFd<'_> {
+    // SAFETY: the Epoll owns an open descriptor for as long as the borrow of it lives.
+    unsafe { BorrowedFd::borrow_raw(epoll.as_raw_fd()) }
 }
 
 /// Waits until `fd` is readable or `timeout` is over; `None` waits for ever. True means readable.

@@ -15,6 +15,7 @@ mod config_space;
 pub(crate) mod console;
 mod io;
 mod mmio;
+pub(crate) mod net;
 mod queue;
 mod ring;
 pub(crate) mod rng;

@@ -4,6 +4,8 @@
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u32)]
 pub(crate) enum DeviceType {
+    /// Network device (Virtio 1.3, 5.1).
+    Net = 1,
     /// Block device (Virtio 1.3, 5.2).
     Block = 2,
     /// Console (Virtio 1.3, 5.3).

@@ -3,6 +3,7 @@
 use super::cgroup::Cgroup;
 use super::config::{Console, VmConfig, Vsock};
 use super::disk::Disk;
+use super::net::Net;
 use super::{Vm, machine};
 use crate::arch::CpuProfile;
 use crate::boot::{Kernel, Need};
@@ -25,6 +26,7 @@ impl VmBuilder {
             cpu: CpuProfile::host(),
             memory: Size::mib(256).into(),
             disks: Vec::new(),
+            nets: Vec::new(),
             console: Console::none(),
             vsock: None,
             cgroup: None,
@@ -56,6 +58,12 @@ impl VmBuilder {
     /// Adds a disk. The first is `/dev/vda` in the guest, the second `/dev/vdb`, and so on.
     pub fn disk(mut self, disk: Disk) -> Self {
         self.config.disks.push(disk);
+        self
+    }
+
+    /// Adds a network card. The first is `eth0` in the guest, the second `eth1`, and so on. Without one, a guest has no network.
+    pub fn net(mut self, net: Net) -> Self {
+        self.config.nets.push(net);
         self
     }
 

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 
 use super::cgroup::Cgroup;
 use super::disk::{Disk, check_serials};
+use super::net::Net;
 use crate::arch::{CpuProfile, MAX_VCPUS, Tables, layout};
 use crate::boot::{Cmdline, Kernel, Need};
 use crate::error::{Error, Result};
@@ -68,6 +69,7 @@ pub(super) struct VmConfig {
     pub cpu: CpuProfile,
     pub memory: Memory,
     pub disks: Vec<Disk>,
+    pub nets: Vec<Net>,
     pub console: Console,
     pub vsock: Option<Vsock>,
     pub cgroup: Option<Cgroup>,
@@ -106,7 +108,9 @@ impl VmConfig {
             Need::nice("virtio_balloon", "VIRTIO_BALLOON"),
             Need::nice("pvpanic_mmio", "PVPANIC_MMIO"),
         ];
-        [Need::required("virtio_mmio", "VIRTIO_MMIO")].into_iter().chain(disks).chain(vsock).chain(always).collect()
+        let nets = (!self.nets.is_empty()).then_some(Need::required("virtio_net", "VIRTIO_NET"));
+        let mmio = [Need::required("virtio_mmio", "VIRTIO_MMIO")];
+        mmio.into_iter().chain(disks).chain(nets).chain(vsock).chain(always).collect()
     }
 
     /// The kernel, with what it needs of its modules in its initramfs.
@@ -172,6 +176,7 @@ mod tests {
             cpu: CpuProfile::host(),
             memory: Size::mib(16).into(),
             disks: vec![],
+            nets: vec![],
             console: Console::none(),
             vsock: None,
             cgroup: None,

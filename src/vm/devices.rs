@@ -8,6 +8,7 @@ use super::disk::{DiskEngine, DiskFault, DiskHandle, ErrorAction};
 use super::events::{EventKind, Log};
 use super::exit::Reason;
 use super::machine::Shared;
+use super::net::{NetHandle, check_macs};
 use crate::arch::layout;
 use crate::bus::Bus;
 use crate::error::{Error, Result};
@@ -83,6 +84,16 @@ pub(super) fn attachments(
             });
         all.push(Attachment { name, device: Box::new(disk), blocking, engine });
     }
+    check_macs(&config.nets)?;
+    for (n, net) in config.nets.iter().enumerate() {
+        let name = format!("net{n}");
+        let (log, its_name) = (log.clone(), name.clone());
+        let on_lost = move |error: &std::io::Error| {
+            log.push(EventKind::Degraded { what: format!("{its_name}: {error}") });
+        };
+        let card = net.attach(config.vcpus()?, on_lost).map_err(|e| e.doing(format!("attaching network {n}")))?;
+        all.push(Attachment { name, device: Box::new(card), blocking: false, engine: None });
+    }
     let mut add = |name: &str, device: Box<dyn VirtioDevice>| {
         all.push(Attachment { name: name.into(), device, blocking: false, engine: None });
     };
@@ -142,6 +153,12 @@ pub(super) fn disk_handle(n: usize, slots: &BTreeMap<String, Place>) -> Option<D
     let name = format!("disk{n}");
     let device = slots.get(&name).map(handle)?;
     Some(DiskHandle { name, device })
+}
+
+pub(super) fn net_handle(n: usize, slots: &BTreeMap<String, Place>) -> Option<NetHandle> {
+    let name = format!("net{n}");
+    let device = slots.get(&name).map(handle)?;
+    Some(NetHandle { name, device })
 }
 
 impl Parts<'_> {

@@ -8,6 +8,7 @@ mod disk;
 mod events;
 mod exit;
 mod machine;
+mod net;
 mod overlay;
 mod pause;
 mod stats;
@@ -28,6 +29,7 @@ pub use disk::{
 };
 pub use events::{Event, EventKind, Events};
 pub use exit::{Exit, Registers, Stage, Timeline, Trace};
+pub use net::{Mac, Net, NetHandle};
 pub use overlay::{Base, Overlay, OverlayInfo, Progress};
 pub use stats::{DeviceStats, GuestMemoryUse, MemoryStats, Stats, VcpuStats};
 
@@ -83,6 +85,7 @@ struct Handles {
     vsock: Option<DeviceHandle<crate::virtio::vsock::Vsock>>,
     balloon: Option<DeviceHandle<Balloon>>,
     disks: Vec<DiskHandle>,
+    nets: Vec<NetHandle>,
     keyboard: Keyboard,
 }
 
@@ -302,6 +305,17 @@ impl Vm {
         self.handles.disks.get(n).cloned().ok_or_else(|| {
             let all = self.handles.disks.len();
             Error::new(ErrorKind::NotFound, format!("disk {n}: the VM has {all}, counted from 0"))
+        })
+    }
+
+    /// The `n`th network card, counted from 0 in the order of [`VmBuilder::net`], to change it while the VM runs.
+    ///
+    /// # Errors
+    /// `NotFound` when there are fewer.
+    pub fn net(&self, n: usize) -> Result<NetHandle> {
+        self.handles.nets.get(n).cloned().ok_or_else(|| {
+            let all = self.handles.nets.len();
+            Error::new(ErrorKind::NotFound, format!("network {n}: the VM has {all}, counted from 0"))
         })
     }
 

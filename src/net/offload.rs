@@ -1,0 +1,167 @@
+//! [`Offload`]: what a frame's `virtio_net_hdr` says, as a value that was checked (Virtio 1.3, 5.1.6).
+
+use bitflags::bitflags;
+
+/// Bytes of the header of a modern device: with `num_buffers`, always (Virtio 1.3, 5.1.6.1).
+pub(crate) const HEADER_LEN: usize = 12;
+
+bitflags! {
+    /// Work that one side may leave to the other.
+    #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+    pub(crate) struct Offloads: u8 {
+        /// The checksum of TCP and UDP.
+        const CSUM = 1;
+        /// Cutting TCP over IPv4 into segments.
+        const TSO4 = 2;
+        /// Cutting TCP over IPv6 into segments.
+        const TSO6 = 4;
+        /// Cutting UDP into datagrams.
+        const USO = 8;
+    }
+}
+
+/// What driver and device agreed to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct Agreed {
+    pub to_host: Offloads,
+    pub to_guest: Offloads,
+}
+
+/// A checksum that is still to be made over everything from `start` on, and to be put `offset` bytes after that. Its place
+/// holds the sum of the pseudo header.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Csum {
+    pub start: u16,
+    pub offset: u16,
+}
+
+/// How a frame is to be cut.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum GsoKind {
+    Tcp4,
+    Tcp6,
+    Udp,
+}
+
+/// A frame that stands for several.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Gso {
+    pub kind: GsoKind,
+    /// Bytes of payload in each frame but the last; at least one.
+    pub size: u16,
+    /// Bytes of all headers, as a hint.
+    pub header_len: u16,
+}
+
+/// What is left to do to a frame.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct Offload {
+    pub csum: Option<Csum>,
+    pub gso: Option<Gso>,
+}
+
+/// Why a header means nothing. The guest's mistake: the frame is dropped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum OffloadError {
+    /// The driver must have agreed to what it uses.
+    #[error("the frame needs work that was not agreed to be left")]
+    NotAgreed,
+    /// Unknown kind, a size of zero, or cutting without a checksum (Virtio 1.3, 5.1.6.2).
+    #[error("the frame cannot be cut as its header demands")]
+    Gso,
+    /// The place of the checksum is not in the frame.
+    #[error("the checksum's place is outside the frame")]
+    Csum,
+}
+
+/// Flags and kinds (Virtio 1.3, 5.1.6).
+const NEEDS_CSUM: u8 = 1;
+const GSO_NONE: u8 = 0;
+const GSO_TCPV4: u8 = 1;
+const GSO_TCPV6: u8 = 4;
+const GSO_UDP_L4: u8 = 5;
+const GSO_ECN: u8 = 0x80;
+
+impl Offload {
+    /// Reads the header of a frame of `len` bytes, which the driver filled by what was `agreed`.
+    pub(crate) fn parse(header: &[u8; HEADER_LEN], len: usize, agreed: Offloads) -> Result<Self, OffloadError> {
+        let [flags, kind, h0, h1, s0, s1, c0, c1, o0, o1, _, _] = *header;
+        let size = u16::from_le_bytes([s0, s1]);
+        let (needed, kind) = match kind & !GSO_ECN {
+            GSO_NONE => (Offloads::empty(), None),
+            GSO_TCPV4 => (Offloads::TSO4, Some(GsoKind::Tcp4)),
+            GSO_TCPV6 => (Offloads::TSO6, Some(GsoKind::Tcp6)),
+            GSO_UDP_L4 => (Offloads::USO, Some(GsoKind::Udp)),
+            _ => return Err(OffloadError::Gso),
+        };
+        let csum = (flags & NEEDS_CSUM != 0)
+            .then(|| Csum { start: u16::from_le_bytes([c0, c1]), offset: u16::from_le_bytes([o0, o1]) });
+        let gso = kind.map(|kind| Gso { kind, size, header_len: u16::from_le_bytes([h0, h1]) });
+        let needed = needed | if csum.is_some() { Offloads::CSUM } else { Offloads::empty() };
+        let offload = Self { csum, gso };
+        if !agreed.contains(needed) {
+            return Err(OffloadError::NotAgreed);
+        }
+        offload.check(len).map(|()| offload)
+    }
+
+    /// Whether it can be done to a frame of `len` bytes.
+    pub(crate) fn check(&self, len: usize) -> Result<(), OffloadError> {
+        if self.gso.is_some_and(|gso| gso.size == 0 || self.csum.is_none()) {
+            return Err(OffloadError::Gso);
+        }
+        let end = |csum: Csum| usize::from(csum.start) + usize::from(csum.offset) + 2;
+        if self.csum.is_some_and(|csum| end(csum) > len) {
+            return Err(OffloadError::Csum);
+        }
+        Ok(())
+    }
+
+    /// The header for the guest, whose frame is in `buffers` buffers.
+    pub(crate) fn to_bytes(self, buffers: u16) -> [u8; HEADER_LEN] {
+        let flags = if self.csum.is_some() { NEEDS_CSUM } else { 0 };
+        let csum = self.csum.unwrap_or(Csum { start: 0, offset: 0 });
+        let (kind, size, header_len) = match self.gso {
+            None => (GSO_NONE, 0, 0),
+            Some(Gso { kind: GsoKind::Tcp4, size, header_len }) => (GSO_TCPV4, size, header_len),
+            Some(Gso { kind: GsoKind::Tcp6, size, header_len }) => (GSO_TCPV6, size, header_len),
+            Some(Gso { kind: GsoKind::Udp, size, header_len }) => (GSO_UDP_L4, size, header_len),
+        };
+        let ([h0, h1], [s0, s1]) = (header_len.to_le_bytes(), size.to_le_bytes());
+        let ([c0, c1], [o0, o1]) = (csum.start.to_le_bytes(), csum.offset.to_le_bytes());
+        let [b0, b1] = buffers.to_le_bytes();
+        [flags, kind, h0, h1, s0, s1, c0, c1, o0, o1, b0, b1]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn headers_are_read_back_as_written() {
+        let csum = Some(Csum { start: 34, offset: 16 });
+        for kind in [None, Some(GsoKind::Tcp4), Some(GsoKind::Tcp6), Some(GsoKind::Udp)] {
+            let gso = kind.map(|kind| Gso { kind, size: 1448, header_len: 54 });
+            let offload = Offload { csum, gso };
+            assert_eq!(Offload::parse(&offload.to_bytes(1), 60, Offloads::all()), Ok(offload));
+        }
+        assert_eq!(Offload::parse(&[0; HEADER_LEN], 0, Offloads::empty()), Ok(Offload::default()));
+    }
+
+    #[test]
+    fn headers_that_mean_nothing_are_refused() {
+        let parse = |change: fn(&mut [u8; HEADER_LEN])| {
+            let mut header = [1, 1, 54, 0, 0, 5, 34, 0, 16, 0, 0, 0];
+            change(&mut header);
+            Offload::parse(&header, 60, Offloads::all() - Offloads::USO).map(drop)
+        };
+        assert_eq!(parse(|_| ()), Ok(()));
+        assert_eq!(parse(|h| h[5] = 0), Err(OffloadError::Gso));
+        assert_eq!(parse(|h| h[0] = 0), Err(OffloadError::Gso));
+        assert_eq!(parse(|h| h[1] = 3), Err(OffloadError::Gso));
+        assert_eq!(parse(|h| h[1] = 5), Err(OffloadError::NotAgreed));
+        assert_eq!(parse(|h| h[8] = 25), Err(OffloadError::Csum));
+        assert_eq!(parse(|h| h[7] = 0xff), Err(OffloadError::Csum));
+    }
+}

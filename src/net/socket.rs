@@ -1,0 +1,208 @@
+//! [`SocketNet`]: a socket whose other end carries the frames: passt, QEMU, or any program. Driven by the network device.
+//!
+//! A stream has four bytes before each frame that say how long it is, the highest first, as QEMU's `-netdev stream` and passt
+//! have it; a socket of datagrams has one frame in each.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use super::edges::Edges;
+use super::{Agreed, Capabilities, NetBackend, Offload, Offloads, Received};
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::memory::{GuestMemory, Segment};
+use crate::sys;
+
+/// The largest frame.
+const LARGEST: usize = 65535 + 18;
+/// What is taken from a stream at once.
+const CHUNK: usize = 128 * 1024;
+const LENGTH: usize = 4;
+
+#[derive(Debug)]
+pub(crate) struct SocketNet {
+    fd: OwnedFd,
+    edges: Edges,
+    mtu: u16,
+    /// Of a stream: what was taken from it. `None` for datagrams.
+    inbox: Option<Inbox>,
+    /// The rest of a frame, of which the socket took a part.
+    outbox: Vec<u8>,
+}
+
+/// Bytes of a stream, of which those before `begin` were used.
+#[derive(Debug, Default)]
+struct Inbox {
+    bytes: Vec<u8>,
+    begin: usize,
+}
+
+impl Inbox {
+    fn rest(&self) -> &[u8] {
+        self.bytes.get(self.begin..).unwrap_or_default()
+    }
+
+    /// How long the first frame is, if its length is there.
+    fn announced(&self) -> Option<usize> {
+        let length: [u8; LENGTH] = self.rest().get(..LENGTH)?.try_into().ok()?;
+        usize::try_from(u32::from_be_bytes(length)).ok()
+    }
+
+    /// The first frame, if all of it is there.
+    fn frame(&self) -> Option<&[u8]> {
+        self.rest().get(LENGTH..LENGTH + self.announced()?)
+    }
+
+    /// Takes what the stream has; false when that is nothing now.
+    fn fill(&mut self, fd: BorrowedFd<'_>) -> io::Result<bool> {
+        if self.begin > 0 {
+            self.bytes.drain(..self.begin);
+            self.begin = 0;
+        }
+        let before = self.bytes.len();
+        self.bytes.resize(before + CHUNK, 0);
+        let outcome = sys::receive(fd, self.bytes.get_mut(before..).unwrap_or_default());
+        self.bytes.truncate(before + outcome.as_ref().map_or(0, |n| *n));
+        match outcome {
+            Ok(0) => Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the other end was closed")),
+            Ok(_) => Ok(true),
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(false),
+            Err(e) => Err(e),
+        }
+    }
+}
+
+impl SocketNet {
+    /// Takes a connected socket.
+    ///
+    /// # Errors
+    /// `InvalidConfig` when it is no socket of a stream, of datagrams or of packets in order.
+    pub(crate) fn new(fd: OwnedFd, mtu: u16) -> Result<Self> {
+        let doing = || "taking a network's socket";
+        let kind = sys::socket_kind(fd.as_fd()).map_err(|e| Error::from(e).with_kind(ErrorKind::InvalidConfig));
+        let inbox = match kind.doing(doing)? {
+            libc::SOCK_STREAM => Some(Inbox::default()),
+            libc::SOCK_DGRAM | libc::SOCK_SEQPACKET => None,
+            other => {
+                return Err(Error::new(ErrorKind::InvalidConfig, format!("sockets of kind {other} carry no frames")))
+                    .doing(doing);
+            }
+        };
+        // The type says nothing about it: it is the standard library's way to set the flag.
+        let fd = std::os::unix::net::UnixDatagram::from(fd);
+        fd.set_nonblocking(true).doing(doing)?;
+        let fd = OwnedFd::from(fd);
+        let edges = Edges::of(fd.as_fd()).doing(doing)?;
+        Ok(Self { fd, edges, mtu, inbox, outbox: Vec::new() })
+    }
+
+    /// Sends what is left of the last frame; false when the socket takes no more now.
+    fn finish(&mut self) -> io::Result<bool> {
+        while !self.outbox.is_empty() {
+            match sys::send(self.fd.as_fd(), &self.outbox, false) {
+                Ok(n) => drop(self.outbox.drain(..n)),
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(false),
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(true)
+    }
+}
+
+/// Copies what is behind the first `skip` bytes of a frame.
+fn copy(memory: &GuestMemory, frame: &[Segment], mut skip: usize, to: &mut Vec<u8>) -> io::Result<()> {
+    for piece in frame {
+        let (skipped, wanted) = piece.split_at(skip);
+        skip -= skipped.len();
+        let before = to.len();
+        to.resize(before + wanted.len(), 0);
+        memory.read(wanted.addr(), to.get_mut(before..).unwrap_or_default()).map_err(io::Error::other)?;
+    }
+    Ok(())
+}
+
+impl NetBackend for SocketNet {
+    fn capabilities(&self) -> Capabilities {
+        // Nothing says on a socket what is left to do to a frame.
+        Capabilities { to_host: Offloads::empty(), to_guest: Offloads::empty(), mtu: self.mtu, mac: None }
+    }
+
+    fn negotiated(&mut self, _: Agreed) {}
+
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.edges.fd()
+    }
+
+    fn turn(&mut self) {
+        self.edges.turn();
+    }
+
+    fn send(&mut self, memory: &GuestMemory, frame: &[Segment], _: Offload) -> io::Result<()> {
+        let len: usize = frame.iter().map(|piece| piece.len()).sum();
+        if len == 0 || len > LARGEST {
+            return Ok(());
+        }
+        if self.inbox.is_none() {
+            return match memory.send_behind(&[], frame, self.fd.as_fd()) {
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => Err(e),
+                // Nobody is there now, or it is too large for the socket: lost, as on a wire.
+                _ => Ok(()),
+            };
+        }
+        if !self.finish()? {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        let length = (len as u32).to_be_bytes();
+        let sent = memory.send_behind(&length, frame, self.fd.as_fd())?;
+        if sent < LENGTH {
+            self.outbox.extend(length.get(sent..).unwrap_or_default());
+        }
+        if sent < LENGTH + len {
+            copy(memory, frame, sent.saturating_sub(LENGTH), &mut self.outbox)?;
+        }
+        Ok(())
+    }
+
+    fn next(&mut self) -> Option<usize> {
+        let Some(inbox) = &mut self.inbox else { return self.edges.readable.then_some(LARGEST) };
+        if inbox.frame().is_none() && self.edges.readable && inbox.announced().is_none_or(|len| len <= LARGEST) {
+            // Its end, too, is told by `receive`.
+            self.edges.readable = inbox.fill(self.fd.as_fd()).unwrap_or(true);
+        }
+        match inbox.frame() {
+            Some(frame) => Some(frame.len()),
+            None => self.edges.readable.then_some(0),
+        }
+    }
+
+    fn receive(&mut self, memory: &GuestMemory, room: &[Segment]) -> io::Result<Option<Received>> {
+        let plain = |len| Some(Received { len, offload: Offload::default() });
+        let Some(inbox) = &mut self.inbox else {
+            return match memory.receive(room, self.fd.as_fd()) {
+                Ok(0) => Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the other end was closed")),
+                Ok(len) => Ok(plain(len)),
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                    self.edges.readable = false;
+                    Ok(None)
+                }
+                // A datagram socket tells so that an earlier frame found nobody.
+                Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => Ok(None),
+                Err(e) => Err(e),
+            };
+        };
+        if inbox.announced().is_some_and(|len| len > LARGEST) {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "the other end announces a frame that cannot be"));
+        }
+        let Some(frame) = inbox.frame() else {
+            self.edges.readable = inbox.fill(self.fd.as_fd())?;
+            return Ok(None);
+        };
+        let (len, mut rest) = (frame.len(), frame);
+        for piece in room {
+            let (now, later) = rest.split_at(piece.len().min(rest.len()));
+            memory.write(piece.addr(), now).map_err(io::Error::other)?;
+            rest = later;
+        }
+        inbox.begin += LENGTH + len;
+        Ok((len > 0).then_some(()).and(plain(len)))
+    }
+}

@@ -1,0 +1,245 @@
+//! The device with sockets behind it whose other end is the test.
+
+use std::io::{Read, Write};
+use std::os::unix::net::{UnixDatagram, UnixStream};
+use std::sync::{Arc, Mutex};
+
+use super::*;
+use crate::net::SocketNet;
+use crate::virtio::testing::Driver;
+
+const RX: usize = 0;
+const TX: usize = 1;
+const CONTROL: usize = 2;
+const HEADER: [u8; HEADER_LEN] = [0; HEADER_LEN];
+const OURS: Mac = Mac([2, 0, 0, 0, 0, 1]);
+
+fn device(backends: Vec<SocketNet>) -> (Driver<Net>, Arc<Mutex<Vec<String>>>) {
+    let lost = Arc::new(Mutex::new(Vec::new()));
+    let told = lost.clone();
+    let backends = backends.into_iter().map(|it| Box::new(it) as Box<dyn NetBackend>).collect();
+    let on_lost = Box::new(move |e: &io::Error| told.lock().unwrap().push(e.to_string()));
+    (Driver::start(Net::new(backends, OURS, on_lost)), lost)
+}
+
+fn stream() -> (Driver<Net>, UnixStream, Arc<Mutex<Vec<String>>>) {
+    let (near, far) = UnixStream::pair().unwrap();
+    let (driver, lost) = device(vec![SocketNet::new(near.into(), 1500).unwrap()]);
+    (driver, far, lost)
+}
+
+fn framed(frame: &[u8]) -> Vec<u8> {
+    [&(frame.len() as u32).to_be_bytes()[..], frame].concat()
+}
+
+/// A frame of so many bytes.
+fn frame(len: usize, seed: u8) -> Vec<u8> {
+    (0..len).map(|n| n as u8 ^ seed).collect()
+}
+
+#[test]
+fn frames_go_out_in_any_split() {
+    let (mut driver, mut far, _) = stream();
+    let sent = frame(1514, 3);
+    let whole = [&HEADER[..], &sent].concat();
+    for at in [0, 1, 11, 12, 13, 500, whole.len()] {
+        let (one, two) = whole.split_at(at);
+        assert!(driver.send(TX, &[one, two], &[]));
+        driver.poke(TX);
+        assert_eq!(driver.receive(TX).unwrap().1, 0);
+        let mut came = vec![0; 4 + sent.len()];
+        far.read_exact(&mut came).unwrap();
+        assert!(came == framed(&sent), "split at {at}");
+    }
+}
+
+#[test]
+fn frames_come_in_over_as_many_buffers_as_they_need() {
+    let (mut driver, mut far, _) = stream();
+    let frames = [frame(60, 1), frame(1514, 2), frame(5000, 3), frame(1, 4)];
+    far.write_all(&frames.iter().flat_map(|it| framed(it)).collect::<Vec<_>>()).unwrap();
+    driver.poke_watched(0);
+    assert!(driver.receive(RX).is_none(), "there are no buffers yet");
+    for _ in 0..8 {
+        driver.send(RX, &[], &[700, 836]);
+    }
+    driver.poke(RX);
+    for sent in &frames {
+        let (first, written) = driver.receive(RX).unwrap();
+        let buffers = usize::from(u16::from_le_bytes([first[10], first[11]]));
+        assert_eq!(buffers, (HEADER_LEN + sent.len()).div_ceil(1536));
+        assert_eq!(first[..10], [0; 10]);
+        let mut came = first[HEADER_LEN..written as usize].to_vec();
+        for _ in 1..buffers {
+            let (more, written) = driver.receive(RX).unwrap();
+            came.extend(&more[..written as usize]);
+        }
+        assert!(came == *sent, "{} bytes", sent.len());
+    }
+    assert!(driver.receive(RX).is_none() && driver.interrupted());
+}
+
+#[test]
+fn a_slow_peer_holds_the_guest_and_loses_nothing() {
+    let (mut driver, mut far, _) = stream();
+    let frames: Vec<_> = (0..200).map(|n| frame(9000, n)).collect();
+    let (mut sent, mut done, mut came) = (0, 0, Vec::<u8>::new());
+    far.set_nonblocking(true).unwrap();
+    while came.len() < frames.len() * 9004 {
+        while sent < frames.len() && driver.send(TX, &[&HEADER, &frames[sent]], &[]) {
+            sent += 1;
+        }
+        driver.poke(TX);
+        driver.poke_watched(0);
+        while driver.receive(TX).is_some() {
+            done += 1;
+        }
+        assert!(done <= came.len() / 9004 + 60, "a socket has no endless room");
+        let mut some = vec![0; 30_000];
+        if let Ok(n) = far.read(&mut some) {
+            came.extend(&some[..n]);
+        }
+    }
+    assert!(came == frames.iter().flat_map(|it| framed(it)).collect::<Vec<_>>());
+    assert_eq!(driver.device.dropped(), 0);
+}
+
+#[test]
+fn datagrams_are_frames() {
+    let (near, far) = UnixDatagram::pair().unwrap();
+    let (mut driver, _) = device(vec![SocketNet::new(near.into(), 1500).unwrap()]);
+    driver.send(TX, &[&HEADER, &frame(100, 1)], &[]);
+    driver.poke(TX);
+    let mut came = [0; 2000];
+    assert_eq!(far.recv(&mut came).unwrap(), 100);
+    for n in 0..50 {
+        driver.send(RX, &[], &[1536 + n]);
+    }
+    far.send(&frame(77, 5)).unwrap();
+    driver.poke_watched(0);
+    let (bytes, written) = driver.receive(RX).unwrap();
+    assert_eq!((written as usize, &bytes[HEADER_LEN..HEADER_LEN + 77]), (HEADER_LEN + 77, &frame(77, 5)[..]));
+    assert_eq!(bytes[10..12], [1, 0]);
+}
+
+#[test]
+fn without_mergeable_buffers_one_must_do() {
+    let (mut driver, mut far, _) = stream();
+    driver.set_features(0);
+    driver.send(RX, &[], &[1526]);
+    driver.poke(RX);
+    far.write_all(&framed(&frame(1514, 9))).unwrap();
+    driver.poke_watched(0);
+    assert_eq!(driver.receive(RX).unwrap().1, 1526);
+    driver.send(RX, &[], &[100]);
+    far.write_all(&framed(&frame(1514, 9))).unwrap();
+    driver.poke_watched(0);
+    assert!(driver.broken());
+}
+
+#[test]
+fn what_makes_no_sense_is_dropped_and_counted() {
+    let (mut driver, mut far, _) = stream();
+    // Too short for a header, work that was not agreed to, an unknown kind.
+    let bad: [&[u8]; 3] =
+        [&[0; 5], &[1, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 9, 9, 9, 9], &[0, 9, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 9]];
+    for bytes in bad {
+        driver.send(TX, &[bytes], &[]);
+    }
+    driver.send(TX, &[&HEADER, b"good"], &[]);
+    driver.poke(TX);
+    let mut came = [0; 8];
+    far.read_exact(&mut came).unwrap();
+    assert_eq!(came, *framed(b"good"));
+    assert_eq!(driver.device.dropped(), 3);
+    assert_eq!(std::iter::from_fn(|| driver.receive(TX)).count(), 4);
+}
+
+#[test]
+fn a_peer_that_goes_away_takes_the_link_down() {
+    let (mut driver, far, lost) = stream();
+    driver.send(RX, &[], &[1536]);
+    drop(far);
+    driver.poke_watched(0);
+    assert_eq!(lost.lock().unwrap().len(), 1);
+    assert_eq!(driver.device.space.word(4) >> 16, 0, "the link is down");
+    driver.send(TX, &[&HEADER, b"lost"], &[]);
+    driver.poke(TX);
+    assert!(driver.receive(TX).is_some() && !driver.broken());
+    driver.device.set_link(None, true);
+    assert_eq!(driver.device.space.word(4) >> 16, 0, "and stays so");
+}
+
+#[test]
+fn a_frame_that_cannot_be_ends_the_network() {
+    let (mut driver, mut far, lost) = stream();
+    driver.send(RX, &[], &[1536]);
+    far.write_all(&[0xff; 100]).unwrap();
+    driver.poke_watched(0);
+    assert!(lost.lock().unwrap()[0].contains("cannot be"));
+}
+
+#[test]
+fn the_cable_can_be_pulled() {
+    let (mut driver, mut far, _) = stream();
+    driver.send(RX, &[], &[1536]);
+    {
+        let (device, io) = driver.parts();
+        device.set_link(Some(io), false);
+    }
+    far.write_all(&framed(b"hello")).unwrap();
+    driver.poke_watched(0);
+    assert!(driver.receive(RX).is_none());
+    let (device, io) = driver.parts();
+    device.set_link(Some(io), true);
+    assert_eq!(driver.receive(RX).unwrap().1 as usize, HEADER_LEN + 5);
+}
+
+#[test]
+fn several_pairs_are_used_as_the_driver_says() {
+    let (sockets, mut far): (Vec<_>, Vec<_>) = (0..3).map(|_| UnixStream::pair().unwrap()).unzip();
+    let nets = sockets.into_iter().map(|it| SocketNet::new(it.into(), 1500).unwrap()).collect();
+    let (mut driver, _) = device(nets);
+    for pair in 0..3 {
+        for _ in 0..4 {
+            driver.send(2 * pair, &[], &[1536]);
+        }
+    }
+    let mut set = |pairs: u16| {
+        driver.send(6, &[&[4, 0], &pairs.to_le_bytes()], &[1]);
+        driver.poke(6);
+        driver.receive(6).unwrap().0[0]
+    };
+    assert_eq!([set(0), set(4), set(2)], [1, 1, 0]);
+    for (n, far) in (0..).zip(&mut far) {
+        far.write_all(&framed(&[n; 20])).unwrap();
+        driver.poke_watched(n.into());
+    }
+    let mut came = |queue| std::iter::from_fn(|| driver.receive(queue)).map(|(bytes, _)| bytes[12]).collect::<Vec<_>>();
+    assert_eq!([came(0), came(2), came(4)], [vec![0, 2], vec![1], vec![]]);
+    driver.send(3, &[&HEADER, b"second"], &[]);
+    driver.poke(3);
+    let mut bytes = [0; 10];
+    far[1].read_exact(&mut bytes).unwrap();
+    assert_eq!(bytes, *framed(b"second"));
+}
+
+#[test]
+fn commands_that_are_none_are_refused() {
+    let (mut driver, _far, _) = stream();
+    for bytes in [
+        &[4, 0, 1, 0][..],
+        &[0, 0, 1],
+        &[1, 1, 2, 2, 2, 2, 2, 2],
+        &[9, 9],
+        &[5],
+        &[5, 0, 255, 255, 255, 255, 255, 255, 255, 255],
+    ] {
+        driver.send(CONTROL, &[bytes], &[1]);
+        driver.poke(CONTROL);
+        assert_eq!(driver.receive(CONTROL).unwrap().0, [1], "{bytes:?}");
+    }
+    driver.send(CONTROL, &[&[5, 0], &[0; 8]], &[1]);
+    driver.poke(CONTROL);
+    assert_eq!(driver.receive(CONTROL).unwrap().0, [0]);
+}
