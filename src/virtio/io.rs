@@ -47,6 +47,11 @@ const OVERDUE_TOKEN: u32 = QUEUE_TOKENS - 1;
 /// the guest would wait for the device for ever.
 const RESET_GRACE: Duration = Duration::from_secs(10);
 
+/// The first token of a slot.
+pub(super) fn slot_token(slot: usize) -> u64 {
+    (slot as u64) << TOKEN_BITS
+}
+
 /// A token's parts: a slot, and what of the device's is ready; `None` when the time for a reset is over.
 pub(super) fn split_token(token: u64, events: Interest) -> (usize, Option<super::Source>) {
     let (slot, code) = ((token >> TOKEN_BITS) as usize, token as u32);
@@ -222,7 +227,7 @@ impl DeviceIo {
     }
 
     fn token(&self, code: u32) -> u64 {
-        (self.slot as u64) << TOKEN_BITS | u64::from(code)
+        slot_token(self.slot) | u64::from(code)
     }
 
     fn check(&mut self, queue: usize) {

@@ -1,11 +1,13 @@
 //! [`Slots`]: the devices of one event loop, each idle or running. Starts, pokes and stops them.
 
 use std::fmt;
+use std::fs::File;
 use std::marker::PhantomData;
+use std::os::fd::AsFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
 
-use super::io::split_token;
+use super::io::{slot_token, split_token};
 use super::{DeviceIo, Source, VirtioDevice};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::{Handler, Interest, Remote, Sources};
@@ -25,7 +27,12 @@ pub(crate) struct Slots {
     slots: Vec<Slot>,
     sources: Sources,
     on_fault: OnFault,
+    /// What else is watched on this loop. Its slots are behind those of the devices.
+    besides: Vec<Beside>,
 }
+
+/// A file of no device, and what is done when it is ready.
+type Beside = (File, Box<dyn FnMut() + Send>);
 
 impl fmt::Debug for Slots {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -36,7 +43,25 @@ impl fmt::Debug for Slots {
 impl Slots {
     pub(crate) fn new(devices: Vec<Box<dyn VirtioDevice>>, sources: Sources, on_fault: OnFault) -> Self {
         let slots = devices.into_iter().map(|device| Slot { device, running: None, refused: None }).collect();
-        Self { slots, sources, on_fault }
+        Self { slots, sources, on_fault, besides: Vec::new() }
+    }
+
+    /// Calls `f` on this loop whenever the kernel has something urgent to say by `file` (`EPOLLPRI`).
+    pub(crate) fn watch_urgent(&mut self, file: File, f: impl FnMut() + Send + 'static) -> std::io::Result<()> {
+        let slot = self.slots.len() + self.besides.len();
+        self.sources.watch(file.as_fd(), slot_token(slot), Interest::PRIORITY)?;
+        self.besides.push((file, Box::new(f)));
+        Ok(())
+    }
+
+    fn urgent(&mut self, slot: usize, events: Interest) {
+        let Some((file, f)) = slot.checked_sub(self.slots.len()).and_then(|n| self.besides.get_mut(n)) else { return };
+        if events.contains(Interest::ERROR) {
+            // It is gone, and would say so for ever.
+            let _ = self.sources.unwatch(file.as_fd());
+            return;
+        }
+        f();
     }
 
     /// Where this loop's descriptors are registered.
@@ -161,6 +186,7 @@ impl Slot {
 impl Handler for Slots {
     fn ready(&mut self, token: u64, events: Interest) {
         match split_token(token, events) {
+            (slot, _) if slot >= self.slots.len() => self.urgent(slot, events),
             (slot, Some(source)) => self.poke(slot, source),
             (slot, None) => self.overdue(slot),
         }

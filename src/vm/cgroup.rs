@@ -17,6 +17,8 @@ use crate::sys;
 const PREFIX: &str = "cofferdam-";
 /// The period of `cpu.max`, in microseconds: the kernel's own default.
 const PERIOD: u64 = 100_000;
+/// Nothing of the group ran for 50 ms of a second though it wanted to. Told once in that second.
+const PRESSURE: &[u8] = b"full 50000 1000000\0";
 /// Threads that were joined leave their group a moment later.
 const LEAVING: Duration = Duration::from_millis(500);
 
@@ -190,7 +192,24 @@ impl Leaf {
     }
 
     pub(super) fn stats(&self) -> CgroupStats {
-        parse(&fs::read_to_string(self.path.join("cpu.stat")).unwrap_or_default())
+        stats(&self.path)
+    }
+
+    /// A file that is urgent when the group's threads could not run for a while (Linux, Documentation/accounting/psi.rst), and a
+    /// function that says whether that was for its limit. `None` without one, or where the host does not measure it.
+    pub(super) fn pressure(&self) -> Option<(File, impl FnMut() -> bool + Send + 'static)> {
+        if fs::read_to_string(self.path.join("cpu.max")).ok()?.starts_with("max") {
+            return None;
+        }
+        let open = fs::OpenOptions::new().read(true).write(true).open(self.path.join("cpu.pressure"));
+        let set = |mut file: File| file.write_all(PRESSURE).map(|()| file);
+        let file = open.and_then(set).inspect_err(|e| log::debug!("throttling of vCPUs is not told: {e}")).ok()?;
+        let (path, mut seen) = (self.path.clone(), 0);
+        let throttled = move || {
+            let now = stats(&path).throttled_periods;
+            std::mem::replace(&mut seen, now) < now
+        };
+        Some((file, throttled))
     }
 }
 
@@ -223,6 +242,10 @@ fn sweep(parent: &Path) {
             let _ = fs::remove_dir(parent.join(name));
         }
     }
+}
+
+fn stats(path: &Path) -> CgroupStats {
+    parse(&fs::read_to_string(path.join("cpu.stat")).unwrap_or_default())
 }
 
 /// `cpu.stat` (Linux cgroup v2, "CPU Interface Files").

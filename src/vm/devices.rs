@@ -72,13 +72,15 @@ pub(super) fn attachments(
             log.push(EventKind::Degraded { what: format!("io_uring for {name}: {why}") });
         }
         let (blocking, engine) = (disk.blocks(), Some(disk.engine()));
-        let (log, its_name) = (log.clone(), name.clone());
+        let (log, throttled) = (log.clone(), log.clone());
+        let [its_name, who] = [name.clone(), name.clone()];
         let disk = disk
             .on_fault(move |fault| {
                 if let Some(shared) = faults.get().and_then(Weak::upgrade) {
                     on_disk_fault(&shared, fault);
                 }
             })
+            .on_throttled(move || throttled.push(EventKind::Throttled { what: who.clone() }))
             .on_low_space(move |free| {
                 log.push(EventKind::DiskSpaceLow { disk: its_name.clone(), free: Size::bytes(free) });
             });

@@ -58,6 +58,13 @@ pub enum EventKind {
     },
     /// The host could not do what the guest asked of a disk.
     DiskError(DiskFault),
+    /// A limit makes it wait: `disk0` for [`Disk::limit`](crate::Disk::limit), `vcpus` for [`Cgroup::cpus`](crate::Cgroup::cpus), the
+    /// latter where the host measures pressure (PSI). Told at most once a second for each; [`Stats`](crate::Stats) say how often
+    /// and how long.
+    Throttled {
+        /// What waits.
+        what: String,
+    },
     /// Where a disk is, the host has less space left than [`Disk::headroom`](crate::Disk::headroom). Told once until there is
     /// more again; looked at once a second while the guest writes.
     DiskSpaceLow {
@@ -84,6 +91,7 @@ impl fmt::Display for Event {
             EventKind::DeviceError { device, what } => write!(f, "{device} needs a reset: {what}"),
             EventKind::Balloon { size } => write!(f, "{size} in the balloon"),
             EventKind::DiskError(fault) => write!(f, "{fault}"),
+            EventKind::Throttled { what } => write!(f, "{what}: held back by a limit"),
             EventKind::DiskSpaceLow { disk, free } => write!(f, "{disk}: {free} are left on the host"),
             EventKind::Ended => f.write_str("ended"),
             EventKind::Missed(n) => write!(f, "{n} events were dropped"),

@@ -288,6 +288,17 @@ pub(super) fn start(config: &VmConfig) -> Result<Vm> {
             member.map_or(Ok(()), |member| member.join())
         })?
     })?;
+    if let Some((file, mut throttled)) = cgroup.as_ref().and_then(Leaf::pressure) {
+        let log = shared.log.clone();
+        let tell = move || {
+            if throttled() {
+                log.push(EventKind::Throttled { what: "vcpus".into() });
+            }
+        };
+        if let Some(it) = handles.loops.last() {
+            it.with(move |slots| slots.watch_urgent(file, tell))?.doing(|| "watching the VM's cgroup")?;
+        }
+    }
     let pump = start_pump(config, &shared, member.clone())?;
     let threads = start_vcpus(&machine, &cpu, vcpus, entry, member);
     let vm = Vm::new(shared, threads.threads, pump, listeners, handles, cgroup);

@@ -58,6 +58,9 @@ pub fn a_limit_holds_and_is_counted() -> Outcome {
     };
     check!(stats.cpu_time < begin.elapsed().mul_f64(0.3) + Duration::from_millis(100), "{stats:?}");
     check!(!stats.throttled_time.is_zero(), "{stats:?}");
+    let told = |event: &cofferdam::Event| event.kind == EventKind::Throttled { what: "vcpus".into() };
+    let events = vm.events()?;
+    while !told(&events.next_timeout(PATIENCE).ok_or("it was never told")?) {}
     Ok(())
 }
 

@@ -150,6 +150,9 @@ pub fn limits_hold_and_can_be_changed() -> Outcome {
         check!(begin.elapsed() > Duration::from_millis(900), "{:?}", begin.elapsed());
         let stats = vm.stats().devices[0].clone();
         check!(stats.throttled > 0 && stats.throttled_time > Duration::from_millis(500), "{stats:?}");
+        let told = |event: cofferdam::Event| event.kind == EventKind::Throttled { what: "disk0".into() };
+        let events = vm.events()?;
+        check!(std::iter::from_fn(|| events.next_timeout(Duration::ZERO)).any(told));
         vm.disk(0)?.set_limit(DiskLimit::none())?;
         let begin = Instant::now();
         printed.wait_for("fast")?;

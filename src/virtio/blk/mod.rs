@@ -71,6 +71,9 @@ pub(crate) type OnFault = Arc<dyn Fn(DiskFault) + Send + Sync>;
 /// Told how many bytes are left when that becomes less than the disk's headroom.
 pub(crate) type OnLowSpace = Arc<dyn Fn(u64) + Send + Sync>;
 
+/// Told that a request has to wait for the disk's limit.
+pub(crate) type OnThrottled = Arc<dyn Fn() + Send + Sync>;
+
 /// A disk.
 pub(crate) struct Blk {
     engine: Engine,
@@ -78,6 +81,7 @@ pub(crate) struct Blk {
     config: ConfigSpace,
     on_fault: OnFault,
     on_low_space: OnLowSpace,
+    on_throttled: OnThrottled,
     table: Table,
     /// Requests that wait for a limit: reads and writes.
     waiting: [VecDeque<usize>; 2],
@@ -93,6 +97,8 @@ pub(crate) struct Blk {
     /// When the space that is left was looked at last, and whether it was too little.
     looked: Duration,
     low: bool,
+    /// Since when no more is told of requests that wait.
+    told_throttled: Option<Duration>,
     epoch: Instant,
 }
 
@@ -112,6 +118,7 @@ impl Blk {
             options,
             on_fault: Arc::new(|_| ()),
             on_low_space: Arc::new(|_| ()),
+            on_throttled: Arc::new(|| ()),
             table: Table::default(),
             waiting: Default::default(),
             timer: None,
@@ -121,6 +128,7 @@ impl Blk {
             telling: Telling::new(),
             looked: Duration::ZERO,
             low: false,
+            told_throttled: None,
             epoch: Instant::now(),
         }
     }
@@ -134,6 +142,12 @@ impl Blk {
     /// Sets who is told, once each time, that the host has less space left than the disk's headroom.
     pub(crate) fn on_low_space(mut self, f: impl Fn(u64) + Send + Sync + 'static) -> Self {
         self.on_low_space = Arc::new(f);
+        self
+    }
+
+    /// Sets who is told, at most once a second, that requests wait for the disk's limit.
+    pub(crate) fn on_throttled(mut self, f: impl Fn() + Send + Sync + 'static) -> Self {
+        self.on_throttled = Arc::new(f);
         self
     }
 

@@ -81,6 +81,10 @@ impl Blk {
                 flight.since = now;
                 waiting.push_back(slot);
                 io.counters().throttled.fetch_add(1, Ordering::Relaxed);
+                if self.told_throttled.is_none_or(|told| now >= told + LOOK) {
+                    self.told_throttled = Some(now);
+                    (self.on_throttled)();
+                }
                 // One that waits behind others needs no moment of its own.
                 if wait < Duration::MAX {
                     self.rearm();
