@@ -18,6 +18,8 @@ use crate::virtio::vsock::packet::{HEADER, Header, Op, TYPE_STREAM};
 use crate::virtio::vsock::{GUEST_CID, HOST_CID, Vsock, VsockListener};
 use crate::virtio::{MmioTransport, Slots, VirtioDevice};
 
+pub use crate::net::doors::{dhcp as net_dhcp, dns as net_dns, policy as net_policy, user_frame as net_user_frame};
+
 /// Takes values off the front of the bytes; zeros when they are used up.
 struct Bytes<'a>(&'a [u8]);
 

@@ -97,10 +97,11 @@ pub use kvm::{Device, Host};
 pub use size::Size;
 pub use virtio::vsock::{VsockListener, VsockStream};
 pub use vm::{
-    Base, Cache, Cgroup, CgroupStats, Console, CpuProfile, CpuidBits, CpuidRegister, DeviceStats, Disk, DiskEngine,
-    DiskFault, DiskHandle, DiskLimit, DiskOperation, DiskUsage, ErrorAction, ErrorClass, Event, EventKind, Events,
-    Exit, GuestMemoryUse, Mac, Memory, MemoryStats, Net, NetHandle, Overlay, OverlayInfo, Progress, Rate, Registers,
-    Stage, Stats, Timeline, Trace, VcpuStats, Vm, VmBuilder, Vsock,
+    Base, Cache, Cgroup, CgroupStats, Cidr, Console, CpuProfile, CpuidBits, CpuidRegister, Denial, DeviceStats, Disk,
+    DiskEngine, DiskFault, DiskHandle, DiskLimit, DiskOperation, DiskUsage, ErrorAction, ErrorClass, Event, EventKind,
+    Events, Exit, GuestMemoryUse, Mac, Memory, MemoryStats, Net, NetHandle, NetStats, Overlay, OverlayInfo, Policy,
+    Port, Progress, Protocol, PublishedPort, Rate, Registers, Rule, Stage, Stats, Timeline, Trace, VcpuStats, Vm,
+    VmBuilder, Vsock, Why,
 };
 
 /// The readme's code is compiled with the documentation's.

@@ -7,9 +7,9 @@ use super::agent::Agent;
 use super::{Container, Image, shim};
 use crate::boot::{Kernel, Need, Packed};
 use crate::error::{Context, Error, Result};
-use crate::proto::{BootConfig, CONTROL_PORT, OPTIONAL, Root, Source, StringBuf};
+use crate::proto::{BootConfig, CONTROL_PORT, Network, OPTIONAL, Root, Source, StringBuf};
 use crate::size::Size;
-use crate::vm::{Cgroup, Console, CpuProfile, Disk, Memory, Vm, Vsock};
+use crate::vm::{Cgroup, Console, CpuProfile, Disk, Memory, Net, Vm, Vsock};
 
 /// What the root of a container needs of its kernel.
 const FILE_SYSTEMS: [Need; 2] = [Need::required("ext4", "EXT4_FS"), Need::required("overlay", "OVERLAY_FS")];
@@ -25,6 +25,7 @@ pub struct ContainerBuilder {
     memory: Memory,
     disk: Size,
     attached: Vec<Disk>,
+    net: Option<Net>,
     hostname: String,
     console: Console,
     start_timeout: Duration,
@@ -42,6 +43,7 @@ impl ContainerBuilder {
             memory: Size::mib(256).into(),
             disk: Size::gib(4),
             attached: Vec::new(),
+            net: None,
             hostname: "container".into(),
             console: Console::none(),
             start_timeout: Duration::from_secs(30),
@@ -87,6 +89,14 @@ impl ContainerBuilder {
     /// [`Vm::disk`] have its handle, as number 2 and so on.
     pub fn attach(mut self, disk: Disk) -> Self {
         self.attached.push(disk);
+        self
+    }
+
+    /// Gives the container a network; none unless set. With [`Net::user`](crate::Net::user) its address, route and
+    /// `/etc/resolv.conf` are set up before the first program starts; with others, programs in it do that. [`Container::vm`] and
+    /// [`Vm::net`] have the card's handle, as number 0.
+    pub fn net(mut self, net: Net) -> Self {
+        self.net = Some(net);
         self
     }
 
@@ -159,6 +169,11 @@ impl ContainerBuilder {
         for disk in self.attached {
             vm = vm.disk(disk);
         }
+        let addresses = self.net.as_ref().and_then(Net::addresses);
+        let network = addresses.map(|(address, prefix, gateway)| Network { address, prefix, gateway });
+        if let Some(net) = self.net {
+            vm = vm.net(net);
+        }
         if let Some(cgroup) = self.cgroup {
             vm = vm.cgroup(cgroup);
         }
@@ -177,6 +192,7 @@ impl ContainerBuilder {
                 upper: Source { device: b"/dev/vdb", fs: b"ext4" },
             },
             modules: modules.as_strings(),
+            network,
         };
         let kernel = kernel.with_packed(&packed);
         let initramfs = shim::initramfs(kernel.initramfs_or_default(), &config)?;

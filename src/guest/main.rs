@@ -44,7 +44,7 @@ use mount::Writable;
 use serve::{Outcome, Shim};
 use sys::{Errno, Fd};
 
-use crate::proto::{BOOT_CONFIG_MAX, BootConfig, End, FromGuest, Stage};
+use crate::proto::{BOOT_CONFIG_MAX, BootConfig, End, FromGuest, Network, Stage};
 
 /// Files a program may open, and how far it may raise that: what most expect, and what systemd gives.
 const FILES: (u64, u64) = (1024, 524_288);
@@ -132,7 +132,7 @@ fn insert_modules(config: &BootConfig<'_>) -> Result<(), Failure> {
 }
 
 fn mount_all(config: &BootConfig<'_>) -> Result<Writable, Failure> {
-    let plan = mount::plan(&config.root, config.hostname);
+    let plan = mount::plan(&config.root, config.hostname, config.network.map(|network| network.gateway));
     let (before, after) = mount::split(&plan);
     mount::carry_out(before)?;
     let writable = Writable::find(&config.root);
@@ -142,8 +142,25 @@ fn mount_all(config: &BootConfig<'_>) -> Result<Writable, Failure> {
     if !config.hostname.is_empty() {
         let _ = sys::set_hostname(config.hostname);
     }
-    let _ = sys::loopback_up();
+    set_up_network(config)?;
     Ok(writable)
+}
+
+/// The loopback interface, and the card if the host says so.
+fn set_up_network(config: &BootConfig<'_>) -> Result<(), Failure> {
+    let failure = |errno| Failure::new(Stage::Other, errno, &[b"setting up the network"]);
+    let socket = match sys::interface_socket() {
+        Ok(socket) => socket,
+        // A kernel without sockets of the internet; whoever wants a network must have one.
+        Err(errno) => return if config.network.is_some() { Err(failure(errno)) } else { Ok(()) },
+    };
+    let _ = sys::interface_up(&socket, b"lo");
+    let Some(Network { address, prefix, gateway }) = config.network else { return Ok(()) };
+    let mask = u32::MAX.checked_shl(32 - u32::from(prefix)).unwrap_or(0).to_be_bytes();
+    sys::set_address(&socket, b"eth0", address, mask)
+        .and_then(|()| sys::interface_up(&socket, b"eth0"))
+        .and_then(|()| sys::set_gateway(&socket, gateway))
+        .map_err(failure)
 }
 
 /// Makes everything that the workloads need around them.

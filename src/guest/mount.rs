@@ -31,6 +31,8 @@ pub(super) enum Step {
     Link { target: &'static CStr, path: &'static CStr },
     /// Make a text file, unless something is there.
     File { path: &'static CStr, content: Vec<u8> },
+    /// Remove a file or link, if it is there.
+    Remove { path: &'static CStr },
     /// Make this directory the root of everything from here on.
     Enter { path: &'static CStr },
 }
@@ -95,7 +97,7 @@ fn path(bytes: &[u8]) -> Path {
 }
 
 /// Everything up to the root, from the initramfs.
-pub(super) fn plan(root: &Root<'_>, hostname: &[u8]) -> Vec<Planned> {
+pub(super) fn plan(root: &Root<'_>, hostname: &[u8], resolver: Option<[u8; 4]>) -> Vec<Planned> {
     let mut plan = Plan::default();
     plan.api(c"devtmpfs", c"/dev", MS_NOSUID, None, true);
     match root {
@@ -152,7 +154,27 @@ pub(super) fn plan(root: &Root<'_>, hostname: &[u8]) -> Vec<Planned> {
     plan.may(Step::File { path: c"/etc/hostname", content: [own, b"\n"].concat() });
     let hosts = [b"127.0.0.1\tlocalhost ", own, b"\n::1\tlocalhost ip6-localhost ip6-loopback\n"].concat();
     plan.may(Step::File { path: c"/etc/hosts", content: hosts });
+    if let Some(resolver) = resolver {
+        let mut content = Vec::from(b"nameserver");
+        for (part, before) in resolver.into_iter().zip(*b" ...") {
+            content.push(before);
+            decimal(part, &mut content);
+        }
+        content.push(b'\n');
+        // The image's own is of where it was made.
+        plan.may(Step::Remove { path: c"/etc/resolv.conf" });
+        plan.may(Step::File { path: c"/etc/resolv.conf", content });
+    }
     plan.0
+}
+
+/// Appends a number as text.
+fn decimal(number: u8, to: &mut Vec<u8>) {
+    for unit in [100, 10, 1] {
+        if number >= unit || unit == 1 {
+            to.push(b'0' + number / unit % 10);
+        }
+    }
 }
 
 /// Carries the plan out.
@@ -180,6 +202,7 @@ impl Step {
             }
             Self::Link { target, path } => there(sys::symlink(target, path)),
             Self::File { path, content } => there(files::create(path, content)),
+            Self::Remove { path } => sys::unlink(path),
             Self::Enter { path } => {
                 sys::chdir(path)?;
                 sys::mount(c".", c"/", None, MS_MOVE, None)?;
@@ -198,6 +221,7 @@ impl Step {
                 mount(&[b"mounting ", source.to_bytes(), b" (", fs.to_bytes(), b") on ", target.to_bytes()])
             }
             Self::Link { path, .. } | Self::File { path, .. } => mount(&[b"making ", path.to_bytes()]),
+            Self::Remove { path } => mount(&[b"removing ", path.to_bytes()]),
             Self::Enter { path } => mount(&[b"entering ", path.to_bytes()]),
         }
     }
@@ -274,7 +298,7 @@ mod tests {
 
     #[test]
     fn an_overlay_is_mounted_below_before_it_is_entered_and_the_rest_inside() {
-        let plan = plan(&Root::Overlay { lower: VDA, upper: VDB }, b"box");
+        let plan = plan(&Root::Overlay { lower: VDA, upper: VDB }, b"box", Some([10, 0, 205, 2]));
         let (before, after) = split(&plan);
         assert_eq!(
             mounts(before),
@@ -286,7 +310,7 @@ mod tests {
 
     #[test]
     fn the_lower_device_is_never_written() {
-        let plan = plan(&Root::Overlay { lower: VDA, upper: VDB }, b"");
+        let plan = plan(&Root::Overlay { lower: VDA, upper: VDB }, b"", None);
         let flags = plan.iter().find_map(|planned| match &planned.step {
             Step::Mount { source, flags, .. } if source.to_bytes() == b"/dev/vda" => Some(*flags),
             _ => None,
@@ -296,16 +320,26 @@ mod tests {
 
     #[test]
     fn the_initramfs_is_not_entered() {
-        let plan = plan(&Root::Initramfs, b"");
+        let plan = plan(&Root::Initramfs, b"", None);
         assert!(!plan.iter().any(|planned| matches!(planned.step, Step::Enter { .. })));
         assert_eq!(mounts(&plan).iter().filter(|mount| mount.1 == "/dev").count(), 1);
     }
 
     #[test]
     fn a_read_only_root_gets_run_and_tmp_in_memory_and_no_files() {
-        let plan = plan(&Root::Device { source: VDA, read_only: true }, b"box");
+        let plan = plan(&Root::Device { source: VDA, read_only: true }, b"box", Some([10, 0, 0, 2]));
         assert!(mounts(&plan).contains(&("tmpfs", "/tmp")));
         assert!(!plan.iter().any(|planned| matches!(planned.step, Step::File { .. })));
+    }
+
+    #[test]
+    fn the_resolver_is_written_down() {
+        let plan = plan(&Root::Overlay { lower: VDA, upper: VDB }, b"", Some([10, 0, 205, 2]));
+        let written = plan.iter().find_map(|planned| match &planned.step {
+            Step::File { path, content } if *path == c"/etc/resolv.conf" => Some(content.as_slice()),
+            _ => None,
+        });
+        assert_eq!(written, Some(&b"nameserver 10.0.205.2\n"[..]));
     }
 
     #[test]

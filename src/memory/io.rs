@@ -57,6 +57,21 @@ impl GuestMemory {
         unsafe { sys::readv(fd, &buffers) }
     }
 
+    /// Copies what a stream has into the guest and leaves it in the stream; may be short, 0 is the stream's end. The first
+    /// `skip` bytes go nowhere; `nowhere` is written over with them.
+    pub fn peek(&self, segments: &[Segment], fd: BorrowedFd<'_>, skip: usize, nowhere: &mut [u8]) -> io::Result<usize> {
+        let mut buffers = self.buffers(segments)?;
+        let (mut left, base) = (if nowhere.is_empty() { 0 } else { skip }, nowhere.as_mut_ptr().cast());
+        while left > 0 {
+            let now = left.min(nowhere.len());
+            buffers.insert(0, libc::iovec { iov_base: base, iov_len: now });
+            left -= now;
+        }
+        // SAFETY: `buffers` came from `get_slices`, so each lies in a mapping that `self` keeps alive and writable, or is
+        // a part of `nowhere`, which is exclusively borrowed and may be written over in any order.
+        unsafe { sys::peekv(fd, &buffers) }.map(|n| n.saturating_sub(skip))
+    }
+
     /// Sends the guest's bytes to a stream socket without blocking; may be short.
     pub fn send(&self, segments: &[Segment], fd: BorrowedFd<'_>) -> io::Result<usize> {
         let buffers = self.buffers(segments)?;

@@ -1,23 +1,33 @@
 //! Networks: whole Ethernet frames between a guest's network device and whatever carries them on the host.
 //!
 //! The device drives a [`NetBackend`] on the VM's event loop; nothing here blocks, and every call does a bounded amount of
-//! work.
+//! work. [`user`] is the backend that needs no privileges: it ends the guest's connections in this process and opens
+//! ordinary sockets of the host for them. [`policy`] says where it may go, [`dns`] answers the guest's questions for names.
 #![deny(clippy::indexing_slicing, reason = "frames are the guest's, answers are strangers'")]
 
 mod address;
+mod dns;
+#[cfg(any(test, feature = "internals"))]
+pub(crate) mod doors;
 mod edges;
 mod offload;
+mod policy;
 mod socket;
 mod tap;
+mod user;
+mod wire;
 
 use std::fmt;
 use std::io;
 use std::os::fd::BorrowedFd;
 
 pub use address::Mac;
-pub(crate) use offload::{Agreed, HEADER_LEN, Offload, Offloads};
+pub(crate) use offload::{Agreed, Csum, Gso, GsoKind, HEADER_LEN, Offload, Offloads};
+pub use policy::{Cidr, Denial, Policy, Protocol, Rule, Why};
 pub(crate) use socket::SocketNet;
 pub(crate) use tap::TapNet;
+pub use user::NetStats;
+pub(crate) use user::{Config, Published, UserNet};
 
 use crate::memory::{GuestMemory, Segment};
 
@@ -84,4 +94,9 @@ pub(crate) trait NetBackend: Send + fmt::Debug {
     /// # Errors
     /// The backend's end.
     fn receive(&mut self, memory: &GuestMemory, room: &[Segment]) -> io::Result<Option<Received>>;
+
+    /// Itself, where it is one that the embedder can change.
+    fn user(&mut self) -> Option<&mut UserNet> {
+        None
+    }
 }

@@ -17,6 +17,7 @@ const FS: u8 = 6;
 const UPPER_DEVICE: u8 = 7;
 const UPPER_FS: u8 = 8;
 const MODULES: u8 = 9;
+const NETWORK: u8 = 10;
 
 const ROOT_INITRAMFS: u8 = 0;
 const ROOT_DEVICE: u8 = 1;
@@ -33,6 +34,30 @@ pub(crate) struct BootConfig<'a> {
     pub(crate) root: Root<'a>,
     /// Files of kernel modules, in the order in which they are inserted before anything else is done; see [`OPTIONAL`].
     pub(crate) modules: Strings<'a>,
+    /// How the first network card is set up; `None` leaves it alone.
+    pub(crate) network: Option<Network>,
+}
+
+/// IPv4 on `eth0`. IPv6 comes by router advertisements.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Network {
+    /// The guest's address.
+    pub(crate) address: [u8; 4],
+    /// Bits of the network, at most 32.
+    pub(crate) prefix: u8,
+    /// The router, which answers questions for names too.
+    pub(crate) gateway: [u8; 4],
+}
+
+impl Network {
+    fn parse(bytes: &[u8]) -> Result<Self, Malformed> {
+        match *bytes {
+            [a, b, c, d, prefix, e, f, g, h] if prefix <= 32 => {
+                Ok(Self { address: [a, b, c, d], prefix, gateway: [e, f, g, h] })
+            }
+            _ => Err(Malformed("network")),
+        }
+    }
 }
 
 /// How the path of a module begins that may fail to be inserted; the path proper follows.
@@ -94,6 +119,9 @@ impl<'a> BootConfig<'a> {
         if !self.modules.is_empty() {
             fields.bytes(MODULES, self.modules.as_bytes());
         }
+        if let Some(Network { address: [a, b, c, d], prefix, gateway: [e, f, g, h] }) = self.network {
+            fields.bytes(NETWORK, &[a, b, c, d, prefix, e, f, g, h]);
+        }
         // The reader is the judge of what may stand in it.
         BootConfig::parse(&out)?;
         Ok(out)
@@ -124,7 +152,8 @@ impl<'a> BootConfig<'a> {
         }
         let control_port = fields.u32(CONTROL_PORT, "control port")?.unwrap_or(super::CONTROL_PORT);
         let modules = Strings::parse(fields.get(MODULES).unwrap_or_default(), "list of modules")?;
-        Ok(Self { hostname, control_port, root, modules })
+        let network = fields.get(NETWORK).map(Network::parse).transpose()?;
+        Ok(Self { hostname, control_port, root, modules, network })
     }
 }
 

@@ -153,7 +153,12 @@ proptest! {
             _ => Root::Overlay { lower: Source { device: a, fs: b }, upper: Source { device: c, fs: d } },
         };
         let modules = list(&modules);
-        let config = BootConfig { hostname: &hostname, control_port, root, modules: modules.as_strings() };
+        let network = (control_port % 2 == 0).then_some(Network {
+            address: control_port.to_be_bytes(),
+            prefix: (control_port % 33) as u8,
+            gateway: [1, 2, 3, 4],
+        });
+        let config = BootConfig { hostname: &hostname, control_port, root, modules: modules.as_strings(), network };
         let file = config.encode().unwrap();
         prop_assert_eq!(BootConfig::parse(&file), Ok(config));
         // Whatever is cut off, the rest is refused or is another valid file, never a panic.

@@ -9,7 +9,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 /// Linux takes at most this many buffers at once (`IOV_MAX`).
 const MAX_BUFFERS: usize = 1024;
 
-fn result(n: isize) -> io::Result<usize> {
+pub(super) fn result(n: isize) -> io::Result<usize> {
     usize::try_from(n).map_err(|_| io::Error::last_os_error())
 }
 

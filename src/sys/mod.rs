@@ -9,6 +9,7 @@ mod draft;
 mod file;
 mod iovec;
 mod signal;
+mod socket;
 mod stack;
 mod tap;
 mod timer;
@@ -22,6 +23,7 @@ pub(crate) use file::{
 };
 pub(crate) use iovec::{preadv, pwritev, readv, receive, send, sendv, socket_kind, writev};
 pub(crate) use signal::{KickSignal, ThreadId};
+pub(crate) use socket::{Socket, SocketKind, peekv};
 pub(crate) use stack::Stack;
 pub(crate) use tap::{TUN_CSUM, TUN_TSO4, TUN_TSO6, TUN_USO, Tap};
 pub(crate) use timer::Timer;

@@ -1,6 +1,7 @@
 //! The devices of a machine on their way to their loops and onto the bus. Only [`machine`](super::machine) uses it.
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
 use super::config::VmConfig;
@@ -58,13 +59,21 @@ fn on_disk_fault(shared: &Shared, fault: DiskFault) {
     }
 }
 
+/// All devices of a machine, and what came of opening them.
+pub(super) struct Attachments {
+    pub devices: Vec<Attachment>,
+    pub listeners: Vec<VsockListener>,
+    /// Of each network, where its ports are.
+    pub published: Vec<Vec<SocketAddr>>,
+}
+
 pub(super) fn attachments(
     config: &VmConfig,
     output: &Output,
     memory: &GuestMemory,
     log: &Arc<Log>,
     faults: &Faults,
-) -> Result<(Vec<Attachment>, Vec<VsockListener>)> {
+) -> Result<Attachments> {
     let (mut all, mut listeners) = (Vec::new(), Vec::new());
     for (n, disk) in config.open_disks()?.into_iter().enumerate() {
         let (name, faults) = (format!("disk{n}"), faults.clone());
@@ -87,13 +96,17 @@ pub(super) fn attachments(
         all.push(Attachment { name, device: Box::new(disk), blocking, engine });
     }
     check_macs(&config.nets)?;
+    let mut published = Vec::new();
     for (n, net) in config.nets.iter().enumerate() {
         let name = format!("net{n}");
-        let (log, its_name) = (log.clone(), name.clone());
-        let on_lost = move |error: &std::io::Error| {
-            log.push(EventKind::Degraded { what: format!("{its_name}: {error}") });
+        let (log, denials, its_name) = (log.clone(), log.clone(), name.clone());
+        let told = super::net::Told {
+            lost: Box::new(move |error| log.push(EventKind::Degraded { what: format!("{its_name}: {error}") })),
+            denied: Box::new(move |denial| denials.push(EventKind::Denied(denial))),
         };
-        let card = net.attach(config.vcpus()?, on_lost).map_err(|e| e.doing(format!("attaching network {n}")))?;
+        let attached = net.attach(config.vcpus()?, told).map_err(|e| e.doing(format!("attaching network {n}")));
+        let (card, ports) = attached?;
+        published.push(ports);
         all.push(Attachment { name, device: Box::new(card), blocking: false, engine: None });
     }
     let mut add = |name: &str, device: Box<dyn VirtioDevice>| {
@@ -111,7 +124,7 @@ pub(super) fn attachments(
         }
         add("vsock", Box::new(device));
     }
-    Ok((all, listeners))
+    Ok(Attachments { devices: all, listeners, published })
 }
 
 /// Windows and interrupt lines for `n` devices, in order.
@@ -157,10 +170,10 @@ pub(super) fn disk_handle(n: usize, slots: &BTreeMap<String, Place>) -> Option<D
     Some(DiskHandle { name, device })
 }
 
-pub(super) fn net_handle(n: usize, slots: &BTreeMap<String, Place>) -> Option<NetHandle> {
+pub(super) fn net_handle(n: usize, slots: &BTreeMap<String, Place>, published: &[SocketAddr]) -> Option<NetHandle> {
     let name = format!("net{n}");
     let device = slots.get(&name).map(handle)?;
-    Some(NetHandle { name, device })
+    Some(NetHandle { name, device, published: published.into() })
 }
 
 impl Parts<'_> {

@@ -9,6 +9,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use super::disk::DiskFault;
+use super::net::Denial;
 use crate::error::{Context, Result};
 use crate::size::Size;
 use crate::sys::{EventFd, borrow, eventfd};
@@ -65,6 +66,8 @@ pub enum EventKind {
         /// What waits.
         what: String,
     },
+    /// The guest wanted to go where the policy of its network does not let it. Of a flood of them some are counted only.
+    Denied(Denial),
     /// Where a disk is, the host has less space left than [`Disk::headroom`](crate::Disk::headroom). Told once until there is
     /// more again; looked at once a second while the guest writes.
     DiskSpaceLow {
@@ -91,6 +94,7 @@ impl fmt::Display for Event {
             EventKind::DeviceError { device, what } => write!(f, "{device} needs a reset: {what}"),
             EventKind::Balloon { size } => write!(f, "{size} in the balloon"),
             EventKind::DiskError(fault) => write!(f, "{fault}"),
+            EventKind::Denied(denial) => write!(f, "denied: {denial}"),
             EventKind::Throttled { what } => write!(f, "{what}: held back by a limit"),
             EventKind::DiskSpaceLow { disk, free } => write!(f, "{disk}: {free} are left on the host"),
             EventKind::Ended => f.write_str("ended"),

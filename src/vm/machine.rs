@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use super::cgroup::{Leaf, Member};
 use super::config::VmConfig;
-use super::devices::{Faults, Parts, Told, attachments, disk_handle, handle, net_handle, slots};
+use super::devices::{Attachments, Faults, Parts, Told, attachments, disk_handle, handle, net_handle, slots};
 use super::events::{EventKind, Log};
 use super::exit::{Exit, Marks, Reason, Trace};
 use super::pause::{Gate, Parked};
@@ -226,7 +226,8 @@ pub(super) fn start(config: &VmConfig) -> Result<Vm> {
     let output = Output::new()?;
     let memory = GuestMemory::new(&ranges, config.memory.backing())?;
     let faults = Faults::default();
-    let (attachments, listeners) = attachments(config, &output, &memory, &log, &faults)?;
+    let attachments = attachments(config, &output, &memory, &log, &faults)?;
+    let Attachments { devices: attachments, listeners, published } = attachments;
     let slots = slots(attachments.len())?;
     let (cmdline, tables) = config.cmdline(&slots)?;
     let entry = boot::load(&memory, &config.packed_kernel()?, &cmdline)?;
@@ -275,7 +276,7 @@ pub(super) fn start(config: &VmConfig) -> Result<Vm> {
         vsock: slots.get("vsock").map(handle),
         balloon: slots.get("balloon").map(handle),
         disks: (0..config.disks.len()).filter_map(|n| disk_handle(n, &slots)).collect(),
-        nets: (0..config.nets.len()).filter_map(|n| net_handle(n, &slots)).collect(),
+        nets: (0..).zip(&published).filter_map(|(n, ports)| net_handle(n, &slots, ports)).collect(),
         keyboard,
     };
     let machine = Arc::new(Machine { vm, mmio, ports, loops, shared: shared.clone(), _memory: memory });

@@ -29,7 +29,7 @@ pub use disk::{
 };
 pub use events::{Event, EventKind, Events};
 pub use exit::{Exit, Registers, Stage, Timeline, Trace};
-pub use net::{Mac, Net, NetHandle};
+pub use net::{Cidr, Denial, Mac, Net, NetHandle, NetStats, Policy, Port, Protocol, PublishedPort, Rule, Why};
 pub use overlay::{Base, Overlay, OverlayInfo, Progress};
 pub use stats::{DeviceStats, GuestMemoryUse, MemoryStats, Stats, VcpuStats};
 

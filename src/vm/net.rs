@@ -1,12 +1,13 @@
 //! [`Net`]: what a network card of a VM shall be connected to. [`NetHandle`]: a card of a VM that runs.
 
 use std::fs::File;
+use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use crate::error::{Context, Error, ErrorKind, Result};
-pub use crate::net::Mac;
-use crate::net::{NetBackend, SocketNet, TapNet};
+pub use crate::net::{Cidr, Denial, Mac, NetStats, Policy, Protocol, Rule, Why};
+use crate::net::{Config, NetBackend, Published, SocketNet, TapNet, UserNet};
 use crate::sys;
 use crate::virtio::DeviceHandle;
 use crate::virtio::net::{self, PAIRS_MAX};
@@ -21,18 +22,86 @@ pub struct Net {
     mac: Option<Mac>,
     mtu: u32,
     queues: u32,
+    /// The method that was called though it says nothing about such a network.
+    misplaced: Option<&'static str>,
+}
+
+/// What a card tells: called on the VM's loop.
+pub(super) struct Told {
+    pub lost: Box<dyn FnMut(&std::io::Error) + Send>,
+    pub denied: Box<dyn FnMut(Denial) + Send>,
 }
 
 #[derive(Debug, Clone)]
 enum Source {
+    User(Box<User>),
     Tap(String),
     TapFiles(Vec<Arc<File>>),
     Socket(Arc<OwnedFd>),
 }
 
+/// A user-mode network.
+#[derive(Debug, Clone)]
+struct User {
+    policy: Policy,
+    ports: Vec<Port>,
+}
+
+/// A config value: a port of the host that leads to one of the guest; see [`Net::publish`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Port {
+    tcp: bool,
+    host: SocketAddr,
+    guest: u16,
+    callers: Vec<Cidr>,
+}
+
+impl Port {
+    /// Connections to this address of the host are made to the guest's port. Port 0 of the host is any that is free.
+    pub fn tcp(host: impl Into<SocketAddr>, guest: u16) -> Self {
+        Self { tcp: true, host: host.into(), guest, callers: Vec::new() }
+    }
+
+    /// The same for datagrams.
+    pub fn udp(host: impl Into<SocketAddr>, guest: u16) -> Self {
+        Self { tcp: false, ..Self::tcp(host, guest) }
+    }
+
+    /// Only callers of this range are heard; repeated, those of any. Everybody is unless set.
+    pub fn caller(mut self, range: impl Into<Cidr>) -> Self {
+        self.callers.push(range.into());
+        self
+    }
+
+    fn publish(&self, user: &mut UserNet) -> Result<(Published, SocketAddr)> {
+        let publish = if self.tcp { UserNet::publish_tcp } else { UserNet::publish_udp };
+        publish(user, self.host, self.guest, self.callers.clone())
+            .doing(|| format!("publishing port {} of the guest", self.guest))
+    }
+}
+
 impl Net {
+    /// A network without privileges: the guest's connections end in this process, which opens ordinary sockets of the host for
+    /// them where `policy` allows it. TCP, UDP and ping; IPv4 and IPv6. The guest is 10.0.2.15 and fd63:6f66:6665::15; the
+    /// gateway, which is router, DHCP server and resolver for names, 10.0.2.2 and fd63:6f66:6665::2. Fragments of IP are dropped.
+    ///
+    /// What the policy denies is an [`EventKind::Denied`](crate::EventKind::Denied).
+    pub fn user(policy: Policy) -> Self {
+        Self::of(Source::User(Box::new(User { policy, ports: Vec::new() })))
+    }
+
+    /// Publishes a port of the guest on the host, of a [`Net::user`]. A caller whom the guest does not listen to is refused, by a
+    /// reset. To the guest all callers seem to be the gateway. [`NetHandle::published`] says where.
+    pub fn publish(mut self, port: Port) -> Self {
+        match &mut self.source {
+            Source::User(user) => user.ports.push(port),
+            _ => self.misplaced = Some("publish"),
+        }
+        self
+    }
+
     fn of(source: Source) -> Self {
-        Self { source, mac: None, mtu: 1500, queues: 1 }
+        Self { source, mac: None, mtu: 1500, queues: 1, misplaced: None }
     }
 
     /// A tap device of the host, which must be there: `ip tuntap add dev NAME mode tap vnet_hdr user USER` makes one that needs
@@ -80,8 +149,31 @@ impl Net {
         self.mac
     }
 
-    /// Connects the card. `on_lost` is told when that does not last.
-    pub(super) fn attach(&self, vcpus: u8, on_lost: impl FnMut(&std::io::Error) + Send + 'static) -> Result<net::Net> {
+    /// The address that it gives its guest, with the bits of the network, and that of the gateway and resolver.
+    #[cfg(feature = "container")]
+    pub(crate) fn addresses(&self) -> Option<([u8; 4], u8, [u8; 4])> {
+        let config = Config::new(Policy::deny_all());
+        let user = matches!(self.source, Source::User(_));
+        user.then(|| (config.guest4.octets(), config.prefix4, config.gateway4.octets()))
+    }
+
+    fn user_net(
+        user: &User,
+        mac: Mac,
+        mtu: u16,
+        denied: Box<dyn FnMut(Denial) + Send>,
+    ) -> Result<(UserNet, Vec<SocketAddr>)> {
+        let mut stack = UserNet::new(Config { guest_mac: mac, mtu, ..Config::new(user.policy.clone()) })?;
+        let published = user.ports.iter().map(|port| Ok(port.publish(&mut stack)?.1)).collect::<Result<_>>()?;
+        stack.on_denial(denied);
+        Ok((stack, published))
+    }
+
+    /// Connects the card; where its published ports are.
+    pub(super) fn attach(&self, vcpus: u8, told: Told) -> Result<(net::Net, Vec<SocketAddr>)> {
+        if let Some(method) = self.misplaced {
+            return Err(Error::invalid(method, "says nothing about a network of this kind"));
+        }
         let mac = match self.mac {
             Some(mac) if mac.is_unicast() => mac,
             Some(mac) => return Err(Error::invalid("mac", format!("{mac} does not name one card"))),
@@ -97,7 +189,16 @@ impl Net {
                 format!("{queues} pairs of queues: at least 1 is needed, at most {PAIRS_MAX} and one for each vCPU");
             return Err(Error::invalid("queues", why));
         }
+        let mut published = Vec::new();
         let backends: Vec<Box<dyn NetBackend>> = match &self.source {
+            Source::User(_) | Source::Socket(_) if queues > 1 => {
+                return Err(Error::invalid("queues", "this kind of network has one pair of queues"));
+            }
+            Source::User(user) => {
+                let (stack, ports) = Self::user_net(user, mac, mtu, told.denied)?;
+                published = ports;
+                boxed(vec![stack])
+            }
             Source::Tap(name) => boxed(TapNet::open(name, queues, mtu)?),
             Source::TapFiles(files) if files.len() == queues => {
                 let open =
@@ -108,12 +209,9 @@ impl Net {
                 let why = format!("{queues}, but {} descriptors were given", files.len());
                 return Err(Error::invalid("queues", why));
             }
-            Source::Socket(_) if queues > 1 => {
-                return Err(Error::invalid("queues", "a socket has one pair of queues"));
-            }
             Source::Socket(fd) => boxed(vec![SocketNet::new(fd.try_clone().doing(|| "copying a descriptor")?, mtu)?]),
         };
-        Ok(net::Net::new(backends, mac, Box::new(on_lost)))
+        Ok((net::Net::new(backends, mac, told.lost), published))
     }
 }
 
@@ -143,9 +241,72 @@ pub(super) fn check_macs(nets: &[Net]) -> Result<()> {
 pub struct NetHandle {
     pub(super) name: String,
     pub(super) device: DeviceHandle<net::Net>,
+    pub(super) published: Arc<[SocketAddr]>,
+}
+
+/// A port that was published on a VM that runs; see [`NetHandle::publish`]. To drop it changes nothing.
+#[derive(Debug, Clone)]
+pub struct PublishedPort {
+    net: NetHandle,
+    port: Published,
+    address: SocketAddr,
+}
+
+impl PublishedPort {
+    /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Nobody can call there any more; connections that there are stay. Doing it twice is no error.
+    ///
+    /// # Errors
+    /// `InvalidState` when the VM has ended.
+    pub fn close(&self) -> Result<()> {
+        let port = self.port;
+        self.net.user("closing a port", move |user| user.unpublish(port)).map(drop)
+    }
 }
 
 impl NetHandle {
+    /// Where the ports of [`Net::publish`] are, in their order.
+    pub fn published(&self) -> &[SocketAddr] {
+        &self.published
+    }
+
+    /// Publishes one more port; the address says where.
+    ///
+    /// # Errors
+    /// `InvalidConfig` unless it is a [`Net::user`], or when the address is none of the host's; `AlreadyExists` and
+    /// `PermissionDenied` when the port cannot be had; `InvalidState` when the VM has ended.
+    pub fn publish(&self, port: Port) -> Result<PublishedPort> {
+        let (port, address) = self.user("publishing", move |user| port.publish(user))??;
+        Ok(PublishedPort { net: self.clone(), port, address })
+    }
+
+    /// Sets where the guest may go from now on. Connections that it may not have any more are reset.
+    ///
+    /// # Errors
+    /// `InvalidConfig` unless it is a [`Net::user`], or for a policy with a rule that means nothing: the old one stays;
+    /// `InvalidState` when the VM has ended.
+    pub fn set_policy(&self, policy: Policy) -> Result<()> {
+        self.user("changing the policy", move |user| user.set_policy(policy))?
+    }
+
+    /// What a [`Net::user`] has done.
+    ///
+    /// # Errors
+    /// `InvalidConfig` unless it is one; `InvalidState` when the VM has ended.
+    pub fn stats(&self) -> Result<NetStats> {
+        self.user("counting", |user| user.stats())
+    }
+
+    fn user<R: Send + 'static>(&self, what: &str, f: impl FnOnce(&mut UserNet) -> R + Send + 'static) -> Result<R> {
+        let none = || Error::new(ErrorKind::InvalidConfig, "the card is not on a Net::user");
+        let answer = self.device.with(move |card, io| card.with_user(io, f)).and_then(|answer| answer.ok_or_else(none));
+        answer.map_err(|e| e.doing(format!("{}: {what}", self.name)))
+    }
+
     /// Puts the cable in, or pulls it out: without one nothing is delivered, and what the guest sends is lost. Waits for the
     /// VM's loop.
     ///
@@ -170,8 +331,12 @@ mod tests {
     use super::*;
     use std::os::unix::net::{UnixDatagram, UnixStream};
 
+    fn nobody() -> Told {
+        Told { lost: Box::new(|_| ()), denied: Box::new(|_| ()) }
+    }
+
     fn error(net: Net) -> Error {
-        net.attach(2, |_| ()).unwrap_err()
+        net.attach(2, nobody()).map(drop).unwrap_err()
     }
 
     #[test]
@@ -186,6 +351,8 @@ mod tests {
             (net().queues(2), "queues: "),
             (Net::tap("lo").queues(3), "queues: "),
             (Net::tap_files([]), "queues: "),
+            (Net::user(Policy::deny_all()).queues(2), "queues: "),
+            (net().publish(Port::tcp(([127, 0, 0, 1], 0), 80)), "publish: "),
             (Net::tap_files([File::open("/dev/null").unwrap()]).queues(2), "queues: "),
         ] {
             let error = error(bad);
@@ -198,6 +365,18 @@ mod tests {
     }
 
     #[test]
+    fn ports_that_are_taken_are_refused_before_anything_starts() {
+        let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let listener = std::net::TcpListener::bind(taken).unwrap();
+        let user = Net::user(Policy::deny_all());
+        let refused = error(user.clone().publish(Port::tcp(taken, 80)));
+        assert_eq!(refused.kind(), ErrorKind::AlreadyExists, "{refused}");
+        drop(listener);
+        let (_, published) = user.publish(Port::tcp(([127, 0, 0, 1], 0), 80)).attach(1, nobody()).unwrap();
+        assert!(published[0].ip().is_loopback() && published[0].port() > 0);
+    }
+
+    #[test]
     fn what_is_no_network_is_refused_with_the_remedy() {
         let missing = error(Net::tap("no-such-tap"));
         assert_eq!(missing.kind(), ErrorKind::NotFound, "{missing}");
@@ -205,6 +384,6 @@ mod tests {
         assert_eq!(error(Net::tap("../etc")).kind(), ErrorKind::NotFound);
         assert_eq!(error(Net::fd(File::open("/dev/null").unwrap())).kind(), ErrorKind::InvalidConfig);
         assert_eq!(error(Net::tap_files([File::open("/dev/null").unwrap()])).kind(), ErrorKind::InvalidConfig);
-        Net::fd(UnixDatagram::pair().unwrap().0).attach(1, |_| ()).unwrap();
+        Net::fd(UnixDatagram::pair().unwrap().0).attach(1, nobody()).unwrap();
     }
 }

@@ -95,7 +95,9 @@ tests! {
         a_guest_short_of_memory_takes_it_from_the_balloon asked_for_in_transparent_huge_pages
         in_a_file_that_others_may_map in_huge_pages_of_the_hosts_pool more_than_a_host_without_overcommit_promises;
     net: a_guest_and_its_host_talk_over_a_tap several_queues_are_used
-        a_tap_that_is_busy_or_missing_or_made_otherwise_is_named frames_on_a_socket_and_a_link_that_goes_down;
+        a_tap_that_is_busy_or_missing_or_made_otherwise_is_named frames_on_a_socket_and_a_link_that_goes_down
+        a_guest_goes_where_its_policy_lets_it_and_nowhere_else a_container_has_address_route_and_names
+        published_ports_lead_into_the_guest;
     overlay: three_guests_write_on_one_base_which_stays_as_it_is what_is_not_kept_is_gone_with_its_machine
         a_snapshot_is_the_base_of_others an_overlay_that_may_take_no_more_tells_the_guest
         qcow2_is_written_on_a_backing_file_which_stays_as_it_is past_the_page_cache_and_in_memory;

@@ -4,9 +4,9 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::process::Command;
 
-use cofferdam::{ErrorKind, EventKind, Net, VmBuilder};
+use cofferdam::{Cidr, ErrorKind, EventKind, Net, Policy, Port, Rule, VmBuilder};
 
-use crate::fixture::{Outcome, PATIENCE, Printed, guest, run};
+use crate::fixture::{Outcome, PATIENCE, Printed, debian_container, guest, run};
 use crate::{check, check_eq};
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
@@ -131,5 +131,101 @@ pub fn frames_on_a_socket_and_a_link_that_goes_down() -> Outcome {
     let told: Vec<_> = events.map(|event| event.kind).collect();
     let lost = |kind: &EventKind| matches!(kind, EventKind::Degraded { what } if what.contains("net0: the other end"));
     check!(told.iter().any(lost), "{told:?}");
+    Ok(())
+}
+
+/// A server of the host that gives back what it gets until the end, then says how much that was.
+fn echo(ip: &str) -> Result<std::net::SocketAddr> {
+    let listener = std::net::TcpListener::bind((ip, 0))?;
+    let address = listener.local_addr()?;
+    std::thread::spawn(move || {
+        for mut stream in listener.incoming().flatten() {
+            std::thread::spawn(move || {
+                let mut bytes = Vec::new();
+                let _ = stream.read_to_end(&mut bytes);
+                let _ = stream.write_all(&bytes);
+            });
+        }
+    });
+    Ok(address)
+}
+
+/// Only this port of the host's loopback.
+fn only(address: std::net::SocketAddr) -> Result<Policy> {
+    let there = Cidr::new(address.ip(), 32)?;
+    Ok(Policy::deny_all().rule(Rule::allow_range(there).port(address.port())))
+}
+
+const CONFIGURED: &str = "ifconfig eth0 10.0.2.15 netmask 255.255.255.0 up; route add default gw 10.0.2.2\n";
+
+/// An address of the host's that no guest has itself.
+fn host_address() -> Result<&'static str> {
+    host("ip addr replace 192.0.2.33/32 dev lo")?;
+    Ok("192.0.2.33")
+}
+
+pub fn a_guest_goes_where_its_policy_lets_it_and_nowhere_else() -> Outcome {
+    let ip = host_address()?;
+    let (allowed, denied) = (echo(ip)?, echo(ip)?);
+    let script = format!(
+        "{CONFIGURED}head -c 3000000 /dev/urandom > /data; md5sum < /data; nc {ip} {} < /data | md5sum
+        nc -w 30 {ip} {} < /data && echo reached; ping -c 1 -W 20 10.0.2.2 | grep received\nreboot -f",
+        allowed.port(),
+        denied.port(),
+    );
+    let printed = Printed::default();
+    let vm = guest(&script).net(Net::user(only(allowed)?)).console(printed.console()).start()?;
+    let events = vm.events()?;
+    vm.wait_timeout(PATIENCE)?.ok_or("it never ended")?;
+    let text = printed.text();
+    let digests: Vec<&str> = text.lines().filter(|line| line.trim().ends_with("  -")).map(str::trim).collect();
+    check!(digests.len() == 2 && digests[0] == digests[1], "{text}");
+    check!(!text.contains("reached") && text.contains("1 packets received"), "{text}");
+    let denials: Vec<_> = events.filter(|event| matches!(event.kind, EventKind::Denied(_))).collect();
+    check!(denials.len() == 1, "{denials:?}");
+    Ok(())
+}
+
+pub fn a_container_has_address_route_and_names() -> Outcome {
+    let ip = host_address()?;
+    let server = echo(ip)?;
+    let container = debian_container().net(Net::user(only(server)?)).start()?;
+    let shell = |command: String| -> Result<String> {
+        let output = container.exec(["bash", "-c", &command]).timeout(PATIENCE).output()?;
+        Ok(String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).trim().to_owned())
+    };
+    check_eq!(shell("cat /etc/resolv.conf".into())?, "nameserver 10.0.2.2");
+    let asked = format!("exec 3<>/dev/tcp/{ip}/{}; echo hello >&3; head -c 0 <&3; echo sent", server.port());
+    check_eq!(shell(asked)?, "sent");
+    let denied = shell("getent hosts example.com; echo code $?".into())?;
+    check_eq!(denied, "code 2");
+    check!(container.vm().net(0)?.stats()?.denied_names > 0);
+    Ok(())
+}
+
+pub fn published_ports_lead_into_the_guest() -> Outcome {
+    let ports = [80, 81].map(|port| Port::tcp(([127, 0, 0, 1], 0), port));
+    let [open, closed] = ports;
+    let script = format!("{CONFIGURED}echo ready; nc -l -p 80 -e echo from the guest; echo served; sleep 1000");
+    let printed = Printed::default();
+    let network = Net::user(Policy::deny_all()).publish(open).publish(closed);
+    let vm = guest(&script).net(network).console(printed.console()).start()?;
+    printed.wait_for("ready")?;
+    let net = vm.net(0)?;
+    let [open, closed] = net.published() else { return Err("two ports were published".into()) };
+    let call = |address: &std::net::SocketAddr| -> std::io::Result<String> {
+        let mut text = String::new();
+        std::net::TcpStream::connect(address)?.read_to_string(&mut text)?;
+        Ok(text)
+    };
+    let deadline = std::time::Instant::now() + PATIENCE;
+    while !call(open).is_ok_and(|text| text == "from the guest\n") {
+        check!(std::time::Instant::now() < deadline, "{}", printed.text());
+    }
+    check!(call(closed).is_err(), "nobody listens there");
+    let port = net.publish(Port::tcp(([127, 0, 0, 1], 0), 80))?;
+    port.close()?;
+    check!(call(&port.address()).is_err());
+    net.set_policy(Policy::internet())?;
     Ok(())
 }

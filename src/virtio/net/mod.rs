@@ -11,7 +11,7 @@ use std::collections::VecDeque;
 use std::io;
 
 use crate::memory::Segment;
-use crate::net::{Agreed, Capabilities, HEADER_LEN, Mac, NetBackend, Offload, Offloads};
+use crate::net::{Agreed, Capabilities, HEADER_LEN, Mac, NetBackend, Offload, Offloads, UserNet};
 
 use super::chain::Span;
 use super::{Chain, ConfigSpace, DeviceIo, DeviceType, Profile, Source, VirtioDevice};
@@ -138,6 +138,16 @@ impl Net {
         for pair in 0..self.pairs.len() {
             self.deliver(io, pair);
         }
+    }
+
+    /// Calls the user-mode stack behind the card; `None` when there is another backend. What it then has for the guest is
+    /// delivered.
+    pub(crate) fn with_user<R>(&mut self, io: Option<&mut DeviceIo>, f: impl FnOnce(&mut UserNet) -> R) -> Option<R> {
+        let answer = f(self.pairs.first_mut()?.backend.user()?);
+        if let Some(io) = io {
+            self.deliver(io, 0);
+        }
+        Some(answer)
     }
 
     /// Frames of the guest that made no sense.

@@ -1,0 +1,264 @@
+//! Messages of the DNS (RFC 1035, 4): a question is understood, an answer is looked through, both are passed on as they are.
+//!
+//! Compressed names are only skipped and never followed, so that there are no loops to fall into.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::time::Duration;
+
+/// The longest question that is passed on: one name and what EDNS adds.
+pub(crate) const MAX_QUERY: usize = 1024;
+/// Bytes of the header (RFC 1035, 4.1.1).
+const HEADER: usize = 12;
+
+/// Types and the class of the internet (RFC 1035, 3.2.2 and 3.2.4; RFC 3596, 2.1).
+pub(crate) const A: u16 = 1;
+pub(crate) const AAAA: u16 = 28;
+const IN: u16 = 1;
+/// Whole zones, and everything there is (RFC 1035, 3.2.3; RFC 8482).
+const TRANSFERS: std::ops::RangeInclusive<u16> = 251..=255;
+
+/// How it went (RFC 1035, 4.1.1; RFC 6895, 2.3).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Code {
+    NoError = 0,
+    FormErr = 1,
+    ServFail = 2,
+    NxDomain = 3,
+    NotImp = 4,
+    Refused = 5,
+}
+
+/// Why a question is not passed on. With nothing, there is nobody to answer.
+pub(crate) type Wrong = Option<Code>;
+
+/// What the guest wants to know.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Question {
+    pub id: u16,
+    /// In lower case, without the last dot.
+    pub name: String,
+    pub kind: u16,
+    /// Where the question ends in the message.
+    end: usize,
+}
+
+fn be16(bytes: &[u8], at: usize) -> Option<u16> {
+    bytes.get(at..at + 2)?.try_into().ok().map(u16::from_be_bytes)
+}
+
+/// Where the name that begins `at` ends.
+fn skip_name(bytes: &[u8], mut at: usize) -> Option<usize> {
+    loop {
+        match *bytes.get(at)? {
+            0 => return Some(at + 1),
+            // A pointer ends a name (RFC 1035, 4.1.4).
+            len if len & 0xc0 == 0xc0 => return bytes.get(at + 1).map(|_| at + 2),
+            len if len & 0xc0 == 0 => at += 1 + usize::from(len),
+            _ => return None,
+        }
+    }
+}
+
+impl Question {
+    /// Reads a query with one question.
+    pub(crate) fn parse(bytes: &[u8]) -> Result<Self, Wrong> {
+        let flags = be16(bytes, 2).ok_or(None)?;
+        if flags & 0x8000 != 0 || bytes.len() < HEADER {
+            return Err(None);
+        }
+        if flags >> 11 & 15 != 0 {
+            return Err(Some(Code::NotImp));
+        }
+        let wrong = Some(Code::FormErr);
+        if bytes.len() > MAX_QUERY
+            || be16(bytes, 4) != Some(1)
+            || be16(bytes, 6) != Some(0)
+            || be16(bytes, 8) != Some(0)
+        {
+            return Err(wrong);
+        }
+        let (name, at) = Self::name(bytes, HEADER).ok_or(wrong)?;
+        let (kind, class) = (be16(bytes, at).ok_or(wrong)?, be16(bytes, at + 2).ok_or(wrong)?);
+        if class != IN || TRANSFERS.contains(&kind) {
+            return Err(Some(Code::NotImp));
+        }
+        Ok(Self { id: be16(bytes, 0).ok_or(wrong)?, name, kind, end: at + 4 })
+    }
+
+    /// A name without pointers, for which there is no reason in a question.
+    fn name(bytes: &[u8], mut at: usize) -> Option<(String, usize)> {
+        let mut name = String::new();
+        loop {
+            let len = usize::from(*bytes.get(at)?);
+            let label = bytes.get(at + 1..at + 1 + len).filter(|_| len < 64)?;
+            at += 1 + len;
+            if len == 0 {
+                return Some((name, at));
+            }
+            // What a policy's names can hold; a dot within a label would make another name of it.
+            if !label.iter().all(|b| b.is_ascii_graphic() && *b != b'.') || name.len() + len > 253 {
+                return None;
+            }
+            if !name.is_empty() {
+                name.push('.');
+            }
+            name.extend(label.iter().map(|b| char::from(b.to_ascii_lowercase())));
+        }
+    }
+
+    /// Whether `answer` is one to the question that is in `query`, asked as number `id`.
+    pub(crate) fn is_answered(&self, query: &[u8], id: u16, answer: &[u8]) -> bool {
+        let asked = |bytes: &[u8]| bytes.get(HEADER..self.end).map(<[u8]>::to_ascii_lowercase);
+        be16(answer, 0) == Some(id)
+            && be16(answer, 2).is_some_and(|flags| flags & 0x8000 != 0 && flags >> 11 & 15 == 0)
+            && be16(answer, 4) == Some(1)
+            && asked(answer).is_some()
+            && asked(answer) == asked(query)
+    }
+}
+
+/// What an answer says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Answers {
+    pub code: u8,
+    /// There is more, over TCP.
+    pub truncated: bool,
+    pub addresses: Vec<IpAddr>,
+    /// How long all of it is valid.
+    pub valid: Duration,
+}
+
+/// Looks through the answer to `question`. `None`: it is none.
+pub(crate) fn answers(question: &Question, bytes: &[u8]) -> Option<Answers> {
+    let flags = be16(bytes, 2)?;
+    let (code, truncated) = ((flags & 15) as u8, flags & 0x200 != 0);
+    let (mut at, mut addresses, mut valid) = (question.end, Vec::new(), u32::MAX);
+    for _ in 0..be16(bytes, 6)? {
+        at = skip_name(bytes, at)?;
+        let (kind, class, len) = (be16(bytes, at)?, be16(bytes, at + 2)?, usize::from(be16(bytes, at + 8)?));
+        let ttl = u32::from(be16(bytes, at + 4)?) << 16 | u32::from(be16(bytes, at + 6)?);
+        let data = bytes.get(at + 10..at + 10 + len)?;
+        match (kind, class) {
+            (A, IN) => addresses.push(Ipv4Addr::from(<[u8; 4]>::try_from(data).ok()?).into()),
+            (AAAA, IN) => addresses.push(Ipv6Addr::from(<[u8; 16]>::try_from(data).ok()?).into()),
+            _ => {}
+        }
+        // The highest bit means zero (RFC 2181, 8).
+        valid = valid.min(if ttl >> 31 == 0 { ttl } else { 0 });
+        at += 10 + len;
+    }
+    Some(Answers { code, truncated, addresses, valid: Duration::from_secs(valid.into()) })
+}
+
+/// The number of a message.
+pub(crate) fn set_id(bytes: &mut [u8], id: u16) {
+    if let Some(to) = bytes.get_mut(..2) {
+        to.copy_from_slice(&id.to_be_bytes());
+    }
+}
+
+/// An answer with nothing in it.
+pub(crate) fn reply(query: &[u8], code: Code) -> Vec<u8> {
+    // The question comes along where it was understood.
+    let end = Question::parse(query).ok().map_or(HEADER, |question| question.end);
+    let mut reply = query.get(..end).unwrap_or_default().to_vec();
+    let recursion = query.get(2).map_or(0, |flags| flags & 1);
+    if let Some(fixed) = reply.get_mut(2..HEADER) {
+        fixed.copy_from_slice(&[0x80 | recursion, 0x80 | code as u8, 0, u8::from(end > HEADER), 0, 0, 0, 0, 0, 0]);
+    }
+    reply
+}
+
+/// An answer that says: ask again over TCP.
+pub(crate) fn truncated(query: &[u8]) -> Vec<u8> {
+    let mut reply = reply(query, Code::NoError);
+    if let Some(flags) = reply.get_mut(2) {
+        *flags |= 2;
+    }
+    reply
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn query(name: &str, kind: u16) -> Vec<u8> {
+        let mut bytes = vec![0x12, 0x34, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0];
+        for label in name.split('.').filter(|label| !label.is_empty()) {
+            bytes.push(label.len() as u8);
+            bytes.extend(label.as_bytes());
+        }
+        bytes.push(0);
+        bytes.extend(kind.to_be_bytes());
+        bytes.extend([0, 1]);
+        bytes
+    }
+
+    #[test]
+    fn questions_are_understood_or_refused() {
+        let question = Question::parse(&query("WWW.Example.com", A)).unwrap();
+        assert_eq!((question.name.as_str(), question.kind, question.id), ("www.example.com", A, 0x1234));
+        assert_eq!(Question::parse(&query("", A)).unwrap().name, "");
+        let wrong = |change: fn(&mut Vec<u8>)| {
+            let mut bytes = query("example.com", A);
+            change(&mut bytes);
+            Question::parse(&bytes).unwrap_err()
+        };
+        assert_eq!(wrong(|b| b.truncate(11)), None);
+        assert_eq!(wrong(|b| b[2] = 0x81), None);
+        assert_eq!(wrong(|b| b[2] = 0x29), Some(Code::NotImp));
+        assert_eq!(wrong(|b| b[5] = 2), Some(Code::FormErr));
+        assert_eq!(wrong(|b| b[12] = 0xc0), Some(Code::FormErr));
+        assert_eq!(wrong(|b| b[14] = b'.'), Some(Code::FormErr));
+        assert_eq!(wrong(|b| b.truncate(20)), Some(Code::FormErr));
+        assert_eq!(Question::parse(&query("example.com", 252)).unwrap_err(), Some(Code::NotImp));
+    }
+
+    #[test]
+    fn answers_are_looked_through() {
+        let query = query("example.com", A);
+        let question = Question::parse(&query).unwrap();
+        let mut answer = query.clone();
+        (answer[2], answer[3], answer[7]) = (0x81, 0x80, 3);
+        // An alias, an address, and one of another family; all names are pointers, one of them to itself.
+        answer.extend([0xc0, 12, 0, 5, 0, 1, 0, 0, 0, 60, 0, 2, 0xc0, 12]);
+        answer.extend([0xc0, 29, 0, 1, 0, 1, 0, 0, 0, 30, 0, 4, 192, 0, 2, 1]);
+        answer.extend([0xc0, 12, 0, 28, 0, 1, 0, 0, 1, 0, 0, 16]);
+        answer.extend("2001:db8::7".parse::<Ipv6Addr>().unwrap().octets());
+        assert!(question.is_answered(&query, 0x1234, &answer) && !question.is_answered(&query, 0x1235, &answer));
+        let found = answers(&question, &answer).unwrap();
+        assert_eq!((found.code, found.truncated, found.valid), (0, false, Duration::from_secs(30)));
+        assert_eq!(found.addresses, ["192.0.2.1".parse::<IpAddr>().unwrap(), "2001:db8::7".parse().unwrap()]);
+        for len in 0..answer.len() {
+            let cut = &answer[..len];
+            assert!(answers(&question, cut).is_none() || len == answer.len());
+        }
+        let mut other = answer;
+        other[14] ^= 1;
+        assert!(!question.is_answered(&query, 0x1234, &other));
+    }
+
+    #[test]
+    fn empty_answers_repeat_the_question() {
+        let query = query("example.com", A);
+        let denied = reply(&query, Code::NxDomain);
+        assert_eq!((denied[3] & 15, denied.len(), denied[2]), (3, query.len(), 0x81));
+        assert!(Question::parse(&query).unwrap().is_answered(&query, 0x1234, &denied));
+        assert!(truncated(&query)[2] & 2 != 0);
+        assert_eq!(reply(&query[..15], Code::FormErr).len(), 12);
+        assert!(reply(&[], Code::FormErr).is_empty());
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_survived(bytes in proptest::collection::vec(any::<u8>(), 0..200), prefix in any::<bool>()) {
+            let mut message = if prefix { query("example.com", A) } else { Vec::new() };
+            message.extend(&bytes);
+            let _ = (reply(&message, Code::ServFail), truncated(&message));
+            if let Ok(question) = Question::parse(&message) {
+                let _ = (answers(&question, &message), question.is_answered(&message, 1, &bytes));
+            }
+        }
+    }
+}

@@ -1,0 +1,7 @@
+//! Names: messages of the DNS as far as a forwarder must understand them, and who the host asks. No I/O but reading a file.
+
+mod message;
+mod servers;
+
+pub(crate) use self::message::{Code, MAX_QUERY, Question, answers, reply, set_id, truncated};
+pub(crate) use self::servers::Servers;

@@ -1,0 +1,453 @@
+//! [`Enforcer`]: a policy at work: what it admits, what names were resolved to, and who hears of denials. Of one network.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::{Cidr, Name, Policy, Protocol, Rule, Target, cidr::special};
+use crate::sys::SocketKind;
+
+/// Where a socket may go. Only [`Enforcer::admit`] makes one, so whoever has it was admitted.
+#[derive(Debug)]
+pub(crate) struct Admitted {
+    kind: SocketKind,
+    address: SocketAddr,
+}
+
+impl Admitted {
+    pub(crate) fn kind(&self) -> SocketKind {
+        self.kind
+    }
+
+    pub(crate) fn address(&self) -> SocketAddr {
+        self.address
+    }
+}
+
+/// Why a destination was denied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Why {
+    /// No rule is about it.
+    NoRule,
+    /// The rule of this number, from zero, denies it.
+    Rule(usize),
+    /// It is not public, and no rule allows its range: `"private"`, `"metadata"`, `"loopback"` and so on.
+    Special(&'static str),
+    /// It is the host's own address, and no rule allows its range.
+    Host,
+}
+
+impl fmt::Display for Why {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NoRule => f.write_str("no rule allows it"),
+            Self::Rule(n) => write!(f, "rule {n} denies it"),
+            Self::Special(name) => write!(f, "the address is {name}, and no rule allows its range"),
+            Self::Host => f.write_str("the address is the host's own, and no rule allows its range"),
+        }
+    }
+}
+
+/// The guest wanted to go where it may not.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Denial {
+    /// What it wanted to speak there; `None` when it only asked for a name.
+    pub protocol: Option<Protocol>,
+    /// Where to.
+    pub destination: Option<SocketAddr>,
+    /// The name that it asked for, or the last one that resolved to the destination.
+    pub name: Option<String>,
+    /// Why not.
+    pub why: Why,
+    /// How many denials before this one were not told, as there were too many in a short time.
+    pub untold: u64,
+}
+
+impl fmt::Display for Denial {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (&self.destination, &self.name) {
+            (Some(to), Some(name)) => write!(f, "{to} ({name}): {}", self.why),
+            (Some(to), None) => write!(f, "{to}: {}", self.why),
+            (None, Some(name)) => write!(f, "{name}: {}", self.why),
+            (None, None) => write!(f, "{}", self.why),
+        }
+    }
+}
+
+/// Hears of denials, on the VM's event loop: must not block.
+pub(crate) type Reporter = Box<dyn FnMut(Denial) + Send>;
+
+/// Denials that are told at once, and in each second.
+const TOLD: u32 = 64;
+
+/// Names of addresses that are remembered.
+const MAX_BOUND: usize = 4096;
+/// An answer that is valid for no time at all is good for one connection, which takes this long to make.
+const MIN_VALID: Duration = Duration::from_secs(10);
+/// Nothing is valid for longer (RFC 8767, 4).
+const MAX_VALID: Duration = Duration::from_secs(7 * 24 * 3600);
+
+#[derive(Debug)]
+struct Bound {
+    name: Arc<str>,
+    until: Instant,
+}
+
+/// A rule that is ready to be used.
+#[derive(Debug)]
+struct Ready {
+    rule: Rule,
+    name: Option<Name>,
+}
+
+/// A policy at work.
+pub(crate) struct Enforcer {
+    rules: Vec<Ready>,
+    /// What our resolver has answered.
+    names: HashMap<IpAddr, Vec<Bound>>,
+    bound: usize,
+    reporter: Option<Reporter>,
+    told: u32,
+    told_since: Option<Instant>,
+    untold: u64,
+}
+
+impl fmt::Debug for Enforcer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Enforcer").field("rules", &self.rules).field("bound", &self.bound).finish_non_exhaustive()
+    }
+}
+
+impl Enforcer {
+    /// `policy` was checked.
+    pub(crate) fn new(policy: Policy) -> Self {
+        let (names, reporter) = (HashMap::new(), None);
+        let mut it = Self { rules: Vec::new(), names, bound: 0, reporter, told: 0, told_since: None, untold: 0 };
+        it.change(policy);
+        it
+    }
+
+    /// Another policy from now on. Names stay resolved.
+    pub(crate) fn change(&mut self, policy: Policy) {
+        let ready = |rule: Rule| {
+            let name = match &rule.target {
+                Target::Name(text) => Name::parse_pattern(text).ok(),
+                _ => None,
+            };
+            Ready { rule, name }
+        };
+        self.rules = policy.rules.into_iter().map(ready).collect();
+    }
+
+    pub(crate) fn report_to(&mut self, reporter: Reporter) {
+        self.reporter = Some(reporter);
+    }
+
+    /// Lets a socket go to `to`, or tells of the denial.
+    pub(crate) fn admit(&mut self, protocol: Protocol, to: SocketAddr, now: Instant) -> Option<Admitted> {
+        let kind = match protocol {
+            Protocol::Tcp => SocketKind::Stream,
+            Protocol::Udp => SocketKind::Datagram,
+            Protocol::Ping => SocketKind::Ping,
+        };
+        match self.decide(protocol, to, Some(now)) {
+            Ok(()) => Some(Admitted { kind, address: to }),
+            Err(why) => {
+                let name = self.names.get(&to.ip()).and_then(|all| all.last()).map(|bound| bound.name.to_string());
+                self.report(Denial { protocol: Some(protocol), destination: Some(to), name, why, untold: 0 }, now);
+                None
+            }
+        }
+    }
+
+    /// Whether what was admitted still would be. Names may have expired since.
+    pub(crate) fn allows(&self, protocol: Protocol, to: SocketAddr) -> bool {
+        self.decide(protocol, to, None).is_ok()
+    }
+
+    fn decide(&self, protocol: Protocol, to: SocketAddr, now: Option<Instant>) -> Result<(), Why> {
+        let (address, special) = (to.ip(), special(to.ip()));
+        // What is not public must be named by a range that is not public either.
+        let names = |range: Cidr| range.contains(address) && special.is_none_or(|(block, _)| block.covers(range));
+        let mut denied = Why::NoRule;
+        for (n, Ready { rule, name }) in self.rules.iter().enumerate() {
+            if !rule.fits(protocol, to.port()) {
+                continue;
+            }
+            let (hit, public) = match (&rule.target, name) {
+                (Target::Anywhere, _) => (true, true),
+                (Target::Range(range), _) => (range.contains(address), !names(*range)),
+                (Target::Name(_), Some(name)) => (self.is_bound(address, name, now), true),
+                (Target::Name(_), None) => (false, true),
+            };
+            match (hit, rule.allow, special) {
+                (false, ..) => {}
+                (true, false, _) => return Err(Why::Rule(n)),
+                (true, true, Some((_, what))) if public && !self.range_allows(names, protocol, to.port(), rule) => {
+                    denied = Why::Special(what);
+                }
+                (true, true, None)
+                    if is_own(address) && !self.range_allows(names_own(address), protocol, to.port(), rule) =>
+                {
+                    denied = Why::Host;
+                }
+                (true, true, _) => return Ok(()),
+            }
+        }
+        Err(denied)
+    }
+
+    /// Whether `rule` is of a name, and another one allows the range that the name leads into; or it is such itself.
+    fn range_allows(&self, names: impl Fn(Cidr) -> bool, protocol: Protocol, port: u16, rule: &Rule) -> bool {
+        let range = |rule: &Rule| match rule.target {
+            Target::Range(range) => rule.allow && names(range),
+            _ => false,
+        };
+        match rule.target {
+            Target::Name(_) => self.rules.iter().any(|r| range(&r.rule) && r.rule.fits(protocol, port)),
+            _ => range(rule),
+        }
+    }
+
+    fn is_bound(&self, address: IpAddr, name: &Name, now: Option<Instant>) -> bool {
+        let valid = |bound: &&Bound| now.is_none_or(|now| bound.until > now);
+        self.names.get(&address).is_some_and(|all| all.iter().filter(valid).any(|bound| name.matches(&bound.name)))
+    }
+
+    /// Whether the guest may ask for `name`, which is in lower case and has no last dot; tells of the denial.
+    pub(crate) fn may_ask(&mut self, name: &str, now: Instant) -> bool {
+        let decision = self.rules.iter().enumerate().find_map(|(n, Ready { rule, name: pattern })| match rule.target {
+            Target::Anywhere if rule.allow || rule.ports.is_empty() && rule.protocols.is_empty() => {
+                Some((n, rule.allow))
+            }
+            Target::Name(_) if pattern.as_ref().is_some_and(|p| p.matches(name)) => {
+                // Denying a port of a name does not deny the name.
+                (rule.allow || rule.ports.is_empty() && rule.protocols.is_empty()).then_some((n, rule.allow))
+            }
+            _ => None,
+        });
+        let why = match decision {
+            Some((_, true)) => return true,
+            Some((n, false)) => Why::Rule(n),
+            None => Why::NoRule,
+        };
+        self.report(Denial { protocol: None, destination: None, name: Some(name.into()), why, untold: 0 }, now);
+        false
+    }
+
+    /// Whether the guest may learn that `name` leads to `address`: not inside, where no rule allows the range (DNS rebinding).
+    pub(crate) fn may_lead(&mut self, name: &str, address: IpAddr, now: Instant) -> bool {
+        let Some((block, what)) = special(address) else { return true };
+        let named = |ready: &Ready| match ready.rule.target {
+            Target::Range(range) => ready.rule.allow && range.contains(address) && block.covers(range),
+            _ => false,
+        };
+        if self.rules.iter().any(named) {
+            return true;
+        }
+        let (name, why) = (Some(name.into()), Why::Special(what));
+        let destination = Some(SocketAddr::new(address, 0));
+        self.report(Denial { protocol: None, destination, name, why, untold: 0 }, now);
+        false
+    }
+
+    /// The host's own resolver, which the guest never talks to itself.
+    pub(crate) fn resolver(&self, kind: SocketKind, address: SocketAddr) -> Admitted {
+        Admitted { kind, address }
+    }
+
+    /// `name` was resolved to `addresses`, for so long.
+    pub(crate) fn resolved(&mut self, name: &str, addresses: &[IpAddr], valid: Duration, now: Instant) {
+        let (name, until): (Arc<str>, _) = (name.into(), now + valid.clamp(MIN_VALID, MAX_VALID));
+        for address in addresses {
+            if self.bound >= MAX_BOUND {
+                self.forget(now);
+            }
+            let all = self.names.entry(*address).or_default();
+            match all.iter().position(|bound| bound.name == name) {
+                Some(at) => drop(all.remove(at)),
+                None => self.bound += 1,
+            }
+            all.push(Bound { name: name.clone(), until });
+        }
+    }
+
+    /// Makes room: what is not valid any more goes, or else what is valid for the shortest time.
+    fn forget(&mut self, now: Instant) {
+        let first = self.names.values().flatten().map(|bound| bound.until).min();
+        let limit = first.map_or(now, |first| first.max(now));
+        self.names.retain(|_, all| {
+            all.retain(|bound| bound.until > limit);
+            !all.is_empty()
+        });
+        self.bound = self.names.values().map(Vec::len).sum();
+    }
+
+    fn report(&mut self, denial: Denial, now: Instant) {
+        if self.told_since.is_none_or(|since| now.saturating_duration_since(since) >= Duration::from_secs(1)) {
+            (self.told, self.told_since) = (0, Some(now));
+        }
+        if self.told >= TOLD {
+            self.untold += 1;
+            return;
+        }
+        self.told += 1;
+        log::debug!("a guest may not go there: {denial}");
+        if let Some(reporter) = &mut self.reporter {
+            reporter(Denial { untold: std::mem::take(&mut self.untold), ..denial });
+        }
+    }
+}
+
+/// A range that is one address alone, which is how the host's own are named.
+fn names_own(address: IpAddr) -> impl Fn(Cidr) -> bool {
+    move |range| range == Cidr::from(address)
+}
+
+/// Whether a public address is the host's own: its services would be reached as if from itself. Nobody else's can be bound to,
+/// but where the host is told otherwise (`net.ipv4.ip_nonlocal_bind`), which an address of documentation shows.
+fn is_own(address: IpAddr) -> bool {
+    let binds = |address: IpAddr| UdpSocket::bind((address, 0)).is_ok();
+    let nobody: IpAddr = match address {
+        IpAddr::V4(_) => Ipv4Addr::new(192, 0, 2, 1).into(),
+        IpAddr::V6(_) => Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1).into(),
+    };
+    binds(address) && !binds(nobody)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::sync::Mutex;
+
+    fn to(text: &str) -> SocketAddr {
+        text.parse().unwrap()
+    }
+
+    fn range(text: &str) -> Cidr {
+        text.parse().unwrap()
+    }
+
+    fn allowed(policy: &Policy, protocol: Protocol, address: &str) -> bool {
+        policy.check().unwrap();
+        Enforcer::new(policy.clone()).admit(protocol, to(address), Instant::now()).is_some()
+    }
+
+    #[test]
+    fn the_first_rule_decides_and_none_denies() {
+        let policy = Policy::default()
+            .rule(Rule::deny_range(range("9.9.0.0/16")).port(25))
+            .rule(Rule::allow_range(range("9.0.0.0/8")).ports(20..=30).protocol(Protocol::Tcp));
+        assert!(allowed(&policy, Protocol::Tcp, "9.9.9.9:22"));
+        assert!(!allowed(&policy, Protocol::Tcp, "9.9.9.9:25"));
+        assert!(allowed(&policy, Protocol::Tcp, "9.8.9.9:25"));
+        assert!(!allowed(&policy, Protocol::Udp, "9.8.9.9:25"));
+        assert!(!allowed(&policy, Protocol::Tcp, "9.8.9.9:31"));
+        assert!(!allowed(&Policy::deny_all(), Protocol::Tcp, "9.9.9.9:22"));
+    }
+
+    #[test]
+    fn special_ranges_are_denied_unless_named() {
+        let all = Policy::internet();
+        let wide = Policy::default().rule(Rule::allow_range(range("0.0.0.0/0"))).rule(Rule::allow_range(range("::/0")));
+        for address in [
+            "10.0.0.1:80",
+            "127.0.0.1:80",
+            "169.254.169.254:80",
+            "[::1]:80",
+            "[fd00:ec2::254]:80",
+            "224.0.0.1:80",
+            "[::ffff:127.0.0.1]:80",
+            "[64:ff9b::7f00:1]:80",
+            "100.64.0.1:80",
+            "0.0.0.0:80",
+            "[fe80::1]:80",
+        ] {
+            assert!(!allowed(&all, Protocol::Tcp, address), "{address}");
+            assert!(!allowed(&wide, Protocol::Tcp, address), "{address}");
+        }
+        assert!(allowed(&all, Protocol::Udp, "8.8.8.8:53") && allowed(&wide, Protocol::Ping, "[2606::1]:0"));
+        let local =
+            all.clone().rule(Rule::allow_range(range("169.254.0.0/16"))).rule(Rule::allow_range(range("127.0.0.1/32")));
+        assert!(allowed(&local, Protocol::Tcp, "127.0.0.1:80") && allowed(&local, Protocol::Tcp, "169.254.1.1:80"));
+        assert!(!allowed(&local, Protocol::Tcp, "127.0.0.2:80"));
+        assert!(!allowed(&local, Protocol::Tcp, "169.254.169.254:80"));
+        let metadata = Policy::default().rule(Rule::allow_range(range("169.254.169.254/32")));
+        assert!(allowed(&metadata, Protocol::Tcp, "169.254.169.254:80"));
+    }
+
+    #[test]
+    fn names_admit_what_they_were_resolved_to_for_as_long_as_it_is_valid() {
+        let policy = Policy::default().rule(Rule::allow_name("*.example.com").port(443));
+        let (mut it, now) = (Enforcer::new(policy), Instant::now());
+        assert!(it.may_ask("www.example.com", now) && !it.may_ask("example.org", now));
+        let (there, minute) = (to("9.9.9.9:443"), Duration::from_secs(60));
+        assert!(it.admit(Protocol::Tcp, there, now).is_none());
+        it.resolved("www.example.com", &[there.ip()], minute, now);
+        it.resolved("example.org", &[there.ip()], minute * 2, now);
+        assert!(it.admit(Protocol::Tcp, there, now).is_some());
+        assert!(it.admit(Protocol::Tcp, to("9.9.9.9:80"), now).is_none());
+        assert!(it.admit(Protocol::Tcp, there, now + minute).is_none());
+        assert!(it.allows(Protocol::Tcp, there));
+        it.change(Policy::deny_all());
+        assert!(!it.allows(Protocol::Tcp, there));
+    }
+
+    #[test]
+    fn names_that_lead_inside_need_the_range_as_well() {
+        let names = Policy::default().rule(Rule::allow_name("rebind.example.com"));
+        let (now, valid, inside) = (Instant::now(), Duration::from_secs(60), to("127.0.0.1:80"));
+        let mut it = Enforcer::new(names.clone());
+        it.resolved("rebind.example.com", &[inside.ip()], valid, now);
+        assert!(it.admit(Protocol::Tcp, inside, now).is_none());
+        it.change(names.clone().rule(Rule::allow_range(range("10.0.0.0/8"))));
+        assert!(it.admit(Protocol::Tcp, inside, now).is_none());
+        it.change(names.rule(Rule::allow_range(range("127.0.0.0/8"))));
+        assert!(it.admit(Protocol::Tcp, inside, now).is_some());
+    }
+
+    #[test]
+    fn the_table_of_names_is_bounded() {
+        let (mut it, now) = (Enforcer::new(Policy::deny_all()), Instant::now());
+        for n in 0..20_000u32 {
+            let address = IpAddr::from(n.to_be_bytes());
+            it.resolved("a.example", &[address], Duration::from_secs(60 + u64::from(n)), now);
+        }
+        assert!(it.bound <= MAX_BOUND && it.names.len() <= MAX_BOUND);
+        assert!(it.names.contains_key(&IpAddr::from(19_999u32.to_be_bytes())));
+    }
+
+    #[test]
+    fn denials_are_told_but_not_too_many() {
+        let told = Arc::new(Mutex::new(Vec::new()));
+        let (mut it, now, tell) = (Enforcer::new(Policy::internet()), Instant::now(), told.clone());
+        it.report_to(Box::new(move |denial| tell.lock().unwrap().push(denial)));
+        for _ in 0..1000 {
+            assert!(it.admit(Protocol::Tcp, to("10.0.0.1:80"), now).is_none());
+        }
+        assert_eq!(told.lock().unwrap().len(), TOLD as usize);
+        assert!(it.admit(Protocol::Udp, to("169.254.169.254:80"), now + Duration::from_secs(2)).is_none());
+        let last = told.lock().unwrap().pop().unwrap();
+        assert_eq!((last.why, last.untold), (Why::Special("metadata"), 1000 - u64::from(TOLD)));
+        assert_eq!(last.protocol, Some(Protocol::Udp));
+    }
+
+    proptest! {
+        /// Whatever the rules are, an address that no range names is admitted only if it is public.
+        #[test]
+        fn inside_is_never_reached_by_accident(address in any::<[u8; 4]>(), port in 1u16.., bits in 0u8..8) {
+            let wide = Cidr::new(IpAddr::from([0; 4]), 0).unwrap();
+            let part = Cidr::new(IpAddr::from((u32::from_be_bytes(address) & !(u32::MAX >> bits)).to_be_bytes()), bits);
+            let policy = Policy::internet().rule(Rule::allow_range(wide)).rule(Rule::allow_range(part.unwrap_or(wide)));
+            let (address, mut it) = (IpAddr::from(address), Enforcer::new(policy));
+            it.resolved("x.y", &[address], Duration::from_secs(9), Instant::now());
+            let admitted = it.admit(Protocol::Tcp, SocketAddr::new(address, port), Instant::now()).is_some();
+            prop_assert!(!admitted || special(address).is_none() || matches!(address, IpAddr::V4(a) if a.octets()[0] == 0 || a.octets()[0] >= 224));
+        }
+    }
+}

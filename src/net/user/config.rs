@@ -1,0 +1,205 @@
+//! [`Config`]: addresses and bounds of a user-mode network; [`Stats`]: what it has done.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::time::Duration;
+
+use crate::error::{Error, Result};
+use crate::net::Mac;
+use crate::net::policy::Policy;
+
+/// A config value: who is who on the guest's link, and how much there may be of everything.
+///
+/// By default 10.0.2.0/24 and fd63:6f66:6665::/64, as a guest of QEMU has them: the gateway is 2, the guest 15. The gateway
+/// is router, DHCP server and resolver; nothing else is on the link.
+#[derive(Debug, Clone)]
+pub(crate) struct Config {
+    pub guest_mac: Mac,
+    pub gateway_mac: Mac,
+    pub gateway4: Ipv4Addr,
+    pub guest4: Ipv4Addr,
+    /// Bits of the IPv4 network.
+    pub prefix4: u8,
+    /// The first 64 bits are the IPv6 network (RFC 4193), in which the guest may choose its addresses.
+    pub gateway6: Ipv6Addr,
+    pub guest6: Ipv6Addr,
+    pub mtu: u16,
+    pub policy: Policy,
+    /// The host's resolvers; `None`: those of `/etc/resolv.conf`, which is read again when it changes.
+    pub resolvers: Option<Vec<SocketAddr>>,
+    pub limits: Limits,
+}
+
+/// Bounds of a network.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Limits {
+    /// TCP connections at once, both ways.
+    pub connections: usize,
+    /// New TCP connections of the guest in a second, and as many at once.
+    pub new_connections: Option<u32>,
+    /// UDP flows and pings at once; the one that was idle for longest makes room.
+    pub datagram_flows: usize,
+    /// Until a connection is made.
+    pub half_open: Duration,
+    /// Until a connection without traffic is reset (RFC 5382, REQ-5: at least two hours and four minutes).
+    pub idle: Duration,
+    /// Until one that is closed on one side is.
+    pub half_closed: Duration,
+    /// Until a UDP flow is forgotten (RFC 4787, REQ-5: at least two minutes).
+    pub datagram_idle: Duration,
+    /// Bytes that wait for slow receivers on the host, of all connections.
+    pub backlog: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            connections: 8192,
+            new_connections: None,
+            datagram_flows: 1024,
+            half_open: Duration::from_secs(60),
+            idle: Duration::from_secs(2 * 3600 + 240),
+            half_closed: Duration::from_secs(600),
+            datagram_idle: Duration::from_secs(180),
+            backlog: 16 << 20,
+        }
+    }
+}
+
+impl Config {
+    pub(crate) fn new(policy: Policy) -> Self {
+        let net6 = |host| Ipv6Addr::new(0xfd63, 0x6f66, 0x6665, 0, 0, 0, 0, host);
+        Self {
+            guest_mac: Mac([0x52, 0x54, 0, 0x12, 0x34, 0x56]),
+            gateway_mac: Mac([0x52, 0x55, 10, 0, 2, 2]),
+            gateway4: Ipv4Addr::new(10, 0, 2, 2),
+            guest4: Ipv4Addr::new(10, 0, 2, 15),
+            prefix4: 24,
+            gateway6: net6(2),
+            guest6: net6(0x15),
+            mtu: 1500,
+            policy,
+            resolvers: None,
+            limits: Limits::default(),
+        }
+    }
+
+    /// # Errors
+    /// `InvalidConfig` for what cannot work.
+    pub(crate) fn check(&self) -> Result<()> {
+        let invalid = |problem: String| Err(Error::invalid("Net::user", problem));
+        let network = |a: Ipv4Addr| u32::from(a).checked_shr(32 - u32::from(self.prefix4)).unwrap_or(0);
+        if !(576..).contains(&self.mtu) {
+            return invalid(format!("an MTU of {} is less than the 576 bytes that IPv4 needs", self.mtu));
+        }
+        if !(8..=30).contains(&self.prefix4) {
+            return invalid(format!(
+                "a network of /{} has no room for gateway and guest, or too much: say 8 to 30",
+                self.prefix4
+            ));
+        }
+        if network(self.gateway4) != network(self.guest4) || self.gateway4 == self.guest4 {
+            return invalid(format!("{} and {} are not two addresses of one network", self.gateway4, self.guest4));
+        }
+        let bad = |a: Ipv4Addr| a.is_loopback() || a.is_multicast() || a.is_broadcast() || a.is_unspecified();
+        if bad(self.gateway4) || bad(self.guest4) {
+            return invalid(format!("{} or {} cannot be a machine's address", self.gateway4, self.guest4));
+        }
+        if self.gateway6 == self.guest6 || !self.on_link6(self.guest6) || self.gateway6.is_multicast() {
+            return invalid(format!("{} and {} are not two addresses of one /64", self.gateway6, self.guest6));
+        }
+        if !self.guest_mac.is_unicast() || !self.gateway_mac.is_unicast() || self.guest_mac == self.gateway_mac {
+            return invalid(format!("{} and {} are not two cards' addresses", self.guest_mac, self.gateway_mac));
+        }
+        self.policy.check()
+    }
+
+    pub(super) fn on_link6(&self, address: Ipv6Addr) -> bool {
+        u128::from(address) >> 64 == u128::from(self.gateway6) >> 64
+    }
+
+    /// The gateway's link-local address (RFC 4291, 2.5.6).
+    pub(super) fn gateway_local(&self) -> Ipv6Addr {
+        Ipv6Addr::from(0xfe80 << 112 | u128::from(self.gateway6) & u128::from(u64::MAX))
+    }
+
+    pub(super) fn is_gateway(&self, address: IpAddr) -> bool {
+        match address {
+            IpAddr::V4(a) => a == self.gateway4,
+            IpAddr::V6(a) => a == self.gateway6 || a == self.gateway_local(),
+        }
+    }
+
+    /// Whether a DHCP server may be asked there.
+    pub(super) fn is_server(&self, address: IpAddr) -> bool {
+        self.is_gateway(address) || matches!(address, IpAddr::V4(a) if a.is_broadcast())
+    }
+
+    /// Whether the guest may send from there to anywhere.
+    pub(super) fn is_guest(&self, address: IpAddr) -> bool {
+        match address {
+            IpAddr::V4(a) => a == self.guest4,
+            IpAddr::V6(a) => self.on_link6(a) && !self.is_gateway(address),
+        }
+    }
+
+    /// The network's own broadcast address.
+    pub(super) fn broadcast4(&self) -> Ipv4Addr {
+        Ipv4Addr::from(u32::from(self.gateway4) | u32::MAX.checked_shr(u32::from(self.prefix4)).unwrap_or(0))
+    }
+}
+
+/// Counts since the network was made, and what there is now.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct NetStats {
+    /// Frames of the guest.
+    pub sent_frames: u64,
+    /// Their bytes.
+    pub sent_bytes: u64,
+    /// Frames to the guest.
+    pub received_frames: u64,
+    /// Their bytes.
+    pub received_bytes: u64,
+    /// Frames of the guest that were not what they should be.
+    pub malformed: u64,
+    /// With a wrong checksum.
+    pub bad_checksums: u64,
+    /// Fragments of the guest, which are not put together.
+    pub fragments: u64,
+    /// From a hardware or IP address that is not the guest's.
+    pub spoofed: u64,
+    /// Of protocols or to addresses that nobody serves.
+    pub unserved: u64,
+    /// Frames to the guest that were dropped, as too many waited.
+    pub overflowed: u64,
+    /// TCP connections now.
+    pub connections: u64,
+    /// TCP connections that were made, both ways.
+    pub connected: u64,
+    /// Connections that the other side refused, did not answer, or could not be reached on.
+    pub unconnected: u64,
+    /// Connections that were reset by either side, or by a changed policy.
+    pub resets: u64,
+    /// Connections and flows that were given up because nothing happened on them.
+    pub timed_out: u64,
+    /// Connections that were not made as there were too many, or as the host had no more descriptors.
+    pub limited: u64,
+    /// Segments that were sent again.
+    pub retransmitted: u64,
+    /// Segments of the guest that came before one that is missing.
+    pub out_of_order: u64,
+    /// UDP flows and pings now.
+    pub datagram_flows: u64,
+    /// Datagrams of the host that were dropped because the guest takes no larger ones.
+    pub too_large: u64,
+    /// Connections and datagrams that the policy denied.
+    pub denied: u64,
+    /// Questions for names.
+    pub questions: u64,
+    /// Questions that the policy denied.
+    pub denied_names: u64,
+    /// Questions that no resolver answered.
+    pub unanswered: u64,
+    /// Bytes of the guest that wait for slow receivers on the host.
+    pub backlog: u64,
+}

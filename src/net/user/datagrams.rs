@@ -1,0 +1,411 @@
+//! [`Datagrams`]: UDP flows and pings of a guest. Each has a socket of the host, connected to the one peer it has, or shares
+//! the one of a published port.
+
+use std::collections::{HashMap, VecDeque};
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::os::fd::AsFd;
+use std::time::Instant;
+
+use super::core::{Core, put};
+use super::host::{Alarm, exhausted};
+use super::icmp::{self, Unreachable};
+use super::publish::Ports;
+use super::table::{Id, Owner, Table};
+use crate::memory::{GuestMemory, Segment};
+use crate::net::policy::Protocol;
+use crate::net::wire::{self, Bad, Ends, Head};
+use crate::net::{Csum, Offload, Offloads, Received};
+use crate::sys::Socket;
+
+/// What a flow is found by. A ping's ports are its identifier and nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+struct Key {
+    protocol: Protocol,
+    guest: (IpAddr, u16),
+    remote: (IpAddr, u16),
+}
+
+/// How a flow leaves.
+#[derive(Debug)]
+enum Via {
+    Socket(Socket),
+    /// Somebody on the host has sent to a published port.
+    Port(Id, SocketAddr),
+}
+
+#[derive(Debug)]
+struct Flow {
+    key: Key,
+    via: Via,
+    active: Instant,
+    alarm: Alarm,
+    queued: bool,
+}
+
+/// Where something may be for the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Source {
+    Flow(Id),
+    Port(Id),
+}
+
+/// The next frame to the guest, with its headers.
+#[derive(Debug, Default)]
+struct Staged {
+    frame: Vec<u8>,
+    offload: Offload,
+    full: bool,
+}
+
+#[derive(Debug, Default)]
+pub(super) struct Datagrams {
+    flows: Table<Flow>,
+    names: HashMap<Key, Id>,
+    /// Flows of published ports, by port and client.
+    clients: HashMap<(Id, SocketAddr), Id>,
+    ready: VecDeque<Source>,
+    staged: Staged,
+    buffer: Vec<u8>,
+    port: u16,
+}
+
+/// A datagram of the guest.
+#[derive(Debug)]
+pub(super) struct Datagram<'a> {
+    pub ends: Ends,
+    pub udp: wire::Udp,
+    /// Bytes of each, where it stands for several.
+    pub cut: Option<usize>,
+    pub memory: &'a GuestMemory,
+    pub payload: &'a [Segment],
+}
+
+/// Ports that clients of published ports seem to come from (RFC 6335, 6).
+const EPHEMERAL: u16 = 49152;
+
+/// The next port of those.
+pub(super) fn ephemeral(port: &mut u16) -> u16 {
+    *port = port.checked_add(1).filter(|port| *port >= EPHEMERAL).unwrap_or(EPHEMERAL);
+    *port
+}
+
+impl Datagrams {
+    pub(super) fn len(&self) -> usize {
+        self.flows.len()
+    }
+
+    /// Takes a datagram of the guest.
+    pub(super) fn datagram(&mut self, core: &mut Core, ports: &Ports, it: &Datagram<'_>) -> Result<(), Bad> {
+        let (guest, remote) = ((it.ends.src, it.udp.src), (it.ends.dst, it.udp.dst));
+        let Some(id) = self.flow(core, Key { protocol: Protocol::Udp, guest, remote }) else { return Ok(()) };
+        let Some(flow) = self.flows.get_mut(id) else { return Ok(()) };
+        let len = it.udp.len - wire::UDP_HEADER;
+        let size = it.cut.unwrap_or(len).max(1);
+        let (mut at, mut piece) = (0, Vec::new());
+        loop {
+            super::cut(it.payload, at, size.min(len - at), &mut piece);
+            let sent = match &flow.via {
+                Via::Socket(socket) => match it.memory.send(&piece, socket.as_fd()) {
+                    // What is told then is what became of one before (udp(7)).
+                    Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+                        it.memory.send(&piece, socket.as_fd())
+                    }
+                    sent => sent,
+                },
+                Via::Port(port, client) => {
+                    let (port, client) = (*port, *client);
+                    let bytes = core.copy(it.memory, &piece, 0, size.min(len - at))?;
+                    ports.send(port, client, bytes)
+                }
+            };
+            if let Err(error) = sent {
+                failed(core, &flow.key, &error);
+            }
+            at += size;
+            if at >= len {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Takes an echo request of the guest to somebody outside.
+    pub(super) fn ping(&mut self, core: &mut Core, ends: Ends, message: &mut [u8]) {
+        let Some([_, _, _, _, a, b]) = message.first_chunk::<6>() else { return };
+        let guest = (ends.src, u16::from_be_bytes([*a, *b]));
+        let Some(id) = self.flow(core, Key { protocol: Protocol::Ping, guest, remote: (ends.dst, 0) }) else { return };
+        if let Some(Flow { via: Via::Socket(socket), key, .. }) = self.flows.get_mut(id) {
+            if let Err(error) = socket.send(message) {
+                failed(core, key, &error);
+            }
+        }
+    }
+
+    /// The flow of that name, which is made if the policy admits it.
+    fn flow(&mut self, core: &mut Core, key: Key) -> Option<Id> {
+        let now = core.host.now;
+        if let Some(flow) = self.names.get(&key).and_then(|id| self.flows.get_mut(*id)) {
+            flow.active = now;
+            return self.names.get(&key).copied();
+        }
+        let to = SocketAddr::new(key.remote.0, key.remote.1);
+        if core.config.is_gateway(to.ip()) || key.protocol == Protocol::Udp && (to.port() == 0 || key.guest.1 == 0) {
+            failed(core, &key, &io::ErrorKind::ConnectionRefused.into());
+            return None;
+        }
+        let Some(admitted) = core.admit(key.protocol, to) else {
+            failed(core, &key, &io::ErrorKind::PermissionDenied.into());
+            return None;
+        };
+        self.make_room(core);
+        match core.host.connect(&admitted) {
+            Ok(socket) => self.insert(core, key, Via::Socket(socket)),
+            Err(error) if exhausted(&error) => {
+                core.stats.limited += 1;
+                None
+            }
+            Err(error) => {
+                core.stats.unconnected += 1;
+                failed(core, &key, &error);
+                None
+            }
+        }
+    }
+
+    /// The one that was idle for longest makes room.
+    fn make_room(&mut self, core: &mut Core) {
+        if self.flows.len() >= core.config.limits.datagram_flows.max(1) {
+            let oldest = self.flows.iter().min_by_key(|(_, flow)| flow.active).map(|(id, _)| id);
+            if let Some(id) = oldest {
+                self.remove(core, id);
+            }
+        }
+    }
+
+    fn insert(&mut self, core: &mut Core, key: Key, via: Via) -> Option<Id> {
+        let (now, alarm) = (core.host.now, Alarm::default());
+        let id = self.flows.insert(Flow { key, via, active: now, alarm, queued: false });
+        let flow = self.flows.get_mut(id)?;
+        if let Via::Socket(socket) = &flow.via {
+            if let Err(error) = core.host.watch(socket.as_fd(), Owner::Udp(id)) {
+                log::debug!("a flow is not watched: {error}");
+                core.stats.limited += 1;
+                self.flows.remove(id);
+                return None;
+            }
+        }
+        core.host.alarm(&mut flow.alarm, Owner::Udp(id), Some(now + core.config.limits.datagram_idle));
+        self.names.insert(key, id);
+        Some(id)
+    }
+
+    fn remove(&mut self, core: &mut Core, id: Id) {
+        let Some(mut flow) = self.flows.remove(id) else { return };
+        core.host.cancel(&mut flow.alarm, Owner::Udp(id));
+        self.names.remove(&flow.key);
+        if let Via::Port(port, client) = flow.via {
+            self.clients.remove(&(port, client));
+        }
+    }
+
+    /// An alarm rang.
+    pub(super) fn rang(&mut self, core: &mut Core, id: Id) {
+        let Some(flow) = self.flows.get_mut(id) else { return };
+        flow.alarm.rang();
+        let end = flow.active + core.config.limits.datagram_idle;
+        if end <= core.host.now {
+            core.stats.timed_out += 1;
+            return self.remove(core, id);
+        }
+        core.host.alarm(&mut flow.alarm, Owner::Udp(id), Some(end));
+    }
+
+    /// Forgets what the policy no longer allows.
+    pub(super) fn review(&mut self, core: &mut Core) {
+        let denied = |flow: &Flow| {
+            let to = SocketAddr::new(flow.key.remote.0, flow.key.remote.1);
+            matches!(flow.via, Via::Socket(_)) && !core.allows(flow.key.protocol, to)
+        };
+        let gone: Vec<Id> = self.flows.iter().filter(|(_, flow)| denied(flow)).map(|(id, _)| id).collect();
+        for id in gone {
+            self.remove(core, id);
+        }
+        self.staged.full = false;
+    }
+
+    /// A published port is gone.
+    pub(super) fn unpublished(&mut self, core: &mut Core, port: Id) {
+        let of = |flow: &Flow| matches!(flow.via, Via::Port(p, _) if p == port);
+        let gone: Vec<Id> = self.flows.iter().filter(|(_, flow)| of(flow)).map(|(id, _)| id).collect();
+        for id in gone {
+            self.remove(core, id);
+        }
+    }
+
+    /// Something may have come for a flow.
+    pub(super) fn ready(&mut self, id: Id) {
+        if let Some(flow) = self.flows.get_mut(id).filter(|flow| !flow.queued) {
+            flow.queued = true;
+            self.ready.push_back(Source::Flow(id));
+        }
+    }
+
+    /// Something may have come to a published port.
+    pub(super) fn ready_port(&mut self, id: Id) {
+        if !self.ready.contains(&Source::Port(id)) {
+            self.ready.push_back(Source::Port(id));
+        }
+    }
+
+    /// How many bytes the next frame has.
+    pub(super) fn next(&mut self, core: &mut Core, ports: &Ports) -> Option<usize> {
+        self.buffer.resize(wire::MAX_PACKET, 0);
+        while !self.staged.full {
+            let source = *self.ready.front()?;
+            let more = match source {
+                Source::Flow(id) => self.take_of_flow(core, id),
+                Source::Port(id) => self.take_of_port(core, ports, id),
+            };
+            self.ready.pop_front();
+            match (more, source) {
+                // Each in its turn.
+                (true, source) => self.ready.push_back(source),
+                (false, Source::Flow(id)) => {
+                    if let Some(flow) = self.flows.get_mut(id) {
+                        flow.queued = false;
+                    }
+                }
+                (false, Source::Port(_)) => {}
+            }
+        }
+        Some(self.staged.frame.len())
+    }
+
+    /// Takes the next datagram of a flow. False: there are no more.
+    fn take_of_flow(&mut self, core: &mut Core, id: Id) -> bool {
+        let Some(flow) = self.flows.get_mut(id) else { return false };
+        let Via::Socket(socket) = &flow.via else { return false };
+        match socket.receive(&mut self.buffer) {
+            Ok(n) => {
+                flow.active = core.host.now;
+                let key = flow.key;
+                self.stage(core, &key, n);
+                true
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => false,
+            Err(error) => {
+                failed(core, &flow.key, &error);
+                true
+            }
+        }
+    }
+
+    /// Takes the next datagram of a published port. False: there are no more.
+    fn take_of_port(&mut self, core: &mut Core, ports: &Ports, id: Id) -> bool {
+        let (n, client, guest_port) = match ports.receive(id, &mut self.buffer) {
+            Ok(Some(found)) => found,
+            Ok(None) => return true,
+            Err(error) => return error.kind() != io::ErrorKind::WouldBlock && ports.is_there(id),
+        };
+        let known = self.clients.get(&(id, client)).copied();
+        let flow = known.or_else(|| {
+            self.make_room(core);
+            let guest = (core.config.guest4.into(), guest_port);
+            let gateway = core.config.gateway4.into();
+            let free = (0..=u16::MAX - EPHEMERAL).find_map(|_| {
+                let key = Key { protocol: Protocol::Udp, guest, remote: (gateway, ephemeral(&mut self.port)) };
+                (!self.names.contains_key(&key)).then_some(key)
+            })?;
+            let it = self.insert(core, free, Via::Port(id, client))?;
+            self.clients.insert((id, client), it);
+            Some(it)
+        });
+        if let Some(flow) = flow.and_then(|flow| self.flows.get_mut(flow)) {
+            flow.active = core.host.now;
+            let key = flow.key;
+            self.stage(core, &key, n);
+        }
+        true
+    }
+
+    /// Makes a frame of the first `n` bytes of the buffer.
+    fn stage(&mut self, core: &mut Core, key: &Key, n: usize) {
+        let ends = Ends { src: key.remote.0, dst: key.guest.0 };
+        let inner = wire::ETHERNET + wire::ip_header_len(ends.src);
+        let udp = key.protocol == Protocol::Udp;
+        let header = if udp { wire::UDP_HEADER } else { 0 };
+        if inner - wire::ETHERNET + header + n > usize::from(core.config.mtu) {
+            core.stats.too_large += 1;
+            return;
+        }
+        let protocol = match (udp, ends.src) {
+            (true, _) => wire::UDP,
+            (false, IpAddr::V4(_)) => wire::ICMP,
+            (false, IpAddr::V6(_)) => wire::ICMPV6,
+        };
+        let mut head = Head::ip(core.macs(), ends, protocol, header + n);
+        let Some(payload) = self.buffer.get_mut(..n) else { return };
+        let mut offload = Offload::default();
+        if udp {
+            head.udp(key.remote.1, key.guest.1, n);
+            let sum = wire::pseudo(ends.src, ends.dst, protocol, header + n);
+            if core.agreed.to_guest.contains(Offloads::CSUM) {
+                head.set16(inner + 6, wire::fold(sum));
+                offload.csum = Some(Csum { start: inner as u16, offset: 6 });
+            } else {
+                head.set16(inner + 6, wire::udp_check(sum + wire::sum(head.from(inner)) + wire::sum(payload)));
+            }
+        } else {
+            // The host's number of the socket takes the place of the guest's.
+            let Some(fixed) = payload.get_mut(2..6) else { return };
+            let [a, b] = key.guest.1.to_be_bytes();
+            fixed.copy_from_slice(&[0, 0, a, b]);
+            let covered = if ends.src.is_ipv4() { 0 } else { wire::pseudo(ends.src, ends.dst, protocol, n) };
+            let check = !wire::fold(covered + wire::sum(payload));
+            if let Some(place) = payload.get_mut(2..4) {
+                place.copy_from_slice(&check.to_be_bytes());
+            }
+        }
+        let staged = &mut self.staged;
+        staged.frame.clear();
+        staged.frame.extend_from_slice(head.as_slice());
+        staged.frame.extend_from_slice(payload);
+        (staged.offload, staged.full) = (offload, true);
+    }
+
+    /// Hands out what [`Datagrams::next`] has found.
+    pub(super) fn receive(&mut self, memory: &GuestMemory, room: &[Segment]) -> Option<Received> {
+        if !std::mem::take(&mut self.staged.full) {
+            return None;
+        }
+        let (frame, offload) = (&self.staged.frame, self.staged.offload);
+        put(memory, room, 0, frame).then_some(Received { len: frame.len(), offload })
+    }
+}
+
+/// Tells the guest what became of its datagram, where a network would.
+fn failed(core: &mut Core, key: &Key, error: &io::Error) {
+    let why = match (error.kind(), error.raw_os_error()) {
+        (io::ErrorKind::WouldBlock, _) => return,
+        (_, Some(libc::EMSGSIZE)) => Unreachable::TooBig(core.config.mtu.min(1500)),
+        (kind, _) => Unreachable::of(kind),
+    };
+    let ends = Ends { src: key.guest.0, dst: key.remote.0 };
+    // Never about what went to many (RFC 1122, 3.2.2; RFC 4443, 2.4).
+    if ends.dst.is_multicast() || ends.dst == IpAddr::V4(Ipv4Addr::BROADCAST) {
+        return;
+    }
+    let mut head = Head::ip(core.macs(), ends, wire::UDP, wire::UDP_HEADER);
+    match key.protocol {
+        Protocol::Ping => {
+            let (protocol, echo) =
+                if ends.src.is_ipv4() { (wire::ICMP, icmp::ECHO) } else { (wire::ICMPV6, icmp::ECHO6) };
+            head = Head::ip(core.macs(), ends, protocol, 8);
+            // Type, code and checksum; the number of the one who asked.
+            head.udp(u16::from(echo) << 8, 0, 0);
+            head.set16(head.len() - 4, key.guest.1);
+        }
+        _ => head.udp(key.guest.1, key.remote.1, 0),
+    }
+    icmp::unreachable(core, why, ends, head.from(wire::ETHERNET));
+}

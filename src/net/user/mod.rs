@@ -1,0 +1,476 @@
+//! [`UserNet`]: a network without privileges. The guest's connections end here, ordinary sockets of the host go on.
+//!
+//! Owned by the network device, on the VM's event loop.
+//!
+//! TCP is relayed, not buffered: what the host received stays in its socket until the guest has acknowledged it (it is only
+//! peeked at, straight into the guest's buffers), and what the guest sends goes from its buffers straight into the socket.
+//! One copy each way, a few hundred bytes for a connection, and each side's flow control is the other's.
+//!
+//! smoltcp was considered and is not needed: its sockets keep a ring for each direction, of a size fixed when they are made
+//! (which fixes the window scale, too), copy three times, make no frames that stand for many, are scanned for each packet, and
+//! cannot leave a SYN unanswered until the host's connect is done. In tests it plays the guest, so that two implementations
+//! which know nothing of each other have to agree.
+
+mod clients;
+mod config;
+mod core;
+mod datagrams;
+mod dhcp;
+mod host;
+mod icmp;
+mod neighbour;
+mod publish;
+mod resolver;
+mod table;
+mod tcp;
+#[cfg(test)]
+mod tests;
+
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::BorrowedFd;
+
+use self::clients::Clients;
+pub(crate) use self::config::Config;
+pub use self::config::NetStats;
+use self::core::Core;
+use self::datagrams::{Datagram, Datagrams};
+use self::neighbour::Router;
+use self::publish::Ports;
+pub(crate) use self::publish::Published;
+use self::resolver::{Asker, Resolver};
+use self::table::Owner;
+use self::tcp::{Segment as TcpSegment, TcpFlows};
+use super::policy::{Cidr, Denial, Policy};
+use super::wire::{self, Bad, Ends, Ethernet, Packet};
+use super::{Agreed, Capabilities, NetBackend, Offload, Offloads, Received};
+use crate::error::{Context, Result};
+use crate::memory::{GuestMemory, Segment};
+use crate::sys::EpollEvent;
+
+/// Events that are taken from the kernel at once, and how often in one turn.
+const BATCH: usize = 64;
+const BATCHES: usize = 4;
+
+/// Where frames to the guest come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Lane {
+    Answers,
+    Tcp,
+    Datagrams,
+}
+
+/// The stack of one guest.
+#[derive(Debug)]
+pub(crate) struct UserNet {
+    core: Core,
+    router: Router,
+    resolver: Resolver,
+    clients: Clients,
+    tcp: TcpFlows,
+    datagrams: Datagrams,
+    ports: Ports,
+    /// Whose turn it is when both have something for the guest.
+    datagrams_first: bool,
+    /// Pieces of the frame that is being taken: kept for their room.
+    payload: Vec<Segment>,
+}
+
+impl UserNet {
+    /// # Errors
+    /// `InvalidConfig` for what cannot work; `ResourceExhausted` when the host has no more descriptors.
+    pub(crate) fn new(config: Config) -> Result<Self> {
+        config.check()?;
+        let resolver = Resolver::new(config.resolvers.clone());
+        let core = Core::new(config).doing(|| "making a user-mode network")?;
+        Ok(Self {
+            core,
+            router: Router::default(),
+            resolver,
+            clients: Clients::default(),
+            tcp: TcpFlows::default(),
+            datagrams: Datagrams::default(),
+            ports: Ports::default(),
+            datagrams_first: false,
+            payload: Vec::new(),
+        })
+    }
+
+    pub(crate) fn stats(&self) -> NetStats {
+        NetStats {
+            connections: self.tcp.len() as u64,
+            datagram_flows: self.datagrams.len() as u64,
+            backlog: self.tcp.backlog() as u64,
+            ..self.core.stats
+        }
+    }
+
+    /// Another policy from now on. Connections that it denies are reset.
+    ///
+    /// # Errors
+    /// `InvalidConfig` for a policy with a rule that means nothing; the old one stays.
+    pub(crate) fn set_policy(&mut self, policy: Policy) -> Result<()> {
+        policy.check()?;
+        self.core.policy.change(policy);
+        self.tcp.review(&mut self.core);
+        self.datagrams.review(&mut self.core);
+        Ok(())
+    }
+
+    /// Leads connections to `host` to the guest's port; port 0 is any. Only callers of these ranges are heard, or all when
+    /// there are none. Says where it listens.
+    ///
+    /// # Errors
+    /// `AlreadyExists`, `PermissionDenied` or `InvalidConfig` when the host's port cannot be had; the message says what to do.
+    pub(crate) fn publish_tcp(
+        &mut self,
+        host: SocketAddr,
+        guest: u16,
+        callers: Vec<Cidr>,
+    ) -> Result<(Published, SocketAddr)> {
+        self.ports.publish(&mut self.core, true, host, guest, callers)
+    }
+
+    /// As [`UserNet::publish_tcp`], for datagrams.
+    ///
+    /// # Errors
+    /// As there.
+    pub(crate) fn publish_udp(
+        &mut self,
+        host: SocketAddr,
+        guest: u16,
+        callers: Vec<Cidr>,
+    ) -> Result<(Published, SocketAddr)> {
+        self.ports.publish(&mut self.core, false, host, guest, callers)
+    }
+
+    /// Nobody can call there any more; connections that there are stay. False: it was gone.
+    pub(crate) fn unpublish(&mut self, published: Published) -> bool {
+        self.datagrams.unpublished(&mut self.core, published.id());
+        self.ports.unpublish(&mut self.core, published)
+    }
+
+    /// Tells of denials from now on, on the VM's event loop: must not block.
+    pub(crate) fn on_denial(&mut self, reporter: impl FnMut(Denial) + Send + 'static) {
+        self.core.policy.report_to(Box::new(reporter));
+    }
+
+    fn take(&mut self, memory: &GuestMemory, frame: &[Segment], offload: Offload) -> Result<(), Bad> {
+        let len = frame.iter().map(|s| s.len()).sum::<usize>();
+        self.core.stats.sent_frames += 1;
+        self.core.stats.sent_bytes += len as u64;
+        let mut head = [0; wire::HEADERS];
+        let mut filled = 0;
+        for segment in frame {
+            let Some(to) = head.get_mut(filled..(filled + segment.len()).min(wire::HEADERS)) else { break };
+            memory.read(segment.addr(), to).map_err(|_| Bad::Malformed)?;
+            filled += to.len();
+        }
+        let head = head.get(..filled).unwrap_or_default();
+        let ethernet = Ethernet::parse(head)?;
+        if ethernet.src != self.core.config.guest_mac {
+            self.core.stats.spoofed += 1;
+            return Ok(());
+        }
+        let bytes = head.get(wire::ETHERNET..).unwrap_or_default();
+        match ethernet.kind {
+            wire::IPV4 | wire::IPV6 => {
+                let packet = Packet::parse(ethernet.kind, bytes, len - wire::ETHERNET)?;
+                self.packet(memory, frame, bytes, packet, offload)
+            }
+            wire::ARP => {
+                neighbour::arp(&mut self.core, bytes);
+                Ok(())
+            }
+            _ => {
+                self.core.stats.unserved += 1;
+                Ok(())
+            }
+        }
+    }
+
+    fn packet(
+        &mut self,
+        memory: &GuestMemory,
+        frame: &[Segment],
+        bytes: &[u8],
+        packet: Packet,
+        offload: Offload,
+    ) -> Result<(), Bad> {
+        let inner = bytes.get(packet.header..).unwrap_or_default();
+        let at = wire::ETHERNET + packet.header;
+        let ends = Ends { src: packet.src, dst: packet.dst };
+        let known = matches!(packet.protocol, wire::TCP | wire::UDP | wire::ICMP | wire::ICMPV6);
+        if known && offload.csum.is_none() {
+            self.core.verify(memory, frame, at, packet)?;
+        }
+        if !self.core.config.is_guest(packet.src) {
+            // Who has no address yet, and what stays on the link.
+            return self.stranger(memory, frame, at, packet, inner);
+        }
+        match packet.protocol {
+            wire::TCP => {
+                let tcp = wire::Tcp::parse(inner, packet.len)?;
+                cut(frame, at + tcp.header, packet.len - tcp.header, &mut self.payload);
+                let segment = TcpSegment { ends, tcp, len: packet.len - tcp.header, memory };
+                if tcp.dst == resolver::PORT && self.core.config.is_gateway(ends.dst) && self.tcp.is_call(&segment) {
+                    return self.call_resolver(&segment);
+                }
+                self.tcp.segment(&mut self.core, &segment, &mut self.payload);
+            }
+            wire::UDP => {
+                let cut_up = offload.gso.map(|gso| usize::from(gso.size));
+                let udp = wire::Udp::parse(inner, packet.len, cut_up.is_some())?;
+                self.datagram(memory, frame, at, ends, udp, cut_up)?;
+            }
+            wire::ICMP | wire::ICMPV6 => self.message(memory, frame, at, packet, inner)?,
+            _ => self.core.stats.unserved += 1,
+        }
+        Ok(())
+    }
+
+    fn stranger(
+        &mut self,
+        memory: &GuestMemory,
+        frame: &[Segment],
+        at: usize,
+        packet: Packet,
+        inner: &[u8],
+    ) -> Result<(), Bad> {
+        match (packet.src, packet.protocol) {
+            (IpAddr::V4(src), wire::UDP) if src.is_unspecified() => {
+                let udp = wire::Udp::parse(inner, packet.len, false)?;
+                if udp.dst == dhcp::SERVER {
+                    let bytes = self.core.copy(memory, frame, at + wire::UDP_HEADER, udp.len - wire::UDP_HEADER)?;
+                    let bytes = bytes.to_vec();
+                    dhcp::message(&mut self.core, &bytes);
+                    return Ok(());
+                }
+                self.core.stats.unserved += 1;
+            }
+            (IpAddr::V6(src), wire::ICMPV6) if src.is_unspecified() || src.is_unicast_link_local() => {
+                return self.message(memory, frame, at, packet, inner);
+            }
+            (IpAddr::V6(src), _) if src.is_unspecified() || src.is_unicast_link_local() => {
+                self.core.stats.unserved += 1;
+            }
+            _ => self.core.stats.spoofed += 1,
+        }
+        Ok(())
+    }
+
+    /// ICMP of either family.
+    fn message(
+        &mut self,
+        memory: &GuestMemory,
+        frame: &[Segment],
+        at: usize,
+        packet: Packet,
+        inner: &[u8],
+    ) -> Result<(), Bad> {
+        let six = packet.src.is_ipv6();
+        if six != (packet.protocol == wire::ICMPV6) {
+            return Err(Bad::Malformed);
+        }
+        if six && self.router.message(&mut self.core, packet, inner) {
+            return Ok(());
+        }
+        let ends = Ends { src: packet.src, dst: packet.dst };
+        let echo = if six { icmp::ECHO6 } else { icmp::ECHO };
+        match inner.first() {
+            Some(kind) if *kind == echo && self.core.config.is_gateway(packet.dst) => {
+                let mut message = self.core.copy(memory, frame, at, packet.len)?.to_vec();
+                icmp::echo(&mut self.core, ends, &mut message);
+            }
+            // Only from an address that others can answer.
+            Some(kind) if *kind == echo && self.core.config.is_guest(packet.src) => {
+                let mut message = self.core.copy(memory, frame, at, packet.len)?.to_vec();
+                self.datagrams.ping(&mut self.core, ends, &mut message);
+            }
+            _ => self.core.stats.unserved += 1,
+        }
+        Ok(())
+    }
+
+    fn datagram(
+        &mut self,
+        memory: &GuestMemory,
+        frame: &[Segment],
+        at: usize,
+        ends: Ends,
+        udp: wire::Udp,
+        cut_up: Option<usize>,
+    ) -> Result<(), Bad> {
+        let at = at + wire::UDP_HEADER;
+        let len = udp.len - wire::UDP_HEADER;
+        if udp.dst == dhcp::SERVER && self.core.config.is_server(ends.dst) {
+            let bytes = self.core.copy(memory, frame, at, len)?.to_vec();
+            dhcp::message(&mut self.core, &bytes);
+            return Ok(());
+        }
+        if udp.dst == resolver::PORT && self.core.config.is_gateway(ends.dst) {
+            let query = self.core.copy(memory, frame, at, len)?.to_vec();
+            self.resolver.query(&mut self.core, Asker::Udp(ends, udp.src), &query);
+            return Ok(());
+        }
+        cut(frame, at, len, &mut self.payload);
+        let datagram = Datagram { ends, udp, cut: cut_up, memory, payload: &self.payload };
+        self.datagrams.datagram(&mut self.core, &self.ports, &datagram)
+    }
+
+    /// The guest calls the gateway's resolver over TCP.
+    fn call_resolver(&mut self, segment: &TcpSegment<'_>) -> Result<(), Bad> {
+        let opened = self.clients.open(&mut self.core);
+        self.tcp.call_local(&mut self.core, segment, opened);
+        Ok(())
+    }
+
+    /// Where the next frame to the guest comes from.
+    fn lane(&mut self) -> Option<Lane> {
+        if self.core.waiting().is_some() {
+            return Some(Lane::Answers);
+        }
+        let lanes = if self.datagrams_first { [Lane::Datagrams, Lane::Tcp] } else { [Lane::Tcp, Lane::Datagrams] };
+        let found = lanes.into_iter().find(|lane| match lane {
+            Lane::Datagrams => self.datagrams.next(&mut self.core, &self.ports).is_some(),
+            _ => self.tcp.next(&mut self.core).is_some(),
+        });
+        found.or_else(|| self.core.waiting().map(|_| Lane::Answers))
+    }
+
+    fn called(&mut self, owner: Owner, events: crate::sys::EventSet) {
+        match owner {
+            Owner::Timer => self.core.host.rang(),
+            Owner::Tcp(id) => self.tcp.ready(&mut self.core, id, events),
+            Owner::Resolver(id) => self.resolver.ready(&mut self.core, id, events),
+            Owner::Client(id) => self.clients.ready(&mut self.core, &mut self.resolver, id),
+            Owner::Udp(id) => self.datagrams.ready(id),
+            Owner::Listener(id) if self.ports.is_datagram(id) => self.datagrams.ready_port(id),
+            Owner::Listener(id) => self.ports.accept(&mut self.core, &mut self.tcp, id),
+            Owner::Router => {}
+        }
+    }
+}
+
+/// The pieces of `frame` that hold `len` bytes from `skip` on.
+fn cut(frame: &[Segment], mut skip: usize, mut len: usize, to: &mut Vec<Segment>) {
+    to.clear();
+    for segment in frame {
+        let (skipped, rest) = segment.split_at(skip);
+        skip -= skipped.len();
+        let (now, _) = rest.split_at(len);
+        len -= now.len();
+        if now.len() > 0 {
+            to.push(now);
+        }
+    }
+}
+
+impl NetBackend for UserNet {
+    fn user(&mut self) -> Option<&mut UserNet> {
+        Some(self)
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        let tso = Offloads::CSUM | Offloads::TSO4 | Offloads::TSO6;
+        let (mtu, mac) = (self.core.config.mtu, Some(self.core.config.guest_mac));
+        Capabilities { to_host: tso | Offloads::USO, to_guest: tso, mtu, mac }
+    }
+
+    fn negotiated(&mut self, agreed: Agreed) {
+        self.core.agreed = agreed;
+    }
+
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.core.host.fd()
+    }
+
+    fn turn(&mut self) {
+        self.core.host.tick();
+        let mut events = [EpollEvent::default(); BATCH];
+        for _ in 0..BATCHES {
+            let count = self.core.host.events(&mut events);
+            for event in events.iter().take(count) {
+                if let Some(owner) = Owner::of(event.data()) {
+                    self.called(owner, event.event_set());
+                }
+            }
+            if count < BATCH {
+                break;
+            }
+        }
+        for _ in 0..BATCH * BATCHES {
+            match self.core.host.due() {
+                Some(Owner::Tcp(id)) => self.tcp.rang(&mut self.core, id),
+                Some(Owner::Router) => self.router.rang(&mut self.core),
+                Some(Owner::Resolver(id)) => self.resolver.rang(&mut self.core, id),
+                Some(Owner::Client(id)) => self.clients.rang(&mut self.core, id),
+                Some(Owner::Udp(id)) => self.datagrams.rang(&mut self.core, id),
+                Some(Owner::Listener(id)) => self.ports.rang(&mut self.core, id),
+                Some(Owner::Timer) => {}
+                None => break,
+            }
+        }
+        self.clients.answered(&mut self.core, &mut self.resolver);
+        self.core.host.arm();
+    }
+
+    fn send(&mut self, memory: &GuestMemory, frame: &[Segment], offload: Offload) -> io::Result<()> {
+        self.core.host.tick();
+        match self.take(memory, frame, offload) {
+            Ok(()) => {}
+            Err(Bad::Malformed) => self.core.stats.malformed += 1,
+            Err(Bad::Fragment) => self.core.stats.fragments += 1,
+            Err(Bad::Checksum) => self.core.stats.bad_checksums += 1,
+        }
+        self.core.host.arm();
+        Ok(())
+    }
+
+    fn next(&mut self) -> Option<usize> {
+        let lane = self.lane();
+        // Looking for one may have made an answer to the guest, which goes before it.
+        self.core.waiting().or(match lane? {
+            Lane::Answers => None,
+            Lane::Datagrams => self.datagrams.next(&mut self.core, &self.ports),
+            Lane::Tcp => self.tcp.next(&mut self.core),
+        })
+    }
+
+    fn receive(&mut self, memory: &GuestMemory, room: &[Segment]) -> io::Result<Option<Received>> {
+        let lane = self.lane();
+        let received = match if self.core.waiting().is_some() { Some(Lane::Answers) } else { lane } {
+            Some(Lane::Answers) => self.core.receive(memory, room),
+            Some(Lane::Datagrams) => self.datagrams.receive(memory, room),
+            Some(Lane::Tcp) => self.tcp.receive(&mut self.core, memory, room),
+            None => None,
+        };
+        self.datagrams_first = lane == Some(Lane::Tcp);
+        if let Some(received) = received {
+            self.core.stats.received_frames += 1;
+            self.core.stats.received_bytes += received.len as u64;
+        }
+        self.core.host.arm();
+        Ok(received)
+    }
+}
+
+/// For those who knock.
+#[cfg(any(test, feature = "internals"))]
+impl UserNet {
+    /// Makes no socket from now on, and remembers where they would have gone.
+    pub(super) fn pretend(&mut self) {
+        self.core.host.pretended = Some(Vec::new());
+    }
+
+    /// Where sockets would have gone since this was last asked.
+    pub(super) fn pretended(&mut self) -> Vec<(crate::sys::SocketKind, SocketAddr)> {
+        self.core.host.pretended.as_mut().map(std::mem::take).unwrap_or_default()
+    }
+
+    /// Time passes.
+    pub(super) fn advance(&mut self, by: std::time::Duration) {
+        self.core.host.advance(by);
+        self.turn();
+    }
+}

@@ -1,0 +1,259 @@
+//! [`Resolver`]: the gateway's resolver. Passes the guest's questions on to the host's own resolvers, as the policy allows.
+//!
+//! Each question has a socket of its own, and so a port and a number that nobody can guess (RFC 5452); the kernel takes only
+//! answers of whom was asked. Questions that came over TCP go on over TCP.
+
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::AsFd;
+use std::time::Duration;
+
+use super::core::Core;
+use super::host::Alarm;
+use super::table::{Id, Owner, Table};
+use crate::net::dns::{self, Code, Question, Servers};
+use crate::net::wire::{self, Ends};
+use crate::sys::{self, EventSet, Socket, SocketKind};
+
+pub(super) const PORT: u16 = 53;
+
+/// Questions under way.
+const MAX_ASKED: usize = 256;
+/// Until the next resolver is asked, and how often all of them are.
+const PATIENCE: Duration = Duration::from_secs(2);
+const ROUNDS: usize = 2;
+/// The longest answer over UDP that is taken (larger ones say so themselves, RFC 6891, 6.2.5).
+const MAX_ANSWER: usize = 4096;
+
+/// Who wants to know.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Asker {
+    Udp(Ends, u16),
+    /// A connection's other end.
+    Tcp(Id),
+}
+
+/// A question that a resolver of the host was asked.
+#[derive(Debug)]
+struct Asked {
+    asker: Asker,
+    question: Question,
+    query: Vec<u8>,
+    id: u16,
+    /// How many resolvers were asked before.
+    tried: usize,
+    socket: Socket,
+    /// Over TCP: what is still to be sent, and what has come.
+    rest: Vec<u8>,
+    answer: Vec<u8>,
+    alarm: Alarm,
+}
+
+/// The questions under way, and answers for those who asked over TCP.
+#[derive(Debug)]
+pub(super) struct Resolver {
+    asked: Table<Asked>,
+    pub servers: Servers,
+    /// Answers for connections.
+    pub answers: Vec<(Id, Vec<u8>)>,
+}
+
+impl Resolver {
+    pub(super) fn new(given: Option<Vec<SocketAddr>>) -> Self {
+        Self { asked: Table::default(), servers: Servers::new(given), answers: Vec::new() }
+    }
+
+    #[cfg(test)]
+    pub(super) fn under_way(&self) -> usize {
+        self.asked.len()
+    }
+
+    /// Takes a query of the guest.
+    pub(super) fn query(&mut self, core: &mut Core, asker: Asker, query: &[u8]) {
+        core.stats.questions += 1;
+        let question = match Question::parse(query) {
+            Ok(question) => question,
+            Err(Some(code)) => return self.answer(core, asker, &dns::reply(query, code)),
+            Err(None) => {
+                core.stats.malformed += 1;
+                return;
+            }
+        };
+        let now = core.host.now;
+        if !core.policy.may_ask(&question.name, now) {
+            core.stats.denied_names += 1;
+            return self.answer(core, asker, &dns::reply(query, Code::NxDomain));
+        }
+        if !self.servers.works(question.kind, now) {
+            return self.answer(core, asker, &dns::reply(query, Code::NoError));
+        }
+        if self.asked.len() >= MAX_ASKED {
+            core.stats.limited += 1;
+            return self.answer(core, asker, &dns::reply(query, Code::ServFail));
+        }
+        self.ask(core, asker, question, query.to_vec(), 0);
+    }
+
+    /// Asks the next resolver that can be asked.
+    fn ask(&mut self, core: &mut Core, asker: Asker, question: Question, query: Vec<u8>, mut tried: usize) {
+        let servers = self.servers.all(core.host.now).to_vec();
+        while tried < servers.len() * ROUNDS {
+            let Some(server) = servers.get(tried % servers.len().max(1)).copied() else { break };
+            tried += 1;
+            match self.ask_one(core, asker, &question, &query, tried, server) {
+                Ok(()) => return,
+                Err(error) => log::debug!("a resolver of the host cannot be asked: {error}"),
+            }
+        }
+        core.stats.unanswered += 1;
+        self.answer(core, asker, &dns::reply(&query, Code::ServFail));
+    }
+
+    fn ask_one(
+        &mut self,
+        core: &mut Core,
+        asker: Asker,
+        question: &Question,
+        query: &[u8],
+        tried: usize,
+        server: SocketAddr,
+    ) -> io::Result<()> {
+        let stream = matches!(asker, Asker::Tcp(_));
+        let kind = if stream { SocketKind::Stream } else { SocketKind::Datagram };
+        let socket = core.host.connect(&core.policy.resolver(kind, server))?;
+        let mut number = [0; 2];
+        sys::fill_random(&mut number)?;
+        let id = u16::from_ne_bytes(number);
+        let mut message = query.to_vec();
+        dns::set_id(&mut message, id);
+        let mut rest = Vec::new();
+        if stream {
+            // RFC 1035, 4.2.2.
+            rest.extend((message.len() as u16).to_be_bytes());
+            rest.extend(message);
+        } else {
+            socket.send(&message)?;
+        }
+        let (until, question) = (core.host.now + PATIENCE, question.clone());
+        let query = query.to_vec();
+        let alarm = Alarm::default();
+        let asked = Asked { asker, question, query, id, tried, socket, rest, answer: Vec::new(), alarm };
+        let it = self.asked.insert(asked);
+        let Some(asked) = self.asked.get_mut(it) else { return Ok(()) };
+        if let Err(error) = core.host.watch(asked.socket.as_fd(), Owner::Resolver(it)) {
+            self.asked.remove(it);
+            return Err(error);
+        }
+        core.host.alarm(&mut asked.alarm, Owner::Resolver(it), Some(until));
+        Ok(())
+    }
+
+    /// Something has happened to a question's socket.
+    pub(super) fn ready(&mut self, core: &mut Core, id: Id, events: EventSet) {
+        let Some(asked) = self.asked.get_mut(id) else { return };
+        let came = if matches!(asked.asker, Asker::Tcp(_)) { asked.over_tcp(events) } else { asked.over_udp() };
+        match came {
+            Ok(None) => {}
+            Ok(Some(answer)) => self.came(core, id, answer),
+            Err(error) => {
+                log::debug!("a resolver of the host does not answer: {error}");
+                self.next(core, id);
+            }
+        }
+    }
+
+    /// Nobody has answered in time.
+    pub(super) fn rang(&mut self, core: &mut Core, id: Id) {
+        if let Some(asked) = self.asked.get_mut(id) {
+            asked.alarm.rang();
+            self.next(core, id);
+        }
+    }
+
+    fn remove(&mut self, core: &mut Core, id: Id) -> Option<Asked> {
+        let mut asked = self.asked.remove(id)?;
+        core.host.cancel(&mut asked.alarm, Owner::Resolver(id));
+        Some(asked)
+    }
+
+    fn next(&mut self, core: &mut Core, id: Id) {
+        if let Some(asked) = self.remove(core, id) {
+            self.ask(core, asked.asker, asked.question, asked.query, asked.tried);
+        }
+    }
+
+    /// An answer to the question has come.
+    fn came(&mut self, core: &mut Core, id: Id, mut answer: Vec<u8>) {
+        let Some(asked) = self.asked.get_mut(id) else { return };
+        let found = dns::answers(&asked.question, &answer);
+        let failed = |code| code == Code::ServFail as u8 || code == Code::Refused as u8 || code == Code::NotImp as u8;
+        let Some(found) = found.filter(|found| !failed(found.code)) else { return self.next(core, id) };
+        let Some(asked) = self.remove(core, id) else { return };
+        let (now, name) = (core.host.now, &asked.question.name);
+        let inside = found.addresses.iter().any(|address| !core.policy.may_lead(name, *address, now));
+        if inside {
+            core.stats.denied_names += 1;
+            answer = dns::reply(&asked.query, Code::NxDomain);
+        } else {
+            core.policy.resolved(name, &found.addresses, found.valid, now);
+            dns::set_id(&mut answer, asked.question.id);
+        }
+        let room = usize::from(core.config.mtu) - 40 - wire::UDP_HEADER;
+        if matches!(asked.asker, Asker::Udp(..)) && answer.len() > room {
+            answer = dns::truncated(&asked.query);
+        }
+        self.answer(core, asked.asker, &answer);
+    }
+
+    fn answer(&mut self, core: &mut Core, asker: Asker, answer: &[u8]) {
+        match asker {
+            Asker::Udp(ends, port) => {
+                core.send_udp(Ends { src: ends.dst, dst: ends.src }, (PORT, port), answer);
+            }
+            Asker::Tcp(id) => self.answers.push((id, answer.to_vec())),
+        }
+    }
+}
+
+impl Asked {
+    fn over_udp(&mut self) -> io::Result<Option<Vec<u8>>> {
+        let mut buffer = [0; MAX_ANSWER];
+        loop {
+            match self.socket.receive(&mut buffer) {
+                Ok(n) => {
+                    let answer = buffer.get(..n).unwrap_or_default();
+                    // Somebody who guesses is not answered, and the right one may still come.
+                    if self.question.is_answered(&self.query, self.id, answer) {
+                        return Ok(Some(answer.to_vec()));
+                    }
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    fn over_tcp(&mut self, events: EventSet) -> io::Result<Option<Vec<u8>>> {
+        if let Some(error) = self.socket.error() {
+            return Err(error);
+        }
+        if events.contains(EventSet::OUT) && !self.rest.is_empty() {
+            let n = self.socket.send(&self.rest)?;
+            self.rest.drain(..n);
+        }
+        let mut buffer = [0; MAX_ANSWER];
+        loop {
+            match self.socket.receive(&mut buffer) {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(n) => self.answer.extend_from_slice(buffer.get(..n).unwrap_or_default()),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
+                Err(error) => return Err(error),
+            }
+            let Some((len, message)) = self.answer.split_first_chunk::<2>() else { continue };
+            if let Some(message) = message.get(..usize::from(u16::from_be_bytes(*len))) {
+                let right = self.question.is_answered(&self.query, self.id, message);
+                return if right { Ok(Some(message.to_vec())) } else { Err(io::ErrorKind::InvalidData.into()) };
+            }
+        }
+    }
+}

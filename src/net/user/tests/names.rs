@@ -1,0 +1,237 @@
+//! The gateway's resolver, before a resolver of the host that says what a test wants.
+
+use std::io::{Read, Write};
+use std::net::{IpAddr, TcpListener, UdpSocket};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use super::*;
+use crate::net::policy::{Denial, Why};
+use smoltcp::socket::tcp::State;
+
+/// A query as smoltcp would not make it.
+fn query(name: &str, kind: u8) -> Vec<u8> {
+    let mut bytes = vec![0xab, 0xcd, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0];
+    for label in name.split('.') {
+        bytes.push(label.len() as u8);
+        bytes.extend(label.as_bytes());
+    }
+    bytes.extend([0, 0, kind, 0, 1]);
+    bytes
+}
+
+/// An answer to `query` with an address.
+fn answer(query: &[u8], address: &[u8]) -> Vec<u8> {
+    let mut bytes = query.to_vec();
+    (bytes[2], bytes[3], bytes[7]) = (0x81, 0x80, 1);
+    bytes.extend([0xc0, 12, 0, if address.len() == 4 { 1 } else { 28 }, 0, 1, 0, 0, 0, 60, 0, address.len() as u8]);
+    bytes.extend(address);
+    bytes
+}
+
+struct World {
+    guest: Guest,
+    server: UdpSocket,
+    at: SocketAddr,
+    handle: SocketHandle,
+}
+
+const GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 2);
+
+impl World {
+    fn new(policy: Policy) -> Self {
+        let server = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let at = server.local_addr().unwrap();
+        server.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        let mut guest = Guest::of(Config { resolvers: Some(vec![at]), ..Config::new(policy) }, Offloads::all());
+        guest.net.resolver.servers.pretend((true, false), Instant::now());
+        let handle = guest.udp(5353);
+        Self { guest, server, at, handle }
+    }
+
+    fn ask(&mut self, query: &[u8]) {
+        self.guest.datagram(self.handle, query, (GATEWAY, 53).into());
+    }
+
+    /// What the host's resolver is asked.
+    fn asked(&self) -> (Vec<u8>, SocketAddr) {
+        let mut buffer = [0; 2000];
+        let (n, from) = self.server.recv_from(&mut buffer).unwrap();
+        (buffer[..n].to_vec(), from)
+    }
+
+    fn answered(&mut self) -> Vec<u8> {
+        let handle = self.handle;
+        self.guest.until(|g| g.came(handle)).0
+    }
+}
+
+fn names(name: &str) -> Policy {
+    Policy::deny_all().rule(Rule::allow_name(name))
+}
+
+#[test]
+fn what_is_allowed_is_asked_answered_and_admitted() {
+    let mut world = World::new(names("*.example.com"));
+    world.ask(&query("www.Example.com", 1));
+    let (asked, from) = world.asked();
+    assert_ne!(asked[..2], [0xab, 0xcd], "the number can be guessed");
+    world.server.send_to(&answer(&asked, &[9, 9, 9, 9]), from).unwrap();
+    assert_eq!(world.answered(), answer(&query("www.Example.com", 1), &[9, 9, 9, 9]));
+    let now = world.guest.net.core.host.now;
+    let admitted = |world: &mut World, after| {
+        let to = "9.9.9.9:443".parse().unwrap();
+        let policy = &mut world.guest.net.core.policy;
+        policy.admit(crate::net::policy::Protocol::Tcp, to, now + Duration::from_secs(after)).is_some()
+    };
+    assert!(admitted(&mut world, 0) && admitted(&mut world, 59) && !admitted(&mut world, 61));
+}
+
+#[test]
+fn what_is_denied_does_not_exist_and_is_not_asked() {
+    let told: Arc<Mutex<Vec<Denial>>> = Arc::default();
+    let (mut world, tell) = (World::new(names("example.com")), told.clone());
+    world.guest.net.on_denial(move |denial| tell.lock().unwrap().push(denial));
+    for name in ["www.example.com", "secret.evil.org"] {
+        world.ask(&query(name, 1));
+        let reply = world.answered();
+        assert_eq!((reply[3] & 15, reply.len()), (3, query(name, 1).len()));
+    }
+    assert_eq!((world.guest.net.core.host.made, world.guest.net.stats().denied_names), (0, 2));
+    let told = told.lock().unwrap();
+    assert_eq!((told[1].name.as_deref(), told[1].why), (Some("secret.evil.org"), Why::NoRule));
+}
+
+#[test]
+fn names_that_lead_inside_are_denied() {
+    for (policy, code) in [
+        (Policy::internet(), 3),
+        (Policy::internet().rule(Rule::allow_range("10.0.0.0/8".parse::<crate::net::policy::Cidr>().unwrap())), 0),
+    ] {
+        let mut world = World::new(policy);
+        world.ask(&query("rebind.example.com", 1));
+        let (asked, from) = world.asked();
+        world.server.send_to(&answer(&asked, &[10, 0, 0, 1]), from).unwrap();
+        assert_eq!(world.answered()[3] & 15, code);
+    }
+}
+
+#[test]
+fn families_that_do_not_work_are_not_offered() {
+    let mut world = World::new(Policy::internet());
+    world.ask(&query("example.com", 28));
+    let reply = world.answered();
+    assert_eq!((reply[3] & 15, reply[7], world.guest.net.core.host.made), (0, 0, 0));
+}
+
+#[test]
+fn wrong_answers_are_not_believed() {
+    let mut world = World::new(Policy::internet());
+    world.ask(&query("example.com", 1));
+    let (asked, from) = world.asked();
+    let mut other = answer(&asked, &[6, 6, 6, 6]);
+    other[0] ^= 1;
+    world.server.send_to(&other, from).unwrap();
+    let mut other = answer(&asked, &[6, 6, 6, 6]);
+    other[13] = b'x';
+    world.server.send_to(&other, from).unwrap();
+    let stranger = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    stranger.send_to(&answer(&asked, &[6, 6, 6, 6]), from).unwrap();
+    world.server.send_to(&answer(&asked, &[9, 9, 9, 9]), from).unwrap();
+    assert_eq!(world.answered(), answer(&query("example.com", 1), &[9, 9, 9, 9]));
+}
+
+#[test]
+fn the_next_resolver_is_asked_and_at_last_failure_told() {
+    let mut world = World::new(Policy::internet());
+    let second = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    second.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    let both = vec![world.at, second.local_addr().unwrap()];
+    world.guest.net.resolver = super::super::resolver::Resolver::new(Some(both));
+    world.guest.net.resolver.servers.pretend((true, true), Instant::now());
+    world.ask(&query("example.com", 1));
+    let (mut asked, from) = world.asked();
+    // The first fails, the second is silent, and both again.
+    (asked[2], asked[3]) = (0x81, 0x82);
+    world.server.send_to(&asked, from).unwrap();
+    world.guest.until(|_| readable(&second).then_some(()));
+    let mut buffer = [0; 100];
+    second.recv_from(&mut buffer).unwrap();
+    for _ in 0..3 {
+        assert_eq!(world.guest.net.resolver.under_way(), 1);
+        world.guest.wait(Duration::from_secs(3));
+    }
+    assert_eq!(world.answered()[3] & 15, 2);
+    assert_eq!((world.guest.net.stats().unanswered, world.guest.net.resolver.under_way()), (1, 0));
+}
+
+#[test]
+fn there_are_never_too_many_questions_under_way() {
+    let mut world = World::new(Policy::internet());
+    for n in 0..2000 {
+        world.ask(&query(&format!("n{n}.example.com"), 1));
+        assert!(world.guest.net.resolver.under_way() <= 256);
+        while world.guest.came(world.handle).is_some() {}
+    }
+    assert!(world.guest.net.stats().limited >= 1700);
+}
+
+#[test]
+fn long_answers_come_over_tcp() {
+    let mut world = World::new(Policy::internet());
+    let listener = TcpListener::bind(world.at).unwrap();
+    world.ask(&query("example.com", 16));
+    let (mut asked, from) = world.asked();
+    (asked[2], asked[3]) = (0x83, 0x80);
+    world.server.send_to(&asked, from).unwrap();
+    assert_eq!(world.answered()[2] & 2, 2);
+    let server = std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        let mut len = [0; 2];
+        stream.read_exact(&mut len).unwrap();
+        let mut query = vec![0; u16::from_be_bytes(len).into()];
+        stream.read_exact(&mut query).unwrap();
+        let mut reply = query;
+        (reply[2], reply[3], reply[7]) = (0x81, 0x80, 200);
+        for _ in 0..200 {
+            reply.extend([0xc0, 12, 0, 16, 0, 1, 0, 0, 0, 60, 0, 50]);
+            reply.extend([49; 50]);
+        }
+        stream.write_all(&(reply.len() as u16).to_be_bytes()).unwrap();
+        stream.write_all(&reply).unwrap();
+    });
+    let handle = world.guest.connected((GATEWAY, 53).into());
+    let asked = query("example.com", 16);
+    world.guest.tcp(handle).send_slice(&[0, asked.len() as u8]).unwrap();
+    world.guest.tcp(handle).send_slice(&asked).unwrap();
+    let mut reply = Vec::new();
+    world.guest.until(|g| {
+        while g.tcp(handle).can_recv() {
+            g.tcp(handle).recv(|bytes| (bytes.len(), reply.extend_from_slice(bytes))).unwrap();
+        }
+        (reply.len() == 2 + asked.len() + 200 * 62).then_some(())
+    });
+    assert_eq!(reply[2..4], [0xab, 0xcd]);
+    server.join().unwrap();
+    // Whoever does nothing any more is disconnected.
+    world.guest.wait(Duration::from_secs(30));
+    world.guest.until(|g| (g.tcp(handle).state() == State::CloseWait).then_some(()));
+    assert_eq!(world.guest.net.stats().denied, 0);
+    let _ = IpAddr::V4(GATEWAY);
+}
+
+#[test]
+fn names_that_are_denied_are_denied_over_tcp_too() {
+    let mut world = World::new(Policy::deny_all());
+    let handle = world.guest.connected((GATEWAY, 53).into());
+    let asked = query("example.com", 1);
+    world.guest.tcp(handle).send_slice(&[0, asked.len() as u8]).unwrap();
+    world.guest.tcp(handle).send_slice(&asked).unwrap();
+    world.guest.until(|g| g.tcp(handle).can_recv().then_some(()));
+    let mut reply = [0; 100];
+    let n = world.guest.tcp(handle).recv_slice(&mut reply).unwrap();
+    assert_eq!((n, reply[5] & 15), (2 + asked.len(), 3));
+    world.guest.tcp(handle).send_slice(&[0xff; 64]).unwrap();
+    world.guest.until(|g| (g.tcp(handle).state() != State::Established).then_some(()));
+    assert_eq!(world.guest.net.core.host.made, 0);
+}

@@ -1,0 +1,119 @@
+//! Ports of the host that lead to the guest.
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::{TcpStream, UdpSocket};
+use std::time::Duration;
+
+use super::*;
+use crate::net::policy::Cidr;
+use smoltcp::socket::tcp::State;
+
+const ANY: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
+
+fn listening(guest: &mut Guest, port: u16) -> SocketHandle {
+    let buffer = || peer::SocketBuffer::new(vec![0; 64 << 10]);
+    let mut socket = peer::Socket::new(buffer(), buffer());
+    socket.listen(port).unwrap();
+    guest.sockets.add(socket)
+}
+
+#[test]
+fn callers_reach_the_guest_and_are_answered() {
+    let mut guest = Guest::of(Config::new(Policy::deny_all()), Offloads::all());
+    let (published, at) = guest.net.publish_tcp(ANY, 80, Vec::new()).unwrap();
+    let handle = listening(&mut guest, 80);
+    let mut caller = TcpStream::connect(at).unwrap();
+    caller.write_all(b"GET").unwrap();
+    guest.until(|g| g.tcp(handle).can_recv().then_some(()));
+    let mut word = [0; 4];
+    assert_eq!(guest.tcp(handle).recv_slice(&mut word), Ok(3));
+    assert_eq!(guest.tcp(handle).remote_endpoint().unwrap().addr, guest.net.core.config.gateway4.into());
+    guest.tcp(handle).send_slice(&[9; 50_000]).unwrap();
+    guest.tcp(handle).close();
+    guest.until(|g| (g.tcp(handle).state() == State::FinWait2).then_some(()));
+    let mut all = Vec::new();
+    caller.read_to_end(&mut all).unwrap();
+    assert_eq!(all, [9; 50_000]);
+    drop(caller);
+    guest.over();
+    assert!(guest.net.unpublish(published) && !guest.net.unpublish(published));
+    assert_eq!(TcpStream::connect(at).unwrap_err().kind(), ErrorKind::ConnectionRefused);
+    assert_eq!(guest.net.core.host.made, 0);
+}
+
+#[test]
+fn nobody_listening_is_a_reset() {
+    let mut guest = Guest::new();
+    let (_, at) = guest.net.publish_tcp(ANY, 80, Vec::new()).unwrap();
+    let mut caller = TcpStream::connect(at).unwrap();
+    guest.until(|g| (g.net.stats().unconnected == 1).then_some(()));
+    assert_eq!(caller.read(&mut [0]).unwrap_err().kind(), ErrorKind::ConnectionReset);
+}
+
+#[test]
+fn a_guest_that_does_not_answer_is_a_reset_in_the_end() {
+    let mut guest = Guest::new();
+    guest.faults = Faults { lost: 100, ..Faults::default() };
+    let (_, at) = guest.net.publish_tcp(ANY, 80, Vec::new()).unwrap();
+    let mut caller = TcpStream::connect(at).unwrap();
+    guest.until(|g| (g.net.stats().connections == 1).then_some(()));
+    for _ in 0..70 {
+        guest.wait(Duration::from_secs(1));
+    }
+    assert_eq!((guest.net.stats().connections, guest.net.stats().timed_out), (0, 1));
+    assert_eq!(caller.read(&mut [0]).unwrap_err().kind(), ErrorKind::ConnectionReset);
+}
+
+#[test]
+fn only_those_who_may_call_are_heard() {
+    let mut guest = Guest::new();
+    let callers = vec!["192.0.2.0/24".parse::<Cidr>().unwrap()];
+    let (_, at) = guest.net.publish_tcp(ANY, 80, callers.clone()).unwrap();
+    let mut caller = TcpStream::connect(at).unwrap();
+    guest.until(|g| (g.net.stats().denied == 1).then_some(()));
+    assert_eq!(caller.read(&mut [0]).unwrap_err().kind(), ErrorKind::ConnectionReset);
+    let (_, at) = guest.net.publish_udp(ANY, 80, callers).unwrap();
+    let (handle, caller) = (guest.udp(80), UdpSocket::bind(ANY).unwrap());
+    caller.send_to(b"x", at).unwrap();
+    for _ in 0..20 {
+        guest.wait(Duration::from_millis(1));
+    }
+    assert_eq!((guest.came(handle), guest.net.stats().datagram_flows), (None, 0));
+}
+
+#[test]
+fn datagrams_reach_the_guest_and_are_answered() {
+    let mut guest = Guest::new();
+    let (published, at) = guest.net.publish_udp(ANY, 80, Vec::new()).unwrap();
+    let handle = guest.udp(80);
+    let callers: Vec<UdpSocket> = (0..5).map(|_| UdpSocket::bind(ANY).unwrap()).collect();
+    for (n, caller) in callers.iter().enumerate() {
+        caller.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        caller.send_to(&[n as u8], at).unwrap();
+        let (bytes, port) = guest.until(|g| g.came(handle));
+        assert_eq!(bytes, [n as u8]);
+        let gateway = guest.net.core.config.gateway4;
+        guest.datagram(handle, &[n as u8, 1], (gateway, port).into());
+        let mut buffer = [0; 10];
+        assert_eq!(caller.recv_from(&mut buffer).unwrap(), (2, at));
+        assert_eq!(buffer[..2], [n as u8, 1]);
+    }
+    assert_eq!(guest.net.stats().datagram_flows, 5);
+    guest.net.unpublish(published);
+    assert_eq!(guest.net.stats().datagram_flows, 0);
+}
+
+#[test]
+fn ports_that_cannot_be_had_are_told_with_a_remedy() {
+    let mut guest = Guest::new();
+    let (_taken, at) = listener();
+    let error = guest.net.publish_tcp(at, 80, Vec::new()).unwrap_err();
+    assert_eq!(error.kind(), crate::error::ErrorKind::AlreadyExists);
+    assert!(error.to_string().contains("port 0 for any"), "{error}");
+    assert!(guest.net.publish_udp(ANY, 0, Vec::new()).is_err());
+    let nowhere = "192.0.2.9:80".parse().unwrap();
+    assert_eq!(
+        guest.net.publish_tcp(nowhere, 80, Vec::new()).unwrap_err().kind(),
+        crate::error::ErrorKind::InvalidConfig
+    );
+}
