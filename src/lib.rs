@@ -33,7 +33,8 @@
 //! # What a guest is granted
 //!
 //! Nothing, by default: no network, no standard input, no environment, no path of the host, no device of the host. It
-//! has the memory, processors, disks and vsock ports that its builder was told, a console whose last 64 KiB are kept,
+//! has the memory, processors, disks, network cards and vsock ports that its builder was told (of a `Net::user` only what its
+//! [`Policy`] allows), a console whose last 64 KiB are kept,
 //! and the host's random numbers.
 //!
 //! # What an embedder can rely on
@@ -56,7 +57,8 @@
 //! ```text
 //! container   Image, Container, exec, the agent's client          guest   the shim: PID 1 in the guest
 //! vm          builder, machine, vCPU threads, ends                proto   what both say to each other
-//! virtio      device model, mmio transport: blk vsock console rng balloon
+//! virtio      device model, mmio transport: blk net vsock console rng balloon
+//! net         what carries frames: the user-mode stack with its policy and names, taps, sockets
 //! boot arch legacy kvm bus irq event memory sys
 //! ```
 

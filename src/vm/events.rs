@@ -46,7 +46,7 @@ pub enum EventKind {
     },
     /// A device cannot go on until the guest's driver resets it.
     DeviceError {
-        /// The device's name: `disk0`, `vsock`, `console`, `rng`, `balloon`.
+        /// The device's name: `disk0`, `net0`, `vsock`, `console`, `rng`, `balloon`.
         device: String,
         /// What the guest's driver did, or what failed on the host.
         what: String,

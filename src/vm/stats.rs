@@ -42,7 +42,7 @@ pub struct VcpuStats {
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct DeviceStats {
-    /// Its name: `disk0`, `vsock`, `console`, `rng`, `balloon`.
+    /// Its name: `disk0`, `net0`, `vsock`, `console`, `rng`, `balloon`.
     pub name: String,
     /// Notifications of the driver.
     pub kicks: u64,
