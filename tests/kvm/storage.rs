@@ -81,16 +81,16 @@ pub fn fio_reads_what_it_wrote() -> Outcome {
         .zip(&names)
         .map(|(letter, name)| {
             format!(
-                "(fio --name={letter} --filename=/dev/vd{letter} --direct=1 --ioengine=libaio --iodepth=8 --rw=randrw --bssplit=512/10:4k/40:64k/30:1m/20 \
+                "(fio --name={letter} --filename=/dev/vd{letter} --direct=1 --ioengine=libaio --iodepth=8 --rw=randrw --bssplit=512/10:4k/40:64k/40:256k/10 \
                  --bs_unaligned=0 --numjobs=4 --offset_increment=16m --size=12m --fsync=32 --verify=crc32c --verify_backlog=64 \
-                 --verify_fatal=1 --time_based --runtime={seconds} --thread --group_reporting --minimal > /tmp/{letter}.out \
+                 --verify_fatal=1 --verify_state_save=0 --time_based --runtime={seconds} --thread --group_reporting --minimal > /tmp/{letter}.out \
                  && echo \"sound $(tail -n 1 /tmp/{letter}.out | cut -d';' -f47) KiB written to {name}\" || tail -n 3 /tmp/{letter}.out) &\n"
             )
         })
         .collect::<String>()
         + "wait\n";
     let vm = disks.into_iter().fold(debian(&script)?, VmBuilder::disk).console(printed.console());
-    let vm = vm.memory(Size::mib(256)).start()?;
+    let vm = vm.memory(Size::mib(384)).start()?;
     let deadline = Instant::now() + PATIENCE + 10 * Duration::from_secs(seconds);
     let limits = [DiskLimit::none(), DiskLimit::none().write_operations(Rate::per_second(500)), DiskLimit::none()];
     let (mut turns, mut sizes) = (limits.iter().cycle(), Vec::new());
