@@ -18,32 +18,8 @@ use crate::virtio::vsock::packet::{HEADER, Header, Op, TYPE_STREAM};
 use crate::virtio::vsock::{GUEST_CID, HOST_CID, Vsock, VsockListener};
 use crate::virtio::{MmioTransport, Slots, VirtioDevice};
 
+use crate::net::doors::Bytes;
 pub use crate::net::doors::{dhcp as net_dhcp, dns as net_dns, policy as net_policy, user_frame as net_user_frame};
-
-/// Takes values off the front of the bytes; zeros when they are used up.
-struct Bytes<'a>(&'a [u8]);
-
-impl<'a> Bytes<'a> {
-    fn take(&mut self, n: usize) -> &'a [u8] {
-        let (now, later) = self.0.split_at(n.min(self.0.len()));
-        self.0 = later;
-        now
-    }
-
-    fn number<const N: usize>(&mut self) -> [u8; N] {
-        let mut number = [0; N];
-        number.iter_mut().zip(self.take(N)).for_each(|(to, byte)| *to = *byte);
-        number
-    }
-
-    fn byte(&mut self) -> u8 {
-        u8::from_le_bytes(self.number())
-    }
-
-    fn done(&self) -> bool {
-        self.0.is_empty()
-    }
-}
 
 /// Chains of any addresses, lengths and flags, and rings written over at any place.
 pub fn queue(data: &[u8]) {

@@ -169,6 +169,36 @@ impl GuestMemory {
             None => self.inner.write_slice(from, addr.inner()).map_err(|_| OutOfBounds { addr, len: from.len() }),
         }
     }
+
+    /// Copies what these segments have from their `skip`th byte on, as much as `to` holds; says how much that was.
+    pub fn gather(&self, segments: &[Segment], mut skip: usize, to: &mut [u8]) -> Result<usize, OutOfBounds> {
+        let (wanted, mut rest) = (to.len(), to);
+        for segment in segments {
+            if rest.is_empty() {
+                break;
+            }
+            let (skipped, segment) = segment.split_at(skip);
+            skip -= skipped.len();
+            let (now, later) = rest.split_at_mut(segment.len().min(rest.len()));
+            self.read(segment.addr(), now)?;
+            rest = later;
+        }
+        Ok(wanted - rest.len())
+    }
+
+    /// Copies to these segments, from their first byte on, as much of `from` as they hold; says how much that was.
+    pub fn scatter(&self, segments: &[Segment], from: &[u8]) -> Result<usize, OutOfBounds> {
+        let mut rest = from;
+        for segment in segments {
+            if rest.is_empty() {
+                break;
+            }
+            let (now, later) = rest.split_at(segment.len().min(rest.len()));
+            self.write(segment.addr(), now)?;
+            rest = later;
+        }
+        Ok(from.len() - rest.len())
+    }
 }
 
 impl fmt::Debug for GuestMemory {

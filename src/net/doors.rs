@@ -12,22 +12,22 @@ use crate::memory::{GuestAddress, GuestMemory};
 use crate::sys::SocketKind;
 
 /// Takes values off the front of the bytes; zeros when they are used up.
-struct Bytes<'a>(&'a [u8]);
+pub(crate) struct Bytes<'a>(pub &'a [u8]);
 
 impl<'a> Bytes<'a> {
-    fn take(&mut self, n: usize) -> &'a [u8] {
+    pub(crate) fn take(&mut self, n: usize) -> &'a [u8] {
         let (now, later) = self.0.split_at(n.min(self.0.len()));
         self.0 = later;
         now
     }
 
-    fn number<const N: usize>(&mut self) -> [u8; N] {
+    pub(crate) fn number<const N: usize>(&mut self) -> [u8; N] {
         let mut number = [0; N];
         number.iter_mut().zip(self.take(N)).for_each(|(to, byte)| *to = *byte);
         number
     }
 
-    fn byte(&mut self) -> u8 {
+    pub(crate) fn byte(&mut self) -> u8 {
         u8::from_le_bytes(self.number())
     }
 
@@ -46,7 +46,7 @@ impl<'a> Bytes<'a> {
         }
     }
 
-    fn done(&self) -> bool {
+    pub(crate) fn done(&self) -> bool {
         self.0.is_empty()
     }
 }

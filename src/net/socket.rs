@@ -108,18 +108,6 @@ impl SocketNet {
     }
 }
 
-/// Copies what is behind the first `skip` bytes of a frame.
-fn copy(memory: &GuestMemory, frame: &[Segment], mut skip: usize, to: &mut Vec<u8>) -> io::Result<()> {
-    for piece in frame {
-        let (skipped, wanted) = piece.split_at(skip);
-        skip -= skipped.len();
-        let before = to.len();
-        to.resize(before + wanted.len(), 0);
-        memory.read(wanted.addr(), to.get_mut(before..).unwrap_or_default()).map_err(io::Error::other)?;
-    }
-    Ok(())
-}
-
 impl NetBackend for SocketNet {
     fn capabilities(&self) -> Capabilities {
         // Nothing says on a socket what is left to do to a frame.
@@ -142,7 +130,7 @@ impl NetBackend for SocketNet {
             return Ok(());
         }
         if self.inbox.is_none() {
-            return match memory.send_behind(&[], frame, self.fd.as_fd()) {
+            return match memory.send(frame, self.fd.as_fd()) {
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => Err(e),
                 // Nobody is there now, or it is too large for the socket: lost, as on a wire.
                 _ => Ok(()),
@@ -157,7 +145,10 @@ impl NetBackend for SocketNet {
             self.outbox.extend(length.get(sent..).unwrap_or_default());
         }
         if sent < LENGTH + len {
-            copy(memory, frame, sent.saturating_sub(LENGTH), &mut self.outbox)?;
+            let (done, before) = (sent.saturating_sub(LENGTH), self.outbox.len());
+            self.outbox.resize(before + len - done, 0);
+            let rest = self.outbox.get_mut(before..).unwrap_or_default();
+            memory.gather(frame, done, rest).map_err(io::Error::other)?;
         }
         Ok(())
     }
@@ -196,12 +187,8 @@ impl NetBackend for SocketNet {
             self.edges.readable = inbox.fill(self.fd.as_fd())?;
             return Ok(None);
         };
-        let (len, mut rest) = (frame.len(), frame);
-        for piece in room {
-            let (now, later) = rest.split_at(piece.len().min(rest.len()));
-            memory.write(piece.addr(), now).map_err(io::Error::other)?;
-            rest = later;
-        }
+        let len = frame.len();
+        memory.scatter(room, frame).map_err(io::Error::other)?;
         inbox.begin += LENGTH + len;
         Ok((len > 0).then_some(()).and(plain(len)))
     }

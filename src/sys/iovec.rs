@@ -73,17 +73,6 @@ pub(crate) fn receive(fd: BorrowedFd<'_>, to: &mut [u8]) -> io::Result<usize> {
     result(unsafe { libc::recv(fd.as_raw_fd(), to.as_mut_ptr().cast(), to.len(), libc::MSG_DONTWAIT) })
 }
 
-/// What kind of socket it is (`SO_TYPE`).
-pub(crate) fn socket_kind(fd: BorrowedFd<'_>) -> io::Result<i32> {
-    let (mut kind, mut len) = (0i32, size_of::<i32>() as libc::socklen_t);
-    let at = (&raw mut kind).cast();
-    // SAFETY: `at` and `len` describe `kind`, which is exclusively ours during the call.
-    match unsafe { libc::getsockopt(fd.as_raw_fd(), libc::SOL_SOCKET, libc::SO_TYPE, at, &raw mut len) } {
-        0 => Ok(kind),
-        _ => Err(io::Error::last_os_error()),
-    }
-}
-
 /// `send(2)` on a stream socket, never raising SIGPIPE; may be short. Without `wait` it fails with `WouldBlock`
 /// instead of blocking, whatever the descriptor's mode.
 pub(crate) fn send(fd: BorrowedFd<'_>, bytes: &[u8], wait: bool) -> io::Result<usize> {

@@ -21,9 +21,9 @@ pub(crate) use file::{
     LockKind, cache_dir, copy_data, data_ranges, fill_random, lock_byte, next_data, page_size, punch, scratch_file,
     try_lock, xattrs, zero, zero_range,
 };
-pub(crate) use iovec::{preadv, pwritev, readv, receive, send, sendv, socket_kind, writev};
+pub(crate) use iovec::{preadv, pwritev, readv, receive, send, sendv, writev};
 pub(crate) use signal::{KickSignal, ThreadId};
-pub(crate) use socket::{Socket, SocketKind, peekv};
+pub(crate) use socket::{Socket, SocketKind, peekv, socket_kind};
 pub(crate) use stack::Stack;
 pub(crate) use tap::{TUN_CSUM, TUN_TSO4, TUN_TSO6, TUN_USO, Tap};
 pub(crate) use timer::Timer;

@@ -101,14 +101,10 @@ impl Socket {
 
     /// What went wrong since this was last asked.
     pub(crate) fn error(&self) -> Option<io::Error> {
-        let (mut value, mut len) = (0i32, size_of::<i32>() as libc::socklen_t);
-        let at = (&raw mut value).cast();
-        // SAFETY: `at` and `len` describe `value`, which is exclusively ours during the call.
-        let got = unsafe { libc::getsockopt(self.0.as_raw_fd(), libc::SOL_SOCKET, libc::SO_ERROR, at, &raw mut len) };
-        match (check(got), value) {
-            (Err(error), _) => Some(error),
-            (Ok(_), 0) => None,
-            (Ok(_), number) => Some(io::Error::from_raw_os_error(number)),
+        match option(self.0.as_fd(), libc::SO_ERROR) {
+            Err(error) => Some(error),
+            Ok(0) => None,
+            Ok(number) => Some(io::Error::from_raw_os_error(number)),
         }
     }
 
@@ -139,8 +135,7 @@ impl Socket {
 
     /// Takes what fits of a stream, or one datagram.
     pub(crate) fn receive(&self, to: &mut [u8]) -> io::Result<usize> {
-        // SAFETY: pointer and length describe `to`, which is exclusively borrowed throughout the call.
-        result(unsafe { libc::recv(self.0.as_raw_fd(), to.as_mut_ptr().cast(), to.len(), libc::MSG_DONTWAIT) })
+        super::receive(self.0.as_fd(), to)
     }
 
     /// Sends what fits to a stream, or one datagram.
@@ -153,6 +148,20 @@ impl AsFd for Socket {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
     }
+}
+
+/// A number that the kernel knows of a socket (socket(7)).
+fn option(fd: BorrowedFd<'_>, name: i32) -> io::Result<i32> {
+    let (mut value, mut len) = (0i32, size_of::<i32>() as libc::socklen_t);
+    let at = (&raw mut value).cast();
+    // SAFETY: `at` and `len` describe `value`, which is exclusively ours during the call.
+    check(unsafe { libc::getsockopt(fd.as_raw_fd(), libc::SOL_SOCKET, name, at, &raw mut len) })?;
+    Ok(value)
+}
+
+/// What kind of socket it is.
+pub(crate) fn socket_kind(fd: BorrowedFd<'_>) -> io::Result<i32> {
+    option(fd, libc::SO_TYPE)
 }
 
 /// `recvmsg(2)` that leaves in the stream what it copies.

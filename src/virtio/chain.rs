@@ -211,15 +211,7 @@ impl Chain {
         if readable.len < to.len() {
             return Err(TooShort);
         }
-        let mut rest = to;
-        for segment in readable.rest() {
-            if rest.is_empty() {
-                break;
-            }
-            let (now, later) = rest.split_at_mut(segment.len().min(rest.len()));
-            memory.read(segment.addr(), now).map_err(|_| TooShort)?;
-            rest = later;
-        }
+        memory.gather(readable.rest(), 0, to).map_err(|_| TooShort)?;
         Ok(())
     }
 
@@ -247,15 +239,7 @@ impl Chain {
         if writable.len < from.len() {
             return Err(TooShort);
         }
-        let mut rest = from;
-        for segment in writable.rest() {
-            if rest.is_empty() {
-                break;
-            }
-            let (now, later) = rest.split_at(segment.len().min(rest.len()));
-            memory.write(segment.addr(), now).map_err(|_| TooShort)?;
-            rest = later;
-        }
+        memory.scatter(writable.rest(), from).map_err(|_| TooShort)?;
         writable.skip(from.len());
         self.wrote(from.len());
         Ok(())

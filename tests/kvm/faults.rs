@@ -2,26 +2,17 @@
 //! notice.
 
 use std::path::PathBuf;
-use std::process::Command;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use cofferdam::{Disk, DiskEngine, ErrorAction, EventKind, Events, Exit, Size, Vm};
 
-use crate::fixture::{Outcome, Printed, Temp, guest};
+use crate::fixture::{Outcome, PATIENCE, Printed, Temp, guest, host, host_words};
 use crate::{check, check_eq};
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
 const SECTORS: u64 = (16 << 20) / 512;
-
-/// Runs a program of the host, which must succeed; what it printed.
-fn host(line: &str) -> Result<String> {
-    let mut words = line.split(' ');
-    let output = Command::new(words.next().unwrap_or_default()).args(words).output()?;
-    check!(output.status.success(), "{line}: {}", String::from_utf8_lossy(&output.stderr));
-    Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
-}
 
 /// A block device that does what it is told. Without udev, which is not in the lab, its node is the kernel's.
 struct Device {
@@ -42,9 +33,7 @@ impl Device {
         }
         let below = host(&format!("losetup -f --show {}", file.display()))?;
         let device = Self { name: format!("cofferdam-{}-{n}", std::process::id()), below };
-        let line = ["dmsetup", "--noudevsync", "create", &device.name, "--table", &device.table("linear")];
-        let output = Command::new(line[0]).args(&line[1..]).output()?;
-        check!(output.status.success(), "{line:?}: {}", String::from_utf8_lossy(&output.stderr));
+        host_words(&["dmsetup", "--noudevsync", "create", &device.name, "--table", &device.table("linear")])?;
         Ok(device)
     }
 
@@ -71,9 +60,7 @@ impl Device {
     /// From now on all of it does what this target does.
     fn turn_into(&self, kind: &str) -> Outcome {
         self.stall()?;
-        let table = self.table(kind);
-        let load = Command::new("dmsetup").args(["--noudevsync", "load", &self.name, "--table", &table]).output()?;
-        check!(load.status.success(), "{}", String::from_utf8_lossy(&load.stderr));
+        host_words(&["dmsetup", "--noudevsync", "load", &self.name, "--table", &self.table(kind)])?;
         self.go_on()
     }
 }
@@ -109,7 +96,7 @@ fn counts(printed: &Printed) -> (usize, usize) {
 /// Waits until it went well, or failed, three more times.
 fn more(printed: &Printed, well: bool) -> Outcome {
     let count = || if well { counts(printed).0 } else { counts(printed).1 };
-    let (before, deadline) = (count(), Instant::now() + crate::fixture::PATIENCE);
+    let (before, deadline) = (count(), Instant::now() + PATIENCE);
     while count() < before + 3 {
         check!(Instant::now() < deadline, "{}", printed.text());
         std::thread::sleep(Duration::from_millis(20));
@@ -120,7 +107,7 @@ fn more(printed: &Printed, well: bool) -> Outcome {
 /// The errno of the next fault that was told.
 fn fault(events: &Events) -> Result<Option<i32>> {
     loop {
-        let event = events.next_timeout(crate::fixture::PATIENCE).ok_or("no fault was told")?;
+        let event = events.next_timeout(PATIENCE).ok_or("no fault was told")?;
         if let EventKind::DiskError(fault) = event.kind {
             check!(fault.disk == "disk0" && fault.action == ErrorAction::Report, "{fault}");
             return Ok(fault.errno);

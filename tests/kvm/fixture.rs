@@ -119,6 +119,19 @@ pub fn debian() -> Image {
     Image::open(cache().join("images/debian-12.tar")).expect("run `make setup` first")
 }
 
+/// Runs a program of the host, which must succeed; what it printed.
+pub fn host(line: &str) -> Result<String, Box<dyn Error>> {
+    host_words(&line.split(' ').collect::<Vec<_>>())
+}
+
+/// The same with arguments that may have spaces in them.
+pub fn host_words(words: &[&str]) -> Result<String, Box<dyn Error>> {
+    let (program, arguments) = words.split_first().ok_or("no program")?;
+    let output = std::process::Command::new(program).args(arguments).output()?;
+    check!(output.status.success(), "{words:?}: {}", String::from_utf8_lossy(&output.stderr));
+    Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+}
+
 /// What a guest printed.
 #[derive(Clone, Default)]
 pub struct Printed(Arc<Mutex<Vec<u8>>>);

@@ -6,18 +6,10 @@ use std::process::Command;
 
 use cofferdam::{Cidr, ErrorKind, EventKind, Net, Policy, Port, Rule, VmBuilder};
 
-use crate::fixture::{Outcome, PATIENCE, Printed, debian_container, guest, run};
+use crate::fixture::{Outcome, PATIENCE, Printed, debian_container, guest, host, run};
 use crate::{check, check_eq};
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
-
-/// Runs a program of the host, which must succeed.
-fn host(line: &str) -> Outcome {
-    let mut words = line.split(' ');
-    let output = Command::new(words.next().unwrap_or_default()).args(words).output()?;
-    check!(output.status.success(), "{line}: {}", String::from_utf8_lossy(&output.stderr));
-    Ok(())
-}
 
 /// A tap of the host, with an address of a network that nobody else has.
 struct Tap(String);

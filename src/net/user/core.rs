@@ -82,18 +82,12 @@ impl Core {
         &mut self,
         memory: &GuestMemory,
         frame: &[Segment],
-        mut skip: usize,
+        skip: usize,
         len: usize,
     ) -> Result<&[u8], Bad> {
         self.buffer.resize(wire::MAX_PACKET, 0);
-        let mut rest = self.buffer.get_mut(..len).ok_or(Bad::Malformed)?;
-        for segment in frame {
-            let (skipped, segment) = segment.split_at(skip);
-            skip -= skipped.len();
-            let (now, later) = rest.split_at_mut(segment.len().min(rest.len()));
-            memory.read(segment.addr(), now).map_err(|_| Bad::Malformed)?;
-            rest = later;
-        }
+        let to = self.buffer.get_mut(..len).ok_or(Bad::Malformed)?;
+        memory.gather(frame, skip, to).map_err(|_| Bad::Malformed)?;
         Ok(self.buffer.get(..len).unwrap_or_default())
     }
 
@@ -161,23 +155,11 @@ impl Core {
 
     pub(super) fn receive(&mut self, memory: &GuestMemory, room: &[Segment]) -> Option<Received> {
         let frame = self.waiting.pop_front()?;
-        put(memory, room, 0, &frame).then_some(Received { len: frame.len(), offload: Offload::default() })
+        put(memory, room, &frame).then_some(Received { len: frame.len(), offload: Offload::default() })
     }
 }
 
-/// Writes `bytes` to the guest, `skip` bytes into `room`. False: there is not enough of it.
-pub(super) fn put(memory: &GuestMemory, room: &[Segment], mut skip: usize, mut bytes: &[u8]) -> bool {
-    for segment in room {
-        let (skipped, rest) = segment.split_at(skip);
-        skip -= skipped.len();
-        let (now, later) = bytes.split_at(rest.len().min(bytes.len()));
-        if memory.write(rest.addr(), now).is_err() {
-            return false;
-        }
-        bytes = later;
-        if bytes.is_empty() {
-            return true;
-        }
-    }
-    bytes.is_empty()
+/// Writes all of `bytes` to the guest. False: there is not enough room.
+pub(super) fn put(memory: &GuestMemory, room: &[Segment], bytes: &[u8]) -> bool {
+    memory.scatter(room, bytes).is_ok_and(|n| n == bytes.len())
 }

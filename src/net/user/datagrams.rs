@@ -379,7 +379,7 @@ impl Datagrams {
             return None;
         }
         let (frame, offload) = (&self.staged.frame, self.staged.offload);
-        put(memory, room, 0, frame).then_some(Received { len: frame.len(), offload })
+        put(memory, room, frame).then_some(Received { len: frame.len(), offload })
     }
 }
 

@@ -160,12 +160,7 @@ impl UserNet {
         self.core.stats.sent_frames += 1;
         self.core.stats.sent_bytes += len as u64;
         let mut head = [0; wire::HEADERS];
-        let mut filled = 0;
-        for segment in frame {
-            let Some(to) = head.get_mut(filled..(filled + segment.len()).min(wire::HEADERS)) else { break };
-            memory.read(segment.addr(), to).map_err(|_| Bad::Malformed)?;
-            filled += to.len();
-        }
+        let filled = memory.gather(frame, 0, &mut head).map_err(|_| Bad::Malformed)?;
         let head = head.get(..filled).unwrap_or_default();
         let ethernet = Ethernet::parse(head)?;
         if ethernet.src != self.core.config.guest_mac {
@@ -241,10 +236,7 @@ impl UserNet {
             (IpAddr::V4(src), wire::UDP) if src.is_unspecified() => {
                 let udp = wire::Udp::parse(inner, packet.len, false)?;
                 if udp.dst == dhcp::SERVER {
-                    let bytes = self.core.copy(memory, frame, at + wire::UDP_HEADER, udp.len - wire::UDP_HEADER)?;
-                    let bytes = bytes.to_vec();
-                    dhcp::message(&mut self.core, &bytes);
-                    return Ok(());
+                    return self.lease(memory, frame, at, udp);
                 }
                 self.core.stats.unserved += 1;
             }
@@ -256,6 +248,14 @@ impl UserNet {
             }
             _ => self.core.stats.spoofed += 1,
         }
+        Ok(())
+    }
+
+    /// A message to the DHCP server, whose UDP header is `at` in the frame.
+    fn lease(&mut self, memory: &GuestMemory, frame: &[Segment], at: usize, udp: wire::Udp) -> Result<(), Bad> {
+        let len = udp.len - wire::UDP_HEADER;
+        let bytes = self.core.copy(memory, frame, at + wire::UDP_HEADER, len)?.to_vec();
+        dhcp::message(&mut self.core, &bytes);
         Ok(())
     }
 
@@ -301,13 +301,11 @@ impl UserNet {
         udp: wire::Udp,
         cut_up: Option<usize>,
     ) -> Result<(), Bad> {
+        if udp.dst == dhcp::SERVER && self.core.config.is_server(ends.dst) {
+            return self.lease(memory, frame, at, udp);
+        }
         let at = at + wire::UDP_HEADER;
         let len = udp.len - wire::UDP_HEADER;
-        if udp.dst == dhcp::SERVER && self.core.config.is_server(ends.dst) {
-            let bytes = self.core.copy(memory, frame, at, len)?.to_vec();
-            dhcp::message(&mut self.core, &bytes);
-            return Ok(());
-        }
         if udp.dst == resolver::PORT && self.core.config.is_gateway(ends.dst) {
             let query = self.core.copy(memory, frame, at, len)?.to_vec();
             self.resolver.query(&mut self.core, Asker::Udp(ends, udp.src), &query);

@@ -174,8 +174,8 @@ impl Net {
             let held = pair.held.take().or_else(|| {
                 let mut chain = io.pop(queue)?;
                 let header = chain.read::<HEADER_LEN>().ok();
-                let frame = chain.take_readable(usize::MAX);
-                let len = chain.readable(frame).iter().map(|piece| piece.len()).sum();
+                let len = chain.readable_len();
+                let frame = chain.take_readable(len);
                 let offload = header.and_then(|header| Offload::parse(&header, len, agreed).ok());
                 match offload {
                     Some(offload) => Some(Held { chain, frame, offload }),
@@ -271,8 +271,8 @@ enum Gathered {
 
 /// Takes buffers out of `queue` until there is room for `wanted` bytes.
 fn gather(io: &mut DeviceIo, queue: usize, room: &mut VecDeque<Chain>, wanted: usize, mergeable: bool) -> Gathered {
+    let mut there: usize = room.iter().map(|chain| chain.writable_len()).sum();
     loop {
-        let there: usize = room.iter().map(|chain| chain.writable_len()).sum();
         if there >= wanted {
             let first = room.front().map_or(0, |chain| chain.writable_len());
             return if first < HEADER_LEN || !mergeable && first < wanted {
@@ -285,7 +285,10 @@ fn gather(io: &mut DeviceIo, queue: usize, room: &mut VecDeque<Chain>, wanted: u
             return Gathered::TooSmall;
         }
         match io.pop(queue) {
-            Some(chain) => room.push_back(chain),
+            Some(chain) => {
+                there += chain.writable_len();
+                room.push_back(chain);
+            }
             None if io.rearm(queue) => {}
             None => return Gathered::TooLittle,
         }

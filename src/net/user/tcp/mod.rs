@@ -381,7 +381,7 @@ fn send(
         head.set16(inner + 16, !wire::fold(sum));
     }
     core.buffer = data;
-    let fits = put(memory, room, 0, head.as_slice());
+    let fits = put(memory, room, head.as_slice());
     Ok(fits.then_some(Received { len: at + n, offload }))
 }
 

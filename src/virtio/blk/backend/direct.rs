@@ -7,7 +7,6 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use super::raw::open;
-use super::storage::{gather, scatter};
 use super::{BlockBackend, Extent, RawFile, Shape, front, transfer};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::memory::{GuestMemory, Segment};
@@ -105,7 +104,7 @@ impl BlockBackend for DirectFile {
         self.bounce(offset, total(segments), |file, buffer, start, inner| {
             file.read_exact_at(buffer, start)?;
             let piece = front(&mut rest, inner.len());
-            scatter(memory, &piece, buffer.get(inner).unwrap_or_default())
+            memory.scatter(&piece, buffer.get(inner).unwrap_or_default()).map(drop).map_err(io::Error::other)
         })
     }
 
@@ -122,7 +121,7 @@ impl BlockBackend for DirectFile {
                 file.read_exact_at(buffer, start)?;
             }
             let piece = front(&mut rest, inner.len());
-            gather(memory, &piece, buffer.get_mut(inner).unwrap_or_default())?;
+            memory.gather(&piece, 0, buffer.get_mut(inner).unwrap_or_default()).map_err(io::Error::other)?;
             file.write_all_at(buffer, start)
         })
     }

@@ -99,7 +99,7 @@ pub(super) fn to_guest(
 ) -> io::Result<()> {
     pieces(segments, offset, |buffer, piece, at| {
         read(buffer, at)?;
-        scatter(memory, piece, buffer)
+        memory.scatter(piece, buffer).map(drop).map_err(io::Error::other)
     })
 }
 
@@ -112,7 +112,7 @@ pub(super) fn from_guest(
     mut write: impl FnMut(&[u8], u64) -> io::Result<()>,
 ) -> io::Result<()> {
     pieces(segments, offset, |buffer, piece, at| {
-        gather(memory, piece, buffer)?;
+        memory.gather(piece, 0, buffer).map_err(io::Error::other)?;
         write(buffer, at)
     })
 }
@@ -145,28 +145,6 @@ fn pieces(
         let len = piece.iter().map(|s| s.len()).sum::<usize>();
         each(buffer.get_mut(..len).unwrap_or_default(), &piece, offset)?;
         offset += len as u64;
-    }
-    Ok(())
-}
-
-/// Copies `from` into the guest's buffers, which have as many bytes.
-pub(super) fn scatter(memory: &GuestMemory, segments: &[Segment], from: &[u8]) -> io::Result<()> {
-    let mut rest = from;
-    for segment in segments {
-        let (now, later) = rest.split_at(segment.len().min(rest.len()));
-        memory.write(segment.addr(), now).map_err(io::Error::other)?;
-        rest = later;
-    }
-    Ok(())
-}
-
-/// Copies the guest's buffers into `to`, which has as many bytes.
-pub(super) fn gather(memory: &GuestMemory, segments: &[Segment], to: &mut [u8]) -> io::Result<()> {
-    let mut rest = to;
-    for segment in segments {
-        let (now, later) = rest.split_at_mut(segment.len().min(rest.len()));
-        memory.read(segment.addr(), now).map_err(io::Error::other)?;
-        rest = later;
     }
     Ok(())
 }
