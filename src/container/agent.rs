@@ -152,8 +152,10 @@ fn nonsense(what: &dyn fmt::Debug) -> Error {
 fn explain(vm: &Vm, timeout: Duration, error: Error) -> Error {
     match error.kind() {
         ErrorKind::TimedOut => {
-            let trace = vm.trace();
             vm.kill();
+            // Its end tells where the guest was.
+            let _ = vm.wait_timeout(LAST_WORDS);
+            let trace = vm.trace();
             Error::new(ErrorKind::TimedOut, format!("the guest was not ready within {timeout:?} ({trace})"))
         }
         ErrorKind::InvalidState => match vm.wait_timeout(LAST_WORDS) {

@@ -78,6 +78,18 @@ impl Shared {
         self.kick();
     }
 
+    /// Whether the VM was ended by us, so that nothing tells yet where its guest was.
+    pub(super) fn killed_without_a_word(&self) -> bool {
+        matches!(self.end().reason, Some((Reason::Killed, (None, None))))
+    }
+
+    /// Says where the guest was when it was ended.
+    pub(super) fn was_at(&self, last: LastExit) {
+        if let Some((_, it)) = &mut self.end().reason {
+            *it = last;
+        }
+    }
+
     /// Gets all vCPUs out of the guest, to look at what is asked of them.
     pub(super) fn kick(&self) {
         self.vcpus.iter().for_each(|vcpu| vcpu.kick(self.signal));

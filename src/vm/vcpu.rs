@@ -120,6 +120,11 @@ pub(super) fn run(machine: &Machine, id: u8, mut vcpu: VcpuFd) {
             machine.shared.stop(reason, (Some(words), registers));
         }
     }
+    if id == 0 && machine.shared.killed_without_a_word() {
+        let VcpuStats { cpu_time, port_exits, mmio_exits, .. } = control.stats();
+        let did = format!("{cpu_time:?} on a processor, {port_exits} accesses to ports, {mmio_exits} to devices");
+        machine.shared.was_at((Some(format!("ended from outside after {did}")), Registers::of(&vcpu).ok()));
+    }
     control.leave();
 }
 

@@ -101,6 +101,10 @@ pub fn killed_while_it_spins() -> Outcome {
     vm.kill();
     let exit = vm.wait_timeout(PATIENCE)?.ok_or("kill did nothing")?;
     check!(matches!(exit, Exit::Killed(_)), "{exit}");
+    // Where it was is what a person needs who ends a guest that hangs.
+    let was_at = exit.trace().and_then(|trace| trace.registers.as_ref()).map(|registers| registers.rip);
+    check_eq!(was_at, Some(0x10_0000));
+    check!(exit.to_string().contains("ended from outside after"), "{exit}");
     check!(matches!(vm.wait()?, Exit::Killed(_)));
     Ok(())
 }

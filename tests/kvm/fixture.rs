@@ -197,17 +197,30 @@ pub fn guest(script: &str) -> VmBuilder {
 pub fn run(builder: VmBuilder) -> Result<(Exit, String), Box<dyn Error>> {
     let printed = Printed::default();
     let vm = builder.console(printed.console()).start()?;
-    let exit = vm.wait_timeout(PATIENCE)?.ok_or_else(|| format!("it never ended: {}", vm.trace()))?;
+    let exit = match vm.wait_timeout(PATIENCE)? {
+        Some(exit) => exit,
+        None => {
+            vm.kill();
+            return Err(format!("it never ended: {}", vm.wait()?).into());
+        }
+    };
     // The kernel's own messages, which begin with their time, come in between when something is slow.
     let text = printed.text().lines().filter(|line| !line.starts_with('[')).collect::<Vec<_>>().join("\n");
     Ok((exit, text))
 }
 
+/// What says that this process runs one test alone.
+const ALONE: &str = "COFFERDAM_TEST_ALONE";
+
+/// Whether this process runs one test alone, for another.
+pub fn is_alone() -> bool {
+    std::env::var_os(ALONE).is_some()
+}
+
 /// True in a process of its own, in which no other test comes in between. Elsewhere this runs the test `name` in such a
 /// process, and fails as it does.
 pub fn alone(name: &str) -> Result<bool, Box<dyn Error>> {
-    const ALONE: &str = "COFFERDAM_TEST_ALONE";
-    if std::env::var_os(ALONE).is_some() {
+    if is_alone() {
         return Ok(true);
     }
     let output =

@@ -29,7 +29,8 @@ mod tiny;
 
 use std::io::Write;
 use std::process::ExitCode;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError, mpsc};
+use std::time::Duration;
 
 use cofferdam::Host;
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
@@ -108,19 +109,53 @@ tests! {
     storage: fio_reads_what_it_wrote what_was_durable_survives_the_kill_of_its_process;
 }
 
+/// Longer than any test takes, but for one that `COFFERDAM_SOAK` makes long. What a process of its own runs ends before its caller.
+fn limit() -> Option<Duration> {
+    let soak = std::env::var_os("COFFERDAM_SOAK").is_some();
+    (!soak).then(|| Duration::from_secs(if fixture::is_alone() { 420 } else { 480 }))
+}
+
+/// Runs a test to its end or for [`limit`]; then it is left behind, and what all threads do is its failure's text.
+fn bounded(test: fn() -> Result<(), Failed>) -> Result<(), Failed> {
+    let Some(limit) = limit() else { return test() };
+    let (done, outcome) = mpsc::channel();
+    let thread = std::thread::Builder::new().name("test".into()).spawn(move || done.send(test()))?;
+    match outcome.recv_timeout(limit) {
+        Ok(outcome) => outcome,
+        Err(mpsc::RecvTimeoutError::Timeout) => Err(format!("still not done after {limit:?}\n{}", threads()?).into()),
+        Err(mpsc::RecvTimeoutError::Disconnected) => match thread.join() {
+            Err(panic) => std::panic::resume_unwind(panic),
+            Ok(_) => Err("the test was dropped".into()),
+        },
+    }
+}
+
+/// Where each thread of this process is in the host's kernel: the top of its stack there.
+fn threads() -> std::io::Result<String> {
+    let mut text = String::new();
+    for task in std::fs::read_dir("/proc/self/task")? {
+        let path = task?.path();
+        let part = |name| std::fs::read_to_string(path.join(name)).unwrap_or_default();
+        let stack: Vec<_> = part("stack").lines().take(6).map(|line| line.replace("[<0>] ", "")).collect();
+        text += &format!("{}: {}\n", part("comm").trim(), stack.join(" < "));
+    }
+    Ok(text)
+}
+
 /// Runs a test. In the lab, whose emulated processors now and then make a guest or its host hang (lab/README.md), one that fails
 /// is run once more by itself, and both are told.
 fn tried(name: &str, test: fn() -> Result<(), Failed>) -> Result<(), Failed> {
     static ALONE: Mutex<()> = Mutex::new(());
-    let failed = match test() {
-        Err(failed) if std::env::var_os("COFFERDAM_IN_LAB").is_some_and(|lab| lab == "1") => failed,
+    let in_lab = std::env::var_os("COFFERDAM_IN_LAB").is_some_and(|lab| lab == "1");
+    let failed = match bounded(test) {
+        Err(failed) if in_lab && !fixture::is_alone() => failed,
         outcome => return outcome,
     };
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let why = failed.message().unwrap_or("no message");
     // Nobody may be there to read it.
     let _ = writeln!(std::io::stderr(), "{name} FAILED in the lab and is run once more: {why}");
-    test()
+    bounded(test)
 }
 
 fn main() -> ExitCode {
