@@ -109,10 +109,14 @@ tests! {
     storage: fio_reads_what_it_wrote what_was_durable_survives_the_kill_of_its_process;
 }
 
+fn in_lab() -> bool {
+    std::env::var_os("COFFERDAM_IN_LAB").is_some_and(|lab| lab == "1")
+}
+
 /// Longer than any test takes, but for one that `COFFERDAM_SOAK` makes long. What a process of its own runs ends before its caller.
 fn limit() -> Option<Duration> {
     let soak = std::env::var_os("COFFERDAM_SOAK").is_some();
-    (!soak).then(|| Duration::from_secs(if fixture::is_alone() { 420 } else { 480 }))
+    (!soak).then(|| Duration::from_secs(if fixture::is_alone() { 240 } else { 300 }))
 }
 
 /// Runs a test to its end or for [`limit`]; then it is left behind, and what all threads do is its failure's text.
@@ -122,7 +126,9 @@ fn bounded(test: fn() -> Result<(), Failed>) -> Result<(), Failed> {
     let thread = std::thread::Builder::new().name("test".into()).spawn(move || done.send(test()))?;
     match outcome.recv_timeout(limit) {
         Ok(outcome) => outcome,
-        Err(mpsc::RecvTimeoutError::Timeout) => Err(format!("still not done after {limit:?}\n{}", threads()?).into()),
+        Err(mpsc::RecvTimeoutError::Timeout) => {
+            Err(format!("still not done after {limit:?}\n{}{}", threads()?, exits()).into())
+        }
         Err(mpsc::RecvTimeoutError::Disconnected) => match thread.join() {
             Err(panic) => std::panic::resume_unwind(panic),
             Ok(_) => Err("the test was dropped".into()),
@@ -142,13 +148,20 @@ fn threads() -> std::io::Result<String> {
     Ok(text)
 }
 
+/// What leads guests out of themselves at this moment, by the kernel's own trace, in the lab, whose kernel is ours to ask.
+fn exits() -> String {
+    const SCRIPT: &str = "cd /sys/kernel/tracing && { [ -e events ] || mount -t tracefs tracefs . && cd .; } && echo 1 > events/kvm/enable \
+                          && sleep 0.2; echo 0 > events/kvm/enable; grep vcpu trace | tail -n 40";
+    let traced = in_lab().then(|| std::process::Command::new("sh").args(["-c", SCRIPT]).output());
+    traced.and_then(Result::ok).map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default()
+}
+
 /// Runs a test. In the lab, whose emulated processors now and then make a guest or its host hang (lab/README.md), one that fails
 /// is run once more by itself, and both are told.
 fn tried(name: &str, test: fn() -> Result<(), Failed>) -> Result<(), Failed> {
     static ALONE: Mutex<()> = Mutex::new(());
-    let in_lab = std::env::var_os("COFFERDAM_IN_LAB").is_some_and(|lab| lab == "1");
     let failed = match bounded(test) {
-        Err(failed) if in_lab && !fixture::is_alone() => failed,
+        Err(failed) if in_lab() && !fixture::is_alone() => failed,
         outcome => return outcome,
     };
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
