@@ -30,7 +30,7 @@ mod tiny;
 use std::io::Write;
 use std::process::ExitCode;
 use std::sync::{Mutex, PoisonError, mpsc};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use cofferdam::Host;
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
@@ -109,6 +109,9 @@ tests! {
     storage: fio_reads_what_it_wrote what_was_durable_survives_the_kill_of_its_process;
 }
 
+/// What takes longer than this is told.
+const SLOW: Duration = Duration::from_secs(20);
+
 fn in_lab() -> bool {
     std::env::var_os("COFFERDAM_IN_LAB").is_some_and(|lab| lab == "1")
 }
@@ -160,7 +163,12 @@ fn exits() -> String {
 /// is run once more by itself, and both are told.
 fn tried(name: &str, test: fn() -> Result<(), Failed>) -> Result<(), Failed> {
     static ALONE: Mutex<()> = Mutex::new(());
-    let failed = match bounded(test) {
+    let begin = Instant::now();
+    let first = bounded(test);
+    if begin.elapsed() > SLOW {
+        let _ = writeln!(std::io::stderr(), "{name} took {} s", begin.elapsed().as_secs());
+    }
+    let failed = match first {
         Err(failed) if in_lab() && !fixture::is_alone() => failed,
         outcome => return outcome,
     };
