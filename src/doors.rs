@@ -19,7 +19,10 @@ use crate::virtio::vsock::{GUEST_CID, HOST_CID, Vsock, VsockListener};
 use crate::virtio::{MmioTransport, Slots, VirtioDevice};
 
 use crate::net::doors::Bytes;
-pub use crate::net::doors::{dhcp as net_dhcp, dns as net_dns, policy as net_policy, user_frame as net_user_frame};
+pub use crate::net::doors::{
+    dhcp as net_dhcp, dns as net_dns, header as net_header, policy as net_policy, switch as net_switch,
+    user_frame as net_user_frame,
+};
 
 /// Chains of any addresses, lengths and flags, and rings written over at any place.
 pub fn queue(data: &[u8]) {

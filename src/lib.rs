@@ -34,7 +34,7 @@
 //!
 //! Nothing, by default: no network, no standard input, no environment, no path of the host, no device of the host. It
 //! has the memory, processors, disks, network cards and vsock ports that its builder was told (of a `Net::user` only what its
-//! [`Policy`] allows), a console whose last 64 KiB are kept,
+//! [`Policy`] allows, of a [`Switch`] only the other guests on it), a console whose last 64 KiB are kept,
 //! and the host's random numbers.
 //!
 //! # What an embedder can rely on
@@ -47,8 +47,8 @@
 //! # Threads
 //!
 //! A VM has one thread for each vCPU, one event loop that owns its devices, one for each disk that io_uring cannot serve
-//! alone ([`DiskEngine`]), because files block, and one for the console's writer, if there is one; a container has one more,
-//! which speaks with the guest. Calls block
+//! alone ([`DiskEngine`]), because files block, and one each for the console's writer and for each [`Capture`], if there are
+//! any; a container has one more, which speaks with the guest. Calls block
 //! and need no runtime; what can be waited for also has a descriptor (`AsFd`) for poll, epoll, tokio, smol or mio. All
 //! handles are `Send` and `Sync`. Dropping a [`Vm`] or a `Container` kills it and waits for its threads.
 //!
@@ -58,7 +58,7 @@
 //! container   Image, Container, exec, the agent's client          guest   the shim: PID 1 in the guest
 //! vm          builder, machine, vCPU threads, ends                proto   what both say to each other
 //! virtio      device model, mmio transport: blk net vsock console rng balloon
-//! net         what carries frames: the user-mode stack with its policy and names, taps, sockets
+//! net         what carries frames: the user-mode stack with its policy and names, switches, taps, sockets, captures
 //! boot arch legacy kvm bus irq event memory sys
 //! ```
 
@@ -84,6 +84,7 @@ mod memory;
 mod net;
 #[cfg(any(feature = "container", test))]
 mod proto;
+mod rate;
 mod size;
 mod sys;
 mod virtio;
@@ -96,15 +97,24 @@ pub use container::{
 };
 pub use error::{Error, ErrorKind, Result};
 pub use kvm::{Device, Host};
+pub use rate::Rate;
 pub use size::Size;
 pub use virtio::vsock::{VsockListener, VsockStream};
 pub use vm::{
-    Base, Cache, Cgroup, CgroupStats, Cidr, Console, CpuProfile, CpuidBits, CpuidRegister, Denial, DeviceStats, Disk,
-    DiskEngine, DiskFault, DiskHandle, DiskLimit, DiskOperation, DiskUsage, ErrorAction, ErrorClass, Event, EventKind,
-    Events, Exit, GuestMemoryUse, Mac, Memory, MemoryStats, Net, NetHandle, NetStats, Overlay, OverlayInfo, Policy,
-    Port, Progress, Protocol, PublishedPort, Rate, Registers, Rule, Stage, Stats, Timeline, Trace, VcpuStats, Vm,
-    VmBuilder, Vsock, Why,
+    Base, Cache, Capture, CaptureStats, Cgroup, CgroupStats, Cidr, Console, CpuProfile, CpuidBits, CpuidRegister,
+    Denial, DeviceStats, Disk, DiskEngine, DiskFault, DiskHandle, DiskLimit, DiskOperation, DiskUsage, ErrorAction,
+    ErrorClass, Event, EventKind, Events, Exit, GuestMemoryUse, Mac, Memory, MemoryStats, Net, NetHandle, NetLimit,
+    NetStats, Overlay, OverlayInfo, Policy, Port, Progress, Protocol, PublishedPort, Registers, Rule, Stage, Stats,
+    Switch, Timeline, Trace, VcpuStats, Vm, VmBuilder, Vsock, Why,
 };
+
+/// For who carries a network card's frames by other means than there are: what a backend of one's own is, and is given. See
+/// [`Net::custom`].
+pub mod backend {
+    pub use crate::net::{
+        Capabilities, Card, Csum, Frame, Gso, GsoKind, NetBackend, Offload, Offloads, Received, Room,
+    };
+}
 
 /// The readme's code is compiled with the documentation's.
 #[cfg(all(doctest, feature = "container"))]

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 const LAYERS: &[(&str, &[&str])] = &[
     ("error", &[]),
     ("size", &[]),
+    ("rate", &["error"]),
     ("proto", &[]),
     ("sys", &["error", "size"]),
     ("memory", &["sys", "error", "size"]),
@@ -20,11 +21,14 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("arch", &["kvm", "memory", "error", "size"]),
     ("boot", &["memory", "arch", "sys", "error"]),
     ("legacy", &["bus", "irq", "arch", "sys", "error"]),
-    ("net", &["sys", "memory", "event", "error", "size"]),
-    ("virtio", &["sys", "memory", "bus", "irq", "event", "net", "error", "size"]),
+    ("net", &["sys", "memory", "event", "error", "size", "rate"]),
+    ("virtio", &["sys", "memory", "bus", "irq", "event", "net", "error", "size", "rate"]),
     (
         "vm",
-        &["error", "size", "sys", "memory", "event", "bus", "irq", "kvm", "arch", "boot", "legacy", "net", "virtio"],
+        &[
+            "error", "size", "rate", "sys", "memory", "event", "bus", "irq", "kvm", "arch", "boot", "legacy", "net",
+            "virtio",
+        ],
     ),
     ("container", &["error", "size", "sys", "event", "boot", "virtio", "vm", "proto"]),
     ("guest", &["proto"]),

@@ -7,9 +7,9 @@ use super::agent::Agent;
 use super::{Container, Image, shim};
 use crate::boot::{Kernel, Need, Packed};
 use crate::error::{Context, Error, Result};
-use crate::proto::{BootConfig, CONTROL_PORT, Network, OPTIONAL, Root, Source, StringBuf};
+use crate::proto::{BootConfig, CONTROL_PORT, Network, Networks, OPTIONAL, Root, Source, StringBuf};
 use crate::size::Size;
-use crate::vm::{Cgroup, Console, CpuProfile, Disk, Memory, Net, Vm, Vsock};
+use crate::vm::{Cgroup, Console, CpuProfile, Disk, Link, Memory, Net, Vm, Vsock};
 
 /// What the root of a container needs of its kernel.
 const FILE_SYSTEMS: [Need; 2] = [Need::required("ext4", "EXT4_FS"), Need::required("overlay", "OVERLAY_FS")];
@@ -25,7 +25,7 @@ pub struct ContainerBuilder {
     memory: Memory,
     disk: Size,
     attached: Vec<Disk>,
-    net: Option<Net>,
+    nets: Vec<Net>,
     hostname: String,
     console: Console,
     start_timeout: Duration,
@@ -43,7 +43,7 @@ impl ContainerBuilder {
             memory: Size::mib(256).into(),
             disk: Size::gib(4),
             attached: Vec::new(),
-            net: None,
+            nets: Vec::new(),
             hostname: "container".into(),
             console: Console::none(),
             start_timeout: Duration::from_secs(30),
@@ -92,11 +92,12 @@ impl ContainerBuilder {
         self
     }
 
-    /// Gives the container a network; none unless set. With [`Net::user`](crate::Net::user) its address, route and
-    /// `/etc/resolv.conf` are set up before the first program starts; with others, programs in it do that. [`Container::vm`] and
-    /// [`Vm::net`] have the card's handle, as number 0.
+    /// Adds a network card: `eth0`, then `eth1` and so on; none unless added. Before the first program starts, the address is set
+    /// up on those of [`Net::user`](crate::Net::user) and [`Net::switch`](crate::Net::switch), the way out of the former, and
+    /// `/etc/resolv.conf`, which names one resolver: that of the user-mode network, which knows the switches' names too, or that of
+    /// the first switch. With others, programs in it do that. [`Container::vm`] and [`Vm::net`] have the cards' handles.
     pub fn net(mut self, net: Net) -> Self {
-        self.net = Some(net);
+        self.nets.push(net);
         self
     }
 
@@ -169,11 +170,10 @@ impl ContainerBuilder {
         for disk in self.attached {
             vm = vm.disk(disk);
         }
-        let addresses = self.net.as_ref().and_then(Net::addresses);
-        let network = addresses.map(|(address, prefix, gateway)| Network { address, prefix, gateway });
-        if let Some(net) = self.net {
-            vm = vm.net(net);
-        }
+        let reserve = |(n, net): (usize, Net)| net.reserved().doing(|| format!("attaching network {n}"));
+        let nets: Vec<Net> = self.nets.into_iter().enumerate().map(reserve).collect::<Result<_>>()?;
+        let (networks, resolver) = networks(&nets);
+        vm = nets.into_iter().fold(vm, |vm, net| vm.net(net));
         if let Some(cgroup) = self.cgroup {
             vm = vm.cgroup(cgroup);
         }
@@ -192,7 +192,8 @@ impl ContainerBuilder {
                 upper: Source { device: b"/dev/vdb", fs: b"ext4" },
             },
             modules: modules.as_strings(),
-            network,
+            networks: Networks(&networks),
+            resolver,
         };
         let kernel = kernel.with_packed(&packed);
         let initramfs = shim::initramfs(kernel.initramfs_or_default(), &config)?;
@@ -200,6 +201,20 @@ impl ContainerBuilder {
         let agent = Agent::start(&vm, begin, self.start_timeout)?;
         Ok(Container { vm, agent })
     }
+}
+
+/// What the shim is told of the cards, and who answers questions for names.
+fn networks(nets: &[Net]) -> (Vec<u8>, Option<[u8; 4]>) {
+    let (mut list, mut resolvers) = (Vec::new(), Vec::new());
+    // No machine has as many.
+    for (card, net) in (0..=u8::MAX).zip(nets) {
+        let Some(Link { address, prefix, gateway, resolver }) = net.link() else { continue };
+        Network { card, address, prefix, gateway: gateway.unwrap_or_default() }.push(&mut list);
+        resolvers.push((gateway.is_none(), resolver));
+    }
+    // One with a way out knows all names.
+    resolvers.sort_by_key(|(inside, _)| *inside);
+    (list, resolvers.first().map(|(_, resolver)| *resolver))
 }
 
 /// The list by which the shim inserts them.

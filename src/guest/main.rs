@@ -132,7 +132,7 @@ fn insert_modules(config: &BootConfig<'_>) -> Result<(), Failure> {
 }
 
 fn mount_all(config: &BootConfig<'_>) -> Result<Writable, Failure> {
-    let plan = mount::plan(&config.root, config.hostname, config.network.map(|network| network.gateway));
+    let plan = mount::plan(&config.root, config.hostname, config.resolver);
     let (before, after) = mount::split(&plan);
     mount::carry_out(before)?;
     let writable = Writable::find(&config.root);
@@ -146,21 +146,25 @@ fn mount_all(config: &BootConfig<'_>) -> Result<Writable, Failure> {
     Ok(writable)
 }
 
-/// The loopback interface, and the card if the host says so.
+/// The loopback interface, and the cards that the host names.
 fn set_up_network(config: &BootConfig<'_>) -> Result<(), Failure> {
     let failure = |errno| Failure::new(Stage::Other, errno, &[b"setting up the network"]);
     let socket = match sys::interface_socket() {
         Ok(socket) => socket,
         // A kernel without sockets of the internet; whoever wants a network must have one.
-        Err(errno) => return if config.network.is_some() { Err(failure(errno)) } else { Ok(()) },
+        Err(errno) => return if config.networks.is_empty() { Ok(()) } else { Err(failure(errno)) },
     };
     let _ = sys::interface_up(&socket, b"lo");
-    let Some(Network { address, prefix, gateway }) = config.network else { return Ok(()) };
+    config.networks.iter().try_for_each(|network| set_up_card(&socket, network)).map_err(failure)
+}
+
+fn set_up_card(socket: &Fd, Network { card, address, prefix, gateway }: Network) -> Result<(), sys::Errno> {
     let mask = u32::MAX.checked_shl(32 - u32::from(prefix)).unwrap_or(0).to_be_bytes();
-    sys::set_address(&socket, b"eth0", address, mask)
-        .and_then(|()| sys::interface_up(&socket, b"eth0"))
-        .and_then(|()| sys::set_gateway(&socket, gateway))
-        .map_err(failure)
+    let mut name = Vec::from(b"eth");
+    mount::decimal(card, &mut name);
+    sys::set_address(socket, &name, address, mask)?;
+    sys::interface_up(socket, &name)?;
+    if gateway == [0; 4] { Ok(()) } else { sys::set_gateway(socket, gateway) }
 }
 
 /// Makes everything that the workloads need around them.

@@ -169,7 +169,7 @@ pub(super) fn plan(root: &Root<'_>, hostname: &[u8], resolver: Option<[u8; 4]>) 
 }
 
 /// Appends a number as text.
-fn decimal(number: u8, to: &mut Vec<u8>) {
+pub(super) fn decimal(number: u8, to: &mut Vec<u8>) {
     for unit in [100, 10, 1] {
         if number >= unit || unit == 1 {
             to.push(b'0' + number / unit % 10);

@@ -5,9 +5,12 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::time::Duration;
 
 use super::policy::{Cidr, Enforcer, Policy, Protocol, Rule};
+use super::switch::played::Played;
 use super::user::{Config, UserNet};
 use super::wire::{self, Ends, Head, Tcp};
-use super::{Agreed, Csum, Gso, GsoKind, HEADER_LEN, NetBackend, Offload, Offloads, dns};
+use super::{
+    Capabilities, Csum, Frame, Gso, GsoKind, HEADER_LEN, Mac, NetBackend, Offload, Offloads, Room, Switch, dns,
+};
 use crate::memory::{GuestAddress, GuestMemory};
 use crate::sys::SocketKind;
 
@@ -31,7 +34,7 @@ impl<'a> Bytes<'a> {
         u8::from_le_bytes(self.number())
     }
 
-    fn short(&mut self) -> u16 {
+    pub(crate) fn short(&mut self) -> u16 {
         u16::from_le_bytes(self.number())
     }
 
@@ -78,7 +81,7 @@ impl World {
         config.limits.connections = 64;
         config.limits.datagram_flows = 16;
         let mut net = UserNet::new(config.clone()).ok()?;
-        net.negotiated(Agreed { to_host: Offloads::all(), to_guest: net.capabilities().to_guest });
+        net.negotiated(Capabilities { to_host: Offloads::all(), to_guest: net.capabilities().to_guest });
         let memory = GuestMemory::anonymous(&[(GuestAddress(0), 1 << 18)]).ok()?;
         Some(Self { net, memory, config, listener, at, streams: Vec::new(), seq: 0, ack: 0 })
     }
@@ -89,7 +92,7 @@ impl World {
         }
         if let Ok(segment) = self.memory.segment(FRAME, frame.len()) {
             let (a, b) = segment.split_at(frame.len() / 2);
-            let sent = self.net.send(&self.memory, &[a, b], offload);
+            let sent = self.net.send(Frame::new(&self.memory, &[a, b], offload));
             assert!(sent.is_ok(), "bad frames are no errors");
         }
     }
@@ -99,7 +102,7 @@ impl World {
         for _ in 0..4096 {
             let Some(len) = self.net.next() else { return };
             let Ok(room) = self.memory.segment(ROOM, len) else { return };
-            let received = self.net.receive(&self.memory, &[room]).ok().flatten();
+            let received = self.net.receive(&mut Room::new(&self.memory, &[room])).ok().flatten();
             let Some(received) = received else { continue };
             assert!(received.len <= len && received.offload.check(received.len).is_ok(), "the frame is none");
             let mut head = [0; 54];
@@ -357,6 +360,79 @@ pub fn policy(data: &[u8]) {
     }
 }
 
+/// Headers of any content before frames of any length: what is understood is agreed to and can be done.
+pub fn header(data: &[u8]) {
+    let mut bytes = Bytes(data);
+    while !bytes.done() {
+        let (agreed, len) = (Offloads::from_bits_truncate(bytes.byte()), usize::from(bytes.short()));
+        let header: [u8; HEADER_LEN] = bytes.number();
+        let Ok(offload) = Offload::parse(&header, len, agreed) else { continue };
+        assert!(agreed.contains(offload.needed()), "nobody agreed to it");
+        let end = |csum: Csum| usize::from(csum.start) + usize::from(csum.offset) + 2;
+        assert!(offload.csum.is_none_or(|csum| end(csum) <= len), "the checksum is elsewhere");
+        assert!(offload.gso.is_none_or(|gso| gso.size > 0 && offload.csum.is_some()), "it cannot be cut");
+        let again = Offload::parse(&offload.to_bytes(1), len, agreed);
+        assert_eq!(again, Ok(offload), "it is written otherwise than it was read");
+    }
+}
+
+/// Frames of any content of one guest on a switch: another gets only what the first may say, as it agreed to have it.
+pub fn switch(data: &[u8]) {
+    let mut bytes = Bytes(data);
+    let (switch, agreed) = (Switch::new(), Offloads::from_bits_truncate(bytes.byte()) - Offloads::USO);
+    let agreed = if agreed.contains(Offloads::CSUM) { agreed } else { Offloads::empty() };
+    let join = |name: &str, n, agreed| Played::on(&switch, name, Mac([2, 0, 0, 0, 0, n]), agreed).ok();
+    let (Some(mut a), Some(mut b)) = (join("a", 1, Offloads::all()), join("b", 2, agreed)) else { return };
+    while !bytes.done() {
+        let what = bytes.byte();
+        let (four, len) = (what & 1 == 0, usize::from(bytes.short()) % 4000);
+        let dst = if what & 2 == 0 { b.address(four) } else { bytes.address() };
+        let to = if what & 4 == 0 { b.mac } else { Mac(bytes.number()) };
+        let (mut frame, mut offload) = match what >> 3 & 3 {
+            0 => a.tcp(&b, four, &vec![what; len], (len > 1000).then(|| bytes.short())),
+            1 => (a.udp(to, dst, (bytes.short(), bytes.short()), &vec![what; len % 1500]), Offload::default()),
+            2 => {
+                let mut frame = a.ip(to, dst, bytes.byte(), len % 100).as_slice().to_vec();
+                frame.extend(bytes.take(len % 100));
+                (frame, Offload::default())
+            }
+            _ => (bytes.take(len % 200).to_vec(), Offload::default()),
+        };
+        for _ in 0..bytes.byte() % 4 {
+            let (at, value) = (usize::from(bytes.byte()), bytes.byte());
+            if let Some(byte) = frame.get_mut(at) {
+                *byte = value;
+            }
+        }
+        if what & 32 != 0 {
+            offload = Offload::parse(&bytes.number(), frame.len(), Offloads::all()).unwrap_or_default();
+        }
+        if offload.check(frame.len()).is_ok() {
+            a.send(&frame, offload);
+        }
+        let _ = a.take();
+        for (frame, offload) in b.take() {
+            let Ok(ethernet) = wire::Ethernet::parse(&frame) else { unreachable!("it has no header") };
+            let rest = frame.get(wire::ETHERNET..).unwrap_or_default();
+            let Ok(packet) = wire::Packet::parse(ethernet.kind, rest, rest.len()) else { unreachable!("no packet") };
+            assert!(ethernet.src == a.mac && ethernet.dst == b.mac, "between other cards");
+            assert_eq!(packet.header + packet.len, rest.len(), "there is something behind the packet");
+            let own = |guest: &Played, address: IpAddr| {
+                address == guest.address(packet.src.is_ipv4())
+                    || matches!(address, IpAddr::V6(a) if a.is_unicast_link_local())
+            };
+            assert!(own(&a, packet.src) && own(&b, packet.dst), "between other addresses");
+            assert!(agreed.contains(offload.needed()) && offload.check(frame.len()).is_ok(), "nobody agreed to it");
+            let cut = offload.gso.map(|gso| usize::from(gso.header_len) + usize::from(gso.size));
+            assert!(cut.unwrap_or(frame.len()) <= 1514, "it is too large");
+        }
+    }
+    let (one, offload) = a.tcp(&b, true, b"x", None);
+    b.leave();
+    a.send(&one, offload);
+    assert!(b.take().is_empty() && a.stats().unserved > 0, "who has left still hears something");
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -366,7 +442,7 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(256))]
         #[test]
         fn any_bytes_are_survived(data in proptest::collection::vec(any::<u8>(), 0..800)) {
-            for door in [user_frame, dhcp, dns, policy] {
+            for door in [user_frame, dhcp, dns, policy, header, switch] {
                 door(&data);
             }
         }

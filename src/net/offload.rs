@@ -8,7 +8,7 @@ pub(crate) const HEADER_LEN: usize = 12;
 bitflags! {
     /// Work that one side may leave to the other.
     #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-    pub(crate) struct Offloads: u8 {
+    pub struct Offloads: u8 {
         /// The checksum of TCP and UDP.
         const CSUM = 1;
         /// Cutting TCP over IPv4 into segments.
@@ -20,32 +20,32 @@ bitflags! {
     }
 }
 
-/// What driver and device agreed to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub(crate) struct Agreed {
-    pub to_host: Offloads,
-    pub to_guest: Offloads,
-}
-
 /// A checksum that is still to be made over everything from `start` on, and to be put `offset` bytes after that. Its place
 /// holds the sum of the pseudo header.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Csum {
+pub struct Csum {
+    /// Bytes of the frame before what is summed up.
     pub start: u16,
+    /// Where the checksum's two bytes are, from there on.
     pub offset: u16,
 }
 
 /// How a frame is to be cut.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum GsoKind {
+#[non_exhaustive]
+pub enum GsoKind {
+    /// TCP over IPv4.
     Tcp4,
+    /// TCP over IPv6.
     Tcp6,
+    /// UDP over either.
     Udp,
 }
 
 /// A frame that stands for several.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Gso {
+pub struct Gso {
+    /// What is cut.
     pub kind: GsoKind,
     /// Bytes of payload in each frame but the last; at least one.
     pub size: u16,
@@ -55,8 +55,10 @@ pub(crate) struct Gso {
 
 /// What is left to do to a frame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub(crate) struct Offload {
+pub struct Offload {
+    /// A checksum.
     pub csum: Option<Csum>,
+    /// Cutting it, which always comes with a checksum.
     pub gso: Option<Gso>,
 }
 
@@ -87,22 +89,32 @@ impl Offload {
     pub(crate) fn parse(header: &[u8; HEADER_LEN], len: usize, agreed: Offloads) -> Result<Self, OffloadError> {
         let [flags, kind, h0, h1, s0, s1, c0, c1, o0, o1, _, _] = *header;
         let size = u16::from_le_bytes([s0, s1]);
-        let (needed, kind) = match kind & !GSO_ECN {
-            GSO_NONE => (Offloads::empty(), None),
-            GSO_TCPV4 => (Offloads::TSO4, Some(GsoKind::Tcp4)),
-            GSO_TCPV6 => (Offloads::TSO6, Some(GsoKind::Tcp6)),
-            GSO_UDP_L4 => (Offloads::USO, Some(GsoKind::Udp)),
+        let kind = match kind & !GSO_ECN {
+            GSO_NONE => None,
+            GSO_TCPV4 => Some(GsoKind::Tcp4),
+            GSO_TCPV6 => Some(GsoKind::Tcp6),
+            GSO_UDP_L4 => Some(GsoKind::Udp),
             _ => return Err(OffloadError::Gso),
         };
         let csum = (flags & NEEDS_CSUM != 0)
             .then(|| Csum { start: u16::from_le_bytes([c0, c1]), offset: u16::from_le_bytes([o0, o1]) });
         let gso = kind.map(|kind| Gso { kind, size, header_len: u16::from_le_bytes([h0, h1]) });
-        let needed = needed | if csum.is_some() { Offloads::CSUM } else { Offloads::empty() };
         let offload = Self { csum, gso };
-        if !agreed.contains(needed) {
+        if !agreed.contains(offload.needed()) {
             return Err(OffloadError::NotAgreed);
         }
         offload.check(len).map(|()| offload)
+    }
+
+    /// What must be agreed to for it.
+    pub(crate) fn needed(&self) -> Offloads {
+        let cut = match self.gso.map(|gso| gso.kind) {
+            None => Offloads::empty(),
+            Some(GsoKind::Tcp4) => Offloads::TSO4,
+            Some(GsoKind::Tcp6) => Offloads::TSO6,
+            Some(GsoKind::Udp) => Offloads::USO,
+        };
+        cut | if self.csum.is_some() { Offloads::CSUM } else { Offloads::empty() }
     }
 
     /// Whether it can be done to a frame of `len` bytes.

@@ -7,13 +7,10 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use super::edges::Edges;
-use super::{Agreed, Capabilities, NetBackend, Offload, Offloads, Received};
+use super::{FRAME_MAX as LARGEST, Frame, NetBackend, Offload, Received, Room};
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::memory::{GuestMemory, Segment};
 use crate::sys;
 
-/// The largest frame.
-const LARGEST: usize = 65535 + 18;
 /// What is taken from a stream at once.
 const CHUNK: usize = 128 * 1024;
 const LENGTH: usize = 4;
@@ -22,7 +19,6 @@ const LENGTH: usize = 4;
 pub(crate) struct SocketNet {
     fd: OwnedFd,
     edges: Edges,
-    mtu: u16,
     /// Of a stream: what was taken from it. `None` for datagrams.
     inbox: Option<Inbox>,
     /// The rest of a frame, of which the socket took a part.
@@ -76,7 +72,7 @@ impl SocketNet {
     ///
     /// # Errors
     /// `InvalidConfig` when it is no socket of a stream, of datagrams or of packets in order.
-    pub(crate) fn new(fd: OwnedFd, mtu: u16) -> Result<Self> {
+    pub(crate) fn new(fd: OwnedFd) -> Result<Self> {
         let doing = || "taking a network's socket";
         let kind = sys::socket_kind(fd.as_fd()).map_err(|e| Error::from(e).with_kind(ErrorKind::InvalidConfig));
         let inbox = match kind.doing(doing)? {
@@ -92,7 +88,7 @@ impl SocketNet {
         fd.set_nonblocking(true).doing(doing)?;
         let fd = OwnedFd::from(fd);
         let edges = Edges::of(fd.as_fd()).doing(doing)?;
-        Ok(Self { fd, edges, mtu, inbox, outbox: Vec::new() })
+        Ok(Self { fd, edges, inbox, outbox: Vec::new() })
     }
 
     /// Sends what is left of the last frame; false when the socket takes no more now.
@@ -109,12 +105,7 @@ impl SocketNet {
 }
 
 impl NetBackend for SocketNet {
-    fn capabilities(&self) -> Capabilities {
-        // Nothing says on a socket what is left to do to a frame.
-        Capabilities { to_host: Offloads::empty(), to_guest: Offloads::empty(), mtu: self.mtu, mac: None }
-    }
-
-    fn negotiated(&mut self, _: Agreed) {}
+    // No capabilities: nothing says on a socket what is left to do to a frame.
 
     fn fd(&self) -> BorrowedFd<'_> {
         self.edges.fd()
@@ -124,8 +115,8 @@ impl NetBackend for SocketNet {
         self.edges.turn();
     }
 
-    fn send(&mut self, memory: &GuestMemory, frame: &[Segment], _: Offload) -> io::Result<()> {
-        let len: usize = frame.iter().map(|piece| piece.len()).sum();
+    fn send(&mut self, frame: Frame<'_>) -> io::Result<()> {
+        let (len, memory, frame) = (frame.len(), frame.memory(), frame.pieces());
         if len == 0 || len > LARGEST {
             return Ok(());
         }
@@ -165,10 +156,10 @@ impl NetBackend for SocketNet {
         }
     }
 
-    fn receive(&mut self, memory: &GuestMemory, room: &[Segment]) -> io::Result<Option<Received>> {
+    fn receive(&mut self, room: &mut Room<'_>) -> io::Result<Option<Received>> {
         let plain = |len| Some(Received { len, offload: Offload::default() });
         let Some(inbox) = &mut self.inbox else {
-            return match memory.receive(room, self.fd.as_fd()) {
+            return match room.memory().receive(room.pieces(), self.fd.as_fd()) {
                 Ok(0) => Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the other end was closed")),
                 Ok(len) => Ok(plain(len)),
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
@@ -187,9 +178,8 @@ impl NetBackend for SocketNet {
             self.edges.readable = inbox.fill(self.fd.as_fd())?;
             return Ok(None);
         };
-        let len = frame.len();
-        memory.scatter(room, frame).map_err(io::Error::other)?;
+        let (len, received) = (frame.len(), room.put(frame));
         inbox.begin += LENGTH + len;
-        Ok((len > 0).then_some(()).and(plain(len)))
+        Ok(received.filter(|_| len > 0))
     }
 }

@@ -5,9 +5,8 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 
 use super::edges::Edges;
-use super::{Agreed, Capabilities, HEADER_LEN, NetBackend, Offload, Offloads, Received};
+use super::{Capabilities, Frame, HEADER_LEN, NetBackend, Offload, Offloads, Received, Room};
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::memory::{GuestMemory, Segment};
 use crate::sys::{TUN_CSUM, TUN_TSO4, TUN_TSO6, TUN_USO, Tap};
 
 /// Bytes of a frame before its packet, with a VLAN's tag.
@@ -89,10 +88,10 @@ impl TapNet {
 
 impl NetBackend for TapNet {
     fn capabilities(&self) -> Capabilities {
-        Capabilities { to_host: self.offloads, to_guest: self.offloads, mtu: self.mtu, mac: None }
+        Capabilities { to_host: self.offloads, to_guest: self.offloads }
     }
 
-    fn negotiated(&mut self, agreed: Agreed) {
+    fn negotiated(&mut self, agreed: Capabilities) {
         let wanted = if agreed.to_guest.contains(Offloads::CSUM) { agreed.to_guest } else { Offloads::empty() };
         if let Err(e) = self.tap.set_offload(flags(wanted)) {
             log::warn!("the tap's frames are not made larger for the guest: {e}");
@@ -110,8 +109,8 @@ impl NetBackend for TapNet {
         self.edges.turn();
     }
 
-    fn send(&mut self, memory: &GuestMemory, frame: &[Segment], offload: Offload) -> io::Result<()> {
-        match memory.write_behind(&offload.to_bytes(0), frame, self.tap.as_fd()) {
+    fn send(&mut self, frame: Frame<'_>) -> io::Result<()> {
+        match frame.write_behind(&frame.offload().to_bytes(0), self.tap.as_fd()) {
             Err(e) if e.raw_os_error() == Some(libc::EBADFD) => Err(e),
             // Full, down, or a frame that the host's kernel finds wrong: lost, as on a wire.
             _ => Ok(()),
@@ -122,9 +121,9 @@ impl NetBackend for TapNet {
         self.edges.readable.then_some(self.largest)
     }
 
-    fn receive(&mut self, memory: &GuestMemory, room: &[Segment]) -> io::Result<Option<Received>> {
+    fn receive(&mut self, room: &mut Room<'_>) -> io::Result<Option<Received>> {
         let mut header = [0; HEADER_LEN];
-        let len = match memory.read_behind(&mut header, room, self.tap.as_fd()) {
+        let len = match room.read_behind(&mut header, self.tap.as_fd()) {
             Ok(n) => n.saturating_sub(HEADER_LEN),
             Err(e) if e.raw_os_error() == Some(libc::EBADFD) => return Err(e),
             Err(_) => {

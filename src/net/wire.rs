@@ -85,13 +85,14 @@ pub(super) fn pseudo(src: IpAddr, dst: IpAddr, protocol: u8, len: usize) -> u64 
 /// An Ethernet header.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Ethernet {
+    pub dst: Mac,
     pub src: Mac,
     pub kind: u16,
 }
 
 impl Ethernet {
     pub(super) fn parse(bytes: &[u8]) -> Result<Self, Bad> {
-        Ok(Self { src: Mac(array(bytes, 6)?), kind: be16(bytes, 12)? })
+        Ok(Self { dst: Mac(array(bytes, 0)?), src: Mac(array(bytes, 6)?), kind: be16(bytes, 12)? })
     }
 }
 

@@ -17,7 +17,9 @@ const FS: u8 = 6;
 const UPPER_DEVICE: u8 = 7;
 const UPPER_FS: u8 = 8;
 const MODULES: u8 = 9;
-const NETWORK: u8 = 10;
+/// 10 was the one network that there could be.
+const NETWORKS: u8 = 11;
+const RESOLVER: u8 = 12;
 
 const ROOT_INITRAMFS: u8 = 0;
 const ROOT_DEVICE: u8 = 1;
@@ -34,29 +36,62 @@ pub(crate) struct BootConfig<'a> {
     pub(crate) root: Root<'a>,
     /// Files of kernel modules, in the order in which they are inserted before anything else is done; see [`OPTIONAL`].
     pub(crate) modules: Strings<'a>,
-    /// How the first network card is set up; `None` leaves it alone.
-    pub(crate) network: Option<Network>,
+    /// How network cards are set up; those that are not named are left alone.
+    pub(crate) networks: Networks<'a>,
+    /// Who answers questions for names; `None` leaves that as it is.
+    pub(crate) resolver: Option<[u8; 4]>,
 }
 
-/// IPv4 on `eth0`. IPv6 comes by router advertisements.
+/// IPv4 on one card. IPv6 comes by router advertisements.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Network {
+    /// The card: `eth0` is number 0.
+    pub(crate) card: u8,
     /// The guest's address.
     pub(crate) address: [u8; 4],
     /// Bits of the network, at most 32.
     pub(crate) prefix: u8,
-    /// The router, which answers questions for names too.
+    /// The router; zeroes where there is none.
     pub(crate) gateway: [u8; 4],
 }
 
+/// Bytes of one [`Network`]: card, address, prefix, gateway.
+const NETWORK_SIZE: usize = 10;
+
 impl Network {
-    fn parse(bytes: &[u8]) -> Result<Self, Malformed> {
+    fn parse(bytes: &[u8]) -> Option<Self> {
         match *bytes {
-            [a, b, c, d, prefix, e, f, g, h] if prefix <= 32 => {
-                Ok(Self { address: [a, b, c, d], prefix, gateway: [e, f, g, h] })
+            [card, a, b, c, d, prefix, e, f, g, h] if prefix <= 32 => {
+                Some(Self { card, address: [a, b, c, d], prefix, gateway: [e, f, g, h] })
             }
-            _ => Err(Malformed("network")),
+            _ => None,
         }
+    }
+
+    /// Appends it to a list.
+    pub(crate) fn push(&self, to: &mut Vec<u8>) {
+        let Self { card, address: [a, b, c, d], prefix, gateway: [e, f, g, h] } = *self;
+        to.extend_from_slice(&[card, a, b, c, d, prefix, e, f, g, h]);
+    }
+}
+
+/// A list of networks in someone else's bytes, which [`Network::push`] made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct Networks<'a>(pub(crate) &'a [u8]);
+
+impl<'a> Networks<'a> {
+    fn parse(bytes: &'a [u8]) -> Result<Self, Malformed> {
+        let all = bytes.chunks(NETWORK_SIZE).all(|network| Network::parse(network).is_some());
+        if all { Ok(Self(bytes)) } else { Err(Malformed("list of networks")) }
+    }
+
+    /// The networks in their order.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = Network> + use<'a> {
+        self.0.chunks(NETWORK_SIZE).filter_map(Network::parse)
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.0.is_empty()
     }
 }
 
@@ -119,8 +154,11 @@ impl<'a> BootConfig<'a> {
         if !self.modules.is_empty() {
             fields.bytes(MODULES, self.modules.as_bytes());
         }
-        if let Some(Network { address: [a, b, c, d], prefix, gateway: [e, f, g, h] }) = self.network {
-            fields.bytes(NETWORK, &[a, b, c, d, prefix, e, f, g, h]);
+        if !self.networks.is_empty() {
+            fields.bytes(NETWORKS, self.networks.0);
+        }
+        if let Some(resolver) = self.resolver {
+            fields.bytes(RESOLVER, &resolver);
         }
         // The reader is the judge of what may stand in it.
         BootConfig::parse(&out)?;
@@ -152,8 +190,9 @@ impl<'a> BootConfig<'a> {
         }
         let control_port = fields.u32(CONTROL_PORT, "control port")?.unwrap_or(super::CONTROL_PORT);
         let modules = Strings::parse(fields.get(MODULES).unwrap_or_default(), "list of modules")?;
-        let network = fields.get(NETWORK).map(Network::parse).transpose()?;
-        Ok(Self { hostname, control_port, root, modules, network })
+        let networks = Networks::parse(fields.get(NETWORKS).unwrap_or_default())?;
+        let resolver = fields.get(RESOLVER).map(|bytes| bytes.try_into().map_err(|_| Malformed("resolver")));
+        Ok(Self { hostname, control_port, root, modules, networks, resolver: resolver.transpose()? })
     }
 }
 

@@ -39,7 +39,7 @@ mod tests;
 
 #[allow(unused_imports, reason = "each side names only what it uses")]
 pub(crate) use {
-    boot::{BootConfig, Network, OPTIONAL, Root, Source},
+    boot::{BootConfig, Network, Networks, OPTIONAL, Root, Source},
     field::Malformed,
     frame::{Decoder, Frame, FrameError, HEADER_SIZE},
     message::{End, FromGuest, FromHost, Spawn, Stage, Stdio, Step},

@@ -153,12 +153,19 @@ proptest! {
             _ => Root::Overlay { lower: Source { device: a, fs: b }, upper: Source { device: c, fs: d } },
         };
         let modules = list(&modules);
-        let network = (control_port % 2 == 0).then_some(Network {
+        let mut networks = Vec::new();
+        let made: Vec<_> = (0..(control_port % 4) as u8).map(|card| Network {
+            card,
             address: control_port.to_be_bytes(),
             prefix: (control_port % 33) as u8,
             gateway: [1, 2, 3, 4],
-        });
-        let config = BootConfig { hostname: &hostname, control_port, root, modules: modules.as_strings(), network };
+        }).collect();
+        made.iter().for_each(|network| network.push(&mut networks));
+        let resolver = made.first().map(|network| network.gateway);
+        let networks = Networks(&networks);
+        prop_assert!(networks.iter().eq(made));
+        let modules = modules.as_strings();
+        let config = BootConfig { hostname: &hostname, control_port, root, modules, networks, resolver };
         let file = config.encode().unwrap();
         prop_assert_eq!(BootConfig::parse(&file), Ok(config));
         // Whatever is cut off, the rest is refused or is another valid file, never a panic.

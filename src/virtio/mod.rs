@@ -149,6 +149,9 @@ pub(crate) trait VirtioDevice: AsAny + Send {
         let _ = (io, patience);
     }
 
+    /// The VM has ended, whether the device ran or not; it is dropped soon.
+    fn ended(&mut self) {}
+
     /// About to become idle: stop watching, let go of every chain. The device touches guest memory no more when this
     /// returns, or says [`DeviceIo::leave_moving`].
     fn stopping(&mut self, io: &mut DeviceIo) {

@@ -110,6 +110,9 @@ impl Slots {
             (0..queues).for_each(|queue| self.poke(slot, Source::Queue(queue)));
             self.call(slot, |device, io| device.finishing(io, left(deadline)));
             self.stop(slot);
+            if let Some(it) = self.slots.get_mut(slot) {
+                it.device.ended();
+            }
         }
     }
 

@@ -9,7 +9,7 @@ use super::disk::{DiskEngine, DiskFault, DiskHandle, ErrorAction};
 use super::events::{EventKind, Log};
 use super::exit::Reason;
 use super::machine::Shared;
-use super::net::{NetHandle, check_macs};
+use super::net::{Connected, Net, NetHandle, check_addresses};
 use crate::arch::layout;
 use crate::bus::Bus;
 use crate::error::{Error, Result};
@@ -17,6 +17,7 @@ use crate::event::{Loop, Remote};
 use crate::irq::Interrupt;
 use crate::kvm::VmFd;
 use crate::memory::GuestMemory;
+use crate::net::Pump;
 use crate::size::Size;
 use crate::virtio::balloon::Balloon;
 use crate::virtio::console::{Console, Output};
@@ -65,6 +66,8 @@ pub(super) struct Attachments {
     pub listeners: Vec<VsockListener>,
     /// Of each network, where its ports are.
     pub published: Vec<Vec<SocketAddr>>,
+    /// Of each, what writes its capture.
+    pub pumps: Vec<Option<Pump>>,
 }
 
 pub(super) fn attachments(
@@ -95,18 +98,23 @@ pub(super) fn attachments(
             });
         all.push(Attachment { name, device: Box::new(disk), blocking, engine });
     }
-    check_macs(&config.nets)?;
-    let mut published = Vec::new();
+    check_addresses(&config.nets)?;
+    let (mut published, mut pumps) = (Vec::new(), Vec::new());
+    let switches: Vec<_> = config.nets.iter().filter_map(Net::its_switch).cloned().collect();
     for (n, net) in config.nets.iter().enumerate() {
         let name = format!("net{n}");
-        let (log, denials, its_name) = (log.clone(), log.clone(), name.clone());
+        let (log, denials, throttled) = (log.clone(), log.clone(), log.clone());
+        let [its_name, who] = [name.clone(), name.clone()];
         let told = super::net::Told {
             lost: Box::new(move |error| log.push(EventKind::Degraded { what: format!("{its_name}: {error}") })),
             denied: Box::new(move |denial| denials.push(EventKind::Denied(denial))),
+            throttled: Box::new(move || throttled.push(EventKind::Throttled { what: who.clone() })),
         };
-        let attached = net.attach(config.vcpus()?, told).map_err(|e| e.doing(format!("attaching network {n}")));
-        let (card, ports) = attached?;
+        let attached = net.attach(config.vcpus()?, switches.clone(), told);
+        let Connected { card, published: ports, pump } =
+            attached.map_err(|e| e.doing(format!("attaching network {n}")))?;
         published.push(ports);
+        pumps.push(pump);
         all.push(Attachment { name, device: Box::new(card), blocking: false, engine: None });
     }
     let mut add = |name: &str, device: Box<dyn VirtioDevice>| {
@@ -124,7 +132,7 @@ pub(super) fn attachments(
         }
         add("vsock", Box::new(device));
     }
-    Ok(Attachments { devices: all, listeners, published })
+    Ok(Attachments { devices: all, listeners, published, pumps })
 }
 
 /// Windows and interrupt lines for `n` devices, in order.
@@ -170,10 +178,15 @@ pub(super) fn disk_handle(n: usize, slots: &BTreeMap<String, Place>) -> Option<D
     Some(DiskHandle { name, device })
 }
 
-pub(super) fn net_handle(n: usize, slots: &BTreeMap<String, Place>, published: &[SocketAddr]) -> Option<NetHandle> {
+pub(super) fn net_handle(
+    n: usize,
+    slots: &BTreeMap<String, Place>,
+    published: &[SocketAddr],
+    capture: Option<Pump>,
+) -> Option<NetHandle> {
     let name = format!("net{n}");
     let device = slots.get(&name).map(handle)?;
-    Some(NetHandle { name, device, published: published.into() })
+    Some(NetHandle { name, device, published: published.into(), capture })
 }
 
 impl Parts<'_> {

@@ -10,7 +10,7 @@ use crate::size::Size;
 use crate::sys;
 use crate::virtio::DeviceHandle;
 use crate::virtio::blk::{self, Blk, BlockBackend, DirectFile, Options, OverlayDisk, RawFile};
-pub use crate::virtio::blk::{Cache, DiskEngine, DiskFault, DiskLimit, DiskOperation, ErrorAction, ErrorClass, Rate};
+pub use crate::virtio::blk::{Cache, DiskEngine, DiskFault, DiskLimit, DiskOperation, ErrorAction, ErrorClass};
 
 /// Bytes of a serial number (Virtio 1.3, 5.2.6).
 const SERIAL_MAX: usize = 20;
@@ -393,6 +393,7 @@ pub(super) fn check_serials(disks: &[Disk]) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::rate::Rate;
 
     #[test]
     fn disks_name_themselves_in_errors() {

@@ -59,9 +59,9 @@ pub enum EventKind {
     },
     /// The host could not do what the guest asked of a disk.
     DiskError(DiskFault),
-    /// A limit makes it wait: `disk0` for [`Disk::limit`](crate::Disk::limit), `vcpus` for [`Cgroup::cpus`](crate::Cgroup::cpus), the
-    /// latter where the host measures pressure (PSI). Told at most once a second for each; [`Stats`](crate::Stats) say how often
-    /// and how long.
+    /// A limit makes it wait: `disk0` for [`Disk::limit`](crate::Disk::limit), `net0` for [`Net::limit`](crate::Net::limit), `vcpus`
+    /// for [`Cgroup::cpus`](crate::Cgroup::cpus), the latter where the host measures pressure (PSI). Told at most once a second
+    /// for each; [`Stats`](crate::Stats) say how often and how long.
     Throttled {
         /// What waits.
         what: String,

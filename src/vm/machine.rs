@@ -1,6 +1,6 @@
 //! The one assembly: from config to running threads. Knows everybody; nobody but [`Vm`](super::Vm) knows it.
 //!
-//! All threads of a VM are made here, named `vcpu0`, `io`, `disk0`, `console`.
+//! All threads of a VM are made here, named `vcpu0`, `io`, `disk0`, `console`, `capture`.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -28,6 +28,7 @@ use crate::legacy::{
     EXIT_PORTS, ExitPort, I8042, I8042_PORTS, PANIC_PORTS, PanicPort, Request, SERIAL_PORTS, SerialPort,
 };
 use crate::memory::GuestMemory;
+use crate::net::Pump;
 use crate::sys::{self, EventFd, KickSignal, STACK, Stack, eventfd};
 use crate::virtio::Slots;
 use crate::virtio::console::Output;
@@ -191,6 +192,7 @@ pub(super) struct Machine {
     pub mmio: Bus,
     pub ports: Bus,
     loops: Vec<Loop<Slots>>,
+    captures: Vec<Pump>,
     pub shared: Arc<Shared>,
     _memory: GuestMemory,
 }
@@ -219,6 +221,7 @@ impl Machine {
             }
         }
         self.shared.output.close(LAST_WORDS);
+        self.captures.iter().for_each(|pump| pump.close(LAST_WORDS));
         self.shared.publish();
     }
 }
@@ -239,7 +242,7 @@ pub(super) fn start(config: &VmConfig) -> Result<Vm> {
     let memory = GuestMemory::new(&ranges, config.memory.backing())?;
     let faults = Faults::default();
     let attachments = attachments(config, &output, &memory, &log, &faults)?;
-    let Attachments { devices: attachments, listeners, published } = attachments;
+    let Attachments { devices: attachments, listeners, published, pumps } = attachments;
     let slots = slots(attachments.len())?;
     let (cmdline, tables) = config.cmdline(&slots)?;
     let entry = boot::load(&memory, &config.packed_kernel()?, &cmdline)?;
@@ -288,10 +291,14 @@ pub(super) fn start(config: &VmConfig) -> Result<Vm> {
         vsock: slots.get("vsock").map(handle),
         balloon: slots.get("balloon").map(handle),
         disks: (0..config.disks.len()).filter_map(|n| disk_handle(n, &slots)).collect(),
-        nets: (0..).zip(&published).filter_map(|(n, ports)| net_handle(n, &slots, ports)).collect(),
+        nets: (0..)
+            .zip(published.iter().zip(&pumps))
+            .filter_map(|(n, (ports, pump))| net_handle(n, &slots, ports, pump.clone()))
+            .collect(),
         keyboard,
     };
-    let machine = Arc::new(Machine { vm, mmio, ports, loops, shared: shared.clone(), _memory: memory });
+    let captures = pumps.into_iter().flatten().collect();
+    let machine = Arc::new(Machine { vm, mmio, ports, loops, captures, shared: shared.clone(), _memory: memory });
 
     let member = cgroup.as_ref().map(Leaf::member);
     handles.loops.iter().try_for_each(|it| {
@@ -312,6 +319,7 @@ pub(super) fn start(config: &VmConfig) -> Result<Vm> {
             it.with(move |slots| slots.watch_urgent(file, tell))?.doing(|| "watching the VM's cgroup")?;
         }
     }
+    start_captures(&machine.captures, &shared, member.as_ref())?;
     let pump = start_pump(config, &shared, member.clone())?;
     let threads = start_vcpus(&machine, &cpu, vcpus, entry, member);
     let vm = Vm::new(shared, threads.threads, pump, listeners, handles, cgroup);
@@ -379,6 +387,25 @@ fn start_pump(config: &VmConfig, shared: &Arc<Shared>, member: Option<Member>) -
         .spawn(pump)
         .map(Some)
         .doing(|| "starting thread console")
+}
+
+/// The threads that give captures to their writers, which may block. Nobody waits for them but within a bound.
+fn start_captures(captures: &[Pump], shared: &Arc<Shared>, member: Option<&Member>) -> Result<()> {
+    for pump in captures {
+        let (shared, member, pump) = (Arc::downgrade(shared), member.cloned(), pump.clone());
+        let body = move || {
+            if let Some(shared) = shared.upgrade() {
+                shared.is_mine();
+            }
+            if let Some(Err(error)) = member.map(|member| member.join()) {
+                log::warn!("a capture's thread: {error}");
+            }
+            pump.run();
+        };
+        let started = thread::Builder::new().name("capture".into()).stack_size(4 * STACK).spawn(body);
+        started.doing(|| "starting thread capture")?;
+    }
+    Ok(())
 }
 
 struct Started {

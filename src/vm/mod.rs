@@ -25,11 +25,16 @@ pub use builder::VmBuilder;
 pub use cgroup::{Cgroup, CgroupStats};
 pub use config::{Console, Vsock};
 pub use disk::{
-    Cache, Disk, DiskEngine, DiskFault, DiskHandle, DiskLimit, DiskOperation, DiskUsage, ErrorAction, ErrorClass, Rate,
+    Cache, Disk, DiskEngine, DiskFault, DiskHandle, DiskLimit, DiskOperation, DiskUsage, ErrorAction, ErrorClass,
 };
 pub use events::{Event, EventKind, Events};
 pub use exit::{Exit, Registers, Stage, Timeline, Trace};
-pub use net::{Cidr, Denial, Mac, Net, NetHandle, NetStats, Policy, Port, Protocol, PublishedPort, Rule, Why};
+#[cfg(feature = "container")]
+pub(crate) use net::Link;
+pub use net::{
+    Capture, CaptureStats, Cidr, Denial, Mac, Net, NetHandle, NetLimit, NetStats, Policy, Port, Protocol,
+    PublishedPort, Rule, Switch, Why,
+};
 pub use overlay::{Base, Overlay, OverlayInfo, Progress};
 pub use stats::{DeviceStats, GuestMemoryUse, MemoryStats, Stats, VcpuStats};
 

@@ -1,15 +1,18 @@
 //! [`Net`]: what a network card of a VM shall be connected to. [`NetHandle`]: a card of a VM that runs.
 
+use std::fmt;
 use std::fs::File;
+use std::io;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use crate::error::{Context, Error, ErrorKind, Result};
-pub use crate::net::{Cidr, Denial, Mac, NetStats, Policy, Protocol, Rule, Why};
-use crate::net::{Config, NetBackend, Published, SocketNet, TapNet, UserNet};
+pub use crate::net::{Capture, CaptureStats, Cidr, Denial, Mac, NetStats, Policy, Protocol, Rule, Switch, Why};
+use crate::net::{Card, Carrier, Config, NetBackend, Place, Published, Pump, SocketNet, SwitchPort, TapNet, UserNet};
 use crate::sys;
 use crate::virtio::DeviceHandle;
+pub use crate::virtio::net::NetLimit;
 use crate::virtio::net::{self, PAIRS_MAX};
 
 /// Sizes of a packet that a card can be told (Virtio 1.3, 5.1.4.1: at least 68); every host takes 576 (RFC 791, 3.1).
@@ -22,6 +25,8 @@ pub struct Net {
     mac: Option<Mac>,
     mtu: u32,
     queues: u32,
+    limit: NetLimit,
+    capture: Option<Capture>,
     /// The method that was called though it says nothing about such a network.
     misplaced: Option<&'static str>,
 }
@@ -30,6 +35,16 @@ pub struct Net {
 pub(super) struct Told {
     pub lost: Box<dyn FnMut(&std::io::Error) + Send>,
     pub denied: Box<dyn FnMut(Denial) + Send>,
+    pub throttled: Box<dyn FnMut() + Send>,
+}
+
+/// A card that is connected.
+pub(super) struct Connected {
+    pub card: net::Net,
+    /// Where its published ports are.
+    pub published: Vec<SocketAddr>,
+    /// What writes its capture, for a thread of its own.
+    pub pump: Option<Pump>,
 }
 
 #[derive(Debug, Clone)]
@@ -38,6 +53,27 @@ enum Source {
     Tap(String),
     TapFiles(Vec<Arc<File>>),
     Socket(Arc<OwnedFd>),
+    Switch(Plug),
+    Custom(Custom),
+}
+
+/// A place on a switch, to be taken.
+#[derive(Debug, Clone)]
+struct Plug {
+    switch: Switch,
+    name: String,
+    /// It was taken before the VM is started.
+    place: Option<Arc<Place>>,
+}
+
+/// Makes the embedder's backends.
+#[derive(Clone)]
+struct Custom(Arc<dyn Fn(Card) -> io::Result<Carrier> + Send + Sync>);
+
+impl fmt::Debug for Custom {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Custom")
+    }
 }
 
 /// A user-mode network.
@@ -101,7 +137,7 @@ impl Net {
     }
 
     fn of(source: Source) -> Self {
-        Self { source, mac: None, mtu: 1500, queues: 1, misplaced: None }
+        Self { source, mac: None, mtu: 1500, queues: 1, limit: NetLimit::none(), capture: None, misplaced: None }
     }
 
     /// A tap device of the host, which must be there: `ip tuntap add dev NAME mode tap vnet_hdr user USER` makes one that needs
@@ -126,6 +162,36 @@ impl Net {
         Self::of(Source::Socket(Arc::new(socket.into())))
     }
 
+    /// A place on `switch`, where other guests find this one by its name: 1 to 63 letters, digits and hyphens, whatever their case.
+    /// Nothing else is reached by it; for a way out, add a [`Net::user`], whose resolver then knows the names on the switch too.
+    ///
+    /// The name is taken when the VM starts, which fails when another has it, and free again when the VM has ended. All guests of a
+    /// switch should have the same [`Net::mtu`]: packets that are larger than a guest's are dropped.
+    pub fn switch(switch: &Switch, name: impl Into<String>) -> Self {
+        Self::of(Source::Switch(Plug { switch: switch.clone(), name: name.into(), place: None }))
+    }
+
+    /// A backend of the embedder's own; see [`NetBackend`](crate::backend::NetBackend). `make` is called for each pair of queues at each start of a VM with this card, on the
+    /// thread that starts it; its error is that of the start.
+    pub fn custom<B: NetBackend + 'static>(make: impl Fn(Card) -> io::Result<B> + Send + Sync + 'static) -> Self {
+        Self::of(Source::Custom(Custom(Arc::new(move |card| make(card).map(Carrier::other)))))
+    }
+
+    /// Sets how much the card may do; [`NetHandle::set_limit`] changes it while the VM runs. Nothing is limited unless set.
+    ///
+    /// What is beyond it waits: the guest's frames in its own queue, those for it with whoever sends them. When that begins, it
+    /// is an [`EventKind::Throttled`](crate::EventKind::Throttled); [`Stats`](crate::Stats) say how often and how long.
+    pub fn limit(mut self, limit: NetLimit) -> Self {
+        self.limit = limit;
+        self
+    }
+
+    /// Records the card's frames.
+    pub fn capture(mut self, capture: Capture) -> Self {
+        self.capture = Some(capture);
+        self
+    }
+
     /// Sets the card's address, which must name one card; one that nobody else has is made up unless set.
     pub fn mac(mut self, mac: impl Into<Mac>) -> Self {
         self.mac = Some(mac.into());
@@ -138,7 +204,8 @@ impl Net {
         self
     }
 
-    /// How many pairs of queues the guest may use at once: 1 unless set, at most 32 and one for each vCPU. Of taps only.
+    /// How many pairs of queues the guest may use at once: 1 unless set, at most 32 and one for each vCPU. Of taps and
+    /// [`Net::custom`] only.
     pub fn queues(mut self, pairs: u32) -> Self {
         self.queues = pairs;
         self
@@ -149,74 +216,144 @@ impl Net {
         self.mac
     }
 
-    /// The address that it gives its guest, with the bits of the network, and that of the gateway and resolver.
+    /// The switch that it is on.
+    pub(super) fn its_switch(&self) -> Option<&Switch> {
+        match &self.source {
+            Source::Switch(plug) => Some(&plug.switch),
+            _ => None,
+        }
+    }
+
+    /// The network that it gives its guest an address of.
+    fn network(&self) -> Option<std::net::Ipv4Addr> {
+        match &self.source {
+            Source::User(_) => Some(Config::new(Policy::deny_all()).guest4),
+            Source::Switch(plug) => Some([10, 0, plug.switch.number(), 0].into()),
+            _ => None,
+        }
+        .map(|address| (u32::from(address) >> 8 << 8).into())
+    }
+
+    /// Takes its place on a switch now, so that its address is known before the VM starts.
     #[cfg(feature = "container")]
-    pub(crate) fn addresses(&self) -> Option<([u8; 4], u8, [u8; 4])> {
-        let config = Config::new(Policy::deny_all());
-        let user = matches!(self.source, Source::User(_));
-        user.then(|| (config.guest4.octets(), config.prefix4, config.gateway4.octets()))
+    pub(crate) fn reserved(mut self) -> Result<Self> {
+        if self.its_switch().is_some() {
+            self.mac = Some(self.checked_mac()?);
+        }
+        if let (Source::Switch(plug), Some(mac)) = (&mut self.source, self.mac) {
+            plug.place = Some(Arc::new(plug.switch.join(&plug.name, mac, checked_mtu(self.mtu)?)?));
+        }
+        Ok(self)
+    }
+
+    /// What a guest is to be told of its address, where that is known.
+    #[cfg(feature = "container")]
+    pub(crate) fn link(&self) -> Option<Link> {
+        match &self.source {
+            Source::User(_) => {
+                let config = Config::new(Policy::deny_all());
+                let gateway = config.gateway4.octets();
+                let (address, prefix) = (config.guest4.octets(), config.prefix4);
+                Some(Link { address, prefix, gateway: Some(gateway), resolver: gateway })
+            }
+            Source::Switch(Plug { place: Some(place), .. }) => {
+                let (address, resolver) = (place.address().octets(), place.resolver().octets());
+                Some(Link { address, prefix: crate::net::SWITCH_PREFIX, gateway: None, resolver })
+            }
+            _ => None,
+        }
     }
 
     fn user_net(
         user: &User,
-        mac: Mac,
-        mtu: u16,
+        (mac, mtu): (Mac, u16),
+        switches: Vec<Switch>,
         denied: Box<dyn FnMut(Denial) + Send>,
     ) -> Result<(UserNet, Vec<SocketAddr>)> {
-        let mut stack = UserNet::new(Config { guest_mac: mac, mtu, ..Config::new(user.policy.clone()) })?;
+        let mut stack = UserNet::new(Config { guest_mac: mac, mtu, switches, ..Config::new(user.policy.clone()) })?;
         let published = user.ports.iter().map(|port| Ok(port.publish(&mut stack)?.1)).collect::<Result<_>>()?;
         stack.on_denial(denied);
         Ok((stack, published))
     }
 
-    /// Connects the card; where its published ports are.
-    pub(super) fn attach(&self, vcpus: u8, told: Told) -> Result<(net::Net, Vec<SocketAddr>)> {
+    fn checked_mac(&self) -> Result<Mac> {
+        match self.mac {
+            Some(mac) if mac.is_unicast() => Ok(mac),
+            Some(mac) => Err(Error::invalid("mac", format!("{mac} does not name one card"))),
+            None => made_up(),
+        }
+    }
+
+    /// Connects the card of a VM that is on these switches.
+    pub(super) fn attach(&self, vcpus: u8, switches: Vec<Switch>, told: Told) -> Result<Connected> {
         if let Some(method) = self.misplaced {
             return Err(Error::invalid(method, "says nothing about a network of this kind"));
         }
-        let mac = match self.mac {
-            Some(mac) if mac.is_unicast() => mac,
-            Some(mac) => return Err(Error::invalid("mac", format!("{mac} does not name one card"))),
-            None => made_up()?,
-        };
-        let mtu = u16::try_from(self.mtu).ok().filter(|_| MTU.contains(&self.mtu));
-        let mtu = mtu.ok_or_else(|| {
-            Error::invalid("mtu", format!("{} is not within {} to {}", self.mtu, MTU.start(), MTU.end()))
-        })?;
+        let (mac, mtu) = (self.checked_mac()?, checked_mtu(self.mtu)?);
         let queues = usize::try_from(self.queues).unwrap_or(usize::MAX);
         if !(1..=PAIRS_MAX).contains(&queues) || queues > usize::from(vcpus) {
             let why =
                 format!("{queues} pairs of queues: at least 1 is needed, at most {PAIRS_MAX} and one for each vCPU");
             return Err(Error::invalid("queues", why));
         }
+        self.limit.check(matches!(self.source, Source::User(_))).map_err(|e| e.doing("limit"))?;
         let mut published = Vec::new();
-        let backends: Vec<Box<dyn NetBackend>> = match &self.source {
-            Source::User(_) | Source::Socket(_) if queues > 1 => {
+        let backends = match &self.source {
+            Source::User(_) | Source::Socket(_) | Source::Switch(_) if queues > 1 => {
                 return Err(Error::invalid("queues", "this kind of network has one pair of queues"));
             }
             Source::User(user) => {
-                let (stack, ports) = Self::user_net(user, mac, mtu, told.denied)?;
+                let (stack, ports) = Self::user_net(user, (mac, mtu), switches, told.denied)?;
                 published = ports;
-                boxed(vec![stack])
+                vec![Carrier::User(Box::new(stack))]
             }
-            Source::Tap(name) => boxed(TapNet::open(name, queues, mtu)?),
+            Source::Tap(name) => TapNet::open(name, queues, mtu)?.into_iter().map(Carrier::other).collect(),
             Source::TapFiles(files) if files.len() == queues => {
                 let open =
                     |file: &Arc<File>| TapNet::from_file(file.try_clone().doing(|| "copying a descriptor")?, mtu);
-                boxed(files.iter().map(open).collect::<Result<Vec<_>>>()?)
+                files.iter().map(|file| open(file).map(Carrier::other)).collect::<Result<_>>()?
             }
             Source::TapFiles(files) => {
                 let why = format!("{queues}, but {} descriptors were given", files.len());
                 return Err(Error::invalid("queues", why));
             }
-            Source::Socket(fd) => boxed(vec![SocketNet::new(fd.try_clone().doing(|| "copying a descriptor")?, mtu)?]),
+            Source::Socket(fd) => {
+                vec![Carrier::other(SocketNet::new(fd.try_clone().doing(|| "copying a descriptor")?)?)]
+            }
+            Source::Switch(Plug { switch, name, place }) => {
+                let place = match place {
+                    Some(place) => place.clone(),
+                    None => Arc::new(switch.join(name, mac, mtu)?),
+                };
+                vec![Carrier::Switch(Box::new(SwitchPort::new(place)?))]
+            }
+            Source::Custom(Custom(make)) => {
+                let backend = || make(Card { mac, mtu }).doing(|| "making a custom backend");
+                (0..queues).map(|_| backend()).collect::<Result<_>>()?
+            }
         };
-        Ok((net::Net::new(backends, mac, told.lost), published))
+        let (recorder, pump) = self.capture.as_ref().map(Capture::open).transpose()?.unzip();
+        let mut card = net::Net::new(backends, mac, mtu, told.lost).on_throttled(told.throttled).captured_by(recorder);
+        card.set_limit(&self.limit);
+        Ok(Connected { card, published, pump })
     }
 }
 
-fn boxed<N: NetBackend + 'static>(all: Vec<N>) -> Vec<Box<dyn NetBackend>> {
-    all.into_iter().map(|it| Box::new(it) as Box<dyn NetBackend>).collect()
+/// What a guest is to be told of the address of one of its cards.
+#[cfg(feature = "container")]
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Link {
+    pub address: [u8; 4],
+    /// Bits of the network.
+    pub prefix: u8,
+    /// The way out, if there is one.
+    pub gateway: Option<[u8; 4]>,
+    pub resolver: [u8; 4],
+}
+
+fn checked_mtu(bytes: u32) -> Result<u16> {
+    let mtu = u16::try_from(bytes).ok().filter(|_| MTU.contains(&bytes));
+    mtu.ok_or_else(|| Error::invalid("mtu", format!("{bytes} is not within {} to {}", MTU.start(), MTU.end())))
 }
 
 /// An address of those that nobody sells (IEEE 802, 8.2: locally administered).
@@ -227,8 +364,15 @@ fn made_up() -> Result<Mac> {
     Ok(Mac(bytes))
 }
 
-/// Addresses tell cards apart.
-pub(super) fn check_macs(nets: &[Net]) -> Result<()> {
+/// Addresses tell cards apart, and networks too.
+pub(super) fn check_addresses(nets: &[Net]) -> Result<()> {
+    let mut networks = std::collections::BTreeSet::new();
+    if let Some(twice) = nets.iter().filter_map(Net::network).find(|network| !networks.insert(*network)) {
+        return Err(Error::invalid(
+            "net",
+            format!("two cards are on {twice}/24: a VM has one Net::user, and Switch::numbered has other addresses"),
+        ));
+    }
     let mut seen = std::collections::BTreeSet::new();
     let clash = nets.iter().filter_map(Net::wanted_mac).find(|mac| !seen.insert(mac.0));
     clash.map_or(Ok(()), |mac| {
@@ -242,6 +386,7 @@ pub struct NetHandle {
     pub(super) name: String,
     pub(super) device: DeviceHandle<net::Net>,
     pub(super) published: Arc<[SocketAddr]>,
+    pub(super) capture: Option<Pump>,
 }
 
 /// A port that was published on a VM that runs; see [`NetHandle::publish`]. To drop it changes nothing.
@@ -293,12 +438,33 @@ impl NetHandle {
         self.user("changing the policy", move |user| user.set_policy(policy))?
     }
 
-    /// What a [`Net::user`] has done.
+    /// What a [`Net::user`] has done, or a [`Net::switch`] for this guest.
     ///
     /// # Errors
-    /// `InvalidConfig` unless it is one; `InvalidState` when the VM has ended.
+    /// `InvalidConfig` unless it is one of them; `InvalidState` when the VM has ended.
     pub fn stats(&self) -> Result<NetStats> {
-        self.user("counting", |user| user.stats())
+        let none = || Error::new(ErrorKind::InvalidConfig, "only cards on a Net::user or a Net::switch count");
+        let stats = self.device.with(|card, _| card.stats()).and_then(|stats| stats.ok_or_else(none));
+        stats.map_err(|e| e.doing(format!("{}: counting", self.name)))
+    }
+
+    /// Changes how much the card may do from now on, [`NetLimit::none`] for no limit. What waits goes on by the new one;
+    /// connections that there are stay.
+    ///
+    /// # Errors
+    /// `InvalidConfig` for a rate of zero, and for connections unless it is a [`Net::user`]; `InvalidState` when the VM has ended.
+    pub fn set_limit(&self, limit: NetLimit) -> Result<()> {
+        let set = self.device.with(move |card, _| {
+            limit.check(card.is_user())?;
+            card.set_limit(&limit);
+            Ok(())
+        });
+        set.and_then(|outcome| outcome).map_err(|e| e.doing(format!("{}: set_limit", self.name)))
+    }
+
+    /// What its [`Net::capture`] has so far, also when the VM has ended; `None` without one.
+    pub fn captured(&self) -> Option<CaptureStats> {
+        self.capture.as_ref().map(Pump::stats)
     }
 
     fn user<R: Send + 'static>(&self, what: &str, f: impl FnOnce(&mut UserNet) -> R + Send + 'static) -> Result<R> {
@@ -317,7 +483,7 @@ impl NetHandle {
         set.map_err(|e| e.doing(format!("{}: changing the link", self.name)))
     }
 
-    /// Frames of the guest that made no sense and were dropped.
+    /// Frames of the guest that made no sense, and frames to it that left it work which it did not agree to do: dropped.
     ///
     /// # Errors
     /// `InvalidState` when the VM has ended.
@@ -332,11 +498,11 @@ mod tests {
     use std::os::unix::net::{UnixDatagram, UnixStream};
 
     fn nobody() -> Told {
-        Told { lost: Box::new(|_| ()), denied: Box::new(|_| ()) }
+        Told { lost: Box::new(|_| ()), denied: Box::new(|_| ()), throttled: Box::new(|| ()) }
     }
 
     fn error(net: Net) -> Error {
-        net.attach(2, nobody()).map(drop).unwrap_err()
+        net.attach(2, Vec::new(), nobody()).map(drop).unwrap_err()
     }
 
     #[test]
@@ -360,8 +526,8 @@ mod tests {
             assert!(error.to_string().contains(method), "{error}");
         }
         let same = [net().mac([2, 0, 0, 0, 0, 9]), net(), net().mac([2, 0, 0, 0, 0, 9])];
-        assert!(check_macs(&same).unwrap_err().to_string().contains("02:00:00:00:00:09"));
-        check_macs(&same[1..]).unwrap();
+        assert!(check_addresses(&same).unwrap_err().to_string().contains("02:00:00:00:00:09"));
+        check_addresses(&same[1..]).unwrap();
     }
 
     #[test]
@@ -372,7 +538,8 @@ mod tests {
         let refused = error(user.clone().publish(Port::tcp(taken, 80)));
         assert_eq!(refused.kind(), ErrorKind::AlreadyExists, "{refused}");
         drop(listener);
-        let (_, published) = user.publish(Port::tcp(([127, 0, 0, 1], 0), 80)).attach(1, nobody()).unwrap();
+        let user = user.publish(Port::tcp(([127, 0, 0, 1], 0), 80));
+        let Connected { published, .. } = user.attach(1, Vec::new(), nobody()).unwrap();
         assert!(published[0].ip().is_loopback() && published[0].port() > 0);
     }
 
@@ -384,6 +551,6 @@ mod tests {
         assert_eq!(error(Net::tap("../etc")).kind(), ErrorKind::NotFound);
         assert_eq!(error(Net::fd(File::open("/dev/null").unwrap())).kind(), ErrorKind::InvalidConfig);
         assert_eq!(error(Net::tap_files([File::open("/dev/null").unwrap()])).kind(), ErrorKind::InvalidConfig);
-        Net::fd(UnixDatagram::pair().unwrap().0).attach(1, nobody()).unwrap();
+        Net::fd(UnixDatagram::pair().unwrap().0).attach(1, Vec::new(), nobody()).unwrap();
     }
 }

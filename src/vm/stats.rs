@@ -58,9 +58,9 @@ pub struct DeviceStats {
     pub faults: u64,
     /// Requests that the host failed, tries included. Only disks have them.
     pub errors: u64,
-    /// Requests that waited for a limit.
+    /// Requests of a disk that waited for a limit; of a network card, how often frames began to wait, each way.
     pub throttled: u64,
-    /// How long those that went on have waited, summed up.
+    /// How long those that went on have waited, summed up; of a card, how long frames of either way could not go on.
     pub throttled_time: Duration,
     /// What moves a disk's bytes: [`DiskEngine::Ring`] or [`DiskEngine::Threads`].
     pub engine: Option<DiskEngine>,
@@ -123,11 +123,13 @@ const DEVICE_METRICS: [Metric<DeviceStats>; 8] = [
     ("cofferdam_device_interrupts", "Interrupts raised.", |d| d.interrupts),
     ("cofferdam_device_faults", "Mistakes of the driver that needed a reset.", |d| d.faults),
     ("cofferdam_device_errors", "Requests that the host failed.", |d| d.errors),
-    ("cofferdam_device_throttled", "Requests that waited for a limit.", |d| d.throttled),
+    ("cofferdam_device_throttled", "Requests that waited for a limit, or times that frames began to.", |d| d.throttled),
 ];
 
 const DEVICE_TIMES: [TimeMetric<DeviceStats>; 1] =
-    [("cofferdam_device_throttled_seconds", "Time that requests have waited for a limit.", |d| d.throttled_time)];
+    [("cofferdam_device_throttled_seconds", "Time that requests or frames have waited for a limit.", |d| {
+        d.throttled_time
+    })];
 
 /// The same in seconds.
 type TimeMetric<T> = (&'static str, &'static str, fn(&T) -> Duration);

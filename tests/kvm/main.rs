@@ -26,6 +26,7 @@ mod start;
 mod storage;
 #[path = "../../src/boot/tiny.rs"]
 mod tiny;
+mod wires;
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -101,6 +102,8 @@ tests! {
         a_tap_that_is_busy_or_missing_or_made_otherwise_is_named frames_on_a_socket_and_a_link_that_goes_down
         a_guest_goes_where_its_policy_lets_it_and_nowhere_else a_container_has_address_route_and_names
         published_ports_lead_into_the_guest;
+    wires: two_containers_on_a_switch_talk_by_name a_limit_holds_and_is_changed what_a_guest_sends_is_captured
+        a_backend_of_the_embedders_own;
     overlay: three_guests_write_on_one_base_which_stays_as_it_is what_is_not_kept_is_gone_with_its_machine
         a_snapshot_is_the_base_of_others an_overlay_that_may_take_no_more_tells_the_guest
         qcow2_is_written_on_a_backing_file_which_stays_as_it_is past_the_page_cache_and_in_memory;

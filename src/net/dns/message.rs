@@ -169,6 +169,27 @@ pub(crate) fn reply(query: &[u8], code: Code) -> Vec<u8> {
     reply
 }
 
+/// An answer to `question`, which is in `query`: its name has this address for `ttl` seconds, or none of the kind.
+pub(crate) fn found(query: &[u8], question: &Question, address: Option<IpAddr>, ttl: u32) -> Vec<u8> {
+    let mut reply = reply(query, Code::NoError);
+    let (kind, data) = match address {
+        Some(IpAddr::V4(a)) => (A, a.octets().to_vec()),
+        Some(IpAddr::V6(a)) => (AAAA, a.octets().to_vec()),
+        None => return reply,
+    };
+    debug_assert_eq!(kind, question.kind);
+    if let Some(count) = reply.get_mut(7) {
+        *count = 1;
+    }
+    // The name is that of the question (RFC 1035, 4.1.4).
+    reply.extend([0xc0, HEADER as u8]);
+    reply.extend([kind, IN].map(u16::to_be_bytes).concat());
+    reply.extend(ttl.to_be_bytes());
+    reply.extend((data.len() as u16).to_be_bytes());
+    reply.extend(data);
+    reply
+}
+
 /// An answer that says: ask again over TCP.
 pub(crate) fn truncated(query: &[u8]) -> Vec<u8> {
     let mut reply = reply(query, Code::NoError);

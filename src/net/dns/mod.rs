@@ -3,5 +3,5 @@
 mod message;
 mod servers;
 
-pub(crate) use self::message::{Code, MAX_QUERY, Question, answers, reply, set_id, truncated};
+pub(crate) use self::message::{A, AAAA, Code, MAX_QUERY, Question, answers, found, reply, set_id, truncated};
 pub(crate) use self::servers::Servers;

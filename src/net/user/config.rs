@@ -4,8 +4,9 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
 use crate::error::{Error, Result};
-use crate::net::Mac;
 use crate::net::policy::Policy;
+use crate::net::{Mac, Switch};
+use crate::rate::Rate;
 
 /// A config value: who is who on the guest's link, and how much there may be of everything.
 ///
@@ -23,9 +24,13 @@ pub(crate) struct Config {
     pub gateway6: Ipv6Addr,
     pub guest6: Ipv6Addr,
     pub mtu: u16,
+    /// The gateway is the way out.
+    pub router: bool,
     pub policy: Policy,
     /// The host's resolvers; `None`: those of `/etc/resolv.conf`, which is read again when it changes.
     pub resolvers: Option<Vec<SocketAddr>>,
+    /// Names of these are answered too.
+    pub switches: Vec<Switch>,
     pub limits: Limits,
 }
 
@@ -34,8 +39,8 @@ pub(crate) struct Config {
 pub(crate) struct Limits {
     /// TCP connections at once, both ways.
     pub connections: usize,
-    /// New TCP connections of the guest in a second, and as many at once.
-    pub new_connections: Option<u32>,
+    /// New TCP connections of the guest; what was not used is kept for a second.
+    pub new_connections: Option<Rate>,
     /// UDP flows and pings at once; the one that was idle for longest makes room.
     pub datagram_flows: usize,
     /// Until a connection is made.
@@ -77,8 +82,10 @@ impl Config {
             gateway6: net6(2),
             guest6: net6(0x15),
             mtu: 1500,
+            router: true,
             policy,
             resolvers: None,
+            switches: Vec::new(),
             limits: Limits::default(),
         }
     }
@@ -122,7 +129,7 @@ impl Config {
         Ipv6Addr::from(0xfe80 << 112 | u128::from(self.gateway6) & u128::from(u64::MAX))
     }
 
-    pub(super) fn is_gateway(&self, address: IpAddr) -> bool {
+    pub(in crate::net) fn is_gateway(&self, address: IpAddr) -> bool {
         match address {
             IpAddr::V4(a) => a == self.gateway4,
             IpAddr::V6(a) => a == self.gateway6 || a == self.gateway_local(),
@@ -130,7 +137,7 @@ impl Config {
     }
 
     /// Whether a DHCP server may be asked there.
-    pub(super) fn is_server(&self, address: IpAddr) -> bool {
+    pub(in crate::net) fn is_server(&self, address: IpAddr) -> bool {
         self.is_gateway(address) || matches!(address, IpAddr::V4(a) if a.is_broadcast())
     }
 
@@ -148,7 +155,7 @@ impl Config {
     }
 }
 
-/// Counts since the network was made, and what there is now.
+/// Counts since the network was made, and what there is now; on a switch, those of this guest's place on it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct NetStats {
@@ -166,11 +173,11 @@ pub struct NetStats {
     pub bad_checksums: u64,
     /// Fragments of the guest, which are not put together.
     pub fragments: u64,
-    /// From a hardware or IP address that is not the guest's.
+    /// From a hardware or IP address that is not the guest's, or, on a switch, what no guest may say to another.
     pub spoofed: u64,
     /// Of protocols or to addresses that nobody serves.
     pub unserved: u64,
-    /// Frames to the guest that were dropped, as too many waited.
+    /// Frames to the guest that were dropped, as too many waited; on a switch also those that came before its card ran.
     pub overflowed: u64,
     /// TCP connections now.
     pub connections: u64,
@@ -190,7 +197,8 @@ pub struct NetStats {
     pub out_of_order: u64,
     /// UDP flows and pings now.
     pub datagram_flows: u64,
-    /// Datagrams of the host that were dropped because the guest takes no larger ones.
+    /// Datagrams of the host that were dropped because the guest takes no larger ones; on a switch, packets of the guest that
+    /// were too large for who should have them.
     pub too_large: u64,
     /// Connections and datagrams that the policy denied.
     pub denied: u64,

@@ -3,82 +3,96 @@
 use std::collections::VecDeque;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::config::{Config, NetStats};
 use super::host::Host;
 use crate::memory::{GuestMemory, Segment};
 use crate::net::policy::{Admitted, Enforcer, Protocol};
 use crate::net::wire::{self, Bad, Ends, Head, Packet};
-use crate::net::{Agreed, Mac, Offload, Received};
+use crate::net::{Capabilities, Mac, Offload, Received};
+use crate::rate::{Bucket, Rate};
 
 /// Frames that may wait for the guest: answers to what it sent, which it can ask for again.
 const WAITING: usize = 512;
 
 #[derive(Debug)]
-pub(super) struct Core {
+pub(in crate::net) struct Core {
     pub config: Config,
-    pub agreed: Agreed,
+    pub agreed: Capabilities,
     pub stats: NetStats,
     pub policy: Enforcer,
     pub host: Host,
-    calls: Option<Calls>,
+    /// New connections, counted from `start` on.
+    calls: Option<Bucket>,
+    start: Instant,
     waiting: VecDeque<Vec<u8>>,
     /// Room for a whole packet, for those that must be looked at.
     pub buffer: Vec<u8>,
 }
 
-/// New connections: so many in each second, and as many at once.
-#[derive(Debug)]
-struct Calls {
-    rate: u32,
-    level: f64,
-    at: Instant,
-}
-
-impl Calls {
-    fn take(&mut self, now: Instant) -> bool {
-        let came = now.saturating_duration_since(self.at).as_secs_f64() * f64::from(self.rate);
-        (self.level, self.at) = ((self.level + came).min(f64::from(self.rate)), now);
-        let may = self.level >= 1.0;
-        self.level -= if may { 1.0 } else { 0.0 };
-        may
-    }
-}
-
 impl Core {
-    pub(super) fn new(config: Config) -> io::Result<Self> {
+    pub(in crate::net) fn new(config: Config) -> io::Result<Self> {
         let policy = Enforcer::new(config.policy.clone());
-        let (agreed, stats, host) = (Agreed::default(), NetStats::default(), Host::new()?);
-        let calls = config.limits.new_connections.map(|rate| Calls { rate, level: f64::from(rate), at: host.now });
-        Ok(Self { config, agreed, stats, policy, host, calls, waiting: VecDeque::new(), buffer: Vec::new() })
+        let (agreed, stats, host) = (Capabilities::default(), NetStats::default(), Host::new()?);
+        let start = host.now;
+        let mut core = Self {
+            config,
+            agreed,
+            stats,
+            policy,
+            host,
+            calls: None,
+            start,
+            waiting: VecDeque::new(),
+            buffer: Vec::new(),
+        };
+        core.limit_calls(core.config.limits.new_connections);
+        Ok(core)
+    }
+
+    /// From now on the guest may open so many connections in a second.
+    pub(in crate::net) fn limit_calls(&mut self, rate: Option<Rate>) {
+        let now = self.host.now.saturating_duration_since(self.start);
+        self.config.limits.new_connections = rate;
+        self.calls = rate.map(|rate| Bucket::keeping(Duration::from_secs(1), rate, now));
     }
 
     /// Whether the guest may open one more connection now.
-    pub(super) fn may_call(&mut self) -> bool {
-        let now = self.host.now;
-        self.calls.as_mut().is_none_or(|calls| calls.take(now))
+    pub(in crate::net) fn may_call(&mut self) -> bool {
+        let now = self.host.now.saturating_duration_since(self.start);
+        self.calls.as_mut().is_none_or(|calls| calls.take_whole(now))
+    }
+
+    /// Counts what became of a frame of the guest.
+    pub(in crate::net) fn count(&mut self, taken: Result<(), Bad>) {
+        match taken {
+            Ok(()) => {}
+            Err(Bad::Malformed) => self.stats.malformed += 1,
+            Err(Bad::Fragment) => self.stats.fragments += 1,
+            Err(Bad::Checksum) => self.stats.bad_checksums += 1,
+        }
     }
 
     /// Asks the policy; whatever goes out of the host needs its answer.
-    pub(super) fn admit(&mut self, protocol: Protocol, to: SocketAddr) -> Option<Admitted> {
+    pub(in crate::net) fn admit(&mut self, protocol: Protocol, to: SocketAddr) -> Option<Admitted> {
         let admitted = self.policy.admit(protocol, to, self.host.now);
         self.stats.denied += u64::from(admitted.is_none());
         admitted
     }
 
     /// Whether what was admitted still is.
-    pub(super) fn allows(&self, protocol: Protocol, to: SocketAddr) -> bool {
+    pub(in crate::net) fn allows(&self, protocol: Protocol, to: SocketAddr) -> bool {
         self.policy.allows(protocol, to)
     }
 
     /// From the gateway's card to the guest's.
-    pub(super) fn macs(&self) -> (Mac, Mac) {
+    pub(in crate::net) fn macs(&self) -> (Mac, Mac) {
         (self.config.gateway_mac, self.config.guest_mac)
     }
 
     /// The `len` bytes of `frame` from `skip` on.
-    pub(super) fn copy(
+    pub(in crate::net) fn copy(
         &mut self,
         memory: &GuestMemory,
         frame: &[Segment],
@@ -92,7 +106,7 @@ impl Core {
     }
 
     /// Whether the checksum of what is `at` in the frame is right, where the guest has made one.
-    pub(super) fn verify(
+    pub(in crate::net) fn verify(
         &mut self,
         memory: &GuestMemory,
         frame: &[Segment],
@@ -112,7 +126,7 @@ impl Core {
     }
 
     /// Sends a small frame to the guest some time soon.
-    pub(super) fn send(&mut self, frame: Vec<u8>) {
+    pub(in crate::net) fn send(&mut self, frame: Vec<u8>) {
         if self.waiting.len() < WAITING {
             self.waiting.push_back(frame);
         } else {
@@ -121,7 +135,7 @@ impl Core {
     }
 
     /// Sends headers that are a whole packet, with the checksum of the innermost put at `check` bytes after the IP header.
-    pub(super) fn send_head(&mut self, mut head: Head, ends: Ends, protocol: u8, check: usize) {
+    pub(in crate::net) fn send_head(&mut self, mut head: Head, ends: Ends, protocol: u8, check: usize) {
         let at = wire::ETHERNET + wire::ip_header_len(ends.src);
         let inner = head.from(at);
         let sum = wire::pseudo(ends.src, ends.dst, protocol, inner.len()) + wire::sum(inner);
@@ -130,7 +144,7 @@ impl Core {
     }
 
     /// Sends an ICMP message of the gateway or of who it speaks for.
-    pub(super) fn send_icmp(&mut self, ends: Ends, message: &mut [u8]) {
+    pub(in crate::net) fn send_icmp(&mut self, ends: Ends, message: &mut [u8]) {
         let protocol = if ends.src.is_ipv4() { wire::ICMP } else { wire::ICMPV6 };
         let covered = match ends.src {
             IpAddr::V4(_) => 0,
@@ -149,17 +163,17 @@ impl Core {
     }
 
     /// How long the first frame is that waits.
-    pub(super) fn waiting(&self) -> Option<usize> {
+    pub(in crate::net) fn waiting(&self) -> Option<usize> {
         self.waiting.front().map(Vec::len)
     }
 
-    pub(super) fn receive(&mut self, memory: &GuestMemory, room: &[Segment]) -> Option<Received> {
+    pub(in crate::net) fn receive(&mut self, memory: &GuestMemory, room: &[Segment]) -> Option<Received> {
         let frame = self.waiting.pop_front()?;
         put(memory, room, &frame).then_some(Received { len: frame.len(), offload: Offload::default() })
     }
 }
 
 /// Writes all of `bytes` to the guest. False: there is not enough room.
-pub(super) fn put(memory: &GuestMemory, room: &[Segment], bytes: &[u8]) -> bool {
+pub(in crate::net) fn put(memory: &GuestMemory, room: &[Segment], bytes: &[u8]) -> bool {
     memory.scatter(room, bytes).is_ok_and(|n| n == bytes.len())
 }

@@ -7,7 +7,7 @@ use std::net::{IpAddr, Ipv4Addr};
 use super::core::Core;
 use crate::net::wire::{Ends, UDP, UDP_HEADER};
 
-pub(super) const SERVER: u16 = 67;
+pub(in crate::net) const SERVER: u16 = 67;
 const CLIENT: u16 = 68;
 
 /// What follows the fixed part (RFC 2131, 3), and how long that is.
@@ -92,7 +92,7 @@ impl Message {
 }
 
 /// Answers a message to the server's port.
-pub(super) fn message(core: &mut Core, bytes: &[u8]) {
+pub(in crate::net) fn message(core: &mut Core, bytes: &[u8]) {
     let Some(asked) = Message::parse(bytes) else {
         core.stats.malformed += 1;
         return;
@@ -137,6 +137,9 @@ pub(super) fn message(core: &mut Core, bytes: &[u8]) {
             (RESOLVER, ours.octets()),
             (BROADCAST, core.config.broadcast4().octets()),
         ] {
+            if option == ROUTER && !core.config.router {
+                continue;
+            }
             reply.extend([option, 4]);
             reply.extend(value);
         }
@@ -156,7 +159,7 @@ pub(super) fn message(core: &mut Core, bytes: &[u8]) {
 
 impl Core {
     /// Sends a datagram of the gateway, or of who it speaks for.
-    pub(super) fn send_udp(&mut self, ends: Ends, (src, dst): (u16, u16), payload: &[u8]) {
+    pub(in crate::net) fn send_udp(&mut self, ends: Ends, (src, dst): (u16, u16), payload: &[u8]) {
         use crate::net::wire::{self, Head};
         let len = UDP_HEADER + payload.len();
         let mut head = Head::ip(self.macs(), ends, UDP, len);

@@ -12,10 +12,10 @@ use crate::sys::{ControlOperation, Epoll, EpollEvent, EventSet, Socket, Timer};
 /// When an owner is called; it has at most one alarm, so there are never more than owners. An alarm may come too early:
 /// what moves on with every packet is not written down each time.
 #[derive(Debug, Default, Clone, Copy)]
-pub(super) struct Alarm(Option<Instant>);
+pub(in crate::net) struct Alarm(Option<Instant>);
 
 /// Sockets, alarms and the time.
-pub(super) struct Host {
+pub(in crate::net) struct Host {
     epoll: Epoll,
     timer: Timer,
     /// What the timer is set to.
@@ -39,7 +39,7 @@ impl std::fmt::Debug for Host {
 }
 
 impl Host {
-    pub(super) fn new() -> io::Result<Self> {
+    pub(in crate::net) fn new() -> io::Result<Self> {
         let (epoll, timer) = (Epoll::new()?, Timer::new()?);
         let event = EpollEvent::new(EventSet::IN, Owner::Timer.token());
         epoll.ctl(ControlOperation::Add, timer.as_fd().as_raw_fd(), event)?;
@@ -57,12 +57,12 @@ impl Host {
         })
     }
 
-    pub(super) fn fd(&self) -> BorrowedFd<'_> {
+    pub(in crate::net) fn fd(&self) -> BorrowedFd<'_> {
         crate::sys::borrow_epoll(&self.epoll)
     }
 
     /// Makes a socket to where the policy lets it go: nobody else can name an [`Admitted`].
-    pub(super) fn connect(&mut self, to: &Admitted) -> io::Result<Socket> {
+    pub(in crate::net) fn connect(&mut self, to: &Admitted) -> io::Result<Socket> {
         self.made += 1;
         #[cfg(any(test, feature = "internals"))]
         if let Some(made) = &mut self.pretended {
@@ -73,24 +73,24 @@ impl Host {
     }
 
     /// Tells its owner what happens to a descriptor, each time it happens.
-    pub(super) fn watch(&self, fd: BorrowedFd<'_>, owner: Owner) -> io::Result<()> {
+    pub(in crate::net) fn watch(&self, fd: BorrowedFd<'_>, owner: Owner) -> io::Result<()> {
         let interest = EventSet::IN | EventSet::OUT | EventSet::READ_HANG_UP | EventSet::EDGE_TRIGGERED;
         self.epoll.ctl(ControlOperation::Add, fd.as_raw_fd(), EpollEvent::new(interest, owner.token()))
     }
 
     /// As [`Host::watch`], but only that there is something to read, for as long as there is.
-    pub(super) fn watch_level(&self, fd: BorrowedFd<'_>, owner: Owner) -> io::Result<()> {
+    pub(in crate::net) fn watch_level(&self, fd: BorrowedFd<'_>, owner: Owner) -> io::Result<()> {
         self.epoll.ctl(ControlOperation::Add, fd.as_raw_fd(), EpollEvent::new(EventSet::IN, owner.token()))
     }
 
-    pub(super) fn unwatch(&self, fd: BorrowedFd<'_>) {
+    pub(in crate::net) fn unwatch(&self, fd: BorrowedFd<'_>) {
         if let Err(error) = self.epoll.ctl(ControlOperation::Delete, fd.as_raw_fd(), EpollEvent::default()) {
             log::debug!("a descriptor was not watched: {error}");
         }
     }
 
     /// What happened; fills no more than `events` holds.
-    pub(super) fn events(&self, events: &mut [EpollEvent]) -> usize {
+    pub(in crate::net) fn events(&self, events: &mut [EpollEvent]) -> usize {
         match self.epoll.wait(0, events) {
             Ok(count) => count,
             Err(error) => {
@@ -102,18 +102,18 @@ impl Host {
         }
     }
 
-    pub(super) fn tick(&mut self) {
+    pub(in crate::net) fn tick(&mut self) {
         self.now = Instant::now() + self.skew;
     }
 
     #[cfg(any(test, feature = "internals"))]
-    pub(super) fn advance(&mut self, by: Duration) {
+    pub(in crate::net) fn advance(&mut self, by: Duration) {
         self.skew += by;
         self.tick();
     }
 
     /// Calls `owner` at `at`, or earlier.
-    pub(super) fn alarm(&mut self, alarm: &mut Alarm, owner: Owner, at: Option<Instant>) {
+    pub(in crate::net) fn alarm(&mut self, alarm: &mut Alarm, owner: Owner, at: Option<Instant>) {
         let Some(at) = at else { return };
         if alarm.0.is_some_and(|set| set <= at) {
             return;
@@ -124,14 +124,14 @@ impl Host {
     }
 
     /// The owner is going.
-    pub(super) fn cancel(&mut self, alarm: &mut Alarm, owner: Owner) {
+    pub(in crate::net) fn cancel(&mut self, alarm: &mut Alarm, owner: Owner) {
         if let Some(set) = alarm.0.take() {
             self.alarms.remove(&(set, owner));
         }
     }
 
     /// Whose moment has come. The owner must [`Alarm::rang`] and set its next.
-    pub(super) fn due(&mut self) -> Option<Owner> {
+    pub(in crate::net) fn due(&mut self) -> Option<Owner> {
         let (at, owner) = *self.alarms.first()?;
         if at > self.now {
             return None;
@@ -141,7 +141,7 @@ impl Host {
     }
 
     /// Sets the timer to the first alarm.
-    pub(super) fn arm(&mut self) {
+    pub(in crate::net) fn arm(&mut self) {
         let first = self.alarms.first().map(|(at, _)| *at);
         // One that is too early costs less than a system call each time that the first alarm moves.
         if first.is_none_or(|first| self.set.is_some_and(|set| set <= first)) {
@@ -154,7 +154,7 @@ impl Host {
     }
 
     /// The timer rang.
-    pub(super) fn rang(&mut self) {
+    pub(in crate::net) fn rang(&mut self) {
         self.timer.clear();
         self.set = None;
     }
@@ -162,12 +162,12 @@ impl Host {
 
 impl Alarm {
     /// [`Host::due`] named its owner.
-    pub(super) fn rang(&mut self) {
+    pub(in crate::net) fn rang(&mut self) {
         self.0 = None;
     }
 }
 
 /// Whether a descriptor's owner should try again later, as the host has no more of something.
-pub(super) fn exhausted(error: &io::Error) -> bool {
+pub(in crate::net) fn exhausted(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM))
 }

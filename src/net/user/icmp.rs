@@ -9,7 +9,7 @@ use crate::net::wire::Ends;
 
 /// Why a packet did not arrive.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Unreachable {
+pub(in crate::net) enum Unreachable {
     Network,
     Host,
     Port,
@@ -19,7 +19,7 @@ pub(super) enum Unreachable {
 }
 
 impl Unreachable {
-    pub(super) fn of(kind: io::ErrorKind) -> Self {
+    pub(in crate::net) fn of(kind: io::ErrorKind) -> Self {
         match kind {
             io::ErrorKind::NetworkUnreachable => Self::Network,
             io::ErrorKind::PermissionDenied => Self::Prohibited,
@@ -46,13 +46,13 @@ impl Unreachable {
 }
 
 /// Echo requests, and what answers them.
-pub(super) const ECHO: u8 = 8;
-pub(super) const ECHO6: u8 = 128;
+pub(in crate::net) const ECHO: u8 = 8;
+pub(in crate::net) const ECHO6: u8 = 128;
 const ECHO_REPLY: u8 = 0;
 const ECHO6_REPLY: u8 = 129;
 
 /// Answers an echo request to the gateway.
-pub(super) fn echo(core: &mut Core, ends: Ends, message: &mut [u8]) {
+pub(in crate::net) fn echo(core: &mut Core, ends: Ends, message: &mut [u8]) {
     let reply = if ends.src.is_ipv4() { ECHO_REPLY } else { ECHO6_REPLY };
     if let Some(kind) = message.first_mut() {
         *kind = reply;
@@ -64,7 +64,7 @@ pub(super) fn echo(core: &mut Core, ends: Ends, message: &mut [u8]) {
 const QUOTE: usize = 8;
 
 /// Tells the guest that its packet between `ends`, which begins with `packet`, did not arrive.
-pub(super) fn unreachable(core: &mut Core, why: Unreachable, ends: Ends, packet: &[u8]) {
+pub(in crate::net) fn unreachable(core: &mut Core, why: Unreachable, ends: Ends, packet: &[u8]) {
     let (kind, code, last) = why.number(ends.src.is_ipv4());
     let [a, b] = last.to_be_bytes();
     let mut message = vec![kind, code, 0, 0, 0, 0, a, b];

@@ -13,25 +13,26 @@
 
 mod clients;
 mod config;
-mod core;
+pub(super) mod core;
 mod datagrams;
-mod dhcp;
+pub(super) mod dhcp;
 mod host;
-mod icmp;
-mod neighbour;
+pub(super) mod icmp;
+pub(super) mod neighbour;
 mod publish;
 mod resolver;
-mod table;
+pub(super) mod table;
 mod tcp;
 #[cfg(test)]
 mod tests;
 
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::os::fd::BorrowedFd;
 
 use self::clients::Clients;
 pub(crate) use self::config::Config;
+use self::config::Limits;
 pub use self::config::NetStats;
 use self::core::Core;
 use self::datagrams::{Datagram, Datagrams};
@@ -43,9 +44,10 @@ use self::table::Owner;
 use self::tcp::{Segment as TcpSegment, TcpFlows};
 use super::policy::{Cidr, Denial, Policy};
 use super::wire::{self, Bad, Ends, Ethernet, Packet};
-use super::{Agreed, Capabilities, NetBackend, Offload, Offloads, Received};
+use super::{Capabilities, Frame, NetBackend, Offload, Offloads, Received, Room};
 use crate::error::{Context, Result};
 use crate::memory::{GuestMemory, Segment};
+use crate::rate::Rate;
 use crate::sys::EpollEvent;
 
 /// Events that are taken from the kernel at once, and how often in one turn.
@@ -103,6 +105,13 @@ impl UserNet {
             backlog: self.tcp.backlog() as u64,
             ..self.core.stats
         }
+    }
+
+    /// Other limits from now on; `None` is what there is by default. Connections that there are stay.
+    pub(crate) fn set_limits(&mut self, connections: Option<usize>, new_connections: Option<Rate>) {
+        let default = Limits::default();
+        self.core.config.limits.connections = connections.unwrap_or(default.connections);
+        self.core.limit_calls(new_connections);
     }
 
     /// Another policy from now on. Connections that it denies are reset.
@@ -174,7 +183,8 @@ impl UserNet {
                 self.packet(memory, frame, bytes, packet, offload)
             }
             wire::ARP => {
-                neighbour::arp(&mut self.core, bytes);
+                let (gateway, mac) = (self.core.config.gateway4, self.core.config.gateway_mac);
+                neighbour::arp(&mut self.core, bytes, |asked| (asked == gateway).then_some(mac));
                 Ok(())
             }
             _ => {
@@ -272,8 +282,13 @@ impl UserNet {
         if six != (packet.protocol == wire::ICMPV6) {
             return Err(Bad::Malformed);
         }
-        if six && self.router.message(&mut self.core, packet, inner) {
-            return Ok(());
+        if six {
+            let config = &self.core.config;
+            let (gateways, mac) = ([config.gateway6, config.gateway_local()], config.gateway_mac);
+            let who = |asked: Ipv6Addr| gateways.contains(&asked).then_some(mac);
+            if self.router.message(&mut self.core, packet, inner, who) {
+                return Ok(());
+            }
         }
         let ends = Ends { src: packet.src, dst: packet.dst };
         let echo = if six { icmp::ECHO6 } else { icmp::ECHO };
@@ -345,7 +360,7 @@ impl UserNet {
             Owner::Udp(id) => self.datagrams.ready(id),
             Owner::Listener(id) if self.ports.is_datagram(id) => self.datagrams.ready_port(id),
             Owner::Listener(id) => self.ports.accept(&mut self.core, &mut self.tcp, id),
-            Owner::Router => {}
+            Owner::Router | Owner::Queue => {}
         }
     }
 }
@@ -365,17 +380,12 @@ fn cut(frame: &[Segment], mut skip: usize, mut len: usize, to: &mut Vec<Segment>
 }
 
 impl NetBackend for UserNet {
-    fn user(&mut self) -> Option<&mut UserNet> {
-        Some(self)
-    }
-
     fn capabilities(&self) -> Capabilities {
         let tso = Offloads::CSUM | Offloads::TSO4 | Offloads::TSO6;
-        let (mtu, mac) = (self.core.config.mtu, Some(self.core.config.guest_mac));
-        Capabilities { to_host: tso | Offloads::USO, to_guest: tso, mtu, mac }
+        Capabilities { to_host: tso | Offloads::USO, to_guest: tso }
     }
 
-    fn negotiated(&mut self, agreed: Agreed) {
+    fn negotiated(&mut self, agreed: Capabilities) {
         self.core.agreed = agreed;
     }
 
@@ -405,7 +415,7 @@ impl NetBackend for UserNet {
                 Some(Owner::Client(id)) => self.clients.rang(&mut self.core, id),
                 Some(Owner::Udp(id)) => self.datagrams.rang(&mut self.core, id),
                 Some(Owner::Listener(id)) => self.ports.rang(&mut self.core, id),
-                Some(Owner::Timer) => {}
+                Some(Owner::Timer | Owner::Queue) => {}
                 None => break,
             }
         }
@@ -413,14 +423,10 @@ impl NetBackend for UserNet {
         self.core.host.arm();
     }
 
-    fn send(&mut self, memory: &GuestMemory, frame: &[Segment], offload: Offload) -> io::Result<()> {
+    fn send(&mut self, frame: Frame<'_>) -> io::Result<()> {
         self.core.host.tick();
-        match self.take(memory, frame, offload) {
-            Ok(()) => {}
-            Err(Bad::Malformed) => self.core.stats.malformed += 1,
-            Err(Bad::Fragment) => self.core.stats.fragments += 1,
-            Err(Bad::Checksum) => self.core.stats.bad_checksums += 1,
-        }
+        let taken = self.take(frame.memory(), frame.pieces(), frame.offload());
+        self.core.count(taken);
         self.core.host.arm();
         Ok(())
     }
@@ -435,7 +441,8 @@ impl NetBackend for UserNet {
         })
     }
 
-    fn receive(&mut self, memory: &GuestMemory, room: &[Segment]) -> io::Result<Option<Received>> {
+    fn receive(&mut self, room: &mut Room<'_>) -> io::Result<Option<Received>> {
+        let (memory, room) = (room.memory(), room.pieces());
         let lane = self.lane();
         let received = match if self.core.waiting().is_some() { Some(Lane::Answers) } else { lane } {
             Some(Lane::Answers) => self.core.receive(memory, room),

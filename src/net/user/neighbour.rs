@@ -1,6 +1,6 @@
 //! Who is who on the link: ARP (RFC 826), neighbours and router advertisements (RFC 4861).
 //!
-//! The gateway answers for itself only, and remembers nobody, so that there is nothing to poison.
+//! The gateway answers for itself and for whom it knows, and learns of nobody, so that there is nothing to poison.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::Duration;
@@ -29,7 +29,7 @@ const AGAIN: Duration = Duration::from_secs(1800);
 
 /// The router, which says again and again that it is one.
 #[derive(Debug, Default)]
-pub(super) struct Router {
+pub(in crate::net) struct Router {
     alarm: Alarm,
 }
 
@@ -41,27 +41,33 @@ impl Router {
         core.host.alarm(&mut self.alarm, Owner::Router, Some(at));
     }
 
-    pub(super) fn rang(&mut self, core: &mut Core) {
+    pub(in crate::net) fn rang(&mut self, core: &mut Core) {
         self.alarm.rang();
         self.asked(core);
     }
 
-    /// Takes an ICMPv6 message to whoever; false when it is none of ours.
-    pub(super) fn message(&mut self, core: &mut Core, packet: Packet, bytes: &[u8]) -> bool {
+    /// Takes an ICMPv6 message to whoever; false when it is none of ours. `who` knows the cards of the link.
+    pub(in crate::net) fn message(
+        &mut self,
+        core: &mut Core,
+        packet: Packet,
+        bytes: &[u8],
+        who: impl FnOnce(Ipv6Addr) -> Option<Mac>,
+    ) -> bool {
         let [kind, 0, _, _, _, _, _, _, rest @ ..] = bytes else { return false };
         // Only what nobody has forwarded (RFC 4861, 6.1.1 and 7.1.1).
         let near = packet.hops == 255;
         match *kind {
             ROUTER_SOLICITATION if near => self.asked(core),
-            NEIGHBOUR_SOLICITATION if near => solicited(core, packet, rest),
+            NEIGHBOUR_SOLICITATION if near => solicited(core, packet, rest, who),
             _ => return false,
         }
         true
     }
 }
 
-/// RFC 826, "packet reception".
-pub(super) fn arp(core: &mut Core, bytes: &[u8]) {
+/// RFC 826, "packet reception". `who` knows the cards of the link.
+pub(in crate::net) fn arp(core: &mut Core, bytes: &[u8], who: impl FnOnce(Ipv4Addr) -> Option<Mac>) {
     let Some((fixed, rest)) = bytes.split_first_chunk::<8>() else {
         core.stats.malformed += 1;
         return;
@@ -81,46 +87,46 @@ pub(super) fn arp(core: &mut Core, bytes: &[u8]) {
         core.stats.spoofed += 1;
         return;
     }
-    if Ipv4Addr::new(*e, *f, *g, *h) != core.config.gateway4 {
-        return;
-    }
+    let asked = Ipv4Addr::new(*e, *f, *g, *h);
+    let Some(mac) = who(asked) else { return };
     let mut frame = Vec::with_capacity(wire::ETHERNET + 28);
     frame.extend(core.config.guest_mac.0);
     frame.extend(core.config.gateway_mac.0);
     frame.extend(wire::ARP.to_be_bytes());
     frame.extend([0, 1, 8, 0, 6, 4, 0, 2]);
-    frame.extend(core.config.gateway_mac.0);
-    frame.extend(core.config.gateway4.octets());
+    frame.extend(mac.0);
+    frame.extend(asked.octets());
     frame.extend(core.config.guest_mac.0);
     frame.extend(from.octets());
     core.send(frame);
 }
 
 /// RFC 4861, 7.2.3 and 7.2.4.
-fn solicited(core: &mut Core, packet: Packet, rest: &[u8]) {
+fn solicited(core: &mut Core, packet: Packet, rest: &[u8], who: impl FnOnce(Ipv6Addr) -> Option<Mac>) {
     let Some(target) = rest.first_chunk::<16>().map(|bytes| Ipv6Addr::from(*bytes)) else {
         core.stats.malformed += 1;
         return;
     };
-    if !core.config.is_gateway(target.into()) {
-        return;
-    }
+    let Some(mac) = who(target) else { return };
+    let router = if core.config.router && core.config.is_gateway(target.into()) { ROUTER } else { 0 };
     // Who has no address yet asks whether somebody has it.
     let (to, flags) = match packet.src {
-        IpAddr::V6(a) if a.is_unspecified() => (ALL_NODES.into(), ROUTER | OVERRIDE),
-        src => (src, ROUTER | SOLICITED | OVERRIDE),
+        IpAddr::V6(a) if a.is_unspecified() => (ALL_NODES.into(), router | OVERRIDE),
+        src => (src, router | SOLICITED | OVERRIDE),
     };
     let mut message = vec![NEIGHBOUR_ADVERTISEMENT, 0, 0, 0, flags, 0, 0, 0];
     message.extend(target.octets());
     message.extend([2, 1]);
-    message.extend(core.config.gateway_mac.0);
+    message.extend(mac.0);
     core.send_icmp(Ends { src: target.into(), dst: to }, &mut message);
 }
 
 /// RFC 4861, 4.2 and 4.6; RFC 8106, 5.1.
 fn advertise(core: &mut Core) {
     let [l0, l1] = LIFETIME.to_be_bytes();
-    let mut message = vec![ROUTER_ADVERTISEMENT, 0, 0, 0, 64, 0, l0, l1, 0, 0, 0, 0, 0, 0, 0, 0];
+    // Zero: nobody's way out.
+    let [r0, r1] = if core.config.router { [l0, l1] } else { [0, 0] };
+    let mut message = vec![ROUTER_ADVERTISEMENT, 0, 0, 0, 64, 0, r0, r1, 0, 0, 0, 0, 0, 0, 0, 0];
     // Source link-layer address, MTU.
     message.extend([1, 1]);
     message.extend(core.config.gateway_mac.0);

@@ -2,7 +2,7 @@
 
 /// Names one value of one [`Table`]; of a value that is gone, nothing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub(super) struct Id {
+pub(in crate::net) struct Id {
     index: u32,
     /// How often the place was used before, in 24 bits: enough to tell a late event from one of a new value.
     generation: u32,
@@ -10,12 +10,12 @@ pub(super) struct Id {
 
 impl Id {
     /// Of something that has no name yet.
-    pub(super) const NONE: Self = Self { index: u32::MAX, generation: 0 };
+    pub(in crate::net) const NONE: Self = Self { index: u32::MAX, generation: 0 };
 }
 
 /// What a descriptor belongs to, in what is watched.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Owner {
+pub(in crate::net) enum Owner {
     Timer,
     Router,
     Tcp(Id),
@@ -23,15 +23,18 @@ pub(super) enum Owner {
     Listener(Id),
     Resolver(Id),
     Client(Id),
+    /// Of a switch.
+    Queue,
 }
 
 impl Owner {
     /// As a number for epoll.
-    pub(super) fn token(self) -> u64 {
+    pub(in crate::net) fn token(self) -> u64 {
         let none = Id { index: 0, generation: 0 };
         let (kind, id) = match self {
             Self::Timer => (0, none),
             Self::Router => (6, none),
+            Self::Queue => (7, none),
             Self::Tcp(id) => (1, id),
             Self::Udp(id) => (2, id),
             Self::Listener(id) => (3, id),
@@ -41,7 +44,7 @@ impl Owner {
         kind << 56 | u64::from(id.generation) << 32 | u64::from(id.index)
     }
 
-    pub(super) fn of(token: u64) -> Option<Self> {
+    pub(in crate::net) fn of(token: u64) -> Option<Self> {
         let id = Id { index: token as u32, generation: (token >> 32) as u32 & GENERATIONS };
         match token >> 56 {
             0 => Some(Self::Timer),
@@ -51,6 +54,7 @@ impl Owner {
             4 => Some(Self::Resolver(id)),
             5 => Some(Self::Client(id)),
             6 => Some(Self::Router),
+            7 => Some(Self::Queue),
             _ => None,
         }
     }
@@ -65,7 +69,7 @@ struct Slot<T> {
 }
 
 #[derive(Debug)]
-pub(super) struct Table<T> {
+pub(in crate::net) struct Table<T> {
     slots: Vec<Slot<T>>,
     free: Vec<u32>,
 }
@@ -77,11 +81,11 @@ impl<T> Default for Table<T> {
 }
 
 impl<T> Table<T> {
-    pub(super) fn len(&self) -> usize {
+    pub(in crate::net) fn len(&self) -> usize {
         self.slots.len() - self.free.len()
     }
 
-    pub(super) fn insert(&mut self, value: T) -> Id {
+    pub(in crate::net) fn insert(&mut self, value: T) -> Id {
         let index = self.free.pop().unwrap_or(self.slots.len() as u32);
         match self.slots.get_mut(index as usize) {
             Some(slot) => {
@@ -95,17 +99,17 @@ impl<T> Table<T> {
         }
     }
 
-    pub(super) fn get(&self, id: Id) -> Option<&T> {
+    pub(in crate::net) fn get(&self, id: Id) -> Option<&T> {
         let slot = self.slots.get(id.index as usize)?;
         slot.value.as_ref().filter(|_| slot.generation == id.generation)
     }
 
-    pub(super) fn get_mut(&mut self, id: Id) -> Option<&mut T> {
+    pub(in crate::net) fn get_mut(&mut self, id: Id) -> Option<&mut T> {
         let slot = self.slots.get_mut(id.index as usize)?;
         slot.value.as_mut().filter(|_| slot.generation == id.generation)
     }
 
-    pub(super) fn remove(&mut self, id: Id) -> Option<T> {
+    pub(in crate::net) fn remove(&mut self, id: Id) -> Option<T> {
         let slot = self.slots.get_mut(id.index as usize).filter(|slot| slot.generation == id.generation)?;
         let value = slot.value.take()?;
         slot.generation = (slot.generation + 1) & GENERATIONS;
@@ -113,7 +117,7 @@ impl<T> Table<T> {
         Some(value)
     }
 
-    pub(super) fn iter(&self) -> impl Iterator<Item = (Id, &T)> {
+    pub(in crate::net) fn iter(&self) -> impl Iterator<Item = (Id, &T)> {
         let id = |(index, slot): (usize, &Slot<T>)| Id { index: index as u32, generation: slot.generation };
         self.slots.iter().enumerate().filter_map(move |at| Some((id(at), at.1.value.as_ref()?)))
     }

@@ -29,7 +29,7 @@ pub(crate) use backend::{
     BasePath, BlockBackend, DirectFile, OverlayDisk, RawFile, compact, create, flatten, freeze, rebase,
 };
 pub use config::{Cache, DiskEngine};
-pub use limit::{DiskLimit, Rate};
+pub use limit::DiskLimit;
 pub use policy::{DiskFault, DiskOperation, ErrorAction, ErrorClass};
 
 use super::{ConfigSpace, DeviceIo, DeviceType, Profile, Source, VirtioDevice};

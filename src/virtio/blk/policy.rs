@@ -4,7 +4,7 @@ use std::fmt;
 use std::io;
 use std::time::Duration;
 
-use super::limit::{Bucket, Rate};
+use crate::rate::{Bucket, Rate};
 
 /// Kinds of failures of the host's that a disk tells apart.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

@@ -1,7 +1,7 @@
 //! The control queue (Virtio 1.3, 5.1.6.5): how many pairs of queues are used, and what the driver still wants to do itself.
 
-use super::{Net, TO_GUEST, feature, offloads};
-use crate::net::Agreed;
+use super::{Net, TO_GUEST, feature, offloads, whole};
+use crate::net::Capabilities;
 use crate::virtio::{Chain, DeviceIo};
 
 /// Classes and commands, in the form class, command.
@@ -34,7 +34,7 @@ impl Net {
                 if wanted & !features != 0 {
                     return None;
                 }
-                self.agree(Agreed { to_guest: offloads(wanted, &TO_GUEST), ..self.agreed });
+                self.agree(Capabilities { to_guest: whole(offloads(wanted, &TO_GUEST)), ..self.agreed });
                 Some(())
             }
             _ => None,

@@ -1,20 +1,28 @@
 //! Network device (Virtio 1.3, 5.1): a guest's frames to and from whatever carries them. Runs on the VM's loop.
 //!
-//! Each pair of queues has a [`NetBackend`] of its own. Frames go from guest memory to the backend and back without a copy
-//! here; one that is larger than the guest's buffers is spread over several (mergeable buffers).
+//! Each pair of queues has a [`NetBackend`](crate::net::NetBackend) of its own. Frames go from guest memory to the backend and
+//! back without a copy here; one that is larger than the guest's buffers is spread over several (mergeable buffers).
 
 mod control;
+mod limit;
 #[cfg(test)]
 mod tests;
 
 use std::collections::VecDeque;
 use std::io;
+use std::time::Duration;
 
 use crate::memory::Segment;
-use crate::net::{Agreed, Capabilities, HEADER_LEN, Mac, NetBackend, Offload, Offloads, UserNet};
+use crate::net::{
+    Capabilities, Carrier, FRAME_MAX, Frame, HEADER_LEN, Mac, NetStats, Offload, Offloads, Received, Recorder, Room,
+    UserNet,
+};
+use crate::sys::Timer;
 
 use super::chain::Span;
 use super::{Chain, ConfigSpace, DeviceIo, DeviceType, Profile, Source, VirtioDevice};
+pub use limit::NetLimit;
+use limit::{Gates, Way, cost};
 
 /// Feature bits (Virtio 1.3, 5.1.3).
 mod feature {
@@ -61,6 +69,8 @@ const CONTROL_SIZE: u16 = 64;
 const TURN: usize = 256;
 /// The most pairs of queues (Virtio 1.3, 5.1.4: 1 to 32768).
 pub(crate) const PAIRS_MAX: usize = 32;
+/// What is watched beside the pairs' backends.
+const TIMER: u32 = PAIRS_MAX as u32;
 
 fn features(offloads: Offloads, table: &[(Offloads, u64)]) -> u64 {
     table.iter().filter(|(offload, _)| offloads.contains(*offload)).fold(0, |bits, (_, bit)| bits | bit)
@@ -70,18 +80,25 @@ fn offloads(features: u64, table: &[(Offloads, u64)]) -> Offloads {
     table.iter().filter(|(_, bit)| features & bit == *bit).fold(Offloads::empty(), |all, (offload, _)| all | *offload)
 }
 
-/// A frame of the guest that its backend could not take yet.
+/// Who cuts makes checksums too (Virtio 1.3, 5.1.3.1).
+fn whole(offloads: Offloads) -> Offloads {
+    if offloads.contains(Offloads::CSUM) { offloads } else { Offloads::empty() }
+}
+
+/// A frame of the guest that waits for a limit, or that its backend could not take yet.
 #[derive(Debug)]
 struct Held {
     chain: Chain,
     frame: Span,
     offload: Offload,
+    /// It has met the limits.
+    paid: bool,
 }
 
 /// A pair of queues, and what carries their frames.
 #[derive(Debug)]
 struct Pair {
-    backend: Box<dyn NetBackend>,
+    backend: Carrier,
     held: Option<Held>,
     /// Buffers of the guest that wait for frames.
     room: VecDeque<Chain>,
@@ -94,13 +111,16 @@ pub(crate) struct Net {
     capabilities: Capabilities,
     /// So many of the pairs the driver uses.
     active: usize,
-    agreed: Agreed,
+    agreed: Capabilities,
     up: bool,
     /// A backend is at its end, so that the cable stays out.
     gone: bool,
     /// Frames of the guest that made no sense.
     dropped: u64,
     on_lost: OnLost,
+    gates: Gates,
+    on_throttled: OnThrottled,
+    capture: Option<Recorder>,
 }
 
 impl std::fmt::Debug for Net {
@@ -111,21 +131,64 @@ impl std::fmt::Debug for Net {
 
 /// Told why a network has ended.
 type OnLost = Box<dyn FnMut(&io::Error) + Send>;
+/// Told, but not often, that frames wait for the card's limit.
+type OnThrottled = Box<dyn FnMut() + Send>;
 
 impl Net {
-    /// A device with this address; its backends are alike, one for each pair of queues. `on_lost` is told when one of them
-    /// cannot go on: then the cable is out.
-    pub(crate) fn new(backends: Vec<Box<dyn NetBackend>>, mac: Mac, on_lost: OnLost) -> Self {
-        let capabilities = backends.first().map(|backend| backend.capabilities());
-        let nothing = Capabilities { to_host: Offloads::empty(), to_guest: Offloads::empty(), mtu: 1500, mac: None };
-        let capabilities = capabilities.unwrap_or(nothing);
+    /// A device with this address, for packets of at most `mtu` bytes; its backends are alike, one for each pair of queues.
+    /// `on_lost` is told when one of them cannot go on: then the cable is out.
+    pub(crate) fn new(backends: Vec<Carrier>, mac: Mac, mtu: u16, on_lost: OnLost) -> Self {
+        let capabilities = backends.first().map(|backend| backend.capabilities()).unwrap_or_default();
+        let Capabilities { to_host, to_guest } = capabilities;
+        let capabilities = Capabilities { to_host: whole(to_host), to_guest: whole(to_guest) };
         let pairs = backends.into_iter().map(|backend| Pair { backend, held: None, room: VecDeque::new() });
         let pairs: Vec<_> = pairs.collect();
         let count = pairs.len() as u16;
         let fields = [mac.0.to_vec(), LINK_UP.to_le_bytes().to_vec(), count.to_le_bytes().to_vec()];
-        let space = ConfigSpace::new([fields.concat(), capabilities.mtu.to_le_bytes().to_vec()].concat());
-        let agreed = Agreed::default();
-        Self { pairs, space, capabilities, active: 1, agreed, up: true, gone: false, dropped: 0, on_lost }
+        let space = ConfigSpace::new([fields.concat(), mtu.to_le_bytes().to_vec()].concat());
+        Self {
+            pairs,
+            space,
+            capabilities,
+            active: 1,
+            agreed: Capabilities::default(),
+            up: true,
+            gone: false,
+            dropped: 0,
+            on_lost,
+            gates: Gates::new(),
+            on_throttled: Box::new(|| ()),
+            capture: None,
+        }
+    }
+
+    /// Sets who is told, at most once a second, that frames wait for the card's limit.
+    pub(crate) fn on_throttled(mut self, f: impl FnMut() + Send + 'static) -> Self {
+        self.on_throttled = Box::new(f);
+        self
+    }
+
+    /// Records what is sent and received.
+    pub(crate) fn captured_by(mut self, recorder: Option<Recorder>) -> Self {
+        self.capture = recorder;
+        self
+    }
+
+    /// Changes the limits. What waits is looked at anew at once.
+    pub(crate) fn set_limit(&mut self, limit: &NetLimit) {
+        self.gates.set(limit);
+        if let Some(user) = self.pairs.first_mut().and_then(|pair| pair.backend.user()) {
+            user.set_limits(limit.connections.and_then(|n| usize::try_from(n).ok()), limit.new_connections);
+        }
+    }
+
+    pub(crate) fn is_user(&mut self) -> bool {
+        self.pairs.first_mut().is_some_and(|pair| pair.backend.user().is_some())
+    }
+
+    /// What its backend has done, where it counts.
+    pub(crate) fn stats(&self) -> Option<NetStats> {
+        self.pairs.first()?.backend.stats()
     }
 
     /// Plugs the cable in or out. Without one, nothing is delivered, and what the guest sends is lost.
@@ -160,7 +223,7 @@ impl Net {
         if io.features() & feature::MQ != 0 { 2 * self.pairs.len() } else { 2 }
     }
 
-    fn agree(&mut self, agreed: Agreed) {
+    fn agree(&mut self, agreed: Capabilities) {
         self.agreed = agreed;
         self.pairs.iter_mut().for_each(|pair| pair.backend.negotiated(agreed));
     }
@@ -178,7 +241,7 @@ impl Net {
                 let frame = chain.take_readable(len);
                 let offload = header.and_then(|header| Offload::parse(&header, len, agreed).ok());
                 match offload {
-                    Some(offload) => Some(Held { chain, frame, offload }),
+                    Some(offload) => Some(Held { chain, frame, offload, paid: false }),
                     None => {
                         self.dropped += 1;
                         io.complete(queue, chain);
@@ -186,23 +249,38 @@ impl Net {
                     }
                 }
             });
-            let Some(Held { chain, frame, offload }) = held else {
+            let Some(mut held) = held else {
                 if io.rearm(queue) {
                     continue;
                 }
                 io.flush(queue);
                 return;
             };
-            let sent = if up { pair.backend.send(chain.memory(), chain.readable(frame), offload) } else { Ok(()) };
+            let len = frame_len(&held);
+            if up && !held.paid {
+                if !self.gates.open(io, Way::Sent, &mut self.on_throttled) {
+                    pair.held = Some(held);
+                    io.flush(queue);
+                    return;
+                }
+                self.gates.take(Way::Sent, cost(len, held.offload));
+                held.paid = true;
+            }
+            let Held { chain, frame, offload, .. } = &held;
+            let pieces = chain.readable(*frame);
+            let sent = if up { pair.backend.send(Frame::new(chain.memory(), pieces, *offload)) } else { Ok(()) };
+            if let (Some(capture), Ok(()), true) = (&self.capture, &sent, up) {
+                capture.record(chain.memory(), pieces, len);
+            }
             match sent {
-                Ok(()) => io.complete(queue, chain),
+                Ok(()) => io.complete(queue, held.chain),
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
-                    pair.held = Some(Held { chain, frame, offload });
+                    pair.held = Some(held);
                     io.flush(queue);
                     return;
                 }
                 Err(e) => {
-                    io.complete(queue, chain);
+                    io.complete(queue, held.chain);
                     io.flush(queue);
                     return self.lost(io, number, &e);
                 }
@@ -224,7 +302,7 @@ impl Net {
         let Some(pair) = self.pairs.get_mut(number) else { return };
         let mut frames = 0;
         let outcome = loop {
-            let Some(len) = pair.backend.next() else { break Ok(()) };
+            let Some(len) = pair.backend.next().map(|len| len.min(FRAME_MAX)) else { break Ok(()) };
             if frames == TURN {
                 io.kick_self(queue);
                 break Ok(());
@@ -237,10 +315,18 @@ impl Net {
                     break Ok(());
                 }
             }
-            match fill(io, queue, &mut room, &mut *pair.backend, len, mergeable) {
-                Ok(()) => frames += 1,
+            if !self.gates.open(io, Way::Received, &mut self.on_throttled) {
+                break Ok(());
+            }
+            let filling =
+                Filling { queue, len, mergeable, agreed: self.agreed.to_guest, capture: self.capture.as_ref() };
+            match fill(io, &mut room, &mut pair.backend, &filling) {
+                Ok(Filled::Frame(received)) => self.gates.take(Way::Received, cost(received.len, received.offload)),
+                Ok(Filled::Nothing) => {}
+                Ok(Filled::Unfit) => self.dropped += 1,
                 Err(e) => break Err(e),
             }
+            frames += 1;
         };
         io.flush(queue);
         if let Some(pair) = self.pairs.get_mut(queue / 2) {
@@ -295,16 +381,37 @@ fn gather(io: &mut DeviceIo, queue: usize, room: &mut VecDeque<Chain>, wanted: u
     }
 }
 
-/// Lets the backend fill the first buffers with its next frame of at most `len` bytes, and gives those to the guest.
-fn fill(
-    io: &mut DeviceIo,
+/// One frame on its way to the guest.
+struct Filling<'a> {
     queue: usize,
-    room: &mut VecDeque<Chain>,
-    backend: &mut dyn NetBackend,
+    /// The frame has no more bytes than this.
     len: usize,
     mergeable: bool,
-) -> io::Result<()> {
-    let Some(memory) = room.front().map(|chain| chain.memory().clone()) else { return Ok(()) };
+    agreed: Offloads,
+    capture: Option<&'a Recorder>,
+}
+
+enum Filled {
+    Frame(Received),
+    /// There was none.
+    Nothing,
+    /// It leaves the guest what it did not agree to do.
+    Unfit,
+}
+
+fn frame_len(held: &Held) -> usize {
+    held.chain.readable(held.frame).iter().map(|piece| piece.len()).sum()
+}
+
+/// Lets the backend fill the first buffers with its next frame, and gives those to the guest.
+fn fill(
+    io: &mut DeviceIo,
+    room: &mut VecDeque<Chain>,
+    backend: &mut Carrier,
+    filling: &Filling<'_>,
+) -> io::Result<Filled> {
+    let Filling { queue, len, mergeable, agreed, capture } = *filling;
+    let Some(memory) = room.front().map(|chain| chain.memory().clone()) else { return Ok(Filled::Nothing) };
     let (mut pieces, mut left, mut skip) = (Vec::<Segment>::new(), len, HEADER_LEN);
     for chain in room.iter() {
         let now = (chain.writable_len() - skip).min(left);
@@ -314,8 +421,15 @@ fn fill(
             break;
         }
     }
-    let Some(received) = backend.receive(&memory, &pieces)? else { return Ok(()) };
-    let total = HEADER_LEN + received.len.min(len);
+    let Some(mut received) = backend.receive(&mut Room::new(&memory, &pieces))? else { return Ok(Filled::Nothing) };
+    received.len = received.len.min(len);
+    if !agreed.contains(received.offload.needed()) || received.offload.check(received.len).is_err() {
+        return Ok(Filled::Unfit);
+    }
+    if let Some(capture) = capture {
+        capture.record(&memory, &pieces, received.len);
+    }
+    let total = HEADER_LEN + received.len;
     let (mut buffers, mut covered) = (0u16, 0);
     while let Some(chain) = room.get(usize::from(buffers)).filter(|_| covered < total) {
         covered += chain.writable_len();
@@ -335,13 +449,13 @@ fn fill(
         chain.wrote(now);
         io.complete(queue, chain);
     }
-    Ok(())
+    Ok(Filled::Frame(received))
 }
 
 impl VirtioDevice for Net {
     fn profile(&self) -> Profile {
         use feature::{CTRL_GUEST_OFFLOADS, CTRL_VQ, MAC, MQ, MRG_RXBUF, MTU, STATUS};
-        let Capabilities { to_host, to_guest, .. } = self.capabilities;
+        let Capabilities { to_host, to_guest } = self.capabilities;
         let mut profile = Profile::new(DeviceType::Net).config_space(self.space.clone());
         for _ in 0..2 * self.pairs.len() {
             profile = profile.queue(QUEUE_SIZE);
@@ -353,11 +467,15 @@ impl VirtioDevice for Net {
 
     fn started(&mut self, io: &mut DeviceIo) -> io::Result<()> {
         self.active = 1;
-        self.agree(Agreed { to_host: offloads(io.features(), &TO_HOST), to_guest: offloads(io.features(), &TO_GUEST) });
+        self.agree(Capabilities {
+            to_host: whole(offloads(io.features(), &TO_HOST)),
+            to_guest: whole(offloads(io.features(), &TO_GUEST)),
+        });
         for (number, pair) in (0..).zip(&self.pairs) {
             io.watch(pair.backend.fd(), number, crate::event::Interest::IN)?;
         }
-        Ok(())
+        let timer = self.gates.timer.insert(Timer::new()?);
+        io.watch(timer.as_fd(), TIMER, crate::event::Interest::IN)
     }
 
     fn ready(&mut self, io: &mut DeviceIo, source: Source) {
@@ -373,6 +491,15 @@ impl VirtioDevice for Net {
                     self.deliver(io, number);
                 }
             }
+            Source::Watched { number: TIMER, .. } => {
+                if let Some(timer) = &mut self.gates.timer {
+                    timer.clear();
+                }
+                for number in 0..self.pairs.len() {
+                    self.transmit(io, number);
+                    self.deliver(io, number);
+                }
+            }
             Source::Watched { number, .. } => {
                 let number = number as usize;
                 let Some(pair) = self.pairs.get_mut(number) else { return };
@@ -383,7 +510,23 @@ impl VirtioDevice for Net {
         }
     }
 
+    fn finishing(&mut self, io: &mut DeviceIo, _: Duration) {
+        // No limit keeps back what is the last.
+        self.gates.set(&NetLimit::none());
+        for number in 0..self.pairs.len() {
+            self.transmit(io, number);
+        }
+    }
+
+    fn ended(&mut self) {
+        self.pairs.iter_mut().for_each(|pair| pair.backend.ended());
+    }
+
     fn stopping(&mut self, io: &mut DeviceIo) {
+        if let Some(timer) = self.gates.timer.take() {
+            io.unwatch(timer.as_fd());
+        }
+        self.gates.forget();
         for pair in &mut self.pairs {
             io.unwatch(pair.backend.fd());
             pair.held = None;

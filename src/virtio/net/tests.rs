@@ -17,14 +17,14 @@ const OURS: Mac = Mac([2, 0, 0, 0, 0, 1]);
 fn device(backends: Vec<SocketNet>) -> (Driver<Net>, Arc<Mutex<Vec<String>>>) {
     let lost = Arc::new(Mutex::new(Vec::new()));
     let told = lost.clone();
-    let backends = backends.into_iter().map(|it| Box::new(it) as Box<dyn NetBackend>).collect();
+    let backends = backends.into_iter().map(Carrier::other).collect();
     let on_lost = Box::new(move |e: &io::Error| told.lock().unwrap().push(e.to_string()));
-    (Driver::start(Net::new(backends, OURS, on_lost)), lost)
+    (Driver::start(Net::new(backends, OURS, 1500, on_lost)), lost)
 }
 
 fn stream() -> (Driver<Net>, UnixStream, Arc<Mutex<Vec<String>>>) {
     let (near, far) = UnixStream::pair().unwrap();
-    let (driver, lost) = device(vec![SocketNet::new(near.into(), 1500).unwrap()]);
+    let (driver, lost) = device(vec![SocketNet::new(near.into()).unwrap()]);
     (driver, far, lost)
 }
 
@@ -107,7 +107,7 @@ fn a_slow_peer_holds_the_guest_and_loses_nothing() {
 #[test]
 fn datagrams_are_frames() {
     let (near, far) = UnixDatagram::pair().unwrap();
-    let (mut driver, _) = device(vec![SocketNet::new(near.into(), 1500).unwrap()]);
+    let (mut driver, _) = device(vec![SocketNet::new(near.into()).unwrap()]);
     driver.send(TX, &[&HEADER, &frame(100, 1)], &[]);
     driver.poke(TX);
     let mut came = [0; 2000];
@@ -198,7 +198,7 @@ fn the_cable_can_be_pulled() {
 #[test]
 fn several_pairs_are_used_as_the_driver_says() {
     let (sockets, mut far): (Vec<_>, Vec<_>) = (0..3).map(|_| UnixStream::pair().unwrap()).unzip();
-    let nets = sockets.into_iter().map(|it| SocketNet::new(it.into(), 1500).unwrap()).collect();
+    let nets = sockets.into_iter().map(|it| SocketNet::new(it.into()).unwrap()).collect();
     let (mut driver, _) = device(nets);
     for pair in 0..3 {
         for _ in 0..4 {
@@ -242,4 +242,167 @@ fn commands_that_are_none_are_refused() {
     driver.send(CONTROL, &[&[5, 0], &[0; 8]], &[1]);
     driver.poke(CONTROL);
     assert_eq!(driver.receive(CONTROL).unwrap().0, [0]);
+}
+
+/// A backend that does as it is told.
+#[derive(Default)]
+struct Told {
+    sent: Vec<Vec<u8>>,
+    busy: bool,
+    waiting: VecDeque<(Vec<u8>, Offload)>,
+}
+
+#[derive(Clone)]
+struct Played(Arc<Mutex<Told>>, Arc<UnixStream>);
+
+impl crate::net::NetBackend for Played {
+    fn capabilities(&self) -> Capabilities {
+        Capabilities { to_host: Offloads::all(), to_guest: Offloads::CSUM }
+    }
+
+    fn fd(&self) -> std::os::fd::BorrowedFd<'_> {
+        std::os::fd::AsFd::as_fd(&*self.1)
+    }
+
+    fn turn(&mut self) {}
+
+    fn send(&mut self, frame: Frame<'_>) -> io::Result<()> {
+        let mut told = self.0.lock().unwrap();
+        if told.busy {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        told.sent.push(frame.to_vec());
+        Ok(())
+    }
+
+    fn next(&mut self) -> Option<usize> {
+        self.0.lock().unwrap().waiting.front().map(|(frame, _)| frame.len())
+    }
+
+    fn receive(&mut self, room: &mut Room<'_>) -> io::Result<Option<Received>> {
+        let next = self.0.lock().unwrap().waiting.pop_front();
+        Ok(next.and_then(|(frame, offload)| Some(Received { offload, ..room.put(&frame)? })))
+    }
+}
+
+fn played(limit: NetLimit) -> (Driver<Net>, Arc<Mutex<Told>>, Arc<Mutex<u32>>) {
+    let (told, throttled) = (Arc::<Mutex<Told>>::default(), Arc::<Mutex<u32>>::default());
+    let backend = Played(told.clone(), Arc::new(UnixStream::pair().unwrap().0));
+    let count = throttled.clone();
+    let mut device = Net::new(vec![Carrier::other(backend)], OURS, 1500, Box::new(|_| ()))
+        .on_throttled(move || *count.lock().unwrap() += 1);
+    device.set_limit(&limit);
+    (Driver::start(device), told, throttled)
+}
+
+/// Lets the timer ring until `done`.
+fn until(driver: &mut Driver<Net>, mut done: impl FnMut(&mut Driver<Net>) -> bool) -> Duration {
+    let start = std::time::Instant::now();
+    while !done(driver) {
+        assert!(start.elapsed() < Duration::from_secs(20), "it is held back for ever");
+        let timer = driver.device.gates.timer.as_ref().unwrap();
+        if crate::sys::wait_readable(timer.as_fd(), Some(Duration::from_millis(20))).unwrap() {
+            driver.poke_watched(TIMER);
+        }
+    }
+    start.elapsed()
+}
+
+fn waited(driver: &mut Driver<Net>) -> (u64, Duration) {
+    use std::sync::atomic::Ordering::Relaxed;
+    let counters = driver.parts().1.counters();
+    (counters.throttled.load(Relaxed), Duration::from_nanos(counters.throttled_nanos.load(Relaxed)))
+}
+
+#[test]
+fn what_the_guest_sends_too_fast_waits_in_its_queue() {
+    let (mut driver, told, throttled) = played(NetLimit::none().sent_bytes(crate::rate::Rate::per_second(100_000)));
+    for n in 0..60 {
+        assert!(driver.send(TX, &[&HEADER, &frame(1000, n)], &[]));
+    }
+    driver.poke(TX);
+    let at_once = told.lock().unwrap().sent.len();
+    assert!((10..=13).contains(&at_once), "{at_once}: a tenth of a second's worth");
+    assert_eq!(std::iter::from_fn(|| driver.receive(TX)).count(), at_once);
+    // What the backend cannot take is paid for once.
+    told.lock().unwrap().busy = true;
+    until(&mut driver, |driver| driver.device.pairs[0].held.as_ref().is_some_and(|held| held.paid));
+    told.lock().unwrap().busy = false;
+    driver.poke_watched(0);
+    let time = until(&mut driver, |_| told.lock().unwrap().sent.len() == 60);
+    assert!(time > Duration::from_millis(350), "{time:?}");
+    let expected: Vec<_> = (0..60).map(|n| frame(1000, n)).collect();
+    assert!(told.lock().unwrap().sent == expected);
+    let (times, waited) = waited(&mut driver);
+    assert!(times > 0 && waited > Duration::from_millis(300) && waited < Duration::from_secs(20), "{times} {waited:?}");
+    assert_eq!(*throttled.lock().unwrap(), 1, "told once a second");
+}
+
+#[test]
+fn what_comes_too_fast_stays_with_the_backend() {
+    let (mut driver, told, _) = played(NetLimit::none().received_packets(crate::rate::Rate::per_second(100)));
+    told.lock().unwrap().waiting = (0..40).map(|n| (frame(60, n), Offload::default())).collect();
+    for _ in 0..40 {
+        driver.send(RX, &[], &[1536]);
+    }
+    driver.poke(RX);
+    let left = told.lock().unwrap().waiting.len();
+    assert!((26..=30).contains(&left), "{left}");
+    // A change is heard at once.
+    driver.device.set_limit(&NetLimit::none());
+    let time = until(&mut driver, |_| told.lock().unwrap().waiting.is_empty());
+    assert!(time < Duration::from_millis(200), "{time:?}");
+    assert_eq!(std::iter::from_fn(|| driver.receive(RX)).count(), 40);
+    assert!(waited(&mut driver).0 == 1);
+}
+
+#[test]
+fn a_limit_keeps_nothing_back_at_the_end() {
+    let (mut driver, told, _) = played(NetLimit::none().sent_packets(crate::rate::Rate::per_second(1)));
+    for n in 0..20 {
+        driver.send(TX, &[&HEADER, &frame(100, n)], &[]);
+    }
+    driver.poke(TX);
+    assert!(told.lock().unwrap().sent.len() <= 2);
+    let (device, io) = driver.parts();
+    device.finishing(io, Duration::ZERO);
+    assert_eq!(told.lock().unwrap().sent.len(), 20);
+}
+
+#[test]
+fn the_guest_is_left_no_more_than_it_agreed_to() {
+    let (mut driver, told, _) = played(NetLimit::none());
+    let csum = |start| Offload { csum: Some(crate::net::Csum { start, offset: 16 }), gso: None };
+    let gso = crate::net::Gso { kind: crate::net::GsoKind::Tcp4, size: 1000, header_len: 54 };
+    let all = [csum(34), csum(90), Offload { gso: Some(gso), ..csum(34) }, Offload::default()];
+    told.lock().unwrap().waiting = all.into_iter().map(|offload| (frame(100, 1), offload)).collect();
+    for _ in 0..4 {
+        driver.send(RX, &[], &[1536]);
+    }
+    driver.poke(RX);
+    let came: Vec<u8> = std::iter::from_fn(|| driver.receive(RX)).map(|(bytes, _)| bytes[0]).collect();
+    assert_eq!((came, driver.device.dropped()), (vec![1, 0], 2));
+}
+
+#[test]
+fn frames_of_both_ways_are_captured() {
+    let path = std::env::temp_dir().join(format!("cofferdam-card-{}.pcap", std::process::id()));
+    let (recorder, pump) = crate::net::Capture::file(&path).open().unwrap();
+    let (near, mut far) = UnixStream::pair().unwrap();
+    let net = Net::new(vec![Carrier::other(SocketNet::new(near.into()).unwrap())], OURS, 1500, Box::new(|_| ()));
+    let mut driver = Driver::start(net.captured_by(Some(recorder)));
+    driver.send(TX, &[&HEADER, &frame(100, 1)], &[]);
+    driver.poke(TX);
+    for _ in 0..8 {
+        driver.send(RX, &[], &[100, 60]);
+    }
+    far.write_all(&framed(&frame(300, 2))).unwrap();
+    driver.poke_watched(0);
+    assert_eq!((pump.stats().frames, pump.stats().lost), (2, 0));
+    drop(driver);
+    pump.run();
+    let bytes = std::fs::read(&path).unwrap();
+    std::fs::remove_file(&path).unwrap();
+    assert_eq!(bytes.len(), 24 + 2 * 16 + 400);
+    assert!(bytes[40..140] == frame(100, 1) && bytes[156..] == frame(300, 2));
 }

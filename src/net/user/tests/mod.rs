@@ -24,7 +24,7 @@ use super::{Config, UserNet};
 use crate::memory::{GuestAddress, GuestMemory, Segment};
 use crate::net::policy::{Policy, Rule};
 use crate::net::wire;
-use crate::net::{Agreed, Csum, NetBackend, Offload, Offloads};
+use crate::net::{Capabilities, Csum, Frame, NetBackend, Offload, Offloads, Room};
 use crate::sys::wait_readable;
 
 /// What the link does to frames.
@@ -144,7 +144,10 @@ impl Guest {
     pub(super) fn of(config: Config, agreed: Offloads) -> Self {
         let mut net = UserNet::new(config.clone()).unwrap();
         let capabilities = net.capabilities();
-        net.negotiated(Agreed { to_host: agreed & capabilities.to_host, to_guest: agreed & capabilities.to_guest });
+        net.negotiated(Capabilities {
+            to_host: agreed & capabilities.to_host,
+            to_guest: agreed & capabilities.to_guest,
+        });
         let mut card = Card { mtu: config.mtu.into(), lazy: agreed.contains(Offloads::CSUM), ..Card::default() };
         let address = HardwareAddress::Ethernet(EthernetAddress(config.guest_mac.0));
         let mut settings = iface::Config::new(address);
@@ -190,7 +193,7 @@ impl Guest {
         }
         let (first, rest) = self.memory.segment(FRAME, frame.len()).unwrap().split_at(frame.len() / 3);
         let (second, third) = rest.split_at(30);
-        self.net.send(&self.memory, &[first, second, third], offload).unwrap();
+        self.net.send(Frame::new(&self.memory, &[first, second, third], offload)).unwrap();
     }
 
     /// The next frame to the guest as its driver hands it on: with all checksums.
@@ -199,7 +202,7 @@ impl Guest {
         assert_eq!(self.net.next(), Some(len));
         let (a, b) = self.memory.segment(ROOM, len).unwrap().split_at(len.min(61));
         let room: Vec<Segment> = [a, b].into_iter().filter(|s| s.len() > 0).collect();
-        let received = self.net.receive(&self.memory, &room).unwrap()?;
+        let received = self.net.receive(&mut Room::new(&self.memory, &room)).unwrap()?;
         let mut frame = vec![0; received.len];
         self.memory.read(ROOM, &mut frame).unwrap();
         received.offload.check(frame.len()).unwrap();

@@ -181,8 +181,26 @@ fn there_are_never_more_connections_than_allowed() {
 }
 
 #[test]
+fn limits_change_and_connections_stay() {
+    let mut guest = Guest::new();
+    let (_listener, to) = listener();
+    let [first, second] = [(); 2].map(|()| guest.connected(to));
+    guest.net.set_limits(Some(1), None);
+    let late = guest.connect(to);
+    guest.wait(Duration::from_secs(1));
+    assert!(guest.net.stats().connections == 2 && !guest.tcp(late).may_send());
+    assert!(guest.tcp(first).may_send() && guest.tcp(second).may_send());
+    guest.net.set_limits(None, Some(crate::rate::Rate::per_second(5)));
+    guest.until(|g| {
+        g.wait(Duration::from_millis(200));
+        g.tcp(late).may_send().then_some(())
+    });
+    assert_eq!(guest.net.stats().connections, 3);
+}
+
+#[test]
 fn new_connections_come_no_faster_than_allowed() {
-    let limits = Limits { new_connections: Some(10), ..Limits::default() };
+    let limits = Limits { new_connections: Some(crate::rate::Rate::per_second(10)), ..Limits::default() };
     let mut guest = Guest::of(Config { limits, ..Config::new(local()) }, Offloads::all());
     let (_listener, to) = listener();
     let all: Vec<_> = (0..30).map(|_| guest.connect_with(to, 512)).collect();

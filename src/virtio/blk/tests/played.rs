@@ -7,6 +7,7 @@ use super::super::backend::{Extent, Shape};
 use super::super::config::F_CONFIG_WCE;
 use super::*;
 use crate::memory::{GuestMemory, Segment};
+use crate::rate::Rate;
 
 /// What a played backend did, in its order, and what it shall do.
 #[derive(Debug, Default)]

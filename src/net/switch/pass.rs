@@ -1,0 +1,130 @@
+//! What of one guest's frame reaches another: its packet, checked, with no more left to do than the other agreed to.
+
+use std::net::IpAddr;
+
+use super::queue::Packet;
+use crate::net::segment::{self, Layout};
+use crate::net::wire::{self, Bad, Tcp, Udp};
+use crate::net::{Csum, Frame, Gso, GsoKind, Offload, Offloads};
+
+/// The least payload of a segment: smaller ones are no system's, but cost as much as whole ones (Linux, TCP_MIN_SND_MSS).
+const MSS_MIN: u16 = 48;
+
+/// Ports of servers that hand out addresses (RFC 2131, RFC 8415): no guest is one.
+const SERVERS: [u16; 2] = [67, 547];
+/// Messages by which routers change the way that packets go (RFC 792, RFC 1256), as no guest may.
+const REDIRECT: u8 = 5;
+const ADVERTISEMENT: u8 = 9;
+/// Neighbour discovery (RFC 4861, 4), in which the switch answers for all, and what else is for routers and neighbours: inverse
+/// and secure discovery, groups, mobility (RFC 3122, RFC 3971, RFC 3810, RFC 6275).
+pub(super) const DISCOVERY: std::ops::RangeInclusive<u8> = 133..=137;
+const LINK: std::ops::RangeInclusive<u8> = 141..=149;
+
+/// Why a packet is not passed on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kept {
+    Bad(Bad),
+    /// Only the network itself may say this.
+    Forbidden,
+    TooLarge,
+}
+
+impl From<Bad> for Kept {
+    fn from(bad: Bad) -> Self {
+        Self::Bad(bad)
+    }
+}
+
+/// What is known of a packet for another guest.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Passing {
+    pub packet: wire::Packet,
+    /// What the other may be left to do, and the largest packet it takes.
+    pub agreed: Offloads,
+    pub mtu: u16,
+}
+
+impl Passing {
+    /// What the other gets of `frame`, whose first bytes are `head`: one packet, or several.
+    pub(super) fn packets(&self, frame: Frame<'_>, head: &[u8]) -> Result<Vec<Packet>, Kept> {
+        let packet = self.packet;
+        let at = wire::ETHERNET + packet.header;
+        let inner = head.get(at..).unwrap_or_default();
+        let four = packet.src.is_ipv4();
+        // Where the checksum is, and the headers' end.
+        let (place, headers) = match packet.protocol {
+            wire::TCP => (16, at + Tcp::parse(inner, packet.len)?.header),
+            wire::UDP => {
+                let udp = Udp::parse(inner, packet.len, false)?;
+                if SERVERS.contains(&udp.src) {
+                    return Err(Kept::Forbidden);
+                }
+                (6, at + wire::UDP_HEADER)
+            }
+            wire::ICMP | wire::ICMPV6 => {
+                let kind = *inner.first().ok_or(Bad::Malformed)?;
+                let forbidden = match packet.src {
+                    IpAddr::V4(_) => kind == REDIRECT || kind == ADVERTISEMENT,
+                    IpAddr::V6(_) => DISCOVERY.contains(&kind) || LINK.contains(&kind),
+                };
+                if forbidden || four != (packet.protocol == wire::ICMP) {
+                    return Err(Kept::Forbidden);
+                }
+                (2, at)
+            }
+            _ => (0, at),
+        };
+        let offload = self.offload(frame.offload(), at, place, headers)?;
+        // What is behind the packet was never for the other.
+        let total = at + packet.len;
+        let mut bytes = vec![0; total];
+        if frame.read_at(0, &mut bytes) < total {
+            return Err(Bad::Malformed.into());
+        }
+        // The guest may have changed it since it was looked at: what was checked is what is passed on.
+        let kept = head.len().min(headers.min(total));
+        if let (Some(to), Some(from)) = (bytes.get_mut(..kept), head.get(..kept)) {
+            to.copy_from_slice(from);
+        }
+        if self.agreed.contains(offload.needed()) {
+            return Ok(vec![Packet { bytes, offload }]);
+        }
+        let Some(gso) = offload.gso else {
+            if let Some(csum) = offload.csum {
+                segment::finish_checksum(&mut bytes, csum, packet.protocol == wire::UDP);
+            }
+            return Ok(vec![Packet { bytes, offload: Offload::default() }]);
+        };
+        let layout = Layout { ip: wire::ETHERNET, tcp: at, payload: headers, ends: (packet.src, packet.dst) };
+        let plain = |bytes| Packet { bytes, offload: Offload::default() };
+        Ok(segment::cut(&bytes, layout, gso.size).map(plain).collect())
+    }
+
+    /// What is left to do, said anew: where the checksum is follows from the packet, not from what the guest says.
+    fn offload(&self, said: Offload, at: usize, place: u16, headers: usize) -> Result<Offload, Kept> {
+        let (packet, mtu) = (self.packet, wire::ETHERNET + usize::from(self.mtu));
+        let Some(csum) = said.csum else {
+            let fits = at + packet.len <= mtu;
+            return if fits { Ok(Offload::default()) } else { Err(Kept::TooLarge) };
+        };
+        let csum_at = Csum { start: at as u16, offset: place };
+        if csum != csum_at || !matches!(packet.protocol, wire::TCP | wire::UDP) || headers > at + packet.len {
+            return Err(Bad::Malformed.into());
+        }
+        let (size, gso) = match said.gso {
+            None => (at + packet.len, None),
+            Some(gso) => {
+                let kind = if packet.src.is_ipv4() { GsoKind::Tcp4 } else { GsoKind::Tcp6 };
+                if gso.kind != kind || packet.protocol != wire::TCP || gso.size < MSS_MIN {
+                    return Err(Bad::Malformed.into());
+                }
+                let header_len = headers as u16;
+                (headers + usize::from(gso.size), Some(Gso { header_len, ..gso }))
+            }
+        };
+        if size > mtu {
+            return Err(Kept::TooLarge);
+        }
+        Ok(Offload { csum: Some(csum), gso })
+    }
+}

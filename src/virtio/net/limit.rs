@@ -1,0 +1,225 @@
+//! [`NetLimit`]: how much a card may do in a second, kept by token buckets on the VM's loop.
+//!
+//! What the guest sends stays in its queue until it may go, so that its own system slows down whoever sends; what it would
+//! receive stays with the backend.
+
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use crate::error::{Error, Result};
+use crate::net::Offload;
+use crate::rate::{Buckets, Rate};
+use crate::sys::Timer;
+use crate::virtio::DeviceIo;
+
+/// A config value: what a network card may do, for what the guest sends and receives apart; see
+/// [`Net::limit`](crate::Net::limit). Nothing is limited unless said.
+///
+/// Bytes are those of whole Ethernet frames. A frame that stands for several (TSO) counts as that many packets.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct NetLimit {
+    rates: [Option<Rate>; 4],
+    pub(crate) connections: Option<u32>,
+    pub(crate) new_connections: Option<Rate>,
+}
+
+/// What is limited, and the method that says so.
+const METHODS: [&str; 4] = ["sent_bytes", "sent_packets", "received_bytes", "received_packets"];
+
+impl NetLimit {
+    /// No limit at all.
+    pub fn none() -> Self {
+        Self::default()
+    }
+
+    /// Limits the bytes that the guest sends.
+    pub fn sent_bytes(mut self, rate: Rate) -> Self {
+        self.rates[0] = Some(rate);
+        self
+    }
+
+    /// Limits the packets that the guest sends.
+    pub fn sent_packets(mut self, rate: Rate) -> Self {
+        self.rates[1] = Some(rate);
+        self
+    }
+
+    /// Limits the bytes that the guest receives.
+    pub fn received_bytes(mut self, rate: Rate) -> Self {
+        self.rates[2] = Some(rate);
+        self
+    }
+
+    /// Limits the packets that the guest receives.
+    pub fn received_packets(mut self, rate: Rate) -> Self {
+        self.rates[3] = Some(rate);
+        self
+    }
+
+    /// How many TCP connections there may be at once, both ways, of a [`Net::user`](crate::Net::user); 8192 unless set.
+    pub fn connections(mut self, n: u32) -> Self {
+        self.connections = Some(n);
+        self
+    }
+
+    /// Limits the TCP connections that the guest opens, of a [`Net::user`](crate::Net::user); here, what was not used is kept
+    /// for a second.
+    pub fn new_connections(mut self, rate: Rate) -> Self {
+        self.new_connections = Some(rate);
+        self
+    }
+
+    /// # Errors
+    /// `InvalidConfig` for nothing at all, by which a guest would wait for ever; and unless `user`, for connections.
+    pub(crate) fn check(&self, user: bool) -> Result<()> {
+        let rates = self.rates.iter().zip(METHODS).chain([(&self.new_connections, "new_connections")]);
+        rates.into_iter().try_for_each(|(rate, method)| rate.map_or(Ok(()), |rate| rate.check(method)))?;
+        if self.connections == Some(0) {
+            return Err(Error::invalid("connections", "0: a policy that denies all says why"));
+        }
+        let method = self.connections.map(|_| "connections").or(self.new_connections.map(|_| "new_connections"));
+        match method.filter(|_| !user) {
+            Some(method) => Err(Error::invalid(method, "says nothing about a network of this kind")),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Which way frames go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Way {
+    Sent,
+    Received,
+}
+
+/// What a frame costs: bytes and packets.
+pub(super) fn cost(len: usize, offload: Offload) -> [u64; 2] {
+    let packets = offload.gso.map_or(1, |gso| len.div_ceil(usize::from(gso.size.max(1))).max(1));
+    [len as u64, packets as u64]
+}
+
+#[derive(Debug, Default)]
+struct Gate {
+    buckets: Buckets,
+    /// Since when a frame waits.
+    since: Option<Duration>,
+}
+
+/// The timer rings no sooner, so that of many small frames several go at a time; what comes meanwhile is not lost.
+const GRAIN: Duration = Duration::from_millis(1);
+/// How often is told that frames wait, at most.
+const TELL: Duration = Duration::from_secs(1);
+
+/// The limits of one card, of all its pairs of queues.
+pub(super) struct Gates {
+    sent: Gate,
+    received: Gate,
+    epoch: Instant,
+    pub(super) timer: Option<Timer>,
+    told: Option<Duration>,
+}
+
+impl Gates {
+    pub(super) fn new() -> Self {
+        Self { sent: Gate::default(), received: Gate::default(), epoch: Instant::now(), timer: None, told: None }
+    }
+
+    /// Other limits from now on. What waits is looked at anew at once.
+    pub(super) fn set(&mut self, limit: &NetLimit) {
+        let [sent_bytes, sent, received_bytes, received] = limit.rates;
+        let now = self.epoch.elapsed();
+        self.sent.buckets = Buckets::new([sent_bytes, sent], now);
+        self.received.buckets = Buckets::new([received_bytes, received], now);
+        self.arm(Duration::ZERO);
+    }
+
+    fn gate(&mut self, way: Way) -> &mut Gate {
+        match way {
+            Way::Sent => &mut self.sent,
+            Way::Received => &mut self.received,
+        }
+    }
+
+    /// Whether one more may go now. If not, the timer rings when it may; `tell` is called, but not often.
+    pub(super) fn open(&mut self, io: &DeviceIo, way: Way, tell: &mut dyn FnMut()) -> bool {
+        let gate = self.gate(way);
+        if !gate.buckets.limited() && gate.since.is_none() {
+            return true;
+        }
+        let now = self.epoch.elapsed();
+        let gate = self.gate(way);
+        if gate.buckets.wait(now).is_zero() {
+            if let Some(since) = gate.since.take() {
+                let waited = u64::try_from(now.saturating_sub(since).as_nanos()).unwrap_or(u64::MAX);
+                io.counters().throttled_nanos.fetch_add(waited, Ordering::Relaxed);
+            }
+            return true;
+        }
+        if gate.since.is_none() {
+            gate.since = Some(now);
+            io.counters().throttled.fetch_add(1, Ordering::Relaxed);
+            if self.told.is_none_or(|told| now >= told + TELL) {
+                self.told = Some(now);
+                tell();
+            }
+        }
+        self.rearm(now);
+        false
+    }
+
+    /// A frame goes.
+    pub(super) fn take(&mut self, way: Way, cost: [u64; 2]) {
+        self.gate(way).buckets.take(cost);
+    }
+
+    /// Nothing waits any more: the device stops.
+    pub(super) fn forget(&mut self) {
+        (self.sent.since, self.received.since) = (None, None);
+    }
+
+    /// Sets the timer to when the first of those that wait may go.
+    fn rearm(&mut self, now: Duration) {
+        let gates = [&mut self.sent, &mut self.received].into_iter();
+        let wait = gates.filter(|gate| gate.since.is_some()).map(|gate| gate.buckets.wait(now)).min();
+        if let Some(wait) = wait {
+            self.arm(wait.max(GRAIN));
+        }
+    }
+
+    fn arm(&mut self, wait: Duration) {
+        if let Some(timer) = &mut self.timer {
+            if let Err(error) = timer.set(Instant::now().checked_add(wait)) {
+                log::error!("a card's timer: {error}");
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::net::{Csum, Gso, GsoKind};
+
+    #[test]
+    fn limits_that_mean_nothing_name_their_method() {
+        let none = NetLimit::none;
+        for (limit, method) in [
+            (none().sent_bytes(Rate::per_second(0)), "sent_bytes"),
+            (none().received_packets(Rate::per_second(0)), "received_packets"),
+            (none().new_connections(Rate::per_second(0)), "new_connections"),
+            (none().connections(0), "connections"),
+        ] {
+            let error = limit.check(true).unwrap_err();
+            assert!(error.to_string().starts_with(method), "{error}");
+        }
+        assert!(none().connections(1).check(false).is_err() && none().connections(1).check(true).is_ok());
+        assert!(none().new_connections(Rate::per_second(1)).check(false).is_err());
+    }
+
+    #[test]
+    fn a_frame_that_stands_for_several_costs_as_many() {
+        assert_eq!(cost(60, Offload::default()), [60, 1]);
+        let gso = Some(Gso { kind: GsoKind::Tcp4, size: 1000, header_len: 54 });
+        assert_eq!(cost(9054, Offload { csum: Some(Csum { start: 34, offset: 16 }), gso }), [9054, 10]);
+    }
+}
