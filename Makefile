@@ -25,10 +25,11 @@ bench: setup
 
 # Kernels and a whole system as Debian has them are for tests.
 setup: base
-	@lab/need qemu-utils dmsetup iproute2
+	@lab/need qemu-utils dmsetup iproute2 openssh-client curl
 	@guest/stock-kernels >/dev/null
 	@guest/system >/dev/null
 	@guest/rootfs storage >/dev/null
+	@guest/rootfs network >/dev/null
 
 # The kernel and the root file system are for guests, the lab for machines without hardware KVM.
 base: tools

@@ -14,7 +14,9 @@ use super::Startup;
 use super::process::{ExitStatus, State};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::event::{Handler, Interest, Loop, Remote};
-use crate::proto::{CONTROL_PORT, Decoder, End, FROM_GUEST_MAX, FromGuest, FromHost, Spawn, Step, negotiate};
+use crate::proto::{
+    CONTROL_PORT, Decoder, End, FROM_GUEST_MAX, FromGuest, FromHost, Spawn, Step, VERSION_MAX, VERSION_MIN, negotiate,
+};
 use crate::sys::Timer;
 use crate::virtio::vsock::VsockStream;
 use crate::vm::{Exit, Vm};
@@ -34,6 +36,7 @@ pub(super) type Started = mpsc::SyncSender<Result<()>>;
 pub(super) struct Agent {
     looped: Loop<Client>,
     startup: Startup,
+    version: u32,
 }
 
 impl Agent {
@@ -45,7 +48,7 @@ impl Agent {
     pub(super) fn start(vm: &Arc<Vm>, begin: Instant, timeout: Duration) -> Result<Self> {
         let deadline = Instant::now() + timeout;
         let outcome = greet(vm, begin, deadline);
-        let (stream, decoder, startup) = outcome.map_err(|error| explain(vm, timeout, error))?;
+        let (stream, decoder, (startup, version)) = outcome.map_err(|error| explain(vm, timeout, error))?;
         stream.set_read_timeout(None)?;
         stream.set_nonblocking(true)?;
         let timer = Timer::new().doing(|| "creating a timer")?;
@@ -60,11 +63,16 @@ impl Agent {
             Client::new(stream, decoder, timer, Arc::downgrade(vm))
         })?;
         trouble?;
-        Ok(Self { looped, startup })
+        Ok(Self { looped, startup, version })
     }
 
     pub(super) fn startup(&self) -> Startup {
         self.startup
+    }
+
+    /// The version of the protocol that both speak.
+    pub(super) fn version(&self) -> u32 {
+        self.version
     }
 
     pub(super) fn remote(&self) -> Remote<Client> {
@@ -85,11 +93,11 @@ impl fmt::Debug for Agent {
 }
 
 /// From the shim's first connection to its "ready".
-fn greet(vm: &Vm, begin: Instant, deadline: Instant) -> Result<(VsockStream, Decoder, Startup)> {
+fn greet(vm: &Vm, begin: Instant, deadline: Instant) -> Result<(VsockStream, Decoder, (Startup, u32))> {
     let left = || deadline.saturating_duration_since(Instant::now());
     let mut stream = vm.listen(CONTROL_PORT)?.accept_timeout(left())?;
     let mut decoder = Decoder::new(FROM_GUEST_MAX);
-    let mut buffer = [0; 4096];
+    let (mut buffer, mut common) = ([0; 4096], VERSION_MIN);
     loop {
         let wait = left().max(Duration::from_millis(1));
         stream.set_read_timeout(Some(wait))?;
@@ -109,7 +117,7 @@ fn greet(vm: &Vm, begin: Instant, deadline: Instant) -> Result<(VsockStream, Dec
             match FromGuest::parse(&frame).map_err(|e| nonsense(&e))? {
                 Some(FromGuest::Hello { min, max }) => {
                     let version = negotiate(min, max).ok_or_else(|| {
-                        let ours = (crate::proto::VERSION_MIN, crate::proto::VERSION_MAX);
+                        let ours = (VERSION_MIN, VERSION_MAX);
                         Error::new(
                             ErrorKind::Incompatible,
                             format!(
@@ -118,6 +126,7 @@ fn greet(vm: &Vm, begin: Instant, deadline: Instant) -> Result<(VsockStream, Dec
                             ),
                         )
                     })?;
+                    common = version;
                     let mut hello = Vec::new();
                     FromHost::Hello { version }.encode(0, &mut hello).map_err(|e| nonsense(&e))?;
                     stream.write_all(&hello).doing(|| "greeting the shim")?;
@@ -127,7 +136,7 @@ fn greet(vm: &Vm, begin: Instant, deadline: Instant) -> Result<(VsockStream, Dec
                     let since = Duration::from_nanos(ready_ns.saturating_sub(user_space_ns));
                     let user_space = ready.saturating_sub(since);
                     let startup = Startup { user_space, ready, kernel_uptime: Duration::from_nanos(user_space_ns) };
-                    return Ok((stream, decoder, startup));
+                    return Ok((stream, decoder, (startup, common)));
                 }
                 Some(FromGuest::Failed { stage, errno, text }) => {
                     let text = String::from_utf8_lossy(text);
@@ -144,7 +153,7 @@ fn greet(vm: &Vm, begin: Instant, deadline: Instant) -> Result<(VsockStream, Dec
     }
 }
 
-fn nonsense(what: &dyn fmt::Debug) -> Error {
+pub(super) fn nonsense(what: &dyn fmt::Debug) -> Error {
     Error::new(ErrorKind::GuestFailed, format!("the guest's shim speaks nonsense: {what:?}"))
 }
 
@@ -323,6 +332,8 @@ impl Client {
             }
             // The machine tells its end itself.
             FromGuest::Hello { .. } | FromGuest::Ready { .. } | FromGuest::Ending { .. } => {}
+            // Said on streams of its own only.
+            FromGuest::Connected { .. } => {}
         }
     }
 

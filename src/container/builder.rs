@@ -170,7 +170,9 @@ impl ContainerBuilder {
         for disk in self.attached {
             vm = vm.disk(disk);
         }
-        let reserve = |(n, net): (usize, Net)| net.reserved().doing(|| format!("attaching network {n}"));
+        // What is sent to the guest's 127.0.0.1 is the shim's business.
+        let reserve =
+            |(n, net): (usize, Net)| net.with_loopback().reserved().doing(|| format!("attaching network {n}"));
         let nets: Vec<Net> = self.nets.into_iter().enumerate().map(reserve).collect::<Result<_>>()?;
         let (networks, resolver) = networks(&nets);
         vm = nets.into_iter().fold(vm, |vm, net| vm.net(net));

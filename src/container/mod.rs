@@ -2,6 +2,7 @@
 
 mod agent;
 mod builder;
+mod connect;
 mod exec;
 mod image;
 mod process;
@@ -19,6 +20,7 @@ pub(crate) use image::read_archive;
 pub use process::{ExitStatus, Output, Process, ProcessReader, ProcessWriter};
 
 use crate::error::Result;
+use crate::virtio::vsock::VsockStream;
 use crate::vm::{Exit, Vm};
 use agent::Agent;
 
@@ -43,6 +45,20 @@ impl Container {
     /// Begins to describe a program to run in the container: its name or path, then its arguments.
     pub fn exec<S: Into<std::ffi::OsString>>(&self, argv: impl IntoIterator<Item = S>) -> Exec<'_> {
         Exec::new(&self.vm, &self.agent, argv.into_iter().map(Into::into).collect())
+    }
+
+    /// Connects to a TCP service in the container that listens on `port`, on whatever address: 127.0.0.1 or ::1 alone will do, and no
+    /// network is needed. Waits at most twenty seconds for the guest.
+    ///
+    /// The stream is as one of [`std::net::TcpStream`]: each direction ends by itself, whoever does not read stops the other side,
+    /// and a service that resets it, or a container that ends, is a `ConnectionReset` behind the last of what was sent. At most 512
+    /// at once; any number one after the other.
+    ///
+    /// # Errors
+    /// `NotFound` when nobody listens there; `InvalidConfig` for port 0; `ResourceExhausted` when there are too many; `TimedOut` when
+    /// the service or the guest does not answer; `InvalidState` when the container has ended.
+    pub fn connect(&self, port: u16) -> Result<VsockStream> {
+        connect::connect(&self.vm, self.agent.version(), port)
     }
 
     /// Ends the container in good order: every process gets SIGTERM and, after `grace`, SIGKILL; then file systems are

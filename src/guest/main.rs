@@ -7,6 +7,7 @@
 //!  control      the stream to the host
 //!  mount        the workloads' root          reaper  their PID 1           cgroup  their groups
 //!  serve        the loop                  process  one program             spawn, relay  its start, its streams
+//!  connect      the host's connections to services
 //!  ending       the order of the machine's end
 //! ```
 //! `build.rs` compiles this file alone into the program that the library embeds; as a module of the library it is compiled for tests only.
@@ -20,6 +21,7 @@ extern crate alloc;
 mod proto;
 
 mod cgroup;
+mod connect;
 mod control;
 mod end;
 mod ending;
@@ -86,6 +88,11 @@ fn run() -> ! {
         Ok(shim) => shim,
         Err((control, failure)) => control.fail(&failure),
     };
+    config
+        .networks
+        .iter()
+        .filter(|network| network.gateway != [0; 4])
+        .for_each(|network| shim.open_loopback(network.card));
     drop(file);
     shim.control.say(0, &FromGuest::Ready { user_space_ns, ready_ns: sys::now_ns() });
     let outcome = shim.serve();
@@ -160,11 +167,17 @@ fn set_up_network(config: &BootConfig<'_>) -> Result<(), Failure> {
 
 fn set_up_card(socket: &Fd, Network { card, address, prefix, gateway }: Network) -> Result<(), sys::Errno> {
     let mask = u32::MAX.checked_shl(32 - u32::from(prefix)).unwrap_or(0).to_be_bytes();
-    let mut name = Vec::from(b"eth");
-    mount::decimal(card, &mut name);
+    let mut name = Vec::new();
+    card_name(card, &mut name);
     sys::set_address(socket, &name, address, mask)?;
     sys::interface_up(socket, &name)?;
     if gateway == [0; 4] { Ok(()) } else { sys::set_gateway(socket, gateway) }
+}
+
+/// What the kernel calls a card.
+fn card_name(card: u8, name: &mut Vec<u8>) {
+    name.extend_from_slice(b"eth");
+    mount::decimal(card, name);
 }
 
 /// Makes everything that the workloads need around them.

@@ -1,10 +1,14 @@
 //! The loop: requests of the host, streams, ends of processes, the end of the machine. The shim's one thread stays here; it waits for
 //! events only, and by time only where something must end by then.
 
+use super::alloc::ffi::CString;
 use super::alloc::vec::Vec;
+use super::card_name;
 use super::cgroup::{Cgroups, Group, Watch};
+use super::connect::Connections;
 use super::control::{Control, Failure, Gate};
 use super::ending::{Ending, Next};
+use super::files;
 use super::process::{Life, Process};
 use super::reaper;
 use super::relay::{Progress, Relay};
@@ -43,6 +47,8 @@ pub(super) struct Shim {
     everybody: Option<Watch>,
     processes: Vec<Process>,
     relays: Vec<Relay>,
+    /// `None` where the kernel cannot listen on vsock.
+    connections: Option<Connections>,
     ending: Option<Ending>,
 }
 
@@ -53,6 +59,7 @@ enum Owner {
     Signals,
     Everybody,
     Process(u32),
+    Connections,
 }
 
 impl Shim {
@@ -67,7 +74,19 @@ impl Shim {
             everybody: None,
             processes: Vec::new(),
             relays: Vec::new(),
+            connections: Connections::listen().ok(),
             ending: None,
+        }
+    }
+
+    /// Lets the gateway, which alone is at the card's other end, reach services on 127.0.0.1: published ports lead to them too.
+    pub(super) fn open_loopback(&self, card: u8) {
+        let mut path = Vec::from(b"sys/net/ipv4/conf/");
+        card_name(card, &mut path);
+        path.extend_from_slice(b"/route_localnet");
+        // A kernel without the switch has services on other addresses all the same.
+        if let Ok(path) = CString::new(path) {
+            let _ = files::write(Some(&self.ground.proc), &path, b"1");
         }
     }
 
@@ -80,7 +99,7 @@ impl Shim {
                 return Outcome::End(end);
             }
             self.collect(&mut polls, &mut owners);
-            match sys::poll(&mut polls, self.ending.as_ref().map(Ending::deadline)) {
+            match sys::poll(&mut polls, self.deadline()) {
                 Ok(_) | Err(Errno::EINTR) => {}
                 Err(errno) => {
                     return Outcome::Failed(Failure::new(Stage::Loop, errno, &[b"polling"]));
@@ -89,6 +108,9 @@ impl Shim {
             // The relays' entries come in pairs after those that have an owner.
             let (owned, paired) = polls.split_at(owners.len().min(polls.len()));
             self.advance_relays(paired);
+            if self.has_eager_connections() {
+                self.serve_connections();
+            }
             for (poll, owner) in owned.iter().zip(&owners) {
                 if poll.happened == 0 {
                     continue;
@@ -97,6 +119,10 @@ impl Shim {
                     Owner::Control => self.serve_host(poll.happened, &mut decoder),
                     Owner::Signals => self.serve_signals(),
                     Owner::Everybody => Ok(()),
+                    Owner::Connections => {
+                        self.serve_connections();
+                        Ok(())
+                    }
                     Owner::Process(id) => {
                         self.serve_process(*id, poll.fd);
                         Ok(())
@@ -108,6 +134,21 @@ impl Shim {
             }
             self.processes.retain(|process| !matches!(process.life, Life::Over));
         }
+    }
+
+    fn serve_connections(&mut self) {
+        if let Some(connections) = &mut self.connections {
+            connections.serve(&self.ground.proc);
+        }
+    }
+
+    fn has_eager_connections(&self) -> bool {
+        self.connections.as_ref().is_some_and(Connections::is_eager)
+    }
+
+    /// Until when nothing need happen.
+    fn deadline(&self) -> Option<u64> {
+        if self.has_eager_connections() { Some(0) } else { self.ending.as_ref().map(Ending::deadline) }
     }
 
     /// Lists what to wait for.
@@ -131,6 +172,9 @@ impl Shim {
         }
         if let Some(watch) = &self.everybody {
             add(watch.poll(), Owner::Everybody);
+        }
+        if let Some(connections) = &self.connections {
+            add(connections.poll(), Owner::Connections);
         }
         add(self.control.poll(), Owner::Control);
         polls.extend(self.relays.iter().flat_map(Relay::polls));
@@ -171,7 +215,8 @@ impl Shim {
 
     fn obey(&mut self, frame: &Frame<'_>, message: &FromHost<'_>) {
         match *message {
-            FromHost::Hello { .. } => {}
+            // The latter is said on streams of its own.
+            FromHost::Hello { .. } | FromHost::Connect { .. } => {}
             FromHost::Spawn(spawn) => {
                 if let Err(refusal) = self.spawn(frame, &spawn) {
                     self.refuse(frame.stream, refusal);
@@ -398,7 +443,8 @@ impl Shim {
         let ending = self.ending.as_mut()?;
         let populated = self.everybody.as_ref().is_some_and(Watch::is_populated);
         let alive = populated || self.processes.iter().any(|process| process.life.pid().is_some());
-        match ending.step(alive, self.relays.is_empty(), sys::now_ns()) {
+        let drained = self.relays.is_empty() && self.connections.as_ref().is_none_or(Connections::is_drained);
+        match ending.step(alive, drained, sys::now_ns()) {
             Next::Wait => None,
             Next::Kill => {
                 let _ = sys::kill(-1, SIGKILL);

@@ -170,9 +170,10 @@ impl Child<'_> {
             sys::dup_onto(fd, number)?;
         }
         sys::umask(0o022);
-        sys::limit_files(self.ground.files.0, self.ground.files.1)?;
         // The shim is out of the OOM killer's reach, its workloads are not.
-        super::files::write(Some(&self.ground.proc), c"self/oom_score_adj", b"0")
+        super::files::write(Some(&self.ground.proc), c"self/oom_score_adj", b"0")?;
+        // Last: until it is the program it has all that the shim has open, which may be more.
+        sys::limit_files(self.ground.files.0, self.ground.files.1)
     }
 
     /// The rules of execvp(3), but that a file which is no program is not given to a shell.

@@ -28,6 +28,8 @@ mod nr {
     pub(super) const SOCKET: usize = 41;
     pub(super) const CONNECT: usize = 42;
     pub(super) const SHUTDOWN: usize = 48;
+    pub(super) const BIND: usize = 49;
+    pub(super) const LISTEN: usize = 50;
     pub(super) const GETSOCKOPT: usize = 55;
     pub(super) const EXECVE: usize = 59;
     pub(super) const WAIT4: usize = 61;
@@ -48,6 +50,8 @@ mod nr {
     pub(super) const INIT_MODULE: usize = 175;
     pub(super) const CLOCK_GETTIME: usize = 228;
     pub(super) const EXIT_GROUP: usize = 231;
+    pub(super) const EPOLL_WAIT: usize = 232;
+    pub(super) const EPOLL_CTL: usize = 233;
     pub(super) const OPENAT: usize = 257;
     pub(super) const MKDIRAT: usize = 258;
     pub(super) const UNLINKAT: usize = 263;
@@ -55,7 +59,9 @@ mod nr {
     pub(super) const PPOLL: usize = 271;
     pub(super) const UNSHARE: usize = 272;
     pub(super) const SPLICE: usize = 275;
+    pub(super) const ACCEPT4: usize = 288;
     pub(super) const SIGNALFD4: usize = 289;
+    pub(super) const EPOLL_CREATE1: usize = 291;
     pub(super) const DUP3: usize = 292;
     pub(super) const PIPE2: usize = 293;
     pub(super) const PRLIMIT64: usize = 302;
@@ -135,6 +141,7 @@ impl Errno {
     pub(super) const ECANCELED: Self = Self(125);
     pub(super) const ESHUTDOWN: Self = Self(108);
     pub(super) const ETIMEDOUT: Self = Self(110);
+    pub(super) const ECONNREFUSED: Self = Self(111);
     pub(super) const EINPROGRESS: Self = Self(115);
     pub(super) const ESTALE: Self = Self(116);
 }
@@ -187,6 +194,12 @@ impl From<Fd> for std::os::fd::OwnedFd {
         unsafe { std::os::fd::FromRawFd::from_raw_fd(raw) }
     }
 }
+
+mod socket;
+
+pub(super) use socket::{
+    Epoll, accept_vsock, connect_result, connect_tcp, connect_vsock, is_heard, listen_vsock, shut_write,
+};
 
 /// Paths relative to the current directory.
 const AT_FDCWD: usize = -100isize as usize;
@@ -386,50 +399,6 @@ pub(super) fn splice(from: &Fd, to: &Fd, max: usize) -> Result<usize> {
     const SPLICE_F_NONBLOCK: usize = 2;
     // SAFETY: takes plain numbers; the offsets are null, as they must be for pipes and sockets.
     unsafe { call!(nr::SPLICE, from.arg(), 0, to.arg(), 0, max, SPLICE_F_MOVE | SPLICE_F_NONBLOCK) }
-}
-
-/// Starts connecting a new vsock stream to a port of the host, without waiting. `true`: it is connected already; else it becomes writable.
-pub(super) fn connect_vsock(cid: u32, port: u32) -> Result<(Fd, bool)> {
-    const AF_VSOCK: u16 = 40;
-    const SOCK_STREAM: usize = 1;
-    /// struct sockaddr_vm (Linux, include/uapi/linux/vm_sockets.h)
-    #[repr(C)]
-    struct Address {
-        family: u16,
-        reserved: u16,
-        port: u32,
-        cid: u32,
-        zero: [u8; 4],
-    }
-    // SAFETY: takes plain numbers.
-    let fd = unsafe { call!(nr::SOCKET, AF_VSOCK.into(), SOCK_STREAM | O_NONBLOCK | O_CLOEXEC) };
-    let fd = fd.map(Fd::new)?;
-    let address = Address { family: AF_VSOCK, reserved: 0, port, cid, zero: [0; 4] };
-    // SAFETY: the kernel reads one address of the given size.
-    match unsafe { call!(nr::CONNECT, fd.arg(), &raw const address as usize, size_of::<Address>()) } {
-        Ok(_) => Ok((fd, true)),
-        Err(Errno::EINPROGRESS) => Ok((fd, false)),
-        Err(errno) => Err(errno),
-    }
-}
-
-/// How connecting ended, once the socket is writable.
-pub(super) fn connect_result(socket: &Fd) -> Result<()> {
-    const SOL_SOCKET: usize = 1;
-    const SO_ERROR: usize = 4;
-    let (mut errno, mut length) = (0i32, 4u32);
-    // SAFETY: the kernel writes one int and its length.
-    unsafe {
-        call!(nr::GETSOCKOPT, socket.arg(), SOL_SOCKET, SO_ERROR, &raw mut errno as usize, &raw mut length as usize)
-    }?;
-    if errno == 0 { Ok(()) } else { Err(Errno(errno)) }
-}
-
-/// Ends the stream in the direction from here to the host; what was sent still arrives.
-pub(super) fn shut_write(socket: &Fd) -> Result<()> {
-    const SHUT_WR: usize = 1;
-    // SAFETY: takes plain numbers.
-    unsafe { call!(nr::SHUTDOWN, socket.arg(), SHUT_WR) }.map(drop)
 }
 
 /// A socket by which interfaces are set up (netdevice(7)).

@@ -74,6 +74,15 @@ impl Decoder {
         !self.complete && !self.buffer.is_empty()
     }
 
+    /// How many bytes must come at least until the frame is whole, as far as is known: what follows the frame is not among them.
+    pub(crate) fn missing(&self) -> usize {
+        let payload =
+            |header: &[u8; HEADER_SIZE]| usize::try_from(words(*header)[0]).unwrap_or(usize::MAX).min(self.max);
+        let have = if self.complete { 0 } else { self.buffer.len() };
+        let whole = self.buffer.first_chunk().filter(|_| have > 0).map_or(HEADER_SIZE, |h| HEADER_SIZE + payload(h));
+        whole.saturating_sub(have)
+    }
+
     fn fill(&mut self, input: &mut &[u8]) -> Result<(), FrameError> {
         self.take(HEADER_SIZE, input)?;
         let Some(header) = self.buffer.first_chunk::<HEADER_SIZE>() else {

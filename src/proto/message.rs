@@ -16,6 +16,7 @@ const SPAWN: u32 = 2;
 const SIGNAL: u32 = 3;
 const KILL: u32 = 4;
 const SHUTDOWN: u32 = 5;
+const CONNECT: u32 = 6;
 const GUEST_HELLO: u32 = GUEST | 1;
 const READY: u32 = GUEST | 2;
 const FAILED: u32 = GUEST | 3;
@@ -23,6 +24,7 @@ const SPAWNED: u32 = GUEST | 4;
 const SPAWN_FAILED: u32 = GUEST | 5;
 const EXITED: u32 = GUEST | 6;
 const ENDING: u32 = GUEST | 7;
+const CONNECTED: u32 = GUEST | 8;
 
 /// Tags, by message. A tag's meaning never changes; what is new gets a new tag.
 mod tag {
@@ -59,6 +61,8 @@ mod tag {
     pub(super) const OOM: u8 = 3;
 
     pub(super) const END: u8 = 1;
+
+    pub(super) const PORT: u8 = 1;
 }
 
 /// An enum that travels as one byte.
@@ -185,6 +189,12 @@ pub(crate) enum FromHost<'a> {
         /// What comes after.
         end: End,
     },
+    /// Connect this stream to a TCP service of the guest; the first message on a connection to [`super::CONNECT_PORT`], and said
+    /// nowhere else. Answered by `Connected`; after that the stream is the service's.
+    Connect {
+        /// Not 0.
+        port: u16,
+    },
 }
 
 /// What the guest says.
@@ -243,6 +253,11 @@ pub(crate) enum FromGuest<'a> {
         /// How.
         end: End,
     },
+    /// The service is connected, or cannot be; then the guest hangs up.
+    Connected {
+        /// The guest's `errno`, 0 if it is.
+        errno: i32,
+    },
 }
 
 impl<'a> FromHost<'a> {
@@ -254,6 +269,7 @@ impl<'a> FromHost<'a> {
             Self::Signal { .. } => SIGNAL,
             Self::Kill => KILL,
             Self::Shutdown { .. } => SHUTDOWN,
+            Self::Connect { .. } => CONNECT,
         };
         frame::append(out, stream, kind, FROM_HOST_MAX, |payload| {
             let mut fields = Writer(payload);
@@ -269,6 +285,7 @@ impl<'a> FromHost<'a> {
                     fields.u32(tag::GRACE_MS, grace_ms);
                     fields.u8(tag::ACTION, end as u8);
                 }
+                Self::Connect { port } => fields.u32(tag::PORT, port.into()),
             }
         })
     }
@@ -290,6 +307,13 @@ impl<'a> FromHost<'a> {
             SHUTDOWN => Self::Shutdown {
                 grace_ms: fields.u32(tag::GRACE_MS, "grace")?.unwrap_or(0),
                 end: End::parse(fields.u8(tag::ACTION, "action")?.unwrap_or(0)).ok_or(Malformed("action"))?,
+            },
+            CONNECT => Self::Connect {
+                port: fields
+                    .u32(tag::PORT, "port")?
+                    .and_then(|port| u16::try_from(port).ok())
+                    .filter(|port| *port > 0)
+                    .ok_or(Malformed("port"))?,
             },
             _ => return Ok(None),
         }))
@@ -340,6 +364,7 @@ impl<'a> FromGuest<'a> {
             Self::SpawnFailed { .. } => SPAWN_FAILED,
             Self::Exited { .. } | Self::Signaled { .. } => EXITED,
             Self::Ending { .. } => ENDING,
+            Self::Connected { .. } => CONNECTED,
         };
         frame::append(out, stream, kind, FROM_GUEST_MAX, |payload| {
             let mut fields = Writer(payload);
@@ -369,6 +394,7 @@ impl<'a> FromGuest<'a> {
                     fields.flag(tag::OOM, oom);
                 }
                 Self::Ending { end } => fields.u8(tag::END, end as u8),
+                Self::Connected { errno } => fields.u32(tag::ERRNO, errno as u32),
             }
         })
     }
@@ -404,6 +430,7 @@ impl<'a> FromGuest<'a> {
             ENDING => {
                 Self::Ending { end: End::parse(fields.u8(tag::END, "end")?.unwrap_or(0)).ok_or(Malformed("end"))? }
             }
+            CONNECTED => Self::Connected { errno: errno()? },
             _ => return Ok(None),
         }))
     }

@@ -14,9 +14,13 @@
 //!  stdio streams      guest connects to (HOST_CID, port) for every Stdio::Port, before the program starts
 //!      guest -> host  Spawned or SpawnFailed · later Exited or Signaled (same stream number)
 //!      guest -> host  Ending, when all is over; the host hangs up
+//!  to a service       host connects to (guest, CONNECT_PORT); since version 2
+//!      host -> guest  Connect{port}
+//!      guest -> host  Connected{errno}, then the service's bytes, both ways
 //! ```
 //! Bulk data never travels in control frames. A stdio stream carries bytes one way; its end is the connection's end of that direction.
-//! A host that closes its end of an output stream makes the writer see a broken pipe.
+//! A host that closes its end of an output stream makes the writer see a broken pipe. A service's stream ends each way by itself; where
+//! the guest closes it whole before it has ended its own way, the service's end was a reset.
 //!
 //! # The layout
 //!
@@ -52,6 +56,9 @@ pub(crate) const HOST_CID: u32 = 2;
 /// The vsock port of the host on which it awaits the shim's control stream.
 pub(crate) const CONTROL_PORT: u32 = 1024;
 
+/// The vsock port of the guest on which the shim awaits the host's connections to services.
+pub(crate) const CONNECT_PORT: u32 = 1025;
+
 /// The word on the kernel command line without which the shim does nothing: a shim started anywhere else would mount over a live system.
 pub(crate) const MARKER: &str = "cofferdam.shim=1";
 
@@ -76,7 +83,9 @@ pub(crate) const EXIT_FAULT: u8 = 0x37;
 /// The oldest version of the protocol that this build speaks.
 pub(crate) const VERSION_MIN: u32 = 1;
 /// The newest version of the protocol that this build speaks.
-pub(crate) const VERSION_MAX: u32 = 1;
+pub(crate) const VERSION_MAX: u32 = 2;
+/// The version since which the shim listens on [`CONNECT_PORT`].
+pub(crate) const VERSION_CONNECT: u32 = 2;
 
 /// The longest payload the host may send: argv and environment of the size that Linux takes fit (`ARG_MAX` and then some).
 pub(crate) const FROM_HOST_MAX: usize = 4 * 1024 * 1024;

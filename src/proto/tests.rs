@@ -182,6 +182,7 @@ fn every_other_message_round_trips() {
         FromHost::Signal { signo: 15, group: true },
         FromHost::Signal { signo: 64, group: false },
         FromHost::Kill,
+        FromHost::Connect { port: 65535 },
     ];
     host.extend(End::ALL.iter().map(|&end| FromHost::Shutdown { grace_ms: 2000, end }));
     for message in host {
@@ -195,6 +196,7 @@ fn every_other_message_round_trips() {
         FromGuest::Spawned { pid: 2 },
         FromGuest::Exited { code: 255 },
         FromGuest::Signaled { signo: 9, oom: true },
+        FromGuest::Connected { errno: 111 },
     ];
     guest.extend(End::ALL.iter().map(|&end| FromGuest::Ending { end }));
     guest.extend(Stage::ALL.iter().map(|&stage| FromGuest::Failed { stage, errno: -1, text: b"/dev/vda" }));
@@ -213,6 +215,35 @@ fn the_announced_length_reserves_nothing() {
     assert_eq!(decode(&mut decoder, header.as_flattened(), &[]), Ok(vec![]));
     assert!(decoder.is_inside());
     assert!(format!("{decoder:?}").len() < 300);
+}
+
+#[test]
+fn a_reader_who_takes_what_is_missing_takes_one_frame_and_no_more() {
+    let mut bytes = Vec::new();
+    FromGuest::Connected { errno: 7 }.encode(0, &mut bytes).unwrap();
+    let len = bytes.len();
+    bytes.extend_from_slice(b"SSH-2.0");
+    let (mut decoder, mut taken) = (Decoder::new(FROM_GUEST_MAX), 0);
+    while decoder.missing() > 0 {
+        let piece = decoder.missing().div_ceil(2);
+        let mut input = &bytes[taken..taken + piece];
+        taken += piece;
+        if let Some(frame) = decoder.next(&mut input).unwrap() {
+            assert_eq!(FromGuest::parse(&frame), Ok(Some(FromGuest::Connected { errno: 7 })));
+            break;
+        }
+    }
+    assert_eq!(taken, len);
+    assert_eq!(decoder.missing(), HEADER_SIZE, "the next frame has not begun");
+}
+
+#[test]
+fn port_0_is_nobodys() {
+    for port in [0u32, 65536] {
+        let mut bytes = Vec::new();
+        append(&mut bytes, 0, 6, 100, |out| field::Writer(out).u32(1, port)).unwrap();
+        assert_eq!(FromHost::parse(&view(&only_frame(&bytes))), Err(Malformed("port")));
+    }
 }
 
 #[test]

@@ -81,6 +81,8 @@ impl fmt::Debug for Custom {
 struct User {
     policy: Policy,
     ports: Vec<Port>,
+    /// The guest's 127.0.0.1 can be reached.
+    loopback: bool,
 }
 
 /// A config value: a port of the host that leads to one of the guest; see [`Net::publish`].
@@ -123,11 +125,15 @@ impl Net {
     ///
     /// What the policy denies is an [`EventKind::Denied`](crate::EventKind::Denied).
     pub fn user(policy: Policy) -> Self {
-        Self::of(Source::User(Box::new(User { policy, ports: Vec::new() })))
+        Self::of(Source::User(Box::new(User { policy, ports: Vec::new(), loopback: false })))
     }
 
-    /// Publishes a port of the guest on the host, of a [`Net::user`]. A caller whom the guest does not listen to is refused, by a
-    /// reset. To the guest all callers seem to be the gateway. [`NetHandle::published`] says where.
+    /// Publishes a port of the guest on the host, of a [`Net::user`], on any of its addresses of IPv4 and IPv6. To the guest all
+    /// callers seem to be the gateway. [`NetHandle::published`] says where.
+    ///
+    /// Over TCP a service is found on the guest's IPv4 address or its own IPv6 address, and in a container also where it listens
+    /// on 127.0.0.1 alone; one on ::1 alone is reached by `Container::connect` only. Where nobody listens, the caller sees a
+    /// reset, and [`NetStats::unconnected`] counts it. Datagrams reach services on the guest's IPv4 address.
     pub fn publish(mut self, port: Port) -> Self {
         match &mut self.source {
             Source::User(user) => user.ports.push(port),
@@ -264,13 +270,24 @@ impl Net {
         }
     }
 
+    /// The guest will take what is sent to its 127.0.0.1.
+    #[cfg(feature = "container")]
+    pub(crate) fn with_loopback(mut self) -> Self {
+        if let Source::User(user) = &mut self.source {
+            user.loopback = true;
+        }
+        self
+    }
+
     fn user_net(
         user: &User,
         (mac, mtu): (Mac, u16),
         switches: Vec<Switch>,
         denied: Box<dyn FnMut(Denial) + Send>,
     ) -> Result<(UserNet, Vec<SocketAddr>)> {
-        let mut stack = UserNet::new(Config { guest_mac: mac, mtu, switches, ..Config::new(user.policy.clone()) })?;
+        check_ports(&user.ports)?;
+        let (policy, loopback) = (user.policy.clone(), user.loopback);
+        let mut stack = UserNet::new(Config { guest_mac: mac, mtu, switches, loopback, ..Config::new(policy) })?;
         let published = user.ports.iter().map(|port| Ok(port.publish(&mut stack)?.1)).collect::<Result<_>>()?;
         stack.on_denial(denied);
         Ok((stack, published))
@@ -354,6 +371,16 @@ pub(crate) struct Link {
 fn checked_mtu(bytes: u32) -> Result<u16> {
     let mtu = u16::try_from(bytes).ok().filter(|_| MTU.contains(&bytes));
     mtu.ok_or_else(|| Error::invalid("mtu", format!("{bytes} is not within {} to {}", MTU.start(), MTU.end())))
+}
+
+/// One port of the host leads to one port of the guest.
+fn check_ports(ports: &[Port]) -> Result<()> {
+    let mut seen = std::collections::BTreeSet::new();
+    let clash = ports.iter().filter(|port| port.host.port() != 0).find(|port| !seen.insert((port.tcp, port.host)));
+    clash.map_or(Ok(()), |Port { host, tcp, .. }| {
+        let protocol = if *tcp { "TCP" } else { "UDP" };
+        Err(Error::invalid("publish", format!("{host} is published twice over {protocol}: say port 0 for any")))
+    })
 }
 
 /// An address of those that nobody sells (IEEE 802, 8.2: locally administered).
@@ -541,6 +568,28 @@ mod tests {
         let user = user.publish(Port::tcp(([127, 0, 0, 1], 0), 80));
         let Connected { published, .. } = user.attach(1, Vec::new(), nobody()).unwrap();
         assert!(published[0].ip().is_loopback() && published[0].port() > 0);
+    }
+
+    #[test]
+    fn ports_that_cannot_be_are_refused_before_anything_starts() {
+        let publish = |ports: &[Port]| ports.iter().cloned().fold(Net::user(Policy::deny_all()), Net::publish);
+        let fixed = |port| std::net::SocketAddr::from(([127, 0, 0, 1], port));
+        let twice = [Port::tcp(fixed(40_123), 80), Port::udp(fixed(40_123), 80), Port::tcp(fixed(40_123), 81)];
+        for (ports, text) in [
+            (&twice[..], "publish: 127.0.0.1:40123 is published twice over TCP"),
+            (&[Port::udp(fixed(0), 0)], "publish: port 0 of the guest is nobody's"),
+            (&[Port::tcp(([192, 0, 2, 9], 8080), 80)], "the host has no such address"),
+            (
+                &["[2001:db8::9]:80".parse().map(|host: SocketAddr| Port::udp(host, 80)).unwrap()],
+                "the host has no such address",
+            ),
+        ] {
+            let error = error(publish(ports));
+            assert_eq!(error.kind(), ErrorKind::InvalidConfig, "{error}");
+            assert!(error.to_string().contains(text), "{error}");
+        }
+        let any = publish(&[Port::tcp(fixed(0), 80), Port::tcp(fixed(0), 80), Port::udp(fixed(0), 80)]);
+        assert_eq!(any.attach(1, Vec::new(), nobody()).unwrap().published.len(), 3);
     }
 
     #[test]

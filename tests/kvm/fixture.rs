@@ -241,6 +241,12 @@ pub fn debian_container() -> ContainerBuilder {
     Container::builder(debian()).kernel(kernel()).start_timeout(PATIENCE)
 }
 
+/// A container of the Debian with servers and clients of all kinds.
+pub fn network_container() -> ContainerBuilder {
+    let image = Image::open(cache().join("images/debian-12-network.tar")).expect("run `make setup` first");
+    Container::builder(image).kernel(kernel()).start_timeout(PATIENCE)
+}
+
 /// A running container of Debian.
 pub fn container() -> cofferdam::Result<Container> {
     debian_container().start()

@@ -8,6 +8,7 @@
 
 mod boot;
 mod cgroup;
+mod connect;
 mod container;
 mod cpu;
 mod disk;
@@ -15,6 +16,10 @@ mod ends;
 mod exec;
 mod faults;
 mod fixture;
+mod gateway;
+#[path = "../../examples/gateway/main.rs"]
+#[allow(dead_code, reason = "the program's own arguments")]
+mod gateway_example;
 mod hostile;
 mod kernels;
 mod lifecycle;
@@ -22,6 +27,9 @@ mod many;
 mod memory;
 mod net;
 mod overlay;
+mod programs;
+#[path = "../../examples/proxy_command.rs"]
+mod proxy_command;
 mod start;
 mod storage;
 #[path = "../../src/boot/tiny.rs"]
@@ -53,6 +61,9 @@ tests! {
         a_timeline_is_kept what_a_kernel_lacks_is_named devices_by_acpi power_off_by_acpi reboot_by_acpi
         two_processors_by_acpi the_keyboard_is_heard_by_acpi acpi_off_puts_devices_on_the_command_line
         a_clock_and_a_generation by_pvh;
+    connect: services_are_reached_on_any_address each_direction_ends_by_itself
+        resets_are_told_and_so_is_the_end_of_the_container whoever_does_not_read_stops_the_other_side_and_nothing_is_lost
+        thousands_one_after_the_other_leave_nothing many_at_once_are_bounded_and_make_room_again;
     cpu: level_2_is_all_that_is_seen level_3_is_all_that_is_seen_or_what_lacks_is_named
         the_hosts_processor_written_out_is_the_same masked_bits_are_gone_from_linux_too fields_are_what_they_were_set_to
         time_never_goes_back_between_processors registers_have_their_value_or_are_hidden
@@ -83,6 +94,7 @@ tests! {
         orphans_are_reaped slow_readers_lose_nothing the_end_of_the_machine_is_told large_arguments;
     faults: a_device_that_fails_and_comes_back after_a_failed_sync_nothing_is_promised
         a_device_that_stands_still_for_half_a_minute a_file_system_that_becomes_read_only;
+    gateway: each_name_reaches_its_own_guest_which_starts_and_stops_as_needed;
     hostile: queues_where_no_memory_is descriptors_in_a_loop kicks_and_interrupts_without_end miners_on_all_processors
         panics_again_and_again memory_and_disk_are_used_up a_disk_reset_in_the_middle_of_requests registers_written_at_random boot_structures_written_over a_flood_on_the_console gigabytes_on_the_console
         a_fork_bomb_stays_inside a_storm_of_connections;
@@ -101,12 +113,16 @@ tests! {
     net: a_guest_and_its_host_talk_over_a_tap several_queues_are_used
         a_tap_that_is_busy_or_missing_or_made_otherwise_is_named frames_on_a_socket_and_a_link_that_goes_down
         a_guest_goes_where_its_policy_lets_it_and_nowhere_else a_container_has_address_route_and_names
-        published_ports_lead_into_the_guest;
+        published_ports_lead_into_the_guest published_ports_lead_to_services_on_any_address_but_one
+        datagrams_to_published_ports_of_both_families_are_answered ipv6_and_ping_reach_the_outside;
     wires: two_containers_on_a_switch_talk_by_name a_limit_holds_and_is_changed what_a_guest_sends_is_captured
         a_backend_of_the_embedders_own;
     overlay: three_guests_write_on_one_base_which_stays_as_it_is what_is_not_kept_is_gone_with_its_machine
         a_snapshot_is_the_base_of_others an_overlay_that_may_take_no_more_tells_the_guest
         qcow2_is_written_on_a_backing_file_which_stays_as_it_is past_the_page_cache_and_in_memory;
+    programs: ssh_goes_through_a_proxy_command_into_a_guest_without_a_network
+        scp_sftp_and_git_keep_every_byte_through_a_published_port clients_in_one_guest_use_servers_in_another
+        iperf3_goes_all_its_ways short_connections_a_hundred_at_once_are_all_served;
     start: a_guest_that_is_never_ready_names_its_stage a_guest_that_ends_first_says_how a_broken_shim_is_told
         without_kvm_the_remedy_is_told what_may_not_be_read_is_named;
     storage: fio_reads_what_it_wrote what_was_durable_survives_the_kill_of_its_process;
@@ -189,6 +205,9 @@ fn main() -> ExitCode {
     }
     if let Some(disk) = std::env::var_os(storage::VICTIM) {
         return if storage::victim(disk.as_ref()).is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
+    }
+    if std::env::var_os(programs::PROXY).is_some() {
+        return proxy_command::main();
     }
     let mut arguments = Arguments::from_args();
     // Guests compete for two processors in the lab; more at once only makes each slower.

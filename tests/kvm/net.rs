@@ -4,7 +4,7 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::process::Command;
 
-use cofferdam::{Cidr, ErrorKind, EventKind, Net, Policy, Port, Rule, VmBuilder};
+use cofferdam::{Cidr, Container, ErrorKind, EventKind, Net, Policy, Port, Process, Rule, Stdio, VmBuilder};
 
 use crate::fixture::{Outcome, PATIENCE, Printed, debian_container, guest, host, run};
 use crate::{check, check_eq};
@@ -219,5 +219,138 @@ pub fn published_ports_lead_into_the_guest() -> Outcome {
     port.close()?;
     check!(call(&port.address()).is_err());
     net.set_policy(Policy::internet())?;
+    Ok(())
+}
+
+/// A program that listens and gives back what it gets, over TCP or UDP, on one address.
+const ECHO: &str = r#"
+    use IO::Socket::IP; $| = 1; my ($protocol, $address, $port) = @ARGV; my $tcp = $protocol eq 'tcp';
+    my $socket = IO::Socket::IP->new(Proto => $protocol, LocalHost => $address, LocalPort => $port, $tcp ? (Listen => 64) : (),
+        ReuseAddr => 1, V6Only => 1) or die $@;
+    print "ready\n";
+    while ($tcp) { my $caller = $socket->accept or next; while (sysread $caller, my $bytes, 65536) { syswrite $caller, $bytes } }
+    while (1) { my $from = recv $socket, my $bytes, 65536, 0; send $socket, $bytes, 0, $from }
+"#;
+
+/// Such a program in a container, which listens already.
+fn echo_inside(container: &Container, protocol: &str, address: &str, port: u16) -> Result<Process> {
+    let echo = container.exec(["perl", "-e", ECHO, protocol, address, &port.to_string()]);
+    let mut echo = echo.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+    let mut line = [0; 6];
+    if let Err(error) = echo.stdout.as_mut().ok_or("no output")?.read_exact(&mut line) {
+        return Err(format!("{address}: {error} {:?}", echo.stderr.map(std::io::read_to_string)).into());
+    }
+    Ok(echo)
+}
+
+/// What comes back from there.
+fn call(at: std::net::SocketAddr) -> std::io::Result<String> {
+    let mut stream = std::net::TcpStream::connect(at)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.write_all(b"hello")?;
+    stream.shutdown(std::net::Shutdown::Write)?;
+    std::io::read_to_string(stream)
+}
+
+pub fn published_ports_lead_to_services_on_any_address_but_one() -> Outcome {
+    let hosts = ["127.0.0.1:0", "[::1]:0", "127.0.0.1:0", "[::1]:0"].map(|host| host.parse::<std::net::SocketAddr>());
+    let mut network = Net::user(Policy::deny_all());
+    for (host, guest) in hosts.into_iter().zip(80..) {
+        network = network.publish(Port::tcp(host?, guest));
+    }
+    let container = debian_container().net(network).start()?;
+    let net = container.vm().net(0)?;
+    let refused = |at| call(at).map_err(|e| e.kind()) == Err(std::io::ErrorKind::ConnectionReset);
+    let before = net.stats()?.unconnected;
+    for at in net.published() {
+        check!(refused(*at), "nobody listens yet");
+    }
+    check_eq!(net.stats()?.unconnected, before + 4);
+    // The guest has made itself an address by what the router says; nobody else's is on its card.
+    let address =
+        "for n in $(seq 100); do grep ' 00 .*eth0' /proc/net/if_inet6 | grep -q '^fd' && break; sleep 0.2; done
+        grep ' 00 .*eth0' /proc/net/if_inet6 | cut -c 1-32 | sed 's/..../&:/g; s/:$//'";
+    let output = container.exec(["sh", "-c", address]).timeout(PATIENCE).output()?;
+    let own = String::from_utf8_lossy(&output.stdout).trim().to_owned();
+    // So that the gateway has heard of it.
+    let greet = format!(
+        "use IO::Socket::IP; IO::Socket::IP->new(Proto => 'udp', LocalHost => '{own}', PeerHost => 'fd63:6f66:6665::2', PeerPort => 9)->send('x') or die"
+    );
+    let output = container.exec(["perl", "-e", &greet]).timeout(PATIENCE).output()?;
+    check!(output.status.success(), "{own}: {}", String::from_utf8_lossy(&output.stderr));
+    // Only this card, and whatever else the guest's administrator likes.
+    let switches = "cd /proc/sys/net/ipv4/conf; cat eth0/route_localnet all/route_localnet default/route_localnet lo/route_localnet
+        for n in all eth0; do echo 1 > $n/rp_filter; done";
+    let output = container.exec(["sh", "-c", switches]).timeout(PATIENCE).output()?;
+    check_eq!(String::from_utf8_lossy(&output.stdout), "1\n0\n0\n0\n");
+    let places = ["127.0.0.1", "10.0.2.15", own.as_str(), "::1"];
+    let mut services = Vec::new();
+    for (port, address) in (80..).zip(places) {
+        services.push(echo_inside(&container, "tcp", address, port)?);
+    }
+    for (place, at) in places.into_iter().zip(net.published()).take(3) {
+        for _ in 0..3 {
+            check_eq!(call(*at).map_err(|e| format!("{place}: {e}"))?, "hello");
+        }
+    }
+    // What it cannot reach, `connect` does.
+    check!(net.published().get(3).is_some_and(|at| refused(*at)), "::1 of a guest is nobody else's");
+    check!(container.connect(83).is_ok());
+    // A service that moves is found again.
+    let mut moved = services.remove(0);
+    moved.kill()?;
+    moved.wait()?;
+    services.push(echo_inside(&container, "tcp", "10.0.2.15", 80)?);
+    check_eq!(call(net.published()[0])?, "hello");
+    check_eq!(net.stats()?.spoofed, 0);
+    Ok(())
+}
+
+pub fn datagrams_to_published_ports_of_both_families_are_answered() -> Outcome {
+    let host = |ip: &str| format!("{ip}:0").parse::<std::net::SocketAddr>();
+    let network =
+        Net::user(Policy::deny_all()).publish(Port::udp(host("127.0.0.1")?, 80)).publish(Port::udp(host("[::1]")?, 80));
+    let container = debian_container().net(network).start()?;
+    let _echo = echo_inside(&container, "udp", "0.0.0.0", 80)?;
+    for at in container.vm().net(0)?.published() {
+        let caller = std::net::UdpSocket::bind((at.ip(), 0))?;
+        caller.set_read_timeout(Some(PATIENCE))?;
+        for word in ["one", "two"] {
+            caller.send_to(word.as_bytes(), at)?;
+            let mut buffer = [0; 16];
+            let (n, from) = caller.recv_from(&mut buffer)?;
+            check_eq!((&buffer[..n], from), (word.as_bytes(), *at));
+        }
+    }
+    Ok(())
+}
+
+pub fn ipv6_and_ping_reach_the_outside() -> Outcome {
+    // The lab is this test's own machine; on another this is for whoever runs it to allow.
+    let lab = std::env::var_os("COFFERDAM_IN_LAB").is_some_and(|lab| lab == "1");
+    if lab {
+        std::fs::write("/proc/sys/net/ipv4/ping_group_range", "0 2147483647")?;
+    }
+    let groups = std::fs::read_to_string("/proc/sys/net/ipv4/ping_group_range")?;
+    let mut groups = groups.split_whitespace().map(str::parse::<u32>);
+    let pings = matches!((groups.next(), groups.next()), (Some(Ok(first)), Some(Ok(last))) if first <= last);
+    host("ip addr replace fd00:c0ff:ee::1/128 dev lo")?;
+    let four = host_address()?;
+    let server = echo("fd00:c0ff:ee::1")?;
+    let policy = Policy::deny_all()
+        .rule(Rule::allow_range("fd00:c0ff:ee::1".parse::<Cidr>()?))
+        .rule(Rule::allow_range(four.parse::<Cidr>()?));
+    let script = format!(
+        "{CONFIGURED}for n in $(seq 300); do ip -6 route | grep -q default && ip -6 addr show dev eth0 | grep -v tentative | grep -q 'inet6 fd' && break
+        sleep 0.1; done; head -c 1000000 /dev/urandom > /data; md5sum < /data; nc fd00:c0ff:ee::1 {} < /data | md5sum
+        ping -6 -c 2 -W 20 fd63:6f66:6665::2 | grep received
+        ping -c 2 -W 20 {four} | grep received; ping -6 -c 2 -W 20 -s 1000 fd00:c0ff:ee::1 | grep received; reboot -f",
+        server.port()
+    );
+    let (exit, text) = run(guest(&script).net(Net::user(policy)))?;
+    let digests: Vec<&str> = text.lines().filter(|line| line.trim().ends_with("  -")).map(str::trim).collect();
+    check!(digests.len() == 2 && digests[0] == digests[1], "{exit} {text}");
+    let received = text.matches("2 packets received").count();
+    check!(received == if pings { 3 } else { 1 } && (pings || !lab), "{exit} {text}");
     Ok(())
 }

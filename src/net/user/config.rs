@@ -23,6 +23,8 @@ pub(crate) struct Config {
     /// The first 64 bits are the IPv6 network (RFC 4193), in which the guest may choose its addresses.
     pub gateway6: Ipv6Addr,
     pub guest6: Ipv6Addr,
+    /// The guest takes what the gateway sends to its 127.0.0.1 (Linux: `net.ipv4.conf.*.route_localnet` of the card).
+    pub loopback: bool,
     pub mtu: u16,
     /// The gateway is the way out.
     pub router: bool,
@@ -81,6 +83,7 @@ impl Config {
             prefix4: 24,
             gateway6: net6(2),
             guest6: net6(0x15),
+            loopback: false,
             mtu: 1500,
             router: true,
             policy,

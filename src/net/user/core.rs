@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use super::config::{Config, NetStats};
@@ -23,6 +23,8 @@ pub(in crate::net) struct Core {
     pub stats: NetStats,
     pub policy: Enforcer,
     pub host: Host,
+    /// The address of the guest's own choice that it sent from last.
+    pub guest6: Option<Ipv6Addr>,
     /// New connections, counted from `start` on.
     calls: Option<Bucket>,
     start: Instant,
@@ -42,6 +44,7 @@ impl Core {
             stats,
             policy,
             host,
+            guest6: None,
             calls: None,
             start,
             waiting: VecDeque::new(),

@@ -213,15 +213,13 @@ impl UserNet {
             // Who has no address yet, and what stays on the link.
             return self.stranger(memory, frame, at, packet, inner);
         }
+        if let IpAddr::V6(own) = packet.src {
+            self.core.guest6 = Some(own);
+        }
         match packet.protocol {
             wire::TCP => {
                 let tcp = wire::Tcp::parse(inner, packet.len)?;
-                cut(frame, at + tcp.header, packet.len - tcp.header, &mut self.payload);
-                let segment = TcpSegment { ends, tcp, len: packet.len - tcp.header, memory };
-                if tcp.dst == resolver::PORT && self.core.config.is_gateway(ends.dst) && self.tcp.is_call(&segment) {
-                    return self.call_resolver(&segment);
-                }
-                self.tcp.segment(&mut self.core, &segment, &mut self.payload);
+                return self.segment(memory, frame, at, packet, tcp);
             }
             wire::UDP => {
                 let cut_up = offload.gso.map(|gso| usize::from(gso.size));
@@ -231,6 +229,26 @@ impl UserNet {
             wire::ICMP | wire::ICMPV6 => self.message(memory, frame, at, packet, inner)?,
             _ => self.core.stats.unserved += 1,
         }
+        Ok(())
+    }
+
+    /// A segment of TCP, which is `at` in the frame.
+    fn segment(
+        &mut self,
+        memory: &GuestMemory,
+        frame: &[Segment],
+        at: usize,
+        packet: Packet,
+        tcp: wire::Tcp,
+    ) -> Result<(), Bad> {
+        let ends = Ends { src: packet.src, dst: packet.dst };
+        cut(frame, at + tcp.header, packet.len - tcp.header, &mut self.payload);
+        let segment = TcpSegment { ends, tcp, len: packet.len - tcp.header, memory };
+        if tcp.dst == resolver::PORT && self.core.config.is_gateway(ends.dst) && self.tcp.is_call(&segment) {
+            return self.call_resolver(&segment);
+        }
+        self.tcp.segment(&mut self.core, &segment, &mut self.payload);
+        self.ports.called(&mut self.core, &mut self.tcp);
         Ok(())
     }
 
@@ -249,6 +267,14 @@ impl UserNet {
                     return self.lease(memory, frame, at, udp);
                 }
                 self.core.stats.unserved += 1;
+            }
+            // What answers callers of published ports, and nothing else.
+            (IpAddr::V4(src), wire::TCP) if src.is_loopback() => {
+                let tcp = wire::Tcp::parse(inner, packet.len)?;
+                if self.tcp.knows(Ends { src: packet.src, dst: packet.dst }, &tcp) {
+                    return self.segment(memory, frame, at, packet, tcp);
+                }
+                self.core.stats.spoofed += 1;
             }
             (IpAddr::V6(src), wire::ICMPV6) if src.is_unspecified() || src.is_unicast_link_local() => {
                 return self.message(memory, frame, at, packet, inner);
@@ -419,6 +445,7 @@ impl NetBackend for UserNet {
                 None => break,
             }
         }
+        self.ports.called(&mut self.core, &mut self.tcp);
         self.clients.answered(&mut self.core, &mut self.resolver);
         self.core.host.arm();
     }

@@ -1,10 +1,12 @@
 //! [`Ports`]: ports of the host that lead to the guest.
 //!
 //! Whoever calls one seems to the guest to come from the gateway, as an address of the host's world may mean something else in
-//! the guest's. Where nobody listens in the guest, the caller sees its connection reset.
+//! the guest's. A service is looked for at the guest's IPv4 address, at its 127.0.0.1 where that can be reached, and at its own
+//! IPv6 address; where it was found is where the next caller is led first. Where nobody listens in the guest, the caller sees
+//! its connection reset. Datagrams go to the IPv4 address only, as nobody has to answer them.
 
 use std::io;
-use std::net::{IpAddr, SocketAddr, TcpListener, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
@@ -12,7 +14,7 @@ use super::core::Core;
 use super::datagrams::ephemeral;
 use super::host::{Alarm, exhausted};
 use super::table::{Id, Owner, Table};
-use super::tcp::{TcpFlows, Tuple};
+use super::tcp::{Called, Caller, TcpFlows, Tried, Tuple, gateway_of};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::net::policy::Cidr;
 use crate::sys::Socket;
@@ -35,10 +37,26 @@ struct Port {
     guest: u16,
     /// Who may call; nobody else is heard. Empty: everybody.
     callers: Vec<Cidr>,
+    /// Where somebody listened last.
+    found: Option<IpAddr>,
     alarm: Alarm,
 }
 
+/// Where in the guest a service may be.
+fn places(core: &Core) -> [Option<IpAddr>; 3] {
+    let loopback = core.config.loopback.then_some(Ipv4Addr::LOCALHOST.into());
+    [Some(core.config.guest4.into()), loopback, core.guest6.map(IpAddr::from)]
+}
+
 impl Port {
+    /// Where to look next, which is added to what was tried.
+    fn place(&self, core: &Core, tried: &mut Tried) -> Option<IpAddr> {
+        let untried = || (0..).zip(places(core)).filter(|(n, place)| place.is_some() && *tried & 1 << n == 0);
+        let (n, place) = untried().find(|(_, place)| *place == self.found).or_else(|| untried().next())?;
+        *tried |= 1 << n;
+        place
+    }
+
     fn fd(&self) -> BorrowedFd<'_> {
         match &self.kind {
             Kind::Tcp(listener) => listener.as_fd(),
@@ -79,7 +97,7 @@ impl Ports {
         guest: u16,
         callers: Vec<Cidr>,
     ) -> Result<(Published, SocketAddr)> {
-        let method = if tcp { "publish_tcp" } else { "publish_udp" };
+        let method = "publish";
         if guest == 0 {
             return Err(Error::invalid(method, "port 0 of the guest is nobody's: say 1 or higher"));
         }
@@ -97,7 +115,7 @@ impl Ports {
             }
         };
         let (kind, at) = bind().map_err(|error| explain(error, method, host))?;
-        let id = self.all.insert(Port { kind, guest, callers, alarm: Alarm::default() });
+        let id = self.all.insert(Port { kind, guest, callers, found: None, alarm: Alarm::default() });
         if let Err(error) = self.watch(core, id) {
             self.all.remove(id);
             return Err(error).doing(|| format!("{method}: watching {at}"));
@@ -158,10 +176,34 @@ impl Ports {
                 reset(&socket);
                 continue;
             }
-            let guest = (IpAddr::from(core.config.guest4), port.guest);
-            let remote = (core.config.gateway4.into(), ephemeral(&mut self.next));
-            if let Err(socket) = tcp.call_guest(core, Tuple { guest, remote }, socket) {
-                reset(&socket);
+            call(core, tcp, &mut self.next, port, Caller { port: id, tried: 0, socket });
+        }
+    }
+
+    /// Where the last caller of a port was led.
+    #[cfg(test)]
+    pub(super) fn found(&self, Published(id): Published) -> Option<IpAddr> {
+        self.all.get(id)?.found
+    }
+
+    /// Takes what became of calls: whom the guest refuses at one place is led to the next.
+    pub(super) fn called(&mut self, core: &mut Core, tcp: &mut TcpFlows) {
+        while let Some(called) = tcp.called.pop() {
+            match called {
+                Called::Reached(id, place) => {
+                    if let Some(port) = self.all.get_mut(id) {
+                        port.found = Some(place);
+                    }
+                }
+                Called::Silence(id) => {
+                    if let Some(port) = self.all.get_mut(id) {
+                        port.found = None;
+                    }
+                }
+                Called::Refused(caller) => match self.all.get(caller.port) {
+                    Some(port) => call(core, tcp, &mut self.next, port, caller),
+                    None => reset(&caller.socket),
+                },
             }
         }
     }
@@ -198,6 +240,18 @@ impl Ports {
     /// The guest answers somebody who has sent to a published port.
     pub(super) fn send(&self, id: Id, to: SocketAddr, bytes: &[u8]) -> io::Result<usize> {
         self.datagrams(id)?.1.send_to(bytes, to)
+    }
+}
+
+/// Leads a caller to the next place where somebody may listen.
+fn call(core: &mut Core, tcp: &mut TcpFlows, next: &mut u16, port: &Port, mut caller: Caller) {
+    let Some(place) = port.place(core, &mut caller.tried) else {
+        core.stats.unconnected += 1;
+        return reset(&caller.socket);
+    };
+    let remote = (gateway_of(core, place), ephemeral(next));
+    if let Err(socket) = tcp.call_guest(core, Tuple { guest: (place, port.guest), remote }, caller) {
+        reset(&socket);
     }
 }
 

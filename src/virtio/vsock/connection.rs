@@ -5,12 +5,12 @@ use std::io;
 use std::net::Shutdown;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
-use std::sync::PoisonError;
 use std::sync::mpsc::SyncSender;
+use std::sync::{MutexGuard, PoisonError};
 
 use super::credit::Credit;
 use super::packet::{SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
-use super::stream::{Tail, VsockStream};
+use super::stream::{Remains, Tail, VsockStream};
 use crate::error::Result;
 use crate::memory::{GuestMemory, Segment};
 use crate::sys;
@@ -53,7 +53,7 @@ pub(super) struct Connection {
     closed: u32,
     told_closed: u32,
     /// Which directions the guest has closed.
-    pub guest_closed: u32,
+    guest_closed: u32,
     credit_asked: bool,
 }
 
@@ -110,6 +110,20 @@ impl Connection {
 
     pub(super) fn is_connecting(&self) -> bool {
         self.connecting.is_some()
+    }
+
+    /// The guest closes directions.
+    pub(super) fn guest_closes(&mut self, flags: u32) {
+        if self.guest_closed & SHUTDOWN_SEND == 0 && flags & SHUTDOWN_RECEIVE != 0 && flags & SHUTDOWN_SEND != 0 {
+            // Before the embedder can see the end.
+            self.remains().abrupt = true;
+        }
+        self.guest_closed |= flags & (SHUTDOWN_RECEIVE | SHUTDOWN_SEND);
+        self.flush();
+    }
+
+    fn remains(&self) -> MutexGuard<'_, Remains> {
+        self.tail.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The guest wants to know how much it may send.
@@ -255,6 +269,10 @@ impl Connection {
             let _ = answer.send(Err(refusal()));
         }
         self.flush();
-        self.tail.lock().unwrap_or_else(PoisonError::into_inner).append(&mut self.backlog);
+        let mut backlog = std::mem::take(&mut self.backlog);
+        let abrupt = self.guest_closed & SHUTDOWN_SEND == 0 && self.closed & SHUTDOWN_RECEIVE == 0;
+        let mut remains = self.remains();
+        remains.unread.append(&mut backlog);
+        remains.abrupt |= abrupt;
     }
 }

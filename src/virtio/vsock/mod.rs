@@ -14,7 +14,7 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use connection::{Answer, Connection, Due, Ports};
-use packet::{HEADER, Header, Op, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, TYPE_STREAM};
+use packet::{HEADER, Header, Op, TYPE_STREAM};
 use stream::Arrivals;
 pub use stream::{VsockListener, VsockStream};
 
@@ -215,8 +215,7 @@ impl Vsock {
                 }
             }
             Op::Shutdown => {
-                connection.guest_closed |= header.flags & (SHUTDOWN_RECEIVE | SHUTDOWN_SEND);
-                connection.flush();
+                connection.guest_closes(header.flags);
                 true
             }
             Op::CreditUpdate => true,

@@ -12,8 +12,17 @@ use std::time::Duration;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::sys::{EventFd, borrow, eventfd, send, wait_readable};
 
-/// What the guest had sent and nobody had read when the connection ended. Shared by the device and all clones.
-pub(super) type Tail = Arc<Mutex<VecDeque<u8>>>;
+/// What is left of a connection that has ended.
+#[derive(Debug, Default)]
+pub(super) struct Remains {
+    /// What the guest had sent and nobody had read.
+    pub unread: VecDeque<u8>,
+    /// The guest closed all of it, or was gone, before it had ended its own direction.
+    pub abrupt: bool,
+}
+
+/// Shared by the device and all clones.
+pub(super) type Tail = Arc<Mutex<Remains>>;
 
 /// A connection with a program in the guest, over vsock.
 ///
@@ -24,6 +33,8 @@ pub(super) type Tail = Arc<Mutex<VecDeque<u8>>>;
 pub struct VsockStream {
     socket: UnixStream,
     tail: Tail,
+    /// An abrupt end is an error and not an end of file.
+    tells_resets: bool,
 }
 
 impl VsockStream {
@@ -32,7 +43,7 @@ impl VsockStream {
         let (near, far) = UnixStream::pair()?;
         far.set_nonblocking(true)?;
         let tail = Tail::default();
-        Ok((Self { socket: near, tail: tail.clone() }, far, tail))
+        Ok((Self { socket: near, tail: tail.clone(), tells_resets: false }, far, tail))
     }
 
     /// Another handle to the same connection, for reading and writing on two threads.
@@ -41,7 +52,22 @@ impl VsockStream {
     /// `ResourceExhausted` when the process has no descriptors left.
     pub fn try_clone(&self) -> Result<Self> {
         let socket = self.socket.try_clone().doing(|| "cloning a vsock connection")?;
-        Ok(Self { socket, tail: self.tail.clone() })
+        Ok(Self { socket, tail: self.tail.clone(), tells_resets: self.tells_resets })
+    }
+
+    /// From now on reads tell by `ConnectionReset` that the guest's end has not ended its direction but closed everything.
+    pub(crate) fn tell_resets(mut self) -> Self {
+        self.tells_resets = true;
+        self
+    }
+
+    /// What is there behind what the socket had.
+    fn read_tail(&self, to: &mut [u8]) -> io::Result<usize> {
+        let mut remains = self.tail.lock().unwrap_or_else(PoisonError::into_inner);
+        match remains.unread.read(to)? {
+            0 if self.tells_resets && remains.abrupt => Err(io::ErrorKind::ConnectionReset.into()),
+            n => Ok(n),
+        }
     }
 
     /// Ends one or both directions: the guest reads end of file, or cannot write any more.
@@ -80,7 +106,7 @@ impl VsockStream {
 impl Read for &VsockStream {
     fn read(&mut self, to: &mut [u8]) -> io::Result<usize> {
         match (&self.socket).read(to) {
-            Ok(0) if !to.is_empty() => self.tail.lock().unwrap_or_else(PoisonError::into_inner).read(to),
+            Ok(0) if !to.is_empty() => self.read_tail(to),
             other => other,
         }
     }

@@ -1,12 +1,13 @@
 //! The device against a driver that is played by hand.
 
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::AsFd;
 use std::sync::mpsc;
 use std::time::Duration;
 
 use super::credit::BUFFER;
+use super::packet::{SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
 use super::*;
 use crate::virtio::testing::Driver;
 
@@ -181,6 +182,29 @@ fn each_direction_closes_by_itself() {
     rig.op(Op::Shutdown, SHUTDOWN_SEND | SHUTDOWN_RECEIVE);
     assert_eq!(rig.hear_op(), Some(Op::Reset));
     assert!(rig.driver.device.connections.is_empty());
+}
+
+#[test]
+fn resets_are_told_to_those_who_want_to_know() {
+    let both = SHUTDOWN_SEND | SHUTDOWN_RECEIVE;
+    for (ends, reset) in
+        [(&[SHUTDOWN_SEND, both][..], false), (&[both], true), (&[SHUTDOWN_RECEIVE, both], true), (&[], true)]
+    {
+        let (mut rig, plain) = Rig::connected();
+        let stream = plain.try_clone().unwrap().tell_resets();
+        rig.say(guest(Op::Data, 3), b"end", &[]);
+        ends.iter().for_each(|flags| rig.op(Op::Shutdown, *flags));
+        rig.op(Op::Reset, 0);
+        for (mut stream, reset) in [(stream, reset), (plain, false)] {
+            let mut all = Vec::new();
+            let outcome = stream.read_to_end(&mut all);
+            assert_eq!(outcome.is_err(), reset, "{ends:?}");
+            assert!(
+                outcome.is_ok_and(|_| true)
+                    || stream.read(&mut [0]).unwrap_err().kind() == io::ErrorKind::ConnectionReset
+            );
+        }
+    }
 }
 
 #[test]

@@ -5,6 +5,7 @@ mod flow;
 use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
+use std::os::fd::AsFd;
 
 pub(super) use self::flow::Tuple;
 use self::flow::{Fate, Flow, Phase, What};
@@ -35,6 +36,28 @@ pub(super) struct Segment<'a> {
     pub memory: &'a GuestMemory,
 }
 
+/// Of the places in the guest where a service may be, those that were tried, as bits.
+pub(super) type Tried = u8;
+
+/// Somebody on the host who calls the guest by a published port.
+#[derive(Debug)]
+pub(super) struct Caller {
+    pub port: Id,
+    pub tried: Tried,
+    pub socket: Socket,
+}
+
+/// What became of a call.
+#[derive(Debug)]
+pub(super) enum Called {
+    /// Somebody listens at this address.
+    Reached(Id, IpAddr),
+    /// Nobody does.
+    Refused(Caller),
+    /// Nothing was heard.
+    Silence(Id),
+}
+
 /// What [`TcpFlows::next`] has promised.
 #[derive(Debug, Clone, Copy)]
 struct Plan {
@@ -52,6 +75,8 @@ pub(super) struct TcpFlows {
     /// Those that are over, the oldest first; some are gone.
     over: VecDeque<Id>,
     plan: Option<Plan>,
+    /// For the published ports, taken after each event.
+    pub called: Vec<Called>,
     /// Bytes in all flows' backlogs.
     backlog: usize,
     pieces: Vec<Piece>,
@@ -84,9 +109,18 @@ impl TcpFlows {
         let budget = core.config.limits.backlog.saturating_sub(self.backlog);
         let Some(flow) = self.flows.get_mut(id) else { return };
         let before = flow.backlog();
+        let calling = flow.phase == Phase::Calling;
         let fate = flow.segment(core, segment, payload, budget);
+        if let (true, Phase::Open, Some((port, _))) = (calling, flow.phase, flow.caller) {
+            self.called.push(Called::Reached(port, tuple.guest.0));
+        }
         self.backlog = self.backlog + flow.backlog() - before;
         self.settle(core, id, fate);
+    }
+
+    /// Whether it is of a connection that there is.
+    pub(super) fn knows(&self, ends: Ends, tcp: &Tcp) -> bool {
+        self.names.contains_key(&Tuple { guest: (ends.src, tcp.src), remote: (ends.dst, tcp.dst) })
     }
 
     /// Whether it calls somebody who is not connected yet.
@@ -163,14 +197,16 @@ impl TcpFlows {
     }
 
     /// Somebody on the host calls the guest. Gives the socket back when that cannot be.
-    pub(super) fn call_guest(&mut self, core: &mut Core, tuple: Tuple, socket: Socket) -> Result<(), Socket> {
+    pub(super) fn call_guest(&mut self, core: &mut Core, tuple: Tuple, caller: Caller) -> Result<(), Socket> {
         if self.names.contains_key(&tuple) || !self.make_room(core) {
             core.stats.limited += 1;
-            return Err(socket);
+            return Err(caller.socket);
         }
-        if let Err(error) = self.insert(core, tuple, socket, Phase::Calling, None) {
+        if let Err(error) = self.insert(core, tuple, caller.socket, Phase::Calling, None) {
             log::debug!("a connection is not watched: {error}");
             core.stats.limited += 1;
+        } else if let Some(flow) = self.names.get(&tuple).and_then(|id| self.flows.get_mut(*id)) {
+            flow.caller = Some((caller.port, caller.tried));
         }
         Ok(())
     }
@@ -267,10 +303,23 @@ impl TcpFlows {
                 self.remove(core, id);
             }
             Fate::Failed(error) => {
-                core.stats.unconnected += 1;
-                if flow.phase == Phase::Connecting {
-                    let (tuple, syn) = (flow.tuple, flow.syn());
-                    core.tell_failed(tuple, &syn, &error);
+                let refused = error.kind() == io::ErrorKind::ConnectionRefused;
+                match flow.caller {
+                    Some((port, tried)) if refused => {
+                        self.called.extend(flow.take_socket().map(|socket| {
+                            core.host.unwatch(socket.as_fd());
+                            Called::Refused(Caller { port, tried, socket })
+                        }));
+                    }
+                    Some((port, _)) => {
+                        core.stats.unconnected += 1;
+                        self.called.push(Called::Silence(port));
+                    }
+                    None => {
+                        core.stats.unconnected += 1;
+                        let (tuple, syn) = (flow.tuple, flow.syn());
+                        core.tell_failed(tuple, &syn, &error);
+                    }
                 }
                 self.remove(core, id);
             }

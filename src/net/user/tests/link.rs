@@ -3,8 +3,8 @@
 use std::net::{IpAddr, Ipv6Addr};
 
 use super::*;
-use crate::net::Mac;
 use crate::net::wire::{self, Ends, Ethernet, Head, Packet};
+use crate::net::{Mac, NetStats};
 use smoltcp::socket::dhcpv4;
 
 fn arp(guest: &Guest, change: impl FnOnce(&mut Vec<u8>)) -> Vec<u8> {
@@ -63,7 +63,17 @@ fn foreign_sources_are_dropped_and_counted() {
     let mut foreign = frame;
     foreign[11] ^= 1;
     guest.send(&foreign, offload);
-    let after = guest.net.stats();
+    // 127.0.0.1 is heard when it answers, and not when it calls.
+    let (ends, port) = (Ends { src: Ipv4Addr::LOCALHOST.into(), dst: guest.net.core.config.gateway4.into() }, 80);
+    let macs = (guest.net.core.config.guest_mac, guest.net.core.config.gateway_mac);
+    for flags in [wire::SYN, wire::SYN | wire::ACK, wire::RST] {
+        let mut head = Head::ip(macs, ends, wire::TCP, 20);
+        head.tcp(&wire::Tcp { src: port, dst: 50_000, flags, ..wire::Tcp::default() });
+        let before = guest.net.stats().spoofed;
+        guest.send(head.as_slice(), offload);
+        assert_eq!(guest.net.stats().spoofed, before + 1);
+    }
+    let after = NetStats { spoofed: guest.net.stats().spoofed - 3, ..guest.net.stats() };
     assert_eq!(after.spoofed + after.bad_checksums, before.spoofed + 2);
 }
 
@@ -194,5 +204,6 @@ fn the_gateway_answers_echoes() {
     let frame = icmp6(&config, config.guest6, config.gateway6, message);
     guest.send(&frame, Offload::default());
     let (reply, _) = guest.take().unwrap();
+    assert_eq!(guest.net.core.guest6, Some(config.guest6));
     assert_eq!((reply[54], &reply[58..70]), (129, &[0, 7, 0, 1, b'a', b'b', b'c', b'd', b'e', b'f', b'g', b'h'][..]));
 }

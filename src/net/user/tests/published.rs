@@ -1,7 +1,7 @@
 //! Ports of the host that lead to the guest.
 
 use std::io::{ErrorKind, Read, Write};
-use std::net::{TcpStream, UdpSocket};
+use std::net::{IpAddr, TcpStream, UdpSocket};
 use std::time::Duration;
 
 use super::*;
@@ -50,6 +50,86 @@ fn nobody_listening_is_a_reset() {
     assert_eq!(caller.read(&mut [0]).unwrap_err().kind(), ErrorKind::ConnectionReset);
 }
 
+/// A guest whose 127.0.0.1 can be reached, with a server at each of these addresses.
+fn inside(addresses: &[IpAddr]) -> (Guest, Vec<SocketHandle>) {
+    let mut guest = Guest::of(Config { loopback: true, ..Config::new(Policy::deny_all()) }, Offloads::all());
+    guest.iface.update_ip_addrs(|all| all.push(IpCidr::new(Ipv4Addr::LOCALHOST.into(), 8)).unwrap());
+    let handles = addresses.iter().map(|address| listening_at(&mut guest, *address)).collect();
+    (guest, handles)
+}
+
+fn listening_at(guest: &mut Guest, address: IpAddr) -> SocketHandle {
+    let handle = listening(guest, 80);
+    guest.tcp(handle).abort();
+    guest.tcp(handle).listen((address, 80)).unwrap();
+    handle
+}
+
+/// Calls, and is answered by the server at `handle`.
+fn reach(guest: &mut Guest, at: SocketAddr, handle: SocketHandle) {
+    let mut caller = TcpStream::connect(at).unwrap();
+    caller.write_all(b"GET").unwrap();
+    guest.until(|g| g.tcp(handle).can_recv().then_some(()));
+    guest.tcp(handle).send_slice(b"200").unwrap();
+    guest.tcp(handle).close();
+    guest.until(|g| (g.tcp(handle).state() == State::FinWait2).then_some(()));
+    let mut all = String::new();
+    caller.read_to_string(&mut all).unwrap();
+    assert_eq!(all, "200");
+    drop(caller);
+    guest.over();
+}
+
+#[test]
+fn services_on_the_guests_loopback_are_found_and_remembered() {
+    let lo = IpAddr::from(Ipv4Addr::LOCALHOST);
+    let (mut guest, handles) = inside(&[lo]);
+    let (published, at) = guest.net.publish_tcp(ANY, 80, Vec::new()).unwrap();
+    reach(&mut guest, at, handles[0]);
+    assert_eq!(guest.net.ports.found(published), Some(lo));
+    // It has moved.
+    let own = IpAddr::from(guest.net.core.config.guest4);
+    let moved = listening_at(&mut guest, own);
+    guest.sockets.remove(handles[0]);
+    reach(&mut guest, at, moved);
+    assert_eq!(guest.net.ports.found(published), Some(own));
+    let stats = guest.net.stats();
+    assert_eq!((stats.unconnected, stats.spoofed, stats.connected, stats.connections), (0, 0, 2, 0));
+}
+
+#[test]
+fn services_on_ipv6_alone_are_found_once_the_guest_has_an_address() {
+    let own = Config::new(Policy::deny_all()).guest6;
+    let (mut guest, handles) = inside(&[own.into()]);
+    let (published, at) = guest.net.publish_tcp("[::1]:0".parse().unwrap(), 80, Vec::new()).unwrap();
+    let mut early = TcpStream::connect(at).unwrap();
+    guest.until(|g| (g.net.stats().unconnected == 1).then_some(()));
+    assert_eq!(early.read(&mut [0]).unwrap_err().kind(), ErrorKind::ConnectionReset);
+    guest.net.core.guest6 = Some(own);
+    reach(&mut guest, at, handles[0]);
+    assert_eq!(guest.net.ports.found(published), Some(own.into()));
+}
+
+#[test]
+fn nobody_listening_anywhere_is_one_reset() {
+    let (mut guest, _) = inside(&[]);
+    guest.net.core.guest6 = Some(guest.net.core.config.guest6);
+    let (published, at) = guest.net.publish_tcp(ANY, 80, Vec::new()).unwrap();
+    let mut callers: Vec<_> = (0..3).map(|_| TcpStream::connect(at).unwrap()).collect();
+    guest.until(|g| (g.net.stats().unconnected == 3).then_some(()));
+    for caller in &mut callers {
+        assert_eq!(caller.read(&mut [0]).unwrap_err().kind(), ErrorKind::ConnectionReset);
+    }
+    guest.faults.lost = 100;
+    let late = TcpStream::connect(at).unwrap();
+    guest.until(|g| (g.net.stats().connections == 1).then_some(()));
+    guest.net.unpublish(published);
+    guest.faults.lost = 0;
+    guest.until(|g| (g.net.stats().connections == 0).then_some(()));
+    drop(late);
+    assert_eq!((guest.net.stats().unconnected, guest.net.tcp.called.len()), (3, 0));
+}
+
 #[test]
 fn a_guest_that_does_not_answer_is_a_reset_in_the_end() {
     let mut guest = Guest::new();
@@ -79,6 +159,23 @@ fn only_those_who_may_call_are_heard() {
         guest.wait(Duration::from_millis(1));
     }
     assert_eq!((guest.came(handle), guest.net.stats().datagram_flows), (None, 0));
+}
+
+#[test]
+fn callers_over_ipv6_are_as_others() {
+    let mut guest = Guest::new();
+    let loopback: SocketAddr = "[::1]:0".parse().unwrap();
+    let (_, at) = guest.net.publish_tcp(loopback, 80, vec!["::1".parse().unwrap()]).unwrap();
+    let handle = listening(&mut guest, 80);
+    reach(&mut guest, at, handle);
+    let (_, at) = guest.net.publish_udp(loopback, 81, Vec::new()).unwrap();
+    let (handle, caller) = (guest.udp(81), UdpSocket::bind(loopback).unwrap());
+    caller.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    caller.send_to(b"x", at).unwrap();
+    let (_, port) = guest.until(|g| g.came(handle));
+    let gateway = guest.net.core.config.gateway4;
+    guest.datagram(handle, b"y", (gateway, port).into());
+    assert_eq!(caller.recv_from(&mut [0; 9]).unwrap(), (1, at));
 }
 
 #[test]

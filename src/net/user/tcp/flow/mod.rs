@@ -12,7 +12,7 @@ use std::net::IpAddr;
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
-use super::Segment;
+use super::{Segment, Tried};
 use crate::memory::Segment as Piece;
 use crate::net::user::core::Core;
 use crate::net::user::host::Alarm;
@@ -90,6 +90,8 @@ pub(super) struct Flow {
     pub local: bool,
     /// The guest has called.
     pub outgoing: bool,
+    /// Somebody has called the guest: by which published port, and where it was looked for so far.
+    pub caller: Option<(Id, Tried)>,
 
     // To the guest: sequence numbers (RFC 9293, 3.3.1). `sent` is where the next segment begins, `max` the highest ever sent.
     una: u32,
@@ -148,6 +150,7 @@ impl Flow {
             socket: Some(socket),
             local: false,
             outgoing: false,
+            caller: None,
             una: iss,
             sent: iss,
             max: iss,
@@ -438,6 +441,11 @@ impl Flow {
     pub(super) fn over(&mut self, now: Instant) {
         self.socket = None;
         (self.phase, self.resend_at, self.active) = (Phase::Over, None, now);
+    }
+
+    /// Gives away the socket of somebody whom the guest has refused.
+    pub(super) fn take_socket(&mut self) -> Option<Socket> {
+        self.socket.take()
     }
 
     /// Whoever is connected on the host sees a reset.

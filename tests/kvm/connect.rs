@@ -1,0 +1,197 @@
+//! Connections to services in containers, without any network.
+
+use std::io::{BufRead, BufReader, ErrorKind as IoKind, Read, Write};
+use std::net::Shutdown;
+use std::time::{Duration, Instant};
+
+use cofferdam::{Container, ErrorKind, Net, Policy, Process, Stdio};
+
+use crate::fixture::{Outcome, PATIENCE, container, debian_container};
+use crate::{check, check_eq};
+
+type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
+
+/// Servers of all kinds: an address, a port, what to do with callers.
+const SERVER: &str = r#"
+    use IO::Socket::IP; use Socket; $| = 1; my ($address, $port, $what) = @ARGV; my @held;
+    my $listener = IO::Socket::IP->new(LocalHost => $address, LocalPort => $port, Listen => 1024, ReuseAddr => 1) or die $@;
+    print "ready\n";
+    while (my $caller = $listener->accept) {
+        if ($what eq 'echo') {
+            while (sysread($caller, my $bytes, 65536)) {
+                for (my $at = 0; $at < length $bytes;) { $at += syswrite($caller, $bytes, length($bytes) - $at, $at) || last; }
+            }
+        } elsif ($what eq 'count') { local $/; my $all = <$caller>; print $caller length $all; }
+        elsif ($what eq 'greet') { syswrite $caller, 'hello'; shutdown $caller, 1; local $/; my $all = <$caller>; print "$all\n"; }
+        elsif ($what eq 'reset') {
+            sysread $caller, my $bytes, 3; syswrite $caller, 'partial';
+            setsockopt $caller, SOL_SOCKET, SO_LINGER, pack 'ii', 1, 0;
+        } else { push @held, $caller; next; }
+        close $caller;
+    }
+"#;
+
+/// A server that listens, and what it prints from then on.
+fn serve(container: &Container, address: &str, port: u16, what: &str) -> Result<(Process, impl BufRead + use<>)> {
+    let port = port.to_string();
+    let server = container.exec(["perl", "-e", SERVER, address, &port, what]).stdout(Stdio::piped());
+    let mut server = server.stderr(Stdio::piped()).spawn()?;
+    let mut printed = BufReader::new(server.stdout.take().ok_or("no output")?);
+    let mut line = String::new();
+    printed.read_line(&mut line)?;
+    check!(line == "ready\n", "{address}: {:?}", std::io::read_to_string(server.stderr.take().ok_or("no errors")?));
+    Ok((server, printed))
+}
+
+/// Descriptors of this process.
+fn descriptors() -> Result<usize> {
+    Ok(std::fs::read_dir("/proc/self/fd")?.count())
+}
+
+pub fn services_are_reached_on_any_address() -> Outcome {
+    let alone = container()?;
+    let with_card = debian_container().net(Net::user(Policy::deny_all())).start()?;
+    let places =
+        [(&alone, "127.0.0.1"), (&alone, "::1"), (&alone, "0.0.0.0"), (&with_card, "10.0.2.15"), (&with_card, "::")];
+    for (port, (container, address)) in (80..).zip(places) {
+        let error = container.connect(port).map(drop).expect_err("nobody listens yet");
+        check!(error.kind() == ErrorKind::NotFound, "{error}");
+        check!(error.to_string().contains(&format!("port {port} of the container: nobody listens there")), "{error}");
+        let _server = serve(container, address, port, "echo")?;
+        let mut stream = container.connect(port).map_err(|e| format!("{address}: {e}"))?;
+        stream.write_all(address.as_bytes())?;
+        stream.shutdown(Shutdown::Write)?;
+        check_eq!(std::io::read_to_string(stream)?, address);
+    }
+    check_eq!(alone.connect(0).map(drop).map_err(|e| e.kind()), Err(ErrorKind::InvalidConfig));
+    alone.kill();
+    alone.wait()?;
+    check_eq!(alone.connect(80).map(drop).map_err(|e| e.kind()), Err(ErrorKind::InvalidState));
+    Ok(())
+}
+
+pub fn each_direction_ends_by_itself() -> Outcome {
+    let container = container()?;
+    let _count = serve(&container, "127.0.0.1", 80, "count")?;
+    let mut stream = container.connect(80)?;
+    stream.write_all(&[7; 100_000])?;
+    stream.shutdown(Shutdown::Write)?;
+    check_eq!(std::io::read_to_string(stream)?, "100000");
+    let (_greet, mut printed) = serve(&container, "127.0.0.1", 81, "greet")?;
+    let mut stream = container.connect(81)?;
+    let mut greeting = String::new();
+    stream.read_to_string(&mut greeting)?;
+    stream.write_all(b"still here\n")?;
+    drop(stream);
+    let mut line = String::new();
+    printed.read_line(&mut line)?;
+    check_eq!((greeting.as_str(), line.as_str()), ("hello", "still here\n"));
+    Ok(())
+}
+
+pub fn resets_are_told_and_so_is_the_end_of_the_container() -> Outcome {
+    let container = container()?;
+    let _reset = serve(&container, "127.0.0.1", 80, "reset")?;
+    let mut stream = container.connect(80)?;
+    stream.write_all(b"GET")?;
+    let mut all = Vec::new();
+    let error = stream.read_to_end(&mut all).expect_err("it was reset");
+    check!(error.kind() == IoKind::ConnectionReset && b"partial".starts_with(&all), "{error} {all:?}");
+    let _hold = serve(&container, "127.0.0.1", 81, "hold")?;
+    let mut stream = container.connect(81)?;
+    container.kill();
+    check_eq!(stream.read(&mut [0]).map_err(|e| e.kind()), Err(IoKind::ConnectionReset));
+    Ok(())
+}
+
+pub fn whoever_does_not_read_stops_the_other_side_and_nothing_is_lost() -> Outcome {
+    const LEN: usize = 6_000_000;
+    let container = container()?;
+    // The guest's kernel would take some megabytes by itself.
+    let small = "cd /proc/sys/net/ipv4; for n in tcp_rmem tcp_wmem; do echo 4096 65536 131072 > $n; done";
+    check!(container.exec(["sh", "-c", small]).timeout(PATIENCE).status()?.success());
+    let _echo = serve(&container, "127.0.0.1", 80, "echo")?;
+    let stream = container.connect(80)?;
+    let sent: Vec<u8> = (0..LEN as u32).map(|n| (n ^ n >> 9) as u8).collect();
+    let (mut writing, expected) = (stream.try_clone()?, sent.clone());
+    let writer = std::thread::spawn(move || {
+        writing.write_all(&sent)?;
+        writing.shutdown(Shutdown::Write).map_err(std::io::Error::other)
+    });
+    // Nobody reads yet, so that it cannot all be under way.
+    std::thread::sleep(Duration::from_millis(700));
+    check!(!writer.is_finished(), "6 MB went somewhere");
+    let (mut reading, mut came) = (stream, Vec::new());
+    reading.read_to_end(&mut came)?;
+    writer.join().map_err(|_| "the writer panicked")??;
+    check!(came == expected, "{} bytes came, and not the right ones", came.len());
+    Ok(())
+}
+
+pub fn thousands_one_after_the_other_leave_nothing() -> Outcome {
+    if !crate::fixture::alone("connect::thousands_one_after_the_other_leave_nothing")? {
+        return Ok(());
+    }
+    let count = std::env::var("COFFERDAM_SOAK").ok().and_then(|n| n.parse::<u32>().ok()).map_or(1000, |n| n * 500);
+    let container = container()?;
+    let _echo = serve(&container, "127.0.0.1", 80, "echo")?;
+    let left = || -> Result<(usize, String)> {
+        // All sockets, of vsock too.
+        let command = "head -n 1 /proc/net/sockstat | cut -d ' ' -f 3";
+        let output = container.exec(["sh", "-c", command]).timeout(PATIENCE).output()?;
+        Ok((descriptors()?, String::from_utf8_lossy(&output.stdout).into_owned()))
+    };
+    let once = || -> Result<()> {
+        let mut stream = container.connect(80)?;
+        stream.write_all(b"ping")?;
+        let mut answer = [0; 4];
+        stream.read_exact(&mut answer)?;
+        check_eq!(&answer, b"ping");
+        Ok(())
+    };
+    for _ in 0..20 {
+        once()?;
+    }
+    let (before, begin) = (left()?, Instant::now());
+    for n in 0..count {
+        once().map_err(|e| format!("connection {n}: {e}"))?;
+    }
+    let each = begin.elapsed() / count;
+    let deadline = Instant::now() + PATIENCE;
+    // The last ones are still being closed.
+    let number = |text: &str| text.trim().parse::<usize>().map_err(|_| format!("no number: {text}"));
+    let most = (before.0 + 2, number(&before.1)? + 4);
+    let mut after = left()?;
+    while (after.0 > most.0 || number(&after.1)? > most.1) && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(100));
+        after = left()?;
+    }
+    writeln!(std::io::stderr(), "connect: {count} one after the other, {each:?} each, {before:?} and then {after:?}")?;
+    check!(after.0 <= most.0 && number(&after.1)? <= most.1, "{before:?} has become {after:?}");
+    Ok(())
+}
+
+pub fn many_at_once_are_bounded_and_make_room_again() -> Outcome {
+    let container = container()?;
+    let _hold = serve(&container, "127.0.0.1", 80, "hold")?;
+    let mut held = Vec::new();
+    let error = loop {
+        match container.connect(80) {
+            Ok(stream) => held.push(stream),
+            Err(error) => break error,
+        }
+        check!(held.len() <= 512, "there is no bound");
+    };
+    check_eq!((error.kind(), held.len()), (ErrorKind::ResourceExhausted, 512));
+    // Programs are started all the same.
+    check!(container.exec(["true"]).timeout(PATIENCE).status()?.success());
+    drop(held);
+    let deadline = Instant::now() + PATIENCE;
+    while let Err(error) = container.connect(80) {
+        check!(error.kind() == ErrorKind::ResourceExhausted && Instant::now() < deadline, "{error}");
+    }
+    let stopped = Instant::now();
+    container.stop(Duration::from_secs(5))?;
+    check!(stopped.elapsed() < Duration::from_secs(20), "open connections hold the end up: {:?}", stopped.elapsed());
+    Ok(())
+}
