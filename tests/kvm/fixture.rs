@@ -209,6 +209,16 @@ pub fn run(builder: VmBuilder) -> Result<(Exit, String), Box<dyn Error>> {
     Ok((exit, text))
 }
 
+/// How long what can be of any length shall be, where `COFFERDAM_SOAK` says so: seconds, rounds, MiB, thousands.
+pub fn soak() -> Option<u64> {
+    std::env::var("COFFERDAM_SOAK").ok()?.parse().ok()
+}
+
+/// How much of something long is done: all of it only when `COFFERDAM_SOAK` is set.
+pub fn soaking(all: u64, usual: u64) -> u64 {
+    if soak().is_some() { all } else { usual }
+}
+
 /// What says that this process runs one test alone.
 const ALONE: &str = "COFFERDAM_TEST_ALONE";
 

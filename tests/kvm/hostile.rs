@@ -7,7 +7,7 @@ use cofferdam::{Container, Disk, EventKind, Exit, ExitStatus, Size, Stdio, Vm, V
 
 use crate::fixture::{
     MAP_DEVICES, Outcome, PATIENCE, RINGS, Temp, alone, container, debian_container, driver, guest, resident, run,
-    tiny_kernel,
+    soaking, tiny_kernel,
 };
 use crate::{check, check_eq};
 
@@ -189,7 +189,7 @@ pub fn a_flood_on_the_console() -> Outcome {
 }
 
 pub fn gigabytes_on_the_console() -> Outcome {
-    const FLOOD: u64 = 4 << 30;
+    let flood = soaking(4, 1) << 30;
     if !alone("hostile::gigabytes_on_the_console")? {
         return Ok(());
     }
@@ -200,7 +200,7 @@ pub fn gigabytes_on_the_console() -> Outcome {
     let before = resident()?;
     let vm = Vm::builder(tiny_kernel(&Temp::new()?, &code)?).memory(Size::mib(8)).start()?;
     let (mut most, deadline) = (0, Instant::now() + PATIENCE * 4);
-    while vm.stats().devices.iter().all(|device| device.bytes_read < FLOOD) {
+    while vm.stats().devices.iter().all(|device| device.bytes_read < flood) {
         unharmed(&neighbour)?;
         most = most.max(resident()?);
         check!(Instant::now() < deadline && vm.try_wait()?.is_none(), "{:?} {}", vm.stats(), vm.trace());
@@ -227,7 +227,7 @@ pub fn a_fork_bomb_stays_inside() -> Outcome {
 }
 
 pub fn a_storm_of_connections() -> Outcome {
-    const STORM: u32 = 100_000;
+    let storm = soaking(100_000, 20_000);
     const WAVE: u32 = 500;
     if !alone("hostile::a_storm_of_connections")? {
         return Ok(());
@@ -241,7 +241,7 @@ pub fn a_storm_of_connections() -> Outcome {
     // Family 40, port 77, CID 2, none waits for an answer; of each wave that has broken, every second one sends a byte.
     let script = format!(
         "use Socket; $SIG{{PIPE}} = 'IGNORE'; $to = pack('SSLLx4', 40, 0, 77, 2); $sent = 0; \
-         for (1..{STORM} / {WAVE}) {{ my (@all, $open); \
+         for (1..{storm} / {WAVE}) {{ my (@all, $open); \
          for (1..{WAVE}) {{ socket(my $s, 40, SOCK_STREAM | 2048, 0) or die $!; connect($s, $to); push @all, $s; vec($open, fileno $s, 1) = 1; }} \
          my $end = time + 10; \
          while ($open =~ /[^\\0]/ && time < $end) {{ select(undef, my $ready = $open, undef, 1) > 0 and $open &= ~$ready; }} \

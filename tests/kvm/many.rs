@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 use cofferdam::{Exit, Size, Vm};
 
 use crate::fixture::{
-    Outcome, PATIENCE, Printed, Temp, alone, busybox, bzimage, container, guest, kernel, resident, run, tiny_kernel,
+    Outcome, PATIENCE, Printed, Temp, alone, busybox, bzimage, container, guest, kernel, resident, run, soaking,
+    tiny_kernel,
 };
 use crate::{check, check_eq};
 
@@ -63,15 +64,15 @@ impl Held {
 
 const MIB: u64 = 1 << 20;
 
-pub fn a_thousand_machines_leave_nothing_behind() -> Outcome {
-    if !alone("many::a_thousand_machines_leave_nothing_behind")? {
+pub fn one_machine_after_the_other_leaves_nothing_behind() -> Outcome {
+    if !alone("many::one_machine_after_the_other_leaves_nothing_behind")? {
         return Ok(());
     }
     let temp = Temp::new()?;
     // mov dx, 0x600; mov al, 0x34; out dx, al
     let kernel = tiny_kernel(&temp, &[0x66, 0xba, 0x00, 0x06, 0xb0, 0x34, 0xee, 0xf4])?;
     let mut first = None;
-    for _ in 0..1000 {
+    for _ in 0..soaking(1000, 250) {
         let vm = Vm::builder(kernel.clone()).start()?;
         let exit = vm.wait_timeout(PATIENCE)?.ok_or("it never ended")?;
         check!(matches!(exit, Exit::PowerOff), "{exit}");
@@ -83,12 +84,12 @@ pub fn a_thousand_machines_leave_nothing_behind() -> Outcome {
     Ok(())
 }
 
-pub fn fifty_containers_leave_nothing_behind() -> Outcome {
-    if !alone("many::fifty_containers_leave_nothing_behind")? {
+pub fn one_container_after_the_other_leaves_nothing_behind() -> Outcome {
+    if !alone("many::one_container_after_the_other_leaves_nothing_behind")? {
         return Ok(());
     }
     let mut first = None;
-    for n in 0..50 {
+    for n in 0..soaking(50, 12) {
         let container = container()?;
         check_eq!(container.exec(["echo", "here"]).output()?.stdout, b"here\n");
         // Half of them end in good order, the others as they are.

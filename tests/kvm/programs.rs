@@ -5,13 +5,13 @@
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::{Duration, Instant};
 
-use cofferdam::{Cidr, Container, Net, Policy, Port, Process, Rule, Size};
+use cofferdam::{Cidr, Container, Net, Policy, Port, Process, Rule, Size, Switch};
 
-use crate::fixture::{Outcome, PATIENCE, Temp, cache, host, host_words, network_container};
+use crate::fixture::{Outcome, PATIENCE, Temp, cache, host, host_words, network_container, soak, soaking};
 use crate::{check, check_eq, gateway};
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
@@ -61,10 +61,7 @@ pub fn ssh_goes_through_a_proxy_command_into_a_guest_without_a_network() -> Outc
     let mut ssh = Command::new("ssh");
     ssh.args(client(&temp)).args(["-o", &proxy, "root@any-name"]).env(PROXY, "1");
     let mut ssh = ssh.arg("ls /sys/class/net; cat > /copy; sha256sum /copy; exit 7");
-    ssh = ssh
-        .stdin(std::process::Stdio::piped())
-        .stdout(std::process::Stdio::piped())
-        .stderr(std::process::Stdio::piped());
+    ssh = ssh.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = ssh.spawn()?;
     let bytes: Vec<u8> = (0..1_000_000u32).map(|n| (n ^ n >> 5) as u8).collect();
     let path = temp.path("bytes");
@@ -75,11 +72,6 @@ pub fn ssh_goes_through_a_proxy_command_into_a_guest_without_a_network() -> Outc
     check!(output.status.code() == Some(7), "{} {text} {errors}", output.status);
     check!(!text.contains("eth") && text.contains(&digest(&path)?), "{text} {errors}");
     Ok(())
-}
-
-/// How long, where somebody said so.
-fn soak() -> Option<u32> {
-    std::env::var("COFFERDAM_SOAK").ok()?.parse().ok()
 }
 
 /// Waits until somebody in the container listens there.
@@ -187,7 +179,7 @@ asyncio.run(main())
 "#;
 
 impl Servers {
-    fn start(size: u32) -> Result<Self> {
+    fn start(size: u64) -> Result<Self> {
         static LAST: AtomicU8 = AtomicU8::new(33);
         let ip = Ipv4Addr::new(192, 0, 2, LAST.fetch_add(1, Ordering::Relaxed) + 1);
         host(&format!("ip addr replace {ip}/32 dev lo"))?;
@@ -234,6 +226,24 @@ pub fn clients_in_one_guest_use_servers_in_another() -> Outcome {
     Ok(())
 }
 
+pub fn databases_are_asked_by_name_across_a_switch() -> Outcome {
+    let (switch, requests) = (Switch::new(), soaking(20_000, 300));
+    let on = |name: &str| network_container().memory(Size::mib(384)).net(Net::switch(&switch, name)).start();
+    let (data, client) = (on("data")?, on("client")?);
+    let redis = ["redis-server", "--bind", "0.0.0.0", "--protected-mode", "no", "--save", ""];
+    let _redis = data.exec(redis).stdout(cofferdam::Stdio::null()).spawn()?;
+    let postgres = "cd /etc/postgresql/*/main && echo \"listen_addresses = '*'\" >> postgresql.conf && \
+                    echo 'host all all all trust' >> pg_hba.conf && pg_ctlcluster $(basename $(dirname $PWD)) main start";
+    shell(&data, postgres)?;
+    [6379, 5432].into_iter().try_for_each(|port| wait_for(&data, port))?;
+    let told = shell(&client, &format!("redis-benchmark -h data -n {requests} -c 10 -q -t set,get"))?;
+    check_eq!(told.matches("requests per second").count(), 2);
+    let sql = format!("create table t as select generate_series(1, {requests}) n; select sum(n) from t");
+    let sum = shell(&client, &format!("psql -h data -U postgres -Atqc '{sql}'"))?;
+    check_eq!(sum, (requests * (requests + 1) / 2).to_string());
+    Ok(())
+}
+
 pub fn iperf3_goes_all_its_ways() -> Outcome {
     let servers = Servers::start(1)?;
     let (client, ip, seconds) = (servers.client()?, servers.ip, soak().unwrap_or(1));
@@ -273,6 +283,6 @@ pub fn short_connections_a_hundred_at_once_are_all_served() -> Outcome {
     }
     let stats = servers.container.vm().net(0)?.stats()?;
     writeln!(std::io::stderr(), "{all} short connections in {:?}: {stats:?}", begin.elapsed())?;
-    check!(stats.connected >= all.into() && stats.limited == 0, "{stats:?}");
+    check!(stats.connected >= all && stats.limited == 0, "{stats:?}");
     Ok(())
 }

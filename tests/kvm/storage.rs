@@ -10,15 +10,10 @@ use std::time::{Duration, Instant};
 use cofferdam::{Console, Disk, DiskEngine, DiskLimit, Exit, Image, Initramfs, Rate, Size, Vm, VmBuilder};
 
 use crate::check;
-use crate::fixture::{Outcome, PATIENCE, Printed, Temp, busybox, cache, kernel};
+use crate::fixture::{Outcome, PATIENCE, Printed, Temp, busybox, cache, kernel, soak};
 
 /// In the environment of a process that shall run a machine until it is killed: the machine's disk.
 pub const VICTIM: &str = "COFFERDAM_TEST_VICTIM";
-
-/// How long, where somebody said so.
-fn soak() -> Option<u64> {
-    std::env::var("COFFERDAM_SOAK").ok()?.parse().ok()
-}
 
 /// The disk of a Debian with fio, e2fsprogs and sqlite3.
 fn root() -> Result<PathBuf, Box<dyn std::error::Error>> {
