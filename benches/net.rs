@@ -1,0 +1,453 @@
+//! What a guest gets of its network, and what of the host's processors that takes: a user-mode network beside QEMU's own (slirp)
+//! and beside passt, a socket to passt and a tap beside QEMU's, with the same guest, in the same run; and what a network and
+//! its connections keep of this process's heap.
+//!
+//! Runs in the lab's virtual time, where a microsecond is a thousand instructions (benches/README.md). The guest's program is
+//! this one, too.
+
+#![allow(clippy::print_stdout, clippy::print_stderr, clippy::expect_used, reason = "a bench prints, and fails loudly")]
+#![allow(unsafe_code, reason = "an allocator that counts")]
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::fs;
+use std::io::{self, Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use cofferdam::{Cidr, Console, Initramfs, Kernel, Net, Policy, Rule, Size, Vm};
+
+/// Bytes each way: once for the windows to open, then measured.
+const VOLUMES: [usize; 2] = [2 << 20, 8 << 20];
+const TRIPS: usize = 200;
+const CONNECTIONS: usize = 200;
+/// Connections that stay, and do nothing.
+const IDLE: usize = 128;
+/// Until what was begun is done.
+const REST: Duration = Duration::from_millis(100);
+/// Longer than anything takes that ends at all.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// An address of the host's, on a tap of its own; the guest there.
+const HOST: &str = "192.0.2.1";
+const TAP: &str = "cd-bench";
+
+struct Counting;
+
+static HEAP: AtomicUsize = AtomicUsize::new(0);
+
+// SAFETY: every call is the system allocator's own; counting changes nothing about it.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        HEAP.fetch_add(layout.size(), Ordering::Relaxed);
+        // SAFETY: as the caller has promised.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, at: *mut u8, layout: Layout) {
+        HEAP.fetch_sub(layout.size(), Ordering::Relaxed);
+        // SAFETY: as the caller has promised.
+        unsafe { System.dealloc(at, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+fn heap() -> f64 {
+    HEAP.load(Ordering::Relaxed) as f64
+}
+
+fn connect(host: SocketAddr) -> io::Result<TcpStream> {
+    let stream = TcpStream::connect_timeout(&host, PATIENCE)?;
+    patient(&stream)?;
+    Ok(stream)
+}
+
+fn patient(stream: &TcpStream) -> io::Result<()> {
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_write_timeout(Some(PATIENCE))?;
+    stream.set_nodelay(true)
+}
+
+fn send(stream: &mut TcpStream, bytes: usize) -> io::Result<()> {
+    let piece = [7; 64 << 10];
+    (0..bytes / piece.len()).try_for_each(|_| stream.write_all(&piece))
+}
+
+fn receive(stream: &mut TcpStream, bytes: usize) -> io::Result<()> {
+    let (mut piece, mut left) = ([0; 64 << 10], bytes);
+    while left > 0 {
+        match stream.read(&mut piece)? {
+            0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+            count => left -= count,
+        }
+    }
+    Ok(())
+}
+
+/// One byte: "now".
+fn say(stream: &mut TcpStream) -> io::Result<()> {
+    stream.write_all(&[1])
+}
+
+fn hear(stream: &mut TcpStream) -> io::Result<()> {
+    stream.read_exact(&mut [0])
+}
+
+/// The guest's part of all that `serve` measures.
+fn guest(host: SocketAddr) -> io::Result<()> {
+    let mut stream = connect(host)?;
+    for bytes in VOLUMES {
+        hear(&mut stream)?;
+        send(&mut stream, bytes)?;
+    }
+    for bytes in VOLUMES {
+        receive(&mut stream, bytes)?;
+        say(&mut stream)?;
+    }
+    for _ in 0..TRIPS {
+        hear(&mut stream)?;
+        say(&mut stream)?;
+    }
+    hear(&mut stream)?;
+    let idle = (0..IDLE).map(|_| connect(host)).collect::<io::Result<Vec<_>>>()?;
+    say(&mut stream)?;
+    hear(&mut stream)?;
+    drop(idle);
+    hear(&mut stream)?;
+    for _ in 0..CONNECTIONS {
+        connect(host)?.read_to_end(&mut Vec::new())?;
+    }
+    Ok(())
+}
+
+/// Processor time that these processes have used, all their threads that live.
+fn used(processes: &[u32]) -> Duration {
+    // The kernel counts a thread's time when it switches; on the lab's one processor all others are counted.
+    std::thread::yield_now();
+    let threads = processes.iter().filter_map(|pid| fs::read_dir(format!("/proc/{pid}/task")).ok()).flatten().flatten();
+    let times = threads.filter_map(|thread| fs::read_to_string(thread.path().join("schedstat")).ok());
+    Duration::from_nanos(times.filter_map(|line| line.split(' ').next()?.parse::<u64>().ok()).sum())
+}
+
+/// How long something took, and what of the host's processors.
+#[derive(Debug, Clone, Copy)]
+struct Cost {
+    time: f64,
+    cpu: f64,
+}
+
+fn cost(processes: &[u32], run: impl FnOnce() -> io::Result<()>) -> io::Result<Cost> {
+    let (before, start) = (used(processes), Instant::now());
+    run()?;
+    let time = start.elapsed().as_secs_f64();
+    Ok(Cost { time, cpu: used(processes).saturating_sub(before).as_secs_f64() })
+}
+
+/// What a guest got of one network.
+#[derive(Debug)]
+struct Outcome {
+    upload: Cost,
+    download: Cost,
+    /// Microseconds, in order.
+    trips: Vec<f64>,
+    connections: Cost,
+    /// This process's heap when guest and host rest after that, and what each connection adds to it that stays.
+    heap: f64,
+    idle: f64,
+}
+
+/// Where the guest calls; nobody waits for it for ever.
+fn listen() -> io::Result<TcpListener> {
+    let listener = TcpListener::bind((HOST, 0))?;
+    // An option of sockets, which only streams have a method for.
+    TcpStream::from(OwnedFd::from(listener.try_clone()?)).set_read_timeout(Some(PATIENCE))?;
+    Ok(listener)
+}
+
+/// The host's part; `processes` are those that have a part in it, this one too.
+fn serve(listener: &TcpListener, processes: &[u32]) -> io::Result<Outcome> {
+    let (mut stream, _) = listener.accept()?;
+    patient(&stream)?;
+    let upload = |stream: &mut TcpStream, bytes| {
+        cost(processes, || {
+            say(stream)?;
+            receive(stream, bytes)
+        })
+    };
+    let download = |stream: &mut TcpStream, bytes| {
+        cost(processes, || {
+            send(stream, bytes)?;
+            hear(stream)
+        })
+    };
+    let [warm, volume] = VOLUMES;
+    upload(&mut stream, warm)?;
+    let upload = upload(&mut stream, volume)?;
+    download(&mut stream, warm)?;
+    let download = download(&mut stream, volume)?;
+    let mut trips = Vec::with_capacity(TRIPS);
+    for _ in 0..TRIPS {
+        let start = Instant::now();
+        say(&mut stream)?;
+        hear(&mut stream)?;
+        trips.push(start.elapsed().as_secs_f64() * 1e6);
+    }
+    trips.sort_by(f64::total_cmp);
+    std::thread::sleep(REST);
+    let kept = heap();
+    say(&mut stream)?;
+    let idle = (0..IDLE).map(|_| listener.accept()).collect::<io::Result<Vec<_>>>()?;
+    hear(&mut stream)?;
+    let with_idle = heap();
+    drop(idle);
+    say(&mut stream)?;
+    std::thread::sleep(REST);
+    let connections = cost(processes, || {
+        say(&mut stream)?;
+        (0..CONNECTIONS).try_for_each(|_| listener.accept().map(drop))
+    })?;
+    Ok(Outcome { upload, download, trips, connections, heap: kept, idle: (with_idle - kept) / IDLE as f64 })
+}
+
+/// Ended with the bench, whatever becomes of it.
+struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn cache() -> String {
+    let base = std::env::var("XDG_CACHE_HOME").or_else(|_| std::env::var("HOME").map(|h| h + "/.cache"));
+    base.expect("HOME") + "/cofferdam"
+}
+
+fn shell(dir: &Path, script: &str) -> bool {
+    let mut sh = Command::new("sh");
+    sh.args(["-ec", script]).current_dir(dir).stderr(Stdio::null()).status().is_ok_and(|status| status.success())
+}
+
+/// Addresses of the guest on a network: its own, the way out; and its largest packet.
+type Place = (&'static str, &'static str, u32);
+
+const USER: Place = ("10.0.2.15", "10.0.2.2", 1500);
+/// As passt wants it of those who ask its DHCP server: its frames go one by one.
+const PASST: Place = ("10.0.2.15", "10.0.2.2", 65520);
+const ON_TAP: Place = ("192.0.2.2", HOST, 1500);
+
+/// Everything that the machines share, in a folder that goes with it.
+struct Bench {
+    dir: PathBuf,
+    path: String,
+    kernel: Kernel,
+}
+
+impl Drop for Bench {
+    fn drop(&mut self) {
+        shell(&self.dir, &format!("ip link del {TAP}"));
+        let _ = fs::remove_dir_all(&self.dir);
+    }
+}
+
+impl Bench {
+    fn new() -> Self {
+        let dir = std::env::temp_dir().join(format!("cofferdam-net-bench-{}", std::process::id()));
+        fs::create_dir_all(dir.join("root/bin")).expect("a folder");
+        let script = "#!/bin/busybox sh\n/bin/busybox ifconfig eth0 $GUEST netmask 255.255.255.0 mtu $MTU up\n\
+             /bin/busybox route add default gw $GATEWAY\n[ -z \"$BENCH_HOST\" ] || /bin/net\necho idle\n\
+             [ -n \"$BENCH_HOST\" ] || /bin/busybox sleep 1000\n/bin/busybox reboot -f\n";
+        fs::write(dir.join("root/init"), script).expect("the script");
+        let program = std::env::current_exe().expect("this program");
+        let archive = format!(
+            "chmod 755 root/init; mkdir root/dev; mknod root/dev/console c 5 1; cp /bin/busybox root/bin/
+             strip -o root/bin/net {program}; cp -L --parents $(ldd {program} | grep -o '/[^ ]*') root
+             cd root; find . | cpio -o -H newc > ../initrd",
+            program = program.display()
+        );
+        assert!(shell(&dir, &archive), "busybox-static, binutils and cpio: run `make setup`");
+        // passt looks for a way out, and there is none in the lab.
+        let tap = format!(
+            "ip tuntap add dev {TAP} mode tap vnet_hdr; ip addr add {HOST}/24 dev {TAP}; ip link set {TAP} up
+             ip route add default via 192.0.2.2 dev {TAP} metric 1000000"
+        );
+        let path = std::env::var("COFFERDAM_KERNEL").unwrap_or(cache() + "/kernel/vmlinux");
+        let kernel = Kernel::open(&path).expect("a kernel: run `make setup`");
+        let bench = Self { dir, path, kernel };
+        assert!(shell(&bench.dir, &tap), "a tap of the name {TAP}, which takes root and /dev/net/tun");
+        bench
+    }
+
+    /// What the kernel is told; what it does not know, it gives to the guest's script.
+    fn cmdline(&self, place: Place, host: Option<SocketAddr>) -> String {
+        let (guest, gateway, mtu) = place;
+        let host = host.map(|host| format!(" BENCH_HOST={host}")).unwrap_or_default();
+        format!("console=hvc0 quiet reboot=t panic=-1 GUEST={guest} GATEWAY={gateway} MTU={mtu}{host}")
+    }
+
+    fn start(&self, net: Option<Net>, cmdline: &str, console: Console) -> Vm {
+        let initramfs = Initramfs::open(self.dir.join("initrd")).expect("the initramfs");
+        let kernel = self.kernel.clone().cmdline(cmdline).initramfs(initramfs);
+        let vm = Vm::builder(kernel).memory(Size::mib(128)).console(console);
+        net.into_iter().fold(vm, |vm, net| vm.net(net)).start().expect("the guest starts")
+    }
+
+    fn ours(&self, net: impl FnOnce(SocketAddr) -> Net, place: Place, helper: Option<&Running>) -> io::Result<Outcome> {
+        let listener = listen()?;
+        let host = listener.local_addr()?;
+        let vm = self.start(Some(net(host)), &self.cmdline(place, Some(host)), Console::writer(io::stderr()));
+        let mut processes = vec![std::process::id()];
+        processes.extend(helper.map(|helper| helper.0.id()));
+        let outcome = serve(&listener, &processes);
+        vm.wait_timeout(PATIENCE).expect("the guest's end");
+        outcome
+    }
+
+    /// `None` where QEMU is not installed, or knows no such network.
+    fn qemu(&self, netdev: &str, place: Place, helper: Option<&Running>) -> Option<Outcome> {
+        let listener = listen().ok()?;
+        let host = listener.local_addr().ok()?;
+        let child = Command::new("qemu-system-x86_64")
+            .args(["-M", "microvm,x-option-roms=off,pit=off,pic=off,rtc=off", "-accel", "kvm", "-cpu", "host"])
+            .args(["-m", "128", "-smp", "1", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"])
+            .args(["-chardev", "stdio,id=console", "-device", "virtio-serial-device"])
+            .args(["-device", "virtconsole,chardev=console", "-global", "virtio-mmio.force-legacy=false"])
+            .args(["-netdev", &format!("{netdev},id=net"), "-device", "virtio-net-device,netdev=net"])
+            .args(["-append", &self.cmdline(place, Some(host)), "-kernel", &self.path, "-initrd"])
+            .arg(self.dir.join("initrd"))
+            .stdin(Stdio::null())
+            .stdout(io::stderr())
+            .spawn()
+            .ok()?;
+        let machine = Running(child);
+        let mut processes = vec![std::process::id(), machine.0.id()];
+        processes.extend(helper.map(|helper| helper.0.id()));
+        serve(&listener, &processes).inspect_err(|error| eprintln!("QEMU with {netdev}: {error}")).ok()
+    }
+
+    /// passt, and the socket on which it waits for a machine. `None` where it is not installed.
+    fn passt(&self) -> Option<(Running, PathBuf)> {
+        // It becomes nobody, who may not write to our folder.
+        let path = std::env::temp_dir().join(format!("cofferdam-passt-{}", std::process::id()));
+        let _ = fs::remove_file(&path);
+        let child = Command::new("passt")
+            .args(["-f", "-q", "-4", "-i", TAP, "-a", PASST.0, "-n", "24", "-g", PASST.1, "-D", HOST, "-s"])
+            .arg(&path)
+            .stdin(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .ok()?;
+        let passt = Running(child);
+        let ready = (0..200).any(|_| {
+            std::thread::sleep(Duration::from_millis(10));
+            path.exists()
+        });
+        ready.then_some((passt, path))
+    }
+
+    /// The heap that a machine without a network keeps, its guest idle.
+    fn heap_without(&self) -> f64 {
+        let (to, from) = mpsc::channel();
+        let before = heap();
+        let vm = self.start(None, &self.cmdline(USER, None), Console::writer(Told(to)));
+        let mut text = Vec::new();
+        while !text.windows(4).any(|word| word == b"idle") {
+            text.extend(from.recv_timeout(PATIENCE).expect("the guest says that it is idle"));
+        }
+        std::thread::sleep(REST);
+        let kept = heap() - before;
+        vm.kill();
+        kept
+    }
+}
+
+/// A console that passes on what it is told.
+struct Told(mpsc::Sender<Vec<u8>>);
+
+impl Write for Told {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let _ = self.0.send(bytes.to_vec());
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+fn figure(name: &str, value: f64, unit: &str, peer: Option<f64>, ratio: Option<f64>) {
+    let text = |value: Option<f64>| value.map_or("null".into(), |value| format!("{value:.2}"));
+    let (peer, ratio) = (text(peer), text(ratio));
+    println!(r#"{{"bench":"net","figure":"{name}","value":{value:.2},"unit":"{unit}","peer":{peer},"ratio":{ratio}}}"#);
+}
+
+/// All figures of a network, and of its peer.
+fn compare(what: &str, ours: &Outcome, peer: Option<&Outcome>) {
+    let more = |name: &str, unit: &str, of: &dyn Fn(&Outcome) -> f64| {
+        let (value, peer) = (of(ours), peer.map(of));
+        figure(&format!("{what}: {name}"), value, unit, peer, peer.map(|peer| value / peer));
+    };
+    let megabytes = VOLUMES[1] as f64 / 1e6;
+    more("guest to host", "MB/s", &|o| megabytes / o.upload.time);
+    more("guest to host, for each second of the host's processor", "MB/s", &|o| megabytes / o.upload.cpu);
+    more("host to guest", "MB/s", &|o| megabytes / o.download.time);
+    more("host to guest, for each second of the host's processor", "MB/s", &|o| megabytes / o.download.cpu);
+    more("new connections", "1/s", &|o| CONNECTIONS as f64 / o.connections.time);
+    more("new connections, for each second of the host's processor", "1/s", &|o| {
+        CONNECTIONS as f64 / o.connections.cpu
+    });
+    for (name, at) in [("p50", TRIPS / 2), ("p99", TRIPS * 99 / 100)] {
+        let (value, peer) = (ours.trips[at], peer.map(|peer| peer.trips[at]));
+        figure(&format!("{what}: one byte there and back, {name}"), value, "us", peer, peer.map(|peer| peer / value));
+    }
+}
+
+fn main() {
+    if let Ok(host) = std::env::var("BENCH_HOST") {
+        return guest(host.parse().expect("an address")).expect("the guest's part");
+    }
+    let bench = Bench::new();
+    let user = |host: SocketAddr| {
+        let there = Cidr::new(host.ip(), 32).expect("one address");
+        Net::user(Policy::deny_all().rule(Rule::allow_range(there).port(host.port())))
+    };
+    let before = heap();
+    let ours = bench.ours(user, USER, None).expect("a user-mode network");
+    let kept = ours.heap - before;
+    compare("user-mode (QEMU: slirp)", &ours, bench.qemu("user", USER, None).as_ref());
+    figure("user-mode: heap of an idle network", (kept - bench.heap_without()) / 1024.0, "KiB", None, None);
+    figure("user-mode: heap of an idle connection", ours.idle / 1024.0, "KiB", None, None);
+    let tap = bench.ours(|_| Net::tap(TAP), ON_TAP, None).expect("a tap");
+    let netdev = format!("tap,ifname={TAP},script=no,downscript=no,vhost=off");
+    compare("tap (QEMU: tap)", &tap, bench.qemu(&netdev, ON_TAP, None).as_ref());
+    // Last, as passt now and then waits for seconds, and virtual time is long.
+    let through = |run: &dyn Fn(&Running, &Path) -> Option<Outcome>| {
+        let (passt, socket) = bench.passt()?;
+        let outcome = run(&passt, &socket);
+        let _ = fs::remove_file(socket);
+        outcome
+    };
+    let passt = through(&|passt, socket| {
+        let netdev = format!("stream,server=off,addr.type=unix,addr.path={}", socket.display());
+        bench.qemu(&netdev, PASST, Some(passt))
+    });
+    compare("user-mode (QEMU: passt)", &ours, passt.as_ref());
+    let socket = through(&|passt, socket| {
+        let socket = UnixStream::connect(socket).ok()?;
+        bench
+            .ours(|_| Net::fd(socket).mtu(PASST.2), PASST, Some(passt))
+            .inspect_err(|error| eprintln!("Net::fd: {error}"))
+            .ok()
+    });
+    if let Some(socket) = socket {
+        compare("socket to passt (QEMU: the same)", &socket, passt.as_ref());
+    }
+}
