@@ -25,16 +25,17 @@ pub(crate) struct SocketNet {
     outbox: Vec<u8>,
 }
 
-/// Bytes of a stream, of which those before `begin` were used.
+/// Room for bytes of a stream, of which there are those from `begin` to `end`.
 #[derive(Debug, Default)]
 struct Inbox {
     bytes: Vec<u8>,
     begin: usize,
+    end: usize,
 }
 
 impl Inbox {
     fn rest(&self) -> &[u8] {
-        self.bytes.get(self.begin..).unwrap_or_default()
+        self.bytes.get(self.begin..self.end).unwrap_or_default()
     }
 
     /// How long the first frame is, if its length is there.
@@ -50,17 +51,18 @@ impl Inbox {
 
     /// Takes what the stream has; false when that is nothing now.
     fn fill(&mut self, fd: BorrowedFd<'_>) -> io::Result<bool> {
-        if self.begin > 0 {
-            self.bytes.drain(..self.begin);
-            self.begin = 0;
+        // Kept from frame to frame: to clear it each time took longer than to fill it.
+        self.bytes.copy_within(self.begin..self.end, 0);
+        (self.begin, self.end) = (0, self.end - self.begin);
+        if self.bytes.len() < self.end + CHUNK {
+            self.bytes.resize(self.end + CHUNK, 0);
         }
-        let before = self.bytes.len();
-        self.bytes.resize(before + CHUNK, 0);
-        let outcome = sys::receive(fd, self.bytes.get_mut(before..).unwrap_or_default());
-        self.bytes.truncate(before + outcome.as_ref().map_or(0, |n| *n));
-        match outcome {
+        match sys::receive(fd, self.bytes.get_mut(self.end..).unwrap_or_default()) {
             Ok(0) => Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the other end was closed")),
-            Ok(_) => Ok(true),
+            Ok(count) => {
+                self.end += count;
+                Ok(true)
+            }
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(false),
             Err(e) => Err(e),
         }

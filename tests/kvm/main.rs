@@ -178,8 +178,8 @@ fn exits() -> String {
     traced.and_then(Result::ok).map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default()
 }
 
-/// Runs a test. In the lab, whose emulated processors now and then make a guest or its host hang (lab/README.md), one that fails
-/// is run once more by itself, and both are told.
+/// Runs a test. In the lab, whose emulated processors may make a guest hang (lab/README.md), one that fails is run once more
+/// by itself, and both are told.
 fn tried(name: &str, test: fn() -> Result<(), Failed>) -> Result<(), Failed> {
     static ALONE: Mutex<()> = Mutex::new(());
     let begin = Instant::now();
@@ -213,6 +213,9 @@ fn main() -> ExitCode {
     // Guests compete for two processors in the lab; more at once only makes each slower.
     arguments.test_threads.get_or_insert(2);
     let without = std::env::var_os("COFFERDAM_WITHOUT_KVM").is_some_and(|v| v == "1");
+    let part = std::env::var("COFFERDAM_PART").unwrap_or_default();
+    let (part, parts) =
+        part.split_once('/').map_or((1_usize, 1_usize), |(n, of)| (n.parse().unwrap_or(1), of.parse().unwrap_or(1)));
     let missing = Host::probe().ready().err().map(|e| e.to_string());
     let trial = |&(name, test): &Test| {
         let missing = missing.clone();
@@ -224,5 +227,6 @@ fn main() -> ExitCode {
             }
         })
     };
-    libtest_mimic::run(&arguments, TESTS.iter().map(trial).collect()).exit_code()
+    libtest_mimic::run(&arguments, TESTS.iter().skip(part.saturating_sub(1)).step_by(parts.max(1)).map(trial).collect())
+        .exit_code()
 }
