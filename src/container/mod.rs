@@ -48,7 +48,7 @@ impl Container {
     }
 
     /// Connects to a TCP service in the container that listens on `port`, on whatever address: 127.0.0.1 or ::1 alone will do, and no
-    /// network is needed. Waits at most twenty seconds for the guest.
+    /// network is needed. Waits at most about ten seconds for the guest.
     ///
     /// The stream is as one of [`std::net::TcpStream`]: each direction ends by itself, whoever does not read stops the other side,
     /// and a service that resets it, or a container that ends, is a `ConnectionReset` behind the last of what was sent. At most 512

@@ -153,6 +153,10 @@ impl Ring {
                 return Ok(None);
             }
         }
+        // A driver with more requests under way than descriptors uses one twice: devices keep what they are given.
+        if self.next.wrapping_sub(self.used_next) >= self.size {
+            return Err(QueueError::AvailableRing);
+        }
         let at = self.place(self.next, 2);
         let head = self.available.view().load_u16(at, Relaxed).ok_or(QueueError::AvailableRing)?;
         self.next = self.next.wrapping_add(1);
@@ -309,13 +313,13 @@ mod tests {
                 write(0x2000 + 16 * n, &descriptor(addr.into(), len.into(), flags % 5, next % 6));
             }
             let (mut ring, mut queue) = (Ring::new(&CONFIG, event_idx, &here).unwrap(), reference(event_idx));
-            let (mut offered, mut popped, mut pushed) = (0u16, 0u16, false);
+            let (mut offered, mut popped, mut returned, mut pushed) = (0u16, 0u16, 0u16, false);
             for step in steps {
                 match step {
                     Step::Describe(n, addr, len, flags, next) => {
                         write(0x1000 + 16 * u64::from(n), &descriptor(addr, len, flags, next));
                     }
-                    Step::Offer(head) if offered - popped < SIZE => {
+                    Step::Offer(head) if offered - returned < SIZE => {
                         write(0x1204 + 2 * u64::from(offered % SIZE), &head.to_le_bytes());
                         offered += 1;
                         write(0x1202, &offered.to_le_bytes());
@@ -326,11 +330,13 @@ mod tests {
                         popped += u16::from(found.is_some());
                         prop_assert_eq!(found, theirs(&mut queue, &there));
                     }
-                    Step::Push(head, len) => {
+                    Step::Push(head, len) if returned < popped => {
                         ring.push(head, len).unwrap();
                         queue.add_used(there.inner(), head, len).unwrap();
+                        returned += 1;
                         pushed = true;
                     }
+                    Step::Push(..) => {}
                     Step::Enable => {
                         prop_assert_eq!(ring.enable_kicks().ok(), queue.enable_notification(there.inner()).ok());
                     }
@@ -378,5 +384,18 @@ mod tests {
         }
         memory.write(GuestAddress(0x1202), &(70_009u32 as u16).to_le_bytes()).unwrap();
         assert_eq!(ring.pop(), Err(QueueError::AvailableRing));
+    }
+
+    #[test]
+    fn no_more_chains_are_under_way_than_there_are_descriptors() {
+        let memory = GuestMemory::anonymous(&[(GuestAddress(0), 0x4000)]).unwrap();
+        let mut ring = Ring::new(&CONFIG, false, &memory).unwrap();
+        memory.write(GuestAddress(0x1202), &SIZE.to_le_bytes()).unwrap();
+        (0..SIZE).for_each(|_| assert_eq!(ring.pop(), Ok(Some(0))));
+        assert_eq!(ring.pop(), Ok(None));
+        memory.write(GuestAddress(0x1202), &(SIZE + 1).to_le_bytes()).unwrap();
+        assert_eq!(ring.pop(), Err(QueueError::AvailableRing));
+        ring.push(0, 0).unwrap();
+        assert_eq!(ring.pop(), Ok(Some(0)));
     }
 }

@@ -41,8 +41,9 @@ const NUMBER: u8 = 3;
 /// by router advertisements, which make it nobody's way out.
 ///
 /// It passes IPv4 and IPv6 from one guest to one other, whole packets only. Broadcasts, multicasts and fragments are dropped, as is
-/// whatever comes from an address that is not its sender's, and what only servers of the network may say. A guest that is slow
-/// loses what is more than 2 MiB for it; of that a single sender gets no more than half, so that it cannot shut others out.
+/// whatever comes from an address that is not its sender's, what only servers of the network may say, and what cannot be seen for
+/// the headers of IPv6 before it. For a guest that is slow at most 4 MiB wait, of which a single sender gets no more than half, so
+/// that it cannot shut others out; what is beyond that is lost.
 /// [`NetHandle::stats`](crate::NetHandle::stats) counts all of it.
 ///
 #[cfg_attr(feature = "container", doc = "```no_run")]

@@ -16,9 +16,16 @@ const SERVERS: [u16; 2] = [67, 547];
 const REDIRECT: u8 = 5;
 const ADVERTISEMENT: u8 = 9;
 /// Neighbour discovery (RFC 4861, 4), in which the switch answers for all, and what else is for routers and neighbours: inverse
-/// and secure discovery, groups, mobility (RFC 3122, RFC 3971, RFC 3810, RFC 6275).
+/// and secure discovery, groups, mobility (RFC 3122, RFC 3971, RFC 2710 and 3810, RFC 6275).
 pub(super) const DISCOVERY: std::ops::RangeInclusive<u8> = 133..=137;
+const GROUPS: std::ops::RangeInclusive<u8> = 130..=132;
 const LINK: std::ops::RangeInclusive<u8> = 141..=149;
+/// Headers of IPv6 behind which there is another (RFC 7045, 2), but for those that were skipped: what is there is not known, and
+/// may be a message as above.
+const EXTENSIONS: [u8; 10] = [0, 43, 44, 51, 60, 135, 139, 140, 253, 254];
+
+/// The largest frame that every driver which takes segments to cut has room for (Virtio 1.3, 5.1.6.3.1).
+const WHOLE: usize = 65550;
 
 /// Why a packet is not passed on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -65,24 +72,28 @@ impl Passing {
                 let kind = *inner.first().ok_or(Bad::Malformed)?;
                 let forbidden = match packet.src {
                     IpAddr::V4(_) => kind == REDIRECT || kind == ADVERTISEMENT,
-                    IpAddr::V6(_) => DISCOVERY.contains(&kind) || LINK.contains(&kind),
+                    IpAddr::V6(_) => [DISCOVERY, GROUPS, LINK].iter().any(|kinds| kinds.contains(&kind)),
                 };
                 if forbidden || four != (packet.protocol == wire::ICMP) {
                     return Err(Kept::Forbidden);
                 }
                 (2, at)
             }
+            extension if !four && EXTENSIONS.contains(&extension) => return Err(Kept::Forbidden),
             _ => (0, at),
         };
         let offload = self.offload(frame.offload(), at, place, headers)?;
         // What is behind the packet was never for the other.
         let total = at + packet.len;
+        if total > WHOLE {
+            return Err(Kept::TooLarge);
+        }
         let mut bytes = vec![0; total];
         if frame.read_at(0, &mut bytes) < total {
             return Err(Bad::Malformed.into());
         }
         // The guest may have changed it since it was looked at: what was checked is what is passed on.
-        let kept = head.len().min(headers.min(total));
+        let kept = head.len().min(total);
         if let (Some(to), Some(from)) = (bytes.get_mut(..kept), head.get(..kept)) {
             to.copy_from_slice(from);
         }

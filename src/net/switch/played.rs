@@ -35,6 +35,12 @@ impl Played {
         Ok(Self { mac, four, six, port, memory: GuestMemory::anonymous(&[(GuestAddress(0), 1 << 18)])? })
     }
 
+    /// Another driver, which agrees to this.
+    #[cfg(test)]
+    pub(in crate::net) fn agree(&mut self, agreed: Offloads) {
+        self.port.negotiated(Capabilities { to_host: Offloads::all(), to_guest: agreed });
+    }
+
     /// Sends a frame in two pieces.
     pub(in crate::net) fn send(&mut self, frame: &[u8], offload: Offload) {
         let segment = self.memory.segment(FRAME, frame.len()).ok();

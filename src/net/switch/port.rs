@@ -182,10 +182,18 @@ impl SwitchPort {
 
     /// Looks whether others have sent something.
     fn look(&mut self) -> Option<usize> {
-        if self.inbox.is_empty() {
-            self.inbox = self.place.peer.queue.take();
+        loop {
+            if self.inbox.is_empty() {
+                self.inbox = self.place.peer.queue.take();
+            }
+            let Packet { bytes, offload } = self.inbox.front()?;
+            if self.core.agreed.to_guest.contains(offload.needed()) {
+                return Some(bytes.len());
+            }
+            // It was sent to a driver that has agreed to more; this one may not even have buffers of its size.
+            self.inbox.pop_front();
+            self.core.stats.overflowed += 1;
         }
-        self.inbox.front().map(|packet| packet.bytes.len())
     }
 }
 

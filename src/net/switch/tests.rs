@@ -117,7 +117,7 @@ fn nobody_speaks_for_another() {
     // What only the network's servers say.
     send(&a_says.udp(b.mac, four, (67, 68), b"lease"));
     send(&a_says.udp(b.mac, six, (547, 546), b"lease"));
-    for (dst, protocol, kinds) in [(four, wire::ICMP, &[5, 9][..]), (six, wire::ICMPV6, &[134, 136, 137])] {
+    for (dst, protocol, kinds) in [(four, wire::ICMP, &[5, 9][..]), (six, wire::ICMPV6, &[130, 134, 136, 137])] {
         for kind in kinds {
             let message = [*kind, 0, 0, 0, 0, 0, 0, 0, 1, 2, 3, 4];
             let head = a_says.ip(b.mac, dst, protocol, message.len());
@@ -231,6 +231,14 @@ fn the_switch_leases_advertises_and_answers() {
     let head = a.ip(its_mac, its_four, wire::ICMP, 8);
     a.send(&[head.as_slice(), &echo].concat(), Offload::default());
     assert_eq!(a.take().first().map(|(bytes, _)| bytes[34]), Some(0));
+    // But keeps none that is larger than its packets.
+    for (len, answers) in [(1480, 1), (1481, 0)] {
+        let echo = [&echo[..], &vec![0; len - 8]].concat();
+        let head = a.ip(its_mac, its_four, wire::ICMP, len);
+        a.send(&[head.as_slice(), &echo].concat(), Offload::default());
+        assert_eq!(a.take().len(), answers, "{len}");
+    }
+    assert_eq!(a.stats().too_large, 1);
 }
 
 #[test]
@@ -251,4 +259,75 @@ fn a_flood_shuts_nobody_out() {
     b.leave();
     a.send(&frame, offload);
     assert!(b.take().is_empty() && a.stats().unserved == 1);
+}
+
+/// A message of ICMPv6 behind one more header of this kind.
+fn hidden(guest: &Played, to: &Played, extension: u8, message: &[u8]) -> Vec<u8> {
+    let header = [wire::ICMPV6, 0, 0, 0, 0, 0, 0, 0];
+    let head = guest.ip(to.mac, to.six.into(), extension, header.len() + message.len());
+    [head.as_slice(), &header, message].concat()
+}
+
+#[test]
+fn nothing_is_hidden_behind_headers_that_are_not_looked_through() {
+    let (_switch, mut a, mut b) = two();
+    let advertisement = [136, 0, 0, 0, 0x20, 0, 0, 0, 1, 2, 3, 4];
+    // Routing, authentication, mobility, host identity, shim6.
+    for extension in [43, 51, 135, 139, 140] {
+        let frame = hidden(&a, &b, extension, &advertisement);
+        a.send(&frame, Offload::default());
+        assert!(b.take().is_empty(), "{extension}");
+    }
+    assert_eq!(a.stats().spoofed, 5);
+    // More than are skipped: the last of them stands for what it hides.
+    let options: Vec<u8> = (0..5).flat_map(|n| [if n < 4 { 60 } else { wire::ICMPV6 }, 0, 1, 4, 0, 0, 0, 0]).collect();
+    let head = a.ip(b.mac, b.six.into(), 60, options.len() + advertisement.len());
+    a.send(&[head.as_slice(), &options, &advertisement].concat(), Offload::default());
+    assert!(b.take().is_empty());
+    // What is nobody's header passes: ESP is the end of what can be seen.
+    let frame = hidden(&a, &b, 50, b"sealed");
+    a.send(&frame, Offload::default());
+    assert_eq!(b.take().len(), 1);
+}
+
+#[test]
+fn what_was_checked_is_what_is_passed_on() {
+    let (_switch, a, b) = two();
+    let memory = crate::memory::GuestMemory::anonymous(&[(crate::memory::GuestAddress(0), 0x1000)]).unwrap();
+    let head = a.ip(b.mac, b.four.into(), wire::ICMP, 8);
+    let checked = [head.as_slice(), &[8, 0, 0xf7, 0xfd, 0, 1, 0, 1]].concat();
+    // Since then the guest has made a redirect of it.
+    let mut changed = checked.clone();
+    changed[34] = 5;
+    memory.write(crate::memory::GuestAddress(0), &changed).unwrap();
+    let pieces = [memory.segment(crate::memory::GuestAddress(0), changed.len()).unwrap()];
+    let frame = crate::net::Frame::new(&memory, &pieces, Offload::default());
+    let packet = Packet::parse(wire::IPV4, &checked[14..], checked.len() - 14).unwrap();
+    let passing = super::pass::Passing { packet, agreed: TSO, mtu: 1500 };
+    let Ok(packets) = passing.packets(frame, &checked) else { panic!("an echo request passes") };
+    assert!(packets[0].bytes == checked);
+}
+
+#[test]
+fn frames_that_a_driver_has_no_buffers_for_do_not_reach_it() {
+    let (_switch, mut a, mut b) = two();
+    let (frame, offload) = a.tcp(&b, true, &[7; 20_000], Some(1400));
+    let (small, small_offload) = a.tcp(&b, true, b"small", None);
+    a.send(&frame, offload);
+    a.send(&small, small_offload);
+    // Another driver takes over before they were taken.
+    b.agree(Offloads::CSUM);
+    let came = b.take();
+    assert!(came == [(small, small_offload)] && b.stats().overflowed == 1);
+    // The bell still rings.
+    a.send(&frame, offload);
+    assert_eq!(b.take().len(), 20_000usize.div_ceil(1400));
+    // Larger than a driver without mergeable buffers has room for.
+    b.agree(TSO);
+    for (len, passes) in [(65_550, 1), (65_551, 0), (65_589, 0)] {
+        let (frame, offload) = a.tcp(&b, false, &vec![7; len - wire::ETHERNET - 40 - 20], Some(1400));
+        a.send(&frame, offload);
+        assert_eq!((frame.len(), b.take().len()), (len, passes));
+    }
+    assert_eq!(a.stats().too_large, 2);
 }

@@ -200,8 +200,8 @@ pub struct NetStats {
     pub out_of_order: u64,
     /// UDP flows and pings now.
     pub datagram_flows: u64,
-    /// Datagrams of the host that were dropped because the guest takes no larger ones; on a switch, packets of the guest that
-    /// were too large for who should have them.
+    /// Datagrams of the host that were dropped because the guest takes no larger ones; packets of the guest that were too large for
+    /// who should have them: another guest on a switch, or whoever answers echo requests.
     pub too_large: u64,
     /// Connections and datagrams that the policy denied.
     pub denied: u64,

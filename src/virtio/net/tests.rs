@@ -123,6 +123,20 @@ fn datagrams_are_frames() {
 }
 
 #[test]
+fn nobody_gives_more_buffers_than_the_queue_has() {
+    let (mut driver, mut far, _) = stream();
+    far.write_all(&framed(&frame(60, 1))).unwrap();
+    driver.poke_watched(0);
+    // They have no room, so that they would be gathered for ever.
+    for _ in 0..10 {
+        driver.claim(RX, QUEUE_SIZE);
+        driver.poke(RX);
+    }
+    assert!(driver.broken());
+    assert_eq!(driver.device.pairs[0].room.len(), usize::from(QUEUE_SIZE));
+}
+
+#[test]
 fn without_mergeable_buffers_one_must_do() {
     let (mut driver, mut far, _) = stream();
     driver.set_features(0);
