@@ -15,7 +15,7 @@ use crate::net::user::core::Core;
 use crate::net::user::neighbour::{self, Router};
 use crate::net::user::table::Owner;
 use crate::net::user::{Config, NetStats, dhcp, icmp};
-use crate::net::wire::{self, Bad, Ends, Ethernet};
+use crate::net::wire::{self, Bad, Ends};
 use crate::net::{Capabilities, Frame, Mac, NetBackend, Offloads, Received, Room};
 use crate::sys::EpollEvent;
 
@@ -67,21 +67,12 @@ impl SwitchPort {
     }
 
     fn take(&mut self, frame: Frame<'_>) -> Result<(), Bad> {
-        let len = frame.len();
-        self.core.stats.sent_frames += 1;
-        self.core.stats.sent_bytes += len as u64;
         let mut head = [0; wire::HEADERS];
-        let filled = frame.read_at(0, &mut head);
-        let head = head.get(..filled).unwrap_or_default();
-        let ethernet = Ethernet::parse(head)?;
-        if ethernet.src != self.core.config.guest_mac {
-            self.core.stats.spoofed += 1;
-            return Ok(());
-        }
+        let Some((ethernet, head)) = self.core.open(frame.memory(), frame.pieces(), &mut head)? else { return Ok(()) };
         let bytes = head.get(wire::ETHERNET..).unwrap_or_default();
         match ethernet.kind {
             wire::IPV4 | wire::IPV6 => {
-                let packet = wire::Packet::parse(ethernet.kind, bytes, len - wire::ETHERNET)?;
+                let packet = wire::Packet::parse(ethernet.kind, bytes, frame.len() - wire::ETHERNET)?;
                 self.packet(frame, head, ethernet.dst, packet)
             }
             wire::ARP => {

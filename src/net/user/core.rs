@@ -9,7 +9,7 @@ use super::config::{Config, NetStats};
 use super::host::Host;
 use crate::memory::{GuestMemory, Segment};
 use crate::net::policy::{Admitted, Enforcer, Protocol};
-use crate::net::wire::{self, Bad, Ends, Head, Packet};
+use crate::net::wire::{self, Bad, Ends, Ethernet, Head, Packet};
 use crate::net::{Capabilities, Mac, Offload, Received};
 use crate::rate::{Bucket, Rate};
 
@@ -65,6 +65,25 @@ impl Core {
     pub(in crate::net) fn may_call(&mut self) -> bool {
         let now = self.host.now.saturating_duration_since(self.start);
         self.calls.as_mut().is_none_or(|calls| calls.take_whole(now))
+    }
+
+    /// Counts a frame of the guest and reads its front into `head`. `None` when it is in the name of another card.
+    pub(in crate::net) fn open<'h>(
+        &mut self,
+        memory: &GuestMemory,
+        frame: &[Segment],
+        head: &'h mut [u8; wire::HEADERS],
+    ) -> Result<Option<(Ethernet, &'h [u8])>, Bad> {
+        self.stats.sent_frames += 1;
+        self.stats.sent_bytes += frame.iter().map(|s| s.len() as u64).sum::<u64>();
+        let filled = memory.gather(frame, 0, head).map_err(|_| Bad::Malformed)?;
+        let head = head.get(..filled).unwrap_or_default();
+        let ethernet = Ethernet::parse(head)?;
+        if ethernet.src != self.config.guest_mac {
+            self.stats.spoofed += 1;
+            return Ok(None);
+        }
+        Ok(Some((ethernet, head)))
     }
 
     /// Counts what became of a frame of the guest.

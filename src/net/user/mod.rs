@@ -43,7 +43,7 @@ use self::resolver::{Asker, Resolver};
 use self::table::Owner;
 use self::tcp::{Segment as TcpSegment, TcpFlows};
 use super::policy::{Cidr, Denial, Policy};
-use super::wire::{self, Bad, Ends, Ethernet, Packet};
+use super::wire::{self, Bad, Ends, Packet};
 use super::{Capabilities, Frame, NetBackend, Offload, Offloads, Received, Room};
 use crate::error::{Context, Result};
 use crate::memory::{GuestMemory, Segment};
@@ -165,17 +165,9 @@ impl UserNet {
     }
 
     fn take(&mut self, memory: &GuestMemory, frame: &[Segment], offload: Offload) -> Result<(), Bad> {
-        let len = frame.iter().map(|s| s.len()).sum::<usize>();
-        self.core.stats.sent_frames += 1;
-        self.core.stats.sent_bytes += len as u64;
         let mut head = [0; wire::HEADERS];
-        let filled = memory.gather(frame, 0, &mut head).map_err(|_| Bad::Malformed)?;
-        let head = head.get(..filled).unwrap_or_default();
-        let ethernet = Ethernet::parse(head)?;
-        if ethernet.src != self.core.config.guest_mac {
-            self.core.stats.spoofed += 1;
-            return Ok(());
-        }
+        let Some((ethernet, head)) = self.core.open(memory, frame, &mut head)? else { return Ok(()) };
+        let len = frame.iter().map(|s| s.len()).sum::<usize>();
         let bytes = head.get(wire::ETHERNET..).unwrap_or_default();
         match ethernet.kind {
             wire::IPV4 | wire::IPV6 => {
