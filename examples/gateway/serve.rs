@@ -6,9 +6,9 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use cofferdam::{Container, ErrorKind, VsockStream};
+use cofferdam::{ErrorKind, VsockStream};
 
-use super::guests::{Guests, Visit};
+use super::guests::{Guest, Guests, Visit};
 use super::head::{Found, Kind, MAX_HEAD};
 
 /// What callers may take.
@@ -86,8 +86,8 @@ fn serve(mut caller: TcpStream, guests: &Guests, limits: &Limits) -> io::Result<
     };
     let Some(visit) = guests.visit(&name) else { return refuse(&mut caller, kind, Refusal::Unknown) };
     let port = if kind == Kind::Tls { 443 } else { 80 };
-    let opened = visit.and_then(|visit| Ok((connect(&visit.guest.container, port, limits.server)?, visit)));
-    let (mut stream, visit): (VsockStream, Visit) = match opened {
+    let opened = visit.map_err(Into::into).and_then(|visit| Ok((connect(&visit.guest, port, limits.server)?, visit)));
+    let (mut stream, visit): (VsockStream, Visit) = match opened as Result<_, Failure> {
         Ok(opened) => opened,
         Err(error) => {
             eprintln!("gateway: {name}: {error}");
@@ -125,15 +125,20 @@ fn read_head(caller: &mut TcpStream, deadline: Instant) -> io::Result<(Kind, Fou
     }
 }
 
+type Failure = Box<dyn std::error::Error>;
+
 /// Connects as soon as the guest's server listens.
-fn connect(container: &Container, port: u16, patience: Duration) -> cofferdam::Result<VsockStream> {
+fn connect(guest: &Guest, port: u16, patience: Duration) -> Result<VsockStream, Failure> {
     let deadline = Instant::now() + patience;
     loop {
-        match container.connect(port) {
+        match guest.container.connect(port) {
             Err(error) if error.kind() == ErrorKind::NotFound && Instant::now() < deadline => {
+                if let Some(status) = guest.server.try_wait()? {
+                    return Err(format!("its server has ended: {status}").into());
+                }
                 thread::sleep(Duration::from_millis(20));
             }
-            outcome => return outcome,
+            outcome => return Ok(outcome?),
         }
     }
 }
