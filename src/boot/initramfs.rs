@@ -125,7 +125,6 @@ impl Initramfs {
                 ),
             ));
         };
-        memory.use_small_pages(GuestAddress(start), (limit - start).next_multiple_of(4096));
         let mut at = start;
         for piece in &pieces {
             piece.load(memory, at)?;

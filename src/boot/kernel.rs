@@ -49,6 +49,8 @@ pub struct Kernel {
 #[derive(Debug)]
 pub(super) struct Loaded {
     pub image: MemoryImage,
+    /// Where what the kernel itself writes begins, as far as the file tells.
+    pub data: GuestAddress,
     pub entry: Entry,
     /// Its PVH entry point, if it has one.
     pub pvh: Option<GuestAddress>,
@@ -255,8 +257,32 @@ fn load_elf(file: &mut File) -> Result<Loaded> {
         None => return Err(corrupt(format!("its entry point {at} lies outside what it loads"))),
     };
     let end = result.kernel_end.max(image.end());
+    let data = GuestAddress(data(file)?.unwrap_or(image.end()));
     let configuration = Configuration::embedded(&image);
-    Ok(Loaded { image, entry, pvh, end, header: None, configuration, release: None })
+    Ok(Loaded { image, data, entry, pvh, end, header: None, configuration, release: None })
+}
+
+/// Where the first writable segment of an ELF file is loaded (System V ABI, gABI 4.1, 5).
+fn data(file: &File) -> Result<Option<u64>> {
+    const LOAD: u32 = 1;
+    const WRITABLE: u32 = 2;
+    let mut header = [0; 64];
+    file.read_exact_at(&mut header, 0)?;
+    let [at, count] = [u64_at(&header, 32), u64_at(&header, 56) & 0xffff];
+    let mut first = None;
+    for index in 0..count {
+        let mut segment = [0; 56];
+        file.read_exact_at(&mut segment, at.saturating_add(index * 56))?;
+        let (kind_and_flags, address) = (u64_at(&segment, 0), u64_at(&segment, 24));
+        if kind_and_flags as u32 == LOAD && (kind_and_flags >> 32) as u32 & WRITABLE != 0 {
+            first = Some(first.map_or(address, |it: u64| it.min(address)));
+        }
+    }
+    Ok(first)
+}
+
+fn u64_at(bytes: &[u8], at: usize) -> u64 {
+    bytes.get(at..at + 8).and_then(|it| it.try_into().ok()).map_or(0, u64::from_le_bytes)
 }
 
 fn load_bzimage(file: &mut File) -> Result<Loaded> {
@@ -283,7 +309,8 @@ fn load_bzimage(file: &mut File) -> Result<Loaded> {
     let configuration = Configuration::default();
     let release = release(file, header.kernel_version);
     let entry = Entry::Linux64(GuestAddress(entry));
-    Ok(Loaded { image, entry, pvh: None, end, header: Some(header), configuration, release })
+    let data = GuestAddress(image.end());
+    Ok(Loaded { image, data, entry, pvh: None, end, header: Some(header), configuration, release })
 }
 
 /// The first word of the version in a bzImage; its header says where that is, from 0x200 on (Linux x86 boot protocol, 1.3,
@@ -326,6 +353,10 @@ pub(super) mod tests {
         let kernel = open("elf", &elf(b"\xf4")).unwrap();
         assert_eq!(kernel.loaded.entry, Entry::Linux64(GuestAddress(0x10_0000)));
         assert_eq!(kernel.loaded.image.data_len(), 4096);
+        assert_eq!(kernel.loaded.data.0, kernel.loaded.image.end(), "no segment is writable");
+        let mut writable = elf(b"\xf4");
+        writable[68] = 6;
+        assert_eq!(open("elf-writable", &writable).unwrap().loaded.data.0, 0x10_0000);
     }
 
     #[test]

@@ -19,8 +19,6 @@ const LOADER_UNDEFINED: u8 = 0xff;
 /// What a kernel without a header of its own is told, as the boot protocol defines it.
 const BOOT_FLAG: u16 = 0xaa55;
 const HEADER_MAGIC: u32 = 0x5372_6448;
-/// What a host backs memory with where it may.
-const HUGE_PAGE: u64 = 2 << 20;
 /// Kernels that do not say how high an initramfs may lie take it below 2 GiB.
 const INITRAMFS_LIMIT: u64 = 0x7fff_ffff;
 
@@ -38,10 +36,7 @@ pub(crate) fn load(memory: &GuestMemory, kernel: &Kernel, cmdline: &str) -> Resu
             format!("{have} MiB are too few for this kernel, which needs {need} MiB to unpack itself"),
         ));
     }
-    // Below the kernel and at its end little is written before the kernel runs, and where it unpacks nothing is.
-    memory.use_small_pages(GuestAddress(0), loaded.image.start());
-    memory.use_small_pages(GuestAddress(loaded.end / HUGE_PAGE * HUGE_PAGE), HUGE_PAGE);
-    memory.map_image(&loaded.image)?;
+    memory.map_image(&loaded.image, loaded.data)?;
     let mut text = cmdline.as_bytes().to_vec();
     text.push(0);
     memory.write(layout::CMDLINE, &text)?;

@@ -75,25 +75,18 @@ impl MemoryImage {
 }
 
 impl GuestMemory {
-    /// Keeps the kernel from backing this range with huge pages: a few bytes written there would cost 2 MiB and the
-    /// time to clear them. A kernel that does not know huge pages refuses, which is fine.
-    pub(crate) fn use_small_pages(&self, addr: GuestAddress, len: u64) {
-        let (Ok(size), page) = (usize::try_from(len), sys::page_size()) else { return };
-        let Ok(slice) = self.inner.get_slice(addr.inner(), size) else { return };
-        let at = slice.ptr_guard_mut().as_ptr();
-        if at.addr() % page == 0 {
-            // SAFETY: `at..at+size` lies inside one mapping of this guest's memory; the advice changes no contents.
-            unsafe { libc::madvise(at.cast(), size, libc::MADV_NOHUGEPAGE) };
-        }
-    }
-
-    /// Puts the image's data where it belongs: copy-on-write, or as a copy where others see what the guest writes. What
-    /// was there before is gone.
+    /// Puts the image's data where it belongs: copy-on-write what lies below `data`, as a copy what follows, which the guest
+    /// writes at once anyway, and everything where others see what the guest writes. What was there before is gone.
     ///
     /// # Errors
     /// `InvalidConfig` when the memory is too small for the image, `ResourceExhausted` when the host has too many mappings.
-    pub(crate) fn map_image(&self, image: &MemoryImage) -> Result<()> {
-        for &(start, len) in &image.extents {
+    pub(crate) fn map_image(&self, image: &MemoryImage, data: GuestAddress) -> Result<()> {
+        let data = if self.private() { data.0.next_multiple_of(sys::page_size() as u64) } else { 0 };
+        let split = |&(start, len): &(u64, u64)| {
+            let (end, middle) = (start + len, data.clamp(start, start + len));
+            [(start, middle - start), (middle, end - middle)]
+        };
+        for (start, len) in image.extents.iter().flat_map(split).filter(|(_, len)| *len > 0) {
             let size = usize::try_from(len).map_err(|_| Error::invalid("memory", "too large"))?;
             let small = |_| {
                 Error::invalid(
@@ -102,7 +95,7 @@ impl GuestMemory {
                 )
             };
             let segment = self.segment(GuestAddress(start), size).map_err(small)?;
-            match self.private() {
+            match start < data {
                 true => self.map_over(segment, image).doing(|| "mapping the kernel into guest memory")?,
                 false => self.copy_over(segment, image).doing(|| "copying the kernel into guest memory")?,
             }
@@ -170,7 +163,7 @@ mod tests {
         let guest = |backing| GuestMemory::new(&[(GuestAddress(0), 4 << 20)], backing).unwrap();
         let guests = [Backing::Memfd, Backing::Anonymous, Backing::Transparent].map(guest);
         for guest in &guests {
-            guest.map_image(&image).unwrap();
+            guest.map_image(&image, GuestAddress(image.end())).unwrap();
         }
         guests[0].write(GuestAddress(0x10_0000), b"KERNEL").unwrap();
         let mut seen = [0; 6];
@@ -180,9 +173,28 @@ mod tests {
     }
 
     #[test]
+    fn what_the_kernel_writes_is_copied_and_the_rest_is_shared() {
+        let bytes: Vec<u8> = (0..4 << 12).map(|at| (at % 251) as u8).collect();
+        let (image, ()) =
+            MemoryImage::build(1 << 30, |memory| Ok(memory.write(GuestAddress(0x10_0000), &bytes)?)).unwrap();
+        // In the middle of the second page, so copying begins with the third.
+        let data = GuestAddress(0x10_1800);
+        let guest = GuestMemory::anonymous(&[(GuestAddress(0), 4 << 20)]).unwrap();
+        guest.map_image(&image, data).unwrap();
+        let mut seen = vec![0; bytes.len()];
+        guest.read(GuestAddress(0x10_0000), &mut seen).unwrap();
+        assert_eq!(seen, bytes);
+        let discarded = guest.segment(GuestAddress(0x10_0000), bytes.len()).unwrap();
+        guest.discard(discarded);
+        guest.read(GuestAddress(0x10_0000), &mut seen).unwrap();
+        assert_eq!(seen[..0x2000], bytes[..0x2000], "mapped: the image shows through");
+        assert!(seen[0x2000..].iter().all(|byte| *byte == 0), "copied: nothing is below");
+    }
+
+    #[test]
     fn a_guest_too_small_for_the_image_is_refused() {
         let (image, ()) = MemoryImage::build(64 << 20, |m| Ok(m.write(GuestAddress(32 << 20), b"x")?)).unwrap();
         let small = GuestMemory::anonymous(&[(GuestAddress(0), 4 << 20)]).unwrap();
-        assert_eq!(small.map_image(&image).unwrap_err().kind(), ErrorKind::InvalidConfig);
+        assert_eq!(small.map_image(&image, GuestAddress(0)).unwrap_err().kind(), ErrorKind::InvalidConfig);
     }
 }
