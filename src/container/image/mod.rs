@@ -111,14 +111,14 @@ impl Image {
     fn made(&self) -> Result<File> {
         let store = Store::open(self.cache.clone())?;
         let identity = self.identity()?;
-        let remembered = identity.as_ref().and_then(|identity| store.remembered(identity));
-        let digest = match remembered {
+        let digest = match identity.as_ref().and_then(|identity| store.remembered(identity)) {
             Some(digest) => digest,
-            None => self.digest()?,
+            None => {
+                let digest = self.digest()?;
+                identity.iter().for_each(|identity| store.remember(identity, &digest));
+                digest
+            }
         };
-        if let Some(identity) = identity {
-            store.remember(&identity, &digest);
-        }
         store.get_or_make(&digest, |path| ext4::write(path, self.max_size, |writer| self.write(writer)))
     }
 
