@@ -342,7 +342,7 @@ fn time_by(clock: &str) -> Outcome {
     check!(printed.text().starts_with(clock), "{}", printed.text());
     // A date of whole seconds, read a moment before.
     for (_, behind, _) in [one, two] {
-        check!((-0.5..2.5).contains(&behind), "the guest's date is {behind} s behind");
+        check!((-0.5..2.5).contains(&behind), "the guest's date is {behind} s behind: {one:?} {two:?}");
     }
     let (here, there) = ((two.0 - one.0).as_secs_f64(), two.2 - one.2);
     check!(there >= 4.0 && (here - there).abs() < 0.5, "{here} s here are {there} s there");
