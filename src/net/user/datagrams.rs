@@ -66,7 +66,6 @@ pub(super) struct Datagrams {
     clients: HashMap<(Id, SocketAddr), Id>,
     ready: VecDeque<Source>,
     staged: Staged,
-    buffer: Vec<u8>,
     port: u16,
 }
 
@@ -259,12 +258,12 @@ impl Datagrams {
 
     /// How many bytes the next frame has.
     pub(super) fn next(&mut self, core: &mut Core, ports: &Ports) -> Option<usize> {
-        self.buffer.resize(wire::MAX_PACKET, 0);
-        while !self.staged.full {
-            let source = *self.ready.front()?;
+        let mut buffer = std::mem::take(&mut core.buffer);
+        while let Some(&source) = self.ready.front().filter(|_| !self.staged.full) {
+            buffer.resize(wire::MAX_PACKET, 0);
             let more = match source {
-                Source::Flow(id) => self.take_of_flow(core, id),
-                Source::Port(id) => self.take_of_port(core, ports, id),
+                Source::Flow(id) => self.take_of_flow(core, id, &mut buffer),
+                Source::Port(id) => self.take_of_port(core, ports, id, &mut buffer),
             };
             self.ready.pop_front();
             match (more, source) {
@@ -278,18 +277,19 @@ impl Datagrams {
                 (false, Source::Port(_)) => {}
             }
         }
-        Some(self.staged.frame.len())
+        core.buffer = buffer;
+        self.staged.full.then_some(self.staged.frame.len())
     }
 
     /// Takes the next datagram of a flow. False: there are no more.
-    fn take_of_flow(&mut self, core: &mut Core, id: Id) -> bool {
+    fn take_of_flow(&mut self, core: &mut Core, id: Id, buffer: &mut [u8]) -> bool {
         let Some(flow) = self.flows.get_mut(id) else { return false };
         let Via::Socket(socket) = &flow.via else { return false };
-        match socket.receive(&mut self.buffer) {
+        match socket.receive(buffer) {
             Ok(n) => {
                 flow.active = core.host.now;
                 let key = flow.key;
-                self.stage(core, &key, n);
+                self.stage(core, &key, buffer.get_mut(..n).unwrap_or_default());
                 true
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => false,
@@ -301,8 +301,8 @@ impl Datagrams {
     }
 
     /// Takes the next datagram of a published port. False: there are no more.
-    fn take_of_port(&mut self, core: &mut Core, ports: &Ports, id: Id) -> bool {
-        let (n, client, guest_port) = match ports.receive(id, &mut self.buffer) {
+    fn take_of_port(&mut self, core: &mut Core, ports: &Ports, id: Id, buffer: &mut [u8]) -> bool {
+        let (n, client, guest_port) = match ports.receive(id, buffer) {
             Ok(Some(found)) => found,
             Ok(None) => return true,
             Err(error) => return error.kind() != io::ErrorKind::WouldBlock && ports.is_there(id),
@@ -323,13 +323,14 @@ impl Datagrams {
         if let Some(flow) = flow.and_then(|flow| self.flows.get_mut(flow)) {
             flow.active = core.host.now;
             let key = flow.key;
-            self.stage(core, &key, n);
+            self.stage(core, &key, buffer.get_mut(..n).unwrap_or_default());
         }
         true
     }
 
-    /// Makes a frame of the first `n` bytes of the buffer.
-    fn stage(&mut self, core: &mut Core, key: &Key, n: usize) {
+    /// Makes a frame of what came.
+    fn stage(&mut self, core: &mut Core, key: &Key, payload: &mut [u8]) {
+        let n = payload.len();
         let ends = Ends { src: key.remote.0, dst: key.guest.0 };
         let inner = wire::ETHERNET + wire::ip_header_len(ends.src);
         let udp = key.protocol == Protocol::Udp;
@@ -344,7 +345,6 @@ impl Datagrams {
             (false, IpAddr::V6(_)) => wire::ICMPV6,
         };
         let mut head = Head::ip(core.macs(), ends, protocol, header + n);
-        let Some(payload) = self.buffer.get_mut(..n) else { return };
         let mut offload = Offload::default();
         if udp {
             head.udp(key.remote.1, key.guest.1, n);
