@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 use crate::boot::{Kernel, read_modules, tiny};
 use crate::bus::{Bus, BusDevice};
 use crate::event::Loop;
+use crate::irq::Interrupt;
 use crate::memory::{GuestAddress, GuestMemory};
 use crate::sys;
 use crate::virtio::balloon::Balloon;
@@ -61,7 +62,7 @@ pub fn mmio(data: &[u8]) {
     let Ok(memory) = GuestMemory::anonymous(&[(GuestAddress(0), 1 << 20)]) else {
         return;
     };
-    let Ok(transport) = MmioTransport::new(Rng.profile(), memory, devices.remote(), 0) else {
+    let Ok(transport) = MmioTransport::new(Rng.profile(), memory, (devices.remote(), 0), Interrupt::new(|| ())) else {
         return;
     };
     let (mut bus, transport) = (Bus::default(), Arc::new(Mutex::new(transport)));

@@ -1,10 +1,8 @@
-//! A device's interrupt: a descriptor that the hypervisor turns into an interrupt, and the status bits beside it.
+//! A device's interrupt: how to raise it, and the status bits beside it.
 
+use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-
-use crate::error::{Context, Result};
-use crate::sys::{EventFd, eventfd};
 
 /// "Used buffer notification" (Virtio 1.3, 4.2.2, InterruptStatus bit 0).
 const USED: u32 = 1;
@@ -15,9 +13,8 @@ const CONFIG: u32 = 2;
 #[derive(Debug, Clone)]
 pub(crate) struct Interrupt(Arc<Line>);
 
-#[derive(Debug)]
 struct Line {
-    fd: EventFd,
+    edge: Box<dyn Fn() + Send + Sync>,
     status: AtomicU32,
     raised: AtomicU64,
     /// The device cannot go on (Virtio 1.3, 2.1: DEVICE_NEEDS_RESET).
@@ -25,21 +22,14 @@ struct Line {
 }
 
 impl Interrupt {
-    /// # Errors
-    /// `ResourceExhausted` when the process has no descriptors left.
-    pub(crate) fn new() -> Result<Self> {
-        let fd = eventfd().doing(|| "creating an interrupt")?;
-        Ok(Self(Arc::new(Line {
-            fd,
+    /// `edge` raises it; on the thread that has something to tell, so it must not block.
+    pub(crate) fn new(edge: impl Fn() + Send + Sync + 'static) -> Self {
+        Self(Arc::new(Line {
+            edge: Box::new(edge),
             status: AtomicU32::new(0),
             raised: AtomicU64::new(0),
             broken: AtomicBool::new(false),
-        })))
-    }
-
-    /// What the hypervisor listens to (KVM API, 4.75).
-    pub(crate) fn fd(&self) -> &EventFd {
-        &self.0.fd
+        }))
     }
 
     /// Buffers were used.
@@ -72,8 +62,7 @@ impl Interrupt {
     fn raise(&self, bits: u32) {
         self.0.status.fetch_or(bits, Ordering::SeqCst);
         self.0.raised.fetch_add(1, Ordering::Relaxed);
-        // The only failure is a counter at its maximum: the interrupt is pending then already.
-        let _ = self.0.fd.write(1);
+        (self.0.edge)();
     }
 
     /// The status register.
@@ -92,16 +81,24 @@ impl Interrupt {
     }
 }
 
+impl fmt::Debug for Line {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Line({:#x})", self.status.load(Ordering::SeqCst))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn status_is_kept_until_acknowledged() {
-        let interrupt = Interrupt::new().unwrap();
+        let edges = Arc::new(AtomicU64::new(0));
+        let counted = edges.clone();
+        let interrupt = Interrupt::new(move || _ = counted.fetch_add(1, Ordering::Relaxed));
         interrupt.signal_used();
         interrupt.signal_config();
-        assert_eq!((interrupt.status(), interrupt.raised(), interrupt.fd().read().unwrap()), (3, 2, 2));
+        assert_eq!((interrupt.status(), interrupt.raised(), edges.load(Ordering::Relaxed)), (3, 2, 2));
         interrupt.acknowledge(1);
         assert_eq!(interrupt.status(), 2);
         interrupt.signal_broken();

@@ -33,7 +33,10 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("container", &["error", "size", "sys", "event", "boot", "virtio", "vm", "proto"]),
     ("guest", &["proto"]),
     // For fuzzing and tests only: stands outside and knocks.
-    ("doors", &["error", "size", "sys", "memory", "event", "bus", "boot", "net", "virtio", "container", "proto"]),
+    (
+        "doors",
+        &["error", "size", "sys", "memory", "event", "bus", "irq", "boot", "net", "virtio", "container", "proto"],
+    ),
 ];
 
 /// Crates that live in one layer only.

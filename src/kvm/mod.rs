@@ -8,6 +8,7 @@ mod vcpu;
 
 use std::fmt;
 use std::os::fd::AsRawFd;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use kvm_bindings::{CpuId, KVM_PIT_SPEAKER_DUMMY, Msrs, kvm_msr_entry, kvm_pit_config, kvm_userspace_memory_region};
 use kvm_ioctls::{Cap, IoEventAddress, MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags};
@@ -74,7 +75,7 @@ impl Kvm {
                 Err(e) => return Err(failed(e)).doing(|| "creating a VM"),
             }
         };
-        let vm = VmFd { fd };
+        let vm = VmFd { fd: Arc::new(fd) };
         // Three pages that Intel hosts need below 4 GiB, outside guest memory (KVM API, 4.37).
         vm.fd.set_tss_address(TSS_ADDRESS).map_err(failed).doing(|| "reserving the TSS pages")?;
         vm.fd.create_irq_chip().map_err(failed).doing(|| "creating the interrupt controllers")?;
@@ -95,7 +96,7 @@ impl fmt::Debug for Kvm {
 
 /// One virtual machine in the host's kernel.
 pub(crate) struct VmFd {
-    fd: kvm_ioctls::VmFd,
+    fd: Arc<kvm_ioctls::VmFd>,
 }
 
 impl VmFd {
@@ -118,6 +119,24 @@ impl VmFd {
                 .doing(|| format!("giving the guest memory slot {slot}"))?;
         }
         Ok(())
+    }
+
+    /// What raises interrupt `gsi`, as an edge, on the thread that calls it (KVM API, 4.25). Does nothing when the VM is gone.
+    ///
+    /// For lines of an I/O interrupt controller, what KVM does for [`VmFd::attach_irq`] takes a thread of the host's kernel,
+    /// and two switches to and from it.
+    pub(crate) fn edge(&self, gsi: u32) -> impl Fn() + Send + Sync + use<> {
+        let (vm, turn) = (Arc::downgrade(&self.fd), Mutex::new(()));
+        move || {
+            let Some(vm) = vm.upgrade() else { return };
+            // Two threads' edges at the same time could be one, seen before the second had anything to tell.
+            let _turn = turn.lock().unwrap_or_else(PoisonError::into_inner);
+            for level in [true, false] {
+                if let Err(error) = vm.set_irq_line(gsi, level) {
+                    log::debug!("interrupt {gsi} cannot be raised: {error}");
+                }
+            }
+        }
     }
 
     /// Turns signals of `fd` into edges of interrupt `gsi` (KVM API, 4.75).

@@ -84,17 +84,22 @@ pub(crate) struct MmioTransport {
 }
 
 impl MmioTransport {
-    /// Registers for device `slot` of a loop, whose profile is `profile`.
+    /// Registers for device `slot` of a loop, whose profile is `profile` and which raises `interrupt`.
     ///
     /// # Errors
     /// `ResourceExhausted` when the process has no descriptors left.
-    pub(crate) fn new(profile: Profile, memory: GuestMemory, devices: Remote<Slots>, slot: usize) -> Result<Self> {
+    pub(crate) fn new(
+        profile: Profile,
+        memory: GuestMemory,
+        (devices, slot): (Remote<Slots>, usize),
+        interrupt: Interrupt,
+    ) -> Result<Self> {
         let kicks: Result<Vec<_>> =
             profile.queues.iter().map(|_| eventfd().doing(|| "creating a queue's kick")).collect();
         Ok(Self {
             queues: vec![QueueConfig::default(); profile.queues.len()],
             kicks: kicks?.into(),
-            interrupt: Interrupt::new()?,
+            interrupt,
             counters: Arc::default(),
             on_ready: Box::new(|| ()),
             on_broken: Arc::new(|_| ()),
@@ -371,7 +376,9 @@ mod tests {
         fn new() -> Self {
             let devices = Loop::start("test", |s| Slots::new(vec![Box::new(Rng)], s, Box::new(|_, _| ()))).unwrap();
             let memory = GuestMemory::anonymous(&[(GuestAddress(0), 1 << 20)]).unwrap();
-            let transport = MmioTransport::new(Rng.profile(), memory.clone(), devices.remote(), 0).unwrap();
+            let transport =
+                MmioTransport::new(Rng.profile(), memory.clone(), (devices.remote(), 0), Interrupt::new(|| ()))
+                    .unwrap();
             Self { transport, memory, _devices: devices }
         }
 

@@ -4,7 +4,7 @@
 //!  vCPU thread                            event loop
 //!  MmioTransport -- with(start/stop) -->  Slots: device + DeviceIo (queues, memory, interrupt)
 //!  driver's kick == ioeventfd =========>  VirtioDevice::ready
-//!  driver        <== irqfd =============  DeviceIo::drain / complete
+//!  driver        <== interrupt =========  DeviceIo::drain / complete
 //! ```
 //! This folder never sees KVM: devices get memory, an interrupt and descriptors, so all of it runs in plain tests.
 

@@ -236,16 +236,16 @@ impl Parts<'_> {
         self.slots.insert(name.clone(), (remote.clone(), slot));
         let [ready, broken] = [(); 2].map(|()| self.shared.clone());
         let device = name.clone();
-        let transport = MmioTransport::new(profile, self.memory.clone(), remote, slot)?
-            .on_ready(move || {
-                if ready.marks.drivers_ready() {
-                    ready.log.push(EventKind::DriversReady);
-                }
-            })
-            .on_broken(move |why| {
-                broken.log.push(EventKind::DeviceError { device: device.clone(), what: why.to_owned() });
-            });
-        self.vm.attach_irq(transport.interrupt().fd(), irq)?;
+        let transport =
+            MmioTransport::new(profile, self.memory.clone(), (remote, slot), Interrupt::new(self.vm.edge(irq)))?
+                .on_ready(move || {
+                    if ready.marks.drivers_ready() {
+                        ready.log.push(EventKind::DriversReady);
+                    }
+                })
+                .on_broken(move |why| {
+                    broken.log.push(EventKind::DeviceError { device: device.clone(), what: why.to_owned() });
+                });
         for (queue, kick) in (0..).zip(transport.kicks().iter()) {
             self.vm.attach_kick(kick, addr + NOTIFY_OFFSET, queue)?;
         }
