@@ -96,7 +96,9 @@ pub fn scp_sftp_and_git_keep_every_byte_through_a_published_port() -> Outcome {
     let temp = Temp::new()?;
     let script = sshd(&key(&temp)?);
     let network = Net::user(Policy::deny_all()).publish(Port::tcp(([127, 0, 0, 1], 0), 22));
-    let container = network_container().net(network).start()?;
+    // Of what is cloned git holds much in memory.
+    let memory = Size::mib(if soak().is_some() { 4096 } else { 192 });
+    let container = network_container().memory(memory).net(network).start()?;
     let _sshd = container.exec(["sh", "-c", &script]).spawn()?;
     wait_for(&container, 22)?;
     let net = container.vm().net(0)?;
@@ -167,13 +169,16 @@ asyncio.run(main())
 "#;
 
 const WEBSOCKET: &str = r#"
-import asyncio, websockets
+import asyncio, time, websockets
 async def main():
+    end = time.monotonic() + SECONDS
     async with websockets.connect("ws://SERVERS:8765", max_size=None, open_timeout=60) as socket:
-        for n in (10, 70000, 1000000):
-            message = "x" * n
-            await socket.send(message)
-            assert await socket.recv() == message
+        while True:
+            for n in (10, 70000, 1000000):
+                message = "x" * n
+                await socket.send(message)
+                assert await socket.recv() == message
+            if time.monotonic() >= end: break
     print("echoed")
 asyncio.run(main())
 "#;
@@ -219,7 +224,8 @@ pub fn clients_in_one_guest_use_servers_in_another() -> Outcome {
     );
     check_eq!(shell(&client, &apt)?.lines().last(), Some("installed"));
     check_eq!(shell(&client, &format!("dig +short +timeout=30 @{ip} any.example.test"))?, "198.51.100.7");
-    let websocket = WEBSOCKET.replace("SERVERS", &ip.to_string());
+    let seconds = soak().unwrap_or(0).to_string();
+    let websocket = WEBSOCKET.replace("SERVERS", &ip.to_string()).replace("SECONDS", &seconds);
     check_eq!(shell(&client, &format!("python3 -c '{websocket}'"))?, "echoed");
     let elsewhere = shell(&client, "curl -sS --max-time 60 http://192.0.2.1/ 2>&1; echo code $?")?;
     check!(elsewhere.contains("code 7"), "{elsewhere}");
