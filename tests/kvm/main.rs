@@ -110,7 +110,7 @@ tests! {
     memory: what_a_guest_frees_comes_back the_balloon_takes_what_it_is_told_and_gives_it_back
         a_guest_short_of_memory_takes_it_from_the_balloon asked_for_in_transparent_huge_pages
         in_a_file_that_others_may_map in_huge_pages_of_the_hosts_pool more_than_a_host_without_overcommit_promises;
-    net: a_guest_and_its_host_talk_over_a_tap several_queues_are_used
+    net: a_guest_and_its_host_talk_over_a_tap a_line_that_loses_repeats_and_reorders_keeps_every_byte several_queues_are_used
         a_tap_that_is_busy_or_missing_or_made_otherwise_is_named frames_on_a_socket_and_a_link_that_goes_down
         a_guest_goes_where_its_policy_lets_it_and_nowhere_else a_container_has_address_route_and_names
         published_ports_lead_into_the_guest published_ports_lead_to_services_on_any_address_but_one

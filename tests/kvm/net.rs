@@ -4,9 +4,9 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::process::Command;
 
-use cofferdam::{Cidr, Container, ErrorKind, EventKind, Net, Policy, Port, Process, Rule, Stdio, VmBuilder};
+use cofferdam::{Cidr, Container, ErrorKind, EventKind, Net, Policy, Port, Process, Rule, Size, Stdio, VmBuilder};
 
-use crate::fixture::{Outcome, PATIENCE, Printed, debian_container, guest, host, run};
+use crate::fixture::{Outcome, PATIENCE, Printed, Temp, debian_container, guest, host, run, soak};
 use crate::{check, check_eq};
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
@@ -66,6 +66,65 @@ fn md5(bytes: &[u8]) -> Result<String> {
     child.stdin.take().ok_or("no input")?.write_all(bytes)?;
     let output = child.wait_with_output()?;
     Ok(String::from_utf8_lossy(&output.stdout).split(' ').next().unwrap_or_default().to_owned())
+}
+
+/// A network namespace with an address, and a bridge between it and a tap.
+struct Far {
+    _tap: Tap,
+}
+
+impl Far {
+    const ADDRESS: &str = "192.0.2.49";
+
+    fn new() -> Result<Self> {
+        let tap = Tap::new("cd-line", "")?;
+        let it = Self { _tap: tap };
+        host("ip netns add cd-far")?;
+        host("ip link add cd-bridge type bridge")?;
+        host("ip link add cd-near type veth peer name cd-peer netns cd-far")?;
+        for name in ["cd-line", "cd-near"] {
+            host(&format!("ip link set {name} master cd-bridge up"))?;
+        }
+        host("ip link set cd-bridge up")?;
+        host(&format!("ip -n cd-far addr add {}/28 dev cd-peer", Self::ADDRESS))?;
+        host("ip -n cd-far link set cd-peer up")?;
+        Ok(it)
+    }
+}
+
+impl Drop for Far {
+    fn drop(&mut self) {
+        let _ = host("ip link del cd-bridge");
+        let _ = host("ip netns del cd-far");
+    }
+}
+
+pub fn a_line_that_loses_repeats_and_reorders_keeps_every_byte() -> Outcome {
+    let _far = Far::new()?;
+    for name in ["cd-line", "cd-near"] {
+        host(&format!("tc qdisc add dev {name} root netem delay 50ms 10ms loss 5% duplicate 2% reorder 10% 50%"))?;
+    }
+    let (temp, bytes) = (Temp::new()?, soak().map_or(100_000, |n| n * 1_000_000));
+    let [sent, came] = ["sent", "came"].map(|name| temp.path(name).display().to_string());
+    let far = format!(
+        "head -c {bytes} /dev/urandom > {sent}; ip netns exec cd-far busybox nc -l -p 7777 -e dd of={came} status=none; \
+         ip netns exec cd-far busybox nc -l -p 7778 -e cat {sent}"
+    );
+    let mut far = Command::new("sh").args(["-c", &far]).spawn()?;
+    let script = format!(
+        "ifconfig eth0 192.0.2.50 netmask 255.255.255.240 up; ping -c 20 -W 30 {0} | grep received
+        head -c {bytes} /dev/urandom > /data; nc {0} 7777 < /data; md5sum < /data
+        until nc {0} 7778 > /came && [ -s /came ]; do sleep 1; done; md5sum < /came\nreboot -f",
+        Far::ADDRESS
+    );
+    let (exit, printed) = run(guest(&script).memory(Size::mib(512)).net(Net::tap("cd-line")))?;
+    check!(far.wait()?.success(), "{exit} {printed}");
+    for file in [sent, came] {
+        let bytes = std::fs::read(&file)?;
+        check!(!bytes.is_empty() && printed.contains(&md5(&bytes)?), "{file}: {} bytes: {exit} {printed}", bytes.len());
+    }
+    check!(!printed.contains(" 0 packets received"), "{printed}");
+    Ok(())
 }
 
 pub fn several_queues_are_used() -> Outcome {
