@@ -117,8 +117,26 @@ struct Bench {
 
 impl Drop for Bench {
     fn drop(&mut self) {
+        if in_lab() {
+            let _ = Command::new("umount").arg(self.dir.join("data")).status();
+        }
         let _ = fs::remove_dir_all(&self.dir);
     }
+}
+
+/// Where what is temporary is in memory. Files there are never read or written at once (`RWF_NOWAIT`), as those on disks are
+/// whose contents the host has cached.
+fn in_lab() -> bool {
+    std::env::var_os("COFFERDAM_IN_LAB").is_some()
+}
+
+/// A folder for disks, in the lab on a file system as hosts have it.
+fn data_folder(dir: &Path) {
+    fs::create_dir(dir.join("data")).expect("a folder");
+    let made = "truncate -s 1G fs && /sbin/mkfs.ext4 -q -E lazy_itable_init=0,lazy_journal_init=0 fs && \
+                { [ -e /dev/loop-control ] || mknod /dev/loop-control c 10 237; } && mount -o loop fs data";
+    let made = || Command::new("sh").args(["-c", made]).current_dir(dir).status().is_ok_and(|it| it.success());
+    assert!(!in_lab() || made(), "e2fsprogs and mount: run `make setup`");
 }
 
 const CMDLINE: &str = "console=hvc0 quiet reboot=t panic=-1";
@@ -127,6 +145,7 @@ impl Bench {
     fn new() -> Self {
         let dir = std::env::temp_dir().join(format!("cofferdam-disk-bench-{}", std::process::id()));
         fs::create_dir_all(dir.join("root/bin")).expect("a folder");
+        data_folder(&dir);
         let image = Image::open(cache().join("images/debian-12-storage.tar")).expect("an image: run `make setup`");
         // In a folder of its own, its disk is the only file there.
         let disks = cache().join("bench-disk");
@@ -160,7 +179,7 @@ impl Bench {
 
     /// A disk that was written whole, so that nothing is the first to touch a page of it.
     fn data(&self, name: &str) -> PathBuf {
-        let path = self.dir.join(name);
+        let path = self.dir.join("data").join(name);
         let mut file = File::create(&path).expect("a disk");
         let piece: Vec<u8> = (0..1u32 << 18).flat_map(|n| n.wrapping_mul(0x9e37_79b9).to_le_bytes()).collect();
         (0..DATA / piece.len() as u64).for_each(|_| file.write_all(&piece).expect("room for a disk"));
