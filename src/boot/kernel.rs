@@ -164,6 +164,13 @@ impl Kernel {
         self.loaded.configuration.has("VIRTIO_MMIO_CMDLINE_DEVICES")
     }
 
+    /// What looks which of the kernel's pages a guest has written, so that those that follow have copies of them at once; to be
+    /// called when a guest's kernel has come so far.
+    pub(crate) fn learner(&self) -> impl Fn(&GuestMemory) + Send + use<> {
+        let loaded = self.loaded.clone();
+        move |memory| memory.learn(&loaded.image, loaded.data)
+    }
+
     /// Where it is entered.
     ///
     /// # Errors

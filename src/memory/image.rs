@@ -10,7 +10,7 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::FileExt;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use vm_memory::{FileOffset, GuestMemoryBackend, GuestMemoryMmap};
 
@@ -24,6 +24,8 @@ pub(crate) struct MemoryImage {
     file: File,
     /// Page-aligned ranges that hold data, sorted. Everything else is a hole.
     extents: Vec<(u64, u64)>,
+    /// Ranges that guests write at once, as the first has shown.
+    pub(super) written: OnceLock<Vec<(u64, u64)>>,
 }
 
 impl MemoryImage {
@@ -41,7 +43,7 @@ impl MemoryImage {
         let answer = fill(&GuestMemory { inner: Arc::new(inner), backing: Backing::Memfd })?;
         let extents = extents(&file).doing(|| "reading a memory image's layout")?;
         seal(&file).doing(|| "sealing a memory image")?;
-        Ok((Self { file, extents }, answer))
+        Ok((Self { file, extents, written: OnceLock::new() }, answer))
     }
 
     /// The end of the last byte that holds data, rounded up to a page.
@@ -99,6 +101,9 @@ impl GuestMemory {
                 true => self.map_over(segment, image).doing(|| "mapping the kernel into guest memory")?,
                 false => self.copy_over(segment, image).doing(|| "copying the kernel into guest memory")?,
             }
+        }
+        if data > 0 {
+            self.own_written(image);
         }
         Ok(())
     }

@@ -10,6 +10,7 @@ mod io;
 mod mover;
 mod usage;
 mod window;
+mod written;
 
 pub(crate) use backing::Backing;
 pub use backing::Memory;

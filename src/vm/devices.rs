@@ -11,6 +11,7 @@ use super::exit::Reason;
 use super::machine::Shared;
 use super::net::{Connected, Net, NetHandle, check_addresses};
 use crate::arch::layout;
+use crate::boot::Kernel;
 use crate::bus::Bus;
 use crate::error::{Error, Result};
 use crate::event::{Loop, Remote};
@@ -151,6 +152,7 @@ pub(super) fn slots(n: usize) -> Result<Vec<(u64, u32)>> {
 pub(super) struct Parts<'a> {
     pub vm: &'a VmFd,
     pub memory: &'a GuestMemory,
+    pub kernel: &'a Kernel,
     pub shared: &'a Arc<Shared>,
     pub mmio: Bus,
     pub loops: Vec<Loop<Slots>>,
@@ -235,11 +237,12 @@ impl Parts<'_> {
         let OnBus { profile, engine, window: (addr, irq) } = on_bus;
         self.slots.insert(name.clone(), (remote.clone(), slot));
         let [ready, broken] = [(); 2].map(|()| self.shared.clone());
-        let device = name.clone();
+        let (device, learn, memory) = (name.clone(), self.kernel.learner(), self.memory.clone());
         let transport =
             MmioTransport::new(profile, self.memory.clone(), (remote, slot), Interrupt::new(self.vm.edge(irq)))?
                 .on_ready(move || {
                     if ready.marks.drivers_ready() {
+                        learn(&memory);
                         ready.log.push(EventKind::DriversReady);
                     }
                 })

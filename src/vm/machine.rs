@@ -245,7 +245,8 @@ pub(super) fn start(config: &VmConfig) -> Result<Vm> {
     let Attachments { devices: attachments, listeners, published, pumps } = attachments;
     let slots = slots(attachments.len())?;
     let (cmdline, tables) = config.cmdline(&slots)?;
-    let entry = boot::load(&memory, &config.packed_kernel()?, &cmdline)?;
+    let kernel = config.packed_kernel()?;
+    let entry = boot::load(&memory, &kernel, &cmdline)?;
     let mut generation = [0; 16];
     sys::fill_random(&mut generation).doing(|| "making the machine's generation")?;
     arch::write_tables(&memory, tables, vcpus, &slots, generation)?;
@@ -279,6 +280,7 @@ pub(super) fn start(config: &VmConfig) -> Result<Vm> {
     let mut parts = Parts {
         vm: &vm,
         memory: &memory,
+        kernel: &kernel,
         shared: &shared,
         mmio: Bus::default(),
         loops: Vec::new(),

@@ -1,0 +1,133 @@
+//! Which pages of an image guests write: the first guest shows it, and those that follow get such pages as their own.
+//!
+//! A kernel rewrites its code for the processor that it finds, in the same places each time. A page that is mapped for reading
+//! when its guest writes to it costs two faults, and every other virtual machine of the process is told of it. Before the
+//! guest runs it costs one, and nobody is told.
+#![allow(unsafe_code, reason = "advises about pages; memory/ is one of the folders that may")]
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+
+use vm_memory::GuestMemoryBackend;
+
+use super::{GuestAddress, GuestMemory, MemoryImage};
+use crate::sys;
+
+/// No more than so many pages are given to a guest that has not asked for them.
+const MOST: usize = 1024;
+/// Pages that are asked about at once, at 8 bytes each.
+const BATCH: usize = 1 << 10;
+/// In an entry of pagemap: the page is there, and it is one of a file (Linux, admin-guide/mm/pagemap).
+const PRESENT: u64 = 1 << 63;
+const OF_FILE: u64 = 1 << 61;
+
+impl GuestMemory {
+    /// Looks which pages of the image below `data` this guest has written; the first time for an image only.
+    pub(crate) fn learn(&self, image: &MemoryImage, data: GuestAddress) {
+        if self.private() {
+            image.written.get_or_init(|| {
+                self.written(image, data).unwrap_or_else(|error| {
+                    log::debug!("what a guest has written cannot be seen: {error}");
+                    Vec::new()
+                })
+            });
+        }
+    }
+
+    /// The ranges of such pages: where they begin and how many bytes.
+    fn written(&self, image: &MemoryImage, data: GuestAddress) -> io::Result<Vec<(u64, u64)>> {
+        let page = sys::page_size() as u64;
+        let (mut found, mut count): (Vec<(u64, u64)>, _) = (Vec::new(), 0);
+        let pagemap = File::open("/proc/self/pagemap")?;
+        let mut entries = vec![0; BATCH * 8];
+        for &(start, len) in image.extents() {
+            for at in (start..(start + len).min(data.0)).step_by(BATCH * page as usize) {
+                let pages = ((start + len).min(data.0) - at).div_ceil(page).min(BATCH as u64);
+                let slice = self.inner.get_slice(GuestAddress(at).inner(), page as usize).map_err(io::Error::other)?;
+                let (first, room) = (slice.ptr_guard().as_ptr().addr() as u64 / page, pages as usize * 8);
+                let entries = entries.get_mut(..room).unwrap_or_default();
+                pagemap.read_exact_at(entries, first * 8)?;
+                let own = |bytes: &[u8]| {
+                    let entry = bytes.try_into().map_or(0, u64::from_le_bytes);
+                    entry & PRESENT != 0 && entry & OF_FILE == 0
+                };
+                for (n, _) in (0..).zip(entries.chunks_exact(8)).filter(|(_, bytes)| own(bytes)) {
+                    let at = at + n * page;
+                    match found.last_mut() {
+                        Some((start, len)) if *start + *len == at => *len += page,
+                        _ => found.push((at, page)),
+                    }
+                    count += 1;
+                    if count == MOST {
+                        return Ok(found);
+                    }
+                }
+            }
+        }
+        Ok(found)
+    }
+
+    /// Makes those pages this guest's own, as far as the host's kernel can (Linux 5.14).
+    pub(super) fn own_written(&self, image: &MemoryImage) {
+        for &(start, len) in image.written.get().into_iter().flatten() {
+            let Ok(slice) = self.inner.get_slice(GuestAddress(start).inner(), len as usize) else { continue };
+            // SAFETY: the range is page-aligned and inside one mapping of this guest's memory; the advice changes no contents.
+            let advised = unsafe {
+                libc::madvise(slice.ptr_guard_mut().as_ptr().cast(), len as usize, libc::MADV_POPULATE_WRITE)
+            };
+            if advised != 0 {
+                log::debug!("pages are copied when they are written: {}", io::Error::last_os_error());
+                return;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_first_guest_writes_is_the_others_own() {
+        let (start, page) = (GuestAddress(0x10_0000), sys::page_size() as u64);
+        let at = |n: u64| GuestAddress(start.0 + n * page);
+        let (image, ()) =
+            MemoryImage::build(64 << 20, |memory| Ok(memory.write(start, &vec![7; 16 * page as usize])?)).unwrap();
+        let guest = || {
+            let guest = GuestMemory::anonymous(&[(GuestAddress(0), 4 << 20)]).unwrap();
+            guest.map_image(&image, at(8)).unwrap();
+            guest
+        };
+        let first = guest();
+        let mut seen = [0];
+        first.read(at(1), &mut seen).unwrap();
+        for n in [2, 3, 5, 9] {
+            first.write(at(n), b"x").unwrap();
+        }
+        first.learn(&image, at(8));
+        let learned = vec![(at(2).0, 2 * page), (at(5).0, page)];
+        assert_eq!(image.written.get(), Some(&learned), "those above were copied before");
+
+        let second = guest();
+        assert_eq!(second.written(&image, at(8)).unwrap(), learned, "before it has written anything");
+        second.read(at(2), &mut seen).unwrap();
+        assert_eq!(seen, [7]);
+        second.write(at(7), b"x").unwrap();
+        second.learn(&image, at(8));
+        assert_eq!(image.written.get(), Some(&learned), "one guest's word is enough");
+    }
+
+    #[test]
+    fn no_guest_makes_others_copy_much() {
+        let page = sys::page_size();
+        let all = 2 * MOST * page;
+        let (image, ()) =
+            MemoryImage::build(64 << 20, |memory| Ok(memory.write(GuestAddress(0), &vec![7; all])?)).unwrap();
+        let guest = GuestMemory::anonymous(&[(GuestAddress(0), 32 << 20)]).unwrap();
+        guest.map_image(&image, GuestAddress(image.end())).unwrap();
+        guest.write(GuestAddress(0), &vec![8; all]).unwrap();
+        guest.learn(&image, GuestAddress(image.end()));
+        assert_eq!(image.written.get(), Some(&vec![(0, (MOST * page) as u64)]));
+    }
+}
