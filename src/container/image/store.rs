@@ -2,6 +2,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::sys;
@@ -55,8 +56,11 @@ impl Store {
         if let Ok(file) = File::open(&path) {
             return Ok(file);
         }
-        // The lock makes this name ours; what a killed process left there is written over.
-        let half_made = self.dir.join(format!("{digest}.part"));
+        // A name of our own: where the folder is shared with other machines, the lock may be known to this one alone.
+        let mut number = [0; 8];
+        sys::fill_random(&mut number).doing(|| "choosing a name")?;
+        let half_made = self.dir.join(format!("{digest}.{:016x}.part", u64::from_ne_bytes(number)));
+        self.remove_abandoned(digest);
         let made = make(&half_made).and_then(|()| {
             let file = opened(&half_made)?;
             file.sync_all().doing(|| format!("writing {}", half_made.display()))?;
@@ -68,5 +72,48 @@ impl Store {
             let _ = fs::remove_file(&half_made);
         }
         made
+    }
+
+    /// Removes what killed processes have left of this disk. Nobody writes for so long without a change of the file.
+    fn remove_abandoned(&self, digest: &str) {
+        const LONG: Duration = Duration::from_secs(3600);
+        for entry in fs::read_dir(&self.dir).into_iter().flatten().flatten() {
+            let (name, changed) = (entry.file_name(), entry.metadata().and_then(|it| it.modified()));
+            let ours = name.to_str().is_some_and(|name| name.starts_with(digest) && name.ends_with(".part"));
+            if ours && changed.is_ok_and(|at| at.elapsed().is_ok_and(|age| age > LONG)) {
+                if let Err(error) = fs::remove_file(entry.path()) {
+                    log::debug!("{} cannot be removed: {error}", entry.path().display());
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::SystemTime;
+
+    use super::*;
+
+    #[test]
+    fn makers_that_know_nothing_of_each_other_are_not_in_each_others_way() {
+        let dir = std::env::temp_dir().join(format!("cofferdam-store-{}", std::process::id()));
+        let store = Store::open(Some(dir.clone())).unwrap();
+        let digest = "0".repeat(64);
+        let part = |name: &str| dir.join(format!("{digest}.{name}.part"));
+        for name in ["left", "theirs"] {
+            fs::write(part(name), name).unwrap();
+        }
+        let long_ago = SystemTime::now() - Duration::from_secs(7200);
+        File::options().write(true).open(part("left")).unwrap().set_modified(long_ago).unwrap();
+        let made = store.get_or_make(&digest, |path| Ok(fs::write(path, "disk")?)).unwrap();
+        assert_eq!(made.metadata().unwrap().len(), 4);
+        assert!(!part("left").exists(), "left by a process that was killed");
+        assert_eq!(fs::read(part("theirs")).unwrap(), b"theirs");
+        // As if another machine had been quicker.
+        fs::rename(part("theirs"), dir.join(format!("{digest}.ext4"))).unwrap();
+        let made = store.get_or_make(&digest, |_| panic!("it is there")).unwrap();
+        assert_eq!(made.metadata().unwrap().len(), 6);
+        fs::remove_dir_all(dir).unwrap();
     }
 }
