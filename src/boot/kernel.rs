@@ -264,7 +264,7 @@ fn load_elf(file: &mut File) -> Result<Loaded> {
         None => return Err(corrupt(format!("its entry point {at} lies outside what it loads"))),
     };
     let end = result.kernel_end.max(image.end());
-    let data = GuestAddress(data(file)?.unwrap_or(image.end()));
+    let data = GuestAddress(data(file)?.map_or(image.end(), |at| at.min(image.end())));
     let configuration = Configuration::embedded(&image);
     Ok(Loaded { image, data, entry, pvh, end, header: None, configuration, release: None })
 }
@@ -364,6 +364,14 @@ pub(super) mod tests {
         let mut writable = elf(b"\xf4");
         writable[68] = 6;
         assert_eq!(open("elf-writable", &writable).unwrap().loaded.data.0, 0x10_0000);
+        // A segment of nothing may be anywhere.
+        writable = elf_with_pvh(b"\xf4");
+        writable[120] = 1;
+        writable[124] = 6;
+        writable[144..152].fill(0xff);
+        writable[152..160].fill(0);
+        let kernel = open("elf-writable-far", &writable).unwrap();
+        assert_eq!(kernel.loaded.data.0, kernel.loaded.image.end());
     }
 
     #[test]
