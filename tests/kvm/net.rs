@@ -94,6 +94,10 @@ impl Far {
 
 impl Drop for Far {
     fn drop(&mut self) {
+        // Servers that no guest has called.
+        for pid in host("ip netns pids cd-far").unwrap_or_default().split_whitespace() {
+            let _ = host(&format!("kill {pid}"));
+        }
         let _ = host("ip link del cd-bridge");
         let _ = host("ip netns del cd-far");
     }
@@ -107,7 +111,7 @@ pub fn a_line_that_loses_repeats_and_reorders_keeps_every_byte() -> Outcome {
     let (temp, bytes) = (Temp::new()?, soak().map_or(100_000, |n| n * 1_000_000));
     let [sent, came] = ["sent", "came"].map(|name| temp.path(name).display().to_string());
     let far = format!(
-        "head -c {bytes} /dev/urandom > {sent}; ip netns exec cd-far busybox nc -l -p 7777 -e dd of={came} status=none; \
+        "head -c {bytes} /dev/urandom > {sent}; ip netns exec cd-far busybox nc -l -p 7777 -e dd of={came} status=none && \
          ip netns exec cd-far busybox nc -l -p 7778 -e cat {sent}"
     );
     let mut far = Command::new("sh").args(["-c", &far]).spawn()?;
