@@ -329,10 +329,9 @@ pub fn published_ports_lead_to_services_on_any_address_but_one() -> Outcome {
         check!(refused(*at), "nobody listens yet");
     }
     check_eq!(net.stats()?.unconnected, before + 4);
-    // The guest has made itself an address by what the router says; nobody else's is on its card.
-    let address =
-        "for n in $(seq 100); do grep ' 00 .*eth0' /proc/net/if_inet6 | grep -q '^fd' && break; sleep 0.2; done
-        grep ' 00 .*eth0' /proc/net/if_inet6 | cut -c 1-32 | sed 's/..../&:/g; s/:$//'";
+    // The guest has made itself an address by what the router says, and found that nobody else has it (no flag of 40).
+    let address = "for n in $(seq 100); do grep -q '^fd.* 00 00 *eth0' /proc/net/if_inet6 && break; sleep 0.2; done
+        grep '^fd.* 00 00 *eth0' /proc/net/if_inet6 | cut -c 1-32 | sed 's/..../&:/g; s/:$//'";
     let output = container.exec(["sh", "-c", address]).timeout(PATIENCE).output()?;
     let own = String::from_utf8_lossy(&output.stdout).trim().to_owned();
     // So that the gateway has heard of it.
