@@ -8,6 +8,7 @@ mod disk;
 mod draft;
 mod file;
 mod iovec;
+mod schedule;
 mod signal;
 mod socket;
 mod stack;
@@ -22,6 +23,7 @@ pub(crate) use file::{
     try_lock, xattrs, zero, zero_range,
 };
 pub(crate) use iovec::{preadv, pwritev, readv, receive, send, sendv, writev};
+pub(crate) use schedule::displace_nobody;
 pub(crate) use signal::{KickSignal, ThreadId};
 pub(crate) use socket::{Socket, SocketKind, peekv, socket_kind};
 pub(crate) use stack::Stack;

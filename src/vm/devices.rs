@@ -20,6 +20,7 @@ use crate::kvm::VmFd;
 use crate::memory::GuestMemory;
 use crate::net::Pump;
 use crate::size::Size;
+use crate::sys::displace_nobody;
 use crate::virtio::balloon::Balloon;
 use crate::virtio::console::{Console, Output};
 use crate::virtio::rng::Rng;
@@ -199,6 +200,12 @@ impl Parts<'_> {
             let on_bus = OnBus { profile: device.profile(), engine, window: *window };
             if blocking {
                 let remote = self.start_loop(&name, vec![name.clone()], vec![device])?;
+                // A driver that has begun to ask mostly asks for more: it shall get to its end before it is answered.
+                remote.post(|_| {
+                    if let Err(error) = displace_nobody() {
+                        log::debug!("a disk's thread is scheduled as all others: {error}");
+                    }
+                })?;
                 self.connect(name, (remote, 0), on_bus)?;
             } else {
                 places.push((name, on_bus));

@@ -1,0 +1,29 @@
+//! How the host shares its processors among threads.
+
+use std::io;
+
+/// From now on the calling thread takes the processor of no other when it wakes: it waits for one that is free, or for its
+/// turn. Its share stays the same (sched(7), `SCHED_BATCH`).
+pub(crate) fn displace_nobody() -> io::Result<()> {
+    let none = libc::sched_param { sched_priority: 0 };
+    // SAFETY: the parameter lives across the call; 0 is the calling thread.
+    match unsafe { libc::sched_setscheduler(0, libc::SCHED_BATCH, &none) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_thread_alone_steps_back() {
+        // SAFETY: 0 is the calling thread; there are no pointers.
+        let policy = || unsafe { libc::sched_getscheduler(0) };
+        let before = policy();
+        let thread = std::thread::spawn(move || displace_nobody().map(|()| policy()));
+        assert_eq!(thread.join().unwrap().unwrap(), libc::SCHED_BATCH);
+        assert_eq!(policy(), before);
+    }
+}
