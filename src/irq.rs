@@ -59,10 +59,12 @@ impl Interrupt {
         self.0.broken.store(false, Ordering::SeqCst);
     }
 
+    /// A driver that has not acknowledged the bits yet looks at everything when it has, so it is not told again.
     fn raise(&self, bits: u32) {
-        self.0.status.fetch_or(bits, Ordering::SeqCst);
-        self.0.raised.fetch_add(1, Ordering::Relaxed);
-        (self.0.edge)();
+        if self.0.status.fetch_or(bits, Ordering::SeqCst) & bits != bits {
+            self.0.raised.fetch_add(1, Ordering::Relaxed);
+            (self.0.edge)();
+        }
     }
 
     /// The status register.
@@ -97,10 +99,13 @@ mod tests {
         let counted = edges.clone();
         let interrupt = Interrupt::new(move || _ = counted.fetch_add(1, Ordering::Relaxed));
         interrupt.signal_used();
+        interrupt.signal_used();
         interrupt.signal_config();
         assert_eq!((interrupt.status(), interrupt.raised(), edges.load(Ordering::Relaxed)), (3, 2, 2));
         interrupt.acknowledge(1);
         assert_eq!(interrupt.status(), 2);
+        interrupt.signal_used();
+        assert_eq!((interrupt.status(), edges.load(Ordering::Relaxed)), (3, 3));
         interrupt.signal_broken();
         assert!(interrupt.broken());
         interrupt.reset();
