@@ -9,7 +9,7 @@ use std::os::fd::BorrowedFd;
 
 use vm_memory::{GuestMemoryBackend, VolatileSlice};
 
-use super::{GuestMemory, OutOfBounds, Segment};
+use super::{GuestMemory, OutOfBounds, Region, Segment};
 use crate::sys;
 
 impl GuestMemory {
@@ -21,9 +21,16 @@ impl GuestMemory {
 
     /// As [`GuestMemory::buffers`], behind those that are there.
     pub(super) fn append_buffers(&self, segments: &[Segment], buffers: &mut Vec<libc::iovec>) -> io::Result<()> {
+        buffers.reserve(segments.len());
+        // Nearly all segments lie in one range, and looking for more takes longer.
+        let mut region = None;
         for &Segment { addr, len } in segments.iter().filter(|s| s.len > 0) {
-            // Nearly all segments lie in one range, and looking for more takes longer.
-            if let Some(host) = self.host(addr, len) {
+            let known = region.as_ref().and_then(|region: &Region| region.at(addr, len));
+            let host = known.or_else(|| {
+                region = self.region(addr, len);
+                region.as_ref()?.at(addr, len)
+            });
+            if let Some(host) = host {
                 buffers.push(libc::iovec { iov_base: host.cast(), iov_len: len });
                 continue;
             }
@@ -67,7 +74,7 @@ impl GuestMemory {
             buffers.insert(0, libc::iovec { iov_base: base, iov_len: now });
             left -= now;
         }
-        // SAFETY: `buffers` came from `get_slices`, so each lies in a mapping that `self` keeps alive and writable, or is
+        // SAFETY: `buffers` came from `append_buffers`, so each lies in a mapping that `self` keeps alive and writable, or is
         // a part of `nowhere`, which is exclusively borrowed and may be written over in any order.
         unsafe { sys::peekv(fd, &buffers) }.map(|n| n.saturating_sub(skip))
     }
@@ -85,7 +92,7 @@ impl GuestMemory {
     /// Writes `front` and then the guest's bytes to a device of packets, in one call.
     pub fn write_behind(&self, front: &[u8], segments: &[Segment], fd: BorrowedFd<'_>) -> io::Result<usize> {
         let buffers = self.buffers_behind(front.as_ptr(), front.len(), segments)?;
-        // SAFETY: the first buffer is `front`, borrowed throughout the call; the others came from `get_slices`, so each lies in a
+        // SAFETY: the first buffer is `front`, borrowed throughout the call; the others came from `append_buffers`, so each lies in a
         // mapping that `self` keeps alive and readable.
         unsafe { sys::writev(fd, &buffers) }
     }
@@ -100,15 +107,15 @@ impl GuestMemory {
     /// Reads a packet into `front`, and what is behind that into the guest; what does not fit is lost.
     pub fn read_behind(&self, front: &mut [u8], segments: &[Segment], fd: BorrowedFd<'_>) -> io::Result<usize> {
         let buffers = self.buffers_behind(front.as_mut_ptr(), front.len(), segments)?;
-        // SAFETY: the first buffer is `front`, exclusively borrowed throughout the call; the others came from `get_slices`, so each
+        // SAFETY: the first buffer is `front`, exclusively borrowed throughout the call; the others came from `append_buffers`, so each
         // lies in a mapping that `self` keeps alive and writable.
         unsafe { sys::readv(fd, &buffers) }
     }
 
     fn buffers_behind(&self, front: *const u8, len: usize, segments: &[Segment]) -> io::Result<Vec<libc::iovec>> {
-        let mut buffers = self.buffers(segments)?;
-        buffers.insert(0, libc::iovec { iov_base: front.cast_mut().cast(), iov_len: len });
-        Ok(buffers)
+        let mut buffers = Vec::with_capacity(1 + segments.len());
+        buffers.push(libc::iovec { iov_base: front.cast_mut().cast(), iov_len: len });
+        self.append_buffers(segments, &mut buffers).map(|()| buffers)
     }
 }
 

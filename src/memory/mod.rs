@@ -96,6 +96,20 @@ pub(crate) struct Region {
     pub host: *mut u8,
 }
 
+impl Region {
+    fn of(region: &vm_memory::GuestRegionMmap<()>) -> Self {
+        Self { addr: GuestAddress(region.start_addr().0), len: region.len(), host: region.as_ptr() }
+    }
+
+    /// Where `len` bytes from `addr` lie in this process; `None` when they are not all in this range.
+    #[inline]
+    fn at(&self, addr: GuestAddress, len: usize) -> Option<*mut u8> {
+        let at = addr.0.checked_sub(self.addr.0)?;
+        let fits = at <= self.len && len as u64 <= self.len - at;
+        fits.then(|| self.host.wrapping_add(at as usize))
+    }
+}
+
 /// A guest's RAM. Clones share it; it is unmapped with the last of them.
 #[derive(Clone)]
 pub struct GuestMemory {
@@ -120,11 +134,7 @@ impl GuestMemory {
     }
 
     pub(crate) fn regions(&self) -> Vec<Region> {
-        let host = |r: &vm_memory::GuestRegionMmap<()>| r.as_ptr();
-        self.inner
-            .iter()
-            .map(|r| Region { addr: GuestAddress(r.start_addr().0), len: r.len(), host: host(r) })
-            .collect()
+        self.inner.iter().map(Region::of).collect()
     }
 
     /// How many bytes there are.
@@ -135,12 +145,14 @@ impl GuestMemory {
     /// Where `len` bytes from `addr` lie in this process; `None` when they are not guest memory, or not all in one range.
     #[inline]
     fn host(&self, addr: GuestAddress, len: usize) -> Option<*mut u8> {
-        // There are one or two ranges.
-        self.inner.iter().find_map(|region| {
-            let at = addr.0.checked_sub(region.start_addr().0)?;
-            let fits = at <= region.len() && len as u64 <= region.len() - at;
-            fits.then(|| region.as_ptr().wrapping_add(at as usize))
-        })
+        self.region(addr, len)?.at(addr, len)
+    }
+
+    /// The range that `len` bytes from `addr` are all in.
+    #[inline]
+    fn region(&self, addr: GuestAddress, len: usize) -> Option<Region> {
+        // There are one or two.
+        self.inner.iter().map(Region::of).find(|region| region.at(addr, len).is_some())
     }
 
     /// Checks that `len` bytes from `addr` exist and names them.

@@ -133,7 +133,7 @@ impl Balloon {
         };
         if let (Some(io), Some(chain)) = (io, self.stats.take()) {
             io.complete(queue, chain);
-            io.flush(queue);
+            io.flush(&[queue]);
             self.waiting.push(answer);
         }
     }

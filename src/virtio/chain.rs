@@ -247,18 +247,16 @@ impl Chain {
 
     /// The next `n` bytes to be written but `skip`, without taking them. Say [`Chain::wrote`] for what was filled,
     /// after writing what comes before.
-    pub(crate) fn writable_after(&self, skip: usize, n: usize) -> Vec<Segment> {
-        let (mut skip, mut rest, mut found) = (skip, n, Vec::new());
-        for segment in self.0.writable.rest() {
+    pub(crate) fn writable_after(&self, skip: usize, n: usize) -> impl Iterator<Item = Segment> {
+        let (mut skip, mut rest) = (skip, n);
+        let part = move |segment: &Segment| {
             let (skipped, wanted) = segment.split_at(skip);
             skip -= skipped.len();
             let (head, _) = wanted.split_at(rest);
             rest -= head.len();
-            if head.len() > 0 {
-                found.push(head);
-            }
-        }
-        found
+            head
+        };
+        self.0.writable.rest().iter().map(part).filter(|part| part.len() > 0)
     }
 
     /// Uses up the next `n` bytes to be written, or all there are; what they hold is not reported.

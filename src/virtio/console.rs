@@ -199,15 +199,15 @@ impl Console {
                 Some(mut chain) => {
                     if !self.print(&mut chain) {
                         self.waiting = Some(chain);
-                        return io.flush(TRANSMIT);
+                        return io.flush(&[TRANSMIT]);
                     }
                     io.complete(TRANSMIT, chain);
                 }
                 None if io.rearm(TRANSMIT) => {}
-                None => return io.flush(TRANSMIT),
+                None => return io.flush(&[TRANSMIT]),
             }
         }
-        io.flush(TRANSMIT);
+        io.flush(&[TRANSMIT]);
         io.kick_self(TRANSMIT);
     }
 }

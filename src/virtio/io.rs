@@ -131,7 +131,7 @@ impl DeviceIo {
                 }
             }
         }
-        self.flush(queue);
+        self.flush(&[queue]);
     }
 
     /// Takes the next request out of `queue`. It must be completed some time.
@@ -169,9 +169,11 @@ impl DeviceIo {
         more
     }
 
-    /// Interrupts the driver if it wants to hear of what was completed.
-    pub(crate) fn flush(&mut self, queue: usize) {
-        if self.queues.get_mut(queue).is_some_and(Queue::wants_interrupt) {
+    /// Interrupts the driver, once, if it wants to hear of what was completed in any of `queues`.
+    pub(crate) fn flush(&mut self, queues: &[usize]) {
+        // All are asked, as each remembers what it was asked about.
+        let wanted = queues.iter().filter(|queue| self.queues.get_mut(**queue).is_some_and(Queue::wants_interrupt));
+        if wanted.count() > 0 {
             self.interrupt.signal_used();
         }
     }

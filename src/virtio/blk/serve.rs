@@ -154,9 +154,8 @@ impl Blk {
         if self.engine.mover.as_ref().is_some_and(|mover| mover.stuck()) {
             self.arm(AGAIN);
         }
-        for queue in self.dirty.drain(..) {
-            io.flush(queue);
-        }
+        io.flush(&self.dirty);
+        self.dirty.clear();
         if !self.table.full() {
             // Those that found no room are looked at again.
             self.full.drain(..).for_each(|queue| io.kick_self(queue));

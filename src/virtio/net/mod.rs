@@ -5,17 +5,15 @@
 
 mod control;
 mod limit;
+mod room;
 #[cfg(test)]
 mod tests;
 
-use std::collections::VecDeque;
 use std::io;
 use std::time::Duration;
 
-use crate::memory::Segment;
 use crate::net::{
-    Capabilities, Carrier, FRAME_MAX, Frame, HEADER_LEN, Mac, NetStats, Offload, Offloads, Received, Recorder, Room,
-    UserNet,
+    Capabilities, Carrier, FRAME_MAX, Frame, HEADER_LEN, Mac, NetStats, Offload, Offloads, Recorder, UserNet,
 };
 use crate::sys::Timer;
 
@@ -23,6 +21,7 @@ use super::chain::Span;
 use super::{Chain, ConfigSpace, DeviceIo, DeviceType, Profile, Source, VirtioDevice};
 pub use limit::NetLimit;
 use limit::{Gates, Way, cost};
+use room::{Filled, Filling, Gathered, Waiting};
 
 /// Feature bits (Virtio 1.3, 5.1.3).
 mod feature {
@@ -100,8 +99,7 @@ struct Held {
 struct Pair {
     backend: Carrier,
     held: Option<Held>,
-    /// Buffers of the guest that wait for frames.
-    room: VecDeque<Chain>,
+    waiting: Waiting,
 }
 
 /// The device.
@@ -141,7 +139,7 @@ impl Net {
         let capabilities = backends.first().map(|backend| backend.capabilities()).unwrap_or_default();
         let Capabilities { to_host, to_guest } = capabilities;
         let capabilities = Capabilities { to_host: whole(to_host), to_guest: whole(to_guest) };
-        let pairs = backends.into_iter().map(|backend| Pair { backend, held: None, room: VecDeque::new() });
+        let pairs = backends.into_iter().map(|backend| Pair { backend, held: None, waiting: Waiting::default() });
         let pairs: Vec<_> = pairs.collect();
         let count = pairs.len() as u16;
         let fields = [mac.0.to_vec(), LINK_UP.to_le_bytes().to_vec(), count.to_le_bytes().to_vec()];
@@ -198,9 +196,7 @@ impl Net {
         self.space.set(STATUS_AT, &if up { LINK_UP } else { 0 }.to_le_bytes());
         let Some(io) = io else { return };
         io.config_changed();
-        for pair in 0..self.pairs.len() {
-            self.deliver(io, pair);
-        }
+        (0..self.pairs.len()).for_each(|number| self.exchange(io, number));
     }
 
     /// Calls the user-mode stack behind the card; `None` when there is another backend. What it then has for the guest is
@@ -208,7 +204,7 @@ impl Net {
     pub(crate) fn with_user<R>(&mut self, io: Option<&mut DeviceIo>, f: impl FnOnce(&mut UserNet) -> R) -> Option<R> {
         let answer = f(self.pairs.first_mut()?.backend.user()?);
         if let Some(io) = io {
-            self.deliver(io, 0);
+            self.exchange(io, 0);
         }
         Some(answer)
     }
@@ -226,6 +222,18 @@ impl Net {
     fn agree(&mut self, agreed: Capabilities) {
         self.agreed = agreed;
         self.pairs.iter_mut().for_each(|pair| pair.backend.negotiated(agreed));
+    }
+
+    /// Moves what a pair of queues has to move, both ways; the driver hears of both at once.
+    fn exchange(&mut self, io: &mut DeviceIo, number: usize) {
+        self.transmit(io, number);
+        self.deliver(io, number);
+        io.flush(&[2 * number + 1, self.arrivals(number)]);
+    }
+
+    /// The queue in which a pair's frames arrive: those of pairs that the driver does not use arrive at those it does.
+    fn arrivals(&self, number: usize) -> usize {
+        2 * (number % self.active.max(1))
     }
 
     /// Takes what the guest sends.
@@ -253,14 +261,12 @@ impl Net {
                 if io.rearm(queue) {
                     continue;
                 }
-                io.flush(queue);
                 return;
             };
             let len = frame_len(&held);
             if up && !held.paid {
                 if !self.gates.open(io, Way::Sent, &mut self.on_throttled) {
                     pair.held = Some(held);
-                    io.flush(queue);
                     return;
                 }
                 self.gates.take(Way::Sent, cost(len, held.offload));
@@ -276,17 +282,14 @@ impl Net {
                 Ok(()) => io.complete(queue, held.chain),
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
                     pair.held = Some(held);
-                    io.flush(queue);
                     return;
                 }
                 Err(e) => {
                     io.complete(queue, held.chain);
-                    io.flush(queue);
                     return self.lost(io, number, &e);
                 }
             }
         }
-        io.flush(queue);
         io.kick_self(queue);
     }
 
@@ -295,10 +298,10 @@ impl Net {
         if !self.up {
             return;
         }
-        // Frames of pairs that the driver does not use arrive at those it does.
-        let queue = 2 * (number % self.active.max(1));
+        let queue = self.arrivals(number);
         let mergeable = io.features() & feature::MRG_RXBUF != 0;
-        let mut room = self.pairs.get_mut(queue / 2).map(|pair| std::mem::take(&mut pair.room)).unwrap_or_default();
+        let mut waiting =
+            self.pairs.get_mut(queue / 2).map(|pair| std::mem::take(&mut pair.waiting)).unwrap_or_default();
         let Some(pair) = self.pairs.get_mut(number) else { return };
         let mut frames = 0;
         let outcome = loop {
@@ -307,7 +310,7 @@ impl Net {
                 io.kick_self(queue);
                 break Ok(());
             }
-            match gather(io, queue, &mut room, HEADER_LEN + len, mergeable) {
+            match waiting.gather(io, queue, HEADER_LEN + len, mergeable) {
                 Gathered::Enough => {}
                 Gathered::TooLittle => break Ok(()),
                 Gathered::TooSmall => {
@@ -320,7 +323,7 @@ impl Net {
             }
             let filling =
                 Filling { queue, len, mergeable, agreed: self.agreed.to_guest, capture: self.capture.as_ref() };
-            match fill(io, &mut room, &mut pair.backend, &filling) {
+            match waiting.fill(io, &mut pair.backend, &filling) {
                 Ok(Filled::Frame(received)) => self.gates.take(Way::Received, cost(received.len, received.offload)),
                 Ok(Filled::Nothing) => {}
                 Ok(Filled::Unfit) => self.dropped += 1,
@@ -328,9 +331,8 @@ impl Net {
             }
             frames += 1;
         };
-        io.flush(queue);
         if let Some(pair) = self.pairs.get_mut(queue / 2) {
-            pair.room = room;
+            pair.waiting = waiting;
         }
         if let Err(e) = outcome {
             self.lost(io, number, &e);
@@ -347,109 +349,8 @@ impl Net {
     }
 }
 
-enum Gathered {
-    Enough,
-    /// The guest has to offer more first.
-    TooLittle,
-    /// The guest's buffers can never hold it.
-    TooSmall,
-}
-
-/// Takes buffers out of `queue` until there is room for `wanted` bytes.
-fn gather(io: &mut DeviceIo, queue: usize, room: &mut VecDeque<Chain>, wanted: usize, mergeable: bool) -> Gathered {
-    let mut there: usize = room.iter().map(|chain| chain.writable_len()).sum();
-    loop {
-        if there >= wanted {
-            let first = room.front().map_or(0, |chain| chain.writable_len());
-            return if first < HEADER_LEN || !mergeable && first < wanted {
-                Gathered::TooSmall
-            } else {
-                Gathered::Enough
-            };
-        }
-        if !mergeable && !room.is_empty() {
-            return Gathered::TooSmall;
-        }
-        match io.pop(queue) {
-            Some(chain) => {
-                there += chain.writable_len();
-                room.push_back(chain);
-            }
-            None if io.rearm(queue) => {}
-            None => return Gathered::TooLittle,
-        }
-    }
-}
-
-/// One frame on its way to the guest.
-struct Filling<'a> {
-    queue: usize,
-    /// The frame has no more bytes than this.
-    len: usize,
-    mergeable: bool,
-    agreed: Offloads,
-    capture: Option<&'a Recorder>,
-}
-
-enum Filled {
-    Frame(Received),
-    /// There was none.
-    Nothing,
-    /// It leaves the guest what it did not agree to do.
-    Unfit,
-}
-
 fn frame_len(held: &Held) -> usize {
     held.chain.readable(held.frame).iter().map(|piece| piece.len()).sum()
-}
-
-/// Lets the backend fill the first buffers with its next frame, and gives those to the guest.
-fn fill(
-    io: &mut DeviceIo,
-    room: &mut VecDeque<Chain>,
-    backend: &mut Carrier,
-    filling: &Filling<'_>,
-) -> io::Result<Filled> {
-    let Filling { queue, len, mergeable, agreed, capture } = *filling;
-    let Some(memory) = room.front().map(|chain| chain.memory().clone()) else { return Ok(Filled::Nothing) };
-    let (mut pieces, mut left, mut skip) = (Vec::<Segment>::new(), len, HEADER_LEN);
-    for chain in room.iter() {
-        let now = (chain.writable_len() - skip).min(left);
-        pieces.extend(chain.writable_after(skip, now));
-        (left, skip) = (left - now, 0);
-        if left == 0 {
-            break;
-        }
-    }
-    let Some(mut received) = backend.receive(&mut Room::new(&memory, &pieces))? else { return Ok(Filled::Nothing) };
-    received.len = received.len.min(len);
-    if !agreed.contains(received.offload.needed()) || received.offload.check(received.len).is_err() {
-        return Ok(Filled::Unfit);
-    }
-    if let Some(capture) = capture {
-        capture.record(&memory, &pieces, received.len);
-    }
-    let total = HEADER_LEN + received.len;
-    let (mut buffers, mut covered) = (0u16, 0);
-    while let Some(chain) = room.get(usize::from(buffers)).filter(|_| covered < total) {
-        covered += chain.writable_len();
-        buffers += 1;
-    }
-    // Without mergeable buffers this is one as well (Virtio 1.3, 5.1.6.4.1).
-    debug_assert!(mergeable || buffers == 1);
-    let (header, mut left) = (received.offload.to_bytes(buffers), total);
-    for n in 0..buffers {
-        let Some(mut chain) = room.pop_front() else { break };
-        let mut now = chain.writable_len().min(left);
-        left -= now;
-        // The first was seen to have room for it.
-        if n == 0 && chain.write(&header).is_ok() {
-            now -= HEADER_LEN;
-        }
-        chain.wrote(now);
-        io.complete(queue, chain);
-    }
-    Ok(Filled::Frame(received))
 }
 
 impl VirtioDevice for Net {
@@ -481,31 +382,23 @@ impl VirtioDevice for Net {
     fn ready(&mut self, io: &mut DeviceIo, source: Source) {
         match source {
             Source::Queue(queue) if queue == self.control_queue(io) => self.control(io, queue),
-            Source::Queue(queue) if queue % 2 == 1 => {
-                self.transmit(io, queue / 2);
-                self.deliver(io, queue / 2);
-            }
+            Source::Queue(queue) if queue % 2 == 1 => self.exchange(io, queue / 2),
             Source::Queue(queue) => {
                 // Those of pairs that are not used arrive there too.
-                for number in (queue / 2..self.pairs.len()).step_by(self.active.max(1)) {
-                    self.deliver(io, number);
-                }
+                let numbers = (queue / 2..self.pairs.len()).step_by(self.active.max(1));
+                numbers.for_each(|number| self.exchange(io, number));
             }
             Source::Watched { number: TIMER, .. } => {
                 if let Some(timer) = &mut self.gates.timer {
                     timer.clear();
                 }
-                for number in 0..self.pairs.len() {
-                    self.transmit(io, number);
-                    self.deliver(io, number);
-                }
+                (0..self.pairs.len()).for_each(|number| self.exchange(io, number));
             }
             Source::Watched { number, .. } => {
                 let number = number as usize;
                 let Some(pair) = self.pairs.get_mut(number) else { return };
                 pair.backend.turn();
-                self.transmit(io, number);
-                self.deliver(io, number);
+                self.exchange(io, number);
             }
         }
     }
@@ -515,6 +408,7 @@ impl VirtioDevice for Net {
         self.gates.set(&NetLimit::none());
         for number in 0..self.pairs.len() {
             self.transmit(io, number);
+            io.flush(&[2 * number + 1]);
         }
     }
 
@@ -530,7 +424,7 @@ impl VirtioDevice for Net {
         for pair in &mut self.pairs {
             io.unwatch(pair.backend.fd());
             pair.held = None;
-            pair.room.clear();
+            pair.waiting.clear();
         }
     }
 }

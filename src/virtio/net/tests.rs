@@ -1,11 +1,12 @@
 //! The device with sockets behind it whose other end is the test.
 
+use std::collections::VecDeque;
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::sync::{Arc, Mutex};
 
 use super::*;
-use crate::net::SocketNet;
+use crate::net::{Received, Room, SocketNet};
 use crate::virtio::testing::Driver;
 
 const RX: usize = 0;
@@ -60,8 +61,9 @@ fn frames_come_in_over_as_many_buffers_as_they_need() {
     far.write_all(&frames.iter().flat_map(|it| framed(it)).collect::<Vec<_>>()).unwrap();
     driver.poke_watched(0);
     assert!(driver.receive(RX).is_none(), "there are no buffers yet");
-    for _ in 0..8 {
-        driver.send(RX, &[], &[700, 836]);
+    // The header ends at the end of a piece, within one, and one behind the first.
+    for split in [&[700, 836][..], &[12, 1524], &[5, 3, 4, 1524], &[1, 1535]].into_iter().cycle().take(8) {
+        driver.send(RX, &[], split);
     }
     driver.poke(RX);
     for sent in &frames {
@@ -133,7 +135,7 @@ fn nobody_gives_more_buffers_than_the_queue_has() {
         driver.poke(RX);
     }
     assert!(driver.broken());
-    assert_eq!(driver.device.pairs[0].room.len(), usize::from(QUEUE_SIZE));
+    assert_eq!(driver.device.pairs[0].waiting.chains.len(), usize::from(QUEUE_SIZE));
 }
 
 #[test]

@@ -249,18 +249,22 @@ impl Vsock {
                     io.complete(TX, chain);
                 }
                 None if io.rearm(TX) => {}
-                None => return io.flush(TX),
+                None => return,
             }
         }
-        io.flush(TX);
         io.kick_self(TX);
     }
 
-    /// Sends what is due, as long as the driver offers buffers.
+    /// Sends what is due, as long as the driver offers buffers; it hears at once of all that was done.
     fn talk(&mut self, io: &mut DeviceIo) {
+        self.say_what_is_due(io);
+        io.flush(&[TX, RX]);
+    }
+
+    fn say_what_is_due(&mut self, io: &mut DeviceIo) {
         for _ in 0..TURN {
             if self.resets.is_empty() && self.talkative.is_empty() {
-                return io.flush(RX);
+                return;
             }
             let next = self.spare.take().or_else(|| io.pop(RX));
             match next {
@@ -273,10 +277,9 @@ impl Vsock {
                     }
                 }
                 None if io.rearm(RX) => {}
-                None => return io.flush(RX),
+                None => return,
             }
         }
-        io.flush(RX);
         io.kick_self(RX);
     }
 
@@ -335,7 +338,7 @@ fn say(connection: &mut Connection, chain: &mut Chain) -> bool {
         Due::Data(max) => (Op::Data, 0, max.min(MAX_DATA)),
     };
     if op == Op::Data {
-        let space = chain.writable_after(HEADER, len as usize);
+        let space: Vec<_> = chain.writable_after(HEADER, len as usize).collect();
         match connection.receive_into(chain.memory(), &space) {
             Some(n) => len = n,
             None => return false,

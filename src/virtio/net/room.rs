@@ -1,0 +1,163 @@
+//! [`Waiting`]: the guest's buffers that wait for frames, and how a frame comes into them.
+
+use std::collections::VecDeque;
+use std::io;
+
+use crate::memory::Segment;
+use crate::net::{Carrier, HEADER_LEN, Offloads, Received, Recorder, Room};
+use crate::virtio::{Chain, DeviceIo};
+
+/// Buffers that the guest has offered. How long a frame is shows only when it is there, so there is always room for the
+/// largest: dozens of buffers, whose pieces are put together once and not for each frame.
+#[derive(Debug, Default)]
+pub(super) struct Waiting {
+    /// The chains, and how many of the pieces are each one's.
+    pub chains: VecDeque<(Chain, usize)>,
+    pieces: Vec<Segment>,
+    /// How long the pieces are in all.
+    bytes: usize,
+}
+
+pub(super) enum Gathered {
+    Enough,
+    /// The guest has to offer more first.
+    TooLittle,
+    /// The guest's buffers can never hold it.
+    TooSmall,
+}
+
+/// One frame on its way to the guest.
+pub(super) struct Filling<'a> {
+    pub queue: usize,
+    /// The frame has no more bytes than this.
+    pub len: usize,
+    pub mergeable: bool,
+    pub agreed: Offloads,
+    pub capture: Option<&'a Recorder>,
+}
+
+pub(super) enum Filled {
+    Frame(Received),
+    /// There was none.
+    Nothing,
+    /// It leaves the guest what it did not agree to do.
+    Unfit,
+}
+
+impl Waiting {
+    pub(super) fn clear(&mut self) {
+        *self = Self::default();
+    }
+
+    /// Takes buffers out of `queue` until there is room for `wanted` bytes.
+    pub(super) fn gather(&mut self, io: &mut DeviceIo, queue: usize, wanted: usize, mergeable: bool) -> Gathered {
+        loop {
+            if self.bytes >= wanted {
+                let first = self.chains.front().map_or(0, |(chain, _)| chain.writable_len());
+                return if first < HEADER_LEN || !mergeable && first < wanted {
+                    Gathered::TooSmall
+                } else {
+                    Gathered::Enough
+                };
+            }
+            if !mergeable && !self.chains.is_empty() {
+                return Gathered::TooSmall;
+            }
+            match io.pop(queue) {
+                Some(chain) => {
+                    let (len, before) = (chain.writable_len(), self.pieces.len());
+                    self.pieces.extend(chain.writable_after(0, len));
+                    self.bytes += len;
+                    self.chains.push_back((chain, self.pieces.len() - before));
+                }
+                None if io.rearm(queue) => {}
+                None => return Gathered::TooLittle,
+            }
+        }
+    }
+
+    /// Lets the backend fill the first buffers with its next frame, and gives those to the guest.
+    pub(super) fn fill(
+        &mut self,
+        io: &mut DeviceIo,
+        backend: &mut Carrier,
+        filling: &Filling<'_>,
+    ) -> io::Result<Filled> {
+        let Filling { queue, len, mergeable, agreed, capture } = *filling;
+        let Some(memory) = self.chains.front().map(|(chain, _)| chain.memory().clone()) else {
+            return Ok(Filled::Nothing);
+        };
+        let received = self.behind_header(len, |pieces| {
+            let received = backend.receive(&mut Room::new(&memory, pieces))?;
+            let received = received.map(|it| Received { len: it.len.min(len), ..it });
+            let fit = |it: &Received| agreed.contains(it.offload.needed()) && it.offload.check(it.len).is_ok();
+            if let (Some(capture), Some(received)) = (capture, received.filter(fit)) {
+                capture.record(&memory, pieces, received.len);
+            }
+            Ok::<_, io::Error>(received.map(|received| (received, fit(&received))))
+        })?;
+        let received = match received {
+            None => return Ok(Filled::Nothing),
+            Some((_, false)) => return Ok(Filled::Unfit),
+            Some((received, true)) => received,
+        };
+        let total = HEADER_LEN + received.len;
+        let (mut buffers, mut covered) = (0u16, 0);
+        while let Some((chain, _)) = self.chains.get(usize::from(buffers)).filter(|_| covered < total) {
+            covered += chain.writable_len();
+            buffers += 1;
+        }
+        // Without mergeable buffers this is one as well (Virtio 1.3, 5.1.6.4.1).
+        debug_assert!(mergeable || buffers == 1);
+        let (header, mut left, mut used) = (received.offload.to_bytes(buffers), total, 0);
+        for n in 0..buffers {
+            let Some((mut chain, pieces)) = self.chains.pop_front() else { break };
+            used += pieces;
+            self.bytes -= chain.writable_len();
+            let mut now = chain.writable_len().min(left);
+            left -= now;
+            // The first was seen to have room for it.
+            if n == 0 && chain.write(&header).is_ok() {
+                now -= HEADER_LEN;
+            }
+            chain.wrote(now);
+            io.complete(queue, chain);
+        }
+        self.pieces.drain(..used.min(self.pieces.len()));
+        Ok(Filled::Frame(received))
+    }
+
+    /// Gives `f` the pieces of the `len` bytes behind a header's room.
+    fn behind_header<R>(&mut self, len: usize, f: impl FnOnce(&[Segment]) -> R) -> R {
+        let (from, skip) = place(&self.pieces, HEADER_LEN);
+        let pieces = self.pieces.get_mut(from..).unwrap_or_default();
+        let (last, end) = place(pieces, skip + len);
+        // What is cut off now is there again for the next frame.
+        let whole = (pieces.first().copied(), pieces.get(last).copied());
+        if let Some(piece) = pieces.get_mut(last) {
+            *piece = piece.split_at(end).0;
+        }
+        if let Some(piece) = pieces.first_mut() {
+            *piece = piece.split_at(skip).1;
+        }
+        let answer = f(pieces.get(..=last).unwrap_or_default());
+        if let (Some(piece), Some(whole)) = (pieces.get_mut(last), whole.1) {
+            *piece = whole;
+        }
+        if let (Some(piece), Some(whole)) = (pieces.first_mut(), whole.0) {
+            *piece = whole;
+        }
+        answer
+    }
+}
+
+/// In which piece the byte at `at` lies, and how far in it; what is beyond all is in the last.
+fn place(pieces: &[Segment], mut at: usize) -> (usize, usize) {
+    for (n, piece) in pieces.iter().enumerate() {
+        if at < piece.len() || n + 1 == pieces.len() {
+            return (n, at);
+        }
+        at -= piece.len();
+    }
+    (0, 0)
+}
