@@ -46,9 +46,10 @@
 //!
 //! # Threads
 //!
-//! A VM has one thread for each vCPU, one event loop that owns its devices, one for each disk that io_uring cannot serve
-//! alone ([`DiskEngine`]), because files block, and one each for the console's writer and for each [`Capture`], if there are
-//! any; a container has one more, which speaks with the guest. Calls block
+//! A VM has one thread for each vCPU, one event loop that owns its devices, one that owns its disks, one for each disk that
+//! io_uring cannot serve alone ([`DiskEngine`]), because files block, and one each for the console's writer and for each
+//! [`Capture`], if there are any; a container has one more, which speaks with the guest. Those of disks are scheduled as
+//! `SCHED_BATCH`: they take the processor of no vCPU when a request comes, so that requests come together. Calls block
 //! and need no runtime; what can be waited for also has a descriptor (`AsFd`) for poll, epoll, tokio, smol or mio. All
 //! handles are `Send` and `Sync`. Dropping a [`Vm`] or a `Container` kills it and waits for its threads.
 //!

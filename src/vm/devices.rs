@@ -168,6 +168,13 @@ struct OnBus {
     window: (u64, u32),
 }
 
+/// Devices of one loop.
+#[derive(Default)]
+struct Group {
+    devices: Vec<Box<dyn VirtioDevice>>,
+    places: Vec<(String, OnBus)>,
+}
+
 /// A device's loop, and its slot there.
 pub(super) type Place = (Remote<Slots>, usize);
 
@@ -193,31 +200,36 @@ pub(super) fn net_handle(
 }
 
 impl Parts<'_> {
-    /// Puts every device onto a loop and the bus.
+    /// Puts every device onto a loop and the bus: what blocks on one of its own, disks on one, all others on the last.
     pub(super) fn attach(&mut self, attachments: Vec<Attachment>, slots: &[(u64, u32)]) -> Result<()> {
-        let (mut common, mut places) = (Vec::new(), Vec::new());
+        let (mut disks, mut others) = (BTreeMap::<String, Group>::new(), Group::default());
         for (Attachment { name, device, blocking, engine }, window) in attachments.into_iter().zip(slots) {
-            let on_bus = OnBus { profile: device.profile(), engine, window: *window };
-            if blocking {
-                let remote = self.start_loop(&name, vec![name.clone()], vec![device])?;
-                // A driver that has begun to ask mostly asks for more: it shall get to its end before it is answered.
-                remote.post(|_| {
-                    if let Err(error) = displace_nobody() {
-                        log::debug!("a disk's thread is scheduled as all others: {error}");
-                    }
-                })?;
-                self.connect(name, (remote, 0), on_bus)?;
-            } else {
-                places.push((name, on_bus));
-                common.push(device);
-            }
+            let group = match engine {
+                Some(_) if blocking => disks.entry(name.clone()).or_default(),
+                Some(_) => disks.entry("disks".into()).or_default(),
+                None => &mut others,
+            };
+            group.places.push((name, OnBus { profile: device.profile(), engine, window: *window }));
+            group.devices.push(device);
         }
-        let names = places.iter().map(|(name, ..)| name.clone()).collect();
-        let remote = self.start_loop("io", names, common)?;
+        for (name, group) in disks {
+            // A driver that has begun to ask mostly asks for more: it shall get to its end before it is answered.
+            self.attach_group(&name, group)?.post(|_| {
+                if let Err(error) = displace_nobody() {
+                    log::debug!("a thread for disks is scheduled as all others: {error}");
+                }
+            })?;
+        }
+        self.attach_group("io", others).map(drop)
+    }
+
+    fn attach_group(&mut self, name: &str, Group { devices, places }: Group) -> Result<Remote<Slots>> {
+        let names = places.iter().map(|(name, _)| name.clone()).collect();
+        let remote = self.start_loop(name, names, devices)?;
         for (n, (name, on_bus)) in places.into_iter().enumerate() {
             self.connect(name, (remote.clone(), n), on_bus)?;
         }
-        Ok(())
+        Ok(remote)
     }
 
     /// A loop called `name` for devices that are called `names`.

@@ -1,7 +1,7 @@
 //! Block device (Virtio 1.3, 5.2): a disk. Its requests are in flight together and complete in any order.
 //!
-//! [`Blk`] lives on the VM's common loop when everything that could block is done by the kernel through an io_uring, and on a loop
-//! of its own otherwise. Honest by default: a flush is answered after `fdatasync`, so what the guest was told is durable is on
+//! [`Blk`] lives on the loop of the VM's disks when everything that could block is done by the kernel through an io_uring, and on
+//! a loop of its own otherwise. Honest by default: a flush is answered after `fdatasync`, so what the guest was told is durable is on
 //! the disk, and after a sync has failed nothing is called durable any more.
 
 mod backend;
