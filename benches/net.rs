@@ -23,7 +23,7 @@ use std::time::{Duration, Instant};
 use cofferdam::{Cidr, Console, Initramfs, Kernel, Net, Policy, Rule, Size, Vm};
 
 /// Bytes each way: once for the windows to open, then measured.
-const VOLUMES: [usize; 2] = [2 << 20, 8 << 20];
+const VOLUMES: [usize; 2] = [2 << 20, 64 << 20];
 const TRIPS: usize = 200;
 const CONNECTIONS: usize = 200;
 /// Connections that stay, and do nothing.
