@@ -56,8 +56,18 @@ fn echo_over(guest: &mut Guest, len: usize, room: usize) {
 
 #[test]
 fn a_mebibyte_comes_back_whole() {
-    let mut guest = Guest::new();
-    echo_over(&mut guest, 1 << 20, 256 << 10);
+    let (mut guest, (listener, to), data) = (Guest::new(), listener(), pattern(1 << 20));
+    // All of it and then back, so that there is always enough for large frames.
+    let server = std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        let mut all = Vec::new();
+        stream.read_to_end(&mut all).unwrap();
+        stream.write_all(&all).unwrap();
+    });
+    assert!(echoed(&mut guest, &data, to, 256 << 10) == data, "what came back is something else");
+    server.join().unwrap();
+    guest.over();
+    assert_eq!(guest.net.stats().resets, 0);
     assert!(guest.largest > 20_000, "the largest frame had {} bytes", guest.largest);
     assert_eq!(guest.net.stats().retransmitted, 0);
 }
