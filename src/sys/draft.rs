@@ -5,9 +5,10 @@ use std::ffi::CString;
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::ffi::OsStrExt;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use super::fill_random;
 
@@ -20,13 +21,14 @@ pub(crate) struct Draft {
 }
 
 impl Draft {
-    /// Makes one in `folder`.
-    pub(crate) fn new(folder: &Path) -> io::Result<Self> {
-        let (file, name) = match unnamed(folder, 0)? {
+    /// Makes one in `folder`, with these permissions but what the process's mask takes away.
+    pub(crate) fn new(folder: &Path, mode: u32) -> io::Result<Self> {
+        let (file, name) = match unnamed(folder, mode, 0)? {
             Some(file) => (file, None),
             None => {
+                remove_abandoned(folder);
                 let name = new_name(folder)?;
-                let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(&name)?;
+                let file = OpenOptions::new().read(true).write(true).create_new(true).mode(mode).open(&name)?;
                 (file, Some(name))
             }
         };
@@ -35,6 +37,11 @@ impl Draft {
 
     pub(crate) fn file(&self) -> &File {
         &self.file
+    }
+
+    /// Where it can be opened as long as it lives.
+    pub(crate) fn path(&self) -> PathBuf {
+        PathBuf::from(format!("/proc/self/fd/{}", self.file.as_raw_fd()))
     }
 
     /// Gives it its name, durably, which no other file may have.
@@ -66,7 +73,7 @@ impl Draft {
     }
 
     fn link(&self, to: &Path) -> io::Result<()> {
-        let from = CString::new(format!("/proc/self/fd/{}", self.file.as_raw_fd()))?;
+        let from = CString::new(self.path().into_os_string().into_vec())?;
         let (to, here, how) = (CString::new(to.as_os_str().as_bytes())?, libc::AT_FDCWD, libc::AT_SYMLINK_FOLLOW);
         // SAFETY: both paths are NUL-terminated and live across the call.
         match unsafe { libc::linkat(here, from.as_ptr(), here, to.as_ptr(), how) } {
@@ -85,18 +92,35 @@ impl Drop for Draft {
 }
 
 /// A file without a name; `None` on file systems that know no such thing, as FUSE and NFS do not.
-fn unnamed(folder: &Path, flags: libc::c_int) -> io::Result<Option<File>> {
+fn unnamed(folder: &Path, mode: u32, flags: libc::c_int) -> io::Result<Option<File>> {
     let flags = libc::O_TMPFILE | flags;
-    match OpenOptions::new().read(true).write(true).mode(0o600).custom_flags(flags).open(folder) {
+    match OpenOptions::new().read(true).write(true).mode(mode).custom_flags(flags).open(folder) {
         Err(e) if matches!(e.raw_os_error(), Some(libc::EOPNOTSUPP | libc::EISDIR)) => Ok(None),
         outcome => outcome.map(Some),
     }
 }
 
+/// How the names of drafts begin.
+const PREFIX: &str = ".cofferdam-";
+
 fn new_name(folder: &Path) -> io::Result<PathBuf> {
     let mut number = [0; 16];
     fill_random(&mut number)?;
-    Ok(folder.join(format!(".cofferdam-{:032x}", u128::from_le_bytes(number))))
+    Ok(folder.join(format!("{PREFIX}{:032x}", u128::from_le_bytes(number))))
+}
+
+/// Removes what killed processes have left. Nobody writes for so long without a change of the file.
+fn remove_abandoned(folder: &Path) {
+    const LONG: Duration = Duration::from_secs(3600);
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        let draft = entry.file_name().as_bytes().starts_with(PREFIX.as_bytes());
+        let changed = entry.metadata().and_then(|it| it.modified());
+        if draft && changed.is_ok_and(|at| at.elapsed().is_ok_and(|age| age > LONG)) {
+            if let Err(error) = fs::remove_file(entry.path()) {
+                log::debug!("{} cannot be removed: {error}", entry.path().display());
+            }
+        }
+    }
 }
 
 fn sync(folder: &Path) -> io::Result<()> {
@@ -105,10 +129,10 @@ fn sync(folder: &Path) -> io::Result<()> {
 
 /// A file in `folder` that never gets a name and is gone when its last descriptor is closed.
 pub(crate) fn temp_file(folder: &Path) -> io::Result<File> {
-    match unnamed(folder, libc::O_EXCL)? {
+    match unnamed(folder, 0o600, libc::O_EXCL)? {
         Some(file) => Ok(file),
         // For a moment it has one.
-        None => Draft::new(folder)?.file.try_clone(),
+        None => Draft::new(folder, 0o600)?.file.try_clone(),
     }
 }
 
@@ -135,6 +159,7 @@ fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
 mod tests {
     use super::*;
     use std::io::Write;
+    use std::time::SystemTime;
 
     #[test]
     fn a_draft_takes_a_place_whole_or_leaves_nothing() {
@@ -144,7 +169,7 @@ mod tests {
         let at = folder.join("it");
         for named in [false, true] {
             let draft = |text: &str| {
-                let mut draft = Draft::new(&folder).unwrap();
+                let mut draft = Draft::new(&folder, 0o600).unwrap();
                 if named && draft.name.is_none() {
                     let name = new_name(&folder).unwrap();
                     draft.link(&name).unwrap();
@@ -164,5 +189,22 @@ mod tests {
             fs::remove_file(&at).unwrap();
         }
         fs::remove_dir(&folder).unwrap();
+    }
+
+    #[test]
+    fn what_killed_processes_left_is_removed_when_it_is_old() {
+        let folder = std::env::temp_dir().join(format!("cofferdam-abandoned-{}", std::process::id()));
+        fs::create_dir_all(&folder).unwrap();
+        let long_ago = SystemTime::now() - Duration::from_secs(7200);
+        let (old, new, other) = (new_name(&folder).unwrap(), new_name(&folder).unwrap(), folder.join("disk"));
+        for path in [&old, &new, &other] {
+            fs::write(path, "x").unwrap();
+        }
+        for path in [&old, &other] {
+            File::options().write(true).open(path).unwrap().set_modified(long_ago).unwrap();
+        }
+        remove_abandoned(&folder);
+        assert_eq!([&old, &new, &other].map(|path| path.exists()), [false, true, true]);
+        fs::remove_dir_all(&folder).unwrap();
     }
 }

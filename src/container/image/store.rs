@@ -1,11 +1,14 @@
 //! The cache of prepared disks: found by digest, made once however many ask, never seen half-made.
 
 use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::sys;
+use crate::sys::{self, Draft};
+
+/// Of disks and what is known of them, but for what the process's mask takes away.
+const PERMISSIONS: u32 = 0o666;
 
 /// A folder of disks. Several processes may use one.
 #[derive(Debug)]
@@ -32,10 +35,17 @@ impl Store {
 
     /// Remembers it. A failure costs time later and nothing else.
     pub(super) fn remember(&self, identity: &str, digest: &str) {
-        let path = self.dir.join("known").join(identity);
-        let temporary = path.with_extension(std::process::id().to_string());
-        if let Err(error) = fs::write(&temporary, digest).and_then(|()| fs::rename(&temporary, &path)) {
-            log::debug!("{} cannot be written: {error}", path.display());
+        let known = self.dir.join("known");
+        let write = || {
+            let draft = Draft::new(&known, PERMISSIONS)?;
+            draft.file().write_all(digest.as_bytes())?;
+            draft.file().sync_all()?;
+            // What is there cannot be read, or it would not be said anew.
+            let _ = fs::remove_file(known.join(identity));
+            draft.publish(&known.join(identity))
+        };
+        if let Err(error) = write() {
+            log::debug!("{} cannot be written: {error}", known.join(identity).display());
         }
     }
 
@@ -56,64 +66,55 @@ impl Store {
         if let Ok(file) = File::open(&path) {
             return Ok(file);
         }
-        // A name of our own: where the folder is shared with other machines, the lock may be known to this one alone.
-        let mut number = [0; 8];
-        sys::fill_random(&mut number).doing(|| "choosing a name")?;
-        let half_made = self.dir.join(format!("{digest}.{:016x}.part", u64::from_ne_bytes(number)));
-        self.remove_abandoned(digest);
-        let made = make(&half_made).and_then(|()| {
-            let file = opened(&half_made)?;
-            file.sync_all().doing(|| format!("writing {}", half_made.display()))?;
-            fs::rename(&half_made, &path).doing(|| format!("naming {}", path.display()))?;
-            Ok(file)
-        });
-        if made.is_err() {
-            // It may not even have been begun.
-            let _ = fs::remove_file(&half_made);
+        let draft = Draft::new(&self.dir, PERMISSIONS).doing(|| format!("writing to {}", self.dir.display()))?;
+        make(&draft.path())?;
+        draft.file().sync_all().doing(|| format!("writing to {}", self.dir.display()))?;
+        match draft.publish(&path) {
+            // Where the folder is shared with another machine, the lock may be known to this one alone, and the other quicker.
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            outcome => outcome.doing(|| format!("naming {}", path.display()))?,
         }
-        made
-    }
-
-    /// Removes what killed processes have left of this disk. Nobody writes for so long without a change of the file.
-    fn remove_abandoned(&self, digest: &str) {
-        const LONG: Duration = Duration::from_secs(3600);
-        for entry in fs::read_dir(&self.dir).into_iter().flatten().flatten() {
-            let (name, changed) = (entry.file_name(), entry.metadata().and_then(|it| it.modified()));
-            let ours = name.to_str().is_some_and(|name| name.starts_with(digest) && name.ends_with(".part"));
-            if ours && changed.is_ok_and(|at| at.elapsed().is_ok_and(|age| age > LONG)) {
-                if let Err(error) = fs::remove_file(entry.path()) {
-                    log::debug!("{} cannot be removed: {error}", entry.path().display());
-                }
-            }
-        }
+        opened(&path)
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::time::SystemTime;
-
     use super::*;
 
     #[test]
     fn makers_that_know_nothing_of_each_other_are_not_in_each_others_way() {
         let dir = std::env::temp_dir().join(format!("cofferdam-store-{}", std::process::id()));
         let store = Store::open(Some(dir.clone())).unwrap();
-        let digest = "0".repeat(64);
-        let part = |name: &str| dir.join(format!("{digest}.{name}.part"));
-        for name in ["left", "theirs"] {
-            fs::write(part(name), name).unwrap();
-        }
-        let long_ago = SystemTime::now() - Duration::from_secs(7200);
-        File::options().write(true).open(part("left")).unwrap().set_modified(long_ago).unwrap();
+        let (digest, other) = ("0".repeat(64), "1".repeat(64));
+        let failed = store.get_or_make(&digest, |path| {
+            fs::write(path, "half")?;
+            Err(Error::new(ErrorKind::Corrupt, "on purpose"))
+        });
+        assert_eq!(failed.unwrap_err().kind(), ErrorKind::Corrupt);
         let made = store.get_or_make(&digest, |path| Ok(fs::write(path, "disk")?)).unwrap();
         assert_eq!(made.metadata().unwrap().len(), 4);
-        assert!(!part("left").exists(), "left by a process that was killed");
-        assert_eq!(fs::read(part("theirs")).unwrap(), b"theirs");
-        // As if another machine had been quicker.
-        fs::rename(part("theirs"), dir.join(format!("{digest}.ext4"))).unwrap();
         let made = store.get_or_make(&digest, |_| panic!("it is there")).unwrap();
-        assert_eq!(made.metadata().unwrap().len(), 6);
+        assert_eq!(made.metadata().unwrap().len(), 4);
+        // As if another machine had been quicker.
+        let theirs = dir.join(format!("{other}.ext4"));
+        let made =
+            store.get_or_make(&other, |path| Ok(fs::write(path, "ours").and_then(|()| fs::write(&theirs, "theirs"))?));
+        assert_eq!(made.unwrap().metadata().unwrap().len(), 6);
+        let names = fs::read_dir(&dir).unwrap().count();
+        assert_eq!(names, 4, "two disks, the lock, what is known, and nothing else");
+        fs::remove_dir_all(dir).unwrap();
+    }
+
+    #[test]
+    fn what_is_known_is_found_again_and_what_is_damaged_is_replaced() {
+        let dir = std::env::temp_dir().join(format!("cofferdam-known-{}", std::process::id()));
+        let store = Store::open(Some(dir.clone())).unwrap();
+        assert_eq!(store.remembered("it"), None);
+        fs::write(dir.join("known/it"), "damaged").unwrap();
+        assert_eq!(store.remembered("it"), None);
+        store.remember("it", &"a".repeat(64));
+        assert_eq!(store.remembered("it"), Some("a".repeat(64)));
         fs::remove_dir_all(dir).unwrap();
     }
 }

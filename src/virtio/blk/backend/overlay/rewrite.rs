@@ -149,7 +149,7 @@ pub(super) fn publish(path: &Path, over: bool, fill: impl FnOnce(&File) -> Resul
     // A link to the overlay goes on leading to it.
     let path = if over { &fs::canonicalize(path)? } else { path };
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let draft = sys::Draft::new(folder)?;
+    let draft = sys::Draft::new(folder, 0o600)?;
     fill(draft.file())?;
     draft.file().sync_all()?;
     Ok(if over { draft.replace(path) } else { draft.publish(path) }?)
