@@ -49,8 +49,6 @@ pub struct Kernel {
 #[derive(Debug)]
 pub(super) struct Loaded {
     pub image: MemoryImage,
-    /// Where what the kernel itself writes begins, as far as the file tells.
-    pub data: GuestAddress,
     pub entry: Entry,
     /// Its PVH entry point, if it has one.
     pub pvh: Option<GuestAddress>,
@@ -168,7 +166,7 @@ impl Kernel {
     /// called when a guest's kernel has come so far.
     pub(crate) fn learner(&self) -> impl Fn(&GuestMemory) + Send + use<> {
         let loaded = self.loaded.clone();
-        move |memory| memory.learn(&loaded.image, loaded.data)
+        move |memory| memory.learn(&loaded.image)
     }
 
     /// Where it is entered.
@@ -264,9 +262,12 @@ fn load_elf(file: &mut File) -> Result<Loaded> {
         None => return Err(corrupt(format!("its entry point {at} lies outside what it loads"))),
     };
     let end = result.kernel_end.max(image.end());
-    let data = GuestAddress(data(file)?.map_or(image.end(), |at| at.min(image.end())));
+    let image = match data(file)? {
+        Some(at) => image.with_data(GuestAddress(at)),
+        None => image,
+    };
     let configuration = Configuration::embedded(&image);
-    Ok(Loaded { image, data, entry, pvh, end, header: None, configuration, release: None })
+    Ok(Loaded { image, entry, pvh, end, header: None, configuration, release: None })
 }
 
 /// Where the first writable segment of an ELF file is loaded (System V ABI, gABI 4.1, 5).
@@ -316,8 +317,7 @@ fn load_bzimage(file: &mut File) -> Result<Loaded> {
     let configuration = Configuration::default();
     let release = release(file, header.kernel_version);
     let entry = Entry::Linux64(GuestAddress(entry));
-    let data = GuestAddress(image.end());
-    Ok(Loaded { image, data, entry, pvh: None, end, header: Some(header), configuration, release })
+    Ok(Loaded { image, entry, pvh: None, end, header: Some(header), configuration, release })
 }
 
 /// The first word of the version in a bzImage; its header says where that is, from 0x200 on (Linux x86 boot protocol, 1.3,
@@ -360,10 +360,10 @@ pub(super) mod tests {
         let kernel = open("elf", &elf(b"\xf4")).unwrap();
         assert_eq!(kernel.loaded.entry, Entry::Linux64(GuestAddress(0x10_0000)));
         assert_eq!(kernel.loaded.image.data_len(), 4096);
-        assert_eq!(kernel.loaded.data.0, kernel.loaded.image.end(), "no segment is writable");
+        assert_eq!(kernel.loaded.image.data().0, kernel.loaded.image.end(), "no segment is writable");
         let mut writable = elf(b"\xf4");
         writable[68] = 6;
-        assert_eq!(open("elf-writable", &writable).unwrap().loaded.data.0, 0x10_0000);
+        assert_eq!(open("elf-writable", &writable).unwrap().loaded.image.data().0, 0x10_0000);
         // A segment of nothing may be anywhere.
         writable = elf_with_pvh(b"\xf4");
         writable[120] = 1;
@@ -371,7 +371,7 @@ pub(super) mod tests {
         writable[144..152].fill(0xff);
         writable[152..160].fill(0);
         let kernel = open("elf-writable-far", &writable).unwrap();
-        assert_eq!(kernel.loaded.data.0, kernel.loaded.image.end());
+        assert_eq!(kernel.loaded.image.data().0, kernel.loaded.image.end());
     }
 
     #[test]

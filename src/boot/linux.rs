@@ -36,7 +36,7 @@ pub(crate) fn load(memory: &GuestMemory, kernel: &Kernel, cmdline: &str) -> Resu
             format!("{have} MiB are too few for this kernel, which needs {need} MiB to unpack itself"),
         ));
     }
-    memory.map_image(&loaded.image, loaded.data)?;
+    memory.map_image(&loaded.image)?;
     let mut text = cmdline.as_bytes().to_vec();
     text.push(0);
     memory.write(layout::CMDLINE, &text)?;

@@ -24,6 +24,8 @@ pub(crate) struct MemoryImage {
     file: File,
     /// Page-aligned ranges that hold data, sorted. Everything else is a hole.
     extents: Vec<(u64, u64)>,
+    /// Where what guests write at once begins, as far as its maker can tell; the end otherwise.
+    data: u64,
     /// Ranges that guests write at once, as the first has shown.
     pub(super) written: OnceLock<Vec<(u64, u64)>>,
 }
@@ -43,12 +45,23 @@ impl MemoryImage {
         let answer = fill(&GuestMemory { inner: Arc::new(inner), backing: Backing::Memfd })?;
         let extents = extents(&file).doing(|| "reading a memory image's layout")?;
         seal(&file).doing(|| "sealing a memory image")?;
-        Ok((Self { file, extents, written: OnceLock::new() }, answer))
+        let data = end(&extents);
+        Ok((Self { file, extents, data, written: OnceLock::new() }, answer))
+    }
+
+    /// Says that guests write at once what is from `at` on.
+    pub(crate) fn with_data(self, at: GuestAddress) -> Self {
+        Self { data: at.0.min(self.end()), ..self }
+    }
+
+    /// Where what guests write at once begins.
+    pub(crate) fn data(&self) -> GuestAddress {
+        GuestAddress(self.data)
     }
 
     /// The end of the last byte that holds data, rounded up to a page.
     pub(crate) fn end(&self) -> u64 {
-        self.extents.last().map_or(0, |(start, len)| start + len)
+        end(&self.extents)
     }
 
     /// The ranges that hold data, sorted: where they begin and how long they are.
@@ -77,13 +90,13 @@ impl MemoryImage {
 }
 
 impl GuestMemory {
-    /// Puts the image's data where it belongs: copy-on-write what lies below `data`, as a copy what follows, which the guest
-    /// writes at once anyway, and everything where others see what the guest writes. What was there before is gone.
+    /// Puts what the image holds where it belongs: copy-on-write what lies below its data, as a copy what follows, which the
+    /// guest writes at once anyway, and everything where others see what the guest writes. What was there before is gone.
     ///
     /// # Errors
     /// `InvalidConfig` when the memory is too small for the image, `ResourceExhausted` when the host has too many mappings.
-    pub(crate) fn map_image(&self, image: &MemoryImage, data: GuestAddress) -> Result<()> {
-        let data = if self.private() { data.0.next_multiple_of(sys::page_size() as u64) } else { 0 };
+    pub(crate) fn map_image(&self, image: &MemoryImage) -> Result<()> {
+        let data = if self.private() { image.data.next_multiple_of(sys::page_size() as u64) } else { 0 };
         let split = |&(start, len): &(u64, u64)| {
             let (end, middle) = (start + len, data.clamp(start, start + len));
             [(start, middle - start), (middle, end - middle)]
@@ -134,6 +147,10 @@ impl GuestMemory {
     }
 }
 
+fn end(extents: &[(u64, u64)]) -> u64 {
+    extents.last().map_or(0, |(start, len)| start + len)
+}
+
 fn seal(file: &File) -> io::Result<()> {
     let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_WRITE | libc::F_SEAL_SEAL;
     // SAFETY: F_ADD_SEALS takes an integer.
@@ -168,7 +185,7 @@ mod tests {
         let guest = |backing| GuestMemory::new(&[(GuestAddress(0), 4 << 20)], backing).unwrap();
         let guests = [Backing::Memfd, Backing::Anonymous, Backing::Transparent].map(guest);
         for guest in &guests {
-            guest.map_image(&image, GuestAddress(image.end())).unwrap();
+            guest.map_image(&image).unwrap();
         }
         guests[0].write(GuestAddress(0x10_0000), b"KERNEL").unwrap();
         let mut seen = [0; 6];
@@ -183,9 +200,9 @@ mod tests {
         let (image, ()) =
             MemoryImage::build(1 << 30, |memory| Ok(memory.write(GuestAddress(0x10_0000), &bytes)?)).unwrap();
         // In the middle of the second page, so copying begins with the third.
-        let data = GuestAddress(0x10_1800);
+        let image = image.with_data(GuestAddress(0x10_1800));
         let guest = GuestMemory::anonymous(&[(GuestAddress(0), 4 << 20)]).unwrap();
-        guest.map_image(&image, data).unwrap();
+        guest.map_image(&image).unwrap();
         let mut seen = vec![0; bytes.len()];
         guest.read(GuestAddress(0x10_0000), &mut seen).unwrap();
         assert_eq!(seen, bytes);
@@ -200,6 +217,6 @@ mod tests {
     fn a_guest_too_small_for_the_image_is_refused() {
         let (image, ()) = MemoryImage::build(64 << 20, |m| Ok(m.write(GuestAddress(32 << 20), b"x")?)).unwrap();
         let small = GuestMemory::anonymous(&[(GuestAddress(0), 4 << 20)]).unwrap();
-        assert_eq!(small.map_image(&image, GuestAddress(0)).unwrap_err().kind(), ErrorKind::InvalidConfig);
+        assert_eq!(small.map_image(&image).unwrap_err().kind(), ErrorKind::InvalidConfig);
     }
 }

@@ -23,11 +23,11 @@ const PRESENT: u64 = 1 << 63;
 const OF_FILE: u64 = 1 << 61;
 
 impl GuestMemory {
-    /// Looks which pages of the image below `data` this guest has written; the first time for an image only.
-    pub(crate) fn learn(&self, image: &MemoryImage, data: GuestAddress) {
+    /// Looks which pages of the image below its data this guest has written; the first time for an image only.
+    pub(crate) fn learn(&self, image: &MemoryImage) {
         if self.private() {
             image.written.get_or_init(|| {
-                self.written(image, data).unwrap_or_else(|error| {
+                self.written(image).unwrap_or_else(|error| {
                     log::debug!("what a guest has written cannot be seen: {error}");
                     Vec::new()
                 })
@@ -36,8 +36,8 @@ impl GuestMemory {
     }
 
     /// The ranges of such pages: where they begin and how many bytes.
-    fn written(&self, image: &MemoryImage, data: GuestAddress) -> io::Result<Vec<(u64, u64)>> {
-        let page = sys::page_size() as u64;
+    fn written(&self, image: &MemoryImage) -> io::Result<Vec<(u64, u64)>> {
+        let (page, data) = (sys::page_size() as u64, image.data());
         let (mut found, mut count): (Vec<(u64, u64)>, _) = (Vec::new(), 0);
         let pagemap = File::open("/proc/self/pagemap")?;
         let mut entries = vec![0; BATCH * 8];
@@ -94,9 +94,10 @@ mod tests {
         let at = |n: u64| GuestAddress(start.0 + n * page);
         let (image, ()) =
             MemoryImage::build(64 << 20, |memory| Ok(memory.write(start, &vec![7; 16 * page as usize])?)).unwrap();
+        let image = image.with_data(at(8));
         let guest = || {
             let guest = GuestMemory::anonymous(&[(GuestAddress(0), 4 << 20)]).unwrap();
-            guest.map_image(&image, at(8)).unwrap();
+            guest.map_image(&image).unwrap();
             guest
         };
         let first = guest();
@@ -105,16 +106,16 @@ mod tests {
         for n in [2, 3, 5, 9] {
             first.write(at(n), b"x").unwrap();
         }
-        first.learn(&image, at(8));
+        first.learn(&image);
         let learned = vec![(at(2).0, 2 * page), (at(5).0, page)];
         assert_eq!(image.written.get(), Some(&learned), "those above were copied before");
 
         let second = guest();
-        assert_eq!(second.written(&image, at(8)).unwrap(), learned, "before it has written anything");
+        assert_eq!(second.written(&image).unwrap(), learned, "before it has written anything");
         second.read(at(2), &mut seen).unwrap();
         assert_eq!(seen, [7]);
         second.write(at(7), b"x").unwrap();
-        second.learn(&image, at(8));
+        second.learn(&image);
         assert_eq!(image.written.get(), Some(&learned), "one guest's word is enough");
     }
 
@@ -125,9 +126,9 @@ mod tests {
         let (image, ()) =
             MemoryImage::build(64 << 20, |memory| Ok(memory.write(GuestAddress(0), &vec![7; all])?)).unwrap();
         let guest = GuestMemory::anonymous(&[(GuestAddress(0), 32 << 20)]).unwrap();
-        guest.map_image(&image, GuestAddress(image.end())).unwrap();
+        guest.map_image(&image).unwrap();
         guest.write(GuestAddress(0), &vec![8; all]).unwrap();
-        guest.learn(&image, GuestAddress(image.end()));
+        guest.learn(&image);
         assert_eq!(image.written.get(), Some(&vec![(0, (MOST * page) as u64)]));
     }
 }
