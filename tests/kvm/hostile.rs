@@ -56,13 +56,16 @@ fn store(address: u32, value: u32) -> Vec<u8> {
     [[0xc7, 0x04, 0x25].as_slice(), &address.to_le_bytes(), &value.to_le_bytes()].concat()
 }
 
-/// Offers one more buffer, kicks the queue, waits until the buffer comes back, and so on for ever:
-/// inc word [available.index]; mov dword [rdi+0x50], queue; mov ax, [used.index]; cmp ax, [available.index]; jne .-16; jmp .-33
+/// Offers one more buffer, kicks the queue, waits until the buffer comes back, acknowledges the interrupt, and so on for ever:
+/// inc word [available.index]; mov dword [rdi+0x50], queue; mov ax, [used.index]; cmp ax, [available.index]; jne .-16;
+/// mov dword [rdi+0x64], 1; jmp .-40
 fn storm(queue: u8) -> Vec<u8> {
     let [available, used] = [RINGS[1], RINGS[2]].map(|ring| (ring + 2).to_le_bytes());
     let kick = [0xc7, 0x47, 0x50, queue, 0, 0, 0];
     let parts = [&[0x66, 0xff, 0x04, 0x25], available.as_slice(), &kick, &[0x66, 0x8b, 0x04, 0x25], &used];
-    [parts.concat().as_slice(), &[0x66, 0x3b, 0x04, 0x25], &available, &[0x75, 0xee, 0xeb, 0xdd]].concat()
+    let acknowledge = [0xc7, 0x47, 0x64, 1, 0, 0, 0];
+    let compare = [0x66, 0x3b, 0x04, 0x25];
+    [parts.concat().as_slice(), &compare, &available, &[0x75, 0xee], &acknowledge, &[0xeb, 0xd6]].concat()
 }
 
 pub fn queues_where_no_memory_is() -> Outcome {
