@@ -48,7 +48,8 @@ const CRATES: &[(&str, &[&str])] = &[
     // In tests only, as another ring to compare with.
     ("virtio_queue", &["virtio"]),
     ("slab", &["memory", "virtio"]),
-    ("imago", &["virtio"]),
+    // Files below images are called unsafely.
+    ("imago", &["sys", "virtio"]),
     ("vmm_sys_util", &["sys"]),
     ("io_uring", &["sys"]),
     ("vm_superio", &["legacy"]),

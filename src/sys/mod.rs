@@ -8,6 +8,8 @@ mod disk;
 mod draft;
 mod file;
 mod iovec;
+#[cfg(feature = "qcow2")]
+mod ordered;
 mod schedule;
 mod signal;
 mod socket;
@@ -23,6 +25,10 @@ pub(crate) use file::{
     try_lock, xattrs, zero, zero_range,
 };
 pub(crate) use iovec::{preadv, pwritev, readv, receive, send, sendv, writev};
+#[cfg(all(test, feature = "qcow2"))]
+pub(crate) use ordered::record;
+#[cfg(feature = "qcow2")]
+pub(crate) use ordered::{Order, Ordered};
 pub(crate) use schedule::displace_nobody;
 pub(crate) use signal::{KickSignal, ThreadId};
 pub(crate) use socket::{Socket, SocketKind, peekv, socket_kind};

@@ -3,6 +3,8 @@
 //! Which files belong to an image is decided here and never by the crate: names in a header are followed within one folder only.
 
 mod header;
+#[cfg(test)]
+mod power;
 mod recount;
 #[cfg(test)]
 mod tests;
@@ -14,17 +16,17 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
-use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder, StorageOpenOptions};
+use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder};
 
 use super::raw::{length, open};
 use super::storage::{from_guest, to_guest};
 use super::{BlockBackend, Extent, Shape};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::memory::{GuestMemory, Segment};
-use crate::sys;
+use crate::sys::{self, Order, Ordered};
 use header::{Format, Header};
 
-type Access = FormatAccess<imago::file::File>;
+type Access = FormatAccess<Ordered>;
 
 /// Images that may lie on each other.
 const DEPTH: usize = 16;
@@ -33,11 +35,14 @@ const DEPTH: usize = 16;
 #[derive(Debug)]
 pub(crate) struct Qcow2 {
     access: Option<Access>,
+    order: Order,
     /// The image's own file, which also holds the lock.
     file: File,
     size: u64,
     read_only: bool,
     cluster: u32,
+    /// In the reach of this L2 table clusters were given back since the last flush. Tables on stable storage may still name them.
+    freed: Option<u64>,
     /// The image says that it is open for writing.
     marked: bool,
     /// A sync has failed, or the crate has: nothing is durable from then on.
@@ -89,20 +94,23 @@ fn guarded<T>(call: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
     })
 }
 
-fn storage(file: &File, write: bool) -> io::Result<imago::file::File> {
-    imago::file::File::from_open_file(file.try_clone()?, StorageOpenOptions::new().write(write))
-}
-
 /// Says in an image whether its reference counts may be wrong.
 fn mark(file: &File, bit: u8) -> io::Result<()> {
     let mut byte = [0];
     file.read_exact_at(&mut byte, header::DIRTY)?;
-    file.write_all_at(&[byte[0] & !1 | bit], header::DIRTY)?;
-    file.sync_data()
+    let byte = [byte[0] & !1 | bit];
+    file.write_all_at(&byte, header::DIRTY)?;
+    file.sync_data()?;
+    #[cfg(test)]
+    {
+        sys::record::wrote(header::DIRTY, &byte);
+        sys::record::synced();
+    }
+    Ok(())
 }
 
 /// Opens an image and what it lies on, the lowest first.
-fn open_image(path: &Path, write: bool, chain: &mut Chain) -> Result<(Access, File, Header)> {
+fn open_image(path: &Path, write: bool, order: Order, chain: &mut Chain) -> Result<(Access, File, Header)> {
     let file = open(path, !write, true, 0)?;
     if !file.metadata()?.is_file() {
         return Err(Error::new(ErrorKind::InvalidConfig, "not a regular file"));
@@ -123,9 +131,9 @@ fn open_image(path: &Path, write: bool, chain: &mut Chain) -> Result<(Access, Fi
             Some(open_backing(&below, *format, chain).doing(|| format!("opening backing file {}", below.display()))?)
         }
     };
-    let own = storage(&file, write)?;
+    let own = Ordered::new(file.try_clone()?, write, header.cluster.into(), order)?;
     let image = guarded(|| {
-        imago::qcow2::Qcow2::<imago::file::File>::builder(own)
+        imago::qcow2::Qcow2::<Ordered>::builder(own)
             .write(write)
             .backing(backing)
             .data_file(None)
@@ -137,15 +145,13 @@ fn open_image(path: &Path, write: bool, chain: &mut Chain) -> Result<(Access, Fi
 
 fn open_backing(path: &Path, format: Format, chain: &mut Chain) -> Result<Access> {
     if format == Format::Qcow2 {
-        return Ok(open_image(path, false, chain)?.0);
+        return Ok(open_image(path, false, Order::default(), chain)?.0);
     }
     let file = open(path, true, true, 0)?;
     chain.add(&file)?;
     length(&file)?;
-    let own = storage(&file, false)?;
-    let raw = guarded(|| {
-        imago::raw::Raw::<imago::file::File>::builder(own).write(false).open(DenyImplicitOpenGate::default())
-    });
+    let own = Ordered::new(file, false, 1, Order::default())?;
+    let raw = guarded(|| imago::raw::Raw::<Ordered>::builder(own).write(false).open(DenyImplicitOpenGate::default()));
     Ok(FormatAccess::new(raw?))
 }
 
@@ -163,8 +169,20 @@ impl Qcow2 {
             None => path.parent().unwrap_or(Path::new("/")).to_path_buf(),
         };
         let mut chain = Chain { folder, files: Vec::new() };
-        let (access, file, Header { size, cluster, .. }) = open_image(&path, !read_only, &mut chain).doing(doing)?;
-        Ok(Self { access: Some(access), file, size, read_only, cluster, marked: false, failed: false })
+        let order = Order::default();
+        let opened = open_image(&path, !read_only, order.clone(), &mut chain).doing(doing)?;
+        let (access, file, Header { size, cluster, .. }) = opened;
+        Ok(Self {
+            access: Some(access),
+            order,
+            freed: None,
+            file,
+            size,
+            read_only,
+            cluster,
+            marked: false,
+            failed: false,
+        })
     }
 
     /// What is needed before anything is written. The crate writes reference counts and tables without a sync in between, so after
@@ -177,6 +195,36 @@ impl Qcow2 {
         if !self.marked {
             mark(&self.file, 1)?;
             self.marked = true;
+        }
+        Ok(())
+    }
+
+    /// Before anything that takes clusters: none may be taken again while tables on stable storage name it.
+    fn forget_freed(&mut self) -> io::Result<()> {
+        if self.freed.is_some() { self.flush() } else { Ok(()) }
+    }
+
+    /// Gives back what the range takes up. Pieces of clusters and tables that are not there yet take clusters themselves.
+    fn give_back(
+        &mut self,
+        offset: u64,
+        len: u64,
+        call: impl Fn(&mut Access, u64, u64) -> io::Result<()>,
+    ) -> io::Result<()> {
+        self.writable()?;
+        let cluster = u64::from(self.cluster);
+        // What one L2 table speaks of.
+        let (reach, mut at, end) = (cluster / 8 * cluster, offset, offset + len);
+        while at < end {
+            let whole = at % cluster == 0 && end - at >= cluster;
+            let next = if whole { end / cluster * cluster } else { (at / cluster + 1) * cluster };
+            let next = next.min((at / reach + 1) * reach).min(end);
+            if self.freed.is_some_and(|freed| !whole || freed != at / reach) {
+                self.flush()?;
+            }
+            self.freed = Some(at / reach);
+            self.call(|image| call(image, at, next - at))?;
+            at = next;
         }
         Ok(())
     }
@@ -199,9 +247,10 @@ pub(super) fn small() -> &'static [u8] {
     static IMAGE: std::sync::OnceLock<Vec<u8>> = std::sync::OnceLock::new();
     let make = || -> io::Result<Vec<u8>> {
         let file = sys::temp_file(&std::env::temp_dir())?;
-        let builder = imago::qcow2::Qcow2::<imago::file::File>::create_builder(storage(&file, true)?);
+        let storage = || Ordered::new(file.try_clone()?, true, 512, Order::default());
+        let builder = imago::qcow2::Qcow2::<Ordered>::create_builder(storage()?);
         builder.size(256 << 10).cluster_size(512).create()?;
-        let image = imago::qcow2::Qcow2::<imago::file::File>::builder(storage(&file, true)?).write(true);
+        let image = imago::qcow2::Qcow2::<Ordered>::builder(storage()?).write(true);
         let image = FormatAccess::new(image.open(DenyImplicitOpenGate::default())?);
         image.write([3; 4096].as_slice(), 1024)?;
         image.write([4; 4096].as_slice(), 128 << 10)?;
@@ -236,7 +285,11 @@ impl BlockBackend for Qcow2 {
 
     fn write(&mut self, memory: &GuestMemory, segments: &[Segment], offset: u64) -> io::Result<()> {
         self.writable()?;
-        self.call(|image| from_guest(memory, segments, offset, |from, at| image.write(from, at)))
+        self.forget_freed()?;
+        let order = self.order.clone();
+        self.call(|image| {
+            from_guest(memory, segments, offset, |from, at| order.writing(from, || image.write(from, at)))
+        })
     }
 
     fn flush(&mut self) -> io::Result<()> {
@@ -245,19 +298,25 @@ impl BlockBackend for Qcow2 {
         }
         // The crate's flush writes the tables that it has in memory, without a sync before: they must not speak of bytes that are
         // not there yet.
-        let outcome = self.call(|image| image.sync().and_then(|()| image.flush()).and_then(|()| image.sync()));
+        let order = self.order.clone();
+        let outcome = self.call(|image| {
+            image.sync()?;
+            order.flushing(|| image.flush())?;
+            image.sync()
+        });
         self.failed |= outcome.is_err();
+        if outcome.is_ok() {
+            self.freed = None;
+        }
         outcome
     }
 
     fn discard(&mut self, offset: u64, len: u64) -> io::Result<()> {
-        self.writable()?;
-        self.call(|image| image.discard_to_any(offset, len))
+        self.give_back(offset, len, |image, at, len| image.discard_to_any(at, len))
     }
 
     fn write_zeroes(&mut self, offset: u64, len: u64, _: bool) -> io::Result<()> {
-        self.writable()?;
-        self.call(|image| image.write_zeroes(offset, len))
+        self.give_back(offset, len, |image, at, len| image.write_zeroes(at, len))
     }
 
     fn grow(&mut self, len: u64) -> io::Result<()> {

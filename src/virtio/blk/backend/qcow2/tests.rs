@@ -5,21 +5,21 @@ use std::process::Command;
 use super::*;
 use crate::memory::GuestAddress;
 
-struct Temp(PathBuf);
+pub(super) struct Temp(PathBuf);
 
 impl Temp {
-    fn new(name: &str) -> Self {
+    pub(super) fn new(name: &str) -> Self {
         let path = std::env::temp_dir().join(format!("cofferdam-qcow2-{name}-{}", std::process::id()));
         fs::create_dir_all(&path).unwrap();
         Self(fs::canonicalize(path).unwrap())
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub(super) fn path(&self, name: &str) -> PathBuf {
         self.0.join(name)
     }
 
     /// Runs `qemu-img` in this folder.
-    fn qemu_img(&self, arguments: &str) -> String {
+    pub(super) fn qemu_img(&self, arguments: &str) -> String {
         let output = Command::new("qemu-img").args(arguments.split(' ')).current_dir(&self.0).output();
         let output = output.expect("qemu-img is not installed: run `make setup` first");
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
@@ -33,17 +33,17 @@ impl Drop for Temp {
     }
 }
 
-fn memory() -> GuestMemory {
+pub(super) fn memory() -> GuestMemory {
     GuestMemory::anonymous(&[(GuestAddress(0), 4 << 20)]).unwrap()
 }
 
-fn write(disk: &mut Qcow2, bytes: &[u8], offset: u64) {
+pub(super) fn write(disk: &mut Qcow2, bytes: &[u8], offset: u64) {
     let memory = memory();
     memory.write(GuestAddress(0), bytes).unwrap();
     disk.write(&memory, &[memory.segment(GuestAddress(0), bytes.len()).unwrap()], offset).unwrap();
 }
 
-fn read(disk: &mut Qcow2, offset: u64, len: usize) -> Vec<u8> {
+pub(super) fn read(disk: &mut Qcow2, offset: u64, len: usize) -> Vec<u8> {
     let (memory, mut bytes) = (memory(), vec![0; len]);
     disk.read(&memory, &[memory.segment(GuestAddress(5), len).unwrap()], offset).unwrap();
     memory.read(GuestAddress(5), &mut bytes).unwrap();

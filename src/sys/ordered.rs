@@ -1,0 +1,173 @@
+//! [`Ordered`]: the file below an image of the crate imago, which never lets a table go to stable storage before what it speaks of.
+//!
+//! The crate writes tables when it has no more room for them in memory, and pointers to tables as soon as there are such, with no
+//! sync before. After a loss of power a table could name a cluster that holds something else: what was there once would be gone,
+//! though nobody ever wrote to it.
+
+use std::fmt;
+use std::io;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use imago::file::File;
+use imago::io_buffers::{IoVector, IoVectorMut};
+use imago::storage::PreallocateMode;
+use imago::storage::drivers::CommonStorageHelper;
+use imago::{Storage, StorageOpenOptions};
+
+#[cfg(test)]
+pub(crate) mod record;
+
+/// What is under way, as only the caller of the crate can know it. Clones are the same.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Order(Arc<Mutex<State>>);
+
+#[derive(Debug, Default)]
+struct State {
+    /// Where the bytes that are written for the guest lie in this process.
+    guest: Range<usize>,
+    /// The crate writes all that it has in memory, and everything that this speaks of is on stable storage.
+    flushing: bool,
+    /// Something was written since the last sync.
+    pending: bool,
+}
+
+impl Order {
+    fn state<R>(&self, f: impl FnOnce(&mut State) -> R) -> R {
+        f(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Calls `f`, which writes `bytes`, as they are here, for the guest.
+    pub(crate) fn writing<R>(&self, bytes: &[u8], f: impl FnOnce() -> R) -> R {
+        let range = bytes.as_ptr_range();
+        self.state(|state| state.guest = range.start.addr()..range.end.addr());
+        let answer = f();
+        self.state(|state| state.guest = 0..0);
+        answer
+    }
+
+    /// Calls `f`, which writes tables that speak only of what was synced.
+    pub(crate) fn flushing<R>(&self, f: impl FnOnce() -> R) -> R {
+        self.state(|state| state.flushing = true);
+        let answer = f();
+        self.state(|state| state.flushing = false);
+        answer
+    }
+}
+
+/// An image's file.
+#[derive(Debug)]
+pub(crate) struct Ordered {
+    file: File,
+    cluster: u64,
+    order: Order,
+}
+
+impl Ordered {
+    /// That of an image with clusters of `cluster` bytes.
+    pub(crate) fn new(file: std::fs::File, write: bool, cluster: u64, order: Order) -> io::Result<Self> {
+        Ok(Self { file: File::from_open_file(file, StorageOpenOptions::new().write(write))?, cluster, order })
+    }
+
+    /// What must be done before so many bytes are written at `offset`, which `guest` tells to be the guest's. Tables are whole
+    /// clusters, pointers to them are smaller than a sector, and the header is at the front; what is copied into a new cluster
+    /// around the guest's bytes is sectors, and never all of it.
+    fn before(&self, offset: u64, len: u64, guest: bool) -> io::Result<()> {
+        let table = !guest && (offset == 0 || len % self.cluster == 0 || len % 512 != 0);
+        if table && self.order.state(|state| state.pending && !state.flushing) {
+            self.sync()?;
+        }
+        self.order.state(|state| state.pending = true);
+        Ok(())
+    }
+}
+
+impl fmt::Display for Ordered {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.file.fmt(f)
+    }
+}
+
+impl Storage for Ordered {
+    fn size(&self) -> io::Result<u64> {
+        self.file.size()
+    }
+
+    fn zero_align(&self) -> usize {
+        self.file.zero_align()
+    }
+
+    fn discard_align(&self) -> usize {
+        self.file.discard_align()
+    }
+
+    unsafe fn pure_readv(&self, bufv: IoVectorMut<'_>, offset: u64) -> io::Result<()> {
+        // SAFETY: our caller has promised what is asked for.
+        unsafe { self.file.pure_readv(bufv, offset) }
+    }
+
+    unsafe fn pure_writev(&self, bufv: IoVector<'_>, offset: u64) -> io::Result<()> {
+        let parts = bufv.into_inner();
+        let first = parts.first().map_or(0, |part| part.as_ptr().addr());
+        let bufv = IoVector::from(parts);
+        let guest = self.order.state(|state| state.guest.contains(&first));
+        self.before(offset, bufv.len(), guest)?;
+        #[cfg(test)]
+        record::wrote(offset, &record::bytes(&bufv));
+        // SAFETY: as above.
+        unsafe { self.file.pure_writev(bufv, offset) }
+    }
+
+    unsafe fn pure_write_zeroes(&self, offset: u64, length: u64) -> io::Result<()> {
+        self.before(offset, length, false)?;
+        #[cfg(test)]
+        record::wrote(offset, &vec![0; length as usize]);
+        // SAFETY: as above.
+        unsafe { self.file.pure_write_zeroes(offset, length) }
+    }
+
+    unsafe fn pure_write_allocated_zeroes(&self, offset: u64, length: u64) -> io::Result<()> {
+        self.before(offset, length, false)?;
+        #[cfg(test)]
+        record::wrote(offset, &vec![0; length as usize]);
+        // SAFETY: as above.
+        unsafe { self.file.pure_write_allocated_zeroes(offset, length) }
+    }
+
+    unsafe fn pure_discard(&self, offset: u64, length: u64) -> io::Result<()> {
+        // What pointed there must be gone before.
+        if self.order.state(|state| state.pending && !state.flushing) {
+            self.sync()?;
+        }
+        self.order.state(|state| state.pending = true);
+        #[cfg(test)]
+        record::wrote(offset, &vec![0; length as usize]);
+        // SAFETY: as above.
+        unsafe { self.file.pure_discard(offset, length) }
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        self.file.flush()
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.file.sync()?;
+        self.order.state(|state| state.pending = false);
+        #[cfg(test)]
+        record::synced();
+        Ok(())
+    }
+
+    unsafe fn invalidate_cache(&self) -> io::Result<()> {
+        // SAFETY: as above.
+        unsafe { self.file.invalidate_cache() }
+    }
+
+    fn get_storage_helper(&self) -> &CommonStorageHelper {
+        self.file.get_storage_helper()
+    }
+
+    fn resize(&self, new_size: u64, prealloc_mode: PreallocateMode) -> io::Result<()> {
+        self.file.resize(new_size, prealloc_mode)
+    }
+}

@@ -1,0 +1,173 @@
+//! What a loss of power leaves of an image: every state in which its file may be found, by what was written and synced.
+
+use std::fs;
+
+use proptest::prelude::*;
+
+use super::tests::{Temp, read, write};
+use super::*;
+use crate::sys::record::{self, Event};
+
+const SECTOR: u64 = 512;
+/// Groups of sectors that are far apart, so that they are not in one table where clusters are small.
+const GROUPS: u64 = 5;
+const GROUP: u64 = 12;
+const APART: u64 = 100;
+/// The base has as many sectors as this, all of whose bytes are 200.
+const BASE: u64 = 350;
+
+fn place(sector: u64) -> u64 {
+    (sector / GROUP * APART + sector % GROUP) * SECTOR
+}
+
+/// The first byte of every sector, all of which are alike.
+fn contents(disk: &mut Qcow2) -> Vec<u8> {
+    let groups = (0..GROUPS).flat_map(|group| read(disk, place(group * GROUP), (GROUP * SECTOR) as usize));
+    let bytes: Vec<u8> = groups.collect();
+    let sectors = bytes.chunks(SECTOR as usize);
+    sectors.map(|s| if s.iter().all(|b| *b == s[0]) { s[0] } else { panic!("a torn sector") }).collect()
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Op {
+    Write(u8),
+    Zeroes,
+    Discard,
+    Flush,
+}
+
+fn ops() -> impl Strategy<Value = Vec<(Op, u64, u64)>> {
+    let op = prop_oneof![
+        5 => (1..100u8).prop_map(Op::Write),
+        2 => Just(Op::Zeroes),
+        2 => Just(Op::Discard),
+        2 => Just(Op::Flush),
+    ];
+    proptest::collection::vec((op, 0..GROUPS * GROUP, 1..GROUP + 1), 1..16)
+}
+
+/// What a sector may be found with: what it had at the last flush that was answered, and all it was given since.
+type Allowed = Vec<Vec<u8>>;
+
+/// Does all of it, and says for each point of the record what was promised there.
+fn record(disk: &mut Qcow2, ops: &[(Op, u64, u64)]) -> (Vec<Event>, Vec<(usize, Allowed)>) {
+    let mut allowed: Allowed = contents(disk).into_iter().map(|byte| vec![byte]).collect();
+    let (mut events, mut promises) = (record::taken(), vec![(0, allowed.clone())]);
+    for &(op, sector, count) in ops {
+        let count = count.min(GROUP - sector % GROUP);
+        let (offset, len) = (place(sector), count * SECTOR);
+        let there = &mut allowed[sector as usize..(sector + count) as usize];
+        match op {
+            Op::Write(byte) => there.iter_mut().for_each(|values| values.push(byte)),
+            Op::Zeroes => there.iter_mut().for_each(|values| values.push(0)),
+            // Anything, of which the image knows zeroes and what is below.
+            Op::Discard => there.iter_mut().for_each(|values| values.extend([0, 200])),
+            Op::Flush => {}
+        }
+        // From before the call on, for the power may go in the middle of it.
+        promises.push((events.len(), allowed.clone()));
+        match op {
+            Op::Write(byte) => write(disk, &vec![byte; len as usize], offset),
+            Op::Zeroes => disk.write_zeroes(offset, len, true).unwrap(),
+            Op::Discard => disk.discard(offset, len).unwrap(),
+            Op::Flush => disk.flush().unwrap(),
+        }
+        events.extend(record::taken());
+        if matches!(op, Op::Flush) {
+            allowed = contents(disk).into_iter().map(|byte| vec![byte]).collect();
+            promises.push((events.len(), allowed.clone()));
+        }
+    }
+    (events, promises)
+}
+
+/// The file after the power went at `end`: all up to the last sync is there, of what came later what `kept` says. It may be
+/// as long as all of it already.
+fn found(before: &[u8], events: &[Event], end: usize, long: bool, mut kept: impl FnMut() -> bool) -> Vec<u8> {
+    let synced = events[..end].iter().rposition(|e| matches!(e, Event::Synced)).unwrap_or(0);
+    let mut file = before.to_vec();
+    for (n, event) in events[..end].iter().enumerate() {
+        if let Event::Wrote(offset, bytes) = event {
+            let (at, len) = (*offset as usize, bytes.len());
+            let keep = n < synced || kept();
+            if keep || long {
+                file.resize(file.len().max(at + len), 0);
+            }
+            if keep {
+                file[at..at + len].copy_from_slice(bytes);
+            }
+        }
+    }
+    file
+}
+
+/// An image on a base; the files are in `temp`.
+fn image(temp: &Temp, cluster: u64) -> PathBuf {
+    fs::write(temp.path("base"), vec![200; (BASE * SECTOR) as usize]).unwrap();
+    let (path, size) = (temp.path("image"), (GROUPS * APART * SECTOR).to_string());
+    temp.qemu_img(&format!("create -q -f qcow2 -b base -F raw -o cluster_size={cluster} image {size}"));
+    path
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(8))]
+    #[test]
+    fn whatever_a_loss_of_power_leaves_what_was_promised_is_there(
+        ops in ops(), cluster in prop_oneof![Just(512u64), Just(2048), Just(65536)], seed in any::<u64>(),
+    ) {
+        let temp = Temp::new("power");
+        let path = image(&temp, cluster);
+        let (before, state) = (fs::read(&path).unwrap(), temp.path("state"));
+        let mut disk = Qcow2::open(&path, None, false).unwrap();
+        let (events, promises) = record(&mut disk, &ops);
+        drop(disk);
+        let mut random = seed | 1;
+        // Whoever opens what was left has to count, which takes some milliseconds.
+        for end in (0..=events.len()).rev().step_by(events.len() / 30 + 1) {
+            let (_, allowed) = promises.iter().rev().find(|(from, _)| *from <= end).unwrap();
+            for how in 0..4 {
+                // All of it, nothing, and a half and three quarters that are left to chance.
+                let file = found(&before, &events, end, how > 1, || {
+                    random ^= random << 13;
+                    random ^= random >> 7;
+                    random ^= random << 17;
+                    how == 0 || how > 1 && random % 4 < how
+                });
+                fs::write(&state, file).unwrap();
+                let opened = Qcow2::open(&state, None, false);
+                prop_assert!(opened.is_ok(), "power went after {end} of {}: {:?}", events.len(), opened.err());
+                for (sector, byte) in contents(&mut opened.unwrap()).iter().enumerate() {
+                    prop_assert!(
+                        allowed[sector].contains(byte),
+                        "power went after {end} of {} events: sector {sector} is {byte}, not one of {:?}",
+                        events.len(), allowed[sector]
+                    );
+                }
+            }
+        }
+        record::taken();
+    }
+}
+
+/// The model can fail: tables that are written before what they speak of are found out.
+#[test]
+fn a_flush_in_the_wrong_order_is_found_out() {
+    let temp = Temp::new("order");
+    let path = image(&temp, 2048);
+    let (before, state) = (fs::read(&path).unwrap(), temp.path("state"));
+    let mut disk = Qcow2::open(&path, None, false).unwrap();
+    record::taken();
+    write(&mut disk, &[7; 4096], 0);
+    let order = disk.order.clone();
+    disk.call(|image| order.flushing(|| image.flush())).unwrap();
+    let events = record::taken();
+    let mut data = events.iter().filter_map(|event| match event {
+        Event::Wrote(_, bytes) => Some(bytes.iter().any(|byte| *byte != 7)),
+        Event::Synced => None,
+    });
+    // As if the only sync had been the one of the mark.
+    let events: Vec<Event> = events.iter().filter(|event| matches!(event, Event::Wrote(..))).cloned().collect();
+    fs::write(&state, found(&before, &events, events.len(), true, || data.next().unwrap())).unwrap();
+    let after = contents(&mut Qcow2::open(&state, None, false).unwrap());
+    assert_eq!(after[0], 0, "neither the base's 200 nor 7");
+}
