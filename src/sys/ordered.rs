@@ -30,6 +30,8 @@ struct State {
     flushing: bool,
     /// Something was written since the last sync.
     pending: bool,
+    /// A sync has failed: the host forgets that once it was told, so no later one can be believed.
+    failed: bool,
 }
 
 impl Order {
@@ -151,8 +153,12 @@ impl Storage for Ordered {
     }
 
     fn sync(&self) -> io::Result<()> {
-        self.file.sync()?;
-        self.order.state(|state| state.pending = false);
+        if self.order.state(|state| state.failed) {
+            return Err(io::Error::other("a sync has failed before, so what was written then may be lost"));
+        }
+        let outcome = self.file.sync();
+        self.order.state(|state| (state.pending, state.failed) = (outcome.is_err(), outcome.is_err()));
+        outcome?;
         #[cfg(test)]
         record::synced();
         Ok(())
@@ -169,5 +175,21 @@ impl Storage for Ordered {
 
     fn resize(&self, new_size: u64, prealloc_mode: PreallocateMode) -> io::Result<()> {
         self.file.resize(new_size, prealloc_mode)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::OpenOptions;
+
+    #[test]
+    fn no_sync_is_believed_after_one_that_failed() {
+        // Which cannot be synced (fsync(2), EINVAL).
+        let file = OpenOptions::new().read(true).write(true).open("/proc/self/comm").unwrap();
+        let file = Ordered::new(file, true, 512, Order::default()).unwrap();
+        file.before(512, 512, true).unwrap();
+        assert_eq!(file.before(1024, 512, false).unwrap_err().raw_os_error(), Some(libc::EINVAL), "a table");
+        assert!(file.sync().unwrap_err().to_string().contains("has failed before"));
     }
 }
