@@ -75,12 +75,16 @@ impl Ordered {
     /// clusters, pointers to them are smaller than a sector, and the header is at the front; what is copied into a new cluster
     /// around the guest's bytes is sectors, and never all of it.
     fn before(&self, offset: u64, len: u64, guest: bool) -> io::Result<()> {
-        let table = !guest && (offset == 0 || len % self.cluster == 0 || len % 512 != 0);
-        if table && self.order.state(|state| state.pending && !state.flushing) {
-            self.sync()?;
+        if !guest && (offset == 0 || len % self.cluster == 0 || len % 512 != 0) {
+            self.settle()?;
         }
         self.order.state(|state| state.pending = true);
         Ok(())
+    }
+
+    /// Syncs what was written since the last sync.
+    fn settle(&self) -> io::Result<()> {
+        if self.order.state(|state| state.pending && !state.flushing) { self.sync() } else { Ok(()) }
     }
 }
 
@@ -138,9 +142,7 @@ impl Storage for Ordered {
 
     unsafe fn pure_discard(&self, offset: u64, length: u64) -> io::Result<()> {
         // What pointed there must be gone before.
-        if self.order.state(|state| state.pending && !state.flushing) {
-            self.sync()?;
-        }
+        self.settle()?;
         self.order.state(|state| state.pending = true);
         #[cfg(test)]
         record::wrote(offset, &vec![0; length as usize]);

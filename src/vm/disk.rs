@@ -107,9 +107,9 @@ impl Disk {
     /// own folder or in that of [`Disk::backing_folder`]. Encryption, internal snapshots and data files apart are not supported.
     ///
     /// While it is written it is marked as QEMU does with lazy reference counts. When the VM's process was killed or the host lost
-    /// power, all that was flushed is there (of power only where none of the image's own clusters is compressed). Who then opens
-    /// the image for writing counts its references again, which takes as long as reading its tables; to be read only, or as a
-    /// backing file, it is refused until somebody did. Overlays need no such thing, and are faster.
+    /// power, all that was flushed is there. Who then opens the image for writing counts its references again, which takes as long
+    /// as reading its tables; to be read only, or as a backing file, it is refused until somebody did. Overlays need no such
+    /// thing, and are faster.
     #[cfg(feature = "qcow2")]
     pub fn qcow2(path: impl Into<PathBuf>) -> Self {
         Self::of(Source::Qcow2 { path: path.into(), folder: None })

@@ -16,7 +16,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
-use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder};
+use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder, ShallowMapping};
 
 use super::raw::{length, open};
 use super::storage::{from_guest, to_guest};
@@ -204,6 +204,38 @@ impl Qcow2 {
         if self.freed.is_some() { self.flush() } else { Ok(()) }
     }
 
+    /// Writes `bytes`, cluster by cluster where more at once would give clusters back: for zeroes that have a cluster, which the
+    /// crate would take elsewhere to have all in one place, and for compressed data, which always does.
+    fn replace(&mut self, mut bytes: &[u8], mut at: u64) -> io::Result<()> {
+        let (cluster, order) = (u64::from(self.cluster), self.order.clone());
+        while !bytes.is_empty() {
+            self.forget_freed()?;
+            let most = bytes.len() as u64;
+            let rest = cluster - at % cluster;
+            let (len, freed) = self.call(|image| {
+                let (mapping, alike) = image.get_shallow_mapping(at, most)?;
+                Ok(match mapping {
+                    ShallowMapping::Special { .. } => (rest, true),
+                    ShallowMapping::Zero { explicit: true, .. } => (rest, false),
+                    _ => (alike.max(1), false),
+                })
+            })?;
+            let len = len.min(most);
+            let (now, later) = bytes.split_at(len as usize);
+            if freed {
+                self.freed = Some(at / self.reach());
+            }
+            self.call(|image| order.writing(now, || image.write(now, at)))?;
+            (bytes, at) = (later, at + len);
+        }
+        Ok(())
+    }
+
+    /// What one L2 table speaks of.
+    fn reach(&self) -> u64 {
+        u64::from(self.cluster / 8) * u64::from(self.cluster)
+    }
+
     /// Gives back what the range takes up. Pieces of clusters and tables that are not there yet take clusters themselves.
     fn give_back(
         &mut self,
@@ -213,8 +245,7 @@ impl Qcow2 {
     ) -> io::Result<()> {
         self.writable()?;
         let cluster = u64::from(self.cluster);
-        // What one L2 table speaks of.
-        let (reach, mut at, end) = (cluster / 8 * cluster, offset, offset + len);
+        let (reach, mut at, end) = (self.reach(), offset, offset + len);
         while at < end {
             let whole = at % cluster == 0 && end - at >= cluster;
             let next = if whole { end / cluster * cluster } else { (at / cluster + 1) * cluster };
@@ -285,11 +316,7 @@ impl BlockBackend for Qcow2 {
 
     fn write(&mut self, memory: &GuestMemory, segments: &[Segment], offset: u64) -> io::Result<()> {
         self.writable()?;
-        self.forget_freed()?;
-        let order = self.order.clone();
-        self.call(|image| {
-            from_guest(memory, segments, offset, |from, at| order.writing(from, || image.write(from, at)))
-        })
+        from_guest(memory, segments, offset, |from, at| self.replace(from, at))
     }
 
     fn flush(&mut self) -> io::Result<()> {
