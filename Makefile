@@ -21,7 +21,7 @@ test: setup
 	cargo test --all-features
 
 bench: setup
-	@lab/need passt
+	@lab/need iperf3 passt
 	cargo bench --all-features
 
 # Kernels and a whole system as Debian has them are for tests.

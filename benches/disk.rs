@@ -6,6 +6,8 @@
 
 #![allow(clippy::print_stdout, clippy::print_stderr, clippy::expect_used, reason = "a bench prints, and fails loudly")]
 
+mod common;
+
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
@@ -15,6 +17,7 @@ use std::thread;
 use std::time::Duration;
 
 use cofferdam::{Console, Disk, Image, Initramfs, Kernel, Size, Vm};
+use common::{Running, cache, figure, kernel, microvm};
 
 /// What `fio` does: how it is called here, and its options. The first touches all that it needs; what the second takes, which is
 /// its own start and end, is taken off the others.
@@ -32,11 +35,6 @@ const JOBS: [(&str, &str); 9] = [
 const DATA: u64 = 128 << 20;
 /// Longer than any job takes in the lab.
 const PATIENCE: Duration = Duration::from_secs(15);
-
-fn cache() -> PathBuf {
-    let base = std::env::var("XDG_CACHE_HOME").or_else(|_| std::env::var("HOME").map(|h| h + "/.cache"));
-    PathBuf::from(base.expect("HOME")).join("cofferdam")
-}
 
 /// Processor time that a process has used, all its threads together, those that have ended too.
 fn used(process: &str) -> Duration {
@@ -173,8 +171,7 @@ impl Bench {
                        cd root && find . | cpio -o -H newc --quiet > ../initrd";
         let made = Command::new("sh").args(["-c", archive]).current_dir(&dir).status().expect("sh");
         assert!(made.success(), "busybox-static and cpio: run `make setup`");
-        let kernel = std::env::var("COFFERDAM_KERNEL").map(PathBuf::from).unwrap_or(cache().join("kernel/vmlinux"));
-        Self { dir, kernel, root }
+        Self { dir, kernel: kernel(), root }
     }
 
     /// A disk that was written whole, so that nothing is the first to touch a page of it.
@@ -211,34 +208,22 @@ impl Bench {
             let drive = format!("id={id},if=none,format=raw,file={},{more}", path.display());
             ["-drive".to_owned(), drive, "-device".to_owned(), format!("virtio-blk-device,drive={id}{device}")]
         };
-        let mut child = Command::new("qemu-system-x86_64")
-            .args(["-M", "microvm,x-option-roms=off,pit=off,pic=off,rtc=off", "-accel", "kvm", "-cpu", "host"])
-            .args(["-m", "256", "-smp", "1", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"])
-            .args([
-                "-chardev",
-                "stdio,id=console",
-                "-device",
-                "virtio-serial-device",
-                "-device",
-                "virtconsole,chardev=console",
-            ])
-            .args(["-object", "iothread,id=io", "-append", CMDLINE])
-            .arg("-kernel")
-            .arg(&self.kernel)
-            .arg("-initrd")
+        let child = microvm(256, &self.kernel, CMDLINE)
+            .args(["-chardev", "stdio,id=console", "-device", "virtio-serial-device"])
+            .args(["-device", "virtconsole,chardev=console", "-object", "iothread,id=io", "-initrd"])
             .arg(self.dir.join("initrd"))
             .args(drive("root", &self.root, "readonly=on", ""))
             .args(drive("data", &data, &format!("aio={aio},cache=writeback"), ",iothread=io"))
-            .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .spawn()
             .ok()?;
-        let pid = child.id().to_string();
-        let lines = BufReader::new(child.stdout.take()?).lines().map_while(Result::ok);
+        let mut machine = Running(child);
+        let pid = machine.0.id().to_string();
+        let lines = BufReader::new(machine.0.stdout.take()?).lines().map_while(Result::ok);
         let (to, from) = mpsc::channel();
         let reader = thread::spawn(move || lines.for_each(|line| drop(to.send((line, used(&pid))))));
         let all = outcomes(std::iter::from_fn(|| from.recv_timeout(PATIENCE).ok()));
-        let _ = child.kill().and_then(|()| child.wait());
+        drop(machine);
         let _ = reader.join();
         fs::remove_file(data).ok()?;
         Some(all)
@@ -255,16 +240,6 @@ fn again(mut run: impl FnMut() -> Option<Vec<Outcome>>) -> Option<Vec<Outcome>> 
         eprintln!("a guest hung after {} of {} jobs, and is started again", all.len(), JOBS.len());
     }
     None
-}
-
-fn figure(name: &str, value: f64, unit: &str, peer: Option<f64>) {
-    let (peer, ratio) = match peer {
-        Some(peer) => (format!("{peer:.0}"), format!("{:.2}", value / peer)),
-        None => ("null".into(), "null".into()),
-    };
-    println!(
-        r#"{{"bench":"disk","figure":"{name}","value":{value:.0},"unit":"{unit}","peer":{peer},"ratio":{ratio}}}"#
-    );
 }
 
 fn main() {

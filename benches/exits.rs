@@ -7,33 +7,21 @@
 #![allow(clippy::print_stdout, clippy::expect_used, reason = "a bench prints, and fails loudly")]
 #![allow(unsafe_code, reason = "a system call that does nothing, to know what counting costs")]
 
+mod common;
+
 use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use cofferdam::{Console, Initramfs, Kernel, Size, Vm};
+use common::{Running, figure, kernel, median, microvm};
 
 /// Exits of each kind that are counted.
 const COUNTED: usize = 400;
 /// KVM_RUN's number among ioctls, as traces print it.
 const KVM_RUN: &str = ", ae80, ";
-
-fn figure(name: &str, value: f64, unit: &str, peer: Option<f64>) {
-    let (peer, ratio) = match peer {
-        Some(peer) => (format!("{peer:.3}"), format!("{:.2}", peer / value)),
-        None => ("null".into(), "null".into()),
-    };
-    println!(
-        r#"{{"bench":"exits","figure":"{name}","value":{value:.3},"unit":"{unit}","peer":{peer},"ratio":{ratio}}}"#
-    );
-}
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
-}
 
 /// A static program in which PID 1 does one thing for ever: `body`, in a loop, after `before`.
 fn init(before: &[u8], body: &[u8]) -> Vec<u8> {
@@ -154,7 +142,7 @@ impl Trace {
         }
         let most = threads.into_values().map(|thread| thread.spans).max_by_key(Vec::len).expect("threads");
         assert!(most.len() > COUNTED, "only {} exits", most.len());
-        median(most)
+        median(&most)
     }
 
     /// The same without what the trace and the kernel's entry add: the calls of a thread that does nothing in between.
@@ -177,36 +165,23 @@ fn ours(kernel: &Kernel, trace: &Trace, init: Vec<u8>) -> f64 {
     trace.exits()
 }
 
-struct Qemu(Child, PathBuf);
-
-impl Drop for Qemu {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-        let _ = fs::remove_dir_all(&self.1);
-    }
-}
-
 fn qemu(trace: &Trace, init: &[u8]) -> Option<f64> {
     let dir = std::env::temp_dir().join(format!("cofferdam-exits-{}", std::process::id()));
     fs::create_dir_all(dir.join("root/dev")).ok()?;
     fs::write(dir.join("root/init"), init).ok()?;
     let archive = "chmod 755 root/init && mkdir -p root/sys && cd root && find . | cpio -o -H newc --quiet > ../initrd";
     Command::new("sh").args(["-c", archive]).current_dir(&dir).status().ok()?;
-    let cache = std::env::var("XDG_CACHE_HOME").or_else(|_| std::env::var("HOME").map(|h| h + "/.cache")).ok()?;
-    let kernel = std::env::var("COFFERDAM_KERNEL").unwrap_or(format!("{cache}/cofferdam/kernel/vmlinux"));
-    let child = Command::new("qemu-system-x86_64")
-        .args(["-M", "microvm,x-option-roms=off,pit=off,pic=off,rtc=off", "-accel", "kvm", "-cpu", "host"])
-        .args(["-m", "128", "-smp", "1", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"])
-        .args(["-serial", "null", "-device", "virtio-rng-device", "-kernel", &kernel])
-        .args(["-append", "reboot=t panic=-1 quiet", "-initrd"])
+    let child = microvm(128, &kernel(), "reboot=t panic=-1 quiet")
+        .args(["-serial", "null", "-device", "virtio-rng-device", "-initrd"])
         .arg(dir.join("initrd"))
-        .stdin(Stdio::null())
         .spawn()
         .ok()?;
-    let _qemu = Qemu(child, dir);
+    let machine = Running(child);
     std::thread::sleep(Duration::from_millis(700));
-    Some(trace.exits())
+    let exits = trace.exits();
+    drop(machine);
+    let _ = fs::remove_dir_all(dir);
+    Some(exits)
 }
 
 /// Pausing and resuming a guest that idles.
@@ -231,8 +206,8 @@ fn pauses(kernel: &Kernel) {
         resume.push(begin.elapsed().as_secs_f64() * 1e3);
         std::thread::sleep(Duration::from_millis(5));
     }
-    figure("pause of an idle VM", median(pause), "ms", None);
-    figure("resume", median(resume), "ms", None);
+    figure("pause of an idle VM", median(&pause), "ms", None);
+    figure("resume", median(&resume), "ms", None);
 }
 
 fn main() {

@@ -4,22 +4,19 @@
 
 #![allow(clippy::print_stdout, clippy::expect_used, reason = "a bench prints, and fails loudly")]
 
+mod common;
+
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use cofferdam::{Container, Image, Kernel, Size};
+use common::{cache, figure, median};
 
 const ALL: usize = 200;
 /// Of so many the median is taken, at both ends.
 const SAME: usize = 5;
 /// So long guests have something to do after their start: they give free memory back, for one.
 const REST: Duration = Duration::from_secs(5);
-
-fn median(times: &[f64]) -> f64 {
-    let mut times = times.to_vec();
-    times.sort_by(f64::total_cmp);
-    times[times.len() / 2]
-}
 
 fn main() {
     // A container takes some twenty descriptors.
@@ -28,8 +25,7 @@ fn main() {
     assert!(limit.expect("prlimit of util-linux").success(), "a limit of 65,536 open files");
 
     let kernel = Kernel::find().expect("a kernel: run `make setup`");
-    let cache = std::env::var("XDG_CACHE_HOME").or_else(|_| std::env::var("HOME").map(|home| home + "/.cache"));
-    let image = Image::open(cache.expect("HOME") + "/cofferdam/images/debian-12.tar").expect("run `make setup`");
+    let image = Image::open(cache().join("images/debian-12.tar")).expect("run `make setup`");
     let disks = std::env::temp_dir().join(format!("cofferdam-bench-images-{pid}"));
     let image = image.cache_dir(&disks);
     image.prepare().expect("the image's disk");
@@ -52,10 +48,8 @@ fn main() {
     let (first, last) = (median(&times[..SAME]), median(&times[ALL - SAME..]));
     let most = times.iter().copied().fold(0.0, f64::max);
     for (name, value) in [("the 200th", last), ("the slowest", most)] {
-        println!(
-            r#"{{"bench":"fleet","figure":"{name} of 200 containers on one image, start to ready (peer: the first)","value":{value:.2},"unit":"ms","peer":{first:.2},"ratio":{:.2}}}"#,
-            first / value
-        );
+        let name = format!("{name} of 200 containers on one image, start to ready (peer: the first)");
+        figure(&name, value, "ms", Some(first));
     }
     drop(running);
     std::fs::remove_dir_all(disks).expect("a folder of its own");

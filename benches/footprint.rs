@@ -2,11 +2,13 @@
 
 #![allow(clippy::print_stdout, clippy::expect_used, reason = "a bench prints, and fails loudly")]
 
+mod common;
+
 use std::io::Write;
-use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use cofferdam::{Console, Initramfs, Kernel, Size, Vm};
+use common::{Running, figure, kernel, microvm};
 
 const MEMORY: u64 = 64;
 /// Nothing is reserved for guests' memory in this process, which is how it is told from all else.
@@ -68,16 +70,6 @@ impl Run {
     }
 }
 
-fn figure(name: &str, value: f64, peer: Option<f64>) {
-    let (peer, ratio) = match peer {
-        Some(peer) => (format!("{peer:.0}"), format!("{:.2}", peer / value)),
-        None => ("null".into(), "null".into()),
-    };
-    println!(
-        r#"{{"bench":"footprint","figure":"{name}","value":{value:.0},"unit":"KiB","peer":{peer},"ratio":{ratio}}}"#
-    );
-}
-
 #[derive(Clone)]
 struct Idle(std::sync::mpsc::SyncSender<()>, Vec<u8>);
 
@@ -106,19 +98,9 @@ fn start(kernel: &Kernel) -> Vm {
 
 /// QEMU's microvm with as much memory: its resident KiB beyond the guest's. `None` where it is not installed.
 fn qemu() -> Option<f64> {
-    let cache = std::env::var("XDG_CACHE_HOME").or_else(|_| std::env::var("HOME").map(|h| h + "/.cache")).ok()?;
-    let mut child: Child = Command::new("qemu-system-x86_64")
-        .args(["-M", "microvm,x-option-roms=off,pit=off,pic=off,rtc=off", "-accel", "kvm", "-cpu", "host", "-m"])
-        .arg(MEMORY.to_string())
-        .args(["-nodefaults", "-no-user-config", "-nographic", "-no-reboot", "-append", "panic=0 quiet", "-kernel"])
-        .arg(format!("{cache}/cofferdam/kernel/vmlinux"))
-        .stdin(Stdio::null())
-        .spawn()
-        .ok()?;
+    let machine = Running(microvm(MEMORY, &kernel(), "panic=0 quiet").spawn().ok()?);
     std::thread::sleep(Duration::from_secs(4));
-    let (all, guest) = resident(&child.id().to_string(), None);
-    let _ = child.kill();
-    let _ = child.wait();
+    let (all, guest) = resident(&machine.0.id().to_string(), None);
     Some((all - guest) as f64)
 }
 
@@ -135,9 +117,9 @@ fn main() {
         let (all, guest) = resident("self", OURS);
         (all - guest).saturating_sub(before) as f64 / n as f64
     };
-    figure("1 VM: resident beyond guest pages", beyond(1), peer);
+    figure("1 VM: resident beyond guest pages", beyond(1), "KiB", peer);
     while vms.len() < 64 {
         vms.push(start(&kernel));
     }
-    figure("64 VMs: resident beyond guest pages, each", beyond(64), peer);
+    figure("64 VMs: resident beyond guest pages, each", beyond(64), "KiB", peer);
 }

@@ -5,6 +5,8 @@
 
 #![allow(clippy::print_stdout, clippy::expect_used, reason = "a bench prints, and fails loudly")]
 
+mod common;
+
 #[path = "../src/boot/tiny.rs"]
 #[allow(dead_code, reason = "tests use more of it")]
 mod tiny;
@@ -12,12 +14,7 @@ mod tiny;
 use std::time::{Duration, Instant};
 
 use cofferdam::{Cgroup, Container, ContainerBuilder, Image, Initramfs, Kernel, Process, Size, Vm, VmBuilder};
-
-fn figure(name: &str, value: f64, unit: &str, alone: f64, ratio: f64) {
-    println!(
-        r#"{{"bench":"neighbour","figure":"{name}","value":{value:.3},"unit":"{unit}","peer":{alone:.3},"ratio":{ratio:.3}}}"#
-    );
-}
+use common::{cache, figure};
 
 struct Bench {
     kernel: Kernel,
@@ -99,9 +96,7 @@ fn measure(neighbour: &Container) -> (f64, f64) {
 }
 
 fn main() {
-    let cache =
-        std::env::var("XDG_CACHE_HOME").or_else(|_| std::env::var("HOME").map(|h| h + "/.cache")).expect("HOME");
-    let image = Image::open(format!("{cache}/cofferdam/images/debian-12.tar")).expect("an image: run `make setup`");
+    let image = Image::open(cache().join("images/debian-12.tar")).expect("an image: run `make setup`");
     image.prepare().expect("the image's disk");
     let bench = Bench { kernel: Kernel::find().expect("a kernel: run `make setup`"), image };
     let neighbour = bench.container().start().expect("it starts");
@@ -124,11 +119,9 @@ fn main() {
         let (at, before) = (Instant::now(), kept.cpu_time());
         let (work_beside, start_beside) = measure(&neighbour);
         let share = (kept.cpu_time() - before) / at.elapsed().as_secs_f64();
-        println!(
-            r#"{{"bench":"neighbour","figure":"used meanwhile by {name}","value":{share:.3},"unit":"processors","peer":null,"ratio":null}}"#
-        );
-        figure(&format!("work beside {name}"), work_beside, "MB/CPU-s", work, work_beside / work);
-        figure(&format!("program start beside {name}"), start_beside, "ms", start, start / start_beside);
+        figure(&format!("used meanwhile by {name}"), share, "processors", None);
+        figure(&format!("work beside {name}"), work_beside, "MB/CPU-s", Some(work));
+        figure(&format!("program start beside {name}"), start_beside, "ms", Some(start));
         match kept {
             Hostile::Machine(vm) => drop(vm),
             Hostile::Container(container, process) => {

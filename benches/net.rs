@@ -3,27 +3,37 @@
 //! its connections keep of this process's heap.
 //!
 //! Runs in the lab's virtual time, where a microsecond is a thousand instructions (benches/README.md). The guest's program is
-//! this one, too.
+//! this one, too. `cargo bench --bench net -- tap` measures the tap alone, and so on: `user`, `tap`, `passt`.
 
 #![allow(clippy::print_stdout, clippy::print_stderr, clippy::expect_used, reason = "a bench prints, and fails loudly")]
-#![allow(unsafe_code, reason = "an allocator that counts")]
 
-use std::alloc::{GlobalAlloc, Layout, System};
+mod common;
+#[path = "common/heap.rs"]
+mod heap;
+
+use std::ffi::OsStr;
 use std::fs;
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::process::{Command, Stdio};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use cofferdam::{Cidr, Console, Initramfs, Kernel, Net, Policy, Rule, Size, Vm};
+use common::{Running, figure, kernel, microvm};
+use heap::heap;
+use serde_json::Value;
 
-/// Bytes each way: once for the windows to open, then measured.
-const VOLUMES: [usize; 2] = [2 << 20, 64 << 20];
+/// What iperf3 is asked to do in the guest, for a second each.
+const JOBS: [(&str, &[&str]); 4] = [
+    ("guest to host", &[]),
+    ("host to guest", &["-R"]),
+    ("guest to host, 8 connections", &["-P", "8"]),
+    ("guest to host, datagrams", &["-u", "-b", "0", "-l", "1400"]),
+];
 const TRIPS: usize = 200;
 const CONNECTIONS: usize = 200;
 /// Connections that stay, and do nothing.
@@ -36,32 +46,8 @@ const PATIENCE: Duration = Duration::from_secs(20);
 /// An address of the host's, on a tap of its own; the guest there.
 const HOST: &str = "192.0.2.1";
 const TAP: &str = "cd-bench";
-
-struct Counting;
-
-static HEAP: AtomicUsize = AtomicUsize::new(0);
-
-// SAFETY: every call is the system allocator's own; counting changes nothing about it.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        HEAP.fetch_add(layout.size(), Ordering::Relaxed);
-        // SAFETY: as the caller has promised.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, at: *mut u8, layout: Layout) {
-        HEAP.fetch_sub(layout.size(), Ordering::Relaxed);
-        // SAFETY: as the caller has promised.
-        unsafe { System.dealloc(at, layout) }
-    }
-}
-
-#[global_allocator]
-static ALLOCATOR: Counting = Counting;
-
-fn heap() -> f64 {
-    HEAP.load(Ordering::Relaxed) as f64
-}
+/// Where its server waits.
+const IPERF_PORT: &str = "5201";
 
 fn connect(host: SocketAddr) -> io::Result<TcpStream> {
     let stream = TcpStream::connect_timeout(&host, PATIENCE)?;
@@ -73,22 +59,6 @@ fn patient(stream: &TcpStream) -> io::Result<()> {
     stream.set_read_timeout(Some(PATIENCE))?;
     stream.set_write_timeout(Some(PATIENCE))?;
     stream.set_nodelay(true)
-}
-
-fn send(stream: &mut TcpStream, bytes: usize) -> io::Result<()> {
-    let piece = [7; 64 << 10];
-    (0..bytes / piece.len()).try_for_each(|_| stream.write_all(&piece))
-}
-
-fn receive(stream: &mut TcpStream, bytes: usize) -> io::Result<()> {
-    let (mut piece, mut left) = ([0; 64 << 10], bytes);
-    while left > 0 {
-        match stream.read(&mut piece)? {
-            0 => return Err(io::ErrorKind::UnexpectedEof.into()),
-            count => left -= count,
-        }
-    }
-    Ok(())
 }
 
 /// One byte: "now".
@@ -103,12 +73,13 @@ fn hear(stream: &mut TcpStream) -> io::Result<()> {
 /// The guest's part of all that `serve` measures.
 fn guest(host: SocketAddr) -> io::Result<()> {
     let mut stream = connect(host)?;
-    for bytes in VOLUMES {
+    for (_, options) in JOBS {
         hear(&mut stream)?;
-        send(&mut stream, bytes)?;
-    }
-    for bytes in VOLUMES {
-        receive(&mut stream, bytes)?;
+        let mut iperf3 = Command::new("/usr/bin/iperf3");
+        iperf3.args(["-c", HOST, "-p", IPERF_PORT, "-t", "1"]).args(options).stdout(Stdio::null());
+        if !iperf3.status()?.success() {
+            return Err(io::Error::other("iperf3 failed"));
+        }
         say(&mut stream)?;
     }
     for _ in 0..TRIPS {
@@ -127,40 +98,61 @@ fn guest(host: SocketAddr) -> io::Result<()> {
     Ok(())
 }
 
-/// Processor time that these processes have used, all their threads that live.
+/// Processor time that these processes have used, all their threads that live but this one, which is who the guest talks to.
 fn used(processes: &[u32]) -> Duration {
     // The kernel counts a thread's time when it switches; on the lab's one processor all others are counted.
     std::thread::yield_now();
+    let this = fs::read_link("/proc/thread-self").expect("this thread").file_name().map(OsStr::to_owned);
     let threads = processes.iter().filter_map(|pid| fs::read_dir(format!("/proc/{pid}/task")).ok()).flatten().flatten();
-    let times = threads.filter_map(|thread| fs::read_to_string(thread.path().join("schedstat")).ok());
+    let others = threads.filter(|thread| Some(thread.file_name()) != this);
+    let times = others.filter_map(|thread| fs::read_to_string(thread.path().join("schedstat")).ok());
     Duration::from_nanos(times.filter_map(|line| line.split(' ').next()?.parse::<u64>().ok()).sum())
 }
 
-/// How long something took, and what of the host's processors.
+/// How much there was in a second, and in a second of the processors that the machine had.
 #[derive(Debug, Clone, Copy)]
-struct Cost {
+struct Rate {
     time: f64,
     cpu: f64,
 }
 
-fn cost(processes: &[u32], run: impl FnOnce() -> io::Result<()>) -> io::Result<Cost> {
-    let (before, start) = (used(processes), Instant::now());
-    run()?;
-    let time = start.elapsed().as_secs_f64();
-    Ok(Cost { time, cpu: used(processes).saturating_sub(before).as_secs_f64() })
+impl Rate {
+    fn new(amount: f64, seconds: f64, cpu: Duration) -> Self {
+        Self { time: amount / seconds, cpu: amount / cpu.as_secs_f64() }
+    }
 }
 
 /// What a guest got of one network.
 #[derive(Debug)]
 struct Outcome {
-    upload: Cost,
-    download: Cost,
+    /// Of each job, in megabytes; datagrams that have arrived.
+    transfers: Vec<Rate>,
     /// Microseconds, in order.
     trips: Vec<f64>,
-    connections: Cost,
+    connections: Rate,
     /// This process's heap when guest and host rest after that, and what each connection adds to it that stays.
-    heap: f64,
+    heap: usize,
     idle: f64,
+}
+
+/// One of iperf3's jobs, by what its server received or sent.
+fn transfer(stream: &mut TcpStream, processes: &[u32]) -> io::Result<Rate> {
+    let mut server = Command::new("iperf3");
+    server.args(["-s", "-1", "-J", "-B", HOST, "-p", IPERF_PORT]).stdout(Stdio::piped());
+    let mut server = Running(server.spawn()?);
+    // Until it listens.
+    std::thread::sleep(REST);
+    let before = used(processes);
+    say(stream)?;
+    hear(stream)?;
+    let cpu = used(processes).saturating_sub(before);
+    let report: Value = serde_json::from_reader(server.0.stdout.take().expect("a pipe"))?;
+    // It sends where it does not receive.
+    let sums = ["sum_received", "sum_sent"].map(|sum| &report["end"][sum]);
+    let moved = sums.into_iter().find(|sum| sum["bytes"].as_f64().is_some_and(|bytes| bytes > 0.0));
+    let (bytes, seconds) = moved.map_or((None, None), |sum| (sum["bytes"].as_f64(), sum["seconds"].as_f64()));
+    let (bytes, seconds) = bytes.zip(seconds).ok_or_else(|| io::Error::other(format!("iperf3: {report}")))?;
+    Ok(Rate::new(bytes / 1e6, seconds, cpu))
 }
 
 /// Where the guest calls; nobody waits for it for ever.
@@ -171,27 +163,11 @@ fn listen() -> io::Result<TcpListener> {
     Ok(listener)
 }
 
-/// The host's part; `processes` are those that have a part in it, this one too.
+/// The host's part; `processes` are the machine's.
 fn serve(listener: &TcpListener, processes: &[u32]) -> io::Result<Outcome> {
     let (mut stream, _) = listener.accept()?;
     patient(&stream)?;
-    let upload = |stream: &mut TcpStream, bytes| {
-        cost(processes, || {
-            say(stream)?;
-            receive(stream, bytes)
-        })
-    };
-    let download = |stream: &mut TcpStream, bytes| {
-        cost(processes, || {
-            send(stream, bytes)?;
-            hear(stream)
-        })
-    };
-    let [warm, volume] = VOLUMES;
-    upload(&mut stream, warm)?;
-    let upload = upload(&mut stream, volume)?;
-    download(&mut stream, warm)?;
-    let download = download(&mut stream, volume)?;
+    let transfers = JOBS.iter().map(|_| transfer(&mut stream, processes)).collect::<io::Result<_>>()?;
     let mut trips = Vec::with_capacity(TRIPS);
     for _ in 0..TRIPS {
         let start = Instant::now();
@@ -209,26 +185,12 @@ fn serve(listener: &TcpListener, processes: &[u32]) -> io::Result<Outcome> {
     drop(idle);
     say(&mut stream)?;
     std::thread::sleep(REST);
-    let connections = cost(processes, || {
-        say(&mut stream)?;
-        (0..CONNECTIONS).try_for_each(|_| listener.accept().map(drop))
-    })?;
-    Ok(Outcome { upload, download, trips, connections, heap: kept, idle: (with_idle - kept) / IDLE as f64 })
-}
-
-/// Ended with the bench, whatever becomes of it.
-struct Running(Child);
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-fn cache() -> String {
-    let base = std::env::var("XDG_CACHE_HOME").or_else(|_| std::env::var("HOME").map(|h| h + "/.cache"));
-    base.expect("HOME") + "/cofferdam"
+    let (before, start) = (used(processes), Instant::now());
+    say(&mut stream)?;
+    (0..CONNECTIONS).try_for_each(|_| listener.accept().map(drop))?;
+    let (time, cpu) = (start.elapsed().as_secs_f64(), used(processes).saturating_sub(before));
+    let connections = Rate::new(CONNECTIONS as f64, time, cpu);
+    Ok(Outcome { transfers, trips, connections, heap: kept, idle: (with_idle - kept) as f64 / IDLE as f64 })
 }
 
 fn shell(dir: &Path, script: &str) -> bool {
@@ -247,7 +209,6 @@ const ON_TAP: Place = ("192.0.2.2", HOST, 1500);
 /// Everything that the machines share, in a folder that goes with it.
 struct Bench {
     dir: PathBuf,
-    path: String,
     kernel: Kernel,
 }
 
@@ -262,26 +223,25 @@ impl Bench {
     fn new() -> Self {
         let dir = std::env::temp_dir().join(format!("cofferdam-net-bench-{}", std::process::id()));
         fs::create_dir_all(dir.join("root/bin")).expect("a folder");
-        let script = "#!/bin/busybox sh\n/bin/busybox ifconfig eth0 $GUEST netmask 255.255.255.0 mtu $MTU up\n\
+        let script = "#!/bin/busybox sh\n/bin/busybox mount -t devtmpfs dev /dev\n/bin/busybox ifconfig eth0 $GUEST netmask 255.255.255.0 mtu $MTU up\n\
              /bin/busybox route add default gw $GATEWAY\n[ -z \"$BENCH_HOST\" ] || /bin/net\necho idle\n\
              [ -n \"$BENCH_HOST\" ] || /bin/busybox sleep 1000\n/bin/busybox reboot -f\n";
         fs::write(dir.join("root/init"), script).expect("the script");
         let program = std::env::current_exe().expect("this program");
         let archive = format!(
-            "chmod 755 root/init; mkdir root/dev; mknod root/dev/console c 5 1; cp /bin/busybox root/bin/
-             strip -o root/bin/net {program}; cp -L --parents $(ldd {program} | grep -o '/[^ ]*') root
+            "chmod 755 root/init; mkdir root/dev root/tmp; mknod root/dev/console c 5 1; cp /bin/busybox root/bin/
+             strip -o root/bin/net {program}
+             cp -L --parents /usr/bin/iperf3 $(ldd {program} /usr/bin/iperf3 | grep -o '[[:space:]]/[^ ]*' | sort -u) root
              cd root; find . | cpio -o -H newc > ../initrd",
             program = program.display()
         );
-        assert!(shell(&dir, &archive), "busybox-static, binutils and cpio: run `make setup`");
+        assert!(shell(&dir, &archive), "busybox-static, binutils, cpio and iperf3: run `lab/need iperf3`");
         // passt looks for a way out, and there is none in the lab.
         let tap = format!(
             "ip tuntap add dev {TAP} mode tap vnet_hdr; ip addr add {HOST}/24 dev {TAP}; ip link set {TAP} up
              ip route add default via 192.0.2.2 dev {TAP} metric 1000000"
         );
-        let path = std::env::var("COFFERDAM_KERNEL").unwrap_or(cache() + "/kernel/vmlinux");
-        let kernel = Kernel::open(&path).expect("a kernel: run `make setup`");
-        let bench = Self { dir, path, kernel };
+        let bench = Self { dir, kernel: Kernel::open(kernel()).expect("a kernel: run `make setup`") };
         assert!(shell(&bench.dir, &tap), "a tap of the name {TAP}, which takes root and /dev/net/tun");
         bench
     }
@@ -315,20 +275,17 @@ impl Bench {
     fn qemu(&self, netdev: &str, place: Place, helper: Option<&Running>) -> Option<Outcome> {
         let listener = listen().ok()?;
         let host = listener.local_addr().ok()?;
-        let child = Command::new("qemu-system-x86_64")
-            .args(["-M", "microvm,x-option-roms=off,pit=off,pic=off,rtc=off", "-accel", "kvm", "-cpu", "host"])
-            .args(["-m", "128", "-smp", "1", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"])
+        let child = microvm(128, &kernel(), &self.cmdline(place, Some(host)))
             .args(["-chardev", "stdio,id=console", "-device", "virtio-serial-device"])
             .args(["-device", "virtconsole,chardev=console", "-global", "virtio-mmio.force-legacy=false"])
             .args(["-netdev", &format!("{netdev},id=net"), "-device", "virtio-net-device,netdev=net"])
-            .args(["-append", &self.cmdline(place, Some(host)), "-kernel", &self.path, "-initrd"])
+            .arg("-initrd")
             .arg(self.dir.join("initrd"))
-            .stdin(Stdio::null())
             .stdout(io::stderr())
             .spawn()
             .ok()?;
         let machine = Running(child);
-        let mut processes = vec![std::process::id(), machine.0.id()];
+        let mut processes = vec![machine.0.id()];
         processes.extend(helper.map(|helper| helper.0.id()));
         serve(&listener, &processes).inspect_err(|error| eprintln!("QEMU with {netdev}: {error}")).ok()
     }
@@ -353,8 +310,43 @@ impl Bench {
         ready.then_some((passt, path))
     }
 
+    /// The user-mode network, and what this process's heap has grown by.
+    fn user(&self) -> (Outcome, usize) {
+        let user = |host: SocketAddr| {
+            let there = Cidr::new(host.ip(), 32).expect("one address");
+            Net::user(Policy::deny_all().rule(Rule::allow_range(there)))
+        };
+        let before = heap();
+        let ours = self.ours(user, USER, None).expect("a user-mode network");
+        let kept = ours.heap - before;
+        (ours, kept)
+    }
+
+    /// QEMU with passt, ours with a socket to passt, and the user-mode network beside it.
+    fn beside_passt(&self, user: &Outcome) {
+        let through = |run: &dyn Fn(&Running, &Path) -> Option<Outcome>| {
+            let (passt, socket) = self.passt()?;
+            let outcome = run(&passt, &socket);
+            let _ = fs::remove_file(socket);
+            outcome
+        };
+        let passt = through(&|passt, socket| {
+            let netdev = format!("stream,server=off,addr.type=unix,addr.path={}", socket.display());
+            self.qemu(&netdev, PASST, Some(passt))
+        });
+        compare("user-mode (QEMU: passt)", user, passt.as_ref());
+        let socket = through(&|passt, socket| {
+            let socket = UnixStream::connect(socket).ok()?;
+            let net = |_| Net::fd(socket).mtu(PASST.2);
+            self.ours(net, PASST, Some(passt)).inspect_err(|error| eprintln!("Net::fd: {error}")).ok()
+        });
+        if let Some(socket) = socket {
+            compare("socket to passt (QEMU: the same)", &socket, passt.as_ref());
+        }
+    }
+
     /// The heap that a machine without a network keeps, its guest idle.
-    fn heap_without(&self) -> f64 {
+    fn heap_without(&self) -> usize {
         let (to, from) = mpsc::channel();
         let before = heap();
         let vm = self.start(None, &self.cmdline(USER, None), Console::writer(Told(to)));
@@ -383,30 +375,23 @@ impl Write for Told {
     }
 }
 
-fn figure(name: &str, value: f64, unit: &str, peer: Option<f64>, ratio: Option<f64>) {
-    let text = |value: Option<f64>| value.map_or("null".into(), |value| format!("{value:.2}"));
-    let (peer, ratio) = (text(peer), text(ratio));
-    println!(r#"{{"bench":"net","figure":"{name}","value":{value:.2},"unit":"{unit}","peer":{peer},"ratio":{ratio}}}"#);
-}
-
 /// All figures of a network, and of its peer.
 fn compare(what: &str, ours: &Outcome, peer: Option<&Outcome>) {
     let more = |name: &str, unit: &str, of: &dyn Fn(&Outcome) -> f64| {
         let (value, peer) = (of(ours), peer.map(of));
-        figure(&format!("{what}: {name}"), value, unit, peer, peer.map(|peer| value / peer));
+        figure(&format!("{what}: {name}"), value, unit, peer);
     };
-    let megabytes = VOLUMES[1] as f64 / 1e6;
-    more("guest to host", "MB/s", &|o| megabytes / o.upload.time);
-    more("guest to host, for each second of the host's processor", "MB/s", &|o| megabytes / o.upload.cpu);
-    more("host to guest", "MB/s", &|o| megabytes / o.download.time);
-    more("host to guest, for each second of the host's processor", "MB/s", &|o| megabytes / o.download.cpu);
-    more("new connections", "1/s", &|o| CONNECTIONS as f64 / o.connections.time);
-    more("new connections, for each second of the host's processor", "1/s", &|o| {
-        CONNECTIONS as f64 / o.connections.cpu
-    });
+    let both = |name: &str, unit: &str, of: &dyn Fn(&Outcome) -> Rate| {
+        more(name, unit, &|o| of(o).time);
+        more(&format!("{name}, for each second of the host's processor"), unit, &|o| of(o).cpu);
+    };
+    for (n, (name, _)) in JOBS.iter().enumerate() {
+        both(name, "MB/s", &|o| o.transfers[n]);
+    }
+    both("new connections", "1/s", &|o| o.connections);
     for (name, at) in [("p50", TRIPS / 2), ("p99", TRIPS * 99 / 100)] {
         let (value, peer) = (ours.trips[at], peer.map(|peer| peer.trips[at]));
-        figure(&format!("{what}: one byte there and back, {name}"), value, "us", peer, peer.map(|peer| peer / value));
+        figure(&format!("{what}: one byte there and back, {name}"), value, "us", peer);
     }
 }
 
@@ -414,40 +399,24 @@ fn main() {
     if let Ok(host) = std::env::var("BENCH_HOST") {
         return guest(host.parse().expect("an address")).expect("the guest's part");
     }
+    // cargo says `--bench`.
+    let asked: Vec<String> = std::env::args().skip(1).filter(|word| !word.starts_with('-')).collect();
+    let wanted = |name: &str| asked.is_empty() || asked.iter().any(|word| word == name);
     let bench = Bench::new();
-    let user = |host: SocketAddr| {
-        let there = Cidr::new(host.ip(), 32).expect("one address");
-        Net::user(Policy::deny_all().rule(Rule::allow_range(there).port(host.port())))
-    };
-    let before = heap();
-    let ours = bench.ours(user, USER, None).expect("a user-mode network");
-    let kept = ours.heap - before;
-    compare("user-mode (QEMU: slirp)", &ours, bench.qemu("user", USER, None).as_ref());
-    figure("user-mode: heap of an idle network", (kept - bench.heap_without()) / 1024.0, "KiB", None, None);
-    figure("user-mode: heap of an idle connection", ours.idle / 1024.0, "KiB", None, None);
-    let tap = bench.ours(|_| Net::tap(TAP), ON_TAP, None).expect("a tap");
-    let netdev = format!("tap,ifname={TAP},script=no,downscript=no,vhost=off");
-    compare("tap (QEMU: tap)", &tap, bench.qemu(&netdev, ON_TAP, None).as_ref());
+    let ours = (wanted("user") || wanted("passt")).then(|| bench.user());
+    if let Some((ours, kept)) = ours.as_ref().filter(|_| wanted("user")) {
+        compare("user-mode (QEMU: slirp)", ours, bench.qemu("user", USER, None).as_ref());
+        let kept = kept.saturating_sub(bench.heap_without()) as f64 / 1024.0;
+        figure("user-mode: heap of an idle network", kept, "KiB", None);
+        figure("user-mode: heap of an idle connection", ours.idle / 1024.0, "KiB", None);
+    }
+    if wanted("tap") {
+        let tap = bench.ours(|_| Net::tap(TAP), ON_TAP, None).expect("a tap");
+        let netdev = format!("tap,ifname={TAP},script=no,downscript=no,vhost=off");
+        compare("tap (QEMU: tap)", &tap, bench.qemu(&netdev, ON_TAP, None).as_ref());
+    }
     // Last, as passt now and then waits for seconds, and virtual time is long.
-    let through = |run: &dyn Fn(&Running, &Path) -> Option<Outcome>| {
-        let (passt, socket) = bench.passt()?;
-        let outcome = run(&passt, &socket);
-        let _ = fs::remove_file(socket);
-        outcome
-    };
-    let passt = through(&|passt, socket| {
-        let netdev = format!("stream,server=off,addr.type=unix,addr.path={}", socket.display());
-        bench.qemu(&netdev, PASST, Some(passt))
-    });
-    compare("user-mode (QEMU: passt)", &ours, passt.as_ref());
-    let socket = through(&|passt, socket| {
-        let socket = UnixStream::connect(socket).ok()?;
-        bench
-            .ours(|_| Net::fd(socket).mtu(PASST.2), PASST, Some(passt))
-            .inspect_err(|error| eprintln!("Net::fd: {error}"))
-            .ok()
-    });
-    if let Some(socket) = socket {
-        compare("socket to passt (QEMU: the same)", &socket, passt.as_ref());
+    if let Some((ours, _)) = ours.filter(|_| wanted("passt")) {
+        bench.beside_passt(&ours);
     }
 }

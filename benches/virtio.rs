@@ -10,6 +10,8 @@
 
 #![allow(clippy::print_stdout, clippy::expect_used, reason = "a bench prints, and fails loudly")]
 
+mod common;
+
 use std::io::{Read, Write};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
@@ -18,6 +20,7 @@ use std::time::Instant;
 
 use cofferdam::DiskEngine;
 use cofferdam::doors::bench;
+use common::figure;
 
 /// Nanoseconds for one of `n`.
 fn each(n: u32, mut f: impl FnMut()) -> f64 {
@@ -28,19 +31,9 @@ fn each(n: u32, mut f: impl FnMut()) -> f64 {
     begin.elapsed().as_nanos() as f64 / f64::from(n)
 }
 
-fn figure(name: &str, unit: &str, value: f64, peer: Option<f64>) {
-    let (peer, ratio) = match peer {
-        Some(peer) => (format!("{peer:.0}"), format!("{:.2}", peer / value)),
-        None => ("null".into(), "null".into()),
-    };
-    println!(
-        r#"{{"bench":"virtio","figure":"{name}","value":{value:.0},"unit":"{unit}","peer":{peer},"ratio":{ratio}}}"#
-    );
-}
-
 fn measure(unit: &str, n: u32) {
     let mut queue = bench::Queue::new();
-    figure("queue: one chain, kick to interrupt", unit, each(n, || queue.run(n)), None);
+    figure("queue: one chain, kick to interrupt", each(n, || queue.run(n)), unit, None);
 
     let mut page = vec![0; 4096];
     for (name, engine) in [("io_uring", DiskEngine::Ring), ("calls", DiskEngine::Threads)] {
@@ -48,7 +41,7 @@ fn measure(unit: &str, n: u32) {
         let file = blk.file();
         let pread = each(n, || (0..n).for_each(|_| file.read_exact_at(&mut page, 0).expect("a read")));
         let name = format!("blk: 4 KiB read through {name}, kick to interrupt (peer: the pread alone)");
-        figure(&name, unit, each(n, || blk.run(n)), Some(pread));
+        figure(&name, each(n, || blk.run(n)), unit, Some(pread));
     }
 
     let mut vsock = bench::Vsock::new();
@@ -61,8 +54,8 @@ fn measure(unit: &str, n: u32) {
     });
     figure(
         "vsock: 4 KiB from guest to embedder (peer: the socket pair alone)",
-        unit,
         each(n, || vsock.run(n)),
+        unit,
         Some(pair),
     );
 }
