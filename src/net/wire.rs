@@ -107,12 +107,51 @@ pub(super) struct Packet {
     pub header: usize,
     /// Bytes after the header.
     pub len: usize,
+    /// These are part of a larger packet.
+    pub fragment: Option<Fragment>,
 }
+
+/// Which part of a packet a fragment of it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Fragment {
+    /// The same for all fragments of one packet.
+    pub id: u32,
+    /// Where in the packet, behind its header, it begins.
+    pub offset: usize,
+    /// It is not the last.
+    pub more: bool,
+}
+
+impl Fragment {
+    /// Reads offset and flags as IPv6 has them (RFC 8200, 4.5): the offset is in units of eight bytes. `None`: it is all there is.
+    fn parse(word: u16, id: u32) -> Option<Self> {
+        let (offset, more) = (usize::from(word & !7), word & 1 != 0);
+        (offset > 0 || more).then_some(Self { id, offset, more })
+    }
+}
+
+/// IPv6's header of a fragment (RFC 8200, 4.5).
+const FRAGMENT6: u8 = 44;
+/// Bytes of it.
+const FRAGMENT6_HEADER: usize = 8;
 
 /// More extension headers than anybody needs.
 const MAX_EXTENSIONS: usize = 4;
 
 impl Packet {
+    /// Whether the checksum in `inner`, all that follows the header, is right.
+    pub(super) fn verify(&self, inner: &[u8]) -> Result<(), Bad> {
+        // No checksum at all is fine for UDP over IPv4 (RFC 768).
+        if self.protocol == UDP && self.src.is_ipv4() && inner.get(6..8) == Some(&[0, 0]) {
+            return Ok(());
+        }
+        let covered = match self.protocol {
+            ICMP => 0,
+            protocol => pseudo(self.src, self.dst, protocol, inner.len()),
+        };
+        if fold(covered + sum(inner)) == 0xffff { Ok(()) } else { Err(Bad::Checksum) }
+    }
+
     /// Reads the header from the first bytes of a packet that has `available` of them.
     pub(super) fn parse(kind: u16, bytes: &[u8], available: usize) -> Result<Self, Bad> {
         if kind == IPV4 { Self::parse4(bytes, available) } else { Self::parse6(bytes, available) }
@@ -128,9 +167,9 @@ impl Packet {
         if fold(sum(bytes.get(..header).ok_or(Bad::Malformed)?)) != 0xffff {
             return Err(Bad::Checksum);
         }
-        if be16(bytes, 6)? & 0x3fff != 0 {
-            return Err(Bad::Fragment);
-        }
+        // Two flags, more to come the last of them, and 13 bits of offset.
+        let word = be16(bytes, 6)?;
+        let fragment = Fragment::parse(word << 3 | word >> 13 & 1, be16(bytes, 4)?.into());
         Ok(Self {
             src: Ipv4Addr::from(be32(bytes, 12)?).into(),
             dst: Ipv4Addr::from(be32(bytes, 16)?).into(),
@@ -138,6 +177,7 @@ impl Packet {
             hops: byte(bytes, 8)?,
             header,
             len: total - header,
+            fragment,
         })
     }
 
@@ -147,7 +187,7 @@ impl Packet {
         if byte(bytes, 0)? >> 4 != 6 || total > available {
             return Err(Bad::Malformed);
         }
-        let (mut next, mut header) = (byte(bytes, 6)?, 40);
+        let (mut next, mut header, mut fragment) = (byte(bytes, 6)?, 40, None);
         for _ in 0..MAX_EXTENSIONS {
             match next {
                 // Hop-by-hop options, destination options.
@@ -155,7 +195,15 @@ impl Packet {
                     next = byte(bytes, header)?;
                     header += (usize::from(byte(bytes, header + 1)?) + 1) * 8;
                 }
-                44 => return Err(Bad::Fragment),
+                FRAGMENT6 => {
+                    next = byte(bytes, header)?;
+                    fragment = Fragment::parse(be16(bytes, header + 2)?, be32(bytes, header + 4)?);
+                    header += FRAGMENT6_HEADER;
+                    // What follows is the packet's, which is not whole.
+                    if fragment.is_some() {
+                        break;
+                    }
+                }
                 _ => break,
             }
         }
@@ -166,6 +214,7 @@ impl Packet {
             hops: byte(bytes, 7)?,
             header,
             len: total.checked_sub(header).ok_or(Bad::Malformed)?,
+            fragment,
         })
     }
 }
@@ -261,6 +310,19 @@ impl Udp {
     }
 }
 
+/// A datagram with its header and checksum.
+pub(super) fn datagram(ends: Ends, (src, dst): (u16, u16), payload: &[u8]) -> Vec<u8> {
+    let len = UDP_HEADER + payload.len();
+    let mut bytes = Vec::with_capacity(len);
+    [src, dst, len as u16, 0].iter().for_each(|field| bytes.extend(field.to_be_bytes()));
+    bytes.extend_from_slice(payload);
+    let check = udp_check(pseudo(ends.src, ends.dst, UDP, len) + sum(&bytes));
+    if let Some(place) = bytes.get_mut(6..UDP_HEADER) {
+        place.copy_from_slice(&check.to_be_bytes());
+    }
+    bytes
+}
+
 /// The headers of a frame that is being made.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Head {
@@ -308,6 +370,24 @@ impl Head {
                 head.push(&v6(dst));
             }
         }
+        head
+    }
+
+    /// An Ethernet and an IP header of a fragment; `len` bytes of it follow.
+    pub(super) fn fragment(macs: (Mac, Mac), ends: Ends, protocol: u8, len: usize, fragment: Fragment) -> Self {
+        let Fragment { id, offset, more } = fragment;
+        if ends.src.is_ipv4() {
+            let mut head = Self::ip(macs, ends, protocol, len);
+            head.set16(ETHERNET + 4, id as u16);
+            head.set16(ETHERNET + 6, (offset / 8) as u16 | u16::from(more) << 13);
+            head.set16(ETHERNET + 10, 0);
+            head.set16(ETHERNET + 10, !fold(sum(head.from(ETHERNET))));
+            return head;
+        }
+        let mut head = Self::ip(macs, ends, FRAGMENT6, FRAGMENT6_HEADER + len);
+        head.push(&[protocol, 0]);
+        head.push(&(offset as u16 | u16::from(more)).to_be_bytes());
+        head.push(&id.to_be_bytes());
         head
     }
 
@@ -369,6 +449,11 @@ impl Head {
 /// Bytes of an IP header without options.
 pub(super) fn ip_header_len(address: IpAddr) -> usize {
     if address.is_ipv4() { 20 } else { 40 }
+}
+
+/// Bytes of an IP header that says which fragment follows.
+pub(super) fn fragment_header_len(address: IpAddr) -> usize {
+    ip_header_len(address) + if address.is_ipv4() { 0 } else { FRAGMENT6_HEADER }
 }
 
 /// Bytes that [`Head::tcp`] writes.

@@ -121,7 +121,8 @@ impl Port {
 impl Net {
     /// A network without privileges: the guest's connections end in this process, which opens ordinary sockets of the host for
     /// them where `policy` allows it. TCP, UDP and ping; IPv4 and IPv6. The guest is 10.0.2.15 and fd63:6f66:6665::15; the
-    /// gateway, which is router, DHCP server and resolver for names, 10.0.2.2 and fd63:6f66:6665::2. Fragments of IP are dropped.
+    /// gateway, which is router, DHCP server and resolver for names, 10.0.2.2 and fd63:6f66:6665::2. Datagrams and pings that are
+    /// larger than a packet go in fragments, both ways.
     ///
     /// What the policy denies is an [`EventKind::Denied`](crate::EventKind::Denied).
     pub fn user(policy: Policy) -> Self {
@@ -131,9 +132,10 @@ impl Net {
     /// Publishes a port of the guest on the host, of a [`Net::user`], on any of its addresses of IPv4 and IPv6. To the guest all
     /// callers seem to be the gateway. [`NetHandle::published`] says where.
     ///
-    /// Over TCP a service is found on the guest's IPv4 address or its own IPv6 address, and in a container also where it listens
-    /// on 127.0.0.1 alone; one on ::1 alone is reached by `Container::connect` only. Where nobody listens, the caller sees a
-    /// reset, and [`NetStats::unconnected`] counts it. Datagrams reach services on the guest's IPv4 address.
+    /// A service is found on the guest's IPv4 address or its own IPv6 address, and in a container also where it listens on
+    /// 127.0.0.1 alone; one on ::1 alone is reached by `Container::connect` only. Where nobody listens, the caller of a TCP port
+    /// sees a reset, that of a UDP port nothing, and [`NetStats::unconnected`] counts it. The first datagram to a service that is
+    /// not where the last one was may be lost when it has more than 500 bytes.
     pub fn publish(mut self, port: Port) -> Self {
         match &mut self.source {
             Source::User(user) => user.ports.push(port),

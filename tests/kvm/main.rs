@@ -114,7 +114,7 @@ tests! {
         a_tap_that_is_busy_or_missing_or_made_otherwise_is_named frames_on_a_socket_and_a_link_that_goes_down
         a_guest_goes_where_its_policy_lets_it_and_nowhere_else a_container_has_address_route_and_names
         published_ports_lead_into_the_guest published_ports_lead_to_services_on_any_address_but_one
-        datagrams_to_published_ports_of_both_families_are_answered ipv6_and_ping_reach_the_outside;
+        datagrams_to_published_ports_are_answered_wherever_the_service_is large_datagrams_leave_and_come_back_whole ipv6_and_ping_reach_the_outside;
     wires: two_containers_on_a_switch_talk_by_name a_limit_holds_and_is_changed what_a_guest_sends_is_captured
         a_backend_of_the_embedders_own;
     overlay: three_guests_write_on_one_base_which_stays_as_it_is what_is_not_kept_is_gone_with_its_machine

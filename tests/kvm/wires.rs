@@ -1,6 +1,7 @@
 //! Network cards that lead to other guests, to the embedder's own code, through limits, and into a file.
 
 use std::collections::VecDeque;
+use std::io::Read;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
@@ -46,6 +47,18 @@ pub fn two_containers_on_a_switch_talk_by_name() -> Outcome {
     let serving = server.exec(["bash", "-c", SERVER]).stdout(cofferdam::Stdio::piped()).spawn()?;
     let digest = shell(&client, &talk.replace("tcp/server", &format!("tcp/{six}")))?;
     check_eq!(String::from_utf8_lossy(&serving.wait_with_output()?.stdout).trim(), digest);
+    // In fragments, of both families.
+    let echo = "use IO::Socket::IP; my $s = IO::Socket::IP->new(Proto => 'udp', LocalHost => '::', LocalPort => 7001) or die; $| = 1;
+        print 'ready'; while (1) { my $from = recv $s, my $b, 65536, 0; send $s, $b, 0, $from }";
+    let mut serving = server.exec(["perl", "-e", echo]).stdout(cofferdam::Stdio::piped()).spawn()?;
+    serving.stdout.as_mut().ok_or("no output")?.read_exact(&mut [0; 5])?;
+    for address in ["10.0.3.2", &six] {
+        let ask = format!(
+            "perl -MIO::Socket::IP -e 'my $s = IO::Socket::IP->new(Proto => udp, PeerHost => \"{address}\", PeerPort => 7001) or die;
+            my $sent = join \"\", 1 .. 3000; $s->send($sent); $s->recv(my $came, 65536); print $came eq $sent ? whole : length $came'"
+        );
+        check_eq!(shell(&client, &ask)?, "whole");
+    }
     let stats = server.vm().net(0)?.stats()?;
     check!(stats.received_bytes > 10_000_000 && stats.spoofed == 0 && stats.malformed == 0, "{stats:?}");
     // Nothing leads out of a switch, nor through one of its guests.

@@ -40,7 +40,7 @@ const NUMBER: u8 = 3;
 /// lowest addresses that are free from 10.0.3.2 to 10.0.3.254, by DHCP if they ask, and IPv6 addresses that follow from their cards'
 /// by router advertisements, which make it nobody's way out.
 ///
-/// It passes IPv4 and IPv6 from one guest to one other, whole packets only. Broadcasts, multicasts and fragments are dropped, as is
+/// It passes IPv4 and IPv6 from one guest to one other, fragments of datagrams too. Broadcasts and multicasts are dropped, as is
 /// whatever comes from an address that is not its sender's, what only servers of the network may say, and what cannot be seen for
 /// the headers of IPv6 before it. For a guest that is slow at most 4 MiB wait, of which a single sender gets no more than half, so
 /// that it cannot shut others out; what is beyond that is lost.

@@ -60,9 +60,14 @@ impl Passing {
         let four = packet.src.is_ipv4();
         // Where the checksum is, and the headers' end.
         let (place, headers) = match packet.protocol {
+            // What must be looked at is in a packet's first fragment; TCP has no use for any.
+            wire::UDP | wire::ICMP | wire::ICMPV6 if packet.fragment.is_some_and(|fragment| fragment.offset > 0) => {
+                (0, at)
+            }
+            _ if packet.fragment.is_some() && packet.protocol == wire::TCP => return Err(Bad::Fragment.into()),
             wire::TCP => (16, at + Tcp::parse(inner, packet.len)?.header),
             wire::UDP => {
-                let udp = Udp::parse(inner, packet.len, false)?;
+                let udp = Udp::parse(inner, packet.len, packet.fragment.is_some())?;
                 if SERVERS.contains(&udp.src) {
                     return Err(Kept::Forbidden);
                 }
@@ -119,7 +124,11 @@ impl Passing {
             return if fits { Ok(Offload::default()) } else { Err(Kept::TooLarge) };
         };
         let csum_at = Csum { start: at as u16, offset: place };
-        if csum != csum_at || !matches!(packet.protocol, wire::TCP | wire::UDP) || headers > at + packet.len {
+        if csum != csum_at
+            || packet.fragment.is_some()
+            || !matches!(packet.protocol, wire::TCP | wire::UDP)
+            || headers > at + packet.len
+        {
             return Err(Bad::Malformed.into());
         }
         let (size, gso) = match said.gso {

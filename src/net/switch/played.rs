@@ -101,12 +101,8 @@ impl Played {
 
     /// A datagram of this guest with its checksum.
     pub(in crate::net) fn udp(&self, to: Mac, dst: IpAddr, ports: (u16, u16), payload: &[u8]) -> Vec<u8> {
-        let mut head = self.ip(to, dst, wire::UDP, wire::UDP_HEADER + payload.len());
-        let (start, src) = (head.len(), self.address(dst.is_ipv4()));
-        head.udp(ports.0, ports.1, payload.len());
-        let covered = wire::sum(head.from(start)) + wire::sum(payload);
-        let sum = wire::pseudo(src, dst, wire::UDP, wire::UDP_HEADER + payload.len()) + covered;
-        head.set16(start + 6, wire::udp_check(sum));
-        [head.as_slice(), payload].concat()
+        let ends = Ends { src: self.address(dst.is_ipv4()), dst };
+        let datagram = wire::datagram(ends, ports, payload);
+        [self.ip(to, dst, wire::UDP, datagram.len()).as_slice(), &datagram].concat()
     }
 }

@@ -128,6 +128,9 @@ impl SwitchPort {
 
     /// Something for the switch itself.
     fn ask(&mut self, frame: Frame<'_>, packet: wire::Packet, inner: &[u8]) -> Result<(), Bad> {
+        if packet.fragment.is_some() {
+            return Err(Bad::Fragment);
+        }
         let at = wire::ETHERNET + packet.header;
         let known = matches!(packet.protocol, wire::UDP | wire::ICMP | wire::ICMPV6);
         if known && frame.offload().csum.is_none() {

@@ -152,6 +152,11 @@ impl Config {
         }
     }
 
+    /// Whether it is the guest's own loopback, from which it answers callers of published ports and says nothing else.
+    pub(super) fn is_loopback(&self, address: IpAddr) -> bool {
+        self.loopback && matches!(address, IpAddr::V4(a) if a.is_loopback())
+    }
+
     /// The network's own broadcast address.
     pub(super) fn broadcast4(&self) -> Ipv4Addr {
         Ipv4Addr::from(u32::from(self.gateway4) | u32::MAX.checked_shr(u32::from(self.prefix4)).unwrap_or(0))
@@ -174,7 +179,8 @@ pub struct NetStats {
     pub malformed: u64,
     /// With a wrong checksum.
     pub bad_checksums: u64,
-    /// Fragments of the guest, which are not put together.
+    /// Packets of the guest whose fragments made no whole: they were not all there in time, or contradicted each other, or were
+    /// of a protocol that has no use for them.
     pub fragments: u64,
     /// From a hardware or IP address that is not the guest's, or, on a switch, what no guest may say to another.
     pub spoofed: u64,
@@ -186,7 +192,8 @@ pub struct NetStats {
     pub connections: u64,
     /// TCP connections that were made, both ways.
     pub connected: u64,
-    /// Connections that the other side refused, did not answer, or could not be reached on.
+    /// Connections that the other side refused, did not answer, or could not be reached on; datagrams to published ports that
+    /// nobody took.
     pub unconnected: u64,
     /// Connections that were reset by either side, or by a changed policy.
     pub resets: u64,
@@ -200,8 +207,7 @@ pub struct NetStats {
     pub out_of_order: u64,
     /// UDP flows and pings now.
     pub datagram_flows: u64,
-    /// Datagrams of the host that were dropped because the guest takes no larger ones; packets of the guest that were too large for
-    /// who should have them: another guest on a switch, or whoever answers echo requests.
+    /// Packets of the guest that were too large for another guest on its switch.
     pub too_large: u64,
     /// Connections and datagrams that the policy denied.
     pub denied: u64,

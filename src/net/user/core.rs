@@ -9,7 +9,7 @@ use super::config::{Config, NetStats};
 use super::host::Host;
 use crate::memory::{GuestMemory, Segment};
 use crate::net::policy::{Admitted, Enforcer, Protocol};
-use crate::net::wire::{self, Bad, Ends, Ethernet, Head, Packet};
+use crate::net::wire::{self, Bad, Ends, Ethernet, Fragment, Head, Packet};
 use crate::net::{Capabilities, Mac, Offload, Received};
 use crate::rate::{Bucket, Rate};
 
@@ -29,6 +29,8 @@ pub(in crate::net) struct Core {
     calls: Option<Bucket>,
     start: Instant,
     waiting: VecDeque<Vec<u8>>,
+    /// How many packets went in fragments, by which those of one are told from others.
+    fragmented: u32,
     /// Room for a whole packet, for those that must be looked at.
     pub buffer: Vec<u8>,
 }
@@ -48,6 +50,7 @@ impl Core {
             calls: None,
             start,
             waiting: VecDeque::new(),
+            fragmented: 0,
             buffer: Vec::new(),
         };
         core.limit_calls(core.config.limits.new_connections);
@@ -135,16 +138,7 @@ impl Core {
         at: usize,
         packet: Packet,
     ) -> Result<(), Bad> {
-        let bytes = self.copy(memory, frame, at, packet.len)?;
-        // No checksum at all is fine for UDP over IPv4 (RFC 768).
-        if packet.protocol == wire::UDP && packet.src.is_ipv4() && bytes.get(6..8) == Some(&[0, 0]) {
-            return Ok(());
-        }
-        let covered = match packet.protocol {
-            wire::ICMP => 0,
-            protocol => wire::pseudo(packet.src, packet.dst, protocol, packet.len),
-        };
-        if wire::fold(covered + wire::sum(bytes)) == 0xffff { Ok(()) } else { Err(Bad::Checksum) }
+        packet.verify(self.copy(memory, frame, at, packet.len)?)
     }
 
     /// Sends a small frame to the guest some time soon.
@@ -179,9 +173,33 @@ impl Core {
         if let Some(place) = message.get_mut(2..4) {
             place.copy_from_slice(&check.to_be_bytes());
         }
-        let mut frame = Head::ip(self.macs(), ends, protocol, message.len()).as_slice().to_vec();
-        frame.extend_from_slice(message);
-        self.send(frame);
+        self.send_packet(ends, protocol, message);
+    }
+
+    /// Sends a datagram of the gateway, or of who it speaks for.
+    pub(in crate::net) fn send_udp(&mut self, ends: Ends, ports: (u16, u16), payload: &[u8]) {
+        self.send_packet(ends, wire::UDP, &wire::datagram(ends, ports, payload));
+    }
+
+    /// Sends a packet to the guest some time soon, in fragments where it is larger than the guest takes.
+    pub(in crate::net) fn send_packet(&mut self, ends: Ends, protocol: u8, body: &[u8]) {
+        let (macs, mtu) = (self.macs(), usize::from(self.config.mtu));
+        let frame = |head: Head, part: &[u8]| [head.as_slice(), part].concat();
+        if wire::ip_header_len(ends.src) + body.len() <= mtu {
+            return self.send(frame(Head::ip(macs, ends, protocol, body.len()), body));
+        }
+        self.fragmented = self.fragmented.wrapping_add(1);
+        // All but the last are of whole units (RFC 791, 3.2; RFC 8200, 4.5).
+        let size = mtu.saturating_sub(wire::fragment_header_len(ends.src)).max(8) & !7;
+        let count = body.len().div_ceil(size);
+        if self.waiting.len() + count > WAITING {
+            self.stats.overflowed += 1;
+            return;
+        }
+        for (n, part) in body.chunks(size).enumerate() {
+            let fragment = Fragment { id: self.fragmented, offset: n * size, more: n + 1 < count };
+            self.send(frame(Head::fragment(macs, ends, protocol, part.len(), fragment), part));
+        }
     }
 
     /// How long the first frame is that waits.

@@ -12,9 +12,10 @@ use super::host::{Alarm, exhausted};
 use super::icmp::{self, Unreachable};
 use super::publish::Ports;
 use super::table::{Id, Owner, Table};
+use super::tcp::{Tried, gateway_of};
 use crate::memory::{GuestMemory, Segment};
 use crate::net::policy::Protocol;
-use crate::net::wire::{self, Bad, Ends, Head};
+use crate::net::wire::{self, Bad, Ends, Head, Packet};
 use crate::net::{Csum, Offload, Offloads, Received};
 use crate::sys::Socket;
 
@@ -31,7 +32,11 @@ struct Key {
 enum Via {
     Socket(Socket),
     /// Somebody on the host has sent to a published port.
-    Port(Id, SocketAddr),
+    Port {
+        port: Id,
+        client: SocketAddr,
+        tried: Tried,
+    },
 }
 
 #[derive(Debug)]
@@ -76,8 +81,16 @@ pub(super) struct Datagram<'a> {
     pub udp: wire::Udp,
     /// Bytes of each, where it stands for several.
     pub cut: Option<usize>,
-    pub memory: &'a GuestMemory,
-    pub payload: &'a [Segment],
+    pub payload: Payload<'a>,
+}
+
+/// The bytes of a datagram.
+#[derive(Debug)]
+pub(super) enum Payload<'a> {
+    /// Where they are in the guest's memory.
+    Guest(&'a GuestMemory, &'a [Segment]),
+    /// They came in pieces and were put together.
+    Whole(&'a [u8]),
 }
 
 /// Ports that clients of published ports seem to come from (RFC 6335, 6).
@@ -95,27 +108,44 @@ impl Datagrams {
     }
 
     /// Takes a datagram of the guest.
-    pub(super) fn datagram(&mut self, core: &mut Core, ports: &Ports, it: &Datagram<'_>) -> Result<(), Bad> {
+    pub(super) fn datagram(&mut self, core: &mut Core, ports: &mut Ports, it: &Datagram<'_>) -> Result<(), Bad> {
         let (guest, remote) = ((it.ends.src, it.udp.src), (it.ends.dst, it.udp.dst));
-        let Some(id) = self.flow(core, Key { protocol: Protocol::Udp, guest, remote }) else { return Ok(()) };
+        let key = Key { protocol: Protocol::Udp, guest, remote };
+        // From its loopback it answers, and nothing else.
+        if core.config.is_loopback(guest.0) && !self.names.contains_key(&key) {
+            core.stats.spoofed += 1;
+            return Ok(());
+        }
+        let Some(id) = self.flow(core, key) else { return Ok(()) };
         let Some(flow) = self.flows.get_mut(id) else { return Ok(()) };
+        if let Via::Port { port, .. } = flow.via {
+            ports.reached(port, guest.0);
+        }
         let len = it.udp.len - wire::UDP_HEADER;
         let size = it.cut.unwrap_or(len).max(1);
         let (mut at, mut piece) = (0, Vec::new());
         loop {
-            super::cut(it.payload, at, size.min(len - at), &mut piece);
-            let sent = match &flow.via {
-                Via::Socket(socket) => match it.memory.send(&piece, socket.as_fd()) {
-                    // What is told then is what became of one before (udp(7)).
-                    Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-                        it.memory.send(&piece, socket.as_fd())
+            let end = len.min(at + size);
+            if let Payload::Guest(_, payload) = it.payload {
+                super::cut(payload, at, end - at, &mut piece);
+            }
+            let sent = match (&flow.via, &it.payload) {
+                (Via::Socket(socket), payload) => {
+                    let send = || match payload {
+                        Payload::Guest(memory, _) => memory.send(&piece, socket.as_fd()),
+                        Payload::Whole(bytes) => socket.send(bytes.get(at..end).unwrap_or_default()),
+                    };
+                    match send() {
+                        // What is told then is what became of one before (udp(7)).
+                        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => send(),
+                        sent => sent,
                     }
-                    sent => sent,
-                },
-                Via::Port(port, client) => {
-                    let (port, client) = (*port, *client);
-                    let bytes = core.copy(it.memory, &piece, 0, size.min(len - at))?;
-                    ports.send(port, client, bytes)
+                }
+                (Via::Port { port, client, .. }, Payload::Guest(memory, _)) => {
+                    ports.send(*port, *client, core.copy(memory, &piece, 0, end - at)?)
+                }
+                (Via::Port { port, client, .. }, Payload::Whole(bytes)) => {
+                    ports.send(*port, *client, bytes.get(at..end).unwrap_or_default())
                 }
             };
             if let Err(error) = sent {
@@ -202,7 +232,7 @@ impl Datagrams {
         let Some(mut flow) = self.flows.remove(id) else { return };
         core.host.cancel(&mut flow.alarm, Owner::Udp(id));
         self.names.remove(&flow.key);
-        if let Via::Port(port, client) = flow.via {
+        if let Via::Port { port, client, .. } = flow.via {
             self.clients.remove(&(port, client));
         }
     }
@@ -234,7 +264,7 @@ impl Datagrams {
 
     /// A published port is gone.
     pub(super) fn unpublished(&mut self, core: &mut Core, port: Id) {
-        let of = |flow: &Flow| matches!(flow.via, Via::Port(p, _) if p == port);
+        let of = |flow: &Flow| matches!(flow.via, Via::Port { port: its, .. } if its == port);
         let gone: Vec<Id> = self.flows.iter().filter(|(_, flow)| of(flow)).map(|(id, _)| id).collect();
         for id in gone {
             self.remove(core, id);
@@ -259,7 +289,8 @@ impl Datagrams {
     /// How many bytes the next frame has.
     pub(super) fn next(&mut self, core: &mut Core, ports: &Ports) -> Option<usize> {
         let mut buffer = std::mem::take(&mut core.buffer);
-        while let Some(&source) = self.ready.front().filter(|_| !self.staged.full) {
+        // What was made into frames that wait goes first.
+        while let Some(&source) = self.ready.front().filter(|_| !self.staged.full && core.waiting().is_none()) {
             buffer.resize(wire::MAX_PACKET, 0);
             let more = match source {
                 Source::Flow(id) => self.take_of_flow(core, id, &mut buffer),
@@ -310,13 +341,14 @@ impl Datagrams {
         let known = self.clients.get(&(id, client)).copied();
         let flow = known.or_else(|| {
             self.make_room(core);
-            let guest = (core.config.guest4.into(), guest_port);
-            let gateway = core.config.gateway4.into();
+            let mut tried = Tried::default();
+            let place = ports.place(core, id, &mut tried)?;
+            let (guest, gateway) = ((place, guest_port), gateway_of(core, place));
             let free = (0..=u16::MAX - EPHEMERAL).find_map(|_| {
                 let key = Key { protocol: Protocol::Udp, guest, remote: (gateway, ephemeral(&mut self.port)) };
                 (!self.names.contains_key(&key)).then_some(key)
             })?;
-            let it = self.insert(core, free, Via::Port(id, client))?;
+            let it = self.insert(core, free, Via::Port { port: id, client, tried })?;
             self.clients.insert((id, client), it);
             Some(it)
         });
@@ -328,43 +360,64 @@ impl Datagrams {
         true
     }
 
-    /// Makes a frame of what came.
+    /// The guest says that nobody there takes what was sent to a published port: it is led to the next place. `packet` is what
+    /// was sent, or its front.
+    pub(super) fn refused(&mut self, core: &mut Core, ports: &mut Ports, packet: &[u8]) -> Result<(), Bad> {
+        let kind = if packet.first().is_some_and(|byte| byte >> 4 == 6) { wire::IPV6 } else { wire::IPV4 };
+        let parsed = Packet::parse(kind, packet, usize::MAX)?;
+        let inner = packet.get(parsed.header..).unwrap_or_default();
+        let udp = wire::Udp::parse(inner, parsed.len, false)?;
+        let guest = (parsed.dst, udp.dst);
+        let key = Key { protocol: Protocol::Udp, guest, remote: (parsed.src, udp.src) };
+        let id = self.names.get(&key).copied().filter(|_| parsed.protocol == wire::UDP && parsed.fragment.is_none());
+        let Some((id, flow)) = id.and_then(|id| Some((id, self.flows.get_mut(id)?))) else { return Ok(()) };
+        let Via::Port { port, tried, .. } = &mut flow.via else { return Ok(()) };
+        let next = ports.place(core, *port, tried).map(|place| Key {
+            guest: (place, key.guest.1),
+            remote: (gateway_of(core, place), key.remote.1),
+            ..key
+        });
+        let Some(next) = next.filter(|next| !self.names.contains_key(next)) else {
+            core.stats.unconnected += 1;
+            ports.silence(*port);
+            self.remove(core, id);
+            return Ok(());
+        };
+        flow.key = next;
+        self.names.remove(&key);
+        self.names.insert(next, id);
+        // The guest sends back as much as would fit into the smallest packet; more is lost, as datagrams may be.
+        if let Some(payload) = inner.get(wire::UDP_HEADER..udp.len) {
+            let ends = Ends { src: next.remote.0, dst: next.guest.0 };
+            core.send_udp(ends, (next.remote.1, next.guest.1), payload);
+        }
+        Ok(())
+    }
+
+    /// Makes a frame of what came; several, among those that wait for the guest, of what is too large for one.
     fn stage(&mut self, core: &mut Core, key: &Key, payload: &mut [u8]) {
         let n = payload.len();
         let ends = Ends { src: key.remote.0, dst: key.guest.0 };
-        let inner = wire::ETHERNET + wire::ip_header_len(ends.src);
-        let udp = key.protocol == Protocol::Udp;
-        let header = if udp { wire::UDP_HEADER } else { 0 };
-        if inner - wire::ETHERNET + header + n > usize::from(core.config.mtu) {
-            core.stats.too_large += 1;
-            return;
-        }
-        let protocol = match (udp, ends.src) {
-            (true, _) => wire::UDP,
-            (false, IpAddr::V4(_)) => wire::ICMP,
-            (false, IpAddr::V6(_)) => wire::ICMPV6,
-        };
-        let mut head = Head::ip(core.macs(), ends, protocol, header + n);
-        let mut offload = Offload::default();
-        if udp {
-            head.udp(key.remote.1, key.guest.1, n);
-            let sum = wire::pseudo(ends.src, ends.dst, protocol, header + n);
-            if core.agreed.to_guest.contains(Offloads::CSUM) {
-                head.set16(inner + 6, wire::fold(sum));
-                offload.csum = Some(Csum { start: inner as u16, offset: 6 });
-            } else {
-                head.set16(inner + 6, wire::udp_check(sum + wire::sum(head.from(inner)) + wire::sum(payload)));
-            }
-        } else {
+        if key.protocol != Protocol::Udp {
             // The host's number of the socket takes the place of the guest's.
-            let Some(fixed) = payload.get_mut(2..6) else { return };
-            let [a, b] = key.guest.1.to_be_bytes();
-            fixed.copy_from_slice(&[0, 0, a, b]);
-            let covered = if ends.src.is_ipv4() { 0 } else { wire::pseudo(ends.src, ends.dst, protocol, n) };
-            let check = !wire::fold(covered + wire::sum(payload));
-            if let Some(place) = payload.get_mut(2..4) {
-                place.copy_from_slice(&check.to_be_bytes());
-            }
+            let Some(number) = payload.get_mut(4..6) else { return };
+            number.copy_from_slice(&key.guest.1.to_be_bytes());
+            return core.send_icmp(ends, payload);
+        }
+        let (header, len) = (wire::ip_header_len(ends.src), wire::UDP_HEADER + n);
+        if header + len > usize::from(core.config.mtu) {
+            return core.send_udp(ends, (key.remote.1, key.guest.1), payload);
+        }
+        let inner = wire::ETHERNET + header;
+        let mut head = Head::ip(core.macs(), ends, wire::UDP, len);
+        let mut offload = Offload::default();
+        head.udp(key.remote.1, key.guest.1, n);
+        let sum = wire::pseudo(ends.src, ends.dst, wire::UDP, len);
+        if core.agreed.to_guest.contains(Offloads::CSUM) {
+            head.set16(inner + 6, wire::fold(sum));
+            offload.csum = Some(Csum { start: inner as u16, offset: 6 });
+        } else {
+            head.set16(inner + 6, wire::udp_check(sum + wire::sum(head.from(inner)) + wire::sum(payload)));
         }
         let staged = &mut self.staged;
         staged.frame.clear();

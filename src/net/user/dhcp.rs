@@ -5,7 +5,7 @@
 use std::net::{IpAddr, Ipv4Addr};
 
 use super::core::Core;
-use crate::net::wire::{Ends, UDP, UDP_HEADER};
+use crate::net::wire::Ends;
 
 pub(in crate::net) const SERVER: u16 = 67;
 const CLIENT: u16 = 68;
@@ -155,20 +155,4 @@ pub(in crate::net) fn message(core: &mut Core, bytes: &[u8]) {
         _ => theirs,
     };
     core.send_udp(Ends { src: IpAddr::V4(ours), dst: IpAddr::V4(dst) }, (SERVER, CLIENT), &reply);
-}
-
-impl Core {
-    /// Sends a datagram of the gateway, or of who it speaks for.
-    pub(in crate::net) fn send_udp(&mut self, ends: Ends, (src, dst): (u16, u16), payload: &[u8]) {
-        use crate::net::wire::{self, Head};
-        let len = UDP_HEADER + payload.len();
-        let mut head = Head::ip(self.macs(), ends, UDP, len);
-        head.udp(src, dst, payload.len());
-        let at = wire::ETHERNET + wire::ip_header_len(ends.src);
-        let sum = wire::pseudo(ends.src, ends.dst, UDP, len) + wire::sum(head.from(at)) + wire::sum(payload);
-        head.set16(at + 6, wire::udp_check(sum));
-        let mut frame = head.as_slice().to_vec();
-        frame.extend_from_slice(payload);
-        self.send(frame);
-    }
 }

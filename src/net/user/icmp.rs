@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use super::core::Core;
 use super::tcp::gateway_of;
-use crate::net::wire::{self, Ends};
+use crate::net::wire::Ends;
 
 /// Why a packet did not arrive.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,18 +45,20 @@ impl Unreachable {
     }
 }
 
+/// What follows, in the guest's own words, when it says that nobody listens on a port (RFC 792; RFC 4443, 3.1).
+pub(in crate::net) fn nobody_there(six: bool, message: &[u8]) -> Option<&[u8]> {
+    let (kind, code, _) = Unreachable::Port.number(!six);
+    message.strip_prefix(&[kind, code]).and_then(|rest| rest.get(6..))
+}
+
 /// Echo requests, and what answers them.
 pub(in crate::net) const ECHO: u8 = 8;
 pub(in crate::net) const ECHO6: u8 = 128;
 const ECHO_REPLY: u8 = 0;
 const ECHO6_REPLY: u8 = 129;
 
-/// Answers an echo request to the gateway, unless it is larger than the network's packets: the answer may wait.
+/// Answers an echo request to the gateway.
 pub(in crate::net) fn echo(core: &mut Core, ends: Ends, message: &mut [u8]) {
-    if wire::ip_header_len(ends.src) + message.len() > usize::from(core.config.mtu) {
-        core.stats.too_large += 1;
-        return;
-    }
     let reply = if ends.src.is_ipv4() { ECHO_REPLY } else { ECHO6_REPLY };
     if let Some(kind) = message.first_mut() {
         *kind = reply;

@@ -16,6 +16,7 @@ mod config;
 pub(super) mod core;
 mod datagrams;
 pub(super) mod dhcp;
+mod fragments;
 mod host;
 pub(super) mod icmp;
 pub(super) mod neighbour;
@@ -35,7 +36,8 @@ pub(crate) use self::config::Config;
 use self::config::Limits;
 pub use self::config::NetStats;
 use self::core::Core;
-use self::datagrams::{Datagram, Datagrams};
+use self::datagrams::{Datagram, Datagrams, Payload};
+use self::fragments::Fragments;
 use self::neighbour::Router;
 use self::publish::Ports;
 pub(crate) use self::publish::Published;
@@ -71,6 +73,7 @@ pub(crate) struct UserNet {
     clients: Clients,
     tcp: TcpFlows,
     datagrams: Datagrams,
+    fragments: Fragments,
     ports: Ports,
     /// Whose turn it is when both have something for the guest.
     datagrams_first: bool,
@@ -92,6 +95,7 @@ impl UserNet {
             clients: Clients::default(),
             tcp: TcpFlows::default(),
             datagrams: Datagrams::default(),
+            fragments: Fragments::default(),
             ports: Ports::default(),
             datagrams_first: false,
             payload: Vec::new(),
@@ -197,6 +201,9 @@ impl UserNet {
         let inner = bytes.get(packet.header..).unwrap_or_default();
         let at = wire::ETHERNET + packet.header;
         let ends = Ends { src: packet.src, dst: packet.dst };
+        if packet.fragment.is_some() {
+            return self.fragment(memory, frame, at, packet);
+        }
         let known = matches!(packet.protocol, wire::TCP | wire::UDP | wire::ICMP | wire::ICMPV6);
         if known && offload.csum.is_none() {
             self.core.verify(memory, frame, at, packet)?;
@@ -222,6 +229,30 @@ impl UserNet {
             _ => self.core.stats.unserved += 1,
         }
         Ok(())
+    }
+
+    /// A fragment, which is `at` in the frame.
+    fn fragment(&mut self, memory: &GuestMemory, frame: &[Segment], at: usize, packet: Packet) -> Result<(), Bad> {
+        if !self.core.config.is_guest(packet.src) && !self.core.config.is_loopback(packet.src) {
+            self.core.stats.spoofed += 1;
+            return Ok(());
+        }
+        // TCP makes its segments as small as is needed.
+        if !matches!(packet.protocol, wire::UDP | wire::ICMP | wire::ICMPV6) {
+            return Err(Bad::Fragment);
+        }
+        let now = self.core.host.now;
+        let added = self.fragments.add(now, &packet, self.core.copy(memory, frame, at, packet.len)?);
+        self.fragments.arm(&mut self.core);
+        let Some(mut whole) = added? else { return Ok(()) };
+        packet.verify(&whole)?;
+        let ends = Ends { src: packet.src, dst: packet.dst };
+        if packet.protocol != wire::UDP {
+            return self.told(ends, packet.protocol, &mut whole);
+        }
+        let udp = wire::Udp::parse(&whole, whole.len(), false)?;
+        let payload = Payload::Whole(whole.get(wire::UDP_HEADER..udp.len).unwrap_or_default());
+        self.datagrams.datagram(&mut self.core, &mut self.ports, &Datagram { ends, udp, cut: None, payload })
     }
 
     /// A segment of TCP, which is `at` in the frame.
@@ -268,6 +299,14 @@ impl UserNet {
                 }
                 self.core.stats.spoofed += 1;
             }
+            (src, wire::UDP) if self.core.config.is_loopback(src) => {
+                let udp = wire::Udp::parse(inner, packet.len, false)?;
+                let ends = Ends { src, dst: packet.dst };
+                self.datagram(memory, frame, at, ends, udp, None)?;
+            }
+            (src, wire::ICMP) if self.core.config.is_loopback(src) => {
+                return self.message(memory, frame, at, packet, inner);
+            }
             (IpAddr::V6(src), wire::ICMPV6) if src.is_unspecified() || src.is_unicast_link_local() => {
                 return self.message(memory, frame, at, packet, inner);
             }
@@ -296,11 +335,7 @@ impl UserNet {
         packet: Packet,
         inner: &[u8],
     ) -> Result<(), Bad> {
-        let six = packet.src.is_ipv6();
-        if six != (packet.protocol == wire::ICMPV6) {
-            return Err(Bad::Malformed);
-        }
-        if six {
+        if packet.src.is_ipv6() && packet.protocol == wire::ICMPV6 {
             let config = &self.core.config;
             let (gateways, mac) = ([config.gateway6, config.gateway_local()], config.gateway_mac);
             let who = |asked: Ipv6Addr| gateways.contains(&asked).then_some(mac);
@@ -308,17 +343,28 @@ impl UserNet {
                 return Ok(());
             }
         }
-        let ends = Ends { src: packet.src, dst: packet.dst };
+        let mut message = self.core.copy(memory, frame, at, packet.len)?.to_vec();
+        self.told(Ends { src: packet.src, dst: packet.dst }, packet.protocol, &mut message)
+    }
+
+    /// A message that asks for an echo, or tells that nobody listens.
+    fn told(&mut self, ends: Ends, protocol: u8, message: &mut [u8]) -> Result<(), Bad> {
+        let six = ends.src.is_ipv6();
+        if six != (protocol == wire::ICMPV6) {
+            return Err(Bad::Malformed);
+        }
         let echo = if six { icmp::ECHO6 } else { icmp::ECHO };
-        match inner.first() {
-            Some(kind) if *kind == echo && self.core.config.is_gateway(packet.dst) => {
-                let mut message = self.core.copy(memory, frame, at, packet.len)?.to_vec();
-                icmp::echo(&mut self.core, ends, &mut message);
+        if let Some(sent) = icmp::nobody_there(six, message) {
+            return self.datagrams.refused(&mut self.core, &mut self.ports, sent);
+        }
+        match message.first() {
+            Some(_) if self.core.config.is_loopback(ends.src) => self.core.stats.spoofed += 1,
+            Some(kind) if *kind == echo && self.core.config.is_gateway(ends.dst) => {
+                icmp::echo(&mut self.core, ends, message);
             }
             // Only from an address that others can answer.
-            Some(kind) if *kind == echo && self.core.config.is_guest(packet.src) => {
-                let mut message = self.core.copy(memory, frame, at, packet.len)?.to_vec();
-                self.datagrams.ping(&mut self.core, ends, &mut message);
+            Some(kind) if *kind == echo && self.core.config.is_guest(ends.src) => {
+                self.datagrams.ping(&mut self.core, ends, message);
             }
             _ => self.core.stats.unserved += 1,
         }
@@ -334,19 +380,21 @@ impl UserNet {
         udp: wire::Udp,
         cut_up: Option<usize>,
     ) -> Result<(), Bad> {
-        if udp.dst == dhcp::SERVER && self.core.config.is_server(ends.dst) {
+        let guest = self.core.config.is_guest(ends.src);
+        if guest && udp.dst == dhcp::SERVER && self.core.config.is_server(ends.dst) {
             return self.lease(memory, frame, at, udp);
         }
         let at = at + wire::UDP_HEADER;
         let len = udp.len - wire::UDP_HEADER;
-        if udp.dst == resolver::PORT && self.core.config.is_gateway(ends.dst) {
+        if guest && udp.dst == resolver::PORT && self.core.config.is_gateway(ends.dst) {
             let query = self.core.copy(memory, frame, at, len)?.to_vec();
             self.resolver.query(&mut self.core, Asker::Udp(ends, udp.src), &query);
             return Ok(());
         }
         cut(frame, at, len, &mut self.payload);
-        let datagram = Datagram { ends, udp, cut: cut_up, memory, payload: &self.payload };
-        self.datagrams.datagram(&mut self.core, &self.ports, &datagram)
+        let payload = Payload::Guest(memory, &self.payload);
+        let datagram = Datagram { ends, udp, cut: cut_up, payload };
+        self.datagrams.datagram(&mut self.core, &mut self.ports, &datagram)
     }
 
     /// The guest calls the gateway's resolver over TCP.
@@ -378,7 +426,7 @@ impl UserNet {
             Owner::Udp(id) => self.datagrams.ready(id),
             Owner::Listener(id) if self.ports.is_datagram(id) => self.datagrams.ready_port(id),
             Owner::Listener(id) => self.ports.accept(&mut self.core, &mut self.tcp, id),
-            Owner::Router | Owner::Queue => {}
+            Owner::Router | Owner::Fragments | Owner::Queue => {}
         }
     }
 }
@@ -429,6 +477,7 @@ impl NetBackend for UserNet {
             match self.core.host.due() {
                 Some(Owner::Tcp(id)) => self.tcp.rang(&mut self.core, id),
                 Some(Owner::Router) => self.router.rang(&mut self.core),
+                Some(Owner::Fragments) => self.fragments.rang(&mut self.core),
                 Some(Owner::Resolver(id)) => self.resolver.rang(&mut self.core, id),
                 Some(Owner::Client(id)) => self.clients.rang(&mut self.core, id),
                 Some(Owner::Udp(id)) => self.datagrams.rang(&mut self.core, id),

@@ -3,7 +3,7 @@
 //! Whoever calls one seems to the guest to come from the gateway, as an address of the host's world may mean something else in
 //! the guest's. A service is looked for at the guest's IPv4 address, at its 127.0.0.1 where that can be reached, and at its own
 //! IPv6 address; where it was found is where the next caller is led first. Where nobody listens in the guest, the caller sees
-//! its connection reset. Datagrams go to the IPv4 address only, as nobody has to answer them.
+//! its connection reset. A datagram goes to the next place when the guest says that nobody takes it at the one before.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
@@ -180,6 +180,25 @@ impl Ports {
         }
     }
 
+    /// Where to look next for who takes datagrams, which is added to what was tried.
+    pub(super) fn place(&self, core: &Core, id: Id, tried: &mut Tried) -> Option<IpAddr> {
+        self.all.get(id)?.place(core, tried)
+    }
+
+    /// Somebody was there.
+    pub(super) fn reached(&mut self, id: Id, place: IpAddr) {
+        if let Some(port) = self.all.get_mut(id) {
+            port.found = Some(place);
+        }
+    }
+
+    /// Nobody was anywhere.
+    pub(super) fn silence(&mut self, id: Id) {
+        if let Some(port) = self.all.get_mut(id) {
+            port.found = None;
+        }
+    }
+
     /// Where the last caller of a port was led.
     #[cfg(test)]
     pub(super) fn found(&self, Published(id): Published) -> Option<IpAddr> {
@@ -190,16 +209,8 @@ impl Ports {
     pub(super) fn called(&mut self, core: &mut Core, tcp: &mut TcpFlows) {
         while let Some(called) = tcp.called.pop() {
             match called {
-                Called::Reached(id, place) => {
-                    if let Some(port) = self.all.get_mut(id) {
-                        port.found = Some(place);
-                    }
-                }
-                Called::Silence(id) => {
-                    if let Some(port) = self.all.get_mut(id) {
-                        port.found = None;
-                    }
-                }
+                Called::Reached(id, place) => self.reached(id, place),
+                Called::Silence(id) => self.silence(id),
                 Called::Refused(caller) => match self.all.get(caller.port) {
                     Some(port) => call(core, tcp, &mut self.next, port, caller),
                     None => reset(&caller.socket),

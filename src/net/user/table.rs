@@ -23,6 +23,7 @@ pub(in crate::net) enum Owner {
     Listener(Id),
     Resolver(Id),
     Client(Id),
+    Fragments,
     /// Of a switch.
     Queue,
 }
@@ -35,6 +36,7 @@ impl Owner {
             Self::Timer => (0, none),
             Self::Router => (6, none),
             Self::Queue => (7, none),
+            Self::Fragments => (8, none),
             Self::Tcp(id) => (1, id),
             Self::Udp(id) => (2, id),
             Self::Listener(id) => (3, id),
@@ -55,6 +57,7 @@ impl Owner {
             5 => Some(Self::Client(id)),
             6 => Some(Self::Router),
             7 => Some(Self::Queue),
+            8 => Some(Self::Fragments),
             _ => None,
         }
     }

@@ -4,7 +4,7 @@ use std::net::UdpSocket;
 use std::time::Duration;
 
 use super::*;
-use crate::net::wire::{Ends, Head};
+use crate::net::wire::{Ends, Fragment, Head};
 use crate::net::{Gso, GsoKind};
 
 fn server() -> (UdpSocket, SocketAddr) {
@@ -126,13 +126,103 @@ fn only_who_was_asked_is_heard() {
 }
 
 #[test]
-fn what_is_larger_than_the_guest_takes_is_dropped_and_counted() {
+fn what_is_larger_than_the_link_goes_in_fragments_both_ways() {
+    for agreed in [Offloads::empty(), Offloads::all()] {
+        let mut guest = Guest::of(Config::new(local()), agreed);
+        // smoltcp leaves a checksum that it is told to leave out of the first fragment as well.
+        guest.card.lazy = false;
+        let ((server, to), handle) = (server(), guest.udp(5000));
+        for len in [1472, 1473, 3000, 20_000, 40_000] {
+            let data: Vec<u8> = (0..len).map(|n| (n % 251) as u8).collect();
+            guest.datagram(handle, &data, to);
+            let mut buffer = vec![0; 65_536];
+            let (n, from) = server.recv_from(&mut buffer).unwrap();
+            assert!(buffer[..n] == data, "{len} bytes from the guest: {n}");
+            server.send_to(&data, from).unwrap();
+            let (back, port) = guest.until(|g| g.came(handle));
+            assert!(back == data && port == to.port(), "{len} bytes to the guest: {}", back.len());
+        }
+        let stats = guest.net.stats();
+        assert_eq!((stats.fragments, stats.too_large, stats.datagram_flows), (0, 0, 1));
+        assert!(guest.largest <= 1514);
+    }
+}
+
+/// The fragments of a datagram of the guest's over IPv6, to the host's `::1`.
+fn fragments6(guest: &Guest, port: u16, payload: &[u8]) -> Vec<Vec<u8>> {
+    let config = &guest.net.core.config;
+    let ends = Ends { src: config.guest6.into(), dst: Ipv6Addr::LOCALHOST.into() };
+    let whole = wire::datagram(ends, (5000, port), payload);
+    let count = whole.chunks(1000).count();
+    let fragment = |(n, part): (usize, &[u8])| {
+        let fragment = Fragment { id: 7, offset: n * 1000, more: n + 1 < count };
+        let head = Head::fragment((config.guest_mac, config.gateway_mac), ends, wire::UDP, part.len(), fragment);
+        [head.as_slice(), part].concat()
+    };
+    whole.chunks(1000).enumerate().map(fragment).collect()
+}
+
+#[test]
+fn fragments_of_ipv6_are_put_together_and_made_in_any_order() {
     let mut guest = Guest::new();
-    let ((server, to), handle) = (server(), guest.udp(5000));
-    guest.datagram(handle, b"x", to);
-    let (_, from) = server.recv_from(&mut [0; 10]).unwrap();
-    server.send_to(&[1; 1473], from).unwrap();
-    server.send_to(&[2; 1472], from).unwrap();
-    assert_eq!(guest.until(|g| g.came(handle)).0, [2; 1472]);
-    assert_eq!(guest.net.stats().too_large, 1);
+    let server = UdpSocket::bind((Ipv6Addr::LOCALHOST, 0)).unwrap();
+    server.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    let data: Vec<u8> = (0..2500).map(|n| (n % 251) as u8).collect();
+    for frame in fragments6(&guest, server.local_addr().unwrap().port(), &data).into_iter().rev() {
+        guest.send(&frame, Offload::default());
+    }
+    let mut buffer = [0; 3000];
+    let (n, from) = server.recv_from(&mut buffer).unwrap();
+    assert_eq!(buffer[..n], data);
+    server.send_to(&data, from).unwrap();
+    let (mut came, end) = (Vec::new(), Instant::now() + Duration::from_secs(10));
+    while came.len() < 2 {
+        guest.net.turn();
+        let some = guest.net.next().is_some();
+        came.extend(some.then(|| guest.take()).flatten().map(|(frame, _)| frame).filter(|frame| frame[20] == 44));
+        assert!(Instant::now() < end, "no fragments come");
+    }
+    let inner: Vec<u8> = came.iter().flat_map(|frame| &frame[62..]).copied().collect();
+    assert_eq!(inner[8..], data);
+    let id = |frame: &[u8]| frame[58..62].to_vec();
+    assert_eq!(id(&came[0]), id(&came[1]));
+}
+
+#[test]
+fn fragments_that_never_become_whole_are_forgotten_and_counted() {
+    let mut guest = Guest::new();
+    let frames = fragments6(&guest, 9, &[0; 2500]);
+    guest.send(&frames[0], Offload::default());
+    guest.wait(Duration::from_secs(29));
+    assert_eq!(guest.net.stats().fragments, 0);
+    guest.wait(Duration::from_secs(2));
+    assert_eq!(guest.net.stats().fragments, 1);
+    // The others come too late.
+    frames[1..].iter().for_each(|frame| guest.send(frame, Offload::default()));
+    assert_eq!(guest.net.core.host.made, 0);
+    // And in another's name they are nothing.
+    let mut foreign = frames[0].clone();
+    foreign[22] ^= 1;
+    guest.send(&foreign, Offload::default());
+    assert_eq!(guest.net.stats().spoofed, 1);
+}
+
+#[test]
+fn large_pings_of_the_gateway_are_answered_in_fragments() {
+    let mut guest = Guest::new();
+    let config = guest.net.core.config.clone();
+    let ends = Ends { src: config.guest4.into(), dst: config.gateway4.into() };
+    let mut message = vec![8, 0, 0, 0, 0, 1, 0, 1];
+    message.resize(4000, 5);
+    let check = !wire::fold(wire::sum(&message));
+    message[2..4].copy_from_slice(&check.to_be_bytes());
+    for (n, part) in message.chunks(1480).enumerate() {
+        let fragment = Fragment { id: 9, offset: n * 1480, more: n < 2 };
+        let head = Head::fragment((config.guest_mac, config.gateway_mac), ends, wire::ICMP, part.len(), fragment);
+        guest.send(&[head.as_slice(), part].concat(), Offload::default());
+    }
+    let answers: Vec<_> = std::iter::from_fn(|| guest.take()).map(|(frame, _)| frame).collect();
+    assert_eq!(answers.iter().map(|frame| frame.len() - 34).sum::<usize>(), 4000);
+    assert_eq!(answers[0][34], 0);
+    assert_eq!(wire::fold(answers.iter().map(|frame| wire::sum(&frame[34..])).sum()), 0xffff);
 }

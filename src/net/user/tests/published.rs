@@ -200,6 +200,95 @@ fn datagrams_reach_the_guest_and_are_answered() {
     assert_eq!(guest.net.stats().datagram_flows, 0);
 }
 
+/// A socket of the guest at this address alone.
+fn datagrams_at(guest: &mut Guest, address: IpAddr, port: u16) -> SocketHandle {
+    let handle = guest.udp(port);
+    let socket = guest.sockets.get_mut::<udp::Socket>(handle);
+    socket.close();
+    socket.bind((address, port)).unwrap();
+    handle
+}
+
+/// The guest's system learns of its gateway, without which smoltcp tells nobody that nobody listens.
+fn introduce(guest: &mut Guest) {
+    let (config, handle) = (guest.net.core.config.clone(), guest.udp(9));
+    for gateway in [IpAddr::from(config.gateway4), config.gateway6.into()] {
+        guest.datagram(handle, b"x", (gateway, 9).into());
+        // It asks for one neighbour a second.
+        guest.wait(Duration::from_secs(2));
+    }
+    guest.sockets.remove(handle);
+}
+
+/// Sends to a published port, and is answered.
+fn exchange(guest: &mut Guest, at: SocketAddr, handle: SocketHandle) {
+    let caller = UdpSocket::bind(ANY).unwrap();
+    caller.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    caller.send_to(b"question", at).unwrap();
+    let (bytes, from) = guest.until(|g| {
+        let socket = g.sockets.get_mut::<udp::Socket>(handle);
+        socket.recv().ok().map(|(bytes, from)| (bytes.to_vec(), from))
+    });
+    assert_eq!(bytes, b"question");
+    let socket = guest.sockets.get_mut::<udp::Socket>(handle);
+    socket.send_slice(b"answer", from).unwrap();
+    guest.pump();
+    let mut buffer = [0; 10];
+    assert_eq!(caller.recv_from(&mut buffer).unwrap(), (6, at));
+    assert_eq!(&buffer[..6], b"answer");
+}
+
+#[test]
+fn datagrams_find_services_wherever_they_are_and_remember() {
+    let (mut guest, _) = inside(&[]);
+    introduce(&mut guest);
+    let own6 = guest.net.core.config.guest6;
+    let (published, at) = guest.net.publish_udp(ANY, 80, Vec::new()).unwrap();
+    let own4 = guest.net.core.config.guest4;
+    for place in [IpAddr::from(Ipv4Addr::LOCALHOST), own6.into(), own4.into()] {
+        let handle = datagrams_at(&mut guest, place, 80);
+        // The second caller is led there at once.
+        exchange(&mut guest, at, handle);
+        let frames = guest.net.stats().sent_frames;
+        exchange(&mut guest, at, handle);
+        assert_eq!((guest.net.ports.found(published), guest.net.stats().sent_frames), (Some(place), frames + 1));
+        guest.sockets.remove(handle);
+    }
+    let stats = guest.net.stats();
+    assert_eq!((stats.unconnected, stats.spoofed, stats.datagram_flows), (0, 0, 6));
+}
+
+#[test]
+fn datagrams_that_nobody_takes_are_counted_and_tried_anew() {
+    let (mut guest, _) = inside(&[]);
+    introduce(&mut guest);
+    let (published, at) = guest.net.publish_udp(ANY, 80, Vec::new()).unwrap();
+    let caller = UdpSocket::bind(ANY).unwrap();
+    for n in 1..4 {
+        caller.send_to(&[0; 300], at).unwrap();
+        guest.until(|g| (g.net.stats().unconnected == n).then_some(()));
+        assert_eq!((guest.net.ports.found(published), guest.net.stats().datagram_flows), (None, 0));
+    }
+    let handle = datagrams_at(&mut guest, Ipv4Addr::LOCALHOST.into(), 80);
+    exchange(&mut guest, at, handle);
+    // Nobody speaks from there, or says that nobody listens, without having been asked.
+    let gateway = guest.net.core.config.gateway4;
+    let ends = crate::net::wire::Ends { src: Ipv4Addr::LOCALHOST.into(), dst: gateway.into() };
+    let macs = (guest.net.core.config.guest_mac, guest.net.core.config.gateway_mac);
+    let stray = wire::datagram(ends, (80, 9), b"x");
+    let head = wire::Head::ip(macs, ends, wire::UDP, stray.len());
+    let before = guest.net.stats();
+    guest.send(&[head.as_slice(), &stray].concat(), Offload::default());
+    let mut message = [&[3, 3, 0, 0, 0, 0, 0, 0][..], head.from(14), &stray].concat();
+    let check = !wire::fold(wire::sum(&message));
+    message[2..4].copy_from_slice(&check.to_be_bytes());
+    let head = wire::Head::ip(macs, ends, wire::ICMP, message.len());
+    guest.send(&[head.as_slice(), &message].concat(), Offload::default());
+    let after = guest.net.stats();
+    assert_eq!((after.spoofed, after.datagram_flows), (before.spoofed + 1, before.datagram_flows));
+    assert_eq!((after.malformed, after.received_frames), (before.malformed, before.received_frames));
+}
+
 #[test]
 fn ports_that_cannot_be_had_are_told_with_a_remedy() {
     let mut guest = Guest::new();
