@@ -46,30 +46,22 @@ fn port_writer() -> Vec<u8> {
     init(&[0xb8, 172, 0, 0, 0, 0xbf, 3, 0, 0, 0, 0x0f, 0x05, 0x66, 0xba, 0xff, 0x03], &[0xee])
 }
 
-/// Reads a device's status from its register, again and again: Linux asks the device each time the file is read.
-fn register_reader() -> Vec<u8> {
-    let (file, fs_type) = (b"/sys/bus/virtio/devices/virtio0/status\0".as_slice(), b"sysfs\0".as_slice());
-    let mut code = vec![0xe8, (4 + file.len() + fs_type.len()) as u8, 0, 0, 0]; // call over the texts
-    code.extend(*b"/sys");
-    code.extend([file, fs_type].concat());
-    code[1] += 1;
-    code.insert(9, 0);
-    code.extend([0x5b, 0x48, 0x83, 0xec, 0x20]); // pop rbx; sub rsp, 32
-    // mount("/sys", "/sys", "sysfs", 0, 0)
-    code.extend([0xb8, 165, 0, 0, 0, 0x48, 0x89, 0xdf, 0x48, 0x89, 0xde]);
-    code.extend([0x48, 0x8d, 0x53, (5 + file.len()) as u8, 0x4d, 0x31, 0xd2, 0x4d, 0x31, 0xc0, 0x0f, 0x05]);
+/// Reads random numbers of the entropy device, again and again: Linux acknowledges the interrupt of each request in a register.
+fn register_writer() -> Vec<u8> {
+    let file = b"/dev/hwrng\0";
+    // call over the text; pop rbx; sub rsp, 64
+    let mut code = [&[0xe8, file.len() as u8, 0, 0, 0], &file[..], &[0x5b, 0x48, 0x83, 0xec, 0x40]].concat();
     // r8 = open(file, O_RDONLY)
-    code.extend([0xb8, 2, 0, 0, 0, 0x48, 0x8d, 0x7b, 5, 0x31, 0xf6, 0x0f, 0x05, 0x49, 0x89, 0xc0]);
-    // pread64(r8, rsp, 16, 0)
-    let read = [0xb8, 17, 0, 0, 0, 0x4c, 0x89, 0xc7, 0x48, 0x89, 0xe6, 0xba, 16, 0, 0, 0, 0x4d, 0x31, 0xd2, 0x0f, 0x05];
-    init(&code, &read)
+    code.extend([0xb8, 2, 0, 0, 0, 0x48, 0x89, 0xdf, 0x31, 0xf6, 0x0f, 0x05, 0x49, 0x89, 0xc0]);
+    // read(r8, rsp, 64)
+    init(&code, &[0x31, 0xc0, 0x4c, 0x89, 0xc7, 0x48, 0x89, 0xe6, 0xba, 64, 0, 0, 0, 0x0f, 0x05])
 }
 
 fn initramfs(init: Vec<u8>) -> Initramfs {
     Initramfs::new()
         .directory("/dev", 0o755)
         .character_device("/dev/console", 0o600, (5, 1))
-        .directory("/sys", 0o755)
+        .character_device("/dev/hwrng", 0o600, (10, 183))
         .file("/init", 0o755, init)
 }
 
@@ -169,7 +161,7 @@ fn qemu(trace: &Trace, init: &[u8]) -> Option<f64> {
     let dir = std::env::temp_dir().join(format!("cofferdam-exits-{}", std::process::id()));
     fs::create_dir_all(dir.join("root/dev")).ok()?;
     fs::write(dir.join("root/init"), init).ok()?;
-    let archive = "chmod 755 root/init && mkdir -p root/sys && cd root && find . | cpio -o -H newc --quiet > ../initrd";
+    let archive = "chmod 755 root/init && mknod root/dev/hwrng c 10 183 && cd root && find . | cpio -o -H newc --quiet > ../initrd";
     Command::new("sh").args(["-c", archive]).current_dir(&dir).status().ok()?;
     let child = microvm(128, &kernel(), "reboot=t panic=-1 quiet")
         .args(["-serial", "null", "-device", "virtio-rng-device", "-initrd"])
@@ -217,7 +209,7 @@ fn main() {
         println!("exits: this process may not trace system calls; run it as root");
         return;
     };
-    for (name, init) in [("port write", port_writer()), ("register read", register_reader())] {
+    for (name, init) in [("port write", port_writer()), ("register write", register_writer())] {
         let peer = qemu(&trace, &init);
         let name = format!("{name}, from KVM_RUN's return to its next call");
         figure(&name, ours(&kernel, &trace, init), "instructions", peer);

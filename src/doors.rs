@@ -10,7 +10,7 @@ use crate::bus::{Bus, BusDevice};
 use crate::event::Loop;
 use crate::irq::Interrupt;
 use crate::memory::{GuestAddress, GuestMemory};
-use crate::sys;
+use crate::sys::{self, Registers};
 use crate::virtio::balloon::Balloon;
 use crate::virtio::blk::{Blk, Options, RawFile};
 use crate::virtio::rng::Rng;
@@ -62,9 +62,9 @@ pub fn mmio(data: &[u8]) {
     let Ok(memory) = GuestMemory::anonymous(&[(GuestAddress(0), 1 << 20)]) else {
         return;
     };
-    let Ok(transport) = MmioTransport::new(Rng.profile(), memory, (devices.remote(), 0), Interrupt::new(|| ())) else {
-        return;
-    };
+    let Ok(registers) = Registers::alone() else { return };
+    let interrupt = Interrupt::new(registers, || ());
+    let Ok(transport) = MmioTransport::new(Rng.profile(), memory, (devices.remote(), 0), interrupt) else { return };
     let (mut bus, transport) = (Bus::default(), Arc::new(Mutex::new(transport)));
     let _ = bus.attach(0, 0x1000, transport.clone());
     // A driver's first steps, so that what follows meets a running device as often as an idle one.

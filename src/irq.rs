@@ -1,35 +1,42 @@
-//! A device's interrupt: how to raise it, and the status bits beside it.
+//! A device's interrupt: how to raise it, and the registers beside it, which the guest reads.
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 
+use crate::sys::Registers;
+
+/// InterruptStatus, a register (Virtio 1.3, 4.2.2).
+const INTERRUPT_STATUS: usize = 0x060;
 /// "Used buffer notification" (Virtio 1.3, 4.2.2, InterruptStatus bit 0).
 const USED: u32 = 1;
 /// "Configuration change notification" (Virtio 1.3, 4.2.2, InterruptStatus bit 1).
 const CONFIG: u32 = 2;
 
-/// Raised by the device's thread, read and acknowledged by vCPU threads. Clones are the same interrupt.
+/// Status, a register (Virtio 1.3, 4.2.2).
+const STATUS: usize = 0x070;
+/// DEVICE_NEEDS_RESET (Virtio 1.3, 2.1).
+const NEEDS_RESET: u32 = 64;
+
+/// Raised by the device's thread, acknowledged by vCPU threads. Clones are the same interrupt.
 #[derive(Debug, Clone)]
 pub(crate) struct Interrupt(Arc<Line>);
 
 struct Line {
     edge: Box<dyn Fn() + Send + Sync>,
-    status: AtomicU32,
+    registers: Registers,
     raised: AtomicU64,
-    /// The device cannot go on (Virtio 1.3, 2.1: DEVICE_NEEDS_RESET).
-    broken: AtomicBool,
 }
 
 impl Interrupt {
     /// `edge` raises it; on the thread that has something to tell, so it must not block.
-    pub(crate) fn new(edge: impl Fn() + Send + Sync + 'static) -> Self {
-        Self(Arc::new(Line {
-            edge: Box::new(edge),
-            status: AtomicU32::new(0),
-            raised: AtomicU64::new(0),
-            broken: AtomicBool::new(false),
-        }))
+    pub(crate) fn new(registers: Registers, edge: impl Fn() + Send + Sync + 'static) -> Self {
+        Self(Arc::new(Line { edge: Box::new(edge), registers, raised: AtomicU64::new(0) }))
+    }
+
+    /// The registers of its device.
+    pub(crate) fn registers(&self) -> &Registers {
+        &self.0.registers
     }
 
     /// Buffers were used.
@@ -44,37 +51,33 @@ impl Interrupt {
 
     /// The device cannot go on until the driver resets it.
     pub(crate) fn signal_broken(&self) {
-        self.0.broken.store(true, Ordering::SeqCst);
+        self.0.registers.set(STATUS, NEEDS_RESET);
         self.signal_config();
     }
 
     /// Whether the device waits for a reset.
+    #[cfg(test)]
     pub(crate) fn broken(&self) -> bool {
-        self.0.broken.load(Ordering::SeqCst)
+        self.0.registers.load(STATUS) & NEEDS_RESET != 0
     }
 
     /// As if nothing had happened: the driver has reset the device.
     pub(crate) fn reset(&self) {
-        self.0.status.store(0, Ordering::SeqCst);
-        self.0.broken.store(false, Ordering::SeqCst);
+        self.0.registers.store(INTERRUPT_STATUS, 0);
+        self.0.registers.store(STATUS, 0);
     }
 
     /// A driver that has not acknowledged the bits yet looks at everything when it has, so it is not told again.
     fn raise(&self, bits: u32) {
-        if self.0.status.fetch_or(bits, Ordering::SeqCst) & bits != bits {
+        if self.0.registers.set(INTERRUPT_STATUS, bits) & bits != bits {
             self.0.raised.fetch_add(1, Ordering::Relaxed);
             (self.0.edge)();
         }
     }
 
-    /// The status register.
-    pub(crate) fn status(&self) -> u32 {
-        self.0.status.load(Ordering::SeqCst)
-    }
-
     /// The driver has seen these bits.
     pub(crate) fn acknowledge(&self, bits: u32) {
-        self.0.status.fetch_and(!bits, Ordering::SeqCst);
+        self.0.registers.clear(INTERRUPT_STATUS, bits);
     }
 
     /// How often it was raised.
@@ -85,7 +88,7 @@ impl Interrupt {
 
 impl fmt::Debug for Line {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Line({:#x})", self.status.load(Ordering::SeqCst))
+        write!(f, "Line({:#x})", self.registers.load(INTERRUPT_STATUS))
     }
 }
 
@@ -96,19 +99,20 @@ mod tests {
     #[test]
     fn status_is_kept_until_acknowledged() {
         let edges = Arc::new(AtomicU64::new(0));
-        let counted = edges.clone();
-        let interrupt = Interrupt::new(move || _ = counted.fetch_add(1, Ordering::Relaxed));
+        let (counted, registers) = (edges.clone(), Registers::alone().unwrap());
+        let status = || registers.load(0x60);
+        let interrupt = Interrupt::new(registers.clone(), move || _ = counted.fetch_add(1, Ordering::Relaxed));
         interrupt.signal_used();
         interrupt.signal_used();
         interrupt.signal_config();
-        assert_eq!((interrupt.status(), interrupt.raised(), edges.load(Ordering::Relaxed)), (3, 2, 2));
+        assert_eq!((status(), interrupt.raised(), edges.load(Ordering::Relaxed)), (3, 2, 2));
         interrupt.acknowledge(1);
-        assert_eq!(interrupt.status(), 2);
+        assert_eq!(status(), 2);
         interrupt.signal_used();
-        assert_eq!((interrupt.status(), edges.load(Ordering::Relaxed)), (3, 3));
+        assert_eq!((status(), edges.load(Ordering::Relaxed)), (3, 3));
         interrupt.signal_broken();
         assert!(interrupt.broken());
         interrupt.reset();
-        assert_eq!((interrupt.status(), interrupt.broken()), (0, false));
+        assert_eq!((status(), interrupt.broken()), (0, false));
     }
 }

@@ -16,9 +16,10 @@ use crate::error::{Error, ErrorKind, Result};
 const API_VERSION: i32 = 12;
 
 /// What we cannot do without, by the names of the KVM API's documentation.
-const NEEDED: [(Cap, &str); 9] = [
+const NEEDED: [(Cap, &str); 10] = [
     (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
     (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
+    (Cap::ReadonlyMem, "KVM_CAP_READONLY_MEM"),
     (Cap::SetTssAddr, "KVM_CAP_SET_TSS_ADDR"),
     (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID"),
     (Cap::Pit2, "KVM_CAP_PIT2"),

@@ -10,7 +10,9 @@ use std::fmt;
 use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use kvm_bindings::{CpuId, KVM_PIT_SPEAKER_DUMMY, Msrs, kvm_msr_entry, kvm_pit_config, kvm_userspace_memory_region};
+use kvm_bindings::{
+    CpuId, KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY, Msrs, kvm_msr_entry, kvm_pit_config, kvm_userspace_memory_region,
+};
 use kvm_ioctls::{Cap, IoEventAddress, MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags};
 
 pub use host::{Device, Host};
@@ -18,7 +20,7 @@ pub(crate) use vcpu::{Kicker, VcpuExit, VcpuFd};
 
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::memory::GuestMemory;
-use crate::sys::EventFd;
+use crate::sys::{EventFd, RegisterPages};
 
 fn failed(error: kvm_ioctls::Error) -> std::io::Error {
     std::io::Error::from_raw_os_error(error.errno())
@@ -119,6 +121,24 @@ impl VmFd {
                 .doing(|| format!("giving the guest memory slot {slot}"))?;
         }
         Ok(())
+    }
+
+    /// Shows these registers to the guest at `addr`, behind its memory in the order of slots: it reads them as memory, and what it
+    /// writes there is an exit as before (KVM API, 4.35: KVM_MEM_READONLY).
+    ///
+    /// They must outlive the VM's last use, as its memory must.
+    pub(crate) fn set_registers(&self, memory: &GuestMemory, addr: u64, pages: &RegisterPages) -> Result<()> {
+        let (host, len) = pages.host();
+        let region = kvm_userspace_memory_region {
+            slot: memory.regions().len() as u32,
+            guest_phys_addr: addr,
+            memory_size: len as u64,
+            userspace_addr: host as u64,
+            flags: KVM_MEM_READONLY,
+        };
+        // SAFETY: the range is a live mapping owned by `pages`, of which the machine keeps a clone until after this VM's
+        // descriptors are closed.
+        unsafe { self.fd.set_user_memory_region(region) }.map_err(failed).doing(|| "showing the guest its registers")
     }
 
     /// What raises interrupt `gsi`, as an edge, on the thread that calls it (KVM API, 4.25). Does nothing when the VM is gone.

@@ -10,6 +10,7 @@ mod file;
 mod iovec;
 #[cfg(feature = "qcow2")]
 mod ordered;
+mod registers;
 mod schedule;
 mod signal;
 mod socket;
@@ -29,6 +30,7 @@ pub(crate) use iovec::{preadv, pwritev, readv, receive, send, sendv, writev};
 pub(crate) use ordered::record;
 #[cfg(feature = "qcow2")]
 pub(crate) use ordered::{Order, Ordered};
+pub(crate) use registers::{RegisterPages, Registers};
 pub(crate) use schedule::displace_nobody;
 pub(crate) use signal::{KickSignal, ThreadId};
 pub(crate) use socket::{Socket, SocketKind, peekv, socket_kind};

@@ -1,8 +1,8 @@
 //! The virtio-mmio transport: registers, feature negotiation, start and reset of one device.
 //!
-//! Virtio 1.3, 4.2. Owned by the bus, used by vCPU threads under its own lock. It owns the registers; the live queues
-//! belong to the device's loop, which this asks and waits for: the driver's DRIVER_OK write completes only when the
-//! device runs.
+//! Virtio 1.3, 4.2. Owned by the bus, used by vCPU threads under its own lock. It owns the registers, of which the guest reads
+//! what is in a page of memory, without an exit where that page is shown to it; the live queues belong to the device's loop, which
+//! this asks and waits for: the driver's DRIVER_OK write completes only when the device runs.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -34,7 +34,6 @@ mod reg {
     pub(super) const QUEUE_SIZE: u64 = 0x038;
     pub(super) const QUEUE_READY: u64 = 0x044;
     pub(super) const QUEUE_NOTIFY: u64 = 0x050;
-    pub(super) const INTERRUPT_STATUS: u64 = 0x060;
     pub(super) const INTERRUPT_ACK: u64 = 0x064;
     pub(super) const STATUS: u64 = 0x070;
     pub(super) const QUEUE_DESC_LOW: u64 = 0x080;
@@ -45,7 +44,6 @@ mod reg {
     pub(super) const QUEUE_DEVICE_HIGH: u64 = 0x0a4;
     pub(super) const SHM_LEN_LOW: u64 = 0x0b0;
     pub(super) const SHM_BASE_HIGH: u64 = 0x0bc;
-    pub(super) const CONFIG_GENERATION: u64 = 0x0fc;
     pub(super) const CONFIG: u64 = 0x100;
 }
 
@@ -96,7 +94,7 @@ impl MmioTransport {
     ) -> Result<Self> {
         let kicks: Result<Vec<_>> =
             profile.queues.iter().map(|_| eventfd().doing(|| "creating a queue's kick")).collect();
-        Ok(Self {
+        let transport = Self {
             queues: vec![QueueConfig::default(); profile.queues.len()],
             kicks: kicks?.into(),
             interrupt,
@@ -112,7 +110,10 @@ impl MmioTransport {
             driver_features_sel: 0,
             driver_features: 0,
             queue_sel: 0,
-        })
+        };
+        transport.show_constants();
+        transport.show_selected();
+        Ok(transport)
     }
 
     /// Tells `f`, on a vCPU's thread, whenever a driver has made the device run.
@@ -149,25 +150,33 @@ impl MmioTransport {
         Some((self.queues.get(n)?, *self.profile.queues.get(n)?))
     }
 
-    fn read_register(&self, offset: u64) -> u32 {
-        let word = |value: u64, high: u32| {
-            if high == 0 { value as u32 } else { (value >> 32) as u32 }
-        };
-        match offset {
-            reg::MAGIC => MAGIC,
-            reg::VERSION => VERSION,
-            reg::DEVICE_ID => self.profile.device_type as u32,
-            reg::VENDOR_ID => VENDOR,
-            reg::DEVICE_FEATURES if self.device_features_sel < 2 => word(self.offered(), self.device_features_sel),
-            reg::QUEUE_SIZE_MAX => self.selected().map_or(0, |(_, max)| max.into()),
-            reg::QUEUE_READY => self.selected().map_or(0, |(queue, _)| queue.ready.into()),
-            reg::INTERRUPT_STATUS => self.interrupt.status(),
-            reg::STATUS if self.interrupt.broken() => self.status | status::NEEDS_RESET,
-            reg::STATUS => self.status,
-            // "the length … reads as -1 if the region does not exist" (Virtio 1.3, 4.2.2.1); its base likewise.
-            reg::SHM_LEN_LOW..=reg::SHM_BASE_HIGH => u32::MAX,
-            reg::CONFIG_GENERATION => self.profile.config.generation(),
+    /// What the driver finds in the registers that do not change before it writes there.
+    fn show_constants(&self) {
+        let registers = self.interrupt.registers();
+        let device = self.profile.device_type as u32;
+        for (at, value) in
+            [(reg::MAGIC, MAGIC), (reg::VERSION, VERSION), (reg::DEVICE_ID, device), (reg::VENDOR_ID, VENDOR)]
+        {
+            registers.store(at as usize, value);
+        }
+        // "the length … reads as -1 if the region does not exist" (Virtio 1.3, 4.2.2.1); its base likewise.
+        for at in (reg::SHM_LEN_LOW..=reg::SHM_BASE_HIGH).step_by(4) {
+            registers.store(at as usize, u32::MAX);
+        }
+        self.profile.config.show_in(registers.clone());
+    }
+
+    /// What the driver finds in the registers that are about what it has selected.
+    fn show_selected(&self) {
+        let registers = self.interrupt.registers();
+        let features = match self.device_features_sel {
+            0 => self.offered() as u32,
+            1 => (self.offered() >> 32) as u32,
             _ => 0,
+        };
+        let (max, ready) = self.selected().map_or((0, 0), |(queue, max)| (max.into(), queue.ready.into()));
+        for (at, value) in [(reg::DEVICE_FEATURES, features), (reg::QUEUE_SIZE_MAX, max), (reg::QUEUE_READY, ready)] {
+            registers.store(at as usize, value);
         }
     }
 
@@ -186,6 +195,9 @@ impl MmioTransport {
             reg::INTERRUPT_ACK => self.interrupt.acknowledge(value),
             reg::STATUS => self.write_status(value),
             _ => self.write_queue(offset, value),
+        }
+        if !matches!(offset, reg::QUEUE_NOTIFY | reg::INTERRUPT_ACK) {
+            self.show_selected();
         }
     }
 
@@ -243,14 +255,14 @@ impl MmioTransport {
         if self.status & !value & !status::NEEDS_RESET != 0 {
             return;
         }
-        self.status |= added & !(status::FEATURES_OK | status::DRIVER_OK | status::NEEDS_RESET);
+        self.add_status(added & !(status::FEATURES_OK | status::DRIVER_OK | status::NEEDS_RESET));
         if added & status::FEATURES_OK != 0 && self.features_acceptable() {
-            self.status |= status::FEATURES_OK;
+            self.add_status(status::FEATURES_OK);
         }
         if added & status::DRIVER_OK != 0 && self.status & status::FEATURES_OK != 0 {
             match self.start() {
                 Ok(true) => {
-                    self.status |= status::DRIVER_OK;
+                    self.add_status(status::DRIVER_OK);
                     (self.on_ready)();
                 }
                 // The device needs a reset, and the driver was told.
@@ -263,6 +275,11 @@ impl MmioTransport {
                 }
             }
         }
+    }
+
+    fn add_status(&mut self, bits: u32) {
+        self.status |= bits;
+        self.interrupt.registers().set(reg::STATUS as usize, bits);
     }
 
     fn features_acceptable(&self) -> bool {
@@ -339,15 +356,11 @@ impl MmioTransport {
 
 impl BusDevice for MmioTransport {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
-        if let Some(at) = offset.checked_sub(reg::CONFIG) {
-            self.profile.config.read(usize::try_from(at).unwrap_or(usize::MAX), data);
-        } else if let (Ok(data), 0) = (<&mut [u8; 4]>::try_from(data), offset % 4) {
-            // Registers are 32 bits wide and accessed so (Virtio 1.3, 4.2.2.2).
-            *data = self.read_register(offset).to_le_bytes();
-        }
+        self.interrupt.registers().read(usize::try_from(offset).unwrap_or(usize::MAX), data);
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) {
+        // Registers are 32 bits wide and accessed so (Virtio 1.3, 4.2.2.2).
         if let Some(at) = offset.checked_sub(reg::CONFIG) {
             self.profile.config.write(usize::try_from(at).unwrap_or(usize::MAX), data);
         } else if let (Ok(data), 0) = (<[u8; 4]>::try_from(data), offset % 4) {
@@ -361,6 +374,7 @@ mod tests {
     use super::*;
     use crate::event::Loop;
     use crate::memory::GuestAddress;
+    use crate::sys::Registers;
     use crate::virtio::VirtioDevice;
     use crate::virtio::rng::Rng;
     use std::sync::atomic::AtomicU32;
@@ -376,9 +390,13 @@ mod tests {
         fn new() -> Self {
             let devices = Loop::start("test", |s| Slots::new(vec![Box::new(Rng)], s, Box::new(|_, _| ()))).unwrap();
             let memory = GuestMemory::anonymous(&[(GuestAddress(0), 1 << 20)]).unwrap();
-            let transport =
-                MmioTransport::new(Rng.profile(), memory.clone(), (devices.remote(), 0), Interrupt::new(|| ()))
-                    .unwrap();
+            let transport = MmioTransport::new(
+                Rng.profile(),
+                memory.clone(),
+                (devices.remote(), 0),
+                Interrupt::new(Registers::alone().unwrap(), || ()),
+            )
+            .unwrap();
             Self { transport, memory, _devices: devices }
         }
 

@@ -11,7 +11,7 @@ use super::{Source, VirtioDevice};
 use crate::event::Sources;
 use crate::irq::Interrupt;
 use crate::memory::{GuestAddress, GuestMemory};
-use crate::sys::eventfd;
+use crate::sys::{Registers, eventfd};
 
 /// Ring addresses of queue `n`: one 64 KiB block each.
 const RINGS: u64 = 0x10_0000;
@@ -96,7 +96,7 @@ impl<D: VirtioDevice> Driver<D> {
             interrupt: {
                 // A system call, as where it leads to a guest.
                 let edge = eventfd().unwrap();
-                Interrupt::new(move || edge.write(1).unwrap())
+                Interrupt::new(Registers::alone().unwrap(), move || edge.write(1).unwrap())
             },
             counters: Arc::<Counters>::default(),
             on_broken: Arc::new(|_| ()),

@@ -20,7 +20,7 @@ use crate::kvm::VmFd;
 use crate::memory::GuestMemory;
 use crate::net::Pump;
 use crate::size::Size;
-use crate::sys::displace_nobody;
+use crate::sys::{RegisterPages, displace_nobody};
 use crate::virtio::balloon::Balloon;
 use crate::virtio::console::{Console, Output};
 use crate::virtio::rng::Rng;
@@ -155,6 +155,8 @@ pub(super) struct Parts<'a> {
     pub memory: &'a GuestMemory,
     pub kernel: &'a Kernel,
     pub shared: &'a Arc<Shared>,
+    /// What the guest reads of its devices, in the order of their windows.
+    pub registers: &'a RegisterPages,
     pub mmio: Bus,
     pub loops: Vec<Loop<Slots>>,
     /// Where each device lives, by its name.
@@ -257,17 +259,20 @@ impl Parts<'_> {
         self.slots.insert(name.clone(), (remote.clone(), slot));
         let [ready, broken] = [(); 2].map(|()| self.shared.clone());
         let (device, learn, memory) = (name.clone(), self.kernel.learner(), self.memory.clone());
-        let transport =
-            MmioTransport::new(profile, self.memory.clone(), (remote, slot), Interrupt::new(self.vm.edge(irq)))?
-                .on_ready(move || {
-                    if ready.marks.drivers_ready() {
-                        learn(&memory);
-                        ready.log.push(EventKind::DriversReady);
-                    }
-                })
-                .on_broken(move |why| {
-                    broken.log.push(EventKind::DeviceError { device: device.clone(), what: why.to_owned() });
-                });
+        let window = addr.saturating_sub(layout::MMIO.0) / layout::MMIO_WINDOW;
+        let registers = usize::try_from(window).ok().and_then(|n| self.registers.device(n));
+        let registers = registers.ok_or_else(|| Error::invalid("disk", "there are more devices than windows"))?;
+        let interrupt = Interrupt::new(registers, self.vm.edge(irq));
+        let transport = MmioTransport::new(profile, self.memory.clone(), (remote, slot), interrupt)?
+            .on_ready(move || {
+                if ready.marks.drivers_ready() {
+                    learn(&memory);
+                    ready.log.push(EventKind::DriversReady);
+                }
+            })
+            .on_broken(move |why| {
+                broken.log.push(EventKind::DeviceError { device: device.clone(), what: why.to_owned() });
+            });
         for (queue, kick) in (0..).zip(transport.kicks().iter()) {
             self.vm.attach_kick(kick, addr + NOTIFY_OFFSET, queue)?;
         }

@@ -29,7 +29,7 @@ use crate::legacy::{
 };
 use crate::memory::GuestMemory;
 use crate::net::Pump;
-use crate::sys::{self, EventFd, KickSignal, STACK, Stack, eventfd};
+use crate::sys::{self, EventFd, KickSignal, RegisterPages, STACK, Stack, eventfd};
 use crate::virtio::Slots;
 use crate::virtio::console::Output;
 
@@ -194,6 +194,7 @@ pub(super) struct Machine {
     loops: Vec<Loop<Slots>>,
     captures: Vec<Pump>,
     pub shared: Arc<Shared>,
+    _registers: RegisterPages,
     _memory: GuestMemory,
 }
 
@@ -260,6 +261,8 @@ pub(super) fn start(config: &VmConfig) -> Result<Vm> {
     let vm = kvm.create_vm()?;
     cpu.restrict(&vm)?;
     vm.set_memory(&memory)?;
+    let registers = RegisterPages::new(slots.len()).doing(|| "making the devices' registers")?;
+    vm.set_registers(&memory, layout::MMIO.0, &registers)?;
     let shared = Arc::new(Shared {
         end: Mutex::default(),
         ended: Condvar::new(),
@@ -282,6 +285,7 @@ pub(super) fn start(config: &VmConfig) -> Result<Vm> {
         memory: &memory,
         kernel: &kernel,
         shared: &shared,
+        registers: &registers,
         mmio: Bus::default(),
         loops: Vec::new(),
         slots: BTreeMap::new(),
@@ -300,7 +304,16 @@ pub(super) fn start(config: &VmConfig) -> Result<Vm> {
         keyboard,
     };
     let captures = pumps.into_iter().flatten().collect();
-    let machine = Arc::new(Machine { vm, mmio, ports, loops, captures, shared: shared.clone(), _memory: memory });
+    let machine = Arc::new(Machine {
+        vm,
+        mmio,
+        ports,
+        loops,
+        captures,
+        shared: shared.clone(),
+        _registers: registers,
+        _memory: memory,
+    });
 
     let member = cgroup.as_ref().map(Leaf::member);
     handles.loops.iter().try_for_each(|it| {
