@@ -11,6 +11,7 @@ use super::chain::Chain;
 use super::queue::Queue;
 use crate::event::{Interest, Sources};
 use crate::irq::Interrupt;
+use crate::memory::Mover;
 use crate::sys::{EventFd, Timer, borrow};
 
 /// Chains taken from one queue before others get their turn: a driver that never stops cannot starve anybody.
@@ -78,8 +79,8 @@ pub(crate) struct DeviceIo {
     pub(super) on_broken: OnBroken,
     /// Why the device needs a reset, and the moment by which it must have come. Told once: one line a start is enough.
     pub(super) broken: Option<(String, Option<Timer>)>,
-    /// The device was stopped, and the host still moves bytes that it asked for.
-    pub(super) left_moving: bool,
+    /// What the device had under way when it was stopped.
+    pub(super) left: Option<Mover>,
 }
 
 impl fmt::Debug for DeviceIo {
@@ -99,9 +100,9 @@ impl DeviceIo {
         &self.counters
     }
 
-    /// Said while stopping: the host still moves bytes from or to guest memory, and nothing keeps it from that.
-    pub(crate) fn leave_moving(&mut self) {
-        self.left_moving = true;
+    /// Said while stopping: this still moves bytes from or to guest memory. Whoever wants the device to be idle waits for it.
+    pub(crate) fn leave(&mut self, mover: Mover) {
+        self.left = Some(mover);
     }
 
     /// Tells the driver that configuration space has changed.

@@ -16,7 +16,7 @@ use crate::bus::BusDevice;
 use crate::error::{Context, ErrorKind, Result};
 use crate::event::Remote;
 use crate::irq::Interrupt;
-use crate::memory::GuestMemory;
+use crate::memory::{GuestMemory, Mover};
 use crate::sys::{EventFd, eventfd};
 
 /// Register offsets (Virtio 1.3, 4.2.2).
@@ -73,6 +73,8 @@ pub(crate) struct MmioTransport {
     on_ready: Box<dyn Fn() + Send>,
     on_broken: OnBroken,
 
+    /// What the device had under way when it was reset, and the host has not ended yet.
+    left: Option<Mover>,
     status: u32,
     device_features_sel: u32,
     driver_features_sel: u32,
@@ -105,6 +107,7 @@ impl MmioTransport {
             memory,
             devices,
             slot,
+            left: None,
             status: 0,
             device_features_sel: 0,
             driver_features_sel: 0,
@@ -319,7 +322,7 @@ impl MmioTransport {
                 slot,
                 on_broken,
                 broken: None,
-                left_moving: false,
+                left: None,
             };
             match made {
                 Ok(queues) => slots.start(slot, io(queues)),
@@ -334,19 +337,22 @@ impl MmioTransport {
     fn reset(&mut self) {
         let slot = self.slot;
         // The queues that come back are let go: the driver will set up new ones.
-        match self.devices.with_timeout(PATIENCE, move |slots| slots.stop(slot).is_some_and(|io| io.left_moving)) {
+        match self.devices.with_timeout(PATIENCE, move |slots| slots.stop(slot).and_then(|mut io| io.left.take())) {
             // The device may still use its queues, so the driver does not see a status of 0 (Virtio 1.3, 2.4.2).
             Err(error) if error.kind() == ErrorKind::TimedOut => {
                 log::warn!("device {slot} was not reset: {error}");
                 return;
             }
-            Ok(true) => {
-                log::warn!("device {slot} was not reset: the host still moves bytes from or to guest memory");
-                return;
-            }
             Err(error) => log::debug!("device {slot} was reset after its loop had ended: {error}"),
-            Ok(false) => {}
+            Ok(None) => {}
+            left => self.left = left.unwrap_or_default(),
         }
+        // This vCPU waits for it, and no other device.
+        if self.left.as_mut().is_some_and(|mover| !mover.stop(PATIENCE)) {
+            log::warn!("device {slot} was not reset: the host still moves bytes from or to guest memory");
+            return;
+        }
+        self.left = None;
         self.interrupt.reset();
         self.status = 0;
         (self.device_features_sel, self.driver_features_sel, self.driver_features, self.queue_sel) = (0, 0, 0, 0);

@@ -153,7 +153,7 @@ pub(crate) trait VirtioDevice: AsAny + Send {
     fn ended(&mut self) {}
 
     /// About to become idle: stop watching, let go of every chain. The device touches guest memory no more when this
-    /// returns, or says [`DeviceIo::leave_moving`].
+    /// returns, but for what it gives to [`DeviceIo::leave`].
     fn stopping(&mut self, io: &mut DeviceIo) {
         let _ = io;
     }

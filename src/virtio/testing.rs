@@ -104,7 +104,7 @@ impl<D: VirtioDevice> Driver<D> {
             sources: Sources::of_nobody().unwrap(),
             slot: 0,
             broken: None,
-            left_moving: false,
+            left: None,
         };
         let mut driver = Self {
             device,

@@ -268,17 +268,18 @@ impl VirtioDevice for Blk {
         if let Some(timer) = self.timer.take() {
             io.unwatch(timer.as_fd());
         }
-        if let Some(mover) = &mut self.engine.mover {
+        if let Some(mut mover) = self.engine.mover.take() {
             if let Some(fd) = mover.as_fd() {
                 io.unwatch(fd);
             }
-            if !mover.stop(STOP_PATIENCE) {
-                mover.leave();
-                self.engine.mover = None;
-                io.leave_moving();
-            } else {
-                // They stay taken where the kernel may still write to them.
+            // The loop of several disks waits for none.
+            let patience = if self.engine.direct { Duration::ZERO } else { STOP_PATIENCE };
+            if mover.stop(patience) {
                 self.table.placed().for_each(|(offset, len)| self.engine.backend.abandoned(offset, len));
+                self.engine.mover = Some(mover);
+            } else {
+                // Places stay taken where the kernel may still write to them.
+                io.leave(mover);
             }
         }
         // The driver takes its requests back with the reset.

@@ -18,6 +18,8 @@ struct Script {
     /// Where the mover reads and writes, and what it syncs.
     places: Option<RawFd>,
     sync: Option<RawFd>,
+    /// All of it is one file.
+    whole: bool,
     free: Option<u64>,
 }
 
@@ -59,7 +61,12 @@ impl BlockBackend for Played {
         Ok(0)
     }
     fn extents(&mut self, write: bool, offset: u64, len: u64, found: &mut Vec<Extent>) -> Option<io::Result<()>> {
-        let fd = self.0.lock().unwrap().places?;
+        let (fd, whole) = self.0.lock().map(|script| (script.places, script.whole)).unwrap();
+        let fd = fd?;
+        if whole {
+            found.push(Extent::File { fd, offset, len });
+            return Some(Ok(()));
+        }
         // In two files of one, with a hole before what is read.
         let half = len / 1024 * 512;
         let first = match write {
@@ -302,6 +309,27 @@ fn a_stop_waits_until_guest_memory_stands_still_and_a_pause_too() {
     std::io::Read::read_exact(&mut &near, &mut back).unwrap();
     assert!(script.lock().unwrap().log.is_empty());
     drop(memory);
+}
+
+#[test]
+fn a_disk_that_shares_its_loop_leaves_what_is_under_way_to_who_stops_it() {
+    let (near, _far) = std::os::unix::net::UnixStream::pair().unwrap();
+    let fd = Some(near.as_raw_fd());
+    let script = Script { places: fd, sync: fd, whole: true, ..Script::default() };
+    let (mut driver, ..) = played(options(DiskEngine::Ring), script);
+    assert!(!driver.device.blocks());
+    driver.send(0, &[&header(READ, 0)], &[512, 1]);
+    driver.poke(0);
+    let (disk, io) = driver.parts();
+    let begin = Instant::now();
+    disk.stopping(io);
+    assert!(begin.elapsed() < Duration::from_secs(1), "no other disk of the loop waits");
+    // It may have been quick enough.
+    assert_eq!(disk.engine.mover.is_none(), io.left.is_some());
+    assert!(io.left.take().is_none_or(|mut mover| mover.stop(Duration::from_secs(20))));
+    disk.started(io).unwrap();
+    assert!(disk.engine.mover.as_ref().is_some_and(|mover| !mover.busy()));
+    disk.stopping(io);
 }
 
 #[test]
