@@ -20,7 +20,7 @@ use crate::kvm::VmFd;
 use crate::memory::GuestMemory;
 use crate::net::Pump;
 use crate::size::Size;
-use crate::sys::{RegisterPages, displace_nobody};
+use crate::sys::displace_nobody;
 use crate::virtio::balloon::Balloon;
 use crate::virtio::console::{Console, Output};
 use crate::virtio::rng::Rng;
@@ -155,8 +155,6 @@ pub(super) struct Parts<'a> {
     pub memory: &'a GuestMemory,
     pub kernel: &'a Kernel,
     pub shared: &'a Arc<Shared>,
-    /// What the guest reads of its devices, in the order of their windows.
-    pub registers: &'a RegisterPages,
     pub mmio: Bus,
     pub loops: Vec<Loop<Slots>>,
     /// Where each device lives, by its name.
@@ -260,7 +258,7 @@ impl Parts<'_> {
         let [ready, broken] = [(); 2].map(|()| self.shared.clone());
         let (device, learn, memory) = (name.clone(), self.kernel.learner(), self.memory.clone());
         let window = addr.saturating_sub(layout::MMIO.0) / layout::MMIO_WINDOW;
-        let registers = usize::try_from(window).ok().and_then(|n| self.registers.device(n));
+        let registers = usize::try_from(window).ok().and_then(|n| self.shared.registers.device(n));
         let registers = registers.ok_or_else(|| Error::invalid("disk", "there are more devices than windows"))?;
         let interrupt = Interrupt::new(registers, self.vm.edge(irq));
         let transport = MmioTransport::new(profile, self.memory.clone(), (remote, slot), interrupt)?

@@ -54,6 +54,8 @@ pub(super) struct Shared {
     pub devices: Mutex<Vec<Told>>,
     /// Of the VM's threads.
     stacks: Mutex<Vec<Stack>>,
+    /// What the guest reads of its devices, in the order of their windows.
+    pub registers: RegisterPages,
 }
 
 #[derive(Default)]
@@ -123,7 +125,7 @@ impl Shared {
         let stacks = self.stacks.lock().unwrap_or_else(PoisonError::into_inner);
         let stacks: u64 = stacks.iter().map(|stack| stack.resident()).sum();
         let held = self.vcpus.iter().map(VcpuControl::held).sum::<usize>() + self.output.held();
-        stacks + held as u64
+        stacks + (held + self.registers.host().1) as u64
     }
 
     /// What is known now.
@@ -194,7 +196,6 @@ pub(super) struct Machine {
     loops: Vec<Loop<Slots>>,
     captures: Vec<Pump>,
     pub shared: Arc<Shared>,
-    _registers: RegisterPages,
     _memory: GuestMemory,
 }
 
@@ -276,6 +277,7 @@ pub(super) fn start(config: &VmConfig) -> Result<Vm> {
         output: output.clone(),
         devices: Mutex::default(),
         stacks: Mutex::default(),
+        registers,
     });
     // Nobody has set it before.
     let _ = faults.set(Arc::downgrade(&shared));
@@ -285,7 +287,6 @@ pub(super) fn start(config: &VmConfig) -> Result<Vm> {
         memory: &memory,
         kernel: &kernel,
         shared: &shared,
-        registers: &registers,
         mmio: Bus::default(),
         loops: Vec::new(),
         slots: BTreeMap::new(),
@@ -304,16 +305,7 @@ pub(super) fn start(config: &VmConfig) -> Result<Vm> {
         keyboard,
     };
     let captures = pumps.into_iter().flatten().collect();
-    let machine = Arc::new(Machine {
-        vm,
-        mmio,
-        ports,
-        loops,
-        captures,
-        shared: shared.clone(),
-        _registers: registers,
-        _memory: memory,
-    });
+    let machine = Arc::new(Machine { vm, mmio, ports, loops, captures, shared: shared.clone(), _memory: memory });
 
     let member = cgroup.as_ref().map(Leaf::member);
     handles.loops.iter().try_for_each(|it| {
