@@ -1,13 +1,13 @@
 //! The network's doors, as functions of bytes: for fuzzing, and for tests with any bytes. See the crate's own doors.
 
 use std::io::{Read, Write};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::time::Duration;
 
 use super::policy::{Cidr, Enforcer, Policy, Protocol, Rule};
 use super::switch::played::Played;
 use super::user::{Config, UserNet};
-use super::wire::{self, Ends, Head, Tcp};
+use super::wire::{self, Ends, Fragment, Head, Tcp};
 use super::{
     Capabilities, Csum, Frame, Gso, GsoKind, HEADER_LEN, Mac, NetBackend, Offload, Offloads, Room, Switch, dns,
 };
@@ -61,6 +61,8 @@ struct World {
     config: Config,
     listener: TcpListener,
     at: SocketAddr,
+    /// Sends to a published port.
+    caller: UdpSocket,
     streams: Vec<TcpStream>,
     /// What the stack has told last: its number and ours.
     seq: u32,
@@ -80,10 +82,14 @@ impl World {
         config.resolvers = Some(Vec::new());
         config.limits.connections = 64;
         config.limits.datagram_flows = 16;
+        config.loopback = true;
         let mut net = UserNet::new(config.clone()).ok()?;
+        let (_, published) = net.publish_udp((Ipv4Addr::LOCALHOST, 0).into(), 7, Vec::new()).ok()?;
+        let caller =
+            UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).and_then(|socket| socket.connect(published).map(|()| socket));
         net.negotiated(Capabilities { to_host: Offloads::all(), to_guest: net.capabilities().to_guest });
         let memory = GuestMemory::anonymous(&[(GuestAddress(0), 1 << 18)]).ok()?;
-        Some(Self { net, memory, config, listener, at, streams: Vec::new(), seq: 0, ack: 0 })
+        Some(Self { net, memory, config, listener, at, caller: caller.ok()?, streams: Vec::new(), seq: 0, ack: 0 })
     }
 
     fn send(&mut self, frame: &[u8], offload: Offload) {
@@ -161,8 +167,51 @@ impl World {
         self.send(&frame, Offload { csum: Some(Csum { start, offset: 6 }), gso });
     }
 
+    /// A fragment of any protocol, of the guest or of its loopback; of few packets, so that some become whole.
+    fn fragment(&mut self, bytes: &mut Bytes<'_>) {
+        let (what, dst) = (bytes.byte(), bytes.address());
+        let src = match dst.is_ipv4() {
+            true if what & 1 != 0 => Ipv4Addr::LOCALHOST.into(),
+            true => self.config.guest4.into(),
+            false => self.config.guest6.into(),
+        };
+        let protocol = [wire::UDP, wire::ICMP, wire::ICMPV6, wire::TCP].get(usize::from(what >> 1) % 4).copied();
+        let (offset, len) = (usize::from(bytes.short() % 64) * 8, usize::from(bytes.byte()));
+        let fragment = Fragment { id: u32::from(what >> 5), offset, more: what & 8 != 0 };
+        let macs = (self.config.guest_mac, self.config.gateway_mac);
+        let head = Head::fragment(macs, Ends { src, dst }, protocol.unwrap_or(wire::UDP), len, fragment);
+        self.send(&[head.as_slice(), bytes.take(len)].concat(), Offload::default());
+    }
+
+    /// What answers the one who has sent to a published port, or says that nobody listens.
+    fn answer(&mut self, what: u8, last: &[u8]) {
+        let places = [IpAddr::from(Ipv4Addr::LOCALHOST), self.config.guest4.into(), self.config.guest6.into()];
+        let Some(src) = places.get(usize::from(what) % 3).copied() else { return };
+        let dst = if src.is_ipv4() { IpAddr::from(self.config.gateway4) } else { self.config.gateway6.into() };
+        let macs = (self.config.guest_mac, self.config.gateway_mac);
+        let ends = Ends { src, dst };
+        let port = 49152 + u16::from(what >> 4 & 3);
+        if what & 4 == 0 {
+            let datagram = wire::datagram(ends, (7, port), last);
+            let head = Head::ip(macs, ends, wire::UDP, datagram.len());
+            return self.send(&[head.as_slice(), &datagram].concat(), Offload::default());
+        }
+        let back = Ends { src: dst, dst: src };
+        let sent = wire::datagram(back, (port, 7), last);
+        let quote = Head::ip(macs, back, wire::UDP, sent.len());
+        let (protocol, told) = if src.is_ipv4() { (wire::ICMP, [3, 3]) } else { (wire::ICMPV6, [1, 4]) };
+        let message = [&told[..], &[0; 6], quote.from(wire::ETHERNET), &sent].concat();
+        let head = Head::ip(macs, ends, protocol, message.len());
+        let csum = Some(Csum { start: wire::ETHERNET as u16, offset: 0 });
+        self.send(&[head.as_slice(), &message].concat(), Offload { csum, gso: None });
+    }
+
     /// Somebody on the host does something.
     fn host(&mut self, what: u8) {
+        if what % 8 == 7 {
+            let _ = self.caller.send(&vec![what; usize::from(what) * 40]);
+            return;
+        }
         while let Ok((stream, _)) = self.listener.accept() {
             if stream.set_nonblocking(true).is_ok() {
                 self.streams.push(stream);
@@ -184,8 +233,13 @@ pub fn user_frame(data: &[u8]) {
     let Some(mut world) = World::new(None) else { return };
     let mut bytes = Bytes(data);
     while !bytes.done() {
-        match bytes.byte() % 10 {
+        match bytes.byte() % 12 {
             0..3 => world.tcp(&mut bytes),
+            10 => world.fragment(&mut bytes),
+            11 => {
+                let (what, len) = (bytes.byte(), usize::from(bytes.byte()));
+                world.answer(what, bytes.take(len));
+            }
             3 => {
                 let mut frame = Vec::new();
                 frame.extend(world.config.gateway_mac.0);
