@@ -344,7 +344,7 @@ impl Mover {
     }
 
     /// Leaves what is under way to a thread that outlives everybody. The mover is of no use after that.
-    pub(crate) fn leave(&mut self) {
+    fn leave(&mut self) {
         // The kernel may go on writing to guest memory after the ring was closed, so ring and memory outlive everybody.
         log::warn!("{} operations on a file that does not answer are left behind", self.submitted);
         let left = Self {
