@@ -22,11 +22,8 @@ impl Cmdline {
         if let Some(bad) = text.chars().find(|c| !c.is_ascii() || c.is_ascii_control()) {
             return Err(invalid(format!("{bad:?} is not printable ASCII")));
         }
-        let (kernel, init) = match text.split_once(" -- ") {
-            Some((kernel, init)) => (kernel, Some(init.trim().to_owned())),
-            None => (text.strip_suffix(" --").unwrap_or(text), None),
-        };
-        let cmdline = Self { kernel: words(kernel)?, init, max };
+        let (kernel, init) = split(text)?;
+        let cmdline = Self { kernel, init: init.map(str::to_owned), max };
         if let Some(ours) = OURS.iter().find(|ours| cmdline.value_of(ours).is_some()) {
             return Err(invalid(format!("`{ours}` is set by the machine itself")));
         }
@@ -101,24 +98,29 @@ fn same_key(a: &str, b: &str) -> bool {
     norm(a) == norm(b)
 }
 
-/// Splits at blanks outside double quotes, as the kernel does.
-fn words(text: &str) -> Result<Vec<String>> {
-    let (mut words, mut word, mut quoted) = (Vec::new(), String::new(), false);
-    for c in text.chars() {
+/// Splits at blanks outside double quotes, up to the first word `--`, as the kernel does. What is behind that is init's.
+fn split(text: &str) -> Result<(Vec<String>, Option<&str>)> {
+    let (mut words, mut quoted, mut begin) = (Vec::new(), false, 0);
+    // A blank behind the end, which ends the last word.
+    for (at, c) in text.char_indices().chain([(text.len(), ' ')]) {
         match c {
-            '"' => {
-                quoted = !quoted;
-                word.push(c);
+            '"' => quoted = !quoted,
+            ' ' if !quoted => {
+                let word = text.get(begin..at).unwrap_or_default();
+                begin = at + 1;
+                match word.trim_matches('"') {
+                    "--" => return Ok((words, text.get(begin..).map(str::trim).filter(|rest| !rest.is_empty()))),
+                    _ if word.is_empty() => {}
+                    _ => words.push(word.to_owned()),
+                }
             }
-            ' ' if !quoted => words.extend((!word.is_empty()).then(|| std::mem::take(&mut word))),
-            _ => word.push(c),
+            _ => {}
         }
     }
-    if quoted {
-        return Err(invalid("a double quote is never closed".into()));
+    match quoted {
+        true => Err(invalid("a double quote is never closed".into())),
+        false => Ok((words, None)),
     }
-    words.extend((!word.is_empty()).then_some(word));
-    Ok(words)
 }
 
 #[cfg(test)]
@@ -138,6 +140,25 @@ mod tests {
             line.finish().unwrap(),
             "console=hvc0 quiet virtio_mmio.device=4K@0xd0000000:5 panic=-1 -- single -x"
         );
+    }
+
+    #[test]
+    fn the_word_that_ends_the_kernels_parameters_may_be_anywhere() {
+        for (text, expected) in [
+            ("-- x", "a=1 -- x"),
+            ("--", "a=1"),
+            ("  --  x  -- y ", "a=1 -- x  -- y"),
+            ("quiet --", "quiet a=1"),
+            ("q=\"b -- c\" -- d", "q=\"b -- c\" a=1 -- d"),
+            ("q=\"b -- c\"", "q=\"b -- c\" a=1"),
+            ("q \"--\" x", "q a=1 -- x"),
+            ("--x y--", "--x y-- a=1"),
+        ] {
+            let mut line = cmdline(text).unwrap();
+            line.push("a", "1");
+            assert_eq!(line.finish().unwrap(), expected, "{text}");
+        }
+        assert!(cmdline("q=\"b -- c").is_err(), "the quote is never closed");
     }
 
     #[test]
