@@ -34,6 +34,54 @@ pub(super) fn create(path: &CStr, content: &[u8]) -> Result<(), Errno> {
     sys::write(&fd, content).map(drop)
 }
 
+/// Writes a file that is there and empty. One behind a link that leads nowhere is made there, or in the link's place.
+pub(super) fn fill(path: &CStr, content: &[u8]) -> Result<(), Errno> {
+    match sys::open(None, path, sys::O_RDWR | sys::O_CREAT | sys::O_NONBLOCK) {
+        Ok(fd) => match sys::read(&fd, &mut [0])? {
+            0 => sys::write(&fd, content).map(drop),
+            _ => Ok(()),
+        },
+        Err(Errno::ENOENT) => {
+            sys::unlink(path)?;
+            create(path, content)
+        }
+        Err(errno) => Err(errno),
+    }
+}
+
+/// The longest file that [`append_unless`] looks through.
+const LINES_MAX: usize = 256 * 1024;
+
+/// Appends a line to a file, unless `word` stands on one of its lines already, not behind a `#`.
+pub(super) fn append_unless(path: &CStr, word: &[u8], line: &[u8]) -> Result<(), Errno> {
+    let fd = sys::open(None, path, sys::O_RDWR | sys::O_APPEND | sys::O_NONBLOCK)?;
+    let mut content = Vec::new();
+    let mut piece = [0u8; 4096];
+    loop {
+        match sys::read(&fd, &mut piece) {
+            Ok(0) => break,
+            Ok(n) => content.extend_from_slice(piece.get(..n).unwrap_or_default()),
+            Err(Errno::EINTR) => {}
+            Err(errno) => return Err(errno),
+        }
+        if content.len() > LINES_MAX {
+            return Ok(());
+        }
+    }
+    if has_word(&content, word) {
+        return Ok(());
+    }
+    let before: &[u8] = if content.is_empty() || content.ends_with(b"\n") { b"" } else { b"\n" };
+    sys::write(&fd, &[before, line].concat()).map(drop)
+}
+
+fn has_word(content: &[u8], word: &[u8]) -> bool {
+    content.split(|&byte| byte == b'\n').any(|line| {
+        let said = line.split(|&byte| byte == b'#').next().unwrap_or_default();
+        said.split(u8::is_ascii_whitespace).any(|it| it == word)
+    })
+}
+
 /// The first number in a text.
 pub(super) fn number(text: &[u8]) -> Option<u64> {
     let digits = text.iter().skip_while(|byte| !byte.is_ascii_digit()).take_while(|byte| byte.is_ascii_digit());
@@ -49,6 +97,8 @@ pub(super) fn entry(text: &[u8], name: &[u8]) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
+    use std::ffi::CString;
+
     use super::*;
 
     #[test]
@@ -60,6 +110,40 @@ mod tests {
         assert_eq!(entry(events, b"oom_kill"), Some(1));
         assert_eq!(entry(events, b"oom"), Some(2));
         assert_eq!(entry(events, b"populated"), None);
+    }
+
+    #[test]
+    fn words_are_whole_and_no_comments() {
+        let hosts = b"127.0.0.1\tlocalhost box.lan # spare\n10.0.0.1 other\n";
+        for (word, there) in [("localhost", true), ("box.lan", true), ("box", false), ("spare", false), ("other", true)]
+        {
+            assert_eq!(has_word(hosts, word.as_bytes()), there, "{word}");
+        }
+    }
+
+    #[test]
+    fn what_the_image_says_is_kept_and_what_lacks_is_there() {
+        let dir = std::env::temp_dir().join(std::format!("cofferdam-files-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        let c = |name: &str| CString::new(dir.join(name).into_os_string().into_encoded_bytes()).unwrap();
+        let read = |name: &str| std::fs::read_to_string(dir.join(name)).unwrap();
+        std::fs::write(dir.join("empty"), "").unwrap();
+        std::fs::write(dir.join("own"), "127.0.0.1 localhost").unwrap();
+        std::os::unix::fs::symlink("nowhere/at/all", dir.join("dangling")).unwrap();
+        std::os::unix::fs::symlink("target", dir.join("link")).unwrap();
+        for name in ["empty", "own", "dangling", "link"] {
+            assert_eq!(create(&c(name), b"x"), Err(Errno::EEXIST));
+            fill(&c(name), b"new\n").unwrap();
+        }
+        assert_eq!(
+            ["empty", "own", "dangling", "target"].map(read),
+            ["new\n", "127.0.0.1 localhost", "new\n", "new\n"]
+        );
+        for _ in 0..2 {
+            append_unless(&c("own"), b"box", b"127.0.0.1\tbox\n").unwrap();
+        }
+        assert_eq!(read("own"), "127.0.0.1 localhost\n127.0.0.1\tbox\n");
+        std::fs::remove_dir_all(dir).unwrap();
     }
 
     #[test]

@@ -112,6 +112,8 @@ fn settle_in() -> Result<Fd, Failure> {
     // SIGPIPE and all others too; those that nobody waits for stay pending for ever, which is what ignoring them is for PID 1.
     sys::block_signals(u64::MAX).map_err(|errno| failure(errno, b"blocking signals"))?;
     let signals = sys::signal_fd(set).map_err(|errno| failure(errno, b"making a signal descriptor"))?;
+    // What is made has the mode that is asked for.
+    sys::umask(0);
     let _ = sys::reboot(sys::RB_CTRL_ALT_DEL_TO_INIT);
     let _ = files::write(None, c"/proc/self/oom_score_adj", b"-1000");
     // The streams and pipes of a thousand programs.

@@ -29,10 +29,12 @@ pub(super) enum Step {
     Mount { source: Path, target: Path, fs: Path, flags: usize, data: Option<Path> },
     /// Make a symbolic link, unless something is there.
     Link { target: &'static CStr, path: &'static CStr },
-    /// Make a text file, unless something is there.
+    /// Make a text file, unless there is one that is not empty, or something else.
     File { path: &'static CStr, content: Vec<u8> },
-    /// Remove a file or link, if it is there.
-    Remove { path: &'static CStr },
+    /// Make a text file in the place of what is there, whatever that is.
+    Replace { path: &'static CStr, content: Vec<u8> },
+    /// Append a line to a text file that does not have `word` on any line.
+    Line { path: &'static CStr, word: Vec<u8>, line: Vec<u8> },
     /// Make this directory the root of everything from here on.
     Enter { path: &'static CStr },
 }
@@ -154,6 +156,8 @@ pub(super) fn plan(root: &Root<'_>, hostname: &[u8], resolver: Option<[u8; 4]>) 
     plan.may(Step::File { path: c"/etc/hostname", content: [own, b"\n"].concat() });
     let hosts = [b"127.0.0.1\tlocalhost ", own, b"\n::1\tlocalhost ip6-localhost ip6-loopback\n"].concat();
     plan.may(Step::File { path: c"/etc/hosts", content: hosts });
+    // The image's own knows other names. Where they are two they both lead here.
+    plan.may(Step::Line { path: c"/etc/hosts", word: Vec::from(own), line: [b"127.0.0.1\t", own, b"\n"].concat() });
     if let Some(resolver) = resolver {
         let mut content = Vec::from(b"nameserver");
         for (part, before) in resolver.into_iter().zip(*b" ...") {
@@ -162,8 +166,7 @@ pub(super) fn plan(root: &Root<'_>, hostname: &[u8], resolver: Option<[u8; 4]>) 
         }
         content.push(b'\n');
         // The image's own is of where it was made.
-        plan.may(Step::Remove { path: c"/etc/resolv.conf" });
-        plan.may(Step::File { path: c"/etc/resolv.conf", content });
+        plan.must(Step::Replace { path: c"/etc/resolv.conf", content });
     }
     plan.0
 }
@@ -201,8 +204,17 @@ impl Step {
                 }
             }
             Self::Link { target, path } => there(sys::symlink(target, path)),
-            Self::File { path, content } => there(files::create(path, content)),
-            Self::Remove { path } => sys::unlink(path),
+            Self::File { path, content } => match files::create(path, content) {
+                // Images have an empty one, or a link to nowhere, where another program would put its own over it.
+                Err(Errno::EEXIST) => files::fill(path, content),
+                result => result,
+            },
+            Self::Replace { path, content } => match sys::unlink(path) {
+                Ok(()) | Err(Errno::ENOENT) => files::create(path, content),
+                // A directory.
+                Err(errno) => Err(errno),
+            },
+            Self::Line { path, word, line } => files::append_unless(path, word, line),
             Self::Enter { path } => {
                 sys::chdir(path)?;
                 sys::mount(c".", c"/", None, MS_MOVE, None)?;
@@ -220,8 +232,10 @@ impl Step {
             Self::Mount { source, target, fs, .. } => {
                 mount(&[b"mounting ", source.to_bytes(), b" (", fs.to_bytes(), b") on ", target.to_bytes()])
             }
-            Self::Link { path, .. } | Self::File { path, .. } => mount(&[b"making ", path.to_bytes()]),
-            Self::Remove { path } => mount(&[b"removing ", path.to_bytes()]),
+            Self::Link { path, .. }
+            | Self::File { path, .. }
+            | Self::Replace { path, .. }
+            | Self::Line { path, .. } => mount(&[b"making ", path.to_bytes()]),
             Self::Enter { path } => mount(&[b"entering ", path.to_bytes()]),
         }
     }
@@ -336,7 +350,7 @@ mod tests {
     fn the_resolver_is_written_down() {
         let plan = plan(&Root::Overlay { lower: VDA, upper: VDB }, b"", Some([10, 0, 205, 2]));
         let written = plan.iter().find_map(|planned| match &planned.step {
-            Step::File { path, content } if *path == c"/etc/resolv.conf" => Some(content.as_slice()),
+            Step::Replace { path, content } if *path == c"/etc/resolv.conf" => Some(content.as_slice()),
             _ => None,
         });
         assert_eq!(written, Some(&b"nameserver 10.0.205.2\n"[..]));

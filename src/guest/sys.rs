@@ -221,6 +221,7 @@ pub(super) const O_WRONLY: usize = 1;
 pub(super) const O_RDWR: usize = 2;
 pub(super) const O_CREAT: usize = 0o100;
 pub(super) const O_EXCL: usize = 0o200;
+pub(super) const O_APPEND: usize = 0o2000;
 pub(super) const O_NONBLOCK: usize = 0o4000;
 pub(super) const O_DIRECTORY: usize = 0o200_000;
 pub(super) const O_NOFOLLOW: usize = 0o400_000;
