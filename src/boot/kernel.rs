@@ -241,7 +241,10 @@ fn load(file: &mut File) -> Result<Loaded> {
         // ELF, 64 bits, little-endian, machine 62: x86-64.
         [0x7f, b'E', b'L', b'F', 2, 1, .., 62, 0] => load_elf(file),
         [0x7f, b'E', b'L', b'F', ..] => Err(corrupt("an ELF file, but not for x86_64")),
-        _ => load_bzimage(file),
+        _ => match packed(&head) {
+            Some(how) => Err(corrupt(format!("it is compressed with {how}: unpack it first"))),
+            None => load_bzimage(file),
+        },
     }
 }
 
@@ -307,6 +310,7 @@ fn load_bzimage(file: &mut File) -> Result<Loaded> {
             version & 0xff
         )));
     }
+    check_length(file, header.setup_sects, header.syssize)?;
     let load = result.kernel_load.0;
     let entry = load + ENTRY_64;
     if entry >= result.kernel_end {
@@ -318,6 +322,34 @@ fn load_bzimage(file: &mut File) -> Result<Loaded> {
     let release = release(file, header.kernel_version);
     let entry = Entry::Linux64(GuestAddress(entry));
     Ok(Loaded { image, entry, pvh: None, end, header: Some(header), configuration, release })
+}
+
+/// Whether all of a bzImage is there that its header speaks of: the setup's sectors, and the system behind them (Linux x86
+/// boot protocol, 1.1 and 1.3, setup_sects, syssize).
+///
+/// # Errors
+/// `Corrupt` with both lengths.
+fn check_length(file: &File, setup_sects: u8, syssize: u32) -> Result<()> {
+    let sectors = 1 + u64::from(if setup_sects == 0 { 4 } else { setup_sects });
+    let (needed, there) = (sectors * 512 + u64::from(syssize) * 16, file.metadata()?.len());
+    match there < needed {
+        true => Err(corrupt(format!("it is cut off: {there} bytes, of {needed} that its header speaks of"))),
+        false => Ok(()),
+    }
+}
+
+/// How a file is compressed that begins so, as far as kernels are.
+fn packed(head: &[u8]) -> Option<&'static str> {
+    const MAGICS: [(&[u8], &str); 7] = [
+        (&[0x1f, 0x8b], "gzip"),
+        (&[0xfd, b'7', b'z', b'X', b'Z', 0], "xz"),
+        (&[0x28, 0xb5, 0x2f, 0xfd], "zstd"),
+        (b"BZh", "bzip2"),
+        (&[0x02, 0x21, 0x4c, 0x18], "lz4"),
+        (&[0x5d, 0, 0], "lzma"),
+        (&[0x89, b'L', b'Z', b'O'], "lzo"),
+    ];
+    MAGICS.iter().find(|(magic, _)| head.starts_with(magic)).map(|(_, name)| *name)
 }
 
 /// The first word of the version in a bzImage; its header says where that is, from 0x200 on (Linux x86 boot protocol, 1.3,
@@ -394,6 +426,23 @@ pub(super) mod tests {
         let end = virtual_entry.len();
         virtual_entry[end - 4..].copy_from_slice(&0x4000_0000_u32.to_le_bytes());
         assert_eq!(open("pvh-outside", &virtual_entry).unwrap_err().kind(), ErrorKind::Corrupt);
+    }
+
+    #[test]
+    fn what_is_cut_off_or_compressed_is_named() {
+        let whole = bzimage(b"\xf4");
+        assert!(open("whole", &whole).is_ok());
+        let mut cut = whole.clone();
+        // More than there is (Linux x86 boot protocol, 1.3, syssize).
+        cut[0x1f4..0x1f8].copy_from_slice(&(whole.len() as u32).to_le_bytes());
+        let error = open("cut", &cut).unwrap_err();
+        assert!(error.kind() == ErrorKind::Corrupt && error.to_string().contains("cut off"), "{error}");
+        for (name, head) in
+            [("gzip", &[0x1f, 0x8b][..]), ("zstd", &[0x28, 0xb5, 0x2f, 0xfd]), ("lz4", &[2, 0x21, 0x4c, 0x18])]
+        {
+            let error = open(name, &[head, &[0; 100]].concat()).unwrap_err();
+            assert!(error.kind() == ErrorKind::Corrupt && error.to_string().contains(name), "{error}");
+        }
     }
 
     #[test]
