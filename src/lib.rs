@@ -94,10 +94,11 @@ mod vm;
 pub use boot::{Initramfs, Kernel, Modules};
 #[cfg(feature = "container")]
 pub use container::{
-    Container, ContainerBuilder, Exec, ExitStatus, Image, Output, Process, ProcessReader, ProcessWriter, Startup, Stdio,
+    Container, ContainerBuilder, Exec, ExitStatus, Image, Output, Process, ProcessReader, ProcessWriter,
+    Startup, Stdio,
 };
 pub use error::{Error, ErrorKind, Result};
-pub use kvm::{Device, Host};
+pub use kvm::{Device, Exposure, Host, Vulnerability};
 pub use rate::Rate;
 pub use size::Size;
 pub use virtio::vsock::{VsockListener, VsockStream};

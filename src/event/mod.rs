@@ -12,12 +12,14 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{self, Arc, mpsc};
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use self::mailbox::{Closed, Mailbox, Wake};
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::sys::{ControlOperation, Epoll, EpollEvent, EventFd, EventSet, STACK, borrow, eventfd, wait_readable};
+use crate::sys::{
+    ControlOperation, Epoll, EpollEvent, EventFd, EventSet, Origin, STACK, borrow, eventfd, spawn, wait_readable,
+};
 
 pub(crate) use crate::sys::EventSet as Interest;
 
@@ -157,6 +159,8 @@ pub(crate) struct Loop<S: Handler> {
     thread: Option<JoinHandle<Option<S>>>,
     /// Nobody waits for the thread any more.
     abandoned: AtomicBool,
+    /// A child of fork has no such thread.
+    origin: Origin,
 }
 
 impl<S: Handler> Loop<S> {
@@ -173,17 +177,14 @@ impl<S: Handler> Loop<S> {
             .doing(|| "creating an event loop")?;
         let mailbox = Arc::new(Mailbox::new(wake));
         let (mut value, epoll, theirs) = (make(sources.clone()), sources.0, mailbox.clone());
-        let thread = thread::Builder::new()
-            .name(name.into())
-            .stack_size(STACK)
-            .spawn(move || {
-                // A panic is our own mistake. It must not leave others waiting for answers for ever.
-                let ended = catch_unwind(AssertUnwindSafe(|| run(&mut value, &epoll, &theirs)));
-                theirs.end();
-                ended.is_ok().then_some(value)
-            })
-            .doing(|| format!("starting thread {name}"))?;
-        Ok(Self { mailbox, thread: Some(thread), abandoned: AtomicBool::new(false) })
+        let body = move || {
+            // A panic is our own mistake. It must not leave others waiting for answers for ever.
+            let ended = catch_unwind(AssertUnwindSafe(|| run(&mut value, &epoll, &theirs)));
+            theirs.end();
+            ended.is_ok().then_some(value)
+        };
+        let thread = spawn(name.into(), STACK, body).doing(|| format!("starting thread {name}"))?;
+        Ok(Self { mailbox, thread: Some(thread), abandoned: AtomicBool::new(false), origin: Origin::here() })
     }
 
     pub(crate) fn remote(&self) -> Remote<S> {
@@ -203,6 +204,9 @@ impl<S: Handler> Loop<S> {
     }
 
     fn stop(&mut self) -> Result<Option<S>, Box<dyn Any + Send>> {
+        if !self.origin.is_here() {
+            return Ok(None);
+        }
         self.mailbox.close();
         let thread = self.thread.take().filter(|_| !self.abandoned.load(Ordering::SeqCst));
         thread.map_or(Ok(None), JoinHandle::join)
@@ -263,6 +267,7 @@ fn run<S: Handler>(value: &mut S, epoll: &Epoll, mailbox: &Mailbox<S, EventFd>) 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::thread;
 
     #[derive(Default)]
     struct Counter {

@@ -9,6 +9,7 @@ use std::path::Path;
 
 use kvm_ioctls::Cap;
 
+use super::exposure::Exposure;
 use super::missing;
 use crate::error::{Error, ErrorKind, Result};
 
@@ -43,6 +44,8 @@ pub struct Host {
     pub api_version: Option<i32>,
     /// Capabilities this crate needs and KVM lacks, by their names in the KVM API's documentation.
     pub missing: Vec<&'static str>,
+    /// Where this host is weak against its guests. Nothing of it keeps virtual machines from running.
+    pub exposure: Exposure,
 }
 
 /// How opening `/dev/kvm` ended.
@@ -68,7 +71,8 @@ impl Host {
     fn examine(device: &Path, modules: &Path) -> Self {
         let module =
             ["kvm_intel", "kvm_amd", "kvm_pvm"].into_iter().find(|name| modules.join(name).exists()).map(str::to_owned);
-        let mut host = Self { module, device: Device::Usable, api_version: None, missing: Vec::new() };
+        let exposure = Exposure::read(Path::new("/sys"), module.as_deref());
+        let mut host = Self { module, device: Device::Usable, api_version: None, missing: Vec::new(), exposure };
         match open_at(device) {
             Err(error) => {
                 host.device = match error.raw_os_error() {
@@ -160,7 +164,8 @@ mod tests {
     use std::fs;
 
     fn host(device: Device, module: &str) -> Host {
-        Host { module: Some(module.into()), device, api_version: Some(12), missing: vec![] }
+        let exposure = Exposure::default();
+        Host { module: Some(module.into()), device, api_version: Some(12), missing: vec![], exposure }
     }
 
     #[test]

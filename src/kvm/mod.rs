@@ -3,6 +3,7 @@
 //! kvm-ioctls and kvm-bindings live here and in `arch`, which fills in KVM's register structures.
 #![allow(unsafe_code, reason = "memory slots and the kvm_run page; see DESIGN 7: kvm/ is one of the folders that may")]
 
+mod exposure;
 mod host;
 mod vcpu;
 
@@ -11,16 +12,18 @@ use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use kvm_bindings::{
-    CpuId, KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY, Msrs, kvm_msr_entry, kvm_pit_config, kvm_userspace_memory_region,
+    CpuId, KVM_CAP_PMU_CAPABILITY, KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY, KVM_PMU_CAP_DISABLE, Msrs, kvm_enable_cap,
+    kvm_msr_entry, kvm_pit_config, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, IoEventAddress, MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags};
 
+pub use exposure::{Exposure, Vulnerability};
 pub use host::{Device, Host};
 pub(crate) use vcpu::{Kicker, VcpuExit, VcpuFd};
 
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::memory::GuestMemory;
-use crate::sys::{EventFd, RegisterPages};
+use crate::sys::{EventFd, ForkGuard, RegisterPages};
 
 fn failed(error: kvm_ioctls::Error) -> std::io::Error {
     std::io::Error::from_raw_os_error(error.errno())
@@ -28,6 +31,7 @@ fn failed(error: kvm_ioctls::Error) -> std::io::Error {
 
 /// An open `/dev/kvm` that has everything this crate needs.
 pub(crate) struct Kvm {
+    _guard: ForkGuard,
     fd: kvm_ioctls::Kvm,
 }
 
@@ -35,7 +39,7 @@ impl Kvm {
     /// # Errors
     /// What [`Host::ready`] says is missing.
     pub(crate) fn open() -> Result<Self> {
-        host::open().map(|fd| Self { fd })
+        host::open().map(|fd| Self { _guard: ForkGuard::new(&fd), fd })
     }
 
     /// What the host's KVM can show a guest (KVM API, 4.46).
@@ -77,7 +81,7 @@ impl Kvm {
                 Err(e) => return Err(failed(e)).doing(|| "creating a VM"),
             }
         };
-        let vm = VmFd { fd: Arc::new(fd) };
+        let vm = VmFd { _guard: ForkGuard::new(&fd), fd: Arc::new(fd) };
         // Three pages that Intel hosts need below 4 GiB, outside guest memory (KVM API, 4.37).
         vm.fd.set_tss_address(TSS_ADDRESS).map_err(failed).doing(|| "reserving the TSS pages")?;
         vm.fd.create_irq_chip().map_err(failed).doing(|| "creating the interrupt controllers")?;
@@ -98,6 +102,7 @@ impl fmt::Debug for Kvm {
 
 /// One virtual machine in the host's kernel.
 pub(crate) struct VmFd {
+    _guard: ForkGuard,
     fd: Arc<kvm_ioctls::VmFd>,
 }
 
@@ -170,6 +175,16 @@ impl VmFd {
             .register_ioevent(fd, &IoEventAddress::Mmio(addr), value)
             .map_err(failed)
             .doing(|| format!("attaching queue notification {value} at {addr:#x}"))
+    }
+
+    /// Takes the processor's counters away from all vCPUs, where KVM can: it emulates some that CPUID does not show (KVM API,
+    /// 8.35). Before the first vCPU is made.
+    pub(crate) fn disable_counters(&self) {
+        let mut cap = kvm_enable_cap { cap: KVM_CAP_PMU_CAPABILITY, ..Default::default() };
+        cap.args[0] = KVM_PMU_CAP_DISABLE.into();
+        if let Err(error) = self.fd.enable_cap(&cap) {
+            log::debug!("counters that CPUID does not show may be there all the same: {error}");
+        }
     }
 
     /// Makes reading and writing these MSRs, which are in order, a general protection fault in the guest (KVM API, 4.97).

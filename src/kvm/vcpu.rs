@@ -6,10 +6,14 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 
-use kvm_bindings::{CpuId, Msrs, kvm_lapic_state, kvm_regs, kvm_run, kvm_sregs};
+use kvm_bindings::{
+    CpuId, KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_UNINITIALIZED, Msrs, kvm_lapic_state,
+    kvm_regs, kvm_run, kvm_sregs,
+};
 
 use super::failed;
 use crate::error::{Context, Error, ErrorKind, Result};
+use crate::sys::{ForkGuard, keep_private};
 
 /// Why `KVM_RUN` came back. The slices are KVM's own buffer: an `In` answer is what the guest will see.
 #[derive(Debug)]
@@ -59,7 +63,10 @@ impl RunPage {
         // SAFETY: a new shared mapping of the vCPU's descriptor at an address of the kernel's choice (KVM API, 4.5).
         let at = unsafe { libc::mmap(std::ptr::null_mut(), len, prot, libc::MAP_SHARED, vcpu.as_raw_fd(), 0) };
         match NonNull::new(at.cast()) {
-            Some(run) if at != libc::MAP_FAILED => Ok(Self { run, len }),
+            Some(run) if at != libc::MAP_FAILED => {
+                keep_private(at, len);
+                Ok(Self { run, len })
+            }
             _ => Err(Error::last_os().doing("mapping a vCPU's run page")),
         }
     }
@@ -124,6 +131,7 @@ impl fmt::Debug for Kicker {
 
 /// One vCPU, owned by the thread that runs it.
 pub(crate) struct VcpuFd {
+    _guard: ForkGuard,
     fd: kvm_ioctls::VcpuFd,
     page: Arc<RunPage>,
 }
@@ -131,7 +139,7 @@ pub(crate) struct VcpuFd {
 impl VcpuFd {
     pub(super) fn new(fd: kvm_ioctls::VcpuFd, run_size: usize) -> Result<Self> {
         let page = Arc::new(RunPage::map(&fd, run_size)?);
-        Ok(Self { fd, page })
+        Ok(Self { _guard: ForkGuard::new(&fd), fd, page })
     }
 
     pub(crate) fn kicker(&self) -> Kicker {
@@ -149,6 +157,19 @@ impl VcpuFd {
         if let Err(error) = self.fd.kvmclock_ctrl() {
             log::trace!("a vCPU has no clock of KVM's: {error}");
         }
+    }
+
+    /// Whether nothing can wake the vCPU but another one of its VM: it has halted with interrupts disabled, or was never
+    /// started (KVM API, 4.38).
+    pub(crate) fn is_dead(&self) -> Result<bool> {
+        /// RFLAGS.IF (Intel SDM vol. 1, 3.4.3).
+        const INTERRUPTS: u64 = 1 << 9;
+        let state = self.fd.get_mp_state().map_err(failed).doing(|| "asking for a vCPU's state")?.mp_state;
+        Ok(match state {
+            KVM_MP_STATE_UNINITIALIZED | KVM_MP_STATE_INIT_RECEIVED => true,
+            KVM_MP_STATE_HALTED => self.regs()?.rflags & INTERRUPTS == 0,
+            _ => false,
+        })
     }
 
     /// The kick was seen: `run` enters the guest again.

@@ -152,6 +152,9 @@ impl GuestMemory {
         let inner = GuestMemoryMmap::from_regions(regions)
             .map_err(|error| Error::invalid("memory", format!("laying out the guest's memory: {error}")))?;
         let memory = Self { inner: Arc::new(inner), backing };
+        for region in memory.regions() {
+            sys::keep_private(region.host.cast(), usize::try_from(region.len).unwrap_or(usize::MAX));
+        }
         if backing == Backing::Transparent {
             memory.advise_all(libc::MADV_HUGEPAGE);
         }

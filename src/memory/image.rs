@@ -132,7 +132,11 @@ impl GuestMemory {
         // SAFETY: `at..at+len` lies inside one mapping of this guest's memory, which stays mapped as long as `self`
         // and is only ever accessed through raw pointers; extents are page-aligned, as guest ranges are.
         let mapped = unsafe { libc::mmap(at.cast(), len, prot, flags, image.file.as_raw_fd(), offset) };
-        if mapped == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
+        if mapped == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        sys::keep_private(mapped, len);
+        Ok(())
     }
 
     fn copy_over(&self, segment: Segment, image: &MemoryImage) -> io::Result<()> {

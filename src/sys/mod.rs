@@ -7,6 +7,7 @@
 mod disk;
 mod draft;
 mod file;
+mod fork;
 mod iovec;
 #[cfg(feature = "qcow2")]
 mod ordered;
@@ -16,6 +17,7 @@ mod signal;
 mod socket;
 mod stack;
 mod tap;
+mod thread;
 mod timer;
 mod uring;
 
@@ -25,6 +27,7 @@ pub(crate) use file::{
     LockKind, cache_dir, copy_data, data_ranges, fill_random, lock_byte, next_data, page_size, punch, scratch_file,
     try_lock, xattrs, zero, zero_range,
 };
+pub(crate) use fork::{ForkGuard, Origin, keep_private};
 pub(crate) use iovec::{preadv, pwritev, readv, receive, send, sendv, writev};
 #[cfg(all(test, feature = "qcow2"))]
 pub(crate) use ordered::record;
@@ -32,18 +35,19 @@ pub(crate) use ordered::record;
 pub(crate) use ordered::{Order, Ordered};
 pub(crate) use registers::{RegisterPages, Registers};
 pub(crate) use schedule::displace_nobody;
-pub(crate) use signal::{KickSignal, ThreadId};
+pub(crate) use signal::{KickSignal, PeriodicKick, ThreadId};
 pub(crate) use socket::{Socket, SocketKind, peekv, socket_kind};
 pub(crate) use stack::Stack;
 pub(crate) use tap::{TUN_CSUM, TUN_TSO4, TUN_TSO6, TUN_USO, Tap};
-pub(crate) use timer::Timer;
+pub(crate) use thread::spawn;
+pub(crate) use timer::{Timer, deadline, left};
 pub(crate) use uring::Uring;
 pub(crate) use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 pub(crate) use vmm_sys_util::eventfd::EventFd;
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Stack of the threads that run our own code only. Far more than they use, and too small for the kernel to make a huge
 /// page of it, which would cost 2 MiB and the time to clear them for each thread.
@@ -73,12 +77,12 @@ pub(crate) fn wait_readable(fd: BorrowedFd<'_>, timeout: Option<Duration>) -> io
 
 /// Waits until one of `fds` is readable or has ended, or `timeout` is over; `None` waits for ever. False: it is over.
 pub(crate) fn wait_any(fds: &[BorrowedFd<'_>], timeout: Option<Duration>) -> io::Result<bool> {
-    let deadline = timeout.map(|t| Instant::now() + t);
+    let deadline = timeout.and_then(deadline);
     let mut polls: Vec<libc::pollfd> =
         fds.iter().map(|fd| libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLIN, revents: 0 }).collect();
     loop {
         // Rounded up, so that a wait never ends early and spins.
-        let left = deadline.map(|d| d.saturating_duration_since(Instant::now()).as_nanos().div_ceil(1_000_000));
+        let left = deadline.map(|d| left(d).as_nanos().div_ceil(1_000_000));
         let millis = left.map_or(-1, |ms| i32::try_from(ms).unwrap_or(i32::MAX));
         // SAFETY: the pointer and the count describe `polls`, which is exclusively ours during the call.
         match unsafe { libc::poll(polls.as_mut_ptr(), polls.len() as libc::nfds_t, millis) } {

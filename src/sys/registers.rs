@@ -42,6 +42,7 @@ impl RegisterPages {
         if host == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
+        super::keep_private(host, len);
         Ok(Self(Arc::new(Mapping { host: host.cast(), len })))
     }
 

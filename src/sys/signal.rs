@@ -72,6 +72,46 @@ impl KickSignal {
     }
 }
 
+/// Sends the kick signal to the thread that made it again and again, until it is dropped there.
+#[derive(Debug)]
+pub(crate) struct PeriodicKick(libc::timer_t);
+
+impl PeriodicKick {
+    /// # Errors
+    /// `ResourceExhausted` when the process may have no more timers (`RLIMIT_SIGPENDING`).
+    pub(crate) fn start(signal: KickSignal, period: Duration) -> io::Result<Self> {
+        // SAFETY: an all-zero sigevent is valid.
+        let mut event: libc::sigevent = unsafe { MaybeUninit::zeroed().assume_init() };
+        event.sigev_notify = libc::SIGEV_THREAD_ID;
+        event.sigev_signo = signal.0;
+        event.sigev_notify_thread_id = ThreadId::current().0;
+        let mut timer = MaybeUninit::<libc::timer_t>::zeroed();
+        // SAFETY: `event` names a thread of this process, and `timer` is writable.
+        if unsafe { libc::timer_create(libc::CLOCK_MONOTONIC, &mut event, timer.as_mut_ptr()) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: filled in by the successful call.
+        let timer = Self(unsafe { timer.assume_init() });
+        let time = libc::timespec {
+            tv_sec: i64::try_from(period.as_secs()).unwrap_or(i64::MAX),
+            tv_nsec: period.subsec_nanos().into(),
+        };
+        let times = libc::itimerspec { it_interval: time, it_value: time };
+        // SAFETY: the timer exists, and the times are readable; nobody asks for the old ones.
+        match unsafe { libc::timer_settime(timer.0, 0, &times, std::ptr::null_mut()) } {
+            0 => Ok(timer),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+}
+
+impl Drop for PeriodicKick {
+    fn drop(&mut self) {
+        // SAFETY: the timer was made by `start`, and is used no more.
+        unsafe { libc::timer_delete(self.0) };
+    }
+}
+
 /// The kernel's number of a thread.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct ThreadId(libc::pid_t);

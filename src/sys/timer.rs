@@ -6,6 +6,16 @@ use std::time::{Duration, Instant};
 
 use vmm_sys_util::timerfd::TimerFd;
 
+/// The moment that comes `after` from now; `None` for one that never comes, further away than the clock counts.
+pub(crate) fn deadline(after: Duration) -> Option<Instant> {
+    Instant::now().checked_add(after)
+}
+
+/// How long it is until `deadline`; zero when it has passed.
+pub(crate) fn left(deadline: Instant) -> Duration {
+    deadline.saturating_duration_since(Instant::now())
+}
+
 /// Becomes readable when its moment has come.
 pub(crate) struct Timer(TimerFd);
 

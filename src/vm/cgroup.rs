@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::sys;
+use crate::sys::Origin;
 
 /// Names of groups begin so, followed by the process and something random.
 const PREFIX: &str = "cofferdam-";
@@ -130,6 +131,8 @@ pub struct CgroupStats {
 pub(super) struct Leaf {
     path: PathBuf,
     member: Member,
+    /// Where its threads are.
+    origin: Origin,
 }
 
 /// By which a thread enters the group. Outliving the group is harmless.
@@ -180,7 +183,7 @@ impl Leaf {
             .map_err(|error| undo(failed("enabling the cpu controller below", error)))?;
         let member = fs::OpenOptions::new().write(true).open(path.join("cgroup.threads"));
         let member = member.map_err(|error| undo(failed("opening a group below", error)))?;
-        Ok(Self { path, member: Member(Arc::new(member)) })
+        Ok(Self { path, member: Member(Arc::new(member)), origin: Origin::here() })
     }
 
     fn set(&self, file: &str, value: &str) -> Result<()> {
@@ -215,7 +218,10 @@ impl Leaf {
 
 impl Drop for Leaf {
     fn drop(&mut self) {
-        remove(&self.path);
+        // A child of fork has a copy of the name, and nobody in the group.
+        if self.origin.is_here() {
+            remove(&self.path);
+        }
     }
 }
 

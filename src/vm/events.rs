@@ -12,7 +12,7 @@ use super::disk::DiskFault;
 use super::net::Denial;
 use crate::error::{Context, Result};
 use crate::size::Size;
-use crate::sys::{EventFd, borrow, eventfd};
+use crate::sys::{EventFd, borrow, deadline, eventfd, left};
 
 /// So many events are kept for readers that come late or are slow.
 const KEPT: usize = 256;
@@ -184,10 +184,11 @@ impl Events {
 
     /// The next event, waiting for it at most `timeout`. `None` when none came, or when the last one was read.
     pub fn next_timeout(&self, timeout: Duration) -> Option<Event> {
-        let deadline = Instant::now() + timeout;
+        let deadline = deadline(timeout);
         let mut state = self.log.state();
         loop {
-            let left = deadline.saturating_duration_since(Instant::now());
+            // One that the clock does not count to is waited for in steps.
+            let left = deadline.map_or(timeout, left);
             match self.read(&mut state) {
                 None if !state.ended && !left.is_zero() => {
                     state = self.log.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;

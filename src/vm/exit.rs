@@ -124,11 +124,12 @@ pub struct Trace {
 }
 
 impl Trace {
-    /// What the guest's kernel said when it panicked, if it did.
+    /// What the guest's kernel said when it panicked, if it did, without control characters.
     pub fn panic_message(&self) -> Option<String> {
         let text = String::from_utf8_lossy(&self.console);
         let at = text.rfind(PANIC)?;
-        text.get(at..)?.lines().next().map(|line| line.trim_end().to_owned())
+        let line = text.get(at..)?.lines().next()?;
+        Some(line.chars().filter(|c| !c.is_control()).collect::<String>().trim_end().to_owned())
     }
 
     /// The last `n` lines of the console, without control characters.
@@ -170,7 +171,9 @@ pub enum Exit {
     PowerOff,
     /// The guest asked for a reset. It is not started again: that is the embedder's decision.
     Reboot(Box<Trace>),
-    /// The guest halted for good.
+    /// The guest halted for good: all its vCPUs stand still with interrupts disabled, which is noticed within three seconds.
+    ///
+    /// Kernels without the means to power off end so when they are told to, such as Linux with `acpi=off`.
     Halt(Box<Trace>),
     /// The guest's kernel panicked.
     Panic(Box<Trace>),
@@ -178,6 +181,9 @@ pub enum Exit {
     TripleFault(Box<Trace>),
     /// Ended by [`Vm::kill`](crate::Vm::kill), by a grace that ran out, or by dropping the handle.
     Killed(Box<Trace>),
+    /// Ended by this crate, as the guest had stopped answering. Says what it did not answer: a kill for half a minute, or
+    /// anything at all, as the program that this crate runs in containers was gone.
+    Unresponsive(String, Box<Trace>),
     /// A device cannot go on: it needed a reset that the guest's driver did not give it within ten seconds, or it failed by
     /// a mistake in this crate. Says which and why.
     DeviceFault(String, Box<Trace>),
@@ -196,7 +202,11 @@ impl Exit {
         match self {
             Self::PowerOff => None,
             Self::Reboot(t) | Self::Halt(t) | Self::Panic(t) | Self::TripleFault(t) | Self::Killed(t) => Some(t),
-            Self::InitFault(t) | Self::DeviceFault(_, t) | Self::VcpuFault(_, t) | Self::DiskFault(_, t) => Some(t),
+            Self::Unresponsive(_, t)
+            | Self::InitFault(t)
+            | Self::DeviceFault(_, t)
+            | Self::VcpuFault(_, t)
+            | Self::DiskFault(_, t) => Some(t),
         }
     }
 }
@@ -213,6 +223,7 @@ impl fmt::Display for Exit {
             }
             Self::TripleFault(t) => write!(f, "the guest ended in a triple fault ({t})"),
             Self::Killed(t) => write!(f, "the virtual machine was killed ({t})"),
+            Self::Unresponsive(why, t) => write!(f, "the guest stopped answering: {why} ({t})"),
             Self::DiskFault(fault, t) => write!(f, "{fault} ({t})"),
             Self::DeviceFault(why, t) => write!(f, "a device failed: {why} ({t})"),
             Self::VcpuFault(why, t) => write!(f, "the processor could not go on with the guest: {why} ({t})"),
@@ -229,6 +240,7 @@ pub(super) enum Reason {
     Halt,
     TripleFault,
     Killed,
+    Unresponsive(String),
     Panic,
     InitFault,
     Device(String),
@@ -249,6 +261,7 @@ impl Reason {
             Self::Halt => Exit::Halt(trace),
             Self::TripleFault => Exit::TripleFault(trace),
             Self::Killed => Exit::Killed(trace),
+            Self::Unresponsive(why) => Exit::Unresponsive(why, trace),
             Self::InitFault => Exit::InitFault(trace),
             Self::Device(why) => Exit::DeviceFault(why, trace),
             Self::Disk(fault) => Exit::DiskFault(Box::new(fault), trace),
@@ -275,6 +288,8 @@ mod tests {
             exit.to_string().starts_with("the guest's kernel panicked: Kernel panic - not syncing: VFS ("),
             "{exit}"
         );
+        let colored = trace("Kernel panic - not syncing: \x1b[31mred\x07\n");
+        assert_eq!(colored.panic_message().unwrap(), "Kernel panic - not syncing: [31mred");
         assert!(matches!(Reason::Reset.report(trace("bye")), Exit::Reboot(_)));
         assert!(matches!(Reason::Killed.report(trace(panic)), Exit::Killed(_)));
     }

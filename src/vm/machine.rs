@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::cgroup::{Leaf, Member};
@@ -29,7 +29,7 @@ use crate::legacy::{
 };
 use crate::memory::GuestMemory;
 use crate::net::Pump;
-use crate::sys::{self, EventFd, KickSignal, RegisterPages, STACK, Stack, eventfd};
+use crate::sys::{self, EventFd, KickSignal, PeriodicKick, RegisterPages, STACK, Stack, eventfd};
 use crate::virtio::Slots;
 use crate::virtio::console::Output;
 
@@ -83,7 +83,7 @@ impl Shared {
 
     /// Whether the VM was ended by us, so that nothing tells yet where its guest was.
     pub(super) fn killed_without_a_word(&self) -> bool {
-        matches!(self.end().reason, Some((Reason::Killed, (None, None))))
+        matches!(self.end().reason, Some((Reason::Killed | Reason::Unresponsive(_), (None, None))))
     }
 
     /// Says where the guest was when it was ended.
@@ -96,6 +96,12 @@ impl Shared {
     /// Gets all vCPUs out of the guest, to look at what is asked of them.
     pub(super) fn kick(&self) {
         self.vcpus.iter().for_each(|vcpu| vcpu.kick(self.signal));
+    }
+
+    /// Lets the calling thread, a vCPU's, leave the guest now and then, as long as what this gives lives.
+    pub(super) fn kick_periodically(&self, period: Duration) -> Option<PeriodicKick> {
+        let kick = PeriodicKick::start(self.signal, period);
+        kick.inspect_err(|error| log::warn!("a guest that halts for good is not noticed: {error}")).ok()
     }
 
     /// Brings all vCPUs to the gate, within `limit`.
@@ -388,12 +394,7 @@ fn start_pump(config: &VmConfig, shared: &Arc<Shared>, member: Option<Member>) -
         output.pump(&mut *writer);
     };
     // The writer is the embedder's: its stack is larger, and still no huge page.
-    thread::Builder::new()
-        .name("console".into())
-        .stack_size(4 * STACK)
-        .spawn(pump)
-        .map(Some)
-        .doing(|| "starting thread console")
+    sys::spawn("console".into(), 4 * STACK, pump).map(Some).doing(|| "starting thread console")
 }
 
 /// The threads that give captures to their writers, which may block. Nobody waits for them but within a bound.
@@ -409,8 +410,7 @@ fn start_captures(captures: &[Pump], shared: &Arc<Shared>, member: Option<&Membe
             }
             pump.run();
         };
-        let started = thread::Builder::new().name("capture".into()).stack_size(4 * STACK).spawn(body);
-        started.doing(|| "starting thread capture")?;
+        sys::spawn("capture".into(), 4 * STACK, body).doing(|| "starting thread capture")?;
     }
     Ok(())
 }
@@ -444,7 +444,7 @@ fn start_vcpus(machine: &Arc<Machine>, cpu: &Cpu, vcpus: u8, entry: Entry, membe
             }
             machine.vcpu_done();
         };
-        match thread::Builder::new().name(format!("vcpu{id}")).stack_size(STACK).spawn(body) {
+        match sys::spawn(format!("vcpu{id}"), STACK, body) {
             Ok(thread) => {
                 threads.push(thread);
                 gates.push(gate);

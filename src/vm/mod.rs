@@ -7,6 +7,7 @@ mod devices;
 mod disk;
 mod events;
 mod exit;
+mod halt;
 mod machine;
 mod net;
 mod overlay;
@@ -45,7 +46,7 @@ use crate::event::Remote;
 use crate::legacy::{I8042, Keys};
 pub use crate::memory::Memory;
 use crate::size::Size;
-use crate::sys::borrow;
+use crate::sys::{Origin, borrow, deadline};
 use crate::virtio::balloon::Balloon;
 use crate::virtio::vsock::{VsockListener, VsockStream};
 use crate::virtio::{DeviceHandle, Slots};
@@ -65,10 +66,14 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a pause waits for what devices and vCPUs are doing.
 const PAUSE_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// How long a VM may take to end that was killed: as long as its devices and the embedder's writers may take for what they
+/// were asked last, and some more. On a host that works it takes milliseconds.
+pub(crate) const END_TIMEOUT: Duration = Duration::from_secs(15);
+
 /// A running virtual machine. Any number live in one process; each has its own threads and nothing in common.
 ///
-/// The handle may be used from any thread. Dropping it kills the guest and waits until its threads have ended; a thread
-/// that hangs in a file of the host's which does not answer is left behind after ten seconds.
+/// The handle may be used from any thread. Dropping it kills the guest and waits until its threads have ended, at most 15
+/// seconds: a thread that hangs in a file of the host's which does not answer is left behind.
 /// The descriptor behind [`AsFd`] becomes readable when the VM has ended, for poll, epoll, tokio, smol or mio.
 pub struct Vm {
     shared: Arc<Shared>,
@@ -80,6 +85,8 @@ pub struct Vm {
     /// Listeners that were configured and not yet taken.
     listeners: Mutex<Vec<VsockListener>>,
     handles: Handles,
+    /// Where its threads are.
+    origin: Origin,
     /// Goes last, when no thread is in it any more.
     cgroup: Option<Leaf>,
 }
@@ -110,7 +117,7 @@ impl Vm {
         cgroup: Option<Leaf>,
     ) -> Self {
         let (paused, listeners) = (Mutex::default(), Mutex::new(listeners));
-        Self { shared, threads, _pump: pump, paused, listeners, handles, cgroup }
+        Self { shared, threads, _pump: pump, paused, listeners, handles, origin: Origin::here(), cgroup }
     }
 
     /// Waits until the VM has ended, however that comes about. May be called again and from many threads.
@@ -126,7 +133,7 @@ impl Vm {
     /// # Errors
     /// As [`Vm::wait`].
     pub fn wait_timeout(&self, timeout: Duration) -> Result<Option<Exit>> {
-        Ok(self.shared.wait(Some(Instant::now() + timeout)))
+        Ok(self.shared.wait(deadline(timeout)))
     }
 
     /// How the VM ended, or `None` while it runs. Never waits.
@@ -151,12 +158,12 @@ impl Vm {
         let begin = Instant::now();
         // One that has ended is told by what follows.
         let _ = self.resume();
-        let second = begin + (grace / 4).min(POWER_KEY_PATIENCE);
-        for (keys, until) in [(Keys::Power, second), (Keys::CtrlAltDel, begin + grace)] {
+        let second = begin.checked_add((grace / 4).min(POWER_KEY_PATIENCE));
+        for (keys, until) in [(Keys::Power, second), (Keys::CtrlAltDel, begin.checked_add(grace))] {
             if !self.handles.keyboard.lock().unwrap_or_else(PoisonError::into_inner).press(keys) {
                 log::info!("the guest has no keyboard driver and cannot be asked to shut down");
             }
-            if let Some(exit) = self.shared.wait(Some(until)) {
+            if let Some(exit) = self.shared.wait(until) {
                 return Ok(exit);
             }
         }
@@ -229,6 +236,25 @@ impl Vm {
     /// Ends the VM now, whatever the guest does. Idempotent; returns at once: [`Vm::wait`] tells when it is done.
     pub fn kill(&self) {
         self.shared.stop(Reason::Killed, (None, None));
+    }
+
+    /// Ends the VM, whose guest does not do its part.
+    #[cfg(feature = "container")]
+    pub(crate) fn give_up(&self, why: String) {
+        log::warn!("ending a VM whose guest does not answer: {why}");
+        self.shared.stop(Reason::Unresponsive(why), (None, None));
+    }
+
+    /// Whether no vCPU may run, by the embedder's will or a disk's.
+    #[cfg(feature = "container")]
+    pub(crate) fn stands_still(&self) -> bool {
+        self.shared.gate.closed()
+    }
+
+    /// Whether this process runs it, and is no child of fork that has a copy of the handle.
+    #[cfg(feature = "container")]
+    pub(crate) fn is_here(&self) -> bool {
+        self.origin.is_here()
     }
 
     /// What is known of the VM: while it runs, how far it has come and what it printed; after its end, how it was then.
@@ -376,7 +402,16 @@ impl AsFd for Vm {
 
 impl Drop for Vm {
     fn drop(&mut self) {
+        // A child of fork has a copy of the handle, and nothing of the VM.
+        if !self.origin.is_here() {
+            return;
+        }
         self.kill();
+        if self.shared.wait(deadline(END_TIMEOUT)).is_none() {
+            log::error!("a VM has not ended within {END_TIMEOUT:?} and is left behind: its host hangs");
+            return;
+        }
+        // They have nothing more to do.
         for thread in self.threads.drain(..) {
             // A panic there was our own mistake; it was reported by the panic hook, and the VM has ended all the same.
             let _ = thread.join();

@@ -96,7 +96,7 @@ impl Gate {
         self.gone.load(Ordering::SeqCst)
     }
 
-    fn closed(&self) -> bool {
+    pub(super) fn closed(&self) -> bool {
         self.closed.load(Ordering::SeqCst) || self.held.load(Ordering::SeqCst)
     }
 

@@ -2,10 +2,11 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::events::EventKind;
 use super::exit::{Reason, Registers};
+use super::halt::{self, Sightings};
 use super::machine::Machine;
 use super::pause::{ExitRequest, Turn};
 use super::stats::{ExitCounts, VcpuStats, count};
@@ -21,6 +22,8 @@ pub(super) struct VcpuControl {
     exits: ExitCounts,
     /// In nanoseconds, once its thread has ended.
     cpu_time: AtomicU64,
+    /// Whether it was seen halted for good.
+    pub halt: Sightings,
 }
 
 impl VcpuControl {
@@ -83,6 +86,8 @@ pub(super) fn run(machine: &Machine, id: u8, mut vcpu: VcpuFd) {
     let Some(control) = machine.shared.vcpus.get(usize::from(id)) else {
         return;
     };
+    // Without it only guests that halt for good are not told.
+    let _looks = machine.shared.kick_periodically(halt::PERIOD);
     control.enter(vcpu.kicker());
     if machine.shared.marks.running() {
         machine.shared.log.push(EventKind::Started);
@@ -111,6 +116,8 @@ pub(super) fn run(machine: &Machine, id: u8, mut vcpu: VcpuFd) {
             machine.shared.marks.kernel_entered();
         }
         let reason = match exit {
+            // Some are the periodic ones.
+            Ok(VcpuExit::Interrupted) => look(machine, control, &vcpu),
             Ok(exit) => handle(machine, exit),
             Err(error) => Some((Reason::Vcpu(error.to_string()), error.to_string())),
         };
@@ -126,6 +133,14 @@ pub(super) fn run(machine: &Machine, id: u8, mut vcpu: VcpuFd) {
         machine.shared.was_at((Some(format!("ended from outside after {did}")), Registers::of(&vcpu).ok()));
     }
     control.leave();
+}
+
+/// Looks whether the guest has ended without being able to say so.
+fn look(machine: &Machine, control: &VcpuControl, vcpu: &VcpuFd) -> Option<(Reason, String)> {
+    // One that cannot be asked is not dead.
+    control.halt.saw(vcpu.is_dead().unwrap_or(false), Instant::now());
+    halt::all_dead(machine.shared.vcpus.iter().map(|it| &it.halt))
+        .then(|| (Reason::Halt, "all vCPUs halted, with interrupts disabled".into()))
 }
 
 /// Where a reset processor begins. KVM on AMD resets a vCPU at a triple fault, so nothing of the fault is left to tell.

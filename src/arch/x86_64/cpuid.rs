@@ -15,6 +15,8 @@ pub(crate) struct Cpu {
     /// Set before the first instruction.
     msrs: Vec<(u32, u64)>,
     hidden: Vec<u32>,
+    /// Whether it shows counters of its own.
+    counts: bool,
 }
 
 impl Cpu {
@@ -33,7 +35,13 @@ impl Cpu {
         let entries = with_topology(&leaves.entries(), vcpus);
         let cpuid = CpuId::from_entries(&entries)
             .map_err(|_| Error::invalid("cpu", format!("{} leaves are more than KVM takes", entries.len())))?;
-        let cpu = Self { cpuid, address_bits, msrs: profile.values(kvm)?, hidden: profile.hidden()? };
+        let cpu = Self {
+            cpuid,
+            address_bits,
+            msrs: profile.values(kvm)?,
+            hidden: profile.hidden()?,
+            counts: leaves.counts(),
+        };
         // Which values KVM takes, only KVM knows: a machine that never runs is asked, so that none has to be begun in vain.
         if !(cpu.msrs.is_empty() && cpu.hidden.is_empty()) {
             let trial = kvm.create_vm()?;
@@ -60,6 +68,9 @@ impl Cpu {
 
     /// Hides from all vCPUs of `vm` what they shall not see. Before the first is made.
     pub(crate) fn restrict(&self, vm: &VmFd) -> Result<()> {
+        if !self.counts {
+            vm.disable_counters();
+        }
         vm.hide_msrs(&self.hidden).map_err(|e| e.doing("cpu"))
     }
 

@@ -196,6 +196,19 @@ impl Leaves {
         *register = *register & !bits.mask | value & bits.mask;
     }
 
+    /// Makes `bits` zeros, where there is anything.
+    pub(super) fn clear(&mut self, bits: CpuidBits) {
+        if self.get(bits) != 0 {
+            self.set(bits, 0);
+        }
+    }
+
+    /// Makes a leaf that of `other`.
+    pub(super) fn copy(&mut self, leaf: u32, other: &Self) {
+        let its = other.0.iter().filter(|((it, _), _)| *it == leaf);
+        self.0.extend(its.map(|(at, registers)| (*at, *registers)));
+    }
+
     pub(super) fn remove(&mut self, leaf: u32) {
         self.0.retain(|(its, _), _| *its != leaf);
     }

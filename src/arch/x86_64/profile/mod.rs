@@ -1,6 +1,7 @@
 //! [`CpuProfile`]: which processor a guest sees, as a value that can be kept and shared by a fleet of unlike hosts.
 
 mod bits;
+mod grants;
 mod leaves;
 mod level;
 mod names;
@@ -8,6 +9,8 @@ mod vendor;
 
 pub use bits::{CpuidBits, CpuidRegister};
 pub(super) use leaves::Leaves;
+
+use grants::Grants;
 
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::kvm::Kvm;
@@ -21,8 +24,10 @@ const X2APIC: std::ops::RangeInclusive<u32> = 0x800..=0x8ff;
 
 /// A config value: which processor the guest sees.
 ///
-/// Unless told otherwise this is the host's, with everything that its KVM offers: the fastest, and different on every
-/// kind of host. A *level* is the same on every host that can show it: instructions, model, name, caches, address sizes,
+/// Unless told otherwise this is the host's, with nearly everything that its KVM offers: the fastest, and different on every
+/// kind of host. No profile shows the means to virtualize (VMX, SVM) or performance counters unless it is asked to, by
+/// [`CpuProfile::nested_virtualization`] and [`CpuProfile::performance_counters`]: they are much code of the host's for a
+/// guest to attack, and fine clocks for spying on its neighbors. A *level* is the same on every host that can show it: instructions, model, name, caches, address sizes,
 /// KVM's own interface. So guests can be moved between hosts, and behave alike on all of them.
 ///
 /// ```
@@ -53,6 +58,8 @@ const X2APIC: std::ops::RangeInclusive<u32> = 0x800..=0x8ff;
 pub struct CpuProfile {
     base: Base,
     msrs: Vec<Msr>,
+    #[cfg_attr(feature = "serde", serde(default))]
+    grants: Grants,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -90,9 +97,13 @@ impl Default for CpuProfile {
 }
 
 impl CpuProfile {
+    fn of(base: Base) -> Self {
+        Self { base, msrs: Vec::new(), grants: Grants::default() }
+    }
+
     /// The host's processor, as far as its KVM offers it to guests, whatever that is where the machine starts.
     pub fn host() -> Self {
-        Self { base: Base::Host(Vec::new()), msrs: Vec::new() }
+        Self::of(Base::Host(Vec::new()))
     }
 
     /// The processor of the host that this is called on, written out, so that other hosts can show it too.
@@ -104,6 +115,7 @@ impl CpuProfile {
     pub fn of_host() -> Result<Self> {
         let kvm = Kvm::open()?;
         let mut leaves = offered(&kvm)?;
+        Grants::withhold(&mut leaves);
         for leaf in [0x15, 0x16] {
             leaves.remove(leaf);
         }
@@ -111,17 +123,34 @@ impl CpuProfile {
         let capable: CpuidBits = "arch_capabilities".parse()?;
         let value = kvm.feature_msr(ARCH_CAPABILITIES)?.filter(|_| leaves.get(capable) != 0);
         let msrs = value.map(|value| Msr { index: ARCH_CAPABILITIES, value: Some(value) });
-        Ok(Self { base: Base::Fixed { vendor, leaves }, msrs: msrs.into_iter().collect() })
+        Ok(Self { msrs: msrs.into_iter().collect(), ..Self::of(Base::Fixed { vendor, leaves }) })
     }
 
     /// The level x86-64-v2 of the System V ABI: SSE4.2 and POPCNT, what processors have since about 2009.
     pub fn x86_64_v2() -> Self {
-        Self { base: Base::Fixed { vendor: None, leaves: level::v2() }, msrs: Vec::new() }
+        Self::of(Base::Fixed { vendor: None, leaves: level::v2() })
     }
 
     /// The level x86-64-v3 of the System V ABI: AVX2, BMI and FMA, what processors have since about 2013.
     pub fn x86_64_v3() -> Self {
-        Self { base: Base::Fixed { vendor: None, leaves: level::v3() }, msrs: Vec::new() }
+        Self::of(Base::Fixed { vendor: None, leaves: level::v3() })
+    }
+
+    /// Lets the guest be a hypervisor itself: VMX or SVM, as far as the host's KVM offers it.
+    ///
+    /// A hostile guest then reaches the code of the host's KVM in which most escapes were found. Give it to guests whose
+    /// kernel is trusted.
+    pub fn nested_virtualization(mut self) -> Self {
+        self.grants.nesting = true;
+        self
+    }
+
+    /// Lets the guest count cycles, misses and other events of its processor, as far as the host's KVM offers it.
+    ///
+    /// Counters are finer clocks than a guest has otherwise, which helps it to spy on what shares the processor.
+    pub fn performance_counters(mut self) -> Self {
+        self.grants.counters = true;
+        self
     }
 
     /// Adds what `bits` stand for.
@@ -181,8 +210,8 @@ impl CpuProfile {
         }
         let mut leaves = a.intersect(b);
         leaves.seal();
-        let mut both =
-            Self { base: Base::Fixed { vendor: one.clone().or_else(|| two.clone()), leaves }, msrs: Vec::new() };
+        let mut both = Self::of(Base::Fixed { vendor: one.clone().or_else(|| two.clone()), leaves });
+        both.grants = self.grants.common(other.grants);
         for msr in self.msrs.iter().chain(&other.msrs) {
             let value = match [self, other].map(|profile| profile.msrs.iter().find(|it| it.index == msr.index)) {
                 [Some(a), Some(b)] => a.common(*b),
@@ -225,6 +254,7 @@ impl CpuProfile {
         let mut leaves = match &self.base {
             Base::Host(changes) => {
                 let mut leaves = host.clone();
+                Grants::withhold(&mut leaves);
                 changes.iter().for_each(|change| change.apply(&mut leaves));
                 leaves
             }
@@ -239,6 +269,7 @@ impl CpuProfile {
                 leaves
             }
         };
+        self.grants.give(&mut leaves, host);
         if let Some((bits, needed)) = leaves.orphan() {
             return Err(Error::new(ErrorKind::InvalidConfig, format!("{bits} means nothing without {needed}")));
         }
@@ -393,6 +424,7 @@ mod tests {
         let fixed = |vendor: &str, names: &[&str], msrs: &[(u32, u64)]| CpuProfile {
             base: Base::Fixed { vendor: Some(vendor.into()), leaves: host(vendor, &CpuProfile::x86_64_v2(), names) },
             msrs: msrs.iter().map(|(index, value)| Msr { index: *index, value: Some(*value) }).collect(),
+            grants: Grants::default(),
         };
         let one = fixed("GenuineIntel", &["rdrand", "aes", "arch_capabilities"], &[(ARCH_CAPABILITIES, 0b1011)]);
         let two = fixed("GenuineIntel", &["aes", "pcid", "arch_capabilities"], &[(ARCH_CAPABILITIES, 0b1101)]);
@@ -414,6 +446,26 @@ mod tests {
     }
 
     #[test]
+    fn nesting_and_counters_are_shown_only_when_asked_for() {
+        let names = ["vmx", "svm", "pdcm", "perfctr_core", "irperf"];
+        let mut here = host("AuthenticAMD", &CpuProfile::x86_64_v3(), &names);
+        here.put(0x8000_000a, 0, [1, 8, 0, 0xffff]);
+        here.put(0xa, 0, [0x0830_0802, 0, 0, 0x603]);
+        let shown = |profile: &CpuProfile| {
+            let seen = profile.among(&here).unwrap();
+            let leaves = [0xa, 0x8000_000a].map(|leaf| seen.registers(leaf, 0) != [0; 4]);
+            (names.map(|name| seen.get(bits(name)) != 0), leaves, seen.counts())
+        };
+        for profile in [CpuProfile::host(), CpuProfile::x86_64_v2(), CpuProfile::x86_64_v3()] {
+            assert_eq!(shown(&profile), ([false; 5], [false; 2], false));
+            let nested = shown(&profile.clone().nested_virtualization());
+            assert_eq!(nested, ([true, true, false, false, false], [false, true], false));
+            let counting = shown(&profile.performance_counters());
+            assert_eq!(counting, ([false, false, true, true, true], [true, false], true));
+        }
+    }
+
+    #[test]
     fn hidden_registers_are_kept_in_order() {
         let profile = CpuProfile::host().without_msr(0x345).without_msr(0x10).msr(0x345, 1).without_msr(0x8b);
         assert_eq!(profile.hidden().unwrap(), [0x10, 0x8b]);
@@ -432,7 +484,7 @@ mod tests {
             let [one, two] = tables.map(|table| {
                 let mut leaves = Leaves::default();
                 table.into_iter().for_each(|(leaf, subleaf, registers)| leaves.put(leaf, subleaf, registers));
-                CpuProfile { base: Base::Fixed { vendor: None, leaves }, msrs: Vec::new() }
+                CpuProfile::of(Base::Fixed { vendor: None, leaves })
             });
             let here = host("GenuineIntel", &one, &[]);
             if let Ok(seen) = two.among(&here) {

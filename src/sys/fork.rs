@@ -1,0 +1,187 @@
+//! What children of fork(2) do not keep: guests, their files' locks, the host's means that they use.
+//!
+//! Descriptors are closed on exec(2), but a child that goes on without it would hold all of them, with their locks, for as
+//! long as it lives. In such a child each of them becomes `/dev/null` at once. Nothing else of a guest's is of any use
+//! there either: its threads are not, and its memory is not mapped.
+
+use std::cell::UnsafeCell;
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Mutex, MutexGuard, Once, PoisonError};
+
+/// How many forks lie between the first process and this one.
+static GENERATION: AtomicU32 = AtomicU32::new(0);
+/// The descriptors that children do not keep.
+static GUARDED: Mutex<Vec<RawFd>> = Mutex::new(Vec::new());
+/// The table's lock while its process forks.
+static FORKING: Forking = Forking(UnsafeCell::new(None));
+
+struct Forking(UnsafeCell<Option<MutexGuard<'static, Vec<RawFd>>>>);
+
+// SAFETY: only the handlers below touch it. `before` fills it while it holds the lock of the table, and one of the others
+// empties it on the same thread before that lock is given back: so one thread uses it at a time.
+unsafe impl Sync for Forking {}
+
+fn guarded() -> MutexGuard<'static, Vec<RawFd>> {
+    GUARDED.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+extern "C" fn before() {
+    let table = guarded();
+    // SAFETY: see `Forking`: the lock is held.
+    unsafe { *FORKING.0.get() = Some(table) };
+}
+
+extern "C" fn in_parent() {
+    // SAFETY: see `Forking`: this thread holds the lock since `before`.
+    drop(unsafe { (*FORKING.0.get()).take() });
+}
+
+/// Runs between fork and whatever the child does first: system calls that are safe there, and no allocation.
+extern "C" fn in_child() {
+    GENERATION.fetch_add(1, Ordering::SeqCst);
+    // SAFETY: see `Forking`: this thread, of which fork made a copy, holds the lock since `before`.
+    let Some(mut table) = (unsafe { (*FORKING.0.get()).take() }) else { return };
+    // SAFETY: the path is a C string, and the flags are plain numbers.
+    let null = unsafe { libc::open(c"/dev/null".as_ptr(), libc::O_RDWR | libc::O_CLOEXEC) };
+    for fd in table.iter() {
+        // SAFETY: takes plain numbers. The descriptor's owner, if it is ever dropped here, closes what lies there then.
+        unsafe {
+            match null {
+                -1 => libc::close(*fd),
+                null => libc::dup3(null, *fd, libc::O_CLOEXEC),
+            }
+        };
+    }
+    if null != -1 {
+        // SAFETY: it was opened here, and nobody else knows it.
+        unsafe { libc::close(null) };
+    }
+    table.clear();
+}
+
+/// Keeps a descriptor from children. To be dropped before the descriptor is closed.
+#[derive(Debug)]
+pub(crate) struct ForkGuard(RawFd);
+
+impl ForkGuard {
+    /// Keeps `fd` from children that are made from now on.
+    pub(crate) fn new(fd: &impl AsRawFd) -> Self {
+        static INSTALLED: Once = Once::new();
+        INSTALLED.call_once(|| {
+            // SAFETY: the handlers are functions of this crate, which is not unloaded while it has guests.
+            if unsafe { libc::pthread_atfork(Some(before), Some(in_parent), Some(in_child)) } != 0 {
+                log::warn!("children of fork keep the descriptors of guests: no memory for a handler");
+            }
+        });
+        let fd = fd.as_raw_fd();
+        guarded().push(fd);
+        Self(fd)
+    }
+}
+
+impl Drop for ForkGuard {
+    fn drop(&mut self) {
+        let mut table = guarded();
+        // In a child the table is empty.
+        if let Some(at) = table.iter().rposition(|fd| *fd == self.0) {
+            table.swap_remove(at);
+        }
+    }
+}
+
+/// Keeps a mapping out of children of fork, and out of files of a process's memory when it crashes.
+///
+/// A child has no copy of a guest's memory or of what a vCPU last did, and none of it is ever written to a core file.
+pub(crate) fn keep_private(at: *mut libc::c_void, len: usize) {
+    for advice in [libc::MADV_DONTFORK, libc::MADV_DONTDUMP] {
+        // SAFETY: both change what becomes of the mapping at fork and in a core file, and nothing that this process sees.
+        if unsafe { libc::madvise(at, len, advice) } != 0 {
+            log::warn!("a guest's memory is not kept out of children and core files: {}", io::Error::last_os_error());
+        }
+    }
+}
+
+/// The process in which something was made, to tell it from its children.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Origin(u32);
+
+impl Origin {
+    pub(crate) fn here() -> Self {
+        Self(GENERATION.load(Ordering::SeqCst))
+    }
+
+    /// Whether this is the process, and no child of it that fork made.
+    pub(crate) fn is_here(self) -> bool {
+        self == Self::here()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sys::{LockKind, try_lock};
+    use std::fs::File;
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixStream;
+
+    /// Runs `f` in a child, and gives what it answers.
+    fn in_a_child(f: impl FnOnce() -> bool) -> bool {
+        let (mut here, mut there) = UnixStream::pair().unwrap();
+        // SAFETY: the child calls what allocates nothing and takes no lock of another thread's, and leaves by _exit.
+        match unsafe { libc::fork() } {
+            0 => {
+                let answer = f();
+                let _ = there.write_all(&[answer.into()]);
+                // SAFETY: ends the child at once.
+                unsafe { libc::_exit(0) }
+            }
+            child => {
+                drop(there);
+                let mut answer = [0];
+                here.read_exact(&mut answer).unwrap();
+                // SAFETY: waits for the child that was just made; no status is asked for.
+                unsafe { libc::waitpid(child, std::ptr::null_mut(), 0) };
+                answer[0] == 1
+            }
+        }
+    }
+
+    #[test]
+    fn a_child_does_not_keep_a_lock() {
+        let path = std::env::temp_dir().join(format!("cofferdam-fork-{}", std::process::id()));
+        let open = || File::options().read(true).write(true).create(true).truncate(false).open(&path).unwrap();
+        let locked = open();
+        assert!(try_lock(&locked, LockKind::Exclusive).unwrap());
+        let guard = ForkGuard::new(&locked);
+        let (mut here, there) = UnixStream::pair().unwrap();
+        // SAFETY: the child only reads from a socket, and leaves by _exit.
+        let child = unsafe { libc::fork() };
+        if child == 0 {
+            drop(here);
+            let _ = (&there).read(&mut [0]);
+            // SAFETY: ends the child at once.
+            unsafe { libc::_exit(0) }
+        }
+        drop(there);
+        drop((guard, locked));
+        assert!(try_lock(&open(), LockKind::Exclusive).unwrap(), "the child lives, and holds nothing");
+        here.write_all(&[0]).unwrap();
+        // SAFETY: waits for the child that was just made; no status is asked for.
+        unsafe { libc::waitpid(child, std::ptr::null_mut(), 0) };
+        std::fs::remove_file(path).unwrap();
+    }
+
+    #[test]
+    fn a_child_knows_that_it_is_one() {
+        let file = File::open("/dev/zero").unwrap();
+        let _guard = ForkGuard::new(&file);
+        let origin = Origin::here();
+        assert!(origin.is_here());
+        // What is behind the number is another file, and the number is still taken.
+        let zero = move || !origin.is_here() && (&file).read(&mut [0]).is_ok_and(|n| n == 0);
+        assert!(in_a_child(zero));
+        assert!(origin.is_here());
+    }
+}

@@ -1,0 +1,77 @@
+//! Guests that have ended and cannot say so: all vCPUs halted, with interrupts disabled.
+//!
+//! A kernel that powers off and has no means to (Linux without ACPI, whatever its init says) ends there, and so does
+//! `halt` on any kernel. KVM reports nothing then. So each vCPU's thread looks at its own vCPU every now and then.
+
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+/// How often each vCPU is looked at. What it costs is one exit.
+pub(super) const PERIOD: Duration = Duration::from_secs(1);
+
+/// Since when one vCPU is dead, and when it was seen so last.
+#[derive(Debug, Default)]
+pub(super) struct Sightings(Mutex<Option<(Instant, Instant)>>);
+
+impl Sightings {
+    /// The vCPU was looked at.
+    pub(super) fn saw(&self, dead: bool, now: Instant) {
+        let mut seen = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        *seen = dead.then(|| (seen.map_or(now, |(since, _)| since), now));
+    }
+
+    fn seen(&self) -> Option<(Instant, Instant)> {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Whether there was a moment at which all were dead: then nobody was there to wake any of them, and nobody ever will be.
+///
+/// Only a vCPU wakes another that is dead, so one that was seen dead twice was dead all the time between, or was woken by
+/// one that was not.
+pub(super) fn all_dead<'a>(vcpus: impl Iterator<Item = &'a Sightings>) -> bool {
+    let (mut since, mut until) = (None::<Instant>, None::<Instant>);
+    for vcpu in vcpus {
+        let Some((first, last)) = vcpu.seen() else { return false };
+        since = Some(since.map_or(first, |it| it.max(first)));
+        until = Some(until.map_or(last, |it| it.min(last)));
+    }
+    // Twice each, so that a halt that is about to be left, by an exit to this program, is not taken for one.
+    since.zip(until).is_some_and(|(since, until)| since < until)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn all_must_be_dead_at_one_moment() {
+        let vcpus = [Sightings::default(), Sightings::default()];
+        let start = Instant::now();
+        let at = |seconds| start + Duration::from_secs(seconds);
+        let all = || all_dead(vcpus.iter());
+        vcpus[0].saw(true, at(0));
+        vcpus[0].saw(true, at(1));
+        assert!(!all(), "nothing is known of the other");
+        vcpus[1].saw(true, at(2));
+        assert!(!all(), "the first may have been woken before the other died");
+        vcpus[0].saw(false, at(3));
+        vcpus[1].saw(true, at(3));
+        assert!(!all(), "and was");
+        vcpus[0].saw(true, at(4));
+        assert!(!all());
+        vcpus[1].saw(true, at(5));
+        vcpus[0].saw(true, at(5));
+        assert!(all());
+    }
+
+    #[test]
+    fn one_is_seen_dead_twice() {
+        let (vcpu, now) = (Sightings::default(), Instant::now());
+        vcpu.saw(true, now);
+        assert!(!all_dead([&vcpu].into_iter()));
+        vcpu.saw(true, now + PERIOD);
+        assert!(all_dead([&vcpu].into_iter()));
+        assert!(!all_dead([].into_iter()));
+    }
+}
