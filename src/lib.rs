@@ -94,7 +94,7 @@ mod vm;
 pub use boot::{Initramfs, Kernel, Modules};
 #[cfg(feature = "container")]
 pub use container::{
-    Container, ContainerBuilder, Exec, ExitStatus, Image, Output, Process, ProcessReader, ProcessWriter,
+    CancelToken, Container, ContainerBuilder, Exec, ExitStatus, Image, Output, Process, ProcessReader, ProcessWriter,
     Startup, Stdio,
 };
 pub use error::{Error, ErrorKind, Result};

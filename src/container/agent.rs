@@ -1,7 +1,11 @@
 //! [`Agent`]: speaks with the guest's shim, on a thread of its own, for everybody who holds the container.
 //!
 //! Nothing the guest sends is trusted: frames are bounded, what names no process of ours is ignored, and a stream that
-//! cannot be followed any more ends the VM.
+//! cannot be followed any more ends the VM. Nothing here waits for the guest: what it owes an answer has a deadline.
+
+mod entry;
+#[cfg(test)]
+mod tests;
 
 use std::collections::HashMap;
 use std::fmt;
@@ -10,24 +14,32 @@ use std::os::fd::AsFd;
 use std::sync::{Arc, Weak, mpsc};
 use std::time::{Duration, Instant};
 
+use entry::{Ending, Entry, Expired, Phase, UNANSWERED_KILL};
+pub(super) use entry::{KILL_MARGIN, START_TIMEOUT};
+
 use super::Startup;
+use super::cancel::CancelToken;
+use super::greeting::{self, Greeted, Patience, nonsense};
 use super::process::{ExitStatus, State};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::event::{Handler, Interest, Loop, Remote};
-use crate::proto::{
-    CONTROL_PORT, Decoder, End, FROM_GUEST_MAX, FromGuest, FromHost, Spawn, Step, VERSION_MAX, VERSION_MIN, negotiate,
-};
-use crate::sys::Timer;
+use crate::proto::{Decoder, End, FROM_GUEST_MAX, FromGuest, FromHost, Spawn, Step};
+use crate::sys::{Timer, deadline};
 use crate::virtio::vsock::VsockStream;
 use crate::vm::{Exit, Vm};
 
 /// Sources of the loop.
 const STREAM: u64 = 0;
 const TIMER: u64 = 1;
+const VM_ENDED: u64 = 2;
 /// The host's requests that may wait for a guest that does not read.
 const MAX_UNSENT: usize = 16 * 1024 * 1024;
+/// Reads, and writes, in a row before others get their turn.
+const TURN: usize = 16;
 /// A guest whose shim has gone away without ending the machine is ended after this.
 const LAST_WORDS: Duration = Duration::from_secs(2);
+/// How long the agent's thread, which never waits for the guest, may take to answer on a busy host.
+pub(super) const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Told once whether a program runs.
 pub(super) type Started = mpsc::SyncSender<Result<()>>;
@@ -43,22 +55,18 @@ impl Agent {
     /// Waits until the shim says that it is ready.
     ///
     /// # Errors
-    /// `TimedOut` with the last stage; `GuestFailed` when the shim or the VM has failed; `Incompatible` when no version
-    /// of the protocol is common.
-    pub(super) fn start(vm: &Arc<Vm>, begin: Instant, timeout: Duration) -> Result<Self> {
-        let deadline = Instant::now() + timeout;
-        let outcome = greet(vm, begin, deadline);
-        let (stream, decoder, (startup, version)) = outcome.map_err(|error| explain(vm, timeout, error))?;
-        stream.set_read_timeout(None)?;
-        stream.set_nonblocking(true)?;
+    /// As [`greeting::greet`].
+    pub(super) fn start(vm: &Arc<Vm>, begin: Instant, timeout: Duration, cancel: Option<&CancelToken>) -> Result<Self> {
+        let patience = Patience { deadline: deadline(timeout), cancel };
+        let Greeted { stream, decoder, startup, version } = greeting::greet(vm, begin, timeout, &patience)?;
         let timer = Timer::new().doing(|| "creating a timer")?;
-        let watched = stream.try_clone()?;
         let mut trouble = Ok(());
         let looped = Loop::start("agent", |sources| {
             let edges = Interest::IN | Interest::OUT | Interest::READ_HANG_UP | Interest::EDGE_TRIGGERED;
             trouble = sources
-                .watch(watched.as_fd(), STREAM, edges)
+                .watch(stream.as_fd(), STREAM, edges)
                 .and_then(|()| sources.watch(timer.as_fd(), TIMER, Interest::IN))
+                .and_then(|()| sources.watch(vm.as_fd(), VM_ENDED, Interest::IN | Interest::EDGE_TRIGGERED))
                 .doing(|| "watching the control stream");
             Client::new(stream, decoder, timer, Arc::downgrade(vm))
         })?;
@@ -82,7 +90,14 @@ impl Agent {
     /// Asks the shim to end everything and power off.
     pub(super) fn shutdown(&self, grace: Duration) -> Result<()> {
         let grace_ms = u32::try_from(grace.as_millis()).unwrap_or(u32::MAX);
-        self.remote().with(move |client| client.send(0, &FromHost::Shutdown { grace_ms, end: End::PowerOff }))?
+        let ask = move |client: &mut Client| client.send(0, &FromHost::Shutdown { grace_ms, end: End::PowerOff });
+        self.remote().with_timeout(ANSWER_TIMEOUT, ask)?
+    }
+
+    /// The machine has ended so, as whoever drops it knows.
+    pub(super) fn ended(&self, exit: Exit) {
+        // A loop that has ended has told everybody.
+        let _ = self.remote().post(move |client| client.finish_all(&exit));
     }
 }
 
@@ -92,114 +107,24 @@ impl fmt::Debug for Agent {
     }
 }
 
-/// From the shim's first connection to its "ready".
-fn greet(vm: &Vm, begin: Instant, deadline: Instant) -> Result<(VsockStream, Decoder, (Startup, u32))> {
-    let left = || deadline.saturating_duration_since(Instant::now());
-    let mut stream = vm.listen(CONTROL_PORT)?.accept_timeout(left())?;
-    let mut decoder = Decoder::new(FROM_GUEST_MAX);
-    let (mut buffer, mut common) = ([0; 4096], VERSION_MIN);
-    loop {
-        let wait = left().max(Duration::from_millis(1));
-        stream.set_read_timeout(Some(wait))?;
-        let read = match stream.read(&mut buffer) {
-            Ok(0) => {
-                return Err(Error::new(ErrorKind::GuestFailed, "the shim closed its connection"));
-            }
-            Ok(n) => n,
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
-                return Err(Error::new(ErrorKind::TimedOut, "the shim never said that it is ready"));
-            }
-            Err(e) => return Err(e).doing(|| "reading the control stream"),
-        };
-        let mut input = buffer.get(..read).unwrap_or_default();
-        while let Some(frame) = decoder.next(&mut input).map_err(|e| nonsense(&e))? {
-            match FromGuest::parse(&frame).map_err(|e| nonsense(&e))? {
-                Some(FromGuest::Hello { min, max }) => {
-                    let version = negotiate(min, max).ok_or_else(|| {
-                        let ours = (VERSION_MIN, VERSION_MAX);
-                        Error::new(
-                            ErrorKind::Incompatible,
-                            format!(
-                                "the guest's shim speaks protocol versions {min} to {max}, this library {} to {}",
-                                ours.0, ours.1
-                            ),
-                        )
-                    })?;
-                    common = version;
-                    let mut hello = Vec::new();
-                    FromHost::Hello { version }.encode(0, &mut hello).map_err(|e| nonsense(&e))?;
-                    stream.write_all(&hello).doing(|| "greeting the shim")?;
-                }
-                Some(FromGuest::Ready { user_space_ns, ready_ns }) => {
-                    let ready = begin.elapsed();
-                    let since = Duration::from_nanos(ready_ns.saturating_sub(user_space_ns));
-                    let user_space = ready.saturating_sub(since);
-                    let startup = Startup { user_space, ready, kernel_uptime: Duration::from_nanos(user_space_ns) };
-                    return Ok((stream, decoder, (startup, common)));
-                }
-                Some(FromGuest::Failed { stage, errno, text }) => {
-                    let text = String::from_utf8_lossy(text);
-                    let os =
-                        if errno == 0 { String::new() } else { format!(": {}", io::Error::from_raw_os_error(errno)) };
-                    return Err(Error::new(
-                        ErrorKind::GuestFailed,
-                        format!("the guest could not be set up: {stage:?}: {text}{os}"),
-                    ));
-                }
-                _ => {}
-            }
-        }
-    }
-}
-
-pub(super) fn nonsense(what: &dyn fmt::Debug) -> Error {
-    Error::new(ErrorKind::GuestFailed, format!("the guest's shim speaks nonsense: {what:?}"))
-}
-
-/// Why a guest did not become ready, as far as the VM knows more than the control stream does.
-fn explain(vm: &Vm, timeout: Duration, error: Error) -> Error {
-    match error.kind() {
-        ErrorKind::TimedOut => {
-            vm.kill();
-            // Its end tells where the guest was.
-            let _ = vm.wait_timeout(LAST_WORDS);
-            let trace = vm.trace();
-            Error::new(ErrorKind::TimedOut, format!("the guest was not ready within {timeout:?} ({trace})"))
-        }
-        ErrorKind::InvalidState => match vm.wait_timeout(LAST_WORDS) {
-            Ok(Some(exit)) => Error::new(ErrorKind::GuestFailed, format!("before it was ready, {exit}")),
-            _ => error,
-        },
-        _ => {
-            let lines = vm.trace().console_lines(5);
-            Error::new(
-                error.kind(),
-                if lines.is_empty() { error.to_string() } else { format!("{error}; console: {lines}") },
-            )
-        }
-    }
-}
-
-/// One process that was asked for.
-struct Entry {
-    state: Arc<State>,
-    started: Option<Started>,
-    deadline: Option<Instant>,
-    timed_out: bool,
-}
-
 /// What the agent's thread owns.
 pub(super) struct Client {
     stream: VsockStream,
     decoder: Decoder,
     unsent: Vec<u8>,
+    /// How much of it was sent.
+    sent: usize,
     processes: HashMap<u32, Entry>,
     next_process: u32,
     next_port: u32,
     timer: Timer,
     vm: Weak<Vm>,
+    /// The conversation is over.
     ended: bool,
+    /// The shim has gone away so, and its machine has to end by then.
+    gone: Option<(Instant, String)>,
+    /// There is more to read or to write than its turn allowed.
+    more: bool,
 }
 
 impl Client {
@@ -208,12 +133,15 @@ impl Client {
             stream,
             decoder,
             unsent: Vec::new(),
+            sent: 0,
             processes: HashMap::new(),
             next_process: 1,
             next_port: 0x4000_0000,
             timer,
             vm,
             ended: false,
+            gone: None,
+            more: false,
         }
     }
 
@@ -223,20 +151,19 @@ impl Client {
         self.next_port
     }
 
-    /// Asks for a program; `started` is told whether it runs. Gives its number.
+    /// Asks for a program; `started` is told whether it runs, and its time is over at `deadline`. Gives its number.
     pub(super) fn spawn(
         &mut self,
         spawn: &Spawn<'_>,
         state: Arc<State>,
-        timeout: Option<Duration>,
+        deadline: Option<Instant>,
         started: Started,
     ) -> u32 {
         let number = self.next_process;
         self.next_process = number.wrapping_add(1).max(1);
-        let deadline = timeout.map(|t| Instant::now() + t);
         match self.send(number, &FromHost::Spawn(*spawn)) {
             Ok(()) => {
-                self.processes.insert(number, Entry { state, started: Some(started), deadline, timed_out: false });
+                self.processes.insert(number, Entry::new(state, started, deadline));
                 self.set_timer();
             }
             Err(error) => drop(started.send(Err(error))),
@@ -244,12 +171,22 @@ impl Client {
         number
     }
 
+    /// Kills a process and all that it started. It has ended soon after, whatever the guest does.
+    pub(super) fn kill(&mut self, process: u32) -> Result<()> {
+        self.send(process, &FromHost::Kill)?;
+        if let Some(entry) = self.processes.get_mut(&process) {
+            entry.killed(Ending::Killed);
+            self.set_timer();
+        }
+        Ok(())
+    }
+
     /// Says something to the shim; process 0 is the VM.
     pub(super) fn send(&mut self, process: u32, message: &FromHost<'_>) -> Result<()> {
         if self.ended {
             return Err(Error::new(ErrorKind::InvalidState, "the container has ended"));
         }
-        if self.unsent.len() > MAX_UNSENT {
+        if self.unsent.len() - self.sent > MAX_UNSENT {
             return Err(Error::new(ErrorKind::ResourceExhausted, "the guest does not read its control stream"));
         }
         message
@@ -260,23 +197,45 @@ impl Client {
     }
 
     fn flush(&mut self) {
-        while !self.unsent.is_empty() {
-            match self.stream.write(&self.unsent) {
-                Ok(n) => drop(self.unsent.drain(..n)),
+        for _ in 0..TURN {
+            if self.sent == self.unsent.len() {
+                (self.unsent, self.sent) = (Vec::new(), 0);
+                return;
+            }
+            match self.stream.write(self.unsent.get(self.sent..).unwrap_or_default()) {
+                Ok(n) => self.sent += n,
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return,
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return self.unsent_begins(),
                 // The end is seen by reading, which is about to fail too.
-                Err(_) => return self.unsent.clear(),
+                Err(_) => return (self.unsent, self.sent) = (Vec::new(), 0),
             }
         }
+        self.again();
+    }
+
+    /// Forgets what was sent, when that is most of what is kept.
+    fn unsent_begins(&mut self) {
+        if self.sent > self.unsent.len() / 2 {
+            drop(self.unsent.drain(..self.sent));
+            self.sent = 0;
+        }
+    }
+
+    /// Goes on after others had their turn.
+    fn again(&mut self) {
+        self.more = true;
+        self.set_timer();
     }
 
     /// Reads what the shim says.
     fn listen(&mut self) {
         let mut buffer = [0; 4096];
-        while !self.ended {
+        for _ in 0..TURN {
+            if self.ended {
+                return;
+            }
             match self.stream.read(&mut buffer) {
-                Ok(0) => return self.end("the shim has gone away"),
+                Ok(0) => return self.end("it has closed the control stream"),
                 Ok(n) => {
                     if let Err(error) = self.understand(buffer.get(..n).unwrap_or_default()) {
                         return self.end(&error.to_string());
@@ -287,113 +246,180 @@ impl Client {
                 Err(e) => return self.end(&e.to_string()),
             }
         }
+        self.again();
     }
 
     fn understand(&mut self, mut input: &[u8]) -> Result<()> {
         // The decoder lends out its buffer, so it is set aside while a message is acted on.
         let mut decoder = std::mem::replace(&mut self.decoder, Decoder::new(FROM_GUEST_MAX));
         let mut outcome = Ok(());
-        loop {
-            match decoder.next(&mut input) {
+        while outcome.is_ok() {
+            outcome = match decoder.next(&mut input) {
                 Ok(None) => break,
                 Ok(Some(frame)) => match FromGuest::parse(&frame) {
                     Ok(Some(message)) => self.act(frame.stream, &message),
-                    Ok(None) => {}
-                    Err(e) => outcome = Err(nonsense(&e)),
+                    Ok(None) => Ok(()),
+                    Err(e) => Err(nonsense(&e)),
                 },
-                Err(e) => {
-                    outcome = Err(nonsense(&e));
-                    break;
-                }
-            }
+                Err(e) => Err(nonsense(&e)),
+            };
         }
         self.decoder = decoder;
         outcome
     }
 
-    fn act(&mut self, process: u32, message: &FromGuest<'_>) {
+    fn act(&mut self, process: u32, message: &FromGuest<'_>) -> Result<()> {
         match *message {
             FromGuest::Spawned { .. } => {
-                if let Some(started) = self.processes.get_mut(&process).and_then(|p| p.started.take()) {
-                    // Who asked may have given up; the process runs all the same.
-                    let _ = started.send(Ok(()));
+                let Some(entry) = self.processes.get_mut(&process) else { return Ok(()) };
+                if let Phase::Starting(_) = entry.phase {
+                    entry.phase = Phase::Running;
+                    entry.wait_for();
                 }
+                // One that was killed before it ran is told of when it has ended.
+                if let Phase::Running = entry.phase {
+                    match entry.started.take() {
+                        // Who asked may have given up; the process runs all the same.
+                        Some(started) => drop(started.send(Ok(()))),
+                        None => return Err(nonsense(&"Spawned, twice")),
+                    }
+                }
+                self.set_timer();
             }
             FromGuest::SpawnFailed { step, errno } => {
-                if let Some(started) = self.processes.remove(&process).and_then(|p| p.started) {
-                    let _ = started.send(Err(spawn_error(step, errno)));
+                let Some(mut entry) = self.processes.remove(&process) else { return Ok(()) };
+                match entry.phase {
+                    Phase::Killed(ending) => entry.end(ending),
+                    Phase::Overdue => {}
+                    Phase::Starting(_) | Phase::Running => match entry.started.take() {
+                        Some(started) => drop(started.send(Err(spawn_error(step, errno)))),
+                        None => return Err(nonsense(&"SpawnFailed after Spawned")),
+                    },
                 }
+                self.set_timer();
             }
             FromGuest::Exited { code } => self.finish(process, ExitStatus::Exited(code)),
             FromGuest::Signaled { oom: true, .. } => self.finish(process, ExitStatus::OomKilled),
             FromGuest::Signaled { signo, .. } => self.finish(process, ExitStatus::Signaled(signo)),
             FromGuest::Failed { stage, text, .. } => {
-                log::warn!("the guest's shim failed: {stage:?}: {}", String::from_utf8_lossy(text));
+                // Said once: it ends the conversation.
+                log::warn!("the guest's shim failed: {stage:?}: {}", text.escape_ascii());
+                return Err(Error::new(ErrorKind::GuestFailed, format!("it failed: {}", text.escape_ascii())));
             }
             // The machine tells its end itself.
             FromGuest::Hello { .. } | FromGuest::Ready { .. } | FromGuest::Ending { .. } => {}
             // Said on streams of its own only.
             FromGuest::Connected { .. } => {}
         }
+        Ok(())
     }
 
+    /// The guest says how a process has ended.
     fn finish(&mut self, process: u32, status: ExitStatus) {
-        if let Some(entry) = self.processes.remove(&process) {
-            entry.state.finish(if entry.timed_out { ExitStatus::TimedOut } else { status });
-            self.set_timer();
+        let Some(mut entry) = self.processes.remove(&process) else { return };
+        let status = match entry.phase {
+            Phase::Killed(Ending::TimedOut) => ExitStatus::TimedOut,
+            _ => status,
+        };
+        if let Some(started) = entry.started.take() {
+            // It has run, and its end tells the rest.
+            let _ = started.send(Ok(()));
         }
+        entry.state.finish(status);
+        self.set_timer();
     }
 
-    /// Kills whose time is over: the whole process tree, in the guest.
+    /// What is over by time alone.
     fn expire(&mut self) {
         let now = Instant::now();
-        let due = |e: &Entry| !e.timed_out && e.deadline.is_some_and(|d| d <= now);
-        let expired: Vec<u32> = self.processes.iter().filter(|(_, e)| due(e)).map(|(n, _)| *n).collect();
-        for process in expired {
-            if let Some(entry) = self.processes.get_mut(&process) {
-                entry.timed_out = true;
+        let due: Vec<u32> =
+            self.processes.iter().filter(|(_, e)| e.due.is_some_and(|d| d <= now)).map(|(n, _)| *n).collect();
+        for process in due {
+            let kill = match self.processes.get_mut(&process) {
+                Some(entry) => entry.expire(now),
+                None => continue,
+            };
+            match kill {
+                Expired::Kill => {
+                    if let Err(error) = self.send(process, &FromHost::Kill) {
+                        log::debug!("a process whose time is over cannot be killed: {error}");
+                    }
+                }
+                Expired::Ended => {}
+                Expired::Unanswered => self.unanswered(process, now),
             }
-            if let Err(error) = self.send(process, &FromHost::Kill) {
-                log::debug!("a process whose time is over cannot be killed: {error}");
+        }
+        if self.gone.as_ref().is_some_and(|(by, _)| *by <= now) {
+            if let (Some((_, why)), Some(vm)) = (self.gone.take(), self.vm.upgrade()) {
+                vm.give_up(format!("its shim is gone: {why}"));
             }
         }
         self.set_timer();
     }
 
+    /// The guest has had all the time there is to say that a process has ended.
+    fn unanswered(&mut self, process: u32, now: Instant) {
+        let Some(vm) = self.vm.upgrade() else { return };
+        // One that stands still by the embedder's will or a disk's cannot answer.
+        if vm.stands_still() {
+            if let Some(entry) = self.processes.get_mut(&process) {
+                entry.due = Some(now + UNANSWERED_KILL);
+            }
+            return;
+        }
+        vm.give_up(format!("it has not killed process {process} within {UNANSWERED_KILL:?}"));
+        self.processes.remove(&process);
+    }
+
     fn set_timer(&mut self) {
-        let next = self.processes.values().filter(|e| !e.timed_out).filter_map(|e| e.deadline).min();
+        let gone = self.gone.as_ref().map(|(by, _)| *by);
+        let now = self.more.then(Instant::now);
+        let next = self.processes.values().filter_map(|e| e.due).chain(gone).chain(now).min();
         if let Err(error) = self.timer.set(next) {
             log::error!("time-outs of processes cannot be kept: {error}");
         }
     }
 
-    /// The conversation is over: everything that ran has ended with the VM.
+    /// The conversation is over. Everything that ran ends with the VM, which has a moment to do so by itself.
     fn end(&mut self, why: &str) {
-        self.ended = true;
+        if std::mem::replace(&mut self.ended, true) {
+            return;
+        }
         // The shim waits for this before it ends the machine, so that its last words are not overtaken by the end.
         if let Err(error) = self.stream.shutdown(std::net::Shutdown::Both) {
             log::debug!("the control stream was closed already: {error}");
         }
-        let Some(exit) = self.last_words(why) else {
-            return;
-        };
-        for (_, entry) in self.processes.drain() {
+        (self.unsent, self.sent) = (Vec::new(), 0);
+        self.gone = Some((Instant::now() + LAST_WORDS, why.to_owned()));
+        self.set_timer();
+    }
+
+    /// The VM has ended. What the shim said before is in the stream, which has ended with it.
+    fn vm_ended(&mut self) {
+        let Some(exit) = self.vm.upgrade().and_then(|vm| vm.try_wait().ok().flatten()) else { return };
+        // Each turn takes something out of a stream that nobody puts anything into any more.
+        while !self.ended {
+            self.more = false;
+            self.listen();
+            if !self.more {
+                break;
+            }
+        }
+        self.finish_all(&exit);
+    }
+
+    /// Everybody who waits is told that the VM has ended.
+    fn finish_all(&mut self, exit: &Exit) {
+        self.end("its machine has ended");
+        self.gone = None;
+        for (_, mut entry) in self.processes.drain() {
             entry.state.finish(ExitStatus::VmEnded(Box::new(exit.clone())));
-            if let Some(started) = entry.started {
+            entry.state.break_streams();
+            if let Some(started) = entry.started.take() {
                 let _ = started.send(Err(Error::new(ErrorKind::GuestFailed, exit.to_string())));
             }
         }
-    }
-
-    /// How the VM ended. One that goes on without its shim is of no use and is killed.
-    fn last_words(&self, why: &str) -> Option<Exit> {
-        let vm = self.vm.upgrade()?;
-        if let Ok(Some(exit)) = vm.wait_timeout(LAST_WORDS) {
-            return Some(exit);
-        }
-        log::warn!("ending a VM that went on without its shim: {why}");
-        vm.kill();
-        vm.wait().ok()
+        self.set_timer();
     }
 }
 
@@ -402,20 +428,16 @@ impl Handler for Client {
         match token {
             TIMER => {
                 self.timer.clear();
+                self.more = false;
                 self.expire();
+                self.flush();
+                self.listen();
             }
+            VM_ENDED => self.vm_ended(),
             _ => {
                 self.flush();
                 self.listen();
             }
-        }
-    }
-}
-
-impl Drop for Client {
-    fn drop(&mut self) {
-        for (_, entry) in self.processes.drain() {
-            entry.state.abandon();
         }
     }
 }

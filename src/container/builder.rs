@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::agent::Agent;
-use super::{Container, Image, shim};
+use super::{CancelToken, Container, Image, shim};
 use crate::boot::{Kernel, Need, Packed};
 use crate::error::{Context, Error, Result};
 use crate::proto::{BootConfig, CONTROL_PORT, Network, Networks, OPTIONAL, Root, Source, StringBuf};
@@ -29,6 +29,7 @@ pub struct ContainerBuilder {
     hostname: String,
     console: Console,
     start_timeout: Duration,
+    cancel: Option<CancelToken>,
     cgroup: Option<Cgroup>,
     kick_signal: Option<u8>,
 }
@@ -47,6 +48,7 @@ impl ContainerBuilder {
             hostname: "container".into(),
             console: Console::none(),
             start_timeout: Duration::from_secs(30),
+            cancel: None,
             cgroup: None,
             kick_signal: None,
         }
@@ -114,8 +116,19 @@ impl ContainerBuilder {
     }
 
     /// Sets how long the guest may take until programs can be started; 30 seconds unless set.
+    ///
+    /// It counts from when its machine was made. Before that lies only the host's own work: the image's disk, which has its
+    /// own time-out, and the machine itself.
     pub fn start_timeout(mut self, timeout: Duration) -> Self {
         self.start_timeout = timeout;
+        self
+    }
+
+    /// Lets another thread end the start, which then fails with `Cancelled` and leaves nothing behind; none unless set.
+    ///
+    /// Of a container that runs the token means nothing any more.
+    pub fn cancel(mut self, token: &CancelToken) -> Self {
+        self.cancel = Some(token.clone());
         self
     }
 
@@ -145,13 +158,7 @@ impl ContainerBuilder {
     }
 
     fn run(self, begin: Instant) -> Result<Container> {
-        let hostname = self.hostname.as_bytes();
-        if hostname.len() > 64 || hostname.contains(&0) {
-            return Err(Error::invalid(
-                "hostname",
-                format!("{:?} is longer than 64 bytes or has a NUL", self.hostname),
-            ));
-        }
+        let hostname = check_hostname(&self.hostname)?;
         let kernel = self.kernel.clone().map_or_else(Kernel::find, Ok)?;
         let lower = Disk::open_file(self.image.disk()?).read_only();
         let upper = Disk::open_file(self.image.scratch(self.disk)?);
@@ -200,8 +207,29 @@ impl ContainerBuilder {
         let kernel = kernel.with_packed(&packed);
         let initramfs = shim::initramfs(kernel.initramfs_or_default(), &config)?;
         let vm = Arc::new(vm.kernel(kernel.initramfs(initramfs)).start()?);
-        let agent = Agent::start(&vm, begin, self.start_timeout)?;
+        let agent = Agent::start(&vm, begin, self.start_timeout, self.cancel.as_ref())?;
         Ok(Container { vm, agent })
+    }
+}
+
+/// Linux keeps host names of at most so many bytes (hostname(7)).
+const HOST_NAME_MAX: usize = 64;
+
+/// What Linux and resolvers take for a host's name (hostname(7)), and underscores, which Docker takes too. It is written
+/// into files of the guest.
+fn check_hostname(name: &str) -> Result<&[u8]> {
+    let ends = |c: char| c.is_ascii_alphanumeric() || c == '_';
+    let fits = name.len() <= HOST_NAME_MAX
+        && name.chars().all(|c| ends(c) || matches!(c, '-' | '.'))
+        && name.split('.').all(|label| label.starts_with(ends) && label.ends_with(ends));
+    match fits {
+        true => Ok(name.as_bytes()),
+        false => Err(Error::invalid(
+            "hostname",
+            format!(
+                "{name:?}: 1 to {HOST_NAME_MAX} letters, digits, `-`, `_` and `.` are needed, without `-` and `.` at the ends of a part"
+            ),
+        )),
     }
 }
 

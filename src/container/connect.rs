@@ -3,9 +3,10 @@
 use std::io::{self, Read, Write};
 use std::time::{Duration, Instant};
 
-use super::agent::nonsense;
+use super::greeting::nonsense;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::proto::{CONNECT_PORT, Decoder, FROM_GUEST_MAX, FromGuest, FromHost, VERSION_CONNECT};
+use crate::sys::left;
 use crate::virtio::vsock::VsockStream;
 use crate::vm::Vm;
 
@@ -21,6 +22,8 @@ fn open(vm: &Vm, version: u32, port: u16) -> Result<VsockStream> {
     check(version, port)?;
     let deadline = Instant::now() + PATIENCE;
     let mut stream = vm.connect(CONNECT_PORT).map_err(|error| match error.kind() {
+        // It has been there, so it is there no more.
+        _ if vm.try_wait().ok().flatten().is_some() => Error::new(ErrorKind::InvalidState, "the container has ended"),
         ErrorKind::NotFound => error.with_kind(ErrorKind::Unsupported).doing("reaching the guest's shim"),
         _ => error.doing("reaching the guest's shim"),
     })?;
@@ -55,8 +58,7 @@ fn read_answer(stream: &mut VsockStream, deadline: Instant) -> Result<i32> {
     let mut buffer = [0; 64];
     loop {
         let room = decoder.missing().min(buffer.len());
-        let left = deadline.saturating_duration_since(Instant::now());
-        stream.set_read_timeout(Some(left.max(Duration::from_millis(1))))?;
+        stream.set_read_timeout(Some(left(deadline).max(Duration::from_millis(1))))?;
         let n = match stream.read(buffer.get_mut(..room).unwrap_or_default()) {
             Ok(0) => return Err(Error::new(ErrorKind::GuestFailed, "the guest hung up without an answer")),
             Ok(n) => n,

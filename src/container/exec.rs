@@ -5,22 +5,19 @@ use std::os::unix::ffi::OsStringExt;
 use std::sync::mpsc;
 use std::time::Duration;
 
-use super::agent::Agent;
+use super::agent::{ANSWER_TIMEOUT, Agent, Client, KILL_MARGIN, START_TIMEOUT};
 use super::process::{ExitStatus, Output, Process, ProcessReader, ProcessWriter, State};
+use super::stdio::{Cookie, accept, refused};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::proto::{self, Spawn, StringBuf};
 use crate::size::Size;
-use crate::virtio::vsock::{VsockListener, VsockStream};
+use crate::sys::deadline;
+use crate::virtio::vsock::VsockListener;
 use crate::vm::Vm;
 
 /// What a program finds in its environment unless [`Exec::env_clear`] is said.
 const ENVIRONMENT: [(&str, &str); 2] =
     [("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"), ("HOME", "/root")];
-/// How long the guest may take to start a program before it is given up.
-const START_TIMEOUT: Duration = Duration::from_secs(60);
-/// The shim has connected a stream before it says that the program runs, so it is here already.
-const STREAM_TIMEOUT: Duration = Duration::from_secs(10);
-
 /// A config value: what one of a process's standard streams is connected to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Stdio(Kind);
@@ -130,8 +127,12 @@ impl<'a> Exec<'a> {
         self
     }
 
-    /// Sets how long the program may run. Then it is killed with everything that it started, whether anybody waits for
-    /// it or not, and its end is [`ExitStatus::TimedOut`].
+    /// Sets how long the program may run, counted from the call that starts it.
+    ///
+    /// Then it is killed with everything that it started, whether anybody waits for it or not. Its end is
+    /// [`ExitStatus::TimedOut`], also when the time was over before the guest had started it. The host keeps the time: a
+    /// guest that hangs, is paused or does not obey delays the end by two seconds at most, and [`Exec::output`] by four. A
+    /// guest that runs and has not killed the program 30 seconds later is ended, with [`Exit::Unresponsive`](crate::Exit).
     pub fn timeout(mut self, timeout: Duration) -> Self {
         self.timeout = Some(timeout);
         self
@@ -143,12 +144,13 @@ impl<'a> Exec<'a> {
         self
     }
 
-    /// Starts the program. Returns when it runs.
+    /// Starts the program. Returns when it runs, or when its time is over; waits for the guest at most 62 seconds.
     ///
     /// # Errors
     /// `NotFound`, `PermissionDenied` and `Incompatible` (not a program, or one for another processor) name the program
     /// or directory; `InvalidConfig` for an empty program or a NUL in an argument; `ResourceExhausted` when the guest
-    /// cannot run one more; `InvalidState` when the container has ended.
+    /// cannot run one more, or when the embedder's process has no descriptors left; `TimedOut` when the guest does not start it
+    /// within a minute; `InvalidState` when the container has ended.
     pub fn spawn(self) -> Result<Process> {
         let what = format!("running {:?} in the container", self.argv.first().cloned().unwrap_or_default());
         let dir = self.current_dir.clone();
@@ -179,43 +181,45 @@ impl<'a> Exec<'a> {
     }
 
     fn start(self) -> Result<Process> {
+        let deadline = self.timeout.and_then(deadline);
         let (argv, env, cwd) = (self.strings()?, self.environment()?, self.cwd()?);
         let state = State::new()?;
         let piped = self.stdio.map(|s| s.unwrap_or_default().0 == Kind::Piped);
         let remote = self.agent.remote();
-        let ports = remote.with(move |client| piped.map(|p| p.then(|| client.new_port())))?;
+        let new_ports = move |client: &mut Client| piped.map(|p| p.then(|| client.new_port()));
+        let ports = remote.with_timeout(ANSWER_TIMEOUT, new_ports)?;
         let mut listeners: [Option<VsockListener>; 3] = [None, None, None];
         for (listener, port) in listeners.iter_mut().zip(ports) {
             *listener = port.map(|port| self.vm.listen(port)).transpose()?;
         }
+        let cookie = Cookie::new(self.agent.version())?;
+        let sent = cookie.as_bytes().to_vec();
         let (started, answer) = mpsc::sync_channel(1);
-        let (timeout, its_state) = (self.timeout, state.clone());
-        let number = remote.with(move |client| {
+        let its_state = state.clone();
+        let ask = move |client: &mut Client| {
             let stdio = ports.map(|port| port.map_or(proto::Stdio::Null, proto::Stdio::Port));
-            let spawn = Spawn { argv: argv.as_strings(), env: env.as_strings(), cwd: cwd.as_deref(), stdio };
-            client.spawn(&spawn, its_state, timeout, started)
-        })?;
-        match answer.recv_timeout(START_TIMEOUT) {
-            Ok(outcome) => outcome?,
+            let (argv, env, cwd) = (argv.as_strings(), env.as_strings(), cwd.as_deref());
+            let spawn = Spawn { argv, env, cwd, stdio, cookie: &sent };
+            client.spawn(&spawn, its_state, deadline, started)
+        };
+        let number = remote.with_timeout(ANSWER_TIMEOUT, ask)?;
+        // The agent answers by then, whatever the guest does.
+        match answer.recv_timeout(START_TIMEOUT + KILL_MARGIN + ANSWER_TIMEOUT) {
+            Ok(outcome) => outcome.map_err(|error| refused(&listeners).unwrap_or(error))?,
             Err(mpsc::RecvTimeoutError::Timeout) => {
-                return Err(Error::new(
-                    ErrorKind::TimedOut,
-                    format!("the guest did not start it within {START_TIMEOUT:?}"),
-                ));
+                return Err(Error::new(ErrorKind::TimedOut, "the host was too busy to start it"));
             }
             Err(mpsc::RecvTimeoutError::Disconnected) => {
                 return Err(Error::new(ErrorKind::InvalidState, "the container has ended"));
             }
         }
-        let [stdin, stdout, stderr] = listeners.map(|l| l.map(|l| accept(&l)).transpose());
-        Ok(Process {
-            stdin: stdin?.map(ProcessWriter),
-            stdout: stdout?.map(ProcessReader),
-            stderr: stderr?.map(ProcessReader),
-            remote,
-            number,
-            state,
-        })
+        let accept = |listener: Option<VsockListener>| listener.map(|it| accept(&it, &cookie, &state)).transpose();
+        let mut process = Process { stdin: None, stdout: None, stderr: None, remote, number, state: state.clone() };
+        let [stdin, stdout, stderr] = listeners.map(accept);
+        process.stdin = stdin.inspect_err(|_| process.give_up())?.map(ProcessWriter);
+        process.stdout = stdout.inspect_err(|_| process.give_up())?.map(ProcessReader);
+        process.stderr = stderr.inspect_err(|_| process.give_up())?.map(ProcessReader);
+        Ok(process)
     }
 
     fn strings(&self) -> Result<StringBuf> {
@@ -247,8 +251,4 @@ impl<'a> Exec<'a> {
         let dir = self.current_dir.clone().map(OsString::into_vec);
         dir.map(CString::new).transpose().map_err(|_| Error::invalid("current_dir", "the path has a NUL"))
     }
-}
-
-fn accept(listener: &VsockListener) -> Result<VsockStream> {
-    listener.accept_timeout(STREAM_TIMEOUT).doing(|| "taking the process's stream")
 }

@@ -2,26 +2,31 @@
 
 mod agent;
 mod builder;
+mod cancel;
 mod connect;
 mod exec;
+mod greeting;
 mod image;
 mod process;
 mod shim;
+mod stdio;
 
 use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 pub use builder::ContainerBuilder;
+pub use cancel::CancelToken;
 pub use exec::{Exec, Stdio};
 pub use image::Image;
 #[cfg(any(test, feature = "internals"))]
 pub(crate) use image::read_archive;
 pub use process::{ExitStatus, Output, Process, ProcessReader, ProcessWriter};
 
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
+use crate::sys::left;
 use crate::virtio::vsock::VsockStream;
-use crate::vm::{Exit, Vm};
+use crate::vm::{END_TIMEOUT, Exit, Vm};
 use agent::Agent;
 
 /// How much longer than its grace a shutdown may take before it is cut short.
@@ -29,7 +34,8 @@ const SHUTDOWN_MARGIN: Duration = Duration::from_secs(2);
 
 /// A running container: a root file system, in a virtual machine of its own, in which programs run.
 ///
-/// The handle may be used from any thread. Dropping it kills everything inside.
+/// The handle may be used from any thread. Dropping it kills everything inside, and waits at most 15 seconds for the
+/// machine's end, which takes milliseconds on a host that works.
 pub struct Container {
     // The agent's thread must end after the VM, whose end is what it waits for.
     vm: Arc<Vm>,
@@ -48,7 +54,7 @@ impl Container {
     }
 
     /// Connects to a TCP service in the container that listens on `port`, on whatever address: 127.0.0.1 or ::1 alone will do, and no
-    /// network is needed. Waits at most about ten seconds for the guest.
+    /// network is needed. Waits at most eleven seconds for the guest.
     ///
     /// The stream is as one of [`std::net::TcpStream`]: each direction ends by itself, whoever does not read stops the other side,
     /// and a service that resets it, or a container that ends, is a `ConnectionReset` behind the last of what was sent. At most 512
@@ -62,20 +68,28 @@ impl Container {
     }
 
     /// Ends the container in good order: every process gets SIGTERM and, after `grace`, SIGKILL; then file systems are
-    /// written and the machine is powered off. Whatever the guest does, this returns about two seconds after `grace`.
+    /// written and the machine is powered off.
+    ///
+    /// A guest that has not ended two seconds after `grace` is killed, whatever it does. This returns as soon as the
+    /// machine has ended: at once then, and after 15 seconds more at most, where a file of the host's does not answer.
     ///
     /// # Errors
-    /// As [`Vm::wait`].
+    /// `TimedOut` when the killed machine has not ended after those 15 seconds.
     pub fn stop(&self, grace: Duration) -> Result<Exit> {
-        let deadline = Instant::now() + grace + SHUTDOWN_MARGIN;
+        let deadline = Instant::now().checked_add(grace).and_then(|it| it.checked_add(SHUTDOWN_MARGIN));
         // A container that has ended cannot be asked, and need not be.
         if self.agent.shutdown(grace).is_ok() {
-            if let Some(exit) = self.vm.wait_timeout(deadline.saturating_duration_since(Instant::now()))? {
+            if let Some(exit) = self.vm.wait_timeout(deadline.map_or(Duration::MAX, left))? {
                 return Ok(exit);
             }
         }
         self.vm.kill();
-        self.vm.wait()
+        self.vm.wait_timeout(END_TIMEOUT)?.ok_or_else(|| {
+            Error::new(
+                ErrorKind::TimedOut,
+                format!("the machine has not ended within {END_TIMEOUT:?} after it was killed"),
+            )
+        })
     }
 
     /// Ends the container now. Idempotent; returns at once.
@@ -104,7 +118,14 @@ impl Container {
 
 impl Drop for Container {
     fn drop(&mut self) {
+        // A child of fork has a copy of the handle, and nothing of the container.
+        if !self.vm.is_here() {
+            return;
+        }
         self.vm.kill();
+        // Whoever waits for a process shall hear the same as after a kill.
+        let exit = self.vm.wait_timeout(END_TIMEOUT).ok().flatten();
+        self.agent.ended(exit.unwrap_or_else(|| Exit::Killed(Box::new(self.vm.trace()))));
     }
 }
 

@@ -6,14 +6,17 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::agent::Client;
+use super::agent::{ANSWER_TIMEOUT, Client, KILL_MARGIN};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::event::Remote;
 use crate::proto::FromHost;
 use crate::size::Size;
-use crate::sys::{EventFd, borrow, eventfd, wait_any};
-use crate::virtio::vsock::VsockStream;
+use crate::sys::{EventFd, borrow, deadline, eventfd, left, wait_any};
+use crate::virtio::vsock::{StreamBreaker, VsockStream};
 use crate::vm::Exit;
+
+/// How long the guest may take to hand over what a process printed that has ended.
+const OUTPUT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How a process ended. The failure of a program and the failure of its machine never look alike.
 #[derive(Debug, Clone)]
@@ -72,6 +75,8 @@ pub(super) struct State {
     changed: Condvar,
     /// Readable once it has ended.
     ended: EventFd,
+    /// Its standard streams, for the host to end them.
+    streams: Mutex<Vec<StreamBreaker>>,
 }
 
 #[derive(Clone)]
@@ -84,7 +89,7 @@ enum Ended {
 impl State {
     pub(super) fn new() -> Result<Arc<Self>> {
         let ended = eventfd().doing(|| "creating a process's descriptor")?;
-        Ok(Arc::new(Self { status: Mutex::new(None), changed: Condvar::new(), ended }))
+        Ok(Arc::new(Self { status: Mutex::new(None), changed: Condvar::new(), ended, streams: Mutex::default() }))
     }
 
     fn status(&self) -> MutexGuard<'_, Option<Ended>> {
@@ -106,7 +111,36 @@ impl State {
         self.set(Ended::Unknown);
     }
 
-    fn wait(&self, deadline: Option<Instant>) -> Result<Option<ExitStatus>> {
+    /// Whether it has ended, however.
+    pub(super) fn has_ended(&self) -> bool {
+        self.status().is_some()
+    }
+
+    fn has_timed_out(&self) -> bool {
+        matches!(&*self.status(), Some(Ended::With(ExitStatus::TimedOut)))
+    }
+
+    /// Readable once it has ended.
+    pub(super) fn ended(&self) -> BorrowedFd<'_> {
+        borrow(&self.ended)
+    }
+
+    fn streams(&self) -> MutexGuard<'_, Vec<StreamBreaker>> {
+        self.streams.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// It has this stream, which ends with it when the host ends it.
+    pub(super) fn keep(&self, stream: &VsockStream) {
+        self.streams().push(stream.breaker());
+    }
+
+    /// Ends its streams: what has arrived can still be read.
+    pub(super) fn break_streams(&self) {
+        self.streams().iter().for_each(StreamBreaker::break_off);
+    }
+
+    /// Waits for the end, but not beyond `deadline`.
+    pub(super) fn wait(&self, deadline: Option<Instant>) -> Result<Option<ExitStatus>> {
         let mut status = self.status();
         loop {
             match &*status {
@@ -116,7 +150,7 @@ impl State {
                 }
                 None => {}
             }
-            status = match deadline.map(|d| d.saturating_duration_since(Instant::now())) {
+            status = match deadline.map(left) {
                 None => self.changed.wait(status).unwrap_or_else(PoisonError::into_inner),
                 Some(left) if left.is_zero() => return Ok(None),
                 Some(left) => self.changed.wait_timeout(status, left).unwrap_or_else(PoisonError::into_inner).0,
@@ -206,8 +240,12 @@ pub struct Process {
 impl Process {
     /// Closes standard input and waits until the process has ended. Its own end counts, not that of what it left behind.
     ///
+    /// Waits as long as the process runs. One with [`Exec::timeout`](super::Exec::timeout) has ended two seconds after its
+    /// time is over, whatever the guest does; so has one that was killed, after the kill. When the container ends, or is
+    /// dropped, the process has ended with [`ExitStatus::VmEnded`].
+    ///
     /// # Errors
-    /// `InvalidState` when the container was dropped meanwhile.
+    /// None today; a `Result` so that ends which cannot be told need no other signature.
     pub fn wait(&mut self) -> Result<ExitStatus> {
         drop(self.stdin.take());
         self.state.wait(None)?.ok_or_else(|| Error::new(ErrorKind::InvalidState, "the process's end is unknown"))
@@ -218,7 +256,7 @@ impl Process {
     /// # Errors
     /// As [`Process::wait`].
     pub fn wait_timeout(&self, timeout: Duration) -> Result<Option<ExitStatus>> {
-        self.state.wait(Some(Instant::now() + timeout))
+        self.state.wait(deadline(timeout))
     }
 
     /// How the process ended, or `None` while it runs. Never waits.
@@ -229,44 +267,55 @@ impl Process {
         self.wait_timeout(Duration::ZERO)
     }
 
-    /// Kills the process and everything that it started, also when it has ended itself. Returns at once.
+    /// Kills the process and everything that it started, also when it has ended itself. Does not wait for the guest.
+    ///
+    /// A guest that does not tell the process's end within two seconds is not waited for: the end is signal 9 then. One that
+    /// runs and has not told it after 30 seconds more is ended, with [`Exit::Unresponsive`].
     ///
     /// # Errors
-    /// `InvalidState` when the container has ended.
+    /// `InvalidState` when the container has ended; `TimedOut` when the host is too busy to ask for ten seconds.
     pub fn kill(&self) -> Result<()> {
-        self.say(FromHost::Kill)
+        let number = self.number;
+        self.remote.with_timeout(ANSWER_TIMEOUT, move |client| client.kill(number))?
     }
 
     /// Sends a signal, 1 to 64, to the process alone.
     ///
     /// # Errors
-    /// `InvalidConfig` for a number that is no signal, `InvalidState` when the container has ended.
+    /// `InvalidConfig` for a number that is no signal, `InvalidState` when the container has ended; `TimedOut` when the host
+    /// is too busy to ask for ten seconds.
     pub fn signal(&self, signal: u8) -> Result<()> {
         if !(1..=64).contains(&signal) {
             return Err(Error::invalid("signal", format!("{signal} is not a signal (1 to 64)")));
         }
-        self.say(FromHost::Signal { signo: signal, group: false })
-    }
-
-    fn say(&self, message: FromHost<'static>) -> Result<()> {
-        let number = self.number;
-        self.remote.with(move |client| client.send(number, &message))?
+        let (number, message) = (self.number, FromHost::Signal { signo: signal, group: false });
+        self.remote.with_timeout(ANSWER_TIMEOUT, move |client| client.send(number, &message))?
     }
 
     /// Closes standard input, reads everything that is printed, and waits for the end. What a background process that
     /// it left behind prints later is not waited for.
     ///
+    /// Waits as long as [`Process::wait`], and at most ten seconds more for the guest to hand over what was printed. Of a
+    /// process whose time was over it gives what has arrived two seconds later.
+    ///
     /// # Errors
     /// `ResourceExhausted` beyond 64 MiB a stream, see [`Exec::output_limit`](super::Exec::output_limit); the process
-    /// is killed then. Else as [`Process::wait`].
+    /// is killed then. `TimedOut` when the process has ended and the guest has not ended its output ten seconds later.
     pub fn wait_with_output(self) -> Result<Output> {
         self.collect(Size::mib(64))
+    }
+
+    /// Its streams could not be had, so that nobody holds it: kills it.
+    pub(super) fn give_up(&self) {
+        if let Err(error) = self.kill() {
+            log::debug!("a process that nobody holds is not killed: {error}");
+        }
     }
 
     pub(super) fn collect(mut self, limit: Size) -> Result<Output> {
         drop(self.stdin.take());
         let streams = [self.stdout.take(), self.stderr.take()];
-        match read_all(streams, limit) {
+        match read_all(streams, &self.state, limit) {
             Ok([stdout, stderr]) => Ok(Output { status: self.wait()?, stdout, stderr }),
             Err(error) => {
                 // It would block for ever with nobody reading.
@@ -277,17 +326,32 @@ impl Process {
     }
 }
 
-/// Reads both streams to their ends as they come.
-fn read_all(streams: [Option<ProcessReader>; 2], limit: Size) -> Result<[Vec<u8>; 2]> {
+/// Reads both streams to their ends as they come. What the guest owes after the process's end has a bound.
+fn read_all(streams: [Option<ProcessReader>; 2], state: &State, limit: Size) -> Result<[Vec<u8>; 2]> {
     let mut streams = streams;
     let mut read = [Vec::new(), Vec::new()];
     let mut buffer = vec![0; 64 * 1024];
+    let mut until = None;
     for stream in streams.iter().flatten() {
         stream.0.set_nonblocking(true)?;
     }
     while streams.iter().any(Option::is_some) {
-        let fds: Vec<BorrowedFd<'_>> = streams.iter().flatten().map(AsFd::as_fd).collect();
-        wait_any(&fds, None).doing(|| "waiting for a process's output")?;
+        if until.is_none() && state.has_ended() {
+            until = deadline(if state.has_timed_out() { KILL_MARGIN } else { OUTPUT_TIMEOUT });
+        }
+        let mut fds: Vec<BorrowedFd<'_>> = streams.iter().flatten().map(AsFd::as_fd).collect();
+        if until.is_none() {
+            fds.push(state.ended());
+        }
+        if !wait_any(&fds, until.map(left)).doing(|| "waiting for a process's output")? || until.is_some_and(is_over) {
+            if state.has_timed_out() {
+                break;
+            }
+            return Err(Error::new(
+                ErrorKind::TimedOut,
+                format!("the process has ended, and the guest has not ended its output within {OUTPUT_TIMEOUT:?}"),
+            ));
+        }
         for (stream, bytes) in streams.iter_mut().zip(&mut read) {
             let Some(reader) = stream else { continue };
             match reader.read(&mut buffer) {
@@ -307,6 +371,10 @@ fn read_all(streams: [Option<ProcessReader>; 2], limit: Size) -> Result<[Vec<u8>
         }
     }
     Ok(read)
+}
+
+fn is_over(deadline: Instant) -> bool {
+    left(deadline).is_zero()
 }
 
 impl AsFd for Process {

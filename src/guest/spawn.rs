@@ -105,6 +105,12 @@ pub(super) fn start(
     let mut ends: [Option<Fd>; 3] = [None, None, None];
     for ((number, link), end) in wiring.links.into_iter().enumerate().zip(&mut ends) {
         let Some(link) = link else { continue };
+        // A new stream takes that much at once.
+        match sys::write(&link.socket, spawn.cookie) {
+            Ok(n) if n == spawn.cookie.len() => {}
+            Ok(_) => return Err((Step::Stdio, Errno::EAGAIN)),
+            Err(errno) => return Err((Step::Stdio, errno)),
+        }
         let (reader, writer) = sys::pipe().map_err(no(Step::Stdio))?;
         let (flow, mine, theirs) = if number == 0 { (Flow::In, writer, reader) } else { (Flow::Out, reader, writer) };
         sys::set_nonblocking(&mine).map_err(no(Step::Stdio))?;
@@ -243,7 +249,7 @@ mod tests {
     }
 
     fn spawn<'a>(argv: &'a StringBuf, env: &'a StringBuf) -> Spawn<'a> {
-        Spawn { argv: argv.as_strings(), env: env.as_strings(), cwd: None, stdio: [Stdio::Null; 3] }
+        Spawn { argv: argv.as_strings(), env: env.as_strings(), cwd: None, stdio: [Stdio::Null; 3], cookie: &[] }
     }
 
     fn found(argv: &[&str], env: &[&str]) -> Vec<String> {

@@ -6,7 +6,7 @@ use super::alloc::vec::Vec;
 use super::field::{Fields, Malformed, Writer};
 use super::frame::{self, Frame, FrameError};
 use super::strings::Strings;
-use super::{FROM_GUEST_MAX, FROM_HOST_MAX};
+use super::{COOKIE_SIZE, FROM_GUEST_MAX, FROM_HOST_MAX};
 
 /// Kinds from the host are small, kinds from the guest have this bit; so a stream read by the wrong side is full of unknown kinds.
 const GUEST: u32 = 0x100;
@@ -35,6 +35,7 @@ mod tag {
     pub(super) const CWD: u8 = 3;
     /// Standard input, output and error are three tags in a row.
     pub(super) const STDIO: [u8; 3] = [4, 5, 6];
+    pub(super) const COOKIE: u8 = 7;
 
     pub(super) const SIGNO: u8 = 1;
     pub(super) const GROUP: u8 = 2;
@@ -161,6 +162,8 @@ pub(crate) struct Spawn<'a> {
     pub(crate) cwd: Option<&'a CStr>,
     /// Standard input, output and error.
     pub(crate) stdio: [Stdio; 3],
+    /// What each connection of `stdio` begins with, so that the host knows it from those of other programs.
+    pub(crate) cookie: &'a [u8],
 }
 
 /// What the host says.
@@ -332,6 +335,7 @@ impl<'a> Spawn<'a> {
                 fields.u32(tag, port);
             }
         }
+        fields.bytes(tag::COOKIE, self.cookie);
     }
 
     fn parse(fields: &Fields<'a>) -> Result<Self, Malformed> {
@@ -349,7 +353,12 @@ impl<'a> Spawn<'a> {
                 *stdio = Stdio::Port(port);
             }
         }
-        Ok(Self { argv, env: Strings::parse(fields.get(tag::ENV).unwrap_or_default(), "environment")?, cwd, stdio })
+        let env = Strings::parse(fields.get(tag::ENV).unwrap_or_default(), "environment")?;
+        let cookie = fields.get(tag::COOKIE).unwrap_or_default();
+        if cookie.len() > COOKIE_SIZE {
+            return Err(Malformed("cookie"));
+        }
+        Ok(Self { argv, env, cwd, stdio, cookie })
     }
 }
 

@@ -12,6 +12,7 @@
 //!      host -> guest  Hello{version}
 //!      host -> guest  Spawn (stream = a new process id of the host's choice)
 //!  stdio streams      guest connects to (HOST_CID, port) for every Stdio::Port, before the program starts
+//!      guest -> host  the cookie of the Spawn; since version 3
 //!      guest -> host  Spawned or SpawnFailed · later Exited or Signaled (same stream number)
 //!      guest -> host  Ending, when all is over; the host hangs up
 //!  to a service       host connects to (guest, CONNECT_PORT); since version 2
@@ -83,9 +84,15 @@ pub(crate) const EXIT_FAULT: u8 = 0x37;
 /// The oldest version of the protocol that this build speaks.
 pub(crate) const VERSION_MIN: u32 = 1;
 /// The newest version of the protocol that this build speaks.
-pub(crate) const VERSION_MAX: u32 = 2;
+pub(crate) const VERSION_MAX: u32 = 3;
 /// The version since which the shim listens on [`CONNECT_PORT`].
 pub(crate) const VERSION_CONNECT: u32 = 2;
+
+/// The version since which stdio streams begin with the cookie of their `Spawn`.
+pub(crate) const VERSION_COOKIE: u32 = 3;
+
+/// The length of a cookie: too long to guess.
+pub(crate) const COOKIE_SIZE: usize = 32;
 
 /// The longest payload the host may send: argv and environment of the size that Linux takes fit (`ARG_MAX` and then some).
 pub(crate) const FROM_HOST_MAX: usize = 4 * 1024 * 1024;

@@ -16,6 +16,8 @@ use std::sync::Arc;
 use connection::{Answer, Connection, Due, Ports};
 use packet::{HEADER, Header, Op, TYPE_STREAM};
 use stream::Arrivals;
+#[cfg(feature = "container")]
+pub(crate) use stream::StreamBreaker;
 pub use stream::{VsockListener, VsockStream};
 
 use super::{Chain, DeviceIo, DeviceType, Profile, Source, VirtioDevice};
@@ -183,8 +185,12 @@ impl Vsock {
         let Some(arrivals) = self.listeners.get(&ports.0).filter(|a| a.has_room() && !full).cloned() else {
             return self.reset(ports);
         };
-        let Ok((stream, socket, tail)) = VsockStream::pair() else {
-            return self.reset(ports);
+        let (stream, socket, tail) = match VsockStream::pair() {
+            Ok(pair) => pair,
+            Err(error) => {
+                arrivals.refuse(&error);
+                return self.reset(ports);
+            }
         };
         let mut connection = Connection::accepted(ports, socket, tail);
         connection.credit.heard(header.buf_alloc, header.fwd_cnt);

@@ -6,15 +6,15 @@ use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::sys::{EventFd, borrow, eventfd, send, wait_readable};
+use crate::sys::{EventFd, borrow, deadline, eventfd, left, send, wait_readable};
 
 /// What is left of a connection that has ended.
 #[derive(Debug, Default)]
-pub(super) struct Remains {
+pub(crate) struct Remains {
     /// What the guest had sent and nobody had read.
     pub unread: VecDeque<u8>,
     /// The guest closed all of it, or was gone, before it had ended its own direction.
@@ -22,7 +22,7 @@ pub(super) struct Remains {
 }
 
 /// Shared by the device and all clones.
-pub(super) type Tail = Arc<Mutex<Remains>>;
+pub(crate) type Tail = Arc<Mutex<Remains>>;
 
 /// A connection with a program in the guest, over vsock.
 ///
@@ -31,7 +31,7 @@ pub(super) type Tail = Arc<Mutex<Remains>>;
 /// the guest's program: whoever does not read stops the other side, and nothing grows. Both directions can be shut
 /// down apart. When the VM ends, reads give what the guest had sent, then end of file. Dropping closes.
 pub struct VsockStream {
-    socket: UnixStream,
+    socket: Arc<UnixStream>,
     tail: Tail,
     /// An abrupt end is an error and not an end of file.
     tells_resets: bool,
@@ -39,20 +39,29 @@ pub struct VsockStream {
 
 impl VsockStream {
     /// The two ends: the embedder's, and the device's.
-    pub(super) fn pair() -> io::Result<(Self, UnixStream, Tail)> {
+    pub(crate) fn pair() -> io::Result<(Self, UnixStream, Tail)> {
         let (near, far) = UnixStream::pair()?;
         far.set_nonblocking(true)?;
         let tail = Tail::default();
-        Ok((Self { socket: near, tail: tail.clone(), tells_resets: false }, far, tail))
+        Ok((Self { socket: Arc::new(near), tail: tail.clone(), tells_resets: false }, far, tail))
     }
 
-    /// Another handle to the same connection, for reading and writing on two threads.
+    /// Another handle to the same connection, for reading and writing on two threads. It has the same descriptor.
     ///
     /// # Errors
-    /// `ResourceExhausted` when the process has no descriptors left.
+    /// None today.
     pub fn try_clone(&self) -> Result<Self> {
-        let socket = self.socket.try_clone().doing(|| "cloning a vsock connection")?;
-        Ok(Self { socket, tail: self.tail.clone(), tells_resets: self.tells_resets })
+        Ok(Self { socket: self.socket.clone(), tail: self.tail.clone(), tells_resets: self.tells_resets })
+    }
+
+    /// A stream at its end: reads give end of file.
+    pub(crate) fn ended() -> io::Result<Self> {
+        Self::pair().map(|(near, _, _)| near)
+    }
+
+    /// A way to end it that does not keep it open.
+    pub(crate) fn breaker(&self) -> StreamBreaker {
+        StreamBreaker(Arc::downgrade(&self.socket))
     }
 
     /// From now on reads tell by `ConnectionReset` that the guest's end has not ended its direction but closed everything.
@@ -103,9 +112,22 @@ impl VsockStream {
     }
 }
 
+/// Ends a [`VsockStream`] from elsewhere: what has arrived can still be read, then all reads and writes are over.
+#[derive(Debug, Clone)]
+pub(crate) struct StreamBreaker(Weak<UnixStream>);
+
+impl StreamBreaker {
+    pub(crate) fn break_off(&self) {
+        if let Some(socket) = self.0.upgrade() {
+            // One that has ended already cannot be ended.
+            let _ = socket.shutdown(Shutdown::Both);
+        }
+    }
+}
+
 impl Read for &VsockStream {
     fn read(&mut self, to: &mut [u8]) -> io::Result<usize> {
-        match (&self.socket).read(to) {
+        match (&*self.socket).read(to) {
             Ok(0) if !to.is_empty() => self.read_tail(to),
             other => other,
         }
@@ -157,6 +179,8 @@ const BACKLOG: usize = 128;
 struct Queue {
     waiting: VecDeque<VsockStream>,
     closed: bool,
+    /// The `errno` with which the host could not make the last connection that was refused for want of something.
+    refused: Option<i32>,
 }
 
 /// Where the device puts what arrives. Shared with the listener.
@@ -184,6 +208,11 @@ impl Arrivals {
         self.queue().waiting.push_back(stream);
         // A full counter is readable, which is all that is wanted.
         let _ = self.ready.write(1);
+    }
+
+    /// A connection was refused, as the host could not make it.
+    pub(super) fn refuse(&self, why: &io::Error) {
+        self.queue().refused = why.raw_os_error();
     }
 
     /// Nobody will accept any more: what waits is hung up.
@@ -224,6 +253,12 @@ impl VsockListener {
         self.port
     }
 
+    /// Why the last connection was refused that the host could not make.
+    pub(crate) fn refused(&self) -> Option<Error> {
+        let errno = self.arrivals.queue().refused?;
+        Some(Error::from(io::Error::from_raw_os_error(errno)).doing("taking a connection of the guest's"))
+    }
+
     /// Waits for the next connection.
     ///
     /// # Errors
@@ -243,7 +278,7 @@ impl VsockListener {
     }
 
     fn wait(&self, timeout: Option<Duration>) -> Result<Option<VsockStream>> {
-        let deadline = timeout.map(|t| std::time::Instant::now() + t);
+        let deadline = timeout.and_then(deadline);
         loop {
             {
                 let mut queue = self.arrivals.queue();
@@ -256,7 +291,7 @@ impl VsockListener {
                 // Under the lock: what is pushed later sets it again.
                 let _ = self.arrivals.ready.read();
             }
-            let left = deadline.map(|d| d.saturating_duration_since(std::time::Instant::now()));
+            let left = deadline.map(left);
             if !wait_readable(borrow(&self.arrivals.ready), left).doing(|| "waiting for a vsock connection")? {
                 return Ok(None);
             }

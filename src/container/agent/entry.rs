@@ -1,0 +1,139 @@
+//! [`Entry`]: one process as the host knows it, and what becomes of it by time alone.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::Started;
+use crate::container::process::{ExitStatus, State};
+use crate::error::{Error, ErrorKind};
+
+/// How long the guest may take to start a program before it is given up.
+pub(in crate::container) const START_TIMEOUT: Duration = Duration::from_secs(60);
+/// A process that was killed and whose end the guest does not tell has ended for the host after this.
+pub(in crate::container) const KILL_MARGIN: Duration = Duration::from_secs(2);
+/// A guest that runs and has not told for so long that a killed process has ended is ended itself.
+pub(super) const UNANSWERED_KILL: Duration = Duration::from_secs(30);
+
+/// One process that was asked for.
+pub(super) struct Entry {
+    pub(super) state: Arc<State>,
+    pub(super) started: Option<Started>,
+    /// When its own time is over.
+    pub(super) deadline: Option<Instant>,
+    pub(super) phase: Phase,
+    /// When the next thing happens by time alone.
+    pub(super) due: Option<Instant>,
+}
+
+/// How far a process has come, as the host sees it.
+pub(super) enum Phase {
+    /// The guest has not said yet whether it runs; it must by this moment.
+    Starting(Instant),
+    Running,
+    /// The guest was told to kill it. It has ended so, whatever the guest says of it.
+    Killed(Ending),
+    /// It has ended for all on the host. The guest still owes the answer.
+    Overdue,
+}
+
+/// How the host ended a process.
+#[derive(Clone, Copy)]
+pub(super) enum Ending {
+    TimedOut,
+    /// By [`Process::kill`](super::Process::kill).
+    Killed,
+    /// It did not start in time; whoever asked for it gets an error.
+    GivenUp,
+}
+
+impl Ending {
+    fn status(self) -> ExitStatus {
+        match self {
+            Self::TimedOut => ExitStatus::TimedOut,
+            Self::Killed | Self::GivenUp => ExitStatus::Signaled(SIGKILL),
+        }
+    }
+}
+
+/// The number of SIGKILL (signal(7)).
+const SIGKILL: u8 = 9;
+
+impl Entry {
+    pub(super) fn new(state: Arc<State>, started: Started, deadline: Option<Instant>) -> Self {
+        let now = Instant::now();
+        let mut entry =
+            Self { state, started: Some(started), deadline, phase: Phase::Starting(now + START_TIMEOUT), due: None };
+        entry.wait_for();
+        entry
+    }
+
+    /// Sets what it waits for next.
+    pub(super) fn wait_for(&mut self) {
+        self.due = match self.phase {
+            Phase::Starting(by) => Some(self.deadline.map_or(by, |deadline| deadline.min(by))),
+            Phase::Running => self.deadline,
+            // Set by who killed it.
+            Phase::Killed(_) | Phase::Overdue => self.due,
+        };
+    }
+
+    pub(super) fn killed(&mut self, ending: Ending) {
+        // A second one does not give it more time.
+        if let Phase::Starting(_) | Phase::Running = self.phase {
+            self.phase = Phase::Killed(ending);
+            self.due = Some(Instant::now() + KILL_MARGIN);
+        }
+    }
+
+    /// Tells everybody on the host that it has ended by what the host did.
+    pub(super) fn end(&mut self, ending: Ending) {
+        if let Some(started) = self.started.take() {
+            // Who asked may have given up.
+            let _ = started.send(match ending {
+                Ending::GivenUp => {
+                    Err(Error::new(ErrorKind::TimedOut, format!("the guest did not start it within {START_TIMEOUT:?}")))
+                }
+                Ending::TimedOut | Ending::Killed => Ok(()),
+            });
+        }
+        self.state.finish(ending.status());
+        self.state.break_streams();
+    }
+}
+
+impl Drop for Entry {
+    fn drop(&mut self) {
+        // Whatever way it is forgotten: nobody waits for it for ever.
+        self.state.abandon();
+    }
+}
+
+/// What has come of a moment that a process waited for.
+pub(super) enum Expired {
+    /// The guest has to be told to kill it.
+    Kill,
+    /// It has ended for the host.
+    Ended,
+    /// And the guest still has not answered.
+    Unanswered,
+}
+
+impl Entry {
+    /// Something it waited for is due.
+    pub(super) fn expire(&mut self, now: Instant) -> Expired {
+        match self.phase {
+            Phase::Starting(_) | Phase::Running => {
+                let timed_out = self.deadline.is_some_and(|deadline| deadline <= now);
+                self.killed(if timed_out { Ending::TimedOut } else { Ending::GivenUp });
+                Expired::Kill
+            }
+            Phase::Killed(ending) => {
+                self.end(ending);
+                self.phase = Phase::Overdue;
+                self.due = Some(now + UNANSWERED_KILL);
+                Expired::Ended
+            }
+            Phase::Overdue => Expired::Unanswered,
+        }
+    }
+}

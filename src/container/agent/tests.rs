@@ -1,0 +1,189 @@
+//! The agent against shims that say nothing, too much, or the wrong thing.
+
+use super::*;
+use crate::proto::{Stdio, StringBuf, Strings};
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+fn client() -> (Client, UnixStream) {
+    let (near, far, _tail) = VsockStream::pair().unwrap();
+    near.set_nonblocking(true).unwrap();
+    far.set_nonblocking(false).unwrap();
+    (Client::new(near, Decoder::new(FROM_GUEST_MAX), Timer::new().unwrap(), Weak::new()), far)
+}
+
+/// Asks for a program whose time is over after `timeout`.
+fn spawn(client: &mut Client, timeout: Option<Duration>) -> (u32, Arc<State>, mpsc::Receiver<Result<()>>) {
+    let state = State::new().unwrap();
+    let (started, answer) = mpsc::sync_channel(1);
+    let mut argv = StringBuf::new();
+    argv.push(b"x").unwrap();
+    let (env, stdio) = (Strings::default(), [Stdio::Null; 3]);
+    let spawn = Spawn { argv: argv.as_strings(), env, cwd: None, stdio, cookie: &[] };
+    let number = client.spawn(&spawn, state.clone(), timeout.map(|it| Instant::now() + it), started);
+    (number, state, answer)
+}
+
+/// All that is due until `until` from now happens at once.
+fn pass(client: &mut Client, until: Duration) {
+    for entry in client.processes.values_mut() {
+        entry.due = entry.due.map(|due| due - until);
+        entry.deadline = entry.deadline.map(|deadline| deadline - until);
+    }
+    client.expire();
+}
+
+fn now(state: &State) -> Option<ExitStatus> {
+    state.wait(Some(Instant::now())).unwrap()
+}
+
+#[test]
+fn spawn_failed_after_spawned_ends_the_conversation_and_leaves_nobody_waiting() {
+    let (mut client, _far) = client();
+    let (number, state, answer) = spawn(&mut client, None);
+    client.act(number, &FromGuest::Spawned { pid: 5 }).unwrap();
+    answer.recv().unwrap().unwrap();
+    let outcome = client.act(number, &FromGuest::SpawnFailed { step: Step::Other, errno: 1 });
+    assert_eq!(outcome.unwrap_err().kind(), ErrorKind::GuestFailed);
+    assert!(state.has_ended(), "whoever waits is told");
+}
+
+#[test]
+fn a_guest_that_ignores_a_kill_does_not_hold_up_the_time_out() {
+    let (mut client, _far) = client();
+    let (number, state, answer) = spawn(&mut client, Some(Duration::from_secs(5)));
+    client.act(number, &FromGuest::Spawned { pid: 5 }).unwrap();
+    answer.recv().unwrap().unwrap();
+    let (near, _theirs, _) = VsockStream::pair().unwrap();
+    state.keep(&near);
+    pass(&mut client, Duration::from_secs(5));
+    assert!(now(&state).is_none(), "the guest may still say so");
+    pass(&mut client, KILL_MARGIN);
+    assert!(matches!(now(&state), Some(ExitStatus::TimedOut)));
+    assert_eq!((&near).read(&mut [0; 8]).unwrap(), 0, "its streams have ended");
+    // The guest owes the answer for so long, and then is ended, if it still exists.
+    assert_eq!(client.processes.len(), 1);
+    client.act(number, &FromGuest::Exited { code: 0 }).unwrap();
+    assert!(client.processes.is_empty() && matches!(now(&state), Some(ExitStatus::TimedOut)));
+}
+
+#[test]
+fn what_the_guest_says_of_a_killed_process_counts_when_it_comes_in_time() {
+    for (kill, expected) in [(true, ExitStatus::Signaled(9)), (false, ExitStatus::TimedOut)] {
+        let (mut client, _far) = client();
+        let (number, state, _answer) = spawn(&mut client, Some(Duration::from_secs(5)));
+        client.act(number, &FromGuest::Spawned { pid: 5 }).unwrap();
+        match kill {
+            true => client.kill(number).unwrap(),
+            false => pass(&mut client, Duration::from_secs(5)),
+        }
+        client.act(number, &FromGuest::Signaled { signo: 9, oom: false }).unwrap();
+        assert_eq!(now(&state).unwrap().to_string(), expected.to_string());
+    }
+}
+
+#[test]
+fn a_kill_that_is_not_answered_is_the_end_all_the_same() {
+    let (mut client, _far) = client();
+    let (number, state, _answer) = spawn(&mut client, None);
+    client.act(number, &FromGuest::Spawned { pid: 5 }).unwrap();
+    client.kill(number).unwrap();
+    pass(&mut client, KILL_MARGIN);
+    assert_eq!(now(&state).unwrap().signal(), Some(9));
+}
+
+#[test]
+fn a_time_that_is_over_before_the_start_is_a_time_out() {
+    // The guest refuses it then, has killed it meanwhile, or says nothing.
+    let refused = FromGuest::SpawnFailed { step: Step::Request, errno: libc::ECANCELED };
+    for said in [Some(refused), Some(FromGuest::Signaled { signo: 9, oom: false }), None] {
+        let (mut client, _far) = client();
+        let (number, state, answer) = spawn(&mut client, Some(Duration::from_millis(1)));
+        pass(&mut client, Duration::from_millis(1));
+        assert!(answer.try_recv().is_err() && now(&state).is_none());
+        match said {
+            Some(message) => client.act(number, &message).unwrap(),
+            None => pass(&mut client, KILL_MARGIN),
+        }
+        answer.recv().unwrap().unwrap();
+        assert!(matches!(now(&state), Some(ExitStatus::TimedOut)));
+    }
+}
+
+#[test]
+fn a_program_that_starts_late_is_killed() {
+    let (mut client, far) = client();
+    let (number, state, answer) = spawn(&mut client, None);
+    pass(&mut client, START_TIMEOUT);
+    client.act(number, &FromGuest::Spawned { pid: 5 }).unwrap();
+    pass(&mut client, KILL_MARGIN);
+    assert_eq!(answer.recv().unwrap().unwrap_err().kind(), ErrorKind::TimedOut);
+    assert!(now(&state).is_some());
+    drop(client);
+    let mut said = Vec::new();
+    (&far).read_to_end(&mut said).unwrap();
+    let mut decoder = Decoder::new(crate::proto::FROM_HOST_MAX);
+    let (mut input, mut kills) = (&said[..], 0);
+    while let Some(frame) = decoder.next(&mut input).unwrap() {
+        kills += usize::from(FromHost::parse(&frame).unwrap() == Some(FromHost::Kill));
+    }
+    assert_eq!(kills, 1);
+}
+
+#[test]
+fn a_failure_of_the_shim_is_told_once() {
+    let (mut client, far) = client();
+    let mut failed = Vec::new();
+    FromGuest::Failed { stage: crate::proto::Stage::Loop, errno: 0, text: b"x" }.encode(0, &mut failed).unwrap();
+    (&far).write_all(&failed.repeat(10)).unwrap();
+    client.listen();
+    assert!(client.ended && client.gone.as_ref().unwrap().1.contains("it failed: x"));
+}
+
+#[test]
+fn whoever_asks_during_a_flood_is_answered() {
+    let (near, far, _tail) = VsockStream::pair().unwrap();
+    near.set_nonblocking(true).unwrap();
+    far.set_nonblocking(false).unwrap();
+    let timer = Timer::new().unwrap();
+    let looped = Loop::start("agent", |sources| {
+        let edges = Interest::IN | Interest::OUT | Interest::READ_HANG_UP | Interest::EDGE_TRIGGERED;
+        sources.watch(near.as_fd(), STREAM, edges).unwrap();
+        sources.watch(timer.as_fd(), TIMER, Interest::IN).unwrap();
+        Client::new(near, Decoder::new(FROM_GUEST_MAX), timer, Weak::new())
+    })
+    .unwrap();
+    let stop = Arc::new(AtomicBool::new(false));
+    let theirs = stop.clone();
+    let flood = std::thread::spawn(move || {
+        // Frames of an unknown kind without payload.
+        let frame = [0u32.to_le_bytes(), 1u32.to_le_bytes(), 0xffffu32.to_le_bytes()].concat();
+        let block = frame.repeat(5000);
+        while !theirs.load(Ordering::Relaxed) {
+            (&far).write_all(&block).unwrap();
+        }
+    });
+    // All that one turn may do, so that there is always more: what others ask comes between the turns.
+    for _ in 0..20 {
+        looped.remote().with_timeout(ANSWER_TIMEOUT, Client::new_port).unwrap();
+    }
+    stop.store(true, Ordering::Relaxed);
+    flood.join().unwrap();
+}
+
+#[test]
+fn one_turn_reads_so_much_and_no_more() {
+    let (mut client, far) = client();
+    let flood = std::thread::spawn(move || {
+        let frame = [0u32.to_le_bytes(), 1u32.to_le_bytes(), 0xffffu32.to_le_bytes()].concat();
+        while (&far).write_all(&frame.repeat(1000)).is_ok() {}
+    });
+    for _ in 0..100 {
+        client.more = false;
+        client.listen();
+    }
+    // It came back each time, and said so when there was more.
+    client.end("enough");
+    drop(client);
+    flood.join().unwrap();
+}

@@ -1,0 +1,254 @@
+//! From the shim's first connection to its "ready": the first minute of the control stream, on the thread of who starts.
+
+use std::fmt;
+use std::io::{self, Read, Write};
+use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
+
+use super::Startup;
+use super::cancel::CancelToken;
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::proto::{CONTROL_PORT, Decoder, FROM_GUEST_MAX, FromGuest, FromHost, VERSION_MAX, VERSION_MIN, negotiate};
+use crate::sys::{left, wait_any};
+use crate::virtio::vsock::VsockStream;
+use crate::vm::Vm;
+
+/// How long a VM that is known to end may take to say how.
+const LAST_WORDS: Duration = Duration::from_secs(2);
+/// Messages of a shim before it is ready; more are nonsense. It has two to say.
+const MAX_MESSAGES: usize = 64;
+
+/// What a shim that is ready has said.
+pub(super) struct Greeted {
+    pub stream: VsockStream,
+    pub decoder: Decoder,
+    pub startup: Startup,
+    /// The version of the protocol that both speak.
+    pub version: u32,
+}
+
+/// Until when a start may go on: its deadline, `None` for none, and the token that ends it before.
+pub(super) struct Patience<'a> {
+    pub deadline: Option<Instant>,
+    pub cancel: Option<&'a CancelToken>,
+}
+
+impl Patience<'_> {
+    /// Waits until `it` is readable. False when the time is over.
+    fn wait(&self, it: &impl AsFd) -> Result<bool> {
+        let mut fds = vec![it.as_fd()];
+        fds.extend(self.cancel.map(AsFd::as_fd));
+        let readable = wait_any(&fds, self.deadline.map(left)).doing(|| "waiting for the shim")?;
+        self.cancel.map_or(Ok(()), CancelToken::check)?;
+        Ok(readable && !self.is_over())
+    }
+
+    fn is_over(&self) -> bool {
+        self.deadline.is_some_and(|deadline| left(deadline).is_zero())
+    }
+}
+
+/// Waits until the shim says that it is ready. The VM of one that does not is killed.
+///
+/// # Errors
+/// `TimedOut` with the last stage; `Cancelled`; `GuestFailed` when the shim or the VM has failed; `Incompatible` when no
+/// version of the protocol is common.
+pub(super) fn greet(vm: &Vm, begin: Instant, timeout: Duration, patience: &Patience<'_>) -> Result<Greeted> {
+    let greeted = connection(vm, patience).and_then(|stream| converse(stream, begin, patience));
+    greeted.map_err(|error| explain(vm, timeout, error))
+}
+
+fn connection(vm: &Vm, patience: &Patience<'_>) -> Result<VsockStream> {
+    let listener = vm.listen(CONTROL_PORT)?;
+    match patience.wait(&listener)? {
+        true => listener.accept_timeout(Duration::ZERO),
+        false => Err(Error::new(ErrorKind::TimedOut, "the shim never connected")),
+    }
+}
+
+fn converse(mut stream: VsockStream, begin: Instant, patience: &Patience<'_>) -> Result<Greeted> {
+    stream.set_nonblocking(true)?;
+    let mut decoder = Decoder::new(FROM_GUEST_MAX);
+    let (mut buffer, mut common, mut messages) = ([0; 4096], None, 0);
+    loop {
+        if !patience.wait(&stream)? {
+            return Err(Error::new(ErrorKind::TimedOut, "the shim never said that it is ready"));
+        }
+        let read = match stream.read(&mut buffer) {
+            Ok(0) => return Err(Error::new(ErrorKind::GuestFailed, "the shim closed its connection")),
+            Ok(n) => n,
+            Err(e) if matches!(e.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock) => continue,
+            Err(e) => return Err(e).doing(|| "reading the control stream"),
+        };
+        let mut input = buffer.get(..read).unwrap_or_default();
+        while let Some(frame) = decoder.next(&mut input).map_err(|e| nonsense(&e))? {
+            messages += 1;
+            if messages > MAX_MESSAGES {
+                return Err(nonsense(&format_args!("more than {MAX_MESSAGES} messages before it was ready")));
+            }
+            match FromGuest::parse(&frame).map_err(|e| nonsense(&e))? {
+                Some(FromGuest::Hello { .. }) if common.is_some() => return Err(nonsense(&"a second Hello")),
+                Some(FromGuest::Hello { min, max }) => {
+                    let version = negotiate(min, max).ok_or_else(|| strangers(min, max))?;
+                    common = Some(version);
+                    let mut hello = Vec::new();
+                    FromHost::Hello { version }.encode(0, &mut hello).map_err(|e| nonsense(&e))?;
+                    // The stream is new, so it has room for the few bytes of this.
+                    stream.write_all(&hello).doing(|| "greeting the shim")?;
+                }
+                Some(FromGuest::Ready { user_space_ns, ready_ns }) => {
+                    let ready = begin.elapsed();
+                    let since = Duration::from_nanos(ready_ns.saturating_sub(user_space_ns));
+                    let user_space = ready.saturating_sub(since);
+                    let startup = Startup { user_space, ready, kernel_uptime: Duration::from_nanos(user_space_ns) };
+                    let version = common.ok_or_else(|| nonsense(&"Ready before Hello"))?;
+                    return Ok(Greeted { stream, decoder, startup, version });
+                }
+                Some(FromGuest::Failed { stage, errno, text }) => {
+                    let os =
+                        if errno == 0 { String::new() } else { format!(": {}", io::Error::from_raw_os_error(errno)) };
+                    return Err(Error::new(
+                        ErrorKind::GuestFailed,
+                        format!("the guest could not be set up: {stage:?}: {}{os}", text.escape_ascii()),
+                    ));
+                }
+                _ => {}
+            }
+        }
+    }
+}
+
+fn strangers(min: u32, max: u32) -> Error {
+    Error::new(
+        ErrorKind::Incompatible,
+        format!(
+            "the guest's shim speaks protocol versions {min} to {max}, this library {VERSION_MIN} to {VERSION_MAX}"
+        ),
+    )
+}
+
+/// The guest's shim does not keep to the protocol.
+pub(super) fn nonsense(what: &dyn fmt::Debug) -> Error {
+    Error::new(ErrorKind::GuestFailed, format!("the guest's shim speaks nonsense: {what:?}"))
+}
+
+/// Why a guest did not become ready, as far as the VM knows more than the control stream does.
+fn explain(vm: &Vm, timeout: Duration, error: Error) -> Error {
+    match error.kind() {
+        ErrorKind::Cancelled => {
+            vm.kill();
+            error
+        }
+        ErrorKind::TimedOut => {
+            vm.kill();
+            // Its end tells where the guest was.
+            let _ = vm.wait_timeout(LAST_WORDS);
+            let trace = vm.trace();
+            Error::new(ErrorKind::TimedOut, format!("the guest was not ready within {timeout:?} ({trace})"))
+        }
+        ErrorKind::InvalidState => match vm.wait_timeout(LAST_WORDS) {
+            Ok(Some(exit)) => Error::new(ErrorKind::GuestFailed, format!("before it was ready, {exit}")),
+            _ => error,
+        },
+        _ => {
+            let lines = vm.trace().console_lines(5);
+            Error::new(
+                error.kind(),
+                if lines.is_empty() { error.to_string() } else { format!("{error}; console: {lines}") },
+            )
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::net::UnixStream;
+
+    fn pair() -> (VsockStream, UnixStream) {
+        let (near, far, _) = VsockStream::pair().unwrap();
+        far.set_nonblocking(false).unwrap();
+        (near, far)
+    }
+
+    fn soon(millis: u64) -> Patience<'static> {
+        Patience { deadline: Some(Instant::now() + Duration::from_millis(millis)), cancel: None }
+    }
+
+    fn frame(message: &FromGuest<'_>) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        message.encode(0, &mut bytes).unwrap();
+        bytes
+    }
+
+    fn greeted(near: VsockStream, patience: &Patience<'_>) -> Result<Greeted> {
+        converse(near, Instant::now(), patience)
+    }
+
+    #[test]
+    fn a_shim_that_says_nothing_is_given_up() {
+        let (near, _far) = pair();
+        assert_eq!(greeted(near, &soon(20)).err().unwrap().kind(), ErrorKind::TimedOut);
+    }
+
+    #[test]
+    fn a_shim_that_never_stops_talking_is_given_up() {
+        let (near, far) = pair();
+        let talk = std::thread::spawn(move || {
+            let unknown = [0u32.to_le_bytes(), 1u32.to_le_bytes(), 0xffffu32.to_le_bytes()].concat();
+            while (&far).write_all(&unknown).is_ok() {}
+        });
+        let error = greeted(near, &Patience { deadline: None, cancel: None }).err().unwrap();
+        assert!(error.kind() == ErrorKind::GuestFailed && error.to_string().contains("64"), "{error}");
+        talk.join().unwrap();
+    }
+
+    #[test]
+    fn a_shim_that_trickles_is_given_up_in_time() {
+        let (near, far) = pair();
+        let talk = std::thread::spawn(move || {
+            // The beginning of a frame, byte by byte, for ever.
+            while (&far).write_all(&[1]).is_ok() {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        });
+        assert!(greeted(near, &soon(50)).is_err());
+        talk.join().unwrap();
+    }
+
+    #[test]
+    fn a_second_hello_is_nonsense() {
+        let (near, far) = pair();
+        let hello = frame(&FromGuest::Hello { min: VERSION_MIN, max: VERSION_MAX });
+        (&far).write_all(&[hello.clone(), hello].concat()).unwrap();
+        let error = greeted(near, &soon(10_000)).err().unwrap();
+        assert!(error.to_string().contains("second Hello"), "{error}");
+    }
+
+    #[test]
+    fn ready_before_hello_is_nonsense() {
+        let (near, far) = pair();
+        (&far).write_all(&frame(&FromGuest::Ready { user_space_ns: 1, ready_ns: 2 })).unwrap();
+        assert!(greeted(near, &soon(10_000)).err().unwrap().to_string().contains("before Hello"));
+    }
+
+    #[test]
+    fn the_text_of_a_failure_is_one_line() {
+        let (near, far) = pair();
+        let failed = FromGuest::Failed { stage: crate::proto::Stage::Mount, errno: 0, text: b"a\n\x1b[31mred\xff" };
+        (&far).write_all(&frame(&failed)).unwrap();
+        let text = greeted(near, &soon(10_000)).err().unwrap().to_string();
+        assert!(text.ends_with(r"a\n\x1b[31mred\xff"), "{text}");
+    }
+
+    #[test]
+    fn a_start_that_is_cancelled_ends_at_once() {
+        let (near, _far) = pair();
+        let token = CancelToken::new().unwrap();
+        let theirs = token.clone();
+        let cancel = std::thread::spawn(move || theirs.cancel());
+        let error = greeted(near, &Patience { deadline: None, cancel: Some(&token) }).err().unwrap();
+        assert_eq!(error.kind(), ErrorKind::Cancelled);
+        cancel.join().unwrap();
+    }
+}

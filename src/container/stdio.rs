@@ -1,0 +1,142 @@
+//! The standard streams of a process: which of the guest's connections they are.
+//!
+//! Every program in the guest can connect to the host's ports. The shim's connections begin with a cookie that only host and
+//! shim know; others are hung up.
+
+use std::io::{self, Read};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::time::{Duration, Instant};
+
+use super::process::State;
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::proto::{COOKIE_SIZE, VERSION_COOKIE};
+use crate::sys::{fill_random, left, wait_any};
+use crate::virtio::vsock::{VsockListener, VsockStream};
+
+/// The shim has connected a stream before it says that the program runs, so it is here already.
+const STREAM_TIMEOUT: Duration = Duration::from_secs(10);
+/// Connections whose first bytes have not all arrived, at once. The oldest are hung up for newer ones.
+const MAX_CANDIDATES: usize = 32;
+
+/// What the streams of one process begin with.
+pub(super) struct Cookie(Vec<u8>);
+
+impl Cookie {
+    /// One that nobody can guess; an empty one for a shim of a version that knows of none.
+    pub(super) fn new(version: u32) -> Result<Self> {
+        let mut bytes = vec![0; if version < VERSION_COOKIE { 0 } else { COOKIE_SIZE }];
+        fill_random(&mut bytes).doing(|| "making the streams' cookie")?;
+        Ok(Self(bytes))
+    }
+
+    pub(super) fn as_bytes(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+/// A connection that may be the shim's.
+struct Candidate {
+    stream: VsockStream,
+    read: Vec<u8>,
+}
+
+/// What is known of one.
+enum Verdict {
+    Shims,
+    Strangers,
+    Unknown,
+}
+
+impl Candidate {
+    fn judge(&mut self, cookie: &Cookie) -> Verdict {
+        let mut rest = [0; COOKIE_SIZE];
+        let room = cookie.0.len() - self.read.len();
+        if room == 0 {
+            return Verdict::Shims;
+        }
+        match self.stream.read(rest.get_mut(..room).unwrap_or_default()) {
+            Ok(0) => return Verdict::Strangers,
+            Ok(n) => self.read.extend_from_slice(rest.get(..n).unwrap_or_default()),
+            Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
+            Err(_) => return Verdict::Strangers,
+        }
+        match () {
+            () if self.read == cookie.0 => Verdict::Shims,
+            () if cookie.0.starts_with(&self.read) => Verdict::Unknown,
+            () => Verdict::Strangers,
+        }
+    }
+}
+
+/// Takes the shim's connection for one stream of the process. One that has ended already may have none: its stream is at its
+/// end then.
+///
+/// # Errors
+/// `TimedOut` when the guest has not connected within ten seconds; `ResourceExhausted` when its connection was refused for
+/// want of descriptors.
+pub(super) fn accept(listener: &VsockListener, cookie: &Cookie, state: &State) -> Result<VsockStream> {
+    let mut candidates: Vec<Candidate> = Vec::new();
+    let deadline = Instant::now() + STREAM_TIMEOUT;
+    loop {
+        // Looked at first: what the shim connected before the end is here by then.
+        let over = state.has_ended();
+        while let Some(stream) = next(listener, state, deadline)? {
+            stream.set_nonblocking(true)?;
+            if candidates.len() >= MAX_CANDIDATES {
+                candidates.remove(0);
+            }
+            candidates.push(Candidate { stream, read: Vec::new() });
+            if let Some(stream) = shims(&mut candidates, cookie) {
+                return finished(stream, state);
+            }
+        }
+        if let Some(stream) = shims(&mut candidates, cookie) {
+            return finished(stream, state);
+        }
+        if over {
+            return VsockStream::ended().doing(|| "making a stream that has ended");
+        }
+        let mut fds: Vec<BorrowedFd<'_>> = vec![listener.as_fd(), state.ended()];
+        fds.extend(candidates.iter().map(|it| it.stream.as_fd()));
+        if !wait_any(&fds, Some(left(deadline))).doing(|| "waiting for the process's stream")? {
+            return Err(Error::new(
+                ErrorKind::TimedOut,
+                format!("the guest has not connected the process's stream within {STREAM_TIMEOUT:?}"),
+            ));
+        }
+    }
+}
+
+/// The next connection that is there already.
+fn next(listener: &VsockListener, state: &State, deadline: Instant) -> Result<Option<VsockStream>> {
+    match listener.accept_timeout(Duration::ZERO) {
+        Ok(stream) => Ok(Some(stream)),
+        Err(e) if e.kind() == ErrorKind::TimedOut => Ok(None),
+        // The VM has ended, and the process with it.
+        Err(e) if e.kind() == ErrorKind::InvalidState && state.wait(Some(deadline))?.is_some() => Ok(None),
+        Err(e) => Err(e),
+    }
+}
+
+fn shims(candidates: &mut Vec<Candidate>, cookie: &Cookie) -> Option<VsockStream> {
+    let mut n = 0;
+    while let Some(candidate) = candidates.get_mut(n) {
+        match candidate.judge(cookie) {
+            Verdict::Shims => return Some(candidates.swap_remove(n).stream),
+            Verdict::Strangers => drop(candidates.swap_remove(n)),
+            Verdict::Unknown => n += 1,
+        }
+    }
+    None
+}
+
+fn finished(stream: VsockStream, state: &State) -> Result<VsockStream> {
+    stream.set_nonblocking(false)?;
+    state.keep(&stream);
+    Ok(stream)
+}
+
+/// The error of the first listener that could not take a connection for want of something of the host's.
+pub(super) fn refused(listeners: &[Option<VsockListener>; 3]) -> Option<Error> {
+    listeners.iter().flatten().find_map(|listener| listener.refused())
+}

@@ -1,0 +1,271 @@
+//! What the docs say that no guest can exceed: how long calls wait, what an end is called, who gets a stream.
+
+use std::io::{Read, Write};
+use std::time::{Duration, Instant};
+
+use cofferdam::{CancelToken, Container, ErrorKind, Exit, ExitStatus, Image, Size, Stdio};
+
+use crate::fixture::{Outcome, PATIENCE, Temp, busybox, container, debian_container, guest, kernel, run};
+use crate::{check, check_eq};
+
+/// What the lab, where a second of the host's may be short, is given beyond a bound.
+const SLACK: Duration = Duration::from_secs(8);
+
+/// Runs `call`, which must be back by `bound`.
+fn within<T>(what: &str, bound: Duration, call: impl FnOnce() -> T) -> Result<T, Box<dyn std::error::Error>> {
+    let begin = Instant::now();
+    let answer = call();
+    check!(begin.elapsed() < bound + SLACK, "{what} took {:?} instead of {bound:?}", begin.elapsed());
+    Ok(answer)
+}
+
+/// Our kernel has no means to power off, so a guest that wants to stands still.
+pub fn a_guest_that_halts_for_good_has_ended() -> Outcome {
+    for script in ["poweroff -f", "halt -f", "echo o > /proc/sysrq-trigger; sleep 1000"] {
+        for vcpus in [1, 2] {
+            let (exit, _) = run(guest(script).vcpus(vcpus))?;
+            check!(matches!(exit, Exit::Halt(_)), "{script} on {vcpus}: {exit}");
+            check!(exit.to_string().contains("interrupts disabled"), "{exit}");
+        }
+    }
+    Ok(())
+}
+
+pub fn an_idle_guest_has_not_ended() -> Outcome {
+    let vm = guest("sleep 1000").vcpus(2).start()?;
+    check!(vm.wait_timeout(Duration::from_secs(6))?.is_none());
+    Ok(())
+}
+
+pub fn a_container_whose_guest_powers_itself_off_was_not_killed() -> Outcome {
+    let container = container()?;
+    let status = container.exec(["sh", "-c", "echo o > /proc/sysrq-trigger; sleep 1000"]).status()?;
+    let ExitStatus::VmEnded(exit) = status else { return Err(format!("{status}").into()) };
+    check!(matches!(*exit, Exit::Halt(_) | Exit::PowerOff | Exit::Unresponsive(..)), "{exit}");
+    Ok(())
+}
+
+/// A guest that says nothing at all: one that is paused.
+pub fn every_call_on_a_mute_guest_comes_back() -> Outcome {
+    let container = container()?;
+    let second = Duration::from_secs(1);
+    let mut sleeper = container.exec(["sleep", "1000"]).timeout(2 * second).spawn()?;
+    let killed = container.exec(["sleep", "1000"]).spawn()?;
+    container.vm().pause()?;
+    let output = within("output", 4 * second, || container.exec(["echo", "x"]).timeout(second).output())??;
+    check!(matches!(output.status, ExitStatus::TimedOut), "{}", output.status);
+    let status = within("status", 3 * second, || container.exec(["true"]).timeout(second).status())??;
+    check!(matches!(status, ExitStatus::TimedOut), "{status}");
+    let status = within("wait", 4 * second, || sleeper.wait())??;
+    check!(matches!(status, ExitStatus::TimedOut), "{status}");
+    killed.kill()?;
+    let status = within("kill", 2 * second, || killed.wait_timeout(PATIENCE))??;
+    check_eq!(status.and_then(|status| status.signal()), Some(9));
+    let refused = within("connect", 11 * second, || container.connect(80))?;
+    check_eq!(refused.err().map(|e| e.kind()), Some(ErrorKind::TimedOut));
+    let refused = within("Vm::connect", 10 * second, || container.vm().connect(80))?;
+    check_eq!(refused.err().map(|e| e.kind()), Some(ErrorKind::TimedOut));
+    within("memory_stats", second, || container.vm().memory_stats())??;
+    within("stats", second, || container.vm().stats())?;
+    within("set_balloon", second, || container.vm().set_balloon(Size::mib(1)))??;
+    within("set_balloon", second, || container.vm().set_balloon(Size::bytes(0)))??;
+    within("listen", second, || container.vm().listen(9999))??;
+    within("events", second, || container.vm().events())??;
+    within("pause", second, || container.vm().pause())??;
+    let exit = within("stop", 3 * second, || container.stop(second))??;
+    check!(matches!(exit, Exit::Killed(_)), "{exit}");
+    within("drop", second, || drop(container))
+}
+
+/// What a guest does that was only slow, when it goes on.
+pub fn a_guest_that_goes_on_does_what_it_was_told_meanwhile() -> Outcome {
+    let container = container()?;
+    container.vm().pause()?;
+    let status = container.exec(["sh", "-c", "echo late > /late"]).timeout(Duration::from_millis(300)).status()?;
+    check!(matches!(status, ExitStatus::TimedOut), "{status}");
+    container.vm().resume()?;
+    let left = container.exec(["sh", "-c", "sleep 1; cat /late"]).timeout(PATIENCE).output()?;
+    check!(left.status.code() == Some(1), "what was given up in time did not run: {}", left.status);
+    Ok(())
+}
+
+pub fn a_start_is_cancelled() -> Outcome {
+    let token = CancelToken::new()?;
+    let theirs = token.clone();
+    let cancel = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(20));
+        theirs.cancel();
+    });
+    let started = within("start", Duration::from_secs(3), || debian_container().cancel(&token).start())?;
+    check_eq!(started.err().map(|e| e.kind()), Some(ErrorKind::Cancelled));
+    cancel.join().map_err(|_| "the thread panicked")?;
+    // Whoever is late does no harm.
+    let token = CancelToken::new()?;
+    let container = debian_container().cancel(&token).start()?;
+    token.cancel();
+    check!(container.exec(["true"]).status()?.success());
+    Ok(())
+}
+
+pub fn a_time_out_has_one_name_however_early() -> Outcome {
+    let container = container()?;
+    for millis in [0, 1, 3, 5, 8, 12, 20] {
+        let output = container.exec(["sleep", "1000"]).timeout(Duration::from_millis(millis)).output()?;
+        check!(matches!(output.status, ExitStatus::TimedOut), "{millis} ms: {}", output.status);
+    }
+    check!(container.exec(["true"]).status()?.success());
+    Ok(())
+}
+
+pub fn an_end_has_one_name_whoever_waits() -> Outcome {
+    for dropped in [false, true] {
+        let container = container()?;
+        let mut process = container.exec(["sleep", "1000"]).spawn()?;
+        match dropped {
+            true => drop(container),
+            false => container.kill(),
+        }
+        let status = process.wait()?;
+        check!(matches!(&status, ExitStatus::VmEnded(exit) if matches!(**exit, Exit::Killed(_))), "{status}");
+    }
+    Ok(())
+}
+
+pub fn any_duration_will_do() -> Outcome {
+    let container = debian_container().start_timeout(Duration::MAX).start()?;
+    let mut process = container.exec(["true"]).timeout(Duration::MAX).spawn()?;
+    check!(process.wait_timeout(Duration::MAX)?.is_some_and(|status| status.success()));
+    check!(process.wait()?.success());
+    let output = container.exec(["echo", "x"]).timeout(Duration::MAX).output()?;
+    check_eq!(output.stdout, b"x\n");
+    check!(container.vm().events()?.next_timeout(Duration::MAX).is_some());
+    let listener = container.vm().listen(7000)?;
+    let exit = container.stop(Duration::MAX)?;
+    check!(matches!(exit, Exit::PowerOff), "{exit}");
+    check_eq!(listener.accept_timeout(Duration::MAX).err().map(|e| e.kind()), Some(ErrorKind::InvalidState));
+    check!(container.vm().wait_timeout(Duration::MAX)?.is_some());
+    check!(matches!(guest("poweroff -f").start()?.shutdown(Duration::MAX)?, Exit::Halt(_) | Exit::Reboot(_)));
+    Ok(())
+}
+
+/// Every program in a guest can connect to the host's ports; no other but the shim gets a process's streams.
+pub fn a_programs_streams_are_its_own() -> Outcome {
+    let container = container()?;
+    // Ports are given one after the other. Each connection stays open, and what it is sent is told.
+    let thief = "use IO::Select; my $all = IO::Select->new; my $base = 0x40000000;
+        $| = 1; print qq(ready\\n);
+        for (;;) { for my $port (1 .. 150) {
+            socket(my $s, 40, 1, 0) or next;
+            if (connect($s, pack('SSLLx4', 40, 0, $base + $port, 2))) { $all->add($s); syswrite($s, 'x' x ($port % 40)); }
+            for my $r ($all->can_read(0)) { sysread($r, my $d, 4096) ? print qq(STOLEN $d\\n) : $all->remove($r); } } }";
+    let mut stealing = container.exec(["setpriv", "--reuid=1000", "--clear-groups", "perl", "-e", thief]);
+    stealing = stealing.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut stealing = stealing.spawn()?;
+    let mut ready = [0; 6];
+    stealing.stdout.as_mut().ok_or("no output")?.read_exact(&mut ready)?;
+    check_eq!(&ready, b"ready\n");
+    for n in 0..20 {
+        let mut process =
+            container.exec(["cat"]).stdin(Stdio::piped()).stdout(Stdio::piped()).timeout(PATIENCE).spawn()?;
+        write!(process.stdin.as_mut().ok_or("no input")?, "secret {n}")?;
+        let output = process.wait_with_output()?;
+        check_eq!(String::from_utf8_lossy(&output.stdout), format!("secret {n}"));
+    }
+    stealing.kill()?;
+    let told = stealing.wait_with_output()?;
+    check!(told.stdout.is_empty(), "{}", String::from_utf8_lossy(&told.stdout));
+    Ok(())
+}
+
+pub fn the_files_that_programs_need_are_there_whatever_the_image_has() -> Outcome {
+    type Prepare = fn(&std::path::Path) -> std::io::Result<()>;
+    let cases: [(&str, Prepare, &[&str]); 4] = [
+        ("none", |_| Ok(()), &["127.0.0.1\tlocalhost box"]),
+        ("empty", |etc| std::fs::write(etc.join("hosts"), ""), &["127.0.0.1\tlocalhost box"]),
+        (
+            "own",
+            |etc| std::fs::write(etc.join("hosts"), "127.0.0.1 localhost mine"),
+            &["localhost mine", "127.0.0.1\tbox"],
+        ),
+        ("dangling", |etc| std::os::unix::fs::symlink("../run/nothing/hosts", etc.join("hosts")), &["localhost box"]),
+    ];
+    for (name, prepare, expected) in cases {
+        let temp = Temp::new()?;
+        let root = temp.path("root");
+        std::fs::create_dir_all(root.join("etc"))?;
+        std::fs::create_dir_all(root.join("bin"))?;
+        std::fs::copy("/bin/busybox", root.join("bin/busybox"))?;
+        prepare(&root.join("etc"))?;
+        let image = Image::open(&root)?.cache_dir(temp.path("cache"));
+        let container = Container::builder(image).kernel(kernel()).start_timeout(PATIENCE).hostname("box").start()?;
+        let script = "cat /etc/hosts; stat -c '%n %a %u:%g' /etc/hosts /etc/hostname /tmp";
+        let output = container.exec(["/bin/busybox", "sh", "-c", script]).output()?;
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        for line in expected {
+            check!(text.contains(line), "{name}: {line}: {text}");
+        }
+        check!(text.contains("/etc/hostname 644 0:0") && text.contains("/tmp 1777 0:0"), "{name}: {text}");
+    }
+    Ok(())
+}
+
+#[allow(unsafe_code, reason = "forks, as a host in C or Python does")]
+pub fn a_child_of_fork_leaves_its_parents_guests_alone() -> Outcome {
+    let container = container()?;
+    let mut running = container.exec(["cat"]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
+    // SAFETY: the child drops what it has of its parent's handles, and leaves by _exit.
+    let child = unsafe { libc::fork() };
+    if child == 0 {
+        drop(container);
+        // SAFETY: ends the child at once.
+        unsafe { libc::_exit(7) }
+    }
+    let mut status = 0;
+    // SAFETY: waits for the child that was just made.
+    check_eq!(unsafe { libc::waitpid(child, &mut status, 0) }, child);
+    check!(libc::WIFEXITED(status) && libc::WEXITSTATUS(status) == 7, "{status:#x}");
+    running.stdin.take().ok_or("no input")?.write_all(b"still here")?;
+    check_eq!(running.wait_with_output()?.stdout, b"still here");
+    check!(container.exec(["true"]).status()?.success());
+    Ok(())
+}
+
+/// Neither is a guest's memory in a child of fork, nor would it be in a core file.
+pub fn no_guests_memory_is_in_children_or_core_files() -> Outcome {
+    let _vm = guest("sleep 1000").memory(Size::mib(300)).start()?;
+    let maps = std::fs::read_to_string("/proc/self/smaps")?;
+    let (mut size, mut seen) = (0, 0);
+    for line in maps.lines() {
+        if let Some(kib) = line.strip_prefix("Size:") {
+            size = kib.trim().trim_end_matches(" kB").parse::<u64>()?;
+        }
+        if let Some(flags) = line.strip_prefix("VmFlags:") {
+            let flags: Vec<&str> = flags.split_whitespace().collect();
+            if flags.contains(&"dc") && flags.contains(&"dd") {
+                seen += size;
+            }
+        }
+    }
+    check!(seen >= 300 << 10, "{seen} KiB are kept out");
+    Ok(())
+}
+
+/// Nothing of the processor that a guest could virtualize or count with, unless it is asked for.
+pub fn neither_nesting_nor_counters_by_default() -> Outcome {
+    let script = "grep -owE 'vmx|svm|arch_perfmon|perfctr_core' /proc/cpuinfo | sort -u; poweroff -f";
+    let (_, text) = run(guest(script))?;
+    check_eq!(text.trim(), "");
+    Ok(())
+}
+
+/// The initramfs of a VM is not the container's, so this is here to be named once.
+pub fn the_words_that_end_the_kernels_parameters_may_come_first() -> Outcome {
+    for line in ["-- x", "--", "console=hvc0 quiet -- x y=\"b -- c\""] {
+        let kernel = kernel().cmdline(line).initramfs(busybox("cat /proc/cmdline; reboot -f"));
+        let vm = cofferdam::Vm::builder(kernel).memory(Size::mib(128));
+        let (exit, _) = run(vm)?;
+        check!(matches!(exit, Exit::Reboot(_)), "{line}: {exit}");
+        check!(exit.trace().is_some_and(|trace| trace.stage == cofferdam::Stage::DriversReady), "{line}: {exit}");
+    }
+    Ok(())
+}
