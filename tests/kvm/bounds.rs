@@ -21,7 +21,7 @@ fn within<T>(what: &str, bound: Duration, call: impl FnOnce() -> T) -> Result<T,
 
 /// Our kernel has no means to power off, so a guest that wants to stands still.
 pub fn a_guest_that_halts_for_good_has_ended() -> Outcome {
-    for script in ["poweroff -f", "halt -f", "echo o > /proc/sysrq-trigger; sleep 1000"] {
+    for script in ["poweroff -f", "halt -f"] {
         for vcpus in [1, 2] {
             let (exit, _) = run(guest(script).vcpus(vcpus))?;
             check!(matches!(exit, Exit::Halt(_)), "{script} on {vcpus}: {exit}");
