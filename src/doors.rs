@@ -276,6 +276,12 @@ pub fn proto_frame(data: &[u8]) {
     }
 }
 
+/// A hostile shim on the other end of the control stream.
+#[cfg(any(feature = "container", test))]
+pub fn control_stream(data: &[u8]) {
+    crate::container::control_stream(data);
+}
+
 /// A kernel file of any bytes, or a valid one that is damaged.
 pub fn kernel_image(data: &[u8]) {
     let Ok(mut file) = sys::temp_file(&std::env::temp_dir()) else {
@@ -516,7 +522,7 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(64))]
         #[test]
         fn any_bytes_are_survived(data in proptest::collection::vec(any::<u8>(), 0..600)) {
-            for door in [queue, mmio, blk_request, balloon, vsock_packet, proto_frame, kernel_image, kernel_module, image_tar, overlay, qcow2] {
+            for door in [queue, mmio, blk_request, balloon, vsock_packet, proto_frame, control_stream, kernel_image, kernel_module, image_tar, overlay, qcow2] {
                 door(&data);
             }
         }

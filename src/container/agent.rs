@@ -3,6 +3,8 @@
 //! Nothing the guest sends is trusted: frames are bounded, what names no process of ours is ignored, and a stream that
 //! cannot be followed any more ends the VM. Nothing here waits for the guest: what it owes an answer has a deadline.
 
+#[cfg(any(test, feature = "internals"))]
+mod doors;
 mod entry;
 #[cfg(test)]
 mod tests;
@@ -14,6 +16,8 @@ use std::os::fd::AsFd;
 use std::sync::{Arc, Weak, mpsc};
 use std::time::{Duration, Instant};
 
+#[cfg(any(test, feature = "internals"))]
+pub(crate) use doors::control_stream;
 use entry::{Ending, Entry, Expired, Phase, UNANSWERED_KILL};
 pub(super) use entry::{KILL_MARGIN, START_TIMEOUT};
 

@@ -118,6 +118,15 @@ fn converse(mut stream: VsockStream, begin: Instant, patience: &Patience<'_>) ->
     }
 }
 
+/// Converses with whatever is behind the stream, at most for a moment.
+#[cfg(any(test, feature = "internals"))]
+pub(super) fn converse_with(stream: VsockStream) {
+    let deadline = Instant::now().checked_add(Duration::from_millis(50));
+    if let Err(error) = converse(stream, Instant::now(), &Patience { deadline, cancel: None }) {
+        assert!(!error.to_string().contains(['\n', '\x1b']), "a shim's text is one line");
+    }
+}
+
 fn strangers(min: u32, max: u32) -> Error {
     Error::new(
         ErrorKind::Incompatible,

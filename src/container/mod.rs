@@ -15,6 +15,8 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+#[cfg(any(test, feature = "internals"))]
+pub(crate) use agent::control_stream;
 pub use builder::ContainerBuilder;
 pub use cancel::CancelToken;
 pub use exec::{Exec, Stdio};

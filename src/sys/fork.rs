@@ -160,11 +160,14 @@ mod tests {
         let child = unsafe { libc::fork() };
         if child == 0 {
             drop(here);
+            let _ = (&there).write(&[0]);
             let _ = (&there).read(&mut [0]);
             // SAFETY: ends the child at once.
             unsafe { libc::_exit(0) }
         }
         drop(there);
+        // It runs, and has done what a child does first.
+        here.read_exact(&mut [0]).unwrap();
         drop((guard, locked));
         assert!(try_lock(&open(), LockKind::Exclusive).unwrap(), "the child lives, and holds nothing");
         here.write_all(&[0]).unwrap();
