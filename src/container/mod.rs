@@ -25,10 +25,10 @@ pub use image::Image;
 pub(crate) use image::read_archive;
 pub use process::{ExitStatus, Output, Process, ProcessReader, ProcessWriter};
 
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::Result;
 use crate::sys::left;
 use crate::virtio::vsock::VsockStream;
-use crate::vm::{END_TIMEOUT, Exit, Vm};
+use crate::vm::{Exit, Vm};
 use agent::Agent;
 
 /// How much longer than its grace a shutdown may take before it is cut short.
@@ -85,13 +85,7 @@ impl Container {
                 return Ok(exit);
             }
         }
-        self.vm.kill();
-        self.vm.wait_timeout(END_TIMEOUT)?.ok_or_else(|| {
-            Error::new(
-                ErrorKind::TimedOut,
-                format!("the machine has not ended within {END_TIMEOUT:?} after it was killed"),
-            )
-        })
+        self.vm.end()
     }
 
     /// Ends the container now. Idempotent; returns at once.
@@ -124,10 +118,8 @@ impl Drop for Container {
         if !self.vm.is_here() {
             return;
         }
-        self.vm.kill();
         // Whoever waits for a process shall hear the same as after a kill.
-        let exit = self.vm.wait_timeout(END_TIMEOUT).ok().flatten();
-        self.agent.ended(exit.unwrap_or_else(|| Exit::Killed(Box::new(self.vm.trace()))));
+        self.agent.ended(self.vm.end().unwrap_or_else(|_| Exit::Killed(Box::new(self.vm.trace()))));
     }
 }
 

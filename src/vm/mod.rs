@@ -68,7 +68,7 @@ const PAUSE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long a VM may take to end that was killed: as long as its devices and the embedder's writers may take for what they
 /// were asked last, and some more. On a host that works it takes milliseconds.
-pub(crate) const END_TIMEOUT: Duration = Duration::from_secs(15);
+const END_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// A running virtual machine. Any number live in one process; each has its own threads and nothing in common.
 ///
@@ -152,8 +152,11 @@ impl Vm {
     /// most end with a reset, which is [`Exit::Reboot`] and starts nothing again. A systemd that is powering off already is not
     /// disturbed by it.
     ///
+    /// A killed machine has ended within milliseconds, and after 15 seconds at most, where a file of the host's does not
+    /// answer.
+    ///
     /// # Errors
-    /// As [`Vm::wait`].
+    /// `TimedOut` when the killed machine has not ended after those 15 seconds.
     pub fn shutdown(&self, grace: Duration) -> Result<Exit> {
         let begin = Instant::now();
         // One that has ended is told by what follows.
@@ -167,8 +170,20 @@ impl Vm {
                 return Ok(exit);
             }
         }
+        self.end()
+    }
+
+    /// Kills it and waits for its end, which has a bound.
+    pub(crate) fn end(&self) -> Result<Exit> {
         self.kill();
-        self.wait()
+        self.shared.wait(deadline(END_TIMEOUT)).ok_or_else(|| {
+            Error::new(
+                ErrorKind::TimedOut,
+                format!(
+                    "the machine has not ended within {END_TIMEOUT:?} after it was killed: a file of the host's hangs"
+                ),
+            )
+        })
     }
 
     /// Stops the guest where it is: when this returns no vCPU runs and no device touches the guest's memory, until
@@ -406,9 +421,8 @@ impl Drop for Vm {
         if !self.origin.is_here() {
             return;
         }
-        self.kill();
-        if self.shared.wait(deadline(END_TIMEOUT)).is_none() {
-            log::error!("a VM has not ended within {END_TIMEOUT:?} and is left behind: its host hangs");
+        if let Err(error) = self.end() {
+            log::error!("a VM is left behind: {error}");
             return;
         }
         // They have nothing more to do.
