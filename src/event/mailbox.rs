@@ -91,6 +91,12 @@ impl<S, W: Wake> Mailbox<S, W> {
         self.wake.wake();
     }
 
+    /// By the loop's thread: whether somebody has asked for something that was not done yet.
+    pub(super) fn asked(&self) -> bool {
+        let state = self.state();
+        state.closed || !state.requests.is_empty()
+    }
+
     /// By the loop's thread: runs every request. False when the loop shall end.
     pub(super) fn serve(&self, value: &mut S) -> bool {
         // Cleared first: a request that comes later wakes the loop again.

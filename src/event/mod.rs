@@ -23,6 +23,10 @@ use crate::sys::{
 
 pub(crate) use crate::sys::EventSet as Interest;
 
+/// How long a request to a loop waits for its answer, unless it says otherwise. Loops take turns of a few milliseconds: one that
+/// does not answer in this time hangs in a call of the host's.
+pub(crate) const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
+
 /// What a loop's value does when one of its descriptors is ready.
 pub(crate) trait Handler: Send + 'static {
     /// `token` is what the descriptor was watched with. Must not block.
@@ -88,12 +92,13 @@ impl<S> fmt::Debug for Remote<S> {
 }
 
 impl<S: Handler> Remote<S> {
-    /// Runs `f` on the owner and waits for its answer. Never call it from the loop's own thread.
+    /// Runs `f` on the owner and waits for its answer, at most [`REQUEST_TIMEOUT`]. Never call it from the loop's own thread.
     ///
     /// # Errors
-    /// `InvalidState` when the loop has ended, or ends without having run `f`.
+    /// `InvalidState` when the loop has ended, or ends without having run `f`. `TimedOut` when the loop is busy for too long;
+    /// `f` is run all the same when the loop comes to it.
     pub(crate) fn with<R: Send + 'static>(&self, f: impl FnOnce(&mut S) -> R + Send + 'static) -> Result<R> {
-        self.ask(f)?.recv().map_err(|_| Error::vm_ended())
+        self.with_timeout(REQUEST_TIMEOUT, f)
     }
 
     /// As [`Remote::with`], but waits no longer than `limit`; `f` is run all the same when the loop comes to it.
@@ -241,13 +246,15 @@ fn run<S: Handler>(value: &mut S, epoll: &Epoll, mailbox: &Mailbox<S, EventFd>) 
             }
         };
         let mut asked = false;
-        for event in events.iter().take(count) {
-            if event.data() == MAILBOX {
+        for (n, event) in events.iter().take(count).enumerate() {
+            // Whoever asks waits for one turn of one descriptor, however many are ready.
+            if event.data() == MAILBOX || n > 0 && mailbox.asked() {
                 asked = true;
                 if !mailbox.serve(value) {
                     return;
                 }
-            } else {
+            }
+            if event.data() != MAILBOX {
                 value.ready(event.data(), event.event_set());
             }
         }
@@ -352,6 +359,35 @@ mod tests {
         }
         assert_eq!(it.join().unwrap().seen, 100);
         assert_eq!(remote.with(|_| ()).unwrap_err().kind(), ErrorKind::InvalidState);
+    }
+
+    #[test]
+    fn who_asks_waits_for_one_turn_and_not_for_all() {
+        /// Many descriptors that are always ready, each of which takes its time.
+        struct Busy(#[allow(dead_code, reason = "they are open")] Vec<EventFd>, u32);
+        impl Handler for Busy {
+            fn ready(&mut self, _: u64, _: EventSet) {
+                thread::sleep(Duration::from_millis(20));
+                self.1 += 1;
+            }
+        }
+        let it = Loop::start("busy", |sources| {
+            let all: Vec<_> = (0..BATCH).map(|_| eventfd().unwrap()).collect();
+            for (token, fd) in (0..).zip(&all) {
+                sources.watch(borrow(fd), token, Interest::IN).unwrap();
+                fd.write(1).unwrap();
+            }
+            Busy(all, 0)
+        })
+        .unwrap();
+        let turns = || it.remote().with(|busy| busy.1).unwrap();
+        let mut before = turns();
+        for _ in 0..10 {
+            thread::sleep(Duration::from_millis(5));
+            let now = turns();
+            assert!(now - before <= 4, "{} turns came first", now - before);
+            before = now;
+        }
     }
 
     #[test]
