@@ -53,6 +53,17 @@ pub struct Gso {
     pub header_len: u16,
 }
 
+impl Gso {
+    /// Whether a frame of `len` bytes becomes no more packets than a system would make of it.
+    fn is_sane(&self, len: usize) -> bool {
+        match self.kind {
+            // Headers are no payload: a frame with as many datagrams as there may be has them beside.
+            GsoKind::Udp => self.size > 0 && len <= MAX_UDP_SEGMENTS * usize::from(self.size) + MAX_UDP_HEADERS,
+            GsoKind::Tcp4 | GsoKind::Tcp6 => self.size >= MIN_TCP_SEGMENT,
+        }
+    }
+}
+
 /// What is left to do to a frame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Offload {
@@ -68,13 +79,20 @@ pub(crate) enum OffloadError {
     /// The driver must have agreed to what it uses.
     #[error("the frame needs work that was not agreed to be left")]
     NotAgreed,
-    /// Unknown kind, a size of zero, or cutting without a checksum (Virtio 1.3, 5.1.6.2).
+    /// Unknown kind, a size too small, or cutting without a checksum (Virtio 1.3, 5.1.6.2).
     #[error("the frame cannot be cut as its header demands")]
     Gso,
     /// The place of the checksum is not in the frame.
     #[error("the checksum's place is outside the frame")]
     Csum,
 }
+
+/// The most datagrams that one frame may be cut into, as in Linux (`UDP_MAX_SEGMENTS`).
+pub(crate) const MAX_UDP_SEGMENTS: usize = 128;
+/// More than all headers of such a frame.
+const MAX_UDP_HEADERS: usize = 128;
+/// The least payload of a segment of TCP, as in Linux (`TCP_MIN_GSO_SIZE`).
+pub(crate) const MIN_TCP_SEGMENT: u16 = 8;
 
 /// Flags and kinds (Virtio 1.3, 5.1.6).
 const NEEDS_CSUM: u8 = 1;
@@ -119,7 +137,7 @@ impl Offload {
 
     /// Whether it can be done to a frame of `len` bytes.
     pub(crate) fn check(&self, len: usize) -> Result<(), OffloadError> {
-        if self.gso.is_some_and(|gso| gso.size == 0 || self.csum.is_none()) {
+        if self.gso.is_some_and(|gso| self.csum.is_none() || !gso.is_sane(len)) {
             return Err(OffloadError::Gso);
         }
         let end = |csum: Csum| usize::from(csum.start) + usize::from(csum.offset) + 2;
@@ -162,6 +180,18 @@ mod tests {
     }
 
     #[test]
+    fn a_frame_is_not_cut_into_more_datagrams_than_a_system_would() {
+        let csum = Some(Csum { start: 34, offset: 6 });
+        let cut = |len: usize, size: u16| {
+            Offload { csum, gso: Some(Gso { kind: GsoKind::Udp, size, header_len: 42 }) }.check(len)
+        };
+        assert_eq!(cut(42 + MAX_UDP_SEGMENTS * 500, 500), Ok(()));
+        assert_eq!(cut(65_000, 500), Err(OffloadError::Gso));
+        assert_eq!(cut(65_000, 1), Err(OffloadError::Gso));
+        assert_eq!(cut(65_000, 0), Err(OffloadError::Gso));
+    }
+
+    #[test]
     fn headers_that_mean_nothing_are_refused() {
         let parse = |change: fn(&mut [u8; HEADER_LEN])| {
             let mut header = [1, 1, 54, 0, 0, 5, 34, 0, 16, 0, 0, 0];
@@ -172,6 +202,8 @@ mod tests {
         assert_eq!(parse(|h| h[5] = 0), Err(OffloadError::Gso));
         assert_eq!(parse(|h| h[0] = 0), Err(OffloadError::Gso));
         assert_eq!(parse(|h| h[1] = 3), Err(OffloadError::Gso));
+        assert_eq!(parse(|h| (h[4], h[5]) = (MIN_TCP_SEGMENT as u8, 0)), Ok(()));
+        assert_eq!(parse(|h| (h[4], h[5]) = (MIN_TCP_SEGMENT as u8 - 1, 0)), Err(OffloadError::Gso));
         assert_eq!(parse(|h| h[1] = 5), Err(OffloadError::NotAgreed));
         assert_eq!(parse(|h| h[8] = 25), Err(OffloadError::Csum));
         assert_eq!(parse(|h| h[7] = 0xff), Err(OffloadError::Csum));

@@ -6,7 +6,7 @@
 use std::sync::mpsc::SyncSender;
 
 use super::config_space::ConfigSpace;
-use super::{Chain, DeviceIo, DeviceType, Profile, Source, VirtioDevice};
+use super::{Chain, DeviceIo, DeviceType, Profile, Source, VirtioDevice, Work};
 use crate::memory::{GuestAddress, GuestMemory};
 use crate::size::Size;
 
@@ -23,8 +23,12 @@ const ACTUAL: usize = 4;
 
 /// The balloon counts in pages of this size on every machine (Virtio 1.3, 5.5.6).
 const PAGE: u64 = 4096;
-/// Pages in one request; Linux sends 256. More would keep the loop busy for too long.
+/// Pages in one request; Linux sends 256.
 const MAX_PAGES: usize = 4096;
+/// Page numbers that are looked at in one piece of work.
+const PAGES_AT_ONCE: usize = 64;
+/// Bytes that are given back to the host in one piece of work.
+const DISCARD_AT_ONCE: usize = 16 << 20;
 
 /// How a guest uses its memory, as its kernel says (Virtio 1.3, 5.5.6.4). What it does not tell is `None`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -90,6 +94,9 @@ pub(crate) struct Balloon {
     /// The driver's buffer for statistics: it fills in new ones when it gets the buffer back.
     stats: Option<Chain>,
     waiting: Vec<SyncSender<GuestMemoryUse>>,
+    /// Requests that take more than a turn: to inflate, and of free memory.
+    inflating: Option<Chain>,
+    reporting: Option<Chain>,
     /// Bytes that the guest has reported as free so far.
     reported: u64,
 }
@@ -97,8 +104,19 @@ pub(crate) struct Balloon {
 impl Balloon {
     pub(crate) fn new(memory: GuestMemory, on_settled: OnSettled) -> Self {
         let config = ConfigSpace::new([0; 8]).writable(ACTUAL..ACTUAL + 4);
-        let (roles, waiting) = (Vec::new(), Vec::new());
-        Self { memory, on_settled, held: 0, settled: true, config, roles, stats: None, waiting, reported: 0 }
+        Self {
+            memory,
+            on_settled,
+            held: 0,
+            settled: true,
+            config,
+            roles: Vec::new(),
+            stats: None,
+            waiting: Vec::new(),
+            inflating: None,
+            reporting: None,
+            reported: 0,
+        }
     }
 
     /// Wants the guest to give `bytes` back, or to take again what is beyond that. It does so when it can.
@@ -146,37 +164,118 @@ impl Balloon {
         }
     }
 
-    /// The pages whose numbers are in the chain are the host's now.
-    fn inflate(&mut self, chain: &mut Chain) -> Result<(), String> {
+    /// The pages whose numbers are in the chain are the host's now; as many as the turn has time for.
+    fn inflate(&mut self, io: &mut DeviceIo, chain: &mut Chain) -> Result<(), String> {
         let count = chain.readable_len() / 4;
         if count > MAX_PAGES {
             return Err(format!("{count} pages in one request"));
         }
-        let mut pages = vec![0; count * 4];
-        chain.read_into(&mut pages).map_err(|e| e.to_string())?;
+        let mut bytes = [0; 4 * PAGES_AT_ONCE];
+        while chain.readable_len() >= 4 && !io.turn_over() {
+            let count = (chain.readable_len() / 4).min(PAGES_AT_ONCE);
+            let (bytes, _) = bytes.split_at_mut(4 * count);
+            chain.read_into(bytes).map_err(|e| e.to_string())?;
+            self.discard_pages(io, bytes);
+            // No more than there is memory, whatever the guest says.
+            self.held = (self.held + count as u64).min(self.memory.size() / PAGE);
+        }
+        Ok(())
+    }
+
+    /// Discards the pages of these numbers, of 32 bits.
+    fn discard_pages(&self, io: &mut DeviceIo, numbers: &[u8]) {
         let mut run: Option<(u64, u64)> = None;
-        for number in pages.chunks_exact(4).filter_map(|n| n.try_into().ok()).map(u32::from_le_bytes).map(u64::from) {
+        for number in numbers.chunks_exact(4).filter_map(|n| n.try_into().ok()).map(u32::from_le_bytes).map(u64::from) {
             run = match run {
                 Some((start, n)) if start + n == number => Some((start, n + 1)),
                 Some(whole) => {
-                    self.discard(whole);
+                    self.discard(io, whole);
                     Some((number, 1))
                 }
                 None => Some((number, 1)),
             };
         }
-        run.into_iter().for_each(|whole| self.discard(whole));
-        // No more than there is memory, whatever the guest says.
-        self.held = (self.held + count as u64).min(self.memory.size() / PAGE);
-        Ok(())
+        run.into_iter().for_each(|whole| self.discard(io, whole));
     }
 
-    fn discard(&self, (start, pages): (u64, u64)) {
+    fn discard(&self, io: &mut DeviceIo, (start, pages): (u64, u64)) {
         let len = usize::try_from(pages * PAGE).unwrap_or(usize::MAX);
+        io.charge(Work::Calls(1));
+        io.charge(Work::Discarded(len));
         match self.memory.segment(GuestAddress(start * PAGE), len) {
             Ok(segment) => self.memory.discard(segment),
             // The guest's mistake, which harms nobody.
             Err(error) => log::debug!("a balloon holds what is no memory: {error}"),
+        }
+    }
+
+    /// Takes what the driver wants to be in the balloon.
+    fn take_pages(&mut self, io: &mut DeviceIo, queue: usize) {
+        while let Some(mut chain) = next(io, queue, &mut self.inflating) {
+            if let Err(why) = self.inflate(io, &mut chain) {
+                io.fail(&why);
+            } else if chain.readable_len() >= 4 {
+                self.inflating = Some(chain);
+                io.kick_self(queue);
+                break;
+            }
+            io.complete(queue, chain);
+        }
+        io.flush(&[queue]);
+        self.settle();
+    }
+
+    /// Takes what the driver reports as free.
+    fn take_reports(&mut self, io: &mut DeviceIo, queue: usize) {
+        while let Some(mut chain) = next(io, queue, &mut self.reporting) {
+            while chain.writable_len() > 0 && !io.turn_over() {
+                let piece = chain.take_writable(DISCARD_AT_ONCE);
+                for &segment in chain.writable(piece) {
+                    io.charge(Work::Calls(1));
+                    io.charge(Work::Discarded(segment.len()));
+                    self.reported += segment.len() as u64;
+                    self.memory.discard(segment);
+                }
+            }
+            if chain.writable_len() > 0 {
+                self.reporting = Some(chain);
+                io.kick_self(queue);
+                break;
+            }
+            io.complete(queue, chain);
+        }
+        io.flush(&[queue]);
+    }
+
+    /// Takes how the guest uses its memory.
+    fn take_stats(&mut self, io: &mut DeviceIo, queue: usize) {
+        while let Some(mut chain) = next(io, queue, &mut None) {
+            let mut bytes = vec![0; chain.readable_len().min(1024)];
+            if chain.read_into(&mut bytes).is_ok() {
+                let told = GuestMemoryUse::parse(&bytes);
+                for answer in self.waiting.drain(..) {
+                    // Who asked may have given up.
+                    let _ = answer.try_send(told);
+                }
+            }
+            // One buffer is kept; a driver that sends another gets the first back.
+            if let Some(old) = self.stats.replace(chain) {
+                io.complete(queue, old);
+            }
+        }
+        io.flush(&[queue]);
+    }
+}
+
+/// The request that is half done, or the next one of the queue. `None` when the turn is over, or there is none.
+fn next(io: &mut DeviceIo, queue: usize, half_done: &mut Option<Chain>) -> Option<Chain> {
+    if let Some(chain) = half_done.take() {
+        return Some(chain);
+    }
+    loop {
+        match io.pop(queue) {
+            None if io.rearm(queue) => {}
+            popped => return popped,
         }
     }
 }
@@ -202,52 +301,23 @@ impl VirtioDevice for Balloon {
     fn ready(&mut self, io: &mut DeviceIo, source: Source) {
         let Source::Queue(queue) = source else { return };
         match self.roles.get(queue).copied() {
-            Some(Role::Inflate) => {
-                let mut mistake = None;
-                io.drain(queue, |chain| mistake = self.inflate(chain).err().or(mistake.take()));
-                if let Some(why) = mistake {
-                    io.fail(&why);
-                }
-                self.settle();
-            }
+            Some(Role::Inflate) => self.take_pages(io, queue),
             // What the guest takes back is there again as soon as it touches it.
             Some(Role::Deflate) => {
-                io.drain(queue, |chain| self.held = self.held.saturating_sub(chain.readable_len() as u64 / 4));
+                io.drain(queue, |chain| {
+                    self.held = self.held.saturating_sub(chain.readable_len() as u64 / 4);
+                    Work::Chain
+                });
                 self.settle();
             }
-            Some(Role::Stats) => {
-                while let Some(mut chain) = io.pop(queue) {
-                    let mut bytes = vec![0; chain.readable_len().min(1024)];
-                    if chain.read_into(&mut bytes).is_ok() {
-                        let told = GuestMemoryUse::parse(&bytes);
-                        for answer in self.waiting.drain(..) {
-                            // Who asked may have given up.
-                            let _ = answer.try_send(told);
-                        }
-                    }
-                    // One buffer is kept; a driver that sends another gets the first back.
-                    if let Some(old) = self.stats.replace(chain) {
-                        io.complete(queue, old);
-                    }
-                }
-                if io.rearm(queue) {
-                    io.kick_self(queue);
-                }
-            }
-            Some(Role::Reporting) => io.drain(queue, |chain| {
-                let room = chain.writable_len();
-                let all = chain.take_writable(room);
-                for &segment in chain.writable(all) {
-                    self.reported += segment.len() as u64;
-                    self.memory.discard(segment);
-                }
-            }),
+            Some(Role::Stats) => self.take_stats(io, queue),
+            Some(Role::Reporting) => self.take_reports(io, queue),
             None => {}
         }
     }
 
     fn stopping(&mut self, _: &mut DeviceIo) {
-        self.stats = None;
+        (self.stats, self.inflating, self.reporting) = (None, None, None);
         self.waiting.clear();
         self.held = 0;
         self.config.set(ACTUAL, &[0; 4]);
@@ -258,6 +328,7 @@ impl VirtioDevice for Balloon {
 mod tests {
     use super::*;
     use crate::virtio::testing::{Driver, WRITE};
+    use crate::virtio::turn::{MAX_PIECE, MAX_TURN};
     use std::sync::mpsc;
 
     const INFLATE: usize = 0;
@@ -321,6 +392,100 @@ mod tests {
         driver.poke(REPORTING);
         assert!(driver.receive(REPORTING).is_some());
         assert_eq!((byte(&memory, written), driver.device.reported()), (0, 16 * PAGE));
+    }
+
+    fn bounded(driver: &Driver<Balloon>) {
+        assert!(driver.most_work() <= MAX_TURN + MAX_PIECE, "{}", driver.most_work());
+    }
+
+    #[test]
+    fn reports_take_as_many_turns_as_they_need() {
+        let mut driver = rig();
+        // Tables of as many single pages as a chain may have.
+        let memory = driver.memory();
+        for n in 0..64u64 {
+            let next = u16::from(n < 63);
+            let rest = [[WRITE | next, n as u16 + 1]].map(|[a, b]| u32::from(a) | u32::from(b) << 16);
+            let bytes = [0x80_0000 + 2 * PAGE * n, u64::from(rest[0]) << 32 | PAGE].map(u64::to_le_bytes).concat();
+            memory.write(GuestAddress(0x100_0000 + 16 * n), &bytes).unwrap();
+        }
+        let (mut turns, mut back) = (0, 0);
+        while back < 1000 {
+            while driver.send_raw(REPORTING, &[(0x100_0000, 64 * 16, 4)]) {}
+            driver.poke(REPORTING);
+            turns += 1;
+            while driver.receive(REPORTING).is_some() {
+                back += 1;
+            }
+        }
+        assert_eq!(driver.device.reported() / (64 * PAGE), back);
+        assert!(turns > 30, "{turns}");
+        bounded(&driver);
+        // A table of more is no chain of this queue.
+        driver.send_raw(REPORTING, &[(0x100_0000, 65 * 16, 4)]);
+        memory.write(GuestAddress(0x100_0000 + 16 * 63 + 12), &[3, 0, 64, 0]).unwrap();
+        driver.poke(REPORTING);
+        assert!(driver.broken());
+    }
+
+    #[test]
+    fn one_large_report_is_given_back_in_pieces() {
+        let mut driver = rig();
+        for _ in 0..64 {
+            assert!(driver.send_raw(REPORTING, &[(0x40_0000, 24 << 20, WRITE)]));
+        }
+        let (mut turns, mut back) = (0, 0);
+        while back < 64 {
+            driver.poke(REPORTING);
+            turns += 1;
+            while driver.collect(REPORTING).is_some() {
+                back += 1;
+            }
+        }
+        assert_eq!((driver.device.reported(), turns > 10), (64 * (24 << 20), true));
+        bounded(&driver);
+    }
+
+    #[test]
+    fn scattered_pages_take_as_many_turns_as_they_need() {
+        let mut driver = rig();
+        let numbers: Vec<u8> = (0..MAX_PAGES as u32).flat_map(|n| (0x400 + 2 * (n % 512)).to_le_bytes()).collect();
+        (0..64).for_each(|_| assert!(driver.send(INFLATE, &[&numbers], &[])));
+        let (mut turns, mut back) = (0, 0);
+        while back < 64 {
+            driver.poke(INFLATE);
+            turns += 1;
+            while driver.receive(INFLATE).is_some() {
+                back += 1;
+            }
+        }
+        assert!(turns > 64, "{turns}");
+        bounded(&driver);
+    }
+
+    #[test]
+    fn statistics_that_are_offered_again_and_again_end_the_turn() {
+        use std::sync::atomic::{AtomicBool, Ordering};
+        let mut driver = rig();
+        let memory = driver.memory();
+        driver.send(STATS, &[&[0; 10]], &[]);
+        // A driver on another processor that offers its buffer as soon as it comes back, for ever.
+        let ring = 0x10_0000 + STATS as u64 * 0x1_0000;
+        (0..16).for_each(|n| memory.write(GuestAddress(ring + 0x8004 + 2 * n), &[15, 0]).unwrap());
+        let stop = std::sync::Arc::new(AtomicBool::new(false));
+        let until = stop.clone();
+        let guest = std::thread::spawn(move || {
+            while !until.load(Ordering::Relaxed) {
+                let mut used = [0; 2];
+                memory.read(GuestAddress(ring + 0xc002), &mut used).unwrap();
+                let next = u16::from_le_bytes(used).wrapping_add(15);
+                memory.write(GuestAddress(ring + 0x8002), &next.to_le_bytes()).unwrap();
+            }
+        });
+        (0..50).for_each(|_| driver.poke(STATS));
+        stop.store(true, Ordering::Relaxed);
+        guest.join().unwrap();
+        bounded(&driver);
     }
 
     #[test]

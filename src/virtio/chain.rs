@@ -15,8 +15,8 @@ pub(crate) enum ChainError {
     /// "total length … at most 2^32 bytes" (Virtio 1.3, 2.7.5).
     #[error("the chain is longer than 4 GiB")]
     TooLong,
-    /// It runs in circles, ends in a descriptor that does not exist, or nests tables.
-    #[error("the chain does not end properly")]
+    /// It runs in circles, ends in a descriptor that does not exist, nests tables, or is longer than its queue.
+    #[error("the chain does not end properly, or is longer than the queue")]
     Endless,
 }
 
@@ -116,20 +116,23 @@ struct Body {
     writable: Buffers,
     /// Bytes of the writable part that hold an answer, reported to the driver.
     written: u32,
+    /// Descriptors, those of empty buffers included.
+    descriptors: usize,
 }
 
 impl Chain {
     /// An empty one, to be filled.
     pub(super) fn new(memory: &GuestMemory) -> Self {
         let (readable, writable) = Default::default();
-        Self(Box::new(Body { head: 0, memory: memory.clone(), readable, writable, written: 0 }))
+        Self(Box::new(Body { head: 0, memory: memory.clone(), readable, writable, written: 0, descriptors: 0 }))
     }
 
     /// Collects and checks the descriptors of the chain that begins at `head`. The last of them must say that it is the last.
     pub(super) fn fill(&mut self, head: u16, descriptors: impl Iterator<Item = Descriptor>) -> Result<(), ChainError> {
-        let Body { memory, readable, writable, .. } = &mut *self.0;
+        let Body { memory, readable, writable, descriptors: walked, .. } = &mut *self.0;
         let (mut total, mut ended) = (0u64, false);
         for descriptor in descriptors {
+            *walked += 1;
             ended = !descriptor.has_next();
             total += u64::from(descriptor.len);
             if total > u64::from(u32::MAX) {
@@ -148,10 +151,10 @@ impl Chain {
 
     /// To be filled again, unless the driver has made it large.
     pub(super) fn emptied(mut self) -> Option<Self> {
-        let Body { readable, writable, written, .. } = &mut *self.0;
+        let Body { readable, writable, written, descriptors, .. } = &mut *self.0;
         readable.clear();
         writable.clear();
-        *written = 0;
+        (*written, *descriptors) = (0, 0);
         (readable.segments.capacity().max(writable.segments.capacity()) <= KEEP).then_some(self)
     }
 
@@ -168,9 +171,9 @@ impl Chain {
         &self.0.memory
     }
 
-    /// How many pieces its buffers are in.
-    pub(crate) fn pieces(&self) -> usize {
-        self.0.readable.rest().len() + self.0.writable.rest().len()
+    /// How many descriptors the driver has made it of.
+    pub(super) fn descriptors(&self) -> usize {
+        self.0.descriptors
     }
 
     /// Bytes not yet read.
@@ -213,11 +216,6 @@ impl Chain {
         }
         memory.gather(readable.rest(), 0, to).map_err(|_| TooShort)?;
         Ok(())
-    }
-
-    /// Uses up the next `n` bytes to be read, or all there are, without looking at them.
-    pub(crate) fn skip_readable(&mut self, n: usize) {
-        self.0.readable.skip(n);
     }
 
     /// Takes the next `n` bytes to be read, or all there are, without looking at them.

@@ -6,21 +6,18 @@ use std::io::Write;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::{Chain, DeviceIo, DeviceType, Profile, Source, VirtioDevice};
-use crate::error::{Context, Result};
-use crate::event::Interest;
-use crate::sys::{EventFd, borrow, eventfd};
+use super::{Chain, DeviceIo, DeviceType, Profile, Source, VirtioDevice, Work};
 
 /// How much of the console is remembered for the report of a VM's end.
 const TAIL: usize = 64 * 1024;
-/// How much may wait for a slow writer. A guest that prints more waits too.
-const PENDING: usize = 64 * 1024;
+/// How much may wait for a slow writer. What a guest prints beyond that is lost to the writer, and counted.
+const PENDING: usize = 256 * 1024;
 /// How long the end of the output waits for the writer's thread to have a turn on a busy host.
 const BEGIN: Duration = Duration::from_secs(5);
 /// Queues of port 0 (Virtio 1.3, 5.3.2).
 const TRANSMIT: usize = 1;
-/// The number under which the wake-up of a waiting guest is watched.
-const SPACE: u32 = 0;
+/// Bytes that are printed in one piece of work.
+const AT_ONCE: usize = 4096;
 
 #[derive(Debug, Default)]
 struct State {
@@ -32,44 +29,44 @@ struct State {
     writing: Option<Instant>,
     /// No more will be printed: the pump ends when nothing is pending.
     closed: bool,
+    /// Bytes that the writer was too slow for.
+    dropped: u64,
 }
 
 /// What a guest printed, from all its consoles: a bounded tail, and on its way to the embedder's writer.
-#[derive(Clone)]
+#[derive(Clone, Default)]
 pub(crate) struct Output(Arc<Inner>);
 
+#[derive(Default)]
 struct Inner {
     state: Mutex<State>,
     changed: Condvar,
-    /// Room was made for a console that waits.
-    space: EventFd,
 }
 
 impl Output {
-    /// # Errors
-    /// `ResourceExhausted` when the process has no descriptors left.
-    pub(crate) fn new() -> Result<Self> {
-        let space = eventfd().doing(|| "creating a console")?;
-        Ok(Self(Arc::new(Inner { state: Mutex::default(), changed: Condvar::new(), space })))
-    }
-
     fn state(&self) -> MutexGuard<'_, State> {
         self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes as much of `bytes` as fits; says how much. Never waits.
-    pub(crate) fn print(&self, bytes: &[u8]) -> usize {
+    /// Takes all of `bytes`. Never waits: what a slow writer has no room for is not given to it, and counted.
+    pub(crate) fn print(&self, bytes: &[u8]) {
         let mut state = self.state();
-        let room = if state.pumped { PENDING - state.pending.len().min(PENDING) } else { bytes.len() };
-        let (now, _) = bytes.split_at(room.min(bytes.len()));
-        if state.pumped && !now.is_empty() {
+        if state.pumped {
+            let room = PENDING - state.pending.len().min(PENDING);
+            let (now, lost) = bytes.split_at(room.min(bytes.len()));
             state.pending.extend(now);
+            state.dropped += lost.len() as u64;
             self.0.changed.notify_all();
         }
-        state.tail.extend(now);
+        let (_, last) = bytes.split_at(bytes.len().saturating_sub(TAIL));
+        state.tail.extend(last);
         let excess = state.tail.len().saturating_sub(TAIL);
         state.tail.drain(..excess);
-        now.len()
+    }
+
+    /// Bytes that were printed and not given to the writer, because it was too slow.
+    pub(crate) fn dropped(&self) -> u64 {
+        self.state().dropped
     }
 
     /// The last bytes printed, at most 64 KiB.
@@ -108,21 +105,15 @@ impl Output {
                 let mut state = self.state();
                 state.pumped = false;
                 state.pending.clear();
-                self.made_room();
+                self.0.changed.notify_all();
                 return;
             }
             let mut state = self.state();
             state.pending.drain(..bytes.len());
             state.writing = None;
             drop(state);
-            self.made_room();
+            self.0.changed.notify_all();
         }
-    }
-
-    fn made_room(&self) {
-        self.0.changed.notify_all();
-        // A full counter is readable, which is all that is wanted.
-        let _ = self.0.space.write(1);
     }
 
     /// Nothing more will be printed. Waits until the writer has everything, but not longer than `bound` once it has begun to
@@ -149,7 +140,7 @@ impl fmt::Debug for Output {
     }
 }
 
-/// Serial ports print too, from a vCPU's thread, which must not wait: what does not fit is lost there.
+/// Serial ports print too, from a vCPU's thread, which must not wait.
 impl Write for Output {
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
         self.print(bytes);
@@ -165,50 +156,49 @@ impl Write for Output {
 #[derive(Debug)]
 pub(crate) struct Console {
     output: Output,
-    /// Printed in part: the writer is slower than the guest.
-    waiting: Option<Chain>,
+    /// Printed in part: the turn was over.
+    half_done: Option<Chain>,
 }
 
 impl Console {
     pub(crate) fn new(output: Output) -> Self {
-        Self { output, waiting: None }
+        Self { output, half_done: None }
     }
 
-    /// True when all of the chain is printed.
-    fn print(&self, chain: &mut Chain) -> bool {
-        let mut buffer = [0; 4096];
+    /// Prints as much of the chain as the turn has time for. True when that is all.
+    fn print(&self, io: &mut DeviceIo, chain: &mut Chain) -> bool {
+        let mut buffer = [0; AT_ONCE];
         while chain.readable_len() > 0 {
-            let (now, _) = buffer.split_at_mut(chain.readable_len().min(4096));
-            // Looked at first, taken when printed.
-            if chain.peek_into(now).is_err() {
-                return true;
-            }
-            let printed = self.output.print(now);
-            chain.skip_readable(printed);
-            if printed < now.len() {
+            if io.turn_over() {
                 return false;
             }
+            let (now, _) = buffer.split_at_mut(chain.readable_len().min(AT_ONCE));
+            io.charge(Work::Bytes(3 * now.len()));
+            if chain.read_into(now).is_err() {
+                return true;
+            }
+            self.output.print(now);
         }
         true
     }
 
     fn transmit(&mut self, io: &mut DeviceIo) {
-        for _ in 0..64 {
-            let next = self.waiting.take().or_else(|| io.pop(TRANSMIT));
+        loop {
+            let next = self.half_done.take().or_else(|| io.pop(TRANSMIT));
             match next {
                 Some(mut chain) => {
-                    if !self.print(&mut chain) {
-                        self.waiting = Some(chain);
-                        return io.flush(&[TRANSMIT]);
+                    if !self.print(io, &mut chain) {
+                        self.half_done = Some(chain);
+                        io.kick_self(TRANSMIT);
+                        break;
                     }
                     io.complete(TRANSMIT, chain);
                 }
                 None if io.rearm(TRANSMIT) => {}
-                None => return io.flush(&[TRANSMIT]),
+                None => break,
             }
         }
         io.flush(&[TRANSMIT]);
-        io.kick_self(TRANSMIT);
     }
 }
 
@@ -218,21 +208,12 @@ impl VirtioDevice for Console {
         Profile::new(DeviceType::Console).queue(64).queue(64).config([0; 12])
     }
 
-    fn started(&mut self, io: &mut DeviceIo) -> std::io::Result<()> {
-        io.watch(borrow(&self.output.0.space), SPACE, Interest::IN)
-    }
-
-    fn ready(&mut self, io: &mut DeviceIo, source: Source) {
-        if let Source::Watched { .. } = source {
-            // Cleared before looking: what comes later wakes the loop again.
-            let _ = self.output.0.space.read();
-        }
+    fn ready(&mut self, io: &mut DeviceIo, _: Source) {
         self.transmit(io);
     }
 
-    fn stopping(&mut self, io: &mut DeviceIo) {
-        io.unwatch(borrow(&self.output.0.space));
-        self.waiting = None;
+    fn stopping(&mut self, _: &mut DeviceIo) {
+        self.half_done = None;
     }
 }
 
@@ -240,11 +221,12 @@ impl VirtioDevice for Console {
 mod tests {
     use super::*;
     use crate::virtio::testing::Driver;
+    use crate::virtio::turn::{MAX_PIECE, MAX_TURN};
     use std::thread;
 
     #[test]
     fn what_the_guest_prints_is_remembered_up_to_a_bound() {
-        let output = Output::new().unwrap();
+        let output = Output::default();
         let mut driver = Driver::start(Console::new(output.clone()));
         for round in 0..100u8 {
             driver.send(TRANSMIT, &[&[round; 1000], b"\n"], &[]);
@@ -256,29 +238,56 @@ mod tests {
     }
 
     #[test]
-    fn a_stuck_writer_makes_the_guest_wait_and_loses_nothing() {
-        let output = Output::new().unwrap();
-        output.expect_pump();
-        let mut driver = Driver::start(Console::new(output.clone()));
-        driver.send(TRANSMIT, &[&vec![b'a'; PENDING]], &[]);
-        driver.send(TRANSMIT, &[&[b'b'; 10]], &[]);
-        driver.poke(TRANSMIT);
-        assert!(driver.receive(TRANSMIT).is_some());
-        assert!(driver.receive(TRANSMIT).is_none(), "there is no room for the second");
-        let pump = {
-            let output = output.clone();
-            thread::spawn(move || {
-                let mut written = Vec::new();
-                output.pump(&mut written);
-                written
-            })
-        };
-        while driver.receive(TRANSMIT).is_none() {
-            driver.poke_watched(SPACE);
+    fn a_stuck_writer_stops_nobody_and_what_it_misses_is_counted() {
+        struct Stuck(std::sync::mpsc::Receiver<()>, Arc<Mutex<Vec<u8>>>);
+        impl Write for Stuck {
+            fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+                let _ = self.0.recv();
+                self.1.lock().unwrap().extend(bytes);
+                Ok(bytes.len())
+            }
+            fn flush(&mut self) -> std::io::Result<()> {
+                Ok(())
+            }
         }
-        output.close(Duration::from_secs(10));
-        let written = pump.join().unwrap();
-        assert_eq!((written.len(), written.last()), (PENDING + 10, Some(&b'b')));
+        let (output, written) = (Output::default(), Arc::default());
+        let (go_on, stuck) = std::sync::mpsc::channel();
+        output.expect_pump();
+        let pump = {
+            let (output, mut writer) = (output.clone(), Stuck(stuck, Arc::clone(&written)));
+            thread::spawn(move || output.pump(&mut writer))
+        };
+        let mut driver = Driver::start(Console::new(output.clone()));
+        let printed = PENDING + 3 * TAIL;
+        for n in 0..printed / 1024 {
+            driver.send(TRANSMIT, &[&[n as u8; 1024]], &[]);
+            driver.poke(TRANSMIT);
+            assert!(driver.receive(TRANSMIT).is_some(), "the guest waits for the writer");
+        }
+        assert_eq!((output.dropped(), output.tail().len()), ((printed - PENDING) as u64, TAIL));
+        // The end waits for it within its bound.
+        let begin = Instant::now();
+        output.close(Duration::from_millis(20));
+        assert!(begin.elapsed() < Duration::from_secs(5));
+        drop(go_on);
+        pump.join().unwrap();
+        assert_eq!(written.lock().unwrap().len(), PENDING, "what fits arrives");
+    }
+
+    #[test]
+    fn much_output_takes_many_turns_and_none_is_lost() {
+        let output = Output::default();
+        let mut driver = Driver::start(Console::new(output.clone()));
+        // As many buffers as the queue has, all of them the same 16 MiB: 1 GiB in one chain.
+        let all = [(0x80_0000, 16 << 20, 0); 64];
+        assert!(driver.send_raw(TRANSMIT, &all));
+        let mut turns = 0;
+        while driver.receive(TRANSMIT).is_none() {
+            driver.poke(TRANSMIT);
+            turns += 1;
+        }
+        assert!(turns > 50, "{turns}");
+        assert!(driver.most_work() <= MAX_TURN + MAX_PIECE, "{}", driver.most_work());
     }
 
     #[test]
@@ -292,11 +301,12 @@ mod tests {
                 Ok(())
             }
         }
-        let output = Output::new().unwrap();
+        let output = Output::default();
         output.expect_pump();
         output.print(b"x");
         output.pump(&mut Broken);
-        assert_eq!(output.print(&[0; PENDING * 2]), PENDING * 2);
+        output.print(&[0; PENDING * 2]);
+        assert_eq!(output.dropped(), 0, "nobody is there who could miss it");
         output.close(Duration::from_secs(10));
     }
 
@@ -313,7 +323,7 @@ mod tests {
             }
         }
         let bound = Duration::from_millis(20);
-        let (late, hung) = (Output::new().unwrap(), Output::new().unwrap());
+        let (late, hung) = (Output::default(), Output::default());
         let (done, hangs) = std::sync::mpsc::channel();
         let begin = |output: &Output, mut writer: Box<dyn Write + Send>| {
             output.expect_pump();

@@ -9,13 +9,11 @@ use std::time::{Duration, Instant};
 
 use super::chain::Chain;
 use super::queue::Queue;
+use super::turn::{Turn, Work};
 use crate::event::{Interest, Sources};
 use crate::irq::Interrupt;
 use crate::memory::Mover;
 use crate::sys::{EventFd, Timer, borrow};
-
-/// Chains taken from one queue before others get their turn: a driver that never stops cannot starve anybody.
-const TURN: usize = 256;
 
 /// What happened to a device so far. Written by its loop, read by anybody.
 #[derive(Debug, Default)]
@@ -81,6 +79,8 @@ pub(crate) struct DeviceIo {
     pub(super) broken: Option<(String, Option<Timer>)>,
     /// What the device had under way when it was stopped.
     pub(super) left: Option<Mover>,
+    /// What the device has done since the loop came to it.
+    pub(super) turn: Turn,
 }
 
 impl fmt::Debug for DeviceIo {
@@ -110,39 +110,61 @@ impl DeviceIo {
         self.interrupt.signal_config();
     }
 
+    /// Charges work to this turn. What is charged before it is done makes the turn end behind it.
+    #[inline]
+    pub(crate) fn charge(&mut self, work: Work) {
+        self.turn.charge(work);
+    }
+
+    /// Whether others must get their turn: then the device keeps what is half done, says [`DeviceIo::kick_self`], and returns.
+    #[inline]
+    pub(crate) fn turn_over(&self) -> bool {
+        self.turn.over()
+    }
+
+    /// Begins a turn of its own, for a device that is given time to end everything.
+    pub(crate) fn begin_turn(&mut self) {
+        self.turn.begin();
+    }
+
+    /// What turns have cost.
+    #[cfg(any(test, feature = "internals"))]
+    pub(crate) fn turn(&self) -> &Turn {
+        &self.turn
+    }
+
     /// Hands every request in `queue` to `f`, completes each with what was written to its chain, and interrupts the
-    /// driver at most once. Ends when the queue is empty, or after a fair turn.
-    pub(crate) fn drain(&mut self, queue: usize, mut f: impl FnMut(&mut Chain)) {
-        let mut turn = TURN;
+    /// driver at most once. Ends when the queue is empty, or the turn is over. `f` says what its work was, beside the chain.
+    pub(crate) fn drain(&mut self, queue: usize, mut f: impl FnMut(&mut Chain) -> Work) {
         loop {
             match self.pop(queue) {
                 Some(mut chain) => {
-                    f(&mut chain);
+                    let work = f(&mut chain);
+                    self.charge(work);
                     self.complete(queue, chain);
-                    turn -= 1;
-                    if turn == 0 {
-                        self.kick_self(queue);
-                        break;
-                    }
                 }
-                None => {
-                    if !self.rearm(queue) {
-                        break;
-                    }
-                }
+                None if self.rearm(queue) => {}
+                None => break,
             }
         }
         self.flush(&[queue]);
     }
 
-    /// Takes the next request out of `queue`. It must be completed some time.
+    /// Takes the next request out of `queue`. It must be completed some time. `None` when there is none, or when the turn is
+    /// over; then the device is called for this queue again.
     pub(crate) fn pop(&mut self, queue: usize) -> Option<Chain> {
+        if self.turn.over() {
+            self.kick_self(queue);
+            return None;
+        }
         let popped = self.queues.get_mut(queue).and_then(|q| {
             q.disable_kicks();
             q.pop()
         });
         match popped {
             Some(chain) => {
+                self.turn.charge(Work::Chain);
+                self.turn.charge(Work::Descriptors(chain.descriptors()));
                 add(&self.counters.requests, 1);
                 add(&self.counters.bytes_read, chain.readable_len() as u64);
                 Some(chain)
@@ -163,8 +185,12 @@ impl DeviceIo {
         self.check(queue);
     }
 
-    /// Wants to be kicked again. True when something came in between, which must be looked at now.
+    /// Wants to be kicked again. True when something came in between, which must be looked at now; never when the turn is over.
     pub(crate) fn rearm(&mut self, queue: usize) -> bool {
+        if self.turn.over() {
+            self.kick_self(queue);
+            return false;
+        }
         let more = self.queues.get_mut(queue).is_some_and(Queue::enable_kicks);
         self.check(queue);
         more
@@ -204,7 +230,6 @@ impl DeviceIo {
     pub(crate) fn fail(&mut self, why: &dyn std::fmt::Display) {
         if self.broken.is_none() {
             let why = why.to_string();
-            log::warn!("device {} needs a reset: {why}", self.slot);
             self.counters.faults.fetch_add(1, Ordering::Relaxed);
             (self.on_broken)(&why);
             let overdue = self.start_grace();

@@ -11,6 +11,7 @@ use std::time::Duration;
 use super::io::{Counters, DeviceIo, OnBroken};
 use super::queue::{Queue, QueueConfig};
 use super::spec::{F_EVENT_IDX, F_VERSION_1, TRANSPORT_FEATURES, status};
+use super::turn::Turn;
 use super::{Profile, Slots};
 use crate::bus::BusDevice;
 use crate::error::{Context, ErrorKind, Result};
@@ -323,6 +324,7 @@ impl MmioTransport {
                 on_broken,
                 broken: None,
                 left: None,
+                turn: Turn::default(),
             };
             match made {
                 Ok(queues) => slots.start(slot, io(queues)),

@@ -23,6 +23,7 @@ mod runner;
 mod spec;
 #[cfg(any(test, feature = "internals"))]
 pub(crate) mod testing;
+pub(crate) mod turn;
 pub(crate) mod vsock;
 
 use std::any::Any;
@@ -34,6 +35,7 @@ pub(crate) use io::{Counters, DeviceIo};
 pub(crate) use mmio::{MmioTransport, NOTIFY_OFFSET};
 pub(crate) use runner::{DeviceHandle, Slots};
 pub(crate) use spec::DeviceType;
+pub(crate) use turn::Work;
 
 use crate::event::Interest;
 

@@ -61,7 +61,7 @@ pub(super) struct Descriptors<'a> {
     /// Descriptors in the table.
     count: u32,
     next: Option<u16>,
-    /// So many more may come before the chain must be running in circles.
+    /// So many more may come: "a descriptor chain longer than the Queue Size" is the driver's mistake (Virtio 1.3, 2.7.5.3.1).
     left: u32,
     indirect: bool,
 }
@@ -87,7 +87,7 @@ impl Iterator for Descriptors<'_> {
                 return None;
             }
             self.table = self.memory.view(GuestAddress(found.addr), len)?;
-            (self.count, self.left, n) = (found.len / entry, found.len / entry, 0);
+            (self.count, self.left, n) = (found.len / entry, self.left.min(found.len / entry), 0);
         }
     }
 }
@@ -256,8 +256,8 @@ mod tests {
     fn theirs(queue: &mut Reference, memory: &GuestMemory) -> Option<(u16, Seen)> {
         let chain = queue.iter(memory.inner()).unwrap().next()?;
         let head = chain.head_index();
-        // Theirs ends a chain at 4 GiB, ours leaves that to who collects it.
-        Some((head, chain.map(|d| (d.addr().0, d.len(), d.has_next(), d.is_write_only())).collect()))
+        // Theirs ends a chain at 4 GiB, ours leaves that to who collects it, and ours at the size of the queue.
+        Some((head, chain.take(SIZE.into()).map(|d| (d.addr().0, d.len(), d.has_next(), d.is_write_only())).collect()))
     }
 
     #[derive(Debug, Clone)]
@@ -384,6 +384,32 @@ mod tests {
         }
         memory.write(GuestAddress(0x1202), &(70_009u32 as u16).to_le_bytes()).unwrap();
         assert_eq!(ring.pop(), Err(QueueError::AvailableRing));
+    }
+
+    #[test]
+    fn a_chain_has_no_more_descriptors_than_the_queue() {
+        let memory = GuestMemory::anonymous(&[(GuestAddress(0), 0x20_0000)]).unwrap();
+        let ring = Ring::new(&CONFIG, false, &memory).unwrap();
+        let describe = |at: u64, addr: u64, len: u32, flags: u16, next: u16| {
+            let rest = [len.to_le_bytes().as_slice(), &flags.to_le_bytes(), &next.to_le_bytes()].concat();
+            memory.write(GuestAddress(at), &[addr.to_le_bytes().as_slice(), &rest].concat()).unwrap();
+        };
+        // A table as large as tables get, all of whose descriptors follow each other.
+        for n in 0..0xffff {
+            describe(0x2000 + 16 * n, 0, 1, u16::from(n < 0xfffe), (n + 1) as u16);
+        }
+        for (len, walked, ended) in [(7, 7, true), (8, 8, true), (9, 8, false), (0xffff, 8, false)] {
+            describe(0x1000, 0x2000, 16 * len, INDIRECT, 0);
+            describe(0x2000 + 16 * u64::from(len - 1), 0, 1, 0, 0);
+            let found: Vec<_> = ring.chain(0).collect();
+            describe(0x2000 + 16 * u64::from(len - 1), 0, 1, NEXT, len as u16);
+            assert_eq!((found.len(), found.last().is_some_and(|d| !d.has_next())), (walked, ended), "{len}");
+        }
+        // One that leads to a table counts with what it leads to.
+        describe(0x1000, 0, 1, NEXT, 1);
+        describe(0x1010, 0x2000, 16 * 8, INDIRECT, 0);
+        assert_eq!(ring.chain(0).count(), 8);
+        assert!(ring.chain(0).last().is_some_and(|d| d.has_next()));
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Entropy device (Virtio 1.3, 5.4): fills what the driver offers with the host's random bytes. Runs on the VM's loop.
 
 use super::spec::DeviceType;
-use super::{DeviceIo, Profile, Source, VirtioDevice};
+use super::{DeviceIo, Profile, Source, VirtioDevice, Work};
 use crate::sys;
 
 /// Served per request at most, so that a guest cannot keep the loop busy with one descriptor.
@@ -16,14 +16,19 @@ impl VirtioDevice for Rng {
     }
 
     fn ready(&mut self, io: &mut DeviceIo, _: Source) {
-        io.drain(0, |chain| chain.fill_with(MAX_REQUEST, sys::fill_random));
+        io.drain(0, |chain| {
+            let asked = chain.writable_len().min(MAX_REQUEST);
+            chain.fill_with(MAX_REQUEST, sys::fill_random);
+            Work::RandomBytes(asked)
+        });
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::virtio::testing::Driver;
+    use crate::virtio::testing::{Driver, WRITE};
+    use crate::virtio::turn::{MAX_PIECE, MAX_TURN};
 
     #[test]
     fn fills_every_buffer_and_says_how_much() {
@@ -34,6 +39,22 @@ mod tests {
         assert_eq!((answer.len(), written), (5016, 5016));
         assert!(answer.iter().any(|b| *b != 0));
         assert!(driver.interrupted());
+    }
+
+    #[test]
+    fn many_large_requests_take_many_turns() {
+        let mut driver = Driver::start(Rng);
+        (0..64).for_each(|_| assert!(driver.send_raw(0, &[(0x100_0000, 1 << 20, WRITE)])));
+        let (mut turns, mut back) = (0, 0);
+        while back < 64 {
+            driver.poke(0);
+            turns += 1;
+            while driver.collect(0).is_some() {
+                back += 1;
+            }
+        }
+        assert!(turns > 2, "{turns}");
+        assert!(driver.most_work() <= MAX_TURN + MAX_PIECE, "{}", driver.most_work());
     }
 
     #[test]

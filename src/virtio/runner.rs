@@ -15,6 +15,15 @@ use crate::event::{Handler, Interest, Remote, Sources};
 /// Called with a device's slot when it has panicked, our own mistake, or has waited in vain for its driver's reset.
 pub(crate) type OnFault = Box<dyn Fn(usize, &str) + Send>;
 
+/// How a device's turn ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum TurnEnd {
+    /// It has done all that there was.
+    Done,
+    /// There may be more.
+    Over,
+}
+
 struct Slot {
     device: Box<dyn VirtioDevice>,
     running: Option<DeviceIo>,
@@ -83,7 +92,8 @@ impl Slots {
         }
         let queues = io.queues.len();
         it.running = Some(io);
-        (0..queues).for_each(|queue| self.poke(slot, Source::Queue(queue)));
+        // One turn for all: those for which it is too short are looked at in the next.
+        self.call(slot, |device, io| (0..queues).for_each(|queue| look_on(device, io, Source::Queue(queue))));
         true
     }
 
@@ -107,7 +117,10 @@ impl Slots {
         let deadline = Instant::now() + patience;
         for slot in 0..self.slots.len() {
             let queues = self.slots.get(slot).and_then(|s| s.running.as_ref()).map_or(0, |io| io.queues.len());
-            (0..queues).for_each(|queue| self.poke(slot, Source::Queue(queue)));
+            for queue in 0..queues {
+                // What was handed over by a guest that runs no more takes a bounded number of turns.
+                while self.poke(slot, Source::Queue(queue)) == Some(TurnEnd::Over) && !left(deadline).is_zero() {}
+            }
             self.call(slot, |device, io| device.finishing(io, left(deadline)));
             self.stop(slot);
             if let Some(it) = self.slots.get_mut(slot) {
@@ -130,8 +143,12 @@ impl Slots {
         }
     }
 
-    fn poke(&mut self, slot: usize, source: Source) {
-        self.call(slot, |device, io| look(device, io, source));
+    /// Gives a device its turn. `None` for one that does not run.
+    fn poke(&mut self, slot: usize, source: Source) -> Option<TurnEnd> {
+        self.call(slot, |device, io| {
+            look(device, io, source);
+            if io.turn_over() { TurnEnd::Over } else { TurnEnd::Done }
+        })
     }
 
     /// Asks something of a device that runs. One that panics, our own mistake, does not run any more.
@@ -139,6 +156,7 @@ impl Slots {
         let Some(Slot { device, running: Some(io), .. }) = self.slots.get_mut(slot) else {
             return None;
         };
+        io.turn.begin();
         let panic = match catch_unwind(AssertUnwindSafe(|| f(&mut **device, io))) {
             Ok(answer) => return Some(answer),
             Err(panic) => panic,
@@ -166,6 +184,12 @@ impl Slots {
 /// Lets a device look at what is ready: all that happens between the driver's kick and its interrupt, but for the loop.
 #[inline(never)]
 pub(super) fn look(device: &mut dyn VirtioDevice, io: &mut DeviceIo, source: Source) {
+    io.turn.begin();
+    look_on(device, io, source);
+}
+
+/// The same within a turn that has begun.
+fn look_on(device: &mut dyn VirtioDevice, io: &mut DeviceIo, source: Source) {
     if let Source::Queue(queue) = source {
         io.heard(queue);
     }
@@ -190,7 +214,7 @@ impl Handler for Slots {
     fn ready(&mut self, token: u64, events: Interest) {
         match split_token(token, events) {
             (slot, _) if slot >= self.slots.len() => self.urgent(slot, events),
-            (slot, Some(source)) => self.poke(slot, source),
+            (slot, Some(source)) => drop(self.poke(slot, source)),
             (slot, None) => self.overdue(slot),
         }
     }
@@ -227,10 +251,11 @@ impl<D: VirtioDevice> DeviceHandle<D> {
         Self { remote, slot, device: PhantomData }
     }
 
-    /// Runs `f` on the device's loop, with what the device is given while it runs, and waits for the answer.
+    /// Runs `f` on the device's loop, with what the device is given while it runs, and waits for the answer, at most
+    /// [`REQUEST_TIMEOUT`](crate::event::REQUEST_TIMEOUT).
     ///
     /// # Errors
-    /// `InvalidState` when the VM has ended.
+    /// `InvalidState` when the VM has ended, `TimedOut` when its loop hangs; then `f` is run all the same when it goes on.
     pub(crate) fn with<R: Send + 'static>(
         &self,
         f: impl FnOnce(&mut D, Option<&mut DeviceIo>) -> R + Send + 'static,
@@ -238,6 +263,8 @@ impl<D: VirtioDevice> DeviceHandle<D> {
         let slot = self.slot;
         let answer = self.remote.with(move |slots| {
             let Slot { device, running, .. } = slots.slots.get_mut(slot)?;
+            // What is asked for is a turn of its own.
+            running.iter_mut().for_each(DeviceIo::begin_turn);
             (**device).as_any_mut().downcast_mut::<D>().map(|device| f(device, running.as_mut()))
         })?;
         answer.ok_or_else(|| Error::new(ErrorKind::InvalidState, format!("device {slot} is of another type")))

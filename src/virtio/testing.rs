@@ -7,6 +7,7 @@ use std::sync::Arc;
 use super::io::{Counters, DeviceIo};
 use super::queue::{Queue, QueueConfig};
 use super::runner::look;
+use super::turn::Turn;
 use super::{Source, VirtioDevice};
 use crate::event::Sources;
 use crate::irq::Interrupt;
@@ -105,6 +106,7 @@ impl<D: VirtioDevice> Driver<D> {
             slot: 0,
             broken: None,
             left: None,
+            turn: Turn::default(),
         };
         let mut driver = Self {
             device,
@@ -210,6 +212,7 @@ impl<D: VirtioDevice> Driver<D> {
 
     /// The device and what it is given, for calls that its handle would make.
     pub(crate) fn parts(&mut self) -> (&mut D, &mut DeviceIo) {
+        self.io.turn.begin();
         (&mut self.device, &mut self.io)
     }
 
@@ -259,6 +262,12 @@ impl<D: VirtioDevice> Driver<D> {
     #[cfg(test)]
     pub(crate) fn broken(&self) -> bool {
         self.io.interrupt.broken()
+    }
+
+    /// The most units of work that a turn of the device has cost.
+    #[cfg(test)]
+    pub(crate) fn most_work(&self) -> u64 {
+        self.io.turn().most()
     }
 
     /// Stops the device and gives it back.

@@ -27,7 +27,8 @@ impl Console {
 
     /// Everything printed on `hvc0` and `ttyS0` is given to `writer`, on a thread of its own.
     ///
-    /// It may block: then a guest that prints more than 64 KiB on `hvc0` waits, and what it prints on `ttyS0` is lost.
+    /// It may block, and nobody waits for it: of what is printed meanwhile, 256 KiB are kept for it. The rest is lost to it, and
+    /// counted in [`DeviceStats::dropped`](crate::DeviceStats::dropped).
     pub fn writer(writer: impl Write + Send + 'static) -> Self {
         Self { writer: Some(Arc::new(Mutex::new(writer))) }
     }

@@ -161,6 +161,7 @@ impl Shared {
             throttled: counters.throttled.load(Ordering::Relaxed),
             throttled_time: Duration::from_nanos(counters.throttled_nanos.load(Ordering::Relaxed)),
             engine: *engine,
+            dropped: if name == "console" { self.output.dropped() } else { 0 },
         };
         devices.iter().map(stats).collect()
     }
@@ -246,7 +247,7 @@ pub(super) fn start(config: &VmConfig) -> Result<Vm> {
         made.map_err(degraded).ok()
     });
     let ranges = layout::memory_ranges(config.memory.size())?;
-    let output = Output::new()?;
+    let output = Output::default();
     let memory = GuestMemory::new(&ranges, config.memory.backing())?;
     let faults = Faults::default();
     let attachments = attachments(config, &output, &memory, &log, &faults)?;

@@ -64,6 +64,8 @@ pub struct DeviceStats {
     pub throttled_time: Duration,
     /// What moves a disk's bytes: [`DiskEngine::Ring`] or [`DiskEngine::Threads`].
     pub engine: Option<DiskEngine>,
+    /// Bytes of the console that were not given to [`Console::writer`](crate::Console::writer), because it was too slow.
+    pub dropped: u64,
 }
 
 /// What a guest's memory costs the host, and how the guest uses it; see [`Vm::memory_stats`](crate::Vm::memory_stats).
@@ -231,6 +233,7 @@ mod tests {
             throttled: 8,
             throttled_time: Duration::from_millis(1250),
             engine: None,
+            dropped: 0,
         };
         let vcpu = VcpuStats { cpu_time: Duration::from_millis(1500), mmio_exits: 7, ..VcpuStats::default() };
         let cgroup = CgroupStats { throttled_time: Duration::from_millis(250), ..CgroupStats::default() };

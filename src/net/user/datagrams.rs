@@ -16,7 +16,7 @@ use super::tcp::{Tried, gateway_of};
 use crate::memory::{GuestMemory, Segment};
 use crate::net::policy::Protocol;
 use crate::net::wire::{self, Bad, Ends, Head, Packet};
-use crate::net::{Csum, Offload, Offloads, Received};
+use crate::net::{Csum, MAX_UDP_SEGMENTS, Offload, Offloads, Received};
 use crate::sys::Socket;
 
 /// What a flow is found by. A ping's ports are its identifier and nothing.
@@ -123,6 +123,9 @@ impl Datagrams {
         }
         let len = it.udp.len - wire::UDP_HEADER;
         let size = it.cut.unwrap_or(len).max(1);
+        if len.div_ceil(size) > MAX_UDP_SEGMENTS {
+            return Err(Bad::Malformed);
+        }
         let (mut at, mut piece) = (0, Vec::new());
         loop {
             let end = len.min(at + size);

@@ -90,29 +90,40 @@ impl Engine {
     }
 
     fn step(&mut self, slot: usize, flight: &mut Flight) -> io::Result<()> {
+        let (stage, from) = (flight.stage(), usize::try_from(flight.done).unwrap_or(usize::MAX));
+        let Range { offset, len, .. } = stage;
         let Flight { chain, work, moves, .. } = flight;
         match work {
             _ if flight.syncing => self.sync(slot, flight),
             Work::Flush => self.sync(slot, flight),
-            Work::GetId | Work::Read { len: 0, .. } | Work::Write { len: 0, .. } => Ok(()),
-            Work::Read { offset, to, len } => match self.locate(false, *offset, *len as u64) {
-                Some(located) => located.and_then(|()| self.transfer(slot, chain, moves, chain.writable(*to), false)),
-                None => self.backend.read(chain.memory(), chain.writable(*to), *offset),
-            },
-            Work::Write { offset, from, len } => match self.locate(true, *offset, *len as u64) {
-                Some(located) => {
-                    located?;
-                    flight.placed = true;
-                    self.transfer(slot, chain, moves, chain.readable(*from), true)
+            Work::GetId => Ok(()),
+            _ if len == 0 => Ok(()),
+            Work::Read { to, len: all, .. } => {
+                let mut piece = Vec::new();
+                let to = part(chain.writable(*to), from, len, *all, &mut piece);
+                match self.locate(false, offset, len) {
+                    Some(located) => located.and_then(|()| self.transfer(slot, chain, moves, to, false)),
+                    None => self.backend.read(chain.memory(), to, offset),
                 }
-                None => {
-                    self.called = true;
-                    self.backend.write(chain.memory(), chain.readable(*from), *offset)
+            }
+            Work::Write { from: data, len: all, .. } => {
+                let mut piece = Vec::new();
+                let data = part(chain.readable(*data), from, len, *all, &mut piece);
+                match self.locate(true, offset, len) {
+                    Some(located) => {
+                        located?;
+                        flight.placed = true;
+                        self.transfer(slot, chain, moves, data, true)
+                    }
+                    None => {
+                        self.called = true;
+                        self.backend.write(chain.memory(), data, offset)
+                    }
                 }
-            },
-            Work::Discard(ranges) => self.ranges(slot, chain, moves, ranges, Ranges::Discard),
-            Work::WriteZeroes(ranges) if flight.plain => self.ranges(slot, chain, moves, ranges, Ranges::PlainZeroes),
-            Work::WriteZeroes(ranges) => self.ranges(slot, chain, moves, ranges, Ranges::Zeroes),
+            }
+            Work::Discard(_) => self.range(slot, chain, moves, stage, Ranges::Discard),
+            Work::WriteZeroes(_) if flight.plain => self.range(slot, chain, moves, stage, Ranges::PlainZeroes),
+            Work::WriteZeroes(_) => self.range(slot, chain, moves, stage, Ranges::Zeroes),
         }
     }
 
@@ -161,39 +172,29 @@ impl Engine {
         Ok(())
     }
 
-    /// Discards ranges, or makes zeroes of them.
-    fn ranges(
-        &mut self,
-        slot: usize,
-        chain: &Chain,
-        moves: &mut u32,
-        ranges: &[Range],
-        what: Ranges,
-    ) -> io::Result<()> {
-        let mut ranges = ranges.iter().filter(|range| range.len > 0);
+    /// Discards a range, or makes zeroes of it.
+    fn range(&mut self, slot: usize, chain: &Chain, moves: &mut u32, range: Range, what: Ranges) -> io::Result<()> {
         if self.mover.is_none() || !self.direct {
             self.called = true;
-            return ranges.try_for_each(|range| match what {
+            return match what {
                 Ranges::Discard => self.backend.discard(range.offset, range.len),
                 Ranges::Zeroes | Ranges::PlainZeroes => self.backend.write_zeroes(range.offset, range.len, range.unmap),
-            });
+            };
         }
-        ranges.try_for_each(|range| {
-            self.locate(true, range.offset, range.len).transpose()?;
-            let [Extent::File { fd, offset, len }] = self.places[..] else {
-                return Err(io::Error::other("the range is not in one file"));
-            };
-            let hole = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
-            let zero = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
-            let what = match (what, range.unmap) {
-                (Ranges::PlainZeroes, _) => Move::Zero { fd, offset, len },
-                (Ranges::Zeroes, false) => Move::Allocate { fd, mode: zero, offset, len },
-                _ => Move::Allocate { fd, mode: hole, offset, len },
-            };
-            self.mover.as_mut().ok_or_else(no_mover)?.take_on(chain.memory(), slot, what)?;
-            *moves += 1;
-            Ok(())
-        })
+        self.locate(true, range.offset, range.len).transpose()?;
+        let [Extent::File { fd, offset, len }] = self.places[..] else {
+            return Err(io::Error::other("the range is not in one file"));
+        };
+        let hole = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+        let zero = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
+        let what = match (what, range.unmap) {
+            (Ranges::PlainZeroes, _) => Move::Zero { fd, offset, len },
+            (Ranges::Zeroes, false) => Move::Allocate { fd, mode: zero, offset, len },
+            _ => Move::Allocate { fd, mode: hole, offset, len },
+        };
+        self.mover.as_mut().ok_or_else(no_mover)?.take_on(chain.memory(), slot, what)?;
+        *moves += 1;
+        Ok(())
     }
 
     /// Brings everything that was answered to stable storage.
@@ -224,6 +225,17 @@ enum Ranges {
     Zeroes,
     /// The host knows no short way to zeroes here, so they are written.
     PlainZeroes,
+}
+
+/// The `len` bytes of `segments` behind the first `skip`; all of them as they are where that is everything.
+fn part<'a>(segments: &'a [Segment], skip: usize, len: u64, all: usize, piece: &'a mut Vec<Segment>) -> &'a [Segment] {
+    if len == all as u64 {
+        return segments;
+    }
+    let mut rest = segments.to_vec();
+    front(&mut rest, skip);
+    *piece = front(&mut rest, usize::try_from(len).unwrap_or(usize::MAX));
+    piece
 }
 
 fn no_mover() -> io::Error {

@@ -6,7 +6,7 @@ use std::time::Duration;
 use slab::Slab;
 
 use super::IN_FLIGHT;
-use super::request::Work;
+use super::request::{Range, Work};
 use crate::virtio::Chain;
 
 /// A request in flight.
@@ -27,6 +27,8 @@ pub(super) struct Flight {
     pub error: Option<io::Error>,
     /// When it began to wait for a limit.
     pub since: Duration,
+    /// What is done of it: bytes of data, or of its ranges, one after the other.
+    pub done: u64,
 }
 
 impl Flight {
@@ -41,7 +43,30 @@ impl Flight {
             moves: 0,
             error: None,
             since: Duration::ZERO,
+            done: 0,
         }
+    }
+
+    /// What its next stage costs the loop.
+    pub(super) fn cost(&self) -> crate::virtio::Work {
+        use crate::virtio::Work as Cost;
+        match &self.work {
+            _ if self.syncing => Cost::Calls(1),
+            Work::Read { .. } | Work::Write { .. } => {
+                Cost::FileBytes(usize::try_from(self.stage().len).unwrap_or(usize::MAX))
+            }
+            // Written zeroes cost what other bytes do; files with holes take a call.
+            Work::WriteZeroes(_) if self.plain => {
+                Cost::FileBytes(usize::try_from(self.stage().len).unwrap_or(usize::MAX))
+            }
+            Work::WriteZeroes(_) | Work::Discard(_) | Work::Flush => Cost::Calls(10),
+            Work::GetId => Cost::Chain,
+        }
+    }
+
+    /// What is done of it at once, from where it stands.
+    pub(super) fn stage(&self) -> Range {
+        self.work.stage(self.done, self.plain)
     }
 }
 
@@ -52,6 +77,11 @@ pub(super) struct Table(Slab<Flight>);
 impl Table {
     pub(super) fn full(&self) -> bool {
         self.0.len() >= IN_FLIGHT
+    }
+
+    #[cfg(test)]
+    pub(super) fn len(&self) -> usize {
+        self.0.len()
     }
 
     pub(super) fn put(&mut self, flight: Flight) -> usize {
@@ -69,9 +99,9 @@ impl Table {
     /// Writes whose bytes were on their way to places that the backend told.
     pub(super) fn placed(&self) -> impl Iterator<Item = (u64, u64)> {
         let placed = self.0.iter().filter(|(_, flight)| flight.placed && !flight.syncing);
-        placed.filter_map(|(_, flight)| match flight.work {
-            Work::Write { offset, len, .. } => Some((offset, len as u64)),
-            _ => None,
+        placed.filter(|(_, flight)| matches!(flight.work, Work::Write { .. })).map(|(_, flight)| {
+            let Range { offset, len, .. } = flight.stage();
+            (offset, len)
         })
     }
 }

@@ -89,6 +89,8 @@ pub(crate) struct Blk {
     timer: Option<Timer>,
     /// Requests that failed and will be tried again when the VM goes on, or never.
     held: Vec<usize>,
+    /// Requests for which a turn was too short.
+    unfinished: VecDeque<usize>,
     /// Queues that were left alone for a lack of room.
     full: Vec<usize>,
     /// Queues with completions that the driver has not been told of.
@@ -123,6 +125,7 @@ impl Blk {
             waiting: Default::default(),
             timer: None,
             held: Vec::new(),
+            unfinished: VecDeque::new(),
             full: Vec::new(),
             dirty: Vec::new(),
             telling: Telling::new(),
@@ -231,6 +234,7 @@ impl VirtioDevice for Blk {
     }
 
     fn ready(&mut self, io: &mut DeviceIo, source: Source) {
+        self.go_on(io);
         match source {
             Source::Queue(queue) => self.take(io, queue),
             Source::Watched { number: TIMER, .. } => {
@@ -245,7 +249,7 @@ impl VirtioDevice for Blk {
     }
 
     fn pausing(&mut self, io: &mut DeviceIo, patience: Duration) -> bool {
-        self.come_to_rest(io, patience)
+        self.finish(io, patience)
     }
 
     fn resumed(&mut self, io: &mut DeviceIo) {
@@ -259,7 +263,7 @@ impl VirtioDevice for Blk {
         // No limit keeps back what is the last.
         self.buckets = Buckets::default();
         self.release(io);
-        if !self.come_to_rest(io, patience) {
+        if !self.finish(io, patience) {
             log::warn!("{}: requests are dropped, because the host does not answer", self.options.name);
         }
     }
@@ -286,6 +290,7 @@ impl VirtioDevice for Blk {
         self.table = Table::default();
         self.waiting = Default::default();
         self.held.clear();
+        self.unfinished.clear();
         self.full.clear();
         self.dirty.clear();
         self.config.set(config::WRITEBACK, &[1]);

@@ -11,6 +11,8 @@ pub(super) const MAX_DISCARD: u32 = 1 << 22;
 pub(super) const MAX_ZEROES: u32 = 1 << 18;
 /// Ranges in one request of either type.
 pub(super) const MAX_RANGES: u32 = 32;
+/// Bytes that are moved in one stage of a request. What drivers send is less, unless they mean harm.
+pub(super) const STAGE: u64 = 4 << 20;
 /// The name that a driver may ask for (Virtio 1.3, 5.2.6, VIRTIO_BLK_T_GET_ID).
 pub(super) const ID_LEN: usize = 20;
 
@@ -105,6 +107,36 @@ impl Work {
             Self::Read { .. } => Some(Direction::Read),
             Self::Write { .. } | Self::Discard(_) | Self::WriteZeroes(_) => Some(Direction::Write),
             Self::Flush | Self::GetId => None,
+        }
+    }
+
+    /// All bytes that it is about.
+    pub(super) fn len(&self) -> u64 {
+        match self {
+            Self::Read { len, .. } | Self::Write { len, .. } => *len as u64,
+            Self::Discard(ranges) | Self::WriteZeroes(ranges) => ranges.iter().map(|range| range.len).sum(),
+            Self::Flush | Self::GetId => 0,
+        }
+    }
+
+    /// What is done at once when so many bytes are done: a piece of the data, or of a range; `plain` zeroes are written.
+    pub(super) fn stage(&self, done: u64, plain: bool) -> Range {
+        match self {
+            Self::Read { offset, len, .. } | Self::Write { offset, len, .. } => {
+                Range { offset: offset + done, len: (*len as u64 - done).min(STAGE), unmap: false }
+            }
+            Self::Discard(ranges) | Self::WriteZeroes(ranges) => {
+                let mut before = 0;
+                let this = ranges.iter().find(|range| {
+                    before += range.len;
+                    done < before
+                });
+                let Some(range) = this else { return Range { offset: 0, len: 0, unmap: false } };
+                let left = before - done;
+                let len = if plain { left.min(STAGE) } else { left };
+                Range { offset: range.offset + range.len - left, len, unmap: range.unmap }
+            }
+            Self::Flush | Self::GetId => Range { offset: 0, len: 0, unmap: false },
         }
     }
 

@@ -12,10 +12,6 @@ use super::request::{Direction, Refused, Work};
 use super::{Blk, Cache, LOOK, S_IOERR, S_OK, S_UNSUPP};
 use crate::virtio::{Chain, DeviceIo};
 
-/// Requests taken from one queue before others get their turn.
-const TURN: usize = 256;
-/// Pieces of one request.
-const MAX_PIECES: usize = 300;
 /// How long a call that needs the disk for itself waits for what is under way.
 const BARRIER: Duration = Duration::from_secs(30);
 /// After how long the kernel is asked again when it took no more operations.
@@ -24,7 +20,7 @@ const AGAIN: Duration = Duration::from_millis(10);
 impl Blk {
     /// Takes what the driver has put into `queue`, as far as there is room.
     pub(super) fn take(&mut self, io: &mut DeviceIo, queue: usize) {
-        for _ in 0..TURN {
+        loop {
             if self.table.full() {
                 self.full.push(queue);
                 return;
@@ -35,7 +31,6 @@ impl Blk {
                 None => return,
             }
         }
-        io.kick_self(queue);
     }
 
     fn accept(&mut self, io: &mut DeviceIo, queue: usize, mut chain: Chain) {
@@ -43,10 +38,6 @@ impl Blk {
         let Some(data) = chain.writable_len().checked_sub(1) else {
             return self.give_back(io, queue, chain);
         };
-        // Drivers keep to seg_max, but for header and status, which they may split; more would be memory that the guest takes.
-        if chain.pieces() > MAX_PIECES {
-            return self.answer(io, queue, chain, S_IOERR);
-        }
         match Work::parse(&mut chain, data, &self.engine.backend.shape()) {
             Ok(Work::GetId) => {
                 let status = if chain.write(&self.options.id()).is_ok() { S_OK } else { S_IOERR };
@@ -127,10 +118,43 @@ impl Blk {
 
     /// Does a request from where it stands, stage by stage, until it is over or under way.
     pub(super) fn drive(&mut self, io: &mut DeviceIo, slot: usize) {
-        while let Begun::Ended(result) = self.begin(io, slot) {
+        loop {
+            let Some(flight) = self.table.get(slot) else { return };
+            if io.turn_over() {
+                io.kick_self(flight.queue);
+                return self.unfinished.push_back(slot);
+            }
+            io.charge(flight.cost());
+            let Begun::Ended(result) = self.begin(io, slot) else { return };
             if !self.over(io, slot, result) {
                 return;
             }
+        }
+    }
+
+    /// Goes on with requests for which a turn was too short.
+    pub(super) fn go_on(&mut self, io: &mut DeviceIo) {
+        for slot in std::mem::take(&mut self.unfinished) {
+            self.drive(io, slot);
+        }
+    }
+
+    /// Brings everything that was begun to its end, within `patience`.
+    pub(super) fn finish(&mut self, io: &mut DeviceIo, patience: Duration) -> bool {
+        let deadline = Instant::now() + patience;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if !self.come_to_rest(io, left) {
+                return false;
+            }
+            if self.unfinished.is_empty() {
+                return true;
+            }
+            if left.is_zero() {
+                return false;
+            }
+            io.begin_turn();
+            self.go_on(io);
         }
     }
 
@@ -195,15 +219,24 @@ impl Blk {
         let through = self.writes_through(io);
         let Some(flight) = self.table.get(slot) else { return false };
         let sync = flight.syncing || flight.work == Work::Flush;
-        if let (Work::Write { offset, len, .. }, true, true) = (&flight.work, flight.placed, result.is_err() && !sync) {
-            self.engine.backend.abandoned(*offset, *len as u64);
+        let stage = flight.stage();
+        let write = matches!(flight.work, Work::Write { .. });
+        if write && flight.placed && result.is_err() && !sync {
+            self.engine.backend.abandoned(stage.offset, stage.len);
             flight.placed = false;
         }
         if sync {
             self.engine.undurable |= result.is_err();
         } else if result.is_ok() {
-            if let (Work::Write { offset, len, .. }, true) = (&flight.work, flight.placed) {
-                result = self.engine.backend.written(*offset, *len as u64);
+            if write && flight.placed {
+                result = self.engine.backend.written(stage.offset, stage.len);
+            }
+            if result.is_ok() {
+                flight.done += stage.len;
+                flight.placed = false;
+                if flight.done < flight.work.len() {
+                    return true;
+                }
             }
             if result.is_ok() && through && flight.work.direction() == Some(Direction::Write) {
                 flight.syncing = true;

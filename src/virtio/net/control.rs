@@ -2,7 +2,7 @@
 
 use super::{Net, TO_GUEST, feature, offloads, whole};
 use crate::net::Capabilities;
-use crate::virtio::{Chain, DeviceIo};
+use crate::virtio::{Chain, DeviceIo, Work};
 
 /// Classes and commands, in the form class, command.
 const PAIRS_SET: [u8; 2] = [4, 0];
@@ -17,6 +17,7 @@ impl Net {
             let answer = if self.command(features, chain).is_some() { OK } else { ERR };
             // A chain without room for an answer gets none.
             let _ = chain.write(&[answer]);
+            Work::Chain
         });
     }
 

@@ -13,12 +13,13 @@ use std::io;
 use std::time::Duration;
 
 use crate::net::{
-    Capabilities, Carrier, FRAME_MAX, Frame, HEADER_LEN, Mac, NetStats, Offload, Offloads, Recorder, UserNet,
+    Capabilities, Carrier, FRAME_MAX, Frame, Gso, GsoKind, HEADER_LEN, Mac, NetStats, Offload, Offloads, Recorder,
+    UserNet,
 };
 use crate::sys::Timer;
 
 use super::chain::Span;
-use super::{Chain, ConfigSpace, DeviceIo, DeviceType, Profile, Source, VirtioDevice};
+use super::{Chain, ConfigSpace, DeviceIo, DeviceType, Profile, Source, VirtioDevice, Work};
 pub use limit::NetLimit;
 use limit::{Gates, Way, cost};
 use room::{Filled, Filling, Gathered, Waiting};
@@ -64,8 +65,6 @@ const LINK_UP: u16 = 1;
 
 const QUEUE_SIZE: u16 = 256;
 const CONTROL_SIZE: u16 = 64;
-/// Frames sent or taken before others get their turn.
-const TURN: usize = 256;
 /// The most pairs of queues (Virtio 1.3, 5.1.4: 1 to 32768).
 pub(crate) const PAIRS_MAX: usize = 32;
 /// What is watched beside the pairs' backends.
@@ -241,10 +240,10 @@ impl Net {
         let queue = 2 * number + 1;
         let (up, agreed) = (self.up, self.agreed.to_host);
         let Some(pair) = self.pairs.get_mut(number) else { return };
-        for _ in 0..TURN {
+        loop {
             let held = pair.held.take().or_else(|| {
                 let mut chain = io.pop(queue)?;
-                let header = chain.read::<HEADER_LEN>().ok();
+                let header = chain.read::<HEADER_LEN>().ok().filter(|_| chain.readable_len() <= FRAME_MAX);
                 let len = chain.readable_len();
                 let frame = chain.take_readable(len);
                 let offload = header.and_then(|header| Offload::parse(&header, len, agreed).ok());
@@ -272,6 +271,7 @@ impl Net {
                 self.gates.take(Way::Sent, cost(len, held.offload));
                 held.paid = true;
             }
+            charge(io, len, held.offload);
             let Held { chain, frame, offload, .. } = &held;
             let pieces = chain.readable(*frame);
             let sent = if up { pair.backend.send(Frame::new(chain.memory(), pieces, *offload)) } else { Ok(()) };
@@ -290,7 +290,6 @@ impl Net {
                 }
             }
         }
-        io.kick_self(queue);
     }
 
     /// Gives the guest what a backend has for it.
@@ -303,10 +302,9 @@ impl Net {
         let mut waiting =
             self.pairs.get_mut(queue / 2).map(|pair| std::mem::take(&mut pair.waiting)).unwrap_or_default();
         let Some(pair) = self.pairs.get_mut(number) else { return };
-        let mut frames = 0;
         let outcome = loop {
             let Some(len) = pair.backend.next().map(|len| len.min(FRAME_MAX)) else { break Ok(()) };
-            if frames == TURN {
+            if io.turn_over() {
                 io.kick_self(queue);
                 break Ok(());
             }
@@ -324,12 +322,17 @@ impl Net {
             let filling =
                 Filling { queue, len, mergeable, agreed: self.agreed.to_guest, capture: self.capture.as_ref() };
             match waiting.fill(io, &mut pair.backend, &filling) {
-                Ok(Filled::Frame(received)) => self.gates.take(Way::Received, cost(received.len, received.offload)),
-                Ok(Filled::Nothing) => {}
-                Ok(Filled::Unfit) => self.dropped += 1,
+                Ok(Filled::Frame(received)) => {
+                    self.gates.take(Way::Received, cost(received.len, received.offload));
+                    charge(io, received.len, Offload::default());
+                }
+                Ok(Filled::Nothing) => io.charge(Work::Calls(1)),
+                Ok(Filled::Unfit) => {
+                    self.dropped += 1;
+                    charge(io, len, Offload::default());
+                }
                 Err(e) => break Err(e),
             }
-            frames += 1;
         };
         if let Some(pair) = self.pairs.get_mut(queue / 2) {
             pair.waiting = waiting;
@@ -347,6 +350,18 @@ impl Net {
         self.gone = true;
         self.set_link(Some(io), false);
     }
+}
+
+/// A frame of so many bytes goes through a backend. What is cut is as many packets as it is cut into.
+fn charge(io: &mut DeviceIo, len: usize, offload: Offload) {
+    let packets = match offload.gso {
+        Some(Gso { kind: GsoKind::Udp, size, .. }) => len.div_ceil(usize::from(size.max(1))),
+        // The host's kernel cuts TCP, at a small part of what a packet of its own costs.
+        Some(gso) => 1 + len.div_ceil(usize::from(gso.size.max(1))) / 16,
+        None => 1,
+    };
+    io.charge(Work::Packets(packets));
+    io.charge(Work::Bytes(len));
 }
 
 fn frame_len(held: &Held) -> usize {
@@ -397,6 +412,7 @@ impl VirtioDevice for Net {
             Source::Watched { number, .. } => {
                 let number = number as usize;
                 let Some(pair) = self.pairs.get_mut(number) else { return };
+                io.charge(Work::Calls(1));
                 pair.backend.turn();
                 self.exchange(io, number);
             }
@@ -407,6 +423,7 @@ impl VirtioDevice for Net {
         // No limit keeps back what is the last.
         self.gates.set(&NetLimit::none());
         for number in 0..self.pairs.len() {
+            // The rest of its queue was seen to before.
             self.transmit(io, number);
             io.flush(&[2 * number + 1]);
         }

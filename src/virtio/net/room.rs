@@ -5,7 +5,7 @@ use std::io;
 
 use crate::memory::Segment;
 use crate::net::{Carrier, HEADER_LEN, Offloads, Received, Recorder, Room};
-use crate::virtio::{Chain, DeviceIo};
+use crate::virtio::{Chain, DeviceIo, Work};
 
 /// Buffers that the guest has offered. How long a frame is shows only when it is there, so there is always room for the
 /// largest: dozens of buffers, whose pieces are put together once and not for each frame.
@@ -87,6 +87,8 @@ impl Waiting {
         let Some(memory) = self.chains.front().map(|(chain, _)| chain.memory().clone()) else {
             return Ok(Filled::Nothing);
         };
+        // All of them are looked at, and those that stay are moved to the front.
+        io.charge(Work::Descriptors(self.pieces.len()));
         let received = self.behind_header(len, |pieces| {
             let received = backend.receive(&mut Room::new(&memory, pieces))?;
             let received = received.map(|it| Received { len: it.len.min(len), ..it });

@@ -6,8 +6,10 @@ use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::sync::{Arc, Mutex};
 
 use super::*;
-use crate::net::{Received, Room, SocketNet};
-use crate::virtio::testing::Driver;
+use crate::memory::GuestAddress;
+use crate::net::{Csum, Received, Room, SocketNet};
+use crate::virtio::testing::{Driver, WRITE};
+use crate::virtio::turn::{MAX_PIECE, MAX_TURN};
 
 const RX: usize = 0;
 const TX: usize = 1;
@@ -421,4 +423,60 @@ fn frames_of_both_ways_are_captured() {
     std::fs::remove_file(&path).unwrap();
     assert_eq!(bytes.len(), 24 + 2 * 16 + 400);
     assert!(bytes[40..140] == frame(100, 1) && bytes[156..] == frame(300, 2));
+}
+
+#[test]
+fn a_turn_of_frames_is_bounded_each_way() {
+    /// Takes and has frames without end.
+    struct Endless(UnixStream, usize, usize);
+    impl crate::net::NetBackend for Endless {
+        fn capabilities(&self) -> Capabilities {
+            Capabilities { to_host: Offloads::all(), to_guest: Offloads::all() }
+        }
+        fn fd(&self) -> std::os::fd::BorrowedFd<'_> {
+            std::os::fd::AsFd::as_fd(&self.0)
+        }
+        fn turn(&mut self) {}
+        fn send(&mut self, _: Frame<'_>) -> io::Result<()> {
+            self.1 += 1;
+            Ok(())
+        }
+        fn next(&mut self) -> Option<usize> {
+            Some(FRAME_MAX)
+        }
+        fn receive(&mut self, _: &mut Room<'_>) -> io::Result<Option<Received>> {
+            self.2 += 1;
+            Ok(Some(Received { len: 60_000, offload: Offload::default() }))
+        }
+    }
+    let endless = Endless(UnixStream::pair().unwrap().0, 0, 0);
+    let net = Net::new(vec![Carrier::other(endless)], OURS, 1500, Box::new(|_| ()));
+    let mut driver = Driver::start(net);
+    let memory = driver.memory();
+    let csum = Some(Csum { start: 34, offset: 16 });
+    let put = |at: u64, kind, size| {
+        let gso = Some(Gso { kind, size, header_len: 54 });
+        memory.write(GuestAddress(at), &Offload { csum, gso }.to_bytes(0)).unwrap();
+    };
+    // TCP in the smallest pieces there may be, and datagrams in the most.
+    put(0x100_0000, GsoKind::Tcp4, 8);
+    put(0x110_0000, GsoKind::Udp, 512);
+    // Of what makes no sense nothing goes out.
+    put(0x120_0000, GsoKind::Udp, 1);
+    put(0x130_0000, GsoKind::Tcp6, 1);
+    let mut rejected = 0;
+    for round in 0..400 {
+        for at in [0x100_0000, 0x110_0000, 0x120_0000, 0x130_0000].repeat(10) {
+            driver.send_raw(TX, &[(at, HEADER_LEN as u32 + 60_000, 0)]);
+        }
+        if round % 2 == 0 {
+            while driver.send_raw(RX, &[(0x140_0000, 1, WRITE), (0x140_0000, 1499, WRITE)]) {}
+        }
+        driver.poke(TX);
+        while driver.collect(TX).is_some() || driver.collect(RX).is_some() {}
+        rejected = driver.device.dropped();
+    }
+    assert!(rejected > 100, "{rejected}");
+    assert!(driver.most_work() > MAX_TURN, "no turn was too short");
+    assert!(driver.most_work() <= MAX_TURN + MAX_PIECE, "{}", driver.most_work());
 }

@@ -12,6 +12,7 @@ mod stream;
 use std::collections::{HashMap, VecDeque};
 use std::os::fd::AsFd;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use connection::{Answer, Connection, Due, Ports};
 use packet::{HEADER, Header, Op, TYPE_STREAM};
@@ -20,9 +21,10 @@ use stream::Arrivals;
 pub(crate) use stream::StreamBreaker;
 pub use stream::{VsockListener, VsockStream};
 
-use super::{Chain, DeviceIo, DeviceType, Profile, Source, VirtioDevice};
+use super::{Chain, DeviceIo, DeviceType, Profile, Source, VirtioDevice, Work};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::event::Interest;
+use crate::sys::Timer;
 
 /// The host's address in every guest (Virtio 1.3, 5.10.4).
 pub(crate) const HOST_CID: u64 = 2;
@@ -35,19 +37,22 @@ const TX: usize = 1;
 const QUEUE_SIZE: u16 = 256;
 /// Connections at once. More are refused.
 const MAX_CONNECTIONS: usize = 1024;
+/// Connections of the embedder that wait for the guest's answer. More are refused.
+const MAX_CONNECTING: usize = 256;
+/// How long a connection waits for the guest's answer.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Refusals that may wait for the guest to offer buffers. More are not told: its sockets find out by themselves, in a few
 /// seconds. To take nothing more from it until it does would be worse. A guest stops looking at what it gets when too many of
 /// its own answers wait to be sent, and each would wait for the other for ever.
 const MAX_RESETS: usize = 4096;
-/// Packets sent or taken before others get their turn.
-const TURN: usize = 256;
 /// The most data in one packet.
 const MAX_DATA: u32 = 64 * 1024;
+/// The number under which the time-outs of connections are watched. Connections have smaller ones.
+const TIMER: u32 = 1 << 30;
 /// Ports for connections that the embedder makes are taken from here on, round and round.
 const EPHEMERAL: u32 = 1 << 30;
 
 /// The device and all its connections.
-#[derive(Debug)]
 pub(crate) struct Vsock {
     connections: HashMap<u32, Connection>,
     names: HashMap<Ports, u32>,
@@ -59,6 +64,16 @@ pub(crate) struct Vsock {
     spare: Option<Chain>,
     next_number: u32,
     next_port: u32,
+    /// Connections that wait for the guest's answer, or have got it, and until when: the oldest first.
+    connecting: VecDeque<(Instant, Ports)>,
+    connect_timeout: Duration,
+    timer: Option<Timer>,
+}
+
+impl std::fmt::Debug for Vsock {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Vsock({} connections)", self.connections.len())
+    }
 }
 
 impl std::fmt::Debug for Arrivals {
@@ -78,6 +93,9 @@ impl Vsock {
             spare: None,
             next_number: 0,
             next_port: EPHEMERAL,
+            connecting: VecDeque::new(),
+            connect_timeout: CONNECT_TIMEOUT,
+            timer: None,
         }
     }
 
@@ -95,7 +113,7 @@ impl Vsock {
         Ok(VsockListener::new(arrivals, port))
     }
 
-    /// Connects to `port` of the guest; `answer` gets the stream or the refusal.
+    /// Connects to `port` of the guest; `answer` gets the stream or the refusal, after [`CONNECT_TIMEOUT`] at the latest.
     pub(crate) fn connect(&mut self, io: Option<&mut DeviceIo>, port: u32, answer: Answer) {
         let refuse = |error| drop(answer.send(Err(error)));
         let Some(io) = io else {
@@ -105,6 +123,12 @@ impl Vsock {
             return refuse(Error::new(
                 ErrorKind::ResourceExhausted,
                 format!("there are {MAX_CONNECTIONS} vsock connections"),
+            ));
+        }
+        if self.connecting().count() >= MAX_CONNECTING {
+            return refuse(Error::new(
+                ErrorKind::ResourceExhausted,
+                format!("{MAX_CONNECTING} vsock connections wait for the guest's answer"),
             ));
         }
         let (stream, socket, tail) = match VsockStream::pair() {
@@ -120,7 +144,43 @@ impl Vsock {
         if let Err(connection) = self.add(io, connection) {
             return connection.end(|| Error::new(ErrorKind::ResourceExhausted, "the connection cannot be watched"));
         }
+        self.connecting.push_back((Instant::now() + self.connect_timeout, (host_port, port)));
+        self.arm();
         self.talk(io);
+    }
+
+    /// Those connections of the embedder that the guest has not answered.
+    fn connecting(&self) -> impl Iterator<Item = &(Instant, Ports)> {
+        self.connecting.iter().filter(|(_, ports)| self.is_connecting(*ports))
+    }
+
+    fn is_connecting(&self, ports: Ports) -> bool {
+        let connection = self.names.get(&ports).and_then(|number| self.connections.get(number));
+        connection.is_some_and(Connection::is_connecting)
+    }
+
+    /// Rings when the first of those that wait has waited for too long.
+    fn arm(&mut self) {
+        while self.connecting.front().is_some_and(|(_, ports)| !self.is_connecting(*ports)) {
+            self.connecting.pop_front();
+        }
+        let first = self.connecting.front().map(|(until, _)| *until);
+        if let Some(Err(error)) = self.timer.as_mut().map(|timer| timer.set(first)) {
+            log::error!("time-outs of vsock connections: {error}");
+        }
+    }
+
+    /// Gives up connections that the guest has not answered in time.
+    fn expire(&mut self) {
+        let now = Instant::now();
+        while let Some((_, ports)) = self.connecting.front().copied().filter(|(until, _)| *until <= now) {
+            self.connecting.pop_front();
+            if self.is_connecting(ports) {
+                self.remove(ports, ErrorKind::TimedOut, "the guest did not answer");
+                self.refuse(ports);
+            }
+        }
+        self.arm();
     }
 
     /// Registers a connection. Gives it back when its socket cannot be watched.
@@ -141,14 +201,14 @@ impl Vsock {
     }
 
     /// Forgets a connection; its socket closes.
-    fn remove(&mut self, ports: Ports, refusal: &str) {
+    fn remove(&mut self, ports: Ports, kind: ErrorKind, refusal: &str) {
         if let Some(connection) = self.names.remove(&ports).and_then(|number| self.connections.remove(&number)) {
-            connection.end(|| Error::new(ErrorKind::NotFound, format!("vsock port {}: {refusal}", ports.1)));
+            connection.end(|| Error::new(kind, format!("vsock port {}: {refusal}", ports.1)));
         }
     }
 
     fn reset(&mut self, ports: Ports) {
-        self.remove(ports, "the connection was reset");
+        self.remove(ports, ErrorKind::NotFound, "the connection was reset");
         self.refuse(ports);
     }
 
@@ -160,7 +220,7 @@ impl Vsock {
     }
 
     /// The driver sent a packet.
-    fn hear(&mut self, io: &DeviceIo, chain: &mut Chain) {
+    fn hear(&mut self, io: &mut DeviceIo, chain: &mut Chain) {
         let Ok(bytes) = chain.read() else { return };
         let header = Header::parse(&bytes);
         let ports = (header.dst_port, header.src_port);
@@ -173,18 +233,19 @@ impl Vsock {
             return self.reset(ports);
         }
         match (header.op, self.names.get(&ports).copied()) {
-            (Op::Reset, _) => self.remove(ports, "nobody listens there"),
+            (Op::Reset, _) => self.remove(ports, ErrorKind::NotFound, "nobody listens there"),
             (Op::Request, None) => self.accept(io, ports, &header),
-            (_, Some(number)) if header.op != Op::Request => self.talk_to(number, ports, &header, chain),
+            (_, Some(number)) if header.op != Op::Request => self.talk_to(io, number, ports, &header, chain),
             _ => self.reset(ports),
         }
     }
 
-    fn accept(&mut self, io: &DeviceIo, ports: Ports, header: &Header) {
+    fn accept(&mut self, io: &mut DeviceIo, ports: Ports, header: &Header) {
         let full = self.connections.len() >= MAX_CONNECTIONS;
         let Some(arrivals) = self.listeners.get(&ports.0).filter(|a| a.has_room() && !full).cloned() else {
             return self.reset(ports);
         };
+        io.charge(Work::Calls(4));
         let (stream, socket, tail) = match VsockStream::pair() {
             Ok(pair) => pair,
             Err(error) => {
@@ -201,7 +262,7 @@ impl Vsock {
     }
 
     /// A packet for a connection that exists.
-    fn talk_to(&mut self, number: u32, ports: Ports, header: &Header, chain: &mut Chain) {
+    fn talk_to(&mut self, io: &mut DeviceIo, number: u32, ports: Ports, header: &Header, chain: &mut Chain) {
         let Some(connection) = self.connections.get_mut(&number) else {
             return;
         };
@@ -215,6 +276,8 @@ impl Vsock {
             _ if connection.is_connecting() => false,
             Op::Data => {
                 let len = header.len as usize;
+                // More than a connection's buffer is refused before it is copied.
+                io.charge(Work::Bytes(len.min(credit::BUFFER as usize)));
                 len <= chain.readable_len() && {
                     let segments = chain.take_readable(len);
                     connection.send_from(chain.memory(), chain.readable(segments))
@@ -248,9 +311,11 @@ impl Vsock {
 
     /// Takes what the driver sent.
     fn listen_to_driver(&mut self, io: &mut DeviceIo) {
-        for _ in 0..TURN {
+        loop {
             match io.pop(TX) {
                 Some(mut chain) => {
+                    // Data goes to a socket, and a new connection takes several calls.
+                    io.charge(Work::Calls(2));
                     self.hear(io, &mut chain);
                     io.complete(TX, chain);
                 }
@@ -258,7 +323,6 @@ impl Vsock {
                 None => return,
             }
         }
-        io.kick_self(TX);
     }
 
     /// Sends what is due, as long as the driver offers buffers; it hears at once of all that was done.
@@ -268,7 +332,7 @@ impl Vsock {
     }
 
     fn say_what_is_due(&mut self, io: &mut DeviceIo) {
-        for _ in 0..TURN {
+        loop {
             if self.resets.is_empty() && self.talkative.is_empty() {
                 return;
             }
@@ -276,7 +340,7 @@ impl Vsock {
             match next {
                 Some(mut chain) => {
                     // A buffer too small for a header is given back empty; the driver will see nothing in it.
-                    if chain.writable_len() < HEADER || self.fill(&mut chain) {
+                    if chain.writable_len() < HEADER || self.fill(io, &mut chain) {
                         io.complete(RX, chain);
                     } else {
                         self.spare = Some(chain);
@@ -286,11 +350,10 @@ impl Vsock {
                 None => return,
             }
         }
-        io.kick_self(RX);
     }
 
     /// Puts the next packet into `chain`. False when there was none after all.
-    fn fill(&mut self, chain: &mut Chain) -> bool {
+    fn fill(&mut self, io: &mut DeviceIo, chain: &mut Chain) -> bool {
         if let Some(ports) = self.resets.pop_front() {
             let header = header(ports, Op::Reset, 0, (0, 0));
             return chain.write(&header.to_bytes()).is_ok();
@@ -300,7 +363,7 @@ impl Vsock {
                 continue;
             };
             connection.queued = false;
-            let said = say(connection, chain);
+            let said = say(io, connection, chain);
             self.has_news(number);
             if said {
                 return true;
@@ -332,7 +395,7 @@ impl Vsock {
 }
 
 /// Puts what is due into `chain`, which has room for a header. False when it was data and there is none after all.
-fn say(connection: &mut Connection, chain: &mut Chain) -> bool {
+fn say(io: &mut DeviceIo, connection: &mut Connection, chain: &mut Chain) -> bool {
     let Some(due) = connection.due() else {
         return false;
     };
@@ -345,8 +408,12 @@ fn say(connection: &mut Connection, chain: &mut Chain) -> bool {
     };
     if op == Op::Data {
         let space: Vec<_> = chain.writable_after(HEADER, len as usize).collect();
+        io.charge(Work::Calls(1));
         match connection.receive_into(chain.memory(), &space) {
-            Some(n) => len = n,
+            Some(n) => {
+                io.charge(Work::Bytes(n as usize));
+                len = n;
+            }
             None => return false,
         }
     }
@@ -367,8 +434,19 @@ impl VirtioDevice for Vsock {
             .config(GUEST_CID.to_le_bytes())
     }
 
+    fn started(&mut self, io: &mut DeviceIo) -> std::io::Result<()> {
+        let timer = self.timer.insert(Timer::new()?);
+        io.watch(timer.as_fd(), TIMER, Interest::IN)
+    }
+
     fn ready(&mut self, io: &mut DeviceIo, source: Source) {
         match source {
+            Source::Watched { number: TIMER, .. } => {
+                if let Some(timer) = &mut self.timer {
+                    timer.clear();
+                }
+                self.expire();
+            }
             Source::Queue(TX) => self.listen_to_driver(io),
             // Buffers for what is due, or for events, of which there are none.
             Source::Queue(_) => {}
@@ -377,7 +455,11 @@ impl VirtioDevice for Vsock {
         self.talk(io);
     }
 
-    fn stopping(&mut self, _: &mut DeviceIo) {
+    fn stopping(&mut self, io: &mut DeviceIo) {
+        if let Some(timer) = self.timer.take() {
+            io.unwatch(timer.as_fd());
+        }
+        self.connecting.clear();
         // Sockets are closed with their connections, which ends the watching too.
         self.names.clear();
         for (_, connection) in self.connections.drain() {

@@ -172,8 +172,8 @@ impl fmt::Debug for VsockStream {
     }
 }
 
-/// Connections that wait to be accepted, at most; more are refused.
-const BACKLOG: usize = 128;
+/// Connections that wait to be accepted, at most; more are refused. Each holds two descriptors of the process.
+pub(super) const BACKLOG: usize = 32;
 
 #[derive(Debug, Default)]
 struct Queue {

@@ -10,6 +10,7 @@ use super::credit::BUFFER;
 use super::packet::{SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
 use super::*;
 use crate::virtio::testing::Driver;
+use crate::virtio::turn::{MAX_PIECE, MAX_TURN};
 
 const PORT: u32 = 1024;
 const GUEST_PORT: u32 = 7;
@@ -317,4 +318,73 @@ fn listeners_are_one_a_port_until_dropped() {
     let _ = first.as_fd();
     drop(first);
     vsock.listen(5).unwrap();
+}
+
+#[test]
+fn a_guest_that_does_not_answer_keeps_no_connection() {
+    let mut rig = Rig::new();
+    rig.driver.device.connect_timeout = Duration::from_millis(50);
+    let mut waiting = Vec::new();
+    for n in 0..MAX_CONNECTING + 10 {
+        let (answer, wait) = mpsc::sync_channel(1);
+        let (device, io) = rig.driver.parts();
+        device.connect(Some(io), 1025, answer);
+        // Half of those who ask give up at once.
+        waiting.extend((n % 2 == 0).then_some(wait));
+        while rig.hear().is_some() {}
+    }
+    assert_eq!(rig.driver.device.connections.len(), MAX_CONNECTING);
+    let refused = |wait: &mpsc::Receiver<Result<VsockStream>>| wait.recv().unwrap().unwrap_err().kind();
+    assert_eq!(refused(waiting.last().unwrap()), ErrorKind::ResourceExhausted);
+    std::thread::sleep(Duration::from_millis(60));
+    rig.driver.poke_watched(TIMER);
+    assert_eq!((rig.driver.device.connections.len(), rig.driver.device.names.len()), (0, 0));
+    assert_eq!(refused(&waiting[0]), ErrorKind::TimedOut);
+    let mut resets = 0;
+    while let Some(op) = rig.hear_op() {
+        resets += usize::from(op == Op::Reset);
+        rig.driver.poke(RX);
+    }
+    assert_eq!(resets, MAX_CONNECTING, "the guest is told of each");
+    // One that is answered in time lives on.
+    let (answer, wait) = mpsc::sync_channel(1);
+    let (device, io) = rig.driver.parts();
+    device.connect(Some(io), 1025, answer);
+    let (request, _) = rig.hear().unwrap();
+    rig.say(Header { dst_port: request.src_port, src_port: 1025, ..guest(Op::Response, 0) }, &[], &[]);
+    let stream = wait.recv().unwrap().unwrap();
+    std::thread::sleep(Duration::from_millis(60));
+    rig.driver.poke_watched(TIMER);
+    assert_eq!(rig.driver.device.connections.len(), 1);
+    drop(stream);
+}
+
+#[test]
+fn connections_that_nobody_accepts_are_few() {
+    let mut rig = Rig::new();
+    for port in 0..300 {
+        rig.say(Header { src_port: 5000 + port, ..guest(Op::Request, 0) }, &[], &[]);
+    }
+    assert_eq!(rig.driver.device.connections.len(), stream::BACKLOG);
+    let accepted = (0..300).map_while(|_| rig.listener.accept_timeout(Duration::ZERO).ok()).count();
+    assert_eq!(accepted, stream::BACKLOG);
+}
+
+#[test]
+fn a_turn_of_packets_is_bounded() {
+    let mut rig = Rig::new();
+    rig.op(Op::Request, 0);
+    let mut stream = rig.listener.accept_timeout(Duration::from_secs(5)).unwrap();
+    let mut room = vec![0; BUFFER as usize];
+    for _ in 0..20 {
+        // More than it may, in as many pieces as there may be.
+        for _ in 0..100 {
+            rig.driver.send(TX, &[&guest(Op::Data, 60_000).to_bytes(), &[0; 60_000]], &[]);
+        }
+        rig.driver.poke(TX);
+        while rig.driver.receive(TX).is_some() {}
+        stream.set_nonblocking(true).unwrap();
+        let _ = stream.read(&mut room);
+    }
+    assert!(rig.driver.most_work() <= MAX_TURN + MAX_PIECE, "{}", rig.driver.most_work());
 }
