@@ -56,7 +56,6 @@ impl Interrupt {
     }
 
     /// Whether the device waits for a reset.
-    #[cfg(test)]
     pub(crate) fn broken(&self) -> bool {
         self.0.registers.load(STATUS) & NEEDS_RESET != 0
     }

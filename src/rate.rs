@@ -15,12 +15,12 @@ impl Rate {
     /// `n` bytes, operations or packets in each second, spread evenly: what was not used is kept for a tenth of a second.
     ///
     /// What is larger than what there is goes through when there is anything, and what comes after it waits longer.
-    pub fn per_second(n: u64) -> Self {
+    pub const fn per_second(n: u64) -> Self {
         Self { per_second: n, once: 0 }
     }
 
     /// Gives `n` more, used up first and never again: for a boot, say.
-    pub fn once(mut self, n: u64) -> Self {
+    pub const fn once(mut self, n: u64) -> Self {
         self.once = n;
         self
     }

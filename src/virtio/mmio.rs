@@ -4,9 +4,9 @@
 //! what is in a page of memory, without an exit where that page is shown to it; the live queues belong to the device's loop, which
 //! this asks and waits for: the driver's DRIVER_OK write completes only when the device runs.
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use super::io::{Counters, DeviceIo, OnBroken};
 use super::queue::{Queue, QueueConfig};
@@ -18,6 +18,7 @@ use crate::error::{Context, ErrorKind, Result};
 use crate::event::Remote;
 use crate::irq::Interrupt;
 use crate::memory::{GuestMemory, Mover};
+use crate::rate::{Bucket, Rate};
 use crate::sys::{EventFd, eventfd};
 
 /// Register offsets (Virtio 1.3, 4.2.2).
@@ -55,8 +56,12 @@ const VERSION: u32 = 2;
 /// "COFF", for people who look.
 const VENDOR: u32 = 0x4646_4f43;
 
-/// How long a vCPU waits for a device that starts or stops: one on a file of the host's that does not answer never would.
+/// How long a vCPU waits for a device that starts or stops, all in all: one on a file of the host's that does not answer never
+/// would. It is that vCPU that waits, and what is asked of it meanwhile, its end say.
 const PATIENCE: Duration = Duration::from_secs(10);
+
+/// How often is told that a device needs a reset: ten times at once, then once a second.
+const REPORTS: Rate = Rate::per_second(1).once(10);
 
 /// The register where the driver kicks queue `n` by writing `n`, relative to the window.
 pub(crate) const NOTIFY_OFFSET: u64 = reg::QUEUE_NOTIFY;
@@ -126,9 +131,23 @@ impl MmioTransport {
         self
     }
 
-    /// Tells `f`, on a vCPU's thread or the device's loop, once each time the device comes to need a reset.
+    /// Tells `f`, on a vCPU's thread or the device's loop, each time the device comes to need a reset; and says so in the log.
+    /// Of a flood only some are told: a driver that resets the device may break it again at once.
     pub(crate) fn on_broken(mut self, f: impl Fn(&str) + Send + Sync + 'static) -> Self {
-        self.on_broken = Arc::new(f);
+        let (slot, epoch) = (self.slot, Instant::now());
+        let reports = Mutex::new((Bucket::new(REPORTS, Duration::ZERO), 0u64));
+        self.on_broken = Arc::new(move |why| {
+            let mut reports = reports.lock().unwrap_or_else(PoisonError::into_inner);
+            let (bucket, untold) = &mut *reports;
+            if !bucket.take_whole(epoch.elapsed()) {
+                *untold += 1;
+                return;
+            }
+            let untold = std::mem::take(untold);
+            drop(reports);
+            log::warn!("device {slot} needs a reset: {why} ({untold} times more before)");
+            f(why);
+        });
         self
     }
 
@@ -263,7 +282,9 @@ impl MmioTransport {
         if added & status::FEATURES_OK != 0 && self.features_acceptable() {
             self.add_status(status::FEATURES_OK);
         }
-        if added & status::DRIVER_OK != 0 && self.status & status::FEATURES_OK != 0 {
+        // A device that needs a reset is not started before it had one, however often the driver asks.
+        let may_start = self.status & status::FEATURES_OK != 0 && !self.interrupt.broken();
+        if added & status::DRIVER_OK != 0 && may_start {
             match self.start() {
                 Ok(true) => {
                     self.add_status(status::DRIVER_OK);
@@ -272,9 +293,8 @@ impl MmioTransport {
                 // The device needs a reset, and the driver was told.
                 Ok(false) => {}
                 Err(error) => {
-                    log::warn!("device {} cannot start: {error}", self.slot);
                     self.counters.faults.fetch_add(1, Ordering::Relaxed);
-                    (self.on_broken)(&error.to_string());
+                    (self.on_broken)(&format!("it cannot start: {error}"));
                     self.interrupt.signal_broken();
                 }
             }
@@ -337,7 +357,7 @@ impl MmioTransport {
     }
 
     fn reset(&mut self) {
-        let slot = self.slot;
+        let (slot, deadline) = (self.slot, Instant::now() + PATIENCE);
         // The queues that come back are let go: the driver will set up new ones.
         match self.devices.with_timeout(PATIENCE, move |slots| slots.stop(slot).and_then(|mut io| io.left.take())) {
             // The device may still use its queues, so the driver does not see a status of 0 (Virtio 1.3, 2.4.2).
@@ -350,7 +370,8 @@ impl MmioTransport {
             left => self.left = left.unwrap_or_default(),
         }
         // This vCPU waits for it, and no other device.
-        if self.left.as_mut().is_some_and(|mover| !mover.stop(PATIENCE)) {
+        let patience = deadline.saturating_duration_since(Instant::now());
+        if self.left.as_mut().is_some_and(|mover| !mover.stop(patience)) {
             log::warn!("device {slot} was not reset: the host still moves bytes from or to guest memory");
             return;
         }
@@ -486,6 +507,33 @@ mod tests {
             assert_eq!(rig.get(0x60), 2, "the driver is told");
             assert_eq!((told.load(Ordering::SeqCst), rig.transport.counters().faults.load(Ordering::SeqCst)), (1, 1));
         }
+    }
+
+    #[test]
+    fn a_flood_of_status_writes_is_told_once() {
+        let (mut rig, told) = (Rig::new(), Arc::new(AtomicU32::new(0)));
+        let counter = told.clone();
+        rig.transport = rig.transport.on_broken(move |_| {
+            counter.fetch_add(1, Ordering::SeqCst);
+        });
+        rig.drive(1, 3);
+        for _ in 0..10_000 {
+            rig.set(0x70, 15);
+        }
+        let faults = rig.transport.counters().faults.load(Ordering::Relaxed);
+        assert_eq!((told.load(Ordering::SeqCst), faults, rig.get(0x70)), (1, 1, 11 | 64));
+        // With resets in between it comes to need one each time, which is counted and hardly told.
+        let begin = Instant::now();
+        for _ in 0..1000 {
+            rig.set(0x70, 0);
+            rig.drive(1, 3);
+        }
+        let (told, most) = (told.load(Ordering::SeqCst), 12 + begin.elapsed().as_secs() as u32);
+        assert_eq!(rig.transport.counters().faults.load(Ordering::Relaxed), 1001);
+        assert!((2..=most).contains(&told), "{told}");
+        rig.set(0x70, 0);
+        rig.drive(1, 8);
+        assert_eq!(rig.get(0x70), 15, "a device that was reset starts");
     }
 
     #[test]

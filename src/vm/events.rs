@@ -2,8 +2,9 @@
 //!
 //! Whoever writes never waits for a reader: one who is too slow is told how many events were dropped.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::fmt;
+use std::mem::discriminant;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
@@ -14,7 +15,7 @@ use crate::error::{Context, Result};
 use crate::size::Size;
 use crate::sys::{EventFd, borrow, deadline, eventfd, left};
 
-/// So many events are kept for readers that come late or are slow.
+/// So many events are kept for readers that come late or are slow. What guests cause again and again pushes out no other kind.
 const KEPT: usize = 256;
 
 /// Something that happened to a VM.
@@ -113,11 +114,28 @@ pub(super) struct Log {
 
 #[derive(Debug, Default)]
 struct State {
-    kept: VecDeque<Event>,
-    /// How many were dropped: the number of the first that is kept.
-    dropped: u64,
+    /// With their numbers, which ascend. The last event is always among them.
+    kept: VecDeque<(u64, Event)>,
+    /// How many there were.
+    count: u64,
     ended: bool,
     readers: Vec<Weak<EventFd>>,
+}
+
+impl State {
+    /// Forgets the oldest event of the kind of which there are most.
+    fn drop_one(&mut self) {
+        let mut counts = HashMap::new();
+        for (_, event) in &self.kept {
+            *counts.entry(discriminant(&event.kind)).or_insert(0) += 1;
+        }
+        let Some(kind) = counts.into_iter().max_by_key(|(_, count): &(_, usize)| *count).map(|(kind, _)| kind) else {
+            return;
+        };
+        if let Some(at) = self.kept.iter().position(|(_, event)| discriminant(&event.kind) == kind) {
+            self.kept.remove(at);
+        }
+    }
 }
 
 impl Log {
@@ -137,10 +155,11 @@ impl Log {
         }
         state.ended = kind == EventKind::Ended;
         if state.kept.len() == KEPT {
-            state.kept.pop_front();
-            state.dropped += 1;
+            state.drop_one();
         }
-        state.kept.push_back(Event { at: self.start.elapsed(), kind });
+        let number = state.count;
+        state.count += 1;
+        state.kept.push_back((number, Event { at: self.start.elapsed(), kind }));
         state.readers.retain(|reader| {
             // A counter at its maximum is readable all the same.
             reader.upgrade().map(|fd| drop(fd.write(1))).is_some()
@@ -165,7 +184,8 @@ impl Log {
 /// The events of one VM, from its start on; see [`Vm::events`](crate::Vm::events).
 ///
 /// The descriptor behind [`AsFd`] is readable while there is something to read, and once the last event was read. The
-/// last 256 events are kept; a reader who falls behind that gets [`EventKind::Missed`], and the VM never waits for one.
+/// last 256 events are kept, and of more the oldest of the most frequent kind goes. A reader gets [`EventKind::Missed`] in the
+/// place of what it missed, and the VM never waits for one.
 /// The stream outlives the VM's handle. As an iterator it blocks until the next event, and ends after
 /// [`EventKind::Ended`].
 #[derive(Debug)]
@@ -200,19 +220,19 @@ impl Events {
 
     fn read(&self, state: &mut State) -> Option<Event> {
         let mut next = self.next.lock().unwrap_or_else(PoisonError::into_inner);
-        let missed = state.dropped.saturating_sub(*next);
+        let at = state.kept.partition_point(|(number, _)| number < &*next);
+        let (number, event) = state.kept.get(at)?;
+        let missed = number - *next;
+        *next = *number;
         if missed > 0 {
-            *next = state.dropped;
-            let at = state.kept.front().map_or(Duration::ZERO, |event| event.at);
-            return Some(Event { at, kind: EventKind::Missed(missed) });
+            return Some(Event { at: event.at, kind: EventKind::Missed(missed) });
         }
-        let event = usize::try_from(*next - state.dropped).ok().and_then(|n| state.kept.get(n)).cloned();
-        *next += u64::from(event.is_some());
-        if !state.ended && *next == state.dropped + state.kept.len() as u64 {
+        *next += 1;
+        if !state.ended && *next == state.count {
             // All were read, and the lock keeps others from coming in between.
             let _ = self.fd.read();
         }
-        event
+        Some(event.clone())
     }
 }
 
@@ -276,6 +296,27 @@ mod tests {
         assert!(events.next().is_none() && readable(&events));
         drop(events);
         assert_eq!(log.state().kept.len(), KEPT);
+    }
+
+    #[test]
+    fn a_flood_of_one_kind_pushes_out_no_other() {
+        let log = Log::new(Instant::now());
+        let events = log.reader().unwrap();
+        let flood = |what: &str, n| {
+            (0..n).for_each(|_| log.push(EventKind::Throttled { what: what.into() }));
+        };
+        log.push(EventKind::Started);
+        flood("net0", 1000);
+        let fault = EventKind::DeviceError { device: "rng".into(), what: "a loop".into() };
+        log.push(fault.clone());
+        flood("net0", 1000);
+        log.push(EventKind::Ended);
+        let all: Vec<_> = events.map(|event| event.kind).collect();
+        let missed: u64 = all.iter().map(|kind| if let EventKind::Missed(n) = kind { *n } else { 0 }).sum();
+        let throttled = all.iter().filter(|kind| matches!(kind, EventKind::Throttled { .. })).count();
+        assert_eq!((all.first(), all.last()), (Some(&EventKind::Started), Some(&EventKind::Ended)));
+        assert!(all.contains(&fault));
+        assert_eq!((throttled, missed), (KEPT - 3, 2000 - (KEPT as u64 - 3)));
     }
 
     #[test]
