@@ -34,6 +34,17 @@ const AT_ONCE: u64 = 64 * format::PER_PAGE;
 /// Writes under way that are remembered. More cannot be in a queue of the device.
 const IN_FLIGHT: usize = 4096;
 
+/// A write that somebody else does, in places that were told.
+#[derive(Debug)]
+struct InFlight {
+    offset: u64,
+    len: u64,
+    /// Clusters that it writes whole.
+    whole: Range<u64>,
+    /// What it may take up beyond what was there: part of the quota until it has ended.
+    reserved: u64,
+}
+
 /// An open overlay.
 #[derive(Debug)]
 pub(crate) struct OverlayDisk {
@@ -41,8 +52,8 @@ pub(crate) struct OverlayDisk {
     header: Header,
     base: Box<dyn Layer>,
     states: States,
-    /// Clusters of the base that somebody else is writing whole.
-    in_flight: Vec<Range<u64>>,
+    /// Writes under way to clusters that were not here.
+    in_flight: Vec<InFlight>,
     read_only: bool,
     /// Whether the file has a name, so that somebody can read it after a loss of power.
     durable: bool,
@@ -50,8 +61,10 @@ pub(crate) struct OverlayDisk {
     failed: bool,
     /// How many bytes it may take up.
     limit: u64,
-    /// How many it takes up, at most.
+    /// How many it takes up, at most, beside those that are reserved.
     allocated: u64,
+    /// How many more the writes under way may take up.
+    reserved: u64,
 }
 
 impl OverlayDisk {
@@ -68,6 +81,7 @@ impl OverlayDisk {
             failed: false,
             limit: u64::MAX,
             allocated,
+            reserved: 0,
         })
     }
 
@@ -133,13 +147,14 @@ impl OverlayDisk {
         })
     }
 
-    /// Makes sure that the range may be written in place, and that all that is in its clusters beside it is here.
-    fn prepare(&mut self, offset: u64, len: u64) -> io::Result<()> {
+    /// Makes sure that the range may be written in place, and that all that is in its clusters beside it is here. Says how many
+    /// bytes more it takes up then.
+    fn prepare(&mut self, offset: u64, len: u64) -> io::Result<u64> {
         self.writable()?;
         let touched = Self::touched(offset, len);
         let missing = self.states.missing(&*self.file, touched.clone())?;
         if missing == 0 {
-            return Ok(());
+            return Ok(0);
         }
         self.room_for(missing * CLUSTER)?;
         let whole = self.whole(offset, len);
@@ -148,15 +163,14 @@ impl OverlayDisk {
                 self.bring(cluster)?;
             }
         }
-        self.allocated += missing * CLUSTER;
-        Ok(())
+        Ok(missing * CLUSTER)
     }
 
     /// Copies a cluster here, unless somebody is about to write all of it.
     fn bring(&mut self, cluster: u64) -> io::Result<()> {
         let this = cluster..cluster + 1;
         let (state, _) = self.states.run(&*self.file, this.clone())?;
-        if state == State::Here || self.in_flight.iter().any(|clusters| clusters.contains(&cluster)) {
+        if state == State::Here || self.in_flight.iter().any(|it| it.whole.contains(&cluster)) {
             return Ok(());
         }
         let mut bytes = [0; CLUSTER as usize];
@@ -167,8 +181,9 @@ impl OverlayDisk {
         self.states.set(&*self.file, this, State::Here)
     }
 
-    /// Fails when so many bytes more are too many.
+    /// Fails when so many bytes more are too many. What is under way counts as if nothing of it had arrived.
     fn room_for(&mut self, more: u64) -> io::Result<()> {
+        let more = self.reserved.saturating_add(more);
         if self.limit < self.allocated.saturating_add(more) {
             // What was counted beforehand may not have come, or holes were made.
             self.allocated = self.file.allocated()?;
@@ -233,7 +248,7 @@ impl OverlayDisk {
         if self.run(piece.start, len)?.0 == State::Zero {
             return Ok(());
         }
-        self.prepare(piece.start, len)?;
+        self.allocated += self.prepare(piece.start, len)?;
         let zeroes = [0; CLUSTER as usize];
         let zeroes = zeroes.get(..usize::try_from(len).unwrap_or(0)).unwrap_or_default();
         self.file.write(zeroes, self.place(piece.start))
@@ -264,7 +279,7 @@ impl BlockBackend for OverlayDisk {
         if len == 0 {
             return Ok(());
         }
-        self.prepare(offset, len)?;
+        self.allocated += self.prepare(offset, len)?;
         self.file.write_guest(memory, segments, self.place(offset))?;
         self.states.set(&*self.file, Self::touched(offset, len), State::Here)?;
         self.trim()
@@ -322,13 +337,13 @@ impl BlockBackend for OverlayDisk {
         if !write {
             return Some(self.list(offset, len, found));
         }
-        let prepared = self.prepare(offset, len).and_then(|()| {
-            let whole = self.whole(offset, len);
-            if self.states.missing(&*self.file, whole.clone())? > 0 {
+        let prepared = self.prepare(offset, len).and_then(|reserved| {
+            if reserved > 0 {
                 if self.in_flight.len() >= IN_FLIGHT {
-                    self.in_flight.remove(0);
+                    return Err(io::Error::from_raw_os_error(libc::EAGAIN));
                 }
-                self.in_flight.push(whole);
+                self.reserved += reserved;
+                self.in_flight.push(InFlight { offset, len, whole: self.whole(offset, len), reserved });
             }
             found.push(Extent::File { fd, offset: self.place(offset), len });
             Ok(())
@@ -344,9 +359,11 @@ impl BlockBackend for OverlayDisk {
     }
 
     fn abandoned(&mut self, offset: u64, len: u64) {
-        let whole = self.whole(offset, len);
-        if let Some(n) = self.in_flight.iter().position(|it| *it == whole) {
-            self.in_flight.swap_remove(n);
+        if let Some(n) = self.in_flight.iter().position(|it| (it.offset, it.len) == (offset, len)) {
+            let ended = self.in_flight.swap_remove(n);
+            self.reserved = self.reserved.saturating_sub(ended.reserved);
+            // All of it, whatever has arrived: that is counted again before anything is refused.
+            self.allocated = self.allocated.saturating_add(ended.reserved);
         }
     }
 
