@@ -2,6 +2,8 @@
 //!
 //! Each must come back whatever the bytes are: no panic, no unbounded wait or growth, no access outside guest memory.
 
+pub mod turns;
+
 use std::io::{Cursor, Write};
 use std::sync::{Arc, Mutex, OnceLock};
 
@@ -24,6 +26,7 @@ pub use crate::net::doors::{
     dhcp as net_dhcp, dns as net_dns, header as net_header, policy as net_policy, switch as net_switch,
     user_frame as net_user_frame,
 };
+pub use turns::device_turn;
 
 /// Chains of any addresses, lengths and flags, and rings written over at any place.
 pub fn queue(data: &[u8]) {
@@ -517,6 +520,18 @@ mod tests {
     fn qcow2(_: &[u8]) {}
     #[cfg(feature = "qcow2")]
     use super::qcow2_open as qcow2;
+
+    #[test]
+    fn no_turn_does_more_than_it_may() {
+        for device in 0..7 {
+            let mut data = vec![device];
+            for round in 0..6u8 {
+                data.extend([round * 47, round, 255, round + 3, 2, round * 80]);
+                data.extend([round; 44]);
+            }
+            device_turn(&data);
+        }
+    }
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(64))]

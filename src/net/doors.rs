@@ -54,6 +54,26 @@ impl<'a> Bytes<'a> {
     }
 }
 
+/// A stack whose guest may reach a socket of the host, and what the guest puts into a queue to send that as many datagrams as one
+/// frame may be.
+#[cfg(feature = "internals")]
+pub(crate) fn most_datagrams() -> std::io::Result<(UserNet, UdpSocket, Vec<u8>)> {
+    let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0))?;
+    let to = socket.local_addr()?;
+    let only = Policy::deny_all().rule(Rule::allow_range(to.ip()).port(to.port()));
+    let mut config = Config::new(only);
+    config.loopback = true;
+    let net = UserNet::new(config.clone()).map_err(std::io::Error::other)?;
+    let size = 500;
+    let payload = vec![0; usize::from(size) * super::MAX_UDP_SEGMENTS];
+    let ends = Ends { src: config.guest4.into(), dst: to.ip() };
+    let mut head = Head::ip((config.guest_mac, config.gateway_mac), ends, wire::UDP, 8 + payload.len());
+    head.udp(4000, to.port(), payload.len());
+    let csum = Some(Csum { start: 34, offset: 6 });
+    let offload = Offload { csum, gso: Some(Gso { kind: GsoKind::Udp, size, header_len: 42 }) };
+    Ok((net, socket, [offload.to_bytes(0).as_slice(), head.as_slice(), &payload].concat()))
+}
+
 /// A stack, its guest's memory, and a listener on the host: the only place where the guest may go.
 struct World {
     net: UserNet,

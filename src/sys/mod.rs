@@ -35,6 +35,8 @@ pub(crate) use ordered::record;
 pub(crate) use ordered::{Order, Ordered};
 pub(crate) use registers::{RegisterPages, Registers};
 pub(crate) use schedule::displace_nobody;
+#[cfg(feature = "internals")]
+pub(crate) use schedule::processor_time;
 pub(crate) use signal::{KickSignal, PeriodicKick, ThreadId};
 pub(crate) use socket::{Socket, SocketKind, peekv, socket_kind};
 pub(crate) use stack::Stack;

@@ -1,0 +1,246 @@
+//! What a turn of a device costs its loop when the driver means harm: counted for fuzzing, and timed for `benches/turns.rs`.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+
+use super::Bytes;
+use crate::memory::GuestAddress;
+use crate::net::{Capabilities, Carrier, Frame, Mac, NetBackend, Offloads, Received, Room};
+use crate::sys;
+use crate::virtio::VirtioDevice;
+use crate::virtio::balloon::Balloon;
+use crate::virtio::blk::{Blk, Options, RawFile};
+use crate::virtio::console::{Console, Output};
+use crate::virtio::net::Net;
+use crate::virtio::rng::Rng;
+use crate::virtio::testing::{Driver, NEXT, WRITE};
+use crate::virtio::turn::{MAX_PIECE, MAX_TURN};
+use crate::virtio::vsock::Vsock;
+
+/// In a descriptor's flags: it leads to a table.
+const INDIRECT: u16 = 4;
+/// Where tables and buffers are. Rings are below.
+const TABLES: u64 = 0x80_0000;
+const BUFFERS: u64 = 0x100_0000;
+
+/// A network that takes and has frames without end.
+struct Endless(UnixStream);
+
+impl NetBackend for Endless {
+    fn capabilities(&self) -> Capabilities {
+        Capabilities { to_host: Offloads::all(), to_guest: Offloads::all() }
+    }
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+    fn turn(&mut self) {}
+    fn send(&mut self, _: Frame<'_>) -> io::Result<()> {
+        Ok(())
+    }
+    fn next(&mut self) -> Option<usize> {
+        Some(65_000)
+    }
+    fn receive(&mut self, _: &mut Room<'_>) -> io::Result<Option<Received>> {
+        Ok(Some(Received { len: 60_000, offload: Default::default() }))
+    }
+}
+
+fn card(backend: Carrier) -> Net {
+    Net::new(vec![backend], Mac([2, 0, 0, 0, 0, 1]), 1500, Box::new(|_| ()))
+}
+
+/// Writes a table of `n` descriptors at `at`; `each` says address, length and flags.
+fn table<D: VirtioDevice>(driver: &Driver<D>, at: u64, n: u16, mut each: impl FnMut(u16) -> (u64, u32, u16)) {
+    let mut bytes = Vec::with_capacity(16 * usize::from(n));
+    for number in 0..n {
+        let (addr, len, flags) = each(number);
+        let next = if number + 1 < n { NEXT } else { 0 };
+        bytes.extend_from_slice(&addr.to_le_bytes());
+        bytes.extend_from_slice(&len.to_le_bytes());
+        bytes.extend_from_slice(&(flags | next).to_le_bytes());
+        bytes.extend_from_slice(&(number + 1).to_le_bytes());
+    }
+    let _ = driver.memory().write(GuestAddress(at), &bytes);
+}
+
+/// Chains of any shape and size to any device: no turn does more work than it may.
+pub fn device_turn(data: &[u8]) {
+    let mut bytes = Bytes(data);
+    match bytes.byte() % 7 {
+        0 => flood(Driver::start(Rng), bytes),
+        1 => flood(Driver::start(Console::new(Output::default())), bytes),
+        2 => flood(Driver::start_with(|memory| Balloon::new(memory.clone(), Box::new(|_| ()))), bytes),
+        3 => {
+            let mut vsock = Vsock::new();
+            let _listener = vsock.listen(1);
+            flood(Driver::start(vsock), bytes);
+        }
+        4 => {
+            let Ok((socket, _)) = UnixStream::pair() else { return };
+            flood(Driver::start(card(Carrier::other(Endless(socket)))), bytes);
+        }
+        number => {
+            let disk = sys::scratch_file(crate::Size::mib(8)).map(|f| RawFile::from_file(f, false));
+            let Ok(Ok(disk)) = disk else { return };
+            let engine = if number == 5 { crate::DiskEngine::Ring } else { crate::DiskEngine::Threads };
+            flood(Driver::start(Blk::new(Box::new(disk), Options { engine, ..Options::new("fuzz") })), bytes);
+        }
+    }
+}
+
+fn flood<D: VirtioDevice>(mut driver: Driver<D>, mut bytes: Bytes<'_>) {
+    const LENGTHS: [u32; 8] = [1, 12, 16, 44, 512, 4096, 1 << 16, 15 << 20];
+    let queues = driver.device.profile().queues.len();
+    while !bytes.done() {
+        let (what, queue) = (bytes.byte(), usize::from(bytes.byte()) % queues);
+        let (count, len) = (u16::from(bytes.byte()) + 1, LENGTHS[usize::from(bytes.byte() % 8)]);
+        let (first, readable) = (LENGTHS[usize::from(bytes.byte() % 8)], u16::from(bytes.byte()));
+        // What headers say.
+        let head = bytes.take(44).to_vec();
+        let _ = driver.memory().write(GuestAddress(BUFFERS), &head);
+        table(&driver, TABLES, count, |n| match n {
+            0 => (BUFFERS, first, if readable == 0 { WRITE } else { 0 }),
+            n => (BUFFERS + 8 * u64::from(n), len, if n >= readable { WRITE } else { 0 }),
+        });
+        for _ in 0..=what % 32 {
+            driver.send_raw(queue, &[(TABLES, 16 * u32::from(count), INDIRECT)]);
+        }
+        for _ in 0..=what / 64 {
+            driver.poke(queue);
+        }
+        if what % 3 == 0 {
+            driver.poke_watched(u32::from(what % 5));
+        }
+        for queue in 0..queues {
+            while driver.collect(queue).is_some() {}
+        }
+        let most = driver.parts().1.turn().most();
+        assert!(most <= MAX_TURN + MAX_PIECE, "a turn cost {most}");
+    }
+}
+
+/// The longest turn of each device under a driver that means harm, in milliseconds of the loop's processor.
+#[cfg(feature = "internals")]
+#[allow(clippy::unwrap_used, reason = "for this repository's bench alone")]
+pub mod bench {
+    use super::*;
+    use crate::sys::processor_time;
+    use crate::virtio::testing::Driver;
+
+    /// Gives a device its turn over and over, and says how long the longest was. `refill` puts new requests in.
+    fn longest<D: VirtioDevice>(
+        driver: &mut Driver<D>,
+        queue: usize,
+        turns: u32,
+        mut refill: impl FnMut(&mut Driver<D>),
+    ) -> f64 {
+        let mut longest = 0.0f64;
+        for _ in 0..turns {
+            refill(driver);
+            let begin = processor_time();
+            driver.poke(queue);
+            longest = longest.max((processor_time() - begin).as_secs_f64() * 1000.0);
+            for queue in 0..driver.device.profile().queues.len() {
+                while driver.collect(queue).is_some() {}
+            }
+        }
+        longest
+    }
+
+    /// As many chains as there is room for, each the table that was written.
+    fn fill<D: VirtioDevice>(driver: &mut Driver<D>, queue: usize, count: u32) {
+        while driver.send_raw(queue, &[(TABLES, 16 * count, INDIRECT)]) {}
+    }
+
+    /// What is measured, and how long the longest turn was.
+    pub fn longest_turns() -> Vec<(&'static str, f64)> {
+        let mut all = Vec::new();
+
+        let mut driver = Driver::start(Console::new(Output::default()));
+        table(&driver, TABLES, 64, |_| (BUFFERS, 8 << 20, 0));
+        all.push(("console: chains of 512 MiB", longest(&mut driver, 1, 200, |driver| fill(driver, 1, 64))));
+
+        let mut driver = Driver::start(Rng);
+        table(&driver, TABLES, 64, |_| (BUFFERS, 8 << 20, WRITE));
+        all.push(("rng: chains of 512 MiB", longest(&mut driver, 0, 100, |driver| fill(driver, 0, 64))));
+
+        let balloon = || Driver::start_with(|memory| Balloon::new(memory.clone(), Box::new(|_| ())));
+        let mut driver = balloon();
+        table(&driver, TABLES, 64, |n| (BUFFERS + 8192 * u64::from(n), 4096, WRITE));
+        let touch =
+            |driver: &Driver<Balloon>| driver.memory().write(GuestAddress(BUFFERS), &vec![1; 15 << 20]).unwrap();
+        let figure = longest(&mut driver, 3, 200, |driver| {
+            touch(driver);
+            fill(driver, 3, 64);
+        });
+        all.push(("balloon: reports of single pages", figure));
+        table(&driver, TABLES, 64, |_| (BUFFERS, 15 << 20, WRITE));
+        let figure = longest(&mut driver, 3, 100, |driver| {
+            touch(driver);
+            fill(driver, 3, 64);
+        });
+        all.push(("balloon: reports of 960 MiB", figure));
+        let mut driver = balloon();
+        let numbers: Vec<u8> = (0..4096u32).flat_map(|n| (0x1000 + 2 * (n % 1900)).to_le_bytes()).collect();
+        let figure = longest(&mut driver, 0, 200, |driver| {
+            touch(driver);
+            while driver.send(0, &[&numbers], &[]) {}
+        });
+        all.push(("balloon: inflated by single pages", figure));
+
+        let mut driver = Driver::start(card(Carrier::other(Endless(UnixStream::pair().unwrap().0))));
+        let figure = longest(&mut driver, 0, 200, |driver| {
+            table(driver, TABLES, 256, |n| (BUFFERS + u64::from(n), 1, WRITE));
+            fill(driver, 0, 256);
+        });
+        all.push(("net: frames of 60 kB into buffers of single bytes", figure));
+
+        let (net, _socket, frame) = crate::net::doors::most_datagrams().unwrap();
+        let mut driver = Driver::start(card(Carrier::User(Box::new(net))));
+        let figure = longest(&mut driver, 1, 50, |driver| {
+            driver.memory().write(GuestAddress(BUFFERS), &frame).unwrap();
+            while driver.send_raw(1, &[(BUFFERS, frame.len() as u32, 0)]) {}
+        });
+        all.push(("net: frames of 128 datagrams, through sockets", figure));
+
+        let mut vsock = Vsock::new();
+        let _listener = vsock.listen(1).unwrap();
+        let mut driver = Driver::start(vsock);
+        let mut port = 0u32;
+        let figure = longest(&mut driver, 1, 200, |driver| {
+            for _ in 0..250 {
+                let mut header = [0; 44];
+                header[..8].copy_from_slice(&3u64.to_le_bytes());
+                header[8..16].copy_from_slice(&2u64.to_le_bytes());
+                header[16..20].copy_from_slice(&port.to_le_bytes());
+                header[20..24].copy_from_slice(&1u32.to_le_bytes());
+                header[28..32].copy_from_slice(&[1, 0, if port % 2 == 0 { 1 } else { 3 }, 0]);
+                port += u32::from(header[30] == 3);
+                driver.send(1, &[&header], &[]);
+                driver.send(0, &[], &[100]);
+                port += u32::from(header[30] == 1);
+            }
+        });
+        all.push(("vsock: connections that come and go", figure));
+
+        for (name, engine) in [
+            ("blk: reads of 240 MiB through io_uring", crate::DiskEngine::Ring),
+            ("blk: reads of 240 MiB by calls", crate::DiskEngine::Threads),
+        ] {
+            let file = sys::scratch_file(crate::Size::mib(256)).unwrap();
+            let disk =
+                Blk::new(Box::new(RawFile::from_file(file, false).unwrap()), Options { engine, ..Options::new("") });
+            let mut driver = Driver::start(disk);
+            driver.memory().write(GuestAddress(BUFFERS - 64), &[0; 16]).unwrap();
+            table(&driver, TABLES, 256, |n| match n {
+                0 => (BUFFERS - 64, 16, 0),
+                255 => (BUFFERS - 16, 1, WRITE),
+                _ => (BUFFERS, 960 << 10, WRITE),
+            });
+            let figure = longest(&mut driver, 0, 100, |driver| fill(driver, 0, 256));
+            all.push((name, figure));
+        }
+        all
+    }
+}
