@@ -526,7 +526,7 @@ mod tests {
         for device in 0..7 {
             let mut data = vec![device];
             for round in 0..6u8 {
-                data.extend([round * 47, round, 255, round + 3, 2, round * 80]);
+                data.extend([round.wrapping_mul(47), round, 255, round + 3, 2, round.wrapping_mul(80)]);
                 data.extend([round; 44]);
             }
             device_turn(&data);

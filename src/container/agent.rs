@@ -42,8 +42,6 @@ const MAX_UNSENT: usize = 16 * 1024 * 1024;
 const TURN: usize = 16;
 /// A guest whose shim has gone away without ending the machine is ended after this.
 const LAST_WORDS: Duration = Duration::from_secs(2);
-/// How long the agent's thread, which never waits for the guest, may take to answer on a busy host.
-pub(super) const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Told once whether a program runs.
 pub(super) type Started = mpsc::SyncSender<Result<()>>;
@@ -95,7 +93,7 @@ impl Agent {
     pub(super) fn shutdown(&self, grace: Duration) -> Result<()> {
         let grace_ms = u32::try_from(grace.as_millis()).unwrap_or(u32::MAX);
         let ask = move |client: &mut Client| client.send(0, &FromHost::Shutdown { grace_ms, end: End::PowerOff });
-        self.remote().with_timeout(ANSWER_TIMEOUT, ask)?
+        self.remote().with(ask)?
     }
 
     /// The machine has ended so, as whoever drops it knows.

@@ -5,10 +5,11 @@ use std::os::unix::ffi::OsStringExt;
 use std::sync::mpsc;
 use std::time::Duration;
 
-use super::agent::{ANSWER_TIMEOUT, Agent, Client, KILL_MARGIN, START_TIMEOUT};
+use super::agent::{Agent, Client, KILL_MARGIN, START_TIMEOUT};
 use super::process::{ExitStatus, Output, Process, ProcessReader, ProcessWriter, State};
 use super::stdio::{Cookie, accept, refused};
 use crate::error::{Context, Error, ErrorKind, Result};
+use crate::event::REQUEST_TIMEOUT;
 use crate::proto::{self, Spawn, StringBuf};
 use crate::size::Size;
 use crate::sys::deadline;
@@ -187,7 +188,7 @@ impl<'a> Exec<'a> {
         let piped = self.stdio.map(|s| s.unwrap_or_default().0 == Kind::Piped);
         let remote = self.agent.remote();
         let new_ports = move |client: &mut Client| piped.map(|p| p.then(|| client.new_port()));
-        let ports = remote.with_timeout(ANSWER_TIMEOUT, new_ports)?;
+        let ports = remote.with(new_ports)?;
         let mut listeners: [Option<VsockListener>; 3] = [None, None, None];
         for (listener, port) in listeners.iter_mut().zip(ports) {
             *listener = port.map(|port| self.vm.listen(port)).transpose()?;
@@ -202,9 +203,9 @@ impl<'a> Exec<'a> {
             let spawn = Spawn { argv, env, cwd, stdio, cookie: &sent };
             client.spawn(&spawn, its_state, deadline, started)
         };
-        let number = remote.with_timeout(ANSWER_TIMEOUT, ask)?;
+        let number = remote.with(ask)?;
         // The agent answers by then, whatever the guest does.
-        match answer.recv_timeout(START_TIMEOUT + KILL_MARGIN + ANSWER_TIMEOUT) {
+        match answer.recv_timeout(START_TIMEOUT + KILL_MARGIN + REQUEST_TIMEOUT) {
             Ok(outcome) => outcome.map_err(|error| refused(&listeners).unwrap_or(error))?,
             Err(mpsc::RecvTimeoutError::Timeout) => {
                 return Err(Error::new(ErrorKind::TimedOut, "the host was too busy to start it"));

@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::agent::{ANSWER_TIMEOUT, Client, KILL_MARGIN};
+use super::agent::{Client, KILL_MARGIN};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::event::Remote;
 use crate::proto::FromHost;
@@ -276,7 +276,7 @@ impl Process {
     /// `InvalidState` when the container has ended; `TimedOut` when the host is too busy to ask for ten seconds.
     pub fn kill(&self) -> Result<()> {
         let number = self.number;
-        self.remote.with_timeout(ANSWER_TIMEOUT, move |client| client.kill(number))?
+        self.remote.with(move |client| client.kill(number))?
     }
 
     /// Sends a signal, 1 to 64, to the process alone.
@@ -289,7 +289,7 @@ impl Process {
             return Err(Error::invalid("signal", format!("{signal} is not a signal (1 to 64)")));
         }
         let (number, message) = (self.number, FromHost::Signal { signo: signal, group: false });
-        self.remote.with_timeout(ANSWER_TIMEOUT, move |client| client.send(number, &message))?
+        self.remote.with(move |client| client.send(number, &message))?
     }
 
     /// Closes standard input, reads everything that is printed, and waits for the end. What a background process that

@@ -6,24 +6,25 @@
 
 use std::cell::UnsafeCell;
 use std::io;
+use std::ops::{Deref, DerefMut};
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, Once, PoisonError};
 
 /// How many forks lie between the first process and this one.
 static GENERATION: AtomicU32 = AtomicU32::new(0);
-/// The descriptors that children do not keep.
-static GUARDED: Mutex<Vec<RawFd>> = Mutex::new(Vec::new());
+/// The descriptors that children do not keep: one bit each, by their numbers.
+static GUARDED: Mutex<Vec<u64>> = Mutex::new(Vec::new());
 /// The table's lock while its process forks.
 static FORKING: Forking = Forking(UnsafeCell::new(None));
 
-struct Forking(UnsafeCell<Option<MutexGuard<'static, Vec<RawFd>>>>);
+struct Forking(UnsafeCell<Option<MutexGuard<'static, Vec<u64>>>>);
 
 // SAFETY: only the handlers below touch it. `before` fills it while it holds the lock of the table, and one of the others
 // empties it on the same thread before that lock is given back: so one thread uses it at a time.
 unsafe impl Sync for Forking {}
 
-fn guarded() -> MutexGuard<'static, Vec<RawFd>> {
+fn guarded() -> MutexGuard<'static, Vec<u64>> {
     GUARDED.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -45,20 +46,23 @@ extern "C" fn in_child() {
     let Some(mut table) = (unsafe { (*FORKING.0.get()).take() }) else { return };
     // SAFETY: the path is a C string, and the flags are plain numbers.
     let null = unsafe { libc::open(c"/dev/null".as_ptr(), libc::O_RDWR | libc::O_CLOEXEC) };
-    for fd in table.iter() {
-        // SAFETY: takes plain numbers. The descriptor's owner, if it is ever dropped here, closes what lies there then.
-        unsafe {
-            match null {
-                -1 => libc::close(*fd),
-                null => libc::dup3(null, *fd, libc::O_CLOEXEC),
-            }
-        };
+    for (word, bits) in (0..).zip(table.iter_mut()) {
+        while *bits != 0 {
+            let fd = word * u64::BITS as RawFd + bits.trailing_zeros() as RawFd;
+            *bits &= *bits - 1;
+            // SAFETY: takes plain numbers. The descriptor's owner, if it is ever dropped here, closes what lies there then.
+            unsafe {
+                match null {
+                    -1 => libc::close(fd),
+                    null => libc::dup3(null, fd, libc::O_CLOEXEC),
+                }
+            };
+        }
     }
     if null != -1 {
         // SAFETY: it was opened here, and nobody else knows it.
         unsafe { libc::close(null) };
     }
-    table.clear();
 }
 
 /// Keeps a descriptor from children. To be dropped before the descriptor is closed.
@@ -76,18 +80,54 @@ impl ForkGuard {
             }
         });
         let fd = fd.as_raw_fd();
-        guarded().push(fd);
+        mark(fd, true);
         Self(fd)
     }
 }
 
 impl Drop for ForkGuard {
     fn drop(&mut self) {
-        let mut table = guarded();
-        // In a child the table is empty.
-        if let Some(at) = table.iter().rposition(|fd| *fd == self.0) {
-            table.swap_remove(at);
-        }
+        mark(self.0, false);
+    }
+}
+
+fn mark(fd: RawFd, guard: bool) {
+    let Ok(fd) = usize::try_from(fd) else { return };
+    let (word, bit) = (fd / 64, 1 << (fd % 64));
+    let mut table = guarded();
+    if table.len() <= word {
+        table.resize(word + 1, 0);
+    }
+    if let Some(bits) = table.get_mut(word) {
+        *bits = if guard { *bits | bit } else { *bits & !bit };
+    }
+}
+
+/// A descriptor that children of fork do not keep.
+#[derive(Debug)]
+pub(crate) struct Unforked<T: AsRawFd> {
+    // Goes first.
+    _guard: ForkGuard,
+    inner: T,
+}
+
+impl<T: AsRawFd> Unforked<T> {
+    pub(crate) fn new(inner: T) -> Self {
+        Self { _guard: ForkGuard::new(&inner), inner }
+    }
+}
+
+impl<T: AsRawFd> Deref for Unforked<T> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        &self.inner
+    }
+}
+
+impl<T: AsRawFd> DerefMut for Unforked<T> {
+    fn deref_mut(&mut self) -> &mut T {
+        &mut self.inner
     }
 }
 
@@ -116,6 +156,30 @@ impl Origin {
     pub(crate) fn is_here(self) -> bool {
         self == Self::here()
     }
+}
+
+/// Runs `f` while a child that was made before it lives, and has done what a child does first.
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a failure here is the test's")]
+pub(crate) fn beside_a_child(f: impl FnOnce()) {
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixStream;
+    let (mut here, there) = UnixStream::pair().unwrap();
+    // SAFETY: the child only writes to and reads from a socket, and leaves by _exit.
+    let child = unsafe { libc::fork() };
+    if child == 0 {
+        drop(here);
+        let _ = (&there).write(&[0]);
+        let _ = (&there).read(&mut [0]);
+        // SAFETY: ends the child at once.
+        unsafe { libc::_exit(0) }
+    }
+    drop(there);
+    here.read_exact(&mut [0]).unwrap();
+    f();
+    here.write_all(&[0]).unwrap();
+    // SAFETY: waits for the child that was just made; no status is asked for.
+    unsafe { libc::waitpid(child, std::ptr::null_mut(), 0) };
 }
 
 #[cfg(test)]
@@ -155,24 +219,10 @@ mod tests {
         let locked = open();
         assert!(try_lock(&locked, LockKind::Exclusive).unwrap());
         let guard = ForkGuard::new(&locked);
-        let (mut here, there) = UnixStream::pair().unwrap();
-        // SAFETY: the child only reads from a socket, and leaves by _exit.
-        let child = unsafe { libc::fork() };
-        if child == 0 {
-            drop(here);
-            let _ = (&there).write(&[0]);
-            let _ = (&there).read(&mut [0]);
-            // SAFETY: ends the child at once.
-            unsafe { libc::_exit(0) }
-        }
-        drop(there);
-        // It runs, and has done what a child does first.
-        here.read_exact(&mut [0]).unwrap();
-        drop((guard, locked));
-        assert!(try_lock(&open(), LockKind::Exclusive).unwrap(), "the child lives, and holds nothing");
-        here.write_all(&[0]).unwrap();
-        // SAFETY: waits for the child that was just made; no status is asked for.
-        unsafe { libc::waitpid(child, std::ptr::null_mut(), 0) };
+        beside_a_child(|| {
+            drop((guard, locked));
+            assert!(try_lock(&open(), LockKind::Exclusive).unwrap(), "the child lives, and holds nothing");
+        });
         std::fs::remove_file(path).unwrap();
     }
 

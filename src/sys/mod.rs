@@ -27,7 +27,9 @@ pub(crate) use file::{
     LockKind, cache_dir, copy_data, data_ranges, fill_random, lock_byte, next_data, page_size, punch, scratch_file,
     try_lock, xattrs, zero, zero_range,
 };
-pub(crate) use fork::{ForkGuard, Origin, keep_private};
+#[cfg(test)]
+pub(crate) use fork::beside_a_child;
+pub(crate) use fork::{ForkGuard, Origin, Unforked, keep_private};
 pub(crate) use iovec::{preadv, pwritev, readv, receive, send, sendv, writev};
 #[cfg(all(test, feature = "qcow2"))]
 pub(crate) use ordered::record;

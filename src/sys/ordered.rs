@@ -15,6 +15,8 @@ use imago::storage::PreallocateMode;
 use imago::storage::drivers::CommonStorageHelper;
 use imago::{Storage, StorageOpenOptions};
 
+use super::ForkGuard;
+
 #[cfg(test)]
 pub(crate) mod record;
 
@@ -60,6 +62,8 @@ impl Order {
 /// An image's file.
 #[derive(Debug)]
 pub(crate) struct Ordered {
+    // Goes before the file.
+    _guard: ForkGuard,
     file: File,
     cluster: u64,
     order: Order,
@@ -68,7 +72,13 @@ pub(crate) struct Ordered {
 impl Ordered {
     /// That of an image with clusters of `cluster` bytes.
     pub(crate) fn new(file: std::fs::File, write: bool, cluster: u64, order: Order) -> io::Result<Self> {
-        Ok(Self { file: File::from_open_file(file, StorageOpenOptions::new().write(write))?, cluster, order })
+        let guard = ForkGuard::new(&file);
+        Ok(Self {
+            _guard: guard,
+            file: File::from_open_file(file, StorageOpenOptions::new().write(write))?,
+            cluster,
+            order,
+        })
     }
 
     /// What must be done before so many bytes are written at `offset`, which `guest` tells to be the guest's. Tables are whole

@@ -6,6 +6,7 @@ use std::io;
 use std::net::{Shutdown, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
+use super::Unforked;
 use super::iovec::{count, result};
 
 /// What is spoken on a [`Socket`].
@@ -19,7 +20,7 @@ pub(crate) enum SocketKind {
 
 /// A socket with one peer.
 #[derive(Debug)]
-pub(crate) struct Socket(OwnedFd);
+pub(crate) struct Socket(Unforked<OwnedFd>);
 
 fn check(outcome: i32) -> io::Result<i32> {
     if outcome < 0 { Err(io::Error::last_os_error()) } else { Ok(outcome) }
@@ -28,7 +29,7 @@ fn check(outcome: i32) -> io::Result<i32> {
 impl Socket {
     /// Of a descriptor that does not block.
     pub(crate) fn new(fd: impl Into<OwnedFd>) -> Self {
-        Self(fd.into())
+        Self(Unforked::new(fd.into()))
     }
 
     /// Begins to connect to `to`; for a stream, it is done when the socket becomes writable ([`Socket::error`] says how).
@@ -43,7 +44,7 @@ impl Socket {
         // SAFETY: socket(2) takes no pointers.
         let fd = check(unsafe { libc::socket(domain, kind | libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC, protocol) })?;
         // SAFETY: the descriptor was just made and belongs to nobody else.
-        let socket = Self(unsafe { OwnedFd::from_raw_fd(fd) });
+        let socket = Self(Unforked::new(unsafe { OwnedFd::from_raw_fd(fd) }));
         let outcome = match to {
             SocketAddr::V4(to) => {
                 let address = libc::sockaddr_in {

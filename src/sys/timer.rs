@@ -21,7 +21,13 @@ pub(crate) struct Timer(TimerFd);
 
 impl Timer {
     pub(crate) fn new() -> io::Result<Self> {
-        TimerFd::new().map(Self).map_err(Into::into)
+        let timer = TimerFd::new().map_err(io::Error::from)?;
+        // SAFETY: F_GETFL and F_SETFL take and give plain numbers.
+        let set = unsafe {
+            let flags = libc::fcntl(timer.as_raw_fd(), libc::F_GETFL);
+            libc::fcntl(timer.as_raw_fd(), libc::F_SETFL, flags | libc::O_NONBLOCK)
+        };
+        if set < 0 { Err(io::Error::last_os_error()) } else { Ok(Self(timer)) }
     }
 
     /// Sets the moment; one that is over comes at once, `None` never comes.
@@ -37,15 +43,35 @@ impl Timer {
         outcome.map_err(Into::into)
     }
 
-    /// The moment was noticed. Call it only when the descriptor is readable.
+    /// The moment was noticed. Never waits: since its descriptor was readable it may have been set to a later one.
     pub(crate) fn clear(&mut self) {
         if let Err(error) = self.0.wait() {
-            log::debug!("a timer was noticed twice: {error}");
+            log::trace!("a timer was set again before it was noticed: {error}");
         }
     }
 
     pub(crate) fn as_fd(&self) -> BorrowedFd<'_> {
         // SAFETY: the TimerFd owns an open descriptor for as long as the borrow of it lives.
         unsafe { BorrowedFd::borrow_raw(self.0.as_raw_fd()) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sys::wait_readable;
+
+    #[test]
+    fn one_that_was_set_again_holds_nobody_up() {
+        let mut timer = Timer::new().unwrap();
+        timer.set(Some(Instant::now())).unwrap();
+        assert!(wait_readable(timer.as_fd(), Some(Duration::from_secs(10))).unwrap());
+        timer.set(deadline(Duration::from_secs(3600))).unwrap();
+        // Would wait for an hour.
+        timer.clear();
+        timer.set(Some(Instant::now())).unwrap();
+        assert!(wait_readable(timer.as_fd(), Some(Duration::from_secs(10))).unwrap());
+        timer.clear();
+        assert!(!wait_readable(timer.as_fd(), Some(Duration::ZERO)).unwrap());
     }
 }

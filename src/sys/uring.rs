@@ -13,6 +13,8 @@ use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use io_uring::register::Restriction;
 use io_uring::{IoUring, Probe, opcode, squeue, types};
 
+use super::Unforked;
+
 /// The number under which the answers to cancellations come, which tell nothing.
 const CANCEL: u64 = u64::MAX;
 /// How many files the kernel is asked to look up only once.
@@ -32,7 +34,7 @@ const REGISTRATIONS: [u8; 2] = [3, 6];
 
 /// Submission and completion queues that are shared with the kernel.
 pub(crate) struct Uring {
-    ring: IoUring,
+    ring: Unforked<IoUring>,
     room: usize,
     /// Descriptors that the kernel has looked up once for all operations: the place of each is its number there.
     files: Vec<RawFd>,
@@ -73,7 +75,12 @@ impl Uring {
             ring.submitter().register_restrictions(&mut all)?;
             ring.submitter().register_enable_rings()?;
         }
-        Ok(Self { ring, room: entries as usize, files: Vec::with_capacity(files_room), files_room })
+        Ok(Self {
+            ring: Unforked::new(ring),
+            room: entries as usize,
+            files: Vec::with_capacity(files_room),
+            files_room,
+        })
     }
 
     /// What an operation is told instead of `fd`, which the kernel need not look up each time when it is among the first.

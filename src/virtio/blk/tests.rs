@@ -356,3 +356,32 @@ fn a_limit_holds_for_what_is_in_flight() {
     let taken = driver.device.usage().unwrap().0;
     assert!(done >= 1 && taken <= limit.as_bytes() + (256 << 10), "{done} writes took {taken} bytes");
 }
+
+/// A child of fork that lives on keeps no disk locked, whatever it is made of, also while a ring has the file.
+#[test]
+fn a_child_of_fork_keeps_no_disk() {
+    let folder = std::env::temp_dir().join(format!("cofferdam-fork-disk-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    let path = |name: &str| folder.join(name);
+    for name in ["raw", "direct", "base"] {
+        std::fs::File::create(path(name)).unwrap().set_len(1 << 20).unwrap();
+    }
+    super::create(&path("overlay"), &BasePath::Raw(path("base")), None).unwrap();
+    let open = |name: &str| -> crate::error::Result<Box<dyn BlockBackend>> {
+        Ok(match name {
+            "raw" => Box::new(RawFile::open(&path(name), false, true)?),
+            "direct" => Box::new(super::DirectFile::open(&path(name), false, true)?),
+            _ => Box::new(OverlayDisk::open(&path(name), None, false)?),
+        })
+    };
+    for name in ["raw", "direct", "overlay"] {
+        let mut driver = Driver::start(Blk::new(open(name).unwrap(), Options::new("disk0")));
+        assert_eq!(request(&mut driver, &[&header(WRITES, 0), &[7; 512]], &[1]).1, S_OK);
+        assert!(open(name).is_err(), "{name} is locked");
+        crate::sys::beside_a_child(|| {
+            drop(driver);
+            assert!(open(name).is_ok(), "{name} is free");
+        });
+    }
+    std::fs::remove_dir_all(folder).unwrap();
+}

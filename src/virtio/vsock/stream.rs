@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::sys::{EventFd, borrow, deadline, eventfd, left, send, wait_readable};
+use crate::sys::{EventFd, Unforked, borrow, deadline, eventfd, left, send, wait_readable};
 
 /// What is left of a connection that has ended.
 #[derive(Debug, Default)]
@@ -31,7 +31,7 @@ pub(crate) type Tail = Arc<Mutex<Remains>>;
 /// the guest's program: whoever does not read stops the other side, and nothing grows. Both directions can be shut
 /// down apart. When the VM ends, reads give what the guest had sent, then end of file. Dropping closes.
 pub struct VsockStream {
-    socket: Arc<UnixStream>,
+    socket: Arc<Unforked<UnixStream>>,
     tail: Tail,
     /// An abrupt end is an error and not an end of file.
     tells_resets: bool,
@@ -43,7 +43,7 @@ impl VsockStream {
         let (near, far) = UnixStream::pair()?;
         far.set_nonblocking(true)?;
         let tail = Tail::default();
-        Ok((Self { socket: Arc::new(near), tail: tail.clone(), tells_resets: false }, far, tail))
+        Ok((Self { socket: Arc::new(Unforked::new(near)), tail: tail.clone(), tells_resets: false }, far, tail))
     }
 
     /// Another handle to the same connection, for reading and writing on two threads. It has the same descriptor.
@@ -114,7 +114,7 @@ impl VsockStream {
 
 /// Ends a [`VsockStream`] from elsewhere: what has arrived can still be read, then all reads and writes are over.
 #[derive(Debug, Clone)]
-pub(crate) struct StreamBreaker(Weak<UnixStream>);
+pub(crate) struct StreamBreaker(Weak<Unforked<UnixStream>>);
 
 impl StreamBreaker {
     pub(crate) fn break_off(&self) {
@@ -127,7 +127,7 @@ impl StreamBreaker {
 
 impl Read for &VsockStream {
     fn read(&mut self, to: &mut [u8]) -> io::Result<usize> {
-        match (&*self.socket).read(to) {
+        match (&**self.socket).read(to) {
             Ok(0) if !to.is_empty() => self.read_tail(to),
             other => other,
         }

@@ -10,7 +10,7 @@ use super::raw::open;
 use super::{BlockBackend, Extent, RawFile, Shape, front, transfer};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::memory::{GuestMemory, Segment};
-use crate::sys::{self, Alignment};
+use crate::sys::{self, Alignment, Unforked};
 
 /// Bytes that go through the buffer at once.
 const BUFFER: u64 = 256 << 10;
@@ -18,7 +18,7 @@ const BUFFER: u64 = 256 << 10;
 /// An image that was opened with `O_DIRECT`.
 #[derive(Debug)]
 pub(crate) struct DirectFile {
-    file: File,
+    file: Unforked<File>,
     raw: RawFile,
     alignment: Alignment,
     /// Room for [`BUFFER`] bytes at an aligned address; empty until it is needed.
@@ -49,7 +49,7 @@ impl DirectFile {
             )
             .doing(doing()));
         }
-        Ok(Self { file, raw, alignment, buffer: Vec::new() })
+        Ok(Self { file: Unforked::new(file), raw, alignment, buffer: Vec::new() })
     }
 
     /// Whether the kernel takes this as it is. Guest memory is mapped in whole pages, so addresses are aligned as the guest's are.

@@ -9,6 +9,7 @@ use std::os::unix::fs::FileExt;
 use super::storage::{Storage, zeroes_to_guest};
 use super::{Extent, front};
 use crate::memory::{GuestMemory, Segment};
+use crate::sys::Unforked;
 
 /// A base. It may be shorter than what lies on it: all that is beyond its end reads as zeroes.
 pub(super) trait Layer: Send + fmt::Debug {
@@ -26,14 +27,14 @@ pub(super) trait Layer: Send + fmt::Debug {
 /// A raw image.
 #[derive(Debug)]
 pub(super) struct RawLayer {
-    file: File,
+    file: Unforked<File>,
     len: u64,
 }
 
 impl RawLayer {
     /// `len` is how long the file is, or the device.
     pub(super) fn new(file: File, len: u64) -> Self {
-        Self { file, len }
+        Self { file: Unforked::new(file), len }
     }
 }
 
@@ -52,7 +53,7 @@ impl Layer for RawLayer {
     fn read_guest(&mut self, memory: &GuestMemory, segments: &[Segment], offset: u64) -> io::Result<()> {
         let mut beyond = segments.to_vec();
         let here = front(&mut beyond, usize::try_from(self.len.saturating_sub(offset)).unwrap_or(usize::MAX));
-        Storage::read_guest(&self.file, memory, &here, offset)?;
+        Storage::read_guest(&*self.file, memory, &here, offset)?;
         zeroes_to_guest(memory, &beyond)
     }
 

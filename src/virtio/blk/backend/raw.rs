@@ -11,12 +11,12 @@ use super::super::SECTOR;
 use super::{BlockBackend, Extent, Shape, transfer};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::memory::{GuestMemory, Segment};
-use crate::sys::{self, LockKind, try_lock};
+use crate::sys::{self, LockKind, Unforked, try_lock};
 
 /// An open disk image. Its length is fixed when it is opened.
 #[derive(Debug)]
 pub(crate) struct RawFile {
-    file: File,
+    file: Unforked<File>,
     len: u64,
     read_only: bool,
     /// Whether it is a device of the host.
@@ -103,7 +103,7 @@ impl RawFile {
     pub(crate) fn from_file(file: File, read_only: bool) -> Result<Self> {
         let len = length(&file)?;
         let device = file.metadata()?.file_type().is_block_device();
-        Ok(Self { file, len, read_only, device })
+        Ok(Self { file: Unforked::new(file), len, read_only, device })
     }
 
     /// What no disk for reading only may be asked for.
@@ -160,7 +160,7 @@ impl BlockBackend for RawFile {
     }
 
     fn extents(&mut self, write: bool, offset: u64, len: u64, found: &mut Vec<Extent>) -> Option<io::Result<()>> {
-        let file = if write { self.writable() } else { Ok(&self.file) };
+        let file = if write { self.writable() } else { Ok(&*self.file) };
         Some(file.map(|file| found.push(Extent::File { fd: file.as_raw_fd(), offset, len })))
     }
 

@@ -22,6 +22,7 @@ use super::storage::{Storage, zeroes_to_guest};
 use super::{BlockBackend, Extent, Shape, front};
 
 use crate::memory::{GuestMemory, Segment};
+use crate::sys::ForkGuard;
 use format::{CLUSTER, Header};
 #[cfg(any(test, feature = "internals"))]
 pub(super) use format::{STATES, reseal};
@@ -48,6 +49,8 @@ struct InFlight {
 /// An open overlay.
 #[derive(Debug)]
 pub(crate) struct OverlayDisk {
+    /// Goes before the file.
+    _guard: Option<ForkGuard>,
     file: Box<dyn Storage>,
     header: Header,
     base: Box<dyn Layer>,
@@ -71,6 +74,7 @@ impl OverlayDisk {
     fn new(file: Box<dyn Storage>, header: Header, base: Box<dyn Layer>) -> io::Result<Self> {
         let allocated = file.allocated()?;
         Ok(Self {
+            _guard: file.fd().map(|fd| ForkGuard::new(&fd)),
             file,
             header,
             base,

@@ -23,7 +23,7 @@ use super::storage::{from_guest, to_guest};
 use super::{BlockBackend, Extent, Shape};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::memory::{GuestMemory, Segment};
-use crate::sys::{self, Order, Ordered};
+use crate::sys::{self, Order, Ordered, Unforked};
 use header::{Format, Header};
 
 type Access = FormatAccess<Ordered>;
@@ -37,7 +37,7 @@ pub(crate) struct Qcow2 {
     access: Option<Access>,
     order: Order,
     /// The image's own file, which also holds the lock.
-    file: File,
+    file: Unforked<File>,
     size: u64,
     read_only: bool,
     cluster: u32,
@@ -176,7 +176,7 @@ impl Qcow2 {
             access: Some(access),
             order,
             freed: None,
-            file,
+            file: Unforked::new(file),
             size,
             read_only,
             cluster,
