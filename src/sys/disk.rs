@@ -37,13 +37,25 @@ pub(crate) fn lock_holder(file: &File) -> Option<String> {
     Some(format!("process {holder} ({})", name.trim_end()))
 }
 
-/// Bytes that this process may still use of the file system that the file is on.
-pub(crate) fn free_space(file: &File) -> io::Result<u64> {
+/// Room in a file system of the host, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Space {
+    /// What this process may still take.
+    pub free: u64,
+    /// All there is.
+    pub total: u64,
+}
+
+/// The room in the file system that the file is on.
+pub(crate) fn space(file: &File) -> io::Result<Space> {
     // SAFETY: an all-zero statvfs is a valid one, of numbers only.
     let mut found: libc::statvfs = unsafe { std::mem::zeroed() };
     // SAFETY: fstatvfs writes one statvfs, which lives on this stack across the call.
     match unsafe { libc::fstatvfs(file.as_raw_fd(), &mut found) } {
-        0 => Ok(found.f_bavail.saturating_mul(found.f_frsize)),
+        0 => Ok(Space {
+            free: found.f_bavail.saturating_mul(found.f_frsize),
+            total: found.f_blocks.saturating_mul(found.f_frsize),
+        }),
         _ => Err(io::Error::last_os_error()),
     }
 }

@@ -63,6 +63,11 @@ pub(crate) fn next_data(file: &File, offset: u64) -> io::Result<Option<u64>> {
     seek(file, offset, libc::SEEK_DATA)
 }
 
+/// Where the first hole from `offset` on begins; the end of the file is one.
+pub(crate) fn next_hole(file: &File, offset: u64) -> io::Result<Option<u64>> {
+    seek(file, offset, libc::SEEK_HOLE)
+}
+
 /// The ranges of a file that are not holes, in their order. The end of the file is the end of the last.
 pub(crate) fn data_ranges(file: &File) -> io::Result<Vec<Range<u64>>> {
     let len = file.metadata()?.len();

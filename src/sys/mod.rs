@@ -21,11 +21,11 @@ mod thread;
 mod timer;
 mod uring;
 
-pub(crate) use disk::{Alignment, discard_device, free_space, lock_holder, memfd, memory_file};
+pub(crate) use disk::{Alignment, Space, discard_device, lock_holder, memfd, memory_file, space};
 pub(crate) use draft::{Draft, temp_file};
 pub(crate) use file::{
-    LockKind, cache_dir, copy_data, data_ranges, fill_random, lock_byte, next_data, page_size, punch, scratch_file,
-    try_lock, xattrs, zero, zero_range,
+    LockKind, cache_dir, copy_data, data_ranges, fill_random, lock_byte, next_data, next_hole, page_size, punch,
+    scratch_file, try_lock, xattrs, zero, zero_range,
 };
 #[cfg(test)]
 pub(crate) use fork::beside_a_child;

@@ -9,7 +9,7 @@ use crate::error::{Context, Error, ErrorKind, Result};
 use crate::size::Size;
 use crate::sys;
 use crate::virtio::DeviceHandle;
-use crate::virtio::blk::{self, Blk, BlockBackend, DirectFile, Options, OverlayDisk, RawFile};
+use crate::virtio::blk::{self, Blk, BlockBackend, DirectFile, Options, OverlayDisk, RawFile, Reserve};
 pub use crate::virtio::blk::{Cache, DiskEngine, DiskFault, DiskLimit, DiskOperation, ErrorAction, ErrorClass};
 
 /// Bytes of a serial number (Virtio 1.3, 5.2.6).
@@ -70,6 +70,13 @@ impl Disk {
         }
     }
 
+    /// One that takes space on the host as its guest writes.
+    fn sharing(source: Source) -> Self {
+        let mut disk = Self::of(source);
+        disk.options.reserve = Reserve::Share;
+        disk
+    }
+
     /// A raw image file, or a block device of the host, to read and write in place.
     ///
     /// While a VM runs it is locked: many may read an image at once, but who writes has it alone. Flushes of the guest
@@ -87,7 +94,7 @@ impl Disk {
     /// An empty disk of `size` that is gone with the VM. Takes space on the host, in the folder for temporary files,
     /// as the guest writes.
     pub fn scratch(size: Size) -> Self {
-        Self::of(Source::Scratch(size))
+        Self::sharing(Source::Scratch(size))
     }
 
     /// The same in memory of the host, which it takes as the guest writes and gives back as the guest discards.
@@ -100,7 +107,7 @@ impl Disk {
     /// gone with the VM, so that flushes have nothing to do; with [`Disk::at`] it is kept, and flushes are durable.
     pub fn overlay(base: impl Into<Base>) -> Self {
         let base = base.into();
-        Self::of(Source::Overlay(Lying { base, at: None, folder: None, size: None, max: None }))
+        Self::sharing(Source::Overlay(Lying { base, at: None, folder: None, size: None, max: None }))
     }
 
     /// An image in QEMU's format qcow2 (version 3; version 2 to be read only), with its backing files, which must be in the image's
@@ -228,6 +235,16 @@ impl Disk {
         self
     }
 
+    /// Sets how much space writes leave of the host's file system. What would take more fails with "no space left on device",
+    /// as on a host that is full ([`Disk::on_error`]); what has its place already is written all the same.
+    ///
+    /// Unless set, [`Disk::scratch`] and [`Disk::overlay`] leave 5 % of the file system, at most 1 GiB, so that a guest takes the
+    /// host's own work no room. All others leave nothing.
+    pub fn reserve(mut self, space: Size) -> Self {
+        self.options.reserve = Reserve::Bytes(space.as_bytes());
+        self
+    }
+
     /// Opens the disk, which is the `n`th of its VM.
     pub(super) fn attach(&self, n: usize) -> Result<Blk> {
         let name = format!("disk{n}");
@@ -251,8 +268,8 @@ impl Disk {
         let backend = self.backend()?;
         if let Some(wanted) = self.options.headroom {
             let doing = || "headroom: asking for the space that is left";
-            if let Some(free) = backend.free_space().doing(doing)?.filter(|free| *free < wanted) {
-                let [free, wanted] = [free, wanted].map(Size::bytes);
+            if let Some(space) = backend.space().doing(doing)?.filter(|space| space.free < wanted) {
+                let [free, wanted] = [space.free, wanted].map(Size::bytes);
                 return Err(Error::new(
                     ErrorKind::ResourceExhausted,
                     format!("headroom: {free} are left where the disk is, {wanted} are asked for"),

@@ -4,6 +4,7 @@ use super::backend::Shape;
 use super::limit::DiskLimit;
 use super::policy::Policy;
 use super::request::{ID_LEN, MAX_DISCARD, MAX_RANGES, MAX_ZEROES};
+use super::reserve::Reserve;
 use super::{QUEUE_SIZE, SECTOR};
 use crate::virtio::ConfigSpace;
 
@@ -47,6 +48,8 @@ pub(crate) struct Options {
     pub limit: DiskLimit,
     /// With less space than this left on the host, in bytes, the embedder is warned.
     pub headroom: Option<u64>,
+    /// What is left of the host's space.
+    pub reserve: Reserve,
 }
 
 /// Feature bits (Virtio 1.3, 5.2.3).
@@ -78,6 +81,7 @@ impl Options {
             policy: Policy::default(),
             limit: DiskLimit::none(),
             headroom: None,
+            reserve: Reserve::Nothing,
         }
     }
 

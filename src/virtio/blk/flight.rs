@@ -47,6 +47,15 @@ impl Flight {
         }
     }
 
+    /// Whether its next stage needs a place for what it writes.
+    pub(super) fn writes(&self) -> bool {
+        match &self.work {
+            Work::Write { .. } => true,
+            Work::WriteZeroes(_) => self.plain || !self.stage().unmap,
+            _ => false,
+        }
+    }
+
     /// What its next stage costs the loop.
     pub(super) fn cost(&self) -> crate::virtio::Work {
         use crate::virtio::Work as Cost;

@@ -11,6 +11,7 @@ mod flight;
 mod limit;
 mod policy;
 mod request;
+mod reserve;
 mod serve;
 #[cfg(test)]
 mod tests;
@@ -40,6 +41,8 @@ use engine::Engine;
 use flight::Table;
 use limit::Buckets;
 use policy::Telling;
+pub(crate) use reserve::Reserve;
+use reserve::Room;
 
 /// The unit of every address and length (Virtio 1.3, 5.2.4).
 pub(crate) const SECTOR: u64 = 512;
@@ -96,6 +99,7 @@ pub(crate) struct Blk {
     /// Queues with completions that the driver has not been told of.
     dirty: Vec<usize>,
     telling: Telling,
+    room: Room,
     /// When the space that is left was looked at last, and whether it was too little.
     looked: Duration,
     low: bool,
@@ -129,6 +133,7 @@ impl Blk {
             full: Vec::new(),
             dirty: Vec::new(),
             telling: Telling::new(),
+            room: Room::default(),
             looked: Duration::ZERO,
             low: false,
             told_throttled: None,

@@ -9,7 +9,8 @@ use super::engine::Begun;
 use super::flight::Flight;
 use super::policy::{DiskFault, DiskOperation, ErrorAction};
 use super::request::{Direction, Refused, Work};
-use super::{Blk, Cache, LOOK, S_IOERR, S_OK, S_UNSUPP};
+use super::{Blk, Cache, LOOK, Reserve, S_IOERR, S_OK, S_UNSUPP};
+use crate::sys::Space;
 use crate::virtio::{Chain, DeviceIo};
 
 /// How long a call that needs the disk for itself waits for what is under way.
@@ -163,7 +164,21 @@ impl Blk {
         if self.engine.needs_rest(flight) && !self.come_to_rest(io, BARRIER) {
             return Begun::Ended(Err(io::Error::from_raw_os_error(libc::ETIMEDOUT)));
         }
+        if let Err(full) = self.take_room(slot) {
+            return Begun::Ended(Err(full));
+        }
         self.table.get(slot).map_or(Begun::UnderWay, |flight| self.engine.begin(slot, flight))
+    }
+
+    /// Sees to it that what is about to be written leaves the host its reserve.
+    fn take_room(&mut self, slot: usize) -> io::Result<()> {
+        let Some(flight) = self.table.get(slot) else { return Ok(()) };
+        if self.options.reserve == Reserve::Nothing || flight.syncing || !flight.writes() {
+            return Ok(());
+        }
+        let stage = flight.stage();
+        let in_flight = || self.table.placed().map(|(_, len)| len).sum();
+        self.room.take(self.options.reserve, &mut *self.engine.backend, (stage.offset, stage.len), in_flight)
     }
 
     /// Takes what the mover has done until there is nothing more, and tells the driver. After everything else.
@@ -278,8 +293,8 @@ impl Blk {
             return;
         }
         self.looked = now;
-        match self.engine.backend.free_space() {
-            Ok(Some(free)) if free < headroom => {
+        match self.engine.backend.space() {
+            Ok(Some(Space { free, .. })) if free < headroom => {
                 if !std::mem::replace(&mut self.low, true) {
                     (self.on_low_space)(free);
                 }

@@ -385,3 +385,32 @@ fn a_child_of_fork_keeps_no_disk() {
     }
     std::fs::remove_dir_all(folder).unwrap();
 }
+
+#[test]
+fn a_guest_leaves_the_host_its_reserve() {
+    for engine in ENGINES {
+        let file = scratch(4096);
+        file.write_all_at(&[1; 65_536], 0).unwrap();
+        let path = std::env::temp_dir().join(format!("cofferdam-reserve-{}-{engine:?}", std::process::id()));
+        File::create(&path).unwrap().set_len(2 << 20).unwrap();
+        let overlay = OverlayDisk::private(&std::env::temp_dir(), &BasePath::Raw(path.clone()), None).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        for (disk, kept) in [(raw(&file, false), true), (Box::new(overlay) as Box<dyn BlockBackend>, false)] {
+            let mut disk = Blk::new(disk, options(engine));
+            disk.options.policy.set(ErrorClass::NoSpace, ErrorAction::Report);
+            disk.options.reserve = Reserve::Share;
+            let mut driver = Driver::start(disk);
+            let write =
+                |driver: &mut Driver<Blk>, sector| request(driver, &[&header(WRITES, sector), &[7; 4096]], &[1]).1;
+            assert_eq!((write(&mut driver, 0), write(&mut driver, 2048)), (S_OK, S_OK), "there is room");
+            // As if others had taken all but what is kept.
+            driver.device.options.reserve = Reserve::Bytes(1 << 62);
+            driver.device.room = Room::default();
+            assert_eq!((write(&mut driver, 0), write(&mut driver, 2048)), (S_OK, S_OK), "they have their places");
+            assert_eq!(write(&mut driver, 3072), S_IOERR);
+            assert_eq!(request(&mut driver, &[&header(ZEROES, 0), &range(3072, 8, 0)], &[1]).1, S_IOERR);
+            assert_eq!(request(&mut driver, &[&header(READ, 3072)], &[512, 1]).1, S_OK);
+            assert!(kept || driver.device.usage().unwrap().0 < 2 << 20);
+        }
+    }
+}

@@ -10,7 +10,7 @@ use super::raw::open;
 use super::{BlockBackend, Extent, RawFile, Shape, front, transfer};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::memory::{GuestMemory, Segment};
-use crate::sys::{self, Alignment, Unforked};
+use crate::sys::{self, Alignment, Space, Unforked};
 
 /// Bytes that go through the buffer at once.
 const BUFFER: u64 = 256 << 10;
@@ -173,8 +173,12 @@ impl BlockBackend for DirectFile {
         Some(self.file.as_raw_fd())
     }
 
-    fn free_space(&self) -> io::Result<Option<u64>> {
-        self.raw.free_space()
+    fn takes(&mut self, offset: u64, len: u64) -> io::Result<u64> {
+        self.raw.takes(offset, len)
+    }
+
+    fn space(&self) -> io::Result<Option<Space>> {
+        self.raw.space()
     }
 }
 

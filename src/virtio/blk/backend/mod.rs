@@ -22,6 +22,7 @@ pub(crate) use raw::RawFile;
 pub(super) use storage::zeroes_to_guest;
 
 use crate::memory::{GuestMemory, Segment};
+use crate::sys::Space;
 
 /// What is the same about a backend as long as nobody grows it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -86,8 +87,13 @@ pub(crate) trait BlockBackend: Send + fmt::Debug {
     /// `None` when it takes [`BlockBackend::flush`].
     fn sync_fd(&self) -> Option<RawFd>;
 
-    /// Bytes that the host can still give this disk. `None` when it needs no more, as it has all or is only read.
-    fn free_space(&self) -> io::Result<Option<u64>> {
+    /// Bytes that the host must still give this disk, at most, before the range can be written.
+    fn takes(&mut self, _offset: u64, len: u64) -> io::Result<u64> {
+        Ok(len)
+    }
+
+    /// What the host can still give this disk. `None` when it needs no more, as it has all or is only read.
+    fn space(&self) -> io::Result<Option<Space>> {
         Ok(None)
     }
 }

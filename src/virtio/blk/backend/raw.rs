@@ -11,7 +11,7 @@ use super::super::SECTOR;
 use super::{BlockBackend, Extent, Shape, transfer};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::memory::{GuestMemory, Segment};
-use crate::sys::{self, LockKind, Unforked, try_lock};
+use crate::sys::{self, LockKind, Space, Unforked, try_lock};
 
 /// An open disk image. Its length is fixed when it is opened.
 #[derive(Debug)]
@@ -172,12 +172,18 @@ impl BlockBackend for RawFile {
         Some(self.file.as_raw_fd())
     }
 
-    fn free_space(&self) -> io::Result<Option<u64>> {
+    fn takes(&mut self, offset: u64, len: u64) -> io::Result<u64> {
+        // What is no hole has its place already.
+        let hole = sys::next_hole(&self.file, offset)?.is_none_or(|hole| hole >= offset.saturating_add(len));
+        Ok(if hole { 0 } else { len })
+    }
+
+    fn space(&self) -> io::Result<Option<Space>> {
         // A file that was given all of its space needs no more.
         if self.read_only || self.device || self.allocated()? >= self.len {
             return Ok(None);
         }
-        sys::free_space(&self.file).map(Some)
+        sys::space(&self.file).map(Some)
     }
 }
 
@@ -220,8 +226,8 @@ mod tests {
     #[test]
     fn what_space_is_left_is_told_for_disks_that_may_grow() {
         let temp = Temp::new("space", 1 << 20);
-        assert!(RawFile::open(&temp.0, false, true).unwrap().free_space().unwrap().is_some_and(|free| free > 0));
-        assert_eq!(RawFile::open(&temp.0, true, true).unwrap().free_space().unwrap(), None);
+        assert!(RawFile::open(&temp.0, false, true).unwrap().space().unwrap().is_some_and(|space| space.free > 0));
+        assert_eq!(RawFile::open(&temp.0, true, true).unwrap().space().unwrap(), None);
     }
 
     #[test]

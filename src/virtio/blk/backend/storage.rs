@@ -10,7 +10,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use super::front;
 use super::transfer;
 use crate::memory::{GuestMemory, Segment};
-use crate::sys;
+use crate::sys::{self, Space};
 
 /// Bytes at offsets, with holes that read as zeroes. All calls may block; what was written is durable after `sync`.
 pub(super) trait Storage: Send + fmt::Debug {
@@ -32,8 +32,8 @@ pub(super) trait Storage: Send + fmt::Debug {
     /// Bytes it takes up on the host.
     fn allocated(&self) -> io::Result<u64>;
 
-    /// Bytes that the host can still give it.
-    fn free(&self) -> io::Result<u64>;
+    /// What the host can still give it.
+    fn space(&self) -> io::Result<Space>;
 
     /// The descriptor, where it is one file and the offsets are the file's.
     fn fd(&self) -> Option<RawFd>;
@@ -72,8 +72,8 @@ impl Storage for File {
         Ok(self.metadata()?.blocks() * 512)
     }
 
-    fn free(&self) -> io::Result<u64> {
-        sys::free_space(self)
+    fn space(&self) -> io::Result<Space> {
+        sys::space(self)
     }
 
     fn fd(&self) -> Option<RawFd> {

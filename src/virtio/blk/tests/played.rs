@@ -85,8 +85,8 @@ impl BlockBackend for Played {
     fn sync_fd(&self) -> Option<RawFd> {
         self.0.lock().unwrap().sync
     }
-    fn free_space(&self) -> io::Result<Option<u64>> {
-        Ok(self.0.lock().unwrap().free)
+    fn space(&self) -> io::Result<Option<crate::sys::Space>> {
+        Ok(self.0.lock().unwrap().free.map(|free| crate::sys::Space { free, total: 1 << 30 }))
     }
 }
 

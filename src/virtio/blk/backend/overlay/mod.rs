@@ -22,7 +22,7 @@ use super::storage::{Storage, zeroes_to_guest};
 use super::{BlockBackend, Extent, Shape, front};
 
 use crate::memory::{GuestMemory, Segment};
-use crate::sys::ForkGuard;
+use crate::sys::{ForkGuard, Space};
 use format::{CLUSTER, Header};
 #[cfg(any(test, feature = "internals"))]
 pub(super) use format::{STATES, reseal};
@@ -375,8 +375,12 @@ impl BlockBackend for OverlayDisk {
         None
     }
 
-    fn free_space(&self) -> io::Result<Option<u64>> {
-        if self.read_only { Ok(None) } else { self.file.free().map(Some) }
+    fn takes(&mut self, offset: u64, len: u64) -> io::Result<u64> {
+        Ok(self.states.missing(&*self.file, Self::touched(offset, len))? * CLUSTER)
+    }
+
+    fn space(&self) -> io::Result<Option<Space>> {
+        if self.read_only { Ok(None) } else { self.file.space().map(Some) }
     }
 }
 

@@ -81,8 +81,8 @@ impl Storage for Recorder {
         Ok(0)
     }
 
-    fn free(&self) -> io::Result<u64> {
-        Ok(u64::MAX)
+    fn space(&self) -> io::Result<Space> {
+        Ok(Space { free: u64::MAX, total: u64::MAX })
     }
 
     fn fd(&self) -> Option<RawFd> {
@@ -281,8 +281,8 @@ fn after_a_failed_sync_nothing_is_promised_any_more() {
         fn allocated(&self) -> io::Result<u64> {
             self.0.allocated()
         }
-        fn free(&self) -> io::Result<u64> {
-            self.0.free()
+        fn space(&self) -> io::Result<Space> {
+            self.0.space()
         }
         fn fd(&self) -> Option<RawFd> {
             None

@@ -372,7 +372,7 @@ impl BlockBackend for Qcow2 {
         None
     }
 
-    fn free_space(&self) -> io::Result<Option<u64>> {
-        if self.read_only { Ok(None) } else { sys::free_space(&self.file).map(Some) }
+    fn space(&self) -> io::Result<Option<sys::Space>> {
+        if self.read_only { Ok(None) } else { sys::space(&self.file).map(Some) }
     }
 }
