@@ -510,6 +510,38 @@ mod tests {
     }
 
     #[test]
+    fn who_asks_is_answered_while_a_driver_floods_the_device() {
+        use crate::virtio::DeviceHandle;
+        use std::sync::atomic::AtomicBool;
+        let mut rig = Rig::new();
+        let buffer = [0x8_0000u64.to_le_bytes().as_slice(), &0x1_0000u32.to_le_bytes(), &[2, 0, 0, 0]].concat();
+        rig.memory.write(GuestAddress(0x1000), &buffer).unwrap();
+        rig.drive(1, 8);
+        // Another processor of the guest offers the buffer again as soon as it comes back, and kicks without end.
+        let (memory, kick) = (rig.memory.clone(), rig.transport.kicks()[0].try_clone().unwrap());
+        let flooding = Arc::new(AtomicBool::new(true));
+        let until = flooding.clone();
+        let guest = std::thread::spawn(move || {
+            while until.load(Ordering::Relaxed) {
+                let mut used = [0; 2];
+                memory.read(GuestAddress(0x3002), &mut used).unwrap();
+                memory.write(GuestAddress(0x2002), &u16::from_le_bytes(used).wrapping_add(8).to_le_bytes()).unwrap();
+                kick.write(1).unwrap();
+            }
+        });
+        let device = DeviceHandle::<Rng>::new(rig._devices.remote(), 0);
+        while rig.transport.counters().requests.load(Ordering::Relaxed) < 200 {
+            let begin = Instant::now();
+            device.with(|_, io| assert!(io.is_some_and(|io| !io.turn_over()))).unwrap();
+            assert!(begin.elapsed() < Duration::from_secs(2), "{:?}", begin.elapsed());
+        }
+        rig.set(0x70, 0);
+        assert_eq!(rig.get(0x70), 0, "a reset has its turn too");
+        flooding.store(false, Ordering::Relaxed);
+        guest.join().unwrap();
+    }
+
+    #[test]
     fn a_flood_of_status_writes_is_told_once() {
         let (mut rig, told) = (Rig::new(), Arc::new(AtomicU32::new(0)));
         let counter = told.clone();
