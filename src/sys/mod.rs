@@ -12,6 +12,7 @@ mod iovec;
 #[cfg(feature = "qcow2")]
 mod ordered;
 mod registers;
+mod routes;
 mod schedule;
 mod signal;
 mod socket;
@@ -36,6 +37,7 @@ pub(crate) use ordered::record;
 #[cfg(feature = "qcow2")]
 pub(crate) use ordered::{Order, Ordered};
 pub(crate) use registers::{RegisterPages, Registers};
+pub(crate) use routes::{Route, Routes};
 pub(crate) use schedule::displace_nobody;
 #[cfg(feature = "internals")]
 pub(crate) use schedule::processor_time;

@@ -4,6 +4,7 @@ use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::str::FromStr;
 
+use super::metadata;
 use crate::error::{Error, ErrorKind};
 
 /// All addresses that begin with the same bits, as `10.0.0.0/8` or `fd00::/8` (RFC 4632, 3.1); one address alone is a range, too.
@@ -46,6 +47,12 @@ impl Cidr {
         Ok(Self { address, bits })
     }
 
+    /// The range of this address alone.
+    pub(super) const fn one(address: IpAddr) -> Self {
+        let bits = if address.is_ipv4() { 32 } else { 128 };
+        Self { address, bits }
+    }
+
     /// Whether `address` is in the range. Addresses of the other family are not.
     pub fn contains(self, address: IpAddr) -> bool {
         let ((ours, width), (theirs, other)) = (number(self.address), number(address));
@@ -64,7 +71,7 @@ impl Cidr {
 
 impl From<IpAddr> for Cidr {
     fn from(address: IpAddr) -> Self {
-        Self { address, bits: number(address).1 as u8 }
+        Self::one(address)
     }
 }
 
@@ -93,11 +100,11 @@ impl fmt::Display for Cidr {
     }
 }
 
-const fn four(a: u8, b: u8, c: u8, d: u8, bits: u8) -> Cidr {
+pub(super) const fn four(a: u8, b: u8, c: u8, d: u8, bits: u8) -> Cidr {
     Cidr { address: IpAddr::V4(Ipv4Addr::new(a, b, c, d)), bits }
 }
 
-const fn six(start: [u16; 3], end: u16, bits: u8) -> Cidr {
+pub(super) const fn six(start: [u16; 3], end: u16, bits: u8) -> Cidr {
     let [a, b, c] = start;
     Cidr { address: IpAddr::V6(Ipv6Addr::new(a, b, c, 0, 0, 0, 0, end)), bits }
 }
@@ -105,7 +112,6 @@ const fn six(start: [u16; 3], end: u16, bits: u8) -> Cidr {
 /// Ranges that are not public, smaller ones before those they lie in (RFC 6890 and IANA's registries of special addresses).
 /// What carries an IPv4 address inside is among them, as it may lead anywhere.
 const SPECIAL: &[(Cidr, &str)] = &[
-    (four(169, 254, 169, 254, 32), "metadata"),
     (four(255, 255, 255, 255, 32), "broadcast"),
     (four(192, 0, 0, 0, 24), "reserved"),
     (four(192, 0, 2, 0, 24), "documentation"),
@@ -122,7 +128,6 @@ const SPECIAL: &[(Cidr, &str)] = &[
     (four(127, 0, 0, 0, 8), "loopback"),
     (four(224, 0, 0, 0, 4), "multicast"),
     (four(240, 0, 0, 0, 4), "reserved"),
-    (six([0xfd00, 0x0ec2, 0], 0x254, 128), "metadata"),
     (six([0, 0, 0], 1, 128), "loopback"),
     (six([0, 0, 0], 0, 128), "unspecified"),
     (Cidr { address: IpAddr::V6(Ipv6Addr::new(0, 0, 0, 0, 0, 0xffff, 0, 0)), bits: 96 }, "IPv4-mapped"),
@@ -144,6 +149,10 @@ const SPECIAL: &[(Cidr, &str)] = &[
 
 /// The smallest range that is not public and holds `address`, and what it is called. `None`: it is a public address.
 pub(crate) fn special(address: IpAddr) -> Option<(Cidr, &'static str)> {
+    if let Some((range, whose)) = metadata::service(address) {
+        log::trace!("{address} is {whose}");
+        return Some((range, metadata::WHAT));
+    }
     SPECIAL.iter().find(|(range, _)| range.contains(address)).copied()
 }
 

@@ -2,12 +2,12 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::{Cidr, Name, Policy, Protocol, Rule, Target, cidr::special};
-use crate::sys::SocketKind;
+use crate::sys::{Route, Routes, SocketKind};
 
 /// Where a socket may go. Only [`Enforcer::admit`] makes one, so whoever has it was admitted.
 #[derive(Debug)]
@@ -36,7 +36,7 @@ pub enum Why {
     Rule(usize),
     /// It is not public, and no rule allows its range: `"private"`, `"metadata"`, `"loopback"` and so on.
     Special(&'static str),
-    /// It is the host's own address, and no rule allows its range.
+    /// It is the host's own address, which only a rule of that address alone allows.
     Host,
 }
 
@@ -46,7 +46,7 @@ impl fmt::Display for Why {
             Self::NoRule => f.write_str("no rule allows it"),
             Self::Rule(n) => write!(f, "rule {n} denies it"),
             Self::Special(name) => write!(f, "the address is {name}, and no rule allows its range"),
-            Self::Host => f.write_str("the address is the host's own, and no rule allows its range"),
+            Self::Host => f.write_str("the address is the host's own, and no rule names it alone"),
         }
     }
 }
@@ -114,6 +114,11 @@ pub(crate) struct Enforcer {
     told: u32,
     told_since: Option<Instant>,
     untold: u64,
+    /// `None` until the process has a descriptor for it; then everything is taken for the host's own.
+    routes: Option<Routes>,
+    /// What is said instead of what the kernel says.
+    #[cfg(test)]
+    pretended: Option<fn(IpAddr) -> Route>,
 }
 
 impl fmt::Debug for Enforcer {
@@ -125,8 +130,18 @@ impl fmt::Debug for Enforcer {
 impl Enforcer {
     /// `policy` was checked.
     pub(crate) fn new(policy: Policy) -> Self {
-        let (names, reporter) = (HashMap::new(), None);
-        let mut it = Self { rules: Vec::new(), names, bound: 0, reporter, told: 0, told_since: None, untold: 0 };
+        let mut it = Self {
+            rules: Vec::new(),
+            names: HashMap::new(),
+            bound: 0,
+            reporter: None,
+            told: 0,
+            told_since: None,
+            untold: 0,
+            routes: routes(),
+            #[cfg(test)]
+            pretended: None,
+        };
         it.change(policy);
         it
     }
@@ -154,6 +169,7 @@ impl Enforcer {
             Protocol::Udp => SocketKind::Datagram,
             Protocol::Ping => SocketKind::Ping,
         };
+        self.routes = self.routes.take().or_else(routes);
         match self.decide(protocol, to, Some(now)) {
             Ok(()) => Some(Admitted { kind, address: to }),
             Err(why) => {
@@ -190,8 +206,11 @@ impl Enforcer {
                 (true, true, Some((_, what))) if public && !self.range_allows(names, protocol, to.port(), rule) => {
                     denied = Why::Special(what);
                 }
-                (true, true, None)
-                    if is_own(address) && !self.range_allows(names_own(address), protocol, to.port(), rule) =>
+                // Loopback addresses are nothing but the host: a range of them says so.
+                (true, true, block)
+                    if block.is_none_or(|(_, what)| what != "loopback")
+                        && !self.range_allows(names_own(address), protocol, to.port(), rule)
+                        && self.is_own(address) =>
                 {
                     denied = Why::Host;
                 }
@@ -211,6 +230,30 @@ impl Enforcer {
             Target::Name(_) => self.rules.iter().any(|r| range(&r.rule) && r.rule.fits(protocol, port)),
             _ => range(rule),
         }
+    }
+
+    /// Whether a packet to `address` would stay on the host: its services would be reached as if from itself. What cannot be
+    /// told is the host's own.
+    fn is_own(&self, address: IpAddr) -> bool {
+        self.route(address).is_none_or(|route| route == Route::Own)
+    }
+
+    /// Whether packets to `address` go anywhere.
+    pub(crate) fn is_routed(&self, address: IpAddr) -> bool {
+        self.route(address).is_none_or(|route| route != Route::None)
+    }
+
+    fn route(&self, address: IpAddr) -> Option<Route> {
+        #[cfg(test)]
+        if let Some(pretended) = self.pretended {
+            return Some(pretended(address));
+        }
+        self.routes.as_ref()?.lookup(address).inspect_err(|e| log::debug!("the route to {address}: {e}")).ok()
+    }
+
+    #[cfg(test)]
+    pub(crate) fn pretend(&mut self, routes: fn(IpAddr) -> Route) {
+        self.pretended = Some(routes);
     }
 
     fn is_bound(&self, address: IpAddr, name: &Name, now: Option<Instant>) -> bool {
@@ -308,15 +351,8 @@ fn names_own(address: IpAddr) -> impl Fn(Cidr) -> bool {
     move |range| range == Cidr::from(address)
 }
 
-/// Whether a public address is the host's own: its services would be reached as if from itself. Nobody else's can be bound to,
-/// but where the host is told otherwise (`net.ipv4.ip_nonlocal_bind`), which an address of documentation shows.
-fn is_own(address: IpAddr) -> bool {
-    let binds = |address: IpAddr| UdpSocket::bind((address, 0)).is_ok();
-    let nobody: IpAddr = match address {
-        IpAddr::V4(_) => Ipv4Addr::new(192, 0, 2, 1).into(),
-        IpAddr::V6(_) => Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1).into(),
-    };
-    binds(address) && !binds(nobody)
+fn routes() -> Option<Routes> {
+    Routes::new().inspect_err(|e| log::warn!("no address can be told from the host's own: {e}")).ok()
 }
 
 #[cfg(test)]
@@ -367,6 +403,20 @@ mod tests {
             "100.64.0.1:80",
             "0.0.0.0:80",
             "[fe80::1]:80",
+            "168.63.129.16:80",
+            "168.63.129.16:32526",
+            "169.254.170.2:80",
+            "169.254.170.23:80",
+            "100.100.100.200:80",
+            "192.0.0.192:80",
+            "169.254.42.42:80",
+            "169.254.0.23:80",
+            "169.254.20.10:53",
+            "161.26.0.10:53",
+            "166.9.1.1:443",
+            "[fd00:42::42]:80",
+            "[fd20:ce::254]:80",
+            "[fe80::a9fe:a9fe]:80",
         ] {
             assert!(!allowed(&all, Protocol::Tcp, address), "{address}");
             assert!(!allowed(&wide, Protocol::Tcp, address), "{address}");
@@ -379,6 +429,62 @@ mod tests {
         assert!(!allowed(&local, Protocol::Tcp, "169.254.169.254:80"));
         let metadata = Policy::default().rule(Rule::allow_range(range("169.254.169.254/32")));
         assert!(allowed(&metadata, Protocol::Tcp, "169.254.169.254:80"));
+    }
+
+    #[test]
+    fn own_addresses_are_denied_unless_named_alone() {
+        fn routes(address: IpAddr) -> Route {
+            match address.to_string().as_str() {
+                "9.9.9.9" | "10.9.9.9" | "fd00::9" | "2606::9" => Route::Own,
+                _ => Route::Other,
+            }
+        }
+        let admits = |policy: &Policy, address: &str| {
+            let mut it = Enforcer::new(policy.clone());
+            it.pretend(routes);
+            it.admit(Protocol::Tcp, to(address), Instant::now()).is_some()
+        };
+        let ranges = ["0.0.0.0/0", "9.9.9.0/24", "10.0.0.0/8", "10.9.9.8/31", "fd00::/8", "::/0", "2606::/16"];
+        let wide = ranges.iter().fold(Policy::internet(), |policy, text| policy.rule(Rule::allow_range(range(text))));
+        for own in ["9.9.9.9:80", "10.9.9.9:22", "[fd00::9]:22", "[2606::9]:22"] {
+            assert!(!admits(&wide, own), "{own}");
+            let alone = wide.clone().rule(Rule::allow_range(to(own).ip()));
+            assert!(admits(&alone, own), "{own}");
+        }
+        for other in ["9.9.9.8:80", "10.9.9.8:22", "[fd00::8]:22", "[2606::8]:22"] {
+            assert!(admits(&wide, other), "{other}");
+        }
+        // What cannot be told is the host's own.
+        let mut it = Enforcer::new(wide);
+        it.routes = None;
+        assert_eq!(it.decide(Protocol::Tcp, to("9.9.9.8:80"), None), Err(Why::Host));
+        assert_eq!(it.decide(Protocol::Tcp, to("10.9.9.8:80"), None), Err(Why::Host));
+    }
+
+    #[test]
+    fn without_descriptors_nothing_more_is_admitted() {
+        // In a process of its own, so that others keep theirs.
+        const CHILD: &str = "COFFERDAM_TEST_DESCRIPTORS";
+        if std::env::var_os(CHILD).is_none() {
+            let this = std::env::current_exe().unwrap();
+            let name = "net::policy::enforce::tests::without_descriptors_nothing_more_is_admitted";
+            let child = std::process::Command::new(this).args(["--exact", name]).env(CHILD, "1").output().unwrap();
+            assert!(child.status.success(), "{}", String::from_utf8_lossy(&child.stdout));
+            return;
+        }
+        let own = range("127.0.0.0/8");
+        let mut before = Enforcer::new(Policy::internet().rule(Rule::allow_range(own)));
+        let mut files = Vec::new();
+        while let Ok(file) = std::fs::File::open("/dev/null") {
+            files.push(file);
+        }
+        // One that was there before knows all the same; a new one knows nothing.
+        assert!(!before.is_own("192.0.2.77".parse().unwrap()) && before.is_own("127.0.0.2".parse().unwrap()));
+        assert!(before.admit(Protocol::Tcp, to("8.8.8.8:80"), Instant::now()).is_some());
+        let mut late = Enforcer::new(Policy::internet());
+        assert!(late.admit(Protocol::Tcp, to("8.8.8.8:80"), Instant::now()).is_none());
+        files.clear();
+        assert!(late.admit(Protocol::Tcp, to("8.8.8.8:80"), Instant::now()).is_some());
     }
 
     #[test]

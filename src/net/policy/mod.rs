@@ -2,6 +2,7 @@
 
 mod cidr;
 mod enforce;
+mod metadata;
 mod name;
 
 use std::ops::RangeInclusive;
@@ -53,13 +54,17 @@ impl Rule {
     }
 
     /// Allows all public addresses and all names. Not: private, shared, link-local, loopback, multicast and reserved ones,
-    /// metadata services, and the host's own addresses; those need a rule of their range.
+    /// which need a rule of their range. Nor the host's own addresses, and services of clouds and clusters for their
+    /// machines (metadata), which need a rule of exactly their address.
     pub fn allow_public() -> Self {
         Self::new(true, Target::Anywhere)
     }
 
     /// Allows a range of addresses. One that is not public is only allowed by a range that lies wholly in it: `10.0.0.0/8`
     /// allows 10.1.2.3, `0.0.0.0/0` does not.
+    ///
+    /// The host's own addresses are not in it, however it came to have them, but for those of loopback: each needs a rule of
+    /// that address alone. So do metadata services, as 169.254.169.254.
     pub fn allow_range(range: impl Into<Cidr>) -> Self {
         Self::new(true, Target::Range(range.into()))
     }
@@ -81,7 +86,11 @@ impl Rule {
         Self::new(false, Target::Range(range.into()))
     }
 
-    /// Denies a name and the addresses it was resolved to: `example.com`, or `*.example.com` for all below it.
+    /// Refuses to tell the addresses of a name: `example.com`, or `*.example.com` for all below it. With ports or protocols it
+    /// is told, and they are denied on the addresses that were the answer.
+    ///
+    /// This denies no address: a guest that has one from elsewhere goes there if another rule lets it. To keep it from a
+    /// service, deny the service's range, or allow only what it needs.
     pub fn deny_name(name: impl Into<String>) -> Self {
         Self::new(false, Target::Name(name.into()))
     }
@@ -221,6 +230,12 @@ mod tests {
             (Rule::allow_name("münchen.de"), "xn--"),
             (Rule::allow_name(""), "empty"),
             (Rule::allow_name("a".repeat(64)), "63"),
+            (Rule::allow_name("https://packages.example.org/simple"), "say \"packages.example.org\""),
+            (Rule::allow_name("packages.example.org:443"), "Rule::port(443)"),
+            (Rule::allow_name("packages.example.org/simple"), "path"),
+            (Rule::deny_name("user@example.org"), "'@'"),
+            (Rule::allow_name("example.org,example.com"), "','"),
+            (Rule::allow_name(" example.org"), "' '"),
         ] {
             let error = Policy::default().rule(rule).check().unwrap_err();
             assert!(error.to_string().contains(word), "{error} lacks {word}");

@@ -28,6 +28,21 @@ impl Name {
         if text.contains('*') {
             return Err(format!("{text:?}: a star may only stand first, as in *.example.com"));
         }
+        if let Some(rest) = text.split_once("://").map(|(_, rest)| rest) {
+            let host = rest.split(['/', ':', '?', '#']).next().unwrap_or_default();
+            return Err(format!("{text:?} is a URL and not a name: say {host:?}, and the port by Rule::port"));
+        }
+        if let Some((host, _)) = text.split_once('/') {
+            return Err(format!("{text:?} has a path, and names have none: say {host:?}"));
+        }
+        if let Some((host, port)) = text.split_once(':') {
+            return Err(format!("{text:?} has a port, and names have none: say {host:?}, and Rule::port({port})"));
+        }
+        if let Some(bad) =
+            text.chars().find(|c| matches!(c, '@' | '?' | '#' | '\\' | '[' | ']' | '"' | '\'' | ',' | ';' | '%'))
+        {
+            return Err(format!("{text:?}: {bad:?} is not in names: say example.com or *.example.com"));
+        }
         if let Some(bad) = text.chars().find(|c| !c.is_ascii_graphic()) {
             return Err(format!(
                 "{text:?}: {bad:?} is not in names: write them as the DNS does, with xn-- where needed"
