@@ -56,7 +56,7 @@ impl Bucket {
         Self::keeping(Duration::from_millis(100), rate, now)
     }
 
-    /// One that keeps what comes in `time`, which is a second at most, or one token.
+    /// One that keeps what comes in `time`, or one token.
     pub(crate) fn keeping(time: Duration, rate: Rate, now: Duration) -> Self {
         let per_second = i128::from(rate.per_second.max(1));
         let room = (per_second * i128::from(time.subsec_nanos()) + per_second * BILLION * i128::from(time.as_secs()))

@@ -13,6 +13,8 @@ const HEADER: usize = 12;
 /// Types and the class of the internet (RFC 1035, 3.2.2 and 3.2.4; RFC 3596, 2.1).
 pub(crate) const A: u16 = 1;
 pub(crate) const AAAA: u16 = 28;
+pub(crate) const CNAME: u16 = 5;
+pub(crate) const PTR: u16 = 12;
 const IN: u16 = 1;
 /// Whole zones, and everything there is (RFC 1035, 3.2.3; RFC 8482).
 const TRANSFERS: std::ops::RangeInclusive<u16> = 251..=255;
@@ -169,25 +171,53 @@ pub(crate) fn reply(query: &[u8], code: Code) -> Vec<u8> {
     reply
 }
 
-/// An answer to `question`, which is in `query`: its name has this address for `ttl` seconds, or none of the kind.
-pub(crate) fn found(query: &[u8], question: &Question, address: Option<IpAddr>, ttl: u32) -> Vec<u8> {
-    let mut reply = reply(query, Code::NoError);
-    let (kind, data) = match address {
-        Some(IpAddr::V4(a)) => (A, a.octets().to_vec()),
-        Some(IpAddr::V6(a)) => (AAAA, a.octets().to_vec()),
-        None => return reply,
-    };
-    debug_assert_eq!(kind, question.kind);
-    if let Some(count) = reply.get_mut(7) {
-        *count = 1;
+/// An answer to `question`, which is in `query`: its name has these addresses for `ttl` seconds, as far as they are of the kind.
+pub(crate) fn found(
+    query: &[u8],
+    question: &Question,
+    addresses: impl IntoIterator<Item = IpAddr>,
+    ttl: u32,
+) -> Vec<u8> {
+    let (mut reply, mut count) = (reply(query, Code::NoError), 0u8);
+    for address in addresses {
+        let (kind, data) = match address {
+            IpAddr::V4(a) => (A, a.octets().to_vec()),
+            IpAddr::V6(a) => (AAAA, a.octets().to_vec()),
+        };
+        if kind != question.kind || count == u8::MAX {
+            continue;
+        }
+        count += 1;
+        // The name is that of the question (RFC 1035, 4.1.4).
+        reply.extend([0xc0, HEADER as u8]);
+        reply.extend([kind, IN].map(u16::to_be_bytes).concat());
+        reply.extend(ttl.to_be_bytes());
+        reply.extend((data.len() as u16).to_be_bytes());
+        reply.extend(data);
     }
-    // The name is that of the question (RFC 1035, 4.1.4).
-    reply.extend([0xc0, HEADER as u8]);
-    reply.extend([kind, IN].map(u16::to_be_bytes).concat());
-    reply.extend(ttl.to_be_bytes());
-    reply.extend((data.len() as u16).to_be_bytes());
-    reply.extend(data);
+    if let Some(field) = reply.get_mut(7) {
+        *field = count;
+    }
     reply
+}
+
+/// The address that a name for the question which name it has means (RFC 1035, 3.5; RFC 3596, 2.5).
+pub(crate) fn reverse(name: &str) -> Option<IpAddr> {
+    if let Some(rest) = name.strip_suffix(".in-addr.arpa") {
+        let parts: Vec<u8> = rest.split('.').map(|part| part.parse().ok()).collect::<Option<_>>()?;
+        let [d, c, b, a] = parts[..] else { return None };
+        return Some(Ipv4Addr::new(a, b, c, d).into());
+    }
+    let mut number = 0u128;
+    let nibbles: Vec<&str> = name.strip_suffix(".ip6.arpa")?.split('.').collect();
+    if nibbles.len() != 32 {
+        return None;
+    }
+    for nibble in nibbles.iter().rev() {
+        let digit = u128::from_str_radix(nibble, 16).ok().filter(|_| nibble.len() == 1)?;
+        number = number << 4 | digit;
+    }
+    Some(Ipv6Addr::from(number).into())
 }
 
 /// An answer that says: ask again over TCP.
@@ -258,6 +288,17 @@ mod tests {
         let mut other = answer;
         other[14] ^= 1;
         assert!(!question.is_answered(&query, 0x1234, &other));
+    }
+
+    #[test]
+    fn names_of_addresses_are_read() {
+        let read = |name: &str| reverse(name).map(|address| address.to_string());
+        assert_eq!(read("4.3.2.1.in-addr.arpa").as_deref(), Some("1.2.3.4"));
+        let six = "8.b.d.0.1.0.0.2.ip6.arpa";
+        assert_eq!(read(&format!("7{}.{six}", ".0".repeat(23))).as_deref(), Some("2001:db8::7"));
+        for none in ["3.2.1.in-addr.arpa", "5.4.3.2.1.in-addr.arpa", "256.3.2.1.in-addr.arpa", six, "x.in-addr.arpa"] {
+            assert_eq!(read(none), None, "{none}");
+        }
     }
 
     #[test]

@@ -3,5 +3,7 @@
 mod message;
 mod servers;
 
-pub(crate) use self::message::{A, AAAA, Code, MAX_QUERY, Question, answers, found, reply, set_id, truncated};
+pub(crate) use self::message::{
+    A, AAAA, CNAME, Code, MAX_QUERY, PTR, Question, answers, found, reply, reverse, set_id, truncated,
+};
 pub(crate) use self::servers::Servers;

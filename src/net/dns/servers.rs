@@ -14,7 +14,7 @@ const MAX_FILE: u64 = 64 << 10;
 const LOOK: Duration = Duration::from_secs(5);
 const PORT: u16 = 53;
 
-/// The host's resolvers, and which families of addresses work on the host.
+/// The host's resolvers, and whether the host has a way out.
 #[derive(Debug)]
 pub(crate) struct Servers {
     /// `None`: they were given.
@@ -22,8 +22,8 @@ pub(crate) struct Servers {
     changed: Option<SystemTime>,
     looked: Option<Instant>,
     all: Vec<SocketAddr>,
-    /// Which families have a way out: IPv4, IPv6.
-    works: (bool, bool),
+    /// Some family has a way out.
+    way_out: bool,
 }
 
 /// Addresses of documentation (RFC 5737, RFC 3849): nobody is there, and nothing is sent to find a route.
@@ -46,7 +46,7 @@ impl Servers {
     /// Those that are given, or else those of the host.
     pub(crate) fn new(given: Option<Vec<SocketAddr>>) -> Self {
         let file = given.is_none().then(|| PathBuf::from("/etc/resolv.conf"));
-        Self { file, changed: None, looked: None, all: given.unwrap_or_default(), works: (true, true) }
+        Self { file, changed: None, looked: None, all: given.unwrap_or_default(), way_out: true }
     }
 
     /// Who to ask, in their order.
@@ -55,20 +55,15 @@ impl Servers {
         &self.all
     }
 
-    /// Whether addresses of this type lead anywhere.
-    pub(crate) fn works(&mut self, kind: u16, now: Instant) -> bool {
+    /// Whether the host has a way out, by any family. Without one, addresses that lead nowhere are as good as any.
+    pub(crate) fn way_out(&mut self, now: Instant) -> bool {
         self.look(now);
-        match kind {
-            // Without any route, answers are as good as no answers, and the host may only be reached on its own addresses.
-            super::message::A => self.works.0 || !self.works.1,
-            super::message::AAAA => self.works.1 || !self.works.0,
-            _ => true,
-        }
+        self.way_out
     }
 
     #[cfg(test)]
-    pub(crate) fn pretend(&mut self, works: (bool, bool), now: Instant) {
-        (self.works, self.looked) = (works, Some(now + Duration::from_secs(1 << 30)));
+    pub(crate) fn pretend(&mut self, way_out: bool, now: Instant) {
+        (self.way_out, self.looked) = (way_out, Some(now + Duration::from_secs(1 << 30)));
     }
 
     fn look(&mut self, now: Instant) {
@@ -76,7 +71,7 @@ impl Servers {
             return;
         }
         self.looked = Some(now);
-        self.works = (routed("0.0.0.0", SOMEWHERE.0), routed("::", SOMEWHERE.1));
+        self.way_out = routed("0.0.0.0", SOMEWHERE.0) || routed("::", SOMEWHERE.1);
         let Some(path) = &self.file else { return };
         let changed = fs::metadata(path).and_then(|m| m.modified()).ok();
         if changed.is_some() && changed == self.changed {

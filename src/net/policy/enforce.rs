@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::{Cidr, Name, Policy, Protocol, Rule, Target, cidr::special};
+use crate::net::dns;
 use crate::sys::{Route, Routes, SocketKind};
 
 /// Where a socket may go. Only [`Enforcer::admit`] makes one, so whoever has it was admitted.
@@ -84,6 +85,17 @@ pub(crate) type Reporter = Box<dyn FnMut(Denial) + Send>;
 /// Denials that are told at once, and in each second.
 const TOLD: u32 = 64;
 
+/// What becomes of a question.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Asking {
+    /// The host's resolver is asked.
+    Passed,
+    /// The name may have other records, but none of this type is told.
+    Empty,
+    /// There is no such name.
+    Denied,
+}
+
 /// Names of addresses that are remembered.
 const MAX_BOUND: usize = 4096;
 /// An answer that is valid for no time at all is good for one connection, which takes this long to make.
@@ -107,6 +119,7 @@ struct Ready {
 /// A policy at work.
 pub(crate) struct Enforcer {
     rules: Vec<Ready>,
+    all_records: bool,
     /// What our resolver has answered.
     names: HashMap<IpAddr, Vec<Bound>>,
     bound: usize,
@@ -132,6 +145,7 @@ impl Enforcer {
     pub(crate) fn new(policy: Policy) -> Self {
         let mut it = Self {
             rules: Vec::new(),
+            all_records: false,
             names: HashMap::new(),
             bound: 0,
             reporter: None,
@@ -155,6 +169,7 @@ impl Enforcer {
             };
             Ready { rule, name }
         };
+        self.all_records = policy.all_records;
         self.rules = policy.rules.into_iter().map(ready).collect();
     }
 
@@ -259,6 +274,39 @@ impl Enforcer {
     fn is_bound(&self, address: IpAddr, name: &Name, now: Option<Instant>) -> bool {
         let valid = |bound: &&Bound| now.is_none_or(|now| bound.until > now);
         self.names.get(&address).is_some_and(|all| all.iter().filter(valid).any(|bound| name.matches(&bound.name)))
+    }
+
+    /// Whether the guest may ask for records of type `kind` of `name`, which is in lower case and has no last dot; tells of the
+    /// denial.
+    pub(crate) fn asks(&mut self, name: &str, kind: u16, now: Instant) -> Asking {
+        let named =
+            |ready: &Ready| ready.rule.allow && ready.name.as_ref().is_some_and(|pattern| pattern.matches(name));
+        if kind == dns::PTR {
+            if let Some(address) = dns::reverse(name).filter(|_| !self.rules.iter().any(named)) {
+                return if self.reaches(address) { Asking::Passed } else { self.denied(name, Why::NoRule, now) };
+            }
+        }
+        if !self.may_ask(name, now) {
+            return Asking::Denied;
+        }
+        let plain = matches!(kind, dns::A | dns::AAAA | dns::CNAME);
+        if plain || self.all_records || self.rules.iter().any(named) { Asking::Passed } else { Asking::Empty }
+    }
+
+    fn denied(&mut self, name: &str, why: Why, now: Instant) -> Asking {
+        self.report(Denial { protocol: None, destination: None, name: Some(name.into()), why, untold: 0 }, now);
+        Asking::Denied
+    }
+
+    /// Whether some rule lets the guest go to `address`, by some protocol.
+    fn reaches(&self, address: IpAddr) -> bool {
+        let ports = |rule: &Rule| rule.ports.first().map_or(1, |ports| *ports.start());
+        let protocol = |rule: &Rule| rule.protocols.first().copied().unwrap_or(Protocol::Tcp);
+        self.rules
+            .iter()
+            .map(|ready| &ready.rule)
+            .filter(|rule| rule.allow)
+            .any(|rule| self.decide(protocol(rule), SocketAddr::new(address, ports(rule)), None).is_ok())
     }
 
     /// Whether the guest may ask for `name`, which is in lower case and has no last dot; tells of the denial.

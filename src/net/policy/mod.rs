@@ -10,7 +10,7 @@ use std::ops::RangeInclusive;
 pub use self::cidr::Cidr;
 #[cfg(any(test, feature = "internals"))]
 pub(crate) use self::cidr::special;
-pub(crate) use self::enforce::{Admitted, Enforcer};
+pub(crate) use self::enforce::{Admitted, Asking, Enforcer};
 pub use self::enforce::{Denial, Why};
 pub(crate) use self::name::Name;
 
@@ -170,6 +170,7 @@ fn special_alike(ours: Cidr, theirs: Cidr) -> bool {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Policy {
     rules: Vec<Rule>,
+    all_records: bool,
 }
 
 /// More rules than anybody can read.
@@ -184,6 +185,16 @@ impl Policy {
     /// Everything that is public: see [`Rule::allow_public`].
     pub fn internet() -> Self {
         Self::default().rule(Rule::allow_public())
+    }
+
+    /// Answers questions for records of every type, as MX, TXT and SRV, of every name that [`Rule::allow_public`] lets the guest
+    /// ask for. The host's resolvers may know internal names, and what they say of those is told too.
+    ///
+    /// Unless set, such names have addresses (A, AAAA) and aliases (CNAME) alone. Names of [`Rule::allow_name`] have records of
+    /// every type, and addresses that the policy lets the guest reach have names (PTR).
+    pub fn all_records(mut self) -> Self {
+        self.all_records = true;
+        self
     }
 
     /// Adds a rule after those that there are.

@@ -16,6 +16,9 @@ use crate::rate::{Bucket, Rate};
 /// Frames that may wait for the guest: answers to what it sent, which it can ask for again.
 const WAITING: usize = 512;
 
+/// Questions for names that are passed on, at most: 200 at once, and 100 in each second.
+const QUESTIONS: Rate = Rate::per_second(100);
+
 #[derive(Debug)]
 pub(in crate::net) struct Core {
     pub config: Config,
@@ -27,6 +30,8 @@ pub(in crate::net) struct Core {
     pub guest6: Option<Ipv6Addr>,
     /// New connections, counted from `start` on.
     calls: Option<Bucket>,
+    /// Questions for names, likewise.
+    questions: Bucket,
     start: Instant,
     waiting: VecDeque<Vec<u8>>,
     /// How many packets went in fragments, by which those of one are told from others.
@@ -48,6 +53,7 @@ impl Core {
             host,
             guest6: None,
             calls: None,
+            questions: Bucket::keeping(Duration::from_secs(2), QUESTIONS, Duration::ZERO),
             start,
             waiting: VecDeque::new(),
             fragmented: 0,
@@ -68,6 +74,12 @@ impl Core {
     pub(in crate::net) fn may_call(&mut self) -> bool {
         let now = self.host.now.saturating_duration_since(self.start);
         self.calls.as_mut().is_none_or(|calls| calls.take_whole(now))
+    }
+
+    /// Whether the guest may ask for one more name now.
+    pub(in crate::net) fn may_ask(&mut self) -> bool {
+        let now = self.host.now.saturating_duration_since(self.start);
+        self.questions.take_whole(now)
     }
 
     /// Counts a frame of the guest and reads its front into `head`. `None` when it is in the name of another card.

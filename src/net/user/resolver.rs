@@ -12,6 +12,7 @@ use super::core::Core;
 use super::host::Alarm;
 use super::table::{Id, Owner, Table};
 use crate::net::dns::{self, Code, Question, Servers};
+use crate::net::policy::Asking;
 use crate::net::wire::{self, Ends};
 use crate::sys::{self, EventSet, Socket, SocketKind};
 
@@ -83,14 +84,18 @@ impl Resolver {
             return self.answer(core, asker, &answer);
         }
         let now = core.host.now;
-        if !core.policy.may_ask(&question.name, now) {
-            core.stats.denied_names += 1;
-            return self.answer(core, asker, &dns::reply(query, Code::NxDomain));
+        match core.policy.asks(&question.name, question.kind, now) {
+            Asking::Passed => {}
+            Asking::Empty => {
+                core.stats.denied_names += 1;
+                return self.answer(core, asker, &dns::reply(query, Code::NoError));
+            }
+            Asking::Denied => {
+                core.stats.denied_names += 1;
+                return self.answer(core, asker, &dns::reply(query, Code::NxDomain));
+            }
         }
-        if !self.servers.works(question.kind, now) {
-            return self.answer(core, asker, &dns::reply(query, Code::NoError));
-        }
-        if self.asked.len() >= MAX_ASKED {
+        if self.asked.len() >= MAX_ASKED || !core.may_ask() {
             core.stats.limited += 1;
             return self.answer(core, asker, &dns::reply(query, Code::ServFail));
         }
@@ -193,12 +198,18 @@ impl Resolver {
         let Some(found) = found.filter(|found| !failed(found.code)) else { return self.next(core, id) };
         let Some(asked) = self.remove(core, id) else { return };
         let (now, name) = (core.host.now, &asked.question.name);
-        let inside = found.addresses.iter().any(|address| !core.policy.may_lead(name, *address, now));
-        if inside {
-            core.stats.denied_names += 1;
-            answer = dns::reply(&asked.query, Code::NxDomain);
+        let (all, way_out) = (found.addresses.len(), self.servers.way_out(now));
+        let mut told = found.addresses;
+        told.retain(|address| core.policy.may_lead(name, *address, now));
+        core.stats.denied_names += u64::from(told.len() < all);
+        // Each by its own route: some hosts reach private ranges alone by one of the families.
+        told.retain(|address| !way_out || core.policy.is_routed(*address));
+        core.policy.resolved(name, &told, found.valid, now);
+        if told.len() < all {
+            // The name is there, whatever is not told of it: "no such name" would end the search for the other family.
+            let ttl = u32::try_from(found.valid.as_secs()).unwrap_or(u32::MAX);
+            answer = dns::found(&asked.query, &asked.question, told, ttl);
         } else {
-            core.policy.resolved(name, &found.addresses, found.valid, now);
             dns::set_id(&mut answer, asked.question.id);
         }
         let room = usize::from(core.config.mtu) - 40 - wire::UDP_HEADER;

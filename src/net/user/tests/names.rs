@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use super::*;
 use crate::net::policy::{Denial, Why};
+use crate::sys::Route;
 use smoltcp::socket::tcp::State;
 
 /// A query as smoltcp would not make it.
@@ -44,7 +45,13 @@ impl World {
         let at = server.local_addr().unwrap();
         server.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
         let mut guest = Guest::of(Config { resolvers: Some(vec![at]), ..Config::new(policy) }, Offloads::all());
-        guest.net.resolver.servers.pretend((true, false), Instant::now());
+        guest.net.resolver.servers.pretend(true, Instant::now());
+        // The host reaches the internet by IPv4 alone, and a range of its own by IPv6.
+        guest.net.core.policy.pretend(|address| match address {
+            IpAddr::V4(_) => Route::Other,
+            IpAddr::V6(a) if a.segments()[0] == 0xfd12 => Route::Other,
+            IpAddr::V6(_) => Route::None,
+        });
         let handle = guest.udp(5353);
         Self { guest, server, at, handle }
     }
@@ -103,25 +110,103 @@ fn what_is_denied_does_not_exist_and_is_not_asked() {
 }
 
 #[test]
-fn names_that_lead_inside_are_denied() {
-    for (policy, code) in [
-        (Policy::internet(), 3),
-        (Policy::internet().rule(Rule::allow_range("10.0.0.0/8".parse::<crate::net::policy::Cidr>().unwrap())), 0),
+fn names_that_lead_inside_have_no_such_records() {
+    for (policy, count) in [
+        (Policy::internet(), 0),
+        (Policy::internet().rule(Rule::allow_range("10.0.0.0/8".parse::<crate::net::policy::Cidr>().unwrap())), 1),
     ] {
         let mut world = World::new(policy);
         world.ask(&query("rebind.example.com", 1));
         let (asked, from) = world.asked();
         world.server.send_to(&answer(&asked, &[10, 0, 0, 1]), from).unwrap();
-        assert_eq!(world.answered()[3] & 15, code);
+        // The name exists: musl takes "no such name" as the answer for every type.
+        let answer = world.answered();
+        assert_eq!((answer[3] & 15, answer[7], world.guest.net.stats().denied_names), (0, count, 1 - u64::from(count)));
     }
 }
 
 #[test]
-fn families_that_do_not_work_are_not_offered() {
+fn of_mixed_answers_only_what_is_admitted_is_told() {
     let mut world = World::new(Policy::internet());
-    world.ask(&query("example.com", 28));
-    let reply = world.answered();
-    assert_eq!((reply[3] & 15, reply[7], world.guest.net.core.host.made), (0, 0, 0));
+    world.ask(&query("mixed.example.com", 1));
+    let (asked, from) = world.asked();
+    let mut mixed = answer(&asked, &[10, 0, 0, 1]);
+    mixed[7] = 2;
+    mixed.extend([0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 60, 0, 4, 9, 9, 9, 9]);
+    world.server.send_to(&mixed, from).unwrap();
+    assert_eq!(world.answered(), answer(&query("mixed.example.com", 1), &[9, 9, 9, 9]));
+}
+
+#[test]
+fn records_of_other_types_need_a_rule_of_the_name() {
+    let passed = |policy: &Policy, name: &str, kind: u8| {
+        let mut world = World::new(policy.clone());
+        world.ask(&query(name, kind));
+        let made = |world: &World| world.guest.net.core.host.made;
+        let reply = if made(&world) == 0 { Some(world.answered()) } else { None };
+        (made(&world) > 0, reply.map(|reply| reply[3] & 15))
+    };
+    let internet = Policy::internet();
+    let mixed = Policy::internet().rule(Rule::allow_name("*.example.com"));
+    // MX, TXT, SRV, HTTPS.
+    for kind in [15, 16, 33, 65] {
+        assert_eq!(passed(&internet, "corp.internal", kind), (false, Some(0)), "{kind}");
+        assert_eq!(passed(&internet.clone().all_records(), "corp.internal", kind), (true, None), "{kind}");
+        assert_eq!(passed(&names("*.example.com"), "www.example.com", kind), (true, None), "{kind}");
+        assert_eq!(passed(&names("*.example.com"), "example.org", kind), (false, Some(3)), "{kind}");
+        assert_eq!(passed(&internet.clone(), "www.example.com", kind), (false, Some(0)), "{kind}");
+    }
+    assert_eq!(passed(&internet, "corp.internal", 1), (true, None));
+    // Names of addresses, as far as they may be reached.
+    for (name, asked) in
+        [("9.9.9.9.in-addr.arpa", true), ("1.0.0.10.in-addr.arpa", false), ("254.169.254.169.in-addr.arpa", false)]
+    {
+        assert_eq!(passed(&internet, name, 12).0, asked, "{name}");
+        assert!(!passed(&Policy::deny_all(), name, 12).0);
+    }
+    assert!(
+        passed(
+            &Policy::deny_all().rule(Rule::allow_range("10.0.0.0/8".parse::<crate::net::policy::Cidr>().unwrap())),
+            "1.0.0.10.in-addr.arpa",
+            12
+        )
+        .0
+    );
+    assert!(mixed.check().is_ok());
+}
+
+#[test]
+fn a_guest_asks_only_so_often() {
+    let mut world = World::new(Policy::internet());
+    let (mut failed, handle) = (0, world.handle);
+    for n in 0..400 {
+        world.ask(&query(&format!("n{n}.example.com"), 1));
+        while let Some((reply, _)) = world.guest.came(handle) {
+            failed += u32::from(reply[3] & 15 == 2);
+        }
+    }
+    assert!(failed > 100, "{failed}");
+    assert!(world.guest.net.core.host.made < 280, "{}", world.guest.net.core.host.made);
+}
+
+#[test]
+fn addresses_without_a_route_are_not_offered() {
+    let range: crate::net::policy::Cidr = "fd12::/16".parse().unwrap();
+    for (address, offered) in [("2606::1", 0), ("fd12::1", 1)] {
+        let mut world = World::new(Policy::internet().rule(Rule::allow_range(range)));
+        world.ask(&query("example.com", 28));
+        let (asked, from) = world.asked();
+        let address: std::net::Ipv6Addr = address.parse().unwrap();
+        world.server.send_to(&answer(&asked, &address.octets()), from).unwrap();
+        let reply = world.answered();
+        assert_eq!((reply[3] & 15, reply[7]), (0, offered), "{address}");
+        // Where nothing leads anywhere, all are as good.
+        world.guest.net.resolver.servers.pretend(false, Instant::now());
+        world.ask(&query("example.com", 28));
+        let (asked, from) = world.asked();
+        world.server.send_to(&answer(&asked, &address.octets()), from).unwrap();
+        assert_eq!(world.answered()[7], 1);
+    }
 }
 
 #[test]
@@ -148,7 +233,7 @@ fn the_next_resolver_is_asked_and_at_last_failure_told() {
     second.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
     let both = vec![world.at, second.local_addr().unwrap()];
     world.guest.net.resolver = super::super::resolver::Resolver::new(Some(both));
-    world.guest.net.resolver.servers.pretend((true, true), Instant::now());
+    world.guest.net.resolver.servers.pretend(true, Instant::now());
     world.ask(&query("example.com", 1));
     let (mut asked, from) = world.asked();
     // The first fails, the second is silent, and both again.
@@ -178,7 +263,7 @@ fn there_are_never_too_many_questions_under_way() {
 
 #[test]
 fn long_answers_come_over_tcp() {
-    let mut world = World::new(Policy::internet());
+    let mut world = World::new(Policy::internet().all_records());
     let listener = TcpListener::bind(world.at).unwrap();
     world.ask(&query("example.com", 16));
     let (mut asked, from) = world.asked();
