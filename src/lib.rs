@@ -101,6 +101,7 @@ pub use error::{Error, ErrorKind, Result};
 pub use kvm::{Device, Exposure, Host, Vulnerability};
 pub use rate::Rate;
 pub use size::Size;
+pub use sys::set_descriptor_reserve;
 pub use virtio::vsock::{VsockListener, VsockStream};
 pub use vm::{
     Base, Cache, Capture, CaptureStats, Cgroup, CgroupStats, Cidr, Console, CpuProfile, CpuidBits, CpuidRegister,

@@ -4,6 +4,7 @@
 //! about guest memory or KVM lives in this folder.
 #![allow(unsafe_code, reason = "raw system calls; see DESIGN 7: sys/ is one of the folders that may")]
 
+mod descriptors;
 mod disk;
 mod draft;
 mod file;
@@ -22,6 +23,8 @@ mod thread;
 mod timer;
 mod uring;
 
+pub(crate) use descriptors::is_spare;
+pub use descriptors::set_descriptor_reserve;
 pub(crate) use disk::{Alignment, Space, discard_device, lock_holder, memfd, memory_file, space};
 pub(crate) use draft::{Draft, temp_file};
 pub(crate) use file::{

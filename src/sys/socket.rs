@@ -7,6 +7,7 @@ use std::net::{Shutdown, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use super::Unforked;
+use super::descriptors::is_spare;
 use super::iovec::{count, result};
 
 /// What is spoken on a [`Socket`].
@@ -32,7 +33,8 @@ impl Socket {
         Self(Unforked::new(fd.into()))
     }
 
-    /// Begins to connect to `to`; for a stream, it is done when the socket becomes writable ([`Socket::error`] says how).
+    /// Begins to connect to `to`, for a guest; for a stream, it is done when the socket becomes writable ([`Socket::error`] says
+    /// how). Fails with `EMFILE` when guests may have no more descriptors.
     pub(crate) fn connect(kind: SocketKind, to: SocketAddr) -> io::Result<Self> {
         let domain = if to.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
         let (kind, protocol) = match kind {
@@ -45,6 +47,9 @@ impl Socket {
         let fd = check(unsafe { libc::socket(domain, kind | libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC, protocol) })?;
         // SAFETY: the descriptor was just made and belongs to nobody else.
         let socket = Self(Unforked::new(unsafe { OwnedFd::from_raw_fd(fd) }));
+        if !is_spare(&*socket.0) {
+            return Err(io::Error::from_raw_os_error(libc::EMFILE));
+        }
         let outcome = match to {
             SocketAddr::V4(to) => {
                 let address = libc::sockaddr_in {

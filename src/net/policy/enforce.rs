@@ -39,6 +39,9 @@ pub enum Why {
     Special(&'static str),
     /// It is the host's own address, which only a rule of that address alone allows.
     Host,
+    /// It is allowed, but the process has no descriptors left for guests: see
+    /// [`set_descriptor_reserve`](crate::set_descriptor_reserve).
+    Descriptors,
 }
 
 impl fmt::Display for Why {
@@ -48,6 +51,7 @@ impl fmt::Display for Why {
             Self::Rule(n) => write!(f, "rule {n} denies it"),
             Self::Special(name) => write!(f, "the address is {name}, and no rule allows its range"),
             Self::Host => f.write_str("the address is the host's own, and no rule names it alone"),
+            Self::Descriptors => f.write_str("the process has no descriptors left for guests"),
         }
     }
 }
@@ -193,6 +197,13 @@ impl Enforcer {
                 None
             }
         }
+    }
+
+    /// Tells that the host has nothing left for what was admitted.
+    pub(crate) fn refused(&mut self, protocol: Protocol, to: SocketAddr, now: Instant) {
+        let denial =
+            Denial { protocol: Some(protocol), destination: Some(to), name: None, why: Why::Descriptors, untold: 0 };
+        self.report(denial, now);
     }
 
     /// Whether what was admitted still would be. Names may have expired since.

@@ -43,7 +43,8 @@ pub(crate) struct Limits {
     pub connections: usize,
     /// New TCP connections of the guest; what was not used is kept for a second.
     pub new_connections: Option<Rate>,
-    /// UDP flows and pings at once; the one that was idle for longest makes room.
+    /// UDP flows and pings at once that the guest has begun, and as many of callers of published ports; of each, the one that
+    /// was idle for longest makes room.
     pub datagram_flows: usize,
     /// Until a connection is made.
     pub half_open: Duration,

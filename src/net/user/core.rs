@@ -16,6 +16,8 @@ use crate::rate::{Bucket, Rate};
 /// Frames that may wait for the guest: answers to what it sent, which it can ask for again.
 const WAITING: usize = 512;
 
+/// TCP connections that a guest opens, unless somebody says otherwise: 2,000 at once, and 200 in each second.
+const NEW_CONNECTIONS: Rate = Rate::per_second(200);
 /// Questions for names that are passed on, at most: 200 at once, and 100 in each second.
 const QUESTIONS: Rate = Rate::per_second(100);
 
@@ -29,11 +31,13 @@ pub(in crate::net) struct Core {
     /// The address of the guest's own choice that it sent from last.
     pub guest6: Option<Ipv6Addr>,
     /// New connections, counted from `start` on.
-    calls: Option<Bucket>,
+    calls: Bucket,
     /// Questions for names, likewise.
     questions: Bucket,
     start: Instant,
     waiting: VecDeque<Vec<u8>>,
+    /// When it was told last that there are no descriptors.
+    told_refused: Option<Instant>,
     /// How many packets went in fragments, by which those of one are told from others.
     fragmented: u32,
     /// Room for a whole packet, for those that must be looked at.
@@ -52,10 +56,11 @@ impl Core {
             policy,
             host,
             guest6: None,
-            calls: None,
+            calls: Bucket::new(NEW_CONNECTIONS, Duration::ZERO),
             questions: Bucket::keeping(Duration::from_secs(2), QUESTIONS, Duration::ZERO),
             start,
             waiting: VecDeque::new(),
+            told_refused: None,
             fragmented: 0,
             buffer: Vec::new(),
         };
@@ -63,17 +68,20 @@ impl Core {
         Ok(core)
     }
 
-    /// From now on the guest may open so many connections in a second.
+    /// From now on the guest may open so many connections in a second; `None` is what there is by default.
     pub(in crate::net) fn limit_calls(&mut self, rate: Option<Rate>) {
         let now = self.host.now.saturating_duration_since(self.start);
         self.config.limits.new_connections = rate;
-        self.calls = rate.map(|rate| Bucket::keeping(Duration::from_secs(1), rate, now));
+        self.calls = match rate {
+            Some(rate) => Bucket::keeping(Duration::from_secs(1), rate, now),
+            None => Bucket::keeping(Duration::from_secs(10), NEW_CONNECTIONS, now),
+        };
     }
 
     /// Whether the guest may open one more connection now.
     pub(in crate::net) fn may_call(&mut self) -> bool {
         let now = self.host.now.saturating_duration_since(self.start);
-        self.calls.as_mut().is_none_or(|calls| calls.take_whole(now))
+        self.calls.take_whole(now)
     }
 
     /// Whether the guest may ask for one more name now.
@@ -116,6 +124,15 @@ impl Core {
         let admitted = self.policy.admit(protocol, to, self.host.now);
         self.stats.denied += u64::from(admitted.is_none());
         admitted
+    }
+
+    /// The host has no more descriptors for what was admitted: that is told, at most once a second.
+    pub(in crate::net) fn refused(&mut self, protocol: Protocol, to: SocketAddr) {
+        let now = self.host.now;
+        if self.told_refused.is_none_or(|told| now >= told + Duration::from_secs(1)) {
+            self.told_refused = Some(now);
+            self.policy.refused(protocol, to, now);
+        }
     }
 
     /// Whether what was admitted still is.

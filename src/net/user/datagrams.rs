@@ -27,6 +27,13 @@ struct Key {
     remote: (IpAddr, u16),
 }
 
+/// Who has begun a flow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Begun {
+    ByGuest,
+    ByCaller,
+}
+
 /// How a flow leaves.
 #[derive(Debug)]
 enum Via {
@@ -100,6 +107,15 @@ const EPHEMERAL: u16 = 49152;
 pub(super) fn ephemeral(port: &mut u16) -> u16 {
     *port = port.checked_add(1).filter(|port| *port >= EPHEMERAL).unwrap_or(EPHEMERAL);
     *port
+}
+
+impl Flow {
+    fn begun(&self) -> Begun {
+        match self.via {
+            Via::Socket(_) => Begun::ByGuest,
+            Via::Port { .. } => Begun::ByCaller,
+        }
+    }
 }
 
 impl Datagrams {
@@ -189,11 +205,13 @@ impl Datagrams {
             failed(core, &key, &io::ErrorKind::PermissionDenied.into());
             return None;
         };
-        self.make_room(core);
+        self.make_room(core, Begun::ByGuest);
         match core.host.connect(&admitted) {
             Ok(socket) => self.insert(core, key, Via::Socket(socket)),
             Err(error) if exhausted(&error) => {
                 core.stats.limited += 1;
+                core.refused(key.protocol, to);
+                failed(core, &key, &error);
                 None
             }
             Err(error) => {
@@ -204,10 +222,16 @@ impl Datagrams {
         }
     }
 
-    /// The one that was idle for longest makes room.
-    fn make_room(&mut self, core: &mut Core) {
-        if self.flows.len() >= core.config.limits.datagram_flows.max(1) {
-            let oldest = self.flows.iter().min_by_key(|(_, flow)| flow.active).map(|(id, _)| id);
+    /// The one that was idle for longest makes room: of those that the guest has begun, or of the callers of published ports.
+    /// So callers, who cost nothing but an address, end nothing of the guest's.
+    fn make_room(&mut self, core: &mut Core, begun: Begun) {
+        let count = match begun {
+            Begun::ByGuest => self.flows.len() - self.clients.len().min(self.flows.len()),
+            Begun::ByCaller => self.clients.len(),
+        };
+        if count >= core.config.limits.datagram_flows.max(1) {
+            let alike = self.flows.iter().filter(|(_, flow)| flow.begun() == begun);
+            let oldest = alike.min_by_key(|(_, flow)| flow.active).map(|(id, _)| id);
             if let Some(id) = oldest {
                 self.remove(core, id);
             }
@@ -343,7 +367,7 @@ impl Datagrams {
         };
         let known = self.clients.get(&(id, client)).copied();
         let flow = known.or_else(|| {
-            self.make_room(core);
+            self.make_room(core, Begun::ByCaller);
             let mut tried = Tried::default();
             let place = ports.place(core, id, &mut tried)?;
             let (guest, gateway) = ((place, guest_port), gateway_of(core, place));

@@ -17,7 +17,7 @@ use super::table::{Id, Owner, Table};
 use super::tcp::{Called, Caller, TcpFlows, Tried, Tuple, gateway_of};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::net::policy::Cidr;
-use crate::sys::Socket;
+use crate::sys::{Socket, is_spare};
 
 /// Connections that are accepted in one turn.
 const BATCH: usize = 32;
@@ -151,7 +151,11 @@ impl Ports {
         let Some(port) = self.all.get_mut(id) else { return };
         let Kind::Tcp(listener) = &port.kind else { return };
         for _ in 0..BATCH {
-            let (stream, caller) = match listener.accept() {
+            let accepted = listener.accept().and_then(|(stream, caller)| match is_spare(&stream) {
+                true => Ok((stream, caller)),
+                false => Err(io::Error::from_raw_os_error(libc::EMFILE)),
+            });
+            let (stream, caller) = match accepted {
                 Ok(accepted) => accepted,
                 Err(error) if exhausted(&error) => {
                     // It would be readable again at once.

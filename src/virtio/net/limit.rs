@@ -63,7 +63,7 @@ impl NetLimit {
     }
 
     /// Limits the TCP connections that the guest opens, of a [`Net::user`](crate::Net::user); here, what was not used is kept
-    /// for a second.
+    /// for a second. Unless set, these are 200 in each second, and what was not used is kept for ten.
     pub fn new_connections(mut self, rate: Rate) -> Self {
         self.new_connections = Some(rate);
         self

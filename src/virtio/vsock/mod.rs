@@ -10,6 +10,7 @@ pub(crate) mod packet;
 mod stream;
 
 use std::collections::{HashMap, VecDeque};
+use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -24,7 +25,7 @@ pub use stream::{VsockListener, VsockStream};
 use super::{Chain, DeviceIo, DeviceType, Profile, Source, VirtioDevice, Work};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::event::Interest;
-use crate::sys::Timer;
+use crate::sys::{Timer, is_spare};
 
 /// The host's address in every guest (Virtio 1.3, 5.10.4).
 pub(crate) const HOST_CID: u64 = 2;
@@ -247,9 +248,11 @@ impl Vsock {
         };
         io.charge(Work::Calls(4));
         let (stream, socket, tail) = match VsockStream::pair() {
-            Ok(pair) => pair,
-            Err(error) => {
-                arrivals.refuse(&error);
+            // What the embedder connects may use up its own reserve; what guests do may not.
+            Ok(pair) if is_spare(&pair.0) && is_spare(&pair.1) => pair,
+            other => {
+                let none = io::Error::from_raw_os_error(libc::EMFILE);
+                arrivals.refuse(&other.err().unwrap_or(none));
                 return self.reset(ports);
             }
         };

@@ -177,7 +177,11 @@ impl TcpFlows {
                     core.stats.limited += 1;
                 }
             }
-            Err(error) if exhausted(&error) => core.stats.limited += 1,
+            Err(error) if exhausted(&error) => {
+                core.stats.limited += 1;
+                core.refused(Protocol::Tcp, to);
+                core.send_reset(tuple, syn);
+            }
             Err(error) => {
                 core.stats.unconnected += 1;
                 core.tell_failed(tuple, syn, &error);

@@ -226,3 +226,39 @@ fn large_pings_of_the_gateway_are_answered_in_fragments() {
     assert_eq!(answers[0][34], 0);
     assert_eq!(wire::fold(answers.iter().map(|frame| wire::sum(&frame[34..])).sum()), 0xffff);
 }
+
+#[test]
+fn a_guest_leaves_descriptors_to_its_embedder() {
+    const CHILD: &str = "COFFERDAM_TEST_DESCRIPTORS";
+    if std::env::var_os(CHILD).is_none() {
+        // With as many as most systems give, in a process of its own.
+        let this = std::env::current_exe().unwrap();
+        let name = "net::user::tests::datagrams::a_guest_leaves_descriptors_to_its_embedder";
+        let mut child = std::process::Command::new("sh");
+        child.args(["-c", "ulimit -n 1024 && exec \"$0\" --exact \"$1\""]).arg(this).arg(name).env(CHILD, "1");
+        let child = child.output().unwrap();
+        assert!(child.status.success(), "{}", String::from_utf8_lossy(&child.stdout));
+        return;
+    }
+    let limits = Limits { datagram_flows: 4096, ..Limits::default() };
+    let mut guest = Guest::of(Config { limits, ..Config::new(local()) }, Offloads::all());
+    let told = std::sync::Arc::new(std::sync::Mutex::new(Vec::new()));
+    let tell = told.clone();
+    guest.net.on_denial(move |denial| tell.lock().unwrap().push(denial.why));
+    let handle = guest.udp(4000);
+    for port in 1..1400 {
+        guest.datagram(handle, b"x", (Ipv4Addr::LOCALHOST, port).into());
+        while guest.came(handle).is_some() {}
+    }
+    let stats = guest.net.stats();
+    assert!(stats.datagram_flows > 500 && stats.limited > 500, "{stats:?}");
+    let files: Vec<_> = (0..250).map(|_| std::fs::File::open("/dev/null").unwrap()).collect();
+    drop(files);
+    let told = told.lock().unwrap();
+    assert!((1..10).contains(&told.len()) && told[0] == crate::net::policy::Why::Descriptors, "{told:?}");
+    // Whoever needs fewer for itself says so.
+    drop(told);
+    crate::sys::set_descriptor_reserve(10);
+    guest.datagram(handle, b"x", (Ipv4Addr::LOCALHOST, 2000).into());
+    assert_eq!(guest.net.stats().datagram_flows, stats.datagram_flows + 1);
+}

@@ -303,3 +303,23 @@ fn ports_that_cannot_be_had_are_told_with_a_remedy() {
         crate::error::ErrorKind::InvalidConfig
     );
 }
+
+#[test]
+fn callers_end_nothing_that_the_guest_has_begun() {
+    let limits = super::super::config::Limits { datagram_flows: 8, ..Default::default() };
+    let mut guest = Guest::of(Config { limits, ..Config::new(local()) }, Offloads::all());
+    let server = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    server.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    let (own, port) = (guest.udp(4000), guest.udp(80));
+    guest.datagram(own, b"x", server.local_addr().unwrap());
+    let from = server.recv_from(&mut [0; 9]).unwrap().1;
+    let (_, at) = guest.net.publish_udp(ANY, 80, Vec::new()).unwrap();
+    // Somebody with as many ports as there are.
+    for _ in 0..100 {
+        UdpSocket::bind(ANY).unwrap().send_to(b"c", at).unwrap();
+        guest.until(|g| g.came(port));
+    }
+    assert_eq!(guest.net.stats().datagram_flows, 9);
+    server.send_to(b"answer", from).unwrap();
+    assert_eq!(guest.until(|g| g.came(own)).0, b"answer");
+}
