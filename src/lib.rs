@@ -41,7 +41,8 @@
 //!
 //! The library never ends, forks or daemonises the process, prints, installs a logger or panic hook, touches standard
 //! streams or terminals, changes user, limits or the process's seccomp, or takes SIGCHLD. It keeps no global state but
-//! one: a real-time signal whose handler does nothing, see [`VmBuilder::kick_signal`]. All descriptors are
+//! two: a real-time signal whose handler does nothing, see [`VmBuilder::kick_signal`], and a list of the prepared disks that
+//! were found whole. All descriptors are
 //! close-on-exec. When the process dies by any means, its machines, disks and locks are gone with it.
 //!
 //! # Threads
@@ -94,8 +95,8 @@ mod vm;
 pub use boot::{Initramfs, Kernel, Modules};
 #[cfg(feature = "container")]
 pub use container::{
-    CancelToken, Container, ContainerBuilder, Exec, ExitStatus, Image, Output, Process, ProcessReader, ProcessWriter,
-    Startup, Stdio,
+    CancelToken, Container, ContainerBuilder, Exec, ExitStatus, Image, ImageLimits, Output, Process, ProcessReader,
+    ProcessWriter, Startup, Stdio,
 };
 pub use error::{Error, ErrorKind, Result};
 pub use kvm::{Device, Exposure, Host, Vulnerability};

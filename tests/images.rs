@@ -19,8 +19,8 @@ fn disks_of_debian_are_whole() {
     }
     let disks = folder.read_dir().expect("the folder").flatten().map(|entry| entry.path());
     let mut checked = 0;
-    for disk in disks.filter(|path| path.extension().is_some_and(|it| it == "ext4")) {
-        let output = Command::new("/sbin/e2fsck").arg("-fn").arg(&disk).output().expect("e2fsprogs: run `make setup`");
+    for disk in disks.filter(|path| path.extension().is_some_and(|it| it == "erofs")) {
+        let output = Command::new("fsck.erofs").arg(&disk).output().expect("erofs-utils: run `make setup`");
         let said = String::from_utf8_lossy(&output.stdout).into_owned();
         assert!(output.status.success(), "{}: {said}", disk.display());
         checked += 1;

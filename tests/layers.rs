@@ -57,7 +57,6 @@ const CRATES: &[(&str, &[&str])] = &[
     ("flate2", &["boot"]),
     ("lzma_rust2", &["boot"]),
     ("ruzstd", &["boot"]),
-    ("arcbox_ext4", &["container"]),
 ];
 
 /// Folders in which `unsafe` may be allowed.

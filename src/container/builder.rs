@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::agent::Agent;
+use super::image::Cancel;
 use super::{CancelToken, Container, Image, shim};
 use crate::boot::{Kernel, Need, Packed};
 use crate::error::{Context, Error, Result};
@@ -12,7 +13,8 @@ use crate::size::Size;
 use crate::vm::{Cgroup, Console, CpuProfile, Disk, Link, Memory, Net, Vm, Vsock};
 
 /// What the root of a container needs of its kernel.
-const FILE_SYSTEMS: [Need; 2] = [Need::required("ext4", "EXT4_FS"), Need::required("overlay", "OVERLAY_FS")];
+const FILE_SYSTEMS: [Need; 3] =
+    [Need::required("erofs", "EROFS_FS"), Need::required("ext4", "EXT4_FS"), Need::required("overlay", "OVERLAY_FS")];
 
 /// Collects what a container shall be; see [`Container::builder`]. Nothing is done before [`ContainerBuilder::start`].
 #[derive(Debug, Clone)]
@@ -160,8 +162,8 @@ impl ContainerBuilder {
     fn run(self, begin: Instant) -> Result<Container> {
         let hostname = check_hostname(&self.hostname)?;
         let kernel = self.kernel.clone().map_or_else(Kernel::find, Ok)?;
-        let lower = Disk::open_file(self.image.disk()?).read_only();
-        let upper = Disk::open_file(self.image.scratch(self.disk)?);
+        let lower = Disk::open_file(self.image.disk(&Cancel::default())?).read_only();
+        let upper = Disk::open_file(Image::scratch(self.disk)?);
         let mut vm = Vm::builder(kernel.clone())
             .vcpus(self.vcpus)
             .cpu(self.cpu)
@@ -197,7 +199,7 @@ impl ContainerBuilder {
             hostname,
             control_port: CONTROL_PORT,
             root: Root::Overlay {
-                lower: Source { device: b"/dev/vda", fs: b"ext4" },
+                lower: Source { device: b"/dev/vda", fs: b"erofs" },
                 upper: Source { device: b"/dev/vdb", fs: b"ext4" },
             },
             modules: modules.as_strings(),

@@ -20,9 +20,9 @@ pub(crate) use agent::control_stream;
 pub use builder::ContainerBuilder;
 pub use cancel::CancelToken;
 pub use exec::{Exec, Stdio};
-pub use image::Image;
 #[cfg(any(test, feature = "internals"))]
 pub(crate) use image::read_archive;
+pub use image::{Image, ImageLimits};
 pub use process::{ExitStatus, Output, Process, ProcessReader, ProcessWriter};
 
 use crate::error::Result;

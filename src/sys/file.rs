@@ -5,11 +5,14 @@ use std::ffi::CString;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, BorrowedFd};
+#[cfg(test)]
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
+use super::path_of;
 use crate::size::Size;
 
 /// How a file is shared between virtual machines.
@@ -36,14 +39,14 @@ pub(crate) fn try_lock(file: &File, kind: LockKind) -> io::Result<bool> {
     }
 }
 
-/// Takes an exclusive open-file-description lock on one byte, which need not exist; waits for others.
-pub(crate) fn lock_byte(file: &File, byte: u64) -> io::Result<()> {
+/// Takes an exclusive open-file-description lock on one byte, which need not exist, without waiting; `Ok(false)` when somebody
+/// else holds it.
+pub(crate) fn try_lock_byte(file: &File, byte: u64) -> io::Result<bool> {
     let start = i64::try_from(byte).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))?;
-    loop {
-        match lock(file, libc::F_OFD_SETLKW, libc::F_WRLCK, start..start.saturating_add(1)) {
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-            outcome => return outcome,
-        }
+    match lock(file, libc::F_OFD_SETLK, libc::F_WRLCK, start..start.saturating_add(1)) {
+        Ok(()) => Ok(true),
+        Err(e) if matches!(e.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => Ok(false),
+        Err(e) => Err(e),
     }
 }
 
@@ -138,26 +141,11 @@ fn allocate(file: &File, mode: libc::c_int, offset: u64, len: u64) -> io::Result
     }
 }
 
-/// Makes `to`, an empty file, the same as `from`. Holes stay holes.
-pub(crate) fn copy_data(from: &File, to: &File) -> io::Result<()> {
-    to.set_len(from.metadata()?.len())?;
-    let mut buffer = vec![0; 64 << 10];
-    for range in data_ranges(from)? {
-        for at in range.clone().step_by(buffer.len()) {
-            let room = usize::try_from(range.end - at).unwrap_or(usize::MAX).min(buffer.len());
-            let piece = buffer.get_mut(..room).unwrap_or_default();
-            from.read_exact_at(piece, at)?;
-            to.write_all_at(piece, at)?;
-        }
-    }
-    Ok(())
-}
-
-/// All extended attributes of a path itself; a symbolic link is not followed.
-pub(crate) fn xattrs(path: &Path) -> io::Result<BTreeMap<String, Vec<u8>>> {
-    let path = CString::new(path.as_os_str().as_bytes())?;
+/// All extended attributes of an open file, which may be open with `O_PATH` only.
+pub(crate) fn xattrs(fd: BorrowedFd<'_>) -> io::Result<BTreeMap<Vec<u8>, Vec<u8>>> {
+    let path = CString::new(path_of(fd).into_os_string().into_vec())?;
     // SAFETY: `path` is NUL-terminated; the pointer and length describe the buffer.
-    let names = read_growing(|to| unsafe { libc::llistxattr(path.as_ptr(), to.as_mut_ptr().cast(), to.len()) });
+    let names = read_growing(|to| unsafe { libc::listxattr(path.as_ptr(), to.as_mut_ptr().cast(), to.len()) });
     let names = match names {
         Err(e) if e.raw_os_error() == Some(libc::EOPNOTSUPP) => return Ok(BTreeMap::new()),
         other => other?,
@@ -167,16 +155,27 @@ pub(crate) fn xattrs(path: &Path) -> io::Result<BTreeMap<String, Vec<u8>>> {
         let c_name = CString::new(name)?;
         // SAFETY: both strings are NUL-terminated; the pointer and length describe the buffer.
         let value = read_growing(|to| unsafe {
-            libc::lgetxattr(path.as_ptr(), c_name.as_ptr(), to.as_mut_ptr().cast(), to.len())
+            libc::getxattr(path.as_ptr(), c_name.as_ptr(), to.as_mut_ptr().cast(), to.len())
         });
         match value {
-            Ok(value) => drop(found.insert(String::from_utf8_lossy(name).into_owned(), value)),
+            Ok(value) => drop(found.insert(name.to_vec(), value)),
             // It was removed in between.
             Err(e) if e.raw_os_error() == Some(libc::ENODATA) => {}
             Err(e) => return Err(e),
         }
     }
     Ok(found)
+}
+
+/// Makes a pipe with a name, for tests of what must not wait for one.
+#[cfg(test)]
+pub(crate) fn make_fifo(path: &std::path::Path) -> io::Result<()> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    // SAFETY: the path is NUL-terminated and lives across the call.
+    match unsafe { libc::mkfifo(path.as_ptr(), 0o600) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 /// Repeats a call that wants a buffer until the buffer is large enough; the kernel's limit is 64 KiB.
@@ -252,18 +251,6 @@ mod tests {
         drop(a);
         assert!(try_lock(&b, LockKind::Exclusive).unwrap());
         std::fs::remove_file(&dir).unwrap();
-    }
-
-    #[test]
-    fn copies_have_the_data_and_the_holes() {
-        let [from, to] = [(); 2].map(|()| crate::sys::temp_file(&std::env::temp_dir()).unwrap());
-        from.set_len(64 << 20).unwrap();
-        from.write_all_at(&[7; 100_000], 32 << 20).unwrap();
-        copy_data(&from, &to).unwrap();
-        let mut piece = [0; 100_001];
-        to.read_exact_at(&mut piece, 32 << 20).unwrap();
-        assert!(piece[..100_000].iter().all(|b| *b == 7) && piece[100_000] == 0);
-        assert_eq!((to.metadata().unwrap().len(), next_data(&to, 0).unwrap()), (64 << 20, Some(32 << 20)));
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //! about guest memory or KVM lives in this folder.
 #![allow(unsafe_code, reason = "raw system calls; see DESIGN 7: sys/ is one of the folders that may")]
 
+mod beneath;
 mod descriptors;
 mod disk;
 mod draft;
@@ -23,13 +24,16 @@ mod thread;
 mod timer;
 mod uring;
 
+pub(crate) use beneath::{Beneath, is_private, link_target, path_of};
 pub(crate) use descriptors::is_spare;
 pub use descriptors::set_descriptor_reserve;
 pub(crate) use disk::{Alignment, Space, discard_device, lock_holder, memfd, memory_file, space};
 pub(crate) use draft::{Draft, temp_file};
+#[cfg(test)]
+pub(crate) use file::make_fifo;
 pub(crate) use file::{
-    LockKind, cache_dir, copy_data, data_ranges, fill_random, lock_byte, next_data, next_hole, page_size, punch,
-    scratch_file, try_lock, xattrs, zero, zero_range,
+    LockKind, cache_dir, data_ranges, fill_random, next_data, next_hole, page_size, punch, scratch_file, try_lock,
+    try_lock_byte, xattrs, zero, zero_range,
 };
 #[cfg(test)]
 pub(crate) use fork::beside_a_child;

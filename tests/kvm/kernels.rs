@@ -73,7 +73,7 @@ pub fn a_panic_is_told_though_the_kernel_would_hang() -> Outcome {
 
 pub fn a_module_that_fails_is_named() -> Outcome {
     let temp = Temp::new()?;
-    let built_in = ["virtio_mmio", "virtio_blk", "vmw_vsock_virtio_transport", "ext4", "overlay"];
+    let built_in = ["virtio_mmio", "virtio_blk", "vmw_vsock_virtio_transport", "erofs", "ext4", "overlay"];
     std::fs::write(temp.path("modules.builtin"), built_in.map(|name| format!("kernel/{name}.ko\n")).concat())?;
     std::fs::write(temp.path("modules.dep"), "broken.ko:\n")?;
     std::fs::write(temp.path("broken.ko"), b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x01\0\x3e\0")?;

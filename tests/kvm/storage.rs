@@ -20,14 +20,14 @@ fn root() -> Result<PathBuf, Box<dyn std::error::Error>> {
     // In a folder of its own, so that it is the only disk there.
     let folder = cache().join("storage");
     Image::open(cache().join("images/debian-12-storage.tar"))?.cache_dir(&folder).prepare()?;
-    let is_disk = |path: &PathBuf| path.extension().is_some_and(|extension| extension == "ext4");
+    let is_disk = |path: &PathBuf| path.extension().is_some_and(|extension| extension == "erofs");
     let found = std::fs::read_dir(folder)?.flatten().map(|entry| entry.path()).find(is_disk);
     found.ok_or_else(|| "the image's disk is not there".into())
 }
 
 /// A machine with that Debian as `/dev/vda`, in which bash runs `script`.
 fn debian(script: &str) -> Result<VmBuilder, Box<dyn std::error::Error>> {
-    let init = "mkdir /mnt; mount -o ro -t ext4 /dev/vda /mnt; for d in dev proc sys; do mount -o bind /$d /mnt/$d; done; \
+    let init = "mkdir /mnt; mount -o ro -t erofs /dev/vda /mnt; for d in dev proc sys; do mount -o bind /$d /mnt/$d; done; \
                 for d in tmp run mnt; do mount -t tmpfs $d /mnt/$d; done; cp /script /mnt/tmp/; \
                 PATH=/usr/sbin:/usr/bin:/sbin:/bin chroot /mnt bash /tmp/script; \
                 reboot -f";

@@ -1,99 +1,213 @@
 //! Reads an image from a directory, in an order that does not depend on the host's file system.
+//!
+//! All is opened below a descriptor of the directory, without following a link, and looked at once more after that: what somebody
+//! puts in place of something else meanwhile is an error and never what a link points to.
 
-use std::collections::{BTreeMap, HashMap};
-use std::fs::{self, File, Metadata};
+use std::collections::HashMap;
+use std::ffi::OsString;
+use std::fs::{self, File, Metadata as Stat};
+use std::io::{self, Read};
+use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
 use sha2::{Digest, Sha256};
 
-use super::entry::{Entry, Kind, Name, symlink_target};
-use super::ext4::Writer;
-use crate::error::{Context, Result};
-use crate::sys;
+use super::budget::Budget;
+use super::content::{Content, SparseMap};
+use super::path::{EntryPath, symlink_target};
+use super::recognize;
+use super::tar::Target;
+use super::tree::{FileData, InodeKind, Metadata};
+use super::xattr::{self, Holder};
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::sys::{self, Beneath};
+
+/// What one read asks for.
+const PIECE: usize = 256 << 10;
+
+/// Something in the directory: where it is, what it is, and itself, opened as a mere place.
+struct Found<'a> {
+    path: &'a Path,
+    stat: &'a Stat,
+    place: &'a File,
+}
 
 /// Calls `f` with everything below `root`, parents first, names in order. Never follows a symbolic link.
-fn walk(root: &Path, f: &mut dyn FnMut(&Path, &Metadata) -> Result<()>) -> Result<()> {
-    let mut waiting = vec![root.to_path_buf()];
-    while let Some(path) = waiting.pop() {
-        let doing = || format!("reading {}", path.display());
-        let metadata = fs::symlink_metadata(&path).doing(doing)?;
-        f(&path, &metadata)?;
-        if metadata.is_dir() {
-            let mut names: Vec<PathBuf> = Vec::new();
-            for child in fs::read_dir(&path).doing(doing)? {
-                names.push(child.doing(doing)?.path());
+fn walk(root: &Beneath, budget: &Budget, f: &mut dyn FnMut(Found<'_>) -> Result<()>) -> Result<()> {
+    let mut waiting: Vec<(Rc<Path>, OsString)> = vec![(Rc::from(Path::new("")), OsString::new())];
+    while let Some((folder, name)) = waiting.pop() {
+        budget.entry()?;
+        let path: PathBuf = if name.is_empty() { PathBuf::new() } else { folder.join(name) };
+        let doing = || format!("reading {:?}", path.display());
+        let place = root.open_at(&path, libc::O_PATH).doing(doing)?;
+        let stat = place.metadata().doing(doing)?;
+        f(Found { path: &path, stat: &stat, place: &place }).doing(doing)?;
+        if stat.is_dir() {
+            let directory = root.open_at(&path, libc::O_RDONLY | libc::O_DIRECTORY).doing(doing)?;
+            same(&stat, &directory.metadata()?).doing(doing)?;
+            let folder: Rc<Path> = Rc::from(&*path);
+            let before = waiting.len();
+            for child in fs::read_dir(sys::path_of(directory.as_fd())).doing(doing)? {
+                let name = child.doing(doing)?.file_name();
+                budget.names(name.len())?;
+                waiting.push((folder.clone(), name));
             }
-            names.sort_unstable_by(|a, b| b.cmp(a));
-            waiting.append(&mut names);
+            waiting.get_mut(before..).unwrap_or_default().sort_unstable_by(|(_, a), (_, b)| b.cmp(a));
         }
     }
     Ok(())
 }
 
-/// Feeds `hash` with what changes whenever anything in the directory has changed. Contents need not be read for that:
-/// the kernel gives a file a new change time with every write.
-pub(super) fn fingerprint(root: &Path, hash: &mut Sha256) -> Result<()> {
-    walk(root, &mut |path, m| {
-        hash.update(path.strip_prefix(root).unwrap_or(path).as_os_str().as_bytes());
-        let numbers = [m.dev(), m.ino(), m.len(), m.mode().into(), m.uid().into(), m.gid().into(), m.rdev()];
-        let times = [m.mtime(), m.mtime_nsec(), m.ctime(), m.ctime_nsec()];
-        hash.update([0]);
-        numbers.iter().for_each(|n| hash.update(n.to_le_bytes()));
-        times.iter().for_each(|t| hash.update(t.to_le_bytes()));
+/// # Errors
+/// `InvalidState` when something else has taken its place.
+fn same(stat: &Stat, now: &Stat) -> Result<()> {
+    if (stat.dev(), stat.ino(), stat.file_type()) == (now.dev(), now.ino(), now.file_type()) {
+        return Ok(());
+    }
+    Err(Error::new(ErrorKind::InvalidState, "it was replaced while the directory was read"))
+}
+
+/// What changes whenever anything in the directory has changed. Contents need not be read for that: the kernel gives a file a new
+/// change time with every write.
+fn identify(hash: &mut Sha256, path: &Path, m: &Stat) {
+    hash.update(path.as_os_str().as_bytes());
+    let numbers = [m.dev(), m.ino(), m.len(), m.mode().into(), m.uid().into(), m.gid().into(), m.rdev()];
+    let times = [m.mtime(), m.mtime_nsec(), m.ctime(), m.ctime_nsec()];
+    hash.update([0]);
+    numbers.iter().for_each(|n| hash.update(n.to_le_bytes()));
+    times.iter().for_each(|t| hash.update(t.to_le_bytes()));
+}
+
+/// Feeds `hash` with what the directory is.
+pub(super) fn fingerprint(root: &Beneath, budget: &Budget, hash: &mut Sha256) -> Result<()> {
+    walk(root, budget, &mut |found| {
+        identify(hash, found.path, found.stat);
         Ok(())
     })
 }
 
-/// Gives everything in the directory to `writer`.
+/// Adds everything in the directory to `to`, and feeds `hash` as [`fingerprint`] does.
 ///
 /// # Errors
-/// `PermissionDenied` for what may not be read, `Unsupported` for what cannot be kept.
-pub(super) fn write(root: &Path, writer: &mut Writer) -> Result<()> {
+/// `PermissionDenied` for what may not be read, `Unsupported` for what cannot be kept, `InvalidState` for what changes meanwhile.
+pub(super) fn read(root: &Beneath, to: &mut Target<'_, '_>, hash: &mut Sha256) -> Result<()> {
     // Files with several names, by device and inode.
-    let mut linked: HashMap<(u64, u64), Name> = HashMap::new();
-    walk(root, &mut |path, m| {
-        let inside = path.strip_prefix(root).unwrap_or(path);
-        let name = Name::parse(inside.as_os_str().as_bytes())?;
-        let xattrs = xattrs(path).doing(|| format!("reading attributes of {}", path.display()))?;
-        let entry = |kind| Entry {
-            path: name.clone(),
-            kind,
-            uid: m.uid(),
-            gid: m.gid(),
-            mode: (m.mode() & 0o7777) as u16,
-            mtime: m.mtime(),
-            xattrs,
-        };
-        if m.nlink() > 1 && !m.is_dir() {
-            if let Some(first) = linked.get(&(m.dev(), m.ino())) {
-                return writer.add(entry(Kind::HardLink(first.clone())));
+    let mut linked: HashMap<(u64, u64), EntryPath> = HashMap::new();
+    let budget = to.budget;
+    let mut found_any = false;
+    walk(root, budget, &mut |found| {
+        let (stat, place) = (found.stat, found.place);
+        identify(hash, found.path, stat);
+        let path = EntryPath::parse(found.path.as_os_str().as_bytes())?;
+        found_any |= !path.is_root();
+        if stat.nlink() > 1 && !stat.is_dir() {
+            if let Some(first) = linked.get(&(stat.dev(), stat.ino())) {
+                return to.tree.add_link(&path, first, budget);
             }
-            linked.insert((m.dev(), m.ino()), name.clone());
+            budget.names(path.as_bytes().len())?;
+            linked.insert((stat.dev(), stat.ino()), path.clone());
         }
-        let (major, minor) = (libc::major(m.rdev()), libc::minor(m.rdev()));
-        let kind = m.file_type();
-        if kind.is_file() {
-            let mut file = File::open(path).doing(|| format!("reading {}", path.display()))?;
-            return writer.add(entry(Kind::File(&mut file)));
-        }
-        match () {
-            () if kind.is_dir() => writer.add(entry(Kind::Directory)),
+        let kind = stat.file_type();
+        let number = || super::device_number(libc::major(stat.rdev()), libc::minor(stat.rdev()));
+        let kind = match () {
+            () if kind.is_dir() => {
+                let metadata = metadata(&found, Holder::Directory, budget)?;
+                return to.tree.add_directory(&path, metadata, budget);
+            }
+            () if kind.is_file() => InodeKind::File(content(root, &found, to)?),
             () if kind.is_symlink() => {
-                let target = fs::read_link(path).doing(|| format!("reading {}", path.display()))?;
-                let target = symlink_target(target.as_os_str().as_bytes(), &name)?;
-                writer.add(entry(Kind::Symlink(target)))
+                let target = symlink_target(&sys::link_target(place.as_fd())?)?;
+                budget.names(target.len())?;
+                InodeKind::Symlink(target)
             }
-            () if kind.is_char_device() => writer.add(entry(Kind::CharacterDevice(major, minor))),
-            () if kind.is_block_device() => writer.add(entry(Kind::BlockDevice(major, minor))),
-            () if kind.is_fifo() => writer.add(entry(Kind::Fifo)),
+            () if kind.is_char_device() && stat.rdev() == 0 => {
+                let what = "a character device 0:0, which containers cannot show";
+                return Err(Error::new(ErrorKind::Unsupported, what));
+            }
+            () if kind.is_char_device() => InodeKind::CharacterDevice(number()?),
+            () if kind.is_block_device() => InodeKind::BlockDevice(number()?),
+            () if kind.is_fifo() => InodeKind::Fifo,
             // A socket is the end of a running program's connection; there is nothing to keep.
-            () => Ok(()),
-        }
-    })
+            () => return Ok(()),
+        };
+        let holder = if matches!(kind, InodeKind::File(_)) { Holder::File } else { Holder::Other };
+        to.tree.add(&path, kind, metadata(&found, holder, budget)?, budget)
+    })?;
+    if !found_any {
+        return Err(Error::new(ErrorKind::InvalidConfig, "the directory is empty"));
+    }
+    recognize::no_other_image(to.tree)
 }
 
-fn xattrs(path: &Path) -> std::io::Result<BTreeMap<String, Vec<u8>>> {
-    sys::xattrs(path)
+fn metadata(found: &Found<'_>, holder: Holder, budget: &Budget) -> Result<Metadata> {
+    let mut xattrs = sys::xattrs(found.place.as_fd()).doing(|| "reading its attributes")?;
+    let stat = found.stat;
+    let mode = (stat.mode() & 0o7777) as u16;
+    let mode = if stat.is_symlink() { mode } else { xattr::settle_mode(mode, &mut xattrs) };
+    let xattrs = xattr::encode(&xattrs, holder)?;
+    budget.xattrs(xattrs.len())?;
+    let mtime_nsec = u32::try_from(stat.mtime_nsec()).unwrap_or(0);
+    Ok(Metadata { mode, uid: stat.uid(), gid: stat.gid(), mtime: stat.mtime(), mtime_nsec, xattrs })
+}
+
+fn content(root: &Beneath, found: &Found<'_>, to: &mut Target<'_, '_>) -> Result<FileData> {
+    let file = root.open_regular(found.path)?;
+    same(found.stat, &file.metadata()?)?;
+    let size = found.stat.len();
+    let mut source = Reading { file: &file, buffer: Vec::new() };
+    // Blocks of 512 bytes.
+    if found.stat.blocks().saturating_mul(512) >= size {
+        return to.disk.write_file(size, &mut source);
+    }
+    let ranges = sys::data_ranges(&file)?;
+    let pieces = ranges.iter().map(|range| (range.start, range.end.min(size).saturating_sub(range.start)));
+    let map = SparseMap::new(size, pieces.collect())?;
+    let mut source = Pieces { source, pieces: map.pieces.iter(), left: 0 };
+    to.disk.write_sparse(&map, &mut source)
+}
+
+/// What is read of a file from where it stands.
+struct Reading<'a> {
+    file: &'a File,
+    buffer: Vec<u8>,
+}
+
+impl Content for Reading<'_> {
+    fn next(&mut self, most: u64) -> Result<&[u8]> {
+        self.buffer.resize(usize::try_from(most).unwrap_or(PIECE).min(PIECE), 0);
+        loop {
+            match self.file.read(&mut self.buffer) {
+                Ok(0) => return Err(Error::new(ErrorKind::InvalidState, "it became shorter while it was read")),
+                Ok(n) => return Ok(self.buffer.get(..n).unwrap_or_default()),
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(e.into()),
+            }
+        }
+    }
+}
+
+/// The same of a file with holes, which it jumps over.
+struct Pieces<'a, 'p> {
+    source: Reading<'a>,
+    pieces: std::slice::Iter<'p, (u64, u64)>,
+    /// Of the piece that it is in.
+    left: u64,
+}
+
+impl Content for Pieces<'_, '_> {
+    fn next(&mut self, most: u64) -> Result<&[u8]> {
+        use std::io::{Seek, SeekFrom};
+        if self.left == 0 {
+            if let Some((offset, len)) = self.pieces.next() {
+                self.source.file.seek(SeekFrom::Start(*offset))?;
+                self.left = *len;
+            }
+        }
+        let piece = self.source.next(most.min(self.left))?;
+        self.left -= piece.len() as u64;
+        Ok(piece)
+    }
 }

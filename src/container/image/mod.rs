@@ -1,38 +1,75 @@
 //! [`Image`]: a root file system as people have it, and the disk that is made of it once.
 
+mod acl;
+mod budget;
+mod content;
 mod directory;
-mod entry;
+mod erofs;
 mod ext4;
+mod limits;
+mod path;
+mod recognize;
+mod seal;
 mod store;
 mod tar;
+mod tree;
+mod xattr;
 
 use std::fs::File;
-use std::io::Read;
-use std::os::unix::fs::MetadataExt;
+use std::io::{Read, Seek, SeekFrom};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use sha2::{Digest, Sha256};
 
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::size::Size;
-use crate::sys;
+use crate::sys::{self, Beneath};
+pub(crate) use budget::Cancel;
+use budget::{Budget, Patience};
+pub use limits::ImageLimits;
 use store::Store;
+use tar::{Stream, Target};
+use tree::Tree;
+
+/// Stack of the thread that prepares an image. Nothing there recurses over what is read.
+const STACK: usize = 512 << 10;
+
+/// Disks that an older release wrote in another way are other disks.
+const DISK_VERSION: &[u8] = b"cofferdam disk 2\n";
 
 /// A root file system to start containers from: a tar archive or a directory. Cloning is cheap.
 ///
-/// The first container of an image waits until its content was written into an ext4 disk image, without privileges and
+/// The first container of an image waits until its content was written into an EROFS disk image, without privileges and
 /// without mounting anything. That disk is kept in the user's cache under the digest of the content and is shared
 /// read-only by every container, also of other processes; however many ask at once, it is made once.
 ///
-/// Ownership, modes, times, links, device nodes and extended attributes are those of the archive or directory. What
-/// cannot be kept is an error that names the entry, never left out silently: names that are not UTF-8, and sparse files
-/// in the archive format of GNU tar's `--format=posix --sparse`. Sockets have no meaning in an image and are left out.
+/// # What is read
+///
+/// An archive is in any format that GNU tar, bsdtar or star write, and is not compressed. The tree is the one that GNU tar gives
+/// when root runs `tar --numeric-owner -p --xattrs --xattrs-include='*' --acls -x`: later entries replace earlier ones, and
+/// directories merge. Links are followed inside the image only. What GNU tar refuses is an error that names the entry.
+///
+/// Ownership, modes, times, links, device nodes, holes, extended attributes and ACLs are those of the archive or directory. What
+/// cannot be kept is an error, never left out silently: attributes outside `user`, `trusted`, `security` and POSIX ACLs,
+/// `trusted.overlay`, and a character device 0:0. Sockets have no meaning in an image and are left out.
+///
+/// # Images of strangers
+///
+/// No content makes preparation panic, or take more memory, disk or time than allowed. [`ImageLimits`], [`Image::max_size`] and
+/// [`Image::prepare_timeout`] are these bounds. Preparation runs on a thread of its own.
+///
+/// The cache folder is made for its user alone. A folder that others can write to is refused, and so are files of others in it.
+/// Each process reads a disk through before its first use, and makes a damaged one anew.
 #[derive(Debug, Clone)]
 pub struct Image {
     path: PathBuf,
     kind: Kind,
     cache: Option<PathBuf>,
     max_size: Size,
+    limits: ImageLimits,
+    prepare_timeout: Duration,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -60,102 +97,163 @@ impl Image {
             }
         };
         let path = std::path::absolute(path).doing(doing)?;
-        Ok(Self { path, kind, cache: None, max_size: Size::gib(16) })
+        let (limits, prepare_timeout) = (ImageLimits::default(), Duration::from_secs(600));
+        Ok(Self { path, kind, cache: None, max_size: Size::gib(16), limits, prepare_timeout })
     }
 
     /// Keeps the disk in this folder instead of the user's cache (`$XDG_CACHE_HOME/cofferdam/images`, with `~/.cache`
-    /// where that variable is not set). It is made when it is missing.
+    /// where that variable is not set). It is made when it is missing, for this user alone.
     pub fn cache_dir(mut self, dir: impl Into<PathBuf>) -> Self {
         self.cache = Some(dir.into());
         self
     }
 
-    /// Refuses content beyond `size` in all, 16 GiB unless set: an archive of a few bytes can unpack to any size.
+    /// Refuses an image whose disk would take more than `size`, 16 GiB unless set. Holes of files take nothing; zeros count.
     pub fn max_size(mut self, size: Size) -> Self {
         self.max_size = size;
         self
     }
 
-    /// Makes the disk if it is not there yet, so that no container has to wait for it. Blocks.
+    /// Sets how much the image may contain; [`ImageLimits::default`] unless set. A disk that is there already is not measured.
+    pub fn limits(mut self, limits: ImageLimits) -> Self {
+        self.limits = limits;
+        self
+    }
+
+    /// Sets how long preparation may take, waiting for others included; ten minutes unless set.
+    pub fn prepare_timeout(mut self, timeout: Duration) -> Self {
+        self.prepare_timeout = timeout;
+        self
+    }
+
+    /// Makes the disk if it is not there yet, so that no container has to wait for it. Blocks, at most about
+    /// [`Image::prepare_timeout`].
     ///
     /// # Errors
     /// `Corrupt` for an archive that is damaged or is none, `Unsupported` for what cannot be kept, both naming the
-    /// entry; `InvalidConfig` beyond [`Image::max_size`]; `ResourceExhausted` without space. Nothing is left behind.
+    /// entry; `InvalidConfig` beyond a limit, naming its method, and for an empty directory; `InvalidState` for what is written to
+    /// meanwhile; `PermissionDenied` for a cache folder that others can write to; `TimedOut`; `ResourceExhausted` without space.
+    /// Nothing is left behind.
     pub fn prepare(&self) -> Result<()> {
-        self.disk().map(drop)
+        self.disk(&Cancel::default()).map(drop)
     }
 
     /// The disk, open for reading.
-    pub(super) fn disk(&self) -> Result<File> {
-        self.made().doing(|| format!("preparing image {}", self.path.display()))
+    pub(super) fn disk(&self, cancel: &Cancel) -> Result<File> {
+        let make = || self.made(&Patience::new(self.prepare_timeout, cancel));
+        std::thread::scope(|scope| {
+            let thread = std::thread::Builder::new().name("image".into()).stack_size(STACK);
+            let thread = thread.spawn_scoped(scope, make).doing(|| "starting a thread")?;
+            // Our own fault, whatever the image is.
+            let panicked = |_| Err(Error::new(ErrorKind::Io, "preparation has panicked"));
+            thread.join().unwrap_or_else(panicked)
+        })
+        .doing(|| format!("preparing image {}", self.path.display()))
     }
 
-    /// An empty, unnamed file system of `size`, rounded up to 128 MiB, for a container to write to. The first of a size is
-    /// kept beside the disks of images, all others are copies of the little that is in it.
-    pub(super) fn scratch(&self, size: Size) -> Result<File> {
+    /// An empty, unnamed file system of `size`, rounded up to 128 MiB, for a container to write to.
+    pub(super) fn scratch(size: Size) -> Result<File> {
         let size = ext4::whole_groups(size)?;
-        self.copy_of_empty(size).doing(|| format!("disk: making a disk of {size}"))
+        let make = || -> std::io::Result<File> {
+            let file = sys::temp_file(&std::env::temp_dir())?;
+            ext4::write_empty(&file, size)?;
+            Ok(file)
+        };
+        make().doing(|| format!("disk: making a disk of {size} in {}", std::env::temp_dir().display()))
     }
 
-    fn copy_of_empty(&self, size: Size) -> Result<File> {
-        let mut hash = Sha256::new();
-        hash.update(b"cofferdam empty disk 1\n");
-        hash.update(size.as_bytes().to_le_bytes());
+    fn made(&self, patience: &Patience) -> Result<File> {
         let store = Store::open(self.cache.clone())?;
-        let empty = store.get_or_make(&hex(&hash.finalize()), |path| ext4::write_empty(path, size))?;
-        let copy = sys::temp_file(&std::env::temp_dir())?;
-        sys::copy_data(&empty, &copy)?;
-        Ok(copy)
+        match self.kind {
+            Kind::Tar => self.made_of_archive(&store, patience),
+            Kind::Directory => self.made_of_directory(&store, patience),
+        }
     }
 
-    fn made(&self) -> Result<File> {
-        let store = Store::open(self.cache.clone())?;
-        let identity = self.identity()?;
-        let digest = match identity.as_ref().and_then(|identity| store.remembered(identity)) {
+    fn budget(&self, patience: &Patience) -> Budget {
+        Budget::new(&self.limits, self.max_size, patience)
+    }
+
+    /// The archive is opened once. What is written was read by the same descriptor, and is kept under the digest of just that.
+    fn made_of_archive(&self, store: &Store, patience: &Patience) -> Result<File> {
+        let mut file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(&self.path)?;
+        if !file.metadata()?.is_file() {
+            return Err(Error::new(ErrorKind::InvalidState, "it is no file any more"));
+        }
+        let identity = identity(&file)?;
+        let changed = || Error::new(ErrorKind::InvalidState, "the archive was written to while it was read");
+        let digest = match store.remembered(&identity) {
             Some(digest) => digest,
             None => {
-                let digest = self.digest()?;
-                identity.iter().for_each(|identity| store.remember(identity, &digest));
+                let mut hash = begin();
+                read_into(&mut file, &mut hash, patience)?;
+                let digest = hex(&hash.finalize());
+                if self::identity(&file)? != identity {
+                    return Err(changed());
+                }
+                store.remember(&identity, &digest);
                 digest
             }
         };
-        store.get_or_make(&digest, |path| ext4::write(path, self.max_size, |writer| self.write(writer)))
+        store.get_or_make(&digest, patience, |disk| {
+            file.seek(SeekFrom::Start(0))?;
+            let read = write_archive(&mut file, disk, &self.budget(patience))?;
+            if hex(&read.finalize()) == digest {
+                return Ok(());
+            }
+            store.forget(&identity);
+            Err(changed())
+        })
     }
 
-    fn write(&self, writer: &mut ext4::Writer) -> Result<()> {
-        match self.kind {
-            Kind::Tar => tar::write(&self.path, writer),
-            Kind::Directory => directory::write(&self.path, writer),
-        }
-    }
-
-    /// What changes whenever an archive's content may have changed, without reading it. A directory's own times say
-    /// nothing of what is in it, so it has no such thing.
-    fn identity(&self) -> Result<Option<String>> {
-        let m = std::fs::metadata(&self.path)?;
-        let times = [m.mtime(), m.mtime_nsec(), m.ctime(), m.ctime_nsec()];
-        let mut hash = Sha256::new();
-        [m.dev(), m.ino(), m.len()].iter().for_each(|field| hash.update(field.to_le_bytes()));
-        times.iter().for_each(|field| hash.update(field.to_le_bytes()));
-        Ok((self.kind == Kind::Tar).then(|| hex(&hash.finalize())))
-    }
-
-    /// What the content is, in 64 hexadecimal digits.
-    fn digest(&self) -> Result<String> {
-        let mut hash = Sha256::new();
-        // Disks that an older release wrote in another way are other disks.
-        hash.update(b"cofferdam disk 1\n");
-        match self.kind {
-            Kind::Tar => read_into(File::open(&self.path)?, &mut hash)?,
-            Kind::Directory => directory::fingerprint(&self.path, &mut hash)?,
-        }
-        Ok(hex(&hash.finalize()))
+    fn made_of_directory(&self, store: &Store, patience: &Patience) -> Result<File> {
+        let root = Beneath::open(&self.path)?;
+        let mut hash = begin();
+        directory::fingerprint(&root, &self.budget(patience), &mut hash)?;
+        let digest = hex(&hash.finalize());
+        store.get_or_make(&digest, patience, |disk| {
+            let budget = self.budget(patience);
+            let (mut tree, mut hash) = (Tree::new(), begin());
+            let mut to = erofs::Disk::new(disk, &budget)?;
+            directory::read(&root, &mut Target { tree: &mut tree, disk: &mut to, budget: &budget }, &mut hash)?;
+            erofs::finish(&tree, to)?;
+            if hex(&hash.finalize()) == digest {
+                return Ok(());
+            }
+            Err(Error::new(ErrorKind::InvalidState, "the directory was written to while it was read"))
+        })
     }
 }
 
-fn read_into(mut file: File, hash: &mut Sha256) -> Result<()> {
-    let mut buffer = vec![0; 64 << 10];
+/// Writes the disk of an archive, and returns the hash of all that was read of it.
+fn write_archive(source: &mut dyn Read, disk: &File, budget: &Budget) -> Result<Sha256> {
+    let mut tree = Tree::new();
+    let mut to = erofs::Disk::new(disk, budget)?;
+    let mut stream = Stream::new(source, begin(), budget);
+    tar::read(&mut stream, &mut Target { tree: &mut tree, disk: &mut to, budget })?;
+    erofs::finish(&tree, to)?;
+    stream.finish()
+}
+
+/// What changes whenever an archive's content may have changed, without reading it.
+fn identity(file: &File) -> Result<String> {
+    let m = file.metadata()?;
+    let times = [m.mtime(), m.mtime_nsec(), m.ctime(), m.ctime_nsec()];
+    let mut hash = begin();
+    [m.dev(), m.ino(), m.len()].iter().for_each(|field| hash.update(field.to_le_bytes()));
+    times.iter().for_each(|field| hash.update(field.to_le_bytes()));
+    Ok(hex(&hash.finalize()))
+}
+
+/// The hash by which disks are found.
+fn begin() -> Sha256 {
+    Sha256::new_with_prefix(DISK_VERSION)
+}
+
+fn read_into(file: &mut File, hash: &mut Sha256, patience: &Patience) -> Result<()> {
+    let mut buffer = vec![0; 1 << 20];
     loop {
+        patience.check()?;
         match file.read(&mut buffer) {
             Ok(0) => return Ok(()),
             Ok(n) => hash.update(buffer.get(..n).unwrap_or_default()),
@@ -169,15 +267,41 @@ fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// Reads an archive into a disk that nobody keeps.
+/// A device's number as Linux keeps it on disks (`new_encode_dev`).
+///
+/// # Errors
+/// `Corrupt` for one that Linux has no room for.
+fn device_number(major: u32, minor: u32) -> Result<u32> {
+    if major >> 12 != 0 || minor >> 20 != 0 {
+        return Err(Error::new(ErrorKind::Corrupt, format!("its device number {major}:{minor} is too large")));
+    }
+    Ok(minor & 0xff | major << 8 | (minor & !0xff) << 12)
+}
+
+/// Reads an archive into a disk that nobody keeps, within small limits and on a small stack.
 #[cfg(any(test, feature = "internals"))]
-pub(crate) fn read_archive(source: &mut dyn std::io::Read) {
-    use std::os::fd::AsRawFd;
-    let Ok(file) = sys::temp_file(&std::env::temp_dir()) else {
-        return;
+pub(crate) fn read_archive(source: &mut (dyn Read + Send)) {
+    const STACK: usize = 256 << 10;
+    let size = Size::mib(64);
+    let limits = ImageLimits::new().entries(4096).names(Size::mib(1)).xattrs(Size::mib(1));
+    let read = || {
+        let file = sys::temp_file(&std::env::temp_dir()).ok()?;
+        let patience = Patience::new(Duration::from_secs(60), &Cancel::default());
+        let outcome = write_archive(source, &file, &Budget::new(&limits, size, &patience));
+        let metadata = file.metadata().ok()?;
+        assert!(metadata.blocks() * 512 <= size.as_bytes() + (1 << 20), "more was written than allowed");
+        // Wherever there is no error, there is a disk that reads back whole.
+        if outcome.is_ok() {
+            erofs::reader::Reader::open(&file).tree(4096);
+        }
+        Some(())
     };
-    let path = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
-    let _ = ext4::write(&path, Size::mib(64), |writer| tar::read_archive(source, writer));
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().stack_size(STACK).spawn_scoped(scope, read);
+        if let Err(panic) = thread.map_or(Ok(None), std::thread::ScopedJoinHandle::join) {
+            std::panic::resume_unwind(panic);
+        }
+    });
 }
 
 #[cfg(test)]

@@ -1,43 +1,66 @@
-//! The cache of prepared disks: found by digest, made once however many ask, never seen half-made.
+//! The cache of prepared disks: found by digest, made once however many ask, never seen half-made, and nobody else's.
 
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, Write};
+use std::collections::BTreeSet;
+use std::fs::{self, DirBuilder, File};
+use std::io::{self, Read, Write};
+use std::os::fd::AsFd;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
+use super::budget::Patience;
+use super::seal::{self, Seal};
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::sys::{self, Draft};
+use crate::sys::{self, Beneath, Draft};
 
-/// Of disks and what is known of them, but for what the process's mask takes away.
-const PERMISSIONS: u32 = 0o666;
+/// Of files and of folders: their user's alone, as images hold secrets.
+const FILE_MODE: u32 = 0o600;
+const FOLDER_MODE: u32 = 0o700;
+
+/// How often a lock that somebody else has is tried: with growing pauses between these.
+const FIRST_PAUSE: Duration = Duration::from_millis(1);
+const LAST_PAUSE: Duration = Duration::from_millis(50);
+
+/// Disks that this process has read through, by what changes with any write to them.
+static VERIFIED: Mutex<BTreeSet<[u64; 7]>> = Mutex::new(BTreeSet::new());
+const MAX_VERIFIED: usize = 4096;
 
 /// A folder of disks. Several processes may use one.
 #[derive(Debug)]
 pub(super) struct Store {
+    folder: Beneath,
+    known: Beneath,
+    /// As it was given, for errors.
     dir: PathBuf,
 }
 
 impl Store {
     /// # Errors
-    /// `NotFound` when no folder was given and the user has no cache, else what making it fails with.
+    /// `NotFound` when no folder was given and the user has no cache; `PermissionDenied` for a folder that others can write to;
+    /// else what making it fails with.
     pub(super) fn open(dir: Option<PathBuf>) -> Result<Self> {
         let dir = dir.or_else(|| sys::cache_dir().map(|dir| dir.join("images"))).ok_or_else(|| {
             Error::new(ErrorKind::NotFound, "no cache folder: set HOME or XDG_CACHE_HOME, or use `Image::cache_dir`")
         })?;
-        fs::create_dir_all(dir.join("known")).doing(|| format!("making the cache folder {}", dir.display()))?;
-        Ok(Self { dir })
+        let folder = open_folder(&dir, &dir)?;
+        let known = open_folder(&sys::path_of(folder.as_fd()).join("known"), &dir.join("known"))?;
+        Ok(Self { folder, known, dir })
     }
 
     /// The digest of a file that was seen before and has not changed since.
     pub(super) fn remembered(&self, identity: &str) -> Option<String> {
-        let digest = fs::read_to_string(self.dir.join("known").join(identity)).ok()?;
+        let mut digest = String::new();
+        let file = private_file(&self.known, identity).ok()?;
+        file.take(65).read_to_string(&mut digest).ok()?;
         (digest.len() == 64 && digest.bytes().all(|b| b.is_ascii_hexdigit())).then_some(digest)
     }
 
     /// Remembers it. A failure costs time later and nothing else.
     pub(super) fn remember(&self, identity: &str, digest: &str) {
-        let known = self.dir.join("known");
+        let known = sys::path_of(self.known.as_fd());
         let write = || {
-            let draft = Draft::new(&known, PERMISSIONS)?;
+            let draft = Draft::new(&known, FILE_MODE)?;
             draft.file().write_all(digest.as_bytes())?;
             draft.file().sync_all()?;
             // What is there cannot be read, or it would not be said anew.
@@ -45,76 +68,137 @@ impl Store {
             draft.publish(&known.join(identity))
         };
         if let Err(error) = write() {
-            log::debug!("{} cannot be written: {error}", known.join(identity).display());
+            log::debug!("{} cannot be written: {error}", self.dir.join("known").join(identity).display());
         }
     }
 
-    /// Opens the disk of that digest for reading. Where there is none, one caller makes it and all others wait.
-    pub(super) fn get_or_make(&self, digest: &str, make: impl FnOnce(&Path) -> Result<()>) -> Result<File> {
-        let path = self.dir.join(format!("{digest}.ext4"));
-        let opened = |path: &Path| File::open(path).doing(|| format!("opening {}", path.display()));
-        if let Ok(file) = File::open(&path) {
+    /// No longer believes what was remembered.
+    pub(super) fn forget(&self, identity: &str) {
+        let _ = fs::remove_file(sys::path_of(self.known.as_fd()).join(identity));
+    }
+
+    /// Opens the disk of that digest for reading. Where there is none, or a damaged one, one caller makes it and all others wait.
+    ///
+    /// # Errors
+    /// What `make` fails with; `TimedOut` and `Cancelled`, also while others make it.
+    pub(super) fn get_or_make(
+        &self,
+        digest: &str,
+        patience: &Patience,
+        make: impl FnOnce(&File) -> Result<()>,
+    ) -> Result<File> {
+        let name = format!("{digest}.erofs");
+        if let Some(file) = self.get(&name, patience)? {
             return Ok(file);
         }
-        // One file for all digests: each has a byte of its own in it, so nobody ever has to remove a lock.
-        let lock_path = self.dir.join("lock");
-        let lock = OpenOptions::new().write(true).create(true).truncate(false).open(&lock_path);
-        let lock = lock.doing(|| format!("opening {}", lock_path.display()))?;
-        let byte = digest.get(..15).and_then(|d| u64::from_str_radix(d, 16).ok()).unwrap_or(0);
-        sys::lock_byte(&lock, byte).doing(|| format!("locking {}", lock_path.display()))?;
+        let _lock = self.lock(digest, patience)?;
         // Somebody else may have made it while this one waited.
-        if let Ok(file) = File::open(&path) {
+        if let Some(file) = self.get(&name, patience)? {
             return Ok(file);
         }
-        let draft = Draft::new(&self.dir, PERMISSIONS).doing(|| format!("writing to {}", self.dir.display()))?;
-        make(&draft.path())?;
-        draft.file().sync_all().doing(|| format!("writing to {}", self.dir.display()))?;
+        let writing = || format!("writing to {}", self.dir.display());
+        let folder = sys::path_of(self.folder.as_fd());
+        let draft = Draft::new(&folder, FILE_MODE).doing(writing)?;
+        make(draft.file())?;
+        let seal = Seal::of(draft.file(), patience)?;
+        seal.write(draft.file()).doing(writing)?;
+        draft.file().sync_all().doing(writing)?;
+        let path = folder.join(&name);
+        // What is there now is damaged. Who has it open keeps it.
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            outcome => outcome.doing(writing)?,
+        }
         match draft.publish(&path) {
             // Where the folder is shared with another machine, the lock may be known to this one alone, and the other quicker.
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-            outcome => outcome.doing(|| format!("naming {}", path.display()))?,
+            outcome => outcome.doing(|| format!("naming {}", self.dir.join(&name).display()))?,
         }
-        opened(&path)
+        let made = self.get(&name, patience)?;
+        made.ok_or_else(|| Error::new(ErrorKind::Corrupt, format!("{} is damaged", self.dir.join(name).display())))
+    }
+
+    /// A disk that is there and whole.
+    fn get(&self, name: &str, patience: &Patience) -> Result<Option<File>> {
+        let path = self.dir.join(name);
+        let file = match private_file(&self.folder, name) {
+            Ok(file) => file,
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(error.doing(format!("opening {}", path.display()))),
+        };
+        let m = file.metadata()?;
+        let signed = [m.mtime(), m.mtime_nsec(), m.ctime(), m.ctime_nsec()].map(|n| n as u64);
+        let [mtime, mtime_nsec, ctime, ctime_nsec] = signed;
+        let identity = [m.dev(), m.ino(), m.len(), mtime, mtime_nsec, ctime, ctime_nsec];
+        let verified = || VERIFIED.lock().unwrap_or_else(PoisonError::into_inner);
+        if verified().contains(&identity) {
+            return Ok(Some(file));
+        }
+        if !seal::holds(&file, patience).doing(|| format!("reading {}", path.display()))? {
+            log::warn!("{} is damaged, and will be made anew", path.display());
+            return Ok(None);
+        }
+        let mut verified = verified();
+        if verified.len() >= MAX_VERIFIED {
+            verified.clear();
+        }
+        verified.insert(identity);
+        Ok(Some(file))
+    }
+
+    /// Waits for whoever makes the same. One file for all digests: each has a byte of its own in it, so nobody ever has to remove a
+    /// lock. It is not to be opened by others, who could hold it.
+    fn lock(&self, digest: &str, patience: &Patience) -> Result<File> {
+        let doing = || format!("locking {}", self.dir.join("lock").display());
+        let path = sys::path_of(self.folder.as_fd()).join("lock");
+        let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
+        let mut options = File::options();
+        options.write(true).create(true).truncate(false).custom_flags(flags).mode(FILE_MODE);
+        let lock = options.open(&path).doing(doing)?;
+        check_private(&lock).doing(doing)?;
+        // Whoever can read it can hold it. One of root's that is so is bounded by the time allowed.
+        if lock.metadata().doing(doing)?.mode() & 0o077 != 0 {
+            let _ = lock.set_permissions(fs::Permissions::from_mode(FILE_MODE));
+        }
+        let byte = digest.get(..15).and_then(|d| u64::from_str_radix(d, 16).ok()).unwrap_or(0);
+        let mut pause = FIRST_PAUSE;
+        while !sys::try_lock_byte(&lock, byte).doing(doing)? {
+            patience.check().doing(|| "waiting for somebody else who prepares the same image")?;
+            std::thread::sleep(pause);
+            pause = (pause * 2).min(LAST_PAUSE);
+        }
+        Ok(lock)
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn makers_that_know_nothing_of_each_other_are_not_in_each_others_way() {
-        let dir = std::env::temp_dir().join(format!("cofferdam-store-{}", std::process::id()));
-        let store = Store::open(Some(dir.clone())).unwrap();
-        let (digest, other) = ("0".repeat(64), "1".repeat(64));
-        let failed = store.get_or_make(&digest, |path| {
-            fs::write(path, "half")?;
-            Err(Error::new(ErrorKind::Corrupt, "on purpose"))
-        });
-        assert_eq!(failed.unwrap_err().kind(), ErrorKind::Corrupt);
-        let made = store.get_or_make(&digest, |path| Ok(fs::write(path, "disk")?)).unwrap();
-        assert_eq!(made.metadata().unwrap().len(), 4);
-        let made = store.get_or_make(&digest, |_| panic!("it is there")).unwrap();
-        assert_eq!(made.metadata().unwrap().len(), 4);
-        // As if another machine had been quicker.
-        let theirs = dir.join(format!("{other}.ext4"));
-        let made =
-            store.get_or_make(&other, |path| Ok(fs::write(path, "ours").and_then(|()| fs::write(&theirs, "theirs"))?));
-        assert_eq!(made.unwrap().metadata().unwrap().len(), 6);
-        let names = fs::read_dir(&dir).unwrap().count();
-        assert_eq!(names, 4, "two disks, the lock, what is known, and nothing else");
-        fs::remove_dir_all(dir).unwrap();
+/// Makes a folder where it is missing, and opens it; errors call it `shown`.
+fn open_folder(path: &Path, shown: &Path) -> Result<Beneath> {
+    let doing = || format!("cache folder {}", shown.display());
+    DirBuilder::new().recursive(true).mode(FOLDER_MODE).create(path).doing(doing)?;
+    let link = fs::symlink_metadata(path).doing(doing)?.is_symlink();
+    let folder = Beneath::open(path).doing(doing)?;
+    let itself = folder.open_at(Path::new(""), libc::O_RDONLY | libc::O_DIRECTORY).doing(doing)?;
+    if link || !sys::is_private(&itself).doing(doing)? {
+        let what = "it must be a folder, no link to one, owned by this user or root, that nobody else can write to";
+        return Err(Error::new(ErrorKind::PermissionDenied, what).doing(doing()));
     }
+    Ok(folder)
+}
 
-    #[test]
-    fn what_is_known_is_found_again_and_what_is_damaged_is_replaced() {
-        let dir = std::env::temp_dir().join(format!("cofferdam-known-{}", std::process::id()));
-        let store = Store::open(Some(dir.clone())).unwrap();
-        assert_eq!(store.remembered("it"), None);
-        fs::write(dir.join("known/it"), "damaged").unwrap();
-        assert_eq!(store.remembered("it"), None);
-        store.remember("it", &"a".repeat(64));
-        assert_eq!(store.remembered("it"), Some("a".repeat(64)));
-        fs::remove_dir_all(dir).unwrap();
+/// Opens a file of the store for reading.
+///
+/// # Errors
+/// `PermissionDenied` for one that somebody else may have put there.
+fn private_file(folder: &Beneath, name: &str) -> Result<File> {
+    let file = folder.open_at(Path::new(name), libc::O_RDONLY)?;
+    check_private(&file)?;
+    Ok(file)
+}
+
+fn check_private(file: &File) -> Result<()> {
+    if file.metadata()?.is_file() && sys::is_private(file)? {
+        return Ok(());
     }
+    let what = "it must be a file owned by this user or root, that nobody else can write to";
+    Err(Error::new(ErrorKind::PermissionDenied, what))
 }

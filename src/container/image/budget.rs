@@ -1,0 +1,148 @@
+//! What the preparation of one image may take: numbers, bytes and time. Charged before anything is done.
+
+use std::cell::Cell;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use super::ImageLimits;
+use crate::error::{Error, ErrorKind, Result};
+use crate::size::Size;
+
+/// Ends a preparation from another thread. Clones are the same.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Cancel(Arc<AtomicBool>);
+
+impl Cancel {
+    /// Lets what is being prepared end with `Cancelled`, within milliseconds.
+    #[cfg_attr(not(test), expect(dead_code, reason = "the start of a container is to call it"))]
+    pub(crate) fn cancel(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+
+    fn is_cancelled(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// How long a preparation may take, and who can end it.
+#[derive(Debug, Clone)]
+pub(super) struct Patience {
+    timeout: Duration,
+    /// None: beyond what a clock can show.
+    deadline: Option<Instant>,
+    cancel: Cancel,
+}
+
+impl Patience {
+    pub(super) fn new(timeout: Duration, cancel: &Cancel) -> Self {
+        Self { timeout, deadline: Instant::now().checked_add(timeout), cancel: cancel.clone() }
+    }
+
+    /// # Errors
+    /// `TimedOut` and `Cancelled`.
+    pub(super) fn check(&self) -> Result<()> {
+        if self.cancel.is_cancelled() {
+            return Err(Error::new(ErrorKind::Cancelled, "cancelled by the caller"));
+        }
+        if self.deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+            let what = format!("Image::prepare_timeout: not ready after {:?}", self.timeout);
+            return Err(Error::new(ErrorKind::TimedOut, what));
+        }
+        Ok(())
+    }
+}
+
+/// A number that only grows, to a limit.
+#[derive(Debug)]
+struct Account {
+    used: Cell<u64>,
+    limit: u64,
+    /// The method that sets the limit.
+    method: &'static str,
+}
+
+impl Account {
+    fn new(limit: u64, method: &'static str) -> Self {
+        Self { used: Cell::new(0), limit, method }
+    }
+
+    /// Adds, or says what is too much of.
+    fn charge(&self, more: u64, what: impl FnOnce() -> String) -> Result<()> {
+        let used = self.used.get().saturating_add(more);
+        if used > self.limit {
+            return Err(Error::invalid(self.method, what()));
+        }
+        self.used.set(used);
+        Ok(())
+    }
+}
+
+/// The limits of one preparation, and what is used of them.
+#[derive(Debug)]
+pub(super) struct Budget {
+    pub limits: ImageLimits,
+    max_size: Size,
+    entries: Account,
+    names: Account,
+    xattrs: Account,
+    space: Account,
+    patience: Patience,
+}
+
+impl Budget {
+    pub(super) fn new(limits: &ImageLimits, max_size: Size, patience: &Patience) -> Self {
+        Self {
+            entries: Account::new(limits.entries, "ImageLimits::entries"),
+            names: Account::new(limits.names.as_bytes(), "ImageLimits::names"),
+            xattrs: Account::new(limits.xattrs.as_bytes(), "ImageLimits::xattrs"),
+            space: Account::new(max_size.as_bytes(), "Image::max_size"),
+            limits: limits.clone(),
+            max_size,
+            patience: patience.clone(),
+        }
+    }
+
+    /// To be called for each entry and each MiB of content.
+    ///
+    /// # Errors
+    /// `TimedOut` and `Cancelled`.
+    pub(super) fn check(&self) -> Result<()> {
+        self.patience.check()
+    }
+
+    /// One more entry read, or inode made.
+    pub(super) fn entry(&self) -> Result<()> {
+        self.check()?;
+        self.entries.charge(1, || format!("the image has more than {} entries", self.limits.entries))
+    }
+
+    /// Bytes of names and link targets, which are kept in memory until the end.
+    pub(super) fn names(&self, bytes: usize) -> Result<()> {
+        self.names.charge(bytes as u64, || format!("the image has names of more than {}", self.limits.names))
+    }
+
+    /// Bytes of extended attributes of one entry, names included.
+    pub(super) fn xattrs(&self, bytes: usize) -> Result<()> {
+        let bytes = bytes as u64;
+        if bytes > self.limits.entry_xattrs.as_bytes() {
+            let what = format!("its attributes have more than {}", self.limits.entry_xattrs);
+            return Err(Error::invalid("ImageLimits::entry_xattrs", what));
+        }
+        self.xattrs.charge(bytes, || format!("the image has attributes of more than {}", self.limits.xattrs))
+    }
+
+    /// Bytes of the disk.
+    pub(super) fn space(&self, bytes: u64) -> Result<()> {
+        self.space.charge(bytes, || format!("the image has more than {}", self.max_size))
+    }
+
+    /// Bytes that a file has, holes included.
+    pub(super) fn file_size(&self, bytes: u64) -> Result<()> {
+        if bytes > self.limits.file_size.as_bytes() {
+            let what = format!("{}: more than {}", Size::bytes(bytes), self.limits.file_size);
+            return Err(Error::invalid("ImageLimits::file_size", what));
+        }
+        Ok(())
+    }
+}

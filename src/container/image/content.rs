@@ -1,0 +1,41 @@
+//! Where the content of files comes from, and which pieces of a file with holes it is.
+
+use crate::error::{Error, ErrorKind, Result};
+
+/// A source of bytes.
+pub(super) trait Content {
+    /// At least one of the next bytes, at most `most`.
+    ///
+    /// # Errors
+    /// `Corrupt` when there are none left.
+    fn next(&mut self, most: u64) -> Result<&[u8]>;
+}
+
+/// The pieces of a file that are not holes: offset and length of each, in order, apart from each other, none empty.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct SparseMap {
+    pub size: u64,
+    pub pieces: Vec<(u64, u64)>,
+}
+
+impl SparseMap {
+    /// # Errors
+    /// `Corrupt` for pieces that overlap, go back, or go beyond `size`.
+    pub(super) fn new(size: u64, mut pieces: Vec<(u64, u64)>) -> Result<Self> {
+        // The last one often is empty, at the end of the file.
+        let mut end = 0;
+        for (offset, len) in &pieces {
+            match offset.checked_add(*len) {
+                Some(next) if *offset >= end && next <= size => end = next,
+                _ => return Err(Error::new(ErrorKind::Corrupt, "its sparse map is damaged")),
+            }
+        }
+        pieces.retain(|(_, len)| *len > 0);
+        Ok(Self { size, pieces })
+    }
+
+    /// How much of it is not holes.
+    pub(super) fn stored(&self) -> u64 {
+        self.pieces.iter().map(|(_, len)| len).sum()
+    }
+}

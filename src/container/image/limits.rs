@@ -1,0 +1,89 @@
+//! [`ImageLimits`]: how much an archive or a folder may ask for.
+
+use crate::size::Size;
+
+/// Limits on what an image may contain. Preparation fails with `InvalidConfig` beyond one, and names the method.
+///
+/// They bound what an archive of a stranger takes. With the defaults preparation needs at most about 600 MiB of memory: 400 bytes
+/// for each entry, the names, and the attributes. An ordinary image needs a few MiB. Space on the disk is bounded by
+/// [`Image::max_size`](crate::Image::max_size), time by [`Image::prepare_timeout`](crate::Image::prepare_timeout).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ImageLimits {
+    pub(super) entries: u64,
+    pub(super) depth: u32,
+    pub(super) names: Size,
+    pub(super) xattrs: Size,
+    pub(super) entry_xattrs: Size,
+    pub(super) header: Size,
+    pub(super) file_size: Size,
+}
+
+impl Default for ImageLimits {
+    fn default() -> Self {
+        Self {
+            entries: 1_000_000,
+            depth: 256,
+            names: Size::mib(128),
+            xattrs: Size::mib(64),
+            entry_xattrs: Size::kib(128),
+            header: Size::mib(1),
+            file_size: Size::gib(16 << 10),
+        }
+    }
+}
+
+impl ImageLimits {
+    /// Returns the limits that an image has unless [`Image::limits`](crate::Image::limits) sets others.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Sets how many entries are read and directories made for them: 1,000,000 unless set.
+    #[must_use]
+    pub fn entries(mut self, n: u64) -> Self {
+        self.entries = n;
+        self
+    }
+
+    /// Sets how many directories lie in each other at most: 256 unless set. Links that a path leads through are followed first.
+    #[must_use]
+    pub fn depth(mut self, n: u32) -> Self {
+        self.depth = n;
+        self
+    }
+
+    /// Sets how long all names and link targets are together: 128 MiB unless set.
+    #[must_use]
+    pub fn names(mut self, size: Size) -> Self {
+        self.names = size;
+        self
+    }
+
+    /// Sets how large all extended attributes are together: 64 MiB unless set.
+    #[must_use]
+    pub fn xattrs(mut self, size: Size) -> Self {
+        self.xattrs = size;
+        self
+    }
+
+    /// Sets how large the extended attributes of one entry are together: 128 KiB unless set.
+    #[must_use]
+    pub fn entry_xattrs(mut self, size: Size) -> Self {
+        self.entry_xattrs = size;
+        self
+    }
+
+    /// Sets how large an archive's long names and extended headers are, each: 1 MiB unless set.
+    #[must_use]
+    pub fn header(mut self, size: Size) -> Self {
+        self.header = size;
+        self
+    }
+
+    /// Sets how large a file is, holes included: 16 TiB unless set.
+    #[must_use]
+    pub fn file_size(mut self, size: Size) -> Self {
+        self.file_size = size;
+        self
+    }
+}

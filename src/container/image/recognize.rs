@@ -1,0 +1,40 @@
+//! What people take for a root file system and is something else: told by its content, with what to do about it.
+
+use super::tree::{InodeKind, Tree};
+use crate::error::{Error, ErrorKind, Result};
+
+/// How compressed files begin, and what they are called.
+const COMPRESSED: [(&[u8], &str); 5] = [
+    (&[0x1f, 0x8b], "gzip"),
+    (&[0x28, 0xb5, 0x2f, 0xfd], "zstd"),
+    (&[0xfd, b'7', b'z', b'X', b'Z'], "xz"),
+    (b"BZh", "bzip2"),
+    (&[0x04, 0x22, 0x4d, 0x18], "lz4"),
+];
+
+/// # Errors
+/// `Unsupported` names the compression of a file that begins so.
+pub(super) fn no_other_format(begin: &[u8]) -> Result<()> {
+    match COMPRESSED.iter().find(|(magic, _)| begin.starts_with(magic)) {
+        Some((_, name)) => {
+            Err(Error::new(ErrorKind::Unsupported, format!("it is compressed with {name}: decompress it first")))
+        }
+        None => Ok(()),
+    }
+}
+
+/// # Errors
+/// `Unsupported` for what holds an image in layers instead of a root file system.
+pub(super) fn no_other_image(tree: &Tree) -> Result<()> {
+    let file = |name: &[u8]| tree.at_top(name).is_some_and(|inode| matches!(inode.kind, InodeKind::File(_)));
+    let unsupported = |what| Err(Error::new(ErrorKind::Unsupported, what));
+    // Programs have files of that name too, but then there is something to run them with.
+    let system = [&b"bin"[..], b"etc", b"lib", b"sbin", b"usr"].iter().any(|name| tree.at_top(name).is_some());
+    if file(b"manifest.json") && !system {
+        return unsupported("this is what `docker save` makes, an image in layers: use `docker export` of a container");
+    }
+    if file(b"oci-layout") && file(b"index.json") {
+        return unsupported("this is an OCI image layout, an image in layers: use `docker export` of a container");
+    }
+    Ok(())
+}

@@ -1,0 +1,105 @@
+//! [`Seal`]: the last block of a prepared disk, behind its file system, by which damage is noticed.
+//!
+//! It guards against broken storage and interrupted copies. Against people, the folder's permissions guard.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+
+use super::budget::Patience;
+use crate::error::{Error, ErrorKind, Result};
+use crate::sys;
+
+/// What a seal begins with: the version of how disks are written too.
+const MAGIC: [u8; 16] = *b"cofferdam disk 2";
+
+pub(super) const LEN: u64 = 4096;
+const BLOCK: usize = 4096;
+const BUFFER: usize = 1 << 20;
+
+/// How long the disk is, and the sum of what is in it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Seal {
+    len: u64,
+    sum: [u64; LANES],
+}
+
+impl Seal {
+    /// Of a disk that has none yet.
+    pub(super) fn of(file: &File, patience: &Patience) -> Result<Self> {
+        let len = file.metadata()?.len();
+        Ok(Self { len, sum: sum(file, len, patience)? })
+    }
+
+    fn to_bytes(self) -> Vec<u8> {
+        let mut bytes = Vec::from(MAGIC);
+        bytes.extend(self.len.to_le_bytes());
+        self.sum.iter().for_each(|lane| bytes.extend(lane.to_le_bytes()));
+        bytes.resize(LEN as usize, 0);
+        bytes
+    }
+
+    /// Puts it behind the disk.
+    pub(super) fn write(self, file: &File) -> io::Result<()> {
+        file.write_all_at(&self.to_bytes(), self.len)
+    }
+}
+
+/// Whether a disk is as it was when it was sealed. Reads all of it.
+pub(super) fn holds(file: &File, patience: &Patience) -> Result<bool> {
+    let Some(len) = file.metadata()?.len().checked_sub(LEN) else {
+        return Ok(false);
+    };
+    let mut found = vec![0; LEN as usize];
+    file.read_exact_at(&mut found, len)?;
+    if !found.starts_with(&MAGIC) {
+        return Ok(false);
+    }
+    match sum(file, len, patience) {
+        Ok(sum) => Ok(Seal { len, sum }.to_bytes() == found),
+        // A block that storage cannot read is damage too.
+        Err(error) if matches!(error.kind(), ErrorKind::Io | ErrorKind::Corrupt) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+const LANES: usize = 4;
+
+/// The sum of all blocks that are not zeros and of where they are. That a file system keeps some as holes makes no difference.
+fn sum(file: &File, len: u64, patience: &Patience) -> Result<[u64; LANES]> {
+    let mut lanes = [1, 2, 3, 4];
+    let mut buffer = vec![0; BUFFER];
+    let mut at = 0;
+    while let Some(data) = sys::next_data(file, at)?.filter(|data| *data < len) {
+        patience.check()?;
+        at = (data / BLOCK as u64 * BLOCK as u64).max(at);
+        let room = usize::try_from(len - at).unwrap_or(BUFFER).min(BUFFER);
+        let piece = buffer.get_mut(..room).unwrap_or_default();
+        file.read_exact_at(piece, at).map_err(Error::from)?;
+        for (n, block) in piece.chunks(BLOCK).enumerate() {
+            add(&mut lanes, at + (n * BLOCK) as u64, block);
+        }
+        at += room as u64;
+    }
+    Ok(lanes)
+}
+
+/// Each step maps one state to one state, so a single change is never lost.
+fn add(lanes: &mut [u64; LANES], at: u64, block: &[u8]) {
+    const FACTOR: u64 = 0x9e37_79b9_7f4a_7c15;
+    let step = |lane: u64, word: u64| (lane ^ word).wrapping_mul(FACTOR).rotate_left(29);
+    let [mut a, mut b, mut c, mut d] = *lanes;
+    let mut any = 0;
+    for words in block.chunks(32) {
+        let word = |n: usize| {
+            let bytes = words.get(n * 8..n * 8 + 8).and_then(|bytes| bytes.first_chunk::<8>());
+            bytes.map_or(0, |bytes| u64::from_le_bytes(*bytes))
+        };
+        let [w, x, y, z] = [word(0), word(1), word(2), word(3)];
+        any |= w | x | y | z;
+        (a, b, c, d) = (step(a, w), step(b, x), step(c, y), step(d, z));
+    }
+    if any != 0 {
+        *lanes = [step(a, at), step(b, at), step(c, at), step(d, at)];
+    }
+}

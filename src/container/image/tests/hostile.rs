@@ -1,0 +1,102 @@
+//! What an archive of a stranger may cost, and what it may not.
+
+use std::time::Instant;
+
+use super::*;
+
+fn limited(entries: &[Made], limits: ImageLimits) -> Error {
+    prepare_with(&archive(entries), |image| image.limits(limits)).map(drop).expect_err("it is beyond a limit")
+}
+
+/// It is the embedder's limit, and its method is named.
+fn names(error: &Error, method: &str) {
+    assert_eq!(error.kind(), ErrorKind::InvalidConfig, "{error}");
+    assert!(error.to_string().contains(method), "{error}");
+}
+
+#[test]
+fn every_limit_is_told_by_its_method() {
+    let limits = ImageLimits::new;
+    let entries: Vec<Made> = (0..100).map(|n| Made::file(format!("d{n}/f"), "x")).collect();
+    names(&limited(&entries, limits().entries(150)), "ImageLimits::entries");
+    names(&limited(&entries, limits().names(Size::bytes(200))), "ImageLimits::names");
+    names(&limited(&[Made::file("a/b/c/d", "")], limits().depth(2)), "ImageLimits::depth");
+    let attribute = |path: &str| Made::file(path, "").pax("SCHILY.xattr.user.x", [1; 1000]);
+    names(&limited(&[attribute("a")], limits().entry_xattrs(Size::bytes(900))), "ImageLimits::entry_xattrs");
+    names(&limited(&[attribute("a"), attribute("b")], limits().xattrs(Size::bytes(1500))), "ImageLimits::xattrs");
+    names(&limited(&[attribute("a")], limits().header(Size::bytes(512))), "ImageLimits::header");
+    names(&limited(&[Made::file("n".repeat(600), "")], limits().header(Size::bytes(512))), "ImageLimits::header");
+    names(&limited(&[Made::file("a", [1; 5000])], limits().file_size(Size::kib(4))), "ImageLimits::file_size");
+    let sparse = Made::file("a", [1; 512]).sparse(&[(0, 512)], 1 << 40);
+    names(&limited(&[sparse], limits().file_size(Size::gib(1))), "ImageLimits::file_size");
+    // Links lead deeper than the path itself shows.
+    let deep = [Made::file("a/a/f", ""), Made::symlink("l", "a/a"), Made::file("l/b/f", "")];
+    names(&limited(&deep, limits().depth(2)), "ImageLimits::depth");
+}
+
+#[test]
+fn metadata_counts_against_the_size_too() {
+    // Maps of holes: 16 KiB each.
+    let sparse: Vec<Made> = (0..100).map(|n| Made::file(n.to_string(), "").sparse(&[(1 << 40, 0)], 1 << 40)).collect();
+    let wide: Vec<Made> = (0..10_000).map(|n| Made::fifo(format!("{n:0100}"))).collect();
+    for entries in [sparse, wide] {
+        let error = prepare_with(&archive(&entries), |image| image.max_size(Size::mib(1))).map(drop).unwrap_err();
+        names(&error, "Image::max_size");
+    }
+}
+
+/// A path of 2,047 parts once took the stack of whoever prepared it, and with it the process.
+#[test]
+fn deep_paths_need_no_stack() {
+    for depth in [255, 2047] {
+        let bytes = archive(&[Made::file("a/".repeat(depth) + "b", "x")]);
+        let small = std::thread::Builder::new().stack_size(128 << 10);
+        let outcome = small.spawn(move || prepare(&bytes).map(|(_temp, disk)| tree_of(&disk).len())).unwrap().join();
+        match outcome.unwrap() {
+            Ok(paths) => assert_eq!((depth, paths), (255, 257)),
+            Err(error) => names(&error, "ImageLimits::depth"),
+        }
+    }
+}
+
+/// Each of these once took time by the square, or wrapped a counter.
+#[test]
+fn wide_images_are_whole() {
+    const N: usize = 100_000;
+    let files: Vec<Made> = (0..N).map(|n| Made::file(format!("d/entry-{n:07}"), "")).collect();
+    let fifos: Vec<Made> = (0..N).map(|n| Made::fifo(format!("d/entry-{n:07}"))).collect();
+    let mut links = vec![Made::file("d/first", "x")];
+    links.extend((1..66_000).map(|n| Made::link(format!("d/entry-{n:07}"), "d/first")));
+    for (entries, links) in [(files, 1), (fifos, 1), (links, 66_000)] {
+        let (_temp, disk) = prepare(&archive(&entries)).unwrap();
+        let tree = tree_of(&disk);
+        assert_eq!(tree.len(), entries.len() + 2);
+        assert_eq!(tree["d/entry-0065999"].nlink, links);
+    }
+}
+
+#[test]
+fn preparation_ends_in_time_and_when_it_is_cancelled() {
+    let bytes = archive(&[Made::file("a", "x")]);
+    let error = prepare_with(&bytes, |image| image.prepare_timeout(Duration::ZERO)).map(drop).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::TimedOut);
+    assert!(error.to_string().contains("Image::prepare_timeout"), "{error}");
+    drop(prepare_with(&bytes, |image| image.prepare_timeout(Duration::MAX)).unwrap());
+
+    let temp = Temp::new();
+    // A hole of a tebibyte: nobody reads it in time.
+    let tar = temp.0.join("image.tar");
+    File::create(&tar).unwrap().set_len(1 << 40).unwrap();
+    let image = Image::open(&tar).unwrap().cache_dir(temp.0.join("cache"));
+    let cancel = Cancel::default();
+    let error = std::thread::scope(|scope| {
+        let waiting = scope.spawn(|| image.disk(&cancel).unwrap_err());
+        std::thread::sleep(Duration::from_millis(100));
+        cancel.cancel();
+        let begin = Instant::now();
+        let error = waiting.join().unwrap();
+        assert!(begin.elapsed() < Duration::from_secs(20), "{:?}", begin.elapsed());
+        error
+    });
+    assert_eq!(error.kind(), ErrorKind::Cancelled, "{error}");
+}

@@ -1,0 +1,187 @@
+//! The cache: nobody else can read it, hold it up, or put anything into it.
+
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, symlink};
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+
+use super::*;
+
+fn image(temp: &Temp, name: &str, content: &str) -> Image {
+    let tar = temp.0.join(name);
+    fs::write(&tar, archive(&[Made::file("etc/motd", content)])).unwrap();
+    Image::open(tar).unwrap().cache_dir(temp.0.join("cache"))
+}
+
+fn motd(file: &File) -> Vec<u8> {
+    Reader::open(file).tree(100)[&b"etc/motd"[..]].content.clone()
+}
+
+fn disk(image: &Image) -> Result<File> {
+    image.disk(&Cancel::default())
+}
+
+#[test]
+fn nobody_else_reads_or_holds_what_is_in_it() {
+    let temp = Temp::new();
+    let image = image(&temp, "a.tar", "secret");
+    disk(&image).unwrap();
+    let cache = temp.0.join("cache");
+    let mode = |path: &Path| fs::metadata(path).unwrap().mode() & 0o7777;
+    assert_eq!((mode(&cache), mode(&cache.join("known"))), (0o700, 0o700));
+    for entry in cache.read_dir().unwrap().chain(cache.join("known").read_dir().unwrap()) {
+        let path = entry.unwrap().path();
+        assert!(path.is_dir() || mode(&path) == 0o600, "{}", path.display());
+    }
+    // Only root can become somebody else. Whoever cannot open the lock cannot hold it.
+    if fs::metadata("/proc/self").unwrap().uid() == 0 {
+        fs::set_permissions(&cache, fs::Permissions::from_mode(0o755)).unwrap();
+        let output = Command::new("cat").arg(cache.join("lock")).uid(65534).gid(65534).output().unwrap();
+        assert!(!output.status.success());
+        assert!(String::from_utf8_lossy(&output.stderr).contains("Permission denied"));
+    }
+}
+
+#[test]
+fn a_lock_that_somebody_holds_is_waited_for_as_long_as_allowed() {
+    let temp = Temp::new();
+    let image = image(&temp, "a.tar", "x").prepare_timeout(Duration::from_millis(300));
+    fs::create_dir(temp.0.join("cache")).unwrap();
+    fs::set_permissions(temp.0.join("cache"), fs::Permissions::from_mode(0o700)).unwrap();
+    let mut lock = File::options();
+    lock.write(true).create(true).truncate(false).mode(0o600);
+    let lock = lock.open(temp.0.join("cache/lock")).unwrap();
+    assert!(sys::try_lock(&lock, sys::LockKind::Exclusive).unwrap());
+    let error = disk(&image).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::TimedOut);
+    assert!(error.to_string().contains("somebody else"), "{error}");
+    drop(lock);
+    disk(&image).unwrap();
+}
+
+#[test]
+fn a_folder_that_others_can_write_to_is_refused() {
+    let temp = Temp::new();
+    let image = image(&temp, "a.tar", "x");
+    let cache = temp.0.join("cache");
+    let refused = || {
+        let error = disk(&image).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::PermissionDenied, "{error}");
+        assert!(error.to_string().contains(cache.to_str().unwrap()), "{error}");
+    };
+    fs::create_dir(&cache).unwrap();
+    fs::set_permissions(&cache, fs::Permissions::from_mode(0o777)).unwrap();
+    refused();
+    fs::remove_dir(&cache).unwrap();
+    fs::create_dir(temp.0.join("other")).unwrap();
+    symlink(temp.0.join("other"), &cache).unwrap();
+    refused();
+}
+
+#[test]
+fn files_that_others_may_have_put_there_are_refused() {
+    let temp = Temp::new();
+    let image = image(&temp, "a.tar", "x");
+    disk(&image).unwrap();
+    let path = disks(&temp).pop().unwrap();
+    let bytes = fs::read(&path).unwrap();
+    let place: [&dyn Fn(); 3] = [
+        &|| {
+            fs::write(temp.0.join("elsewhere"), &bytes).unwrap();
+            symlink(temp.0.join("elsewhere"), &path).unwrap();
+        },
+        &|| sys::make_fifo(&path).unwrap(),
+        &|| {
+            fs::write(&path, &bytes).unwrap();
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o666)).unwrap();
+        },
+    ];
+    for place in place {
+        fs::remove_file(&path).unwrap();
+        place();
+        assert!(disk(&image).is_err());
+    }
+}
+
+#[test]
+fn damaged_disks_are_made_anew() {
+    let temp = Temp::new();
+    let image = image(&temp, "a.tar", "whole");
+    disk(&image).unwrap();
+    let path = disks(&temp).pop().unwrap();
+    let good = fs::read(&path).unwrap();
+    let mut rotten = good.clone();
+    // A bit of the content, which lies in the block behind the superblock.
+    rotten[4096] ^= 1;
+    let mut swapped = good.clone();
+    swapped[4096..12288].rotate_left(4096);
+    for bad in [&good[..good.len() - 4096], &good[..10], b"", &rotten, &swapped] {
+        fs::write(&path, bad).unwrap();
+        assert_eq!(motd(&disk(&image).unwrap()), b"whole");
+        assert!(fs::read(&path).unwrap() == good);
+    }
+}
+
+/// Who can write to an archive while it is prepared must not choose what others get for another one.
+#[test]
+fn a_disk_is_of_the_bytes_that_its_digest_says() {
+    let temp = Temp::new();
+    let (good, evil) = (image(&temp, "good.tar", "good"), image(&temp, "evil.tar", "evil"));
+    let digest = hex(&begin().chain_update(fs::read(temp.0.join("good.tar")).unwrap()).finalize());
+    // As if the archive had been the good one when it was hashed.
+    let store = store::Store::open(Some(temp.0.join("cache"))).unwrap();
+    store.remember(&identity(&File::open(temp.0.join("evil.tar")).unwrap()).unwrap(), &digest);
+    let error = disk(&evil).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::InvalidState, "{error}");
+    assert!(disks(&temp).is_empty());
+    assert_eq!(motd(&disk(&good).unwrap()), b"good");
+    assert_eq!(motd(&disk(&evil).unwrap()), b"evil");
+    assert_eq!(disks(&temp).len(), 2);
+}
+
+#[test]
+fn many_who_ask_at_once_get_one_disk_made_once() {
+    let temp = Temp::new();
+    let image = image(&temp, "a.tar", &"x".repeat(100_000));
+    let inodes: Vec<u64> = std::thread::scope(|scope| {
+        let ask = || disk(&image).unwrap().metadata().unwrap().ino();
+        let threads: Vec<_> = (0..8).map(|_| scope.spawn(ask)).collect();
+        threads.into_iter().map(|t| t.join().unwrap()).collect()
+    });
+    assert!(inodes.iter().all(|inode| *inode == inodes[0]), "{inodes:?}");
+    assert_eq!(disks(&temp).len(), 1);
+}
+
+#[test]
+fn makers_that_know_nothing_of_each_other_are_not_in_each_others_way() {
+    use std::os::unix::fs::FileExt;
+    let temp = Temp::new();
+    let dir = temp.0.join("cache");
+    let store = store::Store::open(Some(dir.clone())).unwrap();
+    let patience = Patience::new(Duration::from_secs(60), &Cancel::default());
+    let (digest, other) = ("0".repeat(64), "1".repeat(64));
+    let write = |file: &File, text: &str| Ok(file.write_all_at(text.as_bytes(), 0)?);
+    let failed = store.get_or_make(&digest, &patience, |file| {
+        write(file, "half")?;
+        Err(Error::new(ErrorKind::Corrupt, "on purpose"))
+    });
+    assert_eq!(failed.unwrap_err().kind(), ErrorKind::Corrupt);
+    let made = store.get_or_make(&digest, &patience, |file| write(file, "disk")).unwrap();
+    assert_eq!(made.metadata().unwrap().len(), 4 + seal::LEN);
+    store.get_or_make(&digest, &patience, |_| panic!("it is there")).unwrap();
+    store.get_or_make(&other, &patience, |file| write(file, "other")).unwrap();
+    let names = fs::read_dir(&dir).unwrap().count();
+    assert_eq!(names, 4, "two disks, the lock, what is known, and nothing else");
+}
+
+#[test]
+fn what_is_known_is_found_again_and_what_is_damaged_is_replaced() {
+    let temp = Temp::new();
+    let store = store::Store::open(Some(temp.0.join("cache"))).unwrap();
+    assert_eq!(store.remembered("it"), None);
+    fs::write(temp.0.join("cache/known/it"), "damaged").unwrap();
+    assert_eq!(store.remembered("it"), None);
+    store.remember("it", &"a".repeat(64));
+    assert_eq!(store.remembered("it"), Some("a".repeat(64)));
+    store.forget("it");
+    assert_eq!(store.remembered("it"), None);
+}

@@ -1,0 +1,319 @@
+//! [`Tree`]: what an image consists of, in memory, and how entries change it: as `tar -x` of GNU tar changes a file system.
+//!
+//! Nothing here recurses: directories name their children by numbers.
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+
+use super::budget::Budget;
+use super::path::{EntryPath, shown};
+use crate::error::{Error, ErrorKind, Result};
+
+/// The number of an inode in [`Tree::inodes`].
+pub(super) type InodeIndex = u32;
+
+pub(super) const ROOT: InodeIndex = 0;
+
+/// Links that a path may lead through, as on Linux, and steps that it may take in all.
+const MAX_LINKS: usize = 40;
+const MAX_STEPS: usize = 4096;
+
+/// What an entry says of its inode beside its type.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct Metadata {
+    /// Permissions, set-id and sticky bits.
+    pub mode: u16,
+    pub uid: u32,
+    pub gid: u32,
+    /// Seconds since 1970, and the nanoseconds after them.
+    pub mtime: i64,
+    pub mtime_nsec: u32,
+    /// As [`super::xattr::encode`] gives them.
+    pub xattrs: Box<[u8]>,
+}
+
+impl Metadata {
+    /// Of directories that no entry describes.
+    fn of_made() -> Self {
+        Self { mode: 0o755, ..Self::default() }
+    }
+}
+
+#[derive(Debug)]
+pub(super) struct Inode {
+    pub kind: InodeKind,
+    pub metadata: Metadata,
+    /// How many names it has; of a directory this is counted later.
+    pub nlink: u32,
+}
+
+#[derive(Debug)]
+pub(super) enum InodeKind {
+    Directory(Directory),
+    File(FileData),
+    Symlink(Box<[u8]>),
+    /// With its number as Linux encodes it (`new_encode_dev`).
+    CharacterDevice(u32),
+    BlockDevice(u32),
+    Fifo,
+    /// Nothing names it any more.
+    Gone,
+}
+
+#[derive(Debug)]
+pub(super) struct Directory {
+    pub children: BTreeMap<Box<[u8]>, InodeIndex>,
+    pub parent: InodeIndex,
+    depth: u32,
+}
+
+/// Where on the disk the content of a file lies.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct FileData {
+    pub size: u64,
+    pub layout: FileLayout,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum FileLayout {
+    /// In one piece from this block on.
+    Flat(u32),
+    /// In chunks of `1 << bits` blocks. Those that are not there are holes.
+    Chunks(Box<Chunks>),
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Chunks {
+    pub bits: u8,
+    /// The number of a chunk, and its first block, in order.
+    pub present: Vec<(u32, u32)>,
+}
+
+/// All inodes and names. It always has a root.
+#[derive(Debug)]
+pub(super) struct Tree {
+    inodes: Vec<Inode>,
+}
+
+/// What becomes of a directory on the way that is not there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Missing {
+    Make,
+    Refuse,
+}
+
+fn corrupt(what: impl Into<Cow<'static, str>>) -> Error {
+    Error::new(ErrorKind::Corrupt, what)
+}
+
+impl Tree {
+    pub(super) fn new() -> Self {
+        let root = Directory { children: BTreeMap::new(), parent: ROOT, depth: 0 };
+        Self { inodes: vec![Inode { kind: InodeKind::Directory(root), metadata: Metadata::of_made(), nlink: 1 }] }
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.inodes.len()
+    }
+
+    pub(super) fn get(&self, index: InodeIndex) -> Option<&Inode> {
+        self.inodes.get(usize::try_from(index).ok()?)
+    }
+
+    fn get_mut(&mut self, index: InodeIndex) -> Result<&mut Inode> {
+        usize::try_from(index).ok().and_then(|n| self.inodes.get_mut(n)).ok_or_else(lost)
+    }
+
+    pub(super) fn directory(&self, index: InodeIndex) -> Result<&Directory> {
+        match self.get(index).map(|inode| &inode.kind) {
+            Some(InodeKind::Directory(directory)) => Ok(directory),
+            _ => Err(lost()),
+        }
+    }
+
+    fn directory_mut(&mut self, index: InodeIndex) -> Result<&mut Directory> {
+        match &mut self.get_mut(index)?.kind {
+            InodeKind::Directory(directory) => Ok(directory),
+            _ => Err(lost()),
+        }
+    }
+
+    /// What is there by a name in the root itself.
+    pub(super) fn at_top(&self, name: &[u8]) -> Option<&Inode> {
+        self.get(*self.directory(ROOT).ok()?.children.get(name)?)
+    }
+
+    /// Adds a directory. One that is there takes the later metadata and keeps what is in it; anything else gives way.
+    ///
+    /// # Errors
+    /// `Corrupt` when a part of the way is no directory, `InvalidConfig` beyond a limit.
+    pub(super) fn add_directory(&mut self, path: &EntryPath, metadata: Metadata, budget: &Budget) -> Result<()> {
+        let (above, Some(name)) = path.split() else {
+            self.get_mut(ROOT)?.metadata = metadata;
+            return Ok(());
+        };
+        let parent = self.walk(above, Missing::Make, budget)?;
+        if let Some(old) = self.directory(parent)?.children.get(name).copied() {
+            let inode = self.get_mut(old)?;
+            if matches!(inode.kind, InodeKind::Directory(_)) {
+                inode.metadata = metadata;
+                return Ok(());
+            }
+            self.remove(parent, name)?;
+        }
+        self.make_directory(parent, name, metadata, budget).map(drop)
+    }
+
+    /// Adds anything that is no directory. What is there gives way, but not a directory that is not empty.
+    ///
+    /// # Errors
+    /// As [`Tree::add_directory`].
+    pub(super) fn add(&mut self, path: &EntryPath, kind: InodeKind, metadata: Metadata, budget: &Budget) -> Result<()> {
+        let (above, Some(name)) = path.split() else {
+            return Err(corrupt("the root is not a directory"));
+        };
+        let parent = self.walk(above, Missing::Make, budget)?;
+        self.remove(parent, name)?;
+        budget.names(name.len())?;
+        let index = self.push(Inode { kind, metadata, nlink: 1 })?;
+        self.directory_mut(parent)?.children.insert(name.into(), index);
+        Ok(())
+    }
+
+    /// Adds one more name of what is at `target` already.
+    ///
+    /// # Errors
+    /// As [`Tree::add_directory`]; `Corrupt` for a target that is not there, or is a directory.
+    pub(super) fn add_link(&mut self, path: &EntryPath, target: &EntryPath, budget: &Budget) -> Result<()> {
+        let to = shown(target.as_bytes());
+        let missing = || corrupt(format!("a hard link to {to}, which is not in the image before it"));
+        let (target_above, Some(target_name)) = target.split() else {
+            return Err(corrupt("a hard link to the root"));
+        };
+        let target_parent =
+            self.walk(target_above, Missing::Refuse, budget).map_err(|e| e.doing(format!("target {to}")))?;
+        let index = self.directory(target_parent)?.children.get(target_name).copied().ok_or_else(missing)?;
+        let (above, Some(name)) = path.split() else {
+            return Err(corrupt("the root is not a directory"));
+        };
+        let parent = self.walk(above, Missing::Make, budget)?;
+        if self.directory(parent)?.children.get(name) == Some(&index) {
+            return Ok(());
+        }
+        if matches!(self.get_mut(index)?.kind, InodeKind::Directory(_)) {
+            return Err(corrupt(format!("a hard link to {to}, which is a directory")));
+        }
+        self.remove(parent, name)?;
+        budget.names(name.len())?;
+        let inode = self.get_mut(index)?;
+        inode.nlink = inode.nlink.checked_add(1).ok_or_else(|| corrupt("it has too many names"))?;
+        self.directory_mut(parent)?.children.insert(name.into(), index);
+        Ok(())
+    }
+
+    fn push(&mut self, inode: Inode) -> Result<InodeIndex> {
+        let index = InodeIndex::try_from(self.inodes.len()).map_err(|_| corrupt("the image has too many entries"))?;
+        self.inodes.push(inode);
+        Ok(index)
+    }
+
+    fn make_directory(
+        &mut self,
+        parent: InodeIndex,
+        name: &[u8],
+        metadata: Metadata,
+        budget: &Budget,
+    ) -> Result<InodeIndex> {
+        let depth = self.directory(parent)?.depth + 1;
+        if depth > budget.limits.depth {
+            let what = format!("more than {} directories lie in each other", budget.limits.depth);
+            return Err(Error::invalid("ImageLimits::depth", what));
+        }
+        budget.names(name.len())?;
+        let directory = Directory { children: BTreeMap::new(), parent, depth };
+        let index = self.push(Inode { kind: InodeKind::Directory(directory), metadata, nlink: 1 })?;
+        self.directory_mut(parent)?.children.insert(name.into(), index);
+        Ok(index)
+    }
+
+    /// Takes a name away, if it is there.
+    fn remove(&mut self, parent: InodeIndex, name: &[u8]) -> Result<()> {
+        let Some(index) = self.directory(parent)?.children.get(name).copied() else {
+            return Ok(());
+        };
+        let inode = self.get_mut(index)?;
+        match &inode.kind {
+            InodeKind::Directory(directory) if !directory.children.is_empty() => {
+                return Err(corrupt("in its place is a directory that is not empty"));
+            }
+            _ => inode.nlink = inode.nlink.saturating_sub(1),
+        }
+        if inode.nlink == 0 {
+            inode.kind = InodeKind::Gone;
+            inode.metadata = Metadata::default();
+        }
+        self.directory_mut(parent)?.children.remove(name);
+        Ok(())
+    }
+
+    /// Goes down the directories of a path, through links that are in the image, and finds the last.
+    fn walk<'p>(
+        &mut self,
+        path: impl Iterator<Item = &'p [u8]>,
+        missing: Missing,
+        budget: &Budget,
+    ) -> Result<InodeIndex> {
+        let mut path = path.map(Cow::Borrowed);
+        // Parts of the targets of links, the next one last.
+        let mut detour: Vec<Cow<'_, [u8]>> = Vec::new();
+        let (mut at, mut links, mut steps) = (ROOT, 0, 0);
+        loop {
+            let linked = !detour.is_empty();
+            let Some(part) = detour.pop().or_else(|| path.next()) else {
+                return Ok(at);
+            };
+            steps += 1;
+            if steps > MAX_STEPS {
+                return Err(corrupt("its path leads through too many links"));
+            }
+            let directory = self.directory(at)?;
+            match &*part {
+                b"" | b"." => continue,
+                b".." => {
+                    at = directory.parent;
+                    continue;
+                }
+                _ => {}
+            }
+            let Some(child) = directory.children.get(&*part).copied() else {
+                if linked || missing == Missing::Refuse {
+                    return Err(corrupt(format!("{} on its path is not in the image", shown(&part))));
+                }
+                budget.entry()?;
+                at = self.make_directory(at, &part, Metadata::of_made(), budget)?;
+                continue;
+            };
+            match &self.get(child).ok_or_else(lost)?.kind {
+                InodeKind::Directory(_) => at = child,
+                InodeKind::Symlink(target) => {
+                    links += 1;
+                    if links > MAX_LINKS {
+                        return Err(corrupt("its path leads through too many links"));
+                    }
+                    if target.first() == Some(&b'/') {
+                        at = ROOT;
+                    }
+                    let parts: Vec<Vec<u8>> = target.split(|byte| *byte == b'/').map(<[u8]>::to_vec).collect();
+                    detour.extend(parts.into_iter().rev().map(Cow::Owned));
+                }
+                _ => return Err(corrupt(format!("{} on its path is no directory", shown(&part)))),
+            }
+        }
+    }
+}
+
+/// What the tree itself rules out.
+fn lost() -> Error {
+    debug_assert!(false, "a number of the tree names nothing");
+    Error::new(ErrorKind::Io, "the image's tree is damaged")
+}
