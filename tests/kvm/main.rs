@@ -22,11 +22,13 @@ mod gateway;
 #[allow(dead_code, reason = "the program's own arguments")]
 mod gateway_example;
 mod hostile;
+mod images;
 mod kernels;
 mod lifecycle;
 mod many;
 mod memory;
 mod net;
+mod odd;
 mod overlay;
 mod programs;
 #[path = "../../examples/proxy_command.rs"]
@@ -106,6 +108,8 @@ tests! {
     hostile: queues_where_no_memory_is descriptors_in_a_loop kicks_and_interrupts_without_end miners_on_all_processors
         panics_again_and_again memory_and_disk_are_used_up a_disk_reset_in_the_middle_of_requests registers_written_at_random boot_structures_written_over a_flood_on_the_console gigabytes_on_the_console
         a_fork_bomb_stays_inside a_storm_of_connections;
+    images: all_that_is_odd_arrives all_that_is_odd_arrives_with_the_kernels_of_debian
+        all_that_is_odd_arrives_with_a_newer_kernel_of_debian;
     kernels: debian_6_1_cloud debian_6_12_cloud debian_6_1_generic
         modules_lie_in_the_initramfs_in_their_order a_module_that_fails_is_named a_panic_is_told_though_the_kernel_would_hang
         what_a_kernel_has_in_modules_that_were_not_given_is_named modules_of_another_kernel_are_refused

@@ -2,7 +2,7 @@
 
 /// One header with its data.
 #[derive(Clone)]
-pub(in super::super) struct Made {
+pub(crate) struct Made {
     pub path: Vec<u8>,
     pub typeflag: u8,
     pub link: Vec<u8>,
@@ -18,9 +18,9 @@ pub(in super::super) struct Made {
     pub sparse: Option<(Vec<(u64, u64)>, u64)>,
 }
 
-pub(in super::super) const GNU: [u8; 8] = *b"ustar  \0";
-pub(in super::super) const USTAR: [u8; 8] = *b"ustar\x0000";
-pub(in super::super) const V7: [u8; 8] = [0; 8];
+pub(crate) const GNU: [u8; 8] = *b"ustar  \0";
+pub(crate) const USTAR: [u8; 8] = *b"ustar\x0000";
+pub(crate) const V7: [u8; 8] = [0; 8];
 
 impl std::fmt::Debug for Made {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -172,14 +172,14 @@ fn number(n: i64, len: usize) -> Vec<u8> {
     field
 }
 
-pub(in super::super) fn record(key: &str, value: &[u8]) -> Vec<u8> {
+pub(crate) fn record(key: &str, value: &[u8]) -> Vec<u8> {
     let rest = 2 + key.len() + value.len() + 1;
-    let len = (1..8).map(|digits| rest + digits).find(|len| len.to_string().len() + rest == *len).unwrap();
+    let len = (1..8).map(|digits| rest + digits).find(|len| len.to_string().len() + rest == *len).expect("a length");
     [format!("{len} {key}=").as_bytes(), value, b"\n"].concat()
 }
 
 /// All of them, and the end.
-pub(in super::super) fn archive(entries: &[Made]) -> Vec<u8> {
+pub(crate) fn archive(entries: &[Made]) -> Vec<u8> {
     let mut archive = Vec::new();
     entries.iter().for_each(|entry| entry.append_to(&mut archive));
     archive.resize(archive.len() + 1024, 0);

@@ -1,0 +1,88 @@
+//! What odd images look like from inside.
+
+use cofferdam::{Container, Kernel};
+
+use crate::check_eq;
+use crate::fixture::{Outcome, PATIENCE, cache, distribution, kernel};
+use crate::odd::{self, HOLEY, LINKS, MANY};
+
+/// Everything odd, as a guest with this kernel sees it.
+fn look(kernel: Kernel) -> Outcome {
+    let container = Container::builder(odd::image(&cache())).kernel(kernel).start_timeout(PATIENCE).start()?;
+    let run = |command: &str| -> Result<String, Box<dyn std::error::Error>> {
+        let output =
+            container.exec(["/bin/sh", "-c", command]).env("PATH", "/bin:/usr/bin").timeout(PATIENCE).output()?;
+        Ok(String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).trim().to_owned())
+    };
+    run("/bin/busybox --install -s /bin")?;
+    let stat = |path: &str| run(&format!("stat -c '%f %u:%g %h %s %Y' {path}"));
+    check_eq!(run("stat -c '%f %u:%g %h %Y' /odd")?, "43ff 1000:1001 5 -5");
+    check_eq!(stat("/odd/1910")?, "81a0 1000:1001 1 0 -1893456000");
+    check_eq!(stat("/odd/fraction")?, "81a0 1000:1001 1 0 -2");
+    check_eq!(run("stat -c %y /odd/fraction | cut -c 1-23")?, "1969-12-31 23:59:58.500");
+    check_eq!(stat("/odd/2300")?, "81a0 1000:1001 1 0 10413792000");
+    check_eq!(stat("/odd/setuid")?, "89ed 1000:1001 1 1 1600000000");
+    check_eq!(stat("/odd/owner")?, "81a0 4294967294:3000000000 1 0 1600000000");
+    check_eq!(run("stat -c '%F %t %T' /odd/device /odd/fifo")?, "character special file 12c f4240\nfifo 0 0");
+    check_eq!(
+        run("cat /odd/$(printf '\\377\\376'); cat /link/below /usr/lib/target")?,
+        "not UTF-8below a linkthrough a link"
+    );
+    check_eq!(run("readlink /odd/long | wc -c")?, "4002");
+
+    let attributes = "getfattr --absolute-names -d -m - -e hex";
+    check_eq!(
+        run(&format!("{attributes} /odd/xattr /odd/cap"))?,
+        "# file: /odd/xattr\ntrusted.t=0x78\nuser.note=0x74776f0a6c696e6573\n\n\
+         # file: /odd/cap\nsecurity.capability=0x0100000200040000000000000000000000000000"
+    );
+    check_eq!(run("getfattr --absolute-names --only-values -n user.large /odd/large | tr -d v | wc -c")?, "0");
+    check_eq!(run("getfattr --absolute-names --only-values -n user.large /odd/large | wc -c")?, "60000");
+    let list = "user::rwx\nuser:1000:r-x\ngroup::r--\nmask::r-x\nother::---";
+    check_eq!(run("getfacl -ncpE /odd/acl")?, list);
+    check_eq!(run("getfacl -ncpE -d /odd/default")?, list);
+    check_eq!(run("stat -c %A /odd/acl")?, "-rwxr-x---");
+
+    check_eq!(run("stat -c %s /odd/holey")?, HOLEY.to_string());
+    // What is read around the pieces: the block before the first, the first, behind it, far behind, and the end.
+    check_eq!(
+        run("head -c 4096 /odd/holey | tr -d '\\000' | wc -c; head -c 9097 /odd/holey | tr -d '\\000' | wc -c")?,
+        "0\n5000"
+    );
+    let byte = |at: u64| run(&format!("dd if=/odd/holey bs=1 skip={at} count=2 2>/dev/null | od -An -tu1"));
+    check_eq!(byte((3 << 30) - 1)?.split_whitespace().collect::<Vec<_>>(), ["0", "2"]);
+    check_eq!(byte(3 << 30)?.split_whitespace().collect::<Vec<_>>(), ["2", "0"]);
+    check_eq!(byte(1 << 30)?.split_whitespace().collect::<Vec<_>>(), ["0", "0"]);
+    check_eq!(run("tail -c 8 /odd/holey | od -An -tu1")?.split_whitespace().collect::<String>(), "02222222");
+    check_eq!(run("tr -d '\\000' < /odd/zeros | wc -c; wc -c < /odd/zeros")?, "0\n1048576");
+
+    check_eq!(run("ls /odd/many | wc -l; ls /odd/many | sort -n | tail -n 1")?, format!("{MANY}\n{}", MANY - 1));
+    check_eq!(
+        run("ls /odd/links | wc -l; stat -c %h /odd/links/first; cat /odd/links/65999")?,
+        format!("{LINKS}\n{LINKS}\nlinked")
+    );
+    // All of it can be written to.
+    check_eq!(
+        run(
+            "echo more >> /odd/links/first && chmod 700 /odd/acl && rm /odd/many/7 && mv /odd/default /odd/moved && echo y"
+        )?,
+        "y"
+    );
+    check_eq!(run("sha256sum < /bin/busybox | cut -c 1-64")?, {
+        let output = std::process::Command::new("sha256sum").arg("/bin/busybox").output()?;
+        String::from_utf8_lossy(&output.stdout).chars().take(64).collect::<String>()
+    });
+    Ok(())
+}
+
+pub fn all_that_is_odd_arrives() -> Outcome {
+    look(kernel())
+}
+
+pub fn all_that_is_odd_arrives_with_the_kernels_of_debian() -> Outcome {
+    look(distribution("generic")?.0)
+}
+
+pub fn all_that_is_odd_arrives_with_a_newer_kernel_of_debian() -> Outcome {
+    look(distribution("cloud-6.12")?.0)
+}
