@@ -110,8 +110,8 @@ impl Disk {
         Self::sharing(Source::Overlay(Lying { base, at: None, folder: None, size: None, max: None }))
     }
 
-    /// An image in QEMU's format qcow2 (version 3; version 2 to be read only), with its backing files, which must be in the image's
-    /// own folder or in that of [`Disk::backing_folder`]. Encryption, internal snapshots and data files apart are not supported.
+    /// An image in QEMU's format qcow2 (version 3; version 2 to be read only). It may have backing files in the folder of
+    /// [`Disk::backing_folder`], and none unless that is set. Encryption, internal snapshots and data files apart are not supported.
     ///
     /// While it is written it is marked as QEMU does with lazy reference counts. When the VM's process was killed or the host lost
     /// power, all that was flushed is there. Who then opens the image for writing counts its references again, which takes as long
@@ -172,8 +172,8 @@ impl Disk {
         self
     }
 
-    /// Backing files of a [`Disk::qcow2`] may be in this folder and those below it, and nowhere else; in the image's own unless
-    /// set.
+    /// Allows backing files of a [`Disk::qcow2`] in this folder and those below it; none are allowed unless set. An image
+    /// chooses by itself which of them it shows to its guest. Symbolic links there are not followed.
     #[cfg(feature = "qcow2")]
     pub fn backing_folder(mut self, dir: impl Into<PathBuf>) -> Self {
         match &mut self.source {

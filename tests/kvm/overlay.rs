@@ -128,13 +128,16 @@ pub fn qcow2_is_written_on_a_backing_file_which_stays_as_it_is() -> Outcome {
     let base = base(&temp)?;
     let (before, image, flat) = (fs::read(&base)?, temp.path("top.qcow2"), temp.path("flat.img"));
     host("qemu-img", &["create", "-q", "-f", "qcow2", "-b", "base.img", "-F", "raw"], &image)?;
-    let (_, printed) = run(guest(&writes(1)).disk(Disk::qcow2(&image)))?;
+    let (_, printed) = run(guest(&writes(1)).disk(Disk::qcow2(&image).backing_folder(temp.path(""))))?;
     check_eq!(printed.trim(), "7\nguest 1");
     host("qemu-img", &["check", "-q"], &image)?;
     let from = image.to_str().ok_or("a path")?;
     host("qemu-img", &["convert", "-O", "raw", from], &flat)?;
     host("/sbin/e2fsck", &["-fn"], &flat)?;
-    check_eq!(run(guest(&reads()).disk(Disk::qcow2(&image).read_only()))?.1.trim(), "7\nguest 1");
+    check_eq!(
+        run(guest(&reads()).disk(Disk::qcow2(&image).backing_folder(temp.path("")).read_only()))?.1.trim(),
+        "7\nguest 1"
+    );
     check!(fs::read(&base)? == before, "the backing file was written");
     Ok(())
 }

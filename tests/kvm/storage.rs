@@ -136,7 +136,7 @@ const WORKLOAD: &str = "mount -t ext4 /dev/vdb /mnt && cd /mnt && echo ready\n\
 fn by_name(path: &Path) -> Disk {
     match path.extension().and_then(|extension| extension.to_str()) {
         Some("overlay") => Disk::overlay(path.with_file_name("base.raw")).at(path),
-        Some("qcow2") => Disk::qcow2(path),
+        Some("qcow2") => Disk::qcow2(path).backing_folder(path.parent().expect("a folder")),
         _ => Disk::file(path),
     }
 }

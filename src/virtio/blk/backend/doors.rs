@@ -118,7 +118,7 @@ pub(crate) fn qcow2_open(data: &[u8]) {
     if fs::write(&path, image).is_err() {
         return;
     }
-    if let Ok(mut disk) = super::Qcow2::open(&path, None, how & 4 == 0) {
+    if let Ok(mut disk) = super::Qcow2::open(&path, Some(&folder.0), how & 4 == 0) {
         use_disk(&mut disk, bytes);
     }
 }
@@ -127,7 +127,7 @@ pub(crate) fn qcow2_open(data: &[u8]) {
 /// begin of every `step`.
 #[cfg(feature = "qcow2")]
 pub(crate) fn qcow2_found(path: &std::path::Path, step: u64, byte: u8) -> crate::error::Result<[Vec<u8>; 2]> {
-    let mut disk = super::Qcow2::open(path, None, false)?;
+    let mut disk = super::Qcow2::open(path, path.parent(), false)?;
     let size = disk.shape().len;
     let memory = GuestMemory::anonymous(&[(GuestAddress(0), size)])?;
     let all = [memory.segment(GuestAddress(0), size as usize).map_err(std::io::Error::other)?];
@@ -144,6 +144,6 @@ pub(crate) fn qcow2_found(path: &std::path::Path, step: u64, byte: u8) -> crate:
         disk.write(&memory, &sector, at)?;
     }
     drop(disk);
-    let used = contents(&mut super::Qcow2::open(path, None, true)?)?;
+    let used = contents(&mut super::Qcow2::open(path, path.parent(), true)?)?;
     Ok([found, used])
 }

@@ -18,12 +18,12 @@ use std::path::{Path, PathBuf};
 
 use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder, ShallowMapping};
 
-use super::raw::{length, open};
+use super::raw::{length, lock_or_name_holder, open};
 use super::storage::{from_guest, to_guest};
 use super::{BlockBackend, Extent, Shape};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::memory::{GuestMemory, Segment};
-use crate::sys::{self, Order, Ordered, Unforked};
+use crate::sys::{self, Beneath, LockKind, Order, Ordered, Unforked};
 use header::{Format, Header};
 
 type Access = FormatAccess<Ordered>;
@@ -51,8 +51,14 @@ pub(crate) struct Qcow2 {
 
 /// The files that were opened on the way down, and the folder that they must be in.
 struct Chain {
-    folder: PathBuf,
+    folder: Option<Folder>,
     files: Vec<(u64, u64)>,
+}
+
+/// Where backing files may be: held open, so that nothing that becomes of its path or of what is in it leads out.
+struct Folder {
+    path: PathBuf,
+    beneath: Beneath,
 }
 
 impl Chain {
@@ -69,21 +75,30 @@ impl Chain {
         Ok(())
     }
 
-    /// The path of a backing file as an image in `beside` names it.
-    fn find(&self, beside: &Path, name: &str) -> Result<PathBuf> {
+    /// Opens a backing file as an image in `beside` names it. No link in the folder is followed, and only a regular file is one.
+    fn open_backing(&self, beside: &Path, name: &str) -> Result<(PathBuf, File)> {
         let named = beside.parent().unwrap_or(Path::new("/")).join(name);
-        let path = fs::canonicalize(&named).doing(|| format!("finding backing file {}", named.display()))?;
-        if path.starts_with(&self.folder) {
-            return Ok(path);
+        let denied = |what: String| {
+            let what = format!("its backing file {} {what}; see Disk::backing_folder", named.display());
+            Err(Error::new(ErrorKind::PermissionDenied, what))
+        };
+        let Some(Folder { path, beneath }) = &self.folder else {
+            return denied("is not allowed".into());
+        };
+        let finding = || format!("finding backing file {}", named.display());
+        // This only says where below the folder it is. What is opened is below the folder whatever this was.
+        let (Some(parent), Some(last)) = (named.parent(), named.file_name()) else {
+            return denied("is no file".into());
+        };
+        let whole = fs::canonicalize(parent).doing(finding)?.join(last);
+        let Ok(inside) = whole.strip_prefix(path) else {
+            return denied(format!("is outside {}", path.display()));
+        };
+        match beneath.open_regular(inside) {
+            Err(e) if matches!(e.raw_os_error(), Some(libc::ELOOP | libc::EXDEV)) => denied("is a link".into()),
+            Err(e) if e.raw_os_error() == Some(libc::EINVAL) => denied("is no regular file".into()),
+            outcome => Ok((path.join(inside), outcome.doing(finding)?)),
         }
-        Err(Error::new(
-            ErrorKind::PermissionDenied,
-            format!(
-                "its backing file {} is outside {}; see Disk::backing_folder",
-                path.display(),
-                self.folder.display()
-            ),
-        ))
     }
 }
 
@@ -109,9 +124,9 @@ fn mark(file: &File, bit: u8) -> io::Result<()> {
     Ok(())
 }
 
-/// Opens an image and what it lies on, the lowest first.
-fn open_image(path: &Path, write: bool, order: Order, chain: &mut Chain) -> Result<(Access, File, Header)> {
-    let file = open(path, !write, true, 0)?;
+/// Opens an image and what it lies on, the lowest first. `file` is the image at `path`, not locked yet.
+fn open_image(path: &Path, file: File, write: bool, order: Order, chain: &mut Chain) -> Result<(Access, File, Header)> {
+    lock_or_name_holder(&file, if write { LockKind::Exclusive } else { LockKind::Shared })?;
     if !file.metadata()?.is_file() {
         return Err(Error::new(ErrorKind::InvalidConfig, "not a regular file"));
     }
@@ -127,8 +142,9 @@ fn open_image(path: &Path, write: bool, order: Order, chain: &mut Chain) -> Resu
     let backing = match &header.backing {
         None => None,
         Some((name, format)) => {
-            let below = chain.find(path, name)?;
-            Some(open_backing(&below, *format, chain).doing(|| format!("opening backing file {}", below.display()))?)
+            let (below, file) = chain.open_backing(path, name)?;
+            let doing = || format!("opening backing file {}", below.display());
+            Some(open_backing(&below, file, *format, chain).doing(doing)?)
         }
     };
     let own = Ordered::new(file.try_clone()?, write, header.cluster.into(), order)?;
@@ -143,11 +159,11 @@ fn open_image(path: &Path, write: bool, order: Order, chain: &mut Chain) -> Resu
     Ok((FormatAccess::new(image), file, header))
 }
 
-fn open_backing(path: &Path, format: Format, chain: &mut Chain) -> Result<Access> {
+fn open_backing(path: &Path, file: File, format: Format, chain: &mut Chain) -> Result<Access> {
     if format == Format::Qcow2 {
-        return Ok(open_image(path, false, Order::default(), chain)?.0);
+        return Ok(open_image(path, file, false, Order::default(), chain)?.0);
     }
-    let file = open(path, true, true, 0)?;
+    lock_or_name_holder(&file, LockKind::Shared)?;
     chain.add(&file)?;
     length(&file)?;
     let own = Ordered::new(file, false, 1, Order::default())?;
@@ -156,7 +172,7 @@ fn open_backing(path: &Path, format: Format, chain: &mut Chain) -> Result<Access
 }
 
 impl Qcow2 {
-    /// Opens and locks an image with its backing files, which are in `folder`, or where the image itself is.
+    /// Opens and locks an image with its backing files, which are in `folder`. Without a folder it may have none.
     ///
     /// # Errors
     /// `NotFound`; `PermissionDenied`, also for a backing file elsewhere; `ResourceExhausted` when somebody has one of them open;
@@ -164,13 +180,15 @@ impl Qcow2 {
     pub(crate) fn open(path: &Path, folder: Option<&Path>, read_only: bool) -> Result<Self> {
         let doing = || format!("opening disk {}", path.display());
         let path = fs::canonicalize(path).doing(doing)?;
-        let folder = match folder {
-            Some(folder) => fs::canonicalize(folder).doing(|| format!("backing_folder: {}", folder.display()))?,
-            None => path.parent().unwrap_or(Path::new("/")).to_path_buf(),
+        let open_folder = |folder: &Path| -> io::Result<Folder> {
+            Ok(Folder { path: fs::canonicalize(folder)?, beneath: Beneath::open(folder)? })
         };
-        let mut chain = Chain { folder, files: Vec::new() };
+        let named = |folder: &Path| open_folder(folder).doing(|| format!("backing_folder: {}", folder.display()));
+        let mut chain = Chain { folder: folder.map(named).transpose()?, files: Vec::new() };
         let order = Order::default();
-        let opened = open_image(&path, !read_only, order.clone(), &mut chain).doing(doing)?;
+        let opened = open(&path, read_only, false, libc::O_NONBLOCK)
+            .and_then(|file| open_image(&path, file, !read_only, order.clone(), &mut chain))
+            .doing(doing)?;
         let (access, file, Header { size, cluster, .. }) = opened;
         Ok(Self {
             access: Some(access),

@@ -118,7 +118,7 @@ fn image(temp: &Temp, cluster: u64, compressed: bool) -> PathBuf {
 fn check(temp: &Temp, ops: &[(Op, u64, u64)], cluster: u64, compressed: bool, seed: u64) -> Result<(), TestCaseError> {
     let path = image(temp, cluster, compressed);
     let (before, state) = (fs::read(&path).unwrap(), temp.path("state"));
-    let mut disk = Qcow2::open(&path, None, false).unwrap();
+    let mut disk = Qcow2::open(&path, path.parent(), false).unwrap();
     let (events, promises) = record(&mut disk, ops);
     drop(disk);
     let mut random = seed | 1;
@@ -134,7 +134,7 @@ fn check(temp: &Temp, ops: &[(Op, u64, u64)], cluster: u64, compressed: bool, se
                 how == 0 || how > 1 && random % 4 < how
             });
             fs::write(&state, file).unwrap();
-            let opened = Qcow2::open(&state, None, false);
+            let opened = Qcow2::open(&state, state.parent(), false);
             prop_assert!(opened.is_ok(), "power went after {end} of {}: {:?}", events.len(), opened.err());
             for (sector, byte) in contents(&mut opened.unwrap()).iter().enumerate() {
                 prop_assert!(
@@ -174,7 +174,7 @@ fn a_flush_in_the_wrong_order_is_found_out() {
     let temp = Temp::new("order");
     let path = image(&temp, 2048, false);
     let (before, state) = (fs::read(&path).unwrap(), temp.path("state"));
-    let mut disk = Qcow2::open(&path, None, false).unwrap();
+    let mut disk = Qcow2::open(&path, path.parent(), false).unwrap();
     record::taken();
     write(&mut disk, &[7; 4096], 0);
     let order = disk.order.clone();
@@ -187,6 +187,6 @@ fn a_flush_in_the_wrong_order_is_found_out() {
     // As if the only sync had been the one of the mark.
     let events: Vec<Event> = events.iter().filter(|event| matches!(event, Event::Wrote(..))).cloned().collect();
     fs::write(&state, found(&before, &events, events.len(), true, || data.next().unwrap())).unwrap();
-    let after = contents(&mut Qcow2::open(&state, None, false).unwrap());
+    let after = contents(&mut Qcow2::open(&state, state.parent(), false).unwrap());
     assert_eq!(after[0], 0, "neither the base's 200 nor 7");
 }

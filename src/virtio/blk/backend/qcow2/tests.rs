@@ -85,13 +85,13 @@ fn backing_files_are_read_and_never_written() {
     temp.qemu_img("create -q -f qcow2 -b base.raw -F raw middle.qcow2");
     temp.qemu_img("create -q -f qcow2 -b middle.qcow2 -F qcow2 top.qcow2");
     let middle = fs::read(temp.path("middle.qcow2")).unwrap();
-    let mut disk = Qcow2::open(&temp.path("top.qcow2"), None, false).unwrap();
+    let mut disk = Qcow2::open(&temp.path("top.qcow2"), Some(&temp.0), false).unwrap();
     write(&mut disk, &[8; 512], 512);
     disk.flush().unwrap();
     assert_eq!(read(&mut disk, 0, 1536), [vec![7; 512], vec![8; 512], vec![7; 512]].concat());
     assert_eq!(fs::read(temp.path("middle.qcow2")).unwrap(), middle);
     assert_eq!(fs::read(temp.path("base.raw")).unwrap(), vec![7; 1 << 20]);
-    let error = Qcow2::open(&temp.path("top.qcow2"), None, false).unwrap_err();
+    let error = Qcow2::open(&temp.path("top.qcow2"), Some(&temp.0), false).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::ResourceExhausted, "{error}");
 }
 
@@ -100,22 +100,34 @@ fn backing_files_elsewhere_and_circles_are_refused() {
     let (temp, other) = (Temp::new("elsewhere"), Temp::new("other"));
     fs::write(other.path("secret"), vec![7; 1 << 20]).unwrap();
     temp.qemu_img(&format!("create -q -f qcow2 -b {} -F raw out.qcow2", other.path("secret").display()));
-    let error = Qcow2::open(&temp.path("out.qcow2"), None, false).unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::PermissionDenied);
-    assert!(error.to_string().contains("is outside") && error.to_string().contains("secret"), "{error}");
+    let refused = |image: &str, folder: Option<&Path>, word: &str| {
+        let error = Qcow2::open(&temp.path(image), folder, false).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::PermissionDenied, "{error}");
+        assert!(error.to_string().contains(word) && error.to_string().contains("backing_folder"), "{error}");
+    };
+    // Nothing is granted by default, not even what lies beside it.
+    fs::write(temp.path("neighbour"), vec![7; 1 << 20]).unwrap();
+    temp.qemu_img("create -q -f qcow2 -b neighbour -F raw beside.qcow2");
+    refused("beside.qcow2", None, "neighbour is not allowed");
+    refused("out.qcow2", Some(&temp.0), "is outside");
     std::os::unix::fs::symlink(other.path("secret"), temp.path("link")).unwrap();
     temp.qemu_img("create -q -f qcow2 -b link -F raw through.qcow2");
-    let error = Qcow2::open(&temp.path("through.qcow2"), None, false).unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::PermissionDenied);
+    refused("through.qcow2", Some(&temp.0), "is a link");
+    // Opening a pipe would wait for whoever writes into it.
+    fs::remove_file(temp.path("link")).unwrap();
+    crate::sys::make_fifo(&temp.path("link")).unwrap();
+    refused("through.qcow2", Some(&temp.0), "no regular file");
+    crate::sys::make_fifo(&temp.path("pipe.qcow2")).unwrap();
+    assert_eq!(Qcow2::open(&temp.path("pipe.qcow2"), None, true).unwrap_err().kind(), ErrorKind::InvalidConfig);
     Qcow2::open(&temp.path("out.qcow2"), Some(&other.0), false).unwrap();
     temp.qemu_img("create -q -f qcow2 one.qcow2 1M");
     temp.qemu_img("create -q -f qcow2 -b one.qcow2 -F qcow2 two.qcow2");
     temp.qemu_img("rebase -u -b two.qcow2 -F qcow2 one.qcow2");
-    let error = Qcow2::open(&temp.path("one.qcow2"), None, true).unwrap_err();
+    let error = Qcow2::open(&temp.path("one.qcow2"), Some(&temp.0), true).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Corrupt, "{error}");
     assert!(error.to_string().contains("comes back"), "{error}");
     temp.qemu_img("rebase -u -b none.qcow2 -F qcow2 one.qcow2");
-    assert_eq!(Qcow2::open(&temp.path("one.qcow2"), None, true).unwrap_err().kind(), ErrorKind::NotFound);
+    assert_eq!(Qcow2::open(&temp.path("one.qcow2"), Some(&temp.0), true).unwrap_err().kind(), ErrorKind::NotFound);
 }
 
 #[test]
