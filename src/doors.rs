@@ -4,7 +4,7 @@
 
 pub mod turns;
 
-use std::io::{Cursor, Write};
+use std::io::Write;
 use std::sync::{Arc, Mutex, OnceLock};
 
 use crate::boot::{Kernel, read_modules, tiny};
@@ -336,53 +336,7 @@ fn damaged(mut file: Vec<u8>, mut bytes: Bytes<'_>) -> Vec<u8> {
 /// An image's archive of any bytes, or one of entries with any fields and right checksums.
 #[cfg(any(feature = "container", test))]
 pub fn image_tar(data: &[u8]) {
-    let mut bytes = Bytes(data);
-    if bytes.byte() % 4 == 0 {
-        return crate::container::read_archive(&mut Cursor::new(data));
-    }
-    let mut archive = Vec::new();
-    while !bytes.done() {
-        archive.extend_from_slice(&tar_entry(&mut bytes));
-    }
-    archive.extend_from_slice(&[0; 1024]);
-    crate::container::read_archive(&mut Cursor::new(archive));
-}
-
-/// A header (POSIX.1-2024, pax, ustar interchange format) and its data.
-#[cfg(any(feature = "container", test))]
-fn tar_entry(bytes: &mut Bytes<'_>) -> Vec<u8> {
-    const NAMES: [&[u8]; 8] = [b"a", b"a/b", b"./d/", b"../x", b"/", b"a/b/c", b"\xff", b"d/e"];
-    const TYPES: &[u8] = b"0123456756LKxgSDM7";
-    let name = |bytes: &mut Bytes<'_>| match bytes.byte() {
-        n @ ..200 => NAMES[usize::from(n % 8)].to_vec(),
-        n => bytes.take(usize::from(n % 100)).to_vec(),
-    };
-    let mut header = [0; 512];
-    let mut put = |at: usize, field: &[u8]| header[at..at + field.len()].copy_from_slice(field);
-    put(0, &name(bytes));
-    let kind = TYPES[usize::from(bytes.byte()) % TYPES.len()];
-    let size = if matches!(kind, b'0' | b'L' | b'K' | b'x' | b'g' | b'S') { usize::from(bytes.byte()) } else { 0 };
-    for (at, width) in [(100, 7), (108, 7), (116, 7), (136, 11), (329, 7), (337, 7)] {
-        put(at, format!("{:0width$o}", u16::from_le_bytes(bytes.number())).as_bytes());
-    }
-    put(124, format!("{size:011o}").as_bytes());
-    put(156, &[kind]);
-    put(157, &name(bytes));
-    put(257, b"ustar\x0000");
-    // Fields of other formats, and damage.
-    let (at, field) = (usize::from(bytes.byte()) * 2, bytes.byte());
-    if field < 64 {
-        let field = bytes.take(field.into());
-        header[at..].iter_mut().zip(field).for_each(|(to, byte)| *to = *byte);
-    }
-    header[148..156].fill(b' ');
-    let sum: u32 = header.iter().map(|byte| u32::from(*byte)).sum();
-    header[148..155].copy_from_slice(format!("{sum:06o}\0").as_bytes());
-    let mut entry = header.to_vec();
-    let mut content = bytes.take(size).to_vec();
-    content.resize(size.next_multiple_of(512), b'1');
-    entry.extend_from_slice(&content);
-    entry
+    crate::container::image_tar(data);
 }
 
 /// Devices with a driver in front of them, for `benches/virtio.rs`.

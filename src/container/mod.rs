@@ -21,7 +21,7 @@ pub use builder::ContainerBuilder;
 pub use cancel::CancelToken;
 pub use exec::{Exec, Stdio};
 #[cfg(any(test, feature = "internals"))]
-pub(crate) use image::read_archive;
+pub(crate) use image::image_tar;
 pub use image::{Image, ImageLimits};
 pub use process::{ExitStatus, Output, Process, ProcessReader, ProcessWriter};
 

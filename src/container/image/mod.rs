@@ -4,6 +4,8 @@ mod acl;
 mod budget;
 mod content;
 mod directory;
+#[cfg(any(test, feature = "internals"))]
+mod doors;
 mod erofs;
 mod ext4;
 mod limits;
@@ -28,6 +30,8 @@ use crate::size::Size;
 use crate::sys::{self, Beneath};
 pub(crate) use budget::Cancel;
 use budget::{Budget, Patience};
+#[cfg(any(test, feature = "internals"))]
+pub(crate) use doors::image_tar;
 pub use limits::ImageLimits;
 use store::Store;
 use tar::{Stream, Target};
@@ -276,32 +280,6 @@ fn device_number(major: u32, minor: u32) -> Result<u32> {
         return Err(Error::new(ErrorKind::Corrupt, format!("its device number {major}:{minor} is too large")));
     }
     Ok(minor & 0xff | major << 8 | (minor & !0xff) << 12)
-}
-
-/// Reads an archive into a disk that nobody keeps, within small limits and on a small stack.
-#[cfg(any(test, feature = "internals"))]
-pub(crate) fn read_archive(source: &mut (dyn Read + Send)) {
-    const STACK: usize = 256 << 10;
-    let size = Size::mib(64);
-    let limits = ImageLimits::new().entries(4096).names(Size::mib(1)).xattrs(Size::mib(1));
-    let read = || {
-        let file = sys::temp_file(&std::env::temp_dir()).ok()?;
-        let patience = Patience::new(Duration::from_secs(60), &Cancel::default());
-        let outcome = write_archive(source, &file, &Budget::new(&limits, size, &patience));
-        let metadata = file.metadata().ok()?;
-        assert!(metadata.blocks() * 512 <= size.as_bytes() + (1 << 20), "more was written than allowed");
-        // Wherever there is no error, there is a disk that reads back whole.
-        if outcome.is_ok() {
-            erofs::reader::Reader::open(&file).tree(4096);
-        }
-        Some(())
-    };
-    std::thread::scope(|scope| {
-        let thread = std::thread::Builder::new().stack_size(STACK).spawn_scoped(scope, read);
-        if let Err(panic) = thread.map_or(Ok(None), std::thread::ScopedJoinHandle::join) {
-            std::panic::resume_unwind(panic);
-        }
-    });
 }
 
 #[cfg(test)]
