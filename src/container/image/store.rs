@@ -22,8 +22,11 @@ const FOLDER_MODE: u32 = 0o700;
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
 const LAST_PAUSE: Duration = Duration::from_millis(50);
 
+/// Device, inode, length, and both times of change.
+type Identity = [u64; 7];
+
 /// Disks that this process has read through, by what changes with any write to them.
-static VERIFIED: Mutex<BTreeSet<[u64; 7]>> = Mutex::new(BTreeSet::new());
+static VERIFIED: Mutex<BTreeSet<Identity>> = Mutex::new(BTreeSet::new());
 const MAX_VERIFIED: usize = 4096;
 
 /// A folder of disks. Several processes may use one.
@@ -103,6 +106,7 @@ impl Store {
         let seal = Seal::of(draft.file(), patience)?;
         seal.write(draft.file()).doing(writing)?;
         draft.file().sync_all().doing(writing)?;
+        let inode = draft.file().metadata()?.ino();
         let path = folder.join(&name);
         // What is there now is damaged. Who has it open keeps it.
         match fs::remove_file(&path) {
@@ -113,6 +117,12 @@ impl Store {
             // Where the folder is shared with another machine, the lock may be known to this one alone, and the other quicker.
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
             outcome => outcome.doing(|| format!("naming {}", self.dir.join(&name).display()))?,
+        }
+        let made = private_file(&self.folder, &name).doing(|| format!("opening {}", self.dir.join(&name).display()))?;
+        if made.metadata()?.ino() == inode {
+            // It was read through just now.
+            remember_verified(identity(&made)?);
+            return Ok(made);
         }
         let made = self.get(&name, patience)?;
         made.ok_or_else(|| Error::new(ErrorKind::Corrupt, format!("{} is damaged", self.dir.join(name).display())))
@@ -126,23 +136,15 @@ impl Store {
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(error.doing(format!("opening {}", path.display()))),
         };
-        let m = file.metadata()?;
-        let signed = [m.mtime(), m.mtime_nsec(), m.ctime(), m.ctime_nsec()].map(|n| n as u64);
-        let [mtime, mtime_nsec, ctime, ctime_nsec] = signed;
-        let identity = [m.dev(), m.ino(), m.len(), mtime, mtime_nsec, ctime, ctime_nsec];
-        let verified = || VERIFIED.lock().unwrap_or_else(PoisonError::into_inner);
-        if verified().contains(&identity) {
+        let identity = identity(&file)?;
+        if VERIFIED.lock().unwrap_or_else(PoisonError::into_inner).contains(&identity) {
             return Ok(Some(file));
         }
         if !seal::holds(&file, patience).doing(|| format!("reading {}", path.display()))? {
             log::warn!("{} is damaged, and will be made anew", path.display());
             return Ok(None);
         }
-        let mut verified = verified();
-        if verified.len() >= MAX_VERIFIED {
-            verified.clear();
-        }
-        verified.insert(identity);
+        remember_verified(identity);
         Ok(Some(file))
     }
 
@@ -169,6 +171,22 @@ impl Store {
         }
         Ok(lock)
     }
+}
+
+/// What changes with any write to a disk.
+fn identity(file: &File) -> io::Result<Identity> {
+    let m = file.metadata()?;
+    let [mtime, mtime_nsec, ctime, ctime_nsec] =
+        [m.mtime(), m.mtime_nsec(), m.ctime(), m.ctime_nsec()].map(|n| n as u64);
+    Ok([m.dev(), m.ino(), m.len(), mtime, mtime_nsec, ctime, ctime_nsec])
+}
+
+fn remember_verified(identity: Identity) {
+    let mut verified = VERIFIED.lock().unwrap_or_else(PoisonError::into_inner);
+    if verified.len() >= MAX_VERIFIED {
+        verified.clear();
+    }
+    verified.insert(identity);
 }
 
 /// Makes a folder where it is missing, and opens it; errors call it `shown`.

@@ -212,7 +212,6 @@ fn chunk_bits(map: &SparseMap) -> u8 {
 }
 
 fn is_zero(bytes: &[u8]) -> bool {
-    let (words, rest) = bytes.split_at(bytes.len() / 16 * 16);
-    // Sixteen at once; most blocks show it with the first.
-    words.chunks_exact(16).all(|word| word == [0; 16]) && rest.iter().all(|byte| *byte == 0)
+    const ZEROS: [u8; BLOCK as usize] = [0; BLOCK as usize];
+    ZEROS.get(..bytes.len()).is_some_and(|zeros| bytes == zeros)
 }

@@ -36,12 +36,16 @@ impl<'a> Header<'a> {
     pub(super) fn parse(block: &'a Block) -> Option<Self> {
         let header = Self(block);
         let said = number(header.field(CHKSUM))?;
-        let spaces = CHKSUM.0..CHKSUM.0 + CHKSUM.1;
-        let summed = |byte: &dyn Fn(u8) -> i64| -> i64 {
-            block.iter().enumerate().map(|(n, b)| byte(if spaces.contains(&n) { b' ' } else { *b })).sum()
-        };
-        // Some old programs added the bytes as signed ones.
-        let right = said == summed(&|b| b.into()) || said == summed(&|b| (b as i8).into());
+        // The sum's own field counts as spaces.
+        let own = header.field(CHKSUM);
+        let spaces = i64::from(b' ') * own.len() as i64;
+        let sum = |bytes: &[u8]| bytes.iter().fold(0u32, |sum, byte| sum + u32::from(*byte));
+        let mut right = said == i64::from(sum(block)) - i64::from(sum(own)) + spaces;
+        if !right {
+            // Some old programs added the bytes as signed ones.
+            let sum = |bytes: &[u8]| bytes.iter().fold(0i64, |sum, byte| sum + i64::from(*byte as i8));
+            right = said == sum(block) - sum(own) + spaces;
+        }
         right.then_some(header)
     }
 

@@ -61,12 +61,12 @@ impl<'a> Stream<'a> {
         Ok(Some(block))
     }
 
-    fn read(&mut self, to: &mut [u8]) -> Result<()> {
-        let mut filled = 0;
-        while let Some(rest) = to.get_mut(filled..).filter(|rest| !rest.is_empty()) {
-            let piece = self.next(rest.len() as u64)?;
-            rest.iter_mut().zip(piece).for_each(|(to, from)| *to = *from);
-            filled += piece.len();
+    fn read(&mut self, mut to: &mut [u8]) -> Result<()> {
+        while !to.is_empty() {
+            let piece = self.next(to.len() as u64)?;
+            let (now, later) = to.split_at_mut(piece.len());
+            now.copy_from_slice(piece);
+            to = later;
         }
         Ok(())
     }

@@ -174,7 +174,7 @@ fn number(n: i64, len: usize) -> Vec<u8> {
 
 pub(crate) fn record(key: &str, value: &[u8]) -> Vec<u8> {
     let rest = 2 + key.len() + value.len() + 1;
-    let len = (1..8).map(|digits| rest + digits).find(|len| len.to_string().len() + rest == *len).expect("a length");
+    let len = (1..12).map(|digits| rest + digits).find(|len| len.to_string().len() + rest == *len).expect("a length");
     [format!("{len} {key}=").as_bytes(), value, b"\n"].concat()
 }
 

@@ -1,0 +1,92 @@
+//! How much memory the preparation of an image takes at most, by the promise of `ImageLimits`.
+
+#![allow(unsafe_code, reason = "an allocator that counts")]
+#![allow(clippy::expect_used, reason = "a failure here is the test's")]
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+
+use cofferdam::{ErrorKind, Image, ImageLimits, Size};
+
+#[path = "../src/container/image/tests/maker.rs"]
+#[allow(dead_code, reason = "other tests make other archives")]
+mod maker;
+
+use maker::{Made, archive};
+
+/// Knows how much is taken, and the most that was.
+struct Counting;
+
+static TAKEN: AtomicUsize = AtomicUsize::new(0);
+static MOST: AtomicUsize = AtomicUsize::new(0);
+
+fn take(bytes: usize) {
+    MOST.fetch_max(TAKEN.fetch_add(bytes, Relaxed) + bytes, Relaxed);
+}
+
+// SAFETY: all is left to the system's allocator.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        take(layout.size());
+        // SAFETY: as the caller promises.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, at: *mut u8, layout: Layout) {
+        TAKEN.fetch_sub(layout.size(), Relaxed);
+        // SAFETY: as the caller promises.
+        unsafe { System.dealloc(at, layout) }
+    }
+
+    unsafe fn realloc(&self, at: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        take(size.saturating_sub(layout.size()));
+        TAKEN.fetch_sub(layout.size().saturating_sub(size), Relaxed);
+        // SAFETY: as the caller promises.
+        unsafe { System.realloc(at, layout, size) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// What preparing an archive took at its most.
+fn most(name: &str, entries: &[Made], limits: ImageLimits) -> (cofferdam::Result<()>, usize) {
+    let folder = std::env::temp_dir().join(format!("cofferdam-image-memory-{}-{name}", std::process::id()));
+    std::fs::create_dir_all(&folder).expect("a folder");
+    let path = folder.join("image.tar");
+    std::fs::write(&path, archive(entries)).expect("an archive");
+    let image = Image::open(&path).expect("an image").cache_dir(folder.join("cache")).limits(limits);
+    let before = TAKEN.load(Relaxed);
+    MOST.store(before, Relaxed);
+    let outcome = image.prepare();
+    let most = MOST.load(Relaxed) - before;
+    std::fs::remove_dir_all(folder).expect("the folder");
+    (outcome, most)
+}
+
+#[test]
+fn memory_is_bounded_by_the_limits() {
+    const N: usize = 66_000;
+    /// Buffers, whatever the image is.
+    const BUFFERS: usize = 8 << 20;
+    let each = |made: &dyn Fn(usize) -> Made| (0..N).map(made).collect::<Vec<_>>();
+    let cases = [
+        ("files", each(&|n| Made::file(format!("{n:06}"), "")), 6 * N),
+        ("directories", each(&|n| Made::directory(format!("{}/{n:06}", n % 1000))), 6 * N),
+        ("folders", (0..N / 2).map(|n| Made::file(format!("{n:06}/f"), "")).collect(), 7 * N / 2),
+        ("links", each(&|n| if n == 0 { Made::file("f", "") } else { Made::link(n.to_string(), "f") }), 6 * N),
+        ("symlinks", each(&|n| Made::symlink(format!("{n:06}"), "a target")), 14 * N),
+    ];
+    for (name, entries, names) in cases {
+        let (outcome, most) = most(name, &entries, ImageLimits::new());
+        outcome.expect(name);
+        let per_entry = most.saturating_sub(BUFFERS + names) / N;
+        // As the documentation of `ImageLimits` says.
+        assert!(per_entry <= 400, "{name}: {per_entry} bytes for each entry");
+    }
+    // One header of 16 MiB is not even read.
+    let large = Made::file("f", "").pax("comment", vec![b'x'; 16 << 20]);
+    let (outcome, most) = most("header", &[large], ImageLimits::new().header(Size::mib(1)));
+    assert_eq!(outcome.expect_err("it is too large").kind(), ErrorKind::InvalidConfig);
+    assert!(most < BUFFERS, "{most}");
+}
