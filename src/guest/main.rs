@@ -38,6 +38,7 @@ mod serve;
 mod spawn;
 mod sys;
 
+use alloc::ffi::CString;
 use alloc::vec::Vec;
 
 use cgroup::Cgroups;
@@ -145,6 +146,11 @@ fn mount_all(config: &BootConfig<'_>) -> Result<Writable, Failure> {
     let (before, after) = mount::split(&plan);
     mount::carry_out(before)?;
     let writable = Writable::find(&config.root);
+    config
+        .networks
+        .iter()
+        .filter(|network| network.gateway != [0; 4])
+        .for_each(|network| trust_addresses(network.card));
     // This one shows the shim's pid namespace; the workloads get their own.
     let _ = sys::unmount(c"/proc");
     mount::carry_out(after)?;
@@ -174,6 +180,17 @@ fn set_up_card(socket: &Fd, Network { card, address, prefix, gateway }: Network)
     sys::set_address(socket, &name, address, mask)?;
     sys::interface_up(socket, &name)?;
     if gateway == [0; 4] { Ok(()) } else { sys::set_gateway(socket, gateway) }
+}
+
+/// On a link with nobody but the gateway no address is taken: the guest need not wait until it has asked around (RFC 4862, 5.4).
+fn trust_addresses(card: u8) {
+    let mut path = Vec::from(b"/proc/sys/net/ipv6/conf/");
+    card_name(card, &mut path);
+    path.extend_from_slice(b"/accept_dad");
+    // A kernel without IPv6 has no such switch.
+    if let Ok(path) = CString::new(path) {
+        let _ = files::write(None, &path, b"0");
+    }
 }
 
 /// What the kernel calls a card.

@@ -30,6 +30,7 @@ mod nr {
     pub(super) const SHUTDOWN: usize = 48;
     pub(super) const BIND: usize = 49;
     pub(super) const LISTEN: usize = 50;
+    pub(super) const SETSOCKOPT: usize = 54;
     pub(super) const GETSOCKOPT: usize = 55;
     pub(super) const EXECVE: usize = 59;
     pub(super) const WAIT4: usize = 61;

@@ -14,6 +14,8 @@ pub(in crate::net) enum Unreachable {
     Host,
     Port,
     Prohibited,
+    /// Farther than the address that it came from means anything (RFC 4443, 3.1).
+    BeyondScope,
     /// Larger than this many bytes, which is what goes through.
     TooBig(u16),
 }
@@ -35,11 +37,13 @@ impl Unreachable {
             (Self::Host, true) => (3, 1, 0),
             (Self::Port, true) => (3, 3, 0),
             (Self::Prohibited, true) => (3, 13, 0),
+            (Self::BeyondScope, true) => (3, 1, 0),
             (Self::TooBig(mtu), true) => (3, 4, mtu),
             (Self::Network, false) => (1, 0, 0),
             (Self::Host, false) => (1, 3, 0),
             (Self::Port, false) => (1, 4, 0),
             (Self::Prohibited, false) => (1, 1, 0),
+            (Self::BeyondScope, false) => (1, 2, 0),
             (Self::TooBig(mtu), false) => (2, 0, mtu),
         }
     }

@@ -81,6 +81,11 @@ pub(crate) struct UserNet {
     payload: Vec<Segment>,
 }
 
+/// Whether an address is of none that stay on the guest's link.
+fn is_beyond_link(address: IpAddr) -> bool {
+    matches!(address, IpAddr::V6(a) if !a.is_unicast_link_local() && !a.is_multicast() && !a.is_unspecified())
+}
+
 impl UserNet {
     /// # Errors
     /// `InvalidConfig` for what cannot work; `ResourceExhausted` when the host has no more descriptors.
@@ -309,6 +314,14 @@ impl UserNet {
             }
             (IpAddr::V6(src), wire::ICMPV6) if src.is_unspecified() || src.is_unicast_link_local() => {
                 return self.message(memory, frame, at, packet, inner);
+            }
+            // From an address of the link nobody beyond it can be called: the guest has no other yet, and shall not wait.
+            (IpAddr::V6(src), wire::TCP | wire::UDP) if src.is_unicast_link_local() && is_beyond_link(packet.dst) => {
+                self.core.stats.unserved += 1;
+                let len = (at - wire::ETHERNET + packet.len).min(48);
+                let quoted = self.core.copy(memory, frame, wire::ETHERNET, len)?.to_vec();
+                let ends = Ends { src: packet.src, dst: packet.dst };
+                icmp::unreachable(&mut self.core, icmp::Unreachable::BeyondScope, ends, &quoted);
             }
             (IpAddr::V6(src), _) if src.is_unspecified() || src.is_unicast_link_local() => {
                 self.core.stats.unserved += 1;

@@ -262,3 +262,27 @@ fn a_guest_leaves_descriptors_to_its_embedder() {
     guest.datagram(handle, b"x", (Ipv4Addr::LOCALHOST, 2000).into());
     assert_eq!(guest.net.stats().datagram_flows, stats.datagram_flows + 1);
 }
+
+#[test]
+fn a_call_from_an_address_of_the_link_is_refused_at_once() {
+    use crate::net::wire::{self, Ends, Head};
+    let mut guest = Guest::new();
+    let config = guest.net.core.config.clone();
+    let src: std::net::Ipv6Addr = "fe80::1234".parse().unwrap();
+    let call = |guest: &mut Guest, dst: &str| {
+        let ends = Ends { src: src.into(), dst: dst.parse().unwrap() };
+        let mut head = Head::ip((config.guest_mac, config.gateway_mac), ends, wire::UDP, 8);
+        head.udp(4000, 7, 0);
+        let check = wire::udp_check(wire::pseudo(ends.src, ends.dst, wire::UDP, 8) + wire::sum(head.from(54)));
+        head.set16(60, check);
+        guest.send(head.as_slice(), Offload::default());
+        std::iter::from_fn(|| guest.take()).map(|(frame, _)| frame).collect::<Vec<_>>()
+    };
+    let answers = call(&mut guest, "2606:4700::7");
+    assert_eq!((answers.len(), &answers[0][54..56]), (1, &[1, 2][..]));
+    assert_eq!(answers[0][38..54], src.octets());
+    for near in ["fe80::1", "ff02::1"] {
+        assert!(call(&mut guest, near).is_empty(), "{near}");
+    }
+    assert_eq!(guest.net.core.host.made, 0);
+}
