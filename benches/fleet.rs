@@ -9,7 +9,7 @@ mod common;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use cofferdam::{Container, Image, Kernel, Size};
+use cofferdam::{Container, Image, Kernel, Layer, Size};
 use common::{cache, figure, median};
 
 const ALL: usize = 200;
@@ -29,8 +29,14 @@ fn main() {
     let disks = std::env::temp_dir().join(format!("cofferdam-bench-images-{pid}"));
     let image = image.cache_dir(&disks);
     image.prepare().expect("the image's disk");
-    let start =
-        || Container::builder(image.clone()).kernel(kernel.clone()).memory(Size::mib(64)).start().expect("it starts");
+    let start = || {
+        Container::builder(image.clone())
+            .kernel(kernel.clone())
+            .memory(Size::mib(64))
+            .disk(Layer::new(Size::gib(4)).folder(std::env::temp_dir()))
+            .start()
+            .expect("it starts")
+    };
     // Once for the caches.
     drop(start());
 

@@ -13,7 +13,7 @@ mod tiny;
 
 use std::time::{Duration, Instant};
 
-use cofferdam::{Cgroup, Container, ContainerBuilder, Image, Initramfs, Kernel, Process, Size, Vm, VmBuilder};
+use cofferdam::{Cgroup, Container, ContainerBuilder, Image, Initramfs, Kernel, Layer, Process, Size, Vm, VmBuilder};
 use common::{cache, figure};
 
 struct Bench {
@@ -40,7 +40,10 @@ impl Hostile {
 
 impl Bench {
     fn container(&self) -> ContainerBuilder {
-        let builder = Container::builder(self.image.clone()).kernel(self.kernel.clone()).memory(Size::mib(192));
+        let builder = Container::builder(self.image.clone())
+            .kernel(self.kernel.clone())
+            .memory(Size::mib(192))
+            .disk(Layer::new(Size::gib(4)).folder(std::env::temp_dir()));
         builder.cgroup(Cgroup::new()).start_timeout(Duration::from_secs(300))
     }
 

@@ -11,7 +11,7 @@ mod life;
 
 use std::time::{Duration, Instant};
 
-use cofferdam::{Container, Image, Kernel, Size, Vm};
+use cofferdam::{Container, Image, Kernel, Layer, Size, Vm};
 use common::{cache, figure, median};
 use life::ms;
 
@@ -52,8 +52,14 @@ fn shortest_life(kernel: &Kernel) {
 
 /// A container: until programs can be started, and what running one takes.
 fn container(kernel: &Kernel, image: &Image) {
-    let start =
-        || Container::builder(image.clone()).kernel(kernel.clone()).memory(Size::mib(128)).start().expect("it starts");
+    let start = || {
+        Container::builder(image.clone())
+            .kernel(kernel.clone())
+            .memory(Size::mib(128))
+            .disk(Layer::new(Size::gib(4)).folder(std::env::temp_dir()))
+            .start()
+            .expect("it starts")
+    };
     // Once for the caches.
     drop(start());
     let begin = Instant::now();

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::agent::Agent;
 use super::image::Cancel;
-use super::{CancelToken, Container, Image, shim};
+use super::{CancelToken, Container, Image, Layer, shim};
 use crate::boot::{Kernel, Need, Packed};
 use crate::error::{Context, Error, Result};
 use crate::proto::{BootConfig, CONTROL_PORT, Network, Networks, OPTIONAL, Root, Source, StringBuf};
@@ -25,7 +25,7 @@ pub struct ContainerBuilder {
     vcpus: u32,
     cpu: CpuProfile,
     memory: Memory,
-    disk: Size,
+    disk: Layer,
     attached: Vec<Disk>,
     nets: Vec<Net>,
     hostname: String,
@@ -44,7 +44,7 @@ impl ContainerBuilder {
             vcpus: 1,
             cpu: CpuProfile::host(),
             memory: Size::mib(256).into(),
-            disk: Size::gib(4),
+            disk: Layer::new(Size::gib(4)),
             attached: Vec::new(),
             nets: Vec::new(),
             hostname: "container".into(),
@@ -81,10 +81,10 @@ impl ContainerBuilder {
         self
     }
 
-    /// How much the container may write: 4 GiB unless set, rounded up to 128 MiB, at most 512 GiB. Takes space on the host as it is written, and is gone with
-    /// the container.
-    pub fn disk(mut self, size: Size) -> Self {
-        self.disk = size;
+    /// Sets the layer that the container writes to, by its size or with all that [`Layer`] says; 4 GiB unless set. It takes
+    /// space on the host as it is written, and is gone with the container.
+    pub fn disk(mut self, layer: impl Into<Layer>) -> Self {
+        self.disk = layer.into();
         self
     }
 
@@ -162,8 +162,10 @@ impl ContainerBuilder {
     fn run(self, begin: Instant) -> Result<Container> {
         let hostname = check_hostname(&self.hostname)?;
         let kernel = self.kernel.clone().map_or_else(Kernel::find, Ok)?;
-        let lower = Disk::open_file(self.image.disk(&Cancel::default())?).read_only();
-        let upper = Disk::open_file(Image::scratch(self.disk)?);
+        let never = Cancel::default();
+        let cancel = self.cancel.as_ref().map_or(&never, CancelToken::preparation);
+        let lower = Disk::open_file(self.image.disk(cancel)?).read_only();
+        let upper = self.disk.make()?;
         let mut vm = Vm::builder(kernel.clone())
             .vcpus(self.vcpus)
             .cpu(self.cpu)

@@ -3,8 +3,8 @@
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
+use super::image::Cancel;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::sys::{EventFd, borrow, eventfd};
 
@@ -15,7 +15,8 @@ use crate::sys::{EventFd, borrow, eventfd};
 pub struct CancelToken(Arc<Inner>);
 
 struct Inner {
-    cancelled: Arc<AtomicBool>,
+    /// What the preparation of an image looks at.
+    cancelled: Cancel,
     /// Readable once it is cancelled.
     wake: EventFd,
 }
@@ -27,24 +28,24 @@ impl CancelToken {
     /// `ResourceExhausted` when the process has no descriptors left.
     pub fn new() -> Result<Self> {
         let wake = eventfd().doing(|| "creating a token")?;
-        Ok(Self(Arc::new(Inner { cancelled: Arc::default(), wake })))
+        Ok(Self(Arc::new(Inner { cancelled: Cancel::default(), wake })))
     }
 
     /// Cancels every start that has this token, now and later. Idempotent; returns at once.
     pub fn cancel(&self) {
-        self.0.cancelled.store(true, Ordering::SeqCst);
+        self.0.cancelled.cancel();
         // A full counter is readable, which is all that is wanted.
         let _ = self.0.wake.write(1);
     }
 
     /// Tells whether [`CancelToken::cancel`] was called.
     pub fn is_cancelled(&self) -> bool {
-        self.0.cancelled.load(Ordering::SeqCst)
+        self.0.cancelled.is_cancelled()
     }
 
-    /// What those look at who cannot wait for a descriptor.
-    pub(super) fn flag(&self) -> Arc<AtomicBool> {
-        self.0.cancelled.clone()
+    /// What the preparation of an image looks at.
+    pub(super) fn preparation(&self) -> &Cancel {
+        &self.0.cancelled
     }
 
     /// # Errors

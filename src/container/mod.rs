@@ -5,8 +5,10 @@ mod builder;
 mod cancel;
 mod connect;
 mod exec;
+mod ext4;
 mod greeting;
 mod image;
+mod layer;
 mod process;
 mod shim;
 mod stdio;
@@ -23,6 +25,7 @@ pub use exec::{Exec, Stdio};
 #[cfg(any(test, feature = "internals"))]
 pub(crate) use image::image_tar;
 pub use image::{Image, ImageLimits};
+pub use layer::Layer;
 pub use process::{ExitStatus, Output, Process, ProcessReader, ProcessWriter};
 
 use crate::error::Result;

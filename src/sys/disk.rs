@@ -1,8 +1,11 @@
 //! What disk images need beyond plain files: who holds a lock, space that is left, alignment of direct I/O, devices' discard.
 
+use std::ffi::CString;
 use std::fs::{self, File};
 use std::io;
+use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
@@ -113,6 +116,22 @@ pub(crate) fn discard_device(file: &File, offset: u64, len: u64) -> io::Result<(
         },
     }
 }
+
+/// Whether what is written in this folder is memory of the host.
+pub(crate) fn is_memory(folder: &Path) -> io::Result<bool> {
+    let path = CString::new(folder.as_os_str().as_bytes())?;
+    let mut found = MaybeUninit::<libc::statfs>::zeroed();
+    // SAFETY: the path is a C string, and `found` is writable and of the right size.
+    if unsafe { libc::statfs(path.as_ptr(), found.as_mut_ptr()) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: zeroed, and then filled in by the successful call.
+    let kind = unsafe { found.assume_init() }.f_type;
+    Ok([libc::TMPFS_MAGIC, RAMFS_MAGIC].contains(&kind))
+}
+
+/// Linux, include/uapi/linux/magic.h.
+const RAMFS_MAGIC: libc::c_long = 0x8584_58f6;
 
 /// A file in memory without a name.
 pub(crate) fn memfd(flags: libc::c_uint) -> io::Result<File> {

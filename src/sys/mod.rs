@@ -27,7 +27,7 @@ mod uring;
 pub(crate) use beneath::{Beneath, is_private, link_target, path_of};
 pub(crate) use descriptors::is_spare;
 pub use descriptors::set_descriptor_reserve;
-pub(crate) use disk::{Alignment, Space, discard_device, lock_holder, memfd, memory_file, space};
+pub(crate) use disk::{Alignment, Space, discard_device, is_memory, lock_holder, memfd, memory_file, space};
 pub(crate) use draft::{Draft, temp_file};
 #[cfg(test)]
 pub(crate) use file::make_fifo;

@@ -77,6 +77,12 @@ impl Disk {
         disk
     }
 
+    /// A file that nobody else knows and that is gone with the VM.
+    #[cfg(feature = "container")]
+    pub(crate) fn private(file: File) -> Self {
+        Self::sharing(Source::File(Arc::new(file)))
+    }
+
     /// A raw image file, or a block device of the host, to read and write in place.
     ///
     /// While a VM runs it is locked: many may read an image at once, but who writes has it alone. Flushes of the guest

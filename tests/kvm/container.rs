@@ -3,7 +3,7 @@
 use std::fs;
 use std::time::{Duration, Instant};
 
-use cofferdam::{Container, Disk, ErrorKind, Exit, ExitStatus, Image, Size};
+use cofferdam::{Container, Disk, ErrorKind, Exit, ExitStatus, Image, Layer, Size};
 
 use crate::fixture::{Outcome, PATIENCE, Temp, container, debian_container, kernel};
 use crate::{check, check_eq};
@@ -100,7 +100,11 @@ pub fn everything_ends_with_the_container() -> Outcome {
 }
 
 pub fn memory_and_processors_arrive() -> Outcome {
-    let container = debian_container().vcpus(2).memory(Size::mib(512)).disk(Size::gib(1)).start()?;
+    let container = debian_container()
+        .vcpus(2)
+        .memory(Size::mib(512))
+        .disk(Layer::new(Size::gib(1)).folder(std::env::temp_dir()))
+        .start()?;
     check_eq!(shell(&container, "nproc")?, "2");
     let mib: u64 = shell(&container, "awk '/MemTotal/ {print int($2 / 1024)}' /proc/meminfo")?.parse()?;
     check!((440..=512).contains(&mib), "{mib}");

@@ -8,7 +8,8 @@ use std::time::Duration;
 
 use crate::tiny;
 use cofferdam::{
-    Console, Container, ContainerBuilder, Disk, ErrorKind, Exit, Image, Initramfs, Kernel, Modules, Size, Vm, VmBuilder,
+    Console, Container, ContainerBuilder, Disk, ErrorKind, Exit, Image, Initramfs, Kernel, Layer, Modules, Size, Vm,
+    VmBuilder,
 };
 
 /// What a test returns.
@@ -246,15 +247,20 @@ pub fn resident() -> Result<u64, Box<dyn Error>> {
     Ok(pages * 4096)
 }
 
+/// A layer in the folder for temporary files, which is memory in the lab: what lies on its `/` is slow.
+pub fn layer() -> Layer {
+    Layer::new(Size::gib(4)).folder(std::env::temp_dir())
+}
+
 /// A container of Debian with these settings.
 pub fn debian_container() -> ContainerBuilder {
-    Container::builder(debian()).kernel(kernel()).start_timeout(PATIENCE)
+    Container::builder(debian()).kernel(kernel()).start_timeout(PATIENCE).disk(layer())
 }
 
 /// A container of the Debian with servers and clients of all kinds.
 pub fn network_container() -> ContainerBuilder {
     let image = Image::open(cache().join("images/debian-12-network.tar")).expect("run `make setup` first");
-    Container::builder(image).kernel(kernel()).start_timeout(PATIENCE)
+    Container::builder(image).kernel(kernel()).start_timeout(PATIENCE).disk(layer())
 }
 
 /// A running container of Debian.

@@ -15,12 +15,11 @@ pub(crate) struct Cancel(Arc<AtomicBool>);
 
 impl Cancel {
     /// Lets what is being prepared end with `Cancelled`, within milliseconds.
-    #[cfg_attr(not(test), expect(dead_code, reason = "the start of a container is to call it"))]
     pub(crate) fn cancel(&self) {
         self.0.store(true, Ordering::Relaxed);
     }
 
-    fn is_cancelled(&self) -> bool {
+    pub(crate) fn is_cancelled(&self) -> bool {
         self.0.load(Ordering::Relaxed)
     }
 }

@@ -7,7 +7,6 @@ mod directory;
 #[cfg(any(test, feature = "internals"))]
 mod doors;
 mod erofs;
-mod ext4;
 mod limits;
 mod path;
 mod recognize;
@@ -27,7 +26,7 @@ use sha2::{Digest, Sha256};
 
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::size::Size;
-use crate::sys::{self, Beneath};
+use crate::sys::Beneath;
 pub(crate) use budget::Cancel;
 use budget::{Budget, Patience};
 #[cfg(any(test, feature = "internals"))]
@@ -153,17 +152,6 @@ impl Image {
             thread.join().unwrap_or_else(panicked)
         })
         .doing(|| format!("preparing image {}", self.path.display()))
-    }
-
-    /// An empty, unnamed file system of `size`, rounded up to 128 MiB, for a container to write to.
-    pub(super) fn scratch(size: Size) -> Result<File> {
-        let size = ext4::whole_groups(size)?;
-        let make = || -> std::io::Result<File> {
-            let file = sys::temp_file(&std::env::temp_dir())?;
-            ext4::write_empty(&file, size)?;
-            Ok(file)
-        };
-        make().doing(|| format!("disk: making a disk of {size} in {}", std::env::temp_dir().display()))
     }
 
     fn made(&self, patience: &Patience) -> Result<File> {

@@ -15,7 +15,7 @@ fn a_directory_becomes_the_same_disk_with_links_and_attributes() {
     fs::set_permissions(root.join("sub/file"), fs::Permissions::from_mode(0o4751)).unwrap();
     fs::hard_link(root.join("sub/file"), root.join("second")).unwrap();
     symlink("/etc/passwd", root.join("link")).unwrap();
-    sys::make_fifo(&root.join("pipe")).unwrap();
+    crate::sys::make_fifo(&root.join("pipe")).unwrap();
     let holey = File::create(root.join("holey")).unwrap();
     holey.write_all_at(b"end", 5 << 30).unwrap();
     let set = |program: &str, args: &[&str]| {

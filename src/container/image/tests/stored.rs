@@ -50,7 +50,7 @@ fn a_lock_that_somebody_holds_is_waited_for_as_long_as_allowed() {
     let mut lock = File::options();
     lock.write(true).create(true).truncate(false).mode(0o600);
     let lock = lock.open(temp.0.join("cache/lock")).unwrap();
-    assert!(sys::try_lock(&lock, sys::LockKind::Exclusive).unwrap());
+    assert!(crate::sys::try_lock(&lock, crate::sys::LockKind::Exclusive).unwrap());
     let error = disk(&image).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::TimedOut);
     assert!(error.to_string().contains("somebody else"), "{error}");
@@ -89,7 +89,7 @@ fn files_that_others_may_have_put_there_are_refused() {
             fs::write(temp.0.join("elsewhere"), &bytes).unwrap();
             symlink(temp.0.join("elsewhere"), &path).unwrap();
         },
-        &|| sys::make_fifo(&path).unwrap(),
+        &|| crate::sys::make_fifo(&path).unwrap(),
         &|| {
             fs::write(&path, &bytes).unwrap();
             fs::set_permissions(&path, fs::Permissions::from_mode(0o666)).unwrap();

@@ -227,3 +227,27 @@ fn crc16(bytes: &[u8]) -> u16 {
         (0..8).fold(crc ^ u16::from(*byte), |crc, _| if crc & 1 == 1 { crc >> 1 ^ 0xa001 } else { crc >> 1 })
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::ErrorKind;
+    use std::os::fd::AsRawFd;
+    use std::os::unix::fs::MetadataExt;
+
+    #[test]
+    fn empty_disks_have_the_size_asked_for_and_nearly_none_on_the_host() {
+        for (asked, size) in [(Size::gib(4), 4 << 30), (Size::mib(1), 128 << 20), (Size::gib(512), 512 << 30)] {
+            let disk = crate::sys::temp_file(&std::env::temp_dir()).unwrap();
+            write_empty(&disk, whole_groups(asked).unwrap()).unwrap();
+            let metadata = disk.metadata().unwrap();
+            assert!(metadata.len() == size && metadata.blocks() * 512 < 1 << 20, "{metadata:?}");
+            let path = format!("/proc/{}/fd/{}", std::process::id(), disk.as_raw_fd());
+            let output = std::process::Command::new("/sbin/e2fsck").arg("-fn").arg(path).output();
+            let output = output.expect("e2fsprogs: run `make setup`");
+            assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+        }
+        assert_eq!(whole_groups(Size::bytes(0)).unwrap_err().kind(), ErrorKind::InvalidConfig);
+        assert_eq!(whole_groups(Size::gib(1 << 30)).unwrap_err().kind(), ErrorKind::InvalidConfig);
+    }
+}

@@ -1,0 +1,138 @@
+//! [`Layer`]: what a container's writable layer shall be.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use super::ext4;
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::size::Size;
+use crate::sys;
+use crate::vm::{Disk, DiskLimit, ErrorAction, ErrorClass};
+
+/// A config value: the layer into which a container writes, over its image. It is gone with the container.
+///
+/// A plain [`Size`] is `Layer::new` of it. A host that has no more room is reported to the guest as a full disk
+/// ([`ErrorAction::Report`]), so that its programs fail and their time-outs go on; a disk of a VM waits for room instead.
+#[derive(Debug, Clone)]
+pub struct Layer {
+    size: Size,
+    folder: Option<PathBuf>,
+    on_error: Vec<(ErrorClass, ErrorAction)>,
+    headroom: Option<Size>,
+    reserve: Option<Size>,
+    limit: DiskLimit,
+}
+
+impl Layer {
+    /// Describes a layer of `size`, rounded up to 128 MiB, at most 512 GiB. It takes space on the host as it is written.
+    pub fn new(size: Size) -> Self {
+        let on_error = vec![(ErrorClass::NoSpace, ErrorAction::Report)];
+        Self { size, folder: None, on_error, headroom: None, reserve: None, limit: DiskLimit::default() }
+    }
+
+    /// Sets the folder of the host in which the layer lies, as a file without a name.
+    ///
+    /// Unless set it is the folder for temporary files (`TMPDIR`, else `/tmp`), or `/var/tmp` where that is memory (tmpfs,
+    /// ramfs). Where both are, the start fails and asks for a folder. One that is set may be memory.
+    pub fn folder(mut self, folder: impl Into<PathBuf>) -> Self {
+        self.folder = Some(folder.into());
+        self
+    }
+
+    /// Sets what happens when the host fails to do what the guest asked of the layer; see [`Disk::on_error`].
+    pub fn on_error(mut self, class: ErrorClass, action: ErrorAction) -> Self {
+        self.on_error.push((class, action));
+        self
+    }
+
+    /// Sets how much space its file system must have at the start; see [`Disk::headroom`].
+    pub fn headroom(mut self, space: Size) -> Self {
+        self.headroom = Some(space);
+        self
+    }
+
+    /// Sets how much space writes leave of its file system: 5 %, at most 1 GiB, unless set; see [`Disk::reserve`].
+    pub fn reserve(mut self, space: Size) -> Self {
+        self.reserve = Some(space);
+        self
+    }
+
+    /// Sets how much the layer may do; see [`Disk::limit`].
+    pub fn limit(mut self, limit: DiskLimit) -> Self {
+        self.limit = limit;
+        self
+    }
+
+    /// Makes the layer, with an empty file system.
+    ///
+    /// # Errors
+    /// `InvalidConfig` for an impossible size, and for a folder that is memory and was not set; `Io` and others, naming the
+    /// folder.
+    pub(super) fn make(&self) -> Result<Disk> {
+        let size = ext4::whole_groups(self.size)?;
+        let folder = match &self.folder {
+            Some(folder) => folder.clone(),
+            None => default_folder([std::env::temp_dir(), "/var/tmp".into()], is_memory)?,
+        };
+        let make = || -> std::io::Result<File> {
+            let file = sys::temp_file(&folder)?;
+            ext4::write_empty(&file, size)?;
+            Ok(file)
+        };
+        let file = make().doing(|| format!("disk: making a disk of {size} in {}", folder.display()))?;
+        let disk = Disk::private(file).limit(self.limit);
+        let disk = self.on_error.iter().fold(disk, |disk, (class, action)| disk.on_error(*class, *action));
+        let disk = self.headroom.into_iter().fold(disk, Disk::headroom);
+        Ok(self.reserve.into_iter().fold(disk, Disk::reserve))
+    }
+}
+
+impl From<Size> for Layer {
+    fn from(size: Size) -> Self {
+        Self::new(size)
+    }
+}
+
+/// One that cannot be asked is no memory: making the file there tells what is wrong with it.
+fn is_memory(folder: &Path) -> bool {
+    sys::is_memory(folder).unwrap_or(false)
+}
+
+/// The first of the folders that is no memory.
+fn default_folder(folders: [PathBuf; 2], is_memory: impl Fn(&Path) -> bool) -> Result<PathBuf> {
+    let [first, second] = folders;
+    let why = format!(
+        "{} and {} are memory of the host, which the layer would take: name a folder on a disk with `Layer::folder`",
+        first.display(),
+        second.display()
+    );
+    [first, second]
+        .into_iter()
+        .find(|folder| !is_memory(folder))
+        .ok_or_else(|| Error::new(ErrorKind::InvalidConfig, format!("disk: {why}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_is_taken_only_when_it_is_named() {
+        let folders = || [PathBuf::from("/a"), PathBuf::from("/b")];
+        let chosen = |memory: &'static [&'static str]| {
+            default_folder(folders(), move |folder| memory.iter().any(|it| Path::new(it) == folder))
+        };
+        assert_eq!(chosen(&[]).unwrap(), Path::new("/a"));
+        assert_eq!(chosen(&["/a"]).unwrap(), Path::new("/b"));
+        let error = chosen(&["/a", "/b"]).unwrap_err();
+        assert!(error.kind() == ErrorKind::InvalidConfig && error.to_string().contains("Layer::folder"), "{error}");
+        assert!(sys::is_memory(Path::new("/dev/shm")).unwrap() && !sys::is_memory(Path::new("/proc")).unwrap());
+        Layer::new(Size::mib(1)).folder("/dev/shm").make().unwrap();
+    }
+
+    #[test]
+    fn a_folder_that_is_missing_is_named() {
+        let error = Layer::new(Size::mib(1)).folder("/nowhere").make().unwrap_err();
+        assert!(error.kind() == ErrorKind::NotFound && error.to_string().contains("/nowhere"), "{error}");
+    }
+}
