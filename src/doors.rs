@@ -23,8 +23,8 @@ use crate::virtio::{MmioTransport, Slots, VirtioDevice};
 
 use crate::net::doors::Bytes;
 pub use crate::net::doors::{
-    dhcp as net_dhcp, dns as net_dns, header as net_header, policy as net_policy, switch as net_switch,
-    user_frame as net_user_frame,
+    amplification as net_amplification, dhcp as net_dhcp, dns as net_dns, header as net_header, policy as net_policy,
+    switch as net_switch, user_frame as net_user_frame,
 };
 pub use turns::device_turn;
 

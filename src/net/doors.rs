@@ -87,6 +87,9 @@ struct World {
     /// What the stack has told last: its number and ours.
     seq: u32,
     ack: u32,
+    /// Frames of the guest and to it, and their bytes.
+    sent: [usize; 2],
+    taken: [usize; 2],
 }
 
 const FRAME: GuestAddress = GuestAddress(0x1000);
@@ -109,13 +112,26 @@ impl World {
             UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).and_then(|socket| socket.connect(published).map(|()| socket));
         net.negotiated(Capabilities { to_host: Offloads::all(), to_guest: net.capabilities().to_guest });
         let memory = GuestMemory::anonymous(&[(GuestAddress(0), 1 << 18)]).ok()?;
-        Some(Self { net, memory, config, listener, at, caller: caller.ok()?, streams: Vec::new(), seq: 0, ack: 0 })
+        Some(Self {
+            net,
+            memory,
+            config,
+            listener,
+            at,
+            caller: caller.ok()?,
+            streams: Vec::new(),
+            seq: 0,
+            ack: 0,
+            sent: [0; 2],
+            taken: [0; 2],
+        })
     }
 
     fn send(&mut self, frame: &[u8], offload: Offload) {
         if offload.check(frame.len()).is_err() || self.memory.write(FRAME, frame).is_err() {
             return;
         }
+        self.sent = [self.sent[0] + 1, self.sent[1] + frame.len()];
         if let Ok(segment) = self.memory.segment(FRAME, frame.len()) {
             let (a, b) = segment.split_at(frame.len() / 2);
             let sent = self.net.send(Frame::new(&self.memory, &[a, b], offload));
@@ -130,6 +146,7 @@ impl World {
             let Ok(room) = self.memory.segment(ROOM, len) else { return };
             let received = self.net.receive(&mut Room::new(&self.memory, &[room])).ok().flatten();
             let Some(received) = received else { continue };
+            self.taken = [self.taken[0] + 1, self.taken[1] + received.len];
             assert!(received.len <= len && received.offload.check(received.len).is_ok(), "the frame is none");
             let mut head = [0; 54];
             if received.len >= 54 && self.memory.read(ROOM, &mut head).is_ok() {
@@ -226,6 +243,50 @@ impl World {
         self.send(&[head.as_slice(), &message].concat(), Offload { csum, gso: None });
     }
 
+    /// Something that the guest sends.
+    fn step(&mut self, what: u8, bytes: &mut Bytes<'_>) {
+        match what {
+            0..3 => self.tcp(bytes),
+            3 => {
+                let mut frame = Vec::new();
+                frame.extend(self.config.gateway_mac.0);
+                frame.extend(self.config.guest_mac.0);
+                let kinds = [wire::IPV4, wire::IPV6, wire::ARP, bytes.short()];
+                frame.extend(kinds.get(usize::from(bytes.byte() % 4)).copied().unwrap_or_default().to_be_bytes());
+                let len = usize::from(bytes.byte());
+                frame.extend(bytes.take(len));
+                self.send(&frame, Offload::default());
+            }
+            4 => {
+                let (dst, port, len) = (bytes.address(), bytes.short(), usize::from(bytes.byte()));
+                let (payload, size) = (bytes.take(len), u16::from(bytes.byte()));
+                let port =
+                    if port % 2 == 0 { [53, 67].get(usize::from(port / 2 % 2)).copied().unwrap_or(53) } else { port };
+                self.udp(dst, port, payload, size);
+            }
+            5 => {
+                let (dst, len) = (bytes.address(), usize::from(bytes.byte()));
+                let protocol = if dst.is_ipv4() { wire::ICMP } else { wire::ICMPV6 };
+                let mut frame = self.ip(dst, protocol, len).as_slice().to_vec();
+                frame.extend(bytes.take(len));
+                self.send(&frame, Offload { csum: Some(Csum { start: 14, offset: 0 }), gso: None });
+            }
+            6 => {
+                let (mut header, len) = ([0; HEADER_LEN], usize::from(bytes.byte()));
+                header.iter_mut().zip(bytes.take(HEADER_LEN)).for_each(|(to, from)| *to = *from);
+                let frame = bytes.take(len);
+                if let Ok(offload) = Offload::parse(&header, frame.len(), Offloads::all()) {
+                    self.send(frame, offload);
+                }
+            }
+            7 => self.fragment(bytes),
+            _ => {
+                let (what, len) = (bytes.byte(), usize::from(bytes.byte()));
+                self.answer(what, bytes.take(len));
+            }
+        }
+    }
+
     /// Somebody on the host does something.
     fn host(&mut self, what: u8) {
         if what % 8 == 7 {
@@ -248,50 +309,35 @@ impl World {
     }
 }
 
+/// What a guest gets back of the stack for what it sends, and sockets that are made for it, while nobody on the host does
+/// anything: no more than twice as many frames, and four times as many bytes, as it sent, and one socket for each frame. Datagrams
+/// that a frame is cut into are bounded by [`Offload::check`].
+pub fn amplification(data: &[u8]) {
+    let Some(mut world) = World::new(Some(Policy::internet())) else { return };
+    // Sockets are counted, and none is made. A question goes to one resolver, or to the next when that one cannot be asked.
+    world.net.pretend();
+    let (mut bytes, mut made) = (Bytes(data), 0);
+    while !bytes.done() {
+        world.step(bytes.byte() % 7, &mut bytes);
+        world.net.turn();
+        world.take();
+        let ([frames, len], [back, back_len]) = (world.sent, world.taken);
+        assert!(back <= 2 * frames + 8, "{frames} frames came back as {back}");
+        assert!(back_len <= 4 * len + 1024, "{len} bytes came back as {back_len}");
+        made += world.net.pretended().len();
+        assert!(made <= frames, "{frames} frames made too many sockets");
+    }
+}
+
 /// Frames of any content, near and far from what the stack expects, while the host does something and time passes.
 pub fn user_frame(data: &[u8]) {
     let Some(mut world) = World::new(None) else { return };
     let mut bytes = Bytes(data);
     while !bytes.done() {
         match bytes.byte() % 12 {
-            0..3 => world.tcp(&mut bytes),
-            10 => world.fragment(&mut bytes),
-            11 => {
-                let (what, len) = (bytes.byte(), usize::from(bytes.byte()));
-                world.answer(what, bytes.take(len));
-            }
-            3 => {
-                let mut frame = Vec::new();
-                frame.extend(world.config.gateway_mac.0);
-                frame.extend(world.config.guest_mac.0);
-                let kinds = [wire::IPV4, wire::IPV6, wire::ARP, bytes.short()];
-                frame.extend(kinds.get(usize::from(bytes.byte() % 4)).copied().unwrap_or_default().to_be_bytes());
-                let len = usize::from(bytes.byte());
-                frame.extend(bytes.take(len));
-                world.send(&frame, Offload::default());
-            }
-            4 => {
-                let (dst, port, len) = (bytes.address(), bytes.short(), usize::from(bytes.byte()));
-                let (payload, size) = (bytes.take(len), u16::from(bytes.byte()));
-                let port =
-                    if port % 2 == 0 { [53, 67].get(usize::from(port / 2 % 2)).copied().unwrap_or(53) } else { port };
-                world.udp(dst, port, payload, size);
-            }
-            5 => {
-                let (dst, len) = (bytes.address(), usize::from(bytes.byte()));
-                let protocol = if dst.is_ipv4() { wire::ICMP } else { wire::ICMPV6 };
-                let mut frame = world.ip(dst, protocol, len).as_slice().to_vec();
-                frame.extend(bytes.take(len));
-                world.send(&frame, Offload { csum: Some(Csum { start: 14, offset: 0 }), gso: None });
-            }
-            6 => {
-                let (mut header, len) = ([0; HEADER_LEN], usize::from(bytes.byte()));
-                header.iter_mut().zip(bytes.take(HEADER_LEN)).for_each(|(to, from)| *to = *from);
-                let frame = bytes.take(len);
-                if let Ok(offload) = Offload::parse(&header, frame.len(), Offloads::all()) {
-                    world.send(frame, offload);
-                }
-            }
+            what @ 0..7 => world.step(what, &mut bytes),
+            10 => world.step(7, &mut bytes),
+            11 => world.step(8, &mut bytes),
             7 => world.net.advance(Duration::from_millis(1 << (bytes.byte() % 24))),
             8 => world.host(bytes.byte()),
             _ => {
@@ -516,7 +562,7 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(256))]
         #[test]
         fn any_bytes_are_survived(data in proptest::collection::vec(any::<u8>(), 0..800)) {
-            for door in [user_frame, dhcp, dns, policy, header, switch] {
+            for door in [amplification, user_frame, dhcp, dns, policy, header, switch] {
                 door(&data);
             }
         }

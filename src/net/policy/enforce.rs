@@ -521,6 +521,39 @@ mod tests {
     }
 
     #[test]
+    fn own_addresses_are_own_however_they_were_configured() {
+        // In a network namespace of its own, where this process may make one.
+        const CHILD: &str = "COFFERDAM_TEST_NAMESPACE";
+        if std::env::var_os(CHILD).is_none() {
+            let name = "net::policy::enforce::tests::own_addresses_are_own_however_they_were_configured";
+            let set_up = "ip link set lo up && ip addr add 9.9.9.9/32 dev lo && ip addr add 10.9.9.9/8 dev lo && \
+                ip -6 addr add 2606::9/128 dev lo nodad && ip route add local 8.8.0.0/16 dev lo && \
+                ip route add 7.0.0.0/8 dev lo && { echo 1 >/proc/sys/net/ipv4/ip_nonlocal_bind || true; }";
+            let script = format!("({set_up}) || exit 77; exec \"$0\" --exact {name}");
+            let mut child = std::process::Command::new("unshare");
+            child.args(["-n", "sh", "-c", &script]).arg(std::env::current_exe().unwrap()).env(CHILD, "1");
+            match child.output() {
+                Ok(child) if child.status.success() => {}
+                Ok(child) if !matches!(child.status.code(), Some(1 | 77)) || child.stdout.starts_with(b"\nrunning") => {
+                    panic!("{}", String::from_utf8_lossy(&child.stdout));
+                }
+                refused => eprintln!("skipped: no network namespace can be made: {refused:?}"),
+            }
+            return;
+        }
+        let wide = ["7.0.0.0/8", "10.0.0.0/8"].map(|text| Rule::allow_range(range(text)));
+        let policy = wide.into_iter().fold(Policy::internet(), Policy::rule);
+        for own in ["9.9.9.9:80", "10.9.9.9:22", "[2606::9]:80", "8.8.8.8:53", "8.8.1.2:53", "10.255.255.255:9"] {
+            assert!(!allowed(&policy, Protocol::Tcp, own), "{own}");
+        }
+        let alone = policy.clone().rule(Rule::allow_range(range("10.9.9.9/32")));
+        assert!(allowed(&alone, Protocol::Tcp, "10.9.9.9:22"));
+        for other in ["7.1.1.1:80", "10.9.9.8:22", "8.9.1.1:80"] {
+            assert!(allowed(&policy, Protocol::Tcp, other), "{other}");
+        }
+    }
+
+    #[test]
     fn without_descriptors_nothing_more_is_admitted() {
         // In a process of its own, so that others keep theirs.
         const CHILD: &str = "COFFERDAM_TEST_DESCRIPTORS";

@@ -1,0 +1,4 @@
+//! One door of the library and any bytes; what it does with them is in src/net/doors.rs.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| cofferdam::doors::net_amplification(data));
