@@ -59,6 +59,11 @@ impl Cidr {
         width == other && theirs & mask(self.bits, width) == ours
     }
 
+    /// Whether it is one address alone.
+    pub(super) fn is_one(self) -> bool {
+        self == Self::one(self.address)
+    }
+
     pub(crate) fn first(self) -> IpAddr {
         self.address
     }

@@ -141,7 +141,9 @@ impl Rule {
         let targets = match (&self.target, &later.target) {
             (Target::Anywhere, _) => !self.allow || later.target == Target::Anywhere && later.allow,
             (Target::Range(ours), Target::Range(theirs)) => {
-                ours.covers(*theirs) && (!self.allow || special_alike(*ours, *theirs))
+                // A rule of one address allows what a range around it does not: the host's own, and metadata services.
+                let alone = later.allow && theirs.is_one() && ours != theirs;
+                ours.covers(*theirs) && (!self.allow || special_alike(*ours, *theirs) && !alone)
             }
             (Target::Name(ours), Target::Name(theirs)) => {
                 match (Name::parse_pattern(ours), Name::parse_pattern(theirs)) {
@@ -270,6 +272,7 @@ mod tests {
             (Rule::allow_range(range("0.0.0.0/0")), Rule::allow_range(range("10.1.0.0/16"))),
             (Rule::allow_name("example.com"), Rule::deny_name("www.example.com")),
             (Rule::allow_public(), Rule::allow_range(range("10.0.0.0/8"))),
+            (Rule::allow_range(range("10.0.0.0/8")), Rule::allow_range(range("10.9.9.9/32"))),
             (Rule::allow_public().protocol(Protocol::Tcp), Rule::allow_public()),
         ] {
             Policy::default().rule(first).rule(second).check().unwrap();

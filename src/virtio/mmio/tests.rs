@@ -1,0 +1,182 @@
+//! The registers, as a driver uses them.
+
+use super::*;
+use crate::event::Loop;
+use crate::memory::GuestAddress;
+use crate::sys::Registers;
+use crate::virtio::VirtioDevice;
+use crate::virtio::rng::Rng;
+use std::sync::atomic::AtomicU32;
+
+/// A transport with its device on a loop; the registers as a driver uses them.
+struct Rig {
+    transport: MmioTransport,
+    memory: GuestMemory,
+    _devices: Loop<Slots>,
+}
+
+impl Rig {
+    fn new() -> Self {
+        let devices = Loop::start("test", |s| Slots::new(vec![Box::new(Rng)], s, Box::new(|_, _| ()))).unwrap();
+        let memory = GuestMemory::anonymous(&[(GuestAddress(0), 1 << 20)]).unwrap();
+        let transport = MmioTransport::new(
+            Rng.profile(),
+            memory.clone(),
+            (devices.remote(), 0),
+            Interrupt::new(Registers::alone().unwrap(), || ()),
+        )
+        .unwrap();
+        Self { transport, memory, _devices: devices }
+    }
+
+    fn get(&mut self, offset: u64) -> u32 {
+        let mut word = [0; 4];
+        self.transport.read(offset, &mut word);
+        u32::from_le_bytes(word)
+    }
+
+    fn set(&mut self, offset: u64, value: u32) {
+        self.transport.write(offset, &value.to_le_bytes());
+    }
+
+    /// As a driver does until the device runs, with features `high` in the upper word and a queue of `size`.
+    fn drive(&mut self, high: u32, size: u32) {
+        let steps = [(0x70, 1), (0x70, 3), (0x24, 1), (0x20, high), (0x70, 11), (0x38, size), (0x80, 0x1000)];
+        let more = [(0x90, 0x2000), (0xa0, 0x3000), (0x44, 1), (0x70, 15)];
+        steps.into_iter().chain(more).for_each(|(at, value)| self.set(at, value));
+    }
+}
+
+#[test]
+fn says_what_it_is() {
+    let mut rig = Rig::new();
+    let read = [0x00, 0x04, 0x08, 0x34].map(|at| rig.get(at));
+    assert_eq!(read, [0x7472_6976, 2, 4, 64]);
+    rig.set(0x14, 1);
+    assert_eq!(rig.get(0x10), 1, "VERSION_1 is offered");
+    rig.set(0x14, 2);
+    assert_eq!(rig.get(0x10), 0);
+    rig.set(0x30, 9);
+    assert_eq!(rig.get(0x34), 0, "there is no queue 9");
+}
+
+#[test]
+fn the_status_write_completes_when_the_device_runs() {
+    let (mut rig, told) = (Rig::new(), Arc::new(AtomicU32::new(0)));
+    let counter = told.clone();
+    rig.transport = rig.transport.on_ready(move || {
+        counter.fetch_add(1, Ordering::SeqCst);
+    });
+    // A buffer of 16 bytes, offered before the device runs: it must be seen without a kick.
+    let descriptor = [0x5000u64.to_le_bytes().as_slice(), &16u32.to_le_bytes(), &[2, 0, 0, 0]].concat();
+    rig.memory.write(GuestAddress(0x1000), &descriptor).unwrap();
+    rig.memory.write(GuestAddress(0x2002), &[1, 0, 0, 0]).unwrap();
+    rig.drive(1, 8);
+    assert_eq!((rig.get(0x70), told.load(Ordering::SeqCst)), (15, 1));
+    let mut used = [0; 2];
+    rig.memory.read(GuestAddress(0x3002), &mut used).unwrap();
+    assert_eq!((used, rig.get(0x60)), ([1, 0], 1));
+    rig.set(0x64, 1);
+    assert_eq!(rig.get(0x60), 0);
+    rig.set(0x70, 0);
+    assert_eq!((rig.get(0x70), rig.get(0x44)), (0, 0));
+    rig.drive(1, 8);
+    assert_eq!(rig.get(0x70), 15, "a device starts again after a reset");
+}
+
+#[test]
+fn drivers_that_refuse_version_1_or_invent_features_get_no_device() {
+    for features in [0, 0x8000_0001] {
+        let mut rig = Rig::new();
+        rig.drive(features, 8);
+        assert_eq!(rig.get(0x70), 3, "neither FEATURES_OK nor DRIVER_OK");
+    }
+}
+
+#[test]
+fn queues_that_make_no_sense_need_a_reset() {
+    for size in [0, 3, 128, u32::MAX] {
+        let (mut rig, told) = (Rig::new(), Arc::new(AtomicU32::new(0)));
+        let counter = told.clone();
+        rig.transport = rig.transport.on_broken(move |why| {
+            assert!(why.starts_with("queue 0: "), "{why}");
+            counter.fetch_add(1, Ordering::SeqCst);
+        });
+        rig.drive(1, size);
+        assert_eq!(rig.get(0x70), 11 | 64, "size {size}");
+        assert_eq!(rig.get(0x60), 2, "the driver is told");
+        assert_eq!((told.load(Ordering::SeqCst), rig.transport.counters().faults.load(Ordering::SeqCst)), (1, 1));
+    }
+}
+
+#[test]
+fn who_asks_is_answered_while_a_driver_floods_the_device() {
+    use crate::virtio::DeviceHandle;
+    use std::sync::atomic::AtomicBool;
+    let mut rig = Rig::new();
+    let buffer = [0x8_0000u64.to_le_bytes().as_slice(), &0x1_0000u32.to_le_bytes(), &[2, 0, 0, 0]].concat();
+    rig.memory.write(GuestAddress(0x1000), &buffer).unwrap();
+    rig.drive(1, 8);
+    // Another processor of the guest offers the buffer again as soon as it comes back, and kicks without end.
+    let (memory, kick) = (rig.memory.clone(), rig.transport.kicks()[0].try_clone().unwrap());
+    let flooding = Arc::new(AtomicBool::new(true));
+    let until = flooding.clone();
+    let guest = std::thread::spawn(move || {
+        while until.load(Ordering::Relaxed) {
+            let mut used = [0; 2];
+            memory.read(GuestAddress(0x3002), &mut used).unwrap();
+            memory.write(GuestAddress(0x2002), &u16::from_le_bytes(used).wrapping_add(8).to_le_bytes()).unwrap();
+            kick.write(1).unwrap();
+        }
+    });
+    let device = DeviceHandle::<Rng>::new(rig._devices.remote(), 0);
+    while rig.transport.counters().requests.load(Ordering::Relaxed) < 200 {
+        let begin = Instant::now();
+        device.with(|_, io| assert!(io.is_some_and(|io| !io.turn_over()))).unwrap();
+        assert!(begin.elapsed() < Duration::from_secs(2), "{:?}", begin.elapsed());
+    }
+    rig.set(0x70, 0);
+    assert_eq!(rig.get(0x70), 0, "a reset has its turn too");
+    flooding.store(false, Ordering::Relaxed);
+    guest.join().unwrap();
+}
+
+#[test]
+fn a_flood_of_status_writes_is_told_once() {
+    let (mut rig, told) = (Rig::new(), Arc::new(AtomicU32::new(0)));
+    let counter = told.clone();
+    rig.transport = rig.transport.on_broken(move |_| {
+        counter.fetch_add(1, Ordering::SeqCst);
+    });
+    rig.drive(1, 3);
+    for _ in 0..10_000 {
+        rig.set(0x70, 15);
+    }
+    let faults = rig.transport.counters().faults.load(Ordering::Relaxed);
+    assert_eq!((told.load(Ordering::SeqCst), faults, rig.get(0x70)), (1, 1, 11 | 64));
+    // With resets in between it comes to need one each time, which is counted and hardly told.
+    let begin = Instant::now();
+    for _ in 0..1000 {
+        rig.set(0x70, 0);
+        rig.drive(1, 3);
+    }
+    let (told, most) = (told.load(Ordering::SeqCst), 12 + begin.elapsed().as_secs() as u32);
+    assert_eq!(rig.transport.counters().faults.load(Ordering::Relaxed), 1001);
+    assert!((2..=most).contains(&told), "{told}");
+    rig.set(0x70, 0);
+    rig.drive(1, 8);
+    assert_eq!(rig.get(0x70), 15, "a device that was reset starts");
+}
+
+#[test]
+fn accesses_of_other_widths_and_places_do_nothing() {
+    let mut rig = Rig::new();
+    rig.transport.write(0x70, &[1]);
+    rig.transport.write(0x71, &[1, 0, 0, 0]);
+    rig.transport.write(0x70, &[1; 8]);
+    assert_eq!(rig.get(0x70), 0);
+    let mut byte = [7];
+    rig.transport.read(0x70, &mut byte);
+    rig.transport.read(u64::MAX, &mut byte);
+    assert_eq!(rig.get(0xb0), u32::MAX, "there is no shared memory");
+}
