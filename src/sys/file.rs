@@ -141,8 +141,8 @@ fn allocate(file: &File, mode: libc::c_int, offset: u64, len: u64) -> io::Result
     }
 }
 
-/// All extended attributes of an open file, which may be open with `O_PATH` only.
-pub(crate) fn xattrs(fd: BorrowedFd<'_>) -> io::Result<BTreeMap<Vec<u8>, Vec<u8>>> {
+/// The extended attributes of an open file, which may be open with `O_PATH` only: all of them, or more than `most` bytes.
+pub(crate) fn xattrs(fd: BorrowedFd<'_>, most: usize) -> io::Result<BTreeMap<Vec<u8>, Vec<u8>>> {
     let path = CString::new(path_of(fd).into_os_string().into_vec())?;
     // SAFETY: `path` is NUL-terminated; the pointer and length describe the buffer.
     let names = read_growing(|to| unsafe { libc::listxattr(path.as_ptr(), to.as_mut_ptr().cast(), to.len()) });
@@ -150,7 +150,7 @@ pub(crate) fn xattrs(fd: BorrowedFd<'_>) -> io::Result<BTreeMap<Vec<u8>, Vec<u8>
         Err(e) if e.raw_os_error() == Some(libc::EOPNOTSUPP) => return Ok(BTreeMap::new()),
         other => other?,
     };
-    let mut found = BTreeMap::new();
+    let (mut found, mut bytes) = (BTreeMap::new(), 0);
     for name in names.split(|byte| *byte == 0).filter(|name| !name.is_empty()) {
         let c_name = CString::new(name)?;
         // SAFETY: both strings are NUL-terminated; the pointer and length describe the buffer.
@@ -158,7 +158,13 @@ pub(crate) fn xattrs(fd: BorrowedFd<'_>) -> io::Result<BTreeMap<Vec<u8>, Vec<u8>
             libc::getxattr(path.as_ptr(), c_name.as_ptr(), to.as_mut_ptr().cast(), to.len())
         });
         match value {
-            Ok(value) => drop(found.insert(name.to_vec(), value)),
+            Ok(value) => {
+                bytes += name.len() + value.len();
+                found.insert(name.to_vec(), value);
+                if bytes > most {
+                    break;
+                }
+            }
             // It was removed in between.
             Err(e) if e.raw_os_error() == Some(libc::ENODATA) => {}
             Err(e) => return Err(e),

@@ -143,7 +143,9 @@ pub(super) fn read(root: &Beneath, to: &mut Target<'_, '_>, hash: &mut Sha256) -
 }
 
 fn metadata(found: &Found<'_>, holder: Holder, budget: &Budget) -> Result<Metadata> {
-    let mut xattrs = sys::xattrs(found.place.as_fd()).doing(|| "reading its attributes")?;
+    // More than the limit are refused below, where they are counted as they are kept.
+    let most = usize::try_from(budget.limits.entry_xattrs.as_bytes()).unwrap_or(usize::MAX).saturating_mul(2);
+    let mut xattrs = sys::xattrs(found.place.as_fd(), most).doing(|| "reading its attributes")?;
     let stat = found.stat;
     let mode = (stat.mode() & 0o7777) as u16;
     let mode = if stat.is_symlink() { mode } else { xattr::settle_mode(mode, &mut xattrs) };

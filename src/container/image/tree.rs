@@ -14,9 +14,9 @@ pub(super) type InodeIndex = u32;
 
 pub(super) const ROOT: InodeIndex = 0;
 
-/// Links that a path may lead through, as on Linux, and steps that it may take in all.
+/// Links that a path may lead through, as on Linux, and parts that their targets may have in all.
 const MAX_LINKS: usize = 40;
-const MAX_STEPS: usize = 4096;
+const MAX_LINKED_PARTS: usize = 1024;
 
 /// What an entry says of its inode beside its type.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -266,16 +266,12 @@ impl Tree {
         let mut path = path.map(Cow::Borrowed);
         // Parts of the targets of links, the next one last.
         let mut detour: Vec<Cow<'_, [u8]>> = Vec::new();
-        let (mut at, mut links, mut steps) = (ROOT, 0, 0);
+        let (mut at, mut links, mut linked_parts) = (ROOT, 0, 0);
         loop {
             let linked = !detour.is_empty();
             let Some(part) = detour.pop().or_else(|| path.next()) else {
                 return Ok(at);
             };
-            steps += 1;
-            if steps > MAX_STEPS {
-                return Err(corrupt("its path leads through too many links"));
-            }
             let directory = self.directory(at)?;
             match &*part {
                 b"" | b"." => continue,
@@ -297,7 +293,8 @@ impl Tree {
                 InodeKind::Directory(_) => at = child,
                 InodeKind::Symlink(target) => {
                     links += 1;
-                    if links > MAX_LINKS {
+                    linked_parts += target.split(|byte| *byte == b'/').count();
+                    if links > MAX_LINKS || linked_parts > MAX_LINKED_PARTS {
                         return Err(corrupt("its path leads through too many links"));
                     }
                     if target.first() == Some(&b'/') {

@@ -19,6 +19,9 @@ const PREFIXES: [(&[u8], u8); 5] =
 /// An entry is a multiple of this.
 const ALIGN: usize = 4;
 
+/// What all of one inode may have: their number of units has 16 bits.
+const MAX_ENTRIES: usize = (u16::MAX as usize - 1) * ALIGN;
+
 /// What can have attributes of its user's own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Holder {
@@ -75,6 +78,9 @@ pub(super) fn encode(xattrs: &Xattrs, holder: Holder) -> Result<Box<[u8]>> {
         entries.extend_from_slice(suffix);
         entries.extend_from_slice(value);
         entries.resize(entries.len().next_multiple_of(ALIGN), 0);
+    }
+    if entries.len() > MAX_ENTRIES {
+        return Err(Error::new(ErrorKind::Unsupported, "its attributes are larger than 256 KiB in all"));
     }
     Ok(entries.into())
 }

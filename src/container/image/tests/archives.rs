@@ -192,6 +192,7 @@ fn attributes_that_cannot_be_kept_are_named() {
         (Made::file("e", "").pax("SCHILY.xattr.foo.bar", "x"), "foo.bar"),
         (Made::file("e", "").pax("SCHILY.xattr.trusted.overlay.opaque", "y"), "overlay"),
         (Made::file("e", "").pax("SCHILY.xattr.user.x", vec![0; 65_536]), "65,535"),
+        ((0..5).fold(Made::file("e", ""), |e, n| e.pax(&format!("SCHILY.xattr.user.{n}"), vec![0; 60_000])), "256 KiB"),
         (Made::file("e", "").pax("SCHILY.acl.access", "nonsense"), "ACL"),
         (Made::file("e", "").pax("SCHILY.acl.access", "u::r,u:joe:r,g::r,m::r,o::r"), "--numeric-owner"),
         (Made::file("e", "").pax("SCHILY.xattr.system.posix_acl_access", "x"), "ACL"),

@@ -73,7 +73,7 @@ fn theirs(bytes: &[u8]) -> Result<Trees, String> {
             size: if kind.is_dir() { 0 } else { stat.len() },
             content,
             device,
-            xattrs: crate::sys::xattrs(std::os::fd::AsFd::as_fd(&place)).unwrap(),
+            xattrs: crate::sys::xattrs(std::os::fd::AsFd::as_fd(&place), usize::MAX).unwrap(),
         };
         assert!(trees.insert(name, seen).is_none());
     }
