@@ -197,7 +197,7 @@ impl Choices<'_> {
         for (at, len) in [(100, 8), (108, 8), (116, 8), (136, 12), (329, 8), (337, 8)] {
             let number = self.number();
             match self.byte() % 8 {
-                0 => put(at, len, &[&[0xff; 4][..], &number.to_be_bytes()].concat()[12 - len..]),
+                0 => put(at, len, [&[0xff; 4][..], &number.to_be_bytes()].concat().get(12 - len..).unwrap_or_default()),
                 1 => put(at, len, &number.to_be_bytes()),
                 _ => put(at, len, format!("{:0width$o}", number % (1 << 21), width = len - 1).as_bytes()),
             }

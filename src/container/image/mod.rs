@@ -1,5 +1,7 @@
 //! [`Image`]: a root file system as people have it, and the disk that is made of it once.
 
+#![deny(clippy::indexing_slicing, reason = "archives are strangers'")]
+
 mod acl;
 mod budget;
 mod content;
