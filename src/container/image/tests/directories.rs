@@ -58,3 +58,45 @@ fn what_is_no_root_file_system_is_told() {
     assert_eq!(error.kind(), ErrorKind::Unsupported);
     assert!(error.to_string().contains("docker export"), "{error}");
 }
+
+/// Somebody puts links to what the embedder can read, and pipes, in place of files and folders while they are read.
+#[test]
+fn what_is_swapped_in_meanwhile_is_never_followed() {
+    use std::sync::atomic::AtomicBool;
+    let temp = Temp::new();
+    let (root, secret) = (temp.0.join("root"), temp.0.join("secret"));
+    fs::create_dir_all(root.join("folder")).unwrap();
+    fs::create_dir(&secret).unwrap();
+    for name in ["a", "b"] {
+        fs::write(root.join("folder").join(name), "public").unwrap();
+        fs::write(secret.join(name), "secret").unwrap();
+    }
+    let (folder, aside) = (root.join("folder"), temp.0.join("aside"));
+    let (file, pipe) = (root.join("file"), temp.0.join("pipe"));
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                fs::rename(&folder, &aside).unwrap();
+                symlink(&secret, &folder).unwrap();
+                symlink(secret.join("a"), temp.0.join("link")).unwrap();
+                fs::rename(temp.0.join("link"), &file).unwrap();
+                sys::make_fifo(&pipe).unwrap();
+                fs::remove_file(&folder).unwrap();
+                fs::rename(&aside, &folder).unwrap();
+                fs::rename(&pipe, &file).unwrap();
+                fs::write(temp.0.join("plain"), "public").unwrap();
+                fs::rename(temp.0.join("plain"), &file).unwrap();
+            }
+        });
+        for n in 0..100 {
+            let cache = temp.0.join(format!("cache-{n}"));
+            let image = Image::open(&root).unwrap().cache_dir(&cache).prepare_timeout(Duration::from_secs(60));
+            let Ok(disk) = image.disk(&Cancel::default()) else { continue };
+            for (path, node) in Reader::open(&disk).tree(100) {
+                assert_ne!(node.content, b"secret", "{}", String::from_utf8_lossy(&path));
+            }
+        }
+        done.store(true, Ordering::Relaxed);
+    });
+}
