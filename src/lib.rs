@@ -39,11 +39,57 @@
 //!
 //! # What an embedder can rely on
 //!
-//! The library never ends, forks or daemonises the process, prints, installs a logger or panic hook, touches standard
-//! streams or terminals, changes user, limits or the process's seccomp, or takes SIGCHLD. It keeps no global state but
-//! two: a real-time signal whose handler does nothing, see [`VmBuilder::kick_signal`], and a list of the prepared disks that
-//! were found whole. All descriptors are
-//! close-on-exec. When the process dies by any means, its machines, disks and locks are gone with it.
+//! The library never ends, forks or daemonizes the process, prints, installs a logger or panic hook, touches standard
+//! streams or terminals, changes user, limits or the process's seccomp, or takes SIGCHLD. Its threads block all signals.
+//!
+//! Its global state is a real-time signal whose handler does nothing ([`VmBuilder::kick_signal`]), a handler for fork
+//! (`pthread_atfork`), a list of the prepared disks that were found whole, and how many descriptors guests leave to the
+//! embedder ([`set_descriptor_reserve`]).
+//!
+//! All descriptors are close-on-exec. A child that fork makes and that goes on without exec has no copy of a guest's memory.
+//! Machines, disks with their locks, and connections are closed in it at once. Dropping its copies of handles does nothing.
+//! When the process dies by any means, its machines, disks and locks are gone with it. No guest's memory is in its core file.
+//!
+//! An embedder built with `panic = "abort"` loses one thing: a mistake of this crate ends the process instead of one device.
+//! What guests and images give is checked and never left to a panic. The exception is the feature `qcow2`, whose crate may
+//! panic on damaged images: with `panic = "abort"`, open only images there that you made yourself.
+//!
+//! # How long calls wait
+//!
+//! Guests may be silent, hostile, paused or hung, and files of the host may not answer. These bounds hold all the same, on a
+//! host that gives the process its processors. Each call's own documentation says more.
+//!
+//! | call | waits at most |
+//! | --- | --- |
+//! | `Image::prepare` | `Image::prepare_timeout`, 10 minutes unless set |
+//! | `ContainerBuilder::start` | the same, then `ContainerBuilder::start_timeout`, 30 s unless set, and 4 s; less when its `CancelToken` is cancelled |
+//! | [`VmBuilder::start`] | for the host alone |
+//! | `Exec::spawn` | until the guest has started the program: 62 s, or `Exec::timeout` and 2 s |
+//! | `Exec::output`, `Exec::status`, `Process::wait` | with `Exec::timeout`: that and 4 s; without: as long as the program runs |
+//! | `Process::wait` after `Process::kill` | 2 s |
+//! | `Process::wait_with_output` | as `Process::wait`, and 10 s for what was printed |
+//! | `Process::kill`, `Process::signal` | 10 s, for a host that is busy |
+//! | `Container::connect` | 21 s: 10 s for a host that is busy, 11 s for the guest |
+//! | [`Vm::connect`] | 20 s: 10 s for a host that is busy, 10 s for the guest |
+//! | `Container::stop`, [`Vm::shutdown`] | the grace and 2 s; 15 s more where a file of the host's does not answer |
+//! | `Container::kill`, [`Vm::kill`], [`Vm::resume`] | nothing |
+//! | dropping a `Container` or a [`Vm`] | milliseconds; 15 s where a file of the host's does not answer |
+//! | `Container::wait`, [`Vm::wait`] | as long as the machine runs |
+//! | [`Vm::pause`] | 10 s for vCPUs and devices, 10 s for disks |
+//! | [`Vm::memory_stats`] | 11 s: 10 s for a host that is busy, 1 s for the guest |
+//! | [`Vm::set_balloon`], [`Vm::memory_fd`], [`Vm::listen`], methods of [`NetHandle`] and [`DiskHandle`] | 10 s, for a host that is busy |
+//! | [`Vm::stats`], [`Vm::trace`], [`Vm::timeline`], [`Vm::events`], whatever begins with `try_` | nothing |
+//! | whatever ends with `_timeout` | the time that it is given |
+//!
+//! # What guests of one process share
+//!
+//! All guests are in the embedder's address space. A guest that breaks out of its virtual machine arrives among the
+//! embedder's secrets and the other guests. Processors have faults by which a guest reads what it may not (VMSCAPE, L1TF, MDS
+//! and others). They are as closed as the host's kernel closes them: [`Host::probe`] tells what it says ([`Exposure`]).
+//!
+//! Guests of one kernel share its pages, and guests of one image or base disk those of the host's page cache. By time
+//! (Flush+Reload) a guest can find out which of them another uses. Guests that must not learn that of each other need images
+//! and processes of their own.
 //!
 //! # Threads
 //!

@@ -3,9 +3,9 @@
 use std::io::{Read, Write};
 use std::time::{Duration, Instant};
 
-use cofferdam::{CancelToken, Container, ErrorKind, Exit, ExitStatus, Image, Size, Stdio};
+use cofferdam::{CancelToken, Cidr, Container, ErrorKind, Exit, ExitStatus, Image, Net, Policy, Rule, Size, Stdio};
 
-use crate::fixture::{Outcome, PATIENCE, Temp, busybox, container, debian_container, guest, kernel, run};
+use crate::fixture::{Outcome, PATIENCE, Temp, alone, busybox, container, debian_container, guest, kernel, run};
 use crate::{check, check_eq};
 
 /// What the lab, where a second of the host's may be short, is given beyond a bound.
@@ -74,6 +74,46 @@ pub fn every_call_on_a_mute_guest_comes_back() -> Outcome {
     within("pause", second, || container.vm().pause())??;
     let exit = within("stop", 3 * second, || container.stop(second))??;
     check!(matches!(exit, Exit::Killed(_)), "{exit}");
+    within("drop", second, || drop(container))
+}
+
+/// A guest that says too much: floods of connections, on its console, through its network and on its disk at once.
+pub fn every_call_on_a_babbling_guest_comes_back() -> Outcome {
+    let allowed = Policy::deny_all().rule(Rule::allow_range("127.0.0.0/8".parse::<Cidr>()?));
+    let container = debian_container().net(Net::user(allowed.clone())).start()?;
+    let second = Duration::from_secs(1);
+    let storm = "for (;;) { for my $port (1024 .. 1100) { socket(my $s, 40, 1, 0) or next;
+        connect($s, pack('SSLLx4', 40, 0, $port, 2)) and syswrite($s, 'x' x 4000); } }";
+    let datagrams = "socket(my $s, 2, 2, 0); my $to = pack('SnC4x8', 2, 9, 10, 0, 2, 2);
+        for (;;) { send($s, 'x' x 1000, 0, $to); }";
+    let mut noise = Vec::new();
+    for program in [
+        vec!["perl", "-e", storm],
+        vec!["perl", "-e", datagrams],
+        vec!["sh", "-c", "while :; do yes; done > /dev/hvc0"],
+        vec!["sh", "-c", "while :; do dd if=/dev/zero of=/junk bs=1M count=16 conv=fsync; done"],
+    ] {
+        noise.push(container.exec(program).spawn()?);
+    }
+    for _ in 0..3 {
+        let output = within("output", 24 * second, || container.exec(["echo", "x"]).timeout(20 * second).output())??;
+        check!(matches!(output.status, ExitStatus::TimedOut) || output.stdout == b"x\n", "{}", output.status);
+        let refused = within("connect", 21 * second, || container.connect(80))?;
+        check!(refused.is_err());
+        within("memory_stats", 11 * second, || container.vm().memory_stats())??;
+        within("stats", second, || container.vm().stats())?;
+        within("set_policy", 10 * second, || container.vm().net(0)?.set_policy(Policy::deny_all()))??;
+        within("set_policy", 10 * second, || container.vm().net(0)?.set_policy(allowed.clone()))??;
+        within("set_balloon", 10 * second, || container.vm().set_balloon(Size::mib(1)))??;
+        within("usage", 10 * second, || container.vm().disk(1)?.usage())??;
+        within("pause", 20 * second, || container.vm().pause())??;
+        within("resume", second, || container.vm().resume())??;
+    }
+    let timed = container.exec(["sleep", "1000"]).timeout(second);
+    let status = within("status", 3 * second, || timed.status())??;
+    check!(matches!(status, ExitStatus::TimedOut), "{status}");
+    let exit = within("stop", 3 * second, || container.stop(second))??;
+    check!(matches!(exit, Exit::PowerOff | Exit::Killed(_)), "{exit}");
     within("drop", second, || drop(container))
 }
 
@@ -227,6 +267,38 @@ pub fn a_child_of_fork_leaves_its_parents_guests_alone() -> Outcome {
     running.stdin.take().ok_or("no input")?.write_all(b"still here")?;
     check_eq!(running.wait_with_output()?.stdout, b"still here");
     check!(container.exec(["true"]).status()?.success());
+    Ok(())
+}
+
+/// Whatever it is that finds no descriptor left, the embedder hears of that and of nothing else.
+#[allow(unsafe_code, reason = "sets a limit of this process, as its administrator would")]
+pub fn want_of_descriptors_has_one_name() -> Outcome {
+    if !alone("bounds::want_of_descriptors_has_one_name")? {
+        return Ok(());
+    }
+    let container = container()?;
+    check!(container.exec(["true"]).output()?.status.success());
+    let set = |soft: u64| {
+        let limit = libc::rlimit { rlim_cur: soft, rlim_max: 65_536 };
+        // SAFETY: the structure is valid for reads across the call.
+        unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) }
+    };
+    let highest = std::fs::read_dir("/proc/self/fd")?.flatten();
+    let highest = highest.filter_map(|entry| entry.file_name().to_str()?.parse::<u64>().ok()).max().unwrap_or(0);
+    let mut refused = 0;
+    for more in 0..24 {
+        check_eq!(set(highest + more), 0);
+        match container.exec(["cat"]).stdin(Stdio::piped()).timeout(PATIENCE).output() {
+            Ok(output) => check!(output.status.success(), "{more} more: {}", output.status),
+            Err(error) => {
+                check!(error.kind() == ErrorKind::ResourceExhausted, "{more} more: {error:?}");
+                refused += 1;
+            }
+        }
+    }
+    check_eq!(set(4096), 0);
+    check!(refused > 0);
+    check!(container.exec(["true"]).output()?.status.success());
     Ok(())
 }
 

@@ -12,7 +12,7 @@ use std::time::Duration;
 use super::budget::Patience;
 use super::seal::{self, Seal};
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::sys::{self, Beneath, Draft};
+use crate::sys::{self, Beneath, Draft, Unforked};
 
 /// Of files and of folders: their user's alone, as images hold secrets.
 const FILE_MODE: u32 = 0o600;
@@ -150,7 +150,7 @@ impl Store {
 
     /// Waits for whoever makes the same. One file for all digests: each has a byte of its own in it, so nobody ever has to remove a
     /// lock. It is not to be opened by others, who could hold it.
-    fn lock(&self, digest: &str, patience: &Patience) -> Result<File> {
+    fn lock(&self, digest: &str, patience: &Patience) -> Result<Unforked<File>> {
         let doing = || format!("locking {}", self.dir.join("lock").display());
         let path = sys::path_of(self.folder.as_fd()).join("lock");
         let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
@@ -169,7 +169,7 @@ impl Store {
             std::thread::sleep(pause);
             pause = (pause * 2).min(LAST_PAUSE);
         }
-        Ok(lock)
+        Ok(Unforked::new(lock))
     }
 }
 

@@ -81,7 +81,7 @@ fn what_is_swapped_in_meanwhile_is_never_followed() {
                 symlink(&secret, &folder).unwrap();
                 symlink(secret.join("a"), temp.0.join("link")).unwrap();
                 fs::rename(temp.0.join("link"), &file).unwrap();
-                sys::make_fifo(&pipe).unwrap();
+                crate::sys::make_fifo(&pipe).unwrap();
                 fs::remove_file(&folder).unwrap();
                 fs::rename(&aside, &folder).unwrap();
                 fs::rename(&pipe, &file).unwrap();
