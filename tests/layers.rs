@@ -54,7 +54,8 @@ const CRATES: &[(&str, &[&str])] = &[
     ("io_uring", &["sys"]),
     ("vm_superio", &["legacy"]),
     ("acpi_tables", &["arch"]),
-    ("flate2", &["boot"]),
+    // In containers for its checksum.
+    ("flate2", &["boot", "container"]),
     ("lzma_rust2", &["boot"]),
     ("ruzstd", &["boot"]),
 ];

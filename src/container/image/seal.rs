@@ -6,6 +6,8 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
+use flate2::Crc;
+
 use super::budget::Patience;
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys;
@@ -21,7 +23,7 @@ const BUFFER: usize = 1 << 20;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Seal {
     len: u64,
-    sum: [u64; LANES],
+    sum: u32,
 }
 
 impl Seal {
@@ -34,7 +36,7 @@ impl Seal {
     fn to_bytes(self) -> Vec<u8> {
         let mut bytes = Vec::from(MAGIC);
         bytes.extend(self.len.to_le_bytes());
-        self.sum.iter().for_each(|lane| bytes.extend(lane.to_le_bytes()));
+        bytes.extend(self.sum.to_le_bytes());
         bytes.resize(LEN as usize, 0);
         bytes
     }
@@ -63,11 +65,10 @@ pub(super) fn holds(file: &File, patience: &Patience) -> Result<bool> {
     }
 }
 
-const LANES: usize = 4;
-
 /// The sum of all blocks that are not zeros and of where they are. That a file system keeps some as holes makes no difference.
-fn sum(file: &File, len: u64, patience: &Patience) -> Result<[u64; LANES]> {
-    let mut lanes = [1, 2, 3, 4];
+fn sum(file: &File, len: u64, patience: &Patience) -> Result<u32> {
+    const ZEROS: [u8; BLOCK] = [0; BLOCK];
+    let mut crc = Crc::new();
     let mut buffer = vec![0; BUFFER];
     let mut at = 0;
     while let Some(data) = sys::next_data(file, at)?.filter(|data| *data < len) {
@@ -77,29 +78,12 @@ fn sum(file: &File, len: u64, patience: &Patience) -> Result<[u64; LANES]> {
         let piece = buffer.get_mut(..room).unwrap_or_default();
         file.read_exact_at(piece, at).map_err(Error::from)?;
         for (n, block) in piece.chunks(BLOCK).enumerate() {
-            add(&mut lanes, at + (n * BLOCK) as u64, block);
+            if Some(block) != ZEROS.get(..block.len()) {
+                crc.update(&(at + (n * BLOCK) as u64).to_le_bytes());
+                crc.update(block);
+            }
         }
         at += room as u64;
     }
-    Ok(lanes)
-}
-
-/// Each step maps one state to one state, so a single change is never lost.
-fn add(lanes: &mut [u64; LANES], at: u64, block: &[u8]) {
-    const FACTOR: u64 = 0x9e37_79b9_7f4a_7c15;
-    let step = |lane: u64, word: u64| (lane ^ word).wrapping_mul(FACTOR).rotate_left(29);
-    let [mut a, mut b, mut c, mut d] = *lanes;
-    let mut any = 0;
-    for words in block.chunks(32) {
-        let word = |n: usize| {
-            let bytes = words.get(n * 8..n * 8 + 8).and_then(|bytes| bytes.first_chunk::<8>());
-            bytes.map_or(0, |bytes| u64::from_le_bytes(*bytes))
-        };
-        let [w, x, y, z] = [word(0), word(1), word(2), word(3)];
-        any |= w | x | y | z;
-        (a, b, c, d) = (step(a, w), step(b, x), step(c, y), step(d, z));
-    }
-    if any != 0 {
-        *lanes = [step(a, at), step(b, at), step(c, at), step(d, at)];
-    }
+    Ok(crc.sum())
 }
