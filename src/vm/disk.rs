@@ -178,8 +178,8 @@ impl Disk {
         self
     }
 
-    /// Allows backing files of a [`Disk::qcow2`] in this folder and those below it; none are allowed unless set. An image
-    /// chooses by itself which of them it shows to its guest. Symbolic links there are not followed.
+    /// Allows backing files of a [`Disk::qcow2`] in this folder and below; none unless set. The image itself says which of them its
+    /// guest sees, so nothing else should be there. Symbolic links in the folder are not followed.
     #[cfg(feature = "qcow2")]
     pub fn backing_folder(mut self, dir: impl Into<PathBuf>) -> Self {
         match &mut self.source {

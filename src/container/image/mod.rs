@@ -131,7 +131,7 @@ impl Image {
         self
     }
 
-    /// Makes the disk if it is not there yet, so that no container has to wait for it. Blocks, at most about
+    /// Makes the disk if it is not there yet. No container has to wait for it then. Blocks, at most about
     /// [`Image::prepare_timeout`].
     ///
     /// # Errors
