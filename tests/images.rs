@@ -20,7 +20,7 @@ fn cache() -> PathBuf {
 
 #[test]
 fn the_odd_disk_is_whole() {
-    odd::image(&cache()).prepare().expect("its disk");
+    odd::image(&cache(), true).prepare().expect("its disk");
     let disks = cache().join("odd/disks").read_dir().expect("the folder").flatten().map(|entry| entry.path());
     disks.filter(|path| path.extension().is_some_and(|it| it == "erofs")).for_each(|disk| check(&disk));
 }

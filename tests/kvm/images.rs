@@ -8,7 +8,7 @@ use crate::odd::{self, HOLEY, LINKS, MANY};
 
 /// Everything odd, as a guest with this kernel sees it.
 fn look(kernel: Kernel) -> Outcome {
-    let container = Container::builder(odd::image(&cache())).kernel(kernel).start_timeout(PATIENCE).start()?;
+    let container = Container::builder(odd::image(&cache(), false)).kernel(kernel).start_timeout(PATIENCE).start()?;
     let run = |command: &str| -> Result<String, Box<dyn std::error::Error>> {
         let output =
             container.exec(["/bin/sh", "-c", command]).env("PATH", "/bin:/usr/bin").timeout(PATIENCE).output()?;
@@ -56,7 +56,7 @@ fn look(kernel: Kernel) -> Outcome {
     check_eq!(run("tail -c 8 /odd/holey | od -An -tu1")?.split_whitespace().collect::<String>(), "02222222");
     check_eq!(run("tr -d '\\000' < /odd/zeros | wc -c; wc -c < /odd/zeros")?, "0\n1048576");
 
-    check_eq!(run("ls /odd/many | wc -l; ls /odd/many | sort -n | tail -n 1")?, format!("{MANY}\n{}", MANY - 1));
+    check_eq!(run("ls /odd/many | wc -l; test -e /odd/many/49999 && echo last")?, format!("{MANY}\nlast"));
     check_eq!(
         run("ls /odd/links | wc -l; stat -c %h /odd/links/first; cat /odd/links/65999")?,
         format!("{LINKS}\n{LINKS}\nlinked")

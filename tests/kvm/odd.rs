@@ -65,14 +65,17 @@ fn entries() -> Vec<Made> {
     entries
 }
 
-/// The image, whose archive is made where it is missing. Its disk is kept beside it.
-pub fn image(cache: &Path) -> Image {
+/// The image, with its disk beside the archive, which is made where it is missing; or made anew where it is another one, which takes
+/// minutes in the lab.
+pub fn image(cache: &Path, renew: bool) -> Image {
     let folder = cache.join("odd");
     fs::create_dir_all(&folder).expect("the cache");
-    let wanted = archive(&entries());
     let path: PathBuf = folder.join("odd.tar");
-    if fs::read(&path).ok().is_none_or(|found| found != wanted) {
-        fs::write(&path, wanted).expect("the cache");
+    if renew || !path.exists() {
+        let wanted = archive(&entries());
+        if fs::read(&path).ok().is_none_or(|found| found != wanted) {
+            fs::write(&path, wanted).expect("the cache");
+        }
     }
     Image::open(path).expect("the archive").cache_dir(folder.join("disks"))
 }
