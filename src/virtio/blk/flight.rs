@@ -27,6 +27,8 @@ pub(super) struct Flight {
     pub error: Option<io::Error>,
     /// When it began to wait for a limit.
     pub since: Duration,
+    /// Bytes that the mover has under way for it.
+    pub moving: u64,
     /// What is done of it: bytes of data, or of its ranges, one after the other.
     pub done: u64,
 }
@@ -43,6 +45,7 @@ impl Flight {
             moves: 0,
             error: None,
             since: Duration::ZERO,
+            moving: 0,
             done: 0,
         }
     }
@@ -54,6 +57,16 @@ impl Flight {
             Work::WriteZeroes(_) => self.plain || !self.stage().unmap,
             _ => false,
         }
+    }
+
+    /// Bytes that its next stage moves.
+    pub(super) fn moves_next(&self) -> u64 {
+        let moves = match self.work {
+            Work::Read { .. } | Work::Write { .. } => !self.syncing,
+            Work::WriteZeroes(_) => self.plain && !self.syncing,
+            _ => false,
+        };
+        if moves { self.stage().len } else { 0 }
     }
 
     /// What its next stage costs the loop.

@@ -53,6 +53,10 @@ const IN_FLIGHT: usize = 1024;
 /// Operations that the kernel has at once.
 const RING: u32 = 128;
 
+/// Bytes that the kernel has under way at once, but for one stage. It may move them when this thread next calls it, all at
+/// once; so this is the loop's time, too.
+const MOVING: u64 = 12 << 20;
+
 /// Status bytes (Virtio 1.3, 5.2.6).
 const S_OK: u8 = 0;
 const S_IOERR: u8 = 1;
@@ -92,8 +96,10 @@ pub(crate) struct Blk {
     timer: Option<Timer>,
     /// Requests that failed and will be tried again when the VM goes on, or never.
     held: Vec<usize>,
-    /// Requests for which a turn was too short.
+    /// Requests for which a turn was too short, or too much was under way.
     unfinished: VecDeque<usize>,
+    /// Bytes that the mover has under way.
+    moving: u64,
     /// Queues that were left alone for a lack of room.
     full: Vec<usize>,
     /// Queues with completions that the driver has not been told of.
@@ -130,6 +136,7 @@ impl Blk {
             timer: None,
             held: Vec::new(),
             unfinished: VecDeque::new(),
+            moving: 0,
             full: Vec::new(),
             dirty: Vec::new(),
             telling: Telling::new(),
@@ -251,6 +258,10 @@ impl VirtioDevice for Blk {
             Source::Watched { .. } => {}
         }
         self.settle(io);
+        // What is under way wakes the loop when it ends.
+        if self.moving < MOVING && !self.unfinished.is_empty() {
+            io.kick_self(0);
+        }
     }
 
     fn pausing(&mut self, io: &mut DeviceIo, patience: Duration) -> bool {
@@ -296,6 +307,7 @@ impl VirtioDevice for Blk {
         self.waiting = Default::default();
         self.held.clear();
         self.unfinished.clear();
+        self.moving = 0;
         self.full.clear();
         self.dirty.clear();
         self.config.set(config::WRITEBACK, &[1]);

@@ -9,7 +9,7 @@ use super::engine::Begun;
 use super::flight::Flight;
 use super::policy::{DiskFault, DiskOperation, ErrorAction};
 use super::request::{Direction, Refused, Work};
-use super::{Blk, Cache, LOOK, Reserve, S_IOERR, S_OK, S_UNSUPP};
+use super::{Blk, Cache, LOOK, MOVING, Reserve, S_IOERR, S_OK, S_UNSUPP};
 use crate::sys::Space;
 use crate::virtio::{Chain, DeviceIo};
 
@@ -121,12 +121,22 @@ impl Blk {
     pub(super) fn drive(&mut self, io: &mut DeviceIo, slot: usize) {
         loop {
             let Some(flight) = self.table.get(slot) else { return };
+            let next = flight.moves_next();
             if io.turn_over() {
                 io.kick_self(flight.queue);
                 return self.unfinished.push_back(slot);
             }
+            if next > 0 && self.moving >= MOVING {
+                return self.unfinished.push_back(slot);
+            }
             io.charge(flight.cost());
-            let Begun::Ended(result) = self.begin(io, slot) else { return };
+            let Begun::Ended(result) = self.begin(io, slot) else {
+                if let Some(flight) = self.table.get(slot) {
+                    flight.moving = next;
+                    self.moving += next;
+                }
+                return;
+            };
             if !self.over(io, slot, result) {
                 return;
             }
@@ -222,6 +232,7 @@ impl Blk {
             flight.error.get_or_insert(error);
         }
         if flight.moves == 0 {
+            self.moving = self.moving.saturating_sub(std::mem::take(&mut flight.moving));
             let result = flight.error.take().map_or(Ok(()), Err);
             if self.over(io, slot, result) {
                 self.drive(io, slot);
