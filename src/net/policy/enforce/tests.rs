@@ -121,7 +121,7 @@ fn own_addresses_are_own_however_they_were_configured() {
             Ok(child) if !matches!(child.status.code(), Some(1 | 77)) || child.stdout.starts_with(b"\nrunning") => {
                 panic!("{}", String::from_utf8_lossy(&child.stdout));
             }
-            refused => eprintln!("skipped: no network namespace can be made: {refused:?}"),
+            refused => log::warn!("skipped: no network namespace can be made: {refused:?}"),
         }
         return;
     }
