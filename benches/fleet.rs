@@ -9,7 +9,7 @@ mod common;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use cofferdam::{Container, Image, Kernel, Layer, Size};
+use cofferdam::{Container, Image, Kernel, Size, WritableLayer};
 use common::{cache, figure, median};
 
 const ALL: usize = 200;
@@ -33,7 +33,7 @@ fn main() {
         Container::builder(image.clone())
             .kernel(kernel.clone())
             .memory(Size::mib(64))
-            .disk(Layer::new(Size::gib(4)).folder(std::env::temp_dir()))
+            .disk(WritableLayer::new(Size::gib(4)).folder(std::env::temp_dir()))
             .start()
             .expect("it starts")
     };

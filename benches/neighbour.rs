@@ -13,7 +13,9 @@ mod tiny;
 
 use std::time::{Duration, Instant};
 
-use cofferdam::{Cgroup, Container, ContainerBuilder, Image, Initramfs, Kernel, Layer, Process, Size, Vm, VmBuilder};
+use cofferdam::{
+    Cgroup, Container, ContainerBuilder, Image, Initramfs, Kernel, Process, Size, Vm, VmBuilder, WritableLayer,
+};
 use common::{cache, figure};
 
 struct Bench {
@@ -43,7 +45,7 @@ impl Bench {
         let builder = Container::builder(self.image.clone())
             .kernel(self.kernel.clone())
             .memory(Size::mib(192))
-            .disk(Layer::new(Size::gib(4)).folder(std::env::temp_dir()));
+            .disk(WritableLayer::new(Size::gib(4)).folder(std::env::temp_dir()));
         builder.cgroup(Cgroup::new()).start_timeout(Duration::from_secs(300))
     }
 

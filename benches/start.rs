@@ -11,7 +11,7 @@ mod life;
 
 use std::time::{Duration, Instant};
 
-use cofferdam::{Container, Image, Kernel, Layer, Size, Vm};
+use cofferdam::{Container, Image, Kernel, Size, Vm, WritableLayer};
 use common::{cache, figure, median};
 use life::ms;
 
@@ -56,7 +56,7 @@ fn container(kernel: &Kernel, image: &Image) {
         Container::builder(image.clone())
             .kernel(kernel.clone())
             .memory(Size::mib(128))
-            .disk(Layer::new(Size::gib(4)).folder(std::env::temp_dir()))
+            .disk(WritableLayer::new(Size::gib(4)).folder(std::env::temp_dir()))
             .start()
             .expect("it starts")
     };

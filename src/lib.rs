@@ -141,8 +141,8 @@ mod vm;
 pub use boot::{Initramfs, Kernel, Modules};
 #[cfg(feature = "container")]
 pub use container::{
-    CancelToken, Container, ContainerBuilder, Exec, ExitStatus, Image, ImageLimits, Layer, Output, Process,
-    ProcessReader, ProcessWriter, Startup, Stdio,
+    CancelToken, Container, ContainerBuilder, Exec, ExitStatus, Image, ImageLimits, Output, Process, ProcessReader,
+    ProcessWriter, Startup, Stdio, WritableLayer,
 };
 pub use error::{Error, ErrorKind, Result};
 pub use kvm::{Device, Exposure, Host, Vulnerability};

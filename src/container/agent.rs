@@ -90,10 +90,10 @@ impl Agent {
     }
 
     /// Asks the shim to end everything and power off.
-    pub(super) fn shutdown(&self, grace: Duration) -> Result<()> {
+    pub(super) fn shutdown(&self, grace: Duration, limit: Duration) -> Result<()> {
         let grace_ms = u32::try_from(grace.as_millis()).unwrap_or(u32::MAX);
         let ask = move |client: &mut Client| client.send(0, &FromHost::Shutdown { grace_ms, end: End::PowerOff });
-        self.remote().with(ask)?
+        self.remote().with_timeout(limit, ask)?
     }
 
     /// The machine has ended so, as whoever drops it knows.
@@ -280,9 +280,10 @@ impl Client {
                 }
                 // One that was killed before it ran is told of when it has ended.
                 if let Phase::Running = entry.phase {
-                    match entry.started.take() {
-                        // Who asked may have given up; the process runs all the same.
-                        Some(started) => drop(started.send(Ok(()))),
+                    match entry.started.take().map(|started| started.send(Ok(()))) {
+                        Some(Ok(())) => {}
+                        // Whoever asked has given up, so that nobody holds it.
+                        Some(Err(_)) => drop(self.kill(process)),
                         None => return Err(nonsense(&"Spawned, twice")),
                     }
                 }

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::agent::Agent;
 use super::image::Cancel;
-use super::{CancelToken, Container, Image, Layer, shim};
+use super::{CancelToken, Container, Image, WritableLayer, shim};
 use crate::boot::{Kernel, Need, Packed};
 use crate::error::{Context, Error, Result};
 use crate::proto::{BootConfig, CONTROL_PORT, Network, Networks, OPTIONAL, Root, Source, StringBuf};
@@ -25,7 +25,7 @@ pub struct ContainerBuilder {
     vcpus: u32,
     cpu: CpuProfile,
     memory: Memory,
-    disk: Layer,
+    disk: WritableLayer,
     attached: Vec<Disk>,
     nets: Vec<Net>,
     hostname: String,
@@ -44,7 +44,7 @@ impl ContainerBuilder {
             vcpus: 1,
             cpu: CpuProfile::host(),
             memory: Size::mib(256).into(),
-            disk: Layer::new(Size::gib(4)),
+            disk: WritableLayer::new(Size::gib(4)),
             attached: Vec::new(),
             nets: Vec::new(),
             hostname: "container".into(),
@@ -81,9 +81,9 @@ impl ContainerBuilder {
         self
     }
 
-    /// Sets the layer that the container writes to, by its size or with all that [`Layer`] says; 4 GiB unless set. It takes
+    /// Sets the layer that the container writes to, by its size or with all that [`WritableLayer`] says; 4 GiB unless set. It takes
     /// space on the host as it is written, and is gone with the container.
-    pub fn disk(mut self, layer: impl Into<Layer>) -> Self {
+    pub fn disk(mut self, layer: impl Into<WritableLayer>) -> Self {
         self.disk = layer.into();
         self
     }

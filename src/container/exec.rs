@@ -3,11 +3,11 @@
 use std::ffi::{CString, OsString};
 use std::os::unix::ffi::OsStringExt;
 use std::sync::mpsc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::agent::{Agent, Client, KILL_MARGIN, START_TIMEOUT};
 use super::process::{ExitStatus, Output, Process, ProcessReader, ProcessWriter, State};
-use super::stdio::{Cookie, accept, refused};
+use super::stdio::{Cookie, STREAM_TIMEOUT, accept, refused};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::event::REQUEST_TIMEOUT;
 use crate::proto::{self, Spawn, StringBuf};
@@ -145,7 +145,9 @@ impl<'a> Exec<'a> {
         self
     }
 
-    /// Starts the program. Returns when it runs, or when its time is over; waits for the guest at most 62 seconds.
+    /// Starts the program. Returns when it runs, or when its time is over.
+    ///
+    /// Waits for the guest at most 72 seconds: 60 to start the program, 2 to give it up, 10 for its streams.
     ///
     /// # Errors
     /// `NotFound`, `PermissionDenied` and `Incompatible` (not a program, or one for another processor) name the program
@@ -214,7 +216,8 @@ impl<'a> Exec<'a> {
                 return Err(Error::new(ErrorKind::InvalidState, "the container has ended"));
             }
         }
-        let accept = |listener: Option<VsockListener>| listener.map(|it| accept(&it, &cookie, &state)).transpose();
+        let until = Instant::now() + STREAM_TIMEOUT;
+        let accept = |it: Option<VsockListener>| it.map(|it| accept(&it, &cookie, &state, until)).transpose();
         let mut process = Process { stdin: None, stdout: None, stderr: None, remote, number, state: state.clone() };
         let [stdin, stdout, stderr] = listeners.map(accept);
         process.stdin = stdin.inspect_err(|_| process.give_up())?.map(ProcessWriter);

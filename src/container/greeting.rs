@@ -60,10 +60,12 @@ pub(super) fn greet(vm: &Vm, begin: Instant, timeout: Duration, patience: &Patie
 
 fn connection(vm: &Vm, patience: &Patience<'_>) -> Result<VsockStream> {
     let listener = vm.listen(CONTROL_PORT)?;
-    match patience.wait(&listener)? {
+    let outcome = match patience.wait(&listener)? {
         true => listener.accept_timeout(Duration::ZERO),
         false => Err(Error::new(ErrorKind::TimedOut, "the shim never connected")),
-    }
+    };
+    // It may have tried, and the host had no descriptor for it.
+    outcome.map_err(|error| listener.refused().unwrap_or(error))
 }
 
 fn converse(mut stream: VsockStream, begin: Instant, patience: &Patience<'_>) -> Result<Greeted> {

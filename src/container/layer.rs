@@ -1,4 +1,4 @@
-//! [`Layer`]: what a container's writable layer shall be.
+//! [`WritableLayer`]: what a container's writable layer shall be.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -11,10 +11,10 @@ use crate::vm::{Disk, DiskLimit, ErrorAction, ErrorClass};
 
 /// A config value: the layer into which a container writes, over its image. It is gone with the container.
 ///
-/// A plain [`Size`] is `Layer::new` of it. A host that has no more room is reported to the guest as a full disk
+/// A plain [`Size`] is `WritableLayer::new` of it. A host that has no more room is reported to the guest as a full disk
 /// ([`ErrorAction::Report`]), so that its programs fail and their time-outs go on; a disk of a VM waits for room instead.
 #[derive(Debug, Clone)]
-pub struct Layer {
+pub struct WritableLayer {
     size: Size,
     folder: Option<PathBuf>,
     on_error: Vec<(ErrorClass, ErrorAction)>,
@@ -23,7 +23,7 @@ pub struct Layer {
     limit: DiskLimit,
 }
 
-impl Layer {
+impl WritableLayer {
     /// Describes a layer of `size`, rounded up to 128 MiB, at most 512 GiB. It takes space on the host as it is written.
     pub fn new(size: Size) -> Self {
         let on_error = vec![(ErrorClass::NoSpace, ErrorAction::Report)];
@@ -87,7 +87,7 @@ impl Layer {
     }
 }
 
-impl From<Size> for Layer {
+impl From<Size> for WritableLayer {
     fn from(size: Size) -> Self {
         Self::new(size)
     }
@@ -102,7 +102,7 @@ fn is_memory(folder: &Path) -> bool {
 fn default_folder(folders: [PathBuf; 2], is_memory: impl Fn(&Path) -> bool) -> Result<PathBuf> {
     let [first, second] = folders;
     let why = format!(
-        "{} and {} are memory of the host, which the layer would take: name a folder on a disk with `Layer::folder`",
+        "{} and {} are memory of the host, which the layer would take: name a folder on a disk with `WritableLayer::folder`",
         first.display(),
         second.display()
     );
@@ -125,14 +125,17 @@ mod tests {
         assert_eq!(chosen(&[]).unwrap(), Path::new("/a"));
         assert_eq!(chosen(&["/a"]).unwrap(), Path::new("/b"));
         let error = chosen(&["/a", "/b"]).unwrap_err();
-        assert!(error.kind() == ErrorKind::InvalidConfig && error.to_string().contains("Layer::folder"), "{error}");
+        assert!(
+            error.kind() == ErrorKind::InvalidConfig && error.to_string().contains("WritableLayer::folder"),
+            "{error}"
+        );
         assert!(sys::is_memory(Path::new("/dev/shm")).unwrap() && !sys::is_memory(Path::new("/proc")).unwrap());
-        Layer::new(Size::mib(1)).folder("/dev/shm").make().unwrap();
+        WritableLayer::new(Size::mib(1)).folder("/dev/shm").make().unwrap();
     }
 
     #[test]
     fn a_folder_that_is_missing_is_named() {
-        let error = Layer::new(Size::mib(1)).folder("/nowhere").make().unwrap_err();
+        let error = WritableLayer::new(Size::mib(1)).folder("/nowhere").make().unwrap_err();
         assert!(error.kind() == ErrorKind::NotFound && error.to_string().contains("/nowhere"), "{error}");
     }
 }

@@ -25,7 +25,7 @@ pub use exec::{Exec, Stdio};
 #[cfg(any(test, feature = "internals"))]
 pub(crate) use image::image_tar;
 pub use image::{Image, ImageLimits};
-pub use layer::Layer;
+pub use layer::WritableLayer;
 pub use process::{ExitStatus, Output, Process, ProcessReader, ProcessWriter};
 
 use crate::error::Result;
@@ -59,7 +59,7 @@ impl Container {
     }
 
     /// Connects to a TCP service in the container that listens on `port`, on whatever address: 127.0.0.1 or ::1 alone will do, and no
-    /// network is needed. Waits at most eleven seconds for the guest.
+    /// network is needed. Waits at most eleven seconds for the guest, and ten for a host that is busy.
     ///
     /// The stream is as one of [`std::net::TcpStream`]: each direction ends by itself, whoever does not read stops the other side,
     /// and a service that resets it, or a container that ends, is a `ConnectionReset` behind the last of what was sent. At most 512
@@ -83,7 +83,7 @@ impl Container {
     pub fn stop(&self, grace: Duration) -> Result<Exit> {
         let deadline = Instant::now().checked_add(grace).and_then(|it| it.checked_add(SHUTDOWN_MARGIN));
         // A container that has ended cannot be asked, and need not be.
-        if self.agent.shutdown(grace).is_ok() {
+        if self.agent.shutdown(grace, SHUTDOWN_MARGIN).is_ok() {
             if let Some(exit) = self.vm.wait_timeout(deadline.map_or(Duration::MAX, left))? {
                 return Ok(exit);
             }

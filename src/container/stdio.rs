@@ -13,8 +13,9 @@ use crate::proto::{COOKIE_SIZE, VERSION_COOKIE};
 use crate::sys::{fill_random, left, wait_any};
 use crate::virtio::vsock::{VsockListener, VsockStream};
 
-/// The shim has connected a stream before it says that the program runs, so it is here already.
-const STREAM_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long the shim may take to connect all streams of a process. It has done so before it says that the program runs, so
+/// they are here already.
+pub(super) const STREAM_TIMEOUT: Duration = Duration::from_secs(10);
 /// Connections whose first bytes have not all arrived, at once. The oldest are hung up for newer ones.
 const MAX_CANDIDATES: usize = 32;
 
@@ -74,9 +75,13 @@ impl Candidate {
 /// # Errors
 /// `TimedOut` when the guest has not connected within ten seconds; `ResourceExhausted` when its connection was refused for
 /// want of descriptors.
-pub(super) fn accept(listener: &VsockListener, cookie: &Cookie, state: &State) -> Result<VsockStream> {
+pub(super) fn accept(
+    listener: &VsockListener,
+    cookie: &Cookie,
+    state: &State,
+    deadline: Instant,
+) -> Result<VsockStream> {
     let mut candidates: Vec<Candidate> = Vec::new();
-    let deadline = Instant::now() + STREAM_TIMEOUT;
     loop {
         // Looked at first: what the shim connected before the end is here by then.
         let over = state.has_ended();

@@ -14,7 +14,7 @@ use vm_memory::{FileOffset, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegi
 use super::{GuestAddress, GuestMemory};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::size::Size;
-use crate::sys;
+use crate::sys::{self, ForkGuard};
 
 /// A config value: how much memory a guest has, and what of the host's it is made of. A plain [`Size`] is
 /// [`Memory::anonymous`].
@@ -151,7 +151,8 @@ impl GuestMemory {
         }
         let inner = GuestMemoryMmap::from_regions(regions)
             .map_err(|error| Error::invalid("memory", format!("laying out the guest's memory: {error}")))?;
-        let memory = Self { inner: Arc::new(inner), backing };
+        let guard = file.as_deref().map(|file| Arc::new(ForkGuard::new(file)));
+        let memory = Self { _guard: guard, inner: Arc::new(inner), backing };
         for region in memory.regions() {
             sys::keep_private(region.host.cast(), usize::try_from(region.len).unwrap_or(usize::MAX));
         }

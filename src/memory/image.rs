@@ -42,7 +42,7 @@ impl MemoryImage {
         let size = usize::try_from(len).map_err(|_| Error::invalid("memory image", "too large"))?;
         let inner = GuestMemoryMmap::from_ranges_with_files([(GuestAddress(0).inner(), size, Some(backing))])
             .map_err(|e| Error::new(ErrorKind::ResourceExhausted, format!("mapping a memory image: {e}")))?;
-        let answer = fill(&GuestMemory { inner: Arc::new(inner), backing: Backing::Memfd })?;
+        let answer = fill(&GuestMemory { _guard: None, inner: Arc::new(inner), backing: Backing::Memfd })?;
         let extents = extents(&file).doing(|| "reading a memory image's layout")?;
         seal(&file).doing(|| "sealing a memory image")?;
         let data = end(&extents);

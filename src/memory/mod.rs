@@ -24,6 +24,7 @@ use std::sync::Arc;
 use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::sys::ForkGuard;
 
 /// A guest physical address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
@@ -113,6 +114,8 @@ impl Region {
 /// A guest's RAM. Clones share it; it is unmapped with the last of them.
 #[derive(Clone)]
 pub struct GuestMemory {
+    /// Of its file, if it has one. Goes before that.
+    _guard: Option<Arc<ForkGuard>>,
     /// Shared, so that a clone is a number that is counted up.
     inner: Arc<GuestMemoryMmap<()>>,
     backing: Backing,

@@ -363,7 +363,7 @@ impl Mover {
             while !left.drain(Instant::now() + Duration::from_secs(3600)) {}
             drop(std::mem::ManuallyDrop::into_inner(left));
         };
-        if let Err(error) = std::thread::Builder::new().name("left-behind".into()).stack_size(sys::STACK).spawn(wait) {
+        if let Err(error) = sys::spawn("left-behind".into(), sys::STACK, wait) {
             log::warn!("nobody waits for them: {error}");
         }
     }

@@ -9,8 +9,9 @@ static RESERVE: AtomicU32 = AtomicU32::new(u32::MAX);
 /// Keeps `count` of the descriptors that this process may have (`RLIMIT_NOFILE`) from its guests; of all VMs together.
 ///
 /// Connections and datagrams of a [`Net::user`](crate::Net::user), and those that guests make over vsock, take descriptors of the
-/// process. When no more than `count` are left, further ones are refused to the guest, and counted in
-/// [`NetStats::limited`](crate::NetStats::limited). What the process itself opens is not affected.
+/// process. When no more than `count` are left, further ones are refused to the guest. Those of a network are counted in
+/// [`NetStats::limited`](crate::NetStats::limited); over vsock the guest sees a reset. What the process itself opens is not
+/// affected.
 ///
 /// Unless set, a quarter of them is kept, but at least 256, and never more than half. Takes effect at once.
 pub fn set_descriptor_reserve(count: u32) {

@@ -2,7 +2,7 @@
 //!
 //! Nothing here knows about virtual machines. The `unsafe` of this crate's host side that is not
 //! about guest memory or KVM lives in this folder.
-#![allow(unsafe_code, reason = "raw system calls; see DESIGN 7: sys/ is one of the folders that may")]
+#![allow(unsafe_code, reason = "raw system calls; sys/ is one of the folders that may")]
 
 mod beneath;
 mod descriptors;
@@ -53,6 +53,8 @@ pub(crate) use socket::{Socket, SocketKind, peekv, socket_kind};
 pub(crate) use stack::Stack;
 pub(crate) use tap::{TUN_CSUM, TUN_TSO4, TUN_TSO6, TUN_USO, Tap};
 pub(crate) use thread::spawn;
+#[cfg(feature = "container")]
+pub(crate) use thread::unsignaled;
 pub(crate) use timer::{Timer, deadline, left};
 pub(crate) use uring::Uring;
 pub(crate) use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};

@@ -15,11 +15,15 @@ pub(crate) fn spawn<T: Send + 'static>(
     stack: usize,
     body: impl FnOnce() -> T + Send + 'static,
 ) -> io::Result<JoinHandle<T>> {
-    // A thread begins with the mask of who makes it.
+    unsignaled(|| Builder::new().name(name).stack_size(stack).spawn(body))?
+}
+
+/// Calls `f`, which starts a thread, with all signals blocked: a thread begins with the mask of who makes it.
+pub(crate) fn unsignaled<T>(f: impl FnOnce() -> T) -> io::Result<T> {
     let before = mask(libc::SIG_SETMASK, &all())?;
-    let thread = Builder::new().name(name).stack_size(stack).spawn(body);
+    let answer = f();
     mask(libc::SIG_SETMASK, &before)?;
-    thread
+    Ok(answer)
 }
 
 fn all() -> libc::sigset_t {

@@ -87,7 +87,8 @@ impl VmBuilder {
 
     /// Sets the signal that takes vCPUs out of the guest: `SIGRTMIN + offset`, 10 unless set.
     ///
-    /// This is the one thing that a VM changes for the whole process: the signal gets a handler that does nothing.
+    /// The signal gets a handler that does nothing, for the whole process. What else of the process a VM changes, the crate's
+    /// documentation says.
     /// All VMs may share it. Choose another when the process uses that one itself.
     pub fn kick_signal(mut self, offset: u8) -> Self {
         self.config.kick_signal = offset;

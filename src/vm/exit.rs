@@ -173,7 +173,8 @@ pub enum Exit {
     Reboot(Box<Trace>),
     /// The guest halted for good: all its vCPUs stand still with interrupts disabled, which is noticed within three seconds.
     ///
-    /// Kernels without the means to power off end so when they are told to, such as Linux with `acpi=off`.
+    /// Kernels without the means to power off end so when they are told to, such as Linux with `acpi=off`. Where the process may
+    /// have no more timers (`RLIMIT_SIGPENDING`) it is not noticed, and [`EventKind::Degraded`](crate::EventKind::Degraded) tells.
     Halt(Box<Trace>),
     /// The guest's kernel panicked.
     Panic(Box<Trace>),

@@ -4,6 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::io;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::JoinHandle;
@@ -101,7 +102,10 @@ impl Shared {
     /// Lets the calling thread, a vCPU's, leave the guest now and then, as long as what this gives lives.
     pub(super) fn kick_periodically(&self, period: Duration) -> Option<PeriodicKick> {
         let kick = PeriodicKick::start(self.signal, period);
-        kick.inspect_err(|error| log::warn!("a guest that halts for good is not noticed: {error}")).ok()
+        let degraded = |error: &io::Error| {
+            self.log.push(EventKind::Degraded { what: format!("the end of a guest that halts for good: {error}") });
+        };
+        kick.inspect_err(degraded).ok()
     }
 
     /// Brings all vCPUs to the gate, within `limit`.

@@ -46,7 +46,7 @@ use crate::event::Remote;
 use crate::legacy::{I8042, Keys};
 pub use crate::memory::Memory;
 use crate::size::Size;
-use crate::sys::{Origin, borrow, deadline};
+use crate::sys::{Origin, borrow, deadline, left};
 use crate::virtio::balloon::Balloon;
 use crate::virtio::vsock::{VsockListener, VsockStream};
 use crate::virtio::{DeviceHandle, Slots};
@@ -65,6 +65,8 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long a pause waits for what devices and vCPUs are doing.
 const PAUSE_TIMEOUT: Duration = Duration::from_secs(10);
+/// How much longer its last answer may take.
+const PAUSE_MARGIN: Duration = Duration::from_secs(1);
 
 /// How long a VM may take to end that was killed: as long as its devices and the embedder's writers may take for what they
 /// were asked last, and some more. On a host that works it takes milliseconds.
@@ -187,7 +189,7 @@ impl Vm {
     }
 
     /// Stops the guest where it is: when this returns no vCPU runs and no device touches the guest's memory, until
-    /// [`Vm::resume`]. Idempotent. Waits for what a device is doing at this moment, at most ten seconds.
+    /// [`Vm::resume`]. Idempotent. Waits for what a device is doing at this moment, at most 11 seconds.
     ///
     /// Clocks go on, as they do for a stopped process: timers that come due meanwhile fire at once afterwards. The guest
     /// is told that it did not run, so that its watchdogs are quiet. What embedder and guest sent each other waits.
@@ -200,10 +202,10 @@ impl Vm {
         let quiet = || {
             let deadline = Instant::now() + PAUSE_TIMEOUT;
             self.shared.park_vcpus(PAUSE_TIMEOUT)?;
-            self.handles.loops.iter().try_for_each(|it| it.hold(deadline.saturating_duration_since(Instant::now())))?;
+            self.handles.loops.iter().try_for_each(|it| it.hold(left(deadline)))?;
             // No loop looks at anything any more, and what its devices have under way with the host comes to its end.
             let calm =
-                |it: &Remote<Slots>| it.with(move |it| it.pause(deadline.saturating_duration_since(Instant::now())));
+                |it: &Remote<Slots>| it.with_timeout(left(deadline) + PAUSE_MARGIN, move |it| it.pause(left(deadline)));
             match self.handles.loops.iter().map(calm).collect::<Result<Vec<_>>>()?.contains(&false) {
                 true => {
                     Err(Error::new(ErrorKind::TimedOut, format!("a disk was busy for longer than {PAUSE_TIMEOUT:?}")))
@@ -223,7 +225,8 @@ impl Vm {
     }
 
     /// Lets a paused guest go on, whether [`Vm::pause`] has paused it or a disk by [`ErrorAction::Pause`], which tries again
-    /// what had failed. Idempotent; returns at once.
+    /// what had failed. Idempotent. Does not wait for the guest, but for a pause that another thread has begun: 11 seconds at
+    /// most.
     ///
     /// # Errors
     /// `InvalidState` when the VM has ended.
@@ -292,10 +295,10 @@ impl Vm {
     }
 
     /// What the guest's memory costs the host, and how the guest uses it. Asks the guest and waits at most a second for
-    /// its answer.
+    /// its answer, and ten for a host that is busy.
     ///
     /// # Errors
-    /// `InvalidState` when the VM has ended.
+    /// `InvalidState` when the VM has ended; `TimedOut` when the host is too busy for ten seconds.
     pub fn memory_stats(&self) -> Result<MemoryStats> {
         let (answer, wait) = mpsc::sync_channel(1);
         let (memory, balloon, reported) = self.balloon()?.with(move |balloon, io| {
@@ -384,7 +387,8 @@ impl Vm {
         self.vsock()?.with(move |vsock, _| vsock.listen(port))?
     }
 
-    /// Connects to a program in the guest that listens on vsock port `port`. Waits at most ten seconds for its answer.
+    /// Connects to a program in the guest that listens on vsock port `port`. Waits at most ten seconds for its answer, and ten
+    /// for a host that is busy.
     ///
     /// # Errors
     /// `NotFound` when nobody listens there, `InvalidState` without a vsock device, before the guest has set it up or

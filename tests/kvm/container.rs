@@ -3,7 +3,7 @@
 use std::fs;
 use std::time::{Duration, Instant};
 
-use cofferdam::{Container, Disk, ErrorKind, Exit, ExitStatus, Image, Layer, Size};
+use cofferdam::{Container, Disk, ErrorKind, Exit, ExitStatus, Image, Size, WritableLayer};
 
 use crate::fixture::{Outcome, PATIENCE, Temp, container, debian_container, kernel};
 use crate::{check, check_eq};
@@ -103,7 +103,7 @@ pub fn memory_and_processors_arrive() -> Outcome {
     let container = debian_container()
         .vcpus(2)
         .memory(Size::mib(512))
-        .disk(Layer::new(Size::gib(1)).folder(std::env::temp_dir()))
+        .disk(WritableLayer::new(Size::gib(1)).folder(std::env::temp_dir()))
         .start()?;
     check_eq!(shell(&container, "nproc")?, "2");
     let mib: u64 = shell(&container, "awk '/MemTotal/ {print int($2 / 1024)}' /proc/meminfo")?.parse()?;

@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use crate::tiny;
 use cofferdam::{
-    Console, Container, ContainerBuilder, Disk, ErrorKind, Exit, Image, Initramfs, Kernel, Layer, Modules, Size, Vm,
-    VmBuilder,
+    Console, Container, ContainerBuilder, Disk, ErrorKind, Exit, Image, Initramfs, Kernel, Modules, Size, Vm,
+    VmBuilder, WritableLayer,
 };
 
 /// What a test returns.
@@ -248,8 +248,8 @@ pub fn resident() -> Result<u64, Box<dyn Error>> {
 }
 
 /// A layer in the folder for temporary files, which is memory in the lab: what lies on its `/` is slow.
-pub fn layer() -> Layer {
-    Layer::new(Size::gib(4)).folder(std::env::temp_dir())
+pub fn layer() -> WritableLayer {
+    WritableLayer::new(Size::gib(4)).folder(std::env::temp_dir())
 }
 
 /// A container of Debian with these settings.

@@ -3,7 +3,7 @@
 use std::io::Read;
 use std::time::{Duration, Instant};
 
-use cofferdam::{Container, Disk, EventKind, Exit, ExitStatus, Layer, Size, Stdio, Vm, Vsock};
+use cofferdam::{Container, Disk, EventKind, Exit, ExitStatus, Size, Stdio, Vm, Vsock, WritableLayer};
 
 use crate::fixture::{
     MAP_DEVICES, Outcome, PATIENCE, RINGS, Temp, alone, container, debian_container, driver, guest, resident, run,
@@ -137,7 +137,7 @@ pub fn panics_again_and_again() -> Outcome {
 pub fn memory_and_disk_are_used_up() -> Outcome {
     let neighbour = container()?;
     let greedy = debian_container()
-        .disk(Layer::new(Size::mib(64)).folder(std::env::temp_dir()))
+        .disk(WritableLayer::new(Size::mib(64)).folder(std::env::temp_dir()))
         .memory(Size::mib(128))
         .start()?;
     for _ in 0..2 {

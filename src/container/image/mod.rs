@@ -28,7 +28,7 @@ use sha2::{Digest, Sha256};
 
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::size::Size;
-use crate::sys::Beneath;
+use crate::sys::{self, Beneath};
 pub(crate) use budget::Cancel;
 use budget::{Budget, Patience};
 #[cfg(any(test, feature = "internals"))]
@@ -148,7 +148,8 @@ impl Image {
         let make = || self.made(&Patience::new(self.prepare_timeout, cancel));
         std::thread::scope(|scope| {
             let thread = std::thread::Builder::new().name("image".into()).stack_size(STACK);
-            let thread = thread.spawn_scoped(scope, make).doing(|| "starting a thread")?;
+            let thread = sys::unsignaled(|| thread.spawn_scoped(scope, make)).and_then(|it| it);
+            let thread = thread.doing(|| "starting a thread")?;
             // Our own fault, whatever the image is.
             let panicked = |_| Err(Error::new(ErrorKind::Io, "preparation has panicked"));
             thread.join().unwrap_or_else(panicked)

@@ -43,9 +43,14 @@ impl Store {
     /// `NotFound` when no folder was given and the user has no cache; `PermissionDenied` for a folder that others can write to;
     /// else what making it fails with.
     pub(super) fn open(dir: Option<PathBuf>) -> Result<Self> {
+        let own = dir.is_none();
         let dir = dir.or_else(|| sys::cache_dir().map(|dir| dir.join("images"))).ok_or_else(|| {
             Error::new(ErrorKind::NotFound, "no cache folder: set HOME or XDG_CACHE_HOME, or use `Image::cache_dir`")
         })?;
+        if own && fs::symlink_metadata(&dir).is_ok_and(|it| it.is_dir() && it.mode() & 0o077 != 0) {
+            // Earlier releases left the user's own cache as the mask of its maker had it. What is not ours stays as it is.
+            let _ = fs::set_permissions(&dir, fs::Permissions::from_mode(FOLDER_MODE));
+        }
         let folder = open_folder(&dir, &dir)?;
         let known = open_folder(&sys::path_of(folder.as_fd()).join("known"), &dir.join("known"))?;
         Ok(Self { folder, known, dir })

@@ -17,7 +17,7 @@ use super::table::{Id, Owner, Table};
 use super::tcp::{Called, Caller, TcpFlows, Tried, Tuple, gateway_of};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::net::policy::Cidr;
-use crate::sys::{Socket, is_spare};
+use crate::sys::{Socket, Unforked, is_spare};
 
 /// Connections that are accepted in one turn.
 const BATCH: usize = 32;
@@ -26,8 +26,8 @@ const PAUSE: Duration = Duration::from_millis(250);
 
 #[derive(Debug)]
 enum Kind {
-    Tcp(TcpListener),
-    Udp(UdpSocket),
+    Tcp(Unforked<TcpListener>),
+    Udp(Unforked<UdpSocket>),
 }
 
 /// A published port.
@@ -106,12 +106,12 @@ impl Ports {
                 let listener = TcpListener::bind(host)?;
                 listener.set_nonblocking(true)?;
                 let at = listener.local_addr()?;
-                Ok((Kind::Tcp(listener), at))
+                Ok((Kind::Tcp(Unforked::new(listener)), at))
             } else {
                 let socket = UdpSocket::bind(host)?;
                 socket.set_nonblocking(true)?;
                 let at = socket.local_addr()?;
-                Ok((Kind::Udp(socket), at))
+                Ok((Kind::Udp(Unforked::new(socket)), at))
             }
         };
         let (kind, at) = bind().map_err(|error| explain(error, method, host))?;

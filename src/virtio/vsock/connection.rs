@@ -13,7 +13,7 @@ use super::packet::{SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
 use super::stream::{Remains, Tail, VsockStream};
 use crate::error::Result;
 use crate::memory::{GuestMemory, Segment};
-use crate::sys;
+use crate::sys::{self, Unforked};
 
 /// A connection's name: the host's port and the guest's.
 pub(super) type Ports = (u32, u32);
@@ -39,7 +39,7 @@ pub(super) struct Connection {
     pub credit: Credit,
     /// It is in the list of those that may have something to say.
     pub queued: bool,
-    socket: UnixStream,
+    socket: Unforked<UnixStream>,
     tail: Tail,
     /// Data of the guest that the embedder has not taken; bounded by [`super::credit::BUFFER`].
     backlog: VecDeque<u8>,
@@ -83,7 +83,7 @@ impl Connection {
             ports,
             credit: Credit::default(),
             queued: false,
-            socket,
+            socket: Unforked::new(socket),
             tail,
             backlog: VecDeque::new(),
             connecting,
@@ -274,5 +274,8 @@ impl Connection {
         let mut remains = self.remains();
         remains.unread.append(&mut backlog);
         remains.abrupt |= abrupt;
+        drop(remains);
+        // What is there can still be read. A copy of the descriptor, in a child of fork say, keeps nobody waiting.
+        let _ = self.socket.shutdown(Shutdown::Both);
     }
 }

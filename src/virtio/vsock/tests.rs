@@ -388,3 +388,17 @@ fn a_turn_of_packets_is_bounded() {
     }
     assert!(rig.driver.most_work() <= MAX_TURN + MAX_PIECE, "{}", rig.driver.most_work());
 }
+
+/// While a child of fork lives, the embedder's stream still ends with the guest's.
+#[test]
+fn a_child_of_fork_keeps_no_stream_open() {
+    let (mut rig, mut stream) = Rig::connected();
+    rig.say(guest(Op::Data, 5), b"hello", &[]);
+    stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    crate::sys::beside_a_child(|| {
+        rig.op(Op::Reset, 0);
+        let mut all = String::new();
+        stream.read_to_string(&mut all).unwrap();
+        assert_eq!(all, "hello");
+    });
+}
