@@ -40,14 +40,16 @@
 //! # What an embedder can rely on
 //!
 //! The library never ends, forks or daemonizes the process, prints, installs a logger or panic hook, touches standard
-//! streams or terminals, changes user, limits or the process's seccomp, or takes SIGCHLD. Its threads block all signals.
+//! streams or terminals, changes user, limits or the process's seccomp, or takes SIGCHLD. Its threads block all signals but
+//! those of their own faults and the one that takes vCPUs out of the guest.
 //!
 //! Its global state is a real-time signal whose handler does nothing ([`VmBuilder::kick_signal`]), a handler for fork
 //! (`pthread_atfork`), a list of the prepared disks that were found whole, and how many descriptors guests leave to the
 //! embedder ([`set_descriptor_reserve`]).
 //!
 //! All descriptors are close-on-exec. A child that fork makes and that goes on without exec has no copy of a guest's memory.
-//! Machines, disks with their locks, and connections are closed in it at once. Dropping its copies of handles does nothing.
+//! Machines, disks with their locks, and connections are closed in it at once. Its copies of handles are of no use there, and
+//! dropping them does nothing.
 //! When the process dies by any means, its machines, disks and locks are gone with it. No guest's memory is in its core file.
 //!
 //! An embedder built with `panic = "abort"` loses one thing: a mistake of this crate ends the process instead of one device.
@@ -57,28 +59,30 @@
 //! # How long calls wait
 //!
 //! Guests may be silent, hostile, paused or hung, and files of the host may not answer. These bounds hold all the same, on a
-//! host that gives the process its processors. Each call's own documentation says more.
+//! host that gives the process its processors. Each call's own documentation says more. Where the threads of a VM are too busy to
+//! answer, a call fails with `TimedOut` after ten seconds; `Exec` asks them up to five times.
 //!
 //! | call | waits at most |
 //! | --- | --- |
 //! | `Image::prepare` | `Image::prepare_timeout`, 10 minutes unless set |
 //! | `ContainerBuilder::start` | the same, then `ContainerBuilder::start_timeout`, 30 s unless set, and 4 s; less when its `CancelToken` is cancelled |
 //! | [`VmBuilder::start`] | for the host alone |
-//! | `Exec::spawn` | until the guest has started the program: 62 s, or `Exec::timeout` and 2 s |
+//! | `Exec::spawn` | until the guest has started the program: 72 s, or `Exec::timeout` and 2 s |
 //! | `Exec::output`, `Exec::status`, `Process::wait` | with `Exec::timeout`: that and 4 s; without: as long as the program runs |
 //! | `Process::wait` after `Process::kill` | 2 s |
 //! | `Process::wait_with_output` | as `Process::wait`, and 10 s for what was printed |
 //! | `Process::kill`, `Process::signal` | 10 s, for a host that is busy |
 //! | `Container::connect` | 21 s: 10 s for a host that is busy, 11 s for the guest |
 //! | [`Vm::connect`] | 20 s: 10 s for a host that is busy, 10 s for the guest |
-//! | `Container::stop`, [`Vm::shutdown`] | the grace and 2 s; 15 s more where a file of the host's does not answer |
-//! | `Container::kill`, [`Vm::kill`], [`Vm::resume`] | nothing |
-//! | dropping a `Container` or a [`Vm`] | milliseconds; 15 s where a file of the host's does not answer |
+//! | `Container::stop`, [`Vm::shutdown`] | the grace and 2 s; 15 s more where a file of the host's or a writer of the embedder's hangs |
+//! | `Container::kill`, [`Vm::kill`] | does not wait |
+//! | [`Vm::resume`] | 11 s, for a pause that another thread has begun |
+//! | dropping a `Container` or a [`Vm`] | milliseconds; 15 s where a file of the host's or a writer of the embedder's hangs |
 //! | `Container::wait`, [`Vm::wait`] | as long as the machine runs |
-//! | [`Vm::pause`] | 10 s for vCPUs and devices, 10 s for disks |
+//! | [`Vm::pause`] | 11 s |
 //! | [`Vm::memory_stats`] | 11 s: 10 s for a host that is busy, 1 s for the guest |
 //! | [`Vm::set_balloon`], [`Vm::memory_fd`], [`Vm::listen`], methods of [`NetHandle`] and [`DiskHandle`] | 10 s, for a host that is busy |
-//! | [`Vm::stats`], [`Vm::trace`], [`Vm::timeline`], [`Vm::events`], whatever begins with `try_` | nothing |
+//! | [`Vm::stats`], [`Vm::trace`], [`Vm::timeline`], [`Vm::events`], whatever begins with `try_` | does not wait |
 //! | whatever ends with `_timeout` | the time that it is given |
 //!
 //! # What guests of one process share

@@ -175,12 +175,12 @@ impl Client {
 
     /// Kills a process and all that it started. It has ended soon after, whatever the guest does.
     pub(super) fn kill(&mut self, process: u32) -> Result<()> {
-        self.send(process, &FromHost::Kill)?;
+        // Before the guest is told, which may not be possible: it has ended soon after in any case.
         if let Some(entry) = self.processes.get_mut(&process) {
             entry.killed(Ending::Killed);
             self.set_timer();
         }
-        Ok(())
+        self.send(process, &FromHost::Kill)
     }
 
     /// Says something to the shim; process 0 is the VM.

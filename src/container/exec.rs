@@ -219,10 +219,13 @@ impl<'a> Exec<'a> {
         let until = Instant::now() + STREAM_TIMEOUT;
         let accept = |it: Option<VsockListener>| it.map(|it| accept(&it, &cookie, &state, until)).transpose();
         let mut process = Process { stdin: None, stdout: None, stderr: None, remote, number, state: state.clone() };
-        let [stdin, stdout, stderr] = listeners.map(accept);
-        process.stdin = stdin.inspect_err(|_| process.give_up())?.map(ProcessWriter);
-        process.stdout = stdout.inspect_err(|_| process.give_up())?.map(ProcessReader);
-        process.stderr = stderr.inspect_err(|_| process.give_up())?.map(ProcessReader);
+        let [stdin, stdout, stderr] = listeners;
+        // One that fails is the end of all.
+        let take = |listener| accept(listener).inspect_err(|_| process.give_up());
+        let (stdin, stdout, stderr) = (take(stdin)?, take(stdout)?, take(stderr)?);
+        process.stdin = stdin.map(ProcessWriter);
+        process.stdout = stdout.map(ProcessReader);
+        process.stderr = stderr.map(ProcessReader);
         Ok(process)
     }
 

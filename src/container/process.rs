@@ -75,8 +75,8 @@ pub(super) struct State {
     changed: Condvar,
     /// Readable once it has ended.
     ended: EventFd,
-    /// Its standard streams, for the host to end them.
-    streams: Mutex<Vec<StreamBreaker>>,
+    /// Its standard streams, for the host to end them; `None` once it has.
+    streams: Mutex<Option<Vec<StreamBreaker>>>,
 }
 
 #[derive(Clone)]
@@ -89,7 +89,12 @@ enum Ended {
 impl State {
     pub(super) fn new() -> Result<Arc<Self>> {
         let ended = eventfd().doing(|| "creating a process's descriptor")?;
-        Ok(Arc::new(Self { status: Mutex::new(None), changed: Condvar::new(), ended, streams: Mutex::default() }))
+        Ok(Arc::new(Self {
+            status: Mutex::new(None),
+            changed: Condvar::new(),
+            ended,
+            streams: Mutex::new(Some(Vec::new())),
+        }))
     }
 
     fn status(&self) -> MutexGuard<'_, Option<Ended>> {
@@ -125,18 +130,21 @@ impl State {
         borrow(&self.ended)
     }
 
-    fn streams(&self) -> MutexGuard<'_, Vec<StreamBreaker>> {
+    fn streams(&self) -> MutexGuard<'_, Option<Vec<StreamBreaker>>> {
         self.streams.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// It has this stream, which ends with it when the host ends it.
     pub(super) fn keep(&self, stream: &VsockStream) {
-        self.streams().push(stream.breaker());
+        match self.streams().as_mut() {
+            Some(streams) => streams.push(stream.breaker()),
+            None => stream.breaker().break_off(),
+        }
     }
 
     /// Ends its streams: what has arrived can still be read.
     pub(super) fn break_streams(&self) {
-        self.streams().iter().for_each(StreamBreaker::break_off);
+        self.streams().take().iter().flatten().for_each(StreamBreaker::break_off);
     }
 
     /// Waits for the end, but not beyond `deadline`.
@@ -245,7 +253,7 @@ impl Process {
     /// dropped, the process has ended with [`ExitStatus::VmEnded`].
     ///
     /// # Errors
-    /// None today; a `Result` so that ends which cannot be told need no other signature.
+    /// `InvalidState` when a mistake of this crate's has taken away whoever would tell the end.
     pub fn wait(&mut self) -> Result<ExitStatus> {
         drop(self.stdin.take());
         self.state.wait(None)?.ok_or_else(|| Error::new(ErrorKind::InvalidState, "the process's end is unknown"))
@@ -273,7 +281,9 @@ impl Process {
     /// runs and has not told it after 30 seconds more is ended, with [`Exit::Unresponsive`].
     ///
     /// # Errors
-    /// `InvalidState` when the container has ended; `TimedOut` when the host is too busy to ask for ten seconds.
+    /// `InvalidState` when the container has ended; `TimedOut` when the host is too busy to ask for ten seconds;
+    /// `ResourceExhausted` when 16 MiB of requests wait for a guest that does not read. In each case but the first the process
+    /// has ended for the host two seconds later.
     pub fn kill(&self) -> Result<()> {
         let number = self.number;
         self.remote.with(move |client| client.kill(number))?

@@ -85,7 +85,7 @@ pub(super) fn accept(
     loop {
         // Looked at first: what the shim connected before the end is here by then.
         let over = state.has_ended();
-        while let Some(stream) = next(listener, state, deadline)? {
+        while let Some(stream) = next(listener, state, deadline)?.filter(|_| !left(deadline).is_zero()) {
             stream.set_nonblocking(true)?;
             if candidates.len() >= MAX_CANDIDATES {
                 candidates.remove(0);
@@ -103,7 +103,8 @@ pub(super) fn accept(
         }
         let mut fds: Vec<BorrowedFd<'_>> = vec![listener.as_fd(), state.ended()];
         fds.extend(candidates.iter().map(|it| it.stream.as_fd()));
-        if !wait_any(&fds, Some(left(deadline))).doing(|| "waiting for the process's stream")? {
+        let ready = wait_any(&fds, Some(left(deadline))).doing(|| "waiting for the process's stream")?;
+        if !ready || left(deadline).is_zero() {
             return Err(Error::new(
                 ErrorKind::TimedOut,
                 format!("the guest has not connected the process's stream within {STREAM_TIMEOUT:?}"),

@@ -18,7 +18,7 @@ use std::time::Duration;
 use self::mailbox::{Closed, Mailbox, Wake};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::sys::{
-    ControlOperation, Epoll, EpollEvent, EventFd, EventSet, Origin, STACK, borrow, eventfd, spawn, wait_readable,
+    ControlOperation, Epoll, EpollEvent, EventFd, EventSet, Origin, STACK, borrow, eventfd, leak, spawn, wait_readable,
 };
 
 pub(crate) use crate::sys::EventSet as Interest;
@@ -210,6 +210,7 @@ impl<S: Handler> Loop<S> {
 
     fn stop(&mut self) -> Result<Option<S>, Box<dyn Any + Send>> {
         if !self.origin.is_here() {
+            leak(self.thread.take());
             return Ok(None);
         }
         self.mailbox.close();
@@ -326,6 +327,18 @@ mod tests {
         }
         it.remote().hold(limit).unwrap();
         assert_eq!(it.join().unwrap().seen, 100);
+    }
+
+    #[test]
+    fn a_child_of_fork_drops_its_copy_and_harms_nothing_of_its_own() {
+        let it = counter();
+        let joined = crate::sys::in_a_child(|| {
+            // Its stack may be where the loop's thread had its own.
+            let mine = thread::Builder::new().stack_size(STACK).spawn(|| thread::sleep(Duration::from_millis(20)));
+            drop(it);
+            mine.is_ok_and(|thread| thread.join().is_ok())
+        });
+        assert!(joined);
     }
 
     #[test]

@@ -13,7 +13,7 @@ use kvm_bindings::{
 
 use super::failed;
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::sys::{ForkGuard, keep_private};
+use crate::sys::{ForkGuard, Origin, keep_private};
 
 /// Why `KVM_RUN` came back. The slices are KVM's own buffer: an `In` answer is what the guest will see.
 #[derive(Debug)]
@@ -46,6 +46,8 @@ pub(crate) enum VcpuExit<'a> {
 struct RunPage {
     run: NonNull<kvm_run>,
     len: usize,
+    /// Where it is mapped.
+    origin: Origin,
 }
 
 // SAFETY: the mapping belongs to this value alone and is unmapped with it. Fields are read by the vCPU's thread
@@ -65,7 +67,7 @@ impl RunPage {
         match NonNull::new(at.cast()) {
             Some(run) if at != libc::MAP_FAILED => {
                 keep_private(at, len);
-                Ok(Self { run, len })
+                Ok(Self { run, len, origin: Origin::here() })
             }
             _ => Err(Error::last_os().doing("mapping a vCPU's run page")),
         }
@@ -99,8 +101,11 @@ impl RunPage {
 
 impl Drop for RunPage {
     fn drop(&mut self) {
-        // SAFETY: the mapping was made by `map` with this length, and nobody can reach it after this.
-        unsafe { libc::munmap(self.run.as_ptr().cast(), self.len) };
+        // A child of fork has no such mapping, and may have another one there.
+        if self.origin.is_here() {
+            // SAFETY: `map` made the mapping in this process, with this length, and nobody can reach it after this.
+            unsafe { libc::munmap(self.run.as_ptr().cast(), self.len) };
+        }
     }
 }
 
@@ -112,7 +117,10 @@ impl Kicker {
     /// From now on `run` returns [`VcpuExit::Interrupted`] at once. A signal is needed beside this
     /// to get a vCPU out that is in the guest already; in this order nothing is lost in between.
     pub(crate) fn request_exit(&self) {
-        self.0.immediate_exit().store(1, Ordering::SeqCst);
+        // A child of fork has no such page.
+        if self.0.origin.is_here() {
+            self.0.immediate_exit().store(1, Ordering::SeqCst);
+        }
     }
 }
 

@@ -71,6 +71,8 @@ pub(crate) struct ForkGuard(RawFd);
 
 impl ForkGuard {
     /// Keeps `fd` from children that are made from now on.
+    ///
+    /// It is the number that is kept: who gives the descriptor away ends the guard before, or the child finds `/dev/null` there.
     pub(crate) fn new(fd: &impl AsRawFd) -> Self {
         static INSTALLED: Once = Once::new();
         INSTALLED.call_once(|| {
@@ -143,6 +145,11 @@ pub(crate) fn keep_private(at: *mut libc::c_void, len: usize) {
     }
 }
 
+/// Keeps a value from ever being dropped: in a child, where threads and mappings that it names are not there.
+pub(crate) fn leak<T>(value: T) {
+    let _ = Box::leak(Box::new(value));
+}
+
 /// The process in which something was made, to tell it from its children.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Origin(u32);
@@ -155,6 +162,33 @@ impl Origin {
     /// Whether this is the process, and no child of it that fork made.
     pub(crate) fn is_here(self) -> bool {
         self == Self::here()
+    }
+}
+
+/// Runs `f` in a child, and gives what it answers.
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a failure here is the test's")]
+pub(crate) fn in_a_child(f: impl FnOnce() -> bool) -> bool {
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixStream;
+    let (mut here, mut there) = UnixStream::pair().unwrap();
+    // SAFETY: the child calls what allocates nothing and takes no lock of another thread's, and ends by a signal.
+    match unsafe { libc::fork() } {
+        0 => {
+            let answer = f();
+            let _ = there.write_all(&[answer.into()]);
+            // SAFETY: ends the child at once.
+            unsafe { libc::raise(libc::SIGKILL) };
+            answer
+        }
+        child => {
+            drop(there);
+            let mut answer = [0];
+            here.read_exact(&mut answer).unwrap();
+            // SAFETY: waits for the child that was just made; no status is asked for.
+            unsafe { libc::waitpid(child, std::ptr::null_mut(), 0) };
+            answer[0] == 1
+        }
     }
 }
 
@@ -189,31 +223,7 @@ mod tests {
     use super::*;
     use crate::sys::{LockKind, try_lock};
     use std::fs::File;
-    use std::io::{Read, Write};
-    use std::os::unix::net::UnixStream;
-
-    /// Runs `f` in a child, and gives what it answers.
-    fn in_a_child(f: impl FnOnce() -> bool) -> bool {
-        let (mut here, mut there) = UnixStream::pair().unwrap();
-        // SAFETY: the child calls what allocates nothing and takes no lock of another thread's, and ends by a signal.
-        match unsafe { libc::fork() } {
-            0 => {
-                let answer = f();
-                let _ = there.write_all(&[answer.into()]);
-                // SAFETY: ends the child at once.
-                unsafe { libc::raise(libc::SIGKILL) };
-                answer
-            }
-            child => {
-                drop(there);
-                let mut answer = [0];
-                here.read_exact(&mut answer).unwrap();
-                // SAFETY: waits for the child that was just made; no status is asked for.
-                unsafe { libc::waitpid(child, std::ptr::null_mut(), 0) };
-                answer[0] == 1
-            }
-        }
-    }
+    use std::io::Read;
 
     #[test]
     fn a_child_does_not_keep_a_lock() {

@@ -35,9 +35,9 @@ pub(crate) use file::{
     LockKind, cache_dir, data_ranges, fill_random, next_data, next_hole, page_size, punch, scratch_file, try_lock,
     try_lock_byte, xattrs, zero, zero_range,
 };
+pub(crate) use fork::{ForkGuard, Origin, Unforked, keep_private, leak};
 #[cfg(test)]
-pub(crate) use fork::beside_a_child;
-pub(crate) use fork::{ForkGuard, Origin, Unforked, keep_private};
+pub(crate) use fork::{beside_a_child, in_a_child};
 pub(crate) use iovec::{preadv, pwritev, readv, receive, send, sendv, writev};
 #[cfg(all(test, feature = "qcow2"))]
 pub(crate) use ordered::record;

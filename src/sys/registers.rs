@@ -8,12 +8,16 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
 
+use super::Origin;
+
 /// Bytes of one device's registers: a page.
 const WINDOW: usize = 4096;
 
 struct Mapping {
     host: *mut u8,
     len: usize,
+    /// Where it is mapped.
+    origin: Origin,
 }
 
 // SAFETY: the mapping belongs to nobody else, is not moved, and is accessed by atomic operations alone.
@@ -23,8 +27,11 @@ unsafe impl Sync for Mapping {}
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: `new` mapped exactly this, and who could still refer to it would have kept it.
-        unsafe { libc::munmap(self.host.cast(), self.len) };
+        // A child of fork has no such mapping, and may have another one there.
+        if self.origin.is_here() {
+            // SAFETY: `new` mapped exactly this in this process, and who could still refer to it would have kept it.
+            unsafe { libc::munmap(self.host.cast(), self.len) };
+        }
     }
 }
 
@@ -43,7 +50,7 @@ impl RegisterPages {
             return Err(io::Error::last_os_error());
         }
         super::keep_private(host, len);
-        Ok(Self(Arc::new(Mapping { host: host.cast(), len })))
+        Ok(Self(Arc::new(Mapping { host: host.cast(), len, origin: Origin::here() })))
     }
 
     /// Those of device `n`.

@@ -104,6 +104,12 @@ impl Marks {
     }
 }
 
+/// Whether a guest's character can be shown as it is: it controls nothing, nor which way text runs (Unicode, 23.2).
+fn is_plain(c: char) -> bool {
+    !c.is_control()
+        && !matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{61c}')
+}
+
 /// How every Linux kernel begins the message of its panic.
 const PANIC: &str = "Kernel panic - not syncing";
 
@@ -129,7 +135,7 @@ impl Trace {
         let text = String::from_utf8_lossy(&self.console);
         let at = text.rfind(PANIC)?;
         let line = text.get(at..)?.lines().next()?;
-        Some(line.chars().filter(|c| !c.is_control()).collect::<String>().trim_end().to_owned())
+        Some(line.chars().filter(|c| is_plain(*c)).collect::<String>().trim_end().to_owned())
     }
 
     /// The last `n` lines of the console, without control characters.
@@ -137,7 +143,7 @@ impl Trace {
         let text = String::from_utf8_lossy(&self.console);
         let lines: Vec<&str> = text.lines().map(str::trim_end).filter(|l| !l.is_empty()).collect();
         let shown = lines.get(lines.len().saturating_sub(n)..).unwrap_or_default().join("\n");
-        shown.chars().filter(|c| !c.is_control() || *c == '\n').collect()
+        shown.chars().filter(|c| is_plain(*c) || *c == '\n').collect()
     }
 }
 

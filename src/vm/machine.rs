@@ -30,7 +30,7 @@ use crate::legacy::{
 };
 use crate::memory::GuestMemory;
 use crate::net::Pump;
-use crate::sys::{self, EventFd, KickSignal, PeriodicKick, RegisterPages, STACK, Stack, eventfd};
+use crate::sys::{self, EventFd, KickSignal, Origin, PeriodicKick, RegisterPages, STACK, Stack, eventfd};
 use crate::virtio::Slots;
 use crate::virtio::console::Output;
 
@@ -57,6 +57,8 @@ pub(super) struct Shared {
     stacks: Mutex<Vec<Stack>>,
     /// What the guest reads of its devices, in the order of their windows.
     pub registers: RegisterPages,
+    /// Where the VM's threads are.
+    pub origin: Origin,
 }
 
 #[derive(Default)]
@@ -76,6 +78,9 @@ impl Shared {
 
     /// Makes all vCPUs stop. The first reason is the one that is reported.
     pub(super) fn stop(&self, reason: Reason, last: LastExit) {
+        if !self.origin.is_here() {
+            return;
+        }
         self.end().reason.get_or_insert((reason, last));
         self.marks.ended();
         self.gate.remove();
@@ -96,6 +101,9 @@ impl Shared {
 
     /// Gets all vCPUs out of the guest, to look at what is asked of them.
     pub(super) fn kick(&self) {
+        if !self.origin.is_here() {
+            return;
+        }
         self.vcpus.iter().for_each(|vcpu| vcpu.kick(self.signal));
     }
 
@@ -110,6 +118,12 @@ impl Shared {
 
     /// Brings all vCPUs to the gate, within `limit`.
     pub(super) fn park_vcpus(&self, limit: Duration) -> Result<()> {
+        if !self.origin.is_here() {
+            return Err(Error::new(
+                ErrorKind::InvalidState,
+                "the virtual machine runs in another process, which has forked",
+            ));
+        }
         self.gate.close();
         self.kick();
         match self.gate.wait_parked(self.vcpus.len(), Instant::now() + limit) {
@@ -289,6 +303,7 @@ pub(super) fn start(config: &VmConfig) -> Result<Vm> {
         devices: Mutex::default(),
         stacks: Mutex::default(),
         registers,
+        origin: Origin::here(),
     });
     // Nobody has set it before.
     let _ = faults.set(Arc::downgrade(&shared));

@@ -18,7 +18,8 @@ mod vcpu;
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync;
-use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -46,7 +47,7 @@ use crate::event::Remote;
 use crate::legacy::{I8042, Keys};
 pub use crate::memory::Memory;
 use crate::size::Size;
-use crate::sys::{Origin, borrow, deadline, left};
+use crate::sys::{borrow, deadline, leak, left};
 use crate::virtio::balloon::Balloon;
 use crate::virtio::vsock::{VsockListener, VsockStream};
 use crate::virtio::{DeviceHandle, Slots};
@@ -81,14 +82,14 @@ pub struct Vm {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
     /// The console's writer may block for ever, so nobody waits for its thread but within [`Shared`]'s bound.
-    _pump: Option<JoinHandle<()>>,
+    pump: Option<JoinHandle<()>>,
     /// Whether the VM is paused; locked while that changes.
     paused: Mutex<bool>,
     /// Listeners that were configured and not yet taken.
     listeners: Mutex<Vec<VsockListener>>,
     handles: Handles,
-    /// Where its threads are.
-    origin: Origin,
+    /// It has not ended in time, and nobody waits for it any more.
+    left_behind: AtomicBool,
     /// Goes last, when no thread is in it any more.
     cgroup: Option<Leaf>,
 }
@@ -119,7 +120,7 @@ impl Vm {
         cgroup: Option<Leaf>,
     ) -> Self {
         let (paused, listeners) = (Mutex::default(), Mutex::new(listeners));
-        Self { shared, threads, _pump: pump, paused, listeners, handles, origin: Origin::here(), cgroup }
+        Self { shared, threads, pump, paused, listeners, handles, left_behind: AtomicBool::new(false), cgroup }
     }
 
     /// Waits until the VM has ended, however that comes about. May be called again and from many threads.
@@ -161,8 +162,10 @@ impl Vm {
     /// `TimedOut` when the killed machine has not ended after those 15 seconds.
     pub fn shutdown(&self, grace: Duration) -> Result<Exit> {
         let begin = Instant::now();
-        // One that has ended is told by what follows.
-        let _ = self.resume();
+        // One that has ended is told by what follows. One that is about to be paused cannot be asked for anything.
+        if let Ok(paused) = self.paused.try_lock() {
+            let _ = self.go_on_from(paused);
+        }
         let second = begin.checked_add((grace / 4).min(POWER_KEY_PATIENCE));
         for (keys, until) in [(Keys::Power, second), (Keys::CtrlAltDel, begin.checked_add(grace))] {
             if !self.handles.keyboard.lock().unwrap_or_else(PoisonError::into_inner).press(keys) {
@@ -179,6 +182,7 @@ impl Vm {
     pub(crate) fn end(&self) -> Result<Exit> {
         self.kill();
         self.shared.wait(deadline(END_TIMEOUT)).ok_or_else(|| {
+            self.left_behind.store(true, Ordering::SeqCst);
             Error::new(
                 ErrorKind::TimedOut,
                 format!(
@@ -231,7 +235,10 @@ impl Vm {
     /// # Errors
     /// `InvalidState` when the VM has ended.
     pub fn resume(&self) -> Result<()> {
-        let mut paused = self.paused.lock().unwrap_or_else(PoisonError::into_inner);
+        self.go_on_from(self.paused.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn go_on_from(&self, mut paused: MutexGuard<'_, bool>) -> Result<()> {
         if std::mem::take(&mut *paused) | self.shared.gate.release() {
             self.shared.log.push(EventKind::Resumed);
             self.go_on();
@@ -270,9 +277,8 @@ impl Vm {
     }
 
     /// Whether this process runs it, and is no child of fork that has a copy of the handle.
-    #[cfg(feature = "container")]
     pub(crate) fn is_here(&self) -> bool {
-        self.origin.is_here()
+        self.shared.origin.is_here()
     }
 
     /// What is known of the VM: while it runs, how far it has come and what it printed; after its end, how it was then.
@@ -422,7 +428,11 @@ impl AsFd for Vm {
 impl Drop for Vm {
     fn drop(&mut self) {
         // A child of fork has a copy of the handle, and nothing of the VM.
-        if !self.origin.is_here() {
+        if !self.is_here() {
+            leak((std::mem::take(&mut self.threads), self.pump.take(), self.shared.clone()));
+            return;
+        }
+        if self.left_behind.load(Ordering::SeqCst) {
             return;
         }
         if let Err(error) = self.end() {

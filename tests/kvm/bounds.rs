@@ -263,9 +263,15 @@ pub fn a_child_of_fork_leaves_its_parents_guests_alone() -> Outcome {
     // SAFETY: the child drops what it has of its parent's handles, and leaves by _exit.
     let child = unsafe { libc::fork() };
     if child == 0 {
-        drop(container);
+        // Nothing of it reaches the guest, nor a thread or a mapping of the child's own.
+        container.kill();
+        let paused = container.vm().pause().is_err();
+        let mine =
+            std::thread::Builder::new().stack_size(256 << 10).spawn(|| std::thread::sleep(Duration::from_millis(50)));
+        drop((container, running));
+        let joined = mine.is_ok_and(|thread| thread.join().is_ok());
         // SAFETY: ends the child at once.
-        unsafe { libc::_exit(7) }
+        unsafe { libc::_exit(if paused && joined { 7 } else { 8 }) }
     }
     let mut status = 0;
     // SAFETY: waits for the child that was just made.
