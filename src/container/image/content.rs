@@ -18,7 +18,22 @@ pub(super) struct SparseMap {
     pub pieces: Vec<(u64, u64)>,
 }
 
+/// Pieces that one file may have.
+const MAX_PIECES: usize = 1 << 20;
+
 impl SparseMap {
+    /// Whether a file may have so many pieces.
+    ///
+    /// # Errors
+    /// `Unsupported` for more.
+    pub(super) fn check(pieces: usize) -> Result<()> {
+        if pieces > MAX_PIECES {
+            let what = format!("a sparse file of more than {MAX_PIECES} pieces");
+            return Err(Error::new(ErrorKind::Unsupported, what));
+        }
+        Ok(())
+    }
+
     /// # Errors
     /// `Corrupt` for pieces that overlap, go back, or go beyond `size`.
     pub(super) fn new(size: u64, mut pieces: Vec<(u64, u64)>) -> Result<Self> {

@@ -38,8 +38,9 @@ struct Found<'a> {
 /// Calls `f` with everything below `root`, parents first, names in order. Never follows a symbolic link.
 fn walk(root: &Beneath, budget: &Budget, f: &mut dyn FnMut(Found<'_>) -> Result<()>) -> Result<()> {
     let mut waiting: Vec<(Rc<Path>, OsString)> = vec![(Rc::from(Path::new("")), OsString::new())];
+    budget.entry()?;
     while let Some((folder, name)) = waiting.pop() {
-        budget.entry()?;
+        budget.check()?;
         let path: PathBuf = if name.is_empty() { PathBuf::new() } else { folder.join(name) };
         let doing = || format!("reading {:?}", path.display());
         let place = root.open_at(&path, libc::O_PATH).doing(doing)?;
@@ -52,6 +53,8 @@ fn walk(root: &Beneath, budget: &Budget, f: &mut dyn FnMut(Found<'_>) -> Result<
             let before = waiting.len();
             for child in fs::read_dir(sys::path_of(directory.as_fd())).doing(doing)? {
                 let name = child.doing(doing)?.file_name();
+                // Here, as a folder may have any number of them.
+                budget.entry()?;
                 budget.names(name.len())?;
                 waiting.push((folder.clone(), name));
             }
@@ -164,11 +167,22 @@ fn content(root: &Beneath, found: &Found<'_>, to: &mut Target<'_, '_>) -> Result
     if found.stat.blocks().saturating_mul(512) >= size {
         return to.disk.write_file(size, &mut source);
     }
-    let ranges = sys::data_ranges(&file)?;
-    let pieces = ranges.iter().map(|range| (range.start, range.end.min(size).saturating_sub(range.start)));
-    let map = SparseMap::new(size, pieces.collect())?;
+    to.budget.file_size(size)?;
+    let map = SparseMap::new(size, pieces(&file, size, to.budget)?)?;
     let mut source = Pieces { source, pieces: map.pieces.iter(), left: 0 };
     to.disk.write_sparse(&map, &mut source)
+}
+
+/// The pieces of a file that are not holes: offset and length of each.
+fn pieces(file: &File, size: u64, budget: &Budget) -> Result<Vec<(u64, u64)>> {
+    let (mut pieces, mut at) = (Vec::new(), 0);
+    while let Some(start) = sys::next_data(file, at)?.filter(|start| *start < size) {
+        budget.check()?;
+        at = sys::next_hole(file, start)?.unwrap_or(size).min(size);
+        pieces.push((start, at.saturating_sub(start)));
+        SparseMap::check(pieces.len())?;
+    }
+    Ok(pieces)
 }
 
 /// What is read of a file from where it stands.
@@ -211,5 +225,55 @@ impl Content for Pieces<'_, '_> {
         let piece = self.source.next(most.min(self.left))?;
         self.left -= piece.len() as u64;
         Ok(piece)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt;
+    use std::time::Duration;
+
+    use super::*;
+    use crate::container::image::budget::{Cancel, Patience};
+    use crate::container::image::limits::ImageLimits;
+    use crate::size::Size;
+
+    fn budget(limits: &ImageLimits, cancel: &Cancel) -> Budget {
+        Budget::new(limits, Size::mib(1), &Patience::new(Duration::MAX, cancel))
+    }
+
+    /// A folder of any number of names once took all of them into memory before the first was counted.
+    #[test]
+    fn names_are_counted_before_they_are_kept() {
+        let folder = std::env::temp_dir().join(format!("cofferdam-names-{}", std::process::id()));
+        fs::create_dir_all(&folder).unwrap();
+        (0..20).for_each(|n| fs::write(folder.join(n.to_string()), "").unwrap());
+        let root = Beneath::open(&folder).unwrap();
+        let walked = |entries| {
+            let mut found = 0;
+            let count = &mut |_: Found<'_>| {
+                found += 1;
+                Ok(())
+            };
+            let outcome = walk(&root, &budget(&ImageLimits::new().entries(entries), &Cancel::default()), count);
+            (outcome.is_ok(), found)
+        };
+        assert_eq!((walked(21), walked(20)), ((true, 21), (false, 1)));
+        fs::remove_dir_all(&folder).unwrap();
+    }
+
+    #[test]
+    fn looking_for_holes_ends_when_it_is_cancelled() {
+        let file = sys::temp_file(&std::env::temp_dir()).unwrap();
+        file.set_len(4 << 20).unwrap();
+        file.write_all_at(&[1; 4096], 1 << 20).unwrap();
+        file.write_all_at(&[1; 4096], 3 << 20).unwrap();
+        let (limits, cancel) = (ImageLimits::new(), Cancel::default());
+        let found = pieces(&file, 4 << 20, &budget(&limits, &cancel)).unwrap();
+        assert_eq!(found, [(1 << 20, 4096), (3 << 20, 4096)]);
+        // What was added behind its end is no part of it.
+        assert_eq!(pieces(&file, 2 << 20, &budget(&limits, &cancel)).unwrap(), [(1 << 20, 4096)]);
+        cancel.cancel();
+        assert_eq!(pieces(&file, 4 << 20, &budget(&limits, &cancel)).unwrap_err().kind(), ErrorKind::Cancelled);
     }
 }

@@ -5,9 +5,6 @@ use super::pax::{SparseRecords, decimal};
 use super::{SparseMap, Stream, corrupt, unsupported};
 use crate::error::Result;
 
-/// Pieces that one file may have.
-const MAX_PIECES: usize = 1 << 20;
-
 /// Numbers of more digits than these are none.
 const MAX_DIGITS: usize = 20;
 
@@ -18,7 +15,7 @@ pub(super) fn old_gnu(stream: &mut Stream<'_>, header: &Header<'_>) -> Result<Sp
         let block = stream.block()?.ok_or_else(|| corrupt("its sparse map is cut off"))?;
         let (next, further) = sparse_extension(&block)?;
         pieces.extend(next);
-        check(pieces.len())?;
+        SparseMap::check(pieces.len())?;
         more = further;
     }
     SparseMap::new(header.real_size()?, pieces)
@@ -33,7 +30,7 @@ pub(super) fn pax(stream: &mut Stream<'_>, records: &SparseRecords, stored: &mut
             let mut numbers = Numbers { stream, left: stored, block: [0; BLOCK], at: BLOCK };
             let count = numbers.next()?;
             let count = usize::try_from(count).unwrap_or(usize::MAX);
-            check(count)?;
+            SparseMap::check(count)?;
             let mut pieces = Vec::new();
             for _ in 0..count {
                 pieces.push((numbers.next()?, numbers.next()?));
@@ -42,13 +39,6 @@ pub(super) fn pax(stream: &mut Stream<'_>, records: &SparseRecords, stored: &mut
         }
         (major, minor) => Err(unsupported(format!("a sparse file of version {major}.{minor}"))),
     }
-}
-
-fn check(pieces: usize) -> Result<()> {
-    if pieces > MAX_PIECES {
-        return Err(unsupported(format!("a sparse file of more than {MAX_PIECES} pieces")));
-    }
-    Ok(())
 }
 
 /// Decimal numbers, each with a newline behind it, in whole blocks before the content.
