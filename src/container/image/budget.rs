@@ -9,6 +9,9 @@ use super::ImageLimits;
 use crate::error::{Error, ErrorKind, Result};
 use crate::size::Size;
 
+/// An entry has its own header, and at most one with its name, one with its link's target and one that extends it.
+const HEADERS_PER_ENTRY: u64 = 4;
+
 /// Ends a preparation from another thread. Clones are the same.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Cancel(Arc<AtomicBool>);
@@ -83,6 +86,7 @@ pub(super) struct Budget {
     pub limits: ImageLimits,
     max_size: Size,
     entries: Account,
+    headers: Account,
     names: Account,
     xattrs: Account,
     space: Account,
@@ -93,6 +97,7 @@ impl Budget {
     pub(super) fn new(limits: &ImageLimits, max_size: Size, patience: &Patience) -> Self {
         Self {
             entries: Account::new(limits.entries, "ImageLimits::entries"),
+            headers: Account::new(limits.entries.saturating_mul(HEADERS_PER_ENTRY), "ImageLimits::entries"),
             names: Account::new(limits.names.as_bytes(), "ImageLimits::names"),
             xattrs: Account::new(limits.xattrs.as_bytes(), "ImageLimits::xattrs"),
             space: Account::new(max_size.as_bytes(), "Image::max_size"),
@@ -116,19 +121,31 @@ impl Budget {
         self.entries.charge(1, || format!("the image has more than {} entries", self.limits.entries))
     }
 
+    /// One more header of an archive, of whatever kind.
+    pub(super) fn header(&self) -> Result<()> {
+        self.check()?;
+        let what = || format!("the archive has more headers than {} entries have", self.limits.entries);
+        self.headers.charge(1, what)
+    }
+
     /// Bytes of names and link targets, which are kept in memory until the end.
     pub(super) fn names(&self, bytes: usize) -> Result<()> {
         self.names.charge(bytes as u64, || format!("the image has names of more than {}", self.limits.names))
     }
 
-    /// Bytes of extended attributes of one entry, names included.
-    pub(super) fn xattrs(&self, bytes: usize) -> Result<()> {
-        let bytes = bytes as u64;
-        if bytes > self.limits.entry_xattrs.as_bytes() {
+    /// Whether one entry may have so many bytes of extended attributes, names included. Charges nothing.
+    pub(super) fn entry_xattrs(&self, bytes: usize) -> Result<()> {
+        if bytes as u64 > self.limits.entry_xattrs.as_bytes() {
             let what = format!("its attributes have more than {}", self.limits.entry_xattrs);
             return Err(Error::invalid("ImageLimits::entry_xattrs", what));
         }
-        self.xattrs.charge(bytes, || format!("the image has attributes of more than {}", self.limits.xattrs))
+        Ok(())
+    }
+
+    /// Bytes of extended attributes of one entry, names included.
+    pub(super) fn xattrs(&self, bytes: usize) -> Result<()> {
+        self.entry_xattrs(bytes)?;
+        self.xattrs.charge(bytes as u64, || format!("the image has attributes of more than {}", self.limits.xattrs))
     }
 
     /// Bytes of the disk.

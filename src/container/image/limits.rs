@@ -38,7 +38,8 @@ impl ImageLimits {
         Self::default()
     }
 
-    /// Sets how many entries are read and directories made for them: 1,000,000 unless set.
+    /// Sets how many entries are read and directories made for them: 1,000,000 unless set. An archive may have four
+    /// headers for each.
     #[must_use]
     pub fn entries(mut self, n: u64) -> Self {
         self.entries = n;
@@ -66,7 +67,8 @@ impl ImageLimits {
         self
     }
 
-    /// Sets how large the extended attributes of one entry are together: 128 KiB unless set.
+    /// Sets how large the extended attributes of one entry, or of a global header, are together: 128 KiB unless
+    /// set.
     #[must_use]
     pub fn entry_xattrs(mut self, size: Size) -> Self {
         self.entry_xattrs = size;

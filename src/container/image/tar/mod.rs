@@ -74,10 +74,12 @@ pub(super) fn read(stream: &mut Stream<'_>, to: &mut Target<'_, '_>) -> Result<(
                 n => corrupt(format!("the archive is damaged after {n} entries: no header is where one belongs")),
             });
         };
+        to.budget.header()?;
         match header.typeflag() {
             b'L' => pending.path = Some(long_text(stream, &header, to.budget)?),
             b'K' => pending.link_path = Some(long_text(stream, &header, to.budget)?),
             b'x' | b'X' => {
+                // Shares what is large.
                 let mut pax = global.clone();
                 let read = pax.read(&extension(stream, &header, to.budget)?);
                 pending.pax = Some(read.map(|()| pax));
@@ -88,6 +90,8 @@ pub(super) fn read(stream: &mut Stream<'_>, to: &mut Target<'_, '_>) -> Result<(
                 if global.sparse.is_sparse() {
                     return Err(unsupported("a global header that speaks of a sparse file"));
                 }
+                to.budget.entry_xattrs(global.xattr_bytes()).doing(|| "a global header")?;
+                global.share();
             }
             // The label of the archive.
             b'V' => stream.skip(header.size()?.next_multiple_of(header::BLOCK as u64))?,
@@ -244,7 +248,7 @@ impl RawEntry<'_> {
         let uid = id(pax.uid.map_or_else(|| header.uid(), Ok)?, "owner")?;
         let gid = id(pax.gid.map_or_else(|| header.gid(), Ok)?, "group")?;
         let (mtime, mtime_nsec) = pax.mtime.map_or_else(|| header.mtime().map(|seconds| (seconds, 0)), Ok)?;
-        let mut xattrs = pax.xattrs.clone();
+        let mut xattrs = pax.all_xattrs();
         for (name, acl) in [(xattr::ACL_ACCESS, &pax.acl_access), (xattr::ACL_DEFAULT, &pax.acl_default)] {
             acl.iter().for_each(|acl| drop(xattrs.insert(name.to_vec(), acl.to_bytes())));
         }

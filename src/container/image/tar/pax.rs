@@ -1,5 +1,7 @@
 //! Extended headers (POSIX.1-2024, pax extended header), as GNU tar, star and libarchive write them.
 
+use std::rc::Rc;
+
 use super::header::unsigned;
 use crate::container::image::acl::Acl;
 use crate::container::image::path::{PATH_MAX, shown};
@@ -16,9 +18,11 @@ pub(super) struct Pax {
     pub gid: Option<i64>,
     /// Seconds, rounded down, and nanoseconds.
     pub mtime: Option<(i64, u32)>,
-    pub xattrs: Xattrs,
-    pub acl_access: Option<Acl>,
-    pub acl_default: Option<Acl>,
+    xattrs: Xattrs,
+    /// Those of the global header, which all entries share.
+    shared: Rc<Xattrs>,
+    pub acl_access: Option<Rc<Acl>>,
+    pub acl_default: Option<Rc<Acl>>,
     pub sparse: SparseRecords,
 }
 
@@ -59,6 +63,24 @@ impl Pax {
         Ok(())
     }
 
+    /// Lets clones share the attributes: an archive has any number of headers that extend a global one.
+    pub(super) fn share(&mut self) {
+        self.shared = Rc::new(std::mem::take(&mut self.xattrs));
+    }
+
+    /// The attributes, those of the global header included.
+    pub(super) fn all_xattrs(&self) -> Xattrs {
+        let mut all = Xattrs::clone(&self.shared);
+        all.extend(self.xattrs.iter().map(|(name, value)| (name.clone(), value.clone())));
+        all
+    }
+
+    /// How much this header's own attributes take, names included.
+    pub(super) fn xattr_bytes(&self) -> usize {
+        // Each has four bytes of its own on the disk.
+        self.xattrs.iter().map(|(name, value)| 4 + name.len() + value.len()).sum()
+    }
+
     fn record(&mut self, key: &[u8], value: &[u8]) -> Result<()> {
         // An empty value takes back what a global header or an earlier record said.
         match key {
@@ -68,8 +90,8 @@ impl Pax {
             b"uid" => self.uid = set(value, integer)?,
             b"gid" => self.gid = set(value, integer)?,
             b"mtime" => self.mtime = set(value, time)?,
-            b"SCHILY.acl.access" => self.acl_access = set(value, Acl::parse)?,
-            b"SCHILY.acl.default" => self.acl_default = set(value, Acl::parse)?,
+            b"SCHILY.acl.access" => self.acl_access = set(value, acl)?,
+            b"SCHILY.acl.default" => self.acl_default = set(value, acl)?,
             b"SCHILY.acl.ace" => {
                 return Err(Error::new(ErrorKind::Unsupported, "an ACL of NFSv4, which Linux keeps nowhere"));
             }
@@ -80,7 +102,9 @@ impl Pax {
                     let name = percent_decoded(name).ok_or_else(|| corrupt("a name in it is malformed"))?;
                     let value = base64_decoded(value).ok_or_else(|| corrupt("a value in it is malformed"))?;
                     // The same attribute is said in both ways; the other one needs no decoding.
-                    self.xattrs.entry(name).or_insert(value);
+                    if !self.shared.contains_key(&name) {
+                        self.xattrs.entry(name).or_insert(value);
+                    }
                 } else if let Some(key) = key.strip_prefix(b"GNU.sparse.") {
                     self.sparse.record(key, value)?;
                 } else if key.starts_with(b"GNU.volume.") {
@@ -133,6 +157,10 @@ fn set<T>(value: &[u8], parse: impl FnOnce(&[u8]) -> Result<T>) -> Result<Option
 
 fn path(value: &[u8]) -> Result<Vec<u8>> {
     if value.len() > PATH_MAX { Err(corrupt("a path in it is longer than Linux allows")) } else { Ok(value.to_vec()) }
+}
+
+fn acl(value: &[u8]) -> Result<Rc<Acl>> {
+    Acl::parse(value).map(Rc::new)
 }
 
 /// Digits, and nothing else.
@@ -256,6 +284,23 @@ mod tests {
         {
             assert_eq!(Pax::default().read(bad).unwrap_err().kind(), ErrorKind::Corrupt, "{bad:?}");
         }
+    }
+
+    #[test]
+    fn what_a_global_header_has_is_not_copied_for_each_entry() {
+        let mut global = Pax::default();
+        let list = record("SCHILY.acl.access", b"user::rwx,group::r--,other::r--");
+        global
+            .read(&[record("SCHILY.xattr.user.a", b"1"), record("SCHILY.xattr.user.b", b"2"), list].concat())
+            .unwrap();
+        assert_eq!(global.xattr_bytes(), 2 * (4 + 6 + 1));
+        global.share();
+        let mut pax = global.clone();
+        pax.read(&[record("SCHILY.xattr.user.b", b"3"), record("LIBARCHIVE.xattr.user.a", b"AP8K")].concat()).unwrap();
+        assert!(Rc::ptr_eq(&pax.shared, &global.shared) && global.xattrs.is_empty());
+        assert!(Rc::ptr_eq(pax.acl_access.as_ref().unwrap(), global.acl_access.as_ref().unwrap()));
+        let all = pax.all_xattrs();
+        assert_eq!((&*all[&b"user.a"[..]], &*all[&b"user.b"[..]], all.len()), (&b"1"[..], &b"3"[..], 2));
     }
 
     #[test]

@@ -59,6 +59,42 @@ fn deep_paths_need_no_stack() {
     }
 }
 
+/// Headers that are no entries, without end, each cost a copy of the global one, and nothing counted them.
+#[test]
+fn headers_that_are_no_entries_are_counted_too() {
+    let extended = |n: usize| archive(&vec![Made::file("x", "").of_type(b'x'); n]);
+    let limits = || ImageLimits::new().entries(100);
+    let read = |bytes: &[u8], cancel: &Cancel, cancelled: bool| {
+        let file = crate::sys::temp_file(&std::env::temp_dir()).unwrap();
+        let patience = Patience::new(Duration::MAX, cancel);
+        let mut source = Canceling { bytes, cancel: cancelled.then_some(cancel) };
+        write_archive(&mut source, &file, &Budget::new(&limits(), Size::mib(1), &patience)).map(drop).unwrap_err()
+    };
+    let never = Cancel::default();
+    assert_eq!(read(&extended(400), &never, false).kind(), ErrorKind::Corrupt);
+    names(&read(&extended(401), &never, false), "ImageLimits::entries");
+    // Nothing more is read, and no entry comes.
+    assert_eq!(read(&extended(1), &Cancel::default(), true).kind(), ErrorKind::Cancelled);
+
+    let records: Vec<u8> = (0..45_780).flat_map(|n| maker::record(&format!("SCHILY.xattr.{n:x}"), b"")).collect();
+    let global = Made { data: records, ..Made::file("g", "") }.of_type(b'g');
+    assert!(global.data.len() < 1 << 20);
+    names(&refused(&[global, Made::file("f", "")]), "ImageLimits::entry_xattrs");
+}
+
+/// An archive that somebody cancels while it is read.
+struct Canceling<'a> {
+    bytes: &'a [u8],
+    cancel: Option<&'a Cancel>,
+}
+
+impl Read for Canceling<'_> {
+    fn read(&mut self, to: &mut [u8]) -> std::io::Result<usize> {
+        self.cancel.into_iter().for_each(Cancel::cancel);
+        self.bytes.read(to)
+    }
+}
+
 /// Each of these once took time by the square, or wrapped a counter.
 #[test]
 fn wide_images_are_whole() {
