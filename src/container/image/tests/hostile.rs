@@ -48,15 +48,40 @@ fn metadata_counts_against_the_size_too() {
 /// A path of 2,047 parts once took the stack of whoever prepared it, and with it the process.
 #[test]
 fn deep_paths_need_no_stack() {
-    for depth in [255, 2047] {
+    for (depth, limit) in [(255, 256), (2047, 256), (2047, 100_000)] {
         let bytes = archive(&[Made::file("a/".repeat(depth) + "b", "x")]);
+        let limits = ImageLimits::new().depth(limit);
         let small = std::thread::Builder::new().stack_size(128 << 10);
-        let outcome = small.spawn(move || prepare(&bytes).map(|(_temp, disk)| tree_of(&disk).len())).unwrap().join();
-        match outcome.unwrap() {
-            Ok(paths) => assert_eq!((depth, paths), (255, 257)),
-            Err(error) => names(&error, "ImageLimits::depth"),
+        let made = move || prepare_with(&bytes, |image| image.limits(limits)).map(|(_temp, disk)| tree_of(&disk).len());
+        match small.spawn(made).unwrap().join().unwrap() {
+            Ok(paths) => assert_eq!(paths, depth + 2),
+            Err(error) => {
+                assert!(depth > limit as usize);
+                names(&error, "ImageLimits::depth");
+            }
         }
     }
+}
+
+#[test]
+fn deep_directories_need_no_stack() {
+    const DEPTH: usize = 1500;
+    let temp = Temp::new();
+    let root = temp.0.join("root");
+    let mut deepest = root.join("a/".repeat(DEPTH));
+    fs::create_dir_all(&deepest).unwrap();
+    let image =
+        |limit| Image::open(&root).unwrap().cache_dir(temp.0.join("cache")).limits(ImageLimits::new().depth(limit));
+    let outcomes = [image(256).prepare(), image(100_000).prepare()];
+    // Whoever removes a tree keeps a descriptor for each of its levels.
+    while deepest != root {
+        fs::remove_dir(&deepest).unwrap();
+        assert!(deepest.pop());
+    }
+    let [refused, made] = outcomes;
+    names(&refused.unwrap_err(), "ImageLimits::depth");
+    made.unwrap();
+    assert_eq!(tree_of(&disks(&temp).pop().unwrap()).len(), DEPTH + 1);
 }
 
 /// Headers that are no entries, without end, each cost a copy of the global one, and nothing counted them.
