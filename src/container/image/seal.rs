@@ -4,6 +4,7 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
 use flate2::Crc;
@@ -69,20 +70,50 @@ fn sum(file: &File, len: u64, patience: &Patience) -> Result<u32> {
     const ZEROS: [u8; BLOCK] = [0; BLOCK];
     let mut crc = Crc::new();
     let mut buffer = vec![0; BUFFER];
-    let mut at = 0;
-    while let Some(data) = sys::next_data(file, at)?.filter(|data| *data < len) {
-        patience.check()?;
-        at = (data / BLOCK as u64 * BLOCK as u64).max(at);
-        let room = usize::try_from(len - at).unwrap_or(BUFFER).min(BUFFER);
-        let piece = buffer.get_mut(..room).unwrap_or_default();
-        file.read_exact_at(piece, at).map_err(Error::from)?;
-        for (n, block) in piece.chunks(BLOCK).enumerate() {
-            if Some(block) != ZEROS.get(..block.len()) {
-                crc.update(&(at + (n * BLOCK) as u64).to_le_bytes());
-                crc.update(block);
+    let mut end = 0;
+    while let Some(extent) = next_extent(file, end, len)? {
+        end = extent.end;
+        for at in extent.step_by(BUFFER) {
+            patience.check()?;
+            let room = usize::try_from(end - at).unwrap_or(BUFFER).min(BUFFER);
+            let piece = buffer.get_mut(..room).unwrap_or_default();
+            file.read_exact_at(piece, at).map_err(Error::from)?;
+            for (n, block) in piece.chunks(BLOCK).enumerate() {
+                if Some(block) != ZEROS.get(..block.len()) {
+                    crc.update(&(at + (n * BLOCK) as u64).to_le_bytes());
+                    crc.update(block);
+                }
             }
         }
-        at += room as u64;
     }
     Ok(crc.sum())
+}
+
+/// The next blocks that are not a hole, from a block's beginning on. Never empty.
+fn next_extent(file: &File, from: u64, len: u64) -> io::Result<Option<Range<u64>>> {
+    let block = BLOCK as u64;
+    let Some(data) = sys::next_data(file, from)?.filter(|data| *data < len) else {
+        return Ok(None);
+    };
+    let hole = sys::next_hole(file, data)?.unwrap_or(len).max(data + 1);
+    Ok(Some(data / block * block..hole.checked_next_multiple_of(block).unwrap_or(len).min(len)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn holes_are_not_read() {
+        let file = sys::temp_file(&std::env::temp_dir()).unwrap();
+        let len = 8 << 20;
+        file.set_len(len).unwrap();
+        (0..8).for_each(|n| file.write_all_at(&[1; BLOCK], n << 20).unwrap());
+        let (mut at, mut read) = (0, 0);
+        while let Some(extent) = next_extent(&file, at, len).unwrap() {
+            at = extent.end;
+            read += extent.end - extent.start;
+        }
+        assert_eq!(read, 8 * BLOCK as u64);
+    }
 }
