@@ -20,7 +20,7 @@ mod xattr;
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -34,15 +34,15 @@ use budget::{Budget, Patience};
 #[cfg(any(test, feature = "internals"))]
 pub(crate) use doors::image_tar;
 pub use limits::ImageLimits;
-use store::Store;
+use store::{Identity, Store};
 use tar::{Stream, Target};
 use tree::Tree;
 
 /// Stack of the thread that prepares an image. Nothing there recurses over what is read.
 const STACK: usize = 512 << 10;
 
-/// Disks that an older release wrote in another way are other disks.
-const DISK_VERSION: &[u8] = b"cofferdam disk 2\n";
+/// How disks are written: what hashes and seals begin with, so that disks that another release wrote otherwise are other disks.
+const DISK_VERSION: [u8; 16] = *b"cofferdam disk 2";
 
 /// A root file system to start containers from: a tar archive or a directory. Cloning is cheap.
 ///
@@ -175,7 +175,7 @@ impl Image {
         if !file.metadata()?.is_file() {
             return Err(Error::new(ErrorKind::InvalidState, "it is no file any more"));
         }
-        let identity = identity(&file)?;
+        let identity = Identity::of(&file)?.name();
         let changed = || Error::new(ErrorKind::InvalidState, "the archive was written to while it was read");
         let digest = match store.remembered(&identity) {
             Some(digest) => digest,
@@ -183,7 +183,7 @@ impl Image {
                 let mut hash = begin();
                 read_into(&mut file, &mut hash, patience)?;
                 let digest = hex(&hash.finalize());
-                if self::identity(&file)? != identity {
+                if Identity::of(&file)?.name() != identity {
                     return Err(changed());
                 }
                 store.remember(&identity, &digest);
@@ -230,19 +230,9 @@ fn write_archive(source: &mut dyn Read, disk: &File, budget: &Budget) -> Result<
     stream.finish()
 }
 
-/// What changes whenever an archive's content may have changed, without reading it.
-fn identity(file: &File) -> Result<String> {
-    let m = file.metadata()?;
-    let times = [m.mtime(), m.mtime_nsec(), m.ctime(), m.ctime_nsec()];
-    let mut hash = begin();
-    [m.dev(), m.ino(), m.len()].iter().for_each(|field| hash.update(field.to_le_bytes()));
-    times.iter().for_each(|field| hash.update(field.to_le_bytes()));
-    Ok(hex(&hash.finalize()))
-}
-
 /// The hash by which disks are found.
 fn begin() -> Sha256 {
-    Sha256::new_with_prefix(DISK_VERSION)
+    Sha256::new_with_prefix(DISK_VERSION).chain_update(b"\n")
 }
 
 fn read_into(file: &mut File, hash: &mut Sha256, patience: &Patience) -> Result<()> {

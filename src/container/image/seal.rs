@@ -9,12 +9,10 @@ use std::os::unix::fs::FileExt;
 
 use flate2::Crc;
 
+use super::DISK_VERSION;
 use super::budget::Patience;
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys;
-
-/// What a seal begins with: the version of how disks are written too.
-const MAGIC: [u8; 16] = *b"cofferdam disk 2";
 
 pub(super) const LEN: u64 = 4096;
 const BLOCK: usize = 4096;
@@ -35,7 +33,7 @@ impl Seal {
     }
 
     fn to_bytes(self) -> Vec<u8> {
-        let mut bytes = Vec::from(MAGIC);
+        let mut bytes = Vec::from(DISK_VERSION);
         bytes.extend(self.len.to_le_bytes());
         bytes.extend(self.sum.to_le_bytes());
         bytes.resize(LEN as usize, 0);
@@ -54,7 +52,7 @@ pub(super) fn holds(file: &File, patience: &Patience) -> Result<bool> {
         return Ok(false);
     };
     let mut found = vec![0; LEN as usize];
-    if file.read_exact_at(&mut found, len).is_err() || !found.starts_with(&MAGIC) {
+    if file.read_exact_at(&mut found, len).is_err() || !found.starts_with(&DISK_VERSION) {
         return Ok(false);
     }
     match sum(file, len, patience) {

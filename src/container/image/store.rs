@@ -9,8 +9,11 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
+use sha2::Digest;
+
 use super::budget::Patience;
 use super::seal::{self, Seal};
+use super::{begin, hex};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::sys::{self, Beneath, Draft, Unforked};
 
@@ -22,10 +25,27 @@ const FOLDER_MODE: u32 = 0o700;
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
 const LAST_PAUSE: Duration = Duration::from_millis(50);
 
-/// Device, inode, length, and both times of change.
-type Identity = [u64; 7];
+/// What changes with any write to a file: device, inode, length, and both times of change.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Identity([u64; 7]);
 
-/// Disks that this process has read through, by what changes with any write to them.
+impl Identity {
+    pub(super) fn of(file: &File) -> io::Result<Self> {
+        let m = file.metadata()?;
+        let [mtime, mtime_nsec, ctime, ctime_nsec] =
+            [m.mtime(), m.mtime_nsec(), m.ctime(), m.ctime_nsec()].map(|n| n as u64);
+        Ok(Self([m.dev(), m.ino(), m.len(), mtime, mtime_nsec, ctime, ctime_nsec]))
+    }
+
+    /// By which the store remembers it.
+    pub(super) fn name(self) -> String {
+        let mut hash = begin();
+        self.0.iter().for_each(|field| hash.update(field.to_le_bytes()));
+        hex(&hash.finalize())
+    }
+}
+
+/// Disks that this process has read through.
 static VERIFIED: Mutex<BTreeSet<Identity>> = Mutex::new(BTreeSet::new());
 const MAX_VERIFIED: usize = 4096;
 
@@ -126,7 +146,7 @@ impl Store {
         let made = private_file(&self.folder, &name).doing(|| format!("opening {}", self.dir.join(&name).display()))?;
         if made.metadata()?.ino() == inode {
             // It was read through just now.
-            remember_verified(identity(&made)?);
+            remember_verified(Identity::of(&made)?);
             return Ok(made);
         }
         let made = self.get(&name, patience)?;
@@ -141,7 +161,7 @@ impl Store {
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(error.doing(format!("opening {}", path.display()))),
         };
-        let identity = identity(&file)?;
+        let identity = Identity::of(&file)?;
         if VERIFIED.lock().unwrap_or_else(PoisonError::into_inner).contains(&identity) {
             return Ok(Some(file));
         }
@@ -176,14 +196,6 @@ impl Store {
         }
         Ok(Unforked::new(lock))
     }
-}
-
-/// What changes with any write to a disk.
-fn identity(file: &File) -> io::Result<Identity> {
-    let m = file.metadata()?;
-    let [mtime, mtime_nsec, ctime, ctime_nsec] =
-        [m.mtime(), m.mtime_nsec(), m.ctime(), m.ctime_nsec()].map(|n| n as u64);
-    Ok([m.dev(), m.ino(), m.len(), mtime, mtime_nsec, ctime, ctime_nsec])
 }
 
 fn remember_verified(identity: Identity) {

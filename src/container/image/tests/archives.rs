@@ -1,5 +1,7 @@
 //! What archives say is on the disk, or is refused by name.
 
+use std::os::unix::fs::MetadataExt;
+
 use super::maker::{V7, record};
 use super::*;
 

@@ -129,7 +129,7 @@ fn a_disk_is_of_the_bytes_that_its_digest_says() {
     let digest = hex(&begin().chain_update(fs::read(temp.0.join("good.tar")).unwrap()).finalize());
     // As if the archive had been the good one when it was hashed.
     let store = store::Store::open(Some(temp.0.join("cache"))).unwrap();
-    store.remember(&identity(&File::open(temp.0.join("evil.tar")).unwrap()).unwrap(), &digest);
+    store.remember(&Identity::of(&File::open(temp.0.join("evil.tar")).unwrap()).unwrap().name(), &digest);
     let error = disk(&evil).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::InvalidState, "{error}");
     assert!(disks(&temp).is_empty());
