@@ -6,7 +6,7 @@ use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, TryLockError};
 use std::time::Duration;
 
 use sha2::Digest;
@@ -162,7 +162,7 @@ impl Store {
             Err(error) => return Err(error.doing(format!("opening {}", path.display()))),
         };
         let identity = Identity::of(&file)?;
-        if VERIFIED.lock().unwrap_or_else(PoisonError::into_inner).contains(&identity) {
+        if verified().is_some_and(|verified| verified.contains(&identity)) {
             return Ok(Some(file));
         }
         if !seal::holds(&file, patience).doing(|| format!("reading {}", path.display()))? {
@@ -198,8 +198,18 @@ impl Store {
     }
 }
 
+/// The list, unless somebody has it just now: in a child of fork that may be a thread that is not there. Whoever misses it reads a
+/// disk once more.
+fn verified() -> Option<MutexGuard<'static, BTreeSet<Identity>>> {
+    match VERIFIED.try_lock() {
+        Ok(verified) => Some(verified),
+        Err(TryLockError::Poisoned(verified)) => Some(verified.into_inner()),
+        Err(TryLockError::WouldBlock) => None,
+    }
+}
+
 fn remember_verified(identity: Identity) {
-    let mut verified = VERIFIED.lock().unwrap_or_else(PoisonError::into_inner);
+    let Some(mut verified) = verified() else { return };
     if verified.len() >= MAX_VERIFIED {
         verified.clear();
     }
@@ -236,4 +246,24 @@ fn check_private(file: &File) -> Result<()> {
     }
     let what = "it must be a file owned by this user or root, that nobody else can write to";
     Err(Error::new(ErrorKind::PermissionDenied, what))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::budget::Cancel;
+    use super::*;
+
+    /// In a child of fork it stays so.
+    #[test]
+    fn a_list_that_somebody_holds_is_not_waited_for() {
+        let dir = std::env::temp_dir().join(format!("cofferdam-verified-{}", std::process::id()));
+        let _held = VERIFIED.lock();
+        let store = Store::open(Some(dir.clone())).unwrap();
+        let patience = Patience::new(Duration::from_secs(60), &Cancel::default());
+        let digest = "2".repeat(64);
+        let made = store.get_or_make(&digest, &patience, |file| Ok((&*file).write_all(b"disk")?)).unwrap();
+        let found = store.get_or_make(&digest, &patience, |_| panic!("it is there")).unwrap();
+        assert_eq!(Identity::of(&made).unwrap(), Identity::of(&found).unwrap());
+        fs::remove_dir_all(dir).unwrap();
+    }
 }
