@@ -19,7 +19,7 @@ pub(crate) fn spawn<T: Send + 'static>(
 }
 
 /// Calls `f`, which starts a thread, with all signals blocked: a thread begins with the mask of who makes it.
-pub(crate) fn unsignaled<T>(f: impl FnOnce() -> T) -> io::Result<T> {
+fn unsignaled<T>(f: impl FnOnce() -> T) -> io::Result<T> {
     let before = mask(libc::SIG_SETMASK, &all())?;
     let answer = f();
     mask(libc::SIG_SETMASK, &before)?;

@@ -16,6 +16,7 @@ mod seal;
 mod store;
 mod tar;
 mod tree;
+mod worker;
 mod xattr;
 
 use std::fs::File;
@@ -28,7 +29,7 @@ use sha2::{Digest, Sha256};
 
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::size::Size;
-use crate::sys::{self, Beneath};
+use crate::sys::Beneath;
 pub(crate) use budget::Cancel;
 use budget::{Budget, Patience};
 #[cfg(any(test, feature = "internals"))]
@@ -37,9 +38,6 @@ pub use limits::ImageLimits;
 use store::{Identity, Store};
 use tar::{Stream, Target};
 use tree::Tree;
-
-/// Stack of the thread that prepares an image. Nothing there recurses over what is read.
-const STACK: usize = 512 << 10;
 
 /// How disks are written: what hashes and seals begin with, so that disks that another release wrote otherwise are other disks.
 const DISK_VERSION: [u8; 16] = *b"cofferdam disk 2";
@@ -131,30 +129,27 @@ impl Image {
         self
     }
 
-    /// Makes the disk if it is not there yet. No container has to wait for it then. Blocks, at most about
-    /// [`Image::prepare_timeout`].
+    /// Makes the disk if it is not there yet. No container has to wait for it then. Blocks for at most
+    /// [`Image::prepare_timeout`] and 4 s.
+    ///
+    /// Where a file of the host's does not answer for longer, the preparing thread is left behind. It ends when the host answers.
+    /// Until then others who prepare the same image wait as long as they are allowed.
     ///
     /// # Errors
     /// `Corrupt` for an archive that is damaged or is none, `Unsupported` for what cannot be kept, both naming the
     /// entry; `InvalidConfig` beyond a limit, naming its method, and for an empty directory; `InvalidState` for what is written to
     /// meanwhile; `PermissionDenied` for a cache folder that others can write to; `TimedOut`; `ResourceExhausted` without space.
-    /// Nothing is left behind.
+    /// No half-made disk is left behind.
     pub fn prepare(&self) -> Result<()> {
         self.disk(&Cancel::default()).map(drop)
     }
 
     /// The disk, open for reading.
     pub(super) fn disk(&self, cancel: &Cancel) -> Result<File> {
-        let make = || self.made(&Patience::new(self.prepare_timeout, cancel));
-        std::thread::scope(|scope| {
-            let thread = std::thread::Builder::new().name("image".into()).stack_size(STACK);
-            let thread = sys::unsignaled(|| thread.spawn_scoped(scope, make)).and_then(|it| it);
-            let thread = thread.doing(|| "starting a thread")?;
-            // Our own fault, whatever the image is.
-            let panicked = |_| Err(Error::new(ErrorKind::Io, "preparation has panicked"));
-            thread.join().unwrap_or_else(panicked)
-        })
-        .doing(|| format!("preparing image {}", self.path.display()))
+        let image = self.clone();
+        let patience = Patience::new(self.prepare_timeout, cancel);
+        worker::run(&patience, worker::GRACE, move |patience| image.made(patience))
+            .doing(|| format!("preparing image {}", self.path.display()))
     }
 
     fn made(&self, patience: &Patience) -> Result<File> {
