@@ -7,6 +7,9 @@ use crate::size::Size;
 /// They bound what an archive of a stranger takes. With the defaults preparation needs at most about 600 MiB of memory: 400 bytes
 /// for each entry, the names, and the attributes. An ordinary image needs a few MiB. Space on the disk is bounded by
 /// [`Image::max_size`](crate::Image::max_size), time by [`Image::prepare_timeout`](crate::Image::prepare_timeout).
+///
+/// There is no limit on the ratio between an archive and its content. Archives are not compressed, so content takes as much of the
+/// archive as it has bytes. Holes take nothing on the disk; how large they are is bounded by [`ImageLimits::file_size`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ImageLimits {
     pub(super) entries: u64,
