@@ -47,6 +47,8 @@ pub(crate) struct Space {
     pub free: u64,
     /// All there is.
     pub total: u64,
+    /// The file system's device number.
+    pub device: u64,
 }
 
 /// The room in the file system that the file is on.
@@ -58,6 +60,7 @@ pub(crate) fn space(file: &File) -> io::Result<Space> {
         0 => Ok(Space {
             free: found.f_bavail.saturating_mul(found.f_frsize),
             total: found.f_blocks.saturating_mul(found.f_frsize),
+            device: file.metadata()?.dev(),
         }),
         _ => Err(io::Error::last_os_error()),
     }

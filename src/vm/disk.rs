@@ -244,6 +244,9 @@ impl Disk {
     /// Sets how much space writes leave of the host's file system. What would take more fails with "no space left on device",
     /// as on a host that is full ([`Disk::on_error`]); what has its place already is written all the same.
     ///
+    /// All disks of this process on one file system are counted together, what they have under way included. What others take there
+    /// is seen once a second, and whenever 64 MiB were taken: so much more may go meanwhile.
+    ///
     /// Unless set, [`Disk::scratch`] and [`Disk::overlay`] leave 5 % of the file system, at most 1 GiB, so that a guest takes the
     /// host's own work no room. All others leave nothing.
     pub fn reserve(mut self, space: Size) -> Self {

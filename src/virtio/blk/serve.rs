@@ -188,7 +188,8 @@ impl Blk {
         }
         let stage = flight.stage();
         let in_flight = || self.table.placed().map(|(_, len)| len).sum();
-        self.room.take(self.options.reserve, &mut *self.engine.backend, (stage.offset, stage.len), in_flight)
+        let (backend, place) = (&mut *self.engine.backend, (stage.offset, stage.len));
+        self.room.take(self.options.reserve, backend, place, in_flight, Instant::now())
     }
 
     /// Takes what the mover has done until there is nothing more, and tells the driver. After everything else.
@@ -199,6 +200,9 @@ impl Blk {
                 None if self.engine.mover.as_mut().is_some_and(|mover| mover.submit()) => {}
                 None => break,
             }
+        }
+        if self.engine.mover.as_ref().is_none_or(|mover| !mover.busy()) {
+            self.room.rest();
         }
         if self.engine.mover.as_ref().is_some_and(|mover| mover.stuck()) {
             self.arm(AGAIN);

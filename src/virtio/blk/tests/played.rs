@@ -86,7 +86,7 @@ impl BlockBackend for Played {
         self.0.lock().unwrap().sync
     }
     fn space(&self) -> io::Result<Option<crate::sys::Space>> {
-        Ok(self.0.lock().unwrap().free.map(|free| crate::sys::Space { free, total: 1 << 30 }))
+        Ok(self.0.lock().unwrap().free.map(|free| crate::sys::Space { free, total: 1 << 30, device: 0 }))
     }
 }
 

@@ -82,7 +82,7 @@ impl Storage for Recorder {
     }
 
     fn space(&self) -> io::Result<Space> {
-        Ok(Space { free: u64::MAX, total: u64::MAX })
+        Ok(Space { free: u64::MAX, total: u64::MAX, device: 0 })
     }
 
     fn fd(&self) -> Option<RawFd> {
