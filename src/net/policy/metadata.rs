@@ -17,25 +17,28 @@ const SERVICES: &[(Cidr, &str)] = &[
     // Amazon EC2 (instance metadata), and with the same address Google Cloud, Azure, Oracle Cloud, IBM Cloud, DigitalOcean,
     // Hetzner, OpenStack, Vultr, Linode.
     (four(169, 254, 169, 254, 32), "instance metadata"),
-    (six([0xfd00, 0x0ec2, 0], 0x254, 128), "Amazon EC2, instance metadata over IPv6"),
+    (six([0xfd00, 0x0ec2, 0], 0, 32), "Amazon EC2 and EKS, services over IPv6"),
     (four(169, 254, 170, 2, 32), "Amazon ECS, credentials of tasks"),
     (four(169, 254, 170, 23, 32), "Amazon EKS, Pod Identity"),
-    (six([0xfd00, 0x0ec2, 0], 0x23, 128), "Amazon EKS, Pod Identity over IPv6"),
     (six([0xfd20, 0x00ce, 0], 0x254, 128), "Google Cloud, metadata server over IPv6"),
     (four(168, 63, 129, 16, 32), "Azure, WireServer and host agent"),
     (four(100, 100, 100, 200, 32), "Alibaba Cloud, instance metadata"),
+    (one([0xfd00, 0x0100, 0, 0, 0, 0, 0x0100, 0x0200]), "Alibaba Cloud, instance metadata over IPv6"),
+    (one([0xfd00, 0x00c1, 0, 0, 0, 0, 0xa9fe, 0xa9fe]), "Oracle Cloud, instance metadata over IPv6"),
+    (one([0xfd00, 0xa9fe, 0xa9fe, 0, 0, 0, 0, 1]), "Linode, instance metadata over IPv6"),
     (four(192, 0, 0, 192, 32), "Oracle Cloud, instance metadata of older images"),
     (four(169, 254, 42, 42, 32), "Scaleway, instance metadata"),
     (six([0xfd00, 0x0042, 0], 0x42, 128), "Scaleway, instance metadata over IPv6"),
     (four(169, 254, 0, 23, 32), "Tencent Cloud, instance metadata"),
-    (
-        Cidr::one(IpAddr::V6(Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0xa9fe, 0xa9fe))),
-        "OpenStack, instance metadata over IPv6",
-    ),
+    (one([0xfe80, 0, 0, 0, 0, 0, 0xa9fe, 0xa9fe]), "OpenStack, instance metadata over IPv6"),
     (four(161, 26, 0, 0, 16), "IBM Cloud, service endpoints"),
     (four(166, 8, 0, 0, 14), "IBM Cloud, service endpoints"),
     (four(169, 254, 20, 10, 32), "Kubernetes, node-local DNS"),
 ];
+
+const fn one([a, b, c, d, e, f, g, h]: [u16; 8]) -> Cidr {
+    Cidr::one(IpAddr::V6(Ipv6Addr::new(a, b, c, d, e, f, g, h)))
+}
 
 /// The service that `address` belongs to, and its whole range.
 pub(super) fn service(address: IpAddr) -> Option<(Cidr, &'static str)> {
@@ -58,8 +61,26 @@ mod tests {
         for (range, whose) in SERVICES {
             assert_eq!(service(range.first()), Some((*range, *whose)));
         }
-        for other in ["169.254.169.253", "168.63.129.17", "8.8.8.8", "fe80::1"] {
+        for other in ["169.254.169.253", "168.63.129.17", "8.8.8.8", "fe80::1", "fd00:ec3::1", "fd00:c1::1"] {
             assert_eq!(service(other.parse().unwrap()), None, "{other}");
+        }
+    }
+
+    #[test]
+    fn services_over_ipv6_are_found_by_the_addresses_of_their_documentation() {
+        for (address, whose) in [
+            ("fd00:ec2::254", "Amazon"),
+            ("fd00:ec2::253", "Amazon"),
+            ("fd00:ec2::123", "Amazon"),
+            ("fd00:ec2::23", "Amazon"),
+            ("fd00:c1::a9fe:a9fe", "Oracle"),
+            ("fd00:a9fe:a9fe::1", "Linode"),
+            ("fd00:100::100:200", "Alibaba"),
+            ("fd20:ce::254", "Google"),
+            ("fd00:42::42", "Scaleway"),
+        ] {
+            let found = service(address.parse().unwrap());
+            assert!(found.is_some_and(|(_, name)| name.starts_with(whose)), "{address}: {found:?}");
         }
     }
 

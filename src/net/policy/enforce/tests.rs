@@ -60,6 +60,12 @@ fn special_ranges_are_denied_unless_named() {
         "[fd00:42::42]:80",
         "[fd20:ce::254]:80",
         "[fe80::a9fe:a9fe]:80",
+        "[fd00:ec2::253]:53",
+        "[fd00:ec2::123]:123",
+        "[fd00:ec2::23]:80",
+        "[fd00:c1::a9fe:a9fe]:80",
+        "[fd00:a9fe:a9fe::1]:80",
+        "[fd00:100::100:200]:80",
     ] {
         assert!(!allowed(&all, Protocol::Tcp, address), "{address}");
         assert!(!allowed(&wide, Protocol::Tcp, address), "{address}");
