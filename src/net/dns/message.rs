@@ -1,8 +1,9 @@
-//! Messages of the DNS (RFC 1035, 4): a question is understood, an answer is looked through, both are passed on as they are.
+//! Messages of the DNS (RFC 1035, 4): a question is understood, an answer is looked through; what answers the question is passed on as it is.
 //!
 //! Compressed names are only skipped and never followed, so that there are no loops to fall into.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::ops::Range;
 use std::time::Duration;
 
 /// The longest question that is passed on: one name and what EDNS adds.
@@ -15,6 +16,8 @@ pub(crate) const A: u16 = 1;
 pub(crate) const AAAA: u16 = 28;
 pub(crate) const CNAME: u16 = 5;
 pub(crate) const PTR: u16 = 12;
+/// EDNS (RFC 6891, 6.1.1).
+const OPT: u16 = 41;
 const IN: u16 = 1;
 /// Whole zones, and everything there is (RFC 1035, 3.2.3; RFC 8482).
 const TRANSFERS: std::ops::RangeInclusive<u16> = 251..=255;
@@ -152,6 +155,43 @@ pub(crate) fn answers(question: &Question, bytes: &[u8]) -> Option<Answers> {
     Some(Answers { code, truncated, addresses, valid: Duration::from_secs(valid.into()) })
 }
 
+/// Keeps of an answer to `question` what it says about the name, and its EDNS record (RFC 6891, 6.1.1): not who else was asked, nor
+/// where those are. False: it is none.
+pub(crate) fn strip(question: &Question, bytes: &mut Vec<u8>) -> bool {
+    let Some((end, edns)) = sections(question, bytes) else { return false };
+    let edns = edns.and_then(|range| bytes.get(range)).map(<[u8]>::to_vec);
+    bytes.truncate(end);
+    let count = u8::from(edns.is_some());
+    bytes.extend(edns.unwrap_or_default());
+    if let Some(counts) = bytes.get_mut(8..HEADER) {
+        counts.copy_from_slice(&[0, 0, 0, count]);
+    }
+    true
+}
+
+/// Where the answers end, and where the EDNS record is. What comes after the answers may be cut off.
+fn sections(question: &Question, bytes: &[u8]) -> Option<(usize, Option<Range<usize>>)> {
+    let record = |at: usize| {
+        let fixed = skip_name(bytes, at)?;
+        let end = fixed + 10 + usize::from(be16(bytes, fixed + 8)?);
+        (end <= bytes.len()).then_some(end)
+    };
+    let mut at = question.end;
+    for _ in 0..be16(bytes, 6)? {
+        at = record(at)?;
+    }
+    let (end, others) = (at, u32::from(be16(bytes, 8)?) + u32::from(be16(bytes, 10)?));
+    for _ in 0..others {
+        let Some(next) = record(at) else { break };
+        // Of the root, which is one byte.
+        if bytes.get(at) == Some(&0) && be16(bytes, at + 1) == Some(OPT) {
+            return Some((end, Some(at..next)));
+        }
+        at = next;
+    }
+    Some((end, None))
+}
+
 /// The number of a message.
 pub(crate) fn set_id(bytes: &mut [u8], id: u16) {
     if let Some(to) = bytes.get_mut(..2) {
@@ -244,6 +284,37 @@ mod tests {
         bytes.extend(kind.to_be_bytes());
         bytes.extend([0, 1]);
         bytes
+    }
+
+    #[test]
+    fn nothing_of_an_answer_stays_but_what_was_asked_and_edns() {
+        let asked = query("example.com", 15);
+        let question = Question::parse(&asked).unwrap();
+        let record = |name: &[u8], kind: u16, data: &[u8]| {
+            let len = (data.len() as u16).to_be_bytes();
+            [name, &kind.to_be_bytes(), &[0, 1, 0, 0, 0, 60], &len, data].concat()
+        };
+        let mut plain = asked.clone();
+        (plain[2], plain[3], plain[7]) = (0x81, 0x80, 1);
+        plain.extend(record(&[0xc0, 12], 15, &[0, 10, 4, b'm', b'a', b'i', b'l', 0xc0, 12]));
+        let (server, glue) = (record(&[0xc0, 12], 2, b"\x03ns1\xc0\x0c"), record(&[0xc0, 12], A, &[10, 0, 0, 1]));
+        let edns = record(&[0], 41, &[0, 10, 0, 2, 1, 2]);
+        for (before, after) in [(vec![], None), (vec![&glue, &edns, &glue], Some(&edns)), (vec![&glue], None)] {
+            let mut answer = plain.clone();
+            (answer[9], answer[11]) = (1, before.len() as u8);
+            answer.extend(&server);
+            before.into_iter().for_each(|record| answer.extend(record));
+            let mut expected = plain.clone();
+            expected[11] = u8::from(after.is_some());
+            expected.extend(after.into_iter().flatten());
+            assert!(strip(&question, &mut answer));
+            assert_eq!(answer, expected);
+            // What is cut off in what nobody sees does no harm.
+            assert!(strip(&question, &mut answer) && answer == expected);
+        }
+        let mut short = plain.clone();
+        short.pop();
+        assert!(!strip(&question, &mut short));
     }
 
     #[test]

@@ -209,8 +209,10 @@ impl Resolver {
             // The name is there, whatever is not told of it: "no such name" would end the search for the other family.
             let ttl = u32::try_from(found.valid.as_secs()).unwrap_or(u32::MAX);
             answer = dns::found(&asked.query, &asked.question, told, ttl);
-        } else {
+        } else if dns::strip(&asked.question, &mut answer) {
             dns::set_id(&mut answer, asked.question.id);
+        } else {
+            answer = dns::reply(&asked.query, Code::ServFail);
         }
         let room = usize::from(core.config.mtu) - 40 - wire::UDP_HEADER;
         if matches!(asked.asker, Asker::Udp(..)) && answer.len() > room {

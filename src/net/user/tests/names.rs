@@ -95,6 +95,19 @@ fn what_is_allowed_is_asked_answered_and_admitted() {
 }
 
 #[test]
+fn who_else_was_asked_and_where_they_are_is_not_told() {
+    let mut world = World::new(names("example.com"));
+    world.ask(&query("example.com", 1));
+    let (asked, from) = world.asked();
+    let mut whole = answer(&asked, &[9, 9, 9, 9]);
+    (whole[9], whole[11]) = (1, 1);
+    whole.extend(b"\xc0\x0c\x00\x02\x00\x01\x00\x00\x00\x3c\x00\x06\x03ns1\xc0\x0c");
+    whole.extend(b"\xc0\x0c\x00\x01\x00\x01\x00\x00\x00\x3c\x00\x04\x0a\x00\x00\x01");
+    world.server.send_to(&whole, from).unwrap();
+    assert_eq!(world.answered(), answer(&query("example.com", 1), &[9, 9, 9, 9]));
+}
+
+#[test]
 fn what_is_denied_does_not_exist_and_is_not_asked() {
     let told: Arc<Mutex<Vec<Denial>>> = Arc::default();
     let (mut world, tell) = (World::new(names("example.com")), told.clone());
@@ -251,7 +264,7 @@ fn the_next_resolver_is_asked_and_at_last_failure_told() {
 }
 
 #[test]
-fn there_are_never_too_many_questions_under_way() {
+fn there_are_never_too_many_questions_len() {
     let mut world = World::new(Policy::internet());
     for n in 0..2000 {
         world.ask(&query(&format!("n{n}.example.com"), 1));
