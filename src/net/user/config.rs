@@ -39,7 +39,7 @@ pub(crate) struct Config {
 /// Bounds of a network.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Limits {
-    /// TCP connections at once, both ways.
+    /// TCP connections at once that the guest has begun, and as many of callers of published ports.
     pub connections: usize,
     /// New TCP connections of the guest; what was not used is kept for a second.
     pub new_connections: Option<Rate>,

@@ -21,6 +21,13 @@ const NEW_CONNECTIONS: Rate = Rate::per_second(200);
 /// Questions for names that are passed on, at most: 200 at once, and 100 in each second.
 const QUESTIONS: Rate = Rate::per_second(100);
 
+/// Who has begun a connection or a flow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::net) enum Begun {
+    ByGuest,
+    ByCaller,
+}
+
 #[derive(Debug)]
 pub(in crate::net) struct Core {
     pub config: Config,

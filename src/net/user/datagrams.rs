@@ -7,7 +7,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::fd::AsFd;
 use std::time::Instant;
 
-use super::core::{Core, put};
+use super::core::{Begun, Core, put};
 use super::host::{Alarm, exhausted};
 use super::icmp::{self, Unreachable};
 use super::publish::Ports;
@@ -25,13 +25,6 @@ struct Key {
     protocol: Protocol,
     guest: (IpAddr, u16),
     remote: (IpAddr, u16),
-}
-
-/// Who has begun a flow.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Begun {
-    ByGuest,
-    ByCaller,
 }
 
 /// How a flow leaves.

@@ -56,7 +56,8 @@ impl NetLimit {
         self
     }
 
-    /// How many TCP connections there may be at once, both ways, of a [`Net::user`](crate::Net::user); 8192 unless set.
+    /// How many TCP connections the guest may have at once, of a [`Net::user`](crate::Net::user), and as many the callers of its
+    /// published ports; 8192 unless set.
     pub fn connections(mut self, n: u32) -> Self {
         self.connections = Some(n);
         self

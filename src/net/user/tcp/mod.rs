@@ -9,7 +9,7 @@ use std::os::fd::AsFd;
 
 pub(super) use self::flow::Tuple;
 use self::flow::{Fate, Flow, Phase, What};
-use super::core::{Core, put};
+use super::core::{Begun, Core, put};
 use super::host::exhausted;
 use super::icmp::{self, Unreachable};
 use super::table::{Id, Owner, Table};
@@ -72,8 +72,10 @@ pub(super) struct TcpFlows {
     names: HashMap<Tuple, Id>,
     /// Those that may have something to send.
     ready: VecDeque<Id>,
-    /// Those that are over, the oldest first; some are gone.
-    over: VecDeque<Id>,
+    /// Those that are over, the oldest first, of the guest's and of the callers'; some are gone.
+    over: [VecDeque<Id>; 2],
+    /// How many callers of published ports have begun.
+    callers: usize,
     plan: Option<Plan>,
     /// For the published ports, taken after each event.
     pub called: Vec<Called>,
@@ -139,7 +141,7 @@ impl TcpFlows {
         if let Some(id) = self.names.get(&tuple).copied() {
             self.remove(core, id);
         }
-        if !self.make_room(core) {
+        if !self.make_room(core, Begun::ByGuest) {
             core.stats.limited += 1;
             return;
         }
@@ -162,7 +164,7 @@ impl TcpFlows {
         if core.config.is_gateway(address) || port == 0 {
             return core.send_reset(tuple, syn);
         }
-        if !core.may_call() || !self.make_room(core) {
+        if !core.may_call() || !self.make_room(core, Begun::ByGuest) {
             core.stats.limited += 1;
             // Silence: the guest tries again later.
             return;
@@ -189,20 +191,29 @@ impl TcpFlows {
         }
     }
 
-    /// Whether one more connection may be; one that is over makes room.
-    fn make_room(&mut self, core: &mut Core) -> bool {
-        while self.flows.len() >= core.config.limits.connections {
-            let Some(id) = self.over.pop_front() else { return false };
+    /// Whether one more connection may be; one that is over makes room, of those that the guest has begun or of the callers of
+    /// published ports. So callers, who cost nothing but an address, take none of the guest's.
+    fn make_room(&mut self, core: &mut Core, begun: Begun) -> bool {
+        loop {
+            let count = match begun {
+                Begun::ByGuest => self.flows.len().saturating_sub(self.callers),
+                Begun::ByCaller => self.callers,
+            };
+            if count < core.config.limits.connections {
+                return true;
+            }
+            let [guests, callers] = &mut self.over;
+            let over = if begun == Begun::ByGuest { guests } else { callers };
+            let Some(id) = over.pop_front() else { return false };
             if self.is_over(id) {
                 self.remove(core, id);
             }
         }
-        true
     }
 
     /// Somebody on the host calls the guest. Gives the socket back when that cannot be.
     pub(super) fn call_guest(&mut self, core: &mut Core, tuple: Tuple, caller: Caller) -> Result<(), Socket> {
-        if self.names.contains_key(&tuple) || !self.make_room(core) {
+        if self.names.contains_key(&tuple) || !self.make_room(core, Begun::ByCaller) {
             core.stats.limited += 1;
             return Err(caller.socket);
         }
@@ -243,6 +254,7 @@ impl TcpFlows {
             self.flows.remove(id);
             return Err(error);
         }
+        self.callers += usize::from(flow.begun() == Begun::ByCaller);
         self.names.insert(tuple, id);
         self.settle(core, id, Fate::Live);
         Ok(())
@@ -294,7 +306,9 @@ impl TcpFlows {
             }
             Fate::Over => {
                 flow.over(core.host.now);
-                self.over.push_back(id);
+                let [guests, callers] = &mut self.over;
+                let over = if flow.begun() == Begun::ByGuest { guests } else { callers };
+                over.push_back(id);
                 self.settle(core, id, Fate::Live);
             }
             Fate::Gone => {
@@ -336,10 +350,12 @@ impl TcpFlows {
         flow.abort();
         core.host.cancel(&mut flow.alarm, Owner::Tcp(id));
         self.names.remove(&flow.tuple);
+        self.callers -= usize::from(flow.begun() == Begun::ByCaller).min(self.callers);
         // Names of what is gone would pile up otherwise.
-        if self.over.len() > 2 * self.flows.len() + 64 {
-            let flows = &mut self.flows;
-            self.over.retain(|id| flows.get_mut(*id).is_some());
+        for over in &mut self.over {
+            if over.len() > 2 * self.flows.len() + 64 {
+                over.retain(|id| self.flows.get(*id).is_some());
+            }
         }
     }
 

@@ -323,3 +323,28 @@ fn callers_end_nothing_that_the_guest_has_begun() {
     server.send_to(b"answer", from).unwrap();
     assert_eq!(guest.until(|g| g.came(own)).0, b"answer");
 }
+
+#[test]
+fn callers_take_no_connection_that_the_guest_may_have() {
+    let limits = super::super::config::Limits { connections: 3, ..Default::default() };
+    let mut guest = Guest::of(Config { limits, ..Config::new(local()) }, Offloads::all());
+    let (_listener, to) = listener();
+    let (_, at) = guest.net.publish_tcp(ANY, 80, Vec::new()).unwrap();
+    for _ in 0..6 {
+        listening(&mut guest, 80);
+    }
+    let callers: Vec<_> = (0..6).map(|_| TcpStream::connect(at).unwrap()).collect();
+    guest.until(|g| (g.net.stats().limited == 3).then_some(()));
+    assert_eq!(guest.net.stats().connections, 3);
+    let own: Vec<_> = (0..3).map(|_| guest.connected(to)).collect();
+    let late = guest.connect(to);
+    guest.wait(Duration::from_secs(1));
+    assert!(guest.net.stats().connections == 6 && !guest.tcp(late).may_send());
+    // Whoever is gone makes room for those of its side.
+    drop(callers);
+    own.into_iter().for_each(|handle| guest.tcp(handle).abort());
+    guest.until(|g| {
+        g.wait(Duration::from_millis(100));
+        g.tcp(late).may_send().then_some(())
+    });
+}

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use super::{Segment, Tried};
 use crate::memory::Segment as Piece;
-use crate::net::user::core::Core;
+use crate::net::user::core::{Begun, Core};
 use crate::net::user::host::Alarm;
 use crate::net::user::table::{Id, Owner};
 use crate::net::wire::{self, ACK, FIN, RST, SYN, Tcp};
@@ -196,6 +196,10 @@ impl Flow {
     /// The guest is called, and may scale windows if it likes.
     pub(super) fn calls(&mut self) {
         self.our_shift = Some(SHIFT);
+    }
+
+    pub(super) fn begun(&self) -> Begun {
+        if self.outgoing { Begun::ByGuest } else { Begun::ByCaller }
     }
 
     pub(super) fn watch(&self, core: &Core) -> io::Result<()> {
