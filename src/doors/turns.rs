@@ -204,6 +204,19 @@ pub mod bench {
         });
         all.push(("net: frames of 128 datagrams, through sockets", figure));
 
+        let (net, _socket, frame) = crate::net::doors::new_flows().unwrap();
+        let mut driver = Driver::start(card(Carrier::User(Box::new(net))));
+        let mut from = 0u16;
+        let figure = longest(&mut driver, 1, 50, |driver| {
+            for at in (BUFFERS..).step_by(64).take(256) {
+                from = from.wrapping_add(1).max(1024);
+                let frame = frame(from);
+                driver.memory().write(GuestAddress(at), &frame).unwrap();
+                driver.send_raw(1, &[(at, frame.len() as u32, 0)]);
+            }
+        });
+        all.push(("net: datagrams that each need a socket", figure));
+
         let mut vsock = Vsock::new();
         let _listener = vsock.listen(1).unwrap();
         let mut driver = Driver::start(vsock);

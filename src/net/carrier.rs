@@ -24,6 +24,11 @@ impl Carrier {
         }
     }
 
+    /// System calls that its last calls took beyond those of a packet.
+    pub(crate) fn take_calls(&mut self) -> usize {
+        self.user().map_or(0, UserNet::take_calls)
+    }
+
     /// What it has done, where it counts.
     pub(crate) fn stats(&self) -> Option<NetStats> {
         match self {

@@ -74,6 +74,22 @@ pub(crate) fn most_datagrams() -> std::io::Result<(UserNet, UdpSocket, Vec<u8>)>
     Ok((net, socket, [offload.to_bytes(0).as_slice(), head.as_slice(), &payload].concat()))
 }
 
+/// A stack whose guest may reach a socket of the host, and what the guest puts into a queue to send it a datagram from a port.
+pub(crate) fn new_flows() -> std::io::Result<(UserNet, UdpSocket, impl Fn(u16) -> Vec<u8>)> {
+    let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0))?;
+    let to = socket.local_addr()?;
+    let config = Config::new(Policy::deny_all().rule(Rule::allow_range(to.ip()).port(to.port())));
+    let net = UserNet::new(config.clone()).map_err(std::io::Error::other)?;
+    let frame = move |from| {
+        let ends = Ends { src: config.guest4.into(), dst: to.ip() };
+        let mut head = Head::ip((config.guest_mac, config.gateway_mac), ends, wire::UDP, 8);
+        head.udp(from, to.port(), 0);
+        let offload = Offload { csum: Some(Csum { start: 34, offset: 6 }), gso: None };
+        [offload.to_bytes(0).as_slice(), head.as_slice()].concat()
+    };
+    Ok((net, socket, frame))
+}
+
 /// A stack, its guest's memory, and a listener on the host: the only place where the guest may go.
 struct World {
     net: UserNet,

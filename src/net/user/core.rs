@@ -18,6 +18,9 @@ const WAITING: usize = 512;
 
 /// TCP connections that a guest opens, unless somebody says otherwise: 2,000 at once, and 200 in each second.
 const NEW_CONNECTIONS: Rate = Rate::per_second(200);
+/// System calls by which the kernel is asked for a route.
+pub(in crate::net) const ROUTE_CALLS: usize = 2;
+
 /// Questions for names that are passed on, at most: 200 at once, and 100 in each second.
 const QUESTIONS: Rate = Rate::per_second(100);
 
@@ -128,6 +131,7 @@ impl Core {
 
     /// Asks the policy; whatever goes out of the host needs its answer.
     pub(in crate::net) fn admit(&mut self, protocol: Protocol, to: SocketAddr) -> Option<Admitted> {
+        self.host.calls += ROUTE_CALLS;
         let admitted = self.policy.admit(protocol, to, self.host.now);
         self.stats.denied += u64::from(admitted.is_none());
         admitted

@@ -1,7 +1,7 @@
 //! [`Datagrams`]: UDP flows and pings of a guest. Each has a socket of the host, connected to the one peer it has, or shares
 //! the one of a published port.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::fd::AsFd;
@@ -44,9 +44,14 @@ struct Flow {
     key: Key,
     via: Via,
     active: Instant,
+    /// When it was active, as far as its [`Order`] knows: not later.
+    listed: Instant,
     alarm: Alarm,
     queued: bool,
 }
+
+/// Flows by when they were active, or earlier: what moves on with every packet is written down when it matters.
+type Order = BTreeSet<(Instant, Id)>;
 
 /// Where something may be for the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -69,6 +74,8 @@ pub(super) struct Datagrams {
     names: HashMap<Key, Id>,
     /// Flows of published ports, by port and client.
     clients: HashMap<(Id, SocketAddr), Id>,
+    /// Of those that the guest has begun, and of the callers'.
+    idle: [Order; 2],
     ready: VecDeque<Source>,
     staged: Staged,
     port: u16,
@@ -114,6 +121,25 @@ impl Flow {
 impl Datagrams {
     pub(super) fn len(&self) -> usize {
         self.flows.len()
+    }
+
+    fn order(&mut self, begun: Begun) -> &mut Order {
+        let [guests, callers] = &mut self.idle;
+        if begun == Begun::ByGuest { guests } else { callers }
+    }
+
+    /// The one that was idle for longest. Amortized over the packets since: each flow moves once for those it had.
+    fn idlest(&mut self, begun: Begun) -> Option<Id> {
+        loop {
+            let (listed, id) = self.order(begun).pop_first()?;
+            let Some(flow) = self.flows.get_mut(id) else { continue };
+            let active = flow.active;
+            flow.listed = active;
+            self.order(begun).insert((active, id));
+            if active == listed {
+                return Some(id);
+            }
+        }
     }
 
     /// Takes a datagram of the guest.
@@ -218,14 +244,8 @@ impl Datagrams {
     /// The one that was idle for longest makes room: of those that the guest has begun, or of the callers of published ports.
     /// So callers, who cost nothing but an address, end nothing of the guest's.
     fn make_room(&mut self, core: &mut Core, begun: Begun) {
-        let count = match begun {
-            Begun::ByGuest => self.flows.len() - self.clients.len().min(self.flows.len()),
-            Begun::ByCaller => self.clients.len(),
-        };
-        if count >= core.config.limits.datagram_flows.max(1) {
-            let alike = self.flows.iter().filter(|(_, flow)| flow.begun() == begun);
-            let oldest = alike.min_by_key(|(_, flow)| flow.active).map(|(id, _)| id);
-            if let Some(id) = oldest {
+        if self.order(begun).len() >= core.config.limits.datagram_flows.max(1) {
+            if let Some(id) = self.idlest(begun) {
                 self.remove(core, id);
             }
         }
@@ -233,7 +253,7 @@ impl Datagrams {
 
     fn insert(&mut self, core: &mut Core, key: Key, via: Via) -> Option<Id> {
         let (now, alarm) = (core.host.now, Alarm::default());
-        let id = self.flows.insert(Flow { key, via, active: now, alarm, queued: false });
+        let id = self.flows.insert(Flow { key, via, active: now, listed: now, alarm, queued: false });
         let flow = self.flows.get_mut(id)?;
         if let Via::Socket(socket) = &flow.via {
             if let Err(error) = core.host.watch(socket.as_fd(), Owner::Udp(id)) {
@@ -244,7 +264,9 @@ impl Datagrams {
             }
         }
         core.host.alarm(&mut flow.alarm, Owner::Udp(id), Some(now + core.config.limits.datagram_idle));
+        let begun = flow.begun();
         self.names.insert(key, id);
+        self.order(begun).insert((now, id));
         Some(id)
     }
 
@@ -252,6 +274,7 @@ impl Datagrams {
         let Some(mut flow) = self.flows.remove(id) else { return };
         core.host.cancel(&mut flow.alarm, Owner::Udp(id));
         self.names.remove(&flow.key);
+        self.order(flow.begun()).remove(&(flow.listed, id));
         if let Via::Port { port, client, .. } = flow.via {
             self.clients.remove(&(port, client));
         }

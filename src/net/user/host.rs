@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::table::Owner;
 use crate::net::policy::Admitted;
-use crate::sys::{ControlOperation, Epoll, EpollEvent, EventSet, Socket, Timer};
+use crate::sys::{ControlOperation, Epoll, EpollEvent, EventSet, Socket, SocketKind, Timer};
 
 /// When an owner is called; it has at most one alarm, so there are never more than owners. An alarm may come too early:
 /// what moves on with every packet is not written down each time.
@@ -27,6 +27,8 @@ pub(in crate::net) struct Host {
     skew: Duration,
     /// How many sockets were made to go out; each was admitted by the policy.
     pub made: u64,
+    /// System calls of what is dear, since somebody last took them: see [`Host::take_calls`].
+    pub calls: usize,
     /// Where sockets would have gone, when none are to be made.
     #[cfg(any(test, feature = "internals"))]
     pub pretended: Option<Vec<(crate::sys::SocketKind, std::net::SocketAddr)>>,
@@ -52,6 +54,7 @@ impl Host {
             now,
             skew,
             made: 0,
+            calls: 0,
             #[cfg(any(test, feature = "internals"))]
             pretended: None,
         })
@@ -64,12 +67,19 @@ impl Host {
     /// Makes a socket to where the policy lets it go: nobody else can name an [`Admitted`].
     pub(in crate::net) fn connect(&mut self, to: &Admitted) -> io::Result<Socket> {
         self.made += 1;
+        // socket(2), connect(2), what watches it, and close(2); a stream has two options.
+        self.calls += if to.kind() == SocketKind::Stream { 6 } else { 4 };
         #[cfg(any(test, feature = "internals"))]
         if let Some(made) = &mut self.pretended {
             made.push((to.kind(), to.address()));
             return Err(io::ErrorKind::ConnectionRefused.into());
         }
         Socket::connect(to.kind(), to.address())
+    }
+
+    /// System calls that the device has not charged yet.
+    pub(in crate::net) fn take_calls(&mut self) -> usize {
+        std::mem::take(&mut self.calls)
     }
 
     /// Tells its owner what happens to a descriptor, each time it happens.

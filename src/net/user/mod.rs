@@ -173,6 +173,11 @@ impl UserNet {
         self.core.policy.report_to(Box::new(reporter));
     }
 
+    /// System calls of what was done since this was last asked, of what is dear: the device charges its turn for them.
+    pub(crate) fn take_calls(&mut self) -> usize {
+        self.core.host.take_calls()
+    }
+
     fn take(&mut self, memory: &GuestMemory, frame: &[Segment], offload: Offload) -> Result<(), Bad> {
         let mut head = [0; wire::HEADERS];
         let Some((ethernet, head)) = self.core.open(memory, frame, &mut head)? else { return Ok(()) };

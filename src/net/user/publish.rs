@@ -21,6 +21,8 @@ use crate::sys::{Socket, Unforked, is_spare};
 
 /// Connections that are accepted in one turn.
 const BATCH: usize = 32;
+/// System calls of each: accept(2), three options, what watches it, and close(2).
+const ACCEPT_CALLS: usize = 6;
 /// How long nobody is accepted when the host has no more descriptors.
 const PAUSE: Duration = Duration::from_millis(250);
 
@@ -151,6 +153,7 @@ impl Ports {
         let Some(port) = self.all.get_mut(id) else { return };
         let Kind::Tcp(listener) = &port.kind else { return };
         for _ in 0..BATCH {
+            core.host.calls += ACCEPT_CALLS;
             let accepted = listener.accept().and_then(|(stream, caller)| match is_spare(&stream) {
                 true => Ok((stream, caller)),
                 false => Err(io::Error::from_raw_os_error(libc::EMFILE)),

@@ -8,7 +8,7 @@ use std::net::SocketAddr;
 use std::os::fd::AsFd;
 use std::time::Duration;
 
-use super::core::Core;
+use super::core::{Core, ROUTE_CALLS};
 use super::host::Alarm;
 use super::table::{Id, Owner, Table};
 use crate::net::dns::{self, Code, Question, Servers};
@@ -203,6 +203,7 @@ impl Resolver {
         told.retain(|address| core.policy.may_lead(name, *address, now));
         core.stats.denied_names += u64::from(told.len() < all);
         // Each by its own route: some hosts reach private ranges alone by one of the families.
+        core.host.calls += if way_out { told.len() * ROUTE_CALLS } else { 0 };
         told.retain(|address| !way_out || core.policy.is_routed(*address));
         core.policy.resolved(name, &told, found.valid, now);
         if told.len() < all {

@@ -275,6 +275,7 @@ impl Net {
             let Held { chain, frame, offload, .. } = &held;
             let pieces = chain.readable(*frame);
             let sent = if up { pair.backend.send(Frame::new(chain.memory(), pieces, *offload)) } else { Ok(()) };
+            io.charge(Work::Calls(pair.backend.take_calls()));
             if let (Some(capture), Ok(()), true) = (&self.capture, &sent, up) {
                 capture.record(chain.memory(), pieces, len);
             }
@@ -414,6 +415,7 @@ impl VirtioDevice for Net {
                 let Some(pair) = self.pairs.get_mut(number) else { return };
                 io.charge(Work::Calls(1));
                 pair.backend.turn();
+                io.charge(Work::Calls(pair.backend.take_calls()));
                 self.exchange(io, number);
             }
         }

@@ -480,3 +480,21 @@ fn a_turn_of_frames_is_bounded_each_way() {
     assert!(driver.most_work() > MAX_TURN, "no turn was too short");
     assert!(driver.most_work() <= MAX_TURN + MAX_PIECE, "{}", driver.most_work());
 }
+
+#[test]
+fn new_flows_cost_a_turn_what_they_cost_the_host() {
+    let (net, _socket, frame) = crate::net::doors::new_flows().unwrap();
+    let mut driver = Driver::start(Net::new(vec![Carrier::User(Box::new(net))], OURS, 1500, Box::new(|_| ())));
+    let memory = driver.memory();
+    for n in 0..256 {
+        let (at, frame) = (0x100_0000 + 64 * u64::from(n), frame(5000 + n));
+        memory.write(GuestAddress(at), &frame).unwrap();
+        assert!(driver.send_raw(TX, &[(at, frame.len() as u32, 0)]));
+    }
+    driver.poke(TX);
+    let done = std::iter::from_fn(|| driver.collect(TX)).count() as u64;
+    // A packet, a route, and a socket from its making to its end.
+    assert_eq!(driver.device.stats().map(|stats| stats.datagram_flows), Some(done));
+    assert!(done <= 1 + MAX_TURN / 17_000 && done > 100, "{done}");
+    assert!(driver.most_work() <= MAX_TURN + 20_000, "{}", driver.most_work());
+}

@@ -228,6 +228,28 @@ fn large_pings_of_the_gateway_are_answered_in_fragments() {
 }
 
 #[test]
+fn the_flow_that_was_idle_for_longest_makes_room() {
+    let limits = Limits { datagram_flows: 4, ..Limits::default() };
+    let mut guest = Guest::of(Config { limits, ..Config::new(local()) }, Offloads::all());
+    let handle = guest.udp(4000);
+    let servers: Vec<_> = (0..5).map(|_| UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap()).collect();
+    let mut flow = |n: usize| {
+        guest.wait(Duration::from_millis(10));
+        guest.datagram(handle, b"x", servers[n].local_addr().unwrap());
+        servers[n].set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        servers[n].recv_from(&mut [0; 9]).unwrap().1
+    };
+    let mut first: Vec<_> = (0..4).map(&mut flow).collect();
+    // 2 is the oldest now, then 3; and with those again, 0.
+    assert_eq!([0, 1].map(&mut flow), first[..2]);
+    first.push(flow(4));
+    assert_eq!([3, 1, 4].map(&mut flow), [3, 1, 4].map(|n: usize| first[n]));
+    assert_ne!(flow(2), first[2]);
+    assert_eq!([3, 1, 4].map(&mut flow), [3, 1, 4].map(|n: usize| first[n]));
+    assert_eq!(guest.net.stats().datagram_flows, 4);
+}
+
+#[test]
 fn a_guest_leaves_descriptors_to_its_embedder() {
     const CHILD: &str = "COFFERDAM_TEST_DESCRIPTORS";
     if std::env::var_os(CHILD).is_none() {

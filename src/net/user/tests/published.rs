@@ -336,7 +336,10 @@ fn callers_take_no_connection_that_the_guest_may_have() {
     let callers: Vec<_> = (0..6).map(|_| TcpStream::connect(at).unwrap()).collect();
     guest.until(|g| (g.net.stats().limited == 3).then_some(()));
     assert_eq!(guest.net.stats().connections, 3);
+    guest.net.take_calls();
     let own: Vec<_> = (0..3).map(|_| guest.connected(to)).collect();
+    // Each is charged for its route and its socket.
+    assert!(guest.net.take_calls() >= 3 * 8);
     let late = guest.connect(to);
     guest.wait(Duration::from_secs(1));
     assert!(guest.net.stats().connections == 6 && !guest.tcp(late).may_send());
