@@ -13,6 +13,9 @@ static RESERVE: AtomicU32 = AtomicU32::new(u32::MAX);
 /// [`NetStats::limited`](crate::NetStats::limited); over vsock the guest sees a reset. What the process itself opens is not
 /// affected.
 ///
+/// One [`Net::user`](crate::Net::user) takes half of the rest at most, whatever its guest does; so two that take all they can
+/// leave others none. Connections over vsock have no such share.
+///
 /// Unless set, a quarter of them is kept, but at least 256, and never more than half. Takes effect at once.
 pub fn set_descriptor_reserve(count: u32) {
     RESERVE.store(count.min(u32::MAX - 1), Ordering::Relaxed);
@@ -36,12 +39,22 @@ fn limit() -> u64 {
 /// Whether a guest may have `fd`, which was just opened. Of those that are free the kernel gives the lowest: so at least as many
 /// are open as its number says.
 pub(crate) fn is_spare(fd: impl AsFd) -> bool {
-    let (limit, number) = (limit(), fd.as_fd().as_raw_fd());
+    u64::try_from(fd.as_fd().as_raw_fd()).is_ok_and(|number| number < guests())
+}
+
+/// What one guest's network may have: half of what all guests may, so that none takes it all.
+pub(crate) fn guest_share() -> usize {
+    usize::try_from(guests() / 2).unwrap_or(usize::MAX)
+}
+
+/// What all guests may have, and the process with them.
+fn guests() -> u64 {
+    let limit = limit();
     let reserve = match RESERVE.load(Ordering::Relaxed) {
         u32::MAX => default_reserve(limit),
         set => set.into(),
     };
-    u64::try_from(number).is_ok_and(|number| number < limit.saturating_sub(reserve))
+    limit.saturating_sub(reserve)
 }
 
 #[cfg(test)]

@@ -25,8 +25,8 @@ mod timer;
 mod uring;
 
 pub(crate) use beneath::{Beneath, is_private, link_target, path_of};
-pub(crate) use descriptors::is_spare;
 pub use descriptors::set_descriptor_reserve;
+pub(crate) use descriptors::{guest_share, is_spare};
 pub(crate) use disk::{Alignment, Space, discard_device, is_memory, lock_holder, memfd, memory_file, space};
 pub(crate) use draft::{Draft, temp_file};
 #[cfg(test)]

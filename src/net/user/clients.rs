@@ -33,9 +33,16 @@ struct Client {
 pub(super) struct Clients(Table<Client>);
 
 impl Clients {
+    pub(super) fn len(&self) -> usize {
+        self.0.len()
+    }
+
     /// One more: its other end, for a flow.
     pub(super) fn open(&mut self, core: &mut Core) -> io::Result<Socket> {
         core.host.calls += 6;
+        if !core.host.may_hold() {
+            return Err(io::Error::from_raw_os_error(libc::EMFILE));
+        }
         if self.0.len() >= MAX_CLIENTS {
             return Err(io::ErrorKind::ConnectionRefused.into());
         }

@@ -200,7 +200,7 @@ pub struct NetStats {
     pub resets: u64,
     /// Connections and flows that were given up because nothing happened on them.
     pub timed_out: u64,
-    /// Connections that were not made as there were too many, or as the host had no more descriptors.
+    /// Connections that were not made as there were too many, or as there were no more descriptors for this guest or for all.
     pub limited: u64,
     /// Segments that were sent again.
     pub retransmitted: u64,

@@ -123,6 +123,11 @@ impl Datagrams {
         self.flows.len()
     }
 
+    /// Those that have a socket of their own.
+    pub(super) fn sockets(&self) -> usize {
+        self.flows.len().saturating_sub(self.clients.len())
+    }
+
     fn order(&mut self, begun: Begun) -> &mut Order {
         let [guests, callers] = &mut self.idle;
         if begun == Begun::ByGuest { guests } else { callers }

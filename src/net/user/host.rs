@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::table::Owner;
 use crate::net::policy::Admitted;
-use crate::sys::{ControlOperation, Epoll, EpollEvent, EventSet, Socket, SocketKind, Timer};
+use crate::sys::{ControlOperation, Epoll, EpollEvent, EventSet, Socket, SocketKind, Timer, guest_share};
 
 /// When an owner is called; it has at most one alarm, so there are never more than owners. An alarm may come too early:
 /// what moves on with every packet is not written down each time.
@@ -29,6 +29,8 @@ pub(in crate::net) struct Host {
     pub made: u64,
     /// System calls of what is dear, since somebody last took them: see [`Host::take_calls`].
     pub calls: usize,
+    /// Descriptors that this guest's network had before what is done now.
+    pub held: usize,
     /// Where sockets would have gone, when none are to be made.
     #[cfg(any(test, feature = "internals"))]
     pub pretended: Option<Vec<(crate::sys::SocketKind, std::net::SocketAddr)>>,
@@ -55,6 +57,7 @@ impl Host {
             skew,
             made: 0,
             calls: 0,
+            held: 0,
             #[cfg(any(test, feature = "internals"))]
             pretended: None,
         })
@@ -74,7 +77,15 @@ impl Host {
             made.push((to.kind(), to.address()));
             return Err(io::ErrorKind::ConnectionRefused.into());
         }
-        Socket::connect(to.kind(), to.address())
+        if !self.may_hold() {
+            return Err(io::Error::from_raw_os_error(libc::EMFILE));
+        }
+        Socket::connect(to.kind(), to.address()).inspect(|_| self.held += 1)
+    }
+
+    /// Whether this guest's network may have one more descriptor, of those that all guests share.
+    pub(in crate::net) fn may_hold(&self) -> bool {
+        self.held < guest_share()
     }
 
     /// System calls that the device has not charged yet.

@@ -178,6 +178,11 @@ impl UserNet {
         self.core.host.take_calls()
     }
 
+    /// Descriptors that are here for the guest.
+    fn held(&self) -> usize {
+        self.tcp.len() + self.datagrams.sockets() + self.resolver.len() + self.clients.len()
+    }
+
     fn take(&mut self, memory: &GuestMemory, frame: &[Segment], offload: Offload) -> Result<(), Bad> {
         let mut head = [0; wire::HEADERS];
         let Some((ethernet, head)) = self.core.open(memory, frame, &mut head)? else { return Ok(()) };
@@ -436,6 +441,7 @@ impl UserNet {
     }
 
     fn called(&mut self, owner: Owner, events: crate::sys::EventSet) {
+        self.core.host.held = self.held();
         match owner {
             Owner::Timer => self.core.host.rang(),
             Owner::Tcp(id) => self.tcp.ready(&mut self.core, id, events),
@@ -496,7 +502,10 @@ impl NetBackend for UserNet {
                 Some(Owner::Tcp(id)) => self.tcp.rang(&mut self.core, id),
                 Some(Owner::Router) => self.router.rang(&mut self.core),
                 Some(Owner::Fragments) => self.fragments.rang(&mut self.core),
-                Some(Owner::Resolver(id)) => self.resolver.rang(&mut self.core, id),
+                Some(Owner::Resolver(id)) => {
+                    self.core.host.held = self.held();
+                    self.resolver.rang(&mut self.core, id);
+                }
                 Some(Owner::Client(id)) => self.clients.rang(&mut self.core, id),
                 Some(Owner::Udp(id)) => self.datagrams.rang(&mut self.core, id),
                 Some(Owner::Listener(id)) => self.ports.rang(&mut self.core, id),
@@ -511,6 +520,7 @@ impl NetBackend for UserNet {
 
     fn send(&mut self, frame: Frame<'_>) -> io::Result<()> {
         self.core.host.tick();
+        self.core.host.held = self.held();
         let taken = self.take(frame.memory(), frame.pieces(), frame.offload());
         self.core.count(taken);
         self.core.host.arm();

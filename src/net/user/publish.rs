@@ -154,7 +154,8 @@ impl Ports {
         let Kind::Tcp(listener) = &port.kind else { return };
         for _ in 0..BATCH {
             core.host.calls += ACCEPT_CALLS;
-            let accepted = listener.accept().and_then(|(stream, caller)| match is_spare(&stream) {
+            let may_hold = core.host.may_hold();
+            let accepted = listener.accept().and_then(|(stream, caller)| match may_hold && is_spare(&stream) {
                 true => Ok((stream, caller)),
                 false => Err(io::Error::from_raw_os_error(libc::EMFILE)),
             });
@@ -183,6 +184,7 @@ impl Ports {
                 reset(&socket);
                 continue;
             }
+            core.host.held += 1;
             call(core, tcp, &mut self.next, port, Caller { port: id, tried: 0, socket });
         }
     }

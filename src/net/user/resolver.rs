@@ -64,8 +64,8 @@ impl Resolver {
         Self { asked: Table::default(), servers: Servers::new(given), answers: Vec::new() }
     }
 
-    #[cfg(test)]
-    pub(super) fn under_way(&self) -> usize {
+    /// Questions under way.
+    pub(super) fn len(&self) -> usize {
         self.asked.len()
     }
 
