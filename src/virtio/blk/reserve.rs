@@ -26,6 +26,8 @@ const MOST: u64 = 1 << 30;
 const LOOK_AFTER: u64 = 64 << 20;
 /// When it is looked at again at the latest: others take of it too.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// What files have at least of a file system at a time.
+const BLOCK: u64 = 4096;
 /// What a disk may take before what it has under way is summed up again.
 const SUM_AFTER: u64 = 4 << 20;
 
@@ -92,6 +94,11 @@ impl Ledger {
     }
 }
 
+/// What the blocks have that a range touches.
+fn whole_blocks(offset: u64, len: u64) -> u64 {
+    offset.saturating_add(len).div_ceil(BLOCK).saturating_mul(BLOCK).saturating_sub(offset - offset % BLOCK)
+}
+
 /// One disk's part of its file system's room.
 #[derive(Debug, Default)]
 pub(super) struct Room {
@@ -115,6 +122,7 @@ impl Room {
         if reserve == Reserve::Nothing {
             return Ok(());
         }
+        let (place, len) = ((offset, len), whole_blocks(offset, len));
         if let Some(known) = &self.ledger {
             let mut ledger = lock(known);
             if self.unsummed < SUM_AFTER && ledger.take(reserve, len, now) {
@@ -140,7 +148,7 @@ impl Room {
             ledger.look(space, now);
             if !ledger.take_at_once(reserve, len) {
                 // What has its place already may be written over at any time.
-                taken = backend.takes(offset, len)?;
+                taken = backend.takes(place.0, place.1)?;
                 if !ledger.take_at_once(reserve, taken) {
                     return Err(io::Error::from_raw_os_error(libc::ENOSPC));
                 }
@@ -276,6 +284,17 @@ mod tests {
             rooms.iter_mut().for_each(|(_, pending)| pending.drain(..).for_each(|len| disk.wrote(len)));
             assert!(disk.free() >= MOST && disk.free() < MOST + 40 * MIB, "{}", disk.free());
         }
+    }
+
+    #[test]
+    fn what_touches_a_block_takes_it() {
+        let spans =
+            [(0, 512), (512, 512), (3584, 1024), (4096, 4096), (512, 8192)].map(|(at, len)| whole_blocks(at, len));
+        assert_eq!(spans, [4096, 4096, 8192, 4096, 12_288]);
+        let mut disk = Played::new(u64::MAX - 3, 1001 * MIB, 100 << 30);
+        let (mut room, now) = (Room::default(), Instant::now());
+        let mut take = |n: u64| room.take(Reserve::Bytes(1000 * MIB), &mut disk, (n * BLOCK, 512), || n * BLOCK, now);
+        assert_eq!((0..1000).filter(|n| take(*n).is_ok()).count(), 256);
     }
 
     #[test]
