@@ -96,7 +96,9 @@ mod tests {
         for (set, api) in [("10.96.0.1", "10.96.0.1"), ("fd00:10:96::1", "fd00:10:96::1")] {
             let mut child = std::process::Command::new(std::env::current_exe().unwrap());
             child.args(["--exact", name]).env("KUBERNETES_SERVICE_HOST", set).env("COFFERDAM_TEST_API", api);
-            assert!(child.output().unwrap().status.success(), "{set}");
+            let child = child.output().unwrap();
+            let said = String::from_utf8_lossy(&child.stdout);
+            assert!(child.status.success() && said.contains(" 1 passed"), "{set}: {said}");
         }
     }
 }

@@ -123,7 +123,9 @@ fn own_addresses_are_own_however_they_were_configured() {
         let mut child = std::process::Command::new("unshare");
         child.args(["-n", "sh", "-c", &script]).arg(std::env::current_exe().unwrap()).env(CHILD, "1");
         match child.output() {
-            Ok(child) if child.status.success() => {}
+            Ok(child) if child.status.success() => {
+                assert!(String::from_utf8_lossy(&child.stdout).contains(" 1 passed"), "no such test: {name}");
+            }
             Ok(child) if !matches!(child.status.code(), Some(1 | 77)) || child.stdout.starts_with(b"\nrunning") => {
                 panic!("{}", String::from_utf8_lossy(&child.stdout));
             }
@@ -152,7 +154,8 @@ fn without_descriptors_nothing_more_is_admitted() {
         let this = std::env::current_exe().unwrap();
         let name = "net::policy::enforce::tests::without_descriptors_nothing_more_is_admitted";
         let child = std::process::Command::new(this).args(["--exact", name]).env(CHILD, "1").output().unwrap();
-        assert!(child.status.success(), "{}", String::from_utf8_lossy(&child.stdout));
+        let said = String::from_utf8_lossy(&child.stdout);
+        assert!(child.status.success() && said.contains(" 1 passed"), "{said}");
         return;
     }
     let own = range("127.0.0.0/8");

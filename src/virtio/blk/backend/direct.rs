@@ -196,8 +196,13 @@ mod tests {
         std::fs::remove_file(&path).unwrap();
         let mut disk = match opened {
             Ok(disk) => disk,
-            // Not every file system knows direct I/O; then it is said.
-            Err(e) => return assert_eq!(e.kind(), ErrorKind::Unsupported, "{e}"),
+            // Not every file system knows direct I/O; then it is said. That of root, as whom all tests run before a change
+            // lands, does.
+            Err(e) => {
+                let user = std::os::unix::fs::MetadataExt::uid(&std::fs::metadata("/proc/self").unwrap());
+                assert!(e.kind() == ErrorKind::Unsupported && user != 0, "{e}");
+                return;
+            }
         };
         let memory = GuestMemory::anonymous(&[(GuestAddress(0), 4 << 20)]).unwrap();
         for (n, (addr, offset, len)) in [
