@@ -1,7 +1,7 @@
-//! [`Agent`]: speaks with the guest's shim, on a thread of its own, for everybody who holds the container.
+//! [`Agent`]: speaks with the guest's shim, on a thread of its own.
 //!
-//! Nothing the guest sends is trusted: frames are bounded, what names no process of ours is ignored, and a stream that
-//! cannot be followed any more ends the VM. Nothing here waits for the guest: what it owes an answer has a deadline.
+//! All holders of the container share it. Nothing the guest sends is trusted. Frames are bounded, and a message for a
+//! process that is not ours is ignored. A stream that cannot be followed any more ends the VM.
 
 #[cfg(any(test, feature = "internals"))]
 mod doors;
@@ -362,16 +362,19 @@ impl Client {
 
     /// The guest has had all the time there is to say that a process has ended.
     fn unanswered(&mut self, process: u32, now: Instant) {
-        let Some(vm) = self.vm.upgrade() else { return };
+        let vm = self.vm.upgrade();
         // One that stands still by the embedder's will or a disk's cannot answer.
-        if vm.stands_still() {
+        if vm.as_ref().is_some_and(|vm| vm.stands_still()) {
             if let Some(entry) = self.processes.get_mut(&process) {
                 entry.due = Some(now + UNANSWERED_KILL);
             }
             return;
         }
-        vm.give_up(format!("it has not killed process {process} within {UNANSWERED_KILL:?}"));
+        // Whoever waited for it was told when it was killed.
         self.processes.remove(&process);
+        if let Some(vm) = vm {
+            vm.give_up(format!("it has not killed process {process} within {UNANSWERED_KILL:?}"));
+        }
     }
 
     fn set_timer(&mut self) {

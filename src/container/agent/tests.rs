@@ -90,6 +90,9 @@ fn a_kill_that_is_not_answered_is_the_end_all_the_same() {
     client.kill(number).unwrap();
     pass(&mut client, KILL_MARGIN);
     assert_eq!(now(&state).unwrap().signal(), Some(9));
+    // Its VM has no handle any more here; nothing is left to wait for.
+    pass(&mut client, UNANSWERED_KILL);
+    assert!(client.processes.is_empty());
 }
 
 #[test]
