@@ -1,7 +1,4 @@
-//! The one public error: a kind to branch on and a chain of verb phrases to read.
-//!
-//! No type of a dependency appears here, so an internal upgrade never breaks a caller.
-//! Enums inside a layer convert to [`Error`] once, at the layer's border.
+//! The one public error: a kind to match on, and a chain of causes.
 
 use std::borrow::Cow;
 use std::fmt;

@@ -1,4 +1,4 @@
-//! [`Rate`]: how much there may be in a second, as a type; [`Buckets`]: what holds somebody to it. No clock of their own.
+//! [`Rate`]: an amount for each second, as a type. [`Buckets`]: enforces it, without a clock of its own.
 
 use std::time::Duration;
 
@@ -12,14 +12,15 @@ pub struct Rate {
 }
 
 impl Rate {
-    /// `n` bytes, operations or packets in each second, spread evenly: what was not used is kept for a tenth of a second.
+    /// Allows `n` bytes, operations or packets in each second, spread evenly.
     ///
-    /// What is larger than what there is goes through when there is anything, and what comes after it waits longer.
+    /// What was not used is kept for a tenth of a second. A request that is larger than what is left goes through when
+    /// anything is left, and the next one waits longer.
     pub const fn per_second(n: u64) -> Self {
         Self { per_second: n, once: 0 }
     }
 
-    /// Gives `n` more, used up first and never again: for a boot, say.
+    /// Allows `n` more once, used up first and never refilled: for a boot, say.
     pub const fn once(mut self, n: u64) -> Self {
         self.once = n;
         self

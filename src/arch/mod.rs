@@ -1,8 +1,12 @@
-//! What depends on the processor's architecture. The only place with `cfg(target_arch)`.
+//! What depends on the processor's architecture.
 //!
-//! Each architecture's folder exports the same: `layout` (where things lie in guest memory),
-//! `MAX_VCPUS`, `write_tables` (what the kernel reads about the machine), `Cpu` (what a vCPU shows)
-//! and `boot_vcpu` (how the first instruction is reached).
+//! Only here is `cfg(target_arch)`. Each directory exports the same names:
+//!
+//! - `layout`: where things lie in guest memory;
+//! - `MAX_VCPUS`;
+//! - `write_tables`: writes the tables from which the kernel learns of the machine;
+//! - `Cpu`: what a vCPU shows;
+//! - `boot_vcpu`: brings a vCPU to the kernel's first instruction.
 
 #[cfg(target_arch = "x86_64")]
 mod x86_64;

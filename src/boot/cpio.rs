@@ -1,4 +1,4 @@
-//! Writes cpio archives of the kind that an initramfs is made of (Linux, initramfs buffer format: "newc").
+//! Writes cpio archives for an initramfs (Linux, initramfs buffer format: "newc").
 
 use crate::error::{Error, Result};
 

@@ -1,7 +1,9 @@
-//! The configuration that a kernel was built with: embedded in it (Linux, `CONFIG_IKCONFIG`), or in a file beside it.
+//! The configuration that a kernel was built with.
 //!
-//! Read once, by whoever opens the kernel, and never trusted: what is damaged, too large or of another kind of kernel
-//! is as if it were not there, because a kernel boots without it just as well.
+//! It is embedded in the kernel (Linux, `CONFIG_IKCONFIG`), or lies in a file beside it.
+//!
+//! Read once, when the kernel is opened, and never trusted. What is damaged, too large or of another kind of kernel is
+//! taken as absent, because a kernel boots without it just as well.
 
 use std::collections::BTreeMap;
 use std::fs::File;

@@ -10,10 +10,11 @@ use super::cpio::Archive;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::memory::{GuestAddress, GuestMemory};
 
-/// A config value: files for the guest's first root file system, from an archive, from memory, or both.
+/// Files for the guest's first root file system; a config value.
 ///
-/// Archives (cpio "newc", plain or compressed in a way the guest's kernel knows) and entries are unpacked in the
-/// order they were added; later ones replace earlier ones of the same name. Cloning is cheap.
+/// They come from archives, from memory, or both. Archives (cpio "newc", plain or compressed in a way the guest's
+/// kernel knows) and entries are unpacked in the order they were added. A later one replaces an earlier one of the same
+/// name.
 #[derive(Debug, Clone, Default)]
 pub struct Initramfs {
     parts: Vec<Part>,

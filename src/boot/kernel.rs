@@ -23,19 +23,19 @@ const XLF_KERNEL_64: u16 = 1;
 /// Where that entry point is, from where the kernel was loaded (Linux x86 boot protocol, 1.4).
 const ENTRY_64: u64 = 0x200;
 
-/// A Linux kernel to boot, with its command line and initramfs. Cloning is cheap and shares the loaded image.
+/// A Linux kernel to boot, with its command line and initramfs.
 ///
 /// Takes an x86_64 ELF `vmlinux` or a `bzImage` (`vmlinuz`) as distributions ship them. Opening loads the file into a
-/// sealed image in memory once; every VM that boots it maps that image copy-on-write, so the file may change or go
-/// away afterwards. Nothing is ever downloaded.
+/// sealed image in memory once, and every VM that boots it maps that image copy-on-write. So the file may change or go
+/// away afterwards. Cloning is cheap and shares the loaded image. Nothing is ever downloaded.
 ///
-/// What a kernel of a distribution has in modules it gets by [`Kernel::modules`]: `vmlinuz` and its folder below
-/// `/lib/modules` are used as the package has them.
+/// Distributions build drivers as modules: see [`Kernel::modules`]. `vmlinuz` and its directory below `/lib/modules`
+/// are used as the package has them.
 ///
-/// A kernel finds the machine's devices by ACPI, as those of distributions do (`CONFIG_ACPI`, `CONFIG_VIRTIO_MMIO`).
-/// Faster to boot is one that takes them from its command line (`CONFIG_VIRTIO_MMIO_CMDLINE_DEVICES`) and is known to,
-/// because its configuration is embedded in it or lies beside it (see [`Kernel::check`]): then ACPI and PCI are off
-/// unless `acpi=` is on the command line. Where `acpi=off` is there, devices are on the command line of any kernel.
+/// A kernel finds the machine's devices by ACPI (`CONFIG_ACPI`, `CONFIG_VIRTIO_MMIO`), as those of distributions do. A
+/// kernel that takes them from its command line (`CONFIG_VIRTIO_MMIO_CMDLINE_DEVICES`) boots faster. It is known to do
+/// so when its configuration is embedded in it or lies beside it (see [`Kernel::check`]). Then ACPI and PCI are off,
+/// unless `acpi=` is on the command line. With `acpi=off` there, any kernel gets its devices on the command line.
 #[derive(Debug, Clone)]
 pub struct Kernel {
     pub(super) loaded: Arc<Loaded>,
@@ -62,12 +62,14 @@ pub(super) struct Loaded {
 }
 
 impl Kernel {
-    /// Opens a kernel image. Blocks while the file is read, and the kernel's configuration, if there is one (see
-    /// [`Kernel::check`]).
+    /// Opens a kernel image, and reads its configuration if there is one.
+    ///
+    /// Blocks while the files are read; see [`Kernel::check`] for the configuration.
     ///
     /// # Errors
-    /// `NotFound` or `PermissionDenied` when it cannot be opened, `Corrupt` when it is neither an x86_64 ELF kernel nor
-    /// a 64-bit bzImage or is damaged, `ResourceExhausted` when the host has no memory for it.
+    /// - `NotFound` or `PermissionDenied` when it cannot be opened.
+    /// - `Corrupt` when it is damaged, or neither an x86_64 ELF kernel nor a 64-bit bzImage.
+    /// - `ResourceExhausted` when the host has no memory for it.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let mut loaded = File::open(path)
@@ -82,9 +84,11 @@ impl Kernel {
         Self { loaded: Arc::new(loaded), cmdline: String::new(), initramfs: None, modules: None, pvh: false }
     }
 
-    /// Opens the kernel named by the environment variable `COFFERDAM_KERNEL`, else the one that this crate's
-    /// `guest/kernel/build` puts into the user's cache (`$XDG_CACHE_HOME/cofferdam/kernel/vmlinux`, with `~/.cache`
-    /// where that variable is not set).
+    /// Opens the kernel that the environment names, or the one in the user's cache.
+    ///
+    /// The environment variable `COFFERDAM_KERNEL` names it. Without that it is
+    /// `$XDG_CACHE_HOME/cofferdam/kernel/vmlinux`, or `~/.cache/cofferdam/kernel/vmlinux`, where this crate's
+    /// `guest/kernel/build` puts it.
     ///
     /// # Errors
     /// `NotFound`, saying how to get one, when there is none; else as [`Kernel::open`].
@@ -109,50 +113,53 @@ impl Kernel {
         })
     }
 
-    /// Sets the kernel's command line, such as `console=hvc0 root=/dev/vda ro quiet`; replaces what was set before.
+    /// Sets the kernel's command line, such as `console=hvc0 root=/dev/vda ro quiet`.
     ///
-    /// The machine adds `reboot=k panic=-1` and a few more unless those are set here, and devices where the kernel takes
-    /// them from there (see [`Kernel`]). Checked when the VM starts: printable ASCII, at most 2,047 bytes with what is
-    /// added.
+    /// Replaces an earlier one. The machine adds `reboot=k panic=-1` and a few more unless those are set here, and
+    /// devices where the kernel takes them from there (see [`Kernel`]). Checked when the VM starts: printable ASCII, at
+    /// most 2,047 bytes with what is added.
     pub fn cmdline(mut self, text: impl Into<String>) -> Self {
         self.cmdline = text.into();
         self
     }
 
-    /// Sets the initramfs; replaces what was set before.
+    /// Sets the initramfs. Replaces an earlier one.
     pub fn initramfs(mut self, initramfs: Initramfs) -> Self {
         self.initramfs = Some(initramfs);
         self
     }
 
-    /// Starts a `vmlinux` by its PVH entry point (`CONFIG_PVH`), as other hypervisors do; for comparing with those. By itself
-    /// that is done with kernels that have no 64-bit entry point where they are loaded, as some of other systems.
+    /// Starts a `vmlinux` by its PVH entry point (`CONFIG_PVH`), as other hypervisors do.
     ///
-    /// Linux is better off by its 64-bit entry point: it is entered in the mode in which it runs, and takes its boot parameters
-    /// as they are, where the other way begins in 32-bit mode and makes both by itself.
+    /// For comparing with those. By default only kernels without a 64-bit entry point at their load address are started
+    /// so, such as some of other systems. Linux boots faster by its 64-bit entry point, where it is entered in the mode
+    /// in which it runs.
     pub fn pvh(mut self) -> Self {
         self.pvh = true;
         self
     }
 
-    /// Sets the kernel's modules, for kernels that have drivers there: guests get those that their devices need, see
-    /// [`Modules`]; replaces what was set before.
+    /// Sets the kernel's modules, for kernels that have drivers there.
+    ///
+    /// Guests get those that their devices need; see [`Modules`]. Replaces earlier ones.
     pub fn modules(mut self, modules: Modules) -> Self {
         self.modules = Some(modules);
         self
     }
 
-    /// Checks that the kernel was built with everything that is needed: symbols of its configuration such as
-    /// `CONFIG_VIRTIO_BLK`, with or without the prefix, each built in (`=y`) or a module (`=m`). Never blocks.
+    /// Checks that the kernel was built with everything in `needs`.
     ///
-    /// The configuration is what [`Kernel::open`] found: embedded in a `vmlinux` (`CONFIG_IKCONFIG`), or else in a file
-    /// of at most 1 MiB in the same folder, which is `config-VERSION` for a kernel `vmlinuz-VERSION`, or `config`. The
-    /// payload of a `bzImage` is compressed and not looked into. What a configuration says of the kernel is believed,
-    /// so this finds mistakes, not lies.
+    /// Those are symbols of its configuration such as `CONFIG_VIRTIO_BLK`, with or without the prefix. Each must be
+    /// built in (`=y`) or a module (`=m`). Never blocks.
+    ///
+    /// The configuration is what [`Kernel::open`] found embedded in a `vmlinux` (`CONFIG_IKCONFIG`), or in a file of at
+    /// most 1 MiB in the same directory. That is `config-VERSION` for a kernel `vmlinuz-VERSION`, or `config`. The
+    /// payload of a `bzImage` is compressed and not looked into. A configuration is believed, so this finds mistakes,
+    /// not lies.
     ///
     /// # Errors
-    /// `Unsupported` names all symbols that are missing. `NotFound` when the configuration is not known, with the places
-    /// that were looked at.
+    /// `Unsupported` names all symbols that are missing. `NotFound` when the configuration is not known, with the paths
+    /// that were tried.
     pub fn check(&self, needs: impl IntoIterator<Item = impl AsRef<str>>) -> Result<()> {
         self.loaded.configuration.check(needs)
     }

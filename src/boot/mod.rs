@@ -1,6 +1,4 @@
-//! From files to a guest that is about to run: kernel, command line, initramfs, boot parameters.
-//!
-//! linux-loader lives here only. Everything in this folder reads files that may be hostile.
+//! Kernel, command line, initramfs and boot parameters, loaded into guest memory.
 
 mod cmdline;
 mod cpio;

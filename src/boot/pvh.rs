@@ -1,5 +1,6 @@
-//! What a kernel is told that is started by its PVH entry point: the start info (Xen, public/arch-x86/hvm/start_info.h) in place of
-//! Linux's boot parameters.
+//! The start info of a kernel that is started by its PVH entry point.
+//!
+//! It takes the place of Linux's boot parameters (Xen, public/arch-x86/hvm/start_info.h).
 
 use linux_loader::configurator::pvh::PvhBootConfigurator;
 use linux_loader::configurator::{BootConfigurator, BootParams};

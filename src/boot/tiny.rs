@@ -1,13 +1,15 @@
-//! The smallest kernel files that are valid: for tests and fuzzing, which damage them, and for guests of a few instructions.
+//! The smallest kernel files that are valid.
 //!
-//! Integration tests include this file by its path.
+//! For tests and fuzzing, which damage them, and for guests of a few instructions.
 
 /// Where the code lies and is entered.
 const START: u64 = 0x10_0000;
 /// From where a bzImage is entered, in its second part (Linux x86 boot protocol, 1.4).
 const ENTRY: usize = 0x200;
 
-/// An ELF kernel: one segment of `code` at 1 MiB, entered at its start in 64-bit mode (System V ABI, gABI 4.1 and 5).
+/// Returns an ELF kernel: one segment of `code` at 1 MiB.
+///
+/// It is entered at its start in 64-bit mode (System V ABI, gABI 4.1 and 5).
 pub fn elf(code: &[u8]) -> Vec<u8> {
     let mut file = vec![0; 120];
     let mut put = |at: usize, bytes: &[u8]| file[at..at + bytes.len()].copy_from_slice(bytes);
@@ -25,8 +27,9 @@ pub fn elf(code: &[u8]) -> Vec<u8> {
     file
 }
 
-/// The same with a note that says where it is entered in 32-bit mode: at its start too (Xen, public/elfnote.h,
-/// `XEN_ELFNOTE_PHYS32_ENTRY`).
+/// Returns the same kernel with a PVH entry point.
+///
+/// A note says that it is entered in 32-bit mode at its start (Xen, public/elfnote.h, `XEN_ELFNOTE_PHYS32_ENTRY`).
 #[allow(dead_code, reason = "not every test that includes this file wants it")]
 pub fn elf_with_pvh(code: &[u8]) -> Vec<u8> {
     let mut note = vec![4, 0, 0, 0, 4, 0, 0, 0, 18, 0, 0, 0];

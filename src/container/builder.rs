@@ -16,7 +16,7 @@ use crate::vm::{Cgroup, Console, CpuProfile, Disk, Link, Memory, Net, Vm, Vsock}
 const FILE_SYSTEMS: [Need; 3] =
     [Need::required("erofs", "EROFS_FS"), Need::required("ext4", "EXT4_FS"), Need::required("overlay", "OVERLAY_FS")];
 
-/// Collects what a container shall be; see [`Container::builder`]. Nothing is done before [`ContainerBuilder::start`].
+/// Builds a container; see [`Container::builder`]. Does nothing before [`ContainerBuilder::start`].
 #[derive(Debug, Clone)]
 #[must_use = "a builder does nothing until `start`"]
 pub struct ContainerBuilder {
@@ -56,85 +56,98 @@ impl ContainerBuilder {
         }
     }
 
-    /// Sets the kernel; what [`Kernel::find`] finds unless set. Its command line is added to, its initramfs extended. One of a
-    /// distribution wants its [`Modules`](crate::Modules) too; of these the container inserts what it needs.
+    /// Sets the kernel; by default the one that [`Kernel::find`] finds.
+    ///
+    /// Its command line is added to, and its initramfs extended. A kernel of a distribution needs its
+    /// [`Modules`](crate::Modules) too; the container inserts those that it needs.
     pub fn kernel(mut self, kernel: Kernel) -> Self {
         self.kernel = Some(kernel);
         self
     }
 
-    /// How many processors the container has: 1 to 254, 1 unless set.
+    /// Sets the number of vCPUs, 1 to 254; 1 by default.
     pub fn vcpus(mut self, n: u32) -> Self {
         self.vcpus = n;
         self
     }
 
-    /// Sets which processor the container sees; the host's unless set.
+    /// Sets the processor that the container sees; the host's by default.
     pub fn cpu(mut self, profile: CpuProfile) -> Self {
         self.cpu = profile;
         self
     }
 
-    /// How much memory the container has, its kernel included, and what of the host's it is made of; 256 MiB unless set.
+    /// Sets the container's memory, its kernel included; 256 MiB by default.
+    ///
+    /// [`Memory`] also says what the host backs it with.
     pub fn memory(mut self, memory: impl Into<Memory>) -> Self {
         self.memory = memory.into();
         self
     }
 
-    /// Sets the layer that the container writes to, by its size or with all that [`WritableLayer`] says; 4 GiB unless set. It takes
-    /// space on the host as it is written, and is gone with the container.
+    /// Sets the layer that the container writes to; 4 GiB by default.
+    ///
+    /// Give its size, or a [`WritableLayer`]. It takes space on the host as it is written, and is gone with the
+    /// container.
     pub fn disk(mut self, layer: impl Into<WritableLayer>) -> Self {
         self.disk = layer.into();
         self
     }
 
-    /// Attaches one more disk: `/dev/vdc`, then `/dev/vdd` and so on, behind the two that the container itself is made of, which
-    /// programs in it find by its serial number (`/sys/block/*/serial`) too. It is not mounted. [`Container::vm`] and
-    /// [`Vm::disk`] have its handle, as number 2 and so on.
+    /// Attaches one more disk: `/dev/vdc`, then `/dev/vdd` and so on.
+    ///
+    /// The container itself is made of the two before. Programs find a disk by its serial number
+    /// (`/sys/block/*/serial`) too. It is not mounted. [`Vm::disk`] of [`Container::vm`] returns its handle, as number
+    /// 2 and so on.
     pub fn attach(mut self, disk: Disk) -> Self {
         self.attached.push(disk);
         self
     }
 
-    /// Adds a network card: `eth0`, then `eth1` and so on; none unless added. Before the first program starts, the address is set
-    /// up on those of [`Net::user`](crate::Net::user) and [`Net::switch`](crate::Net::switch), the way out of the former, and
-    /// `/etc/resolv.conf`, which names one resolver: that of the user-mode network, which knows the switches' names too, or that of
-    /// the first switch. With others, programs in it do that. [`Container::vm`] and [`Vm::net`] have the cards' handles.
+    /// Adds a network card: `eth0`, then `eth1` and so on; none by default.
+    ///
+    /// Cards of [`Net::user`](crate::Net::user) and [`Net::switch`](crate::Net::switch) have their address, and the
+    /// default route of the former, before the first program starts. `/etc/resolv.conf` then names one resolver: that
+    /// of the user-mode network, which knows the switches' names too, or else that of the first switch. Other cards are
+    /// set up by programs in the container. [`Vm::net`] of [`Container::vm`] returns the cards' handles.
     pub fn net(mut self, net: Net) -> Self {
         self.nets.push(net);
         self
     }
 
-    /// Sets the host name, at most 64 bytes; `container` unless set.
+    /// Sets the host name, at most 64 bytes; `container` by default.
     pub fn hostname(mut self, name: impl Into<String>) -> Self {
         self.hostname = name.into();
         self
     }
 
-    /// Sets where the kernel's messages go; nowhere unless set. What programs print goes where their `exec` says.
+    /// Sets where the kernel's messages go; nowhere by default.
+    ///
+    /// What programs print goes where their [`Exec`](super::Exec) says.
     pub fn console(mut self, console: Console) -> Self {
         self.console = console;
         self
     }
 
-    /// Sets how long the guest may take until programs can be started; 30 seconds unless set.
+    /// Sets how long the guest may take until programs can be started.
     ///
-    /// It counts from when its machine was made. Before that lies only the host's own work: the image's disk, which has its
-    /// own time-out, and the machine itself.
+    /// It is 30 seconds by default, and counts from when its machine was made. Before that there is only the host's own
+    /// work: the image's disk, which has its own time-out, and the machine itself.
     pub fn start_timeout(mut self, timeout: Duration) -> Self {
         self.start_timeout = timeout;
         self
     }
 
-    /// Lets another thread end the start, which then fails with `Cancelled` and leaves nothing behind; none unless set.
+    /// Lets another thread cancel the start by `token`.
     ///
-    /// Of a container that runs the token means nothing any more.
+    /// The start then fails with `Cancelled` and leaves nothing behind. Cancelling has no effect on a running
+    /// container.
     pub fn cancel(mut self, token: &CancelToken) -> Self {
         self.cancel = Some(token.clone());
         self
     }
 
-    /// Puts the container's threads on the host into a control group of their own; none unless set.
+    /// Puts the container's host threads into a control group of their own; none by default.
     pub fn cgroup(mut self, cgroup: Cgroup) -> Self {
         self.cgroup = Some(cgroup);
         self
@@ -146,14 +159,22 @@ impl ContainerBuilder {
         self
     }
 
-    /// Starts the container. Returns when programs can be started in it. The first container of an image waits for the
-    /// image's disk to be made, and others of the same image with it.
+    /// Starts the container, and returns when programs can be started in it.
+    ///
+    /// The first container of an image waits until the image's disk is made, as do others of the same image.
     ///
     /// # Errors
-    /// What [`VmBuilder::start`](crate::VmBuilder::start) says; `NotFound` without a kernel; `Unsupported` for a kernel
-    /// that is known to lack a driver; `Incompatible` for one with another's modules; `Corrupt` for a damaged
-    /// image; `TimedOut`, naming the last stage, and `GuestFailed`, with the console's last lines, for a guest that
-    /// never becomes ready. Nothing is left behind.
+    /// What [`VmBuilder::start`](crate::VmBuilder::start) says, and:
+    ///
+    /// - `NotFound` without a kernel;
+    /// - `Unsupported` for a kernel that is known to lack a driver;
+    /// - `Incompatible` for a kernel with the modules of another;
+    /// - `Corrupt` for a damaged image;
+    /// - `TimedOut`, naming the last stage, for a guest that is not ready in time;
+    /// - `GuestFailed`, with the console's last lines, for a guest that ends before;
+    /// - `Cancelled` when [`ContainerBuilder::cancel`]'s token was cancelled.
+    ///
+    /// Nothing is left behind.
     pub fn start(self) -> Result<Container> {
         let begin = Instant::now();
         self.run(begin).doing(|| "starting container")
@@ -259,4 +280,23 @@ fn modules(packed: &Packed) -> Result<StringBuf> {
         list.push(entry.as_bytes()).map_err(|_| Error::invalid("Kernel::modules", format!("{entry:?} has a NUL")))?;
     }
     Ok(list)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::ErrorKind;
+
+    #[test]
+    fn host_names_that_linux_and_resolvers_do_not_take_are_refused() {
+        let longest = "x".repeat(HOST_NAME_MAX);
+        for name in ["box", "a_b", "0", "one.two-three", &longest] {
+            assert_eq!(check_hostname(name).unwrap(), name.as_bytes());
+        }
+        let longer = "x".repeat(HOST_NAME_MAX + 1);
+        for name in ["", "-a", "a-", ".a", "a.", "a..b", "a.-b", "a b", "a\nb", "a\0", "ä", "127.0.0.1 a", &longer] {
+            let error = check_hostname(name).unwrap_err();
+            assert!(error.kind() == ErrorKind::InvalidConfig && error.to_string().contains("hostname"), "{error}");
+        }
+    }
 }

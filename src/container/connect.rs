@@ -1,4 +1,6 @@
-//! Connections to services in a container: the shim connects, and each is a vsock stream of its own.
+//! Connections to services in a container.
+//!
+//! The shim connects, and each connection is a vsock stream of its own.
 
 use std::io::{self, Read, Write};
 use std::time::{Duration, Instant};

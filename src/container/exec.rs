@@ -16,10 +16,10 @@ use crate::sys::deadline;
 use crate::virtio::vsock::VsockListener;
 use crate::vm::Vm;
 
-/// What a program finds in its environment unless [`Exec::env_clear`] is said.
+/// The environment of a program, unless [`Exec::env_clear`] is called.
 const ENVIRONMENT: [(&str, &str); 2] =
     [("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"), ("HOME", "/root")];
-/// A config value: what one of a process's standard streams is connected to.
+/// Describes what one of a process's standard streams is connected to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Stdio(Kind);
 
@@ -31,22 +31,25 @@ enum Kind {
 }
 
 impl Stdio {
-    /// `/dev/null`.
+    /// Connects the stream to `/dev/null`.
     pub fn null() -> Self {
         Self(Kind::Null)
     }
 
-    /// A pipe to the embedder: [`Process::stdin`], [`Process::stdout`], [`Process::stderr`].
+    /// Connects the stream to the embedder by a pipe.
+    ///
+    /// See [`Process::stdin`], [`Process::stdout`] and [`Process::stderr`].
     pub fn piped() -> Self {
         Self(Kind::Piped)
     }
 }
 
-/// Collects how a program shall run; see [`Container::exec`](super::Container::exec). Nothing is done before
-/// [`Exec::spawn`], [`Exec::output`] or [`Exec::status`].
+/// Describes how a program runs; see [`Container::exec`](super::Container::exec).
 ///
-/// Nothing of the embedder's is inherited: the environment is `PATH` and `HOME`, the working directory `/`, the streams
-/// are `/dev/null`, the user is root of the guest.
+/// Nothing is done before [`Exec::spawn`], [`Exec::output`] or [`Exec::status`].
+///
+/// Nothing of the embedder's is inherited. By default the environment is `PATH` and `HOME`, the working directory is
+/// `/`, and the streams are `/dev/null`. The user is root of the guest.
 #[derive(Debug, Clone)]
 #[must_use = "nothing runs until `spawn`, `output` or `status`"]
 pub struct Exec<'a> {
@@ -98,31 +101,33 @@ impl<'a> Exec<'a> {
         self
     }
 
-    /// Removes all environment variables, `PATH` and `HOME` too. Programs are still looked for in the usual folders.
+    /// Removes all environment variables, `PATH` and `HOME` too.
+    ///
+    /// Programs are still looked for in the usual directories.
     pub fn env_clear(mut self) -> Self {
         self.env.clear();
         self
     }
 
-    /// Sets the working directory, a path in the container; `/` unless set.
+    /// Sets the working directory, a path in the container; `/` by default.
     pub fn current_dir(mut self, dir: impl Into<OsString>) -> Self {
         self.current_dir = Some(dir.into());
         self
     }
 
-    /// Sets standard input; `/dev/null` unless set.
+    /// Sets standard input; `/dev/null` by default.
     pub fn stdin(mut self, stdio: Stdio) -> Self {
         self.stdio[0] = Some(stdio);
         self
     }
 
-    /// Sets standard output; `/dev/null` unless set, but for [`Exec::output`], which reads it.
+    /// Sets standard output; `/dev/null` by default, but for [`Exec::output`], which reads it.
     pub fn stdout(mut self, stdio: Stdio) -> Self {
         self.stdio[1] = Some(stdio);
         self
     }
 
-    /// Sets standard error; `/dev/null` unless set, but for [`Exec::output`], which reads it.
+    /// Sets standard error; `/dev/null` by default, but for [`Exec::output`], which reads it.
     pub fn stderr(mut self, stdio: Stdio) -> Self {
         self.stdio[2] = Some(stdio);
         self
@@ -130,30 +135,35 @@ impl<'a> Exec<'a> {
 
     /// Sets how long the program may run, counted from the call that starts it.
     ///
-    /// Then it is killed with everything that it started, whether anybody waits for it or not. Its end is
-    /// [`ExitStatus::TimedOut`], also when the time was over before the guest had started it. The host keeps the time: a
-    /// guest that hangs, is paused or does not obey delays the end by two seconds at most, and [`Exec::output`] by four. A
-    /// guest that runs and has not killed the program 30 seconds later is ended, with [`Exit::Unresponsive`](crate::Exit).
+    /// Then it is killed with everything that it started, whether or not the embedder waits for it. Its end is
+    /// [`ExitStatus::TimedOut`], also when the time was over before the guest had started it.
+    ///
+    /// The host keeps the time. A guest that hangs, is paused or does not obey delays the end by two seconds at most,
+    /// and [`Exec::output`] by four. A guest that runs and has not killed the program 30 seconds later is ended, with
+    /// [`Exit::Unresponsive`](crate::Exit).
     pub fn timeout(mut self, timeout: Duration) -> Self {
         self.timeout = Some(timeout);
         self
     }
 
-    /// Sets how much [`Exec::output`] reads of each stream before it gives up; 64 MiB unless set.
+    /// Limits what [`Exec::output`] reads of each stream; 64 MiB by default.
     pub fn output_limit(mut self, limit: Size) -> Self {
         self.output_limit = limit;
         self
     }
 
-    /// Starts the program. Returns when it runs, or when its time is over.
+    /// Starts the program, and returns when it runs or when its time is over.
     ///
     /// Waits for the guest at most 72 seconds: 60 to start the program, 2 to give it up, 10 for its streams.
     ///
     /// # Errors
-    /// `NotFound`, `PermissionDenied` and `Incompatible` (not a program, or one for another processor) name the program
-    /// or directory; `InvalidConfig` for an empty program or a NUL in an argument; `ResourceExhausted` when the guest
-    /// cannot run one more, or when the embedder's process has no descriptors left; `TimedOut` when the guest does not start it
-    /// within a minute; `InvalidState` when the container has ended.
+    /// - `NotFound`, `PermissionDenied` and `Incompatible` (not a program, or one for another processor) name the
+    ///   program or directory.
+    /// - `InvalidConfig` for an empty program or a NUL in an argument.
+    /// - `ResourceExhausted` when the guest cannot run one more, or when the embedder's process has no descriptors
+    ///   left.
+    /// - `TimedOut` when the guest does not start it within a minute.
+    /// - `InvalidState` when the container has ended.
     pub fn spawn(self) -> Result<Process> {
         let what = format!("running {:?} in the container", self.argv.first().cloned().unwrap_or_default());
         let dir = self.current_dir.clone();

@@ -1,4 +1,6 @@
-//! From the shim's first connection to its "ready": the first minute of the control stream, on the thread of who starts.
+//! The handshake with the shim, from its first connection to its "ready".
+//!
+//! It runs on the thread that starts the container, with the first minute as its bound.
 
 use std::fmt;
 use std::io::{self, Read, Write};

@@ -9,10 +9,12 @@ use crate::size::Size;
 use crate::sys;
 use crate::vm::{Disk, DiskLimit, ErrorAction, ErrorClass};
 
-/// A config value: the layer into which a container writes, over its image. It is gone with the container.
+/// The layer into which a container writes, over its image; a config value.
 ///
-/// A plain [`Size`] is `WritableLayer::new` of it. A host that has no more room is reported to the guest as a full disk
-/// ([`ErrorAction::Report`]), so that its programs fail and their time-outs go on; a disk of a VM waits for room instead.
+/// It is gone with the container. A plain [`Size`] is `WritableLayer::new` of it.
+///
+/// When the host has no space left the guest sees a full disk ([`ErrorAction::Report`]), so that its programs fail and
+/// their time-outs go on. A disk of a VM waits for space instead.
 #[derive(Debug, Clone)]
 pub struct WritableLayer {
     size: Size,
@@ -24,40 +26,46 @@ pub struct WritableLayer {
 }
 
 impl WritableLayer {
-    /// Describes a layer of `size`, rounded up to 128 MiB, at most 512 GiB. It takes space on the host as it is written.
+    /// Describes a layer of `size`, rounded up to 128 MiB, at most 512 GiB.
+    ///
+    /// It takes space on the host as it is written.
     pub fn new(size: Size) -> Self {
         let on_error = vec![(ErrorClass::NoSpace, ErrorAction::Report)];
         Self { size, folder: None, on_error, headroom: None, reserve: None, limit: DiskLimit::default() }
     }
 
-    /// Sets the folder of the host in which the layer lies, as a file without a name.
+    /// Sets the directory of the host in which the layer lies, as a file without a name.
     ///
-    /// Unless set it is the folder for temporary files (`TMPDIR`, else `/tmp`), or `/var/tmp` where that is memory (tmpfs,
-    /// ramfs). Where both are, the start fails and asks for a folder. One that is set may be memory.
+    /// By default it is the directory for temporary files (`TMPDIR`, else `/tmp`), or `/var/tmp` where that is memory
+    /// (tmpfs, ramfs). Where both are memory, the start fails and asks for a directory. One that is set may be memory.
     pub fn folder(mut self, folder: impl Into<PathBuf>) -> Self {
         self.folder = Some(folder.into());
         self
     }
 
-    /// Sets what happens when the host fails to do what the guest asked of the layer; see [`Disk::on_error`].
+    /// Sets what happens when the host fails a request to the layer.
+    ///
+    /// See [`Disk::on_error`].
     pub fn on_error(mut self, class: ErrorClass, action: ErrorAction) -> Self {
         self.on_error.push((class, action));
         self
     }
 
-    /// Sets how much space its file system must have at the start; see [`Disk::headroom`].
+    /// Sets how much space its file system must have left at the start; see [`Disk::headroom`].
     pub fn headroom(mut self, space: Size) -> Self {
         self.headroom = Some(space);
         self
     }
 
-    /// Sets how much space writes leave of its file system: 5 %, at most 1 GiB, unless set; see [`Disk::reserve`].
+    /// Sets how much free space writes leave on its file system.
+    ///
+    /// By default 5 % of it, at most 1 GiB; see [`Disk::reserve`].
     pub fn reserve(mut self, space: Size) -> Self {
         self.reserve = Some(space);
         self
     }
 
-    /// Sets how much the layer may do; see [`Disk::limit`].
+    /// Limits the layer's rates; see [`Disk::limit`].
     pub fn limit(mut self, limit: DiskLimit) -> Self {
         self.limit = limit;
         self

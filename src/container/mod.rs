@@ -1,4 +1,4 @@
-//! The container layer: an [`Image`] becomes a [`Container`] in its own VM, in which [`Process`]es run.
+//! The container layer: runs [`Process`]es in a [`Container`] made of an [`Image`].
 
 mod agent;
 mod builder;
@@ -37,7 +37,7 @@ use agent::Agent;
 /// How much longer than its grace a shutdown may take before it is cut short.
 const SHUTDOWN_MARGIN: Duration = Duration::from_secs(2);
 
-/// A running container: a root file system, in a virtual machine of its own, in which programs run.
+/// A running container: a root file system in a virtual machine of its own.
 ///
 /// The handle may be used from any thread. Dropping it kills everything inside, and waits at most 15 seconds for the
 /// machine's end, which takes milliseconds on a host that works.
@@ -48,35 +48,45 @@ pub struct Container {
 }
 
 impl Container {
-    /// Begins to describe a container whose root file system is `image`.
+    /// Returns a builder for a container whose root file system is `image`.
     pub fn builder(image: Image) -> ContainerBuilder {
         ContainerBuilder::new(image)
     }
 
-    /// Begins to describe a program to run in the container: its name or path, then its arguments.
+    /// Describes a program to run in the container.
+    ///
+    /// `argv` is its name or path, then its arguments.
     pub fn exec<S: Into<std::ffi::OsString>>(&self, argv: impl IntoIterator<Item = S>) -> Exec<'_> {
         Exec::new(&self.vm, &self.agent, argv.into_iter().map(Into::into).collect())
     }
 
-    /// Connects to a TCP service in the container that listens on `port`, on whatever address: 127.0.0.1 or ::1 alone will do, and no
-    /// network is needed. Waits at most eleven seconds for the guest, and ten for a host that is busy.
+    /// Connects to a TCP service in the container that listens on `port`.
     ///
-    /// The stream is as one of [`std::net::TcpStream`]: each direction ends by itself, whoever does not read stops the other side,
-    /// and a service that resets it, or a container that ends, is a `ConnectionReset` behind the last of what was sent. At most 512
-    /// at once; any number one after the other.
+    /// It may listen on any address: 127.0.0.1 or ::1 alone will do, and no network is needed. Waits at most eleven
+    /// seconds for the guest, and ten for a host that is busy.
+    ///
+    /// The stream behaves as a [`std::net::TcpStream`]: each direction ends by itself, and a side that does not read
+    /// stops the other. When the service resets it, or the container ends, the reader gets `ConnectionReset` after the
+    /// last byte sent. At most 512 streams may be open at once.
     ///
     /// # Errors
-    /// `NotFound` when nobody listens there; `InvalidConfig` for port 0; `ResourceExhausted` when there are too many; `TimedOut` when
-    /// the service or the guest does not answer; `InvalidState` when the container has ended.
+    /// - `NotFound` when nothing listens there.
+    /// - `InvalidConfig` for port 0.
+    /// - `ResourceExhausted` when there are too many.
+    /// - `TimedOut` when the service or the guest does not answer.
+    /// - `InvalidState` when the container has ended.
     pub fn connect(&self, port: u16) -> Result<VsockStream> {
         connect::connect(&self.vm, self.agent.version(), port)
     }
 
-    /// Ends the container in good order: every process gets SIGTERM and, after `grace`, SIGKILL; then file systems are
-    /// written and the machine is powered off.
+    /// Ends the container in good order.
+    ///
+    /// Every process gets SIGTERM and, after `grace`, SIGKILL. Then file systems are written and the machine is powered
+    /// off.
     ///
     /// A guest that has not ended two seconds after `grace` is killed, whatever it does. This returns as soon as the
-    /// machine has ended: at once then, and after 15 seconds more at most, where a file of the host's does not answer.
+    /// machine has ended. That is at once after a kill, and at most 15 seconds later where a file of the host's does
+    /// not answer.
     ///
     /// # Errors
     /// `TimedOut` when the killed machine has not ended after those 15 seconds.
@@ -91,7 +101,7 @@ impl Container {
         self.vm.end()
     }
 
-    /// Ends the container now. Idempotent; returns at once.
+    /// Ends the container now. Idempotent; does not wait.
     pub fn kill(&self) {
         self.vm.kill();
     }
@@ -104,12 +114,12 @@ impl Container {
         self.vm.wait()
     }
 
-    /// How starting went: what each step took.
+    /// Returns how long each step of the start took.
     pub fn startup(&self) -> Startup {
         self.agent.startup()
     }
 
-    /// The virtual machine, for what a container has no words of its own for.
+    /// Returns the container's virtual machine.
     pub fn vm(&self) -> &Vm {
         &self.vm
     }
@@ -140,6 +150,8 @@ pub struct Startup {
     pub user_space: Duration,
     /// Programs could be started.
     pub ready: Duration,
-    /// The guest's own clock when its PID 1 ran its first instruction: the share of the guest's kernel.
+    /// The guest's own clock when its PID 1 ran its first instruction.
+    ///
+    /// This is the share of the guest's kernel.
     pub kernel_uptime: Duration,
 }

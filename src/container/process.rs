@@ -15,32 +15,32 @@ use crate::sys::{EventFd, borrow, deadline, eventfd, left, wait_any};
 use crate::virtio::vsock::{StreamBreaker, VsockStream};
 use crate::vm::Exit;
 
-/// How long the guest may take to hand over what a process printed that has ended.
+/// How long the guest may take to hand over the output of an ended process.
 const OUTPUT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How a process ended. The failure of a program and the failure of its machine never look alike.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub enum ExitStatus {
-    /// It ended by itself with this code.
+    /// The process exited with this code.
     Exited(u8),
-    /// A signal ended it.
+    /// A signal terminated the process.
     Signaled(u8),
-    /// The guest's kernel killed it for want of memory.
+    /// The guest's kernel killed the process for want of memory.
     OomKilled,
-    /// The time given to it was over, and it was killed with all that it had started.
+    /// Its time was over, and the process was killed with all that it had started.
     TimedOut,
-    /// The machine ended while it ran.
+    /// The machine ended while the process ran.
     VmEnded(Box<Exit>),
 }
 
 impl ExitStatus {
-    /// Whether it ended by itself with code 0.
+    /// Returns whether the process exited with code 0.
     pub fn success(&self) -> bool {
         self.code() == Some(0)
     }
 
-    /// The code it ended with by itself.
+    /// Returns the code with which the process exited, if it did.
     pub fn code(&self) -> Option<u8> {
         match self {
             Self::Exited(code) => Some(*code),
@@ -48,7 +48,7 @@ impl ExitStatus {
         }
     }
 
-    /// The signal that ended it.
+    /// Returns the signal that terminated the process, if one did.
     pub fn signal(&self) -> Option<u8> {
         match self {
             Self::Signaled(signal) => Some(*signal),
@@ -176,14 +176,14 @@ pub struct ProcessWriter(pub(super) VsockStream);
 pub struct ProcessReader(pub(super) VsockStream);
 
 impl ProcessWriter {
-    /// The stream behind it, for non-blocking writes and time limits.
+    /// Returns the stream behind it, for non-blocking writes and time limits.
     pub fn into_stream(self) -> VsockStream {
         self.0
     }
 }
 
 impl ProcessReader {
-    /// The stream behind it, for non-blocking reads and time limits.
+    /// Returns the stream behind it, for non-blocking reads and time limits.
     pub fn into_stream(self) -> VsockStream {
         self.0
     }
@@ -231,8 +231,8 @@ pub struct Output {
 
 /// A program that runs in a container; made by [`Exec::spawn`](super::Exec::spawn).
 ///
-/// Dropping the handle lets the process run on, as with [`std::process::Child`]; it ends with its container at last.
-/// The descriptor behind [`AsFd`] becomes readable when the process has ended.
+/// Dropping the handle lets the process run on, as with [`std::process::Child`]. It ends with its container at the
+/// latest. The descriptor behind [`AsFd`] becomes readable when the process has ended.
 pub struct Process {
     /// Standard input, when it was piped. Take it to write, and drop it for end of file.
     pub stdin: Option<ProcessWriter>,
@@ -246,20 +246,22 @@ pub struct Process {
 }
 
 impl Process {
-    /// Closes standard input and waits until the process has ended. Its own end counts, not that of what it left behind.
+    /// Closes standard input and waits until the process has ended.
     ///
-    /// Waits as long as the process runs. One with [`Exec::timeout`](super::Exec::timeout) has ended two seconds after its
-    /// time is over, whatever the guest does; so has one that was killed, after the kill. When the container ends, or is
-    /// dropped, the process has ended with [`ExitStatus::VmEnded`].
+    /// Processes that it left behind are not waited for.
+    ///
+    /// Waits as long as the process runs. One with [`Exec::timeout`](super::Exec::timeout) has ended two seconds after
+    /// its time is over, whatever the guest does; a killed one two seconds after the kill. When the container ends, or
+    /// is dropped, the process has ended with [`ExitStatus::VmEnded`].
     ///
     /// # Errors
-    /// `InvalidState` when a mistake of this crate's has taken away whoever would tell the end.
+    /// `InvalidState` when a mistake of this crate has ended the thread that learns of the end.
     pub fn wait(&mut self) -> Result<ExitStatus> {
         drop(self.stdin.take());
         self.state.wait(None)?.ok_or_else(|| Error::new(ErrorKind::InvalidState, "the process's end is unknown"))
     }
 
-    /// Waits until the process has ended, but not longer than `timeout`; `None` means that it still runs.
+    /// Waits until the process has ended, at most `timeout`; `None` when it still runs.
     ///
     /// # Errors
     /// As [`Process::wait`].
@@ -267,7 +269,7 @@ impl Process {
         self.state.wait(deadline(timeout))
     }
 
-    /// How the process ended, or `None` while it runs. Never waits.
+    /// Returns how the process ended, or `None` while it runs. Never waits.
     ///
     /// # Errors
     /// As [`Process::wait`].
@@ -275,15 +277,18 @@ impl Process {
         self.wait_timeout(Duration::ZERO)
     }
 
-    /// Kills the process and everything that it started, also when it has ended itself. Does not wait for the guest.
+    /// Kills the process and everything that it started.
     ///
-    /// A guest that does not tell the process's end within two seconds is not waited for: the end is signal 9 then. One that
-    /// runs and has not told it after 30 seconds more is ended, with [`Exit::Unresponsive`].
+    /// That is done also when the process itself has ended. Does not wait for the guest. When the guest does not report
+    /// the process's end within two seconds, its end is signal 9. A guest that runs and has not reported it after 30
+    /// seconds more is ended, with [`Exit::Unresponsive`].
     ///
     /// # Errors
-    /// `InvalidState` when the container has ended; `TimedOut` when the host is too busy to ask for ten seconds;
-    /// `ResourceExhausted` when 16 MiB of requests wait for a guest that does not read. In each case but the first the process
-    /// has ended for the host two seconds later.
+    /// - `InvalidState` when the container has ended.
+    /// - `TimedOut` when the host is too busy for ten seconds.
+    /// - `ResourceExhausted` when 16 MiB of requests wait for a guest that does not read.
+    ///
+    /// In each case but the first the process has ended for the host two seconds later.
     pub fn kill(&self) -> Result<()> {
         let number = self.number;
         self.remote.with(move |client| client.kill(number))?
@@ -292,8 +297,8 @@ impl Process {
     /// Sends a signal, 1 to 64, to the process alone.
     ///
     /// # Errors
-    /// `InvalidConfig` for a number that is no signal, `InvalidState` when the container has ended; `TimedOut` when the host
-    /// is too busy to ask for ten seconds.
+    /// `InvalidConfig` for a number that is no signal. `InvalidState` when the container has ended. `TimedOut` when the
+    /// host is too busy for ten seconds.
     pub fn signal(&self, signal: u8) -> Result<()> {
         if !(1..=64).contains(&signal) {
             return Err(Error::invalid("signal", format!("{signal} is not a signal (1 to 64)")));
@@ -302,11 +307,12 @@ impl Process {
         self.remote.with(move |client| client.send(number, &message))?
     }
 
-    /// Closes standard input, reads everything that is printed, and waits for the end. What a background process that
-    /// it left behind prints later is not waited for.
+    /// Closes standard input, reads all output, and waits for the end.
     ///
-    /// Waits as long as [`Process::wait`], and at most ten seconds more for the guest to hand over what was printed. Of a
-    /// process whose time was over it gives what has arrived two seconds later.
+    /// What a background process prints later is not waited for.
+    ///
+    /// Waits as long as [`Process::wait`], and at most ten seconds more for the guest to hand over the output. Of a
+    /// process whose time was over it returns the output that has arrived two seconds later.
     ///
     /// # Errors
     /// `ResourceExhausted` beyond 64 MiB a stream, see [`Exec::output_limit`](super::Exec::output_limit); the process

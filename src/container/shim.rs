@@ -1,4 +1,6 @@
-//! The guest's PID 1: the program that `build.rs` made, put into an initramfs with its configuration.
+//! The guest's PID 1.
+//!
+//! It is the program that `build.rs` made, put into an initramfs with its configuration.
 
 use std::borrow::Cow;
 

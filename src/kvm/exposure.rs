@@ -4,22 +4,28 @@ use std::fmt;
 use std::fs;
 use std::path::Path;
 
-/// Where this host is weak against hostile guests, as its kernel tells in `/sys`.
+/// Weaknesses of this host against hostile guests, as its kernel reports them in `/sys`.
 ///
-/// Guests of one process share its address space with each other and with the embedder's secrets, pages of the kernel and
-/// of base disks, and, where threads of one core are on, parts of the processor. What stands between them there is the
-/// processor, as far as the host's kernel works around its faults. [`Exposure::warnings`] says in words what to look into.
+/// Guests of one process share its address space with each other and with the embedder's secrets. They share pages of
+/// the kernel and of base disks, and parts of the processor where SMT is on. Only the processor separates them there,
+/// as far as the host's kernel mitigates its faults. [`Exposure::warnings`] says in words what to look into.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub struct Exposure {
-    /// What the kernel says of each fault of processors that it knows (`/sys/devices/system/cpu/vulnerabilities`), by name.
+    /// What the kernel reports of each vulnerability of processors that it knows, by name.
+    ///
+    /// It is read from `/sys/devices/system/cpu/vulnerabilities`.
     pub vulnerabilities: Vec<Vulnerability>,
-    /// Whether threads that share a core are on (SMT); `None` when it is not known.
+    /// Whether SMT is on, by which threads share a core; `None` when it is not known.
     pub smt: Option<bool>,
-    /// Whether the kernel merges equal pages (KSM), by which guests can spy on each other; `None` when it is not known.
+    /// Whether the kernel merges equal pages (KSM); `None` when it is not known.
+    ///
+    /// Guests can spy on each other by it.
     pub ksm: Option<bool>,
-    /// Whether KVM offers guests to virtualize themselves; `None` when it is not known. No guest is shown it unless
-    /// [`CpuProfile::nested_virtualization`](crate::CpuProfile::nested_virtualization) is asked for.
+    /// Whether KVM offers nested virtualization; `None` when it is not known.
+    ///
+    /// No guest is shown it unless [`CpuProfile::nested_virtualization`](crate::CpuProfile::nested_virtualization) asks
+    /// for it.
     pub nested: Option<bool>,
 }
 
@@ -50,7 +56,9 @@ impl Exposure {
         }
     }
 
-    /// What an operator should look into before guests of strangers share this host, each in one sentence.
+    /// Returns what to look into before guests of strangers share this host.
+    ///
+    /// Each is one sentence for an operator.
     pub fn warnings(&self) -> Vec<String> {
         let mut warnings: Vec<String> = self
             .vulnerabilities
@@ -78,7 +86,7 @@ impl Exposure {
 }
 
 impl Vulnerability {
-    /// Whether the kernel says that it is affected, and works around nothing or not all of it.
+    /// Whether the kernel reports the vulnerability as not, or not wholly, mitigated.
     pub fn is_open(&self) -> bool {
         self.state.to_ascii_lowercase().contains("vulnerable")
     }

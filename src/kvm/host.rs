@@ -1,4 +1,4 @@
-//! What this machine can do, found out before anything is built, and said in one sentence.
+//! [`Host`]: what this machine can do, found out before anything is built.
 
 use std::fmt;
 use std::fs::OpenOptions;
@@ -63,7 +63,7 @@ pub enum Device {
 }
 
 impl Host {
-    /// Looks at this host. Takes well under a millisecond, changes nothing, needs no privileges.
+    /// Looks at this host. Opens `/dev/kvm`, reads some files below `/sys`, changes nothing, and needs no privileges.
     pub fn probe() -> Self {
         Self::examine(Path::new(DEVICE), Path::new("/sys/module"))
     }

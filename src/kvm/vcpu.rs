@@ -1,4 +1,6 @@
-//! One vCPU: run it until it needs the host, and get it out of the guest from other threads.
+//! One vCPU: runs until it needs the host.
+//!
+//! Other threads can take it out of the guest.
 
 use std::fmt;
 use std::os::fd::AsRawFd;

@@ -1,7 +1,7 @@
-//! The port by which a guest says that it has ended and how, and the port of its status, which never has anything to say.
+//! The ports by which a guest reports its end, and reads their status.
 //!
-//! The values are those of an ACPI sleep control register (ACPI 6.5, 4.8.3.7: sleep type in bits 2 to 4, enable in
-//! bit 5), and the tables name the ports so: type 5 is power-off. No guest sleeps here, so none is ever woken.
+//! The values are those of an ACPI sleep control register (ACPI 6.5, 4.8.3.7: sleep type in bits 2 to 4, enable in bit
+//! 5). The ACPI tables name the ports so: type 5 is power-off. The status register reads as zero.
 
 use crate::arch::layout::EXIT_PORT;
 use crate::bus::BusDevice;

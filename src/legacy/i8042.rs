@@ -1,7 +1,6 @@
-//! The keyboard controller: kernels reset the machine through it, and a person's Ctrl-Alt-Del arrives by it.
+//! The keyboard controller.
 //!
-//! Command and data bytes are those of the IBM PC/AT Technical Reference, "Keyboard Controller". The keyboard has two
-//! gestures: its power key, by which whole systems power off, and Ctrl-Alt-Del, by which every init shuts down.
+//! Kernels reset the machine through it, and Ctrl-Alt-Del arrives by it.
 
 use std::collections::VecDeque;
 

@@ -1,7 +1,6 @@
-//! The few old devices that a stock kernel talks to: a serial port, a keyboard controller, and the ports by which it ends or
-//! says that it has panicked.
+//! Legacy devices that a stock kernel uses.
 //!
-//! They answer on the port bus, on vCPU threads, and never wait.
+//! They are a serial port, a keyboard controller, and the ports by which a kernel ends or reports a panic.
 
 mod exit_port;
 mod i8042;

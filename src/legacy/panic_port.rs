@@ -1,7 +1,6 @@
-//! The port by which a guest's kernel says that it has panicked, for kernels whose console nobody hears.
+//! The port by which a guest's kernel reports a panic.
 //!
-//! As QEMU's pvpanic device, which Linux has a driver for (QEMU, docs/specs/pvpanic: events are bits; reading gives those
-//! that the device knows). The ACPI tables name it.
+//! It is for kernels whose console nothing reads.
 
 use crate::arch::layout::PANIC_PORT;
 use crate::bus::BusDevice;

@@ -1,4 +1,6 @@
-//! The first serial port, `ttyS0` in the guest: a 16550A whose output is a console like any other. Output only.
+//! The first serial port, `ttyS0` in the guest.
+//!
+//! It is a 16550A whose output is a console like any other.
 
 use std::io;
 

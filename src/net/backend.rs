@@ -1,4 +1,6 @@
-//! [`NetBackend`]: what carries a guest's frames; the network device owns and drives it, on the VM's event loop.
+//! [`NetBackend`]: carries a guest's frames.
+//!
+//! The network device owns and drives it, on the VM's event loop.
 
 use std::fmt;
 use std::io;
@@ -10,11 +12,11 @@ use crate::memory::{GuestMemory, Segment};
 /// The largest frame: a packet of 65535 bytes behind an Ethernet header with a VLAN's tag.
 pub(crate) const FRAME_MAX: usize = 65535 + 18;
 
-/// What carries the frames of one network card, or of one pair of its queues.
+/// Carries the frames of one network card, or of one pair of its queues.
 ///
-/// The device owns it and calls it on the VM's event loop, which serves all the VM's devices: nothing here may block, and every
-/// call does a bounded amount of work. Threads of its own are welcome; they wake the loop by [`NetBackend::fd`]. A panic ends
-/// the VM with [`Exit::DeviceFault`](crate::Exit::DeviceFault).
+/// The device owns it and calls it on the VM's event loop, which serves all the VM's devices. So no call may block, and each
+/// does a bounded amount of work. Threads of its own are welcome; they wake the loop by [`NetBackend::fd`]. A panic ends the
+/// VM with [`Exit::DeviceFault`](crate::Exit::DeviceFault).
 ///
 /// ```text
 /// at start         negotiated(what the driver agreed to), then fd() is watched
@@ -120,7 +122,9 @@ pub struct Capabilities {
 pub struct Card {
     /// Its address.
     pub mac: Mac,
-    /// The largest packet, in bytes, that the guest is told: frames have 14 more, but for segmentation.
+    /// The largest packet, in bytes, that the guest is told.
+    ///
+    /// Frames have 14 bytes more, but for segmentation.
     pub mtu: u16,
 }
 
@@ -154,24 +158,26 @@ impl<'a> Frame<'a> {
         self.pieces
     }
 
-    /// How many bytes it has.
+    /// Returns its length in bytes.
     #[allow(clippy::len_without_is_empty, reason = "a frame without bytes is as bad as one with too few")]
     pub fn len(&self) -> usize {
         self.pieces.iter().map(|piece| piece.len()).sum()
     }
 
-    /// What the guest left to do to it: parts of what was agreed to, and within the frame.
+    /// Returns what the guest left to do to it.
+    ///
+    /// Those are parts of what was agreed to, and within the frame.
     pub fn offload(&self) -> Offload {
         self.offload
     }
 
-    /// Copies its bytes from the `at`th on, as many as there are and `to` holds; says how many.
+    /// Copies its bytes from the `at`th on into `to`, and returns how many.
     pub fn read_at(&self, at: usize, to: &mut [u8]) -> usize {
         // The pieces are known to exist.
         self.memory.gather(self.pieces, at, to).unwrap_or(0)
     }
 
-    /// Copies all of it, or the first 65553 bytes of what is longer and so no frame.
+    /// Copies all of it, at most 65553 bytes; what is longer is no frame.
     pub fn to_vec(&self) -> Vec<u8> {
         let mut bytes = vec![0; self.len().min(FRAME_MAX)];
         let len = self.read_at(0, &mut bytes);
@@ -179,7 +185,9 @@ impl<'a> Frame<'a> {
         bytes
     }
 
-    /// Writes `front` and then the frame's bytes by one `writev(2)`, without a copy in between: for taps and sockets of datagrams.
+    /// Writes `front` and then the frame by one `writev(2)`, without a copy.
+    ///
+    /// It is for taps and sockets of datagrams.
     ///
     /// # Errors
     /// The host's.
@@ -213,21 +221,24 @@ impl<'a> Room<'a> {
         self.pieces
     }
 
-    /// How many bytes fit.
+    /// Returns how many bytes fit.
     #[allow(clippy::len_without_is_empty, reason = "there always is room")]
     pub fn len(&self) -> usize {
         self.pieces.iter().map(|piece| piece.len()).sum()
     }
 
-    /// Puts in a whole frame to which nothing is left to do. `None`: there is not enough room, which cannot be after
-    /// [`NetBackend::next`] told the truth; what was put in is undefined then.
+    /// Copies a whole frame in, to which nothing is left to do.
+    ///
+    /// `None` when it does not fit, which cannot be when [`NetBackend::next`] returned its length; the content is
+    /// undefined then.
     pub fn put(&mut self, frame: &[u8]) -> Option<Received> {
         let all = self.memory.scatter(self.pieces, frame).is_ok_and(|n| n == frame.len());
         all.then_some(Received { len: frame.len(), offload: Offload::default() })
     }
 
-    /// Fills `front` and then the room with one packet by one `readv(2)`, without a copy in between; says how many bytes came,
-    /// those of `front` included. What does not fit is lost.
+    /// Reads one packet by one `readv(2)` into `front` and then the room, without a copy.
+    ///
+    /// Returns how many bytes came, those of `front` included. What does not fit is lost.
     ///
     /// # Errors
     /// The host's, `WouldBlock` among them.

@@ -1,7 +1,7 @@
-//! [`Capture`]: a record of a card's frames, in the format of libpcap that tcpdump and Wireshark read.
+//! [`Capture`]: records a card's frames, in the format of libpcap.
 //!
-//! The network device hands frames to its [`Recorder`] on the VM's loop, which keeps a bounded number of them; a thread of its own
-//! gives them to the writer, which may block. What does not fit in between is lost and counted.
+//! The network device hands frames to its [`Recorder`] on the VM's loop, which keeps a bounded number of them. A thread
+//! of its own gives them to the writer, which may block. What does not fit in between is lost and counted.
 
 use std::fmt;
 use std::fs::File;
@@ -27,11 +27,11 @@ const VERSION: [u16; 2] = [2, 4];
 const ETHERNET: u32 = 1;
 const HEADER: usize = 16;
 
-/// A config value: where a card's frames are recorded, both ways and each when it was taken or delivered; see
-/// [`Net::capture`](crate::Net::capture).
+/// Describes where a card's frames are recorded; see [`Net::capture`](crate::Net::capture).
 ///
-/// The format is that of libpcap, with times in nanoseconds. A frame that stands for several is recorded as one, and checksums
-/// that were left to the other side are not there, as tcpdump shows it on a host's own card.
+/// A config value. Frames of both ways are recorded, each when it was taken or delivered. The format is that of
+/// libpcap, for tcpdump and Wireshark, with times in nanoseconds. A frame that stands for several is recorded as one.
+/// Checksums that were left to the other side are missing, as tcpdump shows it on a host's own card.
 #[derive(Clone)]
 pub struct Capture {
     sink: Sink,
@@ -50,24 +50,26 @@ impl Capture {
         Self { sink, snap: FRAME_MAX, max: MAX }
     }
 
-    /// Into this file, which is made or written over when the VM starts.
+    /// Records into this file, which is made or overwritten when the VM starts.
     pub fn file(path: impl Into<PathBuf>) -> Self {
         Self::of(Sink::File(path.into()))
     }
 
-    /// To `writer`, on a thread of its own. It may block: then frames that come too fast for it are lost to the capture, and to
-    /// nobody else. One that fails is given nothing more. It is for one card of one VM: a second would begin a second capture.
+    /// Records to `writer`, on a thread of its own.
+    ///
+    /// It may block: frames that come too fast for it are then lost to the capture alone. After a failure it is given
+    /// nothing more. It is for one card of one VM: a second would begin a second capture.
     pub fn writer(writer: impl Write + Send + 'static) -> Self {
         Self::of(Sink::Writer(Arc::new(Mutex::new(writer))))
     }
 
-    /// Records no more than the first bytes of each frame; all of them unless set.
+    /// Records at most this many bytes of each frame; all of them by default.
     pub fn snap_len(mut self, bytes: usize) -> Self {
         self.snap = bytes.min(FRAME_MAX);
         self
     }
 
-    /// Records no more than this in all, the format's own bytes included; 256 MiB unless set.
+    /// Limits the capture's size, the format's own bytes included; 256 MiB by default.
     pub fn max(mut self, size: Size) -> Self {
         self.max = size;
         self
@@ -104,13 +106,15 @@ impl fmt::Debug for Capture {
     }
 }
 
-/// What a capture has of a card's frames; see [`NetHandle::captured`](crate::NetHandle::captured).
+/// The counters of a capture; see [`NetHandle::captured`](crate::NetHandle::captured).
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct CaptureStats {
     /// Frames that were recorded.
     pub frames: u64,
-    /// Frames that were not: the writer was too slow or failed, or the capture is as large as it may be.
+    /// Frames that were not recorded.
+    ///
+    /// The writer was too slow or failed, or the capture is as large as it may be.
     pub lost: u64,
 }
 

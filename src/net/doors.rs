@@ -297,7 +297,7 @@ impl World {
 
 /// What a guest gets back of the stack for what it sends, and sockets that are made for it, while nobody on the host does
 /// anything: no more than twice as many frames, and four times as many bytes, as it sent, and one socket for each frame. Datagrams
-/// that a frame is cut into are bounded by [`Offload::check`].
+/// that a frame is cut into are bounded by `Offload::check`.
 pub fn amplification(data: &[u8]) {
     let Some(mut world) = World::new(Some(Policy::internet())) else { return };
     // Sockets are counted, and none is made. A question goes to one resolver, or to the next when that one cannot be asked.

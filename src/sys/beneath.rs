@@ -1,4 +1,6 @@
-//! [`Beneath`]: files below a folder that is held open, which no symbolic link and no `..` leads out of.
+//! [`Beneath`]: files below a directory that is held open.
+//!
+//! No symbolic link and no `..` leads out of it.
 
 use std::ffi::CString;
 use std::fs::File;

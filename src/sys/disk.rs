@@ -1,4 +1,6 @@
-//! What disk images need beyond plain files: who holds a lock, space that is left, alignment of direct I/O, devices' discard.
+//! System calls for disk images.
+//!
+//! They are for locks and who holds them, free space, alignment of direct I/O, and discards of devices.
 
 use std::ffi::CString;
 use std::fs::{self, File};

@@ -1,8 +1,8 @@
-//! What children of fork(2) do not keep: guests, their files' locks, the host's means that they use.
+//! Keeps guests, their files' locks and other descriptors from children of fork(2).
 //!
-//! Descriptors are closed on exec(2), but a child that goes on without it would hold all of them, with their locks, for as
-//! long as it lives. In such a child each of them becomes `/dev/null` at once. Nothing else of a guest's is of any use
-//! there either: its threads are not, and its memory is not mapped.
+//! Descriptors are closed on exec(2). But a child that goes on without exec would hold all of them, with their locks,
+//! for as long as it lives. In such a child each of them becomes `/dev/null` at once. Nothing else of a guest's is of
+//! any use there either: its threads are not there, and its memory is not mapped.
 
 use std::cell::UnsafeCell;
 use std::io;

@@ -1,7 +1,4 @@
-//! System calls that the standard library has no safe word for: owned descriptors in and out.
-//!
-//! Nothing here knows about virtual machines. The `unsafe` of this crate's host side that is not
-//! about guest memory or KVM lives in this folder.
+//! System calls that the standard library lacks, with owned descriptors in and out.
 #![allow(unsafe_code, reason = "raw system calls; sys/ is one of the folders that may")]
 
 mod beneath;

@@ -1,4 +1,6 @@
-//! Threads of this crate: named, with a stack of known size, and left alone by the embedder's signals.
+//! Threads of this crate.
+//!
+//! They are named, have a stack of known size, and block the embedder's signals.
 
 use std::io;
 use std::mem::MaybeUninit;

@@ -1,4 +1,4 @@
-//! [`VmBuilder`]: what a VM shall be, until `start`.
+//! [`VmBuilder`]: the configuration of a VM, until `start`.
 
 use super::cgroup::Cgroup;
 use super::config::{Console, VmConfig, Vsock};
@@ -11,7 +11,7 @@ use crate::error::Result;
 use crate::memory::Memory;
 use crate::size::Size;
 
-/// Collects what a VM shall be; see [`Vm::builder`]. Nothing is checked or done before [`VmBuilder::start`].
+/// Builds a VM; see [`Vm::builder`]. Checks and does nothing before [`VmBuilder::start`].
 #[derive(Debug, Clone)]
 #[must_use = "a builder does nothing until `start`"]
 pub struct VmBuilder {
@@ -36,20 +36,22 @@ impl VmBuilder {
         Self { config }
     }
 
-    /// How many processors the guest has: 1 to 254, 1 unless set.
+    /// Sets the number of vCPUs, 1 to 254; 1 by default.
     pub fn vcpus(mut self, n: u32) -> Self {
         self.config.vcpus = n;
         self
     }
 
-    /// Sets which processor the guest sees; the host's unless set.
+    /// Sets the processor that the guest sees; the host's by default.
     pub fn cpu(mut self, profile: CpuProfile) -> Self {
         self.config.cpu = profile;
         self
     }
 
-    /// How much memory the guest has, and what of the host's it is made of: a [`Size`] is [`Memory::anonymous`]; 256 MiB
-    /// unless set. The host gives pages as they are touched.
+    /// Sets the guest's memory; 256 MiB by default.
+    ///
+    /// [`Memory`] also says what the host backs it with; a [`Size`] is [`Memory::anonymous`]. The host gives pages as
+    /// they are touched.
     pub fn memory(mut self, memory: impl Into<Memory>) -> Self {
         self.config.memory = memory.into();
         self
@@ -61,35 +63,36 @@ impl VmBuilder {
         self
     }
 
-    /// Adds a network card. The first is `eth0` in the guest, the second `eth1`, and so on. Without one, a guest has no network.
+    /// Adds a network card; without one the guest has no network.
+    ///
+    /// The first is `eth0` in the guest, the second `eth1`, and so on.
     pub fn net(mut self, net: Net) -> Self {
         self.config.nets.push(net);
         self
     }
 
-    /// Sets where the guest's console goes; nowhere unless set.
+    /// Sets where the guest's console goes; nowhere by default.
     pub fn console(mut self, console: Console) -> Self {
         self.config.console = console;
         self
     }
 
-    /// Gives the guest a vsock device; none unless set.
+    /// Gives the guest a vsock device; none by default.
     pub fn vsock(mut self, vsock: Vsock) -> Self {
         self.config.vsock = Some(vsock);
         self
     }
 
-    /// Puts the VM's threads into a control group of their own; none unless set.
+    /// Puts the VM's threads into a control group of their own; none by default.
     pub fn cgroup(mut self, cgroup: Cgroup) -> Self {
         self.config.cgroup = Some(cgroup);
         self
     }
 
-    /// Sets the signal that takes vCPUs out of the guest: `SIGRTMIN + offset`, 10 unless set.
+    /// Sets the signal that takes vCPUs out of the guest: `SIGRTMIN + offset`, 10 by default.
     ///
-    /// The signal gets a handler that does nothing, for the whole process. What else of the process a VM changes, the crate's
-    /// documentation says.
-    /// All VMs may share it. Choose another when the process uses that one itself.
+    /// The signal gets a handler that does nothing, for the whole process; all VMs may share it. Choose another when
+    /// the process uses that one itself. The crate's documentation lists what else of the process a VM changes.
     pub fn kick_signal(mut self, offset: u8) -> Self {
         self.config.kick_signal = offset;
         self
@@ -115,13 +118,17 @@ impl VmBuilder {
         self
     }
 
-    /// Builds the machine and starts it. Returns when all its vCPUs run; blocks for a few milliseconds.
+    /// Builds the machine and starts it, and returns when all its vCPUs run.
+    ///
+    /// Blocks for a few milliseconds.
     ///
     /// # Errors
-    /// `InvalidConfig` names the method and the value that cannot work. `NotFound`, `PermissionDenied` and
-    /// `Unsupported` say what this host lacks (see [`Host`](crate::Host)), `Unsupported` and `Incompatible` also what of a
-    /// [`CpuProfile`] it cannot show; `ResourceExhausted` which limit was met, or which disk another VM holds. Nothing is
-    /// left behind.
+    /// - `InvalidConfig` names the method and the value that cannot work.
+    /// - `NotFound`, `PermissionDenied` and `Unsupported` say what this host lacks (see [`Host`](crate::Host)).
+    /// - `Unsupported` and `Incompatible` also say what of a [`CpuProfile`] it cannot show.
+    /// - `ResourceExhausted` says which limit was met, or which disk another VM holds.
+    ///
+    /// Nothing is left behind.
     pub fn start(self) -> Result<Vm> {
         machine::start(&self.config).map_err(|e| e.doing("starting VM"))
     }

@@ -1,7 +1,7 @@
-//! [`Cgroup`]: what of the host's processors a VM's threads get, by a control group of their own.
+//! [`Cgroup`]: a control group for a VM's threads, which divides processor time.
 //!
-//! A threaded group (Linux cgroup v2, "Threads"), since all VMs are threads of one process: it divides processor time and
-//! nothing else. Made before the VM, entered by each of its threads, removed with the handle by [`Leaf`]'s drop.
+//! It is a threaded group (Linux cgroup v2, "Threads"), since all VMs are threads of one process, so it divides
+//! processor time alone. It is made before the VM, entered by each of its threads, and removed by [`Leaf`]'s drop.
 
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -23,12 +23,13 @@ const PRESSURE: &[u8] = b"full 50000 1000000\0";
 /// Threads that were joined leave their group a moment later.
 const LEAVING: Duration = Duration::from_millis(500);
 
-/// A config value: a control group (cgroup v2) for the threads of a VM, which says what of the host's processors they get.
+/// Describes a control group (cgroup v2) for the threads of a VM; a config value.
 ///
-/// Without one, a VM's threads are threads of the process like any other. With one, a VM with many busy vCPUs gets no more
-/// than one with a single vCPU and the same weight. The group above becomes a *threaded domain* for as long as there are
-/// VMs below it, which needs it to be delegated to this process (systemd: `Delegate=yes`) and to have no other groups with
-/// processes below it.
+/// It divides the host's processor time. Without one, a VM's threads are threads of the process like any other. With
+/// one, a VM with many busy vCPUs gets no more than one with a single vCPU and the same weight.
+///
+/// The parent group becomes a *threaded domain* for as long as there are VMs below it. So it must be delegated to this
+/// process (systemd: `Delegate=yes`), and have no other groups with processes below it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Cgroup {
     parent: Option<PathBuf>,
@@ -38,31 +39,36 @@ pub struct Cgroup {
 }
 
 impl Cgroup {
-    /// Below the group that this process is in.
+    /// Makes the group below the one that this process is in.
     #[allow(clippy::new_without_default, reason = "a group is asked for, never the default")]
     pub fn new() -> Self {
         Self { parent: None, weight: 100, cpus: None, optional: false }
     }
 
-    /// Below the group whose folder is `path`. This process must be in it or below it: threads cannot leave their process.
+    /// Makes the group below the one whose directory is `path`.
+    ///
+    /// This process must be in that group or below it: threads cannot leave their process.
     pub fn under(path: impl Into<PathBuf>) -> Self {
         Self { parent: Some(path.into()), ..Self::new() }
     }
 
-    /// The VM's share, when processors are short, beside that of others: 1 to 10,000, 100 unless set (`cpu.weight`).
+    /// Sets the VM's share when processors are short, 1 to 10,000; 100 by default (`cpu.weight`).
     pub fn weight(mut self, weight: u32) -> Self {
         self.weight = weight;
         self
     }
 
-    /// The most that the VM may use even when processors idle: the time of `n` of them, such as 0.5 (`cpu.max`, in periods
-    /// of 100 ms). Leave room for device threads beside the vCPUs.
+    /// Limits the VM to the time of `n` processors, such as 0.5, even when processors idle.
+    ///
+    /// That is `cpu.max`, in periods of 100 ms. Leave room for device threads beside the vCPUs.
     pub fn cpus(mut self, n: f64) -> Self {
         self.cpus = Some(n);
         self
     }
 
-    /// Where the host allows no such group, the VM starts without one, and [`EventKind::Degraded`] says why.
+    /// Lets the VM start without a group where the host allows none.
+    ///
+    /// [`EventKind::Degraded`] then says why.
     ///
     /// [`EventKind::Degraded`]: crate::EventKind::Degraded
     pub fn optional(mut self) -> Self {

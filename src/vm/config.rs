@@ -13,22 +13,24 @@ use crate::error::{Error, Result};
 use crate::memory::Memory;
 use crate::virtio::blk::Blk;
 
-/// A config value: where the guest's console goes, beside the tail that every report of an end carries.
+/// Describes where the guest's console goes; a config value.
+///
+/// The last 64 KiB are kept in any case, for the report of an end.
 #[derive(Clone, Default)]
 pub struct Console {
     pub(super) writer: Option<Arc<Mutex<dyn Write + Send>>>,
 }
 
 impl Console {
-    /// Nowhere.
+    /// Sends the console nowhere.
     pub fn none() -> Self {
         Self::default()
     }
 
-    /// Everything printed on `hvc0` and `ttyS0` is given to `writer`, on a thread of its own.
+    /// Gives all output of `hvc0` and `ttyS0` to `writer`, on a thread of its own.
     ///
-    /// It may block, and nobody waits for it: of what is printed meanwhile, 256 KiB are kept for it. The rest is lost to it, and
-    /// counted in [`DeviceStats::dropped`](crate::DeviceStats::dropped).
+    /// It may block without delaying the guest: 256 KiB of later output are kept for it. What is beyond that is lost to
+    /// it, and counted in [`DeviceStats::dropped`](crate::DeviceStats::dropped).
     pub fn writer(writer: impl Write + Send + 'static) -> Self {
         Self { writer: Some(Arc::new(Mutex::new(writer))) }
     }
@@ -40,7 +42,7 @@ impl fmt::Debug for Console {
     }
 }
 
-/// A config value: a vsock device, by which guest programs and the embedder connect to each other.
+/// Describes a vsock device, which connects guest programs and the embedder; a config value.
 ///
 /// The guest's address is CID 3, the host's CID 2. No files, no host vsock module: everything stays in this process.
 #[derive(Debug, Clone, Default)]
@@ -49,13 +51,14 @@ pub struct Vsock {
 }
 
 impl Vsock {
-    /// A device that nobody listens on yet.
+    /// Describes a device without listeners.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Guests may connect to `port` from their first instruction on; [`Vm::listen`](crate::Vm::listen) takes the
-    /// connections, also those made before it was called.
+    /// Listens on `port` from the guest's first instruction on.
+    ///
+    /// [`Vm::listen`](crate::Vm::listen) takes the connections, also earlier ones.
     pub fn listen(mut self, port: u32) -> Self {
         self.ports.push(port);
         self

@@ -1,4 +1,4 @@
-//! [`Disk`]: what a disk of a VM shall be. [`DiskHandle`]: a disk of a VM that runs.
+//! [`Disk`]: the configuration of a disk. [`DiskHandle`]: a disk of a running VM.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -17,7 +17,7 @@ const SERIAL_MAX: usize = 20;
 /// Queues of one disk; each takes descriptors of the host's.
 const QUEUES_MAX: u32 = 64;
 
-/// A config value: one disk of a VM.
+/// Describes one disk of a VM; a config value.
 #[derive(Debug, Clone)]
 pub struct Disk {
     source: Source,
@@ -83,89 +83,107 @@ impl Disk {
         Self::sharing(Source::File(Arc::new(file)))
     }
 
-    /// A raw image file, or a block device of the host, to read and write in place.
+    /// Uses a raw image file or a block device of the host, in place.
     ///
-    /// While a VM runs it is locked: many may read an image at once, but who writes has it alone. Flushes of the guest
-    /// are answered when the data is on stable storage.
+    /// While a VM runs the file is locked: many may read an image at once, and a writer has it alone. A flush of the
+    /// guest is answered when the data is on stable storage.
     pub fn file(path: impl Into<PathBuf>) -> Self {
         Self::of(Source::Path(path.into()))
     }
 
-    /// A raw image that is open already, for reading and writing unless [`Disk::read_only`] follows. It is not locked:
-    /// whoever opened it knows who else uses it.
+    /// Uses a raw image that is open already, for reading and writing unless [`Disk::read_only`] follows.
+    ///
+    /// It is not locked: the caller knows who else uses it.
     pub fn open_file(file: File) -> Self {
         Self::of(Source::File(Arc::new(file)))
     }
 
-    /// An empty disk of `size` that is gone with the VM. Takes space on the host, in the folder for temporary files,
-    /// as the guest writes.
+    /// Makes an empty disk of `size` that is gone with the VM.
+    ///
+    /// It lies in the directory for temporary files, and takes space there as the guest writes.
     pub fn scratch(size: Size) -> Self {
         Self::sharing(Source::Scratch(size))
     }
 
-    /// The same in memory of the host, which it takes as the guest writes and gives back as the guest discards.
+    /// Makes an empty disk of `size` in the host's memory.
+    ///
+    /// It takes memory as the guest writes, and gives it back as the guest discards.
     pub fn memory(size: Size) -> Self {
         Self::of(Source::Memory(size))
     }
 
-    /// A private copy of `base`, which is only read and may be shared by any number of VMs, also through the host's page
-    /// cache. What the guest writes goes into a sparse file in the folder for temporary files, or in [`Disk::folder`], and is
-    /// gone with the VM, so that flushes have nothing to do; with [`Disk::at`] it is kept, and flushes are durable.
+    /// Makes a private, copy-on-write copy of `base`.
+    ///
+    /// `base` is only read. Any number of VMs may share it, also through the host's page cache. What the guest writes
+    /// goes into a sparse file in the directory for temporary files, or in [`Disk::folder`]. That file is gone with the
+    /// VM, so flushes do nothing. With [`Disk::at`] it is kept, and flushes are durable.
     pub fn overlay(base: impl Into<Base>) -> Self {
         let base = base.into();
         Self::sharing(Source::Overlay(Lying { base, at: None, folder: None, size: None, max: None }))
     }
 
-    /// An image in QEMU's format qcow2 (version 3; version 2 to be read only). It may have backing files in the folder of
-    /// [`Disk::backing_folder`], and none unless that is set. Encryption, internal snapshots and data files apart are not supported.
+    /// Uses an image in QEMU's format qcow2.
     ///
-    /// While it is written it is marked as QEMU does with lazy reference counts. When the VM's process was killed or the host lost
-    /// power, all that was flushed is there. Who then opens the image for writing counts its references again, which takes as long
-    /// as reading its tables; to be read only, or as a backing file, it is refused until somebody did. Overlays need no such
-    /// thing, and are faster.
+    /// Version 3 can be written, version 2 only read. Backing files must lie in the directory of
+    /// [`Disk::backing_folder`]; without that the image may have none. Encryption, internal snapshots and external data
+    /// files are not supported.
+    ///
+    /// While the image is written it is marked as QEMU does with lazy reference counts. After the VM's process was
+    /// killed, or the host lost power, all that was flushed is there. The next open for writing counts the references
+    /// again, which takes as long as reading the image's tables. Until then the image cannot be opened to be read only,
+    /// or as a backing file. Overlays need no such thing, and are faster.
     #[cfg(feature = "qcow2")]
     pub fn qcow2(path: impl Into<PathBuf>) -> Self {
         Self::of(Source::Qcow2 { path: path.into(), folder: None })
     }
 
-    /// The guest may only read it.
+    /// Lets the guest only read the disk.
     pub fn read_only(mut self) -> Self {
         self.read_only = true;
         self
     }
 
-    /// Takes no lock on a [`Disk::file`]: its owner sees to it that nobody writes what another uses, or that the guests'
-    /// file systems are made for it.
+    /// Takes no lock on a [`Disk::file`].
+    ///
+    /// The caller then ensures that nobody writes an image which another uses, or that the guests' file systems are
+    /// made for it.
     pub fn unlocked(mut self) -> Self {
         self.locked = false;
         self
     }
 
-    /// Reads and writes a [`Disk::file`] past the host's page cache (`O_DIRECT`). Requests that are not aligned as the host
-    /// needs it go through a buffer, which is slow.
+    /// Reads and writes a [`Disk::file`] past the host's page cache (`O_DIRECT`).
+    ///
+    /// Requests that are not aligned as the host needs it go through a buffer, which is slow.
     pub fn direct(mut self) -> Self {
         self.direct = true;
         self
     }
 
-    /// Keeps an overlay in this file. It is made when it is not there, else it must be one of the same base.
+    /// Keeps an overlay in this file.
+    ///
+    /// The file is made when it is not there. Else it must be an overlay of the same base.
     pub fn at(self, path: impl Into<PathBuf>) -> Self {
         let path = path.into();
         self.lying("at", |it| it.at = Some(path))
     }
 
-    /// Where an overlay is that is not kept; the folder for temporary files unless set.
+    /// Sets the directory of an overlay that is not kept.
+    ///
+    /// It is the directory for temporary files by default.
     pub fn folder(self, folder: impl Into<PathBuf>) -> Self {
         let folder = folder.into();
         self.lying("folder", |it| it.folder = Some(folder))
     }
 
-    /// How large a new overlay is; as large as its base unless set.
+    /// Sets the size of a new overlay; the size of its base by default.
     pub fn size(self, size: Size) -> Self {
         self.lying("size", |it| it.size = Some(size))
     }
 
-    /// How much space an overlay may take up on the host. Writes beyond fail with "no space left on device".
+    /// Limits the space that an overlay takes on the host.
+    ///
+    /// Writes beyond fail with "no space left on device".
     pub fn max(self, space: Size) -> Self {
         self.lying("max", |it| it.max = Some(space))
     }
@@ -178,8 +196,10 @@ impl Disk {
         self
     }
 
-    /// Allows backing files of a [`Disk::qcow2`] in this folder and below; none unless set. The image itself says which of them its
-    /// guest sees, so nothing else should be there. Symbolic links in the folder are not followed.
+    /// Allows backing files of a [`Disk::qcow2`] in this directory and below.
+    ///
+    /// None are allowed by default. The image chooses which of them its guest sees, so nothing else should lie there.
+    /// Symbolic links in the directory are not followed.
     #[cfg(feature = "qcow2")]
     pub fn backing_folder(mut self, dir: impl Into<PathBuf>) -> Self {
         match &mut self.source {
@@ -189,38 +209,44 @@ impl Disk {
         self
     }
 
-    /// Sets the serial number by which the guest can find the disk, whatever its letter: `/sys/block/*/serial`, and in
-    /// systems with udev `/dev/disk/by-id/virtio-SERIAL`. At most 20 visible ASCII characters, other for each disk of a VM;
-    /// `disk0`, `disk1` and so on, in their order, unless set.
+    /// Sets the serial number, by which the guest finds the disk whatever its letter.
+    ///
+    /// The guest sees it in `/sys/block/*/serial` and, in systems with udev, as `/dev/disk/by-id/virtio-SERIAL`. It has
+    /// 1 to 20 visible ASCII characters, and differs for each disk of a VM. By default it is `disk0`, `disk1` and so
+    /// on, in the order of the disks.
     pub fn serial(mut self, serial: impl Into<String>) -> Self {
         self.serial = Some(serial.into());
         self
     }
 
-    /// How many queues the guest may use at once, 1 to 64; 1 unless set. More than the guest has processors are of no use.
+    /// Sets how many queues the guest may use at once, 1 to 64.
+    ///
+    /// It is 1 by default. More queues than the guest has vCPUs are of no use.
     pub fn queues(mut self, n: u32) -> Self {
         self.queues = n;
         self
     }
 
-    /// Sets what moves the disk's bytes; [`DiskEngine::Auto`] unless set.
+    /// Sets what moves the disk's bytes; [`DiskEngine::Auto`] by default.
     pub fn engine(mut self, engine: DiskEngine) -> Self {
         self.options.engine = engine;
         self
     }
 
-    /// Sets what a flush of the guest means; [`Cache::Durable`] unless set.
+    /// Sets what a flush of the guest means; [`Cache::Durable`] by default.
     ///
-    /// After a sync has failed, all later flushes fail too, as do writes of a guest that turned its write cache off: the host
-    /// tells of lost data once and then forgets it, so that a sync that works later proves nothing.
+    /// Once a sync of the host has failed, every later flush fails, as do writes of a guest that turned its write cache
+    /// off. Linux reports lost data only once, so a later sync that succeeds proves nothing.
     pub fn cache(mut self, cache: Cache) -> Self {
         self.options.cache = cache;
         self
     }
 
-    /// Sets what happens when the host fails to do what the guest asked for. Unless set, the guest is told of errors of
-    /// reading and writing, as by a real disk, and waits when there is no room: [`ErrorAction::Report`] for
-    /// [`ErrorClass::Read`] and [`ErrorClass::Write`], [`ErrorAction::Pause`] for [`ErrorClass::NoSpace`].
+    /// Sets what happens when the host fails to do what the guest asked for.
+    ///
+    /// By default the guest gets errors of reading and writing, as from a real disk, and waits when there is no space.
+    /// That is [`ErrorAction::Report`] for [`ErrorClass::Read`] and [`ErrorClass::Write`], and [`ErrorAction::Pause`]
+    /// for [`ErrorClass::NoSpace`].
     ///
     /// Each failure is an [`EventKind::DiskError`](crate::EventKind::DiskError); of a flood of them, ten a second.
     pub fn on_error(mut self, class: ErrorClass, action: ErrorAction) -> Self {
@@ -228,27 +254,33 @@ impl Disk {
         self
     }
 
-    /// Sets how much the disk may do; [`DiskHandle::set_limit`] changes it while the VM runs. Nothing is limited unless set.
+    /// Limits the disk's rates; nothing is limited by default.
+    ///
+    /// [`DiskHandle::set_limit`] changes them while the VM runs.
     pub fn limit(mut self, limit: DiskLimit) -> Self {
         self.options.limit = limit;
         self
     }
 
-    /// The VM does not start unless the disk's file system has so much space left, and
-    /// [`EventKind::DiskSpaceLow`](crate::EventKind::DiskSpaceLow) tells when there is less while it runs.
+    /// Sets how much space the disk's file system must have left.
+    ///
+    /// With less the VM does not start. When there is less while it runs, that is an
+    /// [`EventKind::DiskSpaceLow`](crate::EventKind::DiskSpaceLow).
     pub fn headroom(mut self, space: Size) -> Self {
         self.options.headroom = Some(space.as_bytes());
         self
     }
 
-    /// Sets how much space writes leave of the host's file system. What would take more fails with "no space left on device",
-    /// as on a host that is full ([`Disk::on_error`]); what has its place already is written all the same.
+    /// Sets how much free space writes leave on the host's file system.
     ///
-    /// All disks of this process on one file system are counted together, what they have under way included. What others take there
-    /// is seen once a second, and whenever 64 MiB were taken: so much more may go meanwhile.
+    /// A write that would take more fails with "no space left on device", as on a full host ([`Disk::on_error`]). A
+    /// write to space that the disk has already is done all the same.
     ///
-    /// Unless set, [`Disk::scratch`] and [`Disk::overlay`] leave 5 % of the file system, at most 1 GiB, so that a guest takes the
-    /// host's own work no room. All others leave nothing.
+    /// All disks of this process on one file system count together, with their requests in flight. What other programs
+    /// take there is seen once a second, and whenever 64 MiB were taken; so much more may be taken meanwhile.
+    ///
+    /// By default [`Disk::scratch`] and [`Disk::overlay`] leave 5 % of the file system, at most 1 GiB, for the host's
+    /// own work. All others leave nothing.
     pub fn reserve(mut self, space: Size) -> Self {
         self.options.reserve = Reserve::Bytes(space.as_bytes());
         self
@@ -342,19 +374,20 @@ impl Lying {
     }
 }
 
-/// What a disk takes up; see [`DiskHandle::usage`].
+/// The size of a disk; see [`DiskHandle::usage`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct DiskUsage {
-    /// On the host.
+    /// Space that it takes on the host.
     pub allocated: Size,
-    /// As the guest sees it.
+    /// Size that the guest sees.
     pub capacity: Size,
 }
 
-/// One disk of a VM that runs; see [`Vm::disk`](crate::Vm::disk). Cheap to clone.
+/// A disk of a running VM; see [`Vm::disk`](crate::Vm::disk). Cheap to clone.
 ///
-/// Calls ask the disk's thread and wait for its answer. On a file that does not answer, one may wait as long as that.
+/// Calls ask the disk's thread, and fail with `TimedOut` when it does not answer within ten seconds, such as on a file
+/// that does not answer.
 #[derive(Debug, Clone)]
 pub struct DiskHandle {
     pub(super) name: String,
@@ -362,7 +395,9 @@ pub struct DiskHandle {
 }
 
 impl DiskHandle {
-    /// Changes how much the disk may do from now on, [`DiskLimit::none`] for no limit. What waits goes on by the new one.
+    /// Replaces the disk's limit from now on; [`DiskLimit::none`] for none.
+    ///
+    /// What waits goes on by the new limit.
     ///
     /// # Errors
     /// `InvalidConfig` for a rate of zero, `InvalidState` when the VM has ended.
@@ -371,11 +406,15 @@ impl DiskHandle {
         self.device.with(move |disk, _| disk.set_limit(&limit)).map_err(|e| self.doing(e, "changing the limit"))
     }
 
-    /// Makes the disk larger, and its image; the guest is told, and sees the new size at once. What is new reads as zeroes.
+    /// Makes the disk larger, and its image.
+    ///
+    /// The guest is told, and sees the new size at once. The new part reads as zeroes.
     ///
     /// # Errors
-    /// `InvalidConfig` for less than it is, or not whole sectors of 512 bytes; `PermissionDenied` for one that is
-    /// read-only; `ResourceExhausted` when there is no room; `InvalidState` when the VM has ended.
+    /// - `InvalidConfig` for less than it has, or not whole sectors of 512 bytes.
+    /// - `PermissionDenied` for a disk that is read-only.
+    /// - `ResourceExhausted` when there is no space.
+    /// - `InvalidState` when the VM has ended.
     pub fn grow(&self, size: Size) -> Result<()> {
         let grown = self.device.with(move |disk, io| {
             let (_, now) = disk.usage()?;
@@ -391,7 +430,7 @@ impl DiskHandle {
         grown.and_then(|outcome| outcome).map_err(|e| self.doing(e, "growing it"))
     }
 
-    /// How much room it takes up on the host, and how large it is for the guest.
+    /// Returns the space that it takes on the host, and its size for the guest.
     ///
     /// # Errors
     /// `InvalidState` when the VM has ended, `Io` when the host cannot tell.

@@ -1,6 +1,6 @@
-//! What happens to a VM, as a stream: a bounded log that everybody reads at their own pace.
+//! The events of a VM, in a bounded log that each reader reads at its own pace.
 //!
-//! Whoever writes never waits for a reader: one who is too slow is told how many events were dropped.
+//! The writer never waits for a reader: one that is too slow learns how many events were dropped.
 
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
@@ -60,17 +60,22 @@ pub enum EventKind {
     },
     /// The host could not do what the guest asked of a disk.
     DiskError(DiskFault),
-    /// A limit makes it wait: `disk0` for [`Disk::limit`](crate::Disk::limit), `net0` for [`Net::limit`](crate::Net::limit), `vcpus`
-    /// for [`Cgroup::cpus`](crate::Cgroup::cpus), the latter where the host measures pressure (PSI). Told at most once a second
-    /// for each; [`Stats`](crate::Stats) say how often and how long.
+    /// A limit makes a device or the vCPUs wait.
+    ///
+    /// That is `disk0` for [`Disk::limit`](crate::Disk::limit), `net0` for [`Net::limit`](crate::Net::limit), and
+    /// `vcpus` for [`Cgroup::cpus`](crate::Cgroup::cpus) where the host measures pressure (PSI). Told at most once a
+    /// second for each; [`Stats`](crate::Stats) say how often and how long.
     Throttled {
         /// What waits.
         what: String,
     },
-    /// The guest wanted to go where the policy of its network does not let it. Of a flood of them some are counted only.
+    /// The policy of a network denied a connection or a name to the guest.
+    ///
+    /// Of a flood of them some are only counted.
     Denied(Denial),
-    /// Where a disk is, the host has less space left than [`Disk::headroom`](crate::Disk::headroom). Told once until there is
-    /// more again; looked at once a second while the guest writes.
+    /// A disk's file system has less space left than [`Disk::headroom`](crate::Disk::headroom).
+    ///
+    /// Told once until there is more again. It is checked once a second while the guest writes.
     DiskSpaceLow {
         /// The disk's name: `disk0` is the first.
         disk: String,
@@ -184,8 +189,9 @@ impl Log {
 /// The events of one VM, from its start on; see [`Vm::events`](crate::Vm::events).
 ///
 /// The descriptor behind [`AsFd`] is readable while there is something to read, and once the last event was read. The
-/// last 256 events are kept, and of more the oldest of the most frequent kind goes. A reader gets [`EventKind::Missed`] in the
-/// place of what it missed, and the VM never waits for one.
+/// last 256 events are kept; of more, the oldest of the most frequent kind goes. A reader gets [`EventKind::Missed`] in
+/// the place of what it missed, and the VM never waits for one.
+///
 /// The stream outlives the VM's handle. As an iterator it blocks until the next event, and ends after
 /// [`EventKind::Ended`].
 #[derive(Debug)]
@@ -197,12 +203,14 @@ pub struct Events {
 }
 
 impl Events {
-    /// The next event if there is one already. Never waits.
+    /// Returns the next event if there is one already. Never waits.
     pub fn try_next(&self) -> Option<Event> {
         self.read(&mut self.log.state())
     }
 
-    /// The next event, waiting for it at most `timeout`. `None` when none came, or when the last one was read.
+    /// Returns the next event, waiting for it at most `timeout`.
+    ///
+    /// `None` when none came, or when the last one was read.
     pub fn next_timeout(&self, timeout: Duration) -> Option<Event> {
         let deadline = deadline(timeout);
         let mut state = self.log.state();

@@ -1,4 +1,4 @@
-//! How a VM ended, how far it came, and what a person needs to find out why.
+//! How a VM ended, how far it came, and what explains it.
 
 use std::fmt;
 use std::sync::OnceLock;

@@ -1,7 +1,7 @@
-//! Guests that have ended and cannot say so: all vCPUs halted, with interrupts disabled.
+//! Guests that have ended and cannot report it: all vCPUs halted, with interrupts disabled.
 //!
-//! A kernel that powers off and has no means to (Linux without ACPI, whatever its init says) ends there, and so does
-//! `halt` on any kernel. KVM reports nothing then. So each vCPU's thread looks at its own vCPU every now and then.
+//! A kernel ends there when it powers off without the means to, such as Linux without ACPI. So does `halt` on any
+//! kernel. KVM reports nothing then. So each vCPU's thread checks its own vCPU every second.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};

@@ -73,10 +73,13 @@ const PAUSE_MARGIN: Duration = Duration::from_secs(1);
 /// were asked last, and some more. On a host that works it takes milliseconds.
 const END_TIMEOUT: Duration = Duration::from_secs(15);
 
-/// A running virtual machine. Any number live in one process; each has its own threads and nothing in common.
+/// A running virtual machine. Any number live in one process.
 ///
-/// The handle may be used from any thread. Dropping it kills the guest and waits until its threads have ended, at most 15
-/// seconds: a thread that hangs in a file of the host's which does not answer is left behind.
+/// Each has its own threads. The [crate's documentation](crate) lists what guests of one process share all the same.
+///
+/// The handle may be used from any thread. Dropping it kills the guest and waits until its threads have ended, at most
+/// 15 seconds. A thread that hangs in a file of the host's is left behind then.
+///
 /// The descriptor behind [`AsFd`] becomes readable when the VM has ended, for poll, epoll, tokio, smol or mio.
 pub struct Vm {
     shared: Arc<Shared>,
@@ -105,8 +108,9 @@ struct Handles {
 }
 
 impl Vm {
-    /// Begins to describe a VM that boots `kernel`: one vCPU, 256 MiB of memory, nothing else, unless the builder's
-    /// methods say so.
+    /// Returns a builder for a VM that boots `kernel`.
+    ///
+    /// By default it has one vCPU, 256 MiB of memory, and nothing else.
     pub fn builder(kernel: Kernel) -> VmBuilder {
         VmBuilder::new(kernel)
     }
@@ -123,15 +127,17 @@ impl Vm {
         Self { shared, threads, pump, paused, listeners, handles, left_behind: AtomicBool::new(false), cgroup }
     }
 
-    /// Waits until the VM has ended, however that comes about. May be called again and from many threads.
+    /// Waits until the VM has ended.
+    ///
+    /// May be called repeatedly and from many threads.
     ///
     /// # Errors
-    /// None today; a `Result` so that ends which cannot be told need no other signature.
+    /// None today. Returns `Result` so that failures can be added without a breaking change.
     pub fn wait(&self) -> Result<Exit> {
         self.shared.wait(None).ok_or_else(|| Error::new(ErrorKind::InvalidState, "the machine's end is unknown"))
     }
 
-    /// Waits until the VM has ended, but not longer than `timeout`; `None` means that it still runs.
+    /// Waits until the VM has ended, at most `timeout`; `None` when it still runs.
     ///
     /// # Errors
     /// As [`Vm::wait`].
@@ -139,7 +145,7 @@ impl Vm {
         Ok(self.shared.wait(deadline(timeout)))
     }
 
-    /// How the VM ended, or `None` while it runs. Never waits.
+    /// Returns how the VM ended, or `None` while it runs. Never waits.
     ///
     /// # Errors
     /// As [`Vm::wait`].
@@ -147,16 +153,17 @@ impl Vm {
         self.wait_timeout(Duration::ZERO)
     }
 
-    /// Asks the guest to shut down, and kills it when it has not ended after `grace`. A guest without a keyboard driver is
-    /// not asked and killed after `grace`; a paused one goes on first.
+    /// Asks the guest to shut down, and kills it when it still runs after `grace`.
     ///
-    /// It is asked by two keys of its keyboard. First the power key, upon which systems with systemd-logind or acpid power
-    /// off. When it still runs after a quarter of `grace`, at most ten seconds, Ctrl-Alt-Del, which every init understands:
-    /// most end with a reset, which is [`Exit::Reboot`] and starts nothing again. A systemd that is powering off already is not
-    /// disturbed by it.
+    /// The guest is asked by two keys of its keyboard. First comes the power key, upon which systems with
+    /// systemd-logind or acpid power off. When it still runs after a quarter of `grace`, at most ten seconds,
+    /// Ctrl-Alt-Del follows, which every init understands. Most inits end with a reset, which is [`Exit::Reboot`] and
+    /// starts nothing again. A systemd that is powering off already is not disturbed by it.
     ///
-    /// A killed machine has ended within milliseconds, and after 15 seconds at most, where a file of the host's does not
-    /// answer.
+    /// A guest without a keyboard driver cannot be asked, and is killed after `grace`. A paused one goes on first.
+    ///
+    /// A killed machine has ended within milliseconds, and after 15 seconds at most, where a file of the host's does
+    /// not answer.
     ///
     /// # Errors
     /// `TimedOut` when the killed machine has not ended after those 15 seconds.
@@ -192,15 +199,18 @@ impl Vm {
         })
     }
 
-    /// Stops the guest where it is: when this returns no vCPU runs and no device touches the guest's memory, until
-    /// [`Vm::resume`]. Idempotent. Waits for what a device is doing at this moment, at most 11 seconds.
+    /// Stops the guest where it is, until [`Vm::resume`]. Idempotent.
     ///
-    /// Clocks go on, as they do for a stopped process: timers that come due meanwhile fire at once afterwards. The guest
-    /// is told that it did not run, so that its watchdogs are quiet. What embedder and guest sent each other waits.
+    /// When this returns no vCPU runs, and no device touches the guest's memory. Waits for requests in flight, at most
+    /// 11 seconds.
+    ///
+    /// Clocks go on, as they do for a stopped process: timers that expire meanwhile fire at once afterwards. The guest
+    /// is told that it did not run, so that its watchdogs are quiet. Data in flight between embedder and guest is kept,
+    /// and delivered after [`Vm::resume`].
     ///
     /// # Errors
-    /// `InvalidState` when the VM has ended, `TimedOut` when a device is busy for too long, on a file that does not answer
-    /// say; then the guest goes on.
+    /// `InvalidState` when the VM has ended. `TimedOut` when a device is busy for too long, such as on a file that does
+    /// not answer; then the guest goes on.
     pub fn pause(&self) -> Result<()> {
         let mut paused = self.paused.lock().unwrap_or_else(PoisonError::into_inner);
         let quiet = || {
@@ -228,9 +238,10 @@ impl Vm {
         Ok(())
     }
 
-    /// Lets a paused guest go on, whether [`Vm::pause`] has paused it or a disk by [`ErrorAction::Pause`], which tries again
-    /// what had failed. Idempotent. Does not wait for the guest, but for a pause that another thread has begun: 11 seconds at
-    /// most.
+    /// Lets a paused guest go on. Idempotent.
+    ///
+    /// That is one paused by [`Vm::pause`] or by a disk ([`ErrorAction::Pause`]), which then tries again what had
+    /// failed. Does not wait for the guest, but for a pause that another thread has begun: 11 seconds at most.
     ///
     /// # Errors
     /// `InvalidState` when the VM has ended.
@@ -258,7 +269,9 @@ impl Vm {
         self.shared.gate.open();
     }
 
-    /// Ends the VM now, whatever the guest does. Idempotent; returns at once: [`Vm::wait`] tells when it is done.
+    /// Ends the VM now, whatever the guest does. Idempotent.
+    ///
+    /// Does not wait; [`Vm::wait`] returns when the VM has ended.
     pub fn kill(&self) {
         self.shared.stop(Reason::Killed, (None, None));
     }
@@ -281,12 +294,16 @@ impl Vm {
         self.shared.origin.is_here()
     }
 
-    /// What is known of the VM: while it runs, how far it has come and what it printed; after its end, how it was then.
+    /// Returns what is known of the VM now, or was known at its end.
+    ///
+    /// It says how far the guest has come and what it printed.
     pub fn trace(&self) -> Trace {
         self.shared.trace()
     }
 
-    /// What happens to the VM, from its start on. Each call gives a stream of its own, and none of them is ever waited for.
+    /// Returns a stream of the VM's events, from its start on.
+    ///
+    /// Each call returns a stream of its own, and the VM never waits for any of them.
     ///
     /// # Errors
     /// `ResourceExhausted` when the process has no descriptors left.
@@ -294,14 +311,15 @@ impl Vm {
         self.shared.log.reader()
     }
 
-    /// What processors and devices have done so far. Does not disturb the guest.
+    /// Returns the counters of vCPUs and devices. Does not disturb the guest.
     pub fn stats(&self) -> Stats {
         let vcpus = self.shared.vcpus.iter().map(vcpu::VcpuControl::stats).collect();
         Stats { vcpus, devices: self.shared.device_stats(), cgroup: self.cgroup.as_ref().map(Leaf::stats) }
     }
 
-    /// What the guest's memory costs the host, and how the guest uses it. Asks the guest and waits at most a second for
-    /// its answer, and ten for a host that is busy.
+    /// Returns what the guest's memory costs the host, and how the guest uses it.
+    ///
+    /// Waits at most a second for the guest's answer, and ten for a host that is busy.
     ///
     /// # Errors
     /// `InvalidState` when the VM has ended; `TimedOut` when the host is too busy for ten seconds.
@@ -318,8 +336,10 @@ impl Vm {
         Ok(MemoryStats { configured, resident, overhead, balloon, reported, guest })
     }
 
-    /// The file that the guest's memory is, for other processes to map: memory below the 3 GiB mark at its beginning, what
-    /// the guest has above 4 GiB right behind that. `None` unless it is [`Memory::memfd`] or [`Memory::huge`].
+    /// Returns the file of the guest's memory, which other processes can map.
+    ///
+    /// Guest memory below 3 GiB lies at its beginning, and what the guest has above 4 GiB right behind that. `None`
+    /// unless it is [`Memory::memfd`] or [`Memory::huge`].
     ///
     /// # Errors
     /// `InvalidState` when the VM has ended, `ResourceExhausted` when the process has no descriptors left.
@@ -328,12 +348,14 @@ impl Vm {
         file.map(|file| file.as_fd().try_clone_to_owned().doing(|| "opening the guest's memory once more")).transpose()
     }
 
-    /// Asks the guest to give `size` of its memory back to the host and not to use it until asked for less; at first
-    /// that is nothing. The guest does so when it can: [`MemoryStats::balloon`] tells how far it is. One that runs short
-    /// of memory takes some back by itself. Returns at once.
+    /// Asks the guest to give `size` of its memory back to the host.
     ///
-    /// What a guest frees goes back to the host without being asked for (free page reporting, in pieces of 2 MiB and
-    /// more), so this is for taking memory that it has not freed: caches, above all.
+    /// The guest does not use that memory until it is asked for less; at first it is asked for nothing. It gives memory
+    /// back when it can, and [`MemoryStats::balloon`] says how much. A guest that runs short of memory takes some back
+    /// by itself. Does not wait for the guest.
+    ///
+    /// What a guest frees goes back to the host without this (free page reporting, in pieces of 2 MiB and more). So
+    /// this is for taking memory that it has not freed: caches, above all.
     ///
     /// # Errors
     /// `InvalidConfig` for more than the guest has, `InvalidState` when the VM has ended.
@@ -352,7 +374,7 @@ impl Vm {
         self.handles.balloon.as_ref().ok_or_else(|| Error::new(ErrorKind::InvalidState, "this VM has no balloon"))
     }
 
-    /// The `n`th disk, counted from 0 in the order of [`VmBuilder::disk`], to change it while the VM runs.
+    /// Returns the `n`th disk, counted from 0 in the order of [`VmBuilder::disk`].
     ///
     /// # Errors
     /// `NotFound` when there are fewer.
@@ -363,7 +385,7 @@ impl Vm {
         })
     }
 
-    /// The `n`th network card, counted from 0 in the order of [`VmBuilder::net`], to change it while the VM runs.
+    /// Returns the `n`th network card, counted from 0 in the order of [`VmBuilder::net`].
     ///
     /// # Errors
     /// `NotFound` when there are fewer.
@@ -374,13 +396,14 @@ impl Vm {
         })
     }
 
-    /// When each stage was reached, counted from the call of `start`.
+    /// Returns when each stage was reached, counted from the call of `start`.
     pub fn timeline(&self) -> Timeline {
         self.shared.marks.timeline()
     }
 
-    /// Takes the connections that guest programs make to `port` of the host (CID 2). When the port was configured with
-    /// [`Vsock::listen`], those made before are waiting already.
+    /// Listens for connections that guest programs make to `port` of the host (CID 2).
+    ///
+    /// When the port was configured with [`Vsock::listen`], earlier connections are waiting already.
     ///
     /// # Errors
     /// `AlreadyExists` when there is a listener for it, `InvalidState` without a vsock device or when the VM has ended.
@@ -393,12 +416,13 @@ impl Vm {
         self.vsock()?.with(move |vsock, _| vsock.listen(port))?
     }
 
-    /// Connects to a program in the guest that listens on vsock port `port`. Waits at most ten seconds for its answer, and ten
-    /// for a host that is busy.
+    /// Connects to a program in the guest that listens on vsock port `port`.
+    ///
+    /// Waits at most ten seconds for its answer, and ten for a host that is busy.
     ///
     /// # Errors
-    /// `NotFound` when nobody listens there, `InvalidState` without a vsock device, before the guest has set it up or
-    /// when the VM has ended, `TimedOut` when the guest does not answer.
+    /// `NotFound` when nothing listens there. `InvalidState` without a vsock device, before the guest has set it up, or
+    /// when the VM has ended. `TimedOut` when the guest does not answer.
     pub fn connect(&self, port: u32) -> Result<VsockStream> {
         let (answer, wait) = mpsc::sync_channel(1);
         self.vsock()?.with(move |vsock, io| vsock.connect(io, port, answer))?;

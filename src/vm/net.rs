@@ -1,4 +1,4 @@
-//! [`Net`]: what a network card of a VM shall be connected to. [`NetHandle`]: a card of a VM that runs.
+//! [`Net`]: the configuration of a network card. [`NetHandle`]: a card of a running VM.
 
 use std::fmt;
 use std::fs::File;
@@ -18,7 +18,9 @@ use crate::virtio::net::{self, PAIRS_MAX};
 /// Sizes of a packet that a card can be told (Virtio 1.3, 5.1.4.1: at least 68); every host takes 576 (RFC 791, 3.1).
 const MTU: std::ops::RangeInclusive<u32> = 576..=65535;
 
-/// A config value: one network card of a VM, and what it is connected to. A VM has none unless asked.
+/// Describes one network card of a VM, and its connection; a config value.
+///
+/// A VM has none by default.
 #[derive(Debug, Clone)]
 pub struct Net {
     source: Source,
@@ -85,7 +87,7 @@ struct User {
     loopback: bool,
 }
 
-/// A config value: a port of the host that leads to one of the guest; see [`Net::publish`].
+/// A port of the host that leads to one of the guest; see [`Net::publish`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Port {
     tcp: bool,
@@ -95,17 +97,23 @@ pub struct Port {
 }
 
 impl Port {
-    /// Connections to this address of the host are made to the guest's port. Port 0 of the host is any that is free.
+    /// Leads TCP connections at this address of the host to a port of the guest.
+    ///
+    /// Port 0 of the host is any that is free.
     pub fn tcp(host: impl Into<SocketAddr>, guest: u16) -> Self {
         Self { tcp: true, host: host.into(), guest, callers: Vec::new() }
     }
 
-    /// The same for datagrams.
+    /// Leads UDP datagrams at this address of the host to a port of the guest.
+    ///
+    /// Port 0 of the host is any that is free.
     pub fn udp(host: impl Into<SocketAddr>, guest: u16) -> Self {
         Self { tcp: false, ..Self::tcp(host, guest) }
     }
 
-    /// Only callers of this range are heard; repeated, those of any. Everybody is unless set.
+    /// Accepts callers of this range only. Call repeatedly to add ranges.
+    ///
+    /// By default all callers are accepted.
     pub fn caller(mut self, range: impl Into<Cidr>) -> Self {
         self.callers.push(range.into());
         self
@@ -119,23 +127,26 @@ impl Port {
 }
 
 impl Net {
-    /// A network without privileges: the guest's connections end in this process, which opens ordinary sockets of the host for
-    /// them where `policy` allows it. TCP, UDP and ping; IPv4 and IPv6. The guest is 10.0.2.15 and fd63:6f66:6665::15; the
-    /// gateway, which is router, DHCP server and resolver for names, 10.0.2.2 and fd63:6f66:6665::2. Datagrams and pings that are
-    /// larger than a packet go in fragments, both ways.
+    /// Connects the card to a network that needs no privileges on the host.
     ///
-    /// What the policy denies is an [`EventKind::Denied`](crate::EventKind::Denied).
+    /// The guest's connections end in this process. It opens ordinary sockets of the host for them where `policy`
+    /// allows it: TCP, UDP and ping, over IPv4 and IPv6. What the policy denies is an
+    /// [`EventKind::Denied`](crate::EventKind::Denied).
+    ///
+    /// The guest is 10.0.2.15 and fd63:6f66:6665::15. The gateway is 10.0.2.2 and fd63:6f66:6665::2: router, DHCP
+    /// server and resolver for names. Datagrams and pings that are larger than a packet go in fragments, both ways.
     pub fn user(policy: Policy) -> Self {
         Self::of(Source::User(Box::new(User { policy, ports: Vec::new(), loopback: false })))
     }
 
-    /// Publishes a port of the guest on the host, of a [`Net::user`], on any of its addresses of IPv4 and IPv6. To the guest all
-    /// callers seem to be the gateway. [`NetHandle::published`] says where.
+    /// Publishes a port of the guest of a [`Net::user`] on an address of the host.
     ///
-    /// A service is found on the guest's IPv4 address or its own IPv6 address, and in a container also where it listens on
-    /// 127.0.0.1 alone; one on ::1 alone is reached by `Container::connect` only. Where nobody listens, the caller of a TCP port
-    /// sees a reset, that of a UDP port nothing, and [`NetStats::unconnected`] counts it. The first datagram to a service that is
-    /// not where the last one was may be lost when it has more than 500 bytes.
+    /// [`NetHandle::published`] says where it listens. To the guest all callers seem to be the gateway.
+    ///
+    /// A service is found on the guest's IPv4 address or its own IPv6 address, and in a container also on 127.0.0.1.
+    /// One on ::1 alone is reached by `Container::connect` only. Where nothing listens, a caller of a TCP port gets a
+    /// reset and a caller of a UDP port nothing, and [`NetStats::unconnected`] counts it. The first datagram to a
+    /// service that has moved may be lost when it has more than 500 bytes.
     pub fn publish(mut self, port: Port) -> Self {
         match &mut self.source {
             Source::User(user) => user.ports.push(port),
@@ -148,47 +159,57 @@ impl Net {
         Self { source, mac: None, mtu: 1500, queues: 1, limit: NetLimit::none(), capture: None, misplaced: None }
     }
 
-    /// A tap device of the host, which must be there: `ip tuntap add dev NAME mode tap vnet_hdr user USER` makes one that needs
-    /// no privileges to open. Its addresses, and the bridge that it is in, are the caller's. For several [`Net::queues`] it is
-    /// made with `multi_queue`.
+    /// Connects the card to a tap device of the host.
+    ///
+    /// The device must be there: `ip tuntap add dev NAME mode tap vnet_hdr user USER` makes one that needs no
+    /// privileges to open. For several [`Net::queues`] add `multi_queue`. Its addresses, and the bridge that it is in,
+    /// are the caller's.
     pub fn tap(name: impl Into<String>) -> Self {
         Self::of(Source::Tap(name.into()))
     }
 
-    /// A tap that is open already, with `IFF_NO_PI` and `IFF_VNET_HDR`: one descriptor for each pair of queues.
+    /// Connects the card to taps that are open already.
+    ///
+    /// Each was opened with `IFF_NO_PI` and `IFF_VNET_HDR`: one descriptor for each pair of queues.
     pub fn tap_files(files: impl IntoIterator<Item = File>) -> Self {
         let files: Vec<_> = files.into_iter().map(Arc::new).collect();
         let queues = u32::try_from(files.len()).unwrap_or(u32::MAX);
         Self::of(Source::TapFiles(files)).queues(queues)
     }
 
-    /// A connected socket with a program at its other end that carries the frames. On a stream, four bytes before each frame say
-    /// how long it is, the highest first, as `passt --fd` and QEMU's `-netdev stream` have it; on a socket of datagrams each is
-    /// a frame. When the other end is closed, the guest sees that its cable is out, and
-    /// [`EventKind::Degraded`](crate::EventKind::Degraded) tells.
+    /// Connects the card to a socket whose peer carries the frames.
+    ///
+    /// On a stream, each frame follows its length in four bytes, big endian, as for `passt --fd` and QEMU's `-netdev
+    /// stream`. On a socket of datagrams each is a frame. When the peer closes it, the guest sees its link go down, and
+    /// that is an [`EventKind::Degraded`](crate::EventKind::Degraded).
     pub fn fd(socket: impl Into<OwnedFd>) -> Self {
         Self::of(Source::Socket(Arc::new(socket.into())))
     }
 
-    /// A place on `switch`, where other guests find this one by its name: 1 to 63 letters, digits and hyphens, whatever their case.
-    /// Nothing else is reached by it; for a way out, add a [`Net::user`], whose resolver then knows the names on the switch too.
+    /// Connects the card to `switch`, where other guests find this one by `name`.
     ///
-    /// The name is taken when the VM starts, which fails when another has it, and free again when the VM has ended. All guests of a
-    /// switch should have the same [`Net::mtu`]: packets that are larger than a guest's are dropped.
+    /// A name has 1 to 63 letters, digits and hyphens; case does not matter. Nothing else is reached there. For a way
+    /// out add a [`Net::user`], whose resolver then knows the names on the switch too.
+    ///
+    /// The name is taken when the VM starts, which fails when another has it. It is free again when the VM has ended.
+    /// All guests of a switch should have the same [`Net::mtu`]: packets that are larger than a guest's are dropped.
     pub fn switch(switch: &Switch, name: impl Into<String>) -> Self {
         Self::of(Source::Switch(Plug { switch: switch.clone(), name: name.into(), place: None }))
     }
 
-    /// A backend of the embedder's own; see [`NetBackend`](crate::backend::NetBackend). `make` is called for each pair of queues at each start of a VM with this card, on the
-    /// thread that starts it; its error is that of the start.
+    /// Connects the card to a [`NetBackend`](crate::backend::NetBackend) of the embedder's.
+    ///
+    /// `make` is called for each pair of queues at each start of a VM with this card, on the thread that starts it. Its
+    /// error is that of the start.
     pub fn custom<B: NetBackend + 'static>(make: impl Fn(Card) -> io::Result<B> + Send + Sync + 'static) -> Self {
         Self::of(Source::Custom(Custom(Arc::new(move |card| make(card).map(Carrier::other)))))
     }
 
-    /// Sets how much the card may do; [`NetHandle::set_limit`] changes it while the VM runs. Nothing is limited unless set.
+    /// Limits the card's rates; nothing is limited by default.
     ///
-    /// What is beyond it waits: the guest's frames in its own queue, those for it with whoever sends them. When that begins, it
-    /// is an [`EventKind::Throttled`](crate::EventKind::Throttled); [`Stats`](crate::Stats) say how often and how long.
+    /// [`NetHandle::set_limit`] changes them while the VM runs. Beyond a rate the guest's frames wait in its own queue,
+    /// and frames for it at their sender. When that begins, it is an
+    /// [`EventKind::Throttled`](crate::EventKind::Throttled); [`Stats`](crate::Stats) say how often and how long.
     pub fn limit(mut self, limit: NetLimit) -> Self {
         self.limit = limit;
         self
@@ -200,20 +221,23 @@ impl Net {
         self
     }
 
-    /// Sets the card's address, which must name one card; one that nobody else has is made up unless set.
+    /// Sets the card's MAC address, which must be a unicast address.
+    ///
+    /// By default a random one is made.
     pub fn mac(mut self, mac: impl Into<Mac>) -> Self {
         self.mac = Some(mac.into());
         self
     }
 
-    /// The largest packet, 576 to 65535 bytes, which the guest is told; 1500 unless set.
+    /// Sets the largest packet (MTU), 576 to 65535 bytes; 1500 by default. The guest learns it.
     pub fn mtu(mut self, bytes: u32) -> Self {
         self.mtu = bytes;
         self
     }
 
-    /// How many pairs of queues the guest may use at once: 1 unless set, at most 32 and one for each vCPU. Of taps and
-    /// [`Net::custom`] only.
+    /// Sets how many pairs of queues the guest may use at once; 1 by default.
+    ///
+    /// At most 32, and one for each vCPU. Only for taps and [`Net::custom`].
     pub fn queues(mut self, pairs: u32) -> Self {
         self.queues = pairs;
         self
@@ -409,7 +433,7 @@ pub(super) fn check_addresses(nets: &[Net]) -> Result<()> {
     })
 }
 
-/// One network card of a VM that runs; see [`Vm::net`](crate::Vm::net). Cheap to clone.
+/// A network card of a running VM; see [`Vm::net`](crate::Vm::net). Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct NetHandle {
     pub(super) name: String,
@@ -418,7 +442,9 @@ pub struct NetHandle {
     pub(super) capture: Option<Pump>,
 }
 
-/// A port that was published on a VM that runs; see [`NetHandle::publish`]. To drop it changes nothing.
+/// A port that was published on a running VM; see [`NetHandle::publish`].
+///
+/// Dropping it changes nothing.
 #[derive(Debug, Clone)]
 pub struct PublishedPort {
     net: NetHandle,
@@ -427,12 +453,12 @@ pub struct PublishedPort {
 }
 
 impl PublishedPort {
-    /// Where it listens.
+    /// Returns the address of the host where it listens.
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// Nobody can call there any more; connections that there are stay. Doing it twice is no error.
+    /// Stops listening; open connections stay. Idempotent.
     ///
     /// # Errors
     /// `InvalidState` when the VM has ended.
@@ -443,31 +469,34 @@ impl PublishedPort {
 }
 
 impl NetHandle {
-    /// Where the ports of [`Net::publish`] are, in their order.
+    /// Returns where the ports of [`Net::publish`] listen, in their order.
     pub fn published(&self) -> &[SocketAddr] {
         &self.published
     }
 
-    /// Publishes one more port; the address says where.
+    /// Publishes one more port; the result says where it listens.
     ///
     /// # Errors
-    /// `InvalidConfig` unless it is a [`Net::user`], or when the address is none of the host's; `AlreadyExists` and
-    /// `PermissionDenied` when the port cannot be had; `InvalidState` when the VM has ended.
+    /// - `InvalidConfig` unless it is a [`Net::user`], or when the address is none of the host's.
+    /// - `AlreadyExists` and `PermissionDenied` when the port cannot be had.
+    /// - `InvalidState` when the VM has ended.
     pub fn publish(&self, port: Port) -> Result<PublishedPort> {
         let (port, address) = self.user("publishing", move |user| port.publish(user))??;
         Ok(PublishedPort { net: self.clone(), port, address })
     }
 
-    /// Sets where the guest may go from now on. Connections that it may not have any more are reset.
+    /// Replaces the policy of a [`Net::user`] from now on.
+    ///
+    /// Connections that it does not allow are reset.
     ///
     /// # Errors
-    /// `InvalidConfig` unless it is a [`Net::user`], or for a policy with a rule that means nothing: the old one stays;
+    /// `InvalidConfig` unless it is a [`Net::user`], or for a policy with a rule that means nothing: the old one stays.
     /// `InvalidState` when the VM has ended.
     pub fn set_policy(&self, policy: Policy) -> Result<()> {
         self.user("changing the policy", move |user| user.set_policy(policy))?
     }
 
-    /// What a [`Net::user`] has done, or a [`Net::switch`] for this guest.
+    /// Returns the counters of a [`Net::user`], or of this guest on a [`Net::switch`].
     ///
     /// # Errors
     /// `InvalidConfig` unless it is one of them; `InvalidState` when the VM has ended.
@@ -477,11 +506,13 @@ impl NetHandle {
         stats.map_err(|e| e.doing(format!("{}: counting", self.name)))
     }
 
-    /// Changes how much the card may do from now on, [`NetLimit::none`] for no limit. What waits goes on by the new one;
-    /// connections that there are stay.
+    /// Replaces the card's limit from now on; [`NetLimit::none`] for none.
+    ///
+    /// What waits goes on by the new limit, and open connections stay.
     ///
     /// # Errors
-    /// `InvalidConfig` for a rate of zero, and for connections unless it is a [`Net::user`]; `InvalidState` when the VM has ended.
+    /// `InvalidConfig` for a rate of zero, and for connections unless it is a [`Net::user`]; `InvalidState` when the VM
+    /// has ended.
     pub fn set_limit(&self, limit: NetLimit) -> Result<()> {
         let set = self.device.with(move |card, _| {
             limit.check(card.is_user())?;
@@ -491,7 +522,7 @@ impl NetHandle {
         set.and_then(|outcome| outcome).map_err(|e| e.doing(format!("{}: set_limit", self.name)))
     }
 
-    /// What its [`Net::capture`] has so far, also when the VM has ended; `None` without one.
+    /// Returns the counters of its [`Net::capture`], also after the VM's end; `None` without one.
     pub fn captured(&self) -> Option<CaptureStats> {
         self.capture.as_ref().map(Pump::stats)
     }
@@ -502,8 +533,9 @@ impl NetHandle {
         answer.map_err(|e| e.doing(format!("{}: {what}", self.name)))
     }
 
-    /// Puts the cable in, or pulls it out: without one nothing is delivered, and what the guest sends is lost. Waits for the
-    /// VM's loop.
+    /// Sets the link up or down.
+    ///
+    /// While it is down nothing is delivered, and what the guest sends is lost. Waits for the VM's event loop.
     ///
     /// # Errors
     /// `InvalidState` when the VM has ended.
@@ -512,7 +544,9 @@ impl NetHandle {
         set.map_err(|e| e.doing(format!("{}: changing the link", self.name)))
     }
 
-    /// Frames of the guest that made no sense, and frames to it that left it work which it did not agree to do: dropped.
+    /// Returns how many frames were dropped because they made no sense.
+    ///
+    /// Those are malformed frames of the guest, and frames to it that left it work which it had not agreed to do.
     ///
     /// # Errors
     /// `InvalidState` when the VM has ended.

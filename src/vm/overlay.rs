@@ -1,4 +1,4 @@
-//! [`Overlay`]: disks that lie on others, as files, while no VM has them.
+//! [`Overlay`]: copy-on-write disks as files, while no VM has them open.
 
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
@@ -7,23 +7,35 @@ use crate::error::{Context, Result};
 use crate::size::Size;
 use crate::virtio::blk::{self, BasePath, OverlayDisk};
 
-/// A copy-on-write disk in a sparse file of its own: what was written is here, all else is in its base, which nobody changes.
+/// A copy-on-write disk in a sparse file of its own.
 ///
-/// A base is a raw image, or another overlay that was frozen. An overlay knows the base that it was made for, and refuses one
-/// that was changed since. To give it to a VM: [`Disk::overlay`](super::Disk::overlay) with
-/// [`Disk::at`](super::Disk::at). An overlay's file names the file that it lies on, and a guest can read that: take none from
-/// strangers.
+/// The file holds what was written; all else is read from its base, which must not change. A base is a raw image, or
+/// another overlay that was frozen. An overlay knows the base that it was made for, and refuses one that was changed
+/// since. [`Disk::overlay`](super::Disk::overlay) with [`Disk::at`](super::Disk::at) gives it to a VM.
 ///
-/// What replaces a file here writes a new one without a name first, so that a crash leaves the old one whole, and nothing else; on file
-/// systems that know no such files, as NFS, one is left whose name begins with `.cofferdam-`. All calls block, lock the file, and fail with `ResourceExhausted` when a VM has it
-/// open, with `NotFound`, `PermissionDenied` or `Io` as the host does, with `Corrupt` when it is no overlay, damaged, or lies on
-/// itself, and with `Incompatible` when its base was changed.
+/// An overlay's file names its base, and a guest can read that base. So use no overlay files of strangers.
+///
+/// A call that replaces a file writes a new one without a name first, so that a crash leaves the old one whole, and
+/// nothing else. File systems that know no such files, as NFS, may be left with one whose name begins with
+/// `.cofferdam-`.
+///
+/// All calls block, and lock the file.
+///
+/// # Errors
+/// All calls fail with:
+///
+/// - `ResourceExhausted` when a VM has it open;
+/// - `NotFound`, `PermissionDenied` or `Io` as the host does;
+/// - `Corrupt` when it is no overlay, damaged, or is its own base;
+/// - `Incompatible` when its base was changed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Overlay {
     path: PathBuf,
 }
 
-/// What an overlay lies on: a raw image, or a frozen [`Overlay`]. A path is a raw image, whatever is in it.
+/// The base of an overlay: a raw image, or a frozen [`Overlay`].
+///
+/// A path is a raw image, whatever is in it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Base(pub(super) BasePath);
 
@@ -33,7 +45,7 @@ impl Base {
         self.0.path()
     }
 
-    /// Whether it is an overlay itself.
+    /// Returns whether it is an overlay itself.
     pub fn is_overlay(&self) -> bool {
         matches!(self.0, BasePath::Overlay(_))
     }
@@ -81,13 +93,13 @@ impl From<Overlay> for Base {
     }
 }
 
-/// What an overlay's file says; see [`Overlay::info`].
+/// The properties of an overlay; see [`Overlay::info`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct OverlayInfo {
-    /// How large the disk is that a guest sees.
+    /// Size of the disk that a guest sees.
     pub size: Size,
-    /// What the file takes up on the host, without its base.
+    /// Space that the file takes on the host, without its base.
     pub allocated: Size,
     /// Whether it is only read, and may be a base.
     pub frozen: bool,
@@ -95,18 +107,18 @@ pub struct OverlayInfo {
     pub base: Base,
 }
 
-/// How far a call has come.
+/// The progress of a call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Progress {
-    /// How much of the disk was looked at.
+    /// How much of the disk was processed.
     pub done: Size,
-    /// How large the disk is.
+    /// Size of the disk.
     pub total: Size,
 }
 
 impl Overlay {
-    /// Makes an empty overlay of the base's size in a file of its own, which must not exist.
+    /// Makes an empty overlay of the base's size, in a new file.
     ///
     /// # Errors
     /// `AlreadyExists`; and as said at [`Overlay`], of the base.
@@ -114,7 +126,9 @@ impl Overlay {
         Self::make(path.into(), base.into(), None)
     }
 
-    /// The same, of another size: what is beyond the base's end reads as zeroes.
+    /// Makes an empty overlay of a larger size, in a new file.
+    ///
+    /// What is beyond the base's end reads as zeroes.
     ///
     /// # Errors
     /// `AlreadyExists`; `InvalidConfig` when `size` is smaller than the base or no whole sectors of 512 bytes.
@@ -127,7 +141,7 @@ impl Overlay {
         Ok(Self { path })
     }
 
-    /// Finds an overlay, and checks it and all that it lies on.
+    /// Opens an overlay, and checks it and its whole chain of bases.
     ///
     /// # Errors
     /// As said at [`Overlay`].
@@ -142,7 +156,7 @@ impl Overlay {
         &self.path
     }
 
-    /// What its file says.
+    /// Returns its properties.
     ///
     /// # Errors
     /// As said at [`Overlay`].
@@ -152,7 +166,7 @@ impl Overlay {
         Ok(OverlayInfo { size, allocated, frozen: about.frozen, base: Base(about.base) })
     }
 
-    /// Makes it a snapshot: from now on it is only read, and new overlays can be made on it.
+    /// Makes it a snapshot: read-only from now on, so that it can be a base.
     ///
     /// # Errors
     /// As said at [`Overlay`].
@@ -160,8 +174,9 @@ impl Overlay {
         blk::freeze(&self.path).doing(|| self.doing("freezing"))
     }
 
-    /// Writes the whole disk into a raw image, which must not exist. `progress` is called for every MiB; when it breaks,
-    /// nothing is left.
+    /// Writes the whole disk into a raw image, which must not exist.
+    ///
+    /// `progress` is called for every MiB; when it breaks, nothing is left.
     ///
     /// # Errors
     /// `AlreadyExists`; `Cancelled`; and as said at [`Overlay`].
@@ -170,7 +185,9 @@ impl Overlay {
         blk::flatten(&self.path, to.as_ref(), &mut step).doing(|| self.doing("flattening"))
     }
 
-    /// Puts it on another base. What a guest reads stays what it is: where the bases differ, clusters are copied.
+    /// Changes the base. The guest reads the same as before.
+    ///
+    /// Where the bases differ, clusters are copied.
     ///
     /// # Errors
     /// `InvalidConfig` when the new base is larger than the disk; `Cancelled`; and as said at [`Overlay`].
@@ -179,8 +196,9 @@ impl Overlay {
         blk::rebase(&self.path, &base.into().0, false, &mut step).doing(|| self.doing("rebasing"))
     }
 
-    /// Puts it on a base of which the caller knows that it has the content of the old one: a copy, or the old one, moved or
-    /// touched. The old one need not be there; nothing is compared.
+    /// Changes the base to one with the same content, which is not compared.
+    ///
+    /// The caller knows that: it is a copy, or the old base, moved or touched. The old one need not be there.
     ///
     /// # Errors
     /// As [`Overlay::rebase`].
@@ -189,7 +207,7 @@ impl Overlay {
         blk::rebase(&self.path, &base.into().0, true, &mut step).doing(|| self.doing("rebasing"))
     }
 
-    /// Writes it again without what is the same as in its base, and with holes for what is zero.
+    /// Rewrites the file without clusters that equal its base, and with holes for zeroes.
     ///
     /// # Errors
     /// `Cancelled`; and as said at [`Overlay`].

@@ -1,8 +1,6 @@
-//! The gate that vCPU threads pass before each entry into the guest: where a pause stops them, and the end for good.
+//! The gate that vCPU threads pass before each entry into the guest.
 //!
-//! Closing it and kicking the vCPUs brings all of them here; each has finished what its last exit began. Nobody holds a
-//! lock in KVM_RUN, and a VM that ends while it is paused opens the gate for good. `tests/models.rs` runs these very lines
-//! in many thousand orders of their threads.
+//! A pause stops them there, and the end for good.
 
 use std::time::Instant;
 

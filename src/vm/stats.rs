@@ -9,7 +9,7 @@ use super::disk::DiskEngine;
 use crate::size::Size;
 pub use crate::virtio::balloon::GuestMemoryUse;
 
-/// What a VM has done so far; see [`Vm::stats`](crate::Vm::stats). All numbers only ever grow.
+/// The counters of a VM; see [`Vm::stats`](crate::Vm::stats). They only grow.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Stats {
@@ -58,9 +58,13 @@ pub struct DeviceStats {
     pub faults: u64,
     /// Requests that the host failed, tries included. Only disks have them.
     pub errors: u64,
-    /// Requests of a disk that waited for a limit; of a network card, how often frames began to wait, each way.
+    /// Requests of a disk that waited for a limit.
+    ///
+    /// Of a network card, how often frames began to wait, each way.
     pub throttled: u64,
-    /// How long those that went on have waited, summed up; of a card, how long frames of either way could not go on.
+    /// How long they have waited in sum, when they went on.
+    ///
+    /// Of a network card, how long frames of either way could not go on.
     pub throttled_time: Duration,
     /// What moves a disk's bytes: [`DiskEngine::Ring`] or [`DiskEngine::Threads`].
     pub engine: Option<DiskEngine>,
@@ -76,14 +80,18 @@ pub struct MemoryStats {
     pub configured: Size,
     /// What of that the host has in memory now. Pages of the kernel's image that several VMs share count in each.
     pub resident: Size,
-    /// What this process has in memory for the VM beside that: its threads' stacks, the pages that vCPUs share with the
-    /// host's kernel, and what was printed last. Neither the allocator's share nor what the host's kernel keeps is in it.
+    /// Memory of this process for the VM beside that.
+    ///
+    /// It is for the threads' stacks, the pages that vCPUs share with the host's kernel, and the tail of the console.
+    /// Neither the allocator's share nor what the host's kernel keeps is in it.
     pub overhead: Size,
     /// What is in the balloon, as the guest says.
     pub balloon: Size,
-    /// What the guest has reported as free so far, all in all; the host took it each time.
+    /// Memory that the guest has reported as free so far, in sum; the host took it each time.
     pub reported: Size,
-    /// How the guest uses its memory, as it says; `None` when it has no driver or did not answer.
+    /// How the guest uses its memory, as it reports.
+    ///
+    /// `None` when it has no driver or did not answer.
     pub guest: Option<GuestMemoryUse>,
 }
 
@@ -149,8 +157,9 @@ const EXITS: [Metric<VcpuStats>; 4] = [
 ];
 
 impl Stats {
-    /// The numbers of several VMs in the text format of OpenMetrics 1.0, for a server of the embedder's choice. Each VM is
-    /// told apart by the name that comes with it, as label `vm`.
+    /// Returns the counters of several VMs in the text format of OpenMetrics 1.0.
+    ///
+    /// Each VM has the given name as label `vm`. Serving the text is the embedder's.
     pub fn openmetrics<'a>(all: impl IntoIterator<Item = (&'a str, &'a Self)>) -> String {
         let mut text = String::new();
         // Writing to a string cannot fail.

@@ -1,4 +1,6 @@
-//! One vCPU and its thread: runs the guest, takes its exits to the buses, stops when told.
+//! One vCPU and its thread.
+//!
+//! It runs the guest, takes its exits to the buses, and stops when told.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};

@@ -1,9 +1,9 @@
-//! ACPI tables: processors, interrupt controllers and devices for kernels that take them from firmware, as those of
-//! distributions do. Written once, before the vCPUs run.
+//! ACPI tables, for kernels that learn of the machine from firmware.
 //!
-//! The machine is a hardware-reduced one (ACPI 6.5, 4.1): no power management timer, no events, no legacy sleep. Such
-//! kernels leave the legacy timer and interrupt controller alone, and use the serial port's interrupt only when they
-//! take that port from the tables too (Linux: `SERIAL_8250_PNP`).
+//! They describe processors, interrupt controllers and devices, for kernels as those of distributions.
+//!
+//! Such kernels leave the legacy timer and interrupt controller alone. They use the serial port's interrupt only when
+//! they take that port from the tables too (Linux: `SERIAL_8250_PNP`).
 
 use acpi_tables::fadt::{FADT, FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};

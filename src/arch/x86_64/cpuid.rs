@@ -1,4 +1,4 @@
-//! What a guest's processors say of themselves: a profile, with the guest's own topology in it.
+//! CPUID of a guest's processors: a profile with the guest's own topology.
 
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 

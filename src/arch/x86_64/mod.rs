@@ -1,4 +1,4 @@
-//! x86_64: memory layout, boot registers, CPUID and its profiles, MSRs, ACPI tables and the MultiProcessor table.
+//! x86_64: memory layout, boot registers, CPUID, MSRs, ACPI and MultiProcessor tables.
 
 mod acpi;
 mod cpuid;

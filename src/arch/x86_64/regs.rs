@@ -1,5 +1,8 @@
-//! How a vCPU reaches the kernel's first instruction: in 64-bit mode, with flat segments and identity-mapped memory (Linux x86
-//! boot protocol, 1.15, "64-bit Boot Protocol"); or in 32-bit mode without paging (Xen, docs/misc/pvh, "x86/HVM direct boot ABI").
+//! Registers with which a vCPU enters the kernel.
+//!
+//! By the 64-bit entry point: 64-bit mode, flat segments, identity-mapped memory (Linux x86 boot protocol, 1.15,
+//! "64-bit Boot Protocol"). By the PVH entry point: 32-bit mode without paging (Xen, docs/misc/pvh, "x86/HVM direct
+//! boot ABI").
 
 use std::fmt;
 

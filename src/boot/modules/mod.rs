@@ -19,13 +19,15 @@ pub(crate) const FOLDER: &str = "/cofferdam.modules";
 /// The most that one machine gets, unpacked; it needs one or two MiB.
 const MAX_SIZE: usize = 256 << 20;
 
-/// A config value: the folder of a kernel's modules, such as `/lib/modules/6.1.0-18-cloud-amd64` or where a package was
-/// unpacked. Cloning is cheap.
+/// The directory of a kernel's modules, such as `/lib/modules/6.1.0-18-cloud-amd64`.
 ///
-/// A guest whose kernel has them by [`Kernel::modules`](crate::Kernel::modules) gets those that its devices need, with what
-/// they depend on: unpacked (`.ko`, `.ko.gz`, `.ko.xz` with the feature `xz`, `.ko.zst` with `zstd`), without what is built
-/// into the kernel. A container inserts them by itself. In any other guest they lie in the initramfs as
-/// `/cofferdam.modules/000-NAME.ko` and so on, to be inserted in the order of their names before devices are used:
+/// A config value; cloning is cheap. It may also be a directory into which a package was unpacked.
+///
+/// A guest whose kernel has them by [`Kernel::modules`](crate::Kernel::modules) gets those that its devices need, with
+/// their dependencies, and without those built into the kernel. They are unpacked from `.ko`, `.ko.gz`, `.ko.xz`
+/// (feature `xz`) or `.ko.zst` (feature `zstd`). A container inserts them by itself. In any other guest they lie in the
+/// initramfs as `/cofferdam.modules/000-NAME.ko` and so on. Its init inserts them in the order of their names before it
+/// uses devices:
 ///
 /// ```sh
 /// for module in /cofferdam.modules/*; do insmod "$module"; done
@@ -33,7 +35,7 @@ const MAX_SIZE: usize = 256 << 20;
 ///
 /// Until then, the serial port (`console=ttyS0`) is the only console of a kernel that has these drivers in modules.
 ///
-/// Each is read once, when the first guest needs it, and shared by all that follow.
+/// Each module is read once, when the first guest needs it, and shared by all later guests.
 #[derive(Debug, Clone)]
 pub struct Modules {
     tree: Arc<Tree>,
@@ -41,23 +43,26 @@ pub struct Modules {
 }
 
 impl Modules {
-    /// Opens a folder of modules and reads its lists: `modules.dep` and `modules.builtin`, which must be there, and
-    /// `modules.softdep` and `modules.alias`.
+    /// Opens a directory of modules and reads its lists.
     ///
-    /// Packages carry no `modules.dep`: `depmod` makes it where they are installed, and `depmod -b FOLDER VERSION` where one
-    /// was only unpacked.
+    /// `modules.dep` and `modules.builtin` must be there; `modules.softdep` and `modules.alias` may be. Packages carry
+    /// no `modules.dep`: `depmod` makes it on installation. For a package that was only unpacked, run `depmod -b
+    /// DIRECTORY VERSION`.
     ///
     /// # Errors
-    /// `NotFound` when the folder or one of the two lists is not there, `PermissionDenied` when it cannot be read,
-    /// `InvalidConfig` when it is not a folder, `Corrupt` when a list is damaged, too large or names files outside.
+    /// - `NotFound` when the directory or one of the two lists is not there.
+    /// - `PermissionDenied` when it cannot be read.
+    /// - `InvalidConfig` when it is not a directory.
+    /// - `Corrupt` when a list is damaged, too large or names files outside.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let tree = Tree::open(path).doing(|| format!("opening modules {}", path.display()))?;
         Ok(Self { tree: Arc::new(tree), also: Vec::new() })
     }
 
-    /// Packs one more module, which must be there or built in, beside those that devices need: a file system, say. Dashes
-    /// and underscores in its name are the same. May be called again for others.
+    /// Packs one more module beside those that devices need, such as a file system.
+    ///
+    /// It must be there or built in. Dashes and underscores in its name are the same. May be called again for others.
     pub fn with(mut self, name: impl Into<String>) -> Self {
         self.also.push(name.into());
         self

@@ -1,5 +1,6 @@
-//! A folder's lists, as depmod and the kernel's build write them: which modules there are, what each needs, what is built in.
-//! And from these the order in which modules are inserted.
+//! The lists of a modules directory, as depmod and the kernel's build write them.
+//!
+//! They say which modules there are, what each needs, and what is built in.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;

@@ -1,4 +1,6 @@
-//! The control stream as a hostile shim has it: any messages in any order, at any time, while programs are asked for.
+//! The control stream with a hostile shim, for fuzzing.
+//!
+//! The shim sends any messages in any order, at any time, while programs are asked for.
 
 use std::os::unix::net::UnixStream;
 

@@ -1,4 +1,4 @@
-//! [`Entry`]: one process as the host knows it, and what becomes of it by time alone.
+//! [`Entry`]: one process as the host knows it, with its time-outs.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};

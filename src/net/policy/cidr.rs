@@ -7,7 +7,9 @@ use std::str::FromStr;
 use super::metadata;
 use crate::error::{Error, ErrorKind};
 
-/// All addresses that begin with the same bits, as `10.0.0.0/8` or `fd00::/8` (RFC 4632, 3.1); one address alone is a range, too.
+/// A range of addresses, as `10.0.0.0/8` or `fd00::/8` (RFC 4632, 3.1).
+///
+/// All of them begin with the same bits. One address alone is a range, too.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Cidr {
     address: IpAddr,

@@ -1,4 +1,6 @@
-//! [`Policy`]: where a guest may go. Plain rules, made by the embedder; [`Enforcer`] applies them on the VM's event loop.
+//! [`Policy`]: where a guest may go.
+//!
+//! Plain rules, made by the embedder; [`Enforcer`] applies them on the VM's event loop.
 
 mod cidr;
 mod enforce;
@@ -16,7 +18,7 @@ pub(crate) use self::name::Name;
 
 use crate::error::{Error, Result};
 
-/// What is spoken.
+/// A protocol that a rule names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Protocol {
@@ -37,7 +39,7 @@ enum Target {
     Name(String),
 }
 
-/// A config value: one line of a [`Policy`].
+/// One line of a [`Policy`]; a config value.
 ///
 /// Without [`Rule::port`] or [`Rule::ports`] it is about all ports, without [`Rule::protocol`] about all protocols.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -53,25 +55,30 @@ impl Rule {
         Self { allow, target, ports: Vec::new(), protocols: Vec::new() }
     }
 
-    /// Allows all public addresses and all names. Not: private, shared, link-local, loopback, multicast and reserved ones,
-    /// which need a rule of their range. Nor the host's own addresses, and services of clouds and clusters for their
-    /// machines (metadata), which need a rule of exactly their address.
+    /// Allows all public addresses and all names.
+    ///
+    /// Private, shared, link-local, loopback, multicast and reserved addresses are not among them, and need a rule of
+    /// their range. The host's own addresses, and metadata services of clouds and clusters, need a rule of exactly
+    /// their address.
     pub fn allow_public() -> Self {
         Self::new(true, Target::Anywhere)
     }
 
-    /// Allows a range of addresses. One that is not public is only allowed by a range that lies wholly in it: `10.0.0.0/8`
-    /// allows 10.1.2.3, `0.0.0.0/0` does not.
+    /// Allows a range of addresses.
     ///
-    /// The host's own addresses are not in it, however it came to have them, but for those of loopback: each needs a rule of
-    /// that address alone. So do metadata services, as 169.254.169.254.
+    /// An address that is not public is only allowed by a range that is wholly not public: `10.0.0.0/8` allows
+    /// 10.1.2.3, `0.0.0.0/0` does not.
+    ///
+    /// The host's own addresses, however they were configured, need a rule of that address alone; only those of
+    /// loopback do not. So do metadata services, as 169.254.169.254.
     pub fn allow_range(range: impl Into<Cidr>) -> Self {
         Self::new(true, Target::Range(range.into()))
     }
 
-    /// Allows a name as `example.com`, or all names below one as `*.example.com`. The guest may ask for it, and go to the
-    /// addresses that were the answer, for as long as the answer is valid. An address that is not public needs a rule of its
-    /// range besides.
+    /// Allows a name as `example.com`, or all names below one as `*.example.com`.
+    ///
+    /// The guest may ask for it, and go to the addresses of the answer for as long as that is valid. An address that is
+    /// not public needs a rule of its range too.
     pub fn allow_name(name: impl Into<String>) -> Self {
         Self::new(true, Target::Name(name.into()))
     }
@@ -86,27 +93,29 @@ impl Rule {
         Self::new(false, Target::Range(range.into()))
     }
 
-    /// Refuses to tell the addresses of a name: `example.com`, or `*.example.com` for all below it. With ports or protocols it
-    /// is told, and they are denied on the addresses that were the answer.
+    /// Denies the addresses of a name: `example.com`, or `*.example.com` for all below it.
     ///
-    /// This denies no address: a guest that has one from elsewhere goes there if another rule lets it. To keep it from a
-    /// service, deny the service's range, or allow only what it needs.
+    /// The resolver refuses to answer. With ports or protocols it answers, and they are denied on the addresses of the
+    /// answer.
+    ///
+    /// This denies no address: a guest that has one from elsewhere goes there if another rule allows it. To keep it
+    /// from a service, deny the service's range, or allow only what it needs.
     pub fn deny_name(name: impl Into<String>) -> Self {
         Self::new(false, Target::Name(name.into()))
     }
 
-    /// Only this port, and those that are added otherwise.
+    /// Restricts the rule to this port. Call repeatedly to add ports.
     pub fn port(self, port: u16) -> Self {
         self.ports(port..=port)
     }
 
-    /// Only these ports, and those that are added otherwise.
+    /// Restricts the rule to these ports. Call repeatedly to add ports.
     pub fn ports(mut self, ports: RangeInclusive<u16>) -> Self {
         self.ports.push(ports);
         self
     }
 
-    /// Only this protocol, and those that are added otherwise.
+    /// Restricts the rule to this protocol. Call repeatedly to add protocols.
     pub fn protocol(mut self, protocol: Protocol) -> Self {
         self.protocols.push(protocol);
         self
@@ -166,9 +175,10 @@ fn special_alike(ours: Cidr, theirs: Cidr) -> bool {
     ours == theirs || cidr::special(theirs.first()).is_none_or(|(range, _)| range.covers(ours))
 }
 
-/// A config value: where a guest may go. The first rule that is about a destination decides; what no rule is about is denied.
+/// The rules by which a guest may go to addresses and names; a config value.
 ///
-/// It can be changed while the guest runs; connections that are denied then are reset.
+/// The first rule that is about a destination decides. What no rule is about is denied. The policy of a running guest
+/// can be changed; connections that are denied then are reset.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Policy {
     rules: Vec<Rule>,
@@ -179,21 +189,23 @@ pub struct Policy {
 const MAX_RULES: usize = 4096;
 
 impl Policy {
-    /// Nothing but the gateway itself can be reached, and no name is answered.
+    /// Denies all but the gateway itself. No name is answered.
     pub fn deny_all() -> Self {
         Self::default()
     }
 
-    /// Everything that is public: see [`Rule::allow_public`].
+    /// Allows everything that is public; see [`Rule::allow_public`].
     pub fn internet() -> Self {
         Self::default().rule(Rule::allow_public())
     }
 
-    /// Answers questions for records of every type, as MX, TXT and SRV, of every name that [`Rule::allow_public`] lets the guest
-    /// ask for. The host's resolvers may know internal names, and what they say of those is told too.
+    /// Answers questions for records of every type, as MX, TXT and SRV.
     ///
-    /// Unless set, such names have addresses (A, AAAA) and aliases (CNAME) alone. Names of [`Rule::allow_name`] have records of
-    /// every type, and addresses that the policy lets the guest reach have names (PTR).
+    /// That is for every name that [`Rule::allow_public`] lets the guest ask for. The host's resolvers may know
+    /// internal names, and what they say of those is told too.
+    ///
+    /// By default such names have addresses (A, AAAA) and aliases (CNAME) alone. Names of [`Rule::allow_name`] have
+    /// records of every type. Addresses that the policy lets the guest reach have names (PTR).
     pub fn all_records(mut self) -> Self {
         self.all_records = true;
         self

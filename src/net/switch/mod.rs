@@ -1,8 +1,8 @@
-//! [`Switch`]: a network between guests of this process. Shared by the loops of its guests' VMs.
+//! [`Switch`]: a network between guests of this process, shared by the loops of their VMs.
 //!
-//! It is a switch that knows every card on it beforehand, so that nothing has to be learned, flooded or believed: it answers all
-//! questions for addresses and names itself, passes packets from the card that has their source address to the one that has
-//! their destination, and drops the rest. No frame of a guest ever reaches more than one other.
+//! It knows every card on it beforehand, so that nothing has to be learned, flooded or believed. It answers all
+//! questions for addresses and names itself. It passes packets from the card that has their source address to the one
+//! that has their destination, and drops the rest. No frame of a guest ever reaches more than one other.
 
 mod pass;
 #[cfg(any(test, feature = "internals"))]
@@ -32,19 +32,24 @@ const TTL: u32 = 5;
 /// The number of a switch unless said. 2 is the network of [`Net::user`](crate::Net::user).
 const NUMBER: u8 = 3;
 
-/// A network between guests of this process, and of nobody else: no packet comes in or goes out. Cheap to clone; clones are the
-/// same switch, which lives as long as one of them or a guest on it.
+/// A network between guests of this process alone: no packet comes in or goes out.
 ///
-/// [`Net::switch`](crate::Net::switch) puts a card on it under a name. It has the address 10.0.3.1 and fd63:6f66:6666:3::1 itself and
-/// is its guests' DHCP server and resolver: names of guests that run lead to their addresses, no other name exists. Guests get the
-/// lowest addresses that are free from 10.0.3.2 to 10.0.3.254, by DHCP if they ask, and IPv6 addresses that follow from their cards'
-/// by router advertisements, which make it nobody's way out.
+/// Cheap to clone. Clones are the same switch, which lives as long as one of them or a guest on it.
 ///
-/// It passes IPv4 and IPv6 from one guest to one other, fragments of datagrams too. Broadcasts and multicasts are dropped, as is
-/// whatever comes from an address that is not its sender's, what only servers of the network may say, and what cannot be seen for
-/// the headers of IPv6 before it. For a guest that is slow at most 4 MiB wait, of which a single sender gets no more than half, so
-/// that it cannot shut others out; what is beyond that is lost.
-/// [`NetHandle::stats`](crate::NetHandle::stats) counts all of it.
+/// [`Net::switch`](crate::Net::switch) puts a card on it under a name. The switch itself has the addresses 10.0.3.1 and
+/// fd63:6f66:6666:3::1. It is its guests' DHCP server and resolver: names of running guests lead to their addresses,
+/// and no other name exists. A guest gets the lowest free address from 10.0.3.2 to 10.0.3.254, by DHCP if it asks. It
+/// also gets an IPv6 address that follows from its card's, by router advertisements that offer no default route.
+///
+/// The switch passes IPv4 and IPv6 from one guest to one other, fragments of datagrams too. It drops:
+///
+/// - broadcasts and multicasts;
+/// - frames from an address that is not their sender's;
+/// - messages that only servers of a network may send;
+/// - packets whose protocol is hidden behind IPv6 extension headers.
+///
+/// At most 4 MiB wait for a slow guest, of which a single sender gets no more than half, so that it cannot shut others
+/// out. The rest is lost. [`NetHandle::stats`](crate::NetHandle::stats) counts all of it.
 ///
 #[cfg_attr(feature = "container", doc = "```no_run")]
 #[cfg_attr(not(feature = "container"), doc = "```ignore")]
@@ -74,22 +79,24 @@ impl fmt::Debug for Switch {
 }
 
 impl Switch {
-    /// A switch with nobody on it.
+    /// Returns a switch without guests.
     pub fn new() -> Self {
         Self::numbered(NUMBER)
     }
 
-    /// The same on 10.0.`n`.0/24 and fd63:6f66:6666:`n`::/64, for guests that are on more than one.
+    /// Returns a switch on 10.0.`n`.0/24 and fd63:6f66:6666:`n`::/64.
+    ///
+    /// It is for guests that are on more than one.
     pub fn numbered(n: u8) -> Self {
         Self(Arc::new(Hub { number: n, table: RwLock::default() }))
     }
 
-    /// The names of those on it, in the order of the alphabet.
+    /// Returns the names of its guests, in alphabetical order.
     pub fn names(&self) -> Vec<String> {
         self.0.read().by_name.keys().cloned().collect()
     }
 
-    /// The IPv4 address of the guest of this name, while it is there.
+    /// Returns the IPv4 address of the guest of this name, while it is on the switch.
     pub fn address(&self, name: &str) -> Option<Ipv4Addr> {
         self.0.read().by_name.get(&name.to_ascii_lowercase()).map(|peer| peer.address4)
     }

@@ -8,29 +8,31 @@ use super::reserve::Reserve;
 use super::{QUEUE_SIZE, SECTOR};
 use crate::virtio::ConfigSpace;
 
-/// A config value: what moves a disk's bytes.
+/// What moves a disk's bytes; a config value.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum DiskEngine {
     /// [`DiskEngine::Ring`] where the host has io_uring and lets this process use it, else [`DiskEngine::Threads`].
     #[default]
     Auto,
-    /// io_uring: many requests at once without a thread for them. Needs Linux 5.6. Where it cannot be used, the disk does
-    /// without it and an event says why.
+    /// io_uring: many requests at once without a thread for them. Needs Linux 5.6.
+    ///
+    /// Where it cannot be used, the disk uses a thread instead and an event says why.
     Ring,
     /// A thread of the disk's own, which does one request after the other.
     Threads,
 }
 
-/// A config value: what a guest's flush means.
+/// What a guest's flush means; a config value.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Cache {
     /// It is answered when everything written before is on stable storage.
     #[default]
     Durable,
-    /// It is answered at once, and nothing is ever brought to stable storage. When the host crashes or loses power, the disk may
-    /// hold anything. For disks that nobody needs after that.
+    /// It is answered at once, and nothing is ever brought to stable storage.
+    ///
+    /// When the host crashes or loses power, the disk may hold anything. For disks that are not needed after that.
     Unsafe,
 }
 

@@ -6,11 +6,13 @@ use super::request::Direction;
 use crate::error::Result;
 use crate::rate::{self, Rate};
 
-/// A config value: what a disk may do, for reads and writes apart; see [`Disk::limit`](crate::Disk::limit). Nothing is
-/// limited unless said.
+/// The rates of a disk, for reads and writes apart; see [`Disk::limit`](crate::Disk::limit).
+///
+/// A config value. Nothing is limited by default.
 ///
 /// Writes are all requests that change the disk; of those, discards and zeroes without data count as operations only.
-/// Flushes are never held back. Requests of one direction wait in their order, and the guest's other devices don't notice.
+/// Flushes are never held back. Requests of one direction wait in their order, and the guest's other devices don't
+/// notice.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct DiskLimit {
     rates: [Option<Rate>; 4],

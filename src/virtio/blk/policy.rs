@@ -24,8 +24,9 @@ pub enum ErrorClass {
 pub enum ErrorAction {
     /// The guest sees an I/O error.
     Report,
-    /// The guest sees nothing: its processors stand still, and [`Vm::resume`](crate::Vm::resume) tries again. For what
-    /// cannot be tried again, a sync that failed, this is [`ErrorAction::Report`].
+    /// The guest's processors stand still until [`Vm::resume`](crate::Vm::resume), which tries again.
+    ///
+    /// A sync that failed cannot be tried again; for it this is [`ErrorAction::Report`].
     Pause,
     /// The VM ends with [`Exit::DiskFault`](crate::Exit::DiskFault).
     Stop,

@@ -12,8 +12,9 @@ use crate::rate::{Buckets, Rate};
 use crate::sys::Timer;
 use crate::virtio::DeviceIo;
 
-/// A config value: what a network card may do, for what the guest sends and receives apart; see
-/// [`Net::limit`](crate::Net::limit). Nothing is limited unless said.
+/// The rates of a network card, for each way apart; see [`Net::limit`](crate::Net::limit).
+///
+/// A config value. Nothing is limited by default.
 ///
 /// Bytes are those of whole Ethernet frames. A frame that stands for several (TSO) counts as that many packets.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -56,15 +57,18 @@ impl NetLimit {
         self
     }
 
-    /// How many TCP connections the guest may have at once, of a [`Net::user`](crate::Net::user), and as many the callers of its
-    /// published ports; 8192 unless set.
+    /// Limits the TCP connections of the guest at once; 8192 by default.
+    ///
+    /// It is for a [`Net::user`](crate::Net::user). Callers of its published ports may have as many.
     pub fn connections(mut self, n: u32) -> Self {
         self.connections = Some(n);
         self
     }
 
-    /// Limits the TCP connections that the guest opens, of a [`Net::user`](crate::Net::user); here, what was not used is kept
-    /// for a second. Unless set, these are 200 in each second, and what was not used is kept for ten.
+    /// Limits the rate of TCP connections that the guest opens.
+    ///
+    /// It is for a [`Net::user`](crate::Net::user). What was not used is kept for a second. By default these are 200 in
+    /// each second, and what was not used is kept for ten.
     pub fn new_connections(mut self, rate: Rate) -> Self {
         self.new_connections = Some(rate);
         self

@@ -1,4 +1,4 @@
-//! The embedder's ends: a connection with a guest, and the place where a guest's connections arrive.
+//! The embedder's ends of vsock: connections with a guest, and listeners for a guest's connections.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -26,10 +26,12 @@ pub(crate) type Tail = Arc<Mutex<Remains>>;
 
 /// A connection with a program in the guest, over vsock.
 ///
-/// Reads and writes block like those of a `TcpStream`, unless [`VsockStream::set_nonblocking`] says otherwise; the
-/// descriptor behind [`AsFd`] can be waited for with poll, epoll, tokio, smol or mio. Flow control reaches through to
-/// the guest's program: whoever does not read stops the other side, and nothing grows. Both directions can be shut
-/// down apart. When the VM ends, reads give what the guest had sent, then end of file. Dropping closes.
+/// Reads and writes block like those of a `TcpStream`, unless [`VsockStream::set_nonblocking`] says otherwise. The
+/// descriptor behind [`AsFd`] can be waited for with poll, epoll, tokio, smol or mio.
+///
+/// Flow control reaches through to the guest's program: a side that does not read stops the other, and buffers do not
+/// grow. Each direction can be shut down by itself. When the VM ends, reads give what the guest had sent, then end of
+/// file. Dropping closes.
 pub struct VsockStream {
     socket: Arc<Unforked<UnixStream>>,
     tail: Tail,
@@ -46,7 +48,9 @@ impl VsockStream {
         Ok((Self { socket: Arc::new(Unforked::new(near)), tail: tail.clone(), tells_resets: false }, far, tail))
     }
 
-    /// Another handle to the same connection, for reading and writing on two threads. It has the same descriptor.
+    /// Returns another handle to the same connection, with the same descriptor.
+    ///
+    /// It is for reading and writing on two threads.
     ///
     /// # Errors
     /// None today.
@@ -235,9 +239,10 @@ impl Arrivals {
     }
 }
 
-/// Takes the connections that guest programs make to one port of the host (CID 2). Dropping it refuses further ones.
+/// Accepts the connections of guest programs to one port of the host (CID 2).
 ///
-/// The descriptor behind [`AsFd`] is readable while something waits to be accepted, or when the VM has ended.
+/// Dropping it refuses further ones. The descriptor behind [`AsFd`] is readable while something waits to be accepted,
+/// or when the VM has ended.
 pub struct VsockListener {
     arrivals: Arc<Arrivals>,
     port: u32,
@@ -248,7 +253,7 @@ impl VsockListener {
         Self { arrivals, port }
     }
 
-    /// The port that guests connect to.
+    /// Returns the port that guests connect to.
     pub fn port(&self) -> u32 {
         self.port
     }
@@ -267,7 +272,7 @@ impl VsockListener {
         self.wait(None)?.ok_or_else(|| Error::new(ErrorKind::TimedOut, "no connection arrived"))
     }
 
-    /// Waits for the next connection, but not longer than `timeout`.
+    /// Waits for the next connection, at most `timeout`.
     ///
     /// # Errors
     /// `TimedOut`; `InvalidState` when the VM has ended.

@@ -34,8 +34,8 @@ impl fmt::Display for CpuidRegister {
 
 /// Some bits of one register of one CPUID leaf.
 ///
-/// They have the names that Linux and QEMU give them: `"avx2".parse()` is leaf 7.0, EBX, bit 5; `Display` prints
-/// `avx2 (leaf 7.0 EBX bit 5)`, and bits without a name by their place.
+/// They have the names that Linux and QEMU give them: `"avx2".parse()` is leaf 7.0, EBX, bit 5. `Display` prints `avx2
+/// (leaf 7.0 EBX bit 5)`; bits without a name are printed by their position.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(deny_unknown_fields))]
 pub struct CpuidBits {

@@ -1,4 +1,6 @@
-//! What a guest gets of its processor only when asked for: the means to virtualize, and counters of what programs do.
+//! What a guest gets of its processor only when the embedder asks for it.
+//!
+//! These are the means to virtualize, and counters of what programs do.
 
 use super::bits::{CpuidBits, CpuidRegister};
 use super::leaves::Leaves;

@@ -1,4 +1,6 @@
-//! A table of CPUID: what a processor answers, what of it a host must have, what two processors have in common.
+//! A table of CPUID leaves: what a processor answers.
+//!
+//! Also which of it a host must have, and what two processors have in common.
 
 use std::cmp::Ordering;
 use std::collections::BTreeMap;

@@ -1,6 +1,6 @@
-//! The levels of the x86-64 psABI, each as one processor that looks the same on every host that can show it.
+//! The levels of the x86-64 psABI.
 //!
-//! System V ABI, AMD64 supplement 1.0, 3.1.1 (micro-architecture levels).
+//! Each is one processor that looks the same on every host that can show it.
 
 use super::bits::{CpuidBits, CpuidRegister};
 use super::leaves::Leaves;

@@ -1,4 +1,6 @@
-//! [`CpuProfile`]: which processor a guest sees, as a value that can be kept and shared by a fleet of unlike hosts.
+//! [`CpuProfile`]: the processor that a guest sees.
+//!
+//! It is a value that can be kept, and shared by a fleet of unlike hosts.
 
 mod bits;
 mod grants;
@@ -22,13 +24,14 @@ const WEAKNESSES: u64 = 1 << 2 | 1 << 19;
 /// The interrupt controller's registers, of which KVM hides none (KVM API, 4.97).
 const X2APIC: std::ops::RangeInclusive<u32> = 0x800..=0x8ff;
 
-/// A config value: which processor the guest sees.
+/// Describes the processor that a guest sees; a config value.
 ///
-/// Unless told otherwise this is the host's, with nearly everything that its KVM offers: the fastest, and different on every
-/// kind of host. No profile shows the means to virtualize (VMX, SVM) or performance counters unless it is asked to, by
-/// [`CpuProfile::nested_virtualization`] and [`CpuProfile::performance_counters`]: they are much code of the host's for a
-/// guest to attack, and fine clocks for spying on its neighbors. A *level* is the same on every host that can show it: instructions, model, name, caches, address sizes,
+/// By default this is the host's, with nearly everything that its KVM offers: the fastest, and different on every kind
+/// of host. A *level* is the same on every host that can show it: instructions, model, name, caches, address sizes,
 /// KVM's own interface. So guests can be moved between hosts, and behave alike on all of them.
+///
+/// No profile shows the means to virtualize (VMX, SVM) or performance counters by default. See
+/// [`CpuProfile::nested_virtualization`] and [`CpuProfile::performance_counters`] for why.
 ///
 /// ```
 /// # fn main() -> cofferdam::Result<()> {
@@ -40,19 +43,24 @@ const X2APIC: std::ops::RangeInclusive<u32> = 0x800..=0x8ff;
 /// # }
 /// ```
 ///
-/// For a fleet, ask each host what it is ([`CpuProfile::of_host`]), keep the answers (feature `serde`), and give what they
-/// have in common ([`CpuProfile::intersect`]) to all guests.
+/// For a fleet, ask each host what it is ([`CpuProfile::of_host`]) and keep the answers (feature `serde`). Then give
+/// what they have in common ([`CpuProfile::intersect`]) to all guests.
 ///
-/// Three things stay the host's even at a level: the maker (`GenuineIntel`, `AuthenticAMD`), as each has instructions for
-/// system calls and for hypervisors of its own; the frequency of the TSC; and its physical speed. A level shows neither the processor's
-/// mitigations of its own weaknesses nor that it needs none, so the guest's kernel switches on those in software that it
-/// was built with; add what all hosts have, such as `spec_ctrl`, where programs in a guest must not trust each other.
+/// Three things stay the host's even at a level:
 ///
-/// CPUID tells; it does not forbid. Programs that use instructions without asking are stopped by hardware only where it can:
-/// at what needs XSAVE (AVX and all after it), when that is not shown. Registers (MSRs) can be hidden for good.
+/// - the maker (`GenuineIntel`, `AuthenticAMD`), as each has its own instructions for system calls and for hypervisors;
+/// - the frequency of the TSC;
+/// - the physical speed.
 ///
-/// Processors are numbered and grouped by the machine that a profile is given to, so what a profile says of topology
-/// (leaves 0xb and 0x1f, counts and identifiers in 1, 4, 0x80000008, 0x8000001d and 0x8000001e) is written over.
+/// A level shows none of the processor's mitigations of its own weaknesses, nor that it needs none. So the guest's
+/// kernel switches on the software mitigations that it was built with. Add bits that all hosts have, such as
+/// `spec_ctrl`, where programs in a guest must not trust each other.
+///
+/// CPUID tells; it does not forbid. Hardware stops programs that use a hidden instruction only where that needs XSAVE
+/// (AVX and all after it). Registers (MSRs) can be hidden for good.
+///
+/// The machine numbers and groups its processors itself. So it overwrites what a profile says of topology: leaves 0xb
+/// and 0x1f, and the counts and identifiers in 1, 4, 0x80000008, 0x8000001d and 0x8000001e.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(deny_unknown_fields))]
 pub struct CpuProfile {
@@ -101,12 +109,14 @@ impl CpuProfile {
         Self { base, msrs: Vec::new(), grants: Grants::default() }
     }
 
-    /// The host's processor, as far as its KVM offers it to guests, whatever that is where the machine starts.
+    /// Shows the host's processor, as far as its KVM offers it to guests.
+    ///
+    /// Each host on which a machine starts shows its own.
     pub fn host() -> Self {
         Self::of(Base::Host(Vec::new()))
     }
 
-    /// The processor of the host that this is called on, written out, so that other hosts can show it too.
+    /// Reads the processor of this host, so that other hosts can show it too.
     ///
     /// Frequencies are not in it, as they are no property of what the processor can do.
     ///
@@ -126,44 +136,51 @@ impl CpuProfile {
         Ok(Self { msrs: msrs.into_iter().collect(), ..Self::of(Base::Fixed { vendor, leaves }) })
     }
 
-    /// The level x86-64-v2 of the System V ABI: SSE4.2 and POPCNT, what processors have since about 2009.
+    /// Shows the level x86-64-v2 of the System V ABI.
+    ///
+    /// It has SSE4.2 and POPCNT, which processors have since about 2009.
     pub fn x86_64_v2() -> Self {
         Self::of(Base::Fixed { vendor: None, leaves: level::v2() })
     }
 
-    /// The level x86-64-v3 of the System V ABI: AVX2, BMI and FMA, what processors have since about 2013.
+    /// Shows the level x86-64-v3 of the System V ABI.
+    ///
+    /// It has AVX2, BMI and FMA, which processors have since about 2013.
     pub fn x86_64_v3() -> Self {
         Self::of(Base::Fixed { vendor: None, leaves: level::v3() })
     }
 
-    /// Lets the guest be a hypervisor itself: VMX or SVM, as far as the host's KVM offers it.
+    /// Lets the guest be a hypervisor itself.
     ///
-    /// A hostile guest then reaches the code of the host's KVM in which most escapes were found. Give it to guests whose
-    /// kernel is trusted.
+    /// It gets VMX or SVM, as far as the host's KVM offers it. A hostile guest then reaches the code of the host's KVM
+    /// in which most escapes were found. Give it to guests whose kernel is trusted.
     pub fn nested_virtualization(mut self) -> Self {
         self.grants.nesting = true;
         self
     }
 
-    /// Lets the guest count cycles, misses and other events of its processor, as far as the host's KVM offers it.
+    /// Lets the guest count events of its processor, such as cycles and misses.
     ///
-    /// Counters are finer clocks than a guest has otherwise, which helps it to spy on what shares the processor.
+    /// It can count what the host's KVM offers. Counters are finer clocks than a guest has otherwise, which helps it to
+    /// spy on what shares the processor.
     pub fn performance_counters(mut self) -> Self {
         self.grants.counters = true;
         self
     }
 
-    /// Adds what `bits` stand for.
+    /// Sets all of `bits`.
     pub fn with(self, bits: CpuidBits) -> Self {
         self.cpuid(bits, u32::MAX)
     }
 
-    /// Takes away what `bits` stand for, and what needs it: with `xsave` goes AVX, with `avx` AVX2.
+    /// Clears `bits`, and what needs them.
+    ///
+    /// With `xsave` goes AVX, with `avx` AVX2.
     pub fn without(self, bits: CpuidBits) -> Self {
         self.cpuid(bits, 0)
     }
 
-    /// Makes `bits` those of `value`: a field of several bits, such as one of a cache's sizes.
+    /// Sets a field of several bits to `value`, such as a cache's size.
     pub fn cpuid(mut self, bits: CpuidBits, value: u32) -> Self {
         let change = Change { bits, value };
         match &mut self.base {
@@ -173,12 +190,14 @@ impl CpuProfile {
         self
     }
 
-    /// Sets a model-specific register: it has this value at the guest's first instruction.
+    /// Sets the value of a model-specific register at the guest's first instruction.
     pub fn msr(self, index: u32, value: u64) -> Self {
         self.register(Msr { index, value: Some(value) })
     }
 
-    /// Hides a model-specific register: reading and writing it is a general protection fault (#GP) in the guest.
+    /// Hides a model-specific register.
+    ///
+    /// Reading and writing it is a general protection fault (#GP) in the guest.
     pub fn without_msr(self, index: u32) -> Self {
         self.register(Msr { index, value: None })
     }
@@ -190,10 +209,10 @@ impl CpuProfile {
         self
     }
 
-    /// The processor that can be shown wherever either of both can.
+    /// Returns the processor that can be shown wherever either of both can.
     ///
-    /// It has what both have, and describes itself (model, name, caches) as the older of them. Registers that both
-    /// set differently are hidden. The order of the two makes no difference, nor does that of many.
+    /// It has what both have, and describes itself (model, name, caches) as the older of them. Registers that both set
+    /// differently are hidden. The order of the two makes no difference, nor does that of many.
     ///
     /// # Errors
     /// `InvalidConfig` for [`CpuProfile::host`], which says nothing of any particular host: take

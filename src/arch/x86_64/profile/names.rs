@@ -1,4 +1,6 @@
-//! What the bits of CPUID are called by Linux and QEMU, and which of them need which others.
+//! The names of CPUID's bits, as Linux and QEMU have them.
+//!
+//! Also which of them need which others.
 
 use super::bits::{CpuidBits, CpuidRegister};
 use CpuidRegister::{Eax, Ebx, Ecx, Edx};
