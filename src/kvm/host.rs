@@ -65,13 +65,16 @@ pub enum Device {
 impl Host {
     /// Looks at this host. Opens `/dev/kvm`, reads some files below `/sys`, changes nothing, and needs no privileges.
     pub fn probe() -> Self {
-        Self::examine(Path::new(DEVICE), Path::new("/sys/module"))
+        let host = Self::examine(Path::new(DEVICE), Path::new("/sys/module"));
+        let exposure = Exposure::read(Path::new("/sys"), host.module.as_deref());
+        Self { exposure, ..host }
     }
 
+    /// Looks at KVM alone: the start of a VM should not read two dozen files of the host.
     fn examine(device: &Path, modules: &Path) -> Self {
         let module =
             ["kvm_intel", "kvm_amd", "kvm_pvm"].into_iter().find(|name| modules.join(name).exists()).map(str::to_owned);
-        let exposure = Exposure::read(Path::new("/sys"), module.as_deref());
+        let exposure = Exposure::default();
         let mut host = Self { module, device: Device::Usable, api_version: None, missing: Vec::new(), exposure };
         match open_at(device) {
             Err(error) => {
@@ -154,7 +157,7 @@ fn lacking(kvm: &kvm_ioctls::Kvm) -> Vec<&'static str> {
 
 /// Opens `/dev/kvm` if everything needed is there.
 pub(super) fn open() -> Result<kvm_ioctls::Kvm> {
-    Host::probe().ready()?;
+    Host::examine(Path::new(DEVICE), Path::new("/sys/module")).ready()?;
     Ok(open_at(Path::new(DEVICE))?)
 }
 
