@@ -9,8 +9,12 @@ pub(super) const MOST: usize = 64 << 10;
 const MAX_L1: u64 = 32 << 20;
 pub(super) const MAX_REFCOUNT_TABLE: u64 = 8 << 20;
 const MAX_NAME: usize = 1023;
-/// The extension that names the backing file's format.
+/// Header extensions by their types: the format of the backing file, the names of features, the name of an external data file.
 const BACKING_FORMAT: u32 = 0xe279_2aca;
+const FEATURE_NAMES: u32 = 0x6803_f857;
+const DATA_FILE: u32 = 0x4441_5441;
+/// Bytes of an entry in the table of features' names.
+const FEATURE_NAME: usize = 48;
 /// Where the byte with the incompatible feature "dirty refcounts" is, as its lowest bit.
 pub(super) const DIRTY: u64 = 79;
 /// Incompatible features, by their bits.
@@ -130,6 +134,10 @@ impl Header {
         if refcounts == 0 || refcounts > MAX_REFCOUNT_TABLE || !within(refcounts_at, refcounts.min(cluster)) {
             return Err(corrupt("its table of reference counts cannot be"));
         }
+        if version > 2 {
+            let first = bytes.get(..bytes.len().min(cluster as usize)).unwrap_or_default();
+            check_extensions(first, header_len)?;
+        }
         let backing = Self::backing(bytes, u64_at(8)?, u32_at(16)?, header_len)?;
         let counts = Counts { at: refcounts_at, clusters: (refcounts / cluster) as u32, order };
         Ok(Self { size, cluster: cluster as u32, l1: (l1_at, l1), counts, dirty, backing })
@@ -181,19 +189,54 @@ impl Header {
     }
 }
 
+/// A header extension (docs/interop/qcow2.txt, "Header extensions") and where the next one is.
+struct Extension<'a> {
+    kind: u32,
+    data: &'a [u8],
+    next: usize,
+}
+
+impl<'a> Extension<'a> {
+    /// `None` when `bytes` end before it does.
+    fn at(bytes: &'a [u8], at: usize) -> Option<Self> {
+        let kind = u32::from_be_bytes(number(bytes, at)?);
+        let len = u32::from_be_bytes(number(bytes, at + 4)?) as usize;
+        let data = bytes.get(at + 8..(at + 8).checked_add(len)?)?;
+        Some(Self { kind, data, next: at + 8 + len.next_multiple_of(8) })
+    }
+}
+
 /// The data of a header extension.
 fn extension(bytes: &[u8], mut at: usize, wanted: u32) -> Option<&[u8]> {
     loop {
-        let kind = u32::from_be_bytes(number(bytes, at)?);
-        let len = u32::from_be_bytes(number(bytes, at + 4)?) as usize;
-        if kind == 0 {
-            return None;
+        match Extension::at(bytes, at)? {
+            Extension { kind: 0, .. } => return None,
+            Extension { kind, data, .. } if kind == wanted => return Some(data),
+            Extension { next, .. } => at = next,
         }
-        let data = bytes.get(at + 8..(at + 8).checked_add(len)?)?;
-        if kind == wanted {
-            return Some(data);
+    }
+}
+
+/// Checks all header extensions in the first cluster, which the crate takes at the same places and trusts.
+fn check_extensions(cluster: &[u8], mut at: usize) -> Result<()> {
+    loop {
+        let Some(Extension { kind, data, next }) = Extension::at(cluster, at) else {
+            return Err(corrupt(format!("the header extension at {at} does not end within the header")));
+        };
+        match kind {
+            0 => return Ok(()),
+            FEATURE_NAMES if data.len() % FEATURE_NAME != 0 => {
+                let len = data.len();
+                return Err(corrupt(format!("its table of features' names ends within an entry: it has {len} bytes")));
+            }
+            BACKING_FORMAT if std::str::from_utf8(data).is_err() => {
+                return Err(corrupt("the format of its backing file is not UTF-8"));
+            }
+            DATA_FILE if std::str::from_utf8(data).is_err() => {
+                return Err(corrupt("the name of its external data file is not UTF-8"));
+            }
+            _ => at = next,
         }
-        at += 8 + len.next_multiple_of(8);
     }
 }
 

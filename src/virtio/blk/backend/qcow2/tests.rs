@@ -165,6 +165,58 @@ fn what_is_damaged_or_unknown_is_named_and_not_touched() {
     assert_eq!(Qcow2::open(&temp.path("none"), None, false).unwrap_err().kind(), ErrorKind::NotFound);
 }
 
+#[test]
+fn header_extensions_are_whole_and_end_in_the_header() {
+    let temp = Temp::new("extensions");
+    let path = temp.path("a.qcow2");
+    let extension = |kind: u32, data: &[u8]| {
+        let mut bytes = [kind.to_be_bytes(), (data.len() as u32).to_be_bytes()].concat();
+        bytes.extend(data);
+        bytes.resize(bytes.len().next_multiple_of(8), 0);
+        bytes
+    };
+    let names = |len| extension(0x6803_f857, &vec![1; len]);
+    let (text, other) = (&[0xff, 0xfe][..], extension(0x1234_5678, &[7; 9]));
+    // That of the whole header but for the end marker, which has no room.
+    let filled = extension(1, &[0; 512 - 112 - 8]);
+    let cases: [(Vec<u8>, &str); 9] = [
+        (names(49), "49 bytes"),
+        (names(47), "47 bytes"),
+        ([other.clone(), names(1)].concat(), "1 bytes"),
+        (extension(0xe279_2aca, text), "format of its backing file"),
+        (extension(0x4441_5441, text), "external data file"),
+        (vec![0, 0, 0, 1, 0, 0, 1, 0x90], "at 112 does not end"),
+        (vec![0, 0, 0, 1, 0xff, 0xff, 0xff, 0xff], "at 112 does not end"),
+        (vec![0, 0, 0, 0, 0xff, 0xff, 0xff, 0xff], "at 112 does not end"),
+        (filled, "at 512 does not end"),
+    ];
+    temp.qemu_img("create -q -f qcow2 -o cluster_size=512 a.qcow2 1M");
+    let good = fs::read(&path).unwrap();
+    assert_eq!(good[100..104], [0, 0, 0, 112], "qemu-img makes other headers now");
+    let with = |extensions: &[u8]| {
+        let mut image = good.clone();
+        image[112..512].fill(0);
+        image[112..112 + extensions.len()].copy_from_slice(extensions);
+        fs::write(&path, image).unwrap();
+    };
+    for (extensions, word) in cases {
+        with(&extensions);
+        for read_only in [true, false] {
+            let error = Qcow2::open(&path, None, read_only).unwrap_err();
+            assert!(error.kind() == ErrorKind::Corrupt && error.to_string().contains(word), "{word}: {error:?}");
+        }
+    }
+    with(&[other, names(0), names(96), extension(0xe279_2aca, b"raw")].concat());
+    drop(Qcow2::open(&path, None, false).unwrap());
+    // As they come, in either version.
+    fs::write(temp.path("base"), [7; 4096]).unwrap();
+    for version in ["0.10", "1.1"] {
+        temp.qemu_img(&format!("create -q -f qcow2 -o compat={version} -b base -F raw b.qcow2"));
+        let mut disk = Qcow2::open(&temp.path("b.qcow2"), Some(&temp.0), true).unwrap();
+        assert_eq!(read(&mut disk, 0, 512), [7; 512]);
+    }
+}
+
 /// Wrong counts and the mark of somebody who did not close it.
 fn left_open(path: &Path) {
     let file = fs::OpenOptions::new().read(true).write(true).open(path).unwrap();
