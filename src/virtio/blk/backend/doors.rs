@@ -104,22 +104,119 @@ pub(crate) fn overlay(data: &[u8]) {
     let _ = super::compact(&path, few);
 }
 
+/// A qcow2 image that is changed where its tables are.
+#[cfg(feature = "qcow2")]
+struct Tables(Vec<u8>);
+
+#[cfg(feature = "qcow2")]
+impl Tables {
+    fn number(&self, at: usize, len: usize) -> usize {
+        let bytes = at.checked_add(len).and_then(|end| self.0.get(at..end)).unwrap_or_default();
+        bytes.iter().fold(0, |number, byte| number << 8 | usize::from(*byte))
+    }
+
+    fn put(&mut self, at: usize, bytes: &[u8]) {
+        for (n, byte) in bytes.iter().enumerate() {
+            if let Some(place) = at.checked_add(n).and_then(|at| self.0.get_mut(at)) {
+                *place = *byte;
+            }
+        }
+    }
+
+    /// An entry as a table has it: some cluster of the file with some flags, or one far away.
+    fn entry(&self, bytes: &mut &[u8]) -> [u8; 8] {
+        let [how, flags, low, high] = take(bytes);
+        let cluster = 1u64 << (self.number(20, 4) % 22);
+        let mut entry = match how % 8 {
+            0 => u64::from_be_bytes(take(bytes)),
+            // The last that there can be, and those before.
+            1 => 0x00ff_ffff_ffff_fe00 & !(cluster - 1) & !(u64::from(low) * cluster),
+            // Compressed: so many sectors, somewhere.
+            2 => {
+                let sectors = (u64::from(flags) << 56) & ((1 << 62) - 1);
+                return (1 << 62 | sectors | u64::from(low) | u64::from(high) << 8).to_be_bytes();
+            }
+            3 => (u64::from(low) << (how / 8)) * cluster,
+            _ => u64::from(low % 96) * cluster,
+        };
+        entry |= u64::from(flags & 1) << 63 | u64::from(flags >> 1 & 1);
+        entry.to_be_bytes()
+    }
+
+    fn change(&mut self, bytes: &mut &[u8]) {
+        let [what, n, m] = take(bytes);
+        let (n, m, entry) = (usize::from(n) * 8, usize::from(m) * 8, 0x00ff_ffff_ffff_fe00);
+        let (l1, counts) = (self.number(40, 8), self.number(48, 8));
+        match what % 8 {
+            0 => self.put(l1.saturating_add(n % 128), &self.entry(bytes)),
+            1 | 2 => {
+                self.put((self.number(l1.saturating_add(n % 128), 8) & entry).saturating_add(m), &self.entry(bytes))
+            }
+            3 => self.put(counts.saturating_add(n), &self.entry(bytes)),
+            4 => self.put((self.number(counts, 8) & entry).saturating_add(m / 8), &take::<2>(bytes)),
+            // Header extensions from where they begin.
+            5 => {
+                let mut at = self.number(100, 4);
+                for _ in 0..n / 8 % 4 {
+                    let [kind, len] = take(bytes);
+                    let kind = *[0xe279_2acau32, 0x6803_f857, 0x4441_5441, 0, 0x2385_2875]
+                        .get(usize::from(kind % 8))
+                        .unwrap_or(&7);
+                    let data: Vec<u8> = (0..len).map(|_| take::<1>(bytes)).flatten().collect();
+                    self.put(at, &[kind.to_be_bytes(), u32::from(len).to_be_bytes()].concat());
+                    self.put(at + 8, &data);
+                    at += 8 + data.len().next_multiple_of(8);
+                }
+                self.put(at, &[0; 8]);
+            }
+            // Bytes that are stored in a compressed way (RFC 1951, 3.2.4).
+            6 => {
+                let len = 1u16 << (9 + m / 8 % 5);
+                self.put(n * 16, &[&[1], &len.to_le_bytes()[..], &(!len).to_le_bytes()].concat());
+            }
+            // A disk of another size, and features that vanish.
+            _ => {
+                self.put(24, &(u64::from(u32::from_le_bytes(take(bytes)) >> (m / 8 % 32)) * 512).to_be_bytes());
+                self.put(88, &take::<8>(bytes));
+            }
+        }
+    }
+}
+
 #[cfg(feature = "qcow2")]
 pub(crate) fn qcow2_open(data: &[u8]) {
+    static IMAGES: std::sync::OnceLock<[Vec<u8>; 5]> = std::sync::OnceLock::new();
+    let small = super::qcow2::small;
+    let make = || {
+        let (narrow, wide) = (small(4096, 1, None), small(2048, 64, None));
+        [small(512, 16, None), small(512, 64, None), narrow, wide, small(512, 16, Some("base"))]
+    };
     let Some(folder) = Folder::new() else { return };
     let (mut bytes, path) = (data, folder.0.join("image"));
-    let mut image = super::qcow2::small().to_vec();
-    let [how] = take(&mut bytes);
+    let [how, which, changes] = take(&mut bytes);
+    let images = IMAGES.get_or_init(make);
+    let mut image = Tables(images.get(usize::from(which) % images.len()).cloned().unwrap_or_default());
+    (0..changes % 16).for_each(|_| image.change(&mut bytes));
+    let Tables(mut image) = image;
     let len = image.len();
-    patch(&mut image, if how & 1 == 0 { 112 } else { len }, &mut bytes);
+    if how & 8 == 0 {
+        patch(&mut image, if how & 1 == 0 { 112 } else { len }, &mut bytes);
+    }
     if how & 2 == 0 {
         image.truncate(usize::from(u16::from_le_bytes(take(&mut bytes))));
     }
-    if fs::write(&path, image).is_err() {
+    if fs::write(&path, image).is_err() || fs::write(folder.0.join("base"), [9; 5000]).is_err() {
         return;
     }
-    if let Ok(mut disk) = super::Qcow2::open(&path, Some(&folder.0), how & 4 == 0) {
-        use_disk(&mut disk, bytes);
+    // And what becomes of it, as the next one finds it.
+    for _ in 0..2 {
+        let Ok(mut disk) = super::Qcow2::open(&path, Some(&folder.0), how & 4 == 0) else { return };
+        let (now, later) = bytes.split_at(bytes.len().min(128));
+        use_disk(&mut disk, now);
+        if how & 16 != 0 {
+            let _ = disk.grow(disk.shape().len.saturating_add(u64::from(how) << 12));
+        }
+        bytes = later;
     }
 }
 

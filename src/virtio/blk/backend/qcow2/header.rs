@@ -8,6 +8,11 @@ pub(super) const MOST: usize = 64 << 10;
 /// As QEMU has them.
 const MAX_L1: u64 = 32 << 20;
 pub(super) const MAX_REFCOUNT_TABLE: u64 = 8 << 20;
+/// What the crate makes the table of reference counts at most.
+const MAX_GROWN_TABLE: u64 = 32 << 20;
+/// Tables of clusters (L2) and blocks of counts that the crate keeps in memory at most.
+const MAX_L2_TABLES: u64 = 128;
+const MAX_BLOCKS: u64 = 32;
 const MAX_NAME: usize = 1023;
 /// Header extensions by their types: the format of the backing file, the names of features, the name of an external data file.
 const BACKING_FORMAT: u32 = 0xe279_2aca;
@@ -130,6 +135,12 @@ impl Header {
         if l1 > MAX_L1 || (l1 / 8).saturating_mul(cluster / 8).saturating_mul(cluster) < size || !within(l1_at, l1) {
             return Err(corrupt("its table of clusters (L1) cannot be"));
         }
+        if write && narrow(cluster, order) {
+            return Err(unsupported(format!(
+                "writing reference counts of {} bits with clusters of {cluster} bytes; see qemu-img convert",
+                1 << order
+            )));
+        }
         let (refcounts_at, refcounts) = (u64_at(48)?, u64::from(u32_at(56)?) * cluster);
         if refcounts == 0 || refcounts > MAX_REFCOUNT_TABLE || !within(refcounts_at, refcounts.min(cluster)) {
             return Err(corrupt("its table of reference counts cannot be"));
@@ -141,6 +152,14 @@ impl Header {
         let backing = Self::backing(bytes, u64_at(8)?, u32_at(16)?, header_len)?;
         let counts = Counts { at: refcounts_at, clusters: (refcounts / cluster) as u32, order };
         Ok(Self { size, cluster: cluster as u32, l1: (l1_at, l1), counts, dirty, backing })
+    }
+
+    /// Bytes of tables that are kept in memory at most while the image is open.
+    pub(super) fn tables(&self, write: bool) -> u64 {
+        let cluster = u64::from(self.cluster);
+        let counts = u64::from(self.counts.clusters) * cluster;
+        let read = self.l1.1 + (self.l1.1 / 8).min(MAX_L2_TABLES) * cluster;
+        if write { read + counts + (counts / 8).min(MAX_BLOCKS) * cluster } else { read }
     }
 
     /// Checks what only version 3 has; how long its header is, the order of its reference counts, and whether these are dirty.
@@ -187,6 +206,16 @@ impl Header {
             ))),
         }
     }
+}
+
+/// The crate counts the clusters of a table of reference counts that grew, and relies on each count to be 0 before. Of blocks that
+/// are one in the file the same count is raised again, once in so many clusters as a block speaks of: where that is more often
+/// than it can count to, it panics.
+fn narrow(cluster: u64, order: u32) -> bool {
+    let (width, table) = (1u64 << order, MAX_GROWN_TABLE / cluster);
+    let a_block = cluster * 8 / width;
+    let raised = (table + table / a_block + 2).div_ceil(a_block);
+    width < 64 && raised >= 1 << width
 }
 
 /// A header extension (docs/interop/qcow2.txt, "Header extensions") and where the next one is.

@@ -2,6 +2,7 @@
 //!
 //! Which files belong to an image is decided here and never by the crate: names in a header are followed within one folder only.
 
+mod counts;
 mod header;
 #[cfg(test)]
 mod power;
@@ -30,6 +31,8 @@ type Access = FormatAccess<Ordered>;
 
 /// Images that may lie on each other.
 const DEPTH: usize = 16;
+/// Bytes of tables that an image and all that it lies on may keep in memory.
+const MAX_TABLES: u64 = 512 << 20;
 
 /// An open image with all that it lies on.
 #[derive(Debug)]
@@ -53,6 +56,8 @@ pub(crate) struct Qcow2 {
 struct Chain {
     folder: Option<Folder>,
     files: Vec<(u64, u64)>,
+    /// Bytes of tables that they keep in memory at most.
+    tables: u64,
 }
 
 /// Where backing files may be: held open, so that nothing that becomes of its path or of what is in it leads out.
@@ -72,6 +77,19 @@ impl Chain {
             return Err(Error::new(ErrorKind::InvalidConfig, format!("more than {DEPTH} images lie on each other")));
         }
         self.files.push(this);
+        Ok(())
+    }
+
+    /// Counts what an image keeps in memory.
+    fn keep(&mut self, tables: u64) -> Result<()> {
+        self.tables = self.tables.saturating_add(tables);
+        if self.tables > MAX_TABLES {
+            let problem = format!(
+                "qcow2: tables that take more than {} MiB of memory; see qemu-img convert -o cluster_size",
+                MAX_TABLES >> 20
+            );
+            return Err(Error::new(ErrorKind::Unsupported, problem));
+        }
         Ok(())
     }
 
@@ -135,9 +153,12 @@ fn open_image(path: &Path, file: File, write: bool, order: Order, chain: &mut Ch
     let mut bytes = vec![0; usize::try_from(len).unwrap_or(usize::MAX).min(header::MOST)];
     file.read_exact_at(&mut bytes, 0)?;
     let header = Header::parse(&bytes, len, write)?;
+    chain.keep(header.tables(write))?;
     if header.dirty {
         recount::recount(&file, &header)?;
         mark(&file, 0)?;
+    } else if write {
+        counts::check(&file, &header, len)?;
     }
     let backing = match &header.backing {
         None => None,
@@ -184,7 +205,7 @@ impl Qcow2 {
             Ok(Folder { path: fs::canonicalize(folder)?, beneath: Beneath::open(folder)? })
         };
         let named = |folder: &Path| open_folder(folder).doing(|| format!("backing_folder: {}", folder.display()));
-        let mut chain = Chain { folder: folder.map(named).transpose()?, files: Vec::new() };
+        let mut chain = Chain { folder: folder.map(named).transpose()?, files: Vec::new(), tables: 0 };
         let order = Order::default();
         let opened = open(&path, read_only, false, libc::O_NONBLOCK)
             .and_then(|file| open_image(&path, file, !read_only, order.clone(), &mut chain))
@@ -249,6 +270,21 @@ impl Qcow2 {
         Ok(())
     }
 
+    /// Makes a piece of a cluster zeroes. The crate computes wrongly here where the disk is smaller than a cluster.
+    fn zero_part(&mut self, at: u64, len: u64) -> io::Result<()> {
+        if len == 0 {
+            return Ok(());
+        }
+        let (mapping, alike) = self.call(|image| {
+            let (mapping, alike) = image.get_shallow_mapping(at, len)?;
+            Ok((matches!(mapping, ShallowMapping::Zero { .. }), alike))
+        })?;
+        if mapping && alike >= len {
+            return Ok(());
+        }
+        self.replace(&vec![0; usize::try_from(len).unwrap_or(usize::MAX)], at)
+    }
+
     /// What one L2 table speaks of.
     fn reach(&self) -> u64 {
         u64::from(self.cluster / 8) * u64::from(self.cluster)
@@ -289,17 +325,20 @@ impl Qcow2 {
     }
 }
 
-/// An image of 256 KiB in clusters of 512 bytes, some of which are written.
+/// An image of 256 KiB, some of which is written, by the bytes of its clusters, the bits of its counts and its raw backing file.
 #[cfg(any(test, feature = "internals"))]
-pub(super) fn small() -> &'static [u8] {
+pub(super) fn small(cluster: usize, width: usize, backing: Option<&str>) -> Vec<u8> {
     use imago::FormatCreateBuilder;
-    static IMAGE: std::sync::OnceLock<Vec<u8>> = std::sync::OnceLock::new();
     let make = || -> io::Result<Vec<u8>> {
         let file = sys::temp_file(&std::env::temp_dir())?;
-        let storage = || Ordered::new(file.try_clone()?, true, 512, Order::default());
+        let storage = || Ordered::new(file.try_clone()?, true, cluster as u64, Order::default());
         let builder = imago::qcow2::Qcow2::<Ordered>::create_builder(storage()?);
-        builder.size(256 << 10).cluster_size(512).create()?;
-        let image = imago::qcow2::Qcow2::<Ordered>::builder(storage()?).write(true);
+        let builder = builder.size(256 << 10).cluster_size(cluster).refcount_width(width);
+        match backing {
+            Some(name) => builder.backing(name.into(), "raw".into()).create()?,
+            None => builder.create()?,
+        }
+        let image = imago::qcow2::Qcow2::<Ordered>::builder(storage()?).backing(None).write(true);
         let image = FormatAccess::new(image.open(DenyImplicitOpenGate::default())?);
         image.write([3; 4096].as_slice(), 1024)?;
         image.write([4; 4096].as_slice(), 128 << 10)?;
@@ -308,7 +347,7 @@ pub(super) fn small() -> &'static [u8] {
         file.read_exact_at(&mut bytes, 0)?;
         Ok(bytes)
     };
-    IMAGE.get_or_init(|| make().unwrap_or_else(|e| unreachable!("{e}")))
+    make().unwrap_or_else(|e| unreachable!("{e}"))
 }
 
 impl Drop for Qcow2 {
@@ -361,7 +400,14 @@ impl BlockBackend for Qcow2 {
     }
 
     fn write_zeroes(&mut self, offset: u64, len: u64, _: bool) -> io::Result<()> {
-        self.give_back(offset, len, |image, at, len| image.write_zeroes(at, len))
+        self.writable()?;
+        let (cluster, end) = (u64::from(self.cluster), offset + len);
+        let middle = offset.next_multiple_of(cluster).min(end);
+        // Behind the disk's end is nothing: its last cluster is whole.
+        let last = if end == self.size { end } else { end / cluster * cluster }.max(middle);
+        self.zero_part(offset, middle - offset)?;
+        self.give_back(middle, last - middle, |image, at, len| image.write_zeroes(at, len))?;
+        self.zero_part(last, end - last)
     }
 
     fn grow(&mut self, len: u64) -> io::Result<()> {

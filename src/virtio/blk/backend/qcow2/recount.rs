@@ -10,6 +10,7 @@ use std::os::unix::fs::FileExt;
 
 use super::header::{Counts, Header};
 use crate::error::{Context, Error, ErrorKind, Result};
+use crate::sys::next_data;
 
 /// Clusters of a file that are counted at most: the counting takes 8 MiB of memory for them.
 const MOST: u64 = 1 << 26;
@@ -127,7 +128,8 @@ fn walk(file: &File, header: &Header, len: u64, mut each: impl FnMut(u64, &Place
     for (at, entry) in (l1_at..).step_by(8).zip(l1.chunks_exact(8)) {
         let Some(table) = Place::of(big_endian(entry), cluster, false)? else { continue };
         each(at, &table)?;
-        if table.offset >= len {
+        // A table that is a hole points nowhere. That of a file which is all holes would take long to be read.
+        if table.offset >= len || next_data(file, table.offset)?.is_none_or(|at| at - table.offset >= cluster) {
             continue;
         }
         // What is cut off by the file's end reads as zeroes.
@@ -155,7 +157,7 @@ fn forget(file: &File, header: &Header, len: u64) -> Result<()> {
     Ok(file.sync_data()?)
 }
 
-fn big_endian(bytes: &[u8]) -> u64 {
+pub(super) fn big_endian(bytes: &[u8]) -> u64 {
     bytes.iter().fold(0, |number, byte| number << 8 | u64::from(*byte))
 }
 

@@ -217,6 +217,93 @@ fn header_extensions_are_whole_and_end_in_the_header() {
     }
 }
 
+#[test]
+fn counts_that_would_keep_a_writer_looking_are_refused() {
+    let temp = Temp::new("looking");
+    let path = temp.path("a.qcow2");
+    fs::write(temp.path("a.raw"), vec![1; 1 << 20]).unwrap();
+    temp.qemu_img("convert -f raw -O qcow2 -o cluster_size=512 a.raw a.qcow2");
+    let good = fs::read(&path).unwrap();
+    let number = |at: usize| u64::from_be_bytes(good[at..at + 8].try_into().unwrap());
+    let table = number(48) as usize;
+    let (first, ones) = (number(table), number(40));
+    let end = (good.len() as u64).next_multiple_of(512);
+    // Of 64 blocks, each of which counts 256 clusters, the file has need of nine.
+    let cases: [(usize, u64, &str); 6] = [
+        (1, first, "two of its blocks"),
+        (2, first + 8, "block 2 is said to be"),
+        (2, end, "block 2 is said to be"),
+        (2, 1 << 63, "block 2 is said to be"),
+        (40, ones, "block 40 counts clusters behind the end"),
+        (9, first + 256, "block 9 is said to be"),
+    ];
+    for (n, entry, word) in cases {
+        let mut bad = good.clone();
+        bad[table + n * 8..table + n * 8 + 8].copy_from_slice(&entry.to_be_bytes());
+        fs::write(&path, &bad).unwrap();
+        let error = Qcow2::open(&path, None, false).unwrap_err();
+        assert!(error.kind() == ErrorKind::Corrupt && error.to_string().contains(word), "{word}: {error:?}");
+        assert!(fs::read(&path).unwrap() == bad, "{word}: touched");
+        // Who only reads has no use for counts.
+        let mut disk = Qcow2::open(&path, None, true).unwrap();
+        assert_eq!(read(&mut disk, 1 << 19, 512), [1; 512]);
+    }
+    // A writer for whom there was no more space left four that are empty; five are none of these.
+    for (blocks, fits) in [(4u64, true), (5, false)] {
+        let mut left = good.clone();
+        left.resize((end + 512 * blocks) as usize, 0);
+        for n in 0..blocks {
+            let at = table + (50 + n as usize) * 8;
+            left[at..at + 8].copy_from_slice(&(end + 512 * n).to_be_bytes());
+        }
+        fs::write(&path, &left).unwrap();
+        assert_eq!(Qcow2::open(&path, None, false).is_ok(), fits, "{blocks}");
+    }
+}
+
+#[test]
+fn counts_too_narrow_for_their_table_are_read_and_not_written() {
+    let temp = Temp::new("narrow");
+    let path = temp.path("a.qcow2");
+    for (cluster, bits, written) in
+        [(512, 1, false), (512, 2, false), (512, 4, false), (2048, 1, false), (4096, 1, true), (512, 8, true)]
+    {
+        temp.qemu_img(&format!("create -q -f qcow2 -o cluster_size={cluster},refcount_bits={bits} a.qcow2 1M"));
+        Qcow2::open(&path, None, true).unwrap();
+        match Qcow2::open(&path, None, false) {
+            Ok(_) => assert!(written, "{cluster} {bits}"),
+            Err(e) => {
+                assert!(!written && e.kind() == ErrorKind::Unsupported && e.to_string().contains("bits"), "{e:?}")
+            }
+        }
+    }
+}
+
+#[test]
+fn a_disk_smaller_than_a_cluster_has_pieces_zeroed() {
+    let temp = Temp::new("piece");
+    temp.qemu_img("create -q -f qcow2 a.qcow2 2048");
+    let mut disk = Qcow2::open(&temp.path("a.qcow2"), None, false).unwrap();
+    write(&mut disk, &[1; 2048], 0);
+    disk.write_zeroes(0, 512, true).unwrap();
+    disk.write_zeroes(1024, 512, true).unwrap();
+    assert_eq!(read(&mut disk, 0, 2048), [[0; 512], [1; 512], [0; 512], [1; 512]].concat());
+    disk.write_zeroes(512, 1536, true).unwrap();
+    assert_eq!(read(&mut disk, 0, 2048), [0; 2048]);
+    drop(disk);
+    temp.qemu_img("check -q a.qcow2");
+}
+
+#[test]
+fn tables_of_a_chain_that_take_much_memory_are_refused() {
+    let temp = Temp::new("tables");
+    temp.qemu_img("create -q -f qcow2 -o cluster_size=2M a.qcow2 65T");
+    temp.qemu_img("create -q -f qcow2 -o cluster_size=2M -b a.qcow2 -F qcow2 b.qcow2");
+    Qcow2::open(&temp.path("a.qcow2"), None, false).unwrap();
+    let error = Qcow2::open(&temp.path("b.qcow2"), Some(&temp.0), true).unwrap_err();
+    assert!(error.kind() == ErrorKind::Unsupported && error.to_string().contains("512 MiB of memory"), "{error:?}");
+}
+
 /// Wrong counts and the mark of somebody who did not close it.
 fn left_open(path: &Path) {
     let file = fs::OpenOptions::new().read(true).write(true).open(path).unwrap();

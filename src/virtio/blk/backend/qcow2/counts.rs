@@ -1,0 +1,59 @@
+//! The table of reference counts of an image that is to be written, checked before the crate takes it.
+//!
+//! The crate looks for a free cluster count by count. Blocks of counts that are one in the file, or that speak of clusters which
+//! the file does not have, would let a small image keep it looking for ever.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+
+use super::header::Header;
+use super::recount::big_endian;
+use crate::error::{Error, ErrorKind, Result};
+
+/// Blocks of counts for clusters behind the end of the file. A writer that ran out of space leaves one or two behind.
+const MAX_BEYOND: u64 = 4;
+
+fn corrupt(problem: impl std::fmt::Display) -> Error {
+    Error::new(ErrorKind::Corrupt, format!("its table of reference counts cannot be: {problem}"))
+}
+
+/// Checks every entry of the table: one read of it, and one of each block that speaks of nothing in the file.
+///
+/// # Errors
+/// `Corrupt` says what is wrong; as the host when the file cannot be read.
+pub(super) fn check(file: &File, header: &Header, len: u64) -> Result<()> {
+    let cluster = u64::from(header.cluster);
+    let bytes = u64::from(header.counts.clusters) * cluster;
+    // What is cut off by the file's end reads as zeroes.
+    let mut table = vec![0; usize::try_from(bytes.min(len.saturating_sub(header.counts.at))).unwrap_or(0)];
+    file.read_exact_at(&mut table, header.counts.at)?;
+    let a_block = cluster * 8 >> header.counts.order;
+    let (clusters, mut blocks, mut beyond) = (len.div_ceil(cluster), Vec::new(), 0);
+    for (n, entry) in (0u64..).zip(table.chunks_exact(8)) {
+        let at = big_endian(entry);
+        if at == 0 {
+            continue;
+        }
+        if at % cluster != 0 || at / cluster >= clusters {
+            return Err(corrupt(format_args!("block {n} is said to be at {at}")));
+        }
+        blocks.push(at);
+        if n * a_block >= clusters {
+            beyond += 1;
+            if beyond > MAX_BEYOND || !is_zero(file, at, cluster.min(len - at))? {
+                return Err(corrupt(format_args!("block {n} counts clusters behind the end of the file")));
+            }
+        }
+    }
+    blocks.sort_unstable();
+    match blocks.windows(2).find(|pair| matches!(pair, [a, b] if a == b)) {
+        Some(pair) => Err(corrupt(format_args!("two of its blocks are at {}", pair.first().unwrap_or(&0)))),
+        None => Ok(()),
+    }
+}
+
+fn is_zero(file: &File, offset: u64, len: u64) -> Result<bool> {
+    let mut bytes = vec![0; usize::try_from(len).unwrap_or(usize::MAX)];
+    file.read_exact_at(&mut bytes, offset)?;
+    Ok(bytes.iter().all(|byte| *byte == 0))
+}
