@@ -4,7 +4,6 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::agent::Agent;
-use super::image::Cancel;
 use super::{CancelToken, Container, Image, WritableLayer, shim};
 use crate::boot::{Kernel, Need, Packed};
 use crate::error::{Context, Error, Result};
@@ -142,6 +141,7 @@ impl ContainerBuilder {
     ///
     /// The start then fails with `Cancelled` and leaves nothing behind. Cancelling has no effect on a running
     /// container.
+    /// The token of [`Image::cancel`] cancels the image's preparation alone.
     pub fn cancel(mut self, token: &CancelToken) -> Self {
         self.cancel = Some(token.clone());
         self
@@ -183,9 +183,7 @@ impl ContainerBuilder {
     fn run(self, begin: Instant) -> Result<Container> {
         let hostname = check_hostname(&self.hostname)?;
         let kernel = self.kernel.clone().map_or_else(Kernel::find, Ok)?;
-        let never = Cancel::default();
-        let cancel = self.cancel.as_ref().map_or(&never, CancelToken::preparation);
-        let lower = Disk::open_file(self.image.disk(cancel)?).read_only();
+        let lower = Disk::open_file(self.image.disk(self.cancel.as_ref())?).read_only();
         let upper = self.disk.make()?;
         let mut vm = Vm::builder(kernel.clone())
             .vcpus(self.vcpus)

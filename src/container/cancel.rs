@@ -1,22 +1,23 @@
-//! [`CancelToken`]: how another thread ends a start that is under way.
+//! [`CancelToken`]: how another thread ends a start or a preparation that is under way.
 
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::image::Cancel;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::sys::{EventFd, borrow, eventfd};
 
-/// Ends a container's start from another thread; see [`ContainerBuilder::cancel`](super::ContainerBuilder::cancel).
+/// Ends a container's start or an image's preparation from another thread.
+///
+/// It is given to [`ContainerBuilder::cancel`](super::ContainerBuilder::cancel) or [`Image::cancel`](super::Image::cancel).
 ///
 /// Clones share one state. The descriptor behind [`AsFd`] becomes readable when it is cancelled.
 #[derive(Clone)]
 pub struct CancelToken(Arc<Inner>);
 
 struct Inner {
-    /// What the preparation of an image looks at.
-    cancelled: Cancel,
+    cancelled: AtomicBool,
     /// Readable once it is cancelled.
     wake: EventFd,
 }
@@ -28,24 +29,19 @@ impl CancelToken {
     /// `ResourceExhausted` when the process has no descriptors left.
     pub fn new() -> Result<Self> {
         let wake = eventfd().doing(|| "creating a token")?;
-        Ok(Self(Arc::new(Inner { cancelled: Cancel::default(), wake })))
+        Ok(Self(Arc::new(Inner { cancelled: AtomicBool::new(false), wake })))
     }
 
-    /// Cancels every start that has this token, now and later. Idempotent; returns at once.
+    /// Cancels every start and preparation that has this token, now and later. Idempotent; returns at once.
     pub fn cancel(&self) {
-        self.0.cancelled.cancel();
+        self.0.cancelled.store(true, Ordering::Relaxed);
         // A full counter is readable, which is all that is wanted.
         let _ = self.0.wake.write(1);
     }
 
     /// Tells whether [`CancelToken::cancel`] was called.
     pub fn is_cancelled(&self) -> bool {
-        self.0.cancelled.is_cancelled()
-    }
-
-    /// What the preparation of an image looks at.
-    pub(super) fn preparation(&self) -> &Cancel {
-        &self.0.cancelled
+        self.0.cancelled.load(Ordering::Relaxed)
     }
 
     /// # Errors

@@ -1,31 +1,15 @@
 //! What the preparation of one image may take: numbers, bytes and time. Charged before anything is done.
 
 use std::cell::Cell;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use super::ImageLimits;
+use crate::container::CancelToken;
 use crate::error::{Error, ErrorKind, Result};
 use crate::size::Size;
 
 /// An entry has its own header, and at most one with its name, one with its link's target and one that extends it.
 const HEADERS_PER_ENTRY: u64 = 4;
-
-/// Ends a preparation from another thread. Clones are the same.
-#[derive(Debug, Clone, Default)]
-pub(crate) struct Cancel(Arc<AtomicBool>);
-
-impl Cancel {
-    /// Lets what is being prepared end with `Cancelled`, within milliseconds.
-    pub(crate) fn cancel(&self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
-
-    pub(crate) fn is_cancelled(&self) -> bool {
-        self.0.load(Ordering::Relaxed)
-    }
-}
 
 /// How long a preparation may take, and who can end it.
 #[derive(Debug, Clone)]
@@ -33,20 +17,20 @@ pub(super) struct Patience {
     timeout: Duration,
     /// None: beyond what a clock can show.
     deadline: Option<Instant>,
-    cancel: Cancel,
+    /// Each of them ends it.
+    cancel: Vec<CancelToken>,
 }
 
 impl Patience {
-    pub(super) fn new(timeout: Duration, cancel: &Cancel) -> Self {
-        Self { timeout, deadline: Instant::now().checked_add(timeout), cancel: cancel.clone() }
+    pub(super) fn new<'a>(timeout: Duration, cancel: impl IntoIterator<Item = &'a CancelToken>) -> Self {
+        let cancel = cancel.into_iter().cloned().collect();
+        Self { timeout, deadline: Instant::now().checked_add(timeout), cancel }
     }
 
     /// # Errors
     /// `TimedOut` and `Cancelled`.
     pub(super) fn check(&self) -> Result<()> {
-        if self.cancel.is_cancelled() {
-            return Err(Error::new(ErrorKind::Cancelled, "cancelled by the caller"));
-        }
+        self.cancel.iter().try_for_each(CancelToken::check)?;
         if self.deadline.is_some_and(|deadline| Instant::now() >= deadline) {
             let what = format!("Image::prepare_timeout: not ready after {:?}", self.timeout);
             return Err(Error::new(ErrorKind::TimedOut, what));

@@ -234,12 +234,13 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::container::image::budget::{Cancel, Patience};
+    use crate::container::CancelToken;
+    use crate::container::image::budget::Patience;
     use crate::container::image::limits::ImageLimits;
     use crate::size::Size;
 
-    fn budget(limits: &ImageLimits, cancel: &Cancel) -> Budget {
-        Budget::new(limits, Size::mib(1), &Patience::new(Duration::MAX, cancel))
+    fn budget(limits: &ImageLimits, cancel: &CancelToken) -> Budget {
+        Budget::new(limits, Size::mib(1), &Patience::new(Duration::MAX, [cancel]))
     }
 
     /// A folder of any number of names once took all of them into memory before the first was counted.
@@ -255,7 +256,8 @@ mod tests {
                 found += 1;
                 Ok(())
             };
-            let outcome = walk(&root, &budget(&ImageLimits::new().entries(entries), &Cancel::default()), count);
+            let outcome =
+                walk(&root, &budget(&ImageLimits::new().entries(entries), &CancelToken::new().unwrap()), count);
             (outcome.is_ok(), found)
         };
         assert_eq!((walked(21), walked(20)), ((true, 21), (false, 1)));
@@ -268,7 +270,7 @@ mod tests {
         file.set_len(4 << 20).unwrap();
         file.write_all_at(&[1; 4096], 1 << 20).unwrap();
         file.write_all_at(&[1; 4096], 3 << 20).unwrap();
-        let (limits, cancel) = (ImageLimits::new(), Cancel::default());
+        let (limits, cancel) = (ImageLimits::new(), CancelToken::new().unwrap());
         let found = pieces(&file, 4 << 20, &budget(&limits, &cancel)).unwrap();
         assert_eq!(found, [(1 << 20, 4096), (3 << 20, 4096)]);
         // What was added behind its end is no part of it.

@@ -27,10 +27,10 @@ use std::time::Duration;
 
 use sha2::{Digest, Sha256};
 
+use super::CancelToken;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::size::Size;
 use crate::sys::Beneath;
-pub(crate) use budget::Cancel;
 use budget::{Budget, Patience};
 #[cfg(any(test, feature = "internals"))]
 pub(crate) use doors::image_tar;
@@ -73,6 +73,7 @@ pub struct Image {
     max_size: Size,
     limits: ImageLimits,
     prepare_timeout: Duration,
+    cancel: Option<CancelToken>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -101,7 +102,7 @@ impl Image {
         };
         let path = std::path::absolute(path).doing(doing)?;
         let (limits, prepare_timeout) = (ImageLimits::default(), Duration::from_secs(600));
-        Ok(Self { path, kind, cache: None, max_size: Size::gib(16), limits, prepare_timeout })
+        Ok(Self { path, kind, cache: None, max_size: Size::gib(16), limits, prepare_timeout, cancel: None })
     }
 
     /// Keeps the disk in this folder instead of the user's cache (`$XDG_CACHE_HOME/cofferdam/images`, with `~/.cache`
@@ -129,8 +130,17 @@ impl Image {
         self
     }
 
+    /// Lets another thread end the preparation, which then fails with `Cancelled`; none unless set.
+    ///
+    /// It ends within 4 s, also where a file of the host's does not answer. No half-made disk is left behind. The token counts for
+    /// [`Image::prepare`], and for starts of containers of this image as long as they wait for its disk.
+    pub fn cancel(mut self, token: &CancelToken) -> Self {
+        self.cancel = Some(token.clone());
+        self
+    }
+
     /// Makes the disk if it is not there yet. No container has to wait for it then. Blocks for at most
-    /// [`Image::prepare_timeout`] and 4 s.
+    /// [`Image::prepare_timeout`] and 4 s, and for 4 s once the token of [`Image::cancel`] is cancelled.
     ///
     /// Where a file of the host's does not answer for longer, the preparing thread is left behind. It ends when the host answers.
     /// Until then others who prepare the same image wait as long as they are allowed.
@@ -138,16 +148,17 @@ impl Image {
     /// # Errors
     /// `Corrupt` for an archive that is damaged or is none, `Unsupported` for what cannot be kept, both naming the
     /// entry; `InvalidConfig` beyond a limit, naming its method, and for an empty directory; `InvalidState` for what is written to
-    /// meanwhile; `PermissionDenied` for a cache folder that others can write to; `TimedOut`; `ResourceExhausted` without space.
+    /// meanwhile; `PermissionDenied` for a cache folder that others can write to; `TimedOut`; `Cancelled`; `ResourceExhausted` without
+    /// space.
     /// No half-made disk is left behind.
     pub fn prepare(&self) -> Result<()> {
-        self.disk(&Cancel::default()).map(drop)
+        self.disk(None).map(drop)
     }
 
-    /// The disk, open for reading.
-    pub(super) fn disk(&self, cancel: &Cancel) -> Result<File> {
+    /// The disk, open for reading. Its own token ends what is done for it, and so does `cancel`.
+    pub(super) fn disk(&self, cancel: Option<&CancelToken>) -> Result<File> {
         let image = self.clone();
-        let patience = Patience::new(self.prepare_timeout, cancel);
+        let patience = Patience::new(self.prepare_timeout, self.cancel.iter().chain(cancel));
         worker::run(&patience, worker::GRACE, move |patience| image.made(patience))
             .doing(|| format!("preparing image {}", self.path.display()))
     }

@@ -250,7 +250,6 @@ fn check_private(file: &File) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::budget::Cancel;
     use super::*;
 
     /// In a child of fork it stays so.
@@ -259,7 +258,7 @@ mod tests {
         let dir = std::env::temp_dir().join(format!("cofferdam-verified-{}", std::process::id()));
         let _held = VERIFIED.lock();
         let store = Store::open(Some(dir.clone())).unwrap();
-        let patience = Patience::new(Duration::from_secs(60), &Cancel::default());
+        let patience = Patience::new(Duration::from_secs(60), None);
         let digest = "2".repeat(64);
         let made = store.get_or_make(&digest, &patience, |file| Ok((&*file).write_all(b"disk")?)).unwrap();
         let found = store.get_or_make(&digest, &patience, |_| panic!("it is there")).unwrap();

@@ -53,21 +53,21 @@ pub(super) fn run<T: Send + 'static>(
 
 #[cfg(test)]
 mod tests {
-    use super::super::budget::Cancel;
     use super::*;
+    use crate::container::CancelToken;
 
     #[test]
     fn a_host_that_does_not_answer_is_not_waited_for() {
-        let cancelled = Cancel::default();
+        let cancelled = CancelToken::new().unwrap();
         cancelled.cancel();
         let cases = [
-            (Duration::from_millis(50), Cancel::default(), ErrorKind::TimedOut),
+            (Duration::from_millis(50), CancelToken::new().unwrap(), ErrorKind::TimedOut),
             (Duration::MAX, cancelled, ErrorKind::Cancelled),
         ];
         for (timeout, cancel, kind) in cases {
             let (host, answer) = mpsc::channel::<()>();
             let (ended, end) = mpsc::channel();
-            let patience = Patience::new(timeout, &cancel);
+            let patience = Patience::new(timeout, [&cancel]);
             let outcome: Result<()> = run(&patience, Duration::from_millis(100), move |_| {
                 let _ = answer.recv();
                 let _ = ended.send(());
@@ -82,7 +82,7 @@ mod tests {
 
     #[test]
     fn what_is_done_in_time_is_given_back() {
-        let patience = Patience::new(Duration::MAX, &Cancel::default());
+        let patience = Patience::new(Duration::MAX, None);
         assert_eq!(run(&patience, GRACE, |_| Ok(7)).unwrap(), 7);
         let panicked: Result<()> = run(&patience, GRACE, |_| panic!("on purpose"));
         assert_eq!(panicked.unwrap_err().kind(), ErrorKind::Io);

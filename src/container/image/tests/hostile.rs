@@ -89,17 +89,17 @@ fn deep_directories_need_no_stack() {
 fn headers_that_are_no_entries_are_counted_too() {
     let extended = |n: usize| archive(&vec![Made::file("x", "").of_type(b'x'); n]);
     let limits = || ImageLimits::new().entries(100);
-    let read = |bytes: &[u8], cancel: &Cancel, cancelled: bool| {
+    let read = |bytes: &[u8], cancel: &CancelToken, cancelled: bool| {
         let file = crate::sys::temp_file(&std::env::temp_dir()).unwrap();
-        let patience = Patience::new(Duration::MAX, cancel);
+        let patience = Patience::new(Duration::MAX, [cancel]);
         let mut source = Canceling { bytes, cancel: cancelled.then_some(cancel) };
         write_archive(&mut source, &file, &Budget::new(&limits(), Size::mib(1), &patience)).map(drop).unwrap_err()
     };
-    let never = Cancel::default();
+    let never = CancelToken::new().unwrap();
     assert_eq!(read(&extended(400), &never, false).kind(), ErrorKind::Corrupt);
     names(&read(&extended(401), &never, false), "ImageLimits::entries");
     // Nothing more is read, and no entry comes.
-    assert_eq!(read(&extended(1), &Cancel::default(), true).kind(), ErrorKind::Cancelled);
+    assert_eq!(read(&extended(1), &CancelToken::new().unwrap(), true).kind(), ErrorKind::Cancelled);
 
     let records: Vec<u8> = (0..45_780).flat_map(|n| maker::record(&format!("SCHILY.xattr.{n:x}"), b"")).collect();
     let global = Made { data: records, ..Made::file("g", "") }.of_type(b'g');
@@ -110,12 +110,12 @@ fn headers_that_are_no_entries_are_counted_too() {
 /// An archive that somebody cancels while it is read.
 struct Canceling<'a> {
     bytes: &'a [u8],
-    cancel: Option<&'a Cancel>,
+    cancel: Option<&'a CancelToken>,
 }
 
 impl Read for Canceling<'_> {
     fn read(&mut self, to: &mut [u8]) -> std::io::Result<usize> {
-        self.cancel.into_iter().for_each(Cancel::cancel);
+        self.cancel.into_iter().for_each(CancelToken::cancel);
         self.bytes.read(to)
     }
 }
@@ -149,15 +149,23 @@ fn preparation_ends_in_time_and_when_it_is_cancelled() {
     let tar = temp.0.join("image.tar");
     File::create(&tar).unwrap().set_len(1 << 40).unwrap();
     let image = Image::open(&tar).unwrap().cache_dir(temp.0.join("cache"));
-    let cancel = Cancel::default();
-    let error = std::thread::scope(|scope| {
-        let waiting = scope.spawn(|| image.disk(&cancel).unwrap_err());
-        std::thread::sleep(Duration::from_millis(100));
-        cancel.cancel();
-        let begin = Instant::now();
-        let error = waiting.join().unwrap();
-        assert!(begin.elapsed() < Duration::from_secs(20), "{:?}", begin.elapsed());
-        error
-    });
-    assert_eq!(error.kind(), ErrorKind::Cancelled, "{error}");
+    // By the image's own token, and by that of a start.
+    for own in [true, false] {
+        let (token, other) = (CancelToken::new().unwrap(), CancelToken::new().unwrap());
+        let image = image.clone().cancel(if own { &token } else { &other });
+        let error = std::thread::scope(|scope| {
+            let waiting =
+                scope.spawn(|| if own { image.prepare().unwrap_err() } else { image.disk(Some(&token)).unwrap_err() });
+            std::thread::sleep(Duration::from_millis(100));
+            token.cancel();
+            let begin = Instant::now();
+            let error = waiting.join().unwrap();
+            assert!(begin.elapsed() < Duration::from_secs(20), "{:?}", begin.elapsed());
+            error
+        });
+        assert_eq!(error.kind(), ErrorKind::Cancelled, "{error}");
+        // What is cancelled stays so.
+        let begun = image.disk(Some(&token)).unwrap_err();
+        assert_eq!(begun.kind(), ErrorKind::Cancelled, "{begun}");
+    }
 }

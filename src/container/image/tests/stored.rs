@@ -17,7 +17,7 @@ fn motd(file: &File) -> Vec<u8> {
 }
 
 fn disk(image: &Image) -> Result<File> {
-    image.disk(&Cancel::default())
+    image.disk(None)
 }
 
 #[test]
@@ -157,7 +157,7 @@ fn makers_that_know_nothing_of_each_other_are_not_in_each_others_way() {
     let temp = Temp::new();
     let dir = temp.0.join("cache");
     let store = store::Store::open(Some(dir.clone())).unwrap();
-    let patience = Patience::new(Duration::from_secs(60), &Cancel::default());
+    let patience = Patience::new(Duration::from_secs(60), None);
     let (digest, other) = ("0".repeat(64), "1".repeat(64));
     let write = |file: &File, text: &str| Ok(file.write_all_at(text.as_bytes(), 0)?);
     let failed = store.get_or_make(&digest, &patience, |file| {
