@@ -64,6 +64,7 @@
 //!
 //! | call | waits at most |
 //! | --- | --- |
+//! | `Image::open` | 10 s |
 //! | `Image::prepare` | `Image::prepare_timeout`, 10 minutes unless set, and 4 s; 4 s once its `CancelToken` is cancelled |
 //! | `ContainerBuilder::start` | the same, then `ContainerBuilder::start_timeout`, 30 s unless set, and 4 s; less when its `CancelToken` is cancelled |
 //! | [`VmBuilder::start`] | for the host alone |

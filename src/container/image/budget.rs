@@ -15,6 +15,8 @@ const HEADERS_PER_ENTRY: u64 = 4;
 #[derive(Debug, Clone)]
 pub(super) struct Patience {
     timeout: Duration,
+    /// What is said when it is over.
+    late: &'static str,
     /// None: beyond what a clock can show.
     deadline: Option<Instant>,
     /// Each of them ends it.
@@ -24,7 +26,17 @@ pub(super) struct Patience {
 impl Patience {
     pub(super) fn new<'a>(timeout: Duration, cancel: impl IntoIterator<Item = &'a CancelToken>) -> Self {
         let cancel = cancel.into_iter().cloned().collect();
-        Self { timeout, deadline: Instant::now().checked_add(timeout), cancel }
+        Self {
+            timeout,
+            late: "Image::prepare_timeout: not ready",
+            deadline: Instant::now().checked_add(timeout),
+            cancel,
+        }
+    }
+
+    /// That of something which nobody sets a time for.
+    pub(super) fn fixed(timeout: Duration, late: &'static str) -> Self {
+        Self { late, ..Self::new(timeout, None) }
     }
 
     /// # Errors
@@ -32,8 +44,7 @@ impl Patience {
     pub(super) fn check(&self) -> Result<()> {
         self.cancel.iter().try_for_each(CancelToken::check)?;
         if self.deadline.is_some_and(|deadline| Instant::now() >= deadline) {
-            let what = format!("Image::prepare_timeout: not ready after {:?}", self.timeout);
-            return Err(Error::new(ErrorKind::TimedOut, what));
+            return Err(Error::new(ErrorKind::TimedOut, format!("{} after {:?}", self.late, self.timeout)));
         }
         Ok(())
     }

@@ -42,6 +42,9 @@ use tree::Tree;
 /// How disks are written: what hashes and seals begin with, so that disks that another release wrote otherwise are other disks.
 const DISK_VERSION: [u8; 16] = *b"cofferdam disk 2";
 
+/// How long a file system has to say what a path is.
+const OPEN_TIMEOUT: Duration = Duration::from_secs(10);
+
 /// A root file system to start containers from: a tar archive or a directory. Cloning is cheap.
 ///
 /// The first container of an image waits until its content was written into an EROFS disk image, without privileges and
@@ -85,14 +88,18 @@ enum Kind {
 impl Image {
     /// A tar archive (not compressed), or a directory.
     ///
-    /// Its content is looked at when the first container starts. A directory should not be written to meanwhile.
+    /// Its content is looked at when the first container starts. A directory should not be written to meanwhile. Blocks for at
+    /// most 10 s, also where the host's file system does not answer.
     ///
     /// # Errors
-    /// `NotFound` or `PermissionDenied` when it cannot be looked at, `InvalidConfig` when it is something else.
+    /// `NotFound` or `PermissionDenied` when it cannot be looked at, `InvalidConfig` when it is something else; `TimedOut` where
+    /// the host does not answer; `ResourceExhausted` where 16 threads of the process wait for such files already.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let doing = || format!("opening image {}", path.display());
-        let metadata = std::fs::metadata(path).doing(doing)?;
+        let asked = path.to_path_buf();
+        let patience = Patience::fixed(OPEN_TIMEOUT, "its file system has not answered");
+        let metadata = worker::run(&patience, Duration::ZERO, move |_| Ok(std::fs::metadata(asked)?)).doing(doing)?;
         let kind = match () {
             () if metadata.is_dir() => Kind::Directory,
             () if metadata.is_file() => Kind::Tar,
@@ -143,13 +150,14 @@ impl Image {
     /// [`Image::prepare_timeout`] and 4 s, and for 4 s once the token of [`Image::cancel`] is cancelled.
     ///
     /// Where a file of the host's does not answer for longer, the preparing thread is left behind. It ends when the host answers.
-    /// Until then others who prepare the same image wait as long as they are allowed.
+    /// Until then others who prepare the same image wait as long as they are allowed. Once 16 threads of the process are left
+    /// behind, no image is opened or prepared until one of them ends.
     ///
     /// # Errors
     /// `Corrupt` for an archive that is damaged or is none, `Unsupported` for what cannot be kept, both naming the
     /// entry; `InvalidConfig` beyond a limit, naming its method, and for an empty directory; `InvalidState` for what is written to
     /// meanwhile; `PermissionDenied` for a cache folder that others can write to; `TimedOut`; `Cancelled`; `ResourceExhausted` without
-    /// space.
+    /// space, and where 16 threads were left behind.
     /// No half-made disk is left behind.
     pub fn prepare(&self) -> Result<()> {
         self.disk(None).map(drop)

@@ -1,6 +1,8 @@
 //! The thread that prepares an image, and whoever waits for it: no longer than allowed, also where a file of the host's does not
 //! answer.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
@@ -17,19 +19,81 @@ const POLL: Duration = Duration::from_millis(50);
 /// How long a thread that is to end has for what it does just then, before it is left behind.
 pub(super) const GRACE: Duration = Duration::from_secs(4);
 
+/// Threads of the process that may be left behind before nothing is begun any more.
+const MAX_LEFT: usize = 16;
+
+/// Those that are.
+static LEFT: AtomicUsize = AtomicUsize::new(0);
+
+/// Where a thread is: it and who waits for it each say at most once that they are done with the other.
+#[derive(Debug, Clone, Default)]
+struct Parting(Arc<AtomicU8>);
+
+impl Parting {
+    const LEFT: u8 = 1;
+    const ENDED: u8 = 2;
+
+    /// Nobody waits for the thread any more.
+    fn leave(&self, left: &AtomicUsize) {
+        left.fetch_add(1, Ordering::Relaxed);
+        if self.0.swap(Self::LEFT, Ordering::Relaxed) == Self::ENDED {
+            left.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+
+    fn end(&self, left: &AtomicUsize) {
+        if self.0.swap(Self::ENDED, Ordering::Relaxed) == Self::LEFT {
+            left.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+}
+
+/// Says that the thread ends, also when it panics.
+struct Ending {
+    parting: Parting,
+    left: &'static AtomicUsize,
+}
+
+impl Drop for Ending {
+    fn drop(&mut self) {
+        self.parting.end(self.left);
+    }
+}
+
 /// Calls `f` on a thread of its own, which itself looks at its patience. A thread that does not end `grace` after that is over
 /// waits for the host; it is left behind, with all that it holds, and ends when the host answers.
 ///
 /// # Errors
-/// What `f` fails with; `TimedOut` and `Cancelled`.
+/// What `f` fails with; `TimedOut` and `Cancelled`; `ResourceExhausted` where too many threads were left behind.
 pub(super) fn run<T: Send + 'static>(
     patience: &Patience,
     grace: Duration,
     f: impl FnOnce(&Patience) -> Result<T> + Send + 'static,
 ) -> Result<T> {
+    run_beside(&LEFT, patience, grace, f)
+}
+
+fn run_beside<T: Send + 'static>(
+    left: &'static AtomicUsize,
+    patience: &Patience,
+    grace: Duration,
+    f: impl FnOnce(&Patience) -> Result<T> + Send + 'static,
+) -> Result<T> {
+    let count = left.load(Ordering::Relaxed);
+    if count >= MAX_LEFT {
+        let problem = format!(
+            "{count} threads wait for files of images that the host does not answer for: make their file systems answer, or unmount \
+             them by force"
+        );
+        return Err(Error::new(ErrorKind::ResourceExhausted, problem));
+    }
     let (done, answer) = mpsc::sync_channel(1);
-    let own = patience.clone();
-    let body = move || drop(done.send(f(&own)));
+    let (own, parting) = (patience.clone(), Parting::default());
+    let ending = Ending { parting: parting.clone(), left };
+    let body = move || {
+        let _ending = ending;
+        drop(done.send(f(&own)));
+    };
     let thread = sys::spawn("image".into(), STACK, body).doing(|| "starting a thread")?;
     let mut over: Option<Instant> = None;
     loop {
@@ -44,6 +108,7 @@ pub(super) fn run<T: Send + 'static>(
         }
         if let Err(reason) = patience.check() {
             if over.get_or_insert_with(Instant::now).elapsed() >= grace {
+                parting.leave(left);
                 log::warn!("preparing an image: a file of the host's does not answer; a thread is left behind");
                 return Err(reason.doing("waiting for a file of the host's that does not answer"));
             }
@@ -78,6 +143,49 @@ mod tests {
             drop(host);
             end.recv_timeout(Duration::from_secs(60)).expect("it ends when the host answers");
         }
+    }
+
+    #[test]
+    fn threads_that_are_left_behind_are_counted_until_they_end() {
+        static LEFT: AtomicUsize = AtomicUsize::new(0);
+        let brief = || Patience::new(Duration::ZERO, None);
+        let mut hosts = Vec::new();
+        for n in 0..MAX_LEFT {
+            let (host, answer) = mpsc::channel::<()>();
+            hosts.push(host);
+            let outcome: Result<()> = run_beside(&LEFT, &brief(), Duration::ZERO, move |_| {
+                let _ = answer.recv();
+                // It counts no more, whichever way it ends.
+                assert!(n % 2 == 0, "on purpose");
+                Ok(())
+            });
+            assert_eq!(outcome.unwrap_err().kind(), ErrorKind::TimedOut);
+        }
+        let begin = || run_beside(&LEFT, &Patience::new(Duration::from_secs(60), None), GRACE, |_| Ok(7));
+        let error = begin().unwrap_err();
+        assert!(error.kind() == ErrorKind::ResourceExhausted && error.to_string().contains("16 threads"), "{error}");
+        drop(hosts);
+        let late = Instant::now() + Duration::from_secs(60);
+        while LEFT.load(Ordering::Relaxed) > 0 {
+            assert!(Instant::now() < late, "{LEFT:?} still count");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        assert_eq!(begin().unwrap(), 7);
+    }
+
+    #[test]
+    fn a_thread_counts_only_while_it_is_left_behind() {
+        let left = AtomicUsize::new(0);
+        let count = || left.load(Ordering::Relaxed);
+        let (first, second) = (Parting::default(), Parting::default());
+        first.leave(&left);
+        assert_eq!(count(), 1);
+        first.end(&left);
+        assert_eq!(count(), 0);
+        // It ended just as it was to be left.
+        second.end(&left);
+        second.leave(&left);
+        assert_eq!(count(), 0);
     }
 
     #[test]
