@@ -1,7 +1,8 @@
 //! The table of reference counts of an image that is to be written, checked before the crate takes it.
 //!
 //! The crate looks for a free cluster count by count. Blocks of counts that are one in the file, or that speak of clusters which
-//! the file does not have, would let a small image keep it looking for ever.
+//! the file does not have, would let a small image keep it looking for ever. An offset of 0 is none: what it puts into the first
+//! cluster, as nothing counts that, it makes again without end.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -28,6 +29,7 @@ pub(super) fn check(file: &File, header: &Header, len: u64) -> Result<()> {
     let mut table = vec![0; usize::try_from(bytes.min(len.saturating_sub(header.counts.at))).unwrap_or(0)];
     file.read_exact_at(&mut table, header.counts.at)?;
     let a_block = cluster * 8 >> header.counts.order;
+    check_first(file, header, table.chunks_exact(8).next().map_or(0, big_endian))?;
     let (clusters, mut blocks, mut beyond) = (len.div_ceil(cluster), Vec::new(), 0);
     for (n, entry) in (0u64..).zip(table.chunks_exact(8)) {
         let at = big_endian(entry);
@@ -50,6 +52,25 @@ pub(super) fn check(file: &File, header: &Header, len: u64) -> Result<()> {
         Some(pair) => Err(corrupt(format_args!("two of its blocks are at {}", pair.first().unwrap_or(&0)))),
         None => Ok(()),
     }
+}
+
+/// Checks that the first cluster, which is the header's, is counted in the block at `at`.
+fn check_first(file: &File, header: &Header, at: u64) -> Result<()> {
+    let width = 1u32 << header.counts.order;
+    let mut bytes = [0; 8];
+    let (count, _) = bytes.split_at_mut(width.div_ceil(8) as usize);
+    if at != 0 {
+        file.read_exact_at(count, at).map_err(|e| match e.kind() {
+            std::io::ErrorKind::UnexpectedEof => corrupt(format_args!("block 0 is said to be at {at}")),
+            _ => e.into(),
+        })?;
+    }
+    // Of counts smaller than a byte the first is its lowest bits.
+    let mask = if width < 8 { (1u8 << width) - 1 } else { u8::MAX };
+    if count.iter().all(|byte| byte & mask == 0) {
+        return Err(corrupt("the header's own cluster is not counted"));
+    }
+    Ok(())
 }
 
 fn is_zero(file: &File, offset: u64, len: u64) -> Result<bool> {

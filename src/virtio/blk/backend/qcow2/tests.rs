@@ -229,7 +229,9 @@ fn counts_that_would_keep_a_writer_looking_are_refused() {
     let (first, ones) = (number(table), number(40));
     let end = (good.len() as u64).next_multiple_of(512);
     // Of 64 blocks, each of which counts 256 clusters, the file has need of nine.
-    let cases: [(usize, u64, &str); 6] = [
+    let cases: [(usize, u64, &str); 8] = [
+        (0, 0, "the header's own cluster is not counted"),
+        (0, end, "block 0 is said to be"),
         (1, first, "two of its blocks"),
         (2, first + 8, "block 2 is said to be"),
         (2, end, "block 2 is said to be"),
