@@ -31,6 +31,7 @@ pub struct ContainerBuilder {
     console: Console,
     start_timeout: Duration,
     cancel: Option<CancelToken>,
+    descriptors: Option<u32>,
     cgroup: Option<Cgroup>,
     kick_signal: Option<u8>,
 }
@@ -50,6 +51,7 @@ impl ContainerBuilder {
             console: Console::none(),
             start_timeout: Duration::from_secs(30),
             cancel: None,
+            descriptors: None,
             cgroup: None,
             kick_signal: None,
         }
@@ -153,6 +155,13 @@ impl ContainerBuilder {
         self
     }
 
+    /// Sets how many descriptors of the process the guest's connections may hold; see
+    /// [`VmBuilder::descriptors`](crate::VmBuilder::descriptors). The container's own to the library are made over vsock and count.
+    pub fn descriptors(mut self, count: u32) -> Self {
+        self.descriptors = Some(count);
+        self
+    }
+
     /// Sets the signal that takes vCPUs out of the guest; see [`VmBuilder::kick_signal`](crate::VmBuilder::kick_signal).
     pub fn kick_signal(mut self, offset: u8) -> Self {
         self.kick_signal = Some(offset);
@@ -208,6 +217,9 @@ impl ContainerBuilder {
         vm = nets.into_iter().fold(vm, |vm, net| vm.net(net));
         if let Some(cgroup) = self.cgroup {
             vm = vm.cgroup(cgroup);
+        }
+        if let Some(count) = self.descriptors {
+            vm = vm.descriptors(count);
         }
         if let Some(offset) = self.kick_signal {
             vm = vm.kick_signal(offset);

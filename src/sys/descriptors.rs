@@ -1,7 +1,8 @@
 //! Descriptors that guests may take of those that the process may have, so that the embedder always finds some.
 
 use std::os::fd::{AsFd, AsRawFd};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 
 /// What is kept for the embedder; [`u32::MAX`] is what [`default_reserve`] says.
 static RESERVE: AtomicU32 = AtomicU32::new(u32::MAX);
@@ -13,8 +14,8 @@ static RESERVE: AtomicU32 = AtomicU32::new(u32::MAX);
 /// [`NetStats::limited`](crate::NetStats::limited); over vsock the guest sees a reset. What the process itself opens is not
 /// affected.
 ///
-/// One [`Net::user`](crate::Net::user) takes half of the rest at most, whatever its guest does; so two that take all they can
-/// leave others none. Connections over vsock have no such share.
+/// One guest takes half of the rest at most, over its networks and vsock together, unless
+/// [`VmBuilder::descriptors`](crate::VmBuilder::descriptors) says otherwise; so two that take all they can leave others none.
 ///
 /// Unless set, a quarter of them is kept, but at least 256, and never more than half. Takes effect at once.
 pub fn set_descriptor_reserve(count: u32) {
@@ -42,9 +43,74 @@ pub(crate) fn is_spare(fd: impl AsFd) -> bool {
     u64::try_from(fd.as_fd().as_raw_fd()).is_ok_and(|number| number < guests())
 }
 
-/// What one guest's network may have: half of what all guests may, so that none takes it all.
-pub(crate) fn guest_share() -> usize {
-    usize::try_from(guests() / 2).unwrap_or(usize::MAX)
+/// The descriptors that one guest may hold for its connections, and those that it does. Clones are the same.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct DescriptorShare(Arc<Share>);
+
+#[derive(Debug, Default)]
+struct Share {
+    held: AtomicUsize,
+    most: Option<u32>,
+    /// Networks leave a part of it to vsock, by which the embedder reaches the guest.
+    vsock: bool,
+}
+
+impl DescriptorShare {
+    /// At most so many; half of what all guests may have where none is said, so that none takes it all.
+    pub(crate) fn new(most: Option<u32>, vsock: bool) -> Self {
+        Self(Arc::new(Share { held: AtomicUsize::new(0), most, vsock }))
+    }
+
+    /// What a network holds of it.
+    pub(crate) fn network(&self) -> HeldDescriptors {
+        HeldDescriptors { share: self.clone(), count: 0, network: true }
+    }
+
+    /// What a connection over vsock holds of it, which is `count`. `None` without room.
+    pub(crate) fn vsock(&self, count: usize) -> Option<HeldDescriptors> {
+        let mut held = HeldDescriptors { share: self.clone(), count: 0, network: false };
+        held.has_room(count).then(|| {
+            held.set(count);
+            held
+        })
+    }
+
+    fn most(&self) -> usize {
+        self.0.most.map_or_else(|| usize::try_from(guests() / 2).unwrap_or(usize::MAX), |most| most as usize)
+    }
+}
+
+/// What is held of a [`DescriptorShare`]; given back when it is dropped.
+#[derive(Debug)]
+pub(crate) struct HeldDescriptors {
+    share: DescriptorShare,
+    count: usize,
+    network: bool,
+}
+
+impl HeldDescriptors {
+    pub(crate) fn has_room(&self, more: usize) -> bool {
+        let most = self.share.most();
+        let kept = if self.network && self.share.0.vsock { most / 8 } else { 0 };
+        self.share.0.held.load(Ordering::Relaxed).saturating_add(more) <= most - kept
+    }
+
+    /// From now on it is so many.
+    pub(crate) fn set(&mut self, count: usize) {
+        self.share.0.held.fetch_add(count, Ordering::Relaxed);
+        self.share.0.held.fetch_sub(self.count, Ordering::Relaxed);
+        self.count = count;
+    }
+
+    pub(crate) fn add(&mut self, more: usize) {
+        self.set(self.count + more);
+    }
+}
+
+impl Drop for HeldDescriptors {
+    fn drop(&mut self) {
+        self.set(0);
+    }
 }
 
 /// What all guests may have, and the process with them.
@@ -60,6 +126,24 @@ fn guests() -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_a_guest_holds_is_that_of_all_its_devices() {
+        let share = DescriptorShare::new(Some(16), true);
+        let (mut first, mut second) = (share.network(), share.network());
+        first.set(8);
+        second.add(5);
+        assert!(second.has_room(1) && !second.has_room(2), "an eighth is for vsock");
+        let stream = share.vsock(2).unwrap();
+        assert!(!second.has_room(1) && share.vsock(2).is_none());
+        first.set(6);
+        assert!(share.vsock(3).is_some() && share.vsock(4).is_none());
+        drop((first, stream));
+        second.set(0);
+        assert!(share.vsock(16).is_some() && share.vsock(17).is_none());
+        // Without vsock nothing is kept for it.
+        assert!(DescriptorShare::new(Some(16), false).network().has_room(16));
+    }
 
     #[test]
     fn a_part_is_kept_of_any_number() {

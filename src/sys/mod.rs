@@ -23,7 +23,7 @@ mod uring;
 
 pub(crate) use beneath::{Beneath, is_private, link_target, path_of};
 pub use descriptors::set_descriptor_reserve;
-pub(crate) use descriptors::{guest_share, is_spare};
+pub(crate) use descriptors::{DescriptorShare, HeldDescriptors, is_spare};
 pub(crate) use disk::{Alignment, Space, discard_device, is_memory, lock_holder, memfd, memory_file, space};
 pub(crate) use draft::{Draft, temp_file};
 #[cfg(test)]

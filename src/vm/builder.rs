@@ -31,6 +31,7 @@ impl VmBuilder {
             vsock: None,
             cgroup: None,
             kick_signal: 10,
+            descriptors: None,
             parameters: Vec::new(),
         };
         Self { config }
@@ -95,6 +96,20 @@ impl VmBuilder {
     /// the process uses that one itself. The crate's documentation lists what else of the process a VM changes.
     pub fn kick_signal(mut self, offset: u8) -> Self {
         self.config.kick_signal = offset;
+        self
+    }
+
+    /// Sets how many descriptors of the process the guest's connections may hold at once, 16 at least.
+    ///
+    /// Those are one for each connection and UDP flow of a [`Net::user`], and two for each that the guest makes over vsock. All
+    /// networks and vsock have them together, of which networks leave an eighth to vsock. At the bound a connection is
+    /// refused: over a network as where nobody listens, counted in [`NetStats::limited`](crate::NetStats::limited); over vsock with a
+    /// reset. What the embedder connects to the guest is not bounded by it.
+    ///
+    /// Unless set, it is half of what all guests of the process may have; see
+    /// [`set_descriptor_reserve`](crate::set_descriptor_reserve). All of them together have no more than that, whatever is set here.
+    pub fn descriptors(mut self, count: u32) -> Self {
+        self.config.descriptors = Some(count);
         self
     }
 

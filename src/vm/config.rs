@@ -11,7 +11,11 @@ use crate::arch::{CpuProfile, MAX_VCPUS, Tables, layout};
 use crate::boot::{Cmdline, Kernel, Need};
 use crate::error::{Error, Result};
 use crate::memory::Memory;
+use crate::sys::DescriptorShare;
 use crate::virtio::blk::Blk;
+
+/// Descriptors that a guest needs for its connections.
+const MIN_DESCRIPTORS: u32 = 16;
 
 /// Describes where the guest's console goes; a config value.
 ///
@@ -78,6 +82,8 @@ pub(super) struct VmConfig {
     pub vsock: Option<Vsock>,
     pub cgroup: Option<Cgroup>,
     pub kick_signal: u8,
+    /// Descriptors of the process that its connections may hold.
+    pub descriptors: Option<u32>,
     /// What the layer above needs on the kernel's command line.
     pub parameters: Vec<(&'static str, &'static str)>,
 }
@@ -92,6 +98,19 @@ impl VmConfig {
             Ok(0) => Err(Error::invalid("vcpus", "0: a machine needs at least one")),
             Ok(n) if n <= MAX_VCPUS => Ok(n),
             _ => Err(Error::invalid("vcpus", format!("{}: a machine holds at most {MAX_VCPUS}", self.vcpus))),
+        }
+    }
+
+    /// What its connections may hold of the process's descriptors.
+    ///
+    /// # Errors
+    /// `InvalidConfig` for so few that hardly anything works.
+    pub(super) fn descriptors(&self) -> Result<DescriptorShare> {
+        match self.descriptors {
+            Some(few @ ..MIN_DESCRIPTORS) => {
+                Err(Error::invalid("descriptors", format!("{few}: a guest needs {MIN_DESCRIPTORS} at least")))
+            }
+            most => Ok(DescriptorShare::new(most, self.vsock.is_some())),
         }
     }
 
@@ -185,6 +204,7 @@ mod tests {
             vsock: None,
             cgroup: None,
             kick_signal: 10,
+            descriptors: None,
             parameters: vec![],
         };
         config.cmdline(&[(0xd000_0000, 5)]).unwrap()

@@ -101,6 +101,7 @@ pub(super) fn attachments(
         all.push(Attachment { name, device: Box::new(disk), blocking, engine });
     }
     check_addresses(&config.nets)?;
+    let descriptors = config.descriptors()?;
     let (mut published, mut pumps) = (Vec::new(), Vec::new());
     let switches: Vec<_> = config.nets.iter().filter_map(Net::its_switch).cloned().collect();
     for (n, net) in config.nets.iter().enumerate() {
@@ -112,7 +113,7 @@ pub(super) fn attachments(
             denied: Box::new(move |denial| denials.push(EventKind::Denied(denial))),
             throttled: Box::new(move || throttled.push(EventKind::Throttled { what: who.clone() })),
         };
-        let attached = net.attach(config.vcpus()?, switches.clone(), told);
+        let attached = net.attach(config.vcpus()?, switches.clone(), descriptors.clone(), told);
         let Connected { card, published: ports, pump } =
             attached.map_err(|e| e.doing(format!("attaching network {n}")))?;
         published.push(ports);
@@ -128,7 +129,7 @@ pub(super) fn attachments(
     let settled = Box::new(move |held| log.push(EventKind::Balloon { size: Size::bytes(held) }));
     add("balloon", Box::new(Balloon::new(memory.clone(), settled)));
     if let Some(wanted) = &config.vsock {
-        let mut device = vsock::Vsock::new();
+        let mut device = vsock::Vsock::new().share(descriptors);
         for port in &wanted.ports {
             listeners.push(device.listen(*port).map_err(|e| e.doing("vsock"))?);
         }

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use crate::error::{Context, Error, ErrorKind, Result};
 pub use crate::net::{Capture, CaptureStats, Cidr, Denial, Mac, NetStats, Policy, Protocol, Rule, Switch, Why};
 use crate::net::{Card, Carrier, Config, NetBackend, Place, Published, Pump, SocketNet, SwitchPort, TapNet, UserNet};
-use crate::sys;
+use crate::sys::{self, DescriptorShare};
 use crate::virtio::DeviceHandle;
 pub use crate::virtio::net::NetLimit;
 use crate::virtio::net::{self, PAIRS_MAX};
@@ -308,12 +308,13 @@ impl Net {
     fn user_net(
         user: &User,
         (mac, mtu): (Mac, u16),
-        switches: Vec<Switch>,
+        (switches, descriptors): (Vec<Switch>, DescriptorShare),
         denied: Box<dyn FnMut(Denial) + Send>,
     ) -> Result<(UserNet, Vec<SocketAddr>)> {
         check_ports(&user.ports)?;
         let (policy, loopback) = (user.policy.clone(), user.loopback);
-        let mut stack = UserNet::new(Config { guest_mac: mac, mtu, switches, loopback, ..Config::new(policy) })?;
+        let config = Config { guest_mac: mac, mtu, switches, loopback, descriptors, ..Config::new(policy) };
+        let mut stack = UserNet::new(config)?;
         let published = user.ports.iter().map(|port| Ok(port.publish(&mut stack)?.1)).collect::<Result<_>>()?;
         stack.on_denial(denied);
         Ok((stack, published))
@@ -328,7 +329,13 @@ impl Net {
     }
 
     /// Connects the card of a VM that is on these switches.
-    pub(super) fn attach(&self, vcpus: u8, switches: Vec<Switch>, told: Told) -> Result<Connected> {
+    pub(super) fn attach(
+        &self,
+        vcpus: u8,
+        switches: Vec<Switch>,
+        descriptors: DescriptorShare,
+        told: Told,
+    ) -> Result<Connected> {
         if let Some(method) = self.misplaced {
             return Err(Error::invalid(method, "says nothing about a network of this kind"));
         }
@@ -346,7 +353,7 @@ impl Net {
                 return Err(Error::invalid("queues", "this kind of network has one pair of queues"));
             }
             Source::User(user) => {
-                let (stack, ports) = Self::user_net(user, (mac, mtu), switches, told.denied)?;
+                let (stack, ports) = Self::user_net(user, (mac, mtu), (switches, descriptors), told.denied)?;
                 published = ports;
                 vec![Carrier::User(Box::new(stack))]
             }
@@ -565,7 +572,7 @@ mod tests {
     }
 
     fn error(net: Net) -> Error {
-        net.attach(2, Vec::new(), nobody()).map(drop).unwrap_err()
+        net.attach(2, Vec::new(), DescriptorShare::default(), nobody()).map(drop).unwrap_err()
     }
 
     #[test]
@@ -602,7 +609,7 @@ mod tests {
         assert_eq!(refused.kind(), ErrorKind::AlreadyExists, "{refused}");
         drop(listener);
         let user = user.publish(Port::tcp(([127, 0, 0, 1], 0), 80));
-        let Connected { published, .. } = user.attach(1, Vec::new(), nobody()).unwrap();
+        let Connected { published, .. } = user.attach(1, Vec::new(), DescriptorShare::default(), nobody()).unwrap();
         assert!(published[0].ip().is_loopback() && published[0].port() > 0);
     }
 
@@ -625,7 +632,7 @@ mod tests {
             assert!(error.to_string().contains(text), "{error}");
         }
         let any = publish(&[Port::tcp(fixed(0), 80), Port::tcp(fixed(0), 80), Port::udp(fixed(0), 80)]);
-        assert_eq!(any.attach(1, Vec::new(), nobody()).unwrap().published.len(), 3);
+        assert_eq!(any.attach(1, Vec::new(), DescriptorShare::default(), nobody()).unwrap().published.len(), 3);
     }
 
     #[test]
@@ -636,6 +643,6 @@ mod tests {
         assert_eq!(error(Net::tap("../etc")).kind(), ErrorKind::NotFound);
         assert_eq!(error(Net::fd(File::open("/dev/null").unwrap())).kind(), ErrorKind::InvalidConfig);
         assert_eq!(error(Net::tap_files([File::open("/dev/null").unwrap()])).kind(), ErrorKind::InvalidConfig);
-        Net::fd(UnixDatagram::pair().unwrap().0).attach(1, Vec::new(), nobody()).unwrap();
+        Net::fd(UnixDatagram::pair().unwrap().0).attach(1, Vec::new(), DescriptorShare::default(), nobody()).unwrap();
     }
 }

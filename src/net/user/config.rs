@@ -7,6 +7,7 @@ use crate::error::{Error, Result};
 use crate::net::policy::Policy;
 use crate::net::{Mac, Switch};
 use crate::rate::Rate;
+use crate::sys::DescriptorShare;
 
 /// A config value: who is who on the guest's link, and how much there may be of everything.
 ///
@@ -34,6 +35,8 @@ pub(crate) struct Config {
     /// Names of these are answered too.
     pub switches: Vec<Switch>,
     pub limits: Limits,
+    /// Those that its guest may hold.
+    pub descriptors: DescriptorShare,
 }
 
 /// Bounds of a network.
@@ -91,6 +94,7 @@ impl Config {
             resolvers: None,
             switches: Vec::new(),
             limits: Limits::default(),
+            descriptors: DescriptorShare::default(),
         }
     }
 

@@ -57,7 +57,8 @@ pub(in crate::net) struct Core {
 impl Core {
     pub(in crate::net) fn new(config: Config) -> io::Result<Self> {
         let policy = Enforcer::new(config.policy.clone());
-        let (agreed, stats, host) = (Capabilities::default(), NetStats::default(), Host::new()?);
+        let (agreed, stats, host) =
+            (Capabilities::default(), NetStats::default(), Host::new(config.descriptors.network())?);
         let start = host.now;
         let mut core = Self {
             config,

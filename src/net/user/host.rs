@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::table::Owner;
 use crate::net::policy::Admitted;
-use crate::sys::{ControlOperation, Epoll, EpollEvent, EventSet, Socket, SocketKind, Timer, guest_share};
+use crate::sys::{ControlOperation, Epoll, EpollEvent, EventSet, HeldDescriptors, Socket, SocketKind, Timer};
 
 /// When an owner is called; it has at most one alarm, so there are never more than owners. An alarm may come too early:
 /// what moves on with every packet is not written down each time.
@@ -29,8 +29,8 @@ pub(in crate::net) struct Host {
     pub made: u64,
     /// System calls of what is dear, since somebody last took them: see [`Host::take_calls`].
     pub calls: usize,
-    /// Descriptors that this guest's network had before what is done now.
-    pub held: usize,
+    /// Descriptors that this network had before what is done now, of those that its guest may hold.
+    pub held: HeldDescriptors,
     /// Where sockets would have gone, when none are to be made.
     #[cfg(any(test, feature = "internals"))]
     pub pretended: Option<Vec<(crate::sys::SocketKind, std::net::SocketAddr)>>,
@@ -43,7 +43,7 @@ impl std::fmt::Debug for Host {
 }
 
 impl Host {
-    pub(in crate::net) fn new() -> io::Result<Self> {
+    pub(in crate::net) fn new(held: HeldDescriptors) -> io::Result<Self> {
         let (epoll, timer) = (Epoll::new()?, Timer::new()?);
         let event = EpollEvent::new(EventSet::IN, Owner::Timer.token());
         epoll.ctl(ControlOperation::Add, timer.as_fd().as_raw_fd(), event)?;
@@ -57,7 +57,7 @@ impl Host {
             skew,
             made: 0,
             calls: 0,
-            held: 0,
+            held,
             #[cfg(any(test, feature = "internals"))]
             pretended: None,
         })
@@ -80,12 +80,12 @@ impl Host {
         if !self.may_hold() {
             return Err(io::Error::from_raw_os_error(libc::EMFILE));
         }
-        Socket::connect(to.kind(), to.address()).inspect(|_| self.held += 1)
+        Socket::connect(to.kind(), to.address()).inspect(|_| self.held.add(1))
     }
 
-    /// Whether this guest's network may have one more descriptor, of those that all guests share.
+    /// Whether this network may have one more descriptor, of those that its guest may hold.
     pub(in crate::net) fn may_hold(&self) -> bool {
-        self.held < guest_share()
+        self.held.has_room(1)
     }
 
     /// System calls that the device has not charged yet.

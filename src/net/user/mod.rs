@@ -441,7 +441,8 @@ impl UserNet {
     }
 
     fn called(&mut self, owner: Owner, events: crate::sys::EventSet) {
-        self.core.host.held = self.held();
+        let held = self.held();
+        self.core.host.held.set(held);
         match owner {
             Owner::Timer => self.core.host.rang(),
             Owner::Tcp(id) => self.tcp.ready(&mut self.core, id, events),
@@ -503,7 +504,8 @@ impl NetBackend for UserNet {
                 Some(Owner::Router) => self.router.rang(&mut self.core),
                 Some(Owner::Fragments) => self.fragments.rang(&mut self.core),
                 Some(Owner::Resolver(id)) => {
-                    self.core.host.held = self.held();
+                    let held = self.held();
+                    self.core.host.held.set(held);
                     self.resolver.rang(&mut self.core, id);
                 }
                 Some(Owner::Client(id)) => self.clients.rang(&mut self.core, id),
@@ -520,7 +522,8 @@ impl NetBackend for UserNet {
 
     fn send(&mut self, frame: Frame<'_>) -> io::Result<()> {
         self.core.host.tick();
-        self.core.host.held = self.held();
+        let held = self.held();
+        self.core.host.held.set(held);
         let taken = self.take(frame.memory(), frame.pieces(), frame.offload());
         self.core.count(taken);
         self.core.host.arm();

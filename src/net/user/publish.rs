@@ -184,7 +184,7 @@ impl Ports {
                 reset(&socket);
                 continue;
             }
-            core.host.held += 1;
+            core.host.held.add(1);
             call(core, tcp, &mut self.next, port, Caller { port: id, tried: 0, socket });
         }
     }

@@ -13,7 +13,7 @@ use super::packet::{SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
 use super::stream::{Remains, Tail, VsockStream};
 use crate::error::Result;
 use crate::memory::{GuestMemory, Segment};
-use crate::sys::{self, Unforked};
+use crate::sys::{self, HeldDescriptors, Unforked};
 
 /// A connection's name: the host's port and the guest's.
 pub(super) type Ports = (u32, u32);
@@ -55,11 +55,13 @@ pub(super) struct Connection {
     /// Which directions the guest has closed.
     guest_closed: u32,
     credit_asked: bool,
+    /// Its descriptor, where the guest has made it.
+    _held: Option<HeldDescriptors>,
 }
 
 impl Connection {
-    pub(super) fn accepted(ports: Ports, socket: UnixStream, tail: Tail) -> Self {
-        Self::new(ports, socket, tail, Due::Response, None)
+    pub(super) fn accepted(ports: Ports, socket: UnixStream, tail: Tail, held: HeldDescriptors) -> Self {
+        Self { _held: Some(held), ..Self::new(ports, socket, tail, Due::Response, None) }
     }
 
     pub(super) fn connecting(
@@ -93,6 +95,7 @@ impl Connection {
             told_closed: 0,
             guest_closed: 0,
             credit_asked: false,
+            _held: None,
         }
     }
 

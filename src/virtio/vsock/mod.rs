@@ -25,7 +25,7 @@ pub use stream::{VsockListener, VsockStream};
 use super::{Chain, DeviceIo, DeviceType, Profile, Source, VirtioDevice, Work};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::event::Interest;
-use crate::sys::{Timer, is_spare};
+use crate::sys::{DescriptorShare, Timer, is_spare};
 
 /// The host's address in every guest (Virtio 1.3, 5.10.4).
 pub(crate) const HOST_CID: u64 = 2;
@@ -69,6 +69,8 @@ pub(crate) struct Vsock {
     connecting: VecDeque<(Instant, Ports)>,
     connect_timeout: Duration,
     timer: Option<Timer>,
+    /// Descriptors that the guest may hold.
+    share: DescriptorShare,
 }
 
 impl std::fmt::Debug for Vsock {
@@ -97,7 +99,14 @@ impl Vsock {
             connecting: VecDeque::new(),
             connect_timeout: CONNECT_TIMEOUT,
             timer: None,
+            share: DescriptorShare::default(),
         }
+    }
+
+    /// Has the guest's connections hold descriptors of this share.
+    pub(crate) fn share(mut self, share: DescriptorShare) -> Self {
+        self.share = share;
+        self
     }
 
     /// From now on guests may connect to `port` of the host.
@@ -247,16 +256,19 @@ impl Vsock {
             return self.reset(ports);
         };
         io.charge(Work::Calls(4));
-        let (stream, socket, tail) = match VsockStream::pair() {
+        let none = || io::Error::from_raw_os_error(libc::EMFILE);
+        let held = self.share.vsock(1).zip(self.share.vsock(1));
+        let pair = held.ok_or_else(none).and_then(|held| Ok((held, VsockStream::pair()?)));
+        let ((near, far), (stream, socket, tail)) = match pair {
             // What the embedder connects may use up its own reserve; what guests do may not.
-            Ok(pair) if is_spare(&pair.0) && is_spare(&pair.1) => pair,
+            Ok((held, pair)) if is_spare(&pair.0) && is_spare(&pair.1) => (held, pair),
             other => {
-                let none = io::Error::from_raw_os_error(libc::EMFILE);
-                arrivals.refuse(&other.err().unwrap_or(none));
+                arrivals.refuse(&other.err().unwrap_or_else(none));
                 return self.reset(ports);
             }
         };
-        let mut connection = Connection::accepted(ports, socket, tail);
+        let stream = stream.holding(near);
+        let mut connection = Connection::accepted(ports, socket, tail, far);
         connection.credit.heard(header.buf_alloc, header.fwd_cnt);
         match self.add(io, connection) {
             Ok(()) => arrivals.push(stream),

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::sys::{EventFd, Unforked, borrow, deadline, eventfd, left, send, wait_readable};
+use crate::sys::{EventFd, HeldDescriptors, Unforked, borrow, deadline, eventfd, left, send, wait_readable};
 
 /// What is left of a connection that has ended.
 #[derive(Debug, Default)]
@@ -37,6 +37,8 @@ pub struct VsockStream {
     tail: Tail,
     /// An abrupt end is an error and not an end of file.
     tells_resets: bool,
+    /// Its descriptor, where the guest has made it. It goes after the socket.
+    held: Option<Arc<HeldDescriptors>>,
 }
 
 impl VsockStream {
@@ -45,7 +47,16 @@ impl VsockStream {
         let (near, far) = UnixStream::pair()?;
         far.set_nonblocking(true)?;
         let tail = Tail::default();
-        Ok((Self { socket: Arc::new(Unforked::new(near)), tail: tail.clone(), tells_resets: false }, far, tail))
+        Ok((
+            Self { socket: Arc::new(Unforked::new(near)), tail: tail.clone(), tells_resets: false, held: None },
+            far,
+            tail,
+        ))
+    }
+
+    /// Has it hold a descriptor of the guest's until it is closed.
+    pub(super) fn holding(self, held: HeldDescriptors) -> Self {
+        Self { held: Some(Arc::new(held)), ..self }
     }
 
     /// Returns another handle to the same connection, with the same descriptor.
@@ -55,7 +66,12 @@ impl VsockStream {
     /// # Errors
     /// None today.
     pub fn try_clone(&self) -> Result<Self> {
-        Ok(Self { socket: self.socket.clone(), tail: self.tail.clone(), tells_resets: self.tells_resets })
+        Ok(Self {
+            socket: self.socket.clone(),
+            tail: self.tail.clone(),
+            tells_resets: self.tells_resets,
+            held: self.held.clone(),
+        })
     }
 
     /// A stream at its end: reads give end of file.

@@ -311,6 +311,38 @@ fn what_nobody_accepts_is_hung_up_with_its_listener() {
 }
 
 #[test]
+fn a_guest_holds_no_more_descriptors_than_its_share() {
+    let mut rig = Rig::new();
+    rig.driver.device.share = DescriptorShare::new(Some(9), true);
+    let ask = |rig: &mut Rig, port| {
+        rig.say(Header { src_port: port, ..guest(Op::Request, 0) }, &[], &[]);
+        rig.hear_op()
+    };
+    for port in 0..4 {
+        assert_eq!(ask(&mut rig, port), Some(Op::Response), "{port}");
+    }
+    // Each has two, so one is left, which is too few.
+    assert_eq!(ask(&mut rig, 4), Some(Op::Reset));
+    assert_eq!(rig.listener.refused().unwrap().kind(), ErrorKind::ResourceExhausted);
+    // What the embedder connects is not the guest's.
+    let (answer, _wait) = mpsc::sync_channel(1);
+    let (device, io) = rig.driver.parts();
+    device.connect(Some(io), 99, answer);
+    assert_eq!(rig.hear_op(), Some(Op::Request));
+    // A connection that the guest ends gives its own half back, and the embedder's when that closes it, with all handles.
+    let stream = rig.listener.accept().unwrap();
+    let clone = stream.try_clone().unwrap();
+    rig.say(Header { src_port: 0, ..guest(Op::Reset, 0) }, &[], &[]);
+    assert_eq!(ask(&mut rig, 5), Some(Op::Response));
+    drop(stream);
+    assert_eq!(ask(&mut rig, 6), Some(Op::Reset));
+    drop(clone);
+    rig.say(Header { src_port: 1, ..guest(Op::Reset, 0) }, &[], &[]);
+    drop(rig.listener.accept().unwrap());
+    assert_eq!(ask(&mut rig, 7), Some(Op::Response));
+}
+
+#[test]
 fn listeners_are_one_a_port_until_dropped() {
     let mut vsock = Vsock::new();
     let first = vsock.listen(5).unwrap();
