@@ -53,8 +53,8 @@
 //! When the process dies by any means, its machines, disks and locks are gone with it. No guest's memory is in its core file.
 //!
 //! An embedder built with `panic = "abort"` loses one thing: a mistake of this crate ends the process instead of one device.
-//! What guests and images give is checked and never left to a panic. The exception is the feature `qcow2`, whose crate may
-//! panic on damaged images: with `panic = "abort"`, open only images there that you made yourself.
+//! What guests and images give is checked and never left to a panic. With the feature `qcow2` another crate works on images. What
+//! it is known to panic about is refused before it sees an image, which fuzzing checks.
 //!
 //! # How long calls wait
 //!

@@ -125,8 +125,11 @@ impl Disk {
     /// Uses an image in QEMU's format qcow2.
     ///
     /// Version 3 can be written, version 2 only read. Backing files must lie in the directory of
-    /// [`Disk::backing_folder`]; without that the image may have none. Encryption, internal snapshots and external data
-    /// files are not supported.
+    /// [`Disk::backing_folder`]; without that the image may have none. What is not supported is refused by name:
+    ///
+    /// - encryption, internal snapshots and external data files;
+    /// - chains of images whose tables take more than 512 MiB of memory;
+    /// - for writing, reference counts of less than a byte with clusters of less than 4 KiB.
     ///
     /// While the image is written it is marked as QEMU does with lazy reference counts. After the VM's process was
     /// killed, or the host lost power, all that was flushed is there. The next open for writing counts the references

@@ -162,7 +162,7 @@ impl Tables {
                     let kind = *[0xe279_2acau32, 0x6803_f857, 0x4441_5441, 0, 0x2385_2875]
                         .get(usize::from(kind % 8))
                         .unwrap_or(&7);
-                    let data: Vec<u8> = (0..len).map(|_| take::<1>(bytes)).flatten().collect();
+                    let data: Vec<u8> = (0..len).flat_map(|_| take::<1>(bytes)).collect();
                     self.put(at, &[kind.to_be_bytes(), u32::from(len).to_be_bytes()].concat());
                     self.put(at + 8, &data);
                     at += 8 + data.len().next_multiple_of(8);

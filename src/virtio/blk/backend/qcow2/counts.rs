@@ -28,7 +28,7 @@ pub(super) fn check(file: &File, header: &Header, len: u64) -> Result<()> {
     // What is cut off by the file's end reads as zeroes.
     let mut table = vec![0; usize::try_from(bytes.min(len.saturating_sub(header.counts.at))).unwrap_or(0)];
     file.read_exact_at(&mut table, header.counts.at)?;
-    let a_block = cluster * 8 >> header.counts.order;
+    let a_block = (cluster * 8) >> header.counts.order;
     check_first(file, header, table.chunks_exact(8).next().map_or(0, big_endian))?;
     let (clusters, mut blocks, mut beyond) = (len.div_ceil(cluster), Vec::new(), 0);
     for (n, entry) in (0u64..).zip(table.chunks_exact(8)) {

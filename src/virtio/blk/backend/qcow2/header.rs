@@ -8,8 +8,6 @@ pub(super) const MOST: usize = 64 << 10;
 /// As QEMU has them.
 const MAX_L1: u64 = 32 << 20;
 pub(super) const MAX_REFCOUNT_TABLE: u64 = 8 << 20;
-/// What the crate makes the table of reference counts at most.
-const MAX_GROWN_TABLE: u64 = 32 << 20;
 /// Tables of clusters (L2) and blocks of counts that the crate keeps in memory at most.
 const MAX_L2_TABLES: u64 = 128;
 const MAX_BLOCKS: u64 = 32;
@@ -210,12 +208,10 @@ impl Header {
 
 /// The crate counts the clusters of a table of reference counts that grew, and relies on each count to be 0 before. Of blocks that
 /// are one in the file the same count is raised again, once in so many clusters as a block speaks of: where that is more often
-/// than it can count to, it panics.
+/// than it can count to, it panics. The table has 32 MiB at most. That is 8192 clusters of 4 KiB, and a block speaks of 8192 or more
+/// of those where a count has up to 4 bits. Of 65,536 clusters of 512 bytes counts of a byte or more are raised 129 times at most.
 fn narrow(cluster: u64, order: u32) -> bool {
-    let (width, table) = (1u64 << order, MAX_GROWN_TABLE / cluster);
-    let a_block = cluster * 8 / width;
-    let raised = (table + table / a_block + 2).div_ceil(a_block);
-    width < 64 && raised >= 1 << width
+    order < 3 && cluster < 4096
 }
 
 /// A header extension (docs/interop/qcow2.txt, "Header extensions") and where the next one is.

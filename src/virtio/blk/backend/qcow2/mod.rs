@@ -120,7 +120,7 @@ impl Chain {
     }
 }
 
-/// Calls the crate. That it panics about a damaged image must not end the caller.
+/// Calls the crate. What it is known to panic about is refused before; what is not known must not end the caller.
 fn guarded<T>(call: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
     catch_unwind(AssertUnwindSafe(call)).unwrap_or_else(|_| {
         Err(io::Error::new(io::ErrorKind::InvalidData, "the image is damaged in a way that its reader cannot express"))

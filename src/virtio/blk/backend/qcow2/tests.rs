@@ -267,9 +267,8 @@ fn counts_that_would_keep_a_writer_looking_are_refused() {
 fn counts_too_narrow_for_their_table_are_read_and_not_written() {
     let temp = Temp::new("narrow");
     let path = temp.path("a.qcow2");
-    for (cluster, bits, written) in
-        [(512, 1, false), (512, 2, false), (512, 4, false), (2048, 1, false), (4096, 1, true), (512, 8, true)]
-    {
+    let cases = [(512, 1, false), (512, 4, false), (2048, 2, false), (2048, 4, false), (4096, 1, true), (512, 8, true)];
+    for (cluster, bits, written) in cases {
         temp.qemu_img(&format!("create -q -f qcow2 -o cluster_size={cluster},refcount_bits={bits} a.qcow2 1M"));
         Qcow2::open(&path, None, true).unwrap();
         match Qcow2::open(&path, None, false) {
