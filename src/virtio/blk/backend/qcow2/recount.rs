@@ -4,7 +4,6 @@
 //! durable, so the counts are made from them, into new clusters at the end of the file, and the header then points there: one
 //! sector, so that a loss of power in between leaves the image as it was.
 
-use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
@@ -12,7 +11,7 @@ use super::header::{Counts, Header};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::sys::next_data;
 
-/// Clusters of a file that are counted at most: the counting takes 8 MiB of memory for them.
+/// Clusters of a file that are counted at most: the counting takes 128 MiB of memory for them, whatever the tables say.
 const MOST: u64 = 1 << 26;
 /// Of an entry of the tables, where it points (QEMU, docs/interop/qcow2.txt, "L1 table entry").
 const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
@@ -30,34 +29,28 @@ struct Uses {
     cluster: u64,
     /// Clusters of the file; the last may be cut off.
     clusters: u64,
-    /// A bit a cluster.
-    used: Vec<u64>,
-    /// Uses beyond the first, which only compressed data has.
-    more: BTreeMap<u64, u64>,
+    /// Of each cluster. More than one use only compressed data has.
+    counts: Vec<u16>,
 }
 
 impl Uses {
     /// Counts one use of every cluster of these bytes, which are in the file.
     fn count(&mut self, place: &Place) -> Result<()> {
         for cluster in place.offset / self.cluster..(place.offset + place.len).div_ceil(self.cluster) {
-            let word = usize::try_from(cluster / 64).ok().and_then(|n| self.used.get_mut(n));
+            let count = usize::try_from(cluster).ok().and_then(|n| self.counts.get_mut(n));
             // Behind the end is only the rest of the last cluster.
-            let Some(word) = word else { break };
-            let bit = 1 << (cluster % 64);
-            if *word & bit == 0 {
-                *word |= bit;
-            } else if place.compressed {
-                *self.more.entry(cluster).or_default() += 1;
-            } else {
+            let Some(count) = count else { break };
+            if *count > 0 && !place.compressed {
                 return Err(corrupt(format!("what is at {} overlaps with something else", place.offset)));
             }
+            let more = || corrupt(format!("what is at {} shares a cluster with too much else", place.offset));
+            *count = count.checked_add(1).ok_or_else(more)?;
         }
         Ok(())
     }
 
     fn of(&self, cluster: u64) -> u64 {
-        let word = usize::try_from(cluster / 64).ok().and_then(|n| self.used.get(n)).copied().unwrap_or(0);
-        if word >> (cluster % 64) & 1 == 0 { 0 } else { 1 + self.more.get(&cluster).copied().unwrap_or(0) }
+        usize::try_from(cluster).ok().and_then(|n| self.counts.get(n)).copied().unwrap_or(0).into()
     }
 }
 
@@ -99,8 +92,7 @@ pub(super) fn recount(file: &File, header: &Header) -> Result<()> {
             format!("it has {clusters} clusters, of which at most {MOST} are counted again; see qemu-img check -r all");
         return Err(Error::new(ErrorKind::Unsupported, problem));
     }
-    let words = usize::try_from(clusters.div_ceil(64)).unwrap_or(usize::MAX);
-    let mut uses = Uses { cluster, clusters, used: vec![0; words], more: BTreeMap::new() };
+    let mut uses = Uses { cluster, clusters, counts: vec![0; usize::try_from(clusters).unwrap_or(usize::MAX)] };
     for (offset, len) in [(0, cluster), header.l1] {
         uses.count(&Place { offset, len, compressed: false })?;
     }

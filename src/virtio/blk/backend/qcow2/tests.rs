@@ -382,3 +382,23 @@ fn tables_that_cannot_be_are_not_counted_and_not_touched() {
         assert!(temp.qemu_img("check a.qcow2").contains("No errors"));
     }
 }
+
+/// What is compressed may share a cluster, but not with so much.
+#[test]
+fn uses_of_a_cluster_are_counted_in_bounded_memory() {
+    let temp = Temp::new("shared");
+    let path = temp.path("a.qcow2");
+    temp.qemu_img("create -q -f qcow2 -o cluster_size=2M a.qcow2 512G");
+    let mut shared = fs::read(&path).unwrap();
+    let (l1, end) =
+        (u64::from_be_bytes(shared[40..48].try_into().unwrap()) as usize, shared.len().next_multiple_of(2 << 20));
+    shared.resize(end + (4 << 20), 0);
+    for entry in shared[end..end + (2 << 20)].chunks_exact_mut(8).take(65_537) {
+        entry.copy_from_slice(&(1u64 << 62 | (end as u64 + (2 << 20))).to_be_bytes());
+    }
+    shared[l1..l1 + 8].copy_from_slice(&(1 << 63 | end as u64).to_be_bytes());
+    shared[79] |= 1;
+    fs::write(&path, &shared).unwrap();
+    let error = Qcow2::open(&path, None, false).unwrap_err();
+    assert!(error.kind() == ErrorKind::Corrupt && error.to_string().contains("too much else"), "{error:?}");
+}
