@@ -107,6 +107,7 @@ fn what_cannot_work_is_refused_by_name() {
     let many = (0..30).fold(temp.vm(), |vm, _| vm.disk(good()));
     refused(many, invalid, "interrupt lines");
     refused(temp.vm().vsock(Vsock::new().listen(1).listen(1)), ErrorKind::AlreadyExists, "port 1");
+    refused(temp.vm().descriptors(15), invalid, "descriptors: 15: a guest needs 16");
     refused(Vm::builder(temp.kernel().pvh()).memory(Size::mib(16)), ErrorKind::Unsupported, "Kernel::pvh: ");
     let modules = temp.modules();
     let kernel = || temp.kernel().modules(modules.clone());

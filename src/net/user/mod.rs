@@ -183,6 +183,12 @@ impl UserNet {
         self.tcp.len() + self.datagrams.sockets() + self.resolver.len() + self.clients.len()
     }
 
+    /// Says what is held to the guest's other devices.
+    fn count_held(&mut self) {
+        let held = self.held();
+        self.core.host.held.set(held);
+    }
+
     fn take(&mut self, memory: &GuestMemory, frame: &[Segment], offload: Offload) -> Result<(), Bad> {
         let mut head = [0; wire::HEADERS];
         let Some((ethernet, head)) = self.core.open(memory, frame, &mut head)? else { return Ok(()) };
@@ -441,8 +447,7 @@ impl UserNet {
     }
 
     fn called(&mut self, owner: Owner, events: crate::sys::EventSet) {
-        let held = self.held();
-        self.core.host.held.set(held);
+        self.count_held();
         match owner {
             Owner::Timer => self.core.host.rang(),
             Owner::Tcp(id) => self.tcp.ready(&mut self.core, id, events),
@@ -504,8 +509,7 @@ impl NetBackend for UserNet {
                 Some(Owner::Router) => self.router.rang(&mut self.core),
                 Some(Owner::Fragments) => self.fragments.rang(&mut self.core),
                 Some(Owner::Resolver(id)) => {
-                    let held = self.held();
-                    self.core.host.held.set(held);
+                    self.count_held();
                     self.resolver.rang(&mut self.core, id);
                 }
                 Some(Owner::Client(id)) => self.clients.rang(&mut self.core, id),
@@ -517,15 +521,17 @@ impl NetBackend for UserNet {
         }
         self.ports.called(&mut self.core, &mut self.tcp);
         self.clients.answered(&mut self.core, &mut self.resolver);
+        // What was closed is another device's from now on.
+        self.count_held();
         self.core.host.arm();
     }
 
     fn send(&mut self, frame: Frame<'_>) -> io::Result<()> {
         self.core.host.tick();
-        let held = self.held();
-        self.core.host.held.set(held);
+        self.count_held();
         let taken = self.take(frame.memory(), frame.pieces(), frame.offload());
         self.core.count(taken);
+        self.count_held();
         self.core.host.arm();
         Ok(())
     }

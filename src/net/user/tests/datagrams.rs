@@ -288,6 +288,20 @@ fn a_guest_leaves_descriptors_to_its_embedder() {
     drop(files);
     let told = told.lock().unwrap();
     assert!((1..10).contains(&told.len()) && told[0] == crate::net::policy::Why::Descriptors, "{told:?}");
+    // What a guest's builder says is for all that it has, and comes back with a network that is gone.
+    let share = crate::sys::DescriptorShare::new(Some(32), true);
+    let part = |share: &crate::sys::DescriptorShare| {
+        let config = Config { limits, descriptors: share.clone(), ..Config::new(local()) };
+        let mut guest = Guest::of(config, Offloads::all());
+        let handle = guest.udp(4000);
+        (take_all(&mut guest, handle).datagram_flows, guest)
+    };
+    let (flows, its) = part(&share);
+    assert_eq!(flows, 28, "an eighth is left to vsock");
+    assert!(share.vsock(4).is_some() && share.vsock(5).is_none());
+    assert_eq!(part(&share).0, 0, "a second card has no more");
+    drop(its);
+    assert_eq!(part(&share).0, 28);
     // Whoever needs fewer for itself says so.
     drop(told);
     crate::sys::set_descriptor_reserve(10);
