@@ -114,20 +114,28 @@ impl Question {
     /// Whether `answer` is one to the question that is in `query`, asked as number `id`.
     pub(crate) fn is_answered(&self, query: &[u8], id: u16, answer: &[u8]) -> bool {
         let asked = |bytes: &[u8]| bytes.get(HEADER..self.end).map(<[u8]>::to_ascii_lowercase);
+        let repeated = || be16(answer, 4) == Some(1) && asked(answer).is_some() && asked(answer) == asked(query);
         be16(answer, 0) == Some(id)
             && be16(answer, 2).is_some_and(|flags| flags & 0x8000 != 0 && flags >> 11 & 15 == 0)
-            && be16(answer, 4) == Some(1)
-            && asked(answer).is_some()
-            && asked(answer) == asked(query)
+            && (repeated() || is_bare_refusal(answer))
     }
+}
+
+/// Whether a server has not understood the question, and so does not repeat it: those do that know no EDNS (RFC 6891, 7).
+fn is_bare_refusal(answer: &[u8]) -> bool {
+    let counts = answer.get(4..HEADER).filter(|_| answer.len() == HEADER);
+    answer.get(3).is_some_and(|flags| flags & 15 == Code::FormErr as u8) && counts == Some(&[0; 8])
+}
+
+/// Whether an answer says that there is more, over TCP (RFC 1035, 4.1.1).
+pub(crate) fn is_truncated(answer: &[u8]) -> bool {
+    answer.get(2).is_some_and(|flags| flags & 2 != 0)
 }
 
 /// What an answer says.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Answers {
     pub code: u8,
-    /// There is more, over TCP.
-    pub truncated: bool,
     pub addresses: Vec<IpAddr>,
     /// How long all of it is valid.
     pub valid: Duration,
@@ -136,7 +144,7 @@ pub(crate) struct Answers {
 /// Looks through the answer to `question`. `None`: it is none.
 pub(crate) fn answers(question: &Question, bytes: &[u8]) -> Option<Answers> {
     let flags = be16(bytes, 2)?;
-    let (code, truncated) = ((flags & 15) as u8, flags & 0x200 != 0);
+    let code = (flags & 15) as u8;
     let (mut at, mut addresses, mut valid) = (question.end, Vec::new(), u32::MAX);
     for _ in 0..be16(bytes, 6)? {
         at = skip_name(bytes, at)?;
@@ -152,7 +160,7 @@ pub(crate) fn answers(question: &Question, bytes: &[u8]) -> Option<Answers> {
         valid = valid.min(if ttl >> 31 == 0 { ttl } else { 0 });
         at += 10 + len;
     }
-    Some(Answers { code, truncated, addresses, valid: Duration::from_secs(valid.into()) })
+    Some(Answers { code, addresses, valid: Duration::from_secs(valid.into()) })
 }
 
 /// Keeps of an answer to `question` what it says about the name, and its EDNS record (RFC 6891, 6.1.1): not who else was asked, nor
@@ -350,7 +358,7 @@ mod tests {
         answer.extend("2001:db8::7".parse::<Ipv6Addr>().unwrap().octets());
         assert!(question.is_answered(&query, 0x1234, &answer) && !question.is_answered(&query, 0x1235, &answer));
         let found = answers(&question, &answer).unwrap();
-        assert_eq!((found.code, found.truncated, found.valid), (0, false, Duration::from_secs(30)));
+        assert_eq!((found.code, is_truncated(&answer), found.valid), (0, false, Duration::from_secs(30)));
         assert_eq!(found.addresses, ["192.0.2.1".parse::<IpAddr>().unwrap(), "2001:db8::7".parse().unwrap()]);
         for len in 0..answer.len() {
             let cut = &answer[..len];

@@ -4,6 +4,7 @@ mod message;
 mod servers;
 
 pub(crate) use self::message::{
-    A, AAAA, CNAME, Code, MAX_QUERY, PTR, Question, answers, found, reply, reverse, set_id, strip, truncated,
+    A, AAAA, CNAME, Code, MAX_QUERY, PTR, Question, answers, found, is_truncated, reply, reverse, set_id, strip,
+    truncated,
 };
 pub(crate) use self::servers::Servers;

@@ -195,8 +195,18 @@ impl Resolver {
         let Some(asked) = self.asked.get_mut(id) else { return };
         let found = dns::answers(&asked.question, &answer);
         let failed = |code| code == Code::ServFail as u8 || code == Code::Refused as u8 || code == Code::NotImp as u8;
-        let Some(found) = found.filter(|found| !failed(found.code)) else { return self.next(core, id) };
+        // Within a record: all of it comes over TCP, and another resolver would cut it off too.
+        let cut_off = found.is_none() && dns::is_truncated(&answer) && matches!(asked.asker, Asker::Udp(..));
+        let found = found.filter(|found| !failed(found.code));
+        if found.is_none() && !cut_off {
+            return self.next(core, id);
+        }
         let Some(asked) = self.remove(core, id) else { return };
+        let Some(found) = found else { return self.answer(core, asked.asker, &dns::truncated(&asked.query)) };
+        if found.code == Code::FormErr as u8 {
+            // The resolver may not have repeated the question. Whoever asked with EDNS asks without it then.
+            return self.answer(core, asked.asker, &dns::reply(&asked.query, Code::FormErr));
+        }
         let (now, name) = (core.host.now, &asked.question.name);
         let (all, way_out) = (found.addresses.len(), self.servers.way_out(now));
         let mut told = found.addresses;

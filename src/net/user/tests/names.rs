@@ -264,6 +264,115 @@ fn the_next_resolver_is_asked_and_at_last_failure_told() {
 }
 
 #[test]
+fn a_resolver_that_refuses_is_followed_by_the_next() {
+    // SERVFAIL, NOTIMP, REFUSED.
+    for code in [2, 4, 5] {
+        let mut world = World::new(names("example.com"));
+        let second = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let both = vec![world.at, second.local_addr().unwrap()];
+        world.guest.net.resolver = super::super::resolver::Resolver::new(Some(both));
+        world.guest.net.resolver.servers.pretend(true, Instant::now());
+        world.ask(&query("example.com", 1));
+        let (mut asked, from) = world.asked();
+        (asked[2], asked[3]) = (0x81, 0x80 | code);
+        world.server.send_to(&asked, from).unwrap();
+        world.guest.until(|_| readable(&second).then_some(()));
+        let mut buffer = [0; 100];
+        let (n, from) = second.recv_from(&mut buffer).unwrap();
+        second.send_to(&answer(&buffer[..n], &[9, 9, 9, 9]), from).unwrap();
+        assert_eq!(world.answered(), answer(&query("example.com", 1), &[9, 9, 9, 9]), "{code}");
+    }
+}
+
+/// What they do not understand they do not repeat, so that nothing but its number tells what such an answer belongs to.
+#[test]
+fn resolvers_without_edns_are_told_from_silent_ones() {
+    // An OPT record: 1,232 bytes, nothing else.
+    let with_edns = |mut query: Vec<u8>| {
+        query[11] = 1;
+        query.extend([0, 0, 41, 4, 0xd0, 0, 0, 0, 0, 0, 0]);
+        query
+    };
+    let plain = query("example.com", 1);
+    for bare in [true, false] {
+        let mut world = World::new(names("example.com"));
+        world.ask(&with_edns(plain.clone()));
+        let (asked, from) = world.asked();
+        assert_eq!(asked[2..], with_edns(plain.clone())[2..]);
+        let mut refusal = asked[..if bare { 12 } else { plain.len() }].to_vec();
+        (refusal[2], refusal[3], refusal[5], refusal[11]) = (0x81, 0x81, u8::from(!bare), 0);
+        // Somebody who guesses is not believed.
+        let mut other = refusal.clone();
+        other[0] ^= 1;
+        world.server.send_to(&other, from).unwrap();
+        world.guest.pump();
+        assert!(world.guest.came(world.handle).is_none());
+        world.server.send_to(&refusal, from).unwrap();
+        let told = world.answered();
+        assert_eq!((&told[..2], told[3] & 15, &told[12..]), (&plain[..2], 1, &plain[12..]), "{bare}");
+        world.ask(&plain);
+        let (asked, from) = world.asked();
+        world.server.send_to(&answer(&asked, &[9, 9, 9, 9]), from).unwrap();
+        assert_eq!(world.answered(), answer(&plain, &[9, 9, 9, 9]));
+        // Others answer, as if it were not there.
+        world.ask(&with_edns(plain.clone()));
+        let (asked, from) = world.asked();
+        let mut ignored = answer(&asked[..plain.len()], &[9, 9, 9, 9]);
+        ignored[11] = 0;
+        world.server.send_to(&ignored, from).unwrap();
+        assert_eq!(world.answered(), answer(&plain, &[9, 9, 9, 9]));
+    }
+}
+
+#[test]
+fn what_is_cut_off_is_asked_for_again_over_tcp_and_admitted() {
+    const ADDRESSES: u8 = 200;
+    let mut world = World::new(names("example.com"));
+    let listener = TcpListener::bind(world.at).unwrap();
+    let asked = query("example.com", 1);
+    let all = |query: &[u8]| {
+        let mut reply = query.to_vec();
+        (reply[2], reply[3], reply[7]) = (0x81, 0x80, ADDRESSES);
+        for n in 0..ADDRESSES {
+            reply.extend([0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 60, 0, 4, 9, 9, 9, n]);
+        }
+        reply
+    };
+    // In the middle of a record.
+    world.ask(&asked);
+    let (sent, from) = world.asked();
+    let mut cut = all(&sent);
+    cut[2] |= 2;
+    cut.truncate(512);
+    world.server.send_to(&cut, from).unwrap();
+    let told = world.answered();
+    assert_eq!((told[2] & 2, told[7], &told[12..]), (2, 0, &asked[12..]));
+    let server = std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        let mut len = [0; 2];
+        stream.read_exact(&mut len).unwrap();
+        let mut query = vec![0; u16::from_be_bytes(len).into()];
+        stream.read_exact(&mut query).unwrap();
+        let reply = all(&query);
+        stream.write_all(&[&(reply.len() as u16).to_be_bytes(), &reply[..]].concat()).unwrap();
+    });
+    let handle = world.guest.connected((GATEWAY, 53).into());
+    world.guest.tcp(handle).send_slice(&[&[0, asked.len() as u8], &asked[..]].concat()).unwrap();
+    let (mut reply, expected) = (Vec::new(), all(&asked));
+    world.guest.until(|g| {
+        while g.tcp(handle).can_recv() {
+            g.tcp(handle).recv(|bytes| (bytes.len(), reply.extend_from_slice(bytes))).unwrap();
+        }
+        (reply.len() == 2 + expected.len()).then_some(())
+    });
+    server.join().unwrap();
+    assert_eq!(reply[2..], expected);
+    let now = world.guest.net.core.host.now;
+    let last = SocketAddr::from(([9, 9, 9, ADDRESSES - 1], 443));
+    assert!(world.guest.net.core.policy.admit(crate::net::policy::Protocol::Tcp, last, now).is_some());
+}
+
+#[test]
 fn there_are_never_too_many_questions_len() {
     let mut world = World::new(Policy::internet());
     for n in 0..2000 {
