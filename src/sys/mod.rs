@@ -43,7 +43,7 @@ pub(crate) use ordered::{Order, Ordered};
 pub(crate) use registers::{RegisterPages, Registers};
 pub(crate) use routes::{Route, Routes};
 pub(crate) use schedule::displace_nobody;
-#[cfg(feature = "internals")]
+#[cfg(any(test, feature = "internals"))]
 pub(crate) use schedule::processor_time;
 pub(crate) use signal::{KickSignal, PeriodicKick, ThreadId};
 pub(crate) use socket::{Socket, SocketKind, peekv, socket_kind};

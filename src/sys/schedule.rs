@@ -14,7 +14,7 @@ pub(crate) fn displace_nobody() -> io::Result<()> {
 }
 
 /// How long the calling thread has had a processor.
-#[cfg(feature = "internals")]
+#[cfg(any(test, feature = "internals"))]
 pub(crate) fn processor_time() -> std::time::Duration {
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: the structure is valid for writes across the call.
