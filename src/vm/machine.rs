@@ -248,7 +248,10 @@ impl Machine {
             }
         }
         self.shared.output.close(LAST_WORDS);
-        self.captures.iter().for_each(|pump| pump.close(LAST_WORDS));
+        // All at once: one that is stuck takes nothing of the others' time.
+        let deadline = Instant::now() + LAST_WORDS;
+        self.captures.iter().for_each(|pump| pump.close(Duration::ZERO));
+        self.captures.iter().for_each(|pump| pump.close(sys::left(deadline)));
         self.shared.publish();
     }
 }
