@@ -75,16 +75,18 @@
 //! | `Process::kill`, `Process::signal` | 10 s, for a host that is busy |
 //! | `Container::connect` | 21 s: 10 s for a host that is busy, 11 s for the guest |
 //! | [`Vm::connect`] | 20 s: 10 s for a host that is busy, 10 s for the guest |
-//! | `Container::stop`, [`Vm::shutdown`] | the grace and 2 s; 15 s more where a file of the host's or a writer of the embedder's hangs |
+//! | `Container::stop`, [`Vm::shutdown`] | the grace and 2 s; 15 s more where a file of the host's, or a writer or network of the embedder's, hangs |
 //! | `Container::kill`, [`Vm::kill`] | does not wait |
 //! | [`Vm::resume`] | 11 s, for a pause that another thread has begun |
-//! | dropping a `Container` or a [`Vm`] | milliseconds; 15 s where a file of the host's or a writer of the embedder's hangs |
+//! | dropping a `Container` or a [`Vm`] | milliseconds; 15 s where a file of the host's, or a writer or network of the embedder's, hangs |
 //! | `Container::wait`, [`Vm::wait`] | as long as the machine runs |
+//! | [`VsockListener::accept`], the iterator of [`Events`] | until something comes, or the machine ends |
+//! | reads and writes of a [`VsockStream`], `ProcessReader` or `ProcessWriter` | as the stream's timeouts say; without: until the guest goes on, or the machine ends |
 //! | [`Vm::pause`] | 11 s |
 //! | [`Vm::memory_stats`] | 11 s: 10 s for a host that is busy, 1 s for the guest |
-//! | [`Vm::set_balloon`], [`Vm::memory_fd`], [`Vm::listen`], methods of [`NetHandle`] and [`DiskHandle`] | 10 s, for a host that is busy |
-//! | [`Vm::stats`], [`Vm::trace`], [`Vm::timeline`], [`Vm::events`], whatever begins with `try_` | does not wait |
+//! | [`Vm::set_balloon`], [`Vm::memory_fd`], [`Vm::listen`], methods of [`NetHandle`], [`PublishedPort`] and [`DiskHandle`] | 10 s, for a host that is busy |
 //! | whatever ends with `_timeout` | the time that it is given |
+//! | [`Vm::stats`], [`Vm::trace`], [`Vm::timeline`], [`Vm::events`], whatever begins with `try_`, and all else that these handles have | does not wait |
 //!
 //! # What guests of one process share
 //!

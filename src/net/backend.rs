@@ -15,8 +15,9 @@ pub(crate) const FRAME_MAX: usize = 65535 + 18;
 /// Carries the frames of one network card, or of one pair of its queues.
 ///
 /// The device owns it and calls it on the VM's event loop, which serves all the VM's devices. So no call may block, and each
-/// does a bounded amount of work. Threads of its own are welcome; they wake the loop by [`NetBackend::fd`]. A panic ends the
-/// VM with [`Exit::DeviceFault`](crate::Exit::DeviceFault).
+/// does a bounded amount of work. While one blocks, calls that ask a device fail with `TimedOut` after ten seconds. After
+/// the VM's end, its vsock listeners and streams do not end before that call returns. Threads of its own are welcome; they
+/// wake the loop by [`NetBackend::fd`]. A panic ends the VM with [`Exit::DeviceFault`](crate::Exit::DeviceFault).
 ///
 /// ```text
 /// at start         negotiated(what the driver agreed to), then fd() is watched

@@ -389,8 +389,8 @@ pub struct DiskUsage {
 
 /// A disk of a running VM; see [`Vm::disk`](crate::Vm::disk). Cheap to clone.
 ///
-/// Calls ask the disk's thread, and fail with `TimedOut` when it does not answer within ten seconds, such as on a file
-/// that does not answer.
+/// Calls ask the disk's loop, and wait for its answer, at most ten seconds. Where a file of the host's does not answer they
+/// fail with `TimedOut`, and what was asked for is done when it does.
 #[derive(Debug, Clone)]
 pub struct DiskHandle {
     pub(super) name: String,

@@ -441,6 +441,8 @@ pub(super) fn check_addresses(nets: &[Net]) -> Result<()> {
 }
 
 /// A network card of a running VM; see [`Vm::net`](crate::Vm::net). Cheap to clone.
+///
+/// Calls ask the VM's loop, and wait for its answer, at most ten seconds; then they fail with `TimedOut`.
 #[derive(Debug, Clone)]
 pub struct NetHandle {
     pub(super) name: String,

@@ -3,7 +3,7 @@
 use std::io::{Read, Write};
 use std::time::{Duration, Instant};
 
-use cofferdam::{CancelToken, Cidr, Container, ErrorKind, Exit, ExitStatus, Image, Net, Policy, Rule, Size, Stdio};
+use cofferdam::{CancelToken, Container, ErrorKind, Exit, ExitStatus, Image, Size, Stdio};
 
 use crate::fixture::{Outcome, PATIENCE, Temp, alone, busybox, container, debian_container, guest, kernel, run};
 use crate::{check, check_eq};
@@ -45,83 +45,6 @@ pub fn a_container_whose_guest_powers_itself_off_was_not_killed() -> Outcome {
     let ExitStatus::VmEnded(exit) = status else { return Err(format!("{status}").into()) };
     check!(matches!(*exit, Exit::Halt(_) | Exit::PowerOff | Exit::Unresponsive(..)), "{exit}");
     Ok(())
-}
-
-/// A guest that says nothing at all: one that is paused.
-pub fn every_call_on_a_mute_guest_comes_back() -> Outcome {
-    let container = container()?;
-    let second = Duration::from_secs(1);
-    let mut sleeper = container.exec(["sleep", "1000"]).timeout(2 * second).spawn()?;
-    let killed = container.exec(["sleep", "1000"]).spawn()?;
-    container.vm().pause()?;
-    let output = within("output", 4 * second, || container.exec(["echo", "x"]).timeout(second).output())??;
-    check!(matches!(output.status, ExitStatus::TimedOut), "{}", output.status);
-    let status = within("status", 3 * second, || container.exec(["true"]).timeout(second).status())??;
-    check!(matches!(status, ExitStatus::TimedOut), "{status}");
-    let status = within("wait", 4 * second, || sleeper.wait())??;
-    check!(matches!(status, ExitStatus::TimedOut), "{status}");
-    killed.kill()?;
-    let status = within("kill", 2 * second, || killed.wait_timeout(PATIENCE))??;
-    check_eq!(status.and_then(|status| status.signal()), Some(9));
-    let refused = within("connect", 11 * second, || container.connect(80))?;
-    check_eq!(refused.err().map(|e| e.kind()), Some(ErrorKind::TimedOut));
-    let refused = within("Vm::connect", 10 * second, || container.vm().connect(80))?;
-    check_eq!(refused.err().map(|e| e.kind()), Some(ErrorKind::TimedOut));
-    within("memory_stats", second, || container.vm().memory_stats())??;
-    within("stats", second, || container.vm().stats())?;
-    within("trace", second, || container.vm().trace())?;
-    within("timeline", second, || container.vm().timeline())?;
-    within("memory_fd", second, || container.vm().memory_fd())??;
-    within("usage", second, || container.vm().disk(1)?.usage())??;
-    within("signal", second, || sleeper.signal(15))??;
-    within("set_balloon", second, || container.vm().set_balloon(Size::mib(1)))??;
-    within("set_balloon", second, || container.vm().set_balloon(Size::bytes(0)))??;
-    within("listen", second, || container.vm().listen(9999))??;
-    within("events", second, || container.vm().events())??;
-    within("pause", second, || container.vm().pause())??;
-    let exit = within("stop", 3 * second, || container.stop(second))??;
-    check!(matches!(exit, Exit::Killed(_)), "{exit}");
-    within("drop", second, || drop(container))
-}
-
-/// A guest that says too much: floods of connections, on its console, through its network and on its disk at once.
-pub fn every_call_on_a_babbling_guest_comes_back() -> Outcome {
-    let allowed = Policy::deny_all().rule(Rule::allow_range("127.0.0.0/8".parse::<Cidr>()?));
-    let container = debian_container().net(Net::user(allowed.clone())).start()?;
-    let second = Duration::from_secs(1);
-    let storm = "for (;;) { for my $port (1024 .. 1100) { socket(my $s, 40, 1, 0) or next;
-        connect($s, pack('SSLLx4', 40, 0, $port, 2)) and syswrite($s, 'x' x 4000); } }";
-    let datagrams = "socket(my $s, 2, 2, 0); my $to = pack('SnC4x8', 2, 9, 10, 0, 2, 2);
-        for (;;) { send($s, 'x' x 1000, 0, $to); }";
-    let mut noise = Vec::new();
-    for program in [
-        vec!["perl", "-e", storm],
-        vec!["perl", "-e", datagrams],
-        vec!["sh", "-c", "while :; do yes; done > /dev/hvc0"],
-        vec!["sh", "-c", "while :; do dd if=/dev/zero of=/junk bs=1M count=16 conv=fsync; done"],
-    ] {
-        noise.push(container.exec(program).spawn()?);
-    }
-    for _ in 0..3 {
-        let output = within("output", 24 * second, || container.exec(["echo", "x"]).timeout(20 * second).output())??;
-        check!(matches!(output.status, ExitStatus::TimedOut) || output.stdout == b"x\n", "{}", output.status);
-        let refused = within("connect", 21 * second, || container.connect(80))?;
-        check!(refused.is_err());
-        within("memory_stats", 11 * second, || container.vm().memory_stats())??;
-        within("stats", second, || container.vm().stats())?;
-        within("set_policy", 10 * second, || container.vm().net(0)?.set_policy(Policy::deny_all()))??;
-        within("set_policy", 10 * second, || container.vm().net(0)?.set_policy(allowed.clone()))??;
-        within("set_balloon", 10 * second, || container.vm().set_balloon(Size::mib(1)))??;
-        within("usage", 10 * second, || container.vm().disk(1)?.usage())??;
-        within("pause", 20 * second, || container.vm().pause())??;
-        within("resume", second, || container.vm().resume())??;
-    }
-    let timed = container.exec(["sleep", "1000"]).timeout(second);
-    let status = within("status", 3 * second, || timed.status())??;
-    check!(matches!(status, ExitStatus::TimedOut), "{status}");
-    let exit = within("stop", 3 * second, || container.stop(second))??;
-    check!(matches!(exit, Exit::PowerOff | Exit::Killed(_)), "{exit}");
-    within("drop", second, || drop(container))
 }
 
 /// What a guest does that was only slow, when it goes on.

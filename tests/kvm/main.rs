@@ -8,6 +8,7 @@
 
 mod boot;
 mod bounds;
+mod calls;
 mod cgroup;
 mod connect;
 mod container;
@@ -65,13 +66,14 @@ tests! {
         two_processors_by_acpi the_keyboard_is_heard_by_acpi acpi_off_puts_devices_on_the_command_line
         a_clock_and_a_generation by_pvh;
     bounds: a_guest_that_halts_for_good_has_ended an_idle_guest_has_not_ended
-        a_container_whose_guest_powers_itself_off_was_not_killed every_call_on_a_mute_guest_comes_back
-        every_call_on_a_babbling_guest_comes_back
+        a_container_whose_guest_powers_itself_off_was_not_killed
         a_guest_that_goes_on_does_what_it_was_told_meanwhile a_start_is_cancelled a_time_out_has_one_name_however_early
         an_end_has_one_name_whoever_waits any_duration_will_do a_programs_streams_are_its_own
         the_files_that_programs_need_are_there_whatever_the_image_has a_child_of_fork_leaves_its_parents_guests_alone
         want_of_descriptors_has_one_name no_guests_memory_is_in_children_or_core_files neither_nesting_nor_counters_by_default
         the_words_that_end_the_kernels_parameters_may_come_first;
+    calls: every_call_on_a_mute_guest_comes_back every_call_on_a_babbling_guest_comes_back
+        every_call_on_a_guest_whose_loop_is_busy_comes_back stuck_captures_are_waited_for_together;
     connect: services_are_reached_on_any_address each_direction_ends_by_itself
         resets_are_told_and_so_is_the_end_of_the_container whoever_does_not_read_stops_the_other_side_and_nothing_is_lost
         many_one_after_the_other_leave_nothing many_at_once_are_bounded_and_make_room_again;
