@@ -34,6 +34,7 @@ mod overlay;
 mod programs;
 #[path = "../../examples/proxy_command.rs"]
 mod proxy_command;
+mod relays;
 mod start;
 mod storage;
 #[path = "../../src/boot/tiny.rs"]
@@ -139,6 +140,7 @@ tests! {
         scp_sftp_and_git_keep_every_byte_through_a_published_port clients_in_one_guest_use_servers_in_another
         databases_are_asked_by_name_across_a_switch
         iperf3_goes_all_its_ways short_connections_a_hundred_at_once_are_all_served;
+    relays: a_network_is_there_at_once_and_no_round_trip_waits nothing_leaves_once_the_policy_is_withdrawn;
     start: a_guest_that_is_never_ready_names_its_stage a_guest_that_ends_first_says_how a_broken_shim_is_told
         without_kvm_the_remedy_is_told what_may_not_be_read_is_named;
     storage: fio_reads_what_it_wrote what_was_durable_survives_the_kill_of_its_process;

@@ -214,7 +214,7 @@ fn only(address: std::net::SocketAddr) -> Result<Policy> {
 const CONFIGURED: &str = "ifconfig eth0 10.0.2.15 netmask 255.255.255.0 up; route add default gw 10.0.2.2\n";
 
 /// An address of the host's that no guest has itself.
-fn host_address() -> Result<&'static str> {
+pub fn host_address() -> Result<&'static str> {
     host("ip addr replace 192.0.2.33/32 dev lo")?;
     Ok("192.0.2.33")
 }
