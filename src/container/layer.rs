@@ -13,8 +13,8 @@ use crate::vm::{Disk, DiskLimit, ErrorAction, ErrorClass};
 ///
 /// It is gone with the container. A plain [`Size`] is `WritableLayer::new` of it.
 ///
-/// When the host has no space left the guest sees a full disk ([`ErrorAction::Report`]), so that its programs fail and
-/// their time-outs go on. A disk of a VM waits for space instead.
+/// When the host has no space left, the guest's writes fail with an I/O error ([`ErrorAction::Report`]), and time-outs go
+/// on. A disk of a VM waits for space instead.
 #[derive(Debug, Clone)]
 pub struct WritableLayer {
     size: Size,

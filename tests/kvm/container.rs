@@ -3,7 +3,7 @@
 use std::fs;
 use std::time::{Duration, Instant};
 
-use cofferdam::{Container, Disk, ErrorKind, Exit, ExitStatus, Image, Size, WritableLayer};
+use cofferdam::{Container, Disk, ErrorAction, ErrorKind, EventKind, Exit, ExitStatus, Image, Size, WritableLayer};
 
 use crate::fixture::{Outcome, PATIENCE, Temp, container, debian_container, kernel};
 use crate::{check, check_eq};
@@ -133,5 +133,37 @@ pub fn connecting_to_nobody_is_refused() -> Outcome {
     let container = container()?;
     let error = container.vm().connect(9999).expect_err("nobody listens");
     check_eq!(error.kind(), ErrorKind::NotFound);
+    Ok(())
+}
+
+/// Of 48 MiB, of which the layer leaves nothing free.
+pub fn a_full_host_fails_programs_and_holds_none_up() -> Outcome {
+    let temp = Temp::new()?;
+    let folder = temp.path("small");
+    fs::create_dir(&folder)?;
+    let mount = |args: &[&str]| std::process::Command::new("mount").args(args).arg(&folder).status();
+    check!(mount(&["-t", "tmpfs", "-o", "size=48m", "small"])?.success());
+    let layer = WritableLayer::new(Size::gib(1)).folder(&folder).headroom(Size::mib(8)).reserve(Size::bytes(0));
+    let container = debian_container().disk(layer).start()?;
+    let events = container.vm().events()?;
+    let written = container
+        .exec(["dd", "if=/dev/urandom", "of=/large", "bs=1M", "count=64", "conv=fsync"])
+        .timeout(PATIENCE)
+        .output()?;
+    let said = String::from_utf8_lossy(&written.stderr).into_owned();
+    // Virtio has one word for all that fails (Virtio 1.3, 5.2.6, VIRTIO_BLK_S_IOERR).
+    check!(written.status.code() == Some(1) && said.contains("Input/output error"), "{} {said}", written.status);
+    let fault = loop {
+        if let EventKind::DiskError(fault) = events.next_timeout(PATIENCE).ok_or("no fault was told")?.kind {
+            break fault;
+        }
+    };
+    check!(fault.errno == Some(28) && fault.disk == "disk1" && fault.action == ErrorAction::Report, "{fault}");
+    // Programs run on, and the end comes in good order.
+    check_eq!(shell(&container, "echo still here")?, "still here");
+    let exit = container.stop(Duration::from_secs(5))?;
+    check!(matches!(exit, Exit::PowerOff), "{exit}");
+    drop(container);
+    check!(std::process::Command::new("umount").arg(&folder).status()?.success(), "something is left behind");
     Ok(())
 }

@@ -99,7 +99,7 @@ tests! {
     container: a_root_file_system_like_any_other missing_mount_points_are_made images_from_directories
         writes_are_private_and_gone_with_the_container stops_in_good_order
         stop_is_bounded_whatever_the_guest_does everything_ends_with_the_container memory_and_processors_arrive further_disks_are_there_by_their_numbers
-        connecting_to_nobody_is_refused the_image_is_shared_and_stays_as_it_is;
+        connecting_to_nobody_is_refused a_full_host_fails_programs_and_holds_none_up the_image_is_shared_and_stays_as_it_is;
     exec: output_and_codes streams_are_apart environment_and_directory standard_input_ends
         binary_data_survives_both_ways signals_end_processes kill_takes_all_that_was_started
         time_outs_kill_what_was_started background_processes_hold_nothing_up waiting_and_not_waiting
