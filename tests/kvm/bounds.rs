@@ -1,11 +1,14 @@
 //! What the docs say that no guest can exceed: how long calls wait, what an end is called, who gets a stream.
 
 use std::io::{Read, Write};
+use std::os::unix::process::ExitStatusExt;
 use std::time::{Duration, Instant};
 
-use cofferdam::{CancelToken, Container, ErrorKind, Exit, ExitStatus, Image, Size, Stdio};
+use cofferdam::{CancelToken, Container, ErrorKind, Exit, ExitStatus, Image, Memory, Size, Stdio};
 
-use crate::fixture::{Outcome, PATIENCE, Temp, alone, busybox, container, debian_container, guest, kernel, run};
+use crate::fixture::{
+    Outcome, PATIENCE, Printed, Temp, alone, busybox, container, debian_container, guest, kernel, run,
+};
 use crate::{check, check_eq};
 
 /// What the lab, where a second of the host's may be short, is given beyond a bound.
@@ -259,6 +262,74 @@ pub fn no_guests_memory_is_in_children_or_core_files() -> Outcome {
     }
     check!(seen >= 300 << 10, "{seen} KiB are kept out");
     Ok(())
+}
+
+/// What says that a process is to start a guest and to abort, and the word that is in the guest's memory then.
+const CORE: &str = "COFFERDAM_TEST_CORE";
+const SECRET: &str = "in-the-guest-alone-";
+
+/// The host's kernel is told for a moment where core files go, as root may.
+pub fn a_core_file_has_nothing_of_a_guest() -> Outcome {
+    const TEST: &str = "bounds::a_core_file_has_nothing_of_a_guest";
+    if let Some(folder) = std::env::var_os(CORE) {
+        // The host has the word in two pieces, and a word of its own.
+        let printed = Printed::default();
+        let half = &SECRET[..7];
+        let rest = &SECRET[7..];
+        let script = format!(
+            "a={half}; b={rest}; mkdir /m; mount -t tmpfs m /m; for n in $(seq 1000); do echo $a$b$n; done > /m/x; echo ready; sleep 1000"
+        );
+        let vm = guest(&script).memory(Memory::memfd(Size::mib(128))).console(printed.console()).start()?;
+        printed.wait_for("ready")?;
+        let memory = std::fs::File::from(vm.memory_fd()?.ok_or("no descriptor")?);
+        let found = occurrences(memory, &format!("{half}{rest}[0-9]"))?;
+        check!(found >= 900, "{found}");
+        let anonymous = guest(&script.replace("ready", "ready too")).console(printed.console()).start()?;
+        printed.wait_for("ready too")?;
+        let own = [half, "of-the-host-"].concat().repeat(100);
+        std::fs::write(std::path::Path::new(&folder).join("started"), &own)?;
+        let _all = std::hint::black_box((vm, anonymous, own));
+        std::process::abort();
+    }
+    const PATTERN: &str = "/proc/sys/kernel/core_pattern";
+    let (temp, before) = (Temp::new()?, std::fs::read_to_string(PATTERN)?);
+    std::fs::write(PATTERN, temp.path("core").to_str().ok_or("a path")?)
+        .map_err(|e| format!("{PATTERN}: {e}: run this as root"))?;
+    let command = format!("ulimit -c unlimited; exec \"$0\" --exact {TEST} --nocapture");
+    let child = std::process::Command::new("sh")
+        .args(["-c", &command])
+        .arg(std::env::current_exe()?)
+        .env(CORE, temp.path(""))
+        .output();
+    std::fs::write(PATTERN, before)?;
+    let child = child?;
+    check!(
+        temp.path("started").exists(),
+        "{}{}",
+        String::from_utf8_lossy(&child.stdout),
+        String::from_utf8_lossy(&child.stderr)
+    );
+    check_eq!(child.status.signal(), Some(libc::SIGABRT));
+    // Some kernels are told to add the process's number.
+    let all: Vec<_> = std::fs::read_dir(temp.path(""))?.flatten().map(|entry| entry.path()).collect();
+    let is_core =
+        |path: &&std::path::PathBuf| path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"core"));
+    let path = all.iter().find(is_core).ok_or("there is no core file")?;
+    let core = || std::fs::File::open(path);
+    check!(
+        occurrences(core()?, "in-the-of-the-host-")? >= 100,
+        "that is no core file: {} bytes",
+        core()?.metadata()?.len()
+    );
+    check_eq!(occurrences(core()?, &format!("{SECRET}[0-9]"))?, 0);
+    Ok(())
+}
+
+/// How often a file has a word, by programs, so that nothing of it comes into this process.
+fn occurrences(file: std::fs::File, word: &str) -> Result<usize, Box<dyn std::error::Error>> {
+    let count = "tr -s '\\0' '\\n' | grep -a -o \"$0\" | wc -l";
+    let output = std::process::Command::new("sh").args(["-c", count, word]).stdin(file).output()?;
+    Ok(String::from_utf8_lossy(&output.stdout).trim().parse()?)
 }
 
 /// Nothing of the processor that a guest could virtualize or count with, unless it is asked for.

@@ -71,7 +71,8 @@ tests! {
         a_guest_that_goes_on_does_what_it_was_told_meanwhile a_start_is_cancelled a_time_out_has_one_name_however_early
         an_end_has_one_name_whoever_waits any_duration_will_do a_programs_streams_are_its_own
         the_files_that_programs_need_are_there_whatever_the_image_has a_child_of_fork_leaves_its_parents_guests_alone
-        want_of_descriptors_has_one_name no_guests_memory_is_in_children_or_core_files neither_nesting_nor_counters_by_default
+        want_of_descriptors_has_one_name no_guests_memory_is_in_children_or_core_files
+        a_core_file_has_nothing_of_a_guest neither_nesting_nor_counters_by_default
         the_words_that_end_the_kernels_parameters_may_come_first;
     calls: every_call_on_a_mute_guest_comes_back every_call_on_a_babbling_guest_comes_back
         every_call_on_a_guest_whose_loop_is_busy_comes_back stuck_captures_are_waited_for_together;
