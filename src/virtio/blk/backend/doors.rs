@@ -143,6 +143,23 @@ impl Tables {
         entry.to_be_bytes()
     }
 
+    /// Has all but a few of the clusters that its table of counts can speak of count as used, so that it must grow soon.
+    fn full(mut self) -> Self {
+        // Clusters of 512 bytes with counts of 64 bits.
+        let (cluster, a_block) = (512, 64);
+        let (counts, all) = (self.number(48, 8), a_block * a_block);
+        self.0.resize(all * cluster, 0);
+        for n in 0..a_block {
+            if self.number(counts + n * 8, 8) == 0 {
+                self.put(counts + n * 8, &((all - a_block + n) as u64 * 512).to_be_bytes());
+            }
+            let block = self.number(counts + n * 8, 8);
+            let used = (n * a_block..(n + 1) * a_block).filter(|at| !(all - a_block - 8..all - a_block).contains(at));
+            used.for_each(|at| self.put(block + at % a_block * 8, &1u64.to_be_bytes()));
+        }
+        self
+    }
+
     fn change(&mut self, bytes: &mut &[u8]) {
         let [what, n, m] = take(bytes);
         let (n, m, entry) = (usize::from(n) * 8, usize::from(m) * 8, 0x00ff_ffff_ffff_fe00);
@@ -185,11 +202,12 @@ impl Tables {
 
 #[cfg(feature = "qcow2")]
 pub(crate) fn qcow2_open(data: &[u8]) {
-    static IMAGES: std::sync::OnceLock<[Vec<u8>; 5]> = std::sync::OnceLock::new();
+    static IMAGES: std::sync::OnceLock<[Vec<u8>; 6]> = std::sync::OnceLock::new();
     let small = super::qcow2::small;
     let make = || {
         let (narrow, wide) = (small(4096, 1, None), small(2048, 64, None));
-        [small(512, 16, None), small(512, 64, None), narrow, wide, small(512, 16, Some("base"))]
+        let Tables(full) = Tables(small(512, 64, None)).full();
+        [small(512, 16, None), small(512, 64, None), narrow, wide, small(512, 16, Some("base")), full]
     };
     let Some(folder) = Folder::new() else { return };
     let (mut bytes, path) = (data, folder.0.join("image"));
@@ -243,4 +261,32 @@ pub(crate) fn qcow2_found(path: &std::path::Path, step: u64, byte: u8) -> crate:
     drop(disk);
     let used = contents(&mut super::Qcow2::open(path, path.parent(), true)?)?;
     Ok([found, used])
+}
+
+#[cfg(all(test, feature = "qcow2"))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_full_image_is_one_whose_table_of_counts_grows() {
+        let folder = Folder::new().unwrap();
+        let path = folder.0.join("image");
+        let Tables(image) = Tables(super::super::qcow2::small(512, 64, None)).full();
+        let clusters = |image: Vec<u8>| Tables(image).number(56, 4);
+        assert_eq!(clusters(image.clone()), 1);
+        fs::write(&path, image).unwrap();
+        let memory = GuestMemory::anonymous(&[(GuestAddress(0), 64 << 10)]).unwrap();
+        memory.write(GuestAddress(0), &[5; 64 << 10]).unwrap();
+        let all = [memory.segment(GuestAddress(0), 64 << 10).unwrap()];
+        let mut disk = super::super::Qcow2::open(&path, None, false).unwrap();
+        disk.write(&memory, &all, 16 << 10).unwrap();
+        drop(disk);
+        assert!(clusters(fs::read(&path).unwrap()) > 1);
+        let mut disk = super::super::Qcow2::open(&path, None, false).unwrap();
+        memory.write(GuestAddress(0), &[0; 64 << 10]).unwrap();
+        disk.read(&memory, &all, 16 << 10).unwrap();
+        let mut read = vec![0; 64 << 10];
+        memory.read(GuestAddress(0), &mut read).unwrap();
+        assert_eq!(read, [5; 64 << 10]);
+    }
 }
