@@ -1,7 +1,7 @@
 //! Builds the guest shim with the compiler that builds the library, and leaves it as `$OUT_DIR/shim` for `include_bytes!`.
 //!
-//! No nested cargo, no crates, no libc, no network: `$RUSTC src/guest/main.rs` and the linker that linked this very script. The flags are
-//! all here, so the shim is the same byte for byte in every profile and folder, whatever `RUSTFLAGS` or wrapper the library is built with.
+//! No nested cargo, no crates, no libc, no network: `$RUSTC src/guest/main.rs` and the linker that linked this very script. All
+//! flags are here. So the shim is the same byte for byte in every profile and directory, whatever flags and wrapper build the library.
 #![allow(clippy::print_stdout, reason = "cargo reads its directives there")]
 
 use std::env;

@@ -2,7 +2,7 @@
 //!
 //!     cargo run --release --example run -- --rootfs debian.tar -- sh -c 'cat /etc/os-release; exit 7'
 //!
-//! Like a shell: 126 and 127 when the command cannot be run or found, 128 + n when signal n ended it, 125 when the
+//! Like a shell: 126 and 127 when the command cannot be run or found, and 128 + n when signal n ended it. 125 when the
 //! machine itself failed. The library never makes such numbers; a command-line program has nothing else.
 
 #![allow(clippy::print_stdout, clippy::print_stderr, clippy::expect_used, reason = "a program may")]

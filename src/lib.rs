@@ -1,6 +1,6 @@
 //! Run untrusted Linux work inside its own microVM, in process.
 //!
-//! Cofferdam is a library, not a program: no daemon, no helper process, no shared library, no download, and no root
+//! Cofferdam is a library, not a program: no daemon, no helper process, no shared library, no download. It needs no root
 //! where the host lets its users open `/dev/kvm`. A virtual machine is a value; any number of them live in one process.
 //!
 #![cfg_attr(feature = "container", doc = "```no_run")]
@@ -165,8 +165,7 @@ pub use vm::{
     Switch, Timeline, Trace, VcpuStats, Vm, VmBuilder, Vsock, Why,
 };
 
-/// For who carries a network card's frames by other means than there are: what a backend of one's own is, and is given. See
-/// [`Net::custom`].
+/// Traits and types for network backends of the embedder's own; see [`Net::custom`].
 pub mod backend {
     pub use crate::net::{
         Capabilities, Card, Csum, Frame, Gso, GsoKind, NetBackend, Offload, Offloads, Received, Room,

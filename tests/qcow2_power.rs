@@ -1,6 +1,8 @@
-//! What a loss of power leaves of a qcow2 image that is flushed as `Disk::qcow2` does: a storage below the crate imago records
-//! writes and syncs, and every state in which the file may be found after is opened again. What is promised can be read; and
-//! though reference counts may be behind, for which `Disk::qcow2` marks the image, it can be used again without losing any of it.
+//! The states in which a loss of power may leave a qcow2 image.
+//!
+//! The image is flushed as `Disk::qcow2` does. A storage below the crate imago records writes and syncs, and every
+//! state in which the file may be found afterwards is opened again. What was promised can be read. Reference counts may
+//! be behind, for which `Disk::qcow2` marks the image; it can be used again without losing data.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a failure here is the test's")]
 #![allow(unsafe_code, reason = "imago's storage trait has unsafe methods; nothing unsafe is done in them")]

@@ -1,7 +1,7 @@
 //! Writes empty ext4 file systems, for containers to write to (Linux, Documentation/filesystems/ext4).
 //!
-//! They have no journal: nobody needs them after a crash. Only the first group is written, and what describes the others: their
-//! bitmaps are marked as not there yet, and the tables of inodes are zeros.
+//! They have no journal, as they do not outlive a crash. Only the first group and the group descriptors are written.
+//! The descriptors mark the other groups' bitmaps as uninitialized, and the tables of inodes are zeroes.
 
 use std::fs::File;
 use std::io;

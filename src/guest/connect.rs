@@ -5,8 +5,8 @@
 //!                           `----nobody does, which the host is told----> gone
 //! ```
 //! Each side waits when the other takes no more: what was read and not taken is at most one piece a way. An end of one way is passed on
-//! as that. A reset of the service closes the host's stream before its way has ended, by which the host knows; a host that has gone
-//! resets the service.
+//! as that. When the service resets, the shim closes the host's stream before its way has ended, which tells the host. When the host is
+//! gone, the shim resets the service.
 
 use core::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 

@@ -1,7 +1,7 @@
 //! Relays: a pipe of a program on one side, a stream to the host on the other. Owned by the shim's one thread.
 //!
-//! Programs get pipes, because a socket cannot be opened again through `/dev/stdout`. The bytes go from one to the other inside the kernel
-//! (`splice`): the shim buffers nothing, and each side waits when the other does not take any more.
+//! Programs get pipes, because a socket cannot be opened again through `/dev/stdout`. The bytes move inside the kernel
+//! (`splice`), so the shim buffers nothing. Each side waits when the other takes no more.
 
 use super::sys::{self, Errno, Fd, POLLERR, POLLHUP, POLLIN, POLLOUT, POLLRDHUP, Poll};
 

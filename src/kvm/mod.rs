@@ -146,10 +146,10 @@ impl VmFd {
         unsafe { self.fd.set_user_memory_region(region) }.map_err(failed).doing(|| "showing the guest its registers")
     }
 
-    /// What raises interrupt `gsi`, as an edge, on the thread that calls it (KVM API, 4.25). Does nothing when the VM is gone.
+    /// Returns a closure that raises interrupt `gsi`, as an edge, on the thread that calls it (KVM API, 4.25).
     ///
-    /// For lines of an I/O interrupt controller, what KVM does for [`VmFd::attach_irq`] takes a thread of the host's kernel,
-    /// and two switches to and from it.
+    /// It does nothing when the VM is gone. [`VmFd::attach_irq`] would take a thread of the host's kernel for lines of
+    /// an I/O interrupt controller, and two switches to and from it.
     pub(crate) fn edge(&self, gsi: u32) -> impl Fn() + Send + Sync + use<> {
         let (vm, turn) = (Arc::downgrade(&self.fd), Mutex::new(()));
         move || {

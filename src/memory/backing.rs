@@ -131,8 +131,9 @@ impl GuestMemory {
     /// Maps memory for the ranges, which must be sorted and disjoint.
     ///
     /// # Errors
-    /// `ResourceExhausted` when the host has no address space or no huge pages left, `Unsupported` for huge pages of a
-    /// size that it does not know, `InvalidConfig` for an empty or overlapping range or one that is not whole pages.
+    /// - `ResourceExhausted` when the host has no address space or no huge pages left.
+    /// - `Unsupported` for huge pages of a size that the host does not know.
+    /// - `InvalidConfig` for a range that is empty, overlaps another, or is not whole pages.
     pub(crate) fn new(ranges: &[(GuestAddress, u64)], backing: Backing) -> Result<Self> {
         if let Backing::Huge(page) = backing {
             if !page.is_power_of_two() || ranges.iter().any(|(_, len)| len % page != 0) {

@@ -1,8 +1,8 @@
 //! Guest physical memory: concrete, cheap to clone, every access bounds-checked.
 //!
-//! vm-memory lives in this folder only, but for the loaders that take it by reference.
-//! Shared by every thread of one VM; the guest writes to it at any time, so nothing is ever
-//! handed out as a Rust reference, only copied or given to the kernel.
+//! vm-memory lives in this directory only, but for the loaders that take it by reference. All threads of one VM share
+//! the memory, and the guest writes to it at any time. So nothing is handed out as a Rust reference, only copied or
+//! given to the kernel.
 
 mod backing;
 mod image;

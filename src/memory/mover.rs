@@ -1,7 +1,8 @@
-//! [`Mover`]: moves bytes between files and guest memory through an io_uring, many at once and without a copy.
+//! [`Mover`]: moves bytes between files and guest memory through an io_uring.
 //!
-//! Owned by a device, used on its loop. Guest memory is the buffer, so the mover holds on to it, and to every array that
-//! describes a part of it, until the kernel has said that it is done with that; when it does not say so, for ever.
+//! Many operations are in flight at once, without a copy. Owned by a device, used on its loop. Operations use guest
+//! memory directly. Each keeps the memory and its iovecs alive until its completion arrives. If that never arrives,
+//! both are leaked on purpose.
 #![allow(
     unsafe_code,
     reason = "guest memory is handed to the kernel as raw buffers; memory/ is one of the folders that may"
@@ -30,8 +31,10 @@ const ZERO_BUFFERS: usize = 256;
 const SPARE: usize = 128;
 const SPARE_BUFFERS: usize = 64;
 
-/// What is to be done. A descriptor that was used once stays open, and is of the same file, as long as the mover lives; one that
-/// is not open gives an error.
+/// An operation.
+///
+/// A descriptor that was used once must stay open, on the same file, as long as the queue lives. One that is not open
+/// gives an error.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Move<'a> {
     /// From `offset` of the file to the guest, all of it.

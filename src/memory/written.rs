@@ -1,8 +1,8 @@
-//! Which pages of an image guests write: the first guest shows it, and those that follow get such pages as their own.
+//! The pages of a kernel image that guests write at boot, which later guests get copied beforehand.
 //!
-//! A kernel rewrites its code for the processor that it finds, in the same places each time. A page that is mapped for reading
-//! when its guest writes to it costs two faults, and every other virtual machine of the process is told of it. Before the
-//! guest runs it costs one, and nobody is told.
+//! Linux patches the same pages at every boot, for the processor that it finds. Copying such a page on its first write
+//! takes two faults and a TLB shootdown for the whole process. So the first guest shows which pages they are, and later
+//! guests get private copies before they run.
 #![allow(unsafe_code, reason = "advises about pages; memory/ is one of the folders that may")]
 
 use std::fs::File;

@@ -82,8 +82,10 @@ pub trait NetBackend: Send {
     /// same descriptor as long as the backend lives.
     fn fd(&self) -> BorrowedFd<'_>;
 
-    /// Does what is due, a bounded amount of it. Afterwards [`NetBackend::fd`] is readable only when there is more to do, not
-    /// because frames wait for the guest, which may have no room for long: the loop would spin.
+    /// Does what is due, a bounded amount of it.
+    ///
+    /// Afterwards [`NetBackend::fd`] is readable only when there is more to do. It must not be readable because frames wait
+    /// for the guest, which may have no room for long: the loop would spin.
     fn turn(&mut self);
 
     /// Takes one frame of the guest.

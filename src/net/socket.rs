@@ -1,7 +1,7 @@
-//! [`SocketNet`]: a socket whose other end carries the frames: passt, QEMU, or any program. Driven by the network device.
+//! [`SocketNet`]: a socket whose peer carries the frames, such as passt or QEMU. Driven by the network device.
 //!
-//! A stream has four bytes before each frame that say how long it is, the highest first, as QEMU's `-netdev stream` and passt
-//! have it; a socket of datagrams has one frame in each.
+//! On a stream each frame follows its length in four bytes, big endian, as for QEMU's `-netdev stream` and passt. On a
+//! socket of datagrams each is a frame.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};

@@ -250,8 +250,9 @@ pub(crate) enum FromGuest<'a> {
         /// The guest's kernel did it, for want of memory.
         oom: bool,
     },
-    /// The shim ends the machine now, as asked or because a workload did; the last message. The host hangs up, and whatever the machine
-    /// does next is this end, also where its kernel can do no better than reset or stand still.
+    /// The shim ends the machine now, as asked or because a workload did; its last message.
+    ///
+    /// The host hangs up. The machine's end is this one, also where its kernel then can only reset or halt.
     Ending {
         /// How.
         end: End,

@@ -1,7 +1,7 @@
 //! The host-guest protocol: what the library and the shim say to each other, as bytes. No I/O, no threads, `core` + `alloc` only.
 //!
-//! The library compiles these files as its module, the shim compiles the same files into itself; so both sides always agree on the
-//! layout, and a shim from another build of the crate is met through [`negotiate`].
+//! The library compiles these files as its module, and the shim compiles the same files into itself. So both sides agree on the
+//! layout. A shim from another build of the crate is met through [`negotiate`].
 //!
 //! # The conversation
 //!
@@ -20,8 +20,8 @@
 //!      guest -> host  Connected{errno}, then the service's bytes, both ways
 //! ```
 //! Bulk data never travels in control frames. A stdio stream carries bytes one way; its end is the connection's end of that direction.
-//! A host that closes its end of an output stream makes the writer see a broken pipe. A service's stream ends each way by itself; where
-//! the guest closes it whole before it has ended its own way, the service's end was a reset.
+//! A host that closes its end of an output stream makes the writer see a broken pipe. A service's stream ends each way by itself. When
+//! the guest closes it whole before it has ended its own way, the service has reset it.
 //!
 //! # The layout
 //!

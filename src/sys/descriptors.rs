@@ -1,4 +1,4 @@
-//! Descriptors that guests may take of those that the process may have, so that the embedder always finds some.
+//! Counts the descriptors that guests take of the process's, so that the embedder always has some.
 
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
@@ -7,17 +7,19 @@ use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 /// What is kept for the embedder; [`u32::MAX`] is what [`default_reserve`] says.
 static RESERVE: AtomicU32 = AtomicU32::new(u32::MAX);
 
-/// Keeps `count` of the descriptors that this process may have (`RLIMIT_NOFILE`) from its guests; of all VMs together.
+/// Keeps `count` of this process's descriptors (`RLIMIT_NOFILE`) from its guests.
 ///
-/// Connections and datagrams of a [`Net::user`](crate::Net::user), and those that guests make over vsock, take descriptors of the
-/// process. When no more than `count` are left, further ones are refused to the guest. Those of a network are counted in
-/// [`NetStats::limited`](crate::NetStats::limited); over vsock the guest sees a reset. What the process itself opens is not
-/// affected.
+/// It holds for all VMs together, and takes effect at once. Connections and datagrams of a
+/// [`Net::user`](crate::Net::user), and connections that guests make over vsock, take descriptors of the process. When
+/// no more than `count` are left, further ones are refused to the guest. Those of a network are counted in
+/// [`NetStats::limited`](crate::NetStats::limited); over vsock the guest sees a reset. What the process itself opens is
+/// not affected.
 ///
-/// One guest takes half of the rest at most, over its networks and vsock together, unless
-/// [`VmBuilder::descriptors`](crate::VmBuilder::descriptors) says otherwise; so two that take all they can leave others none.
+/// One guest takes half of the rest at most, over its networks and vsock together.
+/// [`VmBuilder::descriptors`](crate::VmBuilder::descriptors) sets another share. So two guests that take all they can
+/// leave others none.
 ///
-/// Unless set, a quarter of them is kept, but at least 256, and never more than half. Takes effect at once.
+/// By default a quarter of the process's descriptors is kept, but at least 256, and never more than half.
 pub fn set_descriptor_reserve(count: u32) {
     RESERVE.store(count.min(u32::MAX - 1), Ordering::Relaxed);
 }

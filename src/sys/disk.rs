@@ -18,11 +18,10 @@ const BLKDISCARD: libc::c_ulong = 0x1277;
 /// The same: `_IO(0x12, 104)`, the size of a device's logical sectors.
 const BLKSSZGET: libc::c_ulong = 0x1268;
 
-/// A process that holds a lock on this file through another descriptor, in words; `None` when none can be seen, as those of
-/// other users cannot.
+/// Returns a process that holds a lock on this file through another descriptor, in words.
 ///
-/// The kernel tells no process for locks of open files, neither by `F_OFD_GETLK` nor in `/proc/locks`; but it lists them with
-/// each descriptor that has them.
+/// `None` when none can be seen, as those of other users cannot. The kernel names no process for locks of open files,
+/// neither by `F_OFD_GETLK` nor in `/proc/locks`. But it lists them with each descriptor that has them.
 pub(crate) fn lock_holder(file: &File) -> Option<String> {
     let wanted = file.metadata().ok()?;
     let holds = |process: &Path| {

@@ -133,9 +133,9 @@ impl<T: AsRawFd> DerefMut for Unforked<T> {
     }
 }
 
-/// Keeps a mapping out of children of fork, and out of files of a process's memory when it crashes.
+/// Keeps a mapping out of children of fork and out of core files.
 ///
-/// A child has no copy of a guest's memory or of what a vCPU last did, and none of it is ever written to a core file.
+/// So a child has no copy of a guest's memory or of a vCPU's state, and no core file has it.
 pub(crate) fn keep_private(at: *mut libc::c_void, len: usize) {
     for advice in [libc::MADV_DONTFORK, libc::MADV_DONTDUMP] {
         // SAFETY: both change what becomes of the mapping at fork and in a core file, and nothing that this process sees.

@@ -1,7 +1,7 @@
 //! Vectored I/O on raw buffers, for callers whose memory is shared with a guest.
 //!
-//! The standard library's `IoSlice` needs references, and a reference to memory that a guest
-//! changes at will would be unsound; `iovec` is what such memory can be described by.
+//! The standard library's `IoSlice` needs references, which are unsound to memory that a guest changes at will. `iovec`
+//! is a pointer and a length.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};

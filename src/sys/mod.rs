@@ -59,8 +59,10 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::time::Duration;
 
-/// Stack of the threads that run our own code only. Far more than they use, and too small for the kernel to make a huge
-/// page of it, which would cost 2 MiB and the time to clear them for each thread.
+/// Stack of the threads that run our own code only.
+///
+/// It is far more than they use, and too small for the kernel to back it with a huge page. That would cost 2 MiB and
+/// the time to clear them for each thread.
 pub(crate) const STACK: usize = 256 * 1024;
 
 /// A counter descriptor that neither blocks nor survives exec.

@@ -1,8 +1,8 @@
-//! [`Ordered`]: the file below an image of the crate imago, which never lets a table go to stable storage before what it speaks of.
+//! [`Ordered`]: the file below an image of the crate imago, with barriers between its writes.
 //!
-//! The crate writes tables when it has no more room for them in memory, and pointers to tables as soon as there are such, with no
-//! sync before. After a loss of power a table could name a cluster that holds something else: what was there once would be gone,
-//! though nobody ever wrote to it.
+//! The crate writes tables when its memory for them is full, and pointers to tables at once, with no sync before. After
+//! a loss of power a table could name a cluster that holds something else. Data would be lost that no writer had
+//! touched. So no table goes to stable storage before what it refers to.
 
 use std::fmt;
 use std::io;
@@ -81,9 +81,10 @@ impl Ordered {
         })
     }
 
-    /// What must be done before so many bytes are written at `offset`, which `guest` tells to be the guest's. Tables are whole
-    /// clusters, pointers to them are smaller than a sector, and the header is at the front; what is copied into a new cluster
-    /// around the guest's bytes is sectors, and never all of it.
+    /// Does what must come before a write of `len` bytes at `offset`; `guest` says whether they are the guest's.
+    ///
+    /// Tables are whole clusters, pointers to them are smaller than a sector, and the header is at the front. What is
+    /// copied into a new cluster around the guest's bytes is sectors, and never the whole cluster.
     fn before(&self, offset: u64, len: u64, guest: bool) -> io::Result<()> {
         if !guest && (offset == 0 || len % self.cluster == 0 || len % 512 != 0) {
             self.settle()?;

@@ -43,11 +43,11 @@ pub(crate) struct Uring {
 }
 
 impl Uring {
-    /// A ring on which at most `entries` operations, a power of two, are under way.
+    /// Returns a ring for at most `entries` operations in flight, a power of two.
     ///
     /// # Errors
-    /// The kernel's: `ENOSYS` and `EPERM` where there is none or it is forbidden, `ENOMEM` for a lack of lockable memory;
-    /// `EOPNOTSUPP` where it does not know every operation that is needed, before Linux 5.6.
+    /// The kernel's: `ENOSYS` and `EPERM` where there is none or it is forbidden, and `ENOMEM` for a lack of lockable
+    /// memory. `EOPNOTSUPP` where it lacks an operation that is needed, before Linux 5.6.
     pub(crate) fn new(entries: u32) -> io::Result<Self> {
         // Completions get twice the room, for the answers to cancellations.
         let restricted = IoUring::builder().dontfork().setup_r_disabled().build(entries);

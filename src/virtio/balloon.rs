@@ -1,7 +1,8 @@
 //! Memory balloon (Virtio 1.3, 5.5): memory that the guest does not use goes back to the host.
 //!
-//! Runs on the VM's loop. Three ways: the guest reports what it freed, without being asked (free page reporting); the
-//! embedder inflates the balloon; and the guest says how it is using its memory. What it gives is discarded at once.
+//! Runs on the VM's loop. There are three ways. The guest reports what it freed, without being asked (free page
+//! reporting). The embedder inflates the balloon. The guest reports how it uses its memory. What it gives is discarded
+//! at once.
 
 use std::sync::mpsc::SyncSender;
 
@@ -68,8 +69,10 @@ impl GuestMemoryUse {
     }
 }
 
-/// What a queue is for. Which there are depends on the features, and they are numbered without gaps, as Linux and every
-/// device it meets do; the specification numbers them with gaps.
+/// The purpose of a queue.
+///
+/// The features decide which queues there are. They are numbered without gaps, as Linux and other devices do; the
+/// specification numbers them with gaps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Role {
     Inflate,

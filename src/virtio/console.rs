@@ -116,8 +116,10 @@ impl Output {
         }
     }
 
-    /// Nothing more will be printed. Waits until the writer has everything, but not longer than `bound` once it has begun to
-    /// write: only the host keeps its thread from beginning, which is given [`BEGIN`] for it.
+    /// Ends the output, and waits until the writer has all of it.
+    ///
+    /// Waits at most `bound` once the writer's thread has begun to write. Only the host can keep that thread from
+    /// beginning; it gets [`BEGIN`] for that.
     pub(crate) fn close(&self, bound: Duration) {
         let begin = Instant::now();
         let mut state = self.state();

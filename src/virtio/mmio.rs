@@ -1,8 +1,8 @@
-//! The virtio-mmio transport: registers, feature negotiation, start and reset of one device.
+//! The virtio-mmio transport (Virtio 1.3, 4.2): registers, feature negotiation, start and reset of one device.
 //!
-//! Virtio 1.3, 4.2. Owned by the bus, used by vCPU threads under its own lock. It owns the registers, of which the guest reads
-//! what is in a page of memory, without an exit where that page is shown to it; the live queues belong to the device's loop, which
-//! this asks and waits for: the driver's DRIVER_OK write completes only when the device runs.
+//! Owned by the bus, used by vCPU threads under its own lock. Reads of registers are served from a page that is mapped
+//! read-only into the guest, so they cause no exit. The queues live on the device's event loop. A DRIVER_OK write
+//! returns after that loop has started the device.
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};

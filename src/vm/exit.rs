@@ -188,11 +188,15 @@ pub enum Exit {
     TripleFault(Box<Trace>),
     /// Ended by [`Vm::kill`](crate::Vm::kill), by a grace that ran out, or by dropping the handle.
     Killed(Box<Trace>),
-    /// Ended by this crate, as the guest had stopped answering. Says what it did not answer: a kill for half a minute, or
-    /// anything at all, as the program that this crate runs in containers was gone.
+    /// Ended by this crate, because the guest had stopped answering.
+    ///
+    /// The text says what it did not answer. That was a kill for half a minute, or anything at all, because the shim of
+    /// a container was gone.
     Unresponsive(String, Box<Trace>),
-    /// A device cannot go on: it needed a reset that the guest's driver did not give it within ten seconds, or it failed by
-    /// a mistake in this crate. Says which and why.
+    /// A device cannot go on.
+    ///
+    /// It needed a reset that the guest's driver did not give it within ten seconds, or it failed by a mistake in this
+    /// crate. The text says which and why.
     DeviceFault(String, Box<Trace>),
     /// The host could not do what the guest asked of a disk that was told to end the machine then, by
     /// [`ErrorAction::Stop`](crate::ErrorAction::Stop).

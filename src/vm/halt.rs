@@ -25,10 +25,10 @@ impl Sightings {
     }
 }
 
-/// Whether there was a moment at which all were dead: then nobody was there to wake any of them, and nobody ever will be.
+/// Returns whether there was a moment at which all vCPUs were halted for good.
 ///
-/// Only a vCPU wakes another that is dead, so one that was seen dead twice was dead all the time between, or was woken by
-/// one that was not.
+/// Then none was there to wake another, and none ever will be. Only a vCPU wakes another that has halted so. A vCPU
+/// that was seen so twice was halted all the time between, or was woken by one that was not.
 pub(super) fn all_dead<'a>(vcpus: impl Iterator<Item = &'a Sightings>) -> bool {
     let (mut since, mut until) = (None::<Instant>, None::<Instant>);
     for vcpu in vcpus {

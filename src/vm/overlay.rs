@@ -15,8 +15,8 @@ use crate::virtio::blk::{self, BasePath, OverlayDisk};
 ///
 /// An overlay's file names its base, and a guest can read that base. So use no overlay files of strangers.
 ///
-/// A call that replaces a file writes a new one without a name first, so that a crash leaves the old one whole, and
-/// nothing else. File systems that know no such files, as NFS, may be left with one whose name begins with
+/// A call that replaces a file writes a new one without a name first. So a crash leaves the old one whole, and nothing
+/// else. File systems that know no such files, as NFS, may be left with one whose name begins with
 /// `.cofferdam-`.
 ///
 /// All calls block, and lock the file.

@@ -55,10 +55,10 @@ impl VcpuControl {
         self.cpu_time.store(u64::try_from(used.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
     }
 
-    /// Gets the vCPU out of the guest, or keeps it from entering. Idempotent; never waits for the guest.
+    /// Gets the vCPU out of the guest, or keeps it from entering. Idempotent; does not wait for the guest.
     ///
-    /// The order closes the gap between the thread's last check and KVM_RUN: the request is in place before the
-    /// signal, so either KVM_RUN sees it on entry or the signal interrupts it.
+    /// The order closes the gap between the thread's last check and KVM_RUN. The request is in place before the signal,
+    /// so either KVM_RUN sees it on entry or the signal interrupts it.
     pub(super) fn kick(&self, signal: KickSignal) {
         // The thread cannot end while this lock is held, so the signal reaches it and nobody else.
         if let Some((kicker, thread)) = &*self.thread() {

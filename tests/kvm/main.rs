@@ -1,8 +1,8 @@
 //! Real guests through the public API: every test here boots at least one virtual machine.
 //!
 //! Where the machine has no hardware KVM, cargo's runner takes this program into the lab (lab/README.md). Nothing is
-//! skipped silently: without KVM every test fails and says what to do, unless COFFERDAM_WITHOUT_KVM=1 asks for them to
-//! be counted and printed as ignored.
+//! skipped silently: without KVM every test fails and says what to do. With COFFERDAM_WITHOUT_KVM=1 they are counted
+//! and printed as ignored.
 
 #![allow(clippy::expect_used, reason = "a failure here is the test's")]
 

@@ -20,11 +20,12 @@ pub(crate) struct Cpu {
 }
 
 impl Cpu {
-    /// The processor of `profile`, with `vcpus` cores of one thread in one package.
+    /// Returns the processor of `profile`, with `vcpus` cores of one thread in one package.
     ///
     /// # Errors
-    /// `Unsupported` naming each bit and register that this host cannot show; `Incompatible` when it is of another maker;
-    /// `InvalidConfig` for a profile that no processor could be.
+    /// - `Unsupported` names each bit and register that this host cannot show.
+    /// - `Incompatible` when it is of another maker.
+    /// - `InvalidConfig` for a profile that no processor could be.
     pub(crate) fn new(kvm: &Kvm, profile: &CpuProfile, vcpus: u8) -> Result<Self> {
         let leaves = profile.on(kvm)?;
         // Where nothing says it, it is 36 (Intel SDM vol. 3A, 4.1.4).

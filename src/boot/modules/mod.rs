@@ -68,12 +68,13 @@ impl Modules {
         self
     }
 
-    /// What is needed of them, in the order in which it is to be inserted. `release` is the kernel's own version, where it
-    /// is known.
+    /// Returns the modules that `needs` takes, in the order in which they are to be inserted.
+    ///
+    /// `release` is the kernel's own version, where it is known.
     ///
     /// # Errors
-    /// `Unsupported` names a required module that is neither there nor built in, `Incompatible` both versions when the
-    /// modules are another kernel's, `Corrupt` what is damaged or depends on itself.
+    /// `Unsupported` names a required module that is neither there nor built in. `Incompatible` names both versions
+    /// when the modules are another kernel's. `Corrupt` names what is damaged or depends on itself.
     pub(crate) fn pack(&self, needs: &[Need], release: Option<&str>) -> Result<Packed> {
         let also = self.also.iter().map(|name| (name.as_str(), true));
         // What is required goes first, so that what it depends on counts as required too.

@@ -1,7 +1,7 @@
 //! Reads an image from a directory, in an order that does not depend on the host's file system.
 //!
-//! All is opened below a descriptor of the directory, without following a link, and looked at once more after that: what somebody
-//! puts in place of something else meanwhile is an error and never what a link points to.
+//! Each entry is opened below a descriptor of the directory, without following links, and checked once more after that.
+//! So an entry that is replaced meanwhile is an error, and never what a link points to.
 
 use std::collections::HashMap;
 use std::ffi::OsString;

@@ -47,9 +47,9 @@ const OPEN_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A root file system to start containers from: a tar archive or a directory. Cloning is cheap.
 ///
-/// The first container of an image waits until its content was written into an EROFS disk image, without privileges and
-/// without mounting anything. That disk is kept in the user's cache under the digest of the content and is shared
-/// read-only by every container, also of other processes; however many ask at once, it is made once.
+/// The first container of an image waits until its content was written into an EROFS disk image. That needs no privileges
+/// and mounts nothing. The disk is kept in the user's cache under the digest of the content. All containers share it
+/// read-only, also those of other processes. It is made once, however many callers ask at the same time.
 ///
 /// # What is read
 ///
@@ -86,14 +86,16 @@ enum Kind {
 }
 
 impl Image {
-    /// A tar archive (not compressed), or a directory.
+    /// Opens an archive or a directory as an image.
     ///
-    /// Its content is looked at when the first container starts. A directory should not be written to meanwhile. Blocks for at
-    /// most 10 s, also where the host's file system does not answer.
+    /// Its content is read when the first container starts. A directory should not be written to meanwhile. Blocks for
+    /// at most 10 s, also where the host's file system does not answer.
     ///
     /// # Errors
-    /// `NotFound` or `PermissionDenied` when it cannot be looked at, `InvalidConfig` when it is something else; `TimedOut` where
-    /// the host does not answer; `ResourceExhausted` where 16 threads of the process wait for such files already.
+    /// - `NotFound` or `PermissionDenied` when it cannot be opened.
+    /// - `InvalidConfig` when it is neither a file nor a directory.
+    /// - `TimedOut` where the host does not answer.
+    /// - `ResourceExhausted` where 16 threads of the process wait for such files already.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let doing = || format!("opening image {}", path.display());
@@ -112,52 +114,67 @@ impl Image {
         Ok(Self { path, kind, cache: None, max_size: Size::gib(16), limits, prepare_timeout, cancel: None })
     }
 
-    /// Keeps the disk in this folder instead of the user's cache (`$XDG_CACHE_HOME/cofferdam/images`, with `~/.cache`
-    /// where that variable is not set). It is made when it is missing, for this user alone.
+    /// Keeps the disk in this directory instead of the user's cache.
+    ///
+    /// The cache is `$XDG_CACHE_HOME/cofferdam/images`, or `~/.cache/cofferdam/images` where that variable is not set.
+    /// A directory that is missing is made, for this user alone.
     pub fn cache_dir(mut self, dir: impl Into<PathBuf>) -> Self {
         self.cache = Some(dir.into());
         self
     }
 
-    /// Refuses an image whose disk would take more than `size`, 16 GiB unless set. Holes of files take nothing; zeros count.
+    /// Limits the size of the image's disk; 16 GiB by default.
+    ///
+    /// Holes of files take nothing; zeroes count.
     pub fn max_size(mut self, size: Size) -> Self {
         self.max_size = size;
         self
     }
 
-    /// Sets how much the image may contain; [`ImageLimits::default`] unless set. A disk that is there already is not measured.
+    /// Limits what the image may contain; [`ImageLimits::default`] by default.
+    ///
+    /// A disk that is there already is not measured.
     pub fn limits(mut self, limits: ImageLimits) -> Self {
         self.limits = limits;
         self
     }
 
-    /// Sets how long preparation may take, waiting for others included; ten minutes unless set.
+    /// Sets how long preparation may take; ten minutes by default.
+    ///
+    /// That includes waiting for other callers who prepare the same image.
     pub fn prepare_timeout(mut self, timeout: Duration) -> Self {
         self.prepare_timeout = timeout;
         self
     }
 
-    /// Lets another thread end the preparation, which then fails with `Cancelled`; none unless set.
+    /// Lets another thread cancel the preparation by `token`.
     ///
-    /// It ends within 4 s, also where a file of the host's does not answer. No half-made disk is left behind. The token counts for
-    /// [`Image::prepare`], and for starts of containers of this image as long as they wait for its disk.
+    /// It then fails with `Cancelled` within 4 s, also where a file of the host's does not answer. No half-made disk is
+    /// left behind. The token counts for [`Image::prepare`], and for starts of containers of this image as long as they
+    /// wait for its disk.
     pub fn cancel(mut self, token: &CancelToken) -> Self {
         self.cancel = Some(token.clone());
         self
     }
 
-    /// Makes the disk if it is not there yet. No container has to wait for it then. Blocks for at most
-    /// [`Image::prepare_timeout`] and 4 s, and for 4 s once the token of [`Image::cancel`] is cancelled.
+    /// Makes the disk if it is not there yet, so that no container has to wait for it.
     ///
-    /// Where a file of the host's does not answer for longer, the preparing thread is left behind. It ends when the host answers.
-    /// Until then others who prepare the same image wait as long as they are allowed. Once 16 threads of the process are left
-    /// behind, no image is opened or prepared until one of them ends.
+    /// Blocks for at most [`Image::prepare_timeout`] and 4 s, and for 4 s once the token of [`Image::cancel`] is
+    /// cancelled.
+    ///
+    /// Where a file of the host's does not answer for longer, the preparing thread is left behind. It ends when the
+    /// host answers. Until then other callers who prepare the same image wait as long as they are allowed. Once 16
+    /// threads of the process are left behind, no image is opened or prepared until one of them ends.
     ///
     /// # Errors
-    /// `Corrupt` for an archive that is damaged or is none, `Unsupported` for what cannot be kept, both naming the
-    /// entry; `InvalidConfig` beyond a limit, naming its method, and for an empty directory; `InvalidState` for what is written to
-    /// meanwhile; `PermissionDenied` for a cache folder that others can write to; `TimedOut`; `Cancelled`; `ResourceExhausted` without
-    /// space, and where 16 threads were left behind.
+    /// - `Corrupt` for an archive that is damaged or is none, and `Unsupported` for what cannot be kept, name the
+    ///   entry.
+    /// - `InvalidConfig` beyond a limit, naming its method, and for an empty directory.
+    /// - `InvalidState` for a source that is written to meanwhile.
+    /// - `PermissionDenied` for a cache directory that others can write to.
+    /// - `TimedOut`; `Cancelled`.
+    /// - `ResourceExhausted` without space, and where 16 threads were left behind.
+    ///
     /// No half-made disk is left behind.
     pub fn prepare(&self) -> Result<()> {
         self.disk(None).map(drop)

@@ -60,8 +60,10 @@ impl Drop for Ending {
     }
 }
 
-/// Calls `f` on a thread of its own, which itself looks at its patience. A thread that does not end `grace` after that is over
-/// waits for the host; it is left behind, with all that it holds, and ends when the host answers.
+/// Calls `f` on a thread of its own, which itself checks its deadline.
+///
+/// A thread that has not ended `grace` after its deadline waits for the host. It is left behind, with all that it
+/// holds, and ends when the host answers.
 ///
 /// # Errors
 /// What `f` fails with; `TimedOut` and `Cancelled`; `ResourceExhausted` where too many threads were left behind.

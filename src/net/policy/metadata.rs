@@ -1,7 +1,8 @@
-//! Services of clouds and clusters for their own machines: credentials, identities, internal names.
+//! Metadata services of clouds and clusters: credentials, identities, internal names.
 //!
-//! They trust whoever can reach them, which is the host, and with it its guests. So each is reached only by a rule of exactly
-//! its address, or of a part of its range, never by one of a range around it. Names are those of the operators' documentation.
+//! They trust all that can reach them, which is the host, and with it its guests. So each needs a rule of exactly its
+//! address, or of a part of its range; a range around it does not count. Names are those of the operators'
+//! documentation.
 
 use std::net::{IpAddr, Ipv6Addr};
 use std::sync::OnceLock;

@@ -48,8 +48,8 @@ const NUMBER: u8 = 3;
 /// - messages that only servers of a network may send;
 /// - packets whose protocol is hidden behind IPv6 extension headers.
 ///
-/// At most 4 MiB wait for a slow guest, of which a single sender gets no more than half, so that it cannot shut others
-/// out. The rest is lost. [`NetHandle::stats`](crate::NetHandle::stats) counts all of it.
+/// At most 4 MiB wait for a slow guest; the rest is lost. A single sender gets no more than half of that, so that it
+/// cannot shut others out. [`NetHandle::stats`](crate::NetHandle::stats) counts all of it.
 ///
 #[cfg_attr(feature = "container", doc = "```no_run")]
 #[cfg_attr(not(feature = "container"), doc = "```ignore")]

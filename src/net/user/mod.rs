@@ -1,15 +1,13 @@
-//! [`UserNet`]: a network without privileges. The guest's connections end here, ordinary sockets of the host go on.
+//! [`UserNet`]: a network without privileges. Owned by the network device, on the VM's event loop.
 //!
-//! Owned by the network device, on the VM's event loop.
+//! The guest's connections end here, and ordinary sockets of the host go on.
 //!
-//! TCP is relayed, not buffered: what the host received stays in its socket until the guest has acknowledged it (it is only
-//! peeked at, straight into the guest's buffers), and what the guest sends goes from its buffers straight into the socket.
-//! One copy each way, a few hundred bytes for a connection, and each side's flow control is the other's.
+//! TCP is relayed, not buffered. What the host received stays in its socket until the guest has acknowledged it: it is
+//! peeked at, straight into the guest's buffers. What the guest sends goes from its buffers straight into the socket.
+//! That is one copy each way and a few hundred bytes for a connection, and each side's flow control is the other's.
 //!
-//! smoltcp was considered and is not needed: its sockets keep a ring for each direction, of a size fixed when they are made
-//! (which fixes the window scale, too), copy three times, make no frames that stand for many, are scanned for each packet, and
-//! cannot leave a SYN unanswered until the host's connect is done. In tests it plays the guest, so that two implementations
-//! which know nothing of each other have to agree.
+//! smoltcp plays the guest in tests, so that two independent implementations have to agree. ARCHITECTURE.md says why it
+//! is not used here.
 
 mod clients;
 mod config;

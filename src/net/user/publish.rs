@@ -1,9 +1,10 @@
 //! [`Ports`]: ports of the host that lead to the guest.
 //!
-//! Whoever calls one seems to the guest to come from the gateway, as an address of the host's world may mean something else in
-//! the guest's. A service is looked for at the guest's IPv4 address, at its 127.0.0.1 where that can be reached, and at its own
-//! IPv6 address; where it was found is where the next caller is led first. Where nobody listens in the guest, the caller sees
-//! its connection reset. A datagram goes to the next place when the guest says that nobody takes it at the one before.
+//! To the guest each caller seems to be the gateway, as an address of the host's network may mean something else in the
+//! guest's. A service is looked for at three addresses: the guest's IPv4 address, its 127.0.0.1 where that can be
+//! reached, and its own IPv6 address. The address at which it was found is tried first for the next caller. Where
+//! nothing listens in the guest, the caller's connection is reset. A datagram goes to the next address when the guest
+//! reports the one before as unreachable.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, UdpSocket};

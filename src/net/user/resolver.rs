@@ -1,7 +1,8 @@
-//! [`Resolver`]: the gateway's resolver. Passes the guest's questions on to the host's own resolvers, as the policy allows.
+//! [`Resolver`]: the gateway's resolver, which forwards the guest's questions to the host's resolvers.
 //!
-//! Each question has a socket of its own, and so a port and a number that nobody can guess (RFC 5452); the kernel takes only
-//! answers of whom was asked. Questions that came over TCP go on over TCP.
+//! It forwards what the policy allows. Each question has a socket of its own, and so a port and a number that cannot be
+//! guessed (RFC 5452). The kernel takes answers only from the resolver that was asked. Questions that came over TCP go
+//! on over TCP.
 
 use std::io;
 use std::net::SocketAddr;

@@ -1,8 +1,8 @@
 //! Block device (Virtio 1.3, 5.2): a disk. Its requests are in flight together and complete in any order.
 //!
-//! [`Blk`] lives on the loop of the VM's disks when everything that could block is done by the kernel through an io_uring, and on
-//! a loop of its own otherwise. Honest by default: a flush is answered after `fdatasync`, so what the guest was told is durable is on
-//! the disk, and after a sync has failed nothing is called durable any more.
+//! [`Blk`] lives on the loop of the VM's disks when an io_uring does everything that could block, and on a loop of its
+//! own otherwise. A flush is answered after `fdatasync`, so data that the guest was told is durable is on the disk.
+//! After a sync has failed nothing is called durable any more.
 
 mod backend;
 mod config;

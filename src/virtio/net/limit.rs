@@ -1,7 +1,7 @@
-//! [`NetLimit`]: how much a card may do in a second, kept by token buckets on the VM's loop.
+//! [`NetLimit`]: the rates of a card, kept by token buckets on the VM's loop.
 //!
-//! What the guest sends stays in its queue until it may go, so that its own system slows down whoever sends; what it would
-//! receive stays with the backend.
+//! Frames of the guest stay in its queue until they may go, so that its own system slows down the sender. Frames for
+//! the guest stay with the backend.
 
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};

@@ -1,7 +1,8 @@
-//! Network device (Virtio 1.3, 5.1): a guest's frames to and from whatever carries them. Runs on the VM's loop.
+//! Network device (Virtio 1.3, 5.1): moves a guest's frames to and from its backends. Runs on the VM's loop.
 //!
-//! Each pair of queues has a [`NetBackend`](crate::net::NetBackend) of its own. Frames go from guest memory to the backend and
-//! back without a copy here; one that is larger than the guest's buffers is spread over several (mergeable buffers).
+//! Each pair of queues has a [`NetBackend`](crate::net::NetBackend) of its own. Frames go from guest memory to the
+//! backend and back without a copy here. A frame that is larger than the guest's buffers is spread over several
+//! (mergeable buffers).
 
 mod control;
 mod limit;

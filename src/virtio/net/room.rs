@@ -7,8 +7,10 @@ use crate::memory::Segment;
 use crate::net::{Carrier, HEADER_LEN, Offloads, Received, Recorder, Room};
 use crate::virtio::{Chain, DeviceIo, Work};
 
-/// Buffers that the guest has offered. How long a frame is shows only when it is there, so there is always room for the
-/// largest: dozens of buffers, whose pieces are put together once and not for each frame.
+/// Buffers that the guest has offered.
+///
+/// A frame's length is known only when it is there, so there is always space for the largest. Those are dozens of
+/// buffers, whose pieces are collected once and not for each frame.
 #[derive(Debug, Default)]
 pub(super) struct Waiting {
     /// The chains, and how many of the pieces are each one's.

@@ -1,7 +1,7 @@
 //! Socket device (Virtio 1.3, 5.10): connections between guest programs and the embedder. Runs on the VM's loop.
 //!
 //! Each connection is a socket pair: the embedder holds one end as a [`VsockStream`], the device the other. Data moves
-//! between socket and guest memory without a copy in between; what the embedder does not take waits in a buffer whose
+//! between socket and guest memory without a copy in between. What the embedder does not take waits in a buffer, whose
 //! size the guest was told as its credit. A guest that sends more is disconnected.
 
 mod connection;
@@ -42,9 +42,10 @@ const MAX_CONNECTIONS: usize = 1024;
 const MAX_CONNECTING: usize = 256;
 /// How long a connection waits for the guest's answer.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-/// Refusals that may wait for the guest to offer buffers. More are not told: its sockets find out by themselves, in a few
-/// seconds. To take nothing more from it until it does would be worse. A guest stops looking at what it gets when too many of
-/// its own answers wait to be sent, and each would wait for the other for ever.
+/// Refusals that may wait for the guest to offer buffers.
+///
+/// More are dropped: the guest's sockets time out in a few seconds. To stop reading from the guest instead would be
+/// worse. A guest stops reading when too many of its own answers wait to be sent, and both would wait for ever.
 const MAX_RESETS: usize = 4096;
 /// The most data in one packet.
 const MAX_DATA: u32 = 64 * 1024;

@@ -1,4 +1,4 @@
-//! How an overlay lies in its file. Everything is little-endian; what is not written is a hole.
+//! The format of an overlay's file. Everything is little-endian; what is not written is a hole.
 //!
 //! ```text
 //!         0  header: one sector of numbers, which is replaced whole or not at all
@@ -7,10 +7,15 @@
 //!  `data`    cluster n of the disk at `data` + n * 4,096
 //! ```
 //!
-//! The header's sector: magic `CofferOv` (8 bytes), version (4), flags (4; bit 0: frozen), size of the disk (8), bytes of a
-//! cluster (4), kind of the base (4; 1 raw, 2 overlay), `data` (8), the overlay's own id (16), then of the base: its id when
-//! it is an overlay (16), length (8), time of its last change in nanoseconds since 1970 (8) and inode number (8) when it is
-//! raw, length of its path (4), FNV-1a of the path (8); at last the FNV-1a of all that (8).
+//! The header's sector, with bytes in parentheses:
+//!
+//! ```text
+//! magic `CofferOv` (8)   version (4)   flags (4; bit 0: frozen)   size of the disk (8)   bytes of a cluster (4)
+//! kind of the base (4; 1 raw, 2 overlay)   `data` (8)   the overlay's own id (16)
+//! of an overlay as base: its id (16)
+//! of a raw base: length (8), time of its last change in nanoseconds since 1970 (8), inode number (8)
+//! length of the base's path (4)   FNV-1a of the path (8)   FNV-1a of all before (8)
+//! ```
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;

@@ -1,8 +1,8 @@
-//! A private, sparse file over a base that is only read: what was written is here, all else is there. Owned by its disk's loop.
+//! A private, sparse file over a base that is only read. Owned by its disk's loop.
 //!
-//! What a cluster's state says is never ahead of its bytes: a flush makes the bytes durable, then writes the states, then makes
-//! those durable. So whatever part of what was not flushed a loss of power leaves behind, each sector is as it was at the last
-//! flush or as it was written since.
+//! The file holds what was written; all else is in the base. A cluster's state is never ahead of its bytes. A flush
+//! makes the bytes durable, then writes the states, then makes those durable. So a loss of power leaves each sector as
+//! it was at the last flush, or as it was written since.
 
 mod format;
 mod open;

@@ -183,11 +183,16 @@ impl Header {
 }
 
 impl OverlayDisk {
-    /// Opens and locks an overlay with all below it. On the base that is `named`, if any, which must be the one it was made for.
+    /// Opens and locks an overlay with its whole chain of bases.
+    ///
+    /// Its base is the one that is `named`, if any, which must be the one it was made for.
     ///
     /// # Errors
-    /// `NotFound`, `PermissionDenied`; `ResourceExhausted` when somebody else has it or its base open; `Corrupt` when it is none,
-    /// damaged or in a circle; `Incompatible` when its base was changed; `InvalidState` when it is frozen and not `read_only`.
+    /// - `NotFound`, `PermissionDenied`.
+    /// - `ResourceExhausted` when another has it or its base open.
+    /// - `Corrupt` when it is none, damaged or in a circle.
+    /// - `Incompatible` when its base was changed.
+    /// - `InvalidState` when it is frozen and not `read_only`.
     pub(crate) fn open(path: &Path, named: Option<&BasePath>, read_only: bool) -> Result<Self> {
         let doing = || format!("opening overlay {}", path.display());
         let lock = if read_only { LockKind::Shared } else { LockKind::Exclusive };

@@ -50,8 +50,10 @@ pub(crate) fn flatten(path: &Path, to: &Path, step: Step<'_>) -> Result<()> {
     .doing(|| format!("writing {}", to.display()))
 }
 
-/// Puts the disk on another base; its own content stays what it is. With `same`, the new base is taken to have the content
-/// of the old one, which need not be there any more, and only what is here is copied.
+/// Changes the disk's base; the disk's content stays.
+///
+/// With `same`, the new base is taken to have the content of the old one. The old one need not be there any more, and
+/// only the overlay's own clusters are copied.
 pub(crate) fn rebase(path: &Path, base: &BasePath, same: bool, step: Step<'_>) -> Result<()> {
     let mut disk = if same { open_on_changed(path, base) } else { open_alone(path) }?;
     let (header, layer) = plan_again(&disk, base)?;

@@ -1,8 +1,8 @@
-//! The table of reference counts of an image that is to be written, checked before the crate takes it.
+//! Checks the table of reference counts of an image that is to be written, before the crate takes it.
 //!
-//! The crate looks for a free cluster count by count. Blocks of counts that are one in the file, or that speak of clusters which
-//! the file does not have, would let a small image keep it looking for ever. An offset of 0 is none: what it puts into the first
-//! cluster, as nothing counts that, it makes again without end.
+//! The crate looks for a free cluster count by count. A small image could keep it looking for ever: its blocks of
+//! counts may be one in the file, or describe clusters beyond its end. An offset of 0 means no block. The crate would
+//! put one into the first cluster, which nothing counts, and make it again without end.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;

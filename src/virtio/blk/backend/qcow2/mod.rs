@@ -193,11 +193,15 @@ fn open_backing(path: &Path, file: File, format: Format, chain: &mut Chain) -> R
 }
 
 impl Qcow2 {
-    /// Opens and locks an image with its backing files, which are in `folder`. Without a folder it may have none.
+    /// Opens and locks an image with its backing files, which are in `folder`.
+    ///
+    /// Without a directory it may have none.
     ///
     /// # Errors
-    /// `NotFound`; `PermissionDenied`, also for a backing file elsewhere; `ResourceExhausted` when somebody has one of them open;
-    /// `Corrupt` when the image is none, damaged, or lies on itself; `Unsupported` names what of it is not.
+    /// - `NotFound`; `PermissionDenied`, also for a backing file elsewhere.
+    /// - `ResourceExhausted` when another has one of them open.
+    /// - `Corrupt` when the image is none, damaged, or its own backing file.
+    /// - `Unsupported` names what of it is not supported.
     pub(crate) fn open(path: &Path, folder: Option<&Path>, read_only: bool) -> Result<Self> {
         let doing = || format!("opening disk {}", path.display());
         let path = fs::canonicalize(path).doing(doing)?;
@@ -224,9 +228,11 @@ impl Qcow2 {
         })
     }
 
-    /// What is needed before anything is written. The crate writes reference counts and tables without a sync in between, so after
-    /// a loss of power the counts may be behind, and who goes on would write over data. So the image is marked as QEMU does with
-    /// lazy reference counts, until it is closed: who opens it then counts again first.
+    /// Marks the image before anything is written.
+    ///
+    /// The crate writes reference counts and tables without a sync in between. After a loss of power the counts may be
+    /// behind, and a later writer would overwrite data. So the image is marked as QEMU does with lazy reference counts,
+    /// until it is closed. The next open for writing then counts again first.
     fn writable(&mut self) -> io::Result<()> {
         if self.read_only {
             return Err(io::Error::from_raw_os_error(libc::EROFS));

@@ -1,8 +1,9 @@
-//! Reference counts of an image whose last writer did not close it, made anew from its tables. Runs before the image is used.
+//! Makes the reference counts of an image anew, when its last writer did not close it.
 //!
-//! The counts in the file may be behind its tables: data that the tables know may be taken for free. What the tables say is
-//! durable, so the counts are made from them, into new clusters at the end of the file, and the header then points there: one
-//! sector, so that a loss of power in between leaves the image as it was.
+//! Runs before the image is used. The counts in the file may be behind its tables: data that the tables know may be
+//! taken for free. What the tables say is durable, so the counts are made from them, into new clusters at the end of
+//! the file. Then the header is pointed there by a write of one sector, so that a loss of power in between leaves the
+//! image as it was.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
