@@ -402,3 +402,27 @@ fn uses_of_a_cluster_are_counted_in_bounded_memory() {
     let error = Qcow2::open(&path, None, false).unwrap_err();
     assert!(error.kind() == ErrorKind::Corrupt && error.to_string().contains("too much else"), "{error:?}");
 }
+
+#[test]
+fn images_of_any_shape_that_qemu_makes_are_written() {
+    let temp = Temp::new("shapes");
+    for options in [
+        "preallocation=metadata",
+        "preallocation=metadata,cluster_size=512",
+        "preallocation=full,cluster_size=1k,refcount_bits=64",
+        "cluster_size=2M,refcount_bits=1",
+        "lazy_refcounts=on,cluster_size=4k,refcount_bits=2",
+    ] {
+        temp.qemu_img(&format!("create -q -f qcow2 -o {options} a.qcow2 12M"));
+        for resize in ["--shrink a.qcow2 5M", "a.qcow2 20M"] {
+            let mut disk = Qcow2::open(&temp.path("a.qcow2"), None, false).unwrap();
+            write(&mut disk, &[5; 1 << 18], 4 << 20);
+            disk.discard(0, 4 << 20).unwrap();
+            disk.write_zeroes(4 << 20, 4096, true).unwrap();
+            assert_eq!(read(&mut disk, (4 << 20) + 4096, 4096), [5; 4096], "{options}");
+            drop(disk);
+            assert!(temp.qemu_img("check a.qcow2").contains("No errors"), "{options}");
+            temp.qemu_img(&format!("resize -q -f qcow2 {resize}"));
+        }
+    }
+}
