@@ -16,9 +16,9 @@ use super::{
 use crate::memory::{GuestAddress, GuestMemory};
 use crate::sys::SocketKind;
 
-#[cfg(feature = "internals")]
-pub(crate) use self::flood::most_datagrams;
 pub(crate) use self::flood::new_flows;
+#[cfg(feature = "internals")]
+pub(crate) use self::flood::{most_datagrams, switched};
 
 /// Takes values off the front of the bytes; zeros when they are used up.
 pub(crate) struct Bytes<'a>(pub &'a [u8]);

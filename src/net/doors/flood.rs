@@ -1,13 +1,21 @@
 //! Frames of a guest that cost its network the most.
 
 use std::net::{Ipv4Addr, UdpSocket};
+#[cfg(feature = "internals")]
+use std::sync::Arc;
 
+#[cfg(feature = "internals")]
+use crate::error::Result;
 use crate::net::policy::{Policy, Rule};
+#[cfg(feature = "internals")]
+use crate::net::switch::{Switch, SwitchPort, played::Played};
 use crate::net::user::{Config, UserNet};
+#[cfg(feature = "internals")]
+use crate::net::wire::Tcp;
 use crate::net::wire::{self, Ends, Head};
 use crate::net::{Csum, Offload};
 #[cfg(feature = "internals")]
-use crate::net::{Gso, GsoKind, MAX_UDP_SEGMENTS};
+use crate::net::{Gso, GsoKind, MAX_UDP_SEGMENTS, Mac, Offloads};
 
 /// A stack whose guest may reach a socket of the host, and what the guest puts into a queue to send that as many datagrams as one
 /// frame may be.
@@ -43,4 +51,25 @@ pub(crate) fn new_flows() -> std::io::Result<(UserNet, UdpSocket, impl Fn(u16) -
         [offload.to_bytes(0).as_slice(), head.as_slice()].concat()
     };
     Ok((net, socket, frame))
+}
+
+/// A port of a switch, frames that cost it the most, and what makes the guest which they are for take them. One frame is segments
+/// that this guest has not agreed to cut, the other a packet as small as it can be.
+#[cfg(feature = "internals")]
+pub(crate) fn switched() -> Result<(SwitchPort, [Vec<u8>; 2], impl FnMut())> {
+    let switch = Switch::new();
+    let macs = (Mac([2, 0, 0, 0, 0, 1]), Mac([2, 0, 0, 0, 0, 2]));
+    let mut other = Played::on(&switch, "other", macs.1, Offloads::empty())?;
+    let place = switch.join("one", macs.0, 1500)?;
+    let ends = Ends { src: place.address().into(), dst: other.four.into() };
+    let payload = vec![0; 65_000];
+    let mut head = Head::ip(macs, ends, wire::TCP, 20 + payload.len());
+    head.tcp(&Tcp { src: 4000, dst: 80, flags: wire::ACK, window: 512, ..Tcp::default() });
+    let gso = Gso { kind: GsoKind::Tcp4, size: 520, header_len: 54 };
+    let offload = Offload { csum: Some(Csum { start: 34, offset: 16 }), gso: Some(gso) };
+    let large = [offload.to_bytes(0).as_slice(), head.as_slice(), &payload].concat();
+    let mut head = Head::ip(macs, ends, wire::UDP, 8);
+    head.udp(4000, 7, 0);
+    let small = [Offload::default().to_bytes(0).as_slice(), head.as_slice()].concat();
+    Ok((SwitchPort::new(Arc::new(place))?, [large, small], move || drop(other.take())))
 }

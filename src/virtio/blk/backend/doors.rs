@@ -10,10 +10,15 @@ use super::{BasePath, BlockBackend, OverlayDisk};
 use crate::memory::{GuestAddress, GuestMemory};
 
 /// A folder that goes away with its door.
-struct Folder(PathBuf);
+pub(crate) struct Folder(PathBuf);
 
 impl Folder {
-    fn new() -> Option<Self> {
+    #[cfg(feature = "internals")]
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.0.join(name)
+    }
+
+    pub(crate) fn new() -> Option<Self> {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let n = NEXT.fetch_add(1, Ordering::Relaxed);
         let path = std::env::temp_dir().join(format!("cofferdam-door-{}-{n}", std::process::id()));
