@@ -40,7 +40,7 @@ impl Work {
             Self::Chain => 200,
             Self::Descriptors(n) => (n as u64).wrapping_mul(20),
             Self::Bytes(n) => n as u64 / 8,
-            Self::FileBytes(n) => n as u64 - n as u64 / 4,
+            Self::FileBytes(n) => n as u64,
             Self::RandomBytes(n) => (n as u64).wrapping_mul(3),
             Self::Calls(n) => (n as u64).wrapping_mul(2_000),
             Self::Packets(n) => (n as u64).wrapping_mul(5_000),

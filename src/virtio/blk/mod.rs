@@ -55,7 +55,7 @@ const RING: u32 = 128;
 
 /// Bytes that the kernel has under way at once, but for one stage. It may move them when this thread next calls it, all at
 /// once; so this is the loop's time, too.
-const MOVING: u64 = 12 << 20;
+const MOVING: u64 = 6 << 20;
 
 /// Status bytes (Virtio 1.3, 5.2.6).
 const S_OK: u8 = 0;

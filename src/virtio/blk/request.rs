@@ -12,7 +12,7 @@ pub(super) const MAX_ZEROES: u32 = 1 << 18;
 /// Ranges in one request of either type.
 pub(super) const MAX_RANGES: u32 = 32;
 /// Bytes that are moved in one stage of a request. What drivers send is less, unless they mean harm.
-pub(super) const STAGE: u64 = 4 << 20;
+pub(super) const STAGE: u64 = 2 << 20;
 /// The name that a driver may ask for (Virtio 1.3, 5.2.6, VIRTIO_BLK_T_GET_ID).
 pub(super) const ID_LEN: usize = 20;
 
