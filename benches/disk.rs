@@ -106,7 +106,7 @@ impl Write for Lines {
     }
 }
 
-/// Everything that the machines share, in a folder that goes with it.
+/// Everything that the machines share, in a directory that goes with it.
 struct Bench {
     dir: PathBuf,
     kernel: PathBuf,
@@ -128,7 +128,7 @@ fn in_lab() -> bool {
     std::env::var_os("COFFERDAM_IN_LAB").is_some()
 }
 
-/// A folder for disks, in the lab on a file system as hosts have it.
+/// A directory for disks, in the lab on a file system as hosts have it.
 fn data_folder(dir: &Path) {
     fs::create_dir(dir.join("data")).expect("a folder");
     let made = "truncate -s 1G fs && /sbin/mkfs.ext4 -q -E lazy_itable_init=0,lazy_journal_init=0 fs && \
@@ -145,7 +145,7 @@ impl Bench {
         fs::create_dir_all(dir.join("root/bin")).expect("a folder");
         data_folder(&dir);
         let image = Image::open(cache().join("images/debian-12-storage.tar")).expect("an image: run `make setup`");
-        // In a folder of its own, its disk is the only file there.
+        // In a directory of its own, its disk is the only file there.
         let disks = cache().join("bench-disk");
         image.cache_dir(&disks).prepare().expect("the image's disk");
         let is_disk = |path: &PathBuf| path.extension().is_some_and(|e| e == "ext4");

@@ -206,7 +206,7 @@ const USER: Place = ("10.0.2.15", "10.0.2.2", 1500);
 const PASST: Place = ("10.0.2.15", "10.0.2.2", 65520);
 const ON_TAP: Place = ("192.0.2.2", HOST, 1500);
 
-/// Everything that the machines share, in a folder that goes with it.
+/// Everything that the machines share, in a directory that goes with it.
 struct Bench {
     dir: PathBuf,
     kernel: Kernel,
@@ -292,7 +292,7 @@ impl Bench {
 
     /// passt, and the socket on which it waits for a machine. `None` where it is not installed.
     fn passt(&self) -> Option<(Running, PathBuf)> {
-        // It becomes nobody, who may not write to our folder.
+        // It becomes nobody, who may not write to our directory.
         let path = std::env::temp_dir().join(format!("cofferdam-passt-{}", std::process::id()));
         let _ = fs::remove_file(&path);
         let child = Command::new("passt")

@@ -7,7 +7,7 @@
 
 mod common;
 
-use cofferdam::doors::turns::bench;
+use cofferdam::fuzzing::turns::bench;
 use common::figure;
 
 /// Milliseconds that no turn takes.

@@ -19,7 +19,7 @@ use std::process::Command;
 use std::time::Instant;
 
 use cofferdam::DiskEngine;
-use cofferdam::doors::bench;
+use cofferdam::fuzzing::bench;
 use common::figure;
 
 /// Nanoseconds for one of `n`.

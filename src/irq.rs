@@ -4,7 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::sys::Registers;
+use crate::sys::RegisterPage;
 
 /// InterruptStatus, a register (Virtio 1.3, 4.2.2).
 const INTERRUPT_STATUS: usize = 0x060;
@@ -24,18 +24,18 @@ pub(crate) struct Interrupt(Arc<Line>);
 
 struct Line {
     edge: Box<dyn Fn() + Send + Sync>,
-    registers: Registers,
+    registers: RegisterPage,
     raised: AtomicU64,
 }
 
 impl Interrupt {
     /// `edge` raises it; on the thread that has something to tell, so it must not block.
-    pub(crate) fn new(registers: Registers, edge: impl Fn() + Send + Sync + 'static) -> Self {
+    pub(crate) fn new(registers: RegisterPage, edge: impl Fn() + Send + Sync + 'static) -> Self {
         Self(Arc::new(Line { edge: Box::new(edge), registers, raised: AtomicU64::new(0) }))
     }
 
     /// The registers of its device.
-    pub(crate) fn registers(&self) -> &Registers {
+    pub(crate) fn registers(&self) -> &RegisterPage {
         &self.0.registers
     }
 
@@ -50,7 +50,7 @@ impl Interrupt {
     }
 
     /// The device cannot go on until the driver resets it.
-    pub(crate) fn signal_broken(&self) {
+    pub(crate) fn signal_needs_reset(&self) {
         self.0.registers.set(STATUS, NEEDS_RESET);
         self.signal_config();
     }
@@ -98,7 +98,7 @@ mod tests {
     #[test]
     fn status_is_kept_until_acknowledged() {
         let edges = Arc::new(AtomicU64::new(0));
-        let (counted, registers) = (edges.clone(), Registers::alone().unwrap());
+        let (counted, registers) = (edges.clone(), RegisterPage::alone().unwrap());
         let status = || registers.load(0x60);
         let interrupt = Interrupt::new(registers.clone(), move || _ = counted.fetch_add(1, Ordering::Relaxed));
         interrupt.signal_used();
@@ -109,7 +109,7 @@ mod tests {
         assert_eq!(status(), 2);
         interrupt.signal_used();
         assert_eq!((status(), edges.load(Ordering::Relaxed)), (3, 3));
-        interrupt.signal_broken();
+        interrupt.signal_needs_reset();
         assert!(interrupt.broken());
         interrupt.reset();
         assert_eq!((status(), interrupt.broken()), (0, false));

@@ -124,11 +124,11 @@ mod boot;
 mod bus;
 #[cfg(feature = "container")]
 mod container;
-#[cfg(any(test, feature = "internals"))]
-#[doc(hidden)]
-pub mod doors;
 mod error;
 mod event;
+#[cfg(any(test, feature = "internals"))]
+#[doc(hidden)]
+pub mod fuzzing;
 #[cfg(test)]
 #[path = "guest/main.rs"]
 mod guest;

@@ -11,7 +11,7 @@ use cofferdam::{Disk, ErrorKind, Initramfs, Kernel, Modules, Overlay, Size, Vm, 
 #[path = "../src/boot/tiny.rs"]
 mod tiny;
 
-/// A folder that goes away with its test.
+/// A directory that goes away with its test.
 struct Temp(PathBuf);
 
 impl Temp {
@@ -32,7 +32,7 @@ impl Temp {
         Vm::builder(self.kernel()).memory(Size::mib(16))
     }
 
-    /// A folder of modules in which there are none.
+    /// A directory of modules in which there are none.
     fn modules(&self) -> Modules {
         for list in ["modules.dep", "modules.builtin"] {
             fs::write(self.0.join(list), "").unwrap();

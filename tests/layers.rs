@@ -32,9 +32,9 @@ const LAYERS: &[(&str, &[&str])] = &[
     ),
     ("container", &["error", "size", "sys", "event", "boot", "virtio", "vm", "proto"]),
     ("guest", &["proto"]),
-    // For fuzzing and tests only: stands outside and knocks.
+    // For fuzzing and tests only: calls entry points from outside.
     (
-        "doors",
+        "fuzzing",
         &["error", "size", "sys", "memory", "event", "bus", "irq", "boot", "net", "virtio", "container", "proto"],
     ),
 ];
@@ -60,7 +60,7 @@ const CRATES: &[(&str, &[&str])] = &[
     ("ruzstd", &["boot"]),
 ];
 
-/// Folders in which `unsafe` may be allowed.
+/// Directories in which `unsafe` may be allowed.
 const UNSAFE: &[&str] = &["sys", "memory", "kvm", "guest"];
 
 /// Lines of code, without blank ones, comments and tests, that still are one idea.

@@ -11,18 +11,18 @@ use shuttle::{sync, thread};
 #[path = "../src/event/mailbox.rs"]
 #[allow(dead_code, reason = "a model uses what the protocol needs")]
 mod mailbox;
-#[path = "../src/vm/pause.rs"]
+#[path = "../src/vm/vcpu_gate.rs"]
 #[allow(dead_code, unused_imports, reason = "a model uses what the protocol needs, and not the unit tests")]
-mod pause;
+mod vcpu_gate;
 
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use libtest_mimic::{Arguments, Trial};
 use mailbox::{Mailbox, Wake};
-use pause::{ExitRequest, Gate, Parked, Turn};
 use shuttle::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use shuttle::sync::{Arc, Condvar, Mutex, mpsc};
+use vcpu_gate::{ExitRequest, Parked, VcpuAction, VcpuGate};
 
 const ORDERS: usize = 5_000;
 
@@ -63,12 +63,12 @@ impl Vcpu {
     }
 
     /// As the thread of a vCPU does.
-    fn thread(&self, gate: &Gate) {
+    fn thread(&self, gate: &VcpuGate) {
         loop {
             match gate.turn(self) {
-                Turn::End => return,
-                Turn::Enter => self.run(),
-                Turn::Finish => {
+                VcpuAction::End => return,
+                VcpuAction::Enter => self.run(),
+                VcpuAction::Finish => {
                     self.run();
                     gate.park();
                 }
@@ -88,14 +88,14 @@ impl ExitRequest for Vcpu {
 }
 
 struct Machine {
-    gate: Gate,
+    gate: VcpuGate,
     vcpus: Vec<Vcpu>,
 }
 
 impl Machine {
     fn start(vcpus: usize) -> (Arc<Self>, Vec<thread::JoinHandle<()>>) {
         let vcpus = (0..vcpus).map(|_| Vcpu::default()).collect();
-        let machine = Arc::new(Self { gate: Gate::default(), vcpus });
+        let machine = Arc::new(Self { gate: VcpuGate::default(), vcpus });
         let run = |n: usize| {
             let machine = machine.clone();
             thread::spawn(move || machine.vcpus[n].thread(&machine.gate))

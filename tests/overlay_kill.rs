@@ -1,5 +1,5 @@
 //! Overlays whose process is killed while it freezes, flattens, rebases or compacts them: the old state is whole or the new one is,
-//! and nothing else is left in the folder.
+//! and nothing else is left in the directory.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a failure here is the test's")]
 
@@ -14,7 +14,7 @@ use std::time::Duration;
 use cofferdam::Overlay;
 use libtest_mimic::{Arguments, Trial};
 
-/// In the environment of a process that goes on until it is killed: the folder.
+/// In the environment of a process that goes on until it is killed: the directory.
 const VICTIM: &str = "COFFERDAM_TEST_OVERLAYS";
 const KILLS: u64 = 30;
 const SIZE: usize = 24 << 20;

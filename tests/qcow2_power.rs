@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::{fmt, fs, io};
 
-use cofferdam::doors::qcow2_found;
+use cofferdam::fuzzing::qcow2_found;
 use imago::io_buffers::{IoVector, IoVectorMut};
 use imago::qcow2::Qcow2;
 use imago::raw::Raw;
@@ -158,7 +158,7 @@ fn used_again(folder: &Path, mut bytes: Vec<u8>) -> [Vec<u8>; 2] {
     qcow2_found(&path, CLUSTER as u64, 255).unwrap()
 }
 
-/// A folder in memory, where syncs cost nothing.
+/// A directory in memory, where syncs cost nothing.
 struct Folder(PathBuf);
 
 impl Folder {

@@ -1,4 +1,4 @@
-//! One door of the library and any bytes; what it does with them is in src/container/agent/doors.rs.
+//! Fuzzes one entry point of the library; its code is in src/container/agent/fuzzing.rs.
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|data: &[u8]| cofferdam::doors::control_stream(data));
+libfuzzer_sys::fuzz_target!(|data: &[u8]| cofferdam::fuzzing::control_stream(data));

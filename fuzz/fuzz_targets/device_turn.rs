@@ -1,4 +1,4 @@
-//! One door of the library and any bytes; what it does with them is in src/doors/turns.rs.
+//! Fuzzes one entry point of the library; its code is in src/fuzzing/turns.rs.
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|data: &[u8]| cofferdam::doors::device_turn(data));
+libfuzzer_sys::fuzz_target!(|data: &[u8]| cofferdam::fuzzing::device_turn(data));

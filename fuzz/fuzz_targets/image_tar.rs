@@ -1,4 +1,4 @@
-//! One door of the library and any bytes; what it does with them is in src/container/image/doors.rs.
+//! Fuzzes one entry point of the library; its code is in src/container/image/fuzzing.rs.
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|data: &[u8]| cofferdam::doors::image_tar(data));
+libfuzzer_sys::fuzz_target!(|data: &[u8]| cofferdam::fuzzing::image_tar(data));

@@ -1,4 +1,4 @@
-//! One door of the library and any bytes; what it does with them is in src/doors.rs.
+//! Fuzzes one entry point of the library; its code is in src/fuzzing.rs.
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|data: &[u8]| cofferdam::doors::proto_frame(data));
+libfuzzer_sys::fuzz_target!(|data: &[u8]| cofferdam::fuzzing::proto_frame(data));

@@ -212,7 +212,7 @@ mod tests {
         Configuration::embedded(&image(0x10_0000, bytes)).enabled.is_some()
     }
 
-    /// A folder that goes away with its test.
+    /// A directory that goes away with its test.
     struct Temp(PathBuf);
 
     impl Temp {

@@ -169,11 +169,11 @@ impl Kernel {
         self.loaded.configuration.has("VIRTIO_MMIO_CMDLINE_DEVICES")
     }
 
-    /// What looks which of the kernel's pages a guest has written, so that those that follow have copies of them at once; to be
-    /// called when a guest's kernel has come so far.
+    /// Returns a closure that records which of the kernel's pages a guest has written, so that later guests have copies
+    /// of them at once. Call it when a guest's drivers are ready.
     pub(crate) fn learner(&self) -> impl Fn(&GuestMemory) + Send + use<> {
         let loaded = self.loaded.clone();
-        move |memory| memory.learn(&loaded.image)
+        move |memory| memory.record_dirty_pages(&loaded.image)
     }
 
     /// Where it is entered.
@@ -331,8 +331,8 @@ fn load_bzimage(file: &mut File) -> Result<Loaded> {
     Ok(Loaded { image, entry, pvh: None, end, header: Some(header), configuration, release })
 }
 
-/// Whether all of a bzImage is there that its header speaks of: the setup's sectors, and the system behind them (Linux x86
-/// boot protocol, 1.1 and 1.3, setup_sects, syssize).
+/// Returns whether all of a bzImage is there that its header describes: the setup's sectors and the system. See the
+/// Linux x86 boot protocol, 1.1 and 1.3 (setup_sects, syssize).
 ///
 /// # Errors
 /// `Corrupt` with both lengths.

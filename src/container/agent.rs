@@ -3,9 +3,9 @@
 //! All holders of the container share it. Nothing the guest sends is trusted. Frames are bounded, and a message for a
 //! process that is not ours is ignored. A stream that cannot be followed any more ends the VM.
 
-#[cfg(any(test, feature = "internals"))]
-mod doors;
 mod entry;
+#[cfg(any(test, feature = "internals"))]
+mod fuzzing;
 #[cfg(test)]
 mod tests;
 
@@ -16,14 +16,14 @@ use std::os::fd::AsFd;
 use std::sync::{Arc, Weak, mpsc};
 use std::time::{Duration, Instant};
 
-#[cfg(any(test, feature = "internals"))]
-pub(crate) use doors::control_stream;
-use entry::{Ending, Entry, Expired, Phase, UNANSWERED_KILL};
+use entry::{Ending, Expiry, Phase, ProcessEntry, UNANSWERED_KILL};
 pub(super) use entry::{KILL_MARGIN, START_TIMEOUT};
+#[cfg(any(test, feature = "internals"))]
+pub(crate) use fuzzing::control_stream;
 
 use super::Startup;
 use super::cancel::CancelToken;
-use super::greeting::{self, Greeted, Patience, nonsense};
+use super::handshake::{self, Handshake, StartDeadline, protocol_error};
 use super::process::{ExitStatus, State};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::event::{Handler, Interest, Loop, Remote};
@@ -48,7 +48,7 @@ pub(super) type Started = mpsc::SyncSender<Result<()>>;
 
 /// The way to the shim. Dropping it ends the thread.
 pub(super) struct Agent {
-    looped: Loop<Client>,
+    looped: Loop<ControlClient>,
     startup: Startup,
     version: u32,
 }
@@ -57,10 +57,10 @@ impl Agent {
     /// Waits until the shim says that it is ready.
     ///
     /// # Errors
-    /// As [`greeting::greet`].
+    /// As [`handshake::handshake`].
     pub(super) fn start(vm: &Arc<Vm>, begin: Instant, timeout: Duration, cancel: Option<&CancelToken>) -> Result<Self> {
-        let patience = Patience { deadline: deadline(timeout), cancel };
-        let Greeted { stream, decoder, startup, version } = greeting::greet(vm, begin, timeout, &patience)?;
+        let patience = StartDeadline { deadline: deadline(timeout), cancel };
+        let Handshake { stream, decoder, startup, version } = handshake::handshake(vm, begin, timeout, &patience)?;
         let timer = Timer::new().doing(|| "creating a timer")?;
         let mut trouble = Ok(());
         let looped = Loop::start("agent", |sources| {
@@ -70,7 +70,7 @@ impl Agent {
                 .and_then(|()| sources.watch(timer.as_fd(), TIMER, Interest::IN))
                 .and_then(|()| sources.watch(vm.as_fd(), VM_ENDED, Interest::IN | Interest::EDGE_TRIGGERED))
                 .doing(|| "watching the control stream");
-            Client::new(stream, decoder, timer, Arc::downgrade(vm))
+            ControlClient::new(stream, decoder, timer, Arc::downgrade(vm))
         })?;
         trouble?;
         Ok(Self { looped, startup, version })
@@ -85,14 +85,15 @@ impl Agent {
         self.version
     }
 
-    pub(super) fn remote(&self) -> Remote<Client> {
+    pub(super) fn remote(&self) -> Remote<ControlClient> {
         self.looped.remote()
     }
 
     /// Asks the shim to end everything and power off.
     pub(super) fn shutdown(&self, grace: Duration, limit: Duration) -> Result<()> {
         let grace_ms = u32::try_from(grace.as_millis()).unwrap_or(u32::MAX);
-        let ask = move |client: &mut Client| client.send(0, &FromHost::Shutdown { grace_ms, end: End::PowerOff });
+        let ask =
+            move |client: &mut ControlClient| client.send(0, &FromHost::Shutdown { grace_ms, end: End::PowerOff });
         self.remote().with_timeout(limit, ask)?
     }
 
@@ -110,13 +111,13 @@ impl fmt::Debug for Agent {
 }
 
 /// What the agent's thread owns.
-pub(super) struct Client {
+pub(super) struct ControlClient {
     stream: VsockStream,
     decoder: Decoder,
     unsent: Vec<u8>,
     /// How much of it was sent.
     sent: usize,
-    processes: HashMap<u32, Entry>,
+    processes: HashMap<u32, ProcessEntry>,
     next_process: u32,
     next_port: u32,
     timer: Timer,
@@ -129,7 +130,7 @@ pub(super) struct Client {
     more: bool,
 }
 
-impl Client {
+impl ControlClient {
     fn new(stream: VsockStream, decoder: Decoder, timer: Timer, vm: Weak<Vm>) -> Self {
         Self {
             stream,
@@ -165,7 +166,7 @@ impl Client {
         self.next_process = number.wrapping_add(1).max(1);
         match self.send(number, &FromHost::Spawn(*spawn)) {
             Ok(()) => {
-                self.processes.insert(number, Entry::new(state, started, deadline));
+                self.processes.insert(number, ProcessEntry::new(state, started, deadline));
                 self.set_timer();
             }
             Err(error) => drop(started.send(Err(error))),
@@ -261,9 +262,9 @@ impl Client {
                 Ok(Some(frame)) => match FromGuest::parse(&frame) {
                     Ok(Some(message)) => self.act(frame.stream, &message),
                     Ok(None) => Ok(()),
-                    Err(e) => Err(nonsense(&e)),
+                    Err(e) => Err(protocol_error(&e)),
                 },
-                Err(e) => Err(nonsense(&e)),
+                Err(e) => Err(protocol_error(&e)),
             };
         }
         self.decoder = decoder;
@@ -284,7 +285,7 @@ impl Client {
                         Some(Ok(())) => {}
                         // Whoever asked has given up, so that nobody holds it.
                         Some(Err(_)) => drop(self.kill(process)),
-                        None => return Err(nonsense(&"Spawned, twice")),
+                        None => return Err(protocol_error(&"Spawned, twice")),
                     }
                 }
                 self.set_timer();
@@ -296,7 +297,7 @@ impl Client {
                     Phase::Overdue => {}
                     Phase::Starting(_) | Phase::Running => match entry.started.take() {
                         Some(started) => drop(started.send(Err(spawn_error(step, errno)))),
-                        None => return Err(nonsense(&"SpawnFailed after Spawned")),
+                        None => return Err(protocol_error(&"SpawnFailed after Spawned")),
                     },
                 }
                 self.set_timer();
@@ -343,13 +344,13 @@ impl Client {
                 None => continue,
             };
             match kill {
-                Expired::Kill => {
+                Expiry::Kill => {
                     if let Err(error) = self.send(process, &FromHost::Kill) {
                         log::debug!("a process whose time is over cannot be killed: {error}");
                     }
                 }
-                Expired::Ended => {}
-                Expired::Unanswered => self.unanswered(process, now),
+                Expiry::Ended => {}
+                Expiry::Unanswered => self.unanswered(process, now),
             }
         }
         if self.gone.as_ref().is_some_and(|(by, _)| *by <= now) {
@@ -429,7 +430,7 @@ impl Client {
     }
 }
 
-impl Handler for Client {
+impl Handler for ControlClient {
     fn ready(&mut self, token: u64, _: Interest) {
         match token {
             TIMER => {

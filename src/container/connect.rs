@@ -5,7 +5,7 @@
 use std::io::{self, Read, Write};
 use std::time::{Duration, Instant};
 
-use super::greeting::nonsense;
+use super::handshake::protocol_error;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::proto::{CONNECT_PORT, Decoder, FROM_GUEST_MAX, FromGuest, FromHost, VERSION_CONNECT};
 use crate::sys::left;
@@ -30,7 +30,7 @@ fn open(vm: &Vm, version: u32, port: u16) -> Result<VsockStream> {
         _ => error.doing("reaching the guest's shim"),
     })?;
     let mut request = Vec::new();
-    FromHost::Connect { port }.encode(0, &mut request).map_err(|e| nonsense(&e))?;
+    FromHost::Connect { port }.encode(0, &mut request).map_err(|e| protocol_error(&e))?;
     // A shim that refuses at once has hung up, and its answer can be read all the same.
     if let Err(error) = stream.write_all(&request) {
         log::debug!("a connection to the guest was closed before it was used: {error}");
@@ -74,10 +74,10 @@ fn read_answer(stream: &mut VsockStream, deadline: Instant) -> Result<i32> {
             Err(e) => return Err(e).doing(|| "reading the guest's answer"),
         };
         let mut input = buffer.get(..n).unwrap_or_default();
-        if let Some(frame) = decoder.next(&mut input).map_err(|e| nonsense(&e))? {
-            return match FromGuest::parse(&frame).map_err(|e| nonsense(&e))? {
+        if let Some(frame) = decoder.next(&mut input).map_err(|e| protocol_error(&e))? {
+            return match FromGuest::parse(&frame).map_err(|e| protocol_error(&e))? {
                 Some(FromGuest::Connected { errno }) => Ok(errno),
-                other => Err(nonsense(&other)),
+                other => Err(protocol_error(&other)),
             };
         }
         if Instant::now() >= deadline {

@@ -5,7 +5,7 @@ use std::os::unix::ffi::OsStringExt;
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-use super::agent::{Agent, Client, KILL_MARGIN, START_TIMEOUT};
+use super::agent::{Agent, ControlClient, KILL_MARGIN, START_TIMEOUT};
 use super::process::{ExitStatus, Output, Process, ProcessReader, ProcessWriter, State};
 use super::stdio::{Cookie, STREAM_TIMEOUT, accept, refused};
 use crate::error::{Context, Error, ErrorKind, Result};
@@ -199,7 +199,7 @@ impl<'a> Exec<'a> {
         let state = State::new()?;
         let piped = self.stdio.map(|s| s.unwrap_or_default().0 == Kind::Piped);
         let remote = self.agent.remote();
-        let new_ports = move |client: &mut Client| piped.map(|p| p.then(|| client.new_port()));
+        let new_ports = move |client: &mut ControlClient| piped.map(|p| p.then(|| client.new_port()));
         let ports = remote.with(new_ports)?;
         let mut listeners: [Option<VsockListener>; 3] = [None, None, None];
         for (listener, port) in listeners.iter_mut().zip(ports) {
@@ -209,7 +209,7 @@ impl<'a> Exec<'a> {
         let sent = cookie.as_bytes().to_vec();
         let (started, answer) = mpsc::sync_channel(1);
         let its_state = state.clone();
-        let ask = move |client: &mut Client| {
+        let ask = move |client: &mut ControlClient| {
             let stdio = ports.map(|port| port.map_or(proto::Stdio::Null, proto::Stdio::Port));
             let (argv, env, cwd) = (argv.as_strings(), env.as_strings(), cwd.as_deref());
             let spawn = Spawn { argv, env, cwd, stdio, cookie: &sent };

@@ -74,8 +74,8 @@ impl WritableLayer {
     /// Makes the layer, with an empty file system.
     ///
     /// # Errors
-    /// `InvalidConfig` for an impossible size, and for a folder that is memory and was not set; `Io` and others, naming the
-    /// folder.
+    /// `InvalidConfig` for an impossible size, and for a directory that is memory and was not set; `Io` and others, naming the
+    /// directory.
     pub(super) fn make(&self) -> Result<Disk> {
         let size = ext4::whole_groups(self.size)?;
         let folder = match &self.folder {
@@ -106,7 +106,7 @@ fn is_memory(folder: &Path) -> bool {
     sys::is_memory(folder).unwrap_or(false)
 }
 
-/// The first of the folders that is no memory.
+/// The first of the directories that is no memory.
 fn default_folder(folders: [PathBuf; 2], is_memory: impl Fn(&Path) -> bool) -> Result<PathBuf> {
     let [first, second] = folders;
     let why = format!(

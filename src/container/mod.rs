@@ -6,7 +6,7 @@ mod cancel;
 mod connect;
 mod exec;
 mod ext4;
-mod greeting;
+mod handshake;
 mod image;
 mod layer;
 mod process;
@@ -128,7 +128,7 @@ impl Container {
 impl Drop for Container {
     fn drop(&mut self) {
         // A child of fork has a copy of the handle, and nothing of the container.
-        if !self.vm.is_here() {
+        if !self.vm.is_current() {
             return;
         }
         // Whoever waits for a process shall hear the same as after a kill.

@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::agent::{Client, KILL_MARGIN};
+use super::agent::{ControlClient, KILL_MARGIN};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::event::Remote;
 use crate::proto::FromHost;
@@ -240,7 +240,7 @@ pub struct Process {
     pub stdout: Option<ProcessReader>,
     /// Standard error, when it was piped.
     pub stderr: Option<ProcessReader>,
-    pub(super) remote: Remote<Client>,
+    pub(super) remote: Remote<ControlClient>,
     pub(super) number: u32,
     pub(super) state: Arc<State>,
 }

@@ -18,7 +18,8 @@ use std::time::Duration;
 use self::mailbox::{Closed, Mailbox, Wake};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::sys::{
-    ControlOperation, Epoll, EpollEvent, EventFd, EventSet, Origin, STACK, borrow, eventfd, leak, spawn, wait_readable,
+    ControlOperation, Epoll, EpollEvent, EventFd, EventSet, ProcessGeneration, STACK, borrow, eventfd, leak, spawn,
+    wait_readable,
 };
 
 pub(crate) use crate::sys::EventSet as Interest;
@@ -165,7 +166,7 @@ pub(crate) struct Loop<S: Handler> {
     /// Nobody waits for the thread any more.
     abandoned: AtomicBool,
     /// A child of fork has no such thread.
-    origin: Origin,
+    origin: ProcessGeneration,
 }
 
 impl<S: Handler> Loop<S> {
@@ -189,15 +190,20 @@ impl<S: Handler> Loop<S> {
             ended.is_ok().then_some(value)
         };
         let thread = spawn(name.into(), STACK, body).doing(|| format!("starting thread {name}"))?;
-        Ok(Self { mailbox, thread: Some(thread), abandoned: AtomicBool::new(false), origin: Origin::here() })
+        Ok(Self {
+            mailbox,
+            thread: Some(thread),
+            abandoned: AtomicBool::new(false),
+            origin: ProcessGeneration::current(),
+        })
     }
 
     pub(crate) fn remote(&self) -> Remote<S> {
         Remote(self.mailbox.clone())
     }
 
-    /// From now on dropping the loop does not wait for its thread, which hangs in a call of the host's: the thread ends,
-    /// and drops the value, when that comes back.
+    /// Keeps the loop's drop from waiting for its thread, which hangs in a call of the host's. The thread ends, and
+    /// drops the value, when that call returns.
     pub(crate) fn abandon(&self) {
         self.abandoned.store(true, Ordering::SeqCst);
     }
@@ -209,7 +215,7 @@ impl<S: Handler> Loop<S> {
     }
 
     fn stop(&mut self) -> Result<Option<S>, Box<dyn Any + Send>> {
-        if !self.origin.is_here() {
+        if !self.origin.is_current() {
             leak(self.thread.take());
             return Ok(None);
         }

@@ -11,8 +11,8 @@ use core::ffi::CStr;
 
 use super::alloc::ffi::CString;
 use super::alloc::vec::Vec;
-use super::end::Decimal;
 use super::files;
+use super::poweroff::Decimal;
 use super::sys::{self, Errno, Fd, O_DIRECTORY, O_RDONLY, POLLPRI, Poll};
 
 /// Processes that no workload may have: the kernel's own, the shim, and what a few programs more need to start beside a fork bomb.

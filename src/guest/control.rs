@@ -1,7 +1,7 @@
 //! The control stream to the host: dialled once, frames in, messages out, never waiting for either. Owned by the shim's one thread.
 
 use super::alloc::vec::Vec;
-use super::end;
+use super::poweroff;
 use super::sys::{self, Errno, Fd, POLLHUP, POLLIN, POLLOUT, POLLRDHUP, Poll};
 use crate::proto::{Frame, FromGuest, FromHost, HOST_CID, Stage, VERSION_MAX, VERSION_MIN};
 
@@ -117,14 +117,14 @@ impl Control {
         let Failure { stage, errno, text } = failure;
         self.say(0, &FromGuest::Failed { stage: *stage, errno: errno.0, text });
         self.close();
-        end::fault()
+        poweroff::fault()
     }
 }
 
 /// Writes a failure on the console.
 pub(super) fn complain(failure: &Failure) {
-    let errno = end::Decimal::new(failure.errno.0.unsigned_abs().into());
-    end::say(&[&failure.text, b": error ", errno.as_bytes()]);
+    let errno = poweroff::Decimal::new(failure.errno.0.unsigned_abs().into());
+    poweroff::say(&[&failure.text, b": error ", errno.as_bytes()]);
 }
 
 fn connect(port: u32, deadline: u64) -> Result<Fd, Errno> {
@@ -141,11 +141,11 @@ fn connect(port: u32, deadline: u64) -> Result<Fd, Errno> {
 
 /// Who may say what when: the version comes first, and only once.
 #[derive(Debug, Default)]
-pub(super) struct Gate {
+pub(super) struct VersionGate {
     version: Option<u32>,
 }
 
-impl Gate {
+impl VersionGate {
     /// The message of a frame, if it is one to act on. An `Err` says what the host did wrong: the stream cannot go on.
     pub(super) fn admit<'a>(&mut self, frame: &Frame<'a>) -> Result<Option<FromHost<'a>>, &'static [u8]> {
         let message = FromHost::parse(frame).map_err(|malformed| malformed.0.as_bytes())?;
@@ -169,7 +169,7 @@ mod tests {
     use super::*;
     use crate::proto::{Decoder, End, FROM_HOST_MAX};
 
-    fn admit(gate: &mut Gate, message: FromHost<'_>) -> Result<bool, &'static [u8]> {
+    fn admit(gate: &mut VersionGate, message: FromHost<'_>) -> Result<bool, &'static [u8]> {
         let mut bytes = Vec::new();
         message.encode(0, &mut bytes).unwrap();
         let mut decoder = Decoder::new(FROM_HOST_MAX);
@@ -181,7 +181,7 @@ mod tests {
     fn the_version_comes_first_and_once() {
         let hello = FromHost::Hello { version: VERSION_MAX };
         let shutdown = FromHost::Shutdown { grace_ms: 0, end: End::PowerOff };
-        let mut gate = Gate::default();
+        let mut gate = VersionGate::default();
         assert_eq!(admit(&mut gate, shutdown), Err(&b"message before the version"[..]));
         assert_eq!(
             admit(&mut gate, FromHost::Hello { version: VERSION_MAX + 1 }),
@@ -195,7 +195,7 @@ mod tests {
     #[test]
     fn unknown_kinds_are_skipped_even_before_the_version() {
         let frame = Frame { stream: 0, kind: 77, payload: &[] };
-        assert_eq!(Gate::default().admit(&frame), Ok(None));
+        assert_eq!(VersionGate::default().admit(&frame), Ok(None));
     }
 
     #[test]

@@ -23,18 +23,18 @@ mod proto;
 mod cgroup;
 mod connect;
 mod control;
-mod end;
-mod ending;
 mod files;
-mod guard;
 mod modules;
 mod mount;
+mod poweroff;
+mod preflight;
 mod process;
 mod reaper;
 mod relay;
 #[cfg(guest_bin)]
-mod rt;
+mod runtime;
 mod serve;
+mod shutdown;
 mod spawn;
 mod sys;
 
@@ -55,7 +55,7 @@ const FILES: (u64, u64) = (1024, 524_288);
 /// Everything, from the first instruction to the end of the machine.
 fn run() -> ! {
     let user_space_ns = sys::now_ns();
-    guard::check();
+    preflight::check();
     let signals = match settle_in() {
         Ok(signals) => signals,
         Err(failure) => fail_unheard(&failure),
@@ -103,7 +103,7 @@ fn run() -> ! {
 /// Nobody can be told but the console.
 fn fail_unheard(failure: &Failure) -> ! {
     control::complain(failure);
-    end::fault()
+    poweroff::fault()
 }
 
 /// What PID 1 owes itself: standard descriptors, blocked signals, a place out of the OOM killer's reach.
@@ -137,7 +137,7 @@ fn insert_modules(config: &BootConfig<'_>) -> Result<(), Failure> {
     }
     let outcome = modules::insert_all(config.modules);
     let _ = sys::rmdir(None, c"/cofferdam.modules");
-    guard::open_console();
+    preflight::open_console();
     outcome
 }
 
@@ -213,7 +213,7 @@ fn isolate(control: Control, signals: Fd) -> Result<Shim, (Control, Failure)> {
     };
     // A kernel without cgroups runs programs all the same.
     let cgroups = Cgroups::make(cgroup::threads_max(&reaper.proc)).ok();
-    let ground = spawn::Ground { null, proc: reaper.proc, files: FILES };
+    let ground = spawn::SpawnEnv { null, proc: reaper.proc, files: FILES };
     Ok(Shim::new(control, signals, reaper.pid, ground, cgroups))
 }
 
@@ -226,11 +226,11 @@ fn finish(shim: Shim, writable: Writable, outcome: Outcome) -> ! {
             writable.settle();
             control.say(0, &FromGuest::Ending { end });
             control.close();
-            end::end(end)
+            poweroff::end(end)
         }
         Outcome::HostGone => {
             writable.settle();
-            end::end(End::PowerOff)
+            poweroff::end(End::PowerOff)
         }
         Outcome::Failed(failure) => {
             writable.settle();

@@ -13,7 +13,8 @@ use crate::proto::{OPTIONAL, Stage, Strings};
 /// The library packs none that is larger.
 const MAX: usize = 64 << 20;
 
-/// Inserts all; the first that is required and fails is told, but the others are tried too, as the way to tell may be among them.
+/// Inserts all, and returns the first that is required and fails. The others are tried too, as the console's driver may
+/// be among them.
 pub(super) fn insert_all(list: Strings<'_>) -> Result<(), Failure> {
     let mut outcome = Ok(());
     for entry in list.iter() {

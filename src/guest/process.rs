@@ -7,7 +7,7 @@
 
 use super::alloc::vec::Vec;
 use super::cgroup::{Group, Watch};
-use super::spawn::{Report, Wiring};
+use super::spawn::{Report, StdioStreams};
 use super::sys::{self, SIGKILL};
 
 /// A program that the host started.
@@ -15,17 +15,17 @@ use super::sys::{self, SIGKILL};
 pub(super) struct Process {
     /// The number that the host gave it.
     pub(super) id: u32,
-    pub(super) life: Life,
+    pub(super) life: ProcessState,
     pub(super) group: Option<Group>,
     /// The host killed it: then its SIGKILL is not the OOM killer's.
     pub(super) killed: bool,
 }
 
 #[derive(Debug)]
-pub(super) enum Life {
+pub(super) enum ProcessState {
     /// Its streams are being connected; the request waits.
     Connecting {
-        wiring: Wiring,
+        wiring: StdioStreams,
         kind: u32,
         payload: Vec<u8>,
     },
@@ -49,7 +49,7 @@ pub(super) enum Life {
     Over,
 }
 
-impl Life {
+impl ProcessState {
     /// While it has one.
     pub(super) fn pid(&self) -> Option<i32> {
         match self {
@@ -61,7 +61,7 @@ impl Life {
 
 impl Process {
     pub(super) fn new(id: u32) -> Self {
-        Self { id, life: Life::Over, group: None, killed: false }
+        Self { id, life: ProcessState::Over, group: None, killed: false }
     }
 
     /// Kills it and what it started.

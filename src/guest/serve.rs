@@ -6,13 +6,13 @@ use super::alloc::vec::Vec;
 use super::card_name;
 use super::cgroup::{Cgroups, Group, Watch};
 use super::connect::Connections;
-use super::control::{Control, Failure, Gate};
-use super::ending::{Ending, Next};
+use super::control::{Control, Failure, VersionGate};
 use super::files;
-use super::process::{Life, Process};
+use super::process::{Process, ProcessState};
 use super::reaper;
 use super::relay::{Progress, Relay};
-use super::spawn::{self, Ground, Refusal, Report, Wiring};
+use super::shutdown::{Ending, Next};
+use super::spawn::{self, Report, SpawnEnv, SpawnError, StdioStreams};
 use super::sys::{self, Errno, Fd, POLLIN, Poll, SIGKILL, Status};
 use crate::proto::{Decoder, End, FROM_HOST_MAX, Frame, FromGuest, FromHost, Spawn, Stage, Step};
 
@@ -38,10 +38,10 @@ pub(super) enum Outcome {
 #[derive(Debug)]
 pub(super) struct Shim {
     pub(super) control: Control,
-    gate: Gate,
+    gate: VersionGate,
     signals: Fd,
     reaper: i32,
-    ground: Ground,
+    ground: SpawnEnv,
     cgroups: Option<Cgroups>,
     /// All workloads, watched while the machine ends.
     everybody: Option<Watch>,
@@ -54,7 +54,7 @@ pub(super) struct Shim {
 
 /// To whom an entry of the list to poll belongs.
 #[derive(Debug, Clone, Copy)]
-enum Owner {
+enum PollTarget {
     Control,
     Signals,
     Everybody,
@@ -63,10 +63,10 @@ enum Owner {
 }
 
 impl Shim {
-    pub(super) fn new(control: Control, signals: Fd, reaper: i32, ground: Ground, cgroups: Option<Cgroups>) -> Self {
+    pub(super) fn new(control: Control, signals: Fd, reaper: i32, ground: SpawnEnv, cgroups: Option<Cgroups>) -> Self {
         Self {
             control,
-            gate: Gate::default(),
+            gate: VersionGate::default(),
             signals,
             reaper,
             ground,
@@ -116,14 +116,14 @@ impl Shim {
                     continue;
                 }
                 let result = match owner {
-                    Owner::Control => self.serve_host(poll.happened, &mut decoder),
-                    Owner::Signals => self.serve_signals(),
-                    Owner::Everybody => Ok(()),
-                    Owner::Connections => {
+                    PollTarget::Control => self.serve_host(poll.happened, &mut decoder),
+                    PollTarget::Signals => self.serve_signals(),
+                    PollTarget::Everybody => Ok(()),
+                    PollTarget::Connections => {
                         self.serve_connections();
                         Ok(())
                     }
-                    Owner::Process(id) => {
+                    PollTarget::Process(id) => {
                         self.serve_process(*id, poll.fd);
                         Ok(())
                     }
@@ -132,7 +132,7 @@ impl Shim {
                     return outcome;
                 }
             }
-            self.processes.retain(|process| !matches!(process.life, Life::Over));
+            self.processes.retain(|process| !matches!(process.life, ProcessState::Over));
         }
     }
 
@@ -152,7 +152,7 @@ impl Shim {
     }
 
     /// Lists what to wait for.
-    fn collect(&self, polls: &mut Vec<Poll>, owners: &mut Vec<Owner>) {
+    fn collect(&self, polls: &mut Vec<Poll>, owners: &mut Vec<PollTarget>) {
         polls.clear();
         owners.clear();
         let mut add = |poll, owner| {
@@ -160,23 +160,23 @@ impl Shim {
             owners.push(owner);
         };
         // Before the requests of the host: a process that it asks about may just have ended.
-        add(Poll { fd: self.signals.raw(), events: POLLIN, happened: 0 }, Owner::Signals);
+        add(Poll { fd: self.signals.raw(), events: POLLIN, happened: 0 }, PollTarget::Signals);
         for process in &self.processes {
-            let owner = Owner::Process(process.id);
+            let owner = PollTarget::Process(process.id);
             match &process.life {
-                Life::Connecting { wiring, .. } => wiring.polls().for_each(|poll| add(poll, owner)),
-                Life::Starting { report, .. } => add(report.poll(), owner),
-                Life::Left { watch } => add(watch.poll(), owner),
-                Life::Running { .. } | Life::Refused { .. } | Life::Over => {}
+                ProcessState::Connecting { wiring, .. } => wiring.polls().for_each(|poll| add(poll, owner)),
+                ProcessState::Starting { report, .. } => add(report.poll(), owner),
+                ProcessState::Left { watch } => add(watch.poll(), owner),
+                ProcessState::Running { .. } | ProcessState::Refused { .. } | ProcessState::Over => {}
             }
         }
         if let Some(watch) = &self.everybody {
-            add(watch.poll(), Owner::Everybody);
+            add(watch.poll(), PollTarget::Everybody);
         }
         if let Some(connections) = &self.connections {
-            add(connections.poll(), Owner::Connections);
+            add(connections.poll(), PollTarget::Connections);
         }
-        add(self.control.poll(), Owner::Control);
+        add(self.control.poll(), PollTarget::Control);
         polls.extend(self.relays.iter().flat_map(Relay::polls));
     }
 
@@ -229,14 +229,14 @@ impl Shim {
     }
 
     fn find(&mut self, id: u32) -> Option<&mut Process> {
-        self.processes.iter_mut().find(|process| process.id == id && !matches!(process.life, Life::Over))
+        self.processes.iter_mut().find(|process| process.id == id && !matches!(process.life, ProcessState::Over))
     }
 
-    fn refuse(&mut self, id: u32, (step, errno): Refusal) {
+    fn refuse(&mut self, id: u32, (step, errno): SpawnError) {
         self.control.say(id, &FromGuest::SpawnFailed { step, errno: errno.0 });
     }
 
-    fn spawn(&mut self, frame: &Frame<'_>, spawn: &Spawn<'_>) -> Result<(), Refusal> {
+    fn spawn(&mut self, frame: &Frame<'_>, spawn: &Spawn<'_>) -> Result<(), SpawnError> {
         if self.ending.is_some() {
             return Err((Step::Request, Errno::ESHUTDOWN));
         }
@@ -246,7 +246,7 @@ impl Shim {
         if self.processes.len() >= MAX_PROCESSES {
             return Err((Step::Request, Errno::EAGAIN));
         }
-        let wiring = Wiring::dial(&spawn.stdio)?;
+        let wiring = StdioStreams::dial(&spawn.stdio)?;
         let mut process = Process::new(frame.stream);
         if wiring.is_connected() {
             self.start(&mut process, spawn, wiring)?;
@@ -254,14 +254,14 @@ impl Shim {
             let mut payload = Vec::new();
             payload.try_reserve_exact(frame.payload.len()).map_err(|_| (Step::Request, Errno::ENOMEM))?;
             payload.extend_from_slice(frame.payload);
-            process.life = Life::Connecting { wiring, kind: frame.kind, payload };
+            process.life = ProcessState::Connecting { wiring, kind: frame.kind, payload };
         }
         self.processes.push(process);
         Ok(())
     }
 
     /// Its streams are connected: fork.
-    fn start(&mut self, process: &mut Process, spawn: &Spawn<'_>, wiring: Wiring) -> Result<(), Refusal> {
+    fn start(&mut self, process: &mut Process, spawn: &Spawn<'_>, wiring: StdioStreams) -> Result<(), SpawnError> {
         if let Some(cgroups) = &self.cgroups {
             process.group = Some(cgroups.group(process.id).map_err(|errno| (Step::Cgroup, errno))?);
         }
@@ -269,7 +269,7 @@ impl Shim {
         match spawn::start(process.id, spawn, wiring, cgroup, &self.ground) {
             Ok(started) => {
                 self.relays.extend(started.relays);
-                process.life = Life::Starting { pid: started.pid, report: started.report };
+                process.life = ProcessState::Starting { pid: started.pid, report: started.report };
                 Ok(())
             }
             Err(refusal) => {
@@ -293,11 +293,11 @@ impl Shim {
         };
         // Out of the list while it changes, so that the rest of the shim is at hand.
         let mut process = self.processes.swap_remove(index);
-        match core::mem::replace(&mut process.life, Life::Over) {
-            Life::Connecting { mut wiring, kind, payload } => {
+        match core::mem::replace(&mut process.life, ProcessState::Over) {
+            ProcessState::Connecting { mut wiring, kind, payload } => {
                 let result = wiring.advance(fd).and_then(|()| {
                     if !wiring.is_connected() {
-                        process.life = Life::Connecting { wiring, kind, payload };
+                        process.life = ProcessState::Connecting { wiring, kind, payload };
                         return Ok(());
                     }
                     // It was understood when it came.
@@ -310,17 +310,17 @@ impl Shim {
                     self.refuse(id, refusal);
                 }
             }
-            Life::Starting { pid, report } => self.started(&mut process, pid, report),
-            Life::Left { watch } => {
+            ProcessState::Starting { pid, report } => self.started(&mut process, pid, report),
+            ProcessState::Left { watch } => {
                 if watch.is_populated() {
-                    process.life = Life::Left { watch };
+                    process.life = ProcessState::Left { watch };
                 } else {
                     self.dissolve(&mut process);
                 }
             }
             other => process.life = other,
         }
-        if !matches!(process.life, Life::Over) {
+        if !matches!(process.life, ProcessState::Over) {
             self.processes.push(process);
         }
     }
@@ -330,12 +330,12 @@ impl Shim {
         match report.read() {
             Ok(inner) => {
                 self.control.say(process.id, &FromGuest::Spawned { pid: inner });
-                process.life = Life::Running { pid };
+                process.life = ProcessState::Running { pid };
             }
             Err(refusal) => {
                 self.relays.retain(|relay| relay.owner != process.id);
                 self.refuse(process.id, refusal);
-                process.life = Life::Refused { pid };
+                process.life = ProcessState::Refused { pid };
             }
         }
     }
@@ -372,8 +372,8 @@ impl Shim {
             return Ok(());
         };
         let mut process = self.processes.swap_remove(index);
-        match core::mem::replace(&mut process.life, Life::Over) {
-            Life::Starting { pid, report } => self.started(&mut process, pid, report),
+        match core::mem::replace(&mut process.life, ProcessState::Over) {
+            ProcessState::Starting { pid, report } => self.started(&mut process, pid, report),
             other => process.life = other,
         }
         self.exited(process, status);
@@ -383,7 +383,7 @@ impl Shim {
     /// The program's own exit, told at once: what it left running and what is still in its pipes holds nothing up.
     fn exited(&mut self, mut process: Process, status: Status) {
         // Of one that never became the program the host knows already.
-        if let Life::Running { .. } = process.life {
+        if let ProcessState::Running { .. } = process.life {
             self.relays.retain_mut(|relay| relay.owner != process.id || relay.owner_exited() == Progress::Going);
             let message = match status {
                 Status::Exited(code) => FromGuest::Exited { code },
@@ -397,7 +397,7 @@ impl Shim {
         self.dissolve(&mut process);
         let watch = process.group.as_ref().and_then(|group| group.watch().ok());
         if let Some(watch) = watch.filter(Watch::is_populated) {
-            process.life = Life::Left { watch };
+            process.life = ProcessState::Left { watch };
             self.processes.push(process);
         }
     }
@@ -411,8 +411,8 @@ impl Shim {
 
     fn kill(&mut self, id: u32) {
         let Some(process) = self.find(id) else { return };
-        if let Life::Connecting { .. } = process.life {
-            process.life = Life::Over;
+        if let ProcessState::Connecting { .. } = process.life {
+            process.life = ProcessState::Over;
             return self.refuse(id, (Step::Request, Errno::ECANCELED));
         }
         process.kill();
@@ -425,8 +425,8 @@ impl Shim {
             return ending.hurry(deadline);
         }
         for process in &mut self.processes {
-            if let Life::Connecting { .. } = process.life {
-                process.life = Life::Over;
+            if let ProcessState::Connecting { .. } = process.life {
+                process.life = ProcessState::Over;
                 let (step, errno) = (Step::Request, Errno::ESHUTDOWN.0);
                 self.control.say(process.id, &FromGuest::SpawnFailed { step, errno });
             }

@@ -13,11 +13,11 @@ use crate::proto::{HOST_CID, Spawn, Stdio, Step};
 const DEFAULT_PATH: &[u8] = b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// A step that failed, and why.
-pub(super) type Refusal = (Step, Errno);
+pub(super) type SpawnError = (Step, Errno);
 
 /// What every new process needs from the shim.
 #[derive(Debug)]
-pub(super) struct Ground {
+pub(super) struct SpawnEnv {
     /// `/dev/null`, opened before a workload could put something else there.
     pub(super) null: Fd,
     /// The workloads' `/proc`.
@@ -35,14 +35,14 @@ struct Link {
 
 /// The streams of a program before it runs, by standard descriptor. Without a link it is `/dev/null`, or standard output where `joined`.
 #[derive(Debug)]
-pub(super) struct Wiring {
+pub(super) struct StdioStreams {
     links: [Option<Link>; 3],
     joined: bool,
 }
 
-impl Wiring {
+impl StdioStreams {
     /// Starts connecting.
-    pub(super) fn dial(stdio: &[Stdio; 3]) -> Result<Self, Refusal> {
+    pub(super) fn dial(stdio: &[Stdio; 3]) -> Result<Self, SpawnError> {
         let joined = is_joined(stdio);
         let mut links = [None, None, None];
         for ((number, link), stdio) in links.iter_mut().enumerate().zip(stdio) {
@@ -68,8 +68,8 @@ impl Wiring {
         waiting.map(|link| Poll { fd: link.socket.raw(), events: POLLOUT, happened: 0 })
     }
 
-    /// Something happened to the descriptor `fd` of [`Wiring::polls`].
-    pub(super) fn advance(&mut self, fd: i32) -> Result<(), Refusal> {
+    /// Something happened to the descriptor `fd` of [`StdioStreams::polls`].
+    pub(super) fn advance(&mut self, fd: i32) -> Result<(), SpawnError> {
         for link in self.links.iter_mut().flatten().filter(|link| link.socket.raw() == fd) {
             sys::connect_result(&link.socket).map_err(|errno| (Step::Stdio, errno))?;
             link.connected = true;
@@ -96,10 +96,10 @@ pub(super) struct Started {
 pub(super) fn start(
     id: u32,
     spawn: &Spawn<'_>,
-    wiring: Wiring,
+    wiring: StdioStreams,
     cgroup: Option<&Fd>,
-    ground: &Ground,
-) -> Result<Started, Refusal> {
+    ground: &SpawnEnv,
+) -> Result<Started, SpawnError> {
     let no = |step| move |errno| (step, errno);
     let mut relays = Vec::new();
     let mut ends: [Option<Fd>; 3] = [None, None, None];
@@ -137,7 +137,7 @@ pub(super) fn start(
 /// What the new process does until it is the program. All memory it needs was made before.
 struct Child<'a> {
     stdio: [&'a Fd; 3],
-    ground: &'a Ground,
+    ground: &'a SpawnEnv,
     cwd: &'a CStr,
     programs: Vec<CString>,
     argv: Vector<'a>,
@@ -156,7 +156,7 @@ impl Child<'_> {
     }
 
     /// Returns only if it could not.
-    fn become_the_program(&self) -> Refusal {
+    fn become_the_program(&self) -> SpawnError {
         if let Err(errno) = self.prepare() {
             return (Step::Prepare, errno);
         }
@@ -223,7 +223,7 @@ impl Report {
     }
 
     /// The pid as the workloads see it, or the refusal. To be read when the process has hung up or died.
-    pub(super) fn read(self) -> Result<u32, Refusal> {
+    pub(super) fn read(self) -> Result<u32, SpawnError> {
         let mut message = [0u8; 12];
         let length = sys::read(&self.0, &mut message).unwrap_or(0);
         let [a, b, c, d, e, f, g, h, i, j, k, l] = message;
@@ -274,15 +274,15 @@ mod tests {
     }
 
     /// A process of this host that dies before it is the program: preparing it needs no more than an ordinary test may.
-    fn try_to_start(argv: &[&str], cwd: Option<&CStr>) -> Result<u32, Refusal> {
-        let ground = Ground {
+    fn try_to_start(argv: &[&str], cwd: Option<&CStr>) -> Result<u32, SpawnError> {
+        let ground = SpawnEnv {
             null: sys::open(None, c"/dev/null", sys::O_RDWR).unwrap(),
             proc: sys::open(None, c"/proc", sys::O_PATH).unwrap(),
             files: (64, 64),
         };
         let (argv, env) = (list(argv), StringBuf::new());
         let request = Spawn { cwd, ..spawn(&argv, &env) };
-        let wiring = Wiring::dial(&request.stdio)?;
+        let wiring = StdioStreams::dial(&request.stdio)?;
         assert!(wiring.is_connected());
         let started = start(1, &request, wiring, None, &ground)?;
         let mut polls = [started.report.poll()];

@@ -559,8 +559,8 @@ pub(super) fn reap() -> Option<(i32, Status)> {
     (pid > 0).then_some((pid, status))
 }
 
-/// Makes a process that runs `child` on a copy of this process's memory and exits with what it returns; born in the cgroup if one is given.
-/// Returns its pid.
+/// Makes a process that runs `run` on a copy of this process's memory and exits with its result. It is born in the
+/// cgroup if one is given. Returns its pid.
 pub(super) fn fork(cgroup: Option<&Fd>, child: impl FnOnce() -> i32) -> Result<i32> {
     const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
     /// struct clone_args, version 2 (Linux 5.7, include/uapi/linux/sched.h)

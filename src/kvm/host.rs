@@ -96,13 +96,13 @@ impl Host {
     ///
     /// # Errors
     /// `NotFound` without `/dev/kvm`, `PermissionDenied` when it may not be opened, `Unsupported` when it is not
-    /// hardware virtualisation or lacks something. Each says what to do.
+    /// hardware virtualization or lacks something. Each says what to do.
     pub fn ready(&self) -> Result<()> {
         let (kind, text) = match self.device {
             Device::Absent => (
                 ErrorKind::NotFound,
-                "/dev/kvm does not exist: enable virtualisation (VT-x or AMD-V) in the firmware or, inside a VM, nested \
-                 virtualisation on its host, and load the module kvm_intel or kvm_amd"
+                "/dev/kvm does not exist: enable virtualization (VT-x or AMD-V) in the firmware or, inside a VM, nested \
+                 virtualization on its host, and load the module kvm_intel or kvm_amd"
                     .into(),
             ),
             Device::Forbidden => (

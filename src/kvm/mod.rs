@@ -128,8 +128,8 @@ impl VmFd {
         Ok(())
     }
 
-    /// Shows these registers to the guest at `addr`, behind its memory in the order of slots: it reads them as memory, and what it
-    /// writes there is an exit as before (KVM API, 4.35: KVM_MEM_READONLY).
+    /// Maps these registers read-only into the guest at `addr`, in the slot behind its memory. Reads cause no exit, and
+    /// writes are exits as before (KVM API, 4.35: KVM_MEM_READONLY).
     ///
     /// They must outlive the VM's last use, as its memory must.
     pub(crate) fn set_registers(&self, memory: &GuestMemory, addr: u64, pages: &RegisterPages) -> Result<()> {

@@ -15,7 +15,7 @@ use kvm_bindings::{
 
 use super::failed;
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::sys::{ForkGuard, Origin, keep_private};
+use crate::sys::{ForkGuard, ProcessGeneration, keep_private};
 
 /// Why `KVM_RUN` came back. The slices are KVM's own buffer: an `In` answer is what the guest will see.
 #[derive(Debug)]
@@ -49,7 +49,7 @@ struct RunPage {
     run: NonNull<kvm_run>,
     len: usize,
     /// Where it is mapped.
-    origin: Origin,
+    origin: ProcessGeneration,
 }
 
 // SAFETY: the mapping belongs to this value alone and is unmapped with it. Fields are read by the vCPU's thread
@@ -69,7 +69,7 @@ impl RunPage {
         match NonNull::new(at.cast()) {
             Some(run) if at != libc::MAP_FAILED => {
                 keep_private(at, len);
-                Ok(Self { run, len, origin: Origin::here() })
+                Ok(Self { run, len, origin: ProcessGeneration::current() })
             }
             _ => Err(Error::last_os().doing("mapping a vCPU's run page")),
         }
@@ -104,7 +104,7 @@ impl RunPage {
 impl Drop for RunPage {
     fn drop(&mut self) {
         // A child of fork has no such mapping, and may have another one there.
-        if self.origin.is_here() {
+        if self.origin.is_current() {
             // SAFETY: `map` made the mapping in this process, with this length, and nobody can reach it after this.
             unsafe { libc::munmap(self.run.as_ptr().cast(), self.len) };
         }
@@ -120,7 +120,7 @@ impl Kicker {
     /// to get a vCPU out that is in the guest already; in this order nothing is lost in between.
     pub(crate) fn request_exit(&self) {
         // A child of fork has no such page.
-        if self.0.origin.is_here() {
+        if self.0.origin.is_current() {
             self.0.immediate_exit().store(1, Ordering::SeqCst);
         }
     }

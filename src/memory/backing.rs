@@ -41,8 +41,8 @@ impl Memory {
         Self { size, backing: Backing::Anonymous }
     }
 
-    /// As [`Memory::anonymous`], and the host is asked to use huge pages of its own accord (`MADV_HUGEPAGE`): fewer
-    /// misses of the translation cache, more memory touched at once. A host that does not know them gives ordinary pages.
+    /// As [`Memory::anonymous`], and asks the host for transparent huge pages (`MADV_HUGEPAGE`). There are fewer TLB
+    /// misses, and more memory is touched at once. A host that does not know them gives ordinary pages.
     pub const fn transparent(size: Size) -> Self {
         Self { size, backing: Backing::Transparent }
     }

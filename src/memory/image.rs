@@ -90,11 +90,13 @@ impl MemoryImage {
 }
 
 impl GuestMemory {
-    /// Puts what the image holds where it belongs: copy-on-write what lies below its data, as a copy what follows, which the
-    /// guest writes at once anyway, and everything where others see what the guest writes. What was there before is gone.
+    /// Maps the image into guest memory. What lies below its data is mapped copy-on-write. What follows is copied, as
+    /// the guest writes it at once. Where others see what the guest writes, all of it is copied. What was there before
+    /// is gone.
     ///
     /// # Errors
-    /// `InvalidConfig` when the memory is too small for the image, `ResourceExhausted` when the host has too many mappings.
+    /// `InvalidConfig` when the memory is too small for the image, `ResourceExhausted` when the host has too many
+    /// mappings.
     pub(crate) fn map_image(&self, image: &MemoryImage) -> Result<()> {
         let data = if self.private() { image.data.next_multiple_of(sys::page_size() as u64) } else { 0 };
         let split = |&(start, len): &(u64, u64)| {
@@ -116,7 +118,7 @@ impl GuestMemory {
             }
         }
         if data > 0 {
-            self.own_written(image);
+            self.prefault_writable(image);
         }
         Ok(())
     }

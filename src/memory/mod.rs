@@ -7,16 +7,16 @@
 mod backing;
 mod image;
 mod io;
-mod mover;
-mod usage;
-mod window;
-mod written;
+mod io_queue;
+mod prefault;
+mod reclaim;
+mod slice;
 
 pub(crate) use backing::Backing;
 pub use backing::Memory;
 pub(crate) use image::MemoryImage;
-pub(crate) use mover::{Move, Mover};
-pub(crate) use window::{View, Window};
+pub(crate) use io_queue::{IoOperation, IoQueue};
+pub(crate) use slice::{GuestSlice, PinnedSlice};
 
 use std::fmt;
 use std::sync::Arc;

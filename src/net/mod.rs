@@ -8,12 +8,12 @@
 
 mod address;
 mod backend;
+mod backend_kind;
 mod capture;
-mod carrier;
 mod dns;
+mod edge_poller;
 #[cfg(any(test, feature = "internals"))]
-pub(crate) mod doors;
-mod edges;
+pub(crate) mod fuzzing;
 mod offload;
 mod policy;
 mod segment;
@@ -26,9 +26,9 @@ mod wire;
 pub use address::Mac;
 pub(crate) use backend::FRAME_MAX;
 pub use backend::{Capabilities, Card, Frame, NetBackend, Received, Room};
+pub(crate) use backend_kind::Carrier;
 pub use capture::{Capture, CaptureStats};
 pub(crate) use capture::{Pump, Recorder};
-pub(crate) use carrier::Carrier;
 pub use offload::{Csum, Gso, GsoKind, Offload, Offloads};
 pub(crate) use offload::{HEADER_LEN, MAX_UDP_SEGMENTS};
 pub use policy::{Cidr, Denial, Policy, Protocol, Rule, Why};

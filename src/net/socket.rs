@@ -6,10 +6,10 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use super::edges::Edges;
+use super::edge_poller::Edges;
 use super::{FRAME_MAX as LARGEST, Frame, NetBackend, Offload, Received, Room};
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::sys::{self, Unforked};
+use crate::sys::{self, CloseOnFork};
 
 /// What is taken from a stream at once.
 const CHUNK: usize = 128 * 1024;
@@ -17,7 +17,7 @@ const LENGTH: usize = 4;
 
 #[derive(Debug)]
 pub(crate) struct SocketNet {
-    fd: Unforked<OwnedFd>,
+    fd: CloseOnFork<OwnedFd>,
     edges: Edges,
     /// Of a stream: what was taken from it. `None` for datagrams.
     inbox: Option<Inbox>,
@@ -90,7 +90,7 @@ impl SocketNet {
         fd.set_nonblocking(true).doing(doing)?;
         let fd = OwnedFd::from(fd);
         let edges = Edges::of(fd.as_fd()).doing(doing)?;
-        Ok(Self { fd: Unforked::new(fd), edges, inbox, outbox: Vec::new() })
+        Ok(Self { fd: CloseOnFork::new(fd), edges, inbox, outbox: Vec::new() })
     }
 
     /// Sends what is left of the last frame; false when the socket takes no more now.

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 
-use super::edges::Edges;
+use super::edge_poller::Edges;
 use super::{Capabilities, Frame, HEADER_LEN, NetBackend, Offload, Offloads, Received, Room};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::sys::{TUN_CSUM, TUN_TSO4, TUN_TSO6, TUN_USO, Tap};

@@ -8,7 +8,8 @@ use super::frame::{self, Frame, FrameError};
 use super::strings::Strings;
 use super::{COOKIE_SIZE, FROM_GUEST_MAX, FROM_HOST_MAX};
 
-/// Kinds from the host are small, kinds from the guest have this bit; so a stream read by the wrong side is full of unknown kinds.
+/// Kinds from the host are small, and kinds from the guest have this bit. So a stream read by the wrong side is full of
+/// unknown kinds.
 const GUEST: u32 = 0x100;
 
 const HOST_HELLO: u32 = 1;

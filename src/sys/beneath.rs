@@ -10,25 +10,25 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-/// A folder, held by its descriptor: what becomes of its path later changes nothing.
+/// A directory, held by its descriptor: what becomes of its path later changes nothing.
 #[derive(Debug)]
 pub(crate) struct Beneath {
     root: OwnedFd,
 }
 
 impl Beneath {
-    /// Opens a folder. Its own path is followed as it is, links included.
+    /// Opens a directory. Its own path is followed as it is, links included.
     pub(crate) fn open(folder: &Path) -> io::Result<Self> {
         let flags = libc::O_DIRECTORY | libc::O_NONBLOCK;
         let file = File::options().read(true).custom_flags(flags).open(folder)?;
         Ok(Self { root: file.into() })
     }
 
-    /// Opens what is at `path` from the folder, with these flags of `open(2)`; an empty path is the folder itself. No link is
+    /// Opens what is at `path` from the directory, with these flags of `open(2)`; an empty path is the directory itself. No link is
     /// followed, not even in the last place, and nothing is waited for.
     ///
     /// # Errors
-    /// `ELOOP` or `ENOTDIR` where a link is in the way, `EXDEV` for a path that leaves the folder.
+    /// `ELOOP` or `ENOTDIR` where a link is in the way, `EXDEV` for a path that leaves the directory.
     pub(crate) fn open_at(&self, path: &Path, flags: libc::c_int) -> io::Result<File> {
         // The call refuses flags that mean nothing to a mere place.
         let wait = if flags & libc::O_PATH == 0 { libc::O_NONBLOCK } else { 0 };
@@ -43,7 +43,7 @@ impl Beneath {
         }
     }
 
-    /// The same without `openat2`: each part by itself, of the folder that the last one gave.
+    /// The same without `openat2`: each part by itself, of the directory that the last one gave.
     fn step_by_step(&self, path: &Path, flags: libc::c_int) -> io::Result<File> {
         let mut folder: Option<File> = None;
         let mut parts = path.components().peekable();
@@ -61,7 +61,7 @@ impl Beneath {
         }
     }
 
-    /// Opens a regular file that is at `path` from the folder.
+    /// Opens a regular file that is at `path` from the directory.
     ///
     /// # Errors
     /// As [`Beneath::open_at`]; `EINVAL` for anything but a regular file.

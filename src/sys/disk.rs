@@ -121,7 +121,7 @@ pub(crate) fn discard_device(file: &File, offset: u64, len: u64) -> io::Result<(
     }
 }
 
-/// Whether what is written in this folder is memory of the host.
+/// Whether what is written in this directory is memory of the host.
 pub(crate) fn is_memory(folder: &Path) -> io::Result<bool> {
     let path = CString::new(folder.as_os_str().as_bytes())?;
     let mut found = MaybeUninit::<libc::statfs>::zeroed();

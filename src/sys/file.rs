@@ -203,7 +203,7 @@ fn read_growing(mut call: impl FnMut(&mut [u8]) -> isize) -> io::Result<Vec<u8>>
     }
 }
 
-/// An unnamed, sparse file of `size` in the folder for temporary files.
+/// An unnamed, sparse file of `size` in the directory for temporary files.
 pub(crate) fn scratch_file(size: Size) -> io::Result<File> {
     let file = super::temp_file(&std::env::temp_dir())?;
     file.set_len(size.as_bytes())?;
@@ -229,7 +229,7 @@ pub(crate) fn fill_random(buffer: &mut [u8]) -> io::Result<()> {
     Ok(())
 }
 
-/// The folder of this crate's cached files: `$XDG_CACHE_HOME/cofferdam`, or `~/.cache/cofferdam`.
+/// The directory of this crate's cached files: `$XDG_CACHE_HOME/cofferdam`, or `~/.cache/cofferdam`.
 pub(crate) fn cache_dir() -> Option<PathBuf> {
     let variable = |name| std::env::var_os(name).map(PathBuf::from).filter(|p| p.is_absolute());
     let base = variable("XDG_CACHE_HOME").or_else(|| variable("HOME").map(|home| home.join(".cache")))?;

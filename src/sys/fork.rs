@@ -107,19 +107,19 @@ fn mark(fd: RawFd, guard: bool) {
 
 /// A descriptor that children of fork do not keep.
 #[derive(Debug)]
-pub(crate) struct Unforked<T: AsRawFd> {
+pub(crate) struct CloseOnFork<T: AsRawFd> {
     // Goes first.
     _guard: ForkGuard,
     inner: T,
 }
 
-impl<T: AsRawFd> Unforked<T> {
+impl<T: AsRawFd> CloseOnFork<T> {
     pub(crate) fn new(inner: T) -> Self {
         Self { _guard: ForkGuard::new(&inner), inner }
     }
 }
 
-impl<T: AsRawFd> Deref for Unforked<T> {
+impl<T: AsRawFd> Deref for CloseOnFork<T> {
     type Target = T;
 
     fn deref(&self) -> &T {
@@ -127,7 +127,7 @@ impl<T: AsRawFd> Deref for Unforked<T> {
     }
 }
 
-impl<T: AsRawFd> DerefMut for Unforked<T> {
+impl<T: AsRawFd> DerefMut for CloseOnFork<T> {
     fn deref_mut(&mut self) -> &mut T {
         &mut self.inner
     }
@@ -152,16 +152,16 @@ pub(crate) fn leak<T>(value: T) {
 
 /// The process in which something was made, to tell it from its children.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Origin(u32);
+pub(crate) struct ProcessGeneration(u32);
 
-impl Origin {
-    pub(crate) fn here() -> Self {
+impl ProcessGeneration {
+    pub(crate) fn current() -> Self {
         Self(GENERATION.load(Ordering::SeqCst))
     }
 
     /// Whether this is the process, and no child of it that fork made.
-    pub(crate) fn is_here(self) -> bool {
-        self == Self::here()
+    pub(crate) fn is_current(self) -> bool {
+        self == Self::current()
     }
 }
 
@@ -171,7 +171,7 @@ impl Origin {
 pub(crate) fn in_a_child(f: impl FnOnce() -> bool) -> bool {
     use std::io::{Read, Write};
     use std::os::unix::net::UnixStream;
-    let (mut here, mut there) = UnixStream::pair().unwrap();
+    let (mut current, mut there) = UnixStream::pair().unwrap();
     // SAFETY: the child calls what allocates nothing and takes no lock of another thread's, and ends by a signal.
     match unsafe { libc::fork() } {
         0 => {
@@ -184,7 +184,7 @@ pub(crate) fn in_a_child(f: impl FnOnce() -> bool) -> bool {
         child => {
             drop(there);
             let mut answer = [0];
-            here.read_exact(&mut answer).unwrap();
+            current.read_exact(&mut answer).unwrap();
             // SAFETY: waits for the child that was just made; no status is asked for.
             unsafe { libc::waitpid(child, std::ptr::null_mut(), 0) };
             answer[0] == 1
@@ -198,11 +198,11 @@ pub(crate) fn in_a_child(f: impl FnOnce() -> bool) -> bool {
 pub(crate) fn beside_a_child(f: impl FnOnce()) {
     use std::io::{Read, Write};
     use std::os::unix::net::UnixStream;
-    let (mut here, there) = UnixStream::pair().unwrap();
+    let (mut current, there) = UnixStream::pair().unwrap();
     // SAFETY: the child only writes to and reads from a socket, and ends by a signal.
     let child = unsafe { libc::fork() };
     if child == 0 {
-        drop(here);
+        drop(current);
         let _ = (&there).write(&[0]);
         let _ = (&there).read(&mut [0]);
         loop {
@@ -211,9 +211,9 @@ pub(crate) fn beside_a_child(f: impl FnOnce()) {
         }
     }
     drop(there);
-    here.read_exact(&mut [0]).unwrap();
+    current.read_exact(&mut [0]).unwrap();
     f();
-    here.write_all(&[0]).unwrap();
+    current.write_all(&[0]).unwrap();
     // SAFETY: waits for the child that was just made; no status is asked for.
     unsafe { libc::waitpid(child, std::ptr::null_mut(), 0) };
 }
@@ -243,11 +243,11 @@ mod tests {
     fn a_child_knows_that_it_is_one() {
         let file = File::open("/dev/zero").unwrap();
         let _guard = ForkGuard::new(&file);
-        let origin = Origin::here();
-        assert!(origin.is_here());
+        let origin = ProcessGeneration::current();
+        assert!(origin.is_current());
         // What is behind the number is another file, and the number is still taken.
-        let zero = move || !origin.is_here() && (&file).read(&mut [0]).is_ok_and(|n| n == 0);
+        let zero = move || !origin.is_current() && (&file).read(&mut [0]).is_ok_and(|n| n == 0);
         assert!(in_a_child(zero));
-        assert!(origin.is_here());
+        assert!(origin.is_current());
     }
 }

@@ -1,18 +1,18 @@
 //! System calls that the standard library lacks, with owned descriptors in and out.
 #![allow(unsafe_code, reason = "raw system calls; sys/ is one of the folders that may")]
 
+mod atomic_file;
 mod beneath;
 mod descriptors;
 mod disk;
-mod draft;
 mod file;
 mod fork;
 mod iovec;
 #[cfg(feature = "qcow2")]
 mod ordered;
-mod registers;
+mod register_page;
 mod routes;
-mod schedule;
+mod sched;
 mod signal;
 mod socket;
 mod stack;
@@ -21,30 +21,30 @@ mod thread;
 mod timer;
 mod uring;
 
+pub(crate) use atomic_file::{AtomicFile, temp_file};
 pub(crate) use beneath::{Beneath, is_private, link_target, path_of};
 pub use descriptors::set_descriptor_reserve;
 pub(crate) use descriptors::{DescriptorShare, HeldDescriptors, is_spare};
 pub(crate) use disk::{Alignment, Space, discard_device, is_memory, lock_holder, memfd, memory_file, space};
-pub(crate) use draft::{Draft, temp_file};
 #[cfg(test)]
 pub(crate) use file::make_fifo;
 pub(crate) use file::{
     LockKind, cache_dir, data_ranges, fill_random, next_data, next_hole, page_size, punch, scratch_file, try_lock,
     try_lock_byte, xattrs, zero, zero_range,
 };
-pub(crate) use fork::{ForkGuard, Origin, Unforked, keep_private, leak};
+pub(crate) use fork::{CloseOnFork, ForkGuard, ProcessGeneration, keep_private, leak};
 #[cfg(test)]
 pub(crate) use fork::{beside_a_child, in_a_child};
 pub(crate) use iovec::{preadv, pwritev, readv, receive, send, sendv, writev};
 #[cfg(all(test, feature = "qcow2"))]
 pub(crate) use ordered::record;
 #[cfg(feature = "qcow2")]
-pub(crate) use ordered::{Order, Ordered};
-pub(crate) use registers::{RegisterPages, Registers};
+pub(crate) use ordered::{OrderedFile, WriteOrder};
+pub(crate) use register_page::{RegisterPage, RegisterPages};
 pub(crate) use routes::{Route, Routes};
-pub(crate) use schedule::displace_nobody;
 #[cfg(any(test, feature = "internals"))]
-pub(crate) use schedule::processor_time;
+pub(crate) use sched::processor_time;
+pub(crate) use sched::set_sched_batch;
 pub(crate) use signal::{KickSignal, PeriodicKick, ThreadId};
 pub(crate) use socket::{Socket, SocketKind, peekv, socket_kind};
 pub(crate) use stack::Stack;

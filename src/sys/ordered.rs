@@ -1,4 +1,4 @@
-//! [`Ordered`]: the file below an image of the crate imago, with barriers between its writes.
+//! [`OrderedFile`]: the file below an image of the crate imago, with barriers between its writes.
 //!
 //! The crate writes tables when its memory for them is full, and pointers to tables at once, with no sync before. After
 //! a loss of power a table could name a cluster that holds something else. Data would be lost that no writer had
@@ -20,9 +20,9 @@ use super::ForkGuard;
 #[cfg(test)]
 pub(crate) mod record;
 
-/// What is under way, as only the caller of the crate can know it. Clones are the same.
+/// What is in flight, as only the caller of the crate can know it. Clones are the same.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Order(Arc<Mutex<State>>);
+pub(crate) struct WriteOrder(Arc<Mutex<State>>);
 
 #[derive(Debug, Default)]
 struct State {
@@ -36,7 +36,7 @@ struct State {
     failed: bool,
 }
 
-impl Order {
+impl WriteOrder {
     fn state<R>(&self, f: impl FnOnce(&mut State) -> R) -> R {
         f(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
     }
@@ -61,17 +61,17 @@ impl Order {
 
 /// An image's file.
 #[derive(Debug)]
-pub(crate) struct Ordered {
+pub(crate) struct OrderedFile {
     // Goes before the file.
     _guard: ForkGuard,
     file: File,
     cluster: u64,
-    order: Order,
+    order: WriteOrder,
 }
 
-impl Ordered {
+impl OrderedFile {
     /// That of an image with clusters of `cluster` bytes.
-    pub(crate) fn new(file: std::fs::File, write: bool, cluster: u64, order: Order) -> io::Result<Self> {
+    pub(crate) fn new(file: std::fs::File, write: bool, cluster: u64, order: WriteOrder) -> io::Result<Self> {
         let guard = ForkGuard::new(&file);
         Ok(Self {
             _guard: guard,
@@ -99,13 +99,13 @@ impl Ordered {
     }
 }
 
-impl fmt::Display for Ordered {
+impl fmt::Display for OrderedFile {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.file.fmt(f)
     }
 }
 
-impl Storage for Ordered {
+impl Storage for OrderedFile {
     fn size(&self) -> io::Result<u64> {
         self.file.size()
     }
@@ -200,7 +200,7 @@ mod tests {
     fn no_sync_is_believed_after_one_that_failed() {
         // Which cannot be synced (fsync(2), EINVAL).
         let file = OpenOptions::new().read(true).write(true).open("/proc/self/comm").unwrap();
-        let file = Ordered::new(file, true, 512, Order::default()).unwrap();
+        let file = OrderedFile::new(file, true, 512, WriteOrder::default()).unwrap();
         file.before(512, 512, true).unwrap();
         assert_eq!(file.before(1024, 512, false).unwrap_err().raw_os_error(), Some(libc::EINVAL), "a table");
         assert!(file.sync().unwrap_err().to_string().contains("has failed before"));

@@ -53,7 +53,7 @@ impl KickSignal {
     /// Makes sure the calling thread does not block the signal: threads inherit their creator's mask.
     pub(crate) fn unblock(self) -> io::Result<()> {
         let mut set = MaybeUninit::<libc::sigset_t>::zeroed();
-        // SAFETY: `set` is writable; sigemptyset initialises it before sigaddset and pthread_sigmask read it.
+        // SAFETY: `set` is writable; sigemptyset initializes it before sigaddset and pthread_sigmask read it.
         let status = unsafe {
             libc::sigemptyset(set.as_mut_ptr());
             libc::sigaddset(set.as_mut_ptr(), self.0);

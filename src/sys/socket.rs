@@ -6,7 +6,7 @@ use std::io;
 use std::net::{Shutdown, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
-use super::Unforked;
+use super::CloseOnFork;
 use super::descriptors::is_spare;
 use super::iovec::{count, result};
 
@@ -21,7 +21,7 @@ pub(crate) enum SocketKind {
 
 /// A socket with one peer.
 #[derive(Debug)]
-pub(crate) struct Socket(Unforked<OwnedFd>);
+pub(crate) struct Socket(CloseOnFork<OwnedFd>);
 
 fn check(outcome: i32) -> io::Result<i32> {
     if outcome < 0 { Err(io::Error::last_os_error()) } else { Ok(outcome) }
@@ -30,7 +30,7 @@ fn check(outcome: i32) -> io::Result<i32> {
 impl Socket {
     /// Of a descriptor that does not block.
     pub(crate) fn new(fd: impl Into<OwnedFd>) -> Self {
-        Self(Unforked::new(fd.into()))
+        Self(CloseOnFork::new(fd.into()))
     }
 
     /// Begins to connect to `to`, for a guest; for a stream, it is done when the socket becomes writable ([`Socket::error`] says
@@ -46,7 +46,7 @@ impl Socket {
         // SAFETY: socket(2) takes no pointers.
         let fd = check(unsafe { libc::socket(domain, kind | libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC, protocol) })?;
         // SAFETY: the descriptor was just made and belongs to nobody else.
-        let socket = Self(Unforked::new(unsafe { OwnedFd::from_raw_fd(fd) }));
+        let socket = Self(CloseOnFork::new(unsafe { OwnedFd::from_raw_fd(fd) }));
         if !is_spare(&*socket.0) {
             return Err(io::Error::from_raw_os_error(libc::EMFILE));
         }

@@ -6,7 +6,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::OpenOptionsExt;
 
-use super::Unforked;
+use super::CloseOnFork;
 
 /// How frames may be left to be finished by who reads them (`TUN_F_*`).
 pub(crate) const TUN_CSUM: u32 = 1;
@@ -22,7 +22,7 @@ const TUNGETIFF: libc::c_ulong = 0x8004_54d2;
 
 /// An open queue, which never blocks.
 #[derive(Debug)]
-pub(crate) struct Tap(Unforked<File>);
+pub(crate) struct Tap(CloseOnFork<File>);
 
 fn check(outcome: i32) -> io::Result<()> {
     if outcome < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
@@ -39,7 +39,7 @@ impl Tap {
         request.ifr_ifru.ifru_flags = flags as c_short;
         // SAFETY: TUNSETIFF reads and writes one ifreq, which `request` is.
         check(unsafe { libc::ioctl(file.as_raw_fd(), TUNSETIFF, &raw mut request) })?;
-        Self(Unforked::new(file)).with_header(header)
+        Self(CloseOnFork::new(file)).with_header(header)
     }
 
     /// Takes a queue that somebody else has opened.
@@ -60,7 +60,7 @@ impl Tap {
             libc::fcntl(file.as_raw_fd(), libc::F_SETFL, flags | libc::O_NONBLOCK)
         };
         check(set)?;
-        Self(Unforked::new(file)).with_header(header)
+        Self(CloseOnFork::new(file)).with_header(header)
     }
 
     fn with_header(self, header: i32) -> io::Result<Self> {

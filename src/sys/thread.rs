@@ -10,7 +10,7 @@ use std::thread::{Builder, JoinHandle};
 const OWN_FAULTS: [libc::c_int; 7] =
     [libc::SIGSEGV, libc::SIGBUS, libc::SIGFPE, libc::SIGILL, libc::SIGTRAP, libc::SIGSYS, libc::SIGABRT];
 
-/// Starts a thread in which all signals are blocked, so that handlers of the embedder's do not run on its small stack, and
+/// Starts a thread in which all signals are blocked. So handlers of the embedder's do not run on its small stack, and
 /// no call of ours is interrupted.
 pub(crate) fn spawn<T: Send + 'static>(
     name: String,

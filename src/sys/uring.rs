@@ -1,7 +1,7 @@
 //! [`Uring`]: an io_uring for files. The crate `io-uring` lives here only.
 //!
 //! Owned by whoever moves bytes with it, used on one thread at a time. What the kernel was given must stay valid until its
-//! completion was taken: that is the caller's business, see `memory::Mover`. Descriptors that were used once must not come to mean
+//! completion was taken: that is the caller's business, see `memory::IoQueue`. Descriptors that were used once must not come to mean
 //! other files while the ring lives.
 //!
 //! From Linux 5.10 on a ring takes the operations of this file and no others (`IORING_REGISTER_RESTRICTIONS`), whoever writes to
@@ -13,7 +13,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use io_uring::register::Restriction;
 use io_uring::{IoUring, Probe, opcode, squeue, types};
 
-use super::Unforked;
+use super::CloseOnFork;
 
 /// The number under which the answers to cancellations come, which tell nothing.
 const CANCEL: u64 = u64::MAX;
@@ -34,7 +34,7 @@ const REGISTRATIONS: [u8; 2] = [3, 6];
 
 /// Submission and completion queues that are shared with the kernel.
 pub(crate) struct Uring {
-    ring: Unforked<IoUring>,
+    ring: CloseOnFork<IoUring>,
     room: usize,
     /// Descriptors that the kernel has looked up once for all operations: the place of each is its number there.
     files: Vec<RawFd>,
@@ -76,7 +76,7 @@ impl Uring {
             ring.submitter().register_enable_rings()?;
         }
         Ok(Self {
-            ring: Unforked::new(ring),
+            ring: CloseOnFork::new(ring),
             room: entries as usize,
             files: Vec::with_capacity(files_room),
             files_room,
@@ -104,7 +104,7 @@ impl Uring {
         Some(number)
     }
 
-    /// How many operations may be under way at once.
+    /// How many operations may be in flight at once.
     pub(crate) fn room(&self) -> usize {
         self.room
     }

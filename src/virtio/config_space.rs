@@ -5,7 +5,7 @@
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use crate::sys::Registers;
+use crate::sys::RegisterPage;
 
 /// Where the driver reads it, and how often it has changed (Virtio 1.3, 4.2.2).
 const AT: usize = 0x100;
@@ -23,7 +23,7 @@ struct Inner {
     /// Changes with the contents, so that a driver can tell a torn read (Virtio 1.3, 4.2.2, ConfigGeneration).
     generation: u32,
     /// Where the driver reads it.
-    shown: Option<Registers>,
+    shown: Option<RegisterPage>,
 }
 
 impl Inner {
@@ -57,7 +57,7 @@ impl ConfigSpace {
     }
 
     /// From now on it is in these registers, whatever becomes of it.
-    pub(super) fn show_in(&self, registers: Registers) {
+    pub(super) fn show_in(&self, registers: RegisterPage) {
         let mut inner = self.inner();
         inner.shown = Some(registers);
         inner.show();
@@ -105,7 +105,7 @@ mod tests {
     #[test]
     fn drivers_write_what_they_may_and_see_that_something_changed() {
         let space = ConfigSpace::new([1, 0, 0, 0, 2, 0, 0, 0]).writable(4..8);
-        let registers = Registers::alone().unwrap();
+        let registers = RegisterPage::alone().unwrap();
         space.show_in(registers.clone());
         space.write(2, &[9; 100]);
         assert_eq!((space.word(0), space.word(4), registers.load(GENERATION)), (1, 0x0909_0909, 0));

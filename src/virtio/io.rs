@@ -12,7 +12,7 @@ use super::queue::Queue;
 use super::turn::{Turn, Work};
 use crate::event::{Interest, Sources};
 use crate::irq::Interrupt;
-use crate::memory::Mover;
+use crate::memory::IoQueue;
 use crate::sys::{EventFd, Timer, borrow};
 
 /// What happened to a device so far. Written by its loop, read by anybody.
@@ -62,7 +62,7 @@ pub(super) fn split_token(token: u64, events: Interest) -> (usize, Option<super:
 }
 
 /// Told why a device needs a reset.
-pub(crate) type OnBroken = Arc<dyn Fn(&str) + Send + Sync>;
+pub(crate) type OnNeedsReset = Arc<dyn Fn(&str) + Send + Sync>;
 
 /// A running device's hold on the world. Made when the driver is ready, gone when the device is idle.
 pub(crate) struct DeviceIo {
@@ -74,11 +74,11 @@ pub(crate) struct DeviceIo {
     pub(super) features: u64,
     pub(super) sources: Sources,
     pub(super) slot: usize,
-    pub(super) on_broken: OnBroken,
+    pub(super) on_broken: OnNeedsReset,
     /// Why the device needs a reset, and the moment by which it must have come. Told once: one line a start is enough.
     pub(super) broken: Option<(String, Option<Timer>)>,
-    /// What the device had under way when it was stopped.
-    pub(super) left: Option<Mover>,
+    /// What the device had in flight when it was stopped.
+    pub(super) left: Option<IoQueue>,
     /// What the device has done since the loop came to it.
     pub(super) turn: Turn,
 }
@@ -101,8 +101,8 @@ impl DeviceIo {
     }
 
     /// Said while stopping: this still moves bytes from or to guest memory. Whoever wants the device to be idle waits for it.
-    pub(crate) fn leave(&mut self, mover: Mover) {
-        self.left = Some(mover);
+    pub(crate) fn leave(&mut self, io_queue: IoQueue) {
+        self.left = Some(io_queue);
     }
 
     /// Tells the driver that configuration space has changed.
@@ -236,7 +236,7 @@ impl DeviceIo {
             let overdue = overdue.inspect_err(|e| log::warn!("nobody will see whether it comes: {e}")).ok();
             self.broken = Some((why, overdue));
         }
-        self.interrupt.signal_broken();
+        self.interrupt.signal_needs_reset();
     }
 
     fn start_grace(&self) -> io::Result<Timer> {

@@ -8,7 +8,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::io::{Counters, DeviceIo, OnBroken};
+use super::io::{Counters, DeviceIo, OnNeedsReset};
 use super::queue::{Queue, QueueConfig};
 use super::spec::{F_EVENT_IDX, F_VERSION_1, TRANSPORT_FEATURES, status};
 use super::turn::Turn;
@@ -17,7 +17,7 @@ use crate::bus::BusDevice;
 use crate::error::{Context, ErrorKind, Result};
 use crate::event::Remote;
 use crate::irq::Interrupt;
-use crate::memory::{GuestMemory, Mover};
+use crate::memory::{GuestMemory, IoQueue};
 use crate::rate::{Bucket, Rate};
 use crate::sys::{EventFd, eventfd};
 
@@ -56,8 +56,8 @@ const VERSION: u32 = 2;
 /// "COFF", for people who look.
 const VENDOR: u32 = 0x4646_4f43;
 
-/// How long a vCPU waits for a device that starts or stops, all in all: one on a file of the host's that does not answer never
-/// would. It is that vCPU that waits, and what is asked of it meanwhile, its end say.
+/// How long a vCPU waits in all for a device that starts or stops. A device on a file that does not answer would never
+/// do so. It is that vCPU that waits, and what is asked of it meanwhile, its end say.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// How often is told that a device needs a reset: ten times at once, then once a second.
@@ -77,10 +77,10 @@ pub(crate) struct MmioTransport {
     counters: Arc<Counters>,
     /// Told when a driver has made the device run.
     on_ready: Box<dyn Fn() + Send>,
-    on_broken: OnBroken,
+    on_broken: OnNeedsReset,
 
-    /// What the device had under way when it was reset, and the host has not ended yet.
-    left: Option<Mover>,
+    /// What the device had in flight when it was reset, and the host has not ended yet.
+    left: Option<IoQueue>,
     status: u32,
     device_features_sel: u32,
     driver_features_sel: u32,
@@ -295,7 +295,7 @@ impl MmioTransport {
                 Err(error) => {
                     self.counters.faults.fetch_add(1, Ordering::Relaxed);
                     (self.on_broken)(&format!("it cannot start: {error}"));
-                    self.interrupt.signal_broken();
+                    self.interrupt.signal_needs_reset();
                 }
             }
         }
@@ -371,7 +371,7 @@ impl MmioTransport {
         }
         // This vCPU waits for it, and no other device.
         let patience = deadline.saturating_duration_since(Instant::now());
-        if self.left.as_mut().is_some_and(|mover| !mover.stop(patience)) {
+        if self.left.as_mut().is_some_and(|io_queue| !io_queue.stop(patience)) {
             log::warn!("device {slot} was not reset: the host still moves bytes from or to guest memory");
             return;
         }

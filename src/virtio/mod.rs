@@ -6,13 +6,15 @@
 //!  driver's kick == ioeventfd =========>  VirtioDevice::ready
 //!  driver        <== interrupt =========  DeviceIo::drain / complete
 //! ```
-//! This folder never sees KVM: devices get memory, an interrupt and descriptors, so all of it runs in plain tests.
+//! This directory never sees KVM: devices get memory, an interrupt and descriptors, so all of it runs in plain tests.
 
 pub(crate) mod balloon;
 pub(crate) mod blk;
 mod chain;
 mod config_space;
 pub(crate) mod console;
+#[cfg(test)]
+mod example;
 mod io;
 mod mmio;
 pub(crate) mod net;
@@ -134,8 +136,8 @@ pub(crate) trait VirtioDevice: AsAny + Send {
     /// Something happened at `source`. Spurious calls are normal.
     fn ready(&mut self, io: &mut DeviceIo, source: Source);
 
-    /// The VM is being paused: bring what is under way to its end and begin nothing, so that guest memory stands still. May
-    /// block, at most `patience`. False when something is still under way then.
+    /// The VM is being paused: bring what is in flight to its end and begin nothing, so that guest memory stands still. May
+    /// block, at most `patience`. False when something is still in flight then.
     fn pausing(&mut self, io: &mut DeviceIo, patience: Duration) -> bool {
         let _ = (io, patience);
         true

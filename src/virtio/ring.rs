@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
 use std::sync::atomic::fence;
 
 use super::queue::{QueueConfig, QueueError};
-use crate::memory::{GuestAddress, GuestMemory, OutOfBounds, View, Window};
+use crate::memory::{GuestAddress, GuestMemory, GuestSlice, OutOfBounds, PinnedSlice};
 
 /// Flags of a descriptor (Virtio 1.3, 2.7.5).
 const NEXT: u16 = 1;
@@ -57,7 +57,7 @@ impl Descriptor {
 /// The descriptors of one chain. It ends early where the chain makes no sense; then the last one said that another follows.
 pub(super) struct Descriptors<'a> {
     memory: &'a GuestMemory,
-    table: View<'a>,
+    table: GuestSlice<'a>,
     /// Descriptors in the table.
     count: u32,
     next: Option<u16>,
@@ -95,9 +95,9 @@ impl Iterator for Descriptors<'_> {
 /// A ring that a running device serves.
 #[derive(Debug)]
 pub(super) struct Ring {
-    table: Window,
-    available: Window,
-    used: Window,
+    table: PinnedSlice,
+    available: PinnedSlice,
+    used: PinnedSlice,
     /// A power of two.
     size: u16,
     event_idx: bool,
@@ -153,7 +153,7 @@ impl Ring {
                 return Ok(None);
             }
         }
-        // A driver with more requests under way than descriptors uses one twice: devices keep what they are given.
+        // A driver with more requests in flight than descriptors uses one twice: devices keep what they are given.
         if self.next.wrapping_sub(self.used_next) >= self.size {
             return Err(QueueError::AvailableRing);
         }

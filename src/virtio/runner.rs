@@ -37,11 +37,11 @@ pub(crate) struct Slots {
     sources: Sources,
     on_fault: OnFault,
     /// What else is watched on this loop. Its slots are behind those of the devices.
-    besides: Vec<Beside>,
+    extra_sources: Vec<ExtraSource>,
 }
 
 /// A file of no device, and what is done when it is ready.
-type Beside = (File, Box<dyn FnMut() + Send>);
+type ExtraSource = (File, Box<dyn FnMut() + Send>);
 
 impl fmt::Debug for Slots {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -52,19 +52,21 @@ impl fmt::Debug for Slots {
 impl Slots {
     pub(crate) fn new(devices: Vec<Box<dyn VirtioDevice>>, sources: Sources, on_fault: OnFault) -> Self {
         let slots = devices.into_iter().map(|device| Slot { device, running: None, refused: None }).collect();
-        Self { slots, sources, on_fault, besides: Vec::new() }
+        Self { slots, sources, on_fault, extra_sources: Vec::new() }
     }
 
     /// Calls `f` on this loop whenever the kernel has something urgent to say by `file` (`EPOLLPRI`).
     pub(crate) fn watch_urgent(&mut self, file: File, f: impl FnMut() + Send + 'static) -> std::io::Result<()> {
-        let slot = self.slots.len() + self.besides.len();
+        let slot = self.slots.len() + self.extra_sources.len();
         self.sources.watch(file.as_fd(), slot_token(slot), Interest::PRIORITY)?;
-        self.besides.push((file, Box::new(f)));
+        self.extra_sources.push((file, Box::new(f)));
         Ok(())
     }
 
     fn urgent(&mut self, slot: usize, events: Interest) {
-        let Some((file, f)) = slot.checked_sub(self.slots.len()).and_then(|n| self.besides.get_mut(n)) else { return };
+        let Some((file, f)) = slot.checked_sub(self.slots.len()).and_then(|n| self.extra_sources.get_mut(n)) else {
+            return;
+        };
         if events.contains(Interest::ERROR) {
             // It is gone, and would say so for ever.
             let _ = self.sources.unwatch(file.as_fd());
@@ -111,15 +113,15 @@ impl Slots {
         self.slots.get_mut(slot).and_then(Slot::stop)
     }
 
-    /// The VM has ended: what the driver has already handed over is still served, within `patience` as far as it takes
-    /// waiting, then every device stops.
+    /// Serves what the driver has already handed over, at the VM's end, and then stops every device. Waiting takes
+    /// `patience` at most.
     pub(crate) fn finish(&mut self, patience: Duration) {
         let deadline = Instant::now() + patience;
         for slot in 0..self.slots.len() {
             let queues = self.slots.get(slot).and_then(|s| s.running.as_ref()).map_or(0, |io| io.queues.len());
             for queue in 0..queues {
                 // What was handed over by a guest that runs no more takes a bounded number of turns.
-                while self.poke(slot, Source::Queue(queue)) == Some(TurnEnd::Over) && !left(deadline).is_zero() {}
+                while self.dispatch(slot, Source::Queue(queue)) == Some(TurnEnd::Over) && !left(deadline).is_zero() {}
             }
             self.call(slot, |device, io| device.finishing(io, left(deadline)));
             self.stop(slot);
@@ -129,7 +131,7 @@ impl Slots {
         }
     }
 
-    /// Brings what devices have under way to its end, within `patience`. False when something is still under way then.
+    /// Brings what devices have in flight to its end, within `patience`. False when something is still in flight then.
     pub(crate) fn pause(&mut self, patience: Duration) -> bool {
         let (deadline, slots) = (Instant::now() + patience, self.slots.len());
         let mut pause = |slot| self.call(slot, |device, io| device.pausing(io, left(deadline)));
@@ -144,7 +146,7 @@ impl Slots {
     }
 
     /// Gives a device its turn. `None` for one that does not run.
-    fn poke(&mut self, slot: usize, source: Source) -> Option<TurnEnd> {
+    fn dispatch(&mut self, slot: usize, source: Source) -> Option<TurnEnd> {
         self.call(slot, |device, io| {
             look(device, io, source);
             if io.turn_over() { TurnEnd::Over } else { TurnEnd::Done }
@@ -214,7 +216,7 @@ impl Handler for Slots {
     fn ready(&mut self, token: u64, events: Interest) {
         match split_token(token, events) {
             (slot, _) if slot >= self.slots.len() => self.urgent(slot, events),
-            (slot, Some(source)) => drop(self.poke(slot, source)),
+            (slot, Some(source)) => drop(self.dispatch(slot, source)),
             (slot, None) => self.overdue(slot),
         }
     }

@@ -12,7 +12,7 @@ use super::{Source, VirtioDevice};
 use crate::event::Sources;
 use crate::irq::Interrupt;
 use crate::memory::{GuestAddress, GuestMemory};
-use crate::sys::{Registers, eventfd};
+use crate::sys::{RegisterPage, eventfd};
 
 /// Ring addresses of queue `n`: one 64 KiB block each.
 const RINGS: u64 = 0x10_0000;
@@ -97,7 +97,7 @@ impl<D: VirtioDevice> Driver<D> {
             interrupt: {
                 // A system call, as where it leads to a guest.
                 let edge = eventfd().unwrap();
-                Interrupt::new(Registers::alone().unwrap(), move || edge.write(1).unwrap())
+                Interrupt::new(RegisterPage::alone().unwrap(), move || edge.write(1).unwrap())
             },
             counters: Arc::<Counters>::default(),
             on_broken: Arc::new(|_| ()),

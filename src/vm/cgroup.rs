@@ -1,7 +1,7 @@
 //! [`Cgroup`]: a control group for a VM's threads, which divides processor time.
 //!
 //! It is a threaded group (Linux cgroup v2, "Threads"), since all VMs are threads of one process, so it divides
-//! processor time alone. It is made before the VM, entered by each of its threads, and removed by [`Leaf`]'s drop.
+//! processor time alone. It is made before the VM, entered by each of its threads, and removed by [`CgroupGuard`]'s drop.
 
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::sys;
-use crate::sys::Origin;
+use crate::sys::ProcessGeneration;
 
 /// Names of groups begin so, followed by the process and something random.
 const PREFIX: &str = "cofferdam-";
@@ -81,7 +81,7 @@ impl Cgroup {
     /// # Errors
     /// `InvalidConfig` for numbers that cannot be; unless it is optional, `NotFound`, `PermissionDenied` or `Unsupported`
     /// when the host has no group for it.
-    pub(super) fn make(&self) -> Result<Result<Leaf, String>> {
+    pub(super) fn make(&self) -> Result<Result<CgroupGuard, String>> {
         if !(1..=10_000).contains(&self.weight) {
             return Err(Error::invalid("Cgroup::weight", format!("{} is not within 1 to 10,000", self.weight)));
         }
@@ -92,7 +92,7 @@ impl Cgroup {
             Some(n) => return Err(Error::invalid("Cgroup::cpus", format!("{n} is not within 0.01 to a million"))),
         };
         let made = self.parent().and_then(|parent| {
-            let leaf = Leaf::make(&parent)?;
+            let leaf = CgroupGuard::make(&parent)?;
             leaf.set("cpu.weight", &self.weight.to_string())?;
             leaf.set("cpu.max", &format!("{quota} {PERIOD}"))?;
             Ok(leaf)
@@ -134,18 +134,18 @@ pub struct CgroupStats {
 
 /// A group that exists. Dropping it removes it once its threads are gone.
 #[derive(Debug)]
-pub(super) struct Leaf {
+pub(super) struct CgroupGuard {
     path: PathBuf,
-    member: Member,
+    member: CgroupHandle,
     /// Where its threads are.
-    origin: Origin,
+    origin: ProcessGeneration,
 }
 
 /// By which a thread enters the group. Outliving the group is harmless.
 #[derive(Debug, Clone)]
-pub(super) struct Member(Arc<File>);
+pub(super) struct CgroupHandle(Arc<File>);
 
-impl Member {
+impl CgroupHandle {
     /// The calling thread enters.
     pub(super) fn join(&self) -> Result<()> {
         // Zero is whoever writes (Linux cgroup v2, "Threads").
@@ -153,7 +153,7 @@ impl Member {
     }
 }
 
-impl Leaf {
+impl CgroupGuard {
     fn make(parent: &Path) -> Result<Self> {
         let hint = "; does this process own the group (systemd: Delegate=yes)?";
         let failed = |what: &str, error: io::Error| {
@@ -189,14 +189,14 @@ impl Leaf {
             .map_err(|error| undo(failed("enabling the cpu controller below", error)))?;
         let member = fs::OpenOptions::new().write(true).open(path.join("cgroup.threads"));
         let member = member.map_err(|error| undo(failed("opening a group below", error)))?;
-        Ok(Self { path, member: Member(Arc::new(member)), origin: Origin::here() })
+        Ok(Self { path, member: CgroupHandle(Arc::new(member)), origin: ProcessGeneration::current() })
     }
 
     fn set(&self, file: &str, value: &str) -> Result<()> {
         fs::write(self.path.join(file), value).doing(|| format!("writing {value} to {file}"))
     }
 
-    pub(super) fn member(&self) -> Member {
+    pub(super) fn member(&self) -> CgroupHandle {
         self.member.clone()
     }
 
@@ -204,8 +204,9 @@ impl Leaf {
         stats(&self.path)
     }
 
-    /// A file that is urgent when the group's threads could not run for a while (Linux, Documentation/accounting/psi.rst), and a
-    /// function that says whether that was for its limit. `None` without one, or where the host does not measure it.
+    /// Returns a file that is urgent when the group's threads could not run for a while (Linux,
+    /// Documentation/accounting/psi.rst). With it comes a function that returns whether that was for its limit. `None`
+    /// without one, or where the host does not measure it.
     pub(super) fn pressure(&self) -> Option<(File, impl FnMut() -> bool + Send + 'static)> {
         if fs::read_to_string(self.path.join("cpu.max")).ok()?.starts_with("max") {
             return None;
@@ -222,10 +223,10 @@ impl Leaf {
     }
 }
 
-impl Drop for Leaf {
+impl Drop for CgroupGuard {
     fn drop(&mut self) {
         // A child of fork has a copy of the name, and nobody in the group.
-        if self.origin.is_here() {
+        if self.origin.is_current() {
             remove(&self.path);
         }
     }

@@ -142,8 +142,8 @@ impl VmConfig {
         Ok(self.kernel.clone().with_packed(&packed))
     }
 
-    /// The finished command line, with devices at these windows and lines where the kernel takes them from there; and by
-    /// what the kernel learns of the machine.
+    /// Returns the finished command line, and by what the kernel learns of the machine. It has the devices, where the
+    /// kernel takes them from there.
     ///
     /// # Errors
     /// `InvalidConfig` names what in the kernel's command line cannot be.

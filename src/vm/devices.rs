@@ -6,10 +6,10 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
 use super::config::VmConfig;
 use super::disk::{DiskEngine, DiskFault, DiskHandle, ErrorAction};
-use super::events::{EventKind, Log};
+use super::events::{EventKind, EventLog};
 use super::exit::Reason;
 use super::machine::Shared;
-use super::net::{Connected, Net, NetHandle, check_addresses};
+use super::net::{AttachedNet, Net, NetHandle, check_addresses};
 use crate::arch::layout;
 use crate::boot::Kernel;
 use crate::bus::Bus;
@@ -20,7 +20,7 @@ use crate::kvm::VmFd;
 use crate::memory::GuestMemory;
 use crate::net::Pump;
 use crate::size::Size;
-use crate::sys::displace_nobody;
+use crate::sys::set_sched_batch;
 use crate::virtio::balloon::Balloon;
 use crate::virtio::console::{Console, Output};
 use crate::virtio::rng::Rng;
@@ -28,7 +28,7 @@ use crate::virtio::vsock::{self, VsockListener};
 use crate::virtio::{Counters, DeviceHandle, MmioTransport, NOTIFY_OFFSET, Profile, Slots, VirtioDevice};
 
 /// What is known of a device without asking it.
-pub(super) struct Told {
+pub(super) struct DeviceInfo {
     pub name: String,
     pub counters: Arc<Counters>,
     pub interrupt: Interrupt,
@@ -46,7 +46,7 @@ pub(super) struct Attachment {
 }
 
 /// Where a disk's faults go, once the machine is there: the disk is made before it.
-pub(super) type Faults = Arc<OnceLock<Weak<Shared>>>;
+pub(super) type MachineRef = Arc<OnceLock<Weak<Shared>>>;
 
 /// Carries out what is to be done about a fault. On the disk's loop.
 fn on_disk_fault(shared: &Shared, fault: DiskFault) {
@@ -76,8 +76,8 @@ pub(super) fn attachments(
     config: &VmConfig,
     output: &Output,
     memory: &GuestMemory,
-    log: &Arc<Log>,
-    faults: &Faults,
+    log: &Arc<EventLog>,
+    faults: &MachineRef,
 ) -> Result<Attachments> {
     let (mut all, mut listeners) = (Vec::new(), Vec::new());
     for (n, disk) in config.open_disks()?.into_iter().enumerate() {
@@ -108,13 +108,13 @@ pub(super) fn attachments(
         let name = format!("net{n}");
         let (log, denials, throttled) = (log.clone(), log.clone(), log.clone());
         let [its_name, who] = [name.clone(), name.clone()];
-        let told = super::net::Told {
+        let told = super::net::NetCallbacks {
             lost: Box::new(move |error| log.push(EventKind::Degraded { what: format!("{its_name}: {error}") })),
             denied: Box::new(move |denial| denials.push(EventKind::Denied(denial))),
             throttled: Box::new(move || throttled.push(EventKind::Throttled { what: who.clone() })),
         };
         let attached = net.attach(config.vcpus()?, switches.clone(), descriptors.clone(), told);
-        let Connected { card, published: ports, pump } =
+        let AttachedNet { card, published: ports, pump } =
             attached.map_err(|e| e.doing(format!("attaching network {n}")))?;
         published.push(ports);
         pumps.push(pump);
@@ -151,7 +151,7 @@ pub(super) fn slots(n: usize) -> Result<Vec<(u64, u32)>> {
 }
 
 /// The machine while devices are attached.
-pub(super) struct Parts<'a> {
+pub(super) struct Attacher<'a> {
     pub vm: &'a VmFd,
     pub memory: &'a GuestMemory,
     pub kernel: &'a Kernel,
@@ -159,11 +159,11 @@ pub(super) struct Parts<'a> {
     pub mmio: Bus,
     pub loops: Vec<Loop<Slots>>,
     /// Where each device lives, by its name.
-    pub slots: BTreeMap<String, Place>,
+    pub slots: BTreeMap<String, DeviceRef>,
 }
 
 /// A device as the bus sees it: its window and interrupt line are the last.
-struct OnBus {
+struct TransportConfig {
     profile: Profile,
     engine: Option<DiskEngine>,
     window: (u64, u32),
@@ -171,19 +171,19 @@ struct OnBus {
 
 /// Devices of one loop.
 #[derive(Default)]
-struct Group {
+struct LoopGroup {
     devices: Vec<Box<dyn VirtioDevice>>,
-    places: Vec<(String, OnBus)>,
+    places: Vec<(String, TransportConfig)>,
 }
 
 /// A device's loop, and its slot there.
-pub(super) type Place = (Remote<Slots>, usize);
+pub(super) type DeviceRef = (Remote<Slots>, usize);
 
-pub(super) fn handle<D: VirtioDevice>((remote, slot): &Place) -> DeviceHandle<D> {
+pub(super) fn handle<D: VirtioDevice>((remote, slot): &DeviceRef) -> DeviceHandle<D> {
     DeviceHandle::new(remote.clone(), *slot)
 }
 
-pub(super) fn disk_handle(n: usize, slots: &BTreeMap<String, Place>) -> Option<DiskHandle> {
+pub(super) fn disk_handle(n: usize, slots: &BTreeMap<String, DeviceRef>) -> Option<DiskHandle> {
     let name = format!("disk{n}");
     let device = slots.get(&name).map(handle)?;
     Some(DiskHandle { name, device })
@@ -191,7 +191,7 @@ pub(super) fn disk_handle(n: usize, slots: &BTreeMap<String, Place>) -> Option<D
 
 pub(super) fn net_handle(
     n: usize,
-    slots: &BTreeMap<String, Place>,
+    slots: &BTreeMap<String, DeviceRef>,
     published: &[SocketAddr],
     capture: Option<Pump>,
 ) -> Option<NetHandle> {
@@ -200,23 +200,23 @@ pub(super) fn net_handle(
     Some(NetHandle { name, device, published: published.into(), capture })
 }
 
-impl Parts<'_> {
+impl Attacher<'_> {
     /// Puts every device onto a loop and the bus: what blocks on one of its own, disks on one, all others on the last.
     pub(super) fn attach(&mut self, attachments: Vec<Attachment>, slots: &[(u64, u32)]) -> Result<()> {
-        let (mut disks, mut others) = (BTreeMap::<String, Group>::new(), Group::default());
+        let (mut disks, mut others) = (BTreeMap::<String, LoopGroup>::new(), LoopGroup::default());
         for (Attachment { name, device, blocking, engine }, window) in attachments.into_iter().zip(slots) {
             let group = match engine {
                 Some(_) if blocking => disks.entry(name.clone()).or_default(),
                 Some(_) => disks.entry("disks".into()).or_default(),
                 None => &mut others,
             };
-            group.places.push((name, OnBus { profile: device.profile(), engine, window: *window }));
+            group.places.push((name, TransportConfig { profile: device.profile(), engine, window: *window }));
             group.devices.push(device);
         }
         for (name, group) in disks {
             // A driver that has begun to ask mostly asks for more: it shall get to its end before it is answered.
             self.attach_group(&name, group)?.post(|_| {
-                if let Err(error) = displace_nobody() {
+                if let Err(error) = set_sched_batch() {
                     log::debug!("a thread for disks is scheduled as all others: {error}");
                 }
             })?;
@@ -224,7 +224,7 @@ impl Parts<'_> {
         self.attach_group("io", others).map(drop)
     }
 
-    fn attach_group(&mut self, name: &str, Group { devices, places }: Group) -> Result<Remote<Slots>> {
+    fn attach_group(&mut self, name: &str, LoopGroup { devices, places }: LoopGroup) -> Result<Remote<Slots>> {
         let names = places.iter().map(|(name, _)| name.clone()).collect();
         let remote = self.start_loop(name, names, devices)?;
         for (n, (name, on_bus)) in places.into_iter().enumerate() {
@@ -253,11 +253,11 @@ impl Parts<'_> {
         Ok(remote)
     }
 
-    fn connect(&mut self, name: String, (remote, slot): Place, on_bus: OnBus) -> Result<()> {
-        let OnBus { profile, engine, window: (addr, irq) } = on_bus;
+    fn connect(&mut self, name: String, (remote, slot): DeviceRef, on_bus: TransportConfig) -> Result<()> {
+        let TransportConfig { profile, engine, window: (addr, irq) } = on_bus;
         self.slots.insert(name.clone(), (remote.clone(), slot));
         let [ready, broken] = [(); 2].map(|()| self.shared.clone());
-        let (device, learn, memory) = (name.clone(), self.kernel.learner(), self.memory.clone());
+        let (device, record_dirty_pages, memory) = (name.clone(), self.kernel.learner(), self.memory.clone());
         let window = addr.saturating_sub(layout::MMIO.0) / layout::MMIO_WINDOW;
         let registers = usize::try_from(window).ok().and_then(|n| self.shared.registers.device(n));
         let registers = registers.ok_or_else(|| Error::invalid("disk", "there are more devices than windows"))?;
@@ -265,7 +265,7 @@ impl Parts<'_> {
         let transport = MmioTransport::new(profile, self.memory.clone(), (remote, slot), interrupt)?
             .on_ready(move || {
                 if ready.marks.drivers_ready() {
-                    learn(&memory);
+                    record_dirty_pages(&memory);
                     ready.log.push(EventKind::DriversReady);
                 }
             })
@@ -276,7 +276,7 @@ impl Parts<'_> {
             self.vm.attach_kick(kick, addr + NOTIFY_OFFSET, queue)?;
         }
         let (counters, interrupt) = (transport.counters().clone(), transport.interrupt().clone());
-        let told = Told { name, counters, interrupt, engine };
+        let told = DeviceInfo { name, counters, interrupt, engine };
         self.shared.devices.lock().unwrap_or_else(PoisonError::into_inner).push(told);
         self.mmio.attach(addr, layout::MMIO_WINDOW, Arc::new(Mutex::new(transport)))
     }

@@ -25,7 +25,7 @@ pub struct Disk {
     locked: bool,
     direct: bool,
     /// The method that was called though it says nothing about such a disk.
-    misplaced: Option<&'static str>,
+    not_applicable: Option<&'static str>,
     serial: Option<String>,
     queues: u32,
     /// All but name, serial number and queues, which are checked first.
@@ -38,7 +38,7 @@ enum Source {
     File(Arc<File>),
     Scratch(Size),
     Memory(Size),
-    Overlay(Lying),
+    Overlay(OverlayConfig),
     #[cfg(feature = "qcow2")]
     Qcow2 {
         path: PathBuf,
@@ -48,7 +48,7 @@ enum Source {
 
 /// An overlay, and where it is.
 #[derive(Debug, Clone)]
-struct Lying {
+struct OverlayConfig {
     base: Base,
     at: Option<PathBuf>,
     folder: Option<PathBuf>,
@@ -63,7 +63,7 @@ impl Disk {
             read_only: false,
             locked: true,
             direct: false,
-            misplaced: None,
+            not_applicable: None,
             serial: None,
             queues: 1,
             options: Options::new(""),
@@ -119,7 +119,7 @@ impl Disk {
     /// VM, so flushes do nothing. With [`Disk::at`] it is kept, and flushes are durable.
     pub fn overlay(base: impl Into<Base>) -> Self {
         let base = base.into();
-        Self::sharing(Source::Overlay(Lying { base, at: None, folder: None, size: None, max: None }))
+        Self::sharing(Source::Overlay(OverlayConfig { base, at: None, folder: None, size: None, max: None }))
     }
 
     /// Uses an image in QEMU's format qcow2.
@@ -168,7 +168,7 @@ impl Disk {
     /// The file is made when it is not there. Else it must be an overlay of the same base.
     pub fn at(self, path: impl Into<PathBuf>) -> Self {
         let path = path.into();
-        self.lying("at", |it| it.at = Some(path))
+        self.with_overlay("at", |it| it.at = Some(path))
     }
 
     /// Sets the directory of an overlay that is not kept.
@@ -176,25 +176,25 @@ impl Disk {
     /// It is the directory for temporary files by default.
     pub fn folder(self, folder: impl Into<PathBuf>) -> Self {
         let folder = folder.into();
-        self.lying("folder", |it| it.folder = Some(folder))
+        self.with_overlay("folder", |it| it.folder = Some(folder))
     }
 
     /// Sets the size of a new overlay; the size of its base by default.
     pub fn size(self, size: Size) -> Self {
-        self.lying("size", |it| it.size = Some(size))
+        self.with_overlay("size", |it| it.size = Some(size))
     }
 
     /// Limits the space that an overlay takes on the host.
     ///
     /// Writes beyond fail with "no space left on device".
     pub fn max(self, space: Size) -> Self {
-        self.lying("max", |it| it.max = Some(space))
+        self.with_overlay("max", |it| it.max = Some(space))
     }
 
-    fn lying(mut self, method: &'static str, set: impl FnOnce(&mut Lying)) -> Self {
+    fn with_overlay(mut self, method: &'static str, set: impl FnOnce(&mut OverlayConfig)) -> Self {
         match &mut self.source {
             Source::Overlay(it) => set(it),
-            _ => self.misplaced = Some(method),
+            _ => self.not_applicable = Some(method),
         }
         self
     }
@@ -207,7 +207,7 @@ impl Disk {
     pub fn backing_folder(mut self, dir: impl Into<PathBuf>) -> Self {
         match &mut self.source {
             Source::Qcow2 { folder, .. } => *folder = Some(dir.into()),
-            _ => self.misplaced = Some("backing_folder"),
+            _ => self.not_applicable = Some("backing_folder"),
         }
         self
     }
@@ -327,7 +327,7 @@ impl Disk {
         let file = matches!(self.source, Source::Path(_));
         let wrong = [("direct", self.direct && !file), ("unlocked", !self.locked && !file)];
         let wrong = wrong.iter().find(|(_, wrong)| *wrong).map(|(method, _)| *method);
-        if let Some(method) = self.misplaced.or(wrong) {
+        if let Some(method) = self.not_applicable.or(wrong) {
             return Err(Error::invalid(method, "says nothing about a disk of this kind"));
         }
         let raw = |file| -> Result<Box<dyn BlockBackend>> { Ok(Box::new(RawFile::from_file(file, self.read_only)?)) };
@@ -348,10 +348,10 @@ impl Disk {
     }
 }
 
-impl Lying {
+impl OverlayConfig {
     fn open(&self, read_only: bool) -> Result<OverlayDisk> {
         let disk = match &self.at {
-            Some(path) => self.kept(path, read_only)?,
+            Some(path) => self.open_persistent(path, read_only)?,
             None => {
                 let folder = self.folder.clone().unwrap_or_else(std::env::temp_dir);
                 OverlayDisk::private(&folder, &self.base.0, self.size)?
@@ -363,7 +363,7 @@ impl Lying {
         })
     }
 
-    fn kept(&self, path: &Path, read_only: bool) -> Result<OverlayDisk> {
+    fn open_persistent(&self, path: &Path, read_only: bool) -> Result<OverlayDisk> {
         match OverlayDisk::open(path, Some(&self.base.0), read_only) {
             Err(e) if e.kind() == ErrorKind::NotFound && path.symlink_metadata().is_err() => {}
             opened => return opened,

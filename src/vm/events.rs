@@ -111,7 +111,7 @@ impl fmt::Display for Event {
 
 /// The log of one VM, shared by everybody who writes and reads.
 #[derive(Debug)]
-pub(super) struct Log {
+pub(super) struct EventLog {
     start: Instant,
     state: Mutex<State>,
     changed: Condvar,
@@ -143,7 +143,7 @@ impl State {
     }
 }
 
-impl Log {
+impl EventLog {
     pub(super) fn new(start: Instant) -> Arc<Self> {
         Arc::new(Self { start, state: Mutex::default(), changed: Condvar::new() })
     }
@@ -196,7 +196,7 @@ impl Log {
 /// [`EventKind::Ended`].
 #[derive(Debug)]
 pub struct Events {
-    log: Arc<Log>,
+    log: Arc<EventLog>,
     fd: Arc<EventFd>,
     /// The number of the next event to read.
     next: Mutex<u64>,
@@ -277,7 +277,7 @@ mod tests {
 
     #[test]
     fn every_reader_sees_everything_from_the_start_to_the_end() {
-        let log = Log::new(Instant::now());
+        let log = EventLog::new(Instant::now());
         log.push(EventKind::Started);
         let [early, late] = [(); 2].map(|()| log.reader().unwrap());
         assert!(readable(&early));
@@ -293,7 +293,7 @@ mod tests {
 
     #[test]
     fn slow_readers_are_told_what_they_missed_and_cost_nothing() {
-        let log = Log::new(Instant::now());
+        let log = EventLog::new(Instant::now());
         let mut events = log.reader().unwrap();
         (0..1000).for_each(|_| log.push(EventKind::Paused));
         assert_eq!(events.try_next().unwrap().kind, EventKind::Missed(1000 - KEPT as u64));
@@ -308,7 +308,7 @@ mod tests {
 
     #[test]
     fn a_flood_of_one_kind_pushes_out_no_other() {
-        let log = Log::new(Instant::now());
+        let log = EventLog::new(Instant::now());
         let events = log.reader().unwrap();
         let flood = |what: &str, n| {
             (0..n).for_each(|_| log.push(EventKind::Throttled { what: what.into() }));
@@ -329,7 +329,7 @@ mod tests {
 
     #[test]
     fn a_reader_that_waits_is_woken() {
-        let log = Log::new(Instant::now());
+        let log = EventLog::new(Instant::now());
         let mut events = log.reader().unwrap();
         let reader = std::thread::spawn(move || events.next().map(|e| e.to_string()));
         log.push(EventKind::DeviceError { device: "rng".into(), what: "a loop".into() });

@@ -50,7 +50,7 @@ pub struct Timeline {
 
 /// The clock behind [`Timeline`]: each mark is set once, from any thread.
 #[derive(Debug)]
-pub(super) struct Marks {
+pub(super) struct BootMarks {
     start: Instant,
     running: OnceLock<Duration>,
     kernel_entered: OnceLock<Duration>,
@@ -58,7 +58,7 @@ pub(super) struct Marks {
     ended: OnceLock<Duration>,
 }
 
-impl Marks {
+impl BootMarks {
     pub(super) fn new(start: Instant) -> Self {
         let none = OnceLock::new;
         Self { start, running: none(), kernel_entered: none(), drivers_ready: none(), ended: none() }
@@ -317,7 +317,7 @@ mod tests {
 
     #[test]
     fn stages_are_reached_one_after_the_other() {
-        let marks = Marks::new(Instant::now());
+        let marks = BootMarks::new(Instant::now());
         assert_eq!(marks.stage(), Stage::Building);
         marks.running();
         marks.kernel_entered();

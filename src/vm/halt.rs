@@ -11,11 +11,11 @@ pub(super) const PERIOD: Duration = Duration::from_secs(1);
 
 /// Since when one vCPU is dead, and when it was seen so last.
 #[derive(Debug, Default)]
-pub(super) struct Sightings(Mutex<Option<(Instant, Instant)>>);
+pub(super) struct HaltRecord(Mutex<Option<(Instant, Instant)>>);
 
-impl Sightings {
+impl HaltRecord {
     /// The vCPU was looked at.
-    pub(super) fn saw(&self, dead: bool, now: Instant) {
+    pub(super) fn record(&self, dead: bool, now: Instant) {
         let mut seen = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         *seen = dead.then(|| (seen.map_or(now, |(since, _)| since), now));
     }
@@ -29,7 +29,7 @@ impl Sightings {
 ///
 /// Then none was there to wake another, and none ever will be. Only a vCPU wakes another that has halted so. A vCPU
 /// that was seen so twice was halted all the time between, or was woken by one that was not.
-pub(super) fn all_dead<'a>(vcpus: impl Iterator<Item = &'a Sightings>) -> bool {
+pub(super) fn all_halted_for_good<'a>(vcpus: impl Iterator<Item = &'a HaltRecord>) -> bool {
     let (mut since, mut until) = (None::<Instant>, None::<Instant>);
     for vcpu in vcpus {
         let Some((first, last)) = vcpu.seen() else { return false };
@@ -46,32 +46,32 @@ mod tests {
 
     #[test]
     fn all_must_be_dead_at_one_moment() {
-        let vcpus = [Sightings::default(), Sightings::default()];
+        let vcpus = [HaltRecord::default(), HaltRecord::default()];
         let start = Instant::now();
         let at = |seconds| start + Duration::from_secs(seconds);
-        let all = || all_dead(vcpus.iter());
-        vcpus[0].saw(true, at(0));
-        vcpus[0].saw(true, at(1));
+        let all = || all_halted_for_good(vcpus.iter());
+        vcpus[0].record(true, at(0));
+        vcpus[0].record(true, at(1));
         assert!(!all(), "nothing is known of the other");
-        vcpus[1].saw(true, at(2));
+        vcpus[1].record(true, at(2));
         assert!(!all(), "the first may have been woken before the other died");
-        vcpus[0].saw(false, at(3));
-        vcpus[1].saw(true, at(3));
+        vcpus[0].record(false, at(3));
+        vcpus[1].record(true, at(3));
         assert!(!all(), "and was");
-        vcpus[0].saw(true, at(4));
+        vcpus[0].record(true, at(4));
         assert!(!all());
-        vcpus[1].saw(true, at(5));
-        vcpus[0].saw(true, at(5));
+        vcpus[1].record(true, at(5));
+        vcpus[0].record(true, at(5));
         assert!(all());
     }
 
     #[test]
     fn one_is_seen_dead_twice() {
-        let (vcpu, now) = (Sightings::default(), Instant::now());
-        vcpu.saw(true, now);
-        assert!(!all_dead([&vcpu].into_iter()));
-        vcpu.saw(true, now + PERIOD);
-        assert!(all_dead([&vcpu].into_iter()));
-        assert!(!all_dead([].into_iter()));
+        let (vcpu, now) = (HaltRecord::default(), Instant::now());
+        vcpu.record(true, now);
+        assert!(!all_halted_for_good([&vcpu].into_iter()));
+        vcpu.record(true, now + PERIOD);
+        assert!(all_halted_for_good([&vcpu].into_iter()));
+        assert!(!all_halted_for_good([].into_iter()));
     }
 }

@@ -10,14 +10,16 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use super::cgroup::{Leaf, Member};
+use super::cgroup::{CgroupGuard, CgroupHandle};
 use super::config::VmConfig;
-use super::devices::{Attachments, Faults, Parts, Told, attachments, disk_handle, handle, net_handle, slots};
-use super::events::{EventKind, Log};
-use super::exit::{Exit, Marks, Reason, Trace};
-use super::pause::{Gate, Parked};
+use super::devices::{
+    Attacher, Attachments, DeviceInfo, MachineRef, attachments, disk_handle, handle, net_handle, slots,
+};
+use super::events::{EventKind, EventLog};
+use super::exit::{BootMarks, Exit, Reason, Trace};
 use super::stats::DeviceStats;
 use super::vcpu::{self, LastExit, VcpuControl};
+use super::vcpu_gate::{Parked, VcpuGate};
 use super::{Handles, Keyboard, Vm};
 use crate::arch::{self, Cpu, Entry, layout};
 use crate::boot;
@@ -30,7 +32,7 @@ use crate::legacy::{
 };
 use crate::memory::GuestMemory;
 use crate::net::Pump;
-use crate::sys::{self, EventFd, KickSignal, Origin, PeriodicKick, RegisterPages, STACK, Stack, eventfd};
+use crate::sys::{self, EventFd, KickSignal, PeriodicKick, ProcessGeneration, RegisterPages, STACK, Stack, eventfd};
 use crate::virtio::Slots;
 use crate::virtio::console::Output;
 
@@ -46,19 +48,19 @@ pub(super) struct Shared {
     /// Readable once the VM has ended.
     pub exit_fd: EventFd,
     pub vcpus: Vec<VcpuControl>,
-    pub gate: Gate,
+    pub gate: VcpuGate,
     running_vcpus: AtomicUsize,
     signal: KickSignal,
-    pub marks: Marks,
-    pub log: Arc<Log>,
+    pub marks: BootMarks,
+    pub log: Arc<EventLog>,
     pub output: Output,
-    pub devices: Mutex<Vec<Told>>,
+    pub devices: Mutex<Vec<DeviceInfo>>,
     /// Of the VM's threads.
     stacks: Mutex<Vec<Stack>>,
     /// What the guest reads of its devices, in the order of their windows.
     pub registers: RegisterPages,
     /// Where the VM's threads are.
-    pub origin: Origin,
+    pub origin: ProcessGeneration,
 }
 
 #[derive(Default)]
@@ -78,7 +80,7 @@ impl Shared {
 
     /// Makes all vCPUs stop. The first reason is the one that is reported.
     pub(super) fn stop(&self, reason: Reason, last: LastExit) {
-        if !self.origin.is_here() {
+        if !self.origin.is_current() {
             return;
         }
         self.end().reason.get_or_insert((reason, last));
@@ -88,12 +90,12 @@ impl Shared {
     }
 
     /// Whether the VM was ended by us, so that nothing tells yet where its guest was.
-    pub(super) fn killed_without_a_word(&self) -> bool {
+    pub(super) fn ended_without_reason(&self) -> bool {
         matches!(self.end().reason, Some((Reason::Killed | Reason::Unresponsive(_), (None, None))))
     }
 
     /// Says where the guest was when it was ended.
-    pub(super) fn was_at(&self, last: LastExit) {
+    pub(super) fn set_last_exit(&self, last: LastExit) {
         if let Some((_, it)) = &mut self.end().reason {
             *it = last;
         }
@@ -101,7 +103,7 @@ impl Shared {
 
     /// Gets all vCPUs out of the guest, to look at what is asked of them.
     pub(super) fn kick(&self) {
-        if !self.origin.is_here() {
+        if !self.origin.is_current() {
             return;
         }
         self.vcpus.iter().for_each(|vcpu| vcpu.kick(self.signal));
@@ -118,7 +120,7 @@ impl Shared {
 
     /// Brings all vCPUs to the gate, within `limit`.
     pub(super) fn park_vcpus(&self, limit: Duration) -> Result<()> {
-        if !self.origin.is_here() {
+        if !self.origin.is_current() {
             return Err(Error::new(
                 ErrorKind::InvalidState,
                 "the virtual machine runs in another process, which has forked",
@@ -137,7 +139,7 @@ impl Shared {
     }
 
     /// The calling thread is one of the VM's.
-    fn is_mine(&self) {
+    fn register_thread(&self) {
         match Stack::of_current() {
             Ok(stack) => self.stacks.lock().unwrap_or_else(PoisonError::into_inner).push(stack),
             Err(error) => log::debug!("a thread's stack is not counted: {error}"),
@@ -156,18 +158,18 @@ impl Shared {
     pub(super) fn trace(&self) -> Trace {
         match &self.end().report {
             Some((_, trace)) => trace.clone(),
-            None => self.observe((None, None)),
+            None => self.take_trace((None, None)),
         }
     }
 
-    fn observe(&self, (vcpu_exit, registers): LastExit) -> Trace {
+    fn take_trace(&self, (vcpu_exit, registers): LastExit) -> Trace {
         let devices = self.device_stats();
         Trace { stage: self.marks.stage(), console: self.output.tail(), vcpu_exit, registers, devices }
     }
 
     pub(super) fn device_stats(&self) -> Vec<DeviceStats> {
         let devices = self.devices.lock().unwrap_or_else(PoisonError::into_inner);
-        let stats = |Told { name, counters, interrupt, engine }: &Told| DeviceStats {
+        let stats = |DeviceInfo { name, counters, interrupt, engine }: &DeviceInfo| DeviceStats {
             name: name.clone(),
             kicks: counters.kicks.load(Ordering::Relaxed),
             requests: counters.requests.load(Ordering::Relaxed),
@@ -188,7 +190,7 @@ impl Shared {
     fn publish(&self) {
         let mut end = self.end();
         let (reason, last) = end.reason.clone().unwrap_or((Reason::Killed, (None, None)));
-        let trace = self.observe(last);
+        let trace = self.take_trace(last);
         end.report = Some((reason.report(trace.clone()), trace));
         drop(end);
         self.log.push(EventKind::Ended);
@@ -259,7 +261,7 @@ impl Machine {
 /// Builds the machine and starts its vCPUs.
 pub(super) fn start(config: &VmConfig) -> Result<Vm> {
     let begin = Instant::now();
-    let (marks, log) = (Marks::new(begin), Log::new(begin));
+    let (marks, log) = (BootMarks::new(begin), EventLog::new(begin));
     // Everything that can be wrong with the configuration is found before the hypervisor is asked for anything.
     let vcpus = config.vcpus()?;
     let cgroup = config.cgroup.as_ref().map(|cgroup| cgroup.make()).transpose()?;
@@ -270,7 +272,7 @@ pub(super) fn start(config: &VmConfig) -> Result<Vm> {
     let ranges = layout::memory_ranges(config.memory.size())?;
     let output = Output::default();
     let memory = GuestMemory::new(&ranges, config.memory.backing())?;
-    let faults = Faults::default();
+    let faults = MachineRef::default();
     let attachments = attachments(config, &output, &memory, &log, &faults)?;
     let Attachments { devices: attachments, listeners, published, pumps } = attachments;
     let slots = slots(attachments.len())?;
@@ -297,7 +299,7 @@ pub(super) fn start(config: &VmConfig) -> Result<Vm> {
         ended: Condvar::new(),
         exit_fd: eventfd().doing(|| "creating the exit descriptor")?,
         vcpus: (0..vcpus).map(|_| VcpuControl::default()).collect(),
-        gate: Gate::default(),
+        gate: VcpuGate::default(),
         running_vcpus: AtomicUsize::new(vcpus.into()),
         signal: KickSignal::install(config.kick_signal)?,
         marks,
@@ -306,12 +308,12 @@ pub(super) fn start(config: &VmConfig) -> Result<Vm> {
         devices: Mutex::default(),
         stacks: Mutex::default(),
         registers,
-        origin: Origin::here(),
+        origin: ProcessGeneration::current(),
     });
     // Nobody has set it before.
     let _ = faults.set(Arc::downgrade(&shared));
     let (ports, keyboard) = ports(&vm, &shared)?;
-    let mut parts = Parts {
+    let mut parts = Attacher {
         vm: &vm,
         memory: &memory,
         kernel: &kernel,
@@ -321,7 +323,7 @@ pub(super) fn start(config: &VmConfig) -> Result<Vm> {
         slots: BTreeMap::new(),
     };
     parts.attach(attachments, &slots)?;
-    let Parts { mmio, loops, slots, .. } = parts;
+    let Attacher { mmio, loops, slots, .. } = parts;
     let handles = Handles {
         loops: loops.iter().map(Loop::remote).collect(),
         vsock: slots.get("vsock").map(handle),
@@ -336,15 +338,15 @@ pub(super) fn start(config: &VmConfig) -> Result<Vm> {
     let captures = pumps.into_iter().flatten().collect();
     let machine = Arc::new(Machine { vm, mmio, ports, loops, captures, shared: shared.clone(), _memory: memory });
 
-    let member = cgroup.as_ref().map(Leaf::member);
+    let member = cgroup.as_ref().map(CgroupGuard::member);
     handles.loops.iter().try_for_each(|it| {
         let (shared, member) = (shared.clone(), member.clone());
         it.with(move |_| {
-            shared.is_mine();
+            shared.register_thread();
             member.map_or(Ok(()), |member| member.join())
         })?
     })?;
-    if let Some((file, mut throttled)) = cgroup.as_ref().and_then(Leaf::pressure) {
+    if let Some((file, mut throttled)) = cgroup.as_ref().and_then(CgroupGuard::pressure) {
         let log = shared.log.clone();
         let tell = move || {
             if throttled() {
@@ -398,7 +400,7 @@ fn ports(vm: &VmFd, shared: &Arc<Shared>) -> Result<(Bus, Keyboard)> {
 }
 
 /// The thread that gives the console to the embedder's writer, which may block.
-fn start_pump(config: &VmConfig, shared: &Arc<Shared>, member: Option<Member>) -> Result<Option<JoinHandle<()>>> {
+fn start_pump(config: &VmConfig, shared: &Arc<Shared>, member: Option<CgroupHandle>) -> Result<Option<JoinHandle<()>>> {
     let Some(writer) = config.console.writer.clone() else {
         return Ok(None);
     };
@@ -407,7 +409,7 @@ fn start_pump(config: &VmConfig, shared: &Arc<Shared>, member: Option<Member>) -
     let shared = Arc::downgrade(shared);
     let pump = move || {
         if let Some(shared) = shared.upgrade() {
-            shared.is_mine();
+            shared.register_thread();
         }
         // A writer that is slow because it has no time is better than none.
         if let Some(Err(error)) = member.map(|member| member.join()) {
@@ -421,12 +423,12 @@ fn start_pump(config: &VmConfig, shared: &Arc<Shared>, member: Option<Member>) -
 }
 
 /// The threads that give captures to their writers, which may block. Nobody waits for them but within a bound.
-fn start_captures(captures: &[Pump], shared: &Arc<Shared>, member: Option<&Member>) -> Result<()> {
+fn start_captures(captures: &[Pump], shared: &Arc<Shared>, member: Option<&CgroupHandle>) -> Result<()> {
     for pump in captures {
         let (shared, member, pump) = (Arc::downgrade(shared), member.cloned(), pump.clone());
         let body = move || {
             if let Some(shared) = shared.upgrade() {
-                shared.is_mine();
+                shared.register_thread();
             }
             if let Some(Err(error)) = member.map(|member| member.join()) {
                 log::warn!("a capture's thread: {error}");
@@ -444,7 +446,7 @@ struct Started {
 }
 
 /// Starts the vCPU threads; each makes its vCPU, as KVM wants, and runs it once all are made.
-fn start_vcpus(machine: &Arc<Machine>, cpu: &Cpu, vcpus: u8, entry: Entry, member: Option<Member>) -> Started {
+fn start_vcpus(machine: &Arc<Machine>, cpu: &Cpu, vcpus: u8, entry: Entry, member: Option<CgroupHandle>) -> Started {
     let (ready, answers) = mpsc::channel::<Result<()>>();
     let (mut threads, mut outcome, mut gates) = (Vec::new(), Ok(()), Vec::new());
     for id in 0..vcpus {
@@ -452,7 +454,7 @@ fn start_vcpus(machine: &Arc<Machine>, cpu: &Cpu, vcpus: u8, entry: Entry, membe
         let (its_machine, cpu, ready, member) = (machine.clone(), cpu.clone(), ready.clone(), member.clone());
         let body = move || {
             let machine = its_machine;
-            machine.shared.is_mine();
+            machine.shared.register_thread();
             let joined = member.map_or(Ok(()), |member| member.join());
             let made = joined.and_then(|()| make_vcpu(&machine, &cpu, id, entry));
             let (vcpu, answer) = match made {

@@ -11,9 +11,9 @@ mod halt;
 mod machine;
 mod net;
 mod overlay;
-mod pause;
 mod stats;
 mod vcpu;
+mod vcpu_gate;
 
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -51,7 +51,7 @@ use crate::sys::{borrow, deadline, leak, left};
 use crate::virtio::balloon::Balloon;
 use crate::virtio::vsock::{VsockListener, VsockStream};
 use crate::virtio::{DeviceHandle, Slots};
-use cgroup::Leaf;
+use cgroup::CgroupGuard;
 use exit::Reason;
 use machine::Shared;
 
@@ -69,8 +69,8 @@ const PAUSE_TIMEOUT: Duration = Duration::from_secs(10);
 /// How much longer its last answer may take.
 const PAUSE_MARGIN: Duration = Duration::from_secs(1);
 
-/// How long a VM may take to end that was killed: as long as its devices and the embedder's writers may take for what they
-/// were asked last, and some more. On a host that works it takes milliseconds.
+/// How long a killed VM may take to end. That is as long as its devices and the embedder's writers may take for their
+/// last requests, and some more. On a host that works it takes milliseconds.
 const END_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// A running virtual machine. Any number live in one process.
@@ -94,7 +94,7 @@ pub struct Vm {
     /// It has not ended in time, and nobody waits for it any more.
     left_behind: AtomicBool,
     /// Goes last, when no thread is in it any more.
-    cgroup: Option<Leaf>,
+    cgroup: Option<CgroupGuard>,
 }
 
 /// Ways to the parts of a machine.
@@ -121,7 +121,7 @@ impl Vm {
         pump: Option<JoinHandle<()>>,
         listeners: Vec<VsockListener>,
         handles: Handles,
-        cgroup: Option<Leaf>,
+        cgroup: Option<CgroupGuard>,
     ) -> Self {
         let (paused, listeners) = (Mutex::default(), Mutex::new(listeners));
         Self { shared, threads, pump, paused, listeners, handles, left_behind: AtomicBool::new(false), cgroup }
@@ -290,8 +290,8 @@ impl Vm {
     }
 
     /// Whether this process runs it, and is no child of fork that has a copy of the handle.
-    pub(crate) fn is_here(&self) -> bool {
-        self.shared.origin.is_here()
+    pub(crate) fn is_current(&self) -> bool {
+        self.shared.origin.is_current()
     }
 
     /// Returns what is known of the VM now, or was known at its end.
@@ -314,7 +314,7 @@ impl Vm {
     /// Returns the counters of vCPUs and devices. Does not disturb the guest.
     pub fn stats(&self) -> Stats {
         let vcpus = self.shared.vcpus.iter().map(vcpu::VcpuControl::stats).collect();
-        Stats { vcpus, devices: self.shared.device_stats(), cgroup: self.cgroup.as_ref().map(Leaf::stats) }
+        Stats { vcpus, devices: self.shared.device_stats(), cgroup: self.cgroup.as_ref().map(CgroupGuard::stats) }
     }
 
     /// Returns what the guest's memory costs the host, and how the guest uses it.
@@ -452,7 +452,7 @@ impl AsFd for Vm {
 impl Drop for Vm {
     fn drop(&mut self) {
         // A child of fork has a copy of the handle, and nothing of the VM.
-        if !self.is_here() {
+        if !self.is_current() {
             leak((std::mem::take(&mut self.threads), self.pump.take(), self.shared.clone()));
             return;
         }

@@ -34,14 +34,14 @@ pub struct Net {
 }
 
 /// What a card tells: called on the VM's loop.
-pub(super) struct Told {
+pub(super) struct NetCallbacks {
     pub lost: Box<dyn FnMut(&std::io::Error) + Send>,
     pub denied: Box<dyn FnMut(Denial) + Send>,
     pub throttled: Box<dyn FnMut() + Send>,
 }
 
 /// A card that is connected.
-pub(super) struct Connected {
+pub(super) struct AttachedNet {
     pub card: net::Net,
     /// Where its published ports are.
     pub published: Vec<SocketAddr>,
@@ -55,13 +55,13 @@ enum Source {
     Tap(String),
     TapFiles(Vec<Arc<File>>),
     Socket(Arc<OwnedFd>),
-    Switch(Plug),
+    Switch(SwitchAttachment),
     Custom(Custom),
 }
 
 /// A place on a switch, to be taken.
 #[derive(Debug, Clone)]
-struct Plug {
+struct SwitchAttachment {
     switch: Switch,
     name: String,
     /// It was taken before the VM is started.
@@ -194,7 +194,7 @@ impl Net {
     /// The name is taken when the VM starts, which fails when another has it. It is free again when the VM has ended.
     /// All guests of a switch should have the same [`Net::mtu`]: packets that are larger than a guest's are dropped.
     pub fn switch(switch: &Switch, name: impl Into<String>) -> Self {
-        Self::of(Source::Switch(Plug { switch: switch.clone(), name: name.into(), place: None }))
+        Self::of(Source::Switch(SwitchAttachment { switch: switch.clone(), name: name.into(), place: None }))
     }
 
     /// Connects the card to a [`NetBackend`](crate::backend::NetBackend) of the embedder's.
@@ -288,7 +288,7 @@ impl Net {
                 let (address, prefix) = (config.guest4.octets(), config.prefix4);
                 Some(Link { address, prefix, gateway: Some(gateway), resolver: gateway })
             }
-            Source::Switch(Plug { place: Some(place), .. }) => {
+            Source::Switch(SwitchAttachment { place: Some(place), .. }) => {
                 let (address, resolver) = (place.address().octets(), place.resolver().octets());
                 Some(Link { address, prefix: crate::net::SWITCH_PREFIX, gateway: None, resolver })
             }
@@ -334,8 +334,8 @@ impl Net {
         vcpus: u8,
         switches: Vec<Switch>,
         descriptors: DescriptorShare,
-        told: Told,
-    ) -> Result<Connected> {
+        told: NetCallbacks,
+    ) -> Result<AttachedNet> {
         if let Some(method) = self.misplaced {
             return Err(Error::invalid(method, "says nothing about a network of this kind"));
         }
@@ -370,7 +370,7 @@ impl Net {
             Source::Socket(fd) => {
                 vec![Carrier::other(SocketNet::new(fd.try_clone().doing(|| "copying a descriptor")?)?)]
             }
-            Source::Switch(Plug { switch, name, place }) => {
+            Source::Switch(SwitchAttachment { switch, name, place }) => {
                 let place = match place {
                     Some(place) => place.clone(),
                     None => Arc::new(switch.join(name, mac, mtu)?),
@@ -385,7 +385,7 @@ impl Net {
         let (recorder, pump) = self.capture.as_ref().map(Capture::open).transpose()?.unzip();
         let mut card = net::Net::new(backends, mac, mtu, told.lost).on_throttled(told.throttled).captured_by(recorder);
         card.set_limit(&self.limit);
-        Ok(Connected { card, published, pump })
+        Ok(AttachedNet { card, published, pump })
     }
 }
 
@@ -569,8 +569,8 @@ mod tests {
     use super::*;
     use std::os::unix::net::{UnixDatagram, UnixStream};
 
-    fn nobody() -> Told {
-        Told { lost: Box::new(|_| ()), denied: Box::new(|_| ()), throttled: Box::new(|| ()) }
+    fn nobody() -> NetCallbacks {
+        NetCallbacks { lost: Box::new(|_| ()), denied: Box::new(|_| ()), throttled: Box::new(|| ()) }
     }
 
     fn error(net: Net) -> Error {
@@ -611,7 +611,7 @@ mod tests {
         assert_eq!(refused.kind(), ErrorKind::AlreadyExists, "{refused}");
         drop(listener);
         let user = user.publish(Port::tcp(([127, 0, 0, 1], 0), 80));
-        let Connected { published, .. } = user.attach(1, Vec::new(), DescriptorShare::default(), nobody()).unwrap();
+        let AttachedNet { published, .. } = user.attach(1, Vec::new(), DescriptorShare::default(), nobody()).unwrap();
         assert!(published[0].ip().is_loopback() && published[0].port() > 0);
     }
 

@@ -8,10 +8,10 @@ use std::time::{Duration, Instant};
 
 use super::events::EventKind;
 use super::exit::{Reason, Registers};
-use super::halt::{self, Sightings};
+use super::halt::{self, HaltRecord};
 use super::machine::Machine;
-use super::pause::{ExitRequest, Turn};
 use super::stats::{ExitCounts, VcpuStats, count};
+use super::vcpu_gate::{ExitRequest, VcpuAction};
 use crate::bus::Bus;
 use crate::kvm::{Kicker, VcpuExit, VcpuFd};
 use crate::sys::{KickSignal, ThreadId};
@@ -25,7 +25,7 @@ pub(super) struct VcpuControl {
     /// In nanoseconds, once its thread has ended.
     cpu_time: AtomicU64,
     /// Whether it was seen halted for good.
-    pub halt: Sightings,
+    pub halt: HaltRecord,
 }
 
 impl VcpuControl {
@@ -97,7 +97,7 @@ pub(super) fn run(machine: &Machine, id: u8, mut vcpu: VcpuFd) {
     let mut told_entered = false;
     loop {
         let turn = machine.shared.gate.turn(&vcpu);
-        if turn == Turn::End {
+        if turn == VcpuAction::End {
             break;
         }
         let exit = vcpu.run();
@@ -107,7 +107,7 @@ pub(super) fn run(machine: &Machine, id: u8, mut vcpu: VcpuFd) {
             Ok(VcpuExit::Interrupted) => &control.exits.interrupted,
             _ => &control.exits.other,
         });
-        if turn == Turn::Finish && matches!(exit, Ok(VcpuExit::Interrupted)) {
+        if turn == VcpuAction::Finish && matches!(exit, Ok(VcpuExit::Interrupted)) {
             if machine.shared.gate.park() {
                 vcpu.tell_paused();
             }
@@ -129,10 +129,10 @@ pub(super) fn run(machine: &Machine, id: u8, mut vcpu: VcpuFd) {
             machine.shared.stop(reason, (Some(words), registers));
         }
     }
-    if id == 0 && machine.shared.killed_without_a_word() {
+    if id == 0 && machine.shared.ended_without_reason() {
         let VcpuStats { cpu_time, port_exits, mmio_exits, .. } = control.stats();
         let did = format!("{cpu_time:?} on a processor, {port_exits} accesses to ports, {mmio_exits} to devices");
-        machine.shared.was_at((Some(format!("ended from outside after {did}")), Registers::of(&vcpu).ok()));
+        machine.shared.set_last_exit((Some(format!("ended from outside after {did}")), Registers::of(&vcpu).ok()));
     }
     control.leave();
 }
@@ -140,8 +140,8 @@ pub(super) fn run(machine: &Machine, id: u8, mut vcpu: VcpuFd) {
 /// Looks whether the guest has ended without being able to say so.
 fn look(machine: &Machine, control: &VcpuControl, vcpu: &VcpuFd) -> Option<(Reason, String)> {
     // One that cannot be asked is not dead.
-    control.halt.saw(vcpu.is_dead().unwrap_or(false), Instant::now());
-    halt::all_dead(machine.shared.vcpus.iter().map(|it| &it.halt))
+    control.halt.record(vcpu.is_dead().unwrap_or(false), Instant::now());
+    halt::all_halted_for_good(machine.shared.vcpus.iter().map(|it| &it.halt))
         .then(|| (Reason::Halt, "all vCPUs halted, with interrupts disabled".into()))
 }
 

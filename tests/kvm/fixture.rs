@@ -247,7 +247,7 @@ pub fn resident() -> Result<u64, Box<dyn Error>> {
     Ok(pages * 4096)
 }
 
-/// A layer in the folder for temporary files, which is memory in the lab: what lies on its `/` is slow.
+/// A layer in the directory for temporary files, which is memory in the lab: what lies on its `/` is slow.
 pub fn layer() -> WritableLayer {
     WritableLayer::new(Size::gib(4)).folder(std::env::temp_dir())
 }
@@ -268,7 +268,7 @@ pub fn container() -> cofferdam::Result<Container> {
     debian_container().start()
 }
 
-/// A folder that goes away with its test.
+/// A directory that goes away with its test.
 pub struct Temp(PathBuf);
 
 impl Temp {

@@ -17,7 +17,7 @@ pub const VICTIM: &str = "COFFERDAM_TEST_VICTIM";
 
 /// The disk of a Debian with fio, e2fsprogs and sqlite3.
 fn root() -> Result<PathBuf, Box<dyn std::error::Error>> {
-    // In a folder of its own, so that it is the only disk there.
+    // In a directory of its own, so that it is the only disk there.
     let folder = cache().join("storage");
     Image::open(cache().join("images/debian-12-storage.tar"))?.cache_dir(&folder).prepare()?;
     let is_disk = |path: &PathBuf| path.extension().is_some_and(|extension| extension == "erofs");

@@ -34,8 +34,8 @@ pub(crate) enum Tables {
     MultiProcessor,
 }
 
-/// Writes what a kernel reads about the machine: its `vcpus` processors, virtio-mmio devices by the addresses of their
-/// windows and their interrupt lines, and its `generation`, which is never the same twice.
+/// Writes what a kernel reads about the machine. These are its `vcpus` processors, the windows and interrupt lines of
+/// virtio-mmio devices, and its `generation`, which is never the same twice.
 ///
 /// # Errors
 /// `InvalidConfig` when the tables do not fit their areas.

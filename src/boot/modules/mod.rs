@@ -1,6 +1,6 @@
 //! [`Modules`]: the modules of a kernel, of which guests get those that their devices need.
 //!
-//! The folder may be hostile: its lists and files are bounded, no path leaves it, and nothing in it is run.
+//! The directory may be hostile: its lists and files are bounded, no path leaves it, and nothing in it is run.
 
 mod packing;
 #[cfg(test)]
@@ -83,7 +83,7 @@ impl Modules {
         let (mut packed, mut size) = (Packed::default(), 0);
         for (n, step) in self.tree.order(&wanted)?.into_iter().enumerate() {
             let contents = step.module.contents(self.tree.root())?;
-            // All of a folder are of one kernel.
+            // All of a directory are of one kernel.
             if n == 0 {
                 same_release(release, packing::release(&contents))?;
             }

@@ -1,4 +1,4 @@
-//! Folders of modules, good, damaged and hostile. No KVM.
+//! Directories of modules, good, damaged and hostile. No KVM.
 
 use std::io::Write;
 use std::os::unix::fs::symlink;
@@ -10,7 +10,7 @@ use proptest::prelude::*;
 
 use super::*;
 
-/// A folder that goes away with its test.
+/// A directory that goes away with its test.
 struct Folder(PathBuf);
 
 impl Folder {

@@ -16,7 +16,7 @@ const MAX_LIST: u64 = 16 << 20;
 /// The most modules that one machine gets; it needs a dozen.
 const MAX_ORDER: usize = 256;
 
-/// Everything that is known of a folder.
+/// Everything that is known of a directory.
 #[derive(Debug)]
 pub(super) struct Tree {
     /// Without symbolic links.

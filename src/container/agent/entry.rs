@@ -1,4 +1,4 @@
-//! [`Entry`]: one process as the host knows it, with its time-outs.
+//! [`ProcessEntry`]: one process as the host knows it, with its time-outs.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -15,7 +15,7 @@ pub(in crate::container) const KILL_MARGIN: Duration = Duration::from_secs(2);
 pub(super) const UNANSWERED_KILL: Duration = Duration::from_secs(30);
 
 /// One process that was asked for.
-pub(super) struct Entry {
+pub(super) struct ProcessEntry {
     pub(super) state: Arc<State>,
     pub(super) started: Option<Started>,
     /// When its own time is over.
@@ -58,7 +58,7 @@ impl Ending {
 /// The number of SIGKILL (signal(7)).
 const SIGKILL: u8 = 9;
 
-impl Entry {
+impl ProcessEntry {
     pub(super) fn new(state: Arc<State>, started: Started, deadline: Option<Instant>) -> Self {
         let now = Instant::now();
         let mut entry =
@@ -101,7 +101,7 @@ impl Entry {
     }
 }
 
-impl Drop for Entry {
+impl Drop for ProcessEntry {
     fn drop(&mut self) {
         // Whatever way it is forgotten: nobody waits for it for ever.
         self.state.abandon();
@@ -109,7 +109,7 @@ impl Drop for Entry {
 }
 
 /// What has come of a moment that a process waited for.
-pub(super) enum Expired {
+pub(super) enum Expiry {
     /// The guest has to be told to kill it.
     Kill,
     /// It has ended for the host.
@@ -118,22 +118,22 @@ pub(super) enum Expired {
     Unanswered,
 }
 
-impl Entry {
+impl ProcessEntry {
     /// Something it waited for is due.
-    pub(super) fn expire(&mut self, now: Instant) -> Expired {
+    pub(super) fn expire(&mut self, now: Instant) -> Expiry {
         match self.phase {
             Phase::Starting(_) | Phase::Running => {
                 let timed_out = self.deadline.is_some_and(|deadline| deadline <= now);
                 self.killed(if timed_out { Ending::TimedOut } else { Ending::GivenUp });
-                Expired::Kill
+                Expiry::Kill
             }
             Phase::Killed(ending) => {
                 self.end(ending);
                 self.phase = Phase::Overdue;
                 self.due = Some(now + UNANSWERED_KILL);
-                Expired::Ended
+                Expiry::Ended
             }
-            Phase::Overdue => Expired::Unanswered,
+            Phase::Overdue => Expiry::Unanswered,
         }
     }
 }

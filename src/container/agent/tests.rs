@@ -5,15 +5,15 @@ use crate::proto::{Stdio, StringBuf, Strings};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-fn client() -> (Client, UnixStream) {
+fn client() -> (ControlClient, UnixStream) {
     let (near, far, _tail) = VsockStream::pair().unwrap();
     near.set_nonblocking(true).unwrap();
     far.set_nonblocking(false).unwrap();
-    (Client::new(near, Decoder::new(FROM_GUEST_MAX), Timer::new().unwrap(), Weak::new()), far)
+    (ControlClient::new(near, Decoder::new(FROM_GUEST_MAX), Timer::new().unwrap(), Weak::new()), far)
 }
 
 /// Asks for a program whose time is over after `timeout`.
-fn spawn(client: &mut Client, timeout: Option<Duration>) -> (u32, Arc<State>, mpsc::Receiver<Result<()>>) {
+fn spawn(client: &mut ControlClient, timeout: Option<Duration>) -> (u32, Arc<State>, mpsc::Receiver<Result<()>>) {
     let state = State::new().unwrap();
     let (started, answer) = mpsc::sync_channel(1);
     let mut argv = StringBuf::new();
@@ -25,7 +25,7 @@ fn spawn(client: &mut Client, timeout: Option<Duration>) -> (u32, Arc<State>, mp
 }
 
 /// All that is due until `until` from now happens at once.
-fn pass(client: &mut Client, until: Duration) {
+fn pass(client: &mut ControlClient, until: Duration) {
     for entry in client.processes.values_mut() {
         entry.due = entry.due.map(|due| due - until);
         entry.deadline = entry.deadline.map(|deadline| deadline - until);
@@ -169,7 +169,7 @@ fn whoever_asks_during_a_flood_is_answered() {
         let edges = Interest::IN | Interest::OUT | Interest::READ_HANG_UP | Interest::EDGE_TRIGGERED;
         sources.watch(near.as_fd(), STREAM, edges).unwrap();
         sources.watch(timer.as_fd(), TIMER, Interest::IN).unwrap();
-        Client::new(near, Decoder::new(FROM_GUEST_MAX), timer, Weak::new())
+        ControlClient::new(near, Decoder::new(FROM_GUEST_MAX), timer, Weak::new())
     })
     .unwrap();
     let stop = Arc::new(AtomicBool::new(false));
@@ -184,7 +184,7 @@ fn whoever_asks_during_a_flood_is_answered() {
     });
     // All that one turn may do, so that there is always more: what others ask comes between the turns.
     for _ in 0..20 {
-        looped.remote().with(Client::new_port).unwrap();
+        looped.remote().with(ControlClient::new_port).unwrap();
     }
     stop.store(true, Ordering::Relaxed);
     flood.join().unwrap();

@@ -53,7 +53,7 @@ fn walk(root: &Beneath, budget: &Budget, f: &mut dyn FnMut(Found<'_>) -> Result<
             let before = waiting.len();
             for child in fs::read_dir(sys::path_of(directory.as_fd())).doing(doing)? {
                 let name = child.doing(doing)?.file_name();
-                // Here, as a folder may have any number of them.
+                // Here, as a directory may have any number of them.
                 budget.entry()?;
                 budget.names(name.len())?;
                 waiting.push((folder.clone(), name));
@@ -243,7 +243,7 @@ mod tests {
         Budget::new(limits, Size::mib(1), &Patience::new(Duration::MAX, [cancel]))
     }
 
-    /// A folder of any number of names once took all of them into memory before the first was counted.
+    /// A directory of any number of names once took all of them into memory before the first was counted.
     #[test]
     fn names_are_counted_before_they_are_kept() {
         let folder = std::env::temp_dir().join(format!("cofferdam-names-{}", std::process::id()));

@@ -1,4 +1,4 @@
-//! [`ImageLimits`]: how much an archive or a folder may ask for.
+//! [`ImageLimits`]: how much an archive or a directory may ask for.
 
 use crate::size::Size;
 

@@ -6,9 +6,9 @@ mod acl;
 mod budget;
 mod content;
 mod directory;
-#[cfg(any(test, feature = "internals"))]
-mod doors;
 mod erofs;
+#[cfg(any(test, feature = "internals"))]
+mod fuzzing;
 mod limits;
 mod path;
 mod recognize;
@@ -33,7 +33,7 @@ use crate::size::Size;
 use crate::sys::Beneath;
 use budget::{Budget, Patience};
 #[cfg(any(test, feature = "internals"))]
-pub(crate) use doors::image_tar;
+pub(crate) use fuzzing::image_tar;
 pub use limits::ImageLimits;
 use store::{Identity, Store};
 use tar::{Stream, Target};
@@ -66,7 +66,7 @@ const OPEN_TIMEOUT: Duration = Duration::from_secs(10);
 /// No content makes preparation panic, or take more memory, disk or time than allowed. [`ImageLimits`], [`Image::max_size`] and
 /// [`Image::prepare_timeout`] are these bounds. Preparation runs on a thread of its own.
 ///
-/// The cache folder is made for its user alone. A folder that others can write to is refused, and so are files of others in it.
+/// The cache directory is made for its user alone. A directory that others can write to is refused, and so are files of others in it.
 /// Each process reads a disk through before its first use, and makes a damaged one anew.
 #[derive(Debug, Clone)]
 pub struct Image {

@@ -1,4 +1,4 @@
-//! Paths of entries, as archives and folders have them: bytes, from the root of the image.
+//! Paths of entries, as archives and directories have them: bytes, from the root of the image.
 
 use crate::error::{Error, ErrorKind, Result};
 
@@ -64,7 +64,7 @@ impl EntryPath {
         self.0.is_empty()
     }
 
-    /// The parts of the folders above, then the last part, which only the root has not.
+    /// The parts of the directories above, then the last part, which only the root has not.
     pub(super) fn split(&self) -> (impl Iterator<Item = &[u8]>, Option<&[u8]>) {
         let mut parts = self.0.rsplitn(2, |byte| *byte == b'/');
         let last = parts.next().filter(|part| !part.is_empty());

@@ -1,6 +1,6 @@
 //! [`Seal`]: the last block of a prepared disk, behind its file system, by which damage is noticed.
 //!
-//! It guards against broken storage and interrupted copies. Against people, the folder's permissions guard.
+//! It guards against broken storage and interrupted copies. Against people, the directory's permissions guard.
 
 use std::fs::File;
 use std::io;

@@ -15,9 +15,9 @@ use super::budget::Patience;
 use super::seal::{self, Seal};
 use super::{begin, hex};
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::sys::{self, Beneath, Draft, Unforked};
+use crate::sys::{self, AtomicFile, Beneath, CloseOnFork};
 
-/// Of files and of folders: their user's alone, as images hold secrets.
+/// Of files and of directories: their user's alone, as images hold secrets.
 const FILE_MODE: u32 = 0o600;
 const FOLDER_MODE: u32 = 0o700;
 
@@ -49,7 +49,7 @@ impl Identity {
 static VERIFIED: Mutex<BTreeSet<Identity>> = Mutex::new(BTreeSet::new());
 const MAX_VERIFIED: usize = 4096;
 
-/// A folder of disks. Several processes may use one.
+/// A directory of disks. Several processes may use one.
 #[derive(Debug)]
 pub(super) struct Store {
     folder: Beneath,
@@ -60,8 +60,8 @@ pub(super) struct Store {
 
 impl Store {
     /// # Errors
-    /// `NotFound` when no folder was given and the user has no cache; `PermissionDenied` for a folder that others can write to;
-    /// else what making it fails with.
+    /// `NotFound` when no directory was given and the user has no cache. `PermissionDenied` for a directory that others
+    /// can write to. Else what making it fails with.
     pub(super) fn open(dir: Option<PathBuf>) -> Result<Self> {
         let own = dir.is_none();
         let dir = dir.or_else(|| sys::cache_dir().map(|dir| dir.join("images"))).ok_or_else(|| {
@@ -88,7 +88,7 @@ impl Store {
     pub(super) fn remember(&self, identity: &str, digest: &str) {
         let known = sys::path_of(self.known.as_fd());
         let write = || {
-            let draft = Draft::new(&known, FILE_MODE)?;
+            let draft = AtomicFile::new(&known, FILE_MODE)?;
             draft.file().write_all(digest.as_bytes())?;
             draft.file().sync_all()?;
             // What is there cannot be read, or it would not be said anew.
@@ -126,7 +126,7 @@ impl Store {
         }
         let writing = || format!("writing to {}", self.dir.display());
         let folder = sys::path_of(self.folder.as_fd());
-        let draft = Draft::new(&folder, FILE_MODE).doing(writing)?;
+        let draft = AtomicFile::new(&folder, FILE_MODE).doing(writing)?;
         make(draft.file())?;
         let seal = Seal::of(draft.file(), patience)?;
         seal.write(draft.file()).doing(writing)?;
@@ -139,7 +139,7 @@ impl Store {
             outcome => outcome.doing(writing)?,
         }
         match draft.publish(&path) {
-            // Where the folder is shared with another machine, the lock may be known to this one alone, and the other quicker.
+            // Where the directory is shared with another machine, the lock may be known to this one alone, and the other quicker.
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
             outcome => outcome.doing(|| format!("naming {}", self.dir.join(&name).display()))?,
         }
@@ -175,7 +175,7 @@ impl Store {
 
     /// Waits for whoever makes the same. One file for all digests: each has a byte of its own in it, so nobody ever has to remove a
     /// lock. It is not to be opened by others, who could hold it.
-    fn lock(&self, digest: &str, patience: &Patience) -> Result<Unforked<File>> {
+    fn lock(&self, digest: &str, patience: &Patience) -> Result<CloseOnFork<File>> {
         let doing = || format!("locking {}", self.dir.join("lock").display());
         let path = sys::path_of(self.folder.as_fd()).join("lock");
         let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
@@ -194,7 +194,7 @@ impl Store {
             std::thread::sleep(pause);
             pause = (pause * 2).min(LAST_PAUSE);
         }
-        Ok(Unforked::new(lock))
+        Ok(CloseOnFork::new(lock))
     }
 }
 
@@ -216,7 +216,7 @@ fn remember_verified(identity: Identity) {
     verified.insert(identity);
 }
 
-/// Makes a folder where it is missing, and opens it; errors call it `shown`.
+/// Makes a directory where it is missing, and opens it; errors call it `shown`.
 fn open_folder(path: &Path, shown: &Path) -> Result<Beneath> {
     let doing = || format!("cache folder {}", shown.display());
     DirBuilder::new().recursive(true).mode(FOLDER_MODE).create(path).doing(doing)?;

@@ -1,4 +1,5 @@
-//! Messages of the DNS (RFC 1035, 4): a question is understood, an answer is looked through; what answers the question is passed on as it is.
+//! Messages of the DNS (RFC 1035, 4). A question is parsed, an answer is scanned, and what answers the question is
+//! passed on unchanged.
 //!
 //! Compressed names are only skipped and never followed, so that there are no loops to fall into.
 
@@ -163,8 +164,8 @@ pub(crate) fn answers(question: &Question, bytes: &[u8]) -> Option<Answers> {
     Some(Answers { code, addresses, valid: Duration::from_secs(valid.into()) })
 }
 
-/// Keeps of an answer to `question` what it says about the name, and its EDNS record (RFC 6891, 6.1.1): not who else was asked, nor
-/// where those are. False: it is none.
+/// Keeps of an answer to `question` the records of its name, and its EDNS record (RFC 6891, 6.1.1). Which other names
+/// were asked, and their addresses, are dropped. False: it is none.
 pub(crate) fn strip(question: &Question, bytes: &mut Vec<u8>) -> bool {
     let Some((end, edns)) = sections(question, bytes) else { return false };
     let edns = edns.and_then(|range| bytes.get(range)).map(<[u8]>::to_vec);

@@ -155,7 +155,7 @@ const SPECIAL: &[(Cidr, &str)] = &[
 ];
 
 /// The smallest range that is not public and holds `address`, and what it is called. `None`: it is a public address.
-pub(crate) fn special(address: IpAddr) -> Option<(Cidr, &'static str)> {
+pub(crate) fn special_purpose_range(address: IpAddr) -> Option<(Cidr, &'static str)> {
     if let Some((range, whose)) = metadata::service(address) {
         log::trace!("{address} is {whose}");
         return Some((range, metadata::WHAT));
@@ -191,7 +191,7 @@ mod tests {
 
     #[test]
     fn what_is_not_public_has_a_name() {
-        let name = |text: &str| special(text.parse().unwrap()).map(|(_, name)| name);
+        let name = |text: &str| special_purpose_range(text.parse().unwrap()).map(|(_, name)| name);
         for (address, expected) in [
             ("169.254.169.254", "metadata"),
             ("169.254.1.1", "link-local"),

@@ -6,7 +6,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::{Cidr, Name, Policy, Protocol, Rule, Target, cidr::special};
+use super::{Cidr, Name, Policy, Protocol, Rule, Target, cidr::special_purpose_range};
 use crate::net::dns;
 use crate::sys::{Route, Routes, SocketKind};
 
@@ -108,7 +108,7 @@ const MIN_VALID: Duration = Duration::from_secs(10);
 const MAX_VALID: Duration = Duration::from_secs(7 * 24 * 3600);
 
 #[derive(Debug)]
-struct Bound {
+struct ResolvedName {
     name: Arc<str>,
     until: Instant,
 }
@@ -125,7 +125,7 @@ pub(crate) struct Enforcer {
     rules: Vec<Ready>,
     all_records: bool,
     /// What our resolver has answered.
-    names: HashMap<IpAddr, Vec<Bound>>,
+    names: HashMap<IpAddr, Vec<ResolvedName>>,
     bound: usize,
     reporter: Option<Reporter>,
     told: u32,
@@ -212,9 +212,10 @@ impl Enforcer {
     }
 
     fn decide(&self, protocol: Protocol, to: SocketAddr, now: Option<Instant>) -> Result<(), Why> {
-        let (address, special) = (to.ip(), special(to.ip()));
+        let (address, special_purpose_range) = (to.ip(), special_purpose_range(to.ip()));
         // What is not public must be named by a range that is not public either.
-        let names = |range: Cidr| range.contains(address) && special.is_none_or(|(block, _)| block.covers(range));
+        let names =
+            |range: Cidr| range.contains(address) && special_purpose_range.is_none_or(|(block, _)| block.covers(range));
         let mut denied = Why::NoRule;
         for (n, Ready { rule, name }) in self.rules.iter().enumerate() {
             if !rule.fits(protocol, to.port()) {
@@ -226,7 +227,7 @@ impl Enforcer {
                 (Target::Name(_), Some(name)) => (self.is_bound(address, name, now), true),
                 (Target::Name(_), None) => (false, true),
             };
-            match (hit, rule.allow, special) {
+            match (hit, rule.allow, special_purpose_range) {
                 (false, ..) => {}
                 (true, false, _) => return Err(Why::Rule(n)),
                 (true, true, Some((_, what))) if public && !self.range_allows(names, protocol, to.port(), rule) => {
@@ -283,12 +284,12 @@ impl Enforcer {
     }
 
     fn is_bound(&self, address: IpAddr, name: &Name, now: Option<Instant>) -> bool {
-        let valid = |bound: &&Bound| now.is_none_or(|now| bound.until > now);
+        let valid = |bound: &&ResolvedName| now.is_none_or(|now| bound.until > now);
         self.names.get(&address).is_some_and(|all| all.iter().filter(valid).any(|bound| name.matches(&bound.name)))
     }
 
-    /// Whether the guest may ask for records of type `kind` of `name`, which is in lower case and has no last dot; tells of the
-    /// denial.
+    /// Returns whether the guest may ask for records of type `kind` of `name`, and reports a denial. The name is in
+    /// lower case without its last dot.
     pub(crate) fn asks(&mut self, name: &str, kind: u16, now: Instant) -> Asking {
         let named =
             |ready: &Ready| ready.rule.allow && ready.name.as_ref().is_some_and(|pattern| pattern.matches(name));
@@ -343,7 +344,7 @@ impl Enforcer {
 
     /// Whether the guest may learn that `name` leads to `address`: not inside, where no rule allows the range (DNS rebinding).
     pub(crate) fn may_lead(&mut self, name: &str, address: IpAddr, now: Instant) -> bool {
-        let Some((block, what)) = special(address) else { return true };
+        let Some((block, what)) = special_purpose_range(address) else { return true };
         let named = |ready: &Ready| match ready.rule.target {
             Target::Range(range) => ready.rule.allow && range.contains(address) && block.covers(range),
             _ => false,
@@ -374,7 +375,7 @@ impl Enforcer {
                 Some(at) => drop(all.remove(at)),
                 None => self.bound += 1,
             }
-            all.push(Bound { name: name.clone(), until });
+            all.push(ResolvedName { name: name.clone(), until });
         }
     }
 

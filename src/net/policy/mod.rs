@@ -11,7 +11,7 @@ use std::ops::RangeInclusive;
 
 pub use self::cidr::Cidr;
 #[cfg(any(test, feature = "internals"))]
-pub(crate) use self::cidr::special;
+pub(crate) use self::cidr::special_purpose_range;
 pub(crate) use self::enforce::{Admitted, Asking, Enforcer};
 pub use self::enforce::{Denial, Why};
 pub(crate) use self::name::Name;
@@ -172,7 +172,7 @@ impl Rule {
 
 /// Whether a rule that allows all of `ours` allows every address of `theirs`, which lies in it.
 fn special_alike(ours: Cidr, theirs: Cidr) -> bool {
-    ours == theirs || cidr::special(theirs.first()).is_none_or(|(range, _)| range.covers(ours))
+    ours == theirs || cidr::special_purpose_range(theirs.first()).is_none_or(|(range, _)| range.covers(ours))
 }
 
 /// The rules by which a guest may go to addresses and names; a config value.

@@ -15,13 +15,14 @@ const SERVERS: [u16; 2] = [67, 547];
 /// Messages by which routers change the way that packets go (RFC 792, RFC 1256), as no guest may.
 const REDIRECT: u8 = 5;
 const ADVERTISEMENT: u8 = 9;
-/// Neighbour discovery (RFC 4861, 4), in which the switch answers for all, and what else is for routers and neighbours: inverse
-/// and secure discovery, groups, mobility (RFC 3122, RFC 3971, RFC 2710 and 3810, RFC 6275).
+/// Neighbor discovery (RFC 4861, 4), which the switch answers for all guests, and other messages of routers and
+/// neighbors. Those are inverse and secure discovery, groups and mobility (RFC 3122, RFC 3971, RFC 2710 and 3810, RFC
+/// 6275).
 pub(super) const DISCOVERY: std::ops::RangeInclusive<u8> = 133..=137;
 const GROUPS: std::ops::RangeInclusive<u8> = 130..=132;
 const LINK: std::ops::RangeInclusive<u8> = 141..=149;
-/// Headers of IPv6 behind which there is another (RFC 7045, 2), but for those that were skipped: what is there is not known, and
-/// may be a message as above.
+/// Headers of IPv6 that are followed by another (RFC 7045, 2), but for those that were skipped. What follows is not
+/// known, and may be a message as above.
 const EXTENSIONS: [u8; 10] = [0, 43, 44, 51, 60, 135, 139, 140, 253, 254];
 
 /// The largest frame that every driver which takes segments to cut has room for (Virtio 1.3, 5.1.6.3.1).

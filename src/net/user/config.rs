@@ -46,8 +46,8 @@ pub(crate) struct Limits {
     pub connections: usize,
     /// New TCP connections of the guest; what was not used is kept for a second.
     pub new_connections: Option<Rate>,
-    /// UDP flows and pings at once that the guest has begun, and as many of callers of published ports; of each, the one that
-    /// was idle for longest makes room.
+    /// UDP flows and pings at once that the guest has begun. Callers of published ports may have as many. Of each kind
+    /// the one that was idle for longest makes room.
     pub datagram_flows: usize,
     /// Until a connection is made.
     pub half_open: Duration,
@@ -184,8 +184,8 @@ pub struct NetStats {
     pub malformed: u64,
     /// With a wrong checksum.
     pub bad_checksums: u64,
-    /// Packets of the guest whose fragments made no whole: they were not all there in time, or contradicted each other, or were
-    /// of a protocol that has no use for them.
+    /// Packets of the guest whose fragments made no whole. Fragments were late, contradicted each other, or were of a
+    /// protocol that does not use them.
     pub fragments: u64,
     /// From a hardware or IP address that is not the guest's, or, on a switch, what no guest may say to another.
     pub spoofed: u64,

@@ -8,10 +8,10 @@ use std::os::fd::AsFd;
 use std::time::Instant;
 
 use super::core::{Begun, Core, put};
+use super::generational::{Id, Owner, Table};
 use super::host::{Alarm, exhausted};
 use super::icmp::{self, Unreachable};
-use super::publish::Ports;
-use super::table::{Id, Owner, Table};
+use super::port_forward::Ports;
 use super::tcp::{Tried, gateway_of};
 use crate::memory::{GuestMemory, Segment};
 use crate::net::policy::Protocol;

@@ -7,8 +7,8 @@ use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use super::core::Core;
+use super::generational::Owner;
 use super::host::Alarm;
-use super::table::Owner;
 use crate::net::wire::{Bad, Fragment, MAX_PACKET, Packet};
 
 /// Packets that are put together at once. The oldest makes room.

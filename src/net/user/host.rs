@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
-use super::table::Owner;
+use super::generational::Owner;
 use crate::net::policy::Admitted;
 use crate::sys::{ControlOperation, Epoll, EpollEvent, EventSet, HeldDescriptors, Socket, SocketKind, Timer};
 

@@ -9,18 +9,18 @@
 //! smoltcp plays the guest in tests, so that two independent implementations have to agree. ARCHITECTURE.md says why it
 //! is not used here.
 
-mod clients;
 mod config;
 pub(super) mod core;
 mod datagrams;
 pub(super) mod dhcp;
+mod dns_tcp;
 mod fragments;
+pub(super) mod generational;
 mod host;
 pub(super) mod icmp;
 pub(super) mod neighbour;
-mod publish;
+mod port_forward;
 mod resolver;
-pub(super) mod table;
 mod tcp;
 #[cfg(test)]
 mod tests;
@@ -29,18 +29,18 @@ use std::io;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::os::fd::BorrowedFd;
 
-use self::clients::Clients;
 pub(crate) use self::config::Config;
 use self::config::Limits;
 pub use self::config::NetStats;
 use self::core::Core;
 use self::datagrams::{Datagram, Datagrams, Payload};
+use self::dns_tcp::Clients;
 use self::fragments::Fragments;
+use self::generational::Owner;
 use self::neighbour::Router;
-use self::publish::Ports;
-pub(crate) use self::publish::Published;
-use self::resolver::{Asker, Resolver};
-use self::table::Owner;
+use self::port_forward::Ports;
+pub(crate) use self::port_forward::Published;
+use self::resolver::{Requester, Resolver};
 use self::tcp::{Segment as TcpSegment, TcpFlows};
 use super::policy::{Cidr, Denial, Policy};
 use super::wire::{self, Bad, Ends, Packet};
@@ -415,7 +415,7 @@ impl UserNet {
         let len = udp.len - wire::UDP_HEADER;
         if guest && udp.dst == resolver::PORT && self.core.config.is_gateway(ends.dst) {
             let query = self.core.copy(memory, frame, at, len)?.to_vec();
-            self.resolver.query(&mut self.core, Asker::Udp(ends, udp.src), &query);
+            self.resolver.query(&mut self.core, Requester::Udp(ends, udp.src), &query);
             return Ok(());
         }
         cut(frame, at, len, &mut self.payload);

@@ -6,8 +6,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::Duration;
 
 use super::core::Core;
+use super::generational::Owner;
 use super::host::Alarm;
-use super::table::Owner;
 use crate::net::Mac;
 use crate::net::wire::{self, Ends, Packet};
 

@@ -10,8 +10,8 @@ use std::os::fd::AsFd;
 use std::time::Duration;
 
 use super::core::{Core, ROUTE_CALLS};
+use super::generational::{Id, Owner, Table};
 use super::host::Alarm;
-use super::table::{Id, Owner, Table};
 use crate::net::dns::{self, Code, Question, Servers};
 use crate::net::policy::Asking;
 use crate::net::wire::{self, Ends};
@@ -29,7 +29,7 @@ const MAX_ANSWER: usize = 4096;
 
 /// Who wants to know.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Asker {
+pub(super) enum Requester {
     Udp(Ends, u16),
     /// A connection's other end.
     Tcp(Id),
@@ -37,8 +37,8 @@ pub(super) enum Asker {
 
 /// A question that a resolver of the host was asked.
 #[derive(Debug)]
-struct Asked {
-    asker: Asker,
+struct PendingQuery {
+    asker: Requester,
     question: Question,
     query: Vec<u8>,
     id: u16,
@@ -54,7 +54,7 @@ struct Asked {
 /// The questions under way, and answers for those who asked over TCP.
 #[derive(Debug)]
 pub(super) struct Resolver {
-    asked: Table<Asked>,
+    asked: Table<PendingQuery>,
     pub servers: Servers,
     /// Answers for connections.
     pub answers: Vec<(Id, Vec<u8>)>,
@@ -71,7 +71,7 @@ impl Resolver {
     }
 
     /// Takes a query of the guest.
-    pub(super) fn query(&mut self, core: &mut Core, asker: Asker, query: &[u8]) {
+    pub(super) fn query(&mut self, core: &mut Core, asker: Requester, query: &[u8]) {
         core.stats.questions += 1;
         let question = match Question::parse(query) {
             Ok(question) => question,
@@ -104,7 +104,7 @@ impl Resolver {
     }
 
     /// Asks the next resolver that can be asked.
-    fn ask(&mut self, core: &mut Core, asker: Asker, question: Question, query: Vec<u8>, mut tried: usize) {
+    fn ask(&mut self, core: &mut Core, asker: Requester, question: Question, query: Vec<u8>, mut tried: usize) {
         let servers = self.servers.all(core.host.now).to_vec();
         while tried < servers.len() * ROUNDS {
             let Some(server) = servers.get(tried % servers.len().max(1)).copied() else { break };
@@ -121,13 +121,13 @@ impl Resolver {
     fn ask_one(
         &mut self,
         core: &mut Core,
-        asker: Asker,
+        asker: Requester,
         question: &Question,
         query: &[u8],
         tried: usize,
         server: SocketAddr,
     ) -> io::Result<()> {
-        let stream = matches!(asker, Asker::Tcp(_));
+        let stream = matches!(asker, Requester::Tcp(_));
         let kind = if stream { SocketKind::Stream } else { SocketKind::Datagram };
         let socket = core.host.connect(&core.policy.resolver(kind, server))?;
         let mut number = [0; 2];
@@ -146,7 +146,7 @@ impl Resolver {
         let (until, question) = (core.host.now + PATIENCE, question.clone());
         let query = query.to_vec();
         let alarm = Alarm::default();
-        let asked = Asked { asker, question, query, id, tried, socket, rest, answer: Vec::new(), alarm };
+        let asked = PendingQuery { asker, question, query, id, tried, socket, rest, answer: Vec::new(), alarm };
         let it = self.asked.insert(asked);
         let Some(asked) = self.asked.get_mut(it) else { return Ok(()) };
         if let Err(error) = core.host.watch(asked.socket.as_fd(), Owner::Resolver(it)) {
@@ -160,7 +160,7 @@ impl Resolver {
     /// Something has happened to a question's socket.
     pub(super) fn ready(&mut self, core: &mut Core, id: Id, events: EventSet) {
         let Some(asked) = self.asked.get_mut(id) else { return };
-        let came = if matches!(asked.asker, Asker::Tcp(_)) { asked.over_tcp(events) } else { asked.over_udp() };
+        let came = if matches!(asked.asker, Requester::Tcp(_)) { asked.over_tcp(events) } else { asked.over_udp() };
         match came {
             Ok(None) => {}
             Ok(Some(answer)) => self.came(core, id, answer),
@@ -179,7 +179,7 @@ impl Resolver {
         }
     }
 
-    fn remove(&mut self, core: &mut Core, id: Id) -> Option<Asked> {
+    fn remove(&mut self, core: &mut Core, id: Id) -> Option<PendingQuery> {
         let mut asked = self.asked.remove(id)?;
         core.host.cancel(&mut asked.alarm, Owner::Resolver(id));
         Some(asked)
@@ -197,7 +197,7 @@ impl Resolver {
         let found = dns::answers(&asked.question, &answer);
         let failed = |code| code == Code::ServFail as u8 || code == Code::Refused as u8 || code == Code::NotImp as u8;
         // Within a record: all of it comes over TCP, and another resolver would cut it off too.
-        let cut_off = found.is_none() && dns::is_truncated(&answer) && matches!(asked.asker, Asker::Udp(..));
+        let cut_off = found.is_none() && dns::is_truncated(&answer) && matches!(asked.asker, Requester::Udp(..));
         let found = found.filter(|found| !failed(found.code));
         if found.is_none() && !cut_off {
             return self.next(core, id);
@@ -227,23 +227,23 @@ impl Resolver {
             answer = dns::reply(&asked.query, Code::ServFail);
         }
         let room = usize::from(core.config.mtu) - 40 - wire::UDP_HEADER;
-        if matches!(asked.asker, Asker::Udp(..)) && answer.len() > room {
+        if matches!(asked.asker, Requester::Udp(..)) && answer.len() > room {
             answer = dns::truncated(&asked.query);
         }
         self.answer(core, asked.asker, &answer);
     }
 
-    fn answer(&mut self, core: &mut Core, asker: Asker, answer: &[u8]) {
+    fn answer(&mut self, core: &mut Core, asker: Requester, answer: &[u8]) {
         match asker {
-            Asker::Udp(ends, port) => {
+            Requester::Udp(ends, port) => {
                 core.send_udp(Ends { src: ends.dst, dst: ends.src }, (PORT, port), answer);
             }
-            Asker::Tcp(id) => self.answers.push((id, answer.to_vec())),
+            Requester::Tcp(id) => self.answers.push((id, answer.to_vec())),
         }
     }
 }
 
-impl Asked {
+impl PendingQuery {
     fn over_udp(&mut self) -> io::Result<Option<Vec<u8>>> {
         let mut buffer = [0; MAX_ANSWER];
         loop {

@@ -1,6 +1,6 @@
 //! What a disk was told to be, and what the driver sees of that: features and configuration space (Virtio 1.3, 5.2.3, 5.2.4).
 
-use super::backend::Shape;
+use super::backend::Geometry;
 use super::limit::DiskLimit;
 use super::policy::Policy;
 use super::request::{ID_LEN, MAX_DISCARD, MAX_RANGES, MAX_ZEROES};
@@ -93,7 +93,7 @@ impl Options {
         bytes
     }
 
-    pub(super) fn features(&self, shape: &Shape) -> u64 {
+    pub(super) fn features(&self, shape: &Geometry) -> u64 {
         let mut features = F_SEG_MAX | F_BLK_SIZE | F_TOPOLOGY | F_FLUSH | F_CONFIG_WCE;
         if shape.read_only {
             features |= F_RO;
@@ -104,7 +104,7 @@ impl Options {
     }
 
     /// Virtio 1.3, 5.2.4, virtio_blk_config.
-    pub(super) fn config_space(&self, shape: &Shape) -> ConfigSpace {
+    pub(super) fn config_space(&self, shape: &Geometry) -> ConfigSpace {
         let discard = if shape.read_only { 0 } else { u64::from(shape.discard) };
         let sectors = u32::try_from(discard / SECTOR).unwrap_or(u32::MAX).max(1);
         let mut bytes = Vec::with_capacity(60);

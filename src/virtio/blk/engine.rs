@@ -1,19 +1,19 @@
-//! What moves a disk's bytes: the kernel, through the [`Mover`]'s ring, wherever the backend says in which files they lie;
-//! the backend's own calls, which block, everywhere else.
+//! Moves a disk's bytes. The kernel moves them through the [`IoQueue`]'s ring, where the backend says in which files
+//! they lie. Elsewhere the backend's own calls do it, which block.
 
 use std::io;
 
 use super::backend::{BlockBackend, Extent, front, zeroes_to_guest};
 use super::config::{Cache, DiskEngine, Options};
-use super::flight::Flight;
 use super::request::{Range, Work};
+use super::requests::InFlight;
 use super::{RING, SECTOR};
-use crate::memory::{Move, Mover, Segment};
+use crate::memory::{IoOperation, IoQueue, Segment};
 use crate::virtio::Chain;
 
 /// What became of a stage of a request.
-pub(super) enum Begun {
-    /// The mover has it.
+pub(super) enum Progress {
+    /// The I/O queue has it.
     UnderWay,
     /// It is over.
     Ended(io::Result<()>),
@@ -23,10 +23,10 @@ pub(super) enum Begun {
 pub(super) struct Engine {
     pub backend: Box<dyn BlockBackend>,
     /// Moves bytes to and from the backend's files. `None`: the backend's own calls do.
-    pub mover: Option<Mover>,
+    pub io_queue: Option<IoQueue>,
     /// Why there is no mover though one was asked for.
     pub refused: Option<String>,
-    /// All of the disk is one file, so nothing but the mover is needed.
+    /// All of the disk is one file, so nothing but the I/O queue is needed.
     pub direct: bool,
     /// A sync has failed: the host forgets that once it was told, so nothing that it says later can be believed.
     pub undurable: bool,
@@ -41,9 +41,9 @@ impl Engine {
     /// Finds out what the backend and the host can do.
     pub(super) fn new(backend: Box<dyn BlockBackend>, options: &Options) -> Self {
         let cache = options.cache;
-        let (mover, refused, places) = Default::default();
+        let (io_queue, refused, places) = Default::default();
         let mut engine =
-            Self { backend, mover, refused, direct: false, undurable: false, called: false, cache, places };
+            Self { backend, io_queue, refused, direct: false, undurable: false, called: false, cache, places };
         if options.engine == DiskEngine::Threads {
             return engine;
         }
@@ -57,12 +57,12 @@ impl Engine {
         let (sector, all) = (whole(SECTOR), whole(len));
         let made = match sector {
             None => Err("its bytes are not in a file that the host's kernel can read by itself".to_owned()),
-            Some(_) => Mover::new(RING).map_err(|e| e.to_string()),
+            Some(_) => IoQueue::new(RING).map_err(|e| e.to_string()),
         };
         match made {
-            Ok(mover) => {
+            Ok(io_queue) => {
                 engine.direct = (sector, all) == (Some(true), Some(true)) && engine.backend.sync_fd().is_some();
-                engine.mover = Some(mover);
+                engine.io_queue = Some(io_queue);
             }
             Err(why) if options.engine == DiskEngine::Ring => engine.refused = Some(why),
             Err(why) => log::debug!("{}: no io_uring: {why}", options.name),
@@ -70,29 +70,29 @@ impl Engine {
         engine
     }
 
-    /// Whether this is done by a call of the backend's that may give away places which the mover reads from or writes to.
-    pub(super) fn needs_rest(&self, flight: &Flight) -> bool {
+    /// Whether this is done by a call of the backend's that may give away places which the I/O queue reads from or writes to.
+    pub(super) fn needs_rest(&self, flight: &InFlight) -> bool {
         !flight.syncing
             && matches!(flight.work, Work::Discard(_) | Work::WriteZeroes(_))
-            && !(self.direct && self.mover.is_some())
+            && !(self.direct && self.io_queue.is_some())
     }
 
     /// Begins the stage at which the request in `slot` stands.
-    pub(super) fn begin(&mut self, slot: usize, flight: &mut Flight) -> Begun {
+    pub(super) fn begin(&mut self, slot: usize, flight: &mut InFlight) -> Progress {
         match self.step(slot, flight) {
-            // What is under way must end before the request does.
+            // What is in flight must end before the request does.
             outcome if flight.moves > 0 => {
                 flight.error = outcome.err();
-                Begun::UnderWay
+                Progress::UnderWay
             }
-            outcome => Begun::Ended(outcome),
+            outcome => Progress::Ended(outcome),
         }
     }
 
-    fn step(&mut self, slot: usize, flight: &mut Flight) -> io::Result<()> {
+    fn step(&mut self, slot: usize, flight: &mut InFlight) -> io::Result<()> {
         let (stage, from) = (flight.stage(), usize::try_from(flight.done).unwrap_or(usize::MAX));
         let Range { offset, len, .. } = stage;
-        let Flight { chain, work, moves, .. } = flight;
+        let InFlight { chain, work, moves, .. } = flight;
         match work {
             _ if flight.syncing => self.sync(slot, flight),
             Work::Flush => self.sync(slot, flight),
@@ -127,9 +127,9 @@ impl Engine {
         }
     }
 
-    /// Finds where the mover can find the range by itself: `places`. `None` where it cannot.
+    /// Finds where the I/O queue can find the range by itself: `places`. `None` where it cannot.
     fn locate(&mut self, write: bool, offset: u64, len: u64) -> Option<io::Result<()>> {
-        self.mover.as_ref()?;
+        self.io_queue.as_ref()?;
         self.places.clear();
         self.backend.extents(write, offset, len, &mut self.places)
     }
@@ -148,8 +148,8 @@ impl Engine {
         if !alone {
             rest.extend_from_slice(segments);
         }
-        let mover = self.mover.as_mut();
-        let mover = mover.ok_or_else(no_mover)?;
+        let io_queue = self.io_queue.as_mut();
+        let io_queue = io_queue.ok_or_else(no_io_queue)?;
         for place in &self.places {
             let (Extent::File { len, .. } | Extent::Zeroes { len }) = *place;
             if !alone {
@@ -157,15 +157,15 @@ impl Engine {
             }
             let part = if alone { segments } else { &part };
             let what = match *place {
-                Extent::File { fd, offset, .. } if write => Move::Write { fd, offset, from: part },
-                Extent::File { fd, offset, .. } => Move::Read { fd, offset, to: part },
+                Extent::File { fd, offset, .. } if write => IoOperation::Write { fd, offset, from: part },
+                Extent::File { fd, offset, .. } => IoOperation::Read { fd, offset, to: part },
                 Extent::Zeroes { .. } if write => return Err(io::Error::other("there is no place to write to")),
                 Extent::Zeroes { .. } => {
                     zeroes_to_guest(chain.memory(), part)?;
                     continue;
                 }
             };
-            mover.take_on(chain.memory(), slot, what)?;
+            io_queue.take_on(chain.memory(), slot, what)?;
             *moves += 1;
         }
         debug_assert!(rest.is_empty(), "the backend did not tell all places");
@@ -174,7 +174,7 @@ impl Engine {
 
     /// Discards a range, or makes zeroes of it.
     fn range(&mut self, slot: usize, chain: &Chain, moves: &mut u32, range: Range, what: Ranges) -> io::Result<()> {
-        if self.mover.is_none() || !self.direct {
+        if self.io_queue.is_none() || !self.direct {
             self.called = true;
             return match what {
                 Ranges::Discard => self.backend.discard(range.offset, range.len),
@@ -188,27 +188,27 @@ impl Engine {
         let hole = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
         let zero = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
         let what = match (what, range.unmap) {
-            (Ranges::PlainZeroes, _) => Move::Zero { fd, offset, len },
-            (Ranges::Zeroes, false) => Move::Allocate { fd, mode: zero, offset, len },
-            _ => Move::Allocate { fd, mode: hole, offset, len },
+            (Ranges::PlainZeroes, _) => IoOperation::Zero { fd, offset, len },
+            (Ranges::Zeroes, false) => IoOperation::Allocate { fd, mode: zero, offset, len },
+            _ => IoOperation::Allocate { fd, mode: hole, offset, len },
         };
-        self.mover.as_mut().ok_or_else(no_mover)?.take_on(chain.memory(), slot, what)?;
+        self.io_queue.as_mut().ok_or_else(no_io_queue)?.take_on(chain.memory(), slot, what)?;
         *moves += 1;
         Ok(())
     }
 
     /// Brings everything that was answered to stable storage.
-    fn sync(&mut self, slot: usize, flight: &mut Flight) -> io::Result<()> {
+    fn sync(&mut self, slot: usize, flight: &mut InFlight) -> io::Result<()> {
         if self.cache == Cache::Unsafe {
             return Ok(());
         }
         if self.undurable {
             return Err(io::Error::other("a sync has failed before, so what was written then may be lost"));
         }
-        // What the mover can sync instead of the backend.
+        // What the I/O queue can sync instead of the backend.
         let fd = if self.called { None } else { self.backend.sync_fd() };
-        if let (Some(mover), Some(fd)) = (&mut self.mover, fd) {
-            mover.take_on(flight.chain.memory(), slot, Move::Sync { fd })?;
+        if let (Some(io_queue), Some(fd)) = (&mut self.io_queue, fd) {
+            io_queue.take_on(flight.chain.memory(), slot, IoOperation::Sync { fd })?;
             flight.moves += 1;
             return Ok(());
         }
@@ -238,6 +238,6 @@ fn part<'a>(segments: &'a [Segment], skip: usize, len: u64, all: usize, piece: &
     piece
 }
 
-fn no_mover() -> io::Error {
+fn no_io_queue() -> io::Error {
     io::Error::from_raw_os_error(libc::ENXIO)
 }

@@ -7,10 +7,10 @@
 mod backend;
 mod config;
 mod engine;
-mod flight;
 mod limit;
 mod policy;
 mod request;
+mod requests;
 mod reserve;
 mod serve;
 #[cfg(test)]
@@ -25,7 +25,7 @@ use std::time::{Duration, Instant};
 #[cfg(feature = "qcow2")]
 pub(crate) use backend::Qcow2;
 #[cfg(any(test, feature = "internals"))]
-pub(crate) use backend::doors;
+pub(crate) use backend::fuzzing;
 pub(crate) use backend::{
     BasePath, BlockBackend, DirectFile, OverlayDisk, RawFile, compact, create, flatten, freeze, rebase,
 };
@@ -34,13 +34,13 @@ pub use limit::DiskLimit;
 pub use policy::{DiskFault, DiskOperation, ErrorAction, ErrorClass};
 
 use super::{ConfigSpace, DeviceIo, DeviceType, Profile, Source, VirtioDevice};
-use crate::memory::Mover;
+use crate::memory::IoQueue;
 use crate::sys::Timer;
 pub(crate) use config::Options;
 use engine::Engine;
-use flight::Table;
 use limit::Buckets;
-use policy::Telling;
+use policy::FaultThrottle;
+use requests::RequestTable;
 pub(crate) use reserve::Reserve;
 use reserve::Room;
 
@@ -53,7 +53,7 @@ const IN_FLIGHT: usize = 1024;
 /// Operations that the kernel has at once.
 const RING: u32 = 128;
 
-/// Bytes that the kernel has under way at once, but for one stage. It may move them when this thread next calls it, all at
+/// Bytes that the kernel has in flight at once, but for one stage. It may move them when this thread next calls it, all at
 /// once; so this is the loop's time, too.
 const MOVING: u64 = 6 << 20;
 
@@ -69,7 +69,7 @@ const TIMER: u32 = 1;
 /// How often the space that is left is looked at, at most, while the guest writes.
 const LOOK: Duration = Duration::from_secs(1);
 
-/// How long a stop waits for what is under way and cannot be cancelled.
+/// How long a stop waits for what is in flight and cannot be cancelled.
 const STOP_PATIENCE: Duration = Duration::from_secs(4);
 
 /// Told of every fault but those that come too fast. It must carry out the fault's action.
@@ -89,22 +89,22 @@ pub(crate) struct Blk {
     on_fault: OnFault,
     on_low_space: OnLowSpace,
     on_throttled: OnThrottled,
-    table: Table,
+    table: RequestTable,
     /// Requests that wait for a limit: reads and writes.
     waiting: [VecDeque<usize>; 2],
     buckets: Buckets,
     timer: Option<Timer>,
     /// Requests that failed and will be tried again when the VM goes on, or never.
     held: Vec<usize>,
-    /// Requests for which a turn was too short, or too much was under way.
+    /// Requests for which a turn was too short, or too much was in flight.
     unfinished: VecDeque<usize>,
-    /// Bytes that the mover has under way.
+    /// Bytes that the I/O queue has in flight.
     moving: u64,
     /// Queues that were left alone for a lack of room.
     full: Vec<usize>,
     /// Queues with completions that the driver has not been told of.
     dirty: Vec<usize>,
-    telling: Telling,
+    telling: FaultThrottle,
     room: Room,
     /// When the space that is left was looked at last, and whether it was too little.
     looked: Duration,
@@ -116,7 +116,7 @@ pub(crate) struct Blk {
 
 impl fmt::Debug for Blk {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Blk({}, {:?}, {:?})", self.options.name, self.engine.backend, self.engine.mover)
+        write!(f, "Blk({}, {:?}, {:?})", self.options.name, self.engine.backend, self.engine.io_queue)
     }
 }
 
@@ -131,7 +131,7 @@ impl Blk {
             on_fault: Arc::new(|_| ()),
             on_low_space: Arc::new(|_| ()),
             on_throttled: Arc::new(|| ()),
-            table: Table::default(),
+            table: RequestTable::default(),
             waiting: Default::default(),
             timer: None,
             held: Vec::new(),
@@ -139,7 +139,7 @@ impl Blk {
             moving: 0,
             full: Vec::new(),
             dirty: Vec::new(),
-            telling: Telling::new(),
+            telling: FaultThrottle::new(),
             room: Room::default(),
             looked: Duration::ZERO,
             low: false,
@@ -168,7 +168,7 @@ impl Blk {
 
     /// What moves its bytes: [`DiskEngine::Ring`] or [`DiskEngine::Threads`].
     pub(crate) fn engine(&self) -> DiskEngine {
-        if self.engine.mover.is_some() { DiskEngine::Ring } else { DiskEngine::Threads }
+        if self.engine.io_queue.is_some() { DiskEngine::Ring } else { DiskEngine::Threads }
     }
 
     /// Why it does without the ring that it was told to use.
@@ -178,7 +178,7 @@ impl Blk {
 
     /// Whether some requests block the thread that serves them, so that it needs one of its own.
     pub(crate) fn blocks(&self) -> bool {
-        !self.engine.direct || self.engine.mover.is_none()
+        !self.engine.direct || self.engine.io_queue.is_none()
     }
 
     /// Changes the limits. What waits is looked at anew at once.
@@ -234,11 +234,11 @@ impl VirtioDevice for Blk {
     }
 
     fn started(&mut self, io: &mut DeviceIo) -> io::Result<()> {
-        if self.engine.direct && self.engine.mover.is_none() {
+        if self.engine.direct && self.engine.io_queue.is_none() {
             // The last one was left with a file that did not answer.
-            self.engine.mover = Some(Mover::new(RING)?);
+            self.engine.io_queue = Some(IoQueue::new(RING)?);
         }
-        if let Some(fd) = self.engine.mover.as_ref().and_then(Mover::as_fd) {
+        if let Some(fd) = self.engine.io_queue.as_ref().and_then(IoQueue::as_fd) {
             io.watch(fd, RING_READY, crate::event::Interest::IN)?;
         }
         let timer = self.timer.insert(Timer::new()?);
@@ -258,7 +258,7 @@ impl VirtioDevice for Blk {
             Source::Watched { .. } => {}
         }
         self.settle(io);
-        // What is under way wakes the loop when it ends.
+        // What is in flight wakes the loop when it ends.
         if self.moving < MOVING && !self.unfinished.is_empty() {
             io.kick_self(0);
         }
@@ -288,22 +288,22 @@ impl VirtioDevice for Blk {
         if let Some(timer) = self.timer.take() {
             io.unwatch(timer.as_fd());
         }
-        if let Some(mut mover) = self.engine.mover.take() {
-            if let Some(fd) = mover.as_fd() {
+        if let Some(mut io_queue) = self.engine.io_queue.take() {
+            if let Some(fd) = io_queue.as_fd() {
                 io.unwatch(fd);
             }
             // The loop of several disks waits for none.
             let patience = if self.engine.direct { Duration::ZERO } else { STOP_PATIENCE };
-            if mover.stop(patience) {
+            if io_queue.stop(patience) {
                 self.table.placed().for_each(|(offset, len)| self.engine.backend.abandoned(offset, len));
-                self.engine.mover = Some(mover);
+                self.engine.io_queue = Some(io_queue);
             } else {
                 // Places stay taken where the kernel may still write to them.
-                io.leave(mover);
+                io.leave(io_queue);
             }
         }
         // The driver takes its requests back with the reset.
-        self.table = Table::default();
+        self.table = RequestTable::default();
         self.waiting = Default::default();
         self.held.clear();
         self.unfinished.clear();

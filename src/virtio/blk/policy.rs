@@ -147,12 +147,12 @@ impl Policy {
 
 /// Lets so many faults of a disk be told that a flood costs nothing.
 #[derive(Debug)]
-pub(super) struct Telling {
+pub(super) struct FaultThrottle {
     bucket: Bucket,
     untold: u64,
 }
 
-impl Telling {
+impl FaultThrottle {
     /// Ten a second, and 50 more in a disk's life.
     pub(super) fn new() -> Self {
         Self { bucket: Bucket::new(Rate::per_second(10).once(50), Duration::ZERO), untold: 0 }
@@ -189,7 +189,7 @@ mod tests {
 
     #[test]
     fn a_flood_of_faults_is_counted_and_not_told() {
-        let mut telling = Telling::new();
+        let mut telling = FaultThrottle::new();
         let told = (0..100_000).filter(|_| telling.tell(false, Duration::from_millis(1)).is_some()).count();
         assert!((50..60).contains(&told), "{told}");
         assert_eq!(telling.tell(true, Duration::from_millis(1)), Some(100_000 - told as u64));

@@ -1,7 +1,7 @@
 //! Requests of the driver (Virtio 1.3, 5.2.6): from a descriptor chain to [`Work`] whose every range exists.
 
 use super::SECTOR;
-use super::backend::Shape;
+use super::backend::Geometry;
 use super::policy::DiskOperation;
 use crate::virtio::{Chain, Span, TooShort};
 
@@ -73,7 +73,7 @@ impl From<TooShort> for Refused {
 
 impl Work {
     /// Takes a request apart. `data` is the number of writable bytes before the status.
-    pub(super) fn parse(chain: &mut Chain, data: usize, shape: &Shape) -> Result<Self, Refused> {
+    pub(super) fn parse(chain: &mut Chain, data: usize, shape: &Geometry) -> Result<Self, Refused> {
         let [a, b, c, d, _, _, _, _, sector @ ..] = chain.read::<16>()?;
         let sector = u64::from_le_bytes(sector);
         let work = match u32::from_le_bytes([a, b, c, d]) {
@@ -163,7 +163,7 @@ impl Work {
 }
 
 /// The byte offset of `len` bytes at `sector`, all of which exist.
-fn locate(shape: &Shape, sector: u64, len: u64) -> Result<u64, Refused> {
+fn locate(shape: &Geometry, sector: u64, len: u64) -> Result<u64, Refused> {
     let offset = sector.checked_mul(SECTOR).ok_or(Refused::Malformed)?;
     let end = offset.checked_add(len).ok_or(Refused::Malformed)?;
     if len % SECTOR != 0 || end > shape.len { Err(Refused::Malformed) } else { Ok(offset) }
@@ -171,7 +171,7 @@ fn locate(shape: &Shape, sector: u64, len: u64) -> Result<u64, Refused> {
 
 /// The ranges that a discard or a request for zeroes consists of (Virtio 1.3, 5.2.6, virtio_blk_discard_write_zeroes). All
 /// are looked at before anything is done.
-fn ranges(chain: &mut Chain, shape: &Shape, max: u32, known: u32) -> Result<Vec<Range>, Refused> {
+fn ranges(chain: &mut Chain, shape: &Geometry, max: u32, known: u32) -> Result<Vec<Range>, Refused> {
     let len = chain.readable_len();
     if len == 0 || len % 16 != 0 || len / 16 > MAX_RANGES as usize {
         return Err(Refused::Malformed);

@@ -28,7 +28,7 @@ const LOOK_AFTER: u64 = 64 << 20;
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// What files have at least of a file system at a time.
 const BLOCK: u64 = 4096;
-/// What a disk may take before what it has under way is summed up again.
+/// What a disk may take before what it has in flight is summed up again.
 const SUM_AFTER: u64 = 4 << 20;
 
 impl Reserve {
@@ -44,7 +44,7 @@ impl Reserve {
 /// What this process knows of one file system, for all of its disks there.
 #[derive(Debug, Default)]
 struct Ledger {
-    /// As of the last look, less what was taken since and what was under way then.
+    /// As of the last look, less what was taken since and what was in flight then.
     free: u64,
     total: u64,
     /// What may be taken before the next look.
@@ -143,7 +143,7 @@ impl Room {
         self.amount_to(&mut ledger, in_flight());
         let mut taken = len;
         if !ledger.take(reserve, len, now) {
-            // While nobody else takes any: what was taken by then, the file system knows or is under way.
+            // While nobody else takes any: what was taken by then, the file system knows or is in flight.
             let Some(space) = backend.space()? else { return Ok(()) };
             ledger.look(space, now);
             if !ledger.take_at_once(reserve, len) {
@@ -160,7 +160,7 @@ impl Room {
         Ok(())
     }
 
-    /// Nothing of this disk is under way any more.
+    /// Nothing of this disk is in flight any more.
     pub(super) fn rest(&mut self) {
         if self.own > 0 {
             if let Some(ledger) = self.ledger.clone() {
@@ -185,7 +185,7 @@ impl Drop for Room {
 mod tests {
     use std::os::fd::RawFd;
 
-    use super::super::backend::{Extent, Shape};
+    use super::super::backend::{Extent, Geometry};
     use super::*;
     use crate::memory::{GuestMemory, Segment};
 
@@ -210,8 +210,8 @@ mod tests {
     }
 
     impl BlockBackend for Played {
-        fn shape(&self) -> Shape {
-            Shape { len: 1 << 40, read_only: false, discard: 0 }
+        fn shape(&self) -> Geometry {
+            Geometry { len: 1 << 40, read_only: false, discard: 0 }
         }
         fn read(&mut self, _: &GuestMemory, _: &[Segment], _: u64) -> io::Result<()> {
             Ok(())

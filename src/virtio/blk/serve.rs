@@ -5,15 +5,15 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::config::{F_CONFIG_WCE, F_FLUSH, WRITEBACK};
-use super::engine::Begun;
-use super::flight::Flight;
+use super::engine::Progress;
 use super::policy::{DiskFault, DiskOperation, ErrorAction};
 use super::request::{Direction, Refused, Work};
+use super::requests::InFlight;
 use super::{Blk, Cache, LOOK, MOVING, Reserve, S_IOERR, S_OK, S_UNSUPP};
 use crate::sys::Space;
 use crate::virtio::{Chain, DeviceIo};
 
-/// How long a call that needs the disk for itself waits for what is under way.
+/// How long a call that needs the disk for itself waits for what is in flight.
 const BARRIER: Duration = Duration::from_secs(30);
 /// After how long the kernel is asked again when it took no more operations.
 const AGAIN: Duration = Duration::from_millis(10);
@@ -45,7 +45,7 @@ impl Blk {
                 self.answer(io, queue, chain, status);
             }
             Ok(work) => {
-                let slot = self.table.put(Flight::new(queue, chain, work));
+                let slot = self.table.put(InFlight::new(queue, chain, work));
                 self.admit(io, slot);
             }
             Err(Refused::Malformed) => self.answer(io, queue, chain, S_IOERR),
@@ -117,7 +117,7 @@ impl Blk {
         }
     }
 
-    /// Does a request from where it stands, stage by stage, until it is over or under way.
+    /// Does a request from where it stands, stage by stage, until it is over or in flight.
     pub(super) fn drive(&mut self, io: &mut DeviceIo, slot: usize) {
         loop {
             let Some(flight) = self.table.get(slot) else { return };
@@ -130,7 +130,7 @@ impl Blk {
                 return self.unfinished.push_back(slot);
             }
             io.charge(flight.cost());
-            let Begun::Ended(result) = self.begin(io, slot) else {
+            let Progress::Ended(result) = self.begin(io, slot) else {
                 if let Some(flight) = self.table.get(slot) {
                     flight.moving = next;
                     self.moving += next;
@@ -169,15 +169,15 @@ impl Blk {
         }
     }
 
-    fn begin(&mut self, io: &mut DeviceIo, slot: usize) -> Begun {
-        let Some(flight) = self.table.get(slot) else { return Begun::UnderWay };
+    fn begin(&mut self, io: &mut DeviceIo, slot: usize) -> Progress {
+        let Some(flight) = self.table.get(slot) else { return Progress::UnderWay };
         if self.engine.needs_rest(flight) && !self.come_to_rest(io, BARRIER) {
-            return Begun::Ended(Err(io::Error::from_raw_os_error(libc::ETIMEDOUT)));
+            return Progress::Ended(Err(io::Error::from_raw_os_error(libc::ETIMEDOUT)));
         }
         if let Err(full) = self.take_room(slot) {
-            return Begun::Ended(Err(full));
+            return Progress::Ended(Err(full));
         }
-        self.table.get(slot).map_or(Begun::UnderWay, |flight| self.engine.begin(slot, flight))
+        self.table.get(slot).map_or(Progress::UnderWay, |flight| self.engine.begin(slot, flight))
     }
 
     /// Sees to it that what is about to be written leaves the host its reserve.
@@ -192,19 +192,19 @@ impl Blk {
         self.room.take(self.options.reserve, backend, place, in_flight, Instant::now())
     }
 
-    /// Takes what the mover has done until there is nothing more, and tells the driver. After everything else.
+    /// Takes what the I/O queue has done until there is nothing more, and tells the driver. After everything else.
     pub(super) fn settle(&mut self, io: &mut DeviceIo) {
         loop {
-            match self.engine.mover.as_mut().and_then(|mover| mover.next()) {
+            match self.engine.io_queue.as_mut().and_then(|io_queue| io_queue.next()) {
                 Some((slot, result)) => self.moved(io, slot, result),
-                None if self.engine.mover.as_mut().is_some_and(|mover| mover.submit()) => {}
+                None if self.engine.io_queue.as_mut().is_some_and(|io_queue| io_queue.submit()) => {}
                 None => break,
             }
         }
-        if self.engine.mover.as_ref().is_none_or(|mover| !mover.busy()) {
+        if self.engine.io_queue.as_ref().is_none_or(|io_queue| !io_queue.busy()) {
             self.room.rest();
         }
-        if self.engine.mover.as_ref().is_some_and(|mover| mover.stuck()) {
+        if self.engine.io_queue.as_ref().is_some_and(|io_queue| io_queue.is_stuck()) {
             self.arm(AGAIN);
         }
         io.flush(&self.dirty);
@@ -215,12 +215,12 @@ impl Blk {
         }
     }
 
-    /// Waits until nothing is under way, within `patience`. Begins nothing new.
+    /// Waits until nothing is in flight, within `patience`. Begins nothing new.
     pub(super) fn come_to_rest(&mut self, io: &mut DeviceIo, patience: Duration) -> bool {
         let deadline = Instant::now() + patience;
         self.settle(io);
-        while let Some(mover) = self.engine.mover.as_mut().filter(|mover| mover.busy()) {
-            if !mover.wait(deadline) {
+        while let Some(io_queue) = self.engine.io_queue.as_mut().filter(|io_queue| io_queue.busy()) {
+            if !io_queue.wait(deadline) {
                 return false;
             }
             self.settle(io);
@@ -228,7 +228,7 @@ impl Blk {
         true
     }
 
-    /// One of the mover's operations for a request has ended.
+    /// One of the I/O queue's operations for a request has ended.
     fn moved(&mut self, io: &mut DeviceIo, slot: usize, result: io::Result<()>) {
         let Some(flight) = self.table.get(slot) else { return };
         flight.moves = flight.moves.saturating_sub(1);
@@ -288,7 +288,7 @@ impl Blk {
                 if flight.work.direction() == Some(Direction::Write) {
                     self.look_at_space();
                 }
-                if let Some(Flight { queue, mut chain, work, .. }) = self.table.take(slot) {
+                if let Some(InFlight { queue, mut chain, work, .. }) = self.table.take(slot) {
                     if let Work::Read { len, .. } = work {
                         chain.wrote(len);
                     }
@@ -332,7 +332,7 @@ impl Blk {
         let must = action != ErrorAction::Report && self.held.is_empty();
         let now = self.epoch.elapsed();
         if action == ErrorAction::Report {
-            if let Some(Flight { queue, chain, .. }) = self.table.take(slot) {
+            if let Some(InFlight { queue, chain, .. }) = self.table.take(slot) {
                 self.answer(io, queue, chain, S_IOERR);
             }
         } else {

@@ -3,7 +3,7 @@
 use super::*;
 use crate::event::Loop;
 use crate::memory::GuestAddress;
-use crate::sys::Registers;
+use crate::sys::RegisterPage;
 use crate::virtio::VirtioDevice;
 use crate::virtio::rng::Rng;
 use std::sync::atomic::AtomicU32;
@@ -23,7 +23,7 @@ impl Rig {
             Rng.profile(),
             memory.clone(),
             (devices.remote(), 0),
-            Interrupt::new(Registers::alone().unwrap(), || ()),
+            Interrupt::new(RegisterPage::alone().unwrap(), || ()),
         )
         .unwrap();
         Self { transport, memory, _devices: devices }

@@ -92,7 +92,7 @@ impl NetLimit {
 
 /// Which way frames go.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Way {
+pub(super) enum Direction {
     Sent,
     Received,
 }
@@ -104,7 +104,7 @@ pub(super) fn cost(len: usize, offload: Offload) -> [u64; 2] {
 }
 
 #[derive(Debug, Default)]
-struct Gate {
+struct RateLimiter {
     buckets: Buckets,
     /// Since when a frame waits.
     since: Option<Duration>,
@@ -116,17 +116,23 @@ const GRAIN: Duration = Duration::from_millis(1);
 const TELL: Duration = Duration::from_secs(1);
 
 /// The limits of one card, of all its pairs of queues.
-pub(super) struct Gates {
-    sent: Gate,
-    received: Gate,
+pub(super) struct RateLimiters {
+    sent: RateLimiter,
+    received: RateLimiter,
     epoch: Instant,
     pub(super) timer: Option<Timer>,
     told: Option<Duration>,
 }
 
-impl Gates {
+impl RateLimiters {
     pub(super) fn new() -> Self {
-        Self { sent: Gate::default(), received: Gate::default(), epoch: Instant::now(), timer: None, told: None }
+        Self {
+            sent: RateLimiter::default(),
+            received: RateLimiter::default(),
+            epoch: Instant::now(),
+            timer: None,
+            told: None,
+        }
     }
 
     /// Other limits from now on. What waits is looked at anew at once.
@@ -138,15 +144,15 @@ impl Gates {
         self.arm(Duration::ZERO);
     }
 
-    fn gate(&mut self, way: Way) -> &mut Gate {
+    fn gate(&mut self, way: Direction) -> &mut RateLimiter {
         match way {
-            Way::Sent => &mut self.sent,
-            Way::Received => &mut self.received,
+            Direction::Sent => &mut self.sent,
+            Direction::Received => &mut self.received,
         }
     }
 
     /// Whether one more may go now. If not, the timer rings when it may; `tell` is called, but not often.
-    pub(super) fn open(&mut self, io: &DeviceIo, way: Way, tell: &mut dyn FnMut()) -> bool {
+    pub(super) fn open(&mut self, io: &DeviceIo, way: Direction, tell: &mut dyn FnMut()) -> bool {
         let gate = self.gate(way);
         if !gate.buckets.limited() && gate.since.is_none() {
             return true;
@@ -173,7 +179,7 @@ impl Gates {
     }
 
     /// A frame goes.
-    pub(super) fn take(&mut self, way: Way, cost: [u64; 2]) {
+    pub(super) fn take(&mut self, way: Direction, cost: [u64; 2]) {
         self.gate(way).buckets.take(cost);
     }
 

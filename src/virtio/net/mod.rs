@@ -6,7 +6,7 @@
 
 mod control;
 mod limit;
-mod room;
+mod rx;
 #[cfg(test)]
 mod tests;
 
@@ -22,8 +22,8 @@ use crate::sys::Timer;
 use super::chain::Span;
 use super::{Chain, ConfigSpace, DeviceIo, DeviceType, Profile, Source, VirtioDevice, Work};
 pub use limit::NetLimit;
-use limit::{Gates, Way, cost};
-use room::{Filled, Filling, Gathered, Waiting};
+use limit::{Direction, RateLimiters, cost};
+use rx::{MergedRx, RxDone, RxFill, RxQueue};
 
 /// Feature bits (Virtio 1.3, 5.1.3).
 mod feature {
@@ -99,7 +99,7 @@ struct Held {
 struct Pair {
     backend: Carrier,
     held: Option<Held>,
-    waiting: Waiting,
+    waiting: RxQueue,
 }
 
 /// The device.
@@ -116,7 +116,7 @@ pub(crate) struct Net {
     /// Frames of the guest that made no sense.
     dropped: u64,
     on_lost: OnLost,
-    gates: Gates,
+    gates: RateLimiters,
     on_throttled: OnThrottled,
     capture: Option<Recorder>,
 }
@@ -139,7 +139,7 @@ impl Net {
         let capabilities = backends.first().map(|backend| backend.capabilities()).unwrap_or_default();
         let Capabilities { to_host, to_guest } = capabilities;
         let capabilities = Capabilities { to_host: whole(to_host), to_guest: whole(to_guest) };
-        let pairs = backends.into_iter().map(|backend| Pair { backend, held: None, waiting: Waiting::default() });
+        let pairs = backends.into_iter().map(|backend| Pair { backend, held: None, waiting: RxQueue::default() });
         let pairs: Vec<_> = pairs.collect();
         let count = pairs.len() as u16;
         let fields = [mac.0.to_vec(), LINK_UP.to_le_bytes().to_vec(), count.to_le_bytes().to_vec()];
@@ -154,7 +154,7 @@ impl Net {
             gone: false,
             dropped: 0,
             on_lost,
-            gates: Gates::new(),
+            gates: RateLimiters::new(),
             on_throttled: Box::new(|| ()),
             capture: None,
         }
@@ -265,11 +265,11 @@ impl Net {
             };
             let len = frame_len(&held);
             if up && !held.paid {
-                if !self.gates.open(io, Way::Sent, &mut self.on_throttled) {
+                if !self.gates.open(io, Direction::Sent, &mut self.on_throttled) {
                     pair.held = Some(held);
                     return;
                 }
-                self.gates.take(Way::Sent, cost(len, held.offload));
+                self.gates.take(Direction::Sent, cost(len, held.offload));
                 held.paid = true;
             }
             charge(io, len, held.offload);
@@ -311,25 +311,25 @@ impl Net {
                 break Ok(());
             }
             match waiting.gather(io, queue, HEADER_LEN + len, mergeable) {
-                Gathered::Enough => {}
-                Gathered::TooLittle => break Ok(()),
-                Gathered::TooSmall => {
+                MergedRx::Enough => {}
+                MergedRx::TooLittle => break Ok(()),
+                MergedRx::TooSmall => {
                     io.fail(&"a buffer is smaller than the largest frame (Virtio 1.3, 5.1.6.3.1)");
                     break Ok(());
                 }
             }
-            if !self.gates.open(io, Way::Received, &mut self.on_throttled) {
+            if !self.gates.open(io, Direction::Received, &mut self.on_throttled) {
                 break Ok(());
             }
             let filling =
-                Filling { queue, len, mergeable, agreed: self.agreed.to_guest, capture: self.capture.as_ref() };
+                RxFill { queue, len, mergeable, agreed: self.agreed.to_guest, capture: self.capture.as_ref() };
             match waiting.fill(io, &mut pair.backend, &filling) {
-                Ok(Filled::Frame(received)) => {
-                    self.gates.take(Way::Received, cost(received.len, received.offload));
+                Ok(RxDone::Frame(received)) => {
+                    self.gates.take(Direction::Received, cost(received.len, received.offload));
                     charge(io, received.len, Offload::default());
                 }
-                Ok(Filled::Nothing) => io.charge(Work::Calls(1)),
-                Ok(Filled::Unfit) => {
+                Ok(RxDone::Nothing) => io.charge(Work::Calls(1)),
+                Ok(RxDone::Unfit) => {
                     self.dropped += 1;
                     charge(io, len, Offload::default());
                 }

@@ -483,7 +483,7 @@ fn a_turn_of_frames_is_bounded_each_way() {
 
 #[test]
 fn new_flows_cost_a_turn_what_they_cost_the_host() {
-    let (net, _socket, frame) = crate::net::doors::new_flows().unwrap();
+    let (net, _socket, frame) = crate::net::fuzzing::new_flows().unwrap();
     let mut driver = Driver::start(Net::new(vec![Carrier::User(Box::new(net))], OURS, 1500, Box::new(|_| ())));
     let memory = driver.memory();
     for n in 0..256 {

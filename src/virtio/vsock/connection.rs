@@ -10,10 +10,10 @@ use std::sync::{MutexGuard, PoisonError};
 
 use super::credit::Credit;
 use super::packet::{SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
-use super::stream::{Remains, Tail, VsockStream};
+use super::stream::{SharedTail, Unread, VsockStream};
 use crate::error::Result;
 use crate::memory::{GuestMemory, Segment};
-use crate::sys::{self, HeldDescriptors, Unforked};
+use crate::sys::{self, CloseOnFork, HeldDescriptors};
 
 /// A connection's name: the host's port and the guest's.
 pub(super) type Ports = (u32, u32);
@@ -23,7 +23,7 @@ pub(super) type Answer = SyncSender<Result<VsockStream>>;
 
 /// What should be said to the guest next.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Due {
+pub(super) enum PendingControl {
     Request,
     Response,
     Shutdown(u32),
@@ -39,14 +39,14 @@ pub(super) struct Connection {
     pub credit: Credit,
     /// It is in the list of those that may have something to say.
     pub queued: bool,
-    socket: Unforked<UnixStream>,
-    tail: Tail,
+    socket: CloseOnFork<UnixStream>,
+    tail: SharedTail,
     /// Data of the guest that the embedder has not taken; bounded by [`super::credit::BUFFER`].
     backlog: VecDeque<u8>,
     /// Who waits for the guest's answer, and gets the stream then.
     connecting: Option<(Answer, VsockStream)>,
     /// Greeting not yet sent: REQUEST or RESPONSE.
-    greet: Option<Due>,
+    greet: Option<PendingControl>,
     /// The socket may have data, as far as its edges told.
     readable: bool,
     /// Which directions the embedder has closed, as flags of a shutdown packet, and what the guest was told of that.
@@ -60,32 +60,32 @@ pub(super) struct Connection {
 }
 
 impl Connection {
-    pub(super) fn accepted(ports: Ports, socket: UnixStream, tail: Tail, held: HeldDescriptors) -> Self {
-        Self { _held: Some(held), ..Self::new(ports, socket, tail, Due::Response, None) }
+    pub(super) fn accepted(ports: Ports, socket: UnixStream, tail: SharedTail, held: HeldDescriptors) -> Self {
+        Self { _held: Some(held), ..Self::new(ports, socket, tail, PendingControl::Response, None) }
     }
 
     pub(super) fn connecting(
         ports: Ports,
         socket: UnixStream,
-        tail: Tail,
+        tail: SharedTail,
         answer: Answer,
         stream: VsockStream,
     ) -> Self {
-        Self::new(ports, socket, tail, Due::Request, Some((answer, stream)))
+        Self::new(ports, socket, tail, PendingControl::Request, Some((answer, stream)))
     }
 
     fn new(
         ports: Ports,
         socket: UnixStream,
-        tail: Tail,
-        greet: Due,
+        tail: SharedTail,
+        greet: PendingControl,
         connecting: Option<(Answer, VsockStream)>,
     ) -> Self {
         Self {
             ports,
             credit: Credit::default(),
             queued: false,
-            socket: Unforked::new(socket),
+            socket: CloseOnFork::new(socket),
             tail,
             backlog: VecDeque::new(),
             connecting,
@@ -125,7 +125,7 @@ impl Connection {
         self.flush();
     }
 
-    fn remains(&self) -> MutexGuard<'_, Remains> {
+    fn remains(&self) -> MutexGuard<'_, Unread> {
         self.tail.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -145,7 +145,7 @@ impl Connection {
     }
 
     /// What to say now, if anything.
-    pub(super) fn due(&self) -> Option<Due> {
+    pub(super) fn due(&self) -> Option<PendingControl> {
         if self.greet.is_some() {
             return self.greet;
         }
@@ -158,7 +158,7 @@ impl Connection {
             && may_send > 0
             && self.guest_closed & SHUTDOWN_RECEIVE == 0
         {
-            return Some(Due::Data(may_send));
+            return Some(PendingControl::Data(may_send));
         }
         // The end of sending is told after everything was read (`closed` gets the flag at end of file), or when the
         // guest would not take it anyway.
@@ -166,17 +166,17 @@ impl Connection {
         let closed = if self.closed & deaf != 0 { SHUTDOWN_RECEIVE | SHUTDOWN_SEND } else { self.closed };
         let untold = closed & !self.told_closed;
         if untold & SHUTDOWN_SEND != 0 || untold != 0 && !self.readable {
-            return Some(Due::Shutdown(closed));
+            return Some(PendingControl::Shutdown(closed));
         }
-        (self.credit_asked || self.credit.worth_telling()).then_some(Due::CreditUpdate)
+        (self.credit_asked || self.credit.needs_credit_update()).then_some(PendingControl::CreditUpdate)
     }
 
     /// It was said.
-    pub(super) fn said(&mut self, due: Due) {
+    pub(super) fn said(&mut self, due: PendingControl) {
         match due {
-            Due::Request | Due::Response => self.greet = None,
-            Due::Shutdown(flags) => self.told_closed |= flags,
-            Due::Data(_) | Due::CreditUpdate => {}
+            PendingControl::Request | PendingControl::Response => self.greet = None,
+            PendingControl::Shutdown(flags) => self.told_closed |= flags,
+            PendingControl::Data(_) | PendingControl::CreditUpdate => {}
         }
         self.credit_asked = false;
     }

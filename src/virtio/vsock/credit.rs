@@ -51,7 +51,7 @@ impl Credit {
     }
 
     /// Whether the peer should be told of room without being asked: it may be about to stop.
-    pub(super) fn worth_telling(&self) -> bool {
+    pub(super) fn needs_credit_update(&self) -> bool {
         let believed = BUFFER.saturating_sub(self.received.wrapping_sub(self.told));
         believed < BUFFER / 2 && self.forwarded != self.told
     }
@@ -102,7 +102,7 @@ mod tests {
                     }
                     _ => {}
                 }
-                if us.worth_telling() {
+                if us.needs_credit_update() {
                     let (buffer, forwarded) = us.tell();
                     peer.heard(buffer, forwarded);
                 }

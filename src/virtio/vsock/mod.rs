@@ -15,9 +15,9 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use connection::{Answer, Connection, Due, Ports};
+use connection::{Answer, Connection, PendingControl, Ports};
 use packet::{HEADER, Header, Op, TYPE_STREAM};
-use stream::Arrivals;
+use stream::AcceptQueue;
 #[cfg(feature = "container")]
 pub(crate) use stream::StreamBreaker;
 pub use stream::{VsockListener, VsockStream};
@@ -58,7 +58,7 @@ const EPHEMERAL: u32 = 1 << 30;
 pub(crate) struct Vsock {
     connections: HashMap<u32, Connection>,
     names: HashMap<Ports, u32>,
-    listeners: HashMap<u32, Arc<Arrivals>>,
+    listeners: HashMap<u32, Arc<AcceptQueue>>,
     /// Connections that may have something to say, each at most once.
     talkative: VecDeque<u32>,
     resets: VecDeque<Ports>,
@@ -80,7 +80,7 @@ impl std::fmt::Debug for Vsock {
     }
 }
 
-impl std::fmt::Debug for Arrivals {
+impl std::fmt::Debug for AcceptQueue {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("Arrivals")
     }
@@ -119,7 +119,7 @@ impl Vsock {
         if self.listeners.contains_key(&port) {
             return Err(Error::new(ErrorKind::AlreadyExists, format!("somebody listens on vsock port {port} already")));
         }
-        let arrivals = Arrivals::new().doing(|| format!("listening on vsock port {port}"))?;
+        let arrivals = AcceptQueue::new().doing(|| format!("listening on vsock port {port}"))?;
         self.listeners.insert(port, arrivals.clone());
         Ok(VsockListener::new(arrivals, port))
     }
@@ -157,7 +157,7 @@ impl Vsock {
         }
         self.connecting.push_back((Instant::now() + self.connect_timeout, (host_port, port)));
         self.arm();
-        self.talk(io);
+        self.service_rx_queue(io);
     }
 
     /// Those connections of the embedder that the guest has not answered.
@@ -207,7 +207,7 @@ impl Vsock {
         }
         self.names.insert(connection.ports, number);
         self.connections.insert(number, connection);
-        self.has_news(number);
+        self.mark_ready(number);
         Ok(())
     }
 
@@ -231,7 +231,7 @@ impl Vsock {
     }
 
     /// The driver sent a packet.
-    fn hear(&mut self, io: &mut DeviceIo, chain: &mut Chain) {
+    fn handle_packet(&mut self, io: &mut DeviceIo, chain: &mut Chain) {
         let Ok(bytes) = chain.read() else { return };
         let header = Header::parse(&bytes);
         let ports = (header.dst_port, header.src_port);
@@ -246,7 +246,7 @@ impl Vsock {
         match (header.op, self.names.get(&ports).copied()) {
             (Op::Reset, _) => self.remove(ports, ErrorKind::NotFound, "nobody listens there"),
             (Op::Request, None) => self.accept(io, ports, &header),
-            (_, Some(number)) if header.op != Op::Request => self.talk_to(io, number, ports, &header, chain),
+            (_, Some(number)) if header.op != Op::Request => self.service_connection(io, number, ports, &header, chain),
             _ => self.reset(ports),
         }
     }
@@ -278,7 +278,7 @@ impl Vsock {
     }
 
     /// A packet for a connection that exists.
-    fn talk_to(&mut self, io: &mut DeviceIo, number: u32, ports: Ports, header: &Header, chain: &mut Chain) {
+    fn service_connection(&mut self, io: &mut DeviceIo, number: u32, ports: Ports, header: &Header, chain: &mut Chain) {
         let Some(connection) = self.connections.get_mut(&number) else {
             return;
         };
@@ -313,12 +313,12 @@ impl Vsock {
         if !sound || connection.finished() {
             self.reset(ports);
         } else {
-            self.has_news(number);
+            self.mark_ready(number);
         }
     }
 
     /// Puts a connection that may have something to say into the list, once.
-    fn has_news(&mut self, number: u32) {
+    fn mark_ready(&mut self, number: u32) {
         if let Some(connection) = self.connections.get_mut(&number).filter(|c| !c.queued && c.due().is_some()) {
             connection.queued = true;
             self.talkative.push_back(number);
@@ -326,13 +326,13 @@ impl Vsock {
     }
 
     /// Takes what the driver sent.
-    fn listen_to_driver(&mut self, io: &mut DeviceIo) {
+    fn service_tx_queue(&mut self, io: &mut DeviceIo) {
         loop {
             match io.pop(TX) {
                 Some(mut chain) => {
                     // Data goes to a socket, and a new connection takes several calls.
                     io.charge(Work::Calls(2));
-                    self.hear(io, &mut chain);
+                    self.handle_packet(io, &mut chain);
                     io.complete(TX, chain);
                 }
                 None if io.rearm(TX) => {}
@@ -342,12 +342,12 @@ impl Vsock {
     }
 
     /// Sends what is due, as long as the driver offers buffers; it hears at once of all that was done.
-    fn talk(&mut self, io: &mut DeviceIo) {
-        self.say_what_is_due(io);
+    fn service_rx_queue(&mut self, io: &mut DeviceIo) {
+        self.send_pending_control(io);
         io.flush(&[TX, RX]);
     }
 
-    fn say_what_is_due(&mut self, io: &mut DeviceIo) {
+    fn send_pending_control(&mut self, io: &mut DeviceIo) {
         loop {
             if self.resets.is_empty() && self.talkative.is_empty() {
                 return;
@@ -379,8 +379,8 @@ impl Vsock {
                 continue;
             };
             connection.queued = false;
-            let said = say(io, connection, chain);
-            self.has_news(number);
+            let said = write_packet(io, connection, chain);
+            self.mark_ready(number);
             if said {
                 return true;
             }
@@ -405,22 +405,22 @@ impl Vsock {
         if finished {
             self.reset(ports);
         } else {
-            self.has_news(number);
+            self.mark_ready(number);
         }
     }
 }
 
 /// Puts what is due into `chain`, which has room for a header. False when it was data and there is none after all.
-fn say(io: &mut DeviceIo, connection: &mut Connection, chain: &mut Chain) -> bool {
+fn write_packet(io: &mut DeviceIo, connection: &mut Connection, chain: &mut Chain) -> bool {
     let Some(due) = connection.due() else {
         return false;
     };
     let (op, flags, mut len) = match due {
-        Due::Request => (Op::Request, 0, 0),
-        Due::Response => (Op::Response, 0, 0),
-        Due::Shutdown(flags) => (Op::Shutdown, flags, 0),
-        Due::CreditUpdate => (Op::CreditUpdate, 0, 0),
-        Due::Data(max) => (Op::Data, 0, max.min(MAX_DATA)),
+        PendingControl::Request => (Op::Request, 0, 0),
+        PendingControl::Response => (Op::Response, 0, 0),
+        PendingControl::Shutdown(flags) => (Op::Shutdown, flags, 0),
+        PendingControl::CreditUpdate => (Op::CreditUpdate, 0, 0),
+        PendingControl::Data(max) => (Op::Data, 0, max.min(MAX_DATA)),
     };
     if op == Op::Data {
         let space: Vec<_> = chain.writable_after(HEADER, len as usize).collect();
@@ -463,12 +463,12 @@ impl VirtioDevice for Vsock {
                 }
                 self.expire();
             }
-            Source::Queue(TX) => self.listen_to_driver(io),
+            Source::Queue(TX) => self.service_tx_queue(io),
             // Buffers for what is due, or for events, of which there are none.
             Source::Queue(_) => {}
             Source::Watched { number, events } => self.socket_ready(number, events),
         }
-        self.talk(io);
+        self.service_rx_queue(io);
     }
 
     fn stopping(&mut self, io: &mut DeviceIo) {

@@ -10,11 +10,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::sys::{EventFd, HeldDescriptors, Unforked, borrow, deadline, eventfd, left, send, wait_readable};
+use crate::sys::{CloseOnFork, EventFd, HeldDescriptors, borrow, deadline, eventfd, left, send, wait_readable};
 
 /// What is left of a connection that has ended.
 #[derive(Debug, Default)]
-pub(crate) struct Remains {
+pub(crate) struct Unread {
     /// What the guest had sent and nobody had read.
     pub unread: VecDeque<u8>,
     /// The guest closed all of it, or was gone, before it had ended its own direction.
@@ -22,7 +22,7 @@ pub(crate) struct Remains {
 }
 
 /// Shared by the device and all clones.
-pub(crate) type Tail = Arc<Mutex<Remains>>;
+pub(crate) type SharedTail = Arc<Mutex<Unread>>;
 
 /// A connection with a program in the guest, over vsock.
 ///
@@ -33,8 +33,8 @@ pub(crate) type Tail = Arc<Mutex<Remains>>;
 /// grow. Each direction can be shut down by itself. When the VM ends, reads give what the guest had sent, then end of
 /// file. Dropping closes.
 pub struct VsockStream {
-    socket: Arc<Unforked<UnixStream>>,
-    tail: Tail,
+    socket: Arc<CloseOnFork<UnixStream>>,
+    tail: SharedTail,
     /// An abrupt end is an error and not an end of file.
     tells_resets: bool,
     /// Its descriptor, where the guest has made it. It goes after the socket.
@@ -43,12 +43,12 @@ pub struct VsockStream {
 
 impl VsockStream {
     /// The two ends: the embedder's, and the device's.
-    pub(crate) fn pair() -> io::Result<(Self, UnixStream, Tail)> {
+    pub(crate) fn pair() -> io::Result<(Self, UnixStream, SharedTail)> {
         let (near, far) = UnixStream::pair()?;
         far.set_nonblocking(true)?;
-        let tail = Tail::default();
+        let tail = SharedTail::default();
         Ok((
-            Self { socket: Arc::new(Unforked::new(near)), tail: tail.clone(), tells_resets: false, held: None },
+            Self { socket: Arc::new(CloseOnFork::new(near)), tail: tail.clone(), tells_resets: false, held: None },
             far,
             tail,
         ))
@@ -134,7 +134,7 @@ impl VsockStream {
 
 /// Ends a [`VsockStream`] from elsewhere: what has arrived can still be read, then all reads and writes are over.
 #[derive(Debug, Clone)]
-pub(crate) struct StreamBreaker(Weak<Unforked<UnixStream>>);
+pub(crate) struct StreamBreaker(Weak<CloseOnFork<UnixStream>>);
 
 impl StreamBreaker {
     pub(crate) fn break_off(&self) {
@@ -204,12 +204,12 @@ struct Queue {
 }
 
 /// Where the device puts what arrives. Shared with the listener.
-pub(super) struct Arrivals {
+pub(super) struct AcceptQueue {
     queue: Mutex<Queue>,
     ready: EventFd,
 }
 
-impl Arrivals {
+impl AcceptQueue {
     pub(super) fn new() -> io::Result<Arc<Self>> {
         Ok(Arc::new(Self { queue: Mutex::default(), ready: eventfd()? }))
     }
@@ -260,12 +260,12 @@ impl Arrivals {
 /// Dropping it refuses further ones. The descriptor behind [`AsFd`] is readable while something waits to be accepted,
 /// or when the VM has ended.
 pub struct VsockListener {
-    arrivals: Arc<Arrivals>,
+    arrivals: Arc<AcceptQueue>,
     port: u32,
 }
 
 impl VsockListener {
-    pub(super) fn new(arrivals: Arc<Arrivals>, port: u32) -> Self {
+    pub(super) fn new(arrivals: Arc<AcceptQueue>, port: u32) -> Self {
         Self { arrivals, port }
     }
 

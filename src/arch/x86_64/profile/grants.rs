@@ -10,7 +10,7 @@ use CpuidRegister::{Ebx, Ecx, Edx};
 /// What a profile asks for beyond the usual.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(default, deny_unknown_fields))]
-pub(super) struct Grants {
+pub(super) struct OptionalFeatures {
     pub nesting: bool,
     pub counters: bool,
 }
@@ -35,7 +35,7 @@ const COUNTERS: [CpuidBits; 6] = [
 /// 1CH, 23H); samples and counters (AMD APM vol. 3, Fn8000_001B and Fn8000_0022).
 const COUNTER_LEAVES: [u32; 6] = [0xa, 0x14, 0x1c, 0x23, 0x8000_001b, 0x8000_0022];
 
-impl Grants {
+impl OptionalFeatures {
     /// Takes from `leaves` what no guest has by default.
     pub(super) fn withhold(leaves: &mut Leaves) {
         for bits in NESTING.into_iter().chain(COUNTERS) {

@@ -16,7 +16,7 @@ const REGISTERS: [CpuidRegister; 4] = [Eax, Ebx, Ecx, Edx];
 /// State components of XSAVE: subleaf 0 says which, 1 how they are saved, the others where each lies.
 const XSAVE_STATES: u32 = 0xd;
 
-/// One answer of CPUID, as it is serialised.
+/// One answer of CPUID, as it is serialized.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(deny_unknown_fields))]
 pub(super) struct Leaf {

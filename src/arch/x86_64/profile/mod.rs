@@ -12,7 +12,7 @@ mod vendor;
 pub use bits::{CpuidBits, CpuidRegister};
 pub(super) use leaves::Leaves;
 
-use grants::Grants;
+use grants::OptionalFeatures;
 
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::kvm::Kvm;
@@ -67,7 +67,7 @@ pub struct CpuProfile {
     base: Base,
     msrs: Vec<Msr>,
     #[cfg_attr(feature = "serde", serde(default))]
-    grants: Grants,
+    grants: OptionalFeatures,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -106,7 +106,7 @@ impl Default for CpuProfile {
 
 impl CpuProfile {
     fn of(base: Base) -> Self {
-        Self { base, msrs: Vec::new(), grants: Grants::default() }
+        Self { base, msrs: Vec::new(), grants: OptionalFeatures::default() }
     }
 
     /// Shows the host's processor, as far as its KVM offers it to guests.
@@ -125,7 +125,7 @@ impl CpuProfile {
     pub fn of_host() -> Result<Self> {
         let kvm = Kvm::open()?;
         let mut leaves = offered(&kvm)?;
-        Grants::withhold(&mut leaves);
+        OptionalFeatures::withhold(&mut leaves);
         for leaf in [0x15, 0x16] {
             leaves.remove(leaf);
         }
@@ -273,7 +273,7 @@ impl CpuProfile {
         let mut leaves = match &self.base {
             Base::Host(changes) => {
                 let mut leaves = host.clone();
-                Grants::withhold(&mut leaves);
+                OptionalFeatures::withhold(&mut leaves);
                 changes.iter().for_each(|change| change.apply(&mut leaves));
                 leaves
             }
@@ -443,7 +443,7 @@ mod tests {
         let fixed = |vendor: &str, names: &[&str], msrs: &[(u32, u64)]| CpuProfile {
             base: Base::Fixed { vendor: Some(vendor.into()), leaves: host(vendor, &CpuProfile::x86_64_v2(), names) },
             msrs: msrs.iter().map(|(index, value)| Msr { index: *index, value: Some(*value) }).collect(),
-            grants: Grants::default(),
+            grants: OptionalFeatures::default(),
         };
         let one = fixed("GenuineIntel", &["rdrand", "aes", "arch_capabilities"], &[(ARCH_CAPABILITIES, 0b1011)]);
         let two = fixed("GenuineIntel", &["aes", "pcid", "arch_capabilities"], &[(ARCH_CAPABILITIES, 0b1101)]);

@@ -437,6 +437,6 @@ pub(super) const NEEDS: &[(CpuidBits, CpuidBits)] = &[
     (CpuidBits::new(7, 0, Edx, 1 << 25 | 1 << 22), AMX_TILE),
     (CpuidBits::new(7, 1, Eax, 1 << 21), AMX_TILE),
     (CpuidBits::new(7, 1, Edx, 1 << 8), AMX_TILE),
-    // Nested virtualisation's own leaf.
+    // Nested virtualization's own leaf.
     (CpuidBits::new(0x8000_000a, 0, Edx, u32::MAX), CpuidBits::bit(0x8000_0001, 0, Ecx, 2)),
 ];

@@ -1,4 +1,4 @@
-//! Images of folders: the same disk as an archive of them gives, and nothing from outside.
+//! Images of directories: the same disk as an archive of them gives, and nothing from outside.
 
 use std::io::Write;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink};
@@ -59,7 +59,7 @@ fn what_is_no_root_file_system_is_told() {
     assert!(error.to_string().contains("docker export"), "{error}");
 }
 
-/// Somebody puts links to what the embedder can read, and pipes, in place of files and folders while they are read.
+/// Somebody puts links to what the embedder can read, and pipes, in place of files and directories while they are read.
 #[test]
 fn what_is_swapped_in_meanwhile_is_never_followed() {
     use std::sync::atomic::AtomicBool;

@@ -16,7 +16,7 @@ use super::erofs::reader::{Node, Reader};
 use super::*;
 use maker::{Made, archive};
 
-/// A folder that goes away with its test.
+/// A directory that goes away with its test.
 struct Temp(PathBuf);
 
 impl Temp {

@@ -239,7 +239,7 @@ proptest! {
         let (address, mut it) = (IpAddr::from(address), Enforcer::new(policy));
         it.resolved("x.y", &[address], Duration::from_secs(9), Instant::now());
         let admitted = it.admit(Protocol::Tcp, SocketAddr::new(address, port), Instant::now()).is_some();
-        prop_assert!(!admitted || special(address).is_none() || matches!(address, IpAddr::V4(a) if a.octets()[0] == 0 || a.octets()[0] >= 224));
+        prop_assert!(!admitted || special_purpose_range(address).is_none() || matches!(address, IpAddr::V4(a) if a.octets()[0] == 0 || a.octets()[0] >= 224));
     }
 }
 

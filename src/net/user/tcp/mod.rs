@@ -7,12 +7,12 @@ use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::AsFd;
 
-pub(super) use self::flow::Tuple;
-use self::flow::{Fate, Flow, Phase, What};
+pub(super) use self::flow::FlowKey;
+use self::flow::{Flow, Phase, SegmentOutcome, What};
 use super::core::{Begun, Core, put};
+use super::generational::{Id, Owner, Table};
 use super::host::exhausted;
 use super::icmp::{self, Unreachable};
-use super::table::{Id, Owner, Table};
 use crate::memory::{GuestMemory, Segment as Piece};
 use crate::net::policy::{Admitted, Protocol};
 use crate::net::wire::{self, ACK, Ends, FIN, Head, RST, SYN, Tcp};
@@ -69,7 +69,7 @@ struct Plan {
 #[derive(Debug, Default)]
 pub(super) struct TcpFlows {
     flows: Table<Box<Flow>>,
-    names: HashMap<Tuple, Id>,
+    names: HashMap<FlowKey, Id>,
     /// Those that may have something to send.
     ready: VecDeque<Id>,
     /// Those that are over, the oldest first, of the guest's and of the callers'; some are gone.
@@ -98,7 +98,7 @@ impl TcpFlows {
     /// Takes a segment of the guest, whose data is `payload`.
     pub(super) fn segment(&mut self, core: &mut Core, segment: &Segment<'_>, payload: &mut Vec<Piece>) {
         let (ends, tcp) = (segment.ends, &segment.tcp);
-        let tuple = Tuple { guest: (ends.src, tcp.src), remote: (ends.dst, tcp.dst) };
+        let tuple = FlowKey { guest: (ends.src, tcp.src), remote: (ends.dst, tcp.dst) };
         let call = tcp.flags & (SYN | ACK | RST | FIN) == SYN;
         self.plan = None;
         let known = self.names.get(&tuple).copied();
@@ -122,13 +122,13 @@ impl TcpFlows {
 
     /// Whether it is of a connection that there is.
     pub(super) fn knows(&self, ends: Ends, tcp: &Tcp) -> bool {
-        self.names.contains_key(&Tuple { guest: (ends.src, tcp.src), remote: (ends.dst, tcp.dst) })
+        self.names.contains_key(&FlowKey { guest: (ends.src, tcp.src), remote: (ends.dst, tcp.dst) })
     }
 
     /// Whether it calls somebody who is not connected yet.
     pub(super) fn is_call(&mut self, segment: &Segment<'_>) -> bool {
         let (ends, tcp) = (segment.ends, &segment.tcp);
-        let tuple = Tuple { guest: (ends.src, tcp.src), remote: (ends.dst, tcp.dst) };
+        let tuple = FlowKey { guest: (ends.src, tcp.src), remote: (ends.dst, tcp.dst) };
         let known = self.names.get(&tuple).copied();
         tcp.flags & (SYN | ACK | RST | FIN) == SYN && known.is_none_or(|id| self.is_over(id))
     }
@@ -136,7 +136,7 @@ impl TcpFlows {
     /// The guest calls somebody in this process, whose `socket` is connected already.
     pub(super) fn call_local(&mut self, core: &mut Core, segment: &Segment<'_>, socket: io::Result<Socket>) {
         let (ends, syn) = (segment.ends, &segment.tcp);
-        let tuple = Tuple { guest: (ends.src, syn.src), remote: (ends.dst, syn.dst) };
+        let tuple = FlowKey { guest: (ends.src, syn.src), remote: (ends.dst, syn.dst) };
         self.plan = None;
         if let Some(id) = self.names.get(&tuple).copied() {
             self.remove(core, id);
@@ -158,7 +158,7 @@ impl TcpFlows {
     }
 
     /// The guest calls somebody.
-    fn call(&mut self, core: &mut Core, tuple: Tuple, syn: &Tcp) {
+    fn call(&mut self, core: &mut Core, tuple: FlowKey, syn: &Tcp) {
         let (address, port) = tuple.remote;
         let to = SocketAddr::new(address, port);
         if core.config.is_gateway(address) || port == 0 {
@@ -191,8 +191,9 @@ impl TcpFlows {
         }
     }
 
-    /// Whether one more connection may be; one that is over makes room, of those that the guest has begun or of the callers of
-    /// published ports. So callers, who cost nothing but an address, take none of the guest's.
+    /// Returns whether one more connection is allowed. One that is over makes room, among those that the guest has
+    /// begun or among those of callers of published ports. So callers, who cost nothing but an address, take none of
+    /// the guest's.
     fn make_room(&mut self, core: &mut Core, begun: Begun) -> bool {
         loop {
             let count = match begun {
@@ -212,7 +213,7 @@ impl TcpFlows {
     }
 
     /// Somebody on the host calls the guest. Gives the socket back when that cannot be.
-    pub(super) fn call_guest(&mut self, core: &mut Core, tuple: Tuple, caller: Caller) -> Result<(), Socket> {
+    pub(super) fn call_guest(&mut self, core: &mut Core, tuple: FlowKey, caller: Caller) -> Result<(), Socket> {
         if self.names.contains_key(&tuple) || !self.make_room(core, Begun::ByCaller) {
             core.stats.limited += 1;
             return Err(caller.socket);
@@ -229,7 +230,7 @@ impl TcpFlows {
     fn insert(
         &mut self,
         core: &mut Core,
-        tuple: Tuple,
+        tuple: FlowKey,
         socket: Socket,
         phase: Phase,
         syn: Option<&Tcp>,
@@ -256,7 +257,7 @@ impl TcpFlows {
         }
         self.callers += usize::from(flow.begun() == Begun::ByCaller);
         self.names.insert(tuple, id);
-        self.settle(core, id, Fate::Live);
+        self.settle(core, id, SegmentOutcome::Live);
         Ok(())
     }
 
@@ -289,14 +290,14 @@ impl TcpFlows {
         };
         let gone: Vec<Id> = self.flows.iter().filter(|(_, flow)| denied(flow)).map(|(id, _)| id).collect();
         for id in gone {
-            self.settle(core, id, Fate::Reset);
+            self.settle(core, id, SegmentOutcome::Reset);
         }
     }
 
-    fn settle(&mut self, core: &mut Core, id: Id, fate: Fate) {
+    fn settle(&mut self, core: &mut Core, id: Id, fate: SegmentOutcome) {
         let Some(flow) = self.flows.get_mut(id) else { return };
         match fate {
-            Fate::Live => {
+            SegmentOutcome::Live => {
                 if !flow.queued {
                     flow.queued = true;
                     self.ready.push_back(id);
@@ -304,23 +305,23 @@ impl TcpFlows {
                 let at = flow.deadline(core);
                 core.host.alarm(&mut flow.alarm, Owner::Tcp(id), at);
             }
-            Fate::Over => {
+            SegmentOutcome::Over => {
                 flow.over(core.host.now);
                 let [guests, callers] = &mut self.over;
                 let over = if flow.begun() == Begun::ByGuest { guests } else { callers };
                 over.push_back(id);
-                self.settle(core, id, Fate::Live);
+                self.settle(core, id, SegmentOutcome::Live);
             }
-            Fate::Gone => {
+            SegmentOutcome::Gone => {
                 core.stats.resets += u64::from(flow.phase != Phase::Over);
                 self.remove(core, id);
             }
-            Fate::Reset => {
+            SegmentOutcome::Reset => {
                 core.stats.resets += 1;
                 flow.reset(core);
                 self.remove(core, id);
             }
-            Fate::Failed(error) => {
+            SegmentOutcome::Failed(error) => {
                 let refused = error.kind() == io::ErrorKind::ConnectionRefused;
                 match flow.caller {
                     Some((port, tried)) if refused => {
@@ -396,7 +397,7 @@ impl TcpFlows {
             Ok(received) => received,
             Err(error) => {
                 log::debug!("a connection's socket fails: {error}");
-                self.settle(core, id, Fate::Reset);
+                self.settle(core, id, SegmentOutcome::Reset);
                 None
             }
         }
@@ -475,14 +476,14 @@ fn refuse(core: &mut Core, segment: &Segment<'_>) {
     if tcp.flags & RST != 0 {
         return;
     }
-    let tuple = Tuple { guest: (ends.src, tcp.src), remote: (ends.dst, tcp.dst) };
+    let tuple = FlowKey { guest: (ends.src, tcp.src), remote: (ends.dst, tcp.dst) };
     let len = segment.len as u32 + u32::from(tcp.flags & FIN != 0);
     core.send_reset(tuple, &Tcp { seq: tcp.seq.wrapping_add(len), ..*tcp });
 }
 
 impl Core {
     /// Answers `tcp`, whose last number is `seq`, with a reset.
-    fn send_reset(&mut self, tuple: Tuple, tcp: &Tcp) {
+    fn send_reset(&mut self, tuple: FlowKey, tcp: &Tcp) {
         let ends = Ends { src: tuple.remote.0, dst: tuple.guest.0 };
         let reset = Tcp { src: tuple.remote.1, dst: tuple.guest.1, ..Tcp::default() };
         let reset = if tcp.flags & ACK != 0 {
@@ -497,7 +498,7 @@ impl Core {
     }
 
     /// Tells the guest why its call failed, as a network would.
-    fn tell_failed(&mut self, tuple: Tuple, syn: &Tcp, error: &io::Error) {
+    fn tell_failed(&mut self, tuple: FlowKey, syn: &Tcp, error: &io::Error) {
         match error.kind() {
             // Nobody answered; nobody does.
             io::ErrorKind::TimedOut => {}

@@ -7,10 +7,10 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use super::raw::open;
-use super::{BlockBackend, Extent, RawFile, Shape, front, transfer};
+use super::{BlockBackend, Extent, Geometry, RawFile, front, transfer};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::memory::{GuestMemory, Segment};
-use crate::sys::{self, Alignment, Space, Unforked};
+use crate::sys::{self, Alignment, CloseOnFork, Space};
 
 /// Bytes that go through the buffer at once.
 const BUFFER: u64 = 256 << 10;
@@ -18,7 +18,7 @@ const BUFFER: u64 = 256 << 10;
 /// An image that was opened with `O_DIRECT`.
 #[derive(Debug)]
 pub(crate) struct DirectFile {
-    file: Unforked<File>,
+    file: CloseOnFork<File>,
     raw: RawFile,
     alignment: Alignment,
     /// Room for [`BUFFER`] bytes at an aligned address; empty until it is needed.
@@ -49,7 +49,7 @@ impl DirectFile {
             )
             .doing(doing()));
         }
-        Ok(Self { file: Unforked::new(file), raw, alignment, buffer: Vec::new() })
+        Ok(Self { file: CloseOnFork::new(file), raw, alignment, buffer: Vec::new() })
     }
 
     /// Whether the kernel takes this as it is. Guest memory is mapped in whole pages, so addresses are aligned as the guest's are.
@@ -59,8 +59,8 @@ impl DirectFile {
         memory <= 4096 && offset % align == 0 && segments.iter().all(fits)
     }
 
-    /// Calls `each` with an aligned buffer for every aligned piece around the range: the buffer, where it begins on the disk, and
-    /// where the range's bytes are in it.
+    /// Calls `each` with an aligned buffer for every aligned piece around the range. It gets the buffer, its offset on
+    /// the disk, and where the range's bytes are in it.
     fn bounce(
         &mut self,
         offset: u64,
@@ -92,7 +92,7 @@ fn total(segments: &[Segment]) -> u64 {
 }
 
 impl BlockBackend for DirectFile {
-    fn shape(&self) -> Shape {
+    fn shape(&self) -> Geometry {
         self.raw.shape()
     }
 

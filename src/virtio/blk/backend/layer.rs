@@ -9,7 +9,7 @@ use std::os::unix::fs::FileExt;
 use super::storage::{Storage, zeroes_to_guest};
 use super::{Extent, front};
 use crate::memory::{GuestMemory, Segment};
-use crate::sys::Unforked;
+use crate::sys::CloseOnFork;
 
 /// A base. It may be shorter than what lies on it: all that is beyond its end reads as zeroes.
 pub(super) trait Layer: Send + fmt::Debug {
@@ -27,14 +27,14 @@ pub(super) trait Layer: Send + fmt::Debug {
 /// A raw image.
 #[derive(Debug)]
 pub(super) struct RawLayer {
-    file: Unforked<File>,
+    file: CloseOnFork<File>,
     len: u64,
 }
 
 impl RawLayer {
     /// `len` is how long the file is, or the device.
     pub(super) fn new(file: File, len: u64) -> Self {
-        Self { file: Unforked::new(file), len }
+        Self { file: CloseOnFork::new(file), len }
     }
 }
 

@@ -2,7 +2,7 @@
 
 mod direct;
 #[cfg(any(test, feature = "internals"))]
-pub(crate) mod doors;
+pub(crate) mod fuzzing;
 mod layer;
 mod overlay;
 #[cfg(feature = "qcow2")]
@@ -26,7 +26,7 @@ use crate::sys::Space;
 
 /// What is the same about a backend as long as nobody grows it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Shape {
+pub(crate) struct Geometry {
     /// Bytes: whole sectors, at least one.
     pub len: u64,
     pub read_only: bool,
@@ -43,12 +43,12 @@ pub(crate) enum Extent {
     Zeroes { len: u64 },
 }
 
-/// Where the bytes of a disk are. All ranges were checked against [`Shape::len`] and are whole sectors; everything may block.
+/// Where the bytes of a disk are. All ranges were checked against [`Geometry::len`] and are whole sectors; everything may block.
 ///
 /// What a call has written is durable when a later [`BlockBackend::flush`] has returned `Ok`, not before. A failed call says
 /// so with the host's error and leaves every other byte as it was.
 pub(crate) trait BlockBackend: Send + fmt::Debug {
-    fn shape(&self) -> Shape;
+    fn shape(&self) -> Geometry;
 
     /// Fills all of `segments`, which lie in `memory`.
     fn read(&mut self, memory: &GuestMemory, segments: &[Segment], offset: u64) -> io::Result<()>;
@@ -71,10 +71,11 @@ pub(crate) trait BlockBackend: Send + fmt::Debug {
     /// Bytes that the disk takes up on the host.
     fn allocated(&self) -> io::Result<u64>;
 
-    /// Appends where the range lies, in order and without gaps, so that the bytes can be moved without the backend: for a `write` after
-    /// preparing that they go there. `None` when only [`BlockBackend::read`] and [`BlockBackend::write`] can.
+    /// Appends where the range lies, in order and without gaps, so that its bytes can be moved without the backend.
+    /// With `write`, it first prepares that they go there. `None` when only [`BlockBackend::read`] and
+    /// [`BlockBackend::write`] can.
     ///
-    /// The places of a range stay what they are while requests that use them are under way.
+    /// The places of a range stay what they are while requests that use them are in flight.
     fn extents(&mut self, write: bool, offset: u64, len: u64, found: &mut Vec<Extent>) -> Option<io::Result<()>>;
 
     /// The bytes of a range that was asked for with `write` have arrived at its places.

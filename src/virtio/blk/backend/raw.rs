@@ -8,15 +8,15 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use super::super::SECTOR;
-use super::{BlockBackend, Extent, Shape, transfer};
+use super::{BlockBackend, Extent, Geometry, transfer};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::memory::{GuestMemory, Segment};
-use crate::sys::{self, LockKind, Space, Unforked, try_lock};
+use crate::sys::{self, CloseOnFork, LockKind, Space, try_lock};
 
 /// An open disk image. Its length is fixed when it is opened.
 #[derive(Debug)]
 pub(crate) struct RawFile {
-    file: Unforked<File>,
+    file: CloseOnFork<File>,
     len: u64,
     read_only: bool,
     /// Whether it is a device of the host.
@@ -36,8 +36,8 @@ pub(super) fn open(path: &Path, read_only: bool, locked: bool, flags: i32) -> Re
     Ok(file)
 }
 
-/// How long a lock of somebody else may be one that is about to go: a program that this process starts has a copy of every
-/// descriptor until it is loaded, also of those that were closed meanwhile.
+/// How long to wait for a lock that may soon be released. A program that this process starts has a copy of every
+/// descriptor until it is loaded, also of those closed meanwhile.
 const STARTING: Duration = Duration::from_millis(300);
 
 /// # Errors
@@ -103,7 +103,7 @@ impl RawFile {
     pub(crate) fn from_file(file: File, read_only: bool) -> Result<Self> {
         let len = length(&file)?;
         let device = file.metadata()?.file_type().is_block_device();
-        Ok(Self { file: Unforked::new(file), len, read_only, device })
+        Ok(Self { file: CloseOnFork::new(file), len, read_only, device })
     }
 
     /// What no disk for reading only may be asked for.
@@ -113,8 +113,8 @@ impl RawFile {
 }
 
 impl BlockBackend for RawFile {
-    fn shape(&self) -> Shape {
-        Shape { len: self.len, read_only: self.read_only, discard: if self.read_only { 0 } else { 4096 } }
+    fn shape(&self) -> Geometry {
+        Geometry { len: self.len, read_only: self.read_only, discard: if self.read_only { 0 } else { 4096 } }
     }
 
     fn read(&mut self, memory: &GuestMemory, segments: &[Segment], offset: u64) -> io::Result<()> {

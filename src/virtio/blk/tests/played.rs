@@ -3,7 +3,7 @@
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Mutex;
 
-use super::super::backend::{Extent, Shape};
+use super::super::backend::{Extent, Geometry};
 use super::super::config::F_CONFIG_WCE;
 use super::*;
 use crate::memory::{GuestMemory, Segment};
@@ -15,7 +15,7 @@ struct Script {
     log: Vec<String>,
     /// The next calls fail like this.
     fail: VecDeque<i32>,
-    /// Where the mover reads and writes, and what it syncs.
+    /// Where the I/O queue reads and writes, and what it syncs.
     places: Option<RawFd>,
     sync: Option<RawFd>,
     /// All of it is one file.
@@ -36,8 +36,8 @@ impl Played {
 }
 
 impl BlockBackend for Played {
-    fn shape(&self) -> Shape {
-        Shape { len: 1 << 20, read_only: false, discard: 512 }
+    fn shape(&self) -> Geometry {
+        Geometry { len: 1 << 20, read_only: false, discard: 512 }
     }
     fn read(&mut self, _: &GuestMemory, _: &[Segment], _: u64) -> io::Result<()> {
         self.call("read")
@@ -174,7 +174,7 @@ fn places_that_a_backend_tells_are_read_and_written_by_the_ring() {
     let (data, status) = request(&mut driver, &[&header(READ, 2)], &[1000, 537]);
     assert_eq!((status, data.iter().filter(|b| **b == 0).count()), (S_OK, 512));
     assert_eq!((data[511], data[512], data[700], data[1535]), (0, 5, 6, 6));
-    // What blocks comes after what is under way, and from then on a flush is the backend's.
+    // What blocks comes after what is in flight, and from then on a flush is the backend's.
     assert_eq!(request(&mut driver, &[&header(FLUSH, 0)], &[1]).1, S_OK);
     assert_eq!(request(&mut driver, &[&header(ZEROES, 0), &range(0, 1, 0)], &[1]).1, S_OK);
     assert_eq!(request(&mut driver, &[&header(FLUSH, 0)], &[1]).1, S_OK);
@@ -286,7 +286,7 @@ fn a_limit_that_goes_away_lets_everybody_through() {
 #[test]
 fn a_stop_waits_until_guest_memory_stands_still_and_a_pause_too() {
     let (near, far) = std::os::unix::net::UnixStream::pair().unwrap();
-    // Reads of an empty socket are under way for as long as one likes.
+    // Reads of an empty socket are in flight for as long as one likes.
     let script = Script { places: Some(near.as_raw_fd()), ..Script::default() };
     let (mut driver, script, _) = played(options(DiskEngine::Ring), script);
     driver.send(0, &[&header(READ, 0)], &[512, 1]);
@@ -303,7 +303,7 @@ fn a_stop_waits_until_guest_memory_stands_still_and_a_pause_too() {
     driver.poke(0);
     let memory = driver.memory();
     let disk = driver.stop();
-    assert!(!disk.engine.mover.as_ref().unwrap().busy());
+    assert!(!disk.engine.io_queue.as_ref().unwrap().busy());
     std::io::Write::write_all(&mut &far, &[3; 512]).unwrap();
     let mut back = [0; 512];
     std::io::Read::read_exact(&mut &near, &mut back).unwrap();
@@ -325,10 +325,10 @@ fn a_disk_that_shares_its_loop_leaves_what_is_under_way_to_who_stops_it() {
     disk.stopping(io);
     assert!(begin.elapsed() < Duration::from_secs(1), "no other disk of the loop waits");
     // It may have been quick enough.
-    assert_eq!(disk.engine.mover.is_none(), io.left.is_some());
-    assert!(io.left.take().is_none_or(|mut mover| mover.stop(Duration::from_secs(20))));
+    assert_eq!(disk.engine.io_queue.is_none(), io.left.is_some());
+    assert!(io.left.take().is_none_or(|mut io_queue| io_queue.stop(Duration::from_secs(20))));
     disk.started(io).unwrap();
-    assert!(disk.engine.mover.as_ref().is_some_and(|mover| !mover.busy()));
+    assert!(disk.engine.io_queue.as_ref().is_some_and(|io_queue| !io_queue.busy()));
     disk.stopping(io);
 }
 

@@ -15,14 +15,14 @@ use std::time::{Duration, Instant};
 use super::{Segment, Tried};
 use crate::memory::Segment as Piece;
 use crate::net::user::core::{Begun, Core};
+use crate::net::user::generational::{Id, Owner};
 use crate::net::user::host::Alarm;
-use crate::net::user::table::{Id, Owner};
 use crate::net::wire::{self, ACK, FIN, RST, SYN, Tcp};
 use crate::sys::{EventSet, Socket};
 
 /// Both ends of a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(in crate::net::user) struct Tuple {
+pub(in crate::net::user) struct FlowKey {
     pub guest: (IpAddr, u16),
     pub remote: (IpAddr, u16),
 }
@@ -44,7 +44,7 @@ pub(super) enum Phase {
 
 /// What becomes of a flow.
 #[derive(Debug)]
-pub(super) enum Fate {
+pub(super) enum SegmentOutcome {
     Live,
     /// Both sides are done.
     Over,
@@ -82,7 +82,7 @@ pub(super) const SHIFT: u8 = 5;
 #[derive(Debug)]
 pub(super) struct Flow {
     pub id: Id,
-    pub tuple: Tuple,
+    pub tuple: FlowKey,
     pub phase: Phase,
     /// `None` when it is over.
     socket: Option<Socket>,
@@ -141,7 +141,7 @@ fn after(a: u32, b: u32) -> bool {
 
 impl Flow {
     /// `socket` is connecting, or connected when `phase` is not that. `syn` is the guest's.
-    pub(super) fn new(id: Id, tuple: Tuple, socket: Socket, phase: Phase, iss: u32, now: Instant) -> Self {
+    pub(super) fn new(id: Id, tuple: FlowKey, socket: Socket, phase: Phase, iss: u32, now: Instant) -> Self {
         let peeks = socket.peek_from(0).is_ok();
         Self {
             id,
@@ -230,25 +230,25 @@ impl Flow {
         segment: &Segment<'_>,
         payload: &mut Vec<Piece>,
         budget: usize,
-    ) -> Fate {
+    ) -> SegmentOutcome {
         let tcp = &segment.tcp;
         self.active = core.host.now;
         match self.phase {
-            Phase::Connecting => return if tcp.flags & RST != 0 { Fate::Gone } else { Fate::Live },
+            Phase::Connecting => return if tcp.flags & RST != 0 { SegmentOutcome::Gone } else { SegmentOutcome::Live },
             Phase::Calling => return self.answered(core, tcp),
             Phase::Over => {
                 self.ack_due = tcp.flags & RST == 0;
-                return Fate::Live;
+                return SegmentOutcome::Live;
             }
             Phase::Answering | Phase::Open => {}
         }
         if tcp.flags & RST != 0 {
             // Only the exact number is believed (RFC 5961, 3.2).
             if tcp.seq == self.received {
-                return Fate::Gone;
+                return SegmentOutcome::Gone;
             }
             self.ack_due |= !after(self.received, tcp.seq) && !after(tcp.seq, self.edge);
-            return Fate::Live;
+            return SegmentOutcome::Live;
         }
         if tcp.flags & SYN != 0 {
             if self.phase == Phase::Answering && tcp.seq.wrapping_add(1) == self.received {
@@ -257,10 +257,10 @@ impl Flow {
                 // RFC 5961, 4.2.
                 self.ack_due = true;
             }
-            return Fate::Live;
+            return SegmentOutcome::Live;
         }
         if tcp.flags & ACK == 0 {
-            return Fate::Live;
+            return SegmentOutcome::Live;
         }
         if let Err(fate) = self.acknowledged(core, tcp, segment.len) {
             return fate;
@@ -268,25 +268,25 @@ impl Flow {
         if self.phase == Phase::Open {
             if let Err(error) = self.data(core, segment, payload, budget) {
                 log::debug!("a connection of the guest ends: {error}");
-                return Fate::Reset;
+                return SegmentOutcome::Reset;
             }
         }
         self.fate()
     }
 
     /// Over when both sides have closed and know it.
-    fn fate(&self) -> Fate {
-        if self.guest_fin && self.fin_acked && self.shut { Fate::Over } else { Fate::Live }
+    fn fate(&self) -> SegmentOutcome {
+        if self.guest_fin && self.fin_acked && self.shut { SegmentOutcome::Over } else { SegmentOutcome::Live }
     }
 
     /// The guest's first answer to a call (RFC 9293, 3.10.7.3).
-    fn answered(&mut self, core: &mut Core, tcp: &Tcp) -> Fate {
+    fn answered(&mut self, core: &mut Core, tcp: &Tcp) -> SegmentOutcome {
         let ours = tcp.flags & ACK != 0 && tcp.ack == self.una.wrapping_add(1) && self.max == tcp.ack;
         if !ours {
-            return Fate::Live;
+            return SegmentOutcome::Live;
         }
         if tcp.flags & RST != 0 {
-            return Fate::Failed(io::ErrorKind::ConnectionRefused.into());
+            return SegmentOutcome::Failed(io::ErrorKind::ConnectionRefused.into());
         }
         if tcp.flags & SYN != 0 {
             self.called(tcp, core.config.mtu);
@@ -294,11 +294,11 @@ impl Flow {
             (self.una, self.sent) = (tcp.ack, tcp.ack);
             (self.phase, self.ack_due, self.resend_at, self.retries) = (Phase::Open, true, None, 0);
         }
-        Fate::Live
+        SegmentOutcome::Live
     }
 
     /// RFC 9293, 3.10.7.4, "fifth, check the ACK field".
-    fn acknowledged(&mut self, core: &mut Core, tcp: &Tcp, len: usize) -> Result<(), Fate> {
+    fn acknowledged(&mut self, core: &mut Core, tcp: &Tcp, len: usize) -> Result<(), SegmentOutcome> {
         if after(tcp.ack, self.max) || after(self.una, tcp.ack) {
             // Of something that was never sent, or old.
             self.ack_due |= after(tcp.ack, self.max) && self.phase == Phase::Open;
@@ -318,7 +318,7 @@ impl Flow {
             if after(self.una, self.sent) {
                 self.sent = self.una;
             }
-            self.consume(n, &mut core.buffer).map_err(|_| Fate::Reset)?;
+            self.consume(n, &mut core.buffer).map_err(|_| SegmentOutcome::Reset)?;
             (self.duplicates, self.retries) = (0, 0);
             self.resend_at = (self.una != self.max).then(|| core.host.now + RESEND);
         } else {
@@ -369,30 +369,30 @@ impl Flow {
     }
 
     /// Something has happened to the socket.
-    pub(super) fn ready(&mut self, core: &mut Core, events: EventSet) -> Fate {
+    pub(super) fn ready(&mut self, core: &mut Core, events: EventSet) -> SegmentOutcome {
         let failed = EventSet::ERROR | EventSet::HANG_UP;
-        let Some(socket) = &self.socket else { return Fate::Live };
+        let Some(socket) = &self.socket else { return SegmentOutcome::Live };
         if self.phase == Phase::Connecting {
             if !events.intersects(failed | EventSet::OUT) {
-                return Fate::Live;
+                return SegmentOutcome::Live;
             }
             if let Some(error) = socket.error() {
-                return Fate::Failed(error);
+                return SegmentOutcome::Failed(error);
             }
             (self.phase, self.active) = (Phase::Answering, core.host.now);
         }
         if events.intersects(failed) && socket.error().is_some() {
-            return Fate::Reset;
+            return SegmentOutcome::Reset;
         }
         self.readable |= events.intersects(EventSet::IN | EventSet::READ_HANG_UP | failed);
         self.ended |= events.intersects(EventSet::READ_HANG_UP | EventSet::HANG_UP);
         if events.contains(EventSet::OUT) && self.phase == Phase::Open {
             match self.drain() {
                 Ok(_) => return self.fate(),
-                Err(_) => return Fate::Reset,
+                Err(_) => return SegmentOutcome::Reset,
             }
         }
-        Fate::Live
+        SegmentOutcome::Live
     }
 
     /// When something must be done, whatever happens.
@@ -412,22 +412,22 @@ impl Flow {
     }
 
     /// Its alarm rang.
-    pub(super) fn rang(&mut self, core: &mut Core) -> Fate {
+    pub(super) fn rang(&mut self, core: &mut Core) -> SegmentOutcome {
         self.alarm.rang();
         let now = core.host.now;
         if self.active + self.patience(core) <= now {
             core.stats.timed_out += u64::from(self.phase != Phase::Over);
             return match self.phase {
-                Phase::Connecting | Phase::Calling => Fate::Failed(io::ErrorKind::TimedOut.into()),
-                Phase::Over => Fate::Gone,
-                _ => Fate::Reset,
+                Phase::Connecting | Phase::Calling => SegmentOutcome::Failed(io::ErrorKind::TimedOut.into()),
+                Phase::Over => SegmentOutcome::Gone,
+                _ => SegmentOutcome::Reset,
             };
         }
         if self.resend_at.is_some_and(|at| at <= now) {
             self.retries += 1;
             if self.retries > RETRIES {
                 core.stats.timed_out += 1;
-                return Fate::Reset;
+                return SegmentOutcome::Reset;
             }
             self.resend_at = Some(now + (RESEND * 2u32.pow(u32::from(self.retries))).min(RESEND_MAX));
             self.readable = true;
@@ -438,7 +438,7 @@ impl Flow {
             self.recover = self.max;
             self.rewind(core);
         }
-        Fate::Live
+        SegmentOutcome::Live
     }
 
     /// Only the guest's last FIN may come now.

@@ -19,7 +19,7 @@ use std::os::fd::RawFd;
 
 use super::layer::{Layer, push};
 use super::storage::{Storage, zeroes_to_guest};
-use super::{BlockBackend, Extent, Shape, front};
+use super::{BlockBackend, Extent, Geometry, front};
 
 use crate::memory::{GuestMemory, Segment};
 use crate::sys::{ForkGuard, Space};
@@ -32,7 +32,7 @@ use states::{State, States};
 
 /// Clusters that are given up at once: their states fit into memory.
 const AT_ONCE: u64 = 64 * format::PER_PAGE;
-/// Writes under way that are remembered. More cannot be in a queue of the device.
+/// Writes in flight that are remembered. More cannot be in a queue of the device.
 const IN_FLIGHT: usize = 4096;
 
 /// A write that somebody else does, in places that were told.
@@ -55,7 +55,7 @@ pub(crate) struct OverlayDisk {
     header: Header,
     base: Box<dyn Layer>,
     states: States,
-    /// Writes under way to clusters that were not here.
+    /// Writes in flight to clusters that were not here.
     in_flight: Vec<InFlight>,
     read_only: bool,
     /// Whether the file has a name, so that somebody can read it after a loss of power.
@@ -66,7 +66,7 @@ pub(crate) struct OverlayDisk {
     limit: u64,
     /// How many it takes up, at most, beside those that are reserved.
     allocated: u64,
-    /// How many more the writes under way may take up.
+    /// How many more the writes in flight may take up.
     reserved: u64,
 }
 
@@ -185,7 +185,7 @@ impl OverlayDisk {
         self.states.set(&*self.file, this, State::Here)
     }
 
-    /// Fails when so many bytes more are too many. What is under way counts as if nothing of it had arrived.
+    /// Fails when so many bytes more are too many. What is in flight counts as if nothing of it had arrived.
     fn room_for(&mut self, more: u64) -> io::Result<()> {
         let more = self.reserved.saturating_add(more);
         if self.limit < self.allocated.saturating_add(more) {
@@ -260,9 +260,9 @@ impl OverlayDisk {
 }
 
 impl BlockBackend for OverlayDisk {
-    fn shape(&self) -> Shape {
+    fn shape(&self) -> Geometry {
         let discard = if self.read_only { 0 } else { CLUSTER as u32 };
-        Shape { len: self.header.size, read_only: self.read_only, discard }
+        Geometry { len: self.header.size, read_only: self.read_only, discard }
     }
 
     fn read(&mut self, memory: &GuestMemory, segments: &[Segment], offset: u64) -> io::Result<()> {

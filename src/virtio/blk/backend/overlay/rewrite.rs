@@ -142,7 +142,7 @@ fn replace(
     publish(path, true, |file| fill(&mut on(file.try_clone()?, header, base)?))
 }
 
-/// Lets `fill` write a file in the folder of `path`, and gives it that name when it is durable: whole or not at all. Where
+/// Lets `fill` write a file in the directory of `path`, and gives it that name when it is durable: whole or not at all. Where
 /// there is one already it takes its place, or fails.
 pub(super) fn publish(path: &Path, over: bool, fill: impl FnOnce(&File) -> Result<()>) -> Result<()> {
     if !over && path.symlink_metadata().is_ok() {
@@ -151,7 +151,7 @@ pub(super) fn publish(path: &Path, over: bool, fill: impl FnOnce(&File) -> Resul
     // A link to the overlay goes on leading to it.
     let path = if over { &fs::canonicalize(path)? } else { path };
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let draft = sys::Draft::new(folder, 0o600)?;
+    let draft = sys::AtomicFile::new(folder, 0o600)?;
     fill(draft.file())?;
     draft.file().sync_all()?;
     Ok(if over { draft.replace(path) } else { draft.publish(path) }?)

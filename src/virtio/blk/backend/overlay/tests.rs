@@ -12,7 +12,7 @@ use crate::error::{Error, ErrorKind};
 use crate::memory::GuestAddress;
 use crate::size::Size;
 
-/// A folder that goes away with its test.
+/// A directory that goes away with its test.
 pub(super) struct Temp(PathBuf);
 
 impl Temp {

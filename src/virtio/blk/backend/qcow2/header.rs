@@ -1,5 +1,5 @@
-//! The header of a qcow2 image (QEMU, docs/interop/qcow2.txt), read by ourselves: what is not supported is refused by its name
-//! before anything is opened for writing or allocated.
+//! The header of a qcow2 image (QEMU, docs/interop/qcow2.txt), read by ourselves. What is not supported is refused by
+//! name, before anything is opened for writing or allocated.
 
 use crate::error::{Error, ErrorKind, Result};
 

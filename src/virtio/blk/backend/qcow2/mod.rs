@@ -1,6 +1,6 @@
 //! Images in QEMU's format, through the crate imago. Owned by the disk's loop; every call blocks.
 //!
-//! Which files belong to an image is decided here and never by the crate: names in a header are followed within one folder only.
+//! Which files belong to an image is decided here and never by the crate: names in a header are followed within one directory only.
 
 mod counts;
 mod header;
@@ -21,13 +21,13 @@ use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder, ShallowMapp
 
 use super::raw::{length, lock_or_name_holder, open};
 use super::storage::{from_guest, to_guest};
-use super::{BlockBackend, Extent, Shape};
+use super::{BlockBackend, Extent, Geometry};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::memory::{GuestMemory, Segment};
-use crate::sys::{self, Beneath, LockKind, Order, Ordered, Unforked};
+use crate::sys::{self, Beneath, CloseOnFork, LockKind, OrderedFile, WriteOrder};
 use header::{Format, Header};
 
-type Access = FormatAccess<Ordered>;
+type Access = FormatAccess<OrderedFile>;
 
 /// Images that may lie on each other.
 const DEPTH: usize = 16;
@@ -38,9 +38,9 @@ const MAX_TABLES: u64 = 512 << 20;
 #[derive(Debug)]
 pub(crate) struct Qcow2 {
     access: Option<Access>,
-    order: Order,
+    order: WriteOrder,
     /// The image's own file, which also holds the lock.
-    file: Unforked<File>,
+    file: CloseOnFork<File>,
     size: u64,
     read_only: bool,
     cluster: u32,
@@ -52,7 +52,7 @@ pub(crate) struct Qcow2 {
     failed: bool,
 }
 
-/// The files that were opened on the way down, and the folder that they must be in.
+/// The files that were opened on the way down, and the directory that they must be in.
 struct Chain {
     folder: Option<Folder>,
     files: Vec<(u64, u64)>,
@@ -93,7 +93,7 @@ impl Chain {
         Ok(())
     }
 
-    /// Opens a backing file as an image in `beside` names it. No link in the folder is followed, and only a regular file is one.
+    /// Opens a backing file as an image in `beside` names it. No link in the directory is followed, and only a regular file is one.
     fn open_backing(&self, beside: &Path, name: &str) -> Result<(PathBuf, File)> {
         let named = beside.parent().unwrap_or(Path::new("/")).join(name);
         let denied = |what: String| {
@@ -104,7 +104,7 @@ impl Chain {
             return denied("is not allowed".into());
         };
         let finding = || format!("finding backing file {}", named.display());
-        // This only says where below the folder it is. What is opened is below the folder whatever this was.
+        // This only says where below the directory it is. What is opened is below the directory whatever this was.
         let (Some(parent), Some(last)) = (named.parent(), named.file_name()) else {
             return denied("is no file".into());
         };
@@ -143,7 +143,13 @@ fn mark(file: &File, bit: u8) -> io::Result<()> {
 }
 
 /// Opens an image and what it lies on, the lowest first. `file` is the image at `path`, not locked yet.
-fn open_image(path: &Path, file: File, write: bool, order: Order, chain: &mut Chain) -> Result<(Access, File, Header)> {
+fn open_image(
+    path: &Path,
+    file: File,
+    write: bool,
+    order: WriteOrder,
+    chain: &mut Chain,
+) -> Result<(Access, File, Header)> {
     lock_or_name_holder(&file, if write { LockKind::Exclusive } else { LockKind::Shared })?;
     if !file.metadata()?.is_file() {
         return Err(Error::new(ErrorKind::InvalidConfig, "not a regular file"));
@@ -168,9 +174,9 @@ fn open_image(path: &Path, file: File, write: bool, order: Order, chain: &mut Ch
             Some(open_backing(&below, file, *format, chain).doing(doing)?)
         }
     };
-    let own = Ordered::new(file.try_clone()?, write, header.cluster.into(), order)?;
+    let own = OrderedFile::new(file.try_clone()?, write, header.cluster.into(), order)?;
     let image = guarded(|| {
-        imago::qcow2::Qcow2::<Ordered>::builder(own)
+        imago::qcow2::Qcow2::<OrderedFile>::builder(own)
             .write(write)
             .backing(backing)
             .data_file(None)
@@ -182,13 +188,14 @@ fn open_image(path: &Path, file: File, write: bool, order: Order, chain: &mut Ch
 
 fn open_backing(path: &Path, file: File, format: Format, chain: &mut Chain) -> Result<Access> {
     if format == Format::Qcow2 {
-        return Ok(open_image(path, file, false, Order::default(), chain)?.0);
+        return Ok(open_image(path, file, false, WriteOrder::default(), chain)?.0);
     }
     lock_or_name_holder(&file, LockKind::Shared)?;
     chain.add(&file)?;
     length(&file)?;
-    let own = Ordered::new(file, false, 1, Order::default())?;
-    let raw = guarded(|| imago::raw::Raw::<Ordered>::builder(own).write(false).open(DenyImplicitOpenGate::default()));
+    let own = OrderedFile::new(file, false, 1, WriteOrder::default())?;
+    let raw =
+        guarded(|| imago::raw::Raw::<OrderedFile>::builder(own).write(false).open(DenyImplicitOpenGate::default()));
     Ok(FormatAccess::new(raw?))
 }
 
@@ -210,7 +217,7 @@ impl Qcow2 {
         };
         let named = |folder: &Path| open_folder(folder).doing(|| format!("backing_folder: {}", folder.display()));
         let mut chain = Chain { folder: folder.map(named).transpose()?, files: Vec::new(), tables: 0 };
-        let order = Order::default();
+        let order = WriteOrder::default();
         let opened = open(&path, read_only, false, libc::O_NONBLOCK)
             .and_then(|file| open_image(&path, file, !read_only, order.clone(), &mut chain))
             .doing(doing)?;
@@ -219,7 +226,7 @@ impl Qcow2 {
             access: Some(access),
             order,
             freed: None,
-            file: Unforked::new(file),
+            file: CloseOnFork::new(file),
             size,
             read_only,
             cluster,
@@ -249,8 +256,8 @@ impl Qcow2 {
         if self.freed.is_some() { self.flush() } else { Ok(()) }
     }
 
-    /// Writes `bytes`, cluster by cluster where more at once would give clusters back: for zeroes that have a cluster, which the
-    /// crate would take elsewhere to have all in one place, and for compressed data, which always does.
+    /// Writes `bytes`, cluster by cluster where more at once would free clusters. That is so for zeroes that have a
+    /// cluster, which the crate would move, and for compressed data.
     fn replace(&mut self, mut bytes: &[u8], mut at: u64) -> io::Result<()> {
         let (cluster, order) = (u64::from(self.cluster), self.order.clone());
         while !bytes.is_empty() {
@@ -331,20 +338,21 @@ impl Qcow2 {
     }
 }
 
-/// An image of 256 KiB, some of which is written, by the bytes of its clusters, the bits of its counts and its raw backing file.
+/// Returns an image of 256 KiB, some of which is written. It is made for the bytes of a cluster, the bits of a count,
+/// and a raw backing file.
 #[cfg(any(test, feature = "internals"))]
 pub(super) fn small(cluster: usize, width: usize, backing: Option<&str>) -> Vec<u8> {
     use imago::FormatCreateBuilder;
     let make = || -> io::Result<Vec<u8>> {
         let file = sys::temp_file(&std::env::temp_dir())?;
-        let storage = || Ordered::new(file.try_clone()?, true, cluster as u64, Order::default());
-        let builder = imago::qcow2::Qcow2::<Ordered>::create_builder(storage()?);
+        let storage = || OrderedFile::new(file.try_clone()?, true, cluster as u64, WriteOrder::default());
+        let builder = imago::qcow2::Qcow2::<OrderedFile>::create_builder(storage()?);
         let builder = builder.size(256 << 10).cluster_size(cluster).refcount_width(width);
         match backing {
             Some(name) => builder.backing(name.into(), "raw".into()).create()?,
             None => builder.create()?,
         }
-        let image = imago::qcow2::Qcow2::<Ordered>::builder(storage()?).backing(None).write(true);
+        let image = imago::qcow2::Qcow2::<OrderedFile>::builder(storage()?).backing(None).write(true);
         let image = FormatAccess::new(image.open(DenyImplicitOpenGate::default())?);
         image.write([3; 4096].as_slice(), 1024)?;
         image.write([4; 4096].as_slice(), 128 << 10)?;
@@ -368,9 +376,9 @@ impl Drop for Qcow2 {
 }
 
 impl BlockBackend for Qcow2 {
-    fn shape(&self) -> Shape {
+    fn shape(&self) -> Geometry {
         let discard = if self.read_only { 0 } else { self.cluster };
-        Shape { len: self.size, read_only: self.read_only, discard }
+        Geometry { len: self.size, read_only: self.read_only, discard }
     }
 
     fn read(&mut self, memory: &GuestMemory, segments: &[Segment], offset: u64) -> io::Result<()> {

@@ -2,8 +2,7 @@
 //!
 //! Runs before the image is used. The counts in the file may be behind its tables: data that the tables know may be
 //! taken for free. What the tables say is durable, so the counts are made from them, into new clusters at the end of
-//! the file. Then the header is pointed there by a write of one sector, so that a loss of power in between leaves the
-//! image as it was.
+//! the file. Then a write of one sector points the header there. A loss of power in between leaves the image as it was.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;

@@ -18,7 +18,7 @@ impl Temp {
         self.0.join(name)
     }
 
-    /// Runs `qemu-img` in this folder.
+    /// Runs `qemu-img` in this directory.
     pub(super) fn qemu_img(&self, arguments: &str) -> String {
         let output = Command::new("qemu-img").args(arguments.split(' ')).current_dir(&self.0).output();
         let output = output.expect("qemu-img is not installed: run `make setup` first");
@@ -55,7 +55,7 @@ fn what_is_written_is_there_and_qemu_finds_nothing_wrong() {
     let temp = Temp::new("written");
     temp.qemu_img("create -q -f qcow2 a.qcow2 64M");
     let mut disk = Qcow2::open(&temp.path("a.qcow2"), None, false).unwrap();
-    assert_eq!(disk.shape(), Shape { len: 64 << 20, read_only: false, discard: 64 << 10 });
+    assert_eq!(disk.shape(), Geometry { len: 64 << 20, read_only: false, discard: 64 << 10 });
     write(&mut disk, &[1; 100 * 512], 3 * 512);
     write(&mut disk, &[2; 1 << 20], 10 << 20);
     disk.write_zeroes(4096, 8192, true).unwrap();

@@ -9,7 +9,7 @@ use super::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 /// Shared by the threads of one VM.
 #[derive(Debug, Default)]
-pub(super) struct Gate {
+pub(super) struct VcpuGate {
     /// Both are changed under the lock, and looked at without it before each KVM_RUN.
     closed: AtomicBool,
     /// A device cannot go on until somebody says so; changed and looked at likewise.
@@ -31,12 +31,12 @@ pub(super) trait ExitRequest {
 
 /// What a vCPU's thread does next.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Turn {
+pub(super) enum VcpuAction {
     /// The VM has ended.
     End,
     /// Run the guest.
     Enter,
-    /// Call KVM_RUN, which will not enter the guest; when it was merely interrupted, [`Gate::park`].
+    /// Call KVM_RUN, which will not enter the guest; when it was merely interrupted, [`VcpuGate::park`].
     Finish,
 }
 
@@ -50,7 +50,7 @@ pub(super) enum Parked {
     Busy(usize),
 }
 
-impl Gate {
+impl VcpuGate {
     fn parked(&self) -> MutexGuard<'_, usize> {
         self.parked.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -61,13 +61,13 @@ impl Gate {
         self.closed.store(!self.gone(), Ordering::SeqCst);
     }
 
-    /// As [`Gate::close`], by a device; only [`Gate::release`] ends it. Never waits for anybody.
+    /// As [`VcpuGate::close`], by a device; only [`VcpuGate::release`] ends it. Never waits for anybody.
     pub(super) fn hold(&self) {
         let _parked = self.parked();
         self.held.store(!self.gone(), Ordering::SeqCst);
     }
 
-    /// No device holds the vCPUs any more. True when one did. They go on with [`Gate::open`].
+    /// No device holds the vCPUs any more. True when one did. They go on with [`VcpuGate::open`].
     pub(super) fn release(&self) -> bool {
         let _parked = self.parked();
         self.held.swap(false, Ordering::SeqCst)
@@ -99,16 +99,16 @@ impl Gate {
     }
 
     /// What the thread of `vcpu` does next.
-    pub(super) fn turn(&self, vcpu: &impl ExitRequest) -> Turn {
+    pub(super) fn turn(&self, vcpu: &impl ExitRequest) -> VcpuAction {
         // Cleared before the checks: an end or a pause that comes later makes a new request.
         vcpu.clear_exit_request();
         match () {
-            () if self.gone() => Turn::End,
+            () if self.gone() => VcpuAction::End,
             () if self.closed() => {
                 vcpu.request_exit();
-                Turn::Finish
+                VcpuAction::Finish
             }
-            () => Turn::Enter,
+            () => VcpuAction::Enter,
         }
     }
 
@@ -155,7 +155,7 @@ mod tests {
 
     #[test]
     fn all_come_wait_and_go_on() {
-        let gate = Arc::new(Gate::default());
+        let gate = Arc::new(VcpuGate::default());
         assert!(!gate.park(), "an open gate stops nobody");
         gate.close();
         assert_eq!(gate.wait_parked(2, soon()), Parked::Busy(2));
@@ -170,7 +170,7 @@ mod tests {
 
     #[test]
     fn the_end_frees_those_who_wait_and_stops_nobody_more() {
-        let gate = Arc::new(Gate::default());
+        let gate = Arc::new(VcpuGate::default());
         gate.close();
         let theirs = gate.clone();
         let parked = thread::spawn(move || theirs.park());

@@ -1,4 +1,4 @@
-//! [`View`] and [`Window`]: a piece of guest memory that is looked up once and then read and written field by field.
+//! [`GuestSlice`] and [`PinnedSlice`]: a piece of guest memory that is looked up once and then read and written field by field.
 //!
 //! The guest changes it at any time: every field is one access of its own width, and what was read is a copy.
 #![allow(
@@ -16,7 +16,7 @@ use super::{GuestAddress, GuestMemory, OutOfBounds};
 
 /// A piece of guest memory, borrowed. All numbers are little-endian, as the guest's are.
 #[derive(Clone, Copy)]
-pub(crate) struct View<'a> {
+pub(crate) struct GuestSlice<'a> {
     host: *mut u8,
     len: usize,
     memory: PhantomData<&'a GuestMemory>,
@@ -24,21 +24,21 @@ pub(crate) struct View<'a> {
 
 impl GuestMemory {
     /// Looks up `len` bytes at `addr`. `None` when they are not guest memory, or not all in one range.
-    pub(crate) fn view(&self, addr: GuestAddress, len: usize) -> Option<View<'_>> {
-        self.host(addr, len).map(|host| View { host, len, memory: PhantomData })
+    pub(crate) fn view(&self, addr: GuestAddress, len: usize) -> Option<GuestSlice<'_>> {
+        self.host(addr, len).map(|host| GuestSlice { host, len, memory: PhantomData })
     }
 
     /// As [`GuestMemory::view`], to be kept.
     ///
     /// # Errors
     /// When they are not guest memory, or not all in one range.
-    pub(crate) fn window(&self, addr: GuestAddress, len: usize) -> Result<Window, OutOfBounds> {
+    pub(crate) fn window(&self, addr: GuestAddress, len: usize) -> Result<PinnedSlice, OutOfBounds> {
         let host = self.host(addr, len).ok_or(OutOfBounds { addr, len })?;
-        Ok(Window { host, len, memory: self.clone() })
+        Ok(PinnedSlice { host, len, memory: self.clone() })
     }
 }
 
-impl View<'_> {
+impl GuestSlice<'_> {
     /// Where a `T` lies; `None` beyond the end, and where it is not aligned.
     #[inline]
     fn place<T>(self, at: usize) -> Option<*mut T> {
@@ -115,19 +115,19 @@ impl View<'_> {
 }
 
 /// A piece of guest memory, to be kept: it holds on to the memory.
-pub(crate) struct Window {
+pub(crate) struct PinnedSlice {
     host: *mut u8,
     len: usize,
     memory: GuestMemory,
 }
 
 // SAFETY: the pointer lies in a mapping that `memory` keeps alive, whatever thread it is on.
-unsafe impl Send for Window {}
+unsafe impl Send for PinnedSlice {}
 
-impl Window {
+impl PinnedSlice {
     #[inline]
-    pub(crate) fn view(&self) -> View<'_> {
-        View { host: self.host, len: self.len, memory: PhantomData }
+    pub(crate) fn view(&self) -> GuestSlice<'_> {
+        GuestSlice { host: self.host, len: self.len, memory: PhantomData }
     }
 
     /// The memory that it is a piece of.
@@ -136,7 +136,7 @@ impl Window {
     }
 }
 
-impl fmt::Debug for Window {
+impl fmt::Debug for PinnedSlice {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Window({} bytes)", self.len)
     }

@@ -1,4 +1,4 @@
-//! Files with any bytes in them, and what a guest does on those that are taken for disks: for `crate::doors`.
+//! Files with any bytes in them, and what a guest does on those that are taken for disks: for `crate::fuzzing`.
 
 use std::fs;
 use std::ops::ControlFlow;
@@ -9,7 +9,7 @@ use super::overlay::{STATES, reseal};
 use super::{BasePath, BlockBackend, OverlayDisk};
 use crate::memory::{GuestAddress, GuestMemory};
 
-/// A folder that goes away with its door.
+/// A directory that goes away with its run.
 pub(crate) struct Folder(PathBuf);
 
 impl Folder {
@@ -21,7 +21,7 @@ impl Folder {
     pub(crate) fn new() -> Option<Self> {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let n = NEXT.fetch_add(1, Ordering::Relaxed);
-        let path = std::env::temp_dir().join(format!("cofferdam-door-{}-{n}", std::process::id()));
+        let path = std::env::temp_dir().join(format!("cofferdam-fuzz-{}-{n}", std::process::id()));
         fs::create_dir_all(&path).ok()?;
         Some(Self(path))
     }
@@ -243,8 +243,8 @@ pub(crate) fn qcow2_open(data: &[u8]) {
     }
 }
 
-/// What an image holds that was found after its writer was gone, and what after it was used again: the byte is written at the
-/// begin of every `step`.
+/// Returns what an image holds when it is found, and what it holds after it was used. The byte is written at the
+/// beginning of every `step`.
 #[cfg(feature = "qcow2")]
 pub(crate) fn qcow2_found(path: &std::path::Path, step: u64, byte: u8) -> crate::error::Result<[Vec<u8>; 2]> {
     let mut disk = super::Qcow2::open(path, path.parent(), false)?;

@@ -21,7 +21,7 @@ const LAST_WORDS: Duration = Duration::from_secs(2);
 const MAX_MESSAGES: usize = 64;
 
 /// What a shim that is ready has said.
-pub(super) struct Greeted {
+pub(super) struct Handshake {
     pub stream: VsockStream,
     pub decoder: Decoder,
     pub startup: Startup,
@@ -30,12 +30,12 @@ pub(super) struct Greeted {
 }
 
 /// Until when a start may go on: its deadline, `None` for none, and the token that ends it before.
-pub(super) struct Patience<'a> {
+pub(super) struct StartDeadline<'a> {
     pub deadline: Option<Instant>,
     pub cancel: Option<&'a CancelToken>,
 }
 
-impl Patience<'_> {
+impl StartDeadline<'_> {
     /// Waits until `it` is readable. False when the time is over.
     fn wait(&self, it: &impl AsFd) -> Result<bool> {
         let mut fds = vec![it.as_fd()];
@@ -55,12 +55,12 @@ impl Patience<'_> {
 /// # Errors
 /// `TimedOut` with the last stage; `Cancelled`; `GuestFailed` when the shim or the VM has failed; `Incompatible` when no
 /// version of the protocol is common.
-pub(super) fn greet(vm: &Vm, begin: Instant, timeout: Duration, patience: &Patience<'_>) -> Result<Greeted> {
+pub(super) fn handshake(vm: &Vm, begin: Instant, timeout: Duration, patience: &StartDeadline<'_>) -> Result<Handshake> {
     let greeted = connection(vm, patience).and_then(|stream| converse(stream, begin, patience));
     greeted.map_err(|error| explain(vm, timeout, error))
 }
 
-fn connection(vm: &Vm, patience: &Patience<'_>) -> Result<VsockStream> {
+fn connection(vm: &Vm, patience: &StartDeadline<'_>) -> Result<VsockStream> {
     let listener = vm.listen(CONTROL_PORT)?;
     let outcome = match patience.wait(&listener)? {
         true => listener.accept_timeout(Duration::ZERO),
@@ -70,7 +70,7 @@ fn connection(vm: &Vm, patience: &Patience<'_>) -> Result<VsockStream> {
     outcome.map_err(|error| listener.refused().unwrap_or(error))
 }
 
-fn converse(mut stream: VsockStream, begin: Instant, patience: &Patience<'_>) -> Result<Greeted> {
+fn converse(mut stream: VsockStream, begin: Instant, patience: &StartDeadline<'_>) -> Result<Handshake> {
     stream.set_nonblocking(true)?;
     let mut decoder = Decoder::new(FROM_GUEST_MAX);
     let (mut buffer, mut common, mut messages) = ([0; 4096], None, 0);
@@ -85,18 +85,18 @@ fn converse(mut stream: VsockStream, begin: Instant, patience: &Patience<'_>) ->
             Err(e) => return Err(e).doing(|| "reading the control stream"),
         };
         let mut input = buffer.get(..read).unwrap_or_default();
-        while let Some(frame) = decoder.next(&mut input).map_err(|e| nonsense(&e))? {
+        while let Some(frame) = decoder.next(&mut input).map_err(|e| protocol_error(&e))? {
             messages += 1;
             if messages > MAX_MESSAGES {
-                return Err(nonsense(&format_args!("more than {MAX_MESSAGES} messages before it was ready")));
+                return Err(protocol_error(&format_args!("more than {MAX_MESSAGES} messages before it was ready")));
             }
-            match FromGuest::parse(&frame).map_err(|e| nonsense(&e))? {
-                Some(FromGuest::Hello { .. }) if common.is_some() => return Err(nonsense(&"a second Hello")),
+            match FromGuest::parse(&frame).map_err(|e| protocol_error(&e))? {
+                Some(FromGuest::Hello { .. }) if common.is_some() => return Err(protocol_error(&"a second Hello")),
                 Some(FromGuest::Hello { min, max }) => {
                     let version = negotiate(min, max).ok_or_else(|| strangers(min, max))?;
                     common = Some(version);
                     let mut hello = Vec::new();
-                    FromHost::Hello { version }.encode(0, &mut hello).map_err(|e| nonsense(&e))?;
+                    FromHost::Hello { version }.encode(0, &mut hello).map_err(|e| protocol_error(&e))?;
                     // The stream is new, so it has room for the few bytes of this.
                     stream.write_all(&hello).doing(|| "greeting the shim")?;
                 }
@@ -105,8 +105,8 @@ fn converse(mut stream: VsockStream, begin: Instant, patience: &Patience<'_>) ->
                     let since = Duration::from_nanos(ready_ns.saturating_sub(user_space_ns));
                     let user_space = ready.saturating_sub(since);
                     let startup = Startup { user_space, ready, kernel_uptime: Duration::from_nanos(user_space_ns) };
-                    let version = common.ok_or_else(|| nonsense(&"Ready before Hello"))?;
-                    return Ok(Greeted { stream, decoder, startup, version });
+                    let version = common.ok_or_else(|| protocol_error(&"Ready before Hello"))?;
+                    return Ok(Handshake { stream, decoder, startup, version });
                 }
                 Some(FromGuest::Failed { stage, errno, text }) => {
                     let os =
@@ -126,7 +126,7 @@ fn converse(mut stream: VsockStream, begin: Instant, patience: &Patience<'_>) ->
 #[cfg(any(test, feature = "internals"))]
 pub(super) fn converse_with(stream: VsockStream) {
     let deadline = Instant::now().checked_add(Duration::from_millis(50));
-    if let Err(error) = converse(stream, Instant::now(), &Patience { deadline, cancel: None }) {
+    if let Err(error) = converse(stream, Instant::now(), &StartDeadline { deadline, cancel: None }) {
         assert!(!error.to_string().contains(['\n', '\x1b']), "a shim's text is one line");
     }
 }
@@ -141,7 +141,7 @@ fn strangers(min: u32, max: u32) -> Error {
 }
 
 /// The guest's shim does not keep to the protocol.
-pub(super) fn nonsense(what: &dyn fmt::Debug) -> Error {
+pub(super) fn protocol_error(what: &dyn fmt::Debug) -> Error {
     Error::new(ErrorKind::GuestFailed, format!("the guest's shim speaks nonsense: {what:?}"))
 }
 
@@ -184,8 +184,8 @@ mod tests {
         (near, far)
     }
 
-    fn soon(millis: u64) -> Patience<'static> {
-        Patience { deadline: Some(Instant::now() + Duration::from_millis(millis)), cancel: None }
+    fn soon(millis: u64) -> StartDeadline<'static> {
+        StartDeadline { deadline: Some(Instant::now() + Duration::from_millis(millis)), cancel: None }
     }
 
     fn frame(message: &FromGuest<'_>) -> Vec<u8> {
@@ -194,7 +194,7 @@ mod tests {
         bytes
     }
 
-    fn greeted(near: VsockStream, patience: &Patience<'_>) -> Result<Greeted> {
+    fn greeted(near: VsockStream, patience: &StartDeadline<'_>) -> Result<Handshake> {
         converse(near, Instant::now(), patience)
     }
 
@@ -211,7 +211,7 @@ mod tests {
             let unknown = [0u32.to_le_bytes(), 1u32.to_le_bytes(), 0xffffu32.to_le_bytes()].concat();
             while (&far).write_all(&unknown).is_ok() {}
         });
-        let error = greeted(near, &Patience { deadline: None, cancel: None }).err().unwrap();
+        let error = greeted(near, &StartDeadline { deadline: None, cancel: None }).err().unwrap();
         assert!(error.kind() == ErrorKind::GuestFailed && error.to_string().contains("64"), "{error}");
         talk.join().unwrap();
     }
@@ -260,7 +260,7 @@ mod tests {
         let token = CancelToken::new().unwrap();
         let theirs = token.clone();
         let cancel = std::thread::spawn(move || theirs.cancel());
-        let error = greeted(near, &Patience { deadline: None, cancel: Some(&token) }).err().unwrap();
+        let error = greeted(near, &StartDeadline { deadline: None, cancel: Some(&token) }).err().unwrap();
         assert_eq!(error.kind(), ErrorKind::Cancelled);
         cancel.join().unwrap();
     }

@@ -24,7 +24,7 @@ const OF_FILE: u64 = 1 << 61;
 
 impl GuestMemory {
     /// Looks which pages of the image below its data this guest has written; the first time for an image only.
-    pub(crate) fn learn(&self, image: &MemoryImage) {
+    pub(crate) fn record_dirty_pages(&self, image: &MemoryImage) {
         if self.private() {
             image.written.get_or_init(|| {
                 self.written(image).unwrap_or_else(|error| {
@@ -69,7 +69,7 @@ impl GuestMemory {
     }
 
     /// Makes those pages this guest's own, as far as the host's kernel can (Linux 5.14).
-    pub(super) fn own_written(&self, image: &MemoryImage) {
+    pub(super) fn prefault_writable(&self, image: &MemoryImage) {
         for &(start, len) in image.written.get().into_iter().flatten() {
             let Ok(slice) = self.inner.get_slice(GuestAddress(start).inner(), len as usize) else { continue };
             // SAFETY: the range is page-aligned and inside one mapping of this guest's memory; the advice changes no contents.
@@ -106,7 +106,7 @@ mod tests {
         for n in [2, 3, 5, 9] {
             first.write(at(n), b"x").unwrap();
         }
-        first.learn(&image);
+        first.record_dirty_pages(&image);
         let learned = vec![(at(2).0, 2 * page), (at(5).0, page)];
         assert_eq!(image.written.get(), Some(&learned), "those above were copied before");
 
@@ -115,7 +115,7 @@ mod tests {
         second.read(at(2), &mut seen).unwrap();
         assert_eq!(seen, [7]);
         second.write(at(7), b"x").unwrap();
-        second.learn(&image);
+        second.record_dirty_pages(&image);
         assert_eq!(image.written.get(), Some(&learned), "one guest's word is enough");
     }
 
@@ -128,7 +128,7 @@ mod tests {
         let guest = GuestMemory::anonymous(&[(GuestAddress(0), 32 << 20)]).unwrap();
         guest.map_image(&image).unwrap();
         guest.write(GuestAddress(0), &vec![8; all]).unwrap();
-        guest.learn(&image);
+        guest.record_dirty_pages(&image);
         assert_eq!(image.written.get(), Some(&vec![(0, (MOST * page) as u64)]));
     }
 }

@@ -8,7 +8,7 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
 
-use super::Origin;
+use super::ProcessGeneration;
 
 /// Bytes of one device's registers: a page.
 const WINDOW: usize = 4096;
@@ -17,7 +17,7 @@ struct Mapping {
     host: *mut u8,
     len: usize,
     /// Where it is mapped.
-    origin: Origin,
+    origin: ProcessGeneration,
 }
 
 // SAFETY: the mapping belongs to nobody else, is not moved, and is accessed by atomic operations alone.
@@ -28,7 +28,7 @@ unsafe impl Sync for Mapping {}
 impl Drop for Mapping {
     fn drop(&mut self) {
         // A child of fork has no such mapping, and may have another one there.
-        if self.origin.is_here() {
+        if self.origin.is_current() {
             // SAFETY: `new` mapped exactly this in this process, and who could still refer to it would have kept it.
             unsafe { libc::munmap(self.host.cast(), self.len) };
         }
@@ -50,13 +50,13 @@ impl RegisterPages {
             return Err(io::Error::last_os_error());
         }
         super::keep_private(host, len);
-        Ok(Self(Arc::new(Mapping { host: host.cast(), len, origin: Origin::here() })))
+        Ok(Self(Arc::new(Mapping { host: host.cast(), len, origin: ProcessGeneration::current() })))
     }
 
     /// Those of device `n`.
-    pub(crate) fn device(&self, n: usize) -> Option<Registers> {
+    pub(crate) fn device(&self, n: usize) -> Option<RegisterPage> {
         let at = n.checked_mul(WINDOW).filter(|at| *at < self.0.len)?;
-        Some(Registers { pages: self.0.clone(), at })
+        Some(RegisterPage { pages: self.0.clone(), at })
     }
 
     /// Where they are in this process, and how many bytes.
@@ -73,12 +73,12 @@ impl fmt::Debug for RegisterPages {
 
 /// The registers of one device as its guest reads them, little-endian. Clones are the same; beyond the page nothing is there.
 #[derive(Clone)]
-pub(crate) struct Registers {
+pub(crate) struct RegisterPage {
     pages: Arc<Mapping>,
     at: usize,
 }
 
-impl Registers {
+impl RegisterPage {
     /// Of a device that is alone, and that nobody shows to a guest.
     #[cfg(any(test, feature = "internals"))]
     pub(crate) fn alone() -> io::Result<Self> {
@@ -147,7 +147,7 @@ impl Registers {
     }
 }
 
-impl fmt::Debug for Registers {
+impl fmt::Debug for RegisterPage {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Registers({})", self.at / WINDOW)
     }

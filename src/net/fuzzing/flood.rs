@@ -17,8 +17,8 @@ use crate::net::{Csum, Offload};
 #[cfg(feature = "internals")]
 use crate::net::{Gso, GsoKind, MAX_UDP_SEGMENTS, Mac, Offloads};
 
-/// A stack whose guest may reach a socket of the host, and what the guest puts into a queue to send that as many datagrams as one
-/// frame may be.
+/// Returns a stack whose guest may reach a socket of the host, and a frame for it. The frame stands for as many
+/// datagrams as one may.
 #[cfg(feature = "internals")]
 pub(crate) fn most_datagrams() -> std::io::Result<(UserNet, UdpSocket, Vec<u8>)> {
     let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0))?;
@@ -37,7 +37,8 @@ pub(crate) fn most_datagrams() -> std::io::Result<(UserNet, UdpSocket, Vec<u8>)>
     Ok((net, socket, [offload.to_bytes(0).as_slice(), head.as_slice(), &payload].concat()))
 }
 
-/// A stack whose guest may reach a socket of the host, and what the guest puts into a queue to send it a datagram from a port.
+/// Returns a stack whose guest may reach a socket of the host, and what makes a frame. The frame is a datagram from a
+/// given port.
 pub(crate) fn new_flows() -> std::io::Result<(UserNet, UdpSocket, impl Fn(u16) -> Vec<u8>)> {
     let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0))?;
     let to = socket.local_addr()?;

@@ -5,7 +5,7 @@
 use std::os::unix::net::UnixStream;
 
 use super::*;
-use crate::container::greeting;
+use crate::container::handshake;
 use crate::proto::{Stage, Stdio, StringBuf, Strings};
 
 /// Programs that are asked for at once, at most.
@@ -42,11 +42,11 @@ impl Script<'_> {
 /// Whoever waits for a program, and for its start.
 type Waiting = (Arc<State>, mpsc::Receiver<Result<()>>);
 
-fn ask(client: &mut Client, script: &mut Script<'_>) -> Result<Waiting> {
+fn ask(client: &mut ControlClient, script: &mut Script<'_>) -> Result<Waiting> {
     let state = State::new()?;
     let (started, answer) = mpsc::sync_channel(1);
     let mut argv = StringBuf::new();
-    argv.push(b"program").map_err(|e| nonsense(&e))?;
+    argv.push(b"program").map_err(|e| protocol_error(&e))?;
     let (env, stdio) = (Strings::default(), [Stdio::Null; 3]);
     let spawn = Spawn { argv: argv.as_strings(), env, cwd: None, stdio, cookie: &[] };
     let timeout = Some(script.next()).filter(|it| *it > 0).map(|it| Instant::now() + Duration::from_secs(it.into()));
@@ -70,7 +70,7 @@ fn play(data: &[u8]) -> Result<()> {
     let (stream, theirs, _tail) = VsockStream::pair()?;
     stream.set_nonblocking(true)?;
     shim = theirs;
-    let mut client = Client::new(stream, Decoder::new(FROM_GUEST_MAX), Timer::new()?, Weak::new());
+    let mut client = ControlClient::new(stream, Decoder::new(FROM_GUEST_MAX), Timer::new()?, Weak::new());
     let (mut script, mut waiting) = (Script(data.iter()), Vec::<Waiting>::new());
     while script.0.len() > 0 {
         match script.next() % 8 {
@@ -114,7 +114,7 @@ fn play(data: &[u8]) -> Result<()> {
 const TIMER_OR_STREAM: [u64; 2] = [STREAM, VM_ENDED];
 
 /// All that is due until `time` from now happens at once.
-fn pass(client: &mut Client, time: Duration) {
+fn pass(client: &mut ControlClient, time: Duration) {
     let ago = |at: Instant| at.checked_sub(time).unwrap_or(at);
     for entry in client.processes.values_mut() {
         entry.due = entry.due.map(ago);
@@ -133,6 +133,6 @@ fn greeted(data: &[u8], stream: &VsockStream, mut shim: &UnixStream) {
     said.extend_from_slice(script.0.as_slice());
     let _ = shim.write(&said).and_then(|_| shim.shutdown(std::net::Shutdown::Write));
     if let Ok(stream) = stream.try_clone() {
-        greeting::converse_with(stream);
+        handshake::converse_with(stream);
     }
 }

@@ -7,9 +7,9 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use super::core::Core;
+use super::generational::{Id, Owner, Table};
 use super::host::Alarm;
-use super::resolver::{Asker, Resolver};
-use super::table::{Id, Owner, Table};
+use super::resolver::{Requester, Resolver};
 use crate::net::dns;
 use crate::sys::Socket;
 
@@ -118,7 +118,7 @@ impl Client {
                 }
                 let Some(query) = rest.get(..len).map(<[u8]>::to_vec) else { break };
                 self.query.drain(..2 + len);
-                resolver.query(core, Asker::Tcp(id), &query);
+                resolver.query(core, Requester::Tcp(id), &query);
             }
         }
         // Who asks and never listens.

@@ -1,4 +1,4 @@
-//! [`Table`]: the requests that a disk has taken from its driver and not yet given back. Bounded.
+//! [`RequestTable`]: the requests that a disk has taken from its driver and not yet given back. Bounded.
 
 use std::io;
 use std::time::Duration;
@@ -11,29 +11,29 @@ use crate::virtio::Chain;
 
 /// A request in flight.
 #[derive(Debug)]
-pub(super) struct Flight {
+pub(super) struct InFlight {
     pub queue: usize,
     pub chain: Chain,
     pub work: Work,
     /// The bytes have arrived, and are being brought to stable storage.
     pub syncing: bool,
-    /// The mover writes it to places that the backend told.
+    /// The I/O queue writes it to places that the backend told.
     pub placed: bool,
     /// The host knows no short way to zeroes here, so they are written.
     pub plain: bool,
-    /// What the mover has under way for it.
+    /// What the I/O queue has in flight for it.
     pub moves: u32,
     /// The first thing that went wrong with them.
     pub error: Option<io::Error>,
     /// When it began to wait for a limit.
     pub since: Duration,
-    /// Bytes that the mover has under way for it.
+    /// Bytes that the I/O queue has in flight for it.
     pub moving: u64,
     /// What is done of it: bytes of data, or of its ranges, one after the other.
     pub done: u64,
 }
 
-impl Flight {
+impl InFlight {
     pub(super) fn new(queue: usize, chain: Chain, work: Work) -> Self {
         Self {
             queue,
@@ -94,9 +94,9 @@ impl Flight {
 
 /// Requests in flight, by slot.
 #[derive(Debug, Default)]
-pub(super) struct Table(Slab<Flight>);
+pub(super) struct RequestTable(Slab<InFlight>);
 
-impl Table {
+impl RequestTable {
     pub(super) fn full(&self) -> bool {
         self.0.len() >= IN_FLIGHT
     }
@@ -106,15 +106,15 @@ impl Table {
         self.0.len()
     }
 
-    pub(super) fn put(&mut self, flight: Flight) -> usize {
+    pub(super) fn put(&mut self, flight: InFlight) -> usize {
         self.0.insert(flight)
     }
 
-    pub(super) fn get(&mut self, slot: usize) -> Option<&mut Flight> {
+    pub(super) fn get(&mut self, slot: usize) -> Option<&mut InFlight> {
         self.0.get_mut(slot)
     }
 
-    pub(super) fn take(&mut self, slot: usize) -> Option<Flight> {
+    pub(super) fn take(&mut self, slot: usize) -> Option<InFlight> {
         self.0.try_remove(slot)
     }
 

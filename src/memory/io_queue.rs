@@ -1,4 +1,4 @@
-//! [`Mover`]: moves bytes between files and guest memory through an io_uring.
+//! [`IoQueue`]: moves bytes between files and guest memory through an io_uring.
 //!
 //! Many operations are in flight at once, without a copy. Owned by a device, used on its loop. Operations use guest
 //! memory directly. Each keeps the memory and its iovecs alive until its completion arrives. If that never arrives,
@@ -21,7 +21,7 @@ use crate::sys::{self, Uring};
 
 /// How often an operation that the kernel has no resources for is tried again, one after the other.
 const TRIES: u8 = 16;
-/// How long the drop of a mover waits for what is under way.
+/// How long the drop of an I/O queue waits for what is in flight.
 const PATIENCE: Duration = Duration::from_secs(2);
 /// What zeroes are written from.
 static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
@@ -36,7 +36,7 @@ const SPARE_BUFFERS: usize = 64;
 /// A descriptor that was used once must stay open, on the same file, as long as the queue lives. One that is not open
 /// gives an error.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Move<'a> {
+pub(crate) enum IoOperation<'a> {
     /// From `offset` of the file to the guest, all of it.
     Read { fd: RawFd, offset: u64, to: &'a [Segment] },
     /// From the guest to `offset` of the file, all of it.
@@ -58,8 +58,8 @@ enum Kind {
     Allocate { mode: i32, len: u64 },
 }
 
-/// An operation under way.
-struct Flight {
+/// An operation in flight.
+struct InFlightOperation {
     tag: usize,
     kind: Kind,
     fd: RawFd,
@@ -76,31 +76,31 @@ struct Flight {
 #[derive(Default)]
 struct Buffers(Vec<libc::iovec>);
 
-// SAFETY: the raw pointers lie in mappings that the mover's `memory` keeps alive, whatever thread it is on.
+// SAFETY: the raw pointers lie in mappings that the I/O queue's `memory` keeps alive, whatever thread it is on.
 unsafe impl Send for Buffers {}
 
-/// Operations that are under way, and those that wait for room on the ring.
-pub(crate) struct Mover {
+/// Operations that are in flight, and those that wait for room on the ring.
+pub(crate) struct IoQueue {
     /// `None` once it was left.
     ring: Option<Uring>,
     /// What all buffers lie in: that of the first operation.
     memory: Option<GuestMemory>,
-    flights: Slab<Flight>,
+    flights: Slab<InFlightOperation>,
     /// Empty arrays for flights to come.
     spare: Vec<Buffers>,
     waiting: VecDeque<usize>,
     submitted: usize,
-    stuck: bool,
+    is_stuck: bool,
 }
 
-impl fmt::Debug for Mover {
+impl fmt::Debug for IoQueue {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Mover({} under way, {} waiting)", self.submitted, self.waiting.len())
     }
 }
 
-impl Mover {
-    /// One that has at most `entries` operations, a power of two, under way; more wait.
+impl IoQueue {
+    /// One that has at most `entries` operations, a power of two, in flight; more wait.
     ///
     /// # Errors
     /// As [`Uring::new`].
@@ -112,45 +112,45 @@ impl Mover {
             spare: Vec::new(),
             waiting: VecDeque::new(),
             submitted: 0,
-            stuck: false,
+            is_stuck: false,
         })
     }
 
-    /// Readable when [`Mover::next`] has something. `None` once it was left.
+    /// Readable when [`IoQueue::next`] has something. `None` once it was left.
     pub(crate) fn as_fd(&self) -> Option<BorrowedFd<'_>> {
         self.ring.as_ref().map(Uring::as_fd)
     }
 
-    /// Whether something is under way or waits.
+    /// Whether something is in flight or waits.
     pub(crate) fn busy(&self) -> bool {
         self.submitted > 0 || !self.waiting.is_empty()
     }
 
-    /// Takes something on; [`Mover::next`] says `tag` when it has ended. It begins with the next [`Mover::submit`].
+    /// Takes something on; [`IoQueue::next`] says `tag` when it has ended. It begins with the next [`IoQueue::submit`].
     /// All segments lie in one and the same `memory`.
     ///
     /// # Errors
     /// When segments do not exist in the memory of the first operation; nothing was taken on then.
-    pub(crate) fn take_on(&mut self, memory: &GuestMemory, tag: usize, what: Move<'_>) -> io::Result<()> {
+    pub(crate) fn take_on(&mut self, memory: &GuestMemory, tag: usize, what: IoOperation<'_>) -> io::Result<()> {
         let memory = self.memory.get_or_insert_with(|| memory.clone());
         let mut buffers = self.spare.pop().unwrap_or_default();
         let (kind, fd, offset) = match what {
-            Move::Read { fd, offset, to } => {
+            IoOperation::Read { fd, offset, to } => {
                 memory.append_buffers(to, &mut buffers.0)?;
                 (Kind::Read, fd, offset)
             }
-            Move::Write { fd, offset, from } => {
+            IoOperation::Write { fd, offset, from } => {
                 memory.append_buffers(from, &mut buffers.0)?;
                 (Kind::Write, fd, offset)
             }
-            Move::Zero { fd, offset, len } => {
+            IoOperation::Zero { fd, offset, len } => {
                 zeroes(len, &mut buffers.0);
                 (Kind::Zero { left: len }, fd, offset)
             }
-            Move::Sync { fd } => (Kind::Sync, fd, 0),
-            Move::Allocate { fd, mode, offset, len } => (Kind::Allocate { mode, len }, fd, offset),
+            IoOperation::Sync { fd } => (Kind::Sync, fd, 0),
+            IoOperation::Allocate { fd, mode, offset, len } => (Kind::Allocate { mode, len }, fd, offset),
         };
-        let flight = Flight { tag, kind, fd, offset, buffers, done: 0, tries: 0, submitted: false };
+        let flight = InFlightOperation { tag, kind, fd, offset, buffers, done: 0, tries: 0, submitted: false };
         self.waiting.push_back(self.flights.insert(flight));
         Ok(())
     }
@@ -171,18 +171,18 @@ impl Mover {
             }
             self.waiting.pop_front();
         }
-        self.stuck =
+        self.is_stuck =
             ring.submit().inspect_err(|e| log::debug!("the kernel takes no more operations now: {e}")).is_err();
         self.submitted > before
     }
 
-    /// The kernel did not take all that was handed to it: [`Mover::submit`] has to be said again after a while.
-    pub(crate) fn stuck(&self) -> bool {
-        self.stuck
+    /// The kernel did not take all that was handed to it: [`IoQueue::submit`] has to be said again after a while.
+    pub(crate) fn is_stuck(&self) -> bool {
+        self.is_stuck
     }
 
     /// The next operation that has ended, all of it or with an error; short and interrupted ones go on by themselves with the
-    /// next [`Mover::submit`].
+    /// next [`IoQueue::submit`].
     pub(crate) fn next(&mut self) -> Option<(usize, io::Result<()>)> {
         loop {
             let (slot, result) = self.ring.as_mut()?.next()?;
@@ -202,7 +202,7 @@ impl Mover {
     }
 
     fn release(&mut self, slot: usize) {
-        if let Some(Flight { mut buffers, .. }) = self.flights.try_remove(slot) {
+        if let Some(InFlightOperation { mut buffers, .. }) = self.flights.try_remove(slot) {
             if self.spare.len() < SPARE && buffers.0.capacity() <= SPARE_BUFFERS {
                 buffers.0.clear();
                 self.spare.push(buffers);
@@ -221,7 +221,7 @@ impl Mover {
         })
     }
 
-    /// Ends everything soon: what waits is dropped at once and will not be heard of again, what is under way is cancelled
+    /// Ends everything soon. What waits is dropped at once without a completion, and what is in flight is cancelled
     /// where the kernel can.
     fn cancel(&mut self) {
         for slot in std::mem::take(&mut self.waiting) {
@@ -258,16 +258,16 @@ impl Mover {
     }
 }
 
-impl Flight {
+impl InFlightOperation {
     fn rest(&self) -> &[libc::iovec] {
         self.buffers.0.get(self.done..).unwrap_or_default()
     }
 
     fn push(&self, ring: &mut Uring, tag: u64) -> bool {
         match self.kind {
-            // SAFETY: the buffers came from `GuestMemory::buffers` of the memory that the mover holds, so they lie in mappings
+            // SAFETY: the buffers came from `GuestMemory::buffers` of the memory that the I/O queue holds, so they lie in mappings
             // that are alive and writable. They, the array and the memory are released only after `Uring::next` gave the tag
-            // back (`Mover::next` takes the flight then), or never (`Mover::drop`).
+            // back (`IoQueue::next` takes the flight then), or never (`IoQueue::drop`).
             Kind::Read => unsafe { ring.read(tag, self.fd, self.rest(), self.offset) },
             // SAFETY: as for reads; buffers of zeroes are a static's.
             Kind::Write | Kind::Zero { .. } => unsafe { ring.write(tag, self.fd, self.rest(), self.offset) },
@@ -331,7 +331,7 @@ fn zeroes(len: u64, buffers: &mut Vec<libc::iovec>) {
     }
 }
 
-impl Drop for Mover {
+impl Drop for IoQueue {
     fn drop(&mut self) {
         if !self.stop(PATIENCE) {
             self.leave();
@@ -339,14 +339,14 @@ impl Drop for Mover {
     }
 }
 
-impl Mover {
+impl IoQueue {
     /// Ends everything, within `patience`. False when the kernel still touches guest memory then.
     pub(crate) fn stop(&mut self, patience: Duration) -> bool {
         self.cancel();
         self.drain(Instant::now() + patience)
     }
 
-    /// Leaves what is under way to a thread that outlives everybody. The mover is of no use after that.
+    /// Leaves what is in flight to a thread that outlives everybody. The I/O queue is of no use after that.
     fn leave(&mut self) {
         // The kernel may go on writing to guest memory after the ring was closed, so ring and memory outlive everybody.
         log::warn!("{} operations on a file that does not answer are left behind", self.submitted);
@@ -357,7 +357,7 @@ impl Mover {
             spare: Vec::new(),
             waiting: VecDeque::new(),
             submitted: self.submitted,
-            stuck: false,
+            is_stuck: false,
         };
         self.submitted = 0;
         let left = std::mem::ManuallyDrop::new(left);
@@ -386,11 +386,11 @@ mod tests {
         GuestMemory::anonymous(&[(GuestAddress(0), 0x10_0000)]).unwrap()
     }
 
-    fn ended(mover: &mut Mover, n: usize) -> Vec<(usize, Result<(), io::ErrorKind>)> {
+    fn ended(io_queue: &mut IoQueue, n: usize) -> Vec<(usize, Result<(), io::ErrorKind>)> {
         let mut all = Vec::new();
         while all.len() < n {
-            assert!(mover.wait(Instant::now() + Duration::from_secs(20)), "{all:?}");
-            all.extend(std::iter::from_fn(|| mover.next()).map(|(tag, result)| (tag, result.map_err(|e| e.kind()))));
+            assert!(io_queue.wait(Instant::now() + Duration::from_secs(20)), "{all:?}");
+            all.extend(std::iter::from_fn(|| io_queue.next()).map(|(tag, result)| (tag, result.map_err(|e| e.kind()))));
         }
         all.sort_unstable_by_key(|(tag, _)| *tag);
         all
@@ -398,19 +398,19 @@ mod tests {
 
     #[test]
     fn more_than_there_is_room_for_is_done_all_the_same() {
-        let (memory, mut mover) = (memory(), Mover::new(4).unwrap());
+        let (memory, mut io_queue) = (memory(), IoQueue::new(4).unwrap());
         let file = sys::temp_file(&std::env::temp_dir()).unwrap();
         let fd = file.as_raw_fd();
         memory.write(GuestAddress(0), &[7; 0x1000]).unwrap();
         for n in 0..100 {
             let from = [memory.segment(GuestAddress(n), 100).unwrap(), memory.segment(GuestAddress(0), 28).unwrap()];
-            mover.take_on(&memory, n as usize, Move::Write { fd, offset: n * 128, from: &from }).unwrap();
+            io_queue.take_on(&memory, n as usize, IoOperation::Write { fd, offset: n * 128, from: &from }).unwrap();
         }
-        assert_eq!(ended(&mut mover, 100), (0..100).map(|n| (n, Ok(()))).collect::<Vec<_>>());
-        mover.take_on(&memory, 1, Move::Zero { fd, offset: 10, len: 20 << 20 }).unwrap();
-        mover.take_on(&memory, 2, Move::Sync { fd }).unwrap();
-        ended(&mut mover, 2);
-        assert_eq!((file.metadata().unwrap().len(), mover.busy()), ((20 << 20) + 10, false));
+        assert_eq!(ended(&mut io_queue, 100), (0..100).map(|n| (n, Ok(()))).collect::<Vec<_>>());
+        io_queue.take_on(&memory, 1, IoOperation::Zero { fd, offset: 10, len: 20 << 20 }).unwrap();
+        io_queue.take_on(&memory, 2, IoOperation::Sync { fd }).unwrap();
+        ended(&mut io_queue, 2);
+        assert_eq!((file.metadata().unwrap().len(), io_queue.busy()), ((20 << 20) + 10, false));
         let mut head = [1; 11];
         file.read_exact_at(&mut head, 0).unwrap();
         assert_eq!((&head[..10], head[10]), (&[7; 10][..], 0));
@@ -418,9 +418,9 @@ mod tests {
 
     #[test]
     fn short_transfers_go_on_and_the_end_of_a_file_is_an_error() {
-        let (memory, mut mover) = (memory(), Mover::new(4).unwrap());
+        let (memory, mut io_queue) = (memory(), IoQueue::new(4).unwrap());
         let to = [memory.segment(GuestAddress(0), 3).unwrap(), memory.segment(GuestAddress(100), 3).unwrap()];
-        let mut flight = Flight {
+        let mut flight = InFlightOperation {
             tag: 0,
             kind: Kind::Read,
             fd: 0,
@@ -430,7 +430,7 @@ mod tests {
             tries: 0,
             submitted: true,
         };
-        let lengths = |flight: &Flight| flight.rest().iter().map(|b| b.iov_len).collect::<Vec<_>>();
+        let lengths = |flight: &InFlightOperation| flight.rest().iter().map(|b| b.iov_len).collect::<Vec<_>>();
         assert!(
             flight.ended(2).is_none() && flight.ended(-libc::EINTR).is_none() && flight.ended(-libc::EAGAIN).is_none()
         );
@@ -440,22 +440,22 @@ mod tests {
         assert!(matches!(flight.ended(2), Some(Ok(()))));
         let file = sys::temp_file(&std::env::temp_dir()).unwrap();
         file.set_len(4).unwrap();
-        mover.take_on(&memory, 6, Move::Read { fd: file.as_raw_fd(), offset: 0, to: &to }).unwrap();
-        mover.take_on(&memory, 7, Move::Sync { fd: -1 }).unwrap();
-        let seen = ended(&mut mover, 2);
+        io_queue.take_on(&memory, 6, IoOperation::Read { fd: file.as_raw_fd(), offset: 0, to: &to }).unwrap();
+        io_queue.take_on(&memory, 7, IoOperation::Sync { fd: -1 }).unwrap();
+        let seen = ended(&mut io_queue, 2);
         assert!(matches!(seen[..], [(6, Err(io::ErrorKind::UnexpectedEof)), (7, Err(_))]), "{seen:?}");
     }
 
     #[test]
     fn a_mover_that_goes_away_ends_what_is_under_way() {
-        let (memory, mut mover) = (memory(), Mover::new(4).unwrap());
+        let (memory, mut io_queue) = (memory(), IoQueue::new(4).unwrap());
         let (near, mut far) = UnixStream::pair().unwrap();
         let to = [memory.segment(GuestAddress(0), 3).unwrap()];
-        mover.take_on(&memory, 5, Move::Read { fd: near.as_raw_fd(), offset: 0, to: &to }).unwrap();
-        mover.submit();
-        assert!(mover.busy() && mover.next().is_none());
+        io_queue.take_on(&memory, 5, IoOperation::Read { fd: near.as_raw_fd(), offset: 0, to: &to }).unwrap();
+        io_queue.submit();
+        assert!(io_queue.busy() && io_queue.next().is_none());
         let begin = Instant::now();
-        drop(mover);
+        drop(io_queue);
         assert!(begin.elapsed() < PATIENCE);
         far.write_all(b"abc").unwrap();
         let mut back = [0; 3];
@@ -465,15 +465,15 @@ mod tests {
 
     #[test]
     fn what_does_not_end_is_left_with_all_that_it_touches() {
-        let (memory, mut mover) = (memory(), Mover::new(4).unwrap());
+        let (memory, mut io_queue) = (memory(), IoQueue::new(4).unwrap());
         let (near, mut far) = UnixStream::pair().unwrap();
         let to = [memory.segment(GuestAddress(0), 3).unwrap()];
-        mover.take_on(&memory, 5, Move::Read { fd: near.as_raw_fd(), offset: 0, to: &to }).unwrap();
-        mover.submit();
+        io_queue.take_on(&memory, 5, IoOperation::Read { fd: near.as_raw_fd(), offset: 0, to: &to }).unwrap();
+        io_queue.submit();
         let weak = Arc::downgrade(&memory.inner);
         drop(memory);
-        mover.leave();
-        drop(mover);
+        io_queue.leave();
+        drop(io_queue);
         assert!(weak.upgrade().is_some());
         far.write_all(b"abc").unwrap();
         let deadline = Instant::now() + Duration::from_secs(20);

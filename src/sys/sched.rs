@@ -2,9 +2,9 @@
 
 use std::io;
 
-/// From now on the calling thread takes the processor of no other when it wakes: it waits for one that is free, or for its
+/// Makes the calling thread SCHED_BATCH: when it wakes it preempts no other. It waits for a free processor, or for its
 /// turn. Its share stays the same (sched(7), `SCHED_BATCH`).
-pub(crate) fn displace_nobody() -> io::Result<()> {
+pub(crate) fn set_sched_batch() -> io::Result<()> {
     let none = libc::sched_param { sched_priority: 0 };
     // SAFETY: the parameter lives across the call; 0 is the calling thread.
     match unsafe { libc::sched_setscheduler(0, libc::SCHED_BATCH, &none) } {
@@ -31,7 +31,7 @@ mod tests {
         // SAFETY: 0 is the calling thread; there are no pointers.
         let policy = || unsafe { libc::sched_getscheduler(0) };
         let before = policy();
-        let thread = std::thread::spawn(move || displace_nobody().map(|()| policy()));
+        let thread = std::thread::spawn(move || set_sched_batch().map(|()| policy()));
         assert_eq!(thread.join().unwrap().unwrap(), libc::SCHED_BATCH);
         assert_eq!(policy(), before);
     }

@@ -1,4 +1,4 @@
-//! The network's doors, as functions of bytes: for fuzzing, and for tests with any bytes. See the crate's own doors.
+//! Entry points of the network for fuzzing, and for tests with any bytes; see `crate::fuzzing`.
 
 mod flood;
 
@@ -295,9 +295,9 @@ impl World {
     }
 }
 
-/// What a guest gets back of the stack for what it sends, and sockets that are made for it, while nobody on the host does
-/// anything: no more than twice as many frames, and four times as many bytes, as it sent, and one socket for each frame. Datagrams
-/// that a frame is cut into are bounded by `Offload::check`.
+/// Measures what a guest gets of the stack for what it sends, while the host is idle. At most twice as many frames and
+/// four times as many bytes as it sent, and one socket for each frame. Datagrams that a frame is cut into are bounded
+/// by `Offload::check`.
 pub fn amplification(data: &[u8]) {
     let Some(mut world) = World::new(Some(Policy::internet())) else { return };
     // Sockets are counted, and none is made. A question goes to one resolver, or to the next when that one cannot be asked.
@@ -405,7 +405,7 @@ fn allowed(rules: &[Plain], protocol: Protocol, to: SocketAddr) -> bool {
         if !port || rule.protocol.is_some_and(|p| p != protocol) {
             continue;
         }
-        let inside = super::policy::special(to.ip());
+        let inside = super::policy::special_purpose_range(to.ip());
         let about = match (rule.range, rule.allow) {
             (None, false) => true,
             (None, true) => inside.is_none(),
@@ -548,8 +548,8 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(256))]
         #[test]
         fn any_bytes_are_survived(data in proptest::collection::vec(any::<u8>(), 0..800)) {
-            for door in [amplification, user_frame, dhcp, dns, policy, header, switch] {
-                door(&data);
+            for target in [amplification, user_frame, dhcp, dns, policy, header, switch] {
+                target(&data);
             }
         }
     }

@@ -184,8 +184,13 @@ unsafe impl GlobalAlloc for Allocator {
 fn panic(info: &PanicInfo<'_>) -> ! {
     // Where is enough to find out what, and formatting the message would be a third of the program.
     let (file, line) = info.location().map_or(("?", 0), |at| (at.file(), at.line()));
-    super::end::say(&[b"panic at ", file.as_bytes(), b" line ", super::end::Decimal::new(line.into()).as_bytes()]);
-    super::end::fault()
+    super::poweroff::say(&[
+        b"panic at ",
+        file.as_bytes(),
+        b" line ",
+        super::poweroff::Decimal::new(line.into()).as_bytes(),
+    ]);
+    super::poweroff::fault()
 }
 
 // The prebuilt `alloc` refers to both, though with `panic=abort` nothing ever calls them.

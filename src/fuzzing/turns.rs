@@ -197,7 +197,7 @@ pub mod bench {
         });
         all.push(("net: frames of 60 kB into buffers of single bytes".into(), figure));
 
-        let (net, _socket, frame) = crate::net::doors::most_datagrams().unwrap();
+        let (net, _socket, frame) = crate::net::fuzzing::most_datagrams().unwrap();
         let mut driver = Driver::start(card(Carrier::User(Box::new(net))));
         let figure = longest(&mut driver, 1, 50, |driver| {
             driver.memory().write(GuestAddress(BUFFERS), &frame).unwrap();
@@ -205,7 +205,7 @@ pub mod bench {
         });
         all.push(("net: frames of 128 datagrams, through sockets".into(), figure));
 
-        let (net, _socket, frame) = crate::net::doors::new_flows().unwrap();
+        let (net, _socket, frame) = crate::net::fuzzing::new_flows().unwrap();
         let mut driver = Driver::start(card(Carrier::User(Box::new(net))));
         let mut from = 0u16;
         let figure = longest(&mut driver, 1, 50, |driver| {
@@ -219,7 +219,7 @@ pub mod bench {
         all.push(("net: datagrams that each need a socket".into(), figure));
 
         for (name, nth) in [("net: segments of 65 kB for a switch to cut", 0), ("net: empty packets on a switch", 1)] {
-            let (port, frames, mut take) = crate::net::doors::switched().unwrap();
+            let (port, frames, mut take) = crate::net::fuzzing::switched().unwrap();
             let mut driver = Driver::start(card(Carrier::Switch(Box::new(port))));
             let frame = &frames[nth];
             let figure = longest(&mut driver, 1, 100, |driver| {
@@ -230,7 +230,7 @@ pub mod bench {
             all.push((name.into(), figure));
         }
 
-        let (net, _socket, _) = crate::net::doors::most_datagrams().unwrap();
+        let (net, _socket, _) = crate::net::fuzzing::most_datagrams().unwrap();
         let mut driver = Driver::start(card(Carrier::User(Box::new(net))));
         let figure = longest(&mut driver, 2, 200, |driver| {
             // VIRTIO_NET_CTRL_GUEST_OFFLOADS_SET, of none.
@@ -275,7 +275,7 @@ pub mod bench {
             let disk = RawFile::from_file(file(), false).unwrap();
             Driver::start(Blk::new(Box::new(disk), Options { engine, ..Options::new("") }))
         };
-        let folder = crate::virtio::blk::doors::Folder::new().unwrap();
+        let folder = crate::virtio::blk::fuzzing::Folder::new().unwrap();
         let (base, path) = (folder.path("base"), folder.path("overlay"));
         std::fs::File::create(&base).unwrap().set_len(256 << 20).unwrap();
         let over = || {

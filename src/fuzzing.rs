@@ -1,6 +1,7 @@
-//! Every door that a guest or a file can knock on, as a function of bytes: for fuzzing, and for tests with any bytes.
+//! Entry points of the library as functions of bytes, for fuzzing and for tests with any bytes.
 //!
-//! Each must come back whatever the bytes are: no panic, no unbounded wait or growth, no access outside guest memory.
+//! Each is a way by which a guest, an image, a peer or a file reaches the library. Each must return whatever the bytes
+//! are: no panic, no unbounded wait or growth, no access outside guest memory.
 
 pub mod turns;
 
@@ -12,7 +13,7 @@ use crate::bus::{Bus, BusDevice};
 use crate::event::Loop;
 use crate::irq::Interrupt;
 use crate::memory::{GuestAddress, GuestMemory};
-use crate::sys::{self, Registers};
+use crate::sys::{self, RegisterPage};
 use crate::virtio::balloon::Balloon;
 use crate::virtio::blk::{Blk, Options, RawFile};
 use crate::virtio::rng::Rng;
@@ -21,8 +22,8 @@ use crate::virtio::vsock::packet::{HEADER, Header, Op, TYPE_STREAM};
 use crate::virtio::vsock::{GUEST_CID, HOST_CID, Vsock, VsockListener};
 use crate::virtio::{MmioTransport, Slots, VirtioDevice};
 
-use crate::net::doors::Bytes;
-pub use crate::net::doors::{
+use crate::net::fuzzing::Bytes;
+pub use crate::net::fuzzing::{
     amplification as net_amplification, dhcp as net_dhcp, dns as net_dns, header as net_header, policy as net_policy,
     switch as net_switch, user_frame as net_user_frame,
 };
@@ -60,12 +61,12 @@ pub fn queue(data: &[u8]) {
 /// Reads and writes of any register at any width, while the device runs on its loop.
 pub fn mmio(data: &[u8]) {
     static LOOP: OnceLock<Loop<Slots>> = OnceLock::new();
-    let make = || Loop::start("doors", |sources| Slots::new(vec![Box::new(Rng)], sources, Box::new(|_, _| ())));
+    let make = || Loop::start("fuzzing", |sources| Slots::new(vec![Box::new(Rng)], sources, Box::new(|_, _| ())));
     let devices = LOOP.get_or_init(|| make().unwrap_or_else(|e| unreachable!("{e}")));
     let Ok(memory) = GuestMemory::anonymous(&[(GuestAddress(0), 1 << 20)]) else {
         return;
     };
-    let Ok(registers) = Registers::alone() else { return };
+    let Ok(registers) = RegisterPage::alone() else { return };
     let interrupt = Interrupt::new(registers, || ());
     let Ok(transport) = MmioTransport::new(Rng.profile(), memory, (devices.remote(), 0), interrupt) else { return };
     let (mut bus, transport) = (Bus::default(), Arc::new(Mutex::new(transport)));
@@ -107,29 +108,29 @@ pub fn mmio(data: &[u8]) {
     }
 }
 
-/// What a qcow2 image holds that was found after a loss of power, and what after `byte` was written to the first sector of every
-/// `step` bytes.
+/// Returns what a qcow2 image holds after a loss of power, and what it holds once the first sector of every `step` was
+/// written.
 ///
 /// # Errors
 /// As opening such a disk.
 #[cfg(feature = "qcow2")]
 pub fn qcow2_found(path: &std::path::Path, step: u64, byte: u8) -> crate::Result<[Vec<u8>; 2]> {
-    crate::virtio::blk::doors::qcow2_found(path, step, byte)
+    crate::virtio::blk::fuzzing::qcow2_found(path, step, byte)
 }
 
 /// The file of an overlay with any bytes changed, and what a guest does on it.
 pub fn overlay(data: &[u8]) {
-    crate::virtio::blk::doors::overlay(data);
+    crate::virtio::blk::fuzzing::overlay(data);
 }
 
 /// An image in QEMU's format with any bytes changed, and what a guest does on it.
 #[cfg(feature = "qcow2")]
 pub fn qcow2_open(data: &[u8]) {
-    crate::virtio::blk::doors::qcow2_open(data);
+    crate::virtio::blk::fuzzing::qcow2_open(data);
 }
 
-/// Block requests of any type and header, in any split, with any room for data and status, over both engines, with and
-/// without limits and write cache, while the disk grows, and the machine is paused and goes on.
+/// Block requests of any type and header, in any split, with any space for data and status. Both engines run, with and
+/// without limits and write cache. Meanwhile the disk grows, and the machine is paused and resumed.
 pub fn blk_request(data: &[u8]) {
     let flavour = data.first().copied().unwrap_or_default();
     let disk = sys::scratch_file(crate::Size::kib(64)).map(|f| RawFile::from_file(f, flavour == 1));
@@ -303,7 +304,7 @@ pub fn kernel_image(data: &[u8]) {
     }
 }
 
-/// A kernel module packed in any way, and the lists of a folder of modules.
+/// A kernel module packed in any way, and the lists of a directory of modules.
 pub fn kernel_module(data: &[u8]) {
     const START: [&[u8]; 4] = [b"\x1f\x8b\x08", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd", b""];
     let mut bytes = Bytes(data);
@@ -491,8 +492,8 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(64))]
         #[test]
         fn any_bytes_are_survived(data in proptest::collection::vec(any::<u8>(), 0..600)) {
-            for door in [queue, mmio, blk_request, balloon, vsock_packet, proto_frame, control_stream, kernel_image, kernel_module, image_tar, overlay, qcow2] {
-                door(&data);
+            for target in [queue, mmio, blk_request, balloon, vsock_packet, proto_frame, control_stream, kernel_image, kernel_module, image_tar, overlay, qcow2] {
+                target(&data);
             }
         }
     }

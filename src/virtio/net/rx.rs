@@ -1,4 +1,4 @@
-//! [`Waiting`]: the guest's buffers that wait for frames, and how a frame comes into them.
+//! [`RxQueue`]: the guest's buffers that wait for frames, and how a frame comes into them.
 
 use std::collections::VecDeque;
 use std::io;
@@ -12,7 +12,7 @@ use crate::virtio::{Chain, DeviceIo, Work};
 /// A frame's length is known only when it is there, so there is always space for the largest. Those are dozens of
 /// buffers, whose pieces are collected once and not for each frame.
 #[derive(Debug, Default)]
-pub(super) struct Waiting {
+pub(super) struct RxQueue {
     /// The chains, and how many of the pieces are each one's.
     pub chains: VecDeque<(Chain, usize)>,
     pieces: Vec<Segment>,
@@ -20,7 +20,7 @@ pub(super) struct Waiting {
     bytes: usize,
 }
 
-pub(super) enum Gathered {
+pub(super) enum MergedRx {
     Enough,
     /// The guest has to offer more first.
     TooLittle,
@@ -29,7 +29,7 @@ pub(super) enum Gathered {
 }
 
 /// One frame on its way to the guest.
-pub(super) struct Filling<'a> {
+pub(super) struct RxFill<'a> {
     pub queue: usize,
     /// The frame has no more bytes than this.
     pub len: usize,
@@ -38,7 +38,7 @@ pub(super) struct Filling<'a> {
     pub capture: Option<&'a Recorder>,
 }
 
-pub(super) enum Filled {
+pub(super) enum RxDone {
     Frame(Received),
     /// There was none.
     Nothing,
@@ -46,24 +46,24 @@ pub(super) enum Filled {
     Unfit,
 }
 
-impl Waiting {
+impl RxQueue {
     pub(super) fn clear(&mut self) {
         *self = Self::default();
     }
 
     /// Takes buffers out of `queue` until there is room for `wanted` bytes.
-    pub(super) fn gather(&mut self, io: &mut DeviceIo, queue: usize, wanted: usize, mergeable: bool) -> Gathered {
+    pub(super) fn gather(&mut self, io: &mut DeviceIo, queue: usize, wanted: usize, mergeable: bool) -> MergedRx {
         loop {
             if self.bytes >= wanted {
                 let first = self.chains.front().map_or(0, |(chain, _)| chain.writable_len());
                 return if first < HEADER_LEN || !mergeable && first < wanted {
-                    Gathered::TooSmall
+                    MergedRx::TooSmall
                 } else {
-                    Gathered::Enough
+                    MergedRx::Enough
                 };
             }
             if !mergeable && !self.chains.is_empty() {
-                return Gathered::TooSmall;
+                return MergedRx::TooSmall;
             }
             match io.pop(queue) {
                 Some(chain) => {
@@ -73,7 +73,7 @@ impl Waiting {
                     self.chains.push_back((chain, self.pieces.len() - before));
                 }
                 None if io.rearm(queue) => {}
-                None => return Gathered::TooLittle,
+                None => return MergedRx::TooLittle,
             }
         }
     }
@@ -83,11 +83,11 @@ impl Waiting {
         &mut self,
         io: &mut DeviceIo,
         backend: &mut Carrier,
-        filling: &Filling<'_>,
-    ) -> io::Result<Filled> {
-        let Filling { queue, len, mergeable, agreed, capture } = *filling;
+        filling: &RxFill<'_>,
+    ) -> io::Result<RxDone> {
+        let RxFill { queue, len, mergeable, agreed, capture } = *filling;
         let Some(memory) = self.chains.front().map(|(chain, _)| chain.memory().clone()) else {
-            return Ok(Filled::Nothing);
+            return Ok(RxDone::Nothing);
         };
         // All of them are looked at, and those that stay are moved to the front.
         io.charge(Work::Descriptors(self.pieces.len()));
@@ -101,8 +101,8 @@ impl Waiting {
             Ok::<_, io::Error>(received.map(|received| (received, fit(&received))))
         })?;
         let received = match received {
-            None => return Ok(Filled::Nothing),
-            Some((_, false)) => return Ok(Filled::Unfit),
+            None => return Ok(RxDone::Nothing),
+            Some((_, false)) => return Ok(RxDone::Unfit),
             Some((received, true)) => received,
         };
         let total = HEADER_LEN + received.len;
@@ -128,7 +128,7 @@ impl Waiting {
             io.complete(queue, chain);
         }
         self.pieces.drain(..used.min(self.pieces.len()));
-        Ok(Filled::Frame(received))
+        Ok(RxDone::Frame(received))
     }
 
     /// Gives `f` the pieces of the `len` bytes behind a header's room.

@@ -13,12 +13,12 @@ use std::time::Duration;
 
 use super::core::Core;
 use super::datagrams::ephemeral;
+use super::generational::{Id, Owner, Table};
 use super::host::{Alarm, exhausted};
-use super::table::{Id, Owner, Table};
-use super::tcp::{Called, Caller, TcpFlows, Tried, Tuple, gateway_of};
+use super::tcp::{Called, Caller, FlowKey, TcpFlows, Tried, gateway_of};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::net::policy::Cidr;
-use crate::sys::{Socket, Unforked, is_spare};
+use crate::sys::{CloseOnFork, Socket, is_spare};
 
 /// Connections that are accepted in one turn.
 const BATCH: usize = 32;
@@ -29,8 +29,8 @@ const PAUSE: Duration = Duration::from_millis(250);
 
 #[derive(Debug)]
 enum Kind {
-    Tcp(Unforked<TcpListener>),
-    Udp(Unforked<UdpSocket>),
+    Tcp(CloseOnFork<TcpListener>),
+    Udp(CloseOnFork<UdpSocket>),
 }
 
 /// A published port.
@@ -109,12 +109,12 @@ impl Ports {
                 let listener = TcpListener::bind(host)?;
                 listener.set_nonblocking(true)?;
                 let at = listener.local_addr()?;
-                Ok((Kind::Tcp(Unforked::new(listener)), at))
+                Ok((Kind::Tcp(CloseOnFork::new(listener)), at))
             } else {
                 let socket = UdpSocket::bind(host)?;
                 socket.set_nonblocking(true)?;
                 let at = socket.local_addr()?;
-                Ok((Kind::Udp(Unforked::new(socket)), at))
+                Ok((Kind::Udp(CloseOnFork::new(socket)), at))
             }
         };
         let (kind, at) = bind().map_err(|error| explain(error, method, host))?;
@@ -271,7 +271,7 @@ fn call(core: &mut Core, tcp: &mut TcpFlows, next: &mut u16, port: &Port, mut ca
         return reset(&caller.socket);
     };
     let remote = (gateway_of(core, place), ephemeral(next));
-    if let Err(socket) = tcp.call_guest(core, Tuple { guest: (place, port.guest), remote }, caller) {
+    if let Err(socket) = tcp.call_guest(core, FlowKey { guest: (place, port.guest), remote }, caller) {
         reset(&socket);
     }
 }

@@ -1,4 +1,4 @@
-//! [`Draft`]: a file that gets its name when it is whole. Until then it has none wherever the file system allows that, so that
+//! [`AtomicFile`]: a file that gets its name when it is whole. Until then it has none wherever the file system allows that, so that
 //! nothing is left of it when its process is killed.
 
 use std::ffi::CString;
@@ -12,15 +12,15 @@ use std::time::Duration;
 
 use super::fill_random;
 
-/// A new file in a folder, gone when it is dropped before it got its name.
-pub(crate) struct Draft {
+/// A new file in a directory, gone when it is dropped before it got its name.
+pub(crate) struct AtomicFile {
     file: File,
     folder: PathBuf,
     /// Its name until then, where it must have one.
     name: Option<PathBuf>,
 }
 
-impl Draft {
+impl AtomicFile {
     /// Makes one in `folder`, with these permissions but what the process's mask takes away.
     pub(crate) fn new(folder: &Path, mode: u32) -> io::Result<Self> {
         let (file, name) = match unnamed(folder, mode, 0)? {
@@ -57,7 +57,7 @@ impl Draft {
         sync(&self.folder)
     }
 
-    /// Puts it, durably, in the place of the file at `old` in its folder, with the same permissions.
+    /// Puts it, durably, in the place of the file at `old` in its directory, with the same permissions.
     pub(crate) fn replace(mut self, old: &Path) -> io::Result<()> {
         self.file.set_permissions(fs::metadata(old)?.permissions())?;
         if self.name.is_none() {
@@ -83,7 +83,7 @@ impl Draft {
     }
 }
 
-impl Drop for Draft {
+impl Drop for AtomicFile {
     fn drop(&mut self) {
         if let Some(name) = &self.name {
             let _ = fs::remove_file(name);
@@ -132,7 +132,7 @@ pub(crate) fn temp_file(folder: &Path) -> io::Result<File> {
     match unnamed(folder, 0o600, libc::O_EXCL)? {
         Some(file) => Ok(file),
         // For a moment it has one.
-        None => Draft::new(folder, 0o600)?.file.try_clone(),
+        None => AtomicFile::new(folder, 0o600)?.file.try_clone(),
     }
 }
 
@@ -169,7 +169,7 @@ mod tests {
         let at = folder.join("it");
         for named in [false, true] {
             let draft = |text: &str| {
-                let mut draft = Draft::new(&folder, 0o600).unwrap();
+                let mut draft = AtomicFile::new(&folder, 0o600).unwrap();
                 if named && draft.name.is_none() {
                     let name = new_name(&folder).unwrap();
                     draft.link(&name).unwrap();

@@ -1,18 +1,19 @@
-//! The guard: a shim that runs anywhere but in its own machine would mount over a living system, so it makes sure before it touches anything.
+//! The preflight check: a shim that runs anywhere but in its own machine would mount over a living system. So it makes
+//! sure before it touches anything.
 //!
 //! Runs first, on the shim's one thread.
 
-use super::{end, files, sys};
+use super::{files, poweroff, sys};
 use crate::proto::MARKER;
 
 /// Returns only to PID 1 of a machine whose kernel command line has the marker; ends the process otherwise. Leaves descriptors 0 to 2 open.
 pub(super) fn check() {
     if sys::getpid() != 1 {
-        end::say(&[b"this program runs only as PID 1 of a Cofferdam microVM"]);
+        poweroff::say(&[b"this program runs only as PID 1 of a Cofferdam microVM"]);
         sys::exit(1);
     }
     if !is_wanted() {
-        end::say(&[b"the kernel command line has no ", MARKER.as_bytes(), b"; nothing was touched"]);
+        poweroff::say(&[b"the kernel command line has no ", MARKER.as_bytes(), b"; nothing was touched"]);
         sys::exit(1);
     }
     open_standard_descriptors();

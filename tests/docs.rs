@@ -1,0 +1,157 @@
+//! The documentation, enforced: sentences stay short, the device of ARCHITECTURE.md is the one that runs, files it names are there.
+
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a failure here is the test's")]
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// Words of a sentence.
+const MAX_WORDS: usize = 25;
+
+/// Pages for people who use or change the crate.
+const PAGES: &[&str] = &["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "SECURITY.md"];
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// All files of the library, beneath `src`.
+fn sources() -> Vec<PathBuf> {
+    let (mut found, mut directories) = (Vec::new(), vec![root().join("src")]);
+    while let Some(directory) = directories.pop() {
+        for entry in fs::read_dir(directory).unwrap() {
+            let path = entry.unwrap().path();
+            match path.extension() {
+                _ if path.is_dir() => directories.push(path),
+                Some(extension) if extension == "rs" => found.push(path),
+                _ => {}
+            }
+        }
+    }
+    assert!(found.len() > 40, "the sources were not found");
+    found
+}
+
+/// The text of a line of documentation, without its mark.
+fn documentation(line: &str) -> Option<&str> {
+    let line = line.trim_start();
+    // Code that is compiled only with a feature begins so; a second line says what it is without.
+    if line.contains("doc = \"```no_run\"") {
+        return Some("```");
+    }
+    line.strip_prefix("///").or_else(|| line.strip_prefix("//!"))
+}
+
+/// The paragraphs of Markdown, each with its line, without code, headings and tables.
+fn paragraphs<'a>(lines: impl Iterator<Item = (usize, Option<&'a str>)>) -> Vec<(usize, String)> {
+    let (mut all, mut now, mut fenced) = (Vec::new(), None::<(usize, String)>, false);
+    for (number, line) in lines {
+        let text = line.unwrap_or_default().trim();
+        let item = text.starts_with("- ") || text.split_once(". ").is_some_and(|(n, _)| n.parse::<u32>().is_ok());
+        let fence = text.starts_with("```");
+        let code = fenced || line.is_some_and(|line| line.starts_with("     ") && now.is_none());
+        if text.is_empty() || fence || item || code || text.starts_with('#') || text.starts_with('|') {
+            all.extend(now.take());
+        }
+        fenced ^= fence;
+        if text.is_empty() || fence || code || text.starts_with('#') || text.starts_with('|') {
+            continue;
+        }
+        let (_, paragraph) = now.get_or_insert((number, String::new()));
+        paragraph.push(' ');
+        paragraph.push_str(text.trim_start_matches("- "));
+    }
+    all.extend(now);
+    all
+}
+
+/// Code and link targets count as one word, or none.
+fn plain(text: &str) -> String {
+    let mut plain = String::new();
+    for (n, piece) in text.split('`').enumerate() {
+        plain.push_str(if n % 2 == 0 { piece } else { "Code" });
+    }
+    while let Some(at) = plain.find("](") {
+        let end = plain[at..].find(')').map_or(plain.len(), |end| at + end + 1);
+        plain.replace_range(at..end, "]");
+    }
+    plain
+}
+
+fn sentences(paragraph: &str) -> Vec<String> {
+    let text = plain(paragraph);
+    let (mut all, mut now) = (Vec::new(), Vec::new());
+    let words: Vec<&str> = text.split_whitespace().collect();
+    for (n, word) in words.iter().enumerate() {
+        now.push(*word);
+        let bare = word.trim_end_matches(['"', ')', ']', '*']);
+        let next = words.get(n + 1).and_then(|next| next.trim_start_matches(['[', '"', '(', '*']).chars().next());
+        let ends = bare.ends_with(['.', '!', '?']) && next.is_none_or(|c| c.is_uppercase() || c.is_ascii_digit());
+        if ends || n + 1 == words.len() {
+            all.push(now.join(" "));
+            now.clear();
+        }
+    }
+    all
+}
+
+fn check(path: &Path, paragraphs: Vec<(usize, String)>, problems: &mut Vec<String>) {
+    for (number, paragraph) in paragraphs {
+        for sentence in sentences(&paragraph) {
+            let words = sentence.split_whitespace().filter(|word| word.contains(char::is_alphanumeric)).count();
+            if words > MAX_WORDS {
+                problems.push(format!("{}:{}: {words} words: {sentence}", path.display(), number + 1));
+            }
+        }
+    }
+}
+
+#[test]
+fn sentences_have_at_most_25_words() {
+    let mut problems = Vec::new();
+    for path in sources() {
+        let text = fs::read_to_string(&path).unwrap();
+        check(&path, paragraphs(text.lines().map(documentation).enumerate()), &mut problems);
+    }
+    for page in PAGES {
+        let text = fs::read_to_string(root().join(page)).unwrap();
+        check(Path::new(page), paragraphs(text.lines().map(Some).enumerate()), &mut problems);
+    }
+    assert!(problems.is_empty(), "split these:\n{}", problems.join("\n"));
+}
+
+#[test]
+fn a_long_sentence_is_found() {
+    let long = format!("It is {} and ends here. Another.", "very ".repeat(25));
+    let found = paragraphs(long.lines().map(Some).enumerate());
+    let mut problems = Vec::new();
+    check(Path::new("page"), found, &mut problems);
+    assert_eq!(problems.len(), 1, "{problems:?}");
+    let code = format!("```text\n{long}\n```\n\n| {long} |");
+    assert!(paragraphs(code.lines().map(Some).enumerate()).is_empty());
+    assert_eq!(sentences("See [`Vm`](crate::Vm. Or x). `a.b` is one. Two (Virtio 1.3, 5.2.6): yes.").len(), 3);
+}
+
+#[test]
+fn the_device_of_the_architecture_is_the_one_that_runs() {
+    let page = fs::read_to_string(root().join("ARCHITECTURE.md")).unwrap();
+    let device = fs::read_to_string(root().join("src/virtio/example.rs")).unwrap();
+    assert!(page.contains(&format!("```rust\n{device}```")), "copy src/virtio/example.rs into ARCHITECTURE.md");
+    assert!(device.lines().count() <= 40, "the example is to be short");
+}
+
+#[test]
+fn files_that_the_pages_name_are_there() {
+    for page in ["ARCHITECTURE.md", "CONTRIBUTING.md"] {
+        let text = fs::read_to_string(root().join(page)).unwrap();
+        let code = text.split('`').skip(1).step_by(2);
+        let named = code.filter(|name| name.ends_with(".rs") && !name.contains(['*', '{', ' ']));
+        let mut count = 0;
+        for name in named {
+            let there = sources().iter().any(|path| path.ends_with(name)) || root().join(name).exists();
+            assert!(there, "{page} names {name}, which is not there");
+            count += 1;
+        }
+        assert!(count > 3, "{page} names no files");
+    }
+}
