@@ -18,34 +18,52 @@
 //! # }
 //! ```
 //!
+//! A VM without a container boots a kernel and an initramfs:
+//!
+//! ```no_run
+//! use cofferdam::{Console, Initramfs, Kernel, Vm};
+//!
+//! # fn main() -> cofferdam::Result<()> {
+//! let kernel = Kernel::open("vmlinux")?.cmdline("console=hvc0").initramfs(Initramfs::open("initramfs.cpio")?);
+//! let vm = Vm::builder(kernel).console(Console::writer(Vec::new())).start()?;
+//! println!("{}", vm.wait()?);
+//! # Ok(())
+//! # }
+//! ```
+//!
 //! # Nouns
 //!
-//! The **VM layer** boots kernels: a [`Kernel`] is opened once and booted any number of times, [`Vm::builder`] describes
-//! a machine, a [`Vm`] runs until its [`Exit`] says how it ended.
+//! The **VM layer** boots kernels. A [`Kernel`] is opened once and booted any number of times. [`Vm::builder`] describes a
+//! machine, and a [`Vm`] runs until its [`Exit`] says how it ended.
 //!
-//! The **container layer** (feature `container`, on by default) runs programs: an `Image` is a root file system, a
-//! `Container` is a VM of its own around a private copy of it, a `Process` runs in there, with the vocabulary of
+//! The **container layer** (feature `container`, on by default) runs programs. An `Image` is a root file system. A
+//! `Container` is a VM of its own around a private copy of it. A `Process` runs in there, with the vocabulary of
 //! [`std::process::Command`].
 //!
-//! Everywhere, [`Error`] says what failed, where, and what to do; [`Size`] is bytes as a type; [`Host::probe`] says
+//! Everywhere, [`Error`] says what failed, where, and what to do, and [`Size`] is bytes as a type. [`Host::probe`] says
 //! whether this machine can run virtual machines at all. The rest are config values and handles reached from these.
 //!
 //! # What a guest is granted
 //!
-//! Nothing, by default: no network, no standard input, no environment, no path of the host, no device of the host. It
-//! has the memory, processors, disks, network cards and vsock ports that its builder was told (of a `Net::user` only what its
-//! [`Policy`] allows, of a [`Switch`] only the other guests on it), a console whose last 64 KiB are kept,
-//! and the host's random numbers.
+//! Nothing, by default: no network, no standard input, no environment, no path of the host, no device of the host.
+//!
+//! It has the memory, processors, disks, network cards and vsock ports that its builder was told. Of a `Net::user` it has only
+//! what its [`Policy`] allows, and of a [`Switch`] only the other guests on it. It also has a console whose last 64 KiB are
+//! kept, and the host's random numbers.
 //!
 //! # What an embedder can rely on
 //!
-//! The library never ends, forks or daemonizes the process, prints, installs a logger or panic hook, touches standard
-//! streams or terminals, changes user, limits or the process's seccomp, or takes SIGCHLD. Its threads block all signals but
-//! those of their own faults and the one that takes vCPUs out of the guest.
+//! The library never ends, forks or daemonizes the process. It never prints, installs a logger or panic hook, or touches
+//! standard streams or terminals. It changes no user, limits or seccomp filter of the process, and takes no SIGCHLD. Its
+//! threads block all signals but those of their own faults and the one that takes vCPUs out of the guest.
 //!
-//! Its global state is a real-time signal whose handler does nothing ([`VmBuilder::kick_signal`]), a handler for fork
-//! (`pthread_atfork`), a list of the prepared disks that were found whole, and how many descriptors guests leave to the
-//! embedder ([`set_descriptor_reserve`]).
+//! Its global state is:
+//!
+//! - a real-time signal whose handler does nothing ([`VmBuilder::kick_signal`]);
+//! - a handler for fork (`pthread_atfork`);
+//! - a list of the prepared disks that were found whole;
+//! - how many descriptors guests leave to the embedder ([`set_descriptor_reserve`]), and how many they have;
+//! - the address of a Kubernetes API server, read once from the environment (`KUBERNETES_SERVICE_HOST`).
 //!
 //! All descriptors are close-on-exec. A child that fork makes and that goes on without exec has no copy of a guest's memory.
 //! Machines, disks with their locks, and connections are closed in it at once. Its copies of handles are of no use there, and
@@ -60,7 +78,7 @@
 //!
 //! Guests may be silent, hostile, paused or hung, and files of the host may not answer. These bounds hold all the same, on a
 //! host that gives the process its processors. Each call's own documentation says more. Where the threads of a VM are too busy to
-//! answer, a call fails with `TimedOut` after ten seconds; `Exec` asks them up to five times.
+//! answer, a call fails with `TimedOut` after ten seconds. `Exec` asks them up to five times.
 //!
 //! | call | waits at most |
 //! | --- | --- |
@@ -100,12 +118,20 @@
 //!
 //! # Threads
 //!
-//! A VM has one thread for each vCPU, one event loop that owns its devices, one that owns its disks, one for each disk that
-//! io_uring cannot serve alone ([`DiskEngine`]), because files block, and one each for the console's writer and for each
-//! [`Capture`], if there are any; a container has one more, which speaks with the guest. Those of disks are scheduled as
-//! `SCHED_BATCH`: they take the processor of no vCPU when a request comes, so that requests come together. Calls block
-//! and need no runtime; what can be waited for also has a descriptor (`AsFd`) for poll, epoll, tokio, smol or mio. All
-//! handles are `Send` and `Sync`. Dropping a [`Vm`] or a `Container` kills it and waits for its threads.
+//! | thread | one for each | does |
+//! | --- | --- | --- |
+//! | `vcpuN` | vCPU | runs the guest |
+//! | `io` | VM | owns its devices but disks |
+//! | `disks` | VM with disks on io_uring | owns those disks |
+//! | `diskN` | disk that io_uring cannot serve ([`DiskEngine`]) | owns that disk, and blocks in its file |
+//! | `console`, `capture` | writer of a [`Console`] or [`Capture`] | calls the writer, which may block |
+//! | `agent` | container | speaks with the guest |
+//! | `image` | image that is prepared | reads and writes it |
+//!
+//! Threads of disks are scheduled as `SCHED_BATCH`: they preempt no vCPU when a request comes, so that requests come together.
+//!
+//! Calls block and need no runtime. What can be waited for also has a descriptor (`AsFd`) for poll, epoll, tokio, smol or mio.
+//! All handles are `Send` and `Sync`. Dropping a [`Vm`] or a `Container` kills it and waits for its threads.
 //!
 //! # Layers
 //!
