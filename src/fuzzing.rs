@@ -1,4 +1,4 @@
-//! Entry points of the library as functions of bytes, for fuzzing and for tests with any bytes.
+//! Entry points of the library as functions of bytes, for fuzzing and tests.
 //!
 //! Each is a way by which a guest, an image, a peer or a file reaches the library. Each must return whatever the bytes
 //! are: no panic, no unbounded wait or growth, no access outside guest memory.
@@ -58,7 +58,7 @@ pub fn queue(data: &[u8]) {
     driver.poke(0);
 }
 
-/// Reads and writes of any register at any width, while the device runs on its loop.
+/// Reads and writes of any register at any width, on a running device.
 pub fn mmio(data: &[u8]) {
     static LOOP: OnceLock<Loop<Slots>> = OnceLock::new();
     let make = || Loop::start("fuzzing", |sources| Slots::new(vec![Box::new(Rng)], sources, Box::new(|_, _| ())));
@@ -108,8 +108,9 @@ pub fn mmio(data: &[u8]) {
     }
 }
 
-/// Returns what a qcow2 image holds after a loss of power, and what it holds once the first sector of every `step` was
-/// written.
+/// Returns what a qcow2 image holds after a loss of power.
+///
+/// The second value is what it holds once the first sector of every `step` was written.
 ///
 /// # Errors
 /// As opening such a disk.
@@ -118,19 +119,19 @@ pub fn qcow2_found(path: &std::path::Path, step: u64, byte: u8) -> crate::Result
     crate::virtio::blk::fuzzing::qcow2_found(path, step, byte)
 }
 
-/// The file of an overlay with any bytes changed, and what a guest does on it.
+/// An overlay's file with any bytes changed, and what a guest does on it.
 pub fn overlay(data: &[u8]) {
     crate::virtio::blk::fuzzing::overlay(data);
 }
 
-/// An image in QEMU's format with any bytes changed, and what a guest does on it.
+/// A qcow2 image with any bytes changed, and what a guest does on it.
 #[cfg(feature = "qcow2")]
 pub fn qcow2_open(data: &[u8]) {
     crate::virtio::blk::fuzzing::qcow2_open(data);
 }
 
-/// Block requests of any type and header, in any split, with any space for data and status. Both engines run, with and
-/// without limits and write cache. Meanwhile the disk grows, and the machine is paused and resumed.
+/// Block requests of any type and header, in any split and of any size. Both engines run, with and without limits and
+/// write cache. Meanwhile the disk grows, and the machine is paused and resumed.
 pub fn blk_request(data: &[u8]) {
     let flavour = data.first().copied().unwrap_or_default();
     let disk = sys::scratch_file(crate::Size::kib(64)).map(|f| RawFile::from_file(f, flavour == 1));
@@ -334,7 +335,7 @@ fn damaged(mut file: Vec<u8>, mut bytes: Bytes<'_>) -> Vec<u8> {
     file
 }
 
-/// An image's archive of any bytes, or one of entries with any fields and right checksums.
+/// An archive of any bytes, or of entries with any fields and right checksums.
 #[cfg(any(feature = "container", test))]
 pub fn image_tar(data: &[u8]) {
     crate::container::image_tar(data);

@@ -1,4 +1,4 @@
-//! A device's interrupt: how to raise it, and the registers beside it, which the guest reads.
+//! A device's interrupt, and the registers beside it, which the guest reads.
 
 use std::fmt;
 use std::sync::Arc;

@@ -5,8 +5,9 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// Words of a sentence.
+/// Words of a sentence, and of the first one of a public item or a file.
 const MAX_WORDS: usize = 25;
+const MAX_FIRST_WORDS: usize = 15;
 
 /// Pages for people who use or change the crate.
 const PAGES: &[&str] = &["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "SECURITY.md"];
@@ -95,15 +96,54 @@ fn sentences(paragraph: &str) -> Vec<String> {
     all
 }
 
+fn words(sentence: &str) -> usize {
+    sentence.split_whitespace().filter(|word| word.contains(char::is_alphanumeric)).count()
+}
+
 fn check(path: &Path, paragraphs: Vec<(usize, String)>, problems: &mut Vec<String>) {
     for (number, paragraph) in paragraphs {
-        for sentence in sentences(&paragraph) {
-            let words = sentence.split_whitespace().filter(|word| word.contains(char::is_alphanumeric)).count();
-            if words > MAX_WORDS {
-                problems.push(format!("{}:{}: {words} words: {sentence}", path.display(), number + 1));
+        for sentence in sentences(&paragraph).iter().filter(|sentence| words(sentence) > MAX_WORDS) {
+            problems.push(format!("{}:{}: {} words: {sentence}", path.display(), number + 1, words(sentence)));
+        }
+    }
+}
+
+/// The first sentences of files and of public items, with their lines.
+fn first_sentences(text: &str) -> Vec<(usize, String)> {
+    let lines: Vec<&str> = text.lines().collect();
+    let mut all = Vec::new();
+    for (begin, line) in lines.iter().enumerate() {
+        let file = begin == 0;
+        let block = line.trim_start().starts_with("///")
+            && begin
+                .checked_sub(1)
+                .is_none_or(|before| documentation(lines[before]).is_none() && !lines[before].contains("doc = "));
+        let end = begin + lines[begin..].iter().take_while(|line| documentation(line).is_some()).count();
+        let item = lines[end..].iter().find(|line| !line.trim_start().starts_with(['#', '/']));
+        let public = item.is_some_and(|item| item.trim_start().starts_with("pub "));
+        if !file && !(block && public) {
+            continue;
+        }
+        let paragraphs = paragraphs(lines[begin..end].iter().map(|line| documentation(line)).enumerate());
+        let first = paragraphs.first().and_then(|(_, text)| sentences(text).into_iter().next());
+        all.extend(first.map(|first| (begin, first)));
+    }
+    all
+}
+
+#[test]
+fn first_sentences_have_at_most_15_words() {
+    let (mut problems, mut count) = (Vec::new(), 0);
+    for path in sources() {
+        for (number, first) in first_sentences(&fs::read_to_string(&path).unwrap()) {
+            count += 1;
+            if words(&first) > MAX_FIRST_WORDS {
+                problems.push(format!("{}:{}: {} words: {first}", path.display(), number + 1, words(&first)));
             }
         }
     }
+    assert!(problems.is_empty(), "shorten these:\n{}", problems.join("\n"));
+    assert!(count > 500, "{count} were found");
 }
 
 #[test]

@@ -155,11 +155,13 @@ impl ContainerBuilder {
         self
     }
 
-    /// Sets how many descriptors of the process the guest's connections may hold, 16 at least; see
-    /// [`VmBuilder::descriptors`](crate::VmBuilder::descriptors).
+    /// Sets how many descriptors the guest's connections may hold, at least 16.
     ///
-    /// The container's own connections are made over vsock and count: two descriptors for the container, and two for each piped
-    /// stream of a program that runs. Programs are refused with `ResourceExhausted` when there is no room for theirs.
+    /// See [`VmBuilder::descriptors`].
+    ///
+    /// The container's own connections are made over vsock and count. They are two descriptors for the container, and
+    /// two for each piped stream of a running program. Programs are refused with `ResourceExhausted` when there is no
+    /// room for theirs.
     pub fn descriptors(mut self, count: u32) -> Self {
         self.descriptors = Some(count);
         self

@@ -34,7 +34,9 @@ impl WritableLayer {
         Self { size, folder: None, on_error, headroom: None, reserve: None, limit: DiskLimit::default() }
     }
 
-    /// Sets the directory of the host in which the layer lies, as a file without a name.
+    /// Sets the directory of the host in which the layer lies.
+    ///
+    /// It is a file without a name there.
     ///
     /// By default it is the directory for temporary files (`TMPDIR`, else `/tmp`), or `/var/tmp` where that is memory
     /// (tmpfs, ramfs). Where both are memory, the start fails and asks for a directory. One that is set may be memory.

@@ -1,7 +1,7 @@
-//! [`Loop`]: a thread that owns one value, waits for descriptors, and runs what others ask of it.
+//! [`Loop`]: a thread that owns one value. It waits for descriptors, and runs what other threads ask of it.
 //!
-//! The value never leaves its thread while the loop lives, so it needs no lock. Others say
-//! `handle.with(|it| …)`; the closure runs on the owner and its answer comes back.
+//! The value never leaves its thread while the loop lives, so it needs no lock. Others say `handle.with(|it| …)`; the
+//! closure runs on the owner and its answer comes back.
 
 mod mailbox;
 

@@ -1,4 +1,4 @@
-//! What a turn of a device costs its loop when the driver means harm: counted for fuzzing, and timed for `benches/turns.rs`.
+//! The cost of a device's turn under a hostile driver. It is counted for fuzzing, and timed for `benches/turns.rs`.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -64,7 +64,9 @@ fn table<D: VirtioDevice>(driver: &Driver<D>, at: u64, n: u16, mut each: impl Fn
     let _ = driver.memory().write(GuestAddress(at), &bytes);
 }
 
-/// Chains of any shape and size to any device: no turn does more work than it may.
+/// Chains of any shape and size to any device.
+///
+/// No turn does more work than it may.
 pub fn device_turn(data: &[u8]) {
     let mut bytes = Bytes(data);
     match bytes.byte() % 7 {
@@ -120,7 +122,9 @@ fn flood<D: VirtioDevice>(mut driver: Driver<D>, mut bytes: Bytes<'_>) {
     }
 }
 
-/// The longest turn of each device under a driver that means harm, in milliseconds of the loop's processor.
+/// The longest turn of each device under a hostile driver, in milliseconds.
+///
+/// It is the processor time of the loop.
 #[cfg(feature = "internals")]
 #[allow(clippy::unwrap_used, reason = "for this repository's bench alone")]
 pub mod bench {

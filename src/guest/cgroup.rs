@@ -1,11 +1,12 @@
-//! Cgroups (version 2): one for each program that was started, so that it and all it started can be counted, limited and killed as one.
+//! Cgroups (version 2): one for each program that was started. So it and all it started can be counted, limited and
+//! killed as one.
 //!
 //! ```text
 //!  /sys/fs/cgroup/cofferdam      all workloads: pids.max leaves the shim and the kernel room
 //!  /sys/fs/cgroup/cofferdam/ID   one program
 //! ```
-//! Owned by the shim's one thread, which keeps descriptors: a workload that hides `/sys/fs/cgroup` changes nothing. On a kernel without
-//! cgroups there is no [`Cgroups`], and programs are known by their process group only.
+//! Owned by the shim's one thread, which keeps descriptors: a workload that hides `/sys/fs/cgroup` changes nothing. On
+//! a kernel without cgroups there is no [`Cgroups`], and programs are known by their process group only.
 
 use core::ffi::CStr;
 

@@ -1,12 +1,13 @@
-//! Connections of the host to services of the guest: vsock on one side, TCP on the other. Owned by the shim's one thread.
+//! Connections of the host to services of the guest. They are vsock on one side, TCP on the other. Owned by the shim's
+//! one thread.
 //!
 //! ```text
 //!  Asked --which port--> Calling --a service answers--> Open --both ways have ended--> gone
 //!                           `----nobody does, which the host is told----> gone
 //! ```
-//! Each side waits when the other takes no more: what was read and not taken is at most one piece a way. An end of one way is passed on
-//! as that. When the service resets, the shim closes the host's stream before its way has ended, which tells the host. When the host is
-//! gone, the shim resets the service.
+//! Each side waits when the other takes no more: what was read and not taken is at most one piece a way. An end of one
+//! way is passed on as that. When the service resets, the shim closes the host's stream before its way has ended, which
+//! tells the host. When the host is gone, the shim resets the service.
 
 use core::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 

@@ -1,4 +1,5 @@
-//! The control stream to the host: dialled once, frames in, messages out, never waiting for either. Owned by the shim's one thread.
+//! The control stream to the host, dialed once. Frames come in, messages go out, and neither is waited for. Owned by
+//! the shim's one thread.
 
 use super::alloc::vec::Vec;
 use super::poweroff;

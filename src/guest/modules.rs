@@ -1,4 +1,5 @@
-//! The kernel's modules that the library packed for this machine's devices: inserted in their order, then removed, as the files take memory.
+//! The kernel modules that the library packed for this machine's devices. They are inserted in their order, then
+//! removed, as the files take memory.
 //!
 //! Runs once, on the shim's one thread, before anything that needs a device.
 

@@ -1,7 +1,7 @@
-//! The workloads' file systems: what is to be mounted, as a plan that can be read and tested, and the carrying out of it.
+//! The workloads' file systems. What is to be mounted is a plan that can be read and tested, and is then carried out.
 //!
-//! Runs once, on the shim's one thread, before anything of the guest's owner runs. After [`Step::Enter`] every path is inside the root of
-//! the workloads, so that a link in an image leads nowhere else.
+//! Runs once, on the shim's one thread, before anything of the guest's owner runs. After [`Step::Enter`] every path is
+//! inside the root of the workloads, so that a link in an image leads nowhere else.
 
 use core::ffi::CStr;
 

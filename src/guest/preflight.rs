@@ -1,5 +1,5 @@
-//! The preflight check: a shim that runs anywhere but in its own machine would mount over a living system. So it makes
-//! sure before it touches anything.
+//! Checks that the shim runs in its own machine. Anywhere else it would mount over a living system. So it makes sure
+//! before it touches anything.
 //!
 //! Runs first, on the shim's one thread.
 

@@ -1,4 +1,4 @@
-//! A program that the host started, from the request to the last of what it left behind. Owned by the shim's one thread.
+//! A program that the host started, until the last process that it left behind ends. Owned by the shim's one thread.
 //!
 //! ```text
 //!  Connecting --streams are there--> Starting --is the program--> Running --exit--> Left --group is empty--> Over

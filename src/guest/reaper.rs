@@ -1,4 +1,4 @@
-//! PID 1 of the workloads: adopts what their programs leave behind, so that no zombie stays. A process of its own, forked from the shim.
+//! PID 1 of the workloads, which adopts orphans so that no zombie stays. A process of its own, forked from the shim.
 //!
 //! The shim itself stays outside their pid namespace: they cannot see it, and `kill -9 -1` does not reach it.
 

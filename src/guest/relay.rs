@@ -1,4 +1,4 @@
-//! Relays: a pipe of a program on one side, a stream to the host on the other. Owned by the shim's one thread.
+//! Relays between a program's pipe and a stream to the host. Owned by the shim's one thread.
 //!
 //! Programs get pipes, because a socket cannot be opened again through `/dev/stdout`. The bytes move inside the kernel
 //! (`splice`), so the shim buffers nothing. Each side waits when the other takes no more.

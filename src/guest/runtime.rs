@@ -1,4 +1,5 @@
-//! What libc would be: the first instruction, memory functions, the allocator, the end in a panic. Only in the shim, on its one thread.
+//! The part of libc that the shim needs. It has the first instruction, memory functions, the allocator, and the end in
+//! a panic. Only in the shim, on its one thread.
 #![allow(unsafe_code, reason = "the runtime itself")]
 
 use core::alloc::{GlobalAlloc, Layout};

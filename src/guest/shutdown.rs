@@ -1,4 +1,5 @@
-//! The order in which the machine ends: ask, kill, let the host take what is in the streams. Decisions only; owned by the loop.
+//! The order in which the machine ends. Programs are asked, then killed, and the host takes what is in the streams.
+//! Decisions only; owned by the loop.
 
 use crate::proto::End;
 

@@ -1,5 +1,5 @@
-//! Starting a program: its streams are connected first, then a process is forked, prepared and becomes the program. Runs on the shim's one
-//! thread, which never waits for any of it; the part after the fork runs in the new process.
+//! Starts a program. Its streams are connected first; then a process is forked, prepared and becomes the program. Runs
+//! on the shim's one thread, which never waits for any of it; the part after the fork runs in the new process.
 
 use core::ffi::CStr;
 

@@ -1,6 +1,7 @@
-//! The kernel, as the shim sees it: every raw system call is here, behind functions that are safe to call. Owned by the shim's one thread.
+//! All raw system calls of the shim, behind functions that are safe to call. Owned by the shim's one thread.
 //!
-//! x86_64 only; what depends on the processor is at the top. The same file is part of the library's tests, where it runs on the host.
+//! x86_64 only; what depends on the processor is at the top. The same file is part of the library's tests, where it
+//! runs on the host.
 #![allow(unsafe_code, reason = "raw system calls: the shim has no libc")]
 
 use core::arch::asm;

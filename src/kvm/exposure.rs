@@ -16,7 +16,7 @@ pub struct Exposure {
     ///
     /// It is read from `/sys/devices/system/cpu/vulnerabilities`.
     pub vulnerabilities: Vec<Vulnerability>,
-    /// Whether SMT is on, by which threads share a core; `None` when it is not known.
+    /// Whether SMT is on; `None` when it is not known. Threads share a core by it.
     pub smt: Option<bool>,
     /// Whether the kernel merges equal pages (KSM); `None` when it is not known.
     ///

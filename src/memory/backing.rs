@@ -16,8 +16,7 @@ use crate::error::{Context, Error, ErrorKind, Result};
 use crate::size::Size;
 use crate::sys::{self, ForkGuard};
 
-/// A config value: how much memory a guest has, and what of the host's it is made of. A plain [`Size`] is
-/// [`Memory::anonymous`].
+/// The size of a guest's memory, and what backs it; a config value. A plain [`Size`] is [`Memory::anonymous`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Memory {
     size: Size,
@@ -35,8 +34,10 @@ pub(crate) enum Backing {
 }
 
 impl Memory {
-    /// Ordinary memory, whole pages of 4 KiB: the host gives pages as they are touched, and gets back what the guest
-    /// frees. Whether it uses huge pages is the host's setting.
+    /// Ordinary memory, in whole pages of 4 KiB.
+    ///
+    /// The host gives pages as they are touched, and gets back what the guest frees. Whether it uses huge pages is the
+    /// host's setting.
     pub const fn anonymous(size: Size) -> Self {
         Self { size, backing: Backing::Anonymous }
     }
@@ -47,15 +48,19 @@ impl Memory {
         Self { size, backing: Backing::Transparent }
     }
 
-    /// A file without a name (memfd), by which other processes can map the same memory: [`Vm::memory_fd`]. The kernel is
-    /// copied into it instead of being shared with other guests.
+    /// Memory of a file without a name (memfd), which other processes can map.
+    ///
+    /// See [`Vm::memory_fd`](crate::Vm::memory_fd). The kernel is copied into it instead of being shared with other
+    /// guests.
     ///
     /// [`Vm::memory_fd`]: crate::Vm::memory_fd
     pub const fn memfd(size: Size) -> Self {
         Self { size, backing: Backing::Memfd }
     }
 
-    /// Huge pages of `page` bytes from the host's pool (hugetlbfs), 2 MiB or 1 GiB on x86-64; the size is a multiple.
+    /// Huge pages of `page` bytes from the host's pool (hugetlbfs).
+    ///
+    /// Pages are 2 MiB or 1 GiB on x86-64, and the size is a multiple.
     ///
     /// All of them are reserved when the VM starts and kept until it ends: neither a balloon nor what the guest frees
     /// gives any back. Other processes can map them, as with [`Memory::memfd`].

@@ -57,15 +57,15 @@ impl GuestMemory {
         unsafe { sys::pwritev(fd, &buffers, offset) }
     }
 
-    /// Receives what a stream has into the guest; may be short, 0 is the stream's end.
+    /// Receives from a stream into the guest. May be short; 0 is the stream's end.
     pub fn receive(&self, segments: &[Segment], fd: BorrowedFd<'_>) -> io::Result<usize> {
         let buffers = self.buffers(segments)?;
         // SAFETY: `buffers` came from `append_buffers`, so each lies in a mapping that `self` keeps alive and writable.
         unsafe { sys::readv(fd, &buffers) }
     }
 
-    /// Copies what a stream has into the guest and leaves it in the stream; may be short, 0 is the stream's end. The first
-    /// `skip` bytes go nowhere; `nowhere` is written over with them.
+    /// Peeks at a stream's data into the guest, and leaves it in the stream. May be short; 0 is the stream's end. The
+    /// first `skip` bytes go nowhere; `nowhere` is written over with them.
     pub fn peek(&self, segments: &[Segment], fd: BorrowedFd<'_>, skip: usize, nowhere: &mut [u8]) -> io::Result<usize> {
         let mut buffers = self.buffers(segments)?;
         let (mut left, base) = (if nowhere.is_empty() { 0 } else { skip }, nowhere.as_mut_ptr().cast());
@@ -97,14 +97,14 @@ impl GuestMemory {
         unsafe { sys::writev(fd, &buffers) }
     }
 
-    /// Sends the same to a socket without blocking; may be short where it is a stream.
+    /// Sends the same to a socket without blocking. May be short for a stream.
     pub fn send_behind(&self, front: &[u8], segments: &[Segment], fd: BorrowedFd<'_>) -> io::Result<usize> {
         let buffers = self.buffers_behind(front.as_ptr(), front.len(), segments)?;
         // SAFETY: as in `write_behind`.
         unsafe { sys::sendv(fd, &buffers) }
     }
 
-    /// Reads a packet into `front`, and what is behind that into the guest; what does not fit is lost.
+    /// Reads a packet into `front`, and the rest of it into the guest. What does not fit is lost.
     pub fn read_behind(&self, front: &mut [u8], segments: &[Segment], fd: BorrowedFd<'_>) -> io::Result<usize> {
         let buffers = self.buffers_behind(front.as_mut_ptr(), front.len(), segments)?;
         // SAFETY: the first buffer is `front`, exclusively borrowed throughout the call; the others came from `append_buffers`, so each

@@ -47,7 +47,7 @@ impl fmt::Display for GuestAddress {
     }
 }
 
-/// A piece of guest memory that is known to exist: the only way to make one is [`GuestMemory::segment`].
+/// A piece of guest memory that is known to exist. Only [`GuestMemory::segment`] makes one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Segment {
     addr: GuestAddress,
@@ -72,7 +72,7 @@ impl Segment {
     }
 }
 
-/// An access outside guest memory: the guest's mistake or the loader's, as the caller sees it.
+/// An access outside guest memory. It is the guest's mistake or the loader's, as the caller knows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("{len} bytes at {addr} are not guest memory")]
 pub struct OutOfBounds {
@@ -186,7 +186,7 @@ impl GuestMemory {
         }
     }
 
-    /// Copies what these segments have from their `skip`th byte on, as much as `to` holds; says how much that was.
+    /// Copies from these segments, from their `skip`th byte on, into `to`. Returns how much that was.
     pub fn gather(&self, segments: &[Segment], mut skip: usize, to: &mut [u8]) -> Result<usize, OutOfBounds> {
         let (wanted, mut rest) = (to.len(), to);
         for segment in segments {
@@ -202,7 +202,7 @@ impl GuestMemory {
         Ok(wanted - rest.len())
     }
 
-    /// Copies to these segments, from their first byte on, as much of `from` as they hold; says how much that was.
+    /// Copies `from` to these segments, as much as they hold. Returns how much that was.
     pub fn scatter(&self, segments: &[Segment], from: &[u8]) -> Result<usize, OutOfBounds> {
         let mut rest = from;
         for segment in segments {

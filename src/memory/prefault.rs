@@ -1,4 +1,4 @@
-//! The pages of a kernel image that guests write at boot, which later guests get copied beforehand.
+//! The pages of a kernel image that guests write at boot. Later guests get them copied beforehand.
 //!
 //! Linux patches the same pages at every boot, for the processor that it finds. Copying such a page on its first write
 //! takes two faults and a TLB shootdown for the whole process. So the first guest shows which pages they are, and later

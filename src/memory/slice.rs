@@ -1,4 +1,5 @@
-//! [`GuestSlice`] and [`PinnedSlice`]: a piece of guest memory that is looked up once and then read and written field by field.
+//! [`GuestSlice`] and [`PinnedSlice`]: a piece of guest memory with fields. It is looked up once, and then read and
+//! written field by field.
 //!
 //! The guest changes it at any time: every field is one access of its own width, and what was read is a copy.
 #![allow(

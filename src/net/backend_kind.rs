@@ -1,4 +1,4 @@
-//! [`Carrier`]: a backend as the network device has it: those that the embedder can ask for more are known by their kind.
+//! [`Carrier`]: a backend as the network device has it. Those with further calls are known by their kind.
 
 use std::fmt;
 use std::ops::{Deref, DerefMut};

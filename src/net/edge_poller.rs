@@ -1,4 +1,4 @@
-//! [`Edges`]: what one descriptor became ready for, behind a descriptor that is readable when it did.
+//! [`Edges`]: edge-triggered readiness of one descriptor, behind a descriptor of its own.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};

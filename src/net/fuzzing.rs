@@ -295,9 +295,10 @@ impl World {
     }
 }
 
-/// Measures what a guest gets of the stack for what it sends, while the host is idle. At most twice as many frames and
-/// four times as many bytes as it sent, and one socket for each frame. Datagrams that a frame is cut into are bounded
-/// by `Offload::check`.
+/// Measures what a guest gets of the stack for what it sends.
+///
+/// The host is idle meanwhile. At most twice as many frames and four times as many bytes as it sent, and one socket for
+/// each frame. Datagrams that a frame is cut into are bounded by `Offload::check`.
 pub fn amplification(data: &[u8]) {
     let Some(mut world) = World::new(Some(Policy::internet())) else { return };
     // Sockets are counted, and none is made. A question goes to one resolver, or to the next when that one cannot be asked.
@@ -315,7 +316,7 @@ pub fn amplification(data: &[u8]) {
     }
 }
 
-/// Frames of any content, near and far from what the stack expects, while the host does something and time passes.
+/// Frames of any content, while the host is active and time passes.
 pub fn user_frame(data: &[u8]) {
     let Some(mut world) = World::new(None) else { return };
     let mut bytes = Bytes(data);
@@ -345,7 +346,7 @@ pub fn user_frame(data: &[u8]) {
     assert_eq!((stats.connections, stats.datagram_flows), (0, 0), "flows stay for ever");
 }
 
-/// Messages of any content to the DHCP server, from who has no address and from who has.
+/// Messages of any content to the DHCP server, with and without an address.
 pub fn dhcp(data: &[u8]) {
     let Some(mut world) = World::new(None) else { return };
     let (gateway, mac) = (world.config.gateway4, world.config.guest_mac);
@@ -419,7 +420,9 @@ fn allowed(rules: &[Plain], protocol: Protocol, to: SocketAddr) -> bool {
     false
 }
 
-/// Any policy, and a guest that wants to go anywhere: no socket is ever made to where it may not go.
+/// Any policy, and a guest that calls any address.
+///
+/// No socket is ever made to where it may not go.
 pub fn policy(data: &[u8]) {
     let mut bytes = Bytes(data);
     let (mut rules, mut policy) = (Vec::new(), Policy::deny_all());
@@ -466,7 +469,9 @@ pub fn policy(data: &[u8]) {
     }
 }
 
-/// Headers of any content before frames of any length: what is understood is agreed to and can be done.
+/// Headers of any content before frames of any length.
+///
+/// What is understood was agreed to and can be done.
 pub fn header(data: &[u8]) {
     let mut bytes = Bytes(data);
     while !bytes.done() {
@@ -482,7 +487,9 @@ pub fn header(data: &[u8]) {
     }
 }
 
-/// Frames of any content of one guest on a switch: another gets only what the first may say, as it agreed to have it.
+/// Frames of any content of one guest on a switch.
+///
+/// Another guest gets only what the first may send, in a form that it agreed to.
 pub fn switch(data: &[u8]) {
     let mut bytes = Bytes(data);
     let (switch, agreed) = (Switch::new(), Offloads::from_bits_truncate(bytes.byte()) - Offloads::USO);

@@ -1,9 +1,9 @@
-//! Networks: whole Ethernet frames between a guest's network device and whatever carries them on the host.
+//! Networks: backends that carry a guest's Ethernet frames on the host.
 //!
-//! The device drives a [`NetBackend`] on the VM's event loop; nothing here blocks, and every call does a bounded amount of
-//! work. [`user`] is the backend that needs no privileges: it ends the guest's connections in this process and opens
-//! ordinary sockets of the host for them. [`policy`] says where it may go, [`dns`] answers the guest's questions for names.
-//! [`switch`] is a network between guests, [`capture`] keeps a record of frames.
+//! The device drives a [`NetBackend`] on the VM's event loop; nothing here blocks, and every call does a bounded amount
+//! of work. [`user`] is the backend that needs no privileges: it ends the guest's connections in this process and opens
+//! ordinary sockets of the host for them. [`policy`] says where it may go, [`dns`] answers the guest's questions for
+//! names. [`switch`] is a network between guests, [`capture`] keeps a record of frames.
 #![deny(clippy::indexing_slicing, reason = "frames are the guest's, answers are strangers'")]
 
 mod address;

@@ -20,7 +20,7 @@ bitflags! {
     }
 }
 
-/// A checksum that is still to be made over everything from `start` on, and to be put `offset` bytes after that. Its place
+/// A checksum that is still to be made. It covers all from `start` on, and is put `offset` bytes after that. Its place
 /// holds the sum of the pseudo header.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Csum {

@@ -1,4 +1,5 @@
-//! Headers of the hot path: Ethernet, IP, TCP, UDP and ICMP, read from a guest's first bytes and written to its buffers.
+//! Headers of the hot path: Ethernet, IP, TCP, UDP and ICMP. They are read from a frame's first bytes and written to
+//! the guest's buffers.
 //!
 //! By hand, as the payload stays in guest memory, and because a frame may stand for many. Rarer formats are smoltcp's.
 

@@ -1,4 +1,5 @@
-//! What the shim must know before it can ask: a file in the initramfs beside it. Written by the library, read once by the shim.
+//! The configuration that the shim needs before it can ask. It is a file in the initramfs beside it. Written by the
+//! library, read once by the shim.
 
 use super::BOOT_CONFIG_MAX;
 use super::alloc::vec::Vec;

@@ -1,4 +1,4 @@
-//! Frames: where one message ends and the next begins, in a stream that arrives in any pieces. No I/O; owned by whoever reads the stream.
+//! Frames: the bounds of messages in a stream that arrives in any pieces. No I/O; owned by whoever reads the stream.
 
 use super::alloc::vec::Vec;
 

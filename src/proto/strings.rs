@@ -1,4 +1,5 @@
-//! Lists of C strings, as argument vectors and environments travel: one NUL after each, like `/proc/PID/cmdline`. No I/O; any thread.
+//! Lists of C strings, for argument vectors and environments. There is one NUL after each, like `/proc/PID/cmdline`. No
+//! I/O; any thread.
 //!
 //! One byte of overhead a string, and the shim points `execve` straight into the received bytes.
 

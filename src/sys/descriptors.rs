@@ -1,4 +1,4 @@
-//! Counts the descriptors that guests take of the process's, so that the embedder always has some.
+//! Counts the descriptors that guests hold, so that the embedder always has some.
 
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;

@@ -1,4 +1,4 @@
-//! Memory balloon (Virtio 1.3, 5.5): memory that the guest does not use goes back to the host.
+//! Memory balloon (Virtio 1.3, 5.5): gives unused guest memory back to the host.
 //!
 //! Runs on the VM's loop. There are three ways. The guest reports what it freed, without being asked (free page
 //! reporting). The embedder inflates the balloon. The guest reports how it uses its memory. What it gives is discarded

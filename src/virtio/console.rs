@@ -1,4 +1,4 @@
-//! Console (Virtio 1.3, 5.3), `hvc0` in the guest, and the bounded record of what was printed. Runs on the VM's loop.
+//! Console (Virtio 1.3, 5.3), `hvc0` in the guest, and its bounded record of output. Runs on the VM's loop.
 
 use std::collections::VecDeque;
 use std::fmt;

@@ -1,4 +1,4 @@
-//! The device model: what a virtio device is, and everything that exists once for all of them.
+//! The device model: the device trait, and all that exists once for all devices.
 //!
 //! ```text
 //!  vCPU thread                            event loop

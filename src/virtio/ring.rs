@@ -1,7 +1,7 @@
-//! [`Ring`]: the three parts of a split virtqueue in guest memory, and the positions in them (Virtio 1.3, 2.7).
+//! [`Ring`]: a split virtqueue in guest memory, and the positions in it (Virtio 1.3, 2.7).
 //!
-//! Owned by a live queue. Everything is looked up once, when the device starts; everything the driver wrote is read once and
-//! is a copy from then on.
+//! Owned by a live queue. Everything is looked up once, when the device starts; everything the driver wrote is read
+//! once and is a copy from then on.
 
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
 use std::sync::atomic::fence;

@@ -99,15 +99,17 @@ impl VmBuilder {
         self
     }
 
-    /// Sets how many descriptors of the process the guest's connections may hold at once, 16 at least.
+    /// Sets how many descriptors the guest's connections may hold at once, at least 16.
     ///
-    /// Those are one for each connection and UDP flow of a [`Net::user`], and two for each that the guest makes over vsock. All
-    /// networks and vsock have them together, of which networks leave an eighth to vsock. At the bound a connection is
-    /// refused: over a network as where nobody listens, counted in [`NetStats::limited`](crate::NetStats::limited); over vsock with a
-    /// reset. What the embedder connects to the guest is not bounded by it.
+    /// Those are one for each connection and UDP flow of a [`Net::user`], and two for each that the guest makes over
+    /// vsock. All networks and vsock have them together, of which networks leave an eighth to vsock. At the bound a
+    /// connection is refused: over a network as where nobody listens, counted in
+    /// [`NetStats::limited`](crate::NetStats::limited); over vsock with a reset. What the embedder connects to the
+    /// guest is not bounded by it.
     ///
     /// Unless set, it is half of what all guests of the process may have; see
-    /// [`set_descriptor_reserve`](crate::set_descriptor_reserve). All of them together have no more than that, whatever is set here.
+    /// [`set_descriptor_reserve`](crate::set_descriptor_reserve). All of them together have no more than that, whatever
+    /// is set here.
     pub fn descriptors(mut self, count: u32) -> Self {
         self.config.descriptors = Some(count);
         self

@@ -58,7 +58,9 @@ impl Cgroup {
         self
     }
 
-    /// Limits the VM to the time of `n` processors, such as 0.5, even when processors idle.
+    /// Limits the VM to the time of `n` processors, such as 0.5.
+    ///
+    /// That holds even when processors idle.
     ///
     /// That is `cpu.max`, in periods of 100 ms. Leave room for device threads beside the vCPUs.
     pub fn cpus(mut self, n: f64) -> Self {

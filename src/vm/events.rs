@@ -1,4 +1,4 @@
-//! The events of a VM, in a bounded log that each reader reads at its own pace.
+//! The events of a VM, in a bounded log. Each reader reads at its own pace.
 //!
 //! The writer never waits for a reader: one that is too slow learns how many events were dropped.
 

@@ -87,7 +87,7 @@ pub struct MemoryStats {
     pub overhead: Size,
     /// What is in the balloon, as the guest says.
     pub balloon: Size,
-    /// Memory that the guest has reported as free so far, in sum; the host took it each time.
+    /// Memory that the guest has reported as free so far, in sum. The host took it each time.
     pub reported: Size,
     /// How the guest uses its memory, as it reports.
     ///

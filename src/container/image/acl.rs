@@ -1,4 +1,4 @@
-//! POSIX access control lists: from the text that archives have to the form that system calls and EROFS have.
+//! Reads POSIX access control lists from the text in archives. They become the form that system calls and EROFS have.
 
 use crate::error::{Error, ErrorKind, Result};
 

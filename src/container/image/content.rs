@@ -1,4 +1,4 @@
-//! Where the content of files comes from, and which pieces of a file with holes it is.
+//! The sources of files' content, and the pieces of files with holes.
 
 use crate::error::{Error, ErrorKind, Result};
 

@@ -1,4 +1,4 @@
-//! Reads an image from a directory, in an order that does not depend on the host's file system.
+//! Reads an image from a directory. The order does not depend on the host's file system.
 //!
 //! Each entry is opened below a descriptor of the directory, without following links, and checked once more after that.
 //! So an entry that is replaced meanwhile is an error, and never what a link points to.

@@ -70,15 +70,14 @@ impl ImageLimits {
         self
     }
 
-    /// Sets how large the extended attributes of one entry, or of a global header, are together: 128 KiB unless
-    /// set.
+    /// Limits the extended attributes of an entry or a global header; 128 KiB by default.
     #[must_use]
     pub fn entry_xattrs(mut self, size: Size) -> Self {
         self.entry_xattrs = size;
         self
     }
 
-    /// Sets how large an archive's long names and extended headers are, each: 1 MiB unless set.
+    /// Limits each of an archive's long names and extended headers; 1 MiB by default.
     #[must_use]
     pub fn header(mut self, size: Size) -> Self {
         self.header = size;

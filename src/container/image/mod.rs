@@ -1,4 +1,4 @@
-//! [`Image`]: a root file system as people have it, and the disk that is made of it once.
+//! [`Image`]: a root file system, and the disk that is made of it once.
 
 #![deny(clippy::indexing_slicing, reason = "archives are strangers'")]
 
@@ -157,7 +157,9 @@ impl Image {
         self
     }
 
-    /// Makes the disk if it is not there yet, so that no container has to wait for it.
+    /// Makes the disk if it is not there yet.
+    ///
+    /// No container has to wait for it then.
     ///
     /// Blocks for at most [`Image::prepare_timeout`] and 4 s, and for 4 s once the token of [`Image::cancel`] is
     /// cancelled.

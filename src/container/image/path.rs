@@ -1,4 +1,4 @@
-//! Paths of entries, as archives and directories have them: bytes, from the root of the image.
+//! Paths of entries: bytes, from the root of the image.
 
 use crate::error::{Error, ErrorKind, Result};
 

@@ -1,4 +1,4 @@
-//! What people take for a root file system and is something else: told by its content, with what to do about it.
+//! Recognizes content that is mistaken for a root file system. The error says what to do about it.
 
 use super::tree::{InodeKind, Tree};
 use crate::error::{Error, ErrorKind, Result};

@@ -1,4 +1,4 @@
-//! [`Seal`]: the last block of a prepared disk, behind its file system, by which damage is noticed.
+//! [`Seal`]: the last block of a prepared disk, which shows damage. It lies behind the file system.
 //!
 //! It guards against broken storage and interrupted copies. Against people, the directory's permissions guard.
 

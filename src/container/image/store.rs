@@ -1,4 +1,5 @@
-//! The cache of prepared disks: found by digest, made once however many ask, never seen half-made, and nobody else's.
+//! The cache of prepared disks, found by digest. Each is made once however many callers ask, is never seen half-made,
+//! and is its user's alone.
 
 use std::collections::BTreeSet;
 use std::fs::{self, DirBuilder, File};

@@ -1,4 +1,5 @@
-//! [`Tree`]: what an image consists of, in memory, and how entries change it: as `tar -x` of GNU tar changes a file system.
+//! [`Tree`]: an image in memory, and how entries change it. They change it as `tar -x` of GNU tar changes a file
+//! system.
 //!
 //! Nothing here recurses: directories name their children by numbers.
 

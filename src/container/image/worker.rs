@@ -1,5 +1,5 @@
-//! The thread that prepares an image, and whoever waits for it: no longer than allowed, also where a file of the host's does not
-//! answer.
+//! The thread that prepares an image, and its caller. The caller waits no longer than allowed, also where a file of the
+//! host's does not answer.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};

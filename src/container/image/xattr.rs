@@ -1,4 +1,4 @@
-//! Extended attributes, in the form in which an EROFS inode has them (Linux EROFS, inline xattrs).
+//! Extended attributes in the form of an EROFS inode (Linux EROFS, inline xattrs).
 
 use std::collections::BTreeMap;
 

@@ -1,4 +1,4 @@
-//! Sockets of streams, and waiting for many of them: vsock to the host, TCP to the guest's own services.
+//! Stream sockets, and waiting for many of them. They are vsock to the host, and TCP to the guest's own services.
 
 use core::net::SocketAddr;
 

@@ -1,4 +1,5 @@
-//! Names: messages of the DNS as far as a forwarder must understand them, and who the host asks. No I/O but reading a file.
+//! Messages of the DNS as far as a forwarder must understand them. Also the servers that the host asks. No I/O but
+//! reading a file.
 
 mod message;
 mod servers;

@@ -1,4 +1,4 @@
-//! [`Enforcer`]: a policy at work: what it admits, what names were resolved to, and who hears of denials. Of one network.
+//! [`Enforcer`]: applies a policy. It knows what names were resolved to, and reports denials. Of one network.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -68,7 +68,7 @@ pub struct Denial {
     pub name: Option<String>,
     /// Why not.
     pub why: Why,
-    /// How many denials before this one were not told, as there were too many in a short time.
+    /// How many denials before this one were suppressed. There were too many in a short time.
     pub untold: u64,
 }
 

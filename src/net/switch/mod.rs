@@ -96,7 +96,7 @@ impl Switch {
         self.0.read().by_name.keys().cloned().collect()
     }
 
-    /// Returns the IPv4 address of the guest of this name, while it is on the switch.
+    /// Returns the IPv4 address of this guest, while it is on the switch.
     pub fn address(&self, name: &str) -> Option<Ipv4Addr> {
         self.0.read().by_name.get(&name.to_ascii_lowercase()).map(|peer| peer.address4)
     }

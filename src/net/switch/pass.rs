@@ -1,4 +1,4 @@
-//! What of one guest's frame reaches another: its packet, checked, with no more left to do than the other agreed to.
+//! Passes a guest's packet to another guest. It is checked, and leaves no more work than the other agreed to.
 
 use std::net::IpAddr;
 

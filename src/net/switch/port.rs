@@ -1,4 +1,4 @@
-//! [`SwitchPort`]: one guest's place on a switch as its network device drives it, on its VM's loop.
+//! [`SwitchPort`]: one guest's port on a switch. Its network device drives it, on its VM's loop.
 
 use std::collections::VecDeque;
 use std::io;

@@ -1,7 +1,7 @@
-//! [`Queue`]: frames for one guest of a switch, put in by the loops of others and taken out by its own.
+//! [`Queue`]: frames for one guest of a switch. The loops of others put them in, and its own takes them out.
 //!
-//! Nobody waits: what does not fit is dropped by who would put it in. The lock is held for as long as a frame's place in a list
-//! takes; bytes are copied outside.
+//! Nobody waits: what does not fit is dropped by who would put it in. The lock is held for as long as a frame's place
+//! in a list takes; bytes are copied outside.
 
 use std::collections::VecDeque;
 use std::io;

@@ -21,7 +21,7 @@ pub(crate) struct Config {
     pub guest4: Ipv4Addr,
     /// Bits of the IPv4 network.
     pub prefix4: u8,
-    /// The first 64 bits are the IPv6 network (RFC 4193), in which the guest may choose its addresses.
+    /// The first 64 bits are the IPv6 network (RFC 4193). The guest may choose its addresses there.
     pub gateway6: Ipv6Addr,
     pub guest6: Ipv6Addr,
     /// The guest takes what the gateway sends to its 127.0.0.1 (Linux: `net.ipv4.conf.*.route_localnet` of the card).
@@ -42,7 +42,7 @@ pub(crate) struct Config {
 /// Bounds of a network.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Limits {
-    /// TCP connections at once that the guest has begun, and as many of callers of published ports.
+    /// TCP connections at once that the guest has begun. Callers of published ports may have as many.
     pub connections: usize,
     /// New TCP connections of the guest; what was not used is kept for a second.
     pub new_connections: Option<Rate>,
@@ -51,7 +51,7 @@ pub(crate) struct Limits {
     pub datagram_flows: usize,
     /// Until a connection is made.
     pub half_open: Duration,
-    /// Until a connection without traffic is reset (RFC 5382, REQ-5: at least two hours and four minutes).
+    /// Until a connection without traffic is reset. RFC 5382, REQ-5, asks for at least two hours and four minutes.
     pub idle: Duration,
     /// Until one that is closed on one side is.
     pub half_closed: Duration,
@@ -168,7 +168,9 @@ impl Config {
     }
 }
 
-/// Counts since the network was made, and what there is now; on a switch, those of this guest's place on it.
+/// The counters of a network since it was made, and what there is now.
+///
+/// On a switch they are those of this guest's port.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct NetStats {
@@ -187,24 +189,31 @@ pub struct NetStats {
     /// Packets of the guest whose fragments made no whole. Fragments were late, contradicted each other, or were of a
     /// protocol that does not use them.
     pub fragments: u64,
-    /// From a hardware or IP address that is not the guest's, or, on a switch, what no guest may say to another.
+    /// Frames from a hardware or IP address that is not the guest's.
+    ///
+    /// On a switch also messages that no guest may send to another.
     pub spoofed: u64,
     /// Of protocols or to addresses that nobody serves.
     pub unserved: u64,
-    /// Frames to the guest that were dropped, as too many waited; on a switch also those that came before its card ran.
+    /// Frames to the guest that were dropped, as too many waited.
+    ///
+    /// On a switch also those that came before its card ran.
     pub overflowed: u64,
     /// TCP connections now.
     pub connections: u64,
     /// TCP connections that were made, both ways.
     pub connected: u64,
-    /// Connections that the other side refused, did not answer, or could not be reached on; datagrams to published ports that
-    /// nobody took.
+    /// Connections that the peer refused, did not answer, or could not be reached for.
+    ///
+    /// Also datagrams to published ports that nothing in the guest took.
     pub unconnected: u64,
     /// Connections that were reset by either side, or by a changed policy.
     pub resets: u64,
     /// Connections and flows that were given up because nothing happened on them.
     pub timed_out: u64,
-    /// Connections that were not made as there were too many, or as there were no more descriptors for this guest or for all.
+    /// Connections that were not made because a limit was reached.
+    ///
+    /// That is the limit of connections, or of descriptors for this guest or for all.
     pub limited: u64,
     /// Segments that were sent again.
     pub retransmitted: u64,

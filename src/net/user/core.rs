@@ -1,4 +1,5 @@
-//! [`Core`]: what all protocols of the stack share: addresses, policy, host, counters, and frames that wait for the guest.
+//! [`Core`]: the state that all protocols of the stack share. It has addresses, policy, host, counters, and frames that
+//! wait for the guest.
 
 use std::collections::VecDeque;
 use std::io;

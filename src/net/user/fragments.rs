@@ -1,7 +1,7 @@
-//! [`Fragments`]: packets of the guest that come in fragments, until they are whole (RFC 791, 3.2; RFC 8200, 4.5).
+//! [`Fragments`]: reassembles the guest's fragmented packets (RFC 791, 3.2; RFC 8200, 4.5).
 //!
-//! Bounded in number, in size and in time. Where fragments overlap, all of the packet is dropped (RFC 5722), so that what is looked at
-//! is what arrives.
+//! Bounded in number, in size and in time. Where fragments overlap, all of the packet is dropped (RFC 5722), so that
+//! what is looked at is what arrives.
 
 use std::net::IpAddr;
 use std::time::{Duration, Instant};

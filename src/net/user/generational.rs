@@ -1,4 +1,4 @@
-//! [`Table`]: values that are named by numbers which stay theirs alone, and go stale with them.
+//! [`Table`]: a slab with generational keys. A key is never reused for another value.
 
 /// Names one value of one [`Table`]; of a value that is gone, nothing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -1,4 +1,4 @@
-//! [`Host`]: the host's side: the one place where sockets are made, what they tell, and the clock.
+//! [`Host`]: the host's side of the stack. Sockets are made here alone, and here are their events and the clock.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -29,7 +29,7 @@ pub(in crate::net) struct Host {
     pub made: u64,
     /// System calls of what is dear, since somebody last took them: see [`Host::take_calls`].
     pub calls: usize,
-    /// Descriptors that this network had before what is done now, of those that its guest may hold.
+    /// Descriptors of this network before what is done now. They count against its guest's share.
     pub held: HeldDescriptors,
     /// Where sockets would have gone, when none are to be made.
     #[cfg(any(test, feature = "internals"))]

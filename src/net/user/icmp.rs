@@ -1,4 +1,4 @@
-//! ICMP messages of the gateway: what cannot be reached, and its own echoes (RFC 792, RFC 4443).
+//! ICMP messages of the gateway (RFC 792, RFC 4443). They report what cannot be reached, and answer echoes.
 
 use std::io;
 use std::net::IpAddr;

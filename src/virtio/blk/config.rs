@@ -1,4 +1,4 @@
-//! What a disk was told to be, and what the driver sees of that: features and configuration space (Virtio 1.3, 5.2.3, 5.2.4).
+//! The configuration of a disk: features and configuration space (Virtio 1.3, 5.2.3, 5.2.4).
 
 use super::backend::Geometry;
 use super::limit::DiskLimit;

@@ -28,7 +28,7 @@ pub(super) struct Engine {
     pub refused: Option<String>,
     /// All of the disk is one file, so nothing but the I/O queue is needed.
     pub direct: bool,
-    /// A sync has failed: the host forgets that once it was told, so nothing that it says later can be believed.
+    /// A sync has failed. The host reports lost data once and then forgets it, so later syncs prove nothing.
     pub undurable: bool,
     /// Something was written by the backend's calls, which a sync of its file alone may not cover.
     called: bool,

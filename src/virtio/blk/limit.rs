@@ -1,4 +1,4 @@
-//! [`DiskLimit`]: how much a disk may do in a second, kept by token buckets on the disk's loop.
+//! [`DiskLimit`]: the rates of a disk, kept by token buckets on its loop.
 
 use std::time::Duration;
 

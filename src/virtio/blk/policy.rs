@@ -1,4 +1,4 @@
-//! What a disk does when the host cannot do what the guest asked for: [`ErrorAction`] for each [`ErrorClass`].
+//! What a disk does when the host fails a request: an [`ErrorAction`] for each [`ErrorClass`].
 
 use std::fmt;
 use std::io;
@@ -68,7 +68,7 @@ pub struct DiskFault {
     pub disk: String,
     /// What the guest wanted.
     pub operation: DiskOperation,
-    /// Where it begins, in units of 512 bytes; 0 for a flush, which is about everything.
+    /// Where it begins, in units of 512 bytes; 0 for a flush.
     pub sector: u64,
     /// How many bytes it is about; 0 for a flush.
     pub bytes: u64,
@@ -78,7 +78,7 @@ pub struct DiskFault {
     pub error: String,
     /// What is done about it.
     pub action: ErrorAction,
-    /// So many other faults of this disk came too fast to be told since the one before.
+    /// How many other faults of this disk were suppressed since the one before. They came too fast.
     pub untold: u64,
 }
 

@@ -1,4 +1,4 @@
-//! Requests of the driver (Virtio 1.3, 5.2.6): from a descriptor chain to [`Work`] whose every range exists.
+//! Requests of the driver (Virtio 1.3, 5.2.6). A descriptor chain becomes [`Work`] whose every range exists.
 
 use super::SECTOR;
 use super::backend::Geometry;

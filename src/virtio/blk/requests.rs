@@ -1,4 +1,4 @@
-//! [`RequestTable`]: the requests that a disk has taken from its driver and not yet given back. Bounded.
+//! [`RequestTable`]: the requests that a disk has taken from its driver and still has. Bounded.
 
 use std::io;
 use std::time::Duration;
@@ -29,7 +29,7 @@ pub(super) struct InFlight {
     pub since: Duration,
     /// Bytes that the I/O queue has in flight for it.
     pub moving: u64,
-    /// What is done of it: bytes of data, or of its ranges, one after the other.
+    /// Bytes of it that are done, of data or of its ranges.
     pub done: u64,
 }
 

@@ -1,4 +1,4 @@
-//! [`Reserve`]: what a disk leaves of the space that it shares with everything else on the host.
+//! [`Reserve`]: the space that a disk leaves on the host's file system.
 
 use std::collections::BTreeMap;
 use std::io;

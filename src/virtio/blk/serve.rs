@@ -1,4 +1,5 @@
-//! The life of a request: taken from a queue, perhaps held back by a limit, done, answered; or failed, by the disk's policy.
+//! The life of a request. It is taken from a queue, perhaps held back by a limit, done and answered, or failed by the
+//! disk's policy.
 
 use std::io;
 use std::sync::atomic::Ordering;

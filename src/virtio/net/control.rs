@@ -1,4 +1,5 @@
-//! The control queue (Virtio 1.3, 5.1.6.5): how many pairs of queues are used, and what the driver still wants to do itself.
+//! The control queue (Virtio 1.3, 5.1.6.5). The driver sets how many pairs of queues it uses, and which offloads it
+//! takes.
 
 use super::{Net, TO_GUEST, feature, offloads, whole};
 use crate::net::Capabilities;

@@ -1,4 +1,4 @@
-//! One connection: what is due to be sent to the guest, and what came from it. Knows sockets, not queues.
+//! One connection: what is to be sent to the guest, and what came from it. Knows sockets, not queues.
 
 use std::collections::VecDeque;
 use std::io;

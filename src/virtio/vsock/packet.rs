@@ -1,4 +1,4 @@
-//! The packet header of a socket device, read and written as one value (Virtio 1.3, 5.10.6).
+//! The packet header of a socket device as one value (Virtio 1.3, 5.10.6).
 
 /// Bytes of a header on the wire.
 pub(crate) const HEADER: usize = 44;

@@ -17,7 +17,7 @@ use crate::sys::{CloseOnFork, EventFd, HeldDescriptors, borrow, deadline, eventf
 pub(crate) struct Unread {
     /// What the guest had sent and nobody had read.
     pub unread: VecDeque<u8>,
-    /// The guest closed all of it, or was gone, before it had ended its own direction.
+    /// The guest closed all of it, or was gone, without ending its own direction.
     pub abrupt: bool,
 }
 
@@ -99,7 +99,9 @@ impl VsockStream {
         }
     }
 
-    /// Ends one or both directions: the guest reads end of file, or cannot write any more.
+    /// Shuts down one or both directions.
+    ///
+    /// The guest reads end of file, or cannot write any more.
     ///
     /// # Errors
     /// `Io` when the connection has ended already.

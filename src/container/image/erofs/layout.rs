@@ -1,4 +1,4 @@
-//! [`Layout`]: where every inode and every directory goes, decided before the first of them is written.
+//! [`Layout`]: the place of every inode and directory, decided before any is written.
 
 use std::collections::VecDeque;
 

@@ -1,4 +1,5 @@
-//! A second implementation of the format, for tests and fuzzing: reads everything of a disk back, and checks what it meets.
+//! A second implementation of the format, for tests and fuzzing. It reads everything of a disk back, and checks what it
+//! meets.
 
 #![allow(
     clippy::panic,

@@ -1,4 +1,5 @@
-//! The header block of an entry (POSIX.1-2024, pax, ustar interchange format; GNU tar manual, basic tar format).
+//! The header block of an entry. See POSIX.1-2024, pax, ustar interchange format, and the GNU tar manual, basic tar
+//! format.
 
 use crate::error::{Error, ErrorKind, Result};
 

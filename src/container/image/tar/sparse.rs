@@ -1,4 +1,4 @@
-//! Files with holes, in the four forms that GNU tar writes (GNU tar manual, storing sparse files).
+//! Files with holes, in the four forms that GNU tar writes. See the GNU tar manual, storing sparse files.
 
 use super::header::{BLOCK, Header, sparse_extension};
 use super::pax::{SparseRecords, decimal};

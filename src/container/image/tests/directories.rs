@@ -1,4 +1,4 @@
-//! Images of directories: the same disk as an archive of them gives, and nothing from outside.
+//! Images of directories. The disk is that of an archive of them, and has nothing from outside.
 
 use std::io::Write;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink};

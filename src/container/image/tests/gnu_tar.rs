@@ -1,4 +1,4 @@
-//! GNU tar itself, as root, against the same archive: the same tree, or an error where it has one.
+//! GNU tar itself, as root, against the same archive. The tree is the same, or there is an error where it has one.
 
 use std::io::{Read, Seek, SeekFrom};
 use std::os::unix::ffi::OsStrExt;

@@ -1,4 +1,4 @@
-//! The stack against smoltcp's, which plays the guest's system, and real sockets of the host on its loopback.
+//! The stack against smoltcp, which plays the guest. The host's sockets are real, on its loopback.
 
 mod config;
 mod datagrams;

@@ -1,4 +1,4 @@
-//! Files with any bytes in them, and what a guest does on those that are taken for disks: for `crate::fuzzing`.
+//! Disk files with any bytes, and what a guest does on them; see `crate::fuzzing`.
 
 use std::fs;
 use std::ops::ControlFlow;

@@ -30,7 +30,7 @@ pub(crate) struct Geometry {
     /// Bytes: whole sectors, at least one.
     pub len: u64,
     pub read_only: bool,
-    /// What discards must be multiples of to be of use, in bytes; 0 when they do nothing.
+    /// The alignment of discards in bytes; 0 when they do nothing.
     pub discard: u32,
 }
 

@@ -1,4 +1,4 @@
-//! A raw image: a file or block device of the host, locked, read and written in place.
+//! A raw image: a file or block device, locked and used in place.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};

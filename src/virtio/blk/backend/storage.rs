@@ -1,4 +1,4 @@
-//! [`Storage`]: the file that a disk format keeps its bytes in, so that tests can put something else below it.
+//! [`Storage`]: the file of a disk format. Tests put something else in its place.
 
 use std::fmt;
 use std::fs::File;

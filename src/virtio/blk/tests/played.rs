@@ -1,4 +1,4 @@
-//! The disk over a backend that fails, stalls and keeps record as it is told; limits, pauses and ends.
+//! The disk over a backend that fails and stalls as it is told.
 
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Mutex;

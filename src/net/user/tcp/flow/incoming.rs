@@ -1,4 +1,5 @@
-//! What the guest sends, on its way into the host's socket: straight, and what that does not take waits, within bounds.
+//! The guest's data on its way into the host's socket. It goes straight there, and what the socket does not take waits,
+//! within bounds.
 
 use std::collections::VecDeque;
 use std::io;

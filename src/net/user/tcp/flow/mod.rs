@@ -1,7 +1,7 @@
-//! [`Flow`]: one TCP connection (RFC 9293): a state machine between a guest and a socket of the host.
+//! [`Flow`]: one TCP connection (RFC 9293). It is a state machine between a guest and a socket of the host.
 //!
-//! What goes to the guest stays in the socket until it is acknowledged, so sending it again is peeking at it again. There is
-//! no congestion control: the link is memory, and what is lost on it was dropped by ourselves.
+//! What goes to the guest stays in the socket until it is acknowledged, so sending it again is peeking at it again.
+//! There is no congestion control: the link is memory, and what is lost on it was dropped by ourselves.
 
 mod incoming;
 mod outgoing;
@@ -90,7 +90,7 @@ pub(super) struct Flow {
     pub local: bool,
     /// The guest has called.
     pub outgoing: bool,
-    /// Somebody has called the guest: by which published port, and where it was looked for so far.
+    /// A caller of a published port, and where the service was looked for.
     pub caller: Option<(Id, Tried)>,
 
     // To the guest: sequence numbers (RFC 9293, 3.3.1). `sent` is where the next segment begins, `max` the highest ever sent.

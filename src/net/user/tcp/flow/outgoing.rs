@@ -1,4 +1,4 @@
-//! What goes to the guest next, and its headers; data is peeked at and stays in the host's socket.
+//! The next segment to the guest, and its headers. Data is peeked at and stays in the host's socket.
 
 use std::io;
 use std::os::fd::AsFd;

@@ -1,4 +1,5 @@
-//! What a loss of power leaves: a storage that records writes and syncs, and every state in which the file may be found after.
+//! A model of power loss for overlays. A storage records writes and syncs, and yields every state in which the file may
+//! be found after.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};

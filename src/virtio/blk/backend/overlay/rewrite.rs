@@ -1,4 +1,5 @@
-//! What is done to overlays that no VM has open: freezing, and new files that take an old one's place whole or not at all.
+//! Operations on overlays that no VM has open. They freeze, and make new files that replace an old one whole or not at
+//! all.
 
 use std::fs::{self, File};
 use std::io;

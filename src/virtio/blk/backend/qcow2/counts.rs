@@ -1,4 +1,4 @@
-//! Checks the table of reference counts of an image that is to be written, before the crate takes it.
+//! Checks the table of reference counts of an image before it is written.
 //!
 //! The crate looks for a free cluster count by count. A small image could keep it looking for ever: its blocks of
 //! counts may be one in the file, or describe clusters beyond its end. An offset of 0 means no block. The crate would

@@ -1,4 +1,5 @@
-//! What a loss of power leaves of an image: every state in which its file may be found, by what was written and synced.
+//! A model of power loss for qcow2. It yields every state in which the file may be found, by what was written and
+//! synced.
 
 use std::fs;
 

@@ -1,4 +1,4 @@
-//! Makes the reference counts of an image anew, when its last writer did not close it.
+//! Makes an image's reference counts anew, when its last writer did not close it.
 //!
 //! Runs before the image is used. The counts in the file may be behind its tables: data that the tables know may be
 //! taken for free. What the tables say is durable, so the counts are made from them, into new clusters at the end of
