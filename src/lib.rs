@@ -122,11 +122,13 @@
 //! | --- | --- | --- |
 //! | `vcpuN` | vCPU | runs the guest |
 //! | `io` | VM | owns its devices but disks |
-//! | `disks` | VM with disks on io_uring | owns those disks |
-//! | `diskN` | disk that io_uring cannot serve ([`DiskEngine`]) | owns that disk, and blocks in its file |
-//! | `console`, `capture` | writer of a [`Console`] or [`Capture`] | calls the writer, which may block |
+//! | `disks` | VM with raw disks that io_uring serves alone | owns those disks |
+//! | `diskN` | overlay, qcow2 or in-memory disk, or disk without io_uring ([`DiskEngine`]) | owns that disk, and blocks in its file |
+//! | `console` | writer of a [`Console`] | calls the writer, which may block |
+//! | `capture` | [`Capture`] | writes it, and may block |
 //! | `agent` | container | speaks with the guest |
-//! | `image` | image that is prepared | reads and writes it |
+//! | `image` | image that is opened or prepared | reads and writes it |
+//! | `left-behind` | disk whose file does not answer at the end | owns what the kernel still uses |
 //!
 //! Threads of disks are scheduled as `SCHED_BATCH`: they preempt no vCPU when a request comes, so that requests come together.
 //!

@@ -113,7 +113,6 @@ fn first_sentences(text: &str) -> Vec<(usize, String)> {
     let lines: Vec<&str> = text.lines().collect();
     let mut all = Vec::new();
     for (begin, line) in lines.iter().enumerate() {
-        let file = begin == 0;
         let block = line.trim_start().starts_with("///")
             && begin
                 .checked_sub(1)
@@ -121,12 +120,11 @@ fn first_sentences(text: &str) -> Vec<(usize, String)> {
         let end = begin + lines[begin..].iter().take_while(|line| documentation(line).is_some()).count();
         let item = lines[end..].iter().find(|line| !line.trim_start().starts_with(['#', '/']));
         let public = item.is_some_and(|item| item.trim_start().starts_with("pub "));
-        if !file && !(block && public) {
-            continue;
+        if begin == 0 || block && public {
+            let paragraphs = paragraphs(lines[begin..end].iter().map(|line| documentation(line)).enumerate());
+            let first = paragraphs.first().and_then(|(_, text)| sentences(text).into_iter().next());
+            all.extend(first.map(|first| (begin, first)));
         }
-        let paragraphs = paragraphs(lines[begin..end].iter().map(|line| documentation(line)).enumerate());
-        let first = paragraphs.first().and_then(|(_, text)| sentences(text).into_iter().next());
-        all.extend(first.map(|first| (begin, first)));
     }
     all
 }

@@ -171,7 +171,7 @@ impl Kernel {
 
     /// Returns a closure that records which of the kernel's pages a guest has written, so that later guests have copies
     /// of them at once. Call it when a guest's drivers are ready.
-    pub(crate) fn learner(&self) -> impl Fn(&GuestMemory) + Send + use<> {
+    pub(crate) fn dirty_page_recorder(&self) -> impl Fn(&GuestMemory) + Send + use<> {
         let loaded = self.loaded.clone();
         move |memory| memory.record_dirty_pages(&loaded.image)
     }

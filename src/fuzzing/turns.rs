@@ -6,7 +6,7 @@ use std::os::unix::net::UnixStream;
 
 use super::Bytes;
 use crate::memory::GuestAddress;
-use crate::net::{Capabilities, Carrier, Frame, Mac, NetBackend, Offloads, Received, Room};
+use crate::net::{BackendKind, Capabilities, Frame, Mac, NetBackend, Offloads, Received, Room};
 use crate::sys;
 use crate::virtio::VirtioDevice;
 use crate::virtio::balloon::Balloon;
@@ -46,7 +46,7 @@ impl NetBackend for Endless {
     }
 }
 
-fn card(backend: Carrier) -> Net {
+fn card(backend: BackendKind) -> Net {
     Net::new(vec![backend], Mac([2, 0, 0, 0, 0, 1]), 1500, Box::new(|_| ()))
 }
 
@@ -80,7 +80,7 @@ pub fn device_turn(data: &[u8]) {
         }
         4 => {
             let Ok((socket, _)) = UnixStream::pair() else { return };
-            flood(Driver::start(card(Carrier::other(Endless(socket)))), bytes);
+            flood(Driver::start(card(BackendKind::other(Endless(socket)))), bytes);
         }
         number => {
             let disk = sys::scratch_file(crate::Size::mib(8)).map(|f| RawFile::from_file(f, false));
@@ -194,7 +194,7 @@ pub mod bench {
         });
         all.push(("balloon: inflated by single pages".into(), figure));
 
-        let mut driver = Driver::start(card(Carrier::other(Endless(UnixStream::pair().unwrap().0))));
+        let mut driver = Driver::start(card(BackendKind::other(Endless(UnixStream::pair().unwrap().0))));
         let figure = longest(&mut driver, 0, 200, |driver| {
             table(driver, TABLES, 256, |n| (BUFFERS + u64::from(n), 1, WRITE));
             fill(driver, 0, 256);
@@ -202,7 +202,7 @@ pub mod bench {
         all.push(("net: frames of 60 kB into buffers of single bytes".into(), figure));
 
         let (net, _socket, frame) = crate::net::fuzzing::most_datagrams().unwrap();
-        let mut driver = Driver::start(card(Carrier::User(Box::new(net))));
+        let mut driver = Driver::start(card(BackendKind::User(Box::new(net))));
         let figure = longest(&mut driver, 1, 50, |driver| {
             driver.memory().write(GuestAddress(BUFFERS), &frame).unwrap();
             while driver.send_raw(1, &[(BUFFERS, frame.len() as u32, 0)]) {}
@@ -210,7 +210,7 @@ pub mod bench {
         all.push(("net: frames of 128 datagrams, through sockets".into(), figure));
 
         let (net, _socket, frame) = crate::net::fuzzing::new_flows().unwrap();
-        let mut driver = Driver::start(card(Carrier::User(Box::new(net))));
+        let mut driver = Driver::start(card(BackendKind::User(Box::new(net))));
         let mut from = 0u16;
         let figure = longest(&mut driver, 1, 50, |driver| {
             for at in (BUFFERS..).step_by(64).take(256) {
@@ -224,7 +224,7 @@ pub mod bench {
 
         for (name, nth) in [("net: segments of 65 kB for a switch to cut", 0), ("net: empty packets on a switch", 1)] {
             let (port, frames, mut take) = crate::net::fuzzing::switched().unwrap();
-            let mut driver = Driver::start(card(Carrier::Switch(Box::new(port))));
+            let mut driver = Driver::start(card(BackendKind::Switch(Box::new(port))));
             let frame = &frames[nth];
             let figure = longest(&mut driver, 1, 100, |driver| {
                 take();
@@ -235,7 +235,7 @@ pub mod bench {
         }
 
         let (net, _socket, _) = crate::net::fuzzing::most_datagrams().unwrap();
-        let mut driver = Driver::start(card(Carrier::User(Box::new(net))));
+        let mut driver = Driver::start(card(BackendKind::User(Box::new(net))));
         let figure = longest(&mut driver, 2, 200, |driver| {
             // VIRTIO_NET_CTRL_GUEST_OFFLOADS_SET, of none.
             while driver.send(2, &[&[5, 0], &[0; 8]], &[1]) {}

@@ -25,7 +25,7 @@ pub(super) struct Process {
 pub(super) enum ProcessState {
     /// Its streams are being connected; the request waits.
     Connecting {
-        wiring: StdioStreams,
+        streams: StdioStreams,
         kind: u32,
         payload: Vec<u8>,
     },

@@ -41,7 +41,7 @@ pub(super) struct Shim {
     gate: VersionGate,
     signals: Fd,
     reaper: i32,
-    ground: SpawnEnv,
+    spawn_env: SpawnEnv,
     cgroups: Option<Cgroups>,
     /// All workloads, watched while the machine ends.
     everybody: Option<Watch>,
@@ -63,13 +63,19 @@ enum PollTarget {
 }
 
 impl Shim {
-    pub(super) fn new(control: Control, signals: Fd, reaper: i32, ground: SpawnEnv, cgroups: Option<Cgroups>) -> Self {
+    pub(super) fn new(
+        control: Control,
+        signals: Fd,
+        reaper: i32,
+        spawn_env: SpawnEnv,
+        cgroups: Option<Cgroups>,
+    ) -> Self {
         Self {
             control,
             gate: VersionGate::default(),
             signals,
             reaper,
-            ground,
+            spawn_env,
             cgroups,
             everybody: None,
             processes: Vec::new(),
@@ -86,7 +92,7 @@ impl Shim {
         path.extend_from_slice(b"/route_localnet");
         // A kernel without the switch has services on other addresses all the same.
         if let Ok(path) = CString::new(path) {
-            let _ = files::write(Some(&self.ground.proc), &path, b"1");
+            let _ = files::write(Some(&self.spawn_env.proc), &path, b"1");
         }
     }
 
@@ -138,7 +144,7 @@ impl Shim {
 
     fn serve_connections(&mut self) {
         if let Some(connections) = &mut self.connections {
-            connections.serve(&self.ground.proc);
+            connections.serve(&self.spawn_env.proc);
         }
     }
 
@@ -164,7 +170,7 @@ impl Shim {
         for process in &self.processes {
             let owner = PollTarget::Process(process.id);
             match &process.life {
-                ProcessState::Connecting { wiring, .. } => wiring.polls().for_each(|poll| add(poll, owner)),
+                ProcessState::Connecting { streams, .. } => streams.polls().for_each(|poll| add(poll, owner)),
                 ProcessState::Starting { report, .. } => add(report.poll(), owner),
                 ProcessState::Left { watch } => add(watch.poll(), owner),
                 ProcessState::Running { .. } | ProcessState::Refused { .. } | ProcessState::Over => {}
@@ -246,27 +252,27 @@ impl Shim {
         if self.processes.len() >= MAX_PROCESSES {
             return Err((Step::Request, Errno::EAGAIN));
         }
-        let wiring = StdioStreams::dial(&spawn.stdio)?;
+        let streams = StdioStreams::dial(&spawn.stdio)?;
         let mut process = Process::new(frame.stream);
-        if wiring.is_connected() {
-            self.start(&mut process, spawn, wiring)?;
+        if streams.is_connected() {
+            self.start(&mut process, spawn, streams)?;
         } else {
             let mut payload = Vec::new();
             payload.try_reserve_exact(frame.payload.len()).map_err(|_| (Step::Request, Errno::ENOMEM))?;
             payload.extend_from_slice(frame.payload);
-            process.life = ProcessState::Connecting { wiring, kind: frame.kind, payload };
+            process.life = ProcessState::Connecting { streams, kind: frame.kind, payload };
         }
         self.processes.push(process);
         Ok(())
     }
 
     /// Its streams are connected: fork.
-    fn start(&mut self, process: &mut Process, spawn: &Spawn<'_>, wiring: StdioStreams) -> Result<(), SpawnError> {
+    fn start(&mut self, process: &mut Process, spawn: &Spawn<'_>, streams: StdioStreams) -> Result<(), SpawnError> {
         if let Some(cgroups) = &self.cgroups {
             process.group = Some(cgroups.group(process.id).map_err(|errno| (Step::Cgroup, errno))?);
         }
         let cgroup = process.group.as_ref().map(|group| &group.dir);
-        match spawn::start(process.id, spawn, wiring, cgroup, &self.ground) {
+        match spawn::start(process.id, spawn, streams, cgroup, &self.spawn_env) {
             Ok(started) => {
                 self.relays.extend(started.relays);
                 process.life = ProcessState::Starting { pid: started.pid, report: started.report };
@@ -294,15 +300,15 @@ impl Shim {
         // Out of the list while it changes, so that the rest of the shim is at hand.
         let mut process = self.processes.swap_remove(index);
         match core::mem::replace(&mut process.life, ProcessState::Over) {
-            ProcessState::Connecting { mut wiring, kind, payload } => {
-                let result = wiring.advance(fd).and_then(|()| {
-                    if !wiring.is_connected() {
-                        process.life = ProcessState::Connecting { wiring, kind, payload };
+            ProcessState::Connecting { mut streams, kind, payload } => {
+                let result = streams.advance(fd).and_then(|()| {
+                    if !streams.is_connected() {
+                        process.life = ProcessState::Connecting { streams, kind, payload };
                         return Ok(());
                     }
                     // It was understood when it came.
                     match FromHost::parse(&Frame { stream: id, kind, payload: &payload }) {
-                        Ok(Some(FromHost::Spawn(spawn))) => self.start(&mut process, &spawn, wiring),
+                        Ok(Some(FromHost::Spawn(spawn))) => self.start(&mut process, &spawn, streams),
                         _ => Err((Step::Request, Errno::EPROTO)),
                     }
                 });

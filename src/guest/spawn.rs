@@ -96,14 +96,14 @@ pub(super) struct Started {
 pub(super) fn start(
     id: u32,
     spawn: &Spawn<'_>,
-    wiring: StdioStreams,
+    streams: StdioStreams,
     cgroup: Option<&Fd>,
-    ground: &SpawnEnv,
+    spawn_env: &SpawnEnv,
 ) -> Result<Started, SpawnError> {
     let no = |step| move |errno| (step, errno);
     let mut relays = Vec::new();
     let mut ends: [Option<Fd>; 3] = [None, None, None];
-    for ((number, link), end) in wiring.links.into_iter().enumerate().zip(&mut ends) {
+    for ((number, link), end) in streams.links.into_iter().enumerate().zip(&mut ends) {
         let Some(link) = link else { continue };
         // A new stream takes that much at once.
         match sys::write(&link.socket, spawn.cookie) {
@@ -118,11 +118,11 @@ pub(super) fn start(
         *end = Some(theirs);
     }
     let [input, output, error] = &ends;
-    let output = output.as_ref().unwrap_or(&ground.null);
-    let error = if wiring.joined { output } else { error.as_ref().unwrap_or(&ground.null) };
+    let output = output.as_ref().unwrap_or(&spawn_env.null);
+    let error = if streams.joined { output } else { error.as_ref().unwrap_or(&spawn_env.null) };
     let plan = Child {
-        stdio: [input.as_ref().unwrap_or(&ground.null), output, error],
-        ground,
+        stdio: [input.as_ref().unwrap_or(&spawn_env.null), output, error],
+        spawn_env,
         cwd: spawn.cwd.unwrap_or(c"/"),
         programs: candidates(spawn),
         argv: Vector::new(spawn.argv.iter()).map_err(no(Step::Fork))?,
@@ -137,7 +137,7 @@ pub(super) fn start(
 /// What the new process does until it is the program. All memory it needs was made before.
 struct Child<'a> {
     stdio: [&'a Fd; 3],
-    ground: &'a SpawnEnv,
+    spawn_env: &'a SpawnEnv,
     cwd: &'a CStr,
     programs: Vec<CString>,
     argv: Vector<'a>,
@@ -177,9 +177,9 @@ impl Child<'_> {
         }
         sys::umask(0o022);
         // The shim is out of the OOM killer's reach, its workloads are not.
-        super::files::write(Some(&self.ground.proc), c"self/oom_score_adj", b"0")?;
+        super::files::write(Some(&self.spawn_env.proc), c"self/oom_score_adj", b"0")?;
         // Last: until it is the program it has all that the shim has open, which may be more.
-        sys::limit_files(self.ground.files.0, self.ground.files.1)
+        sys::limit_files(self.spawn_env.files.0, self.spawn_env.files.1)
     }
 
     /// The rules of execvp(3), but that a file which is no program is not given to a shell.
@@ -275,16 +275,16 @@ mod tests {
 
     /// A process of this host that dies before it is the program: preparing it needs no more than an ordinary test may.
     fn try_to_start(argv: &[&str], cwd: Option<&CStr>) -> Result<u32, SpawnError> {
-        let ground = SpawnEnv {
+        let spawn_env = SpawnEnv {
             null: sys::open(None, c"/dev/null", sys::O_RDWR).unwrap(),
             proc: sys::open(None, c"/proc", sys::O_PATH).unwrap(),
             files: (64, 64),
         };
         let (argv, env) = (list(argv), StringBuf::new());
         let request = Spawn { cwd, ..spawn(&argv, &env) };
-        let wiring = StdioStreams::dial(&request.stdio)?;
-        assert!(wiring.is_connected());
-        let started = start(1, &request, wiring, None, &ground)?;
+        let streams = StdioStreams::dial(&request.stdio)?;
+        assert!(streams.is_connected());
+        let started = start(1, &request, streams, None, &spawn_env)?;
         let mut polls = [started.report.poll()];
         assert_eq!(sys::poll(&mut polls, Some(sys::now_ns() + 10_000_000_000)), Ok(1));
         assert!(started.relays.is_empty());

@@ -95,7 +95,7 @@ pub(crate) struct IoQueue {
 
 impl fmt::Debug for IoQueue {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Mover({} under way, {} waiting)", self.submitted, self.waiting.len())
+        write!(f, "IoQueue({} in flight, {} waiting)", self.submitted, self.waiting.len())
     }
 }
 
@@ -447,7 +447,7 @@ mod tests {
     }
 
     #[test]
-    fn a_mover_that_goes_away_ends_what_is_under_way() {
+    fn dropping_the_queue_cancels_operations_in_flight() {
         let (memory, mut io_queue) = (memory(), IoQueue::new(4).unwrap());
         let (near, mut far) = UnixStream::pair().unwrap();
         let to = [memory.segment(GuestAddress(0), 3).unwrap()];

@@ -1,17 +1,17 @@
-//! [`Carrier`]: a backend as the network device has it. Those with further calls are known by their kind.
+//! [`BackendKind`]: a backend as the network device has it. Those with further calls are known by their kind.
 
 use std::fmt;
 use std::ops::{Deref, DerefMut};
 
 use super::{NetBackend, NetStats, SwitchPort, UserNet};
 
-pub(crate) enum Carrier {
+pub(crate) enum BackendKind {
     User(Box<UserNet>),
     Switch(Box<SwitchPort>),
     Other(Box<dyn NetBackend>),
 }
 
-impl Carrier {
+impl BackendKind {
     pub(crate) fn other(backend: impl NetBackend + 'static) -> Self {
         Self::Other(Box::new(backend))
     }
@@ -46,7 +46,7 @@ impl Carrier {
     }
 }
 
-impl Deref for Carrier {
+impl Deref for BackendKind {
     type Target = dyn NetBackend;
 
     fn deref(&self) -> &Self::Target {
@@ -58,7 +58,7 @@ impl Deref for Carrier {
     }
 }
 
-impl DerefMut for Carrier {
+impl DerefMut for BackendKind {
     fn deref_mut(&mut self) -> &mut Self::Target {
         match self {
             Self::User(user) => &mut **user,
@@ -68,7 +68,7 @@ impl DerefMut for Carrier {
     }
 }
 
-impl fmt::Debug for Carrier {
+impl fmt::Debug for BackendKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::User(user) => user.fmt(f),

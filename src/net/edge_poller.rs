@@ -1,4 +1,4 @@
-//! [`Edges`]: edge-triggered readiness of one descriptor, behind a descriptor of its own.
+//! [`EdgePoller`]: edge-triggered readiness of one descriptor, behind a descriptor of its own.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -6,18 +6,18 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use crate::sys::{ControlOperation, Epoll, EpollEvent, EventSet, borrow_epoll};
 
 /// A descriptor that is watched for both directions.
-pub(super) struct Edges {
+pub(super) struct EdgePoller {
     epoll: Epoll,
     pub readable: bool,
 }
 
-impl std::fmt::Debug for Edges {
+impl std::fmt::Debug for EdgePoller {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "Edges(readable: {})", self.readable)
     }
 }
 
-impl Edges {
+impl EdgePoller {
     /// Taken to be ready until it says that it is not.
     pub(super) fn of(fd: BorrowedFd<'_>) -> io::Result<Self> {
         let epoll = Epoll::new()?;

@@ -26,7 +26,7 @@ mod wire;
 pub use address::Mac;
 pub(crate) use backend::FRAME_MAX;
 pub use backend::{Capabilities, Card, Frame, NetBackend, Received, Room};
-pub(crate) use backend_kind::Carrier;
+pub(crate) use backend_kind::BackendKind;
 pub use capture::{Capture, CaptureStats};
 pub(crate) use capture::{Pump, Recorder};
 pub use offload::{Csum, Gso, GsoKind, Offload, Offloads};

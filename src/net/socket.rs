@@ -6,7 +6,7 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use super::edge_poller::Edges;
+use super::edge_poller::EdgePoller;
 use super::{FRAME_MAX as LARGEST, Frame, NetBackend, Offload, Received, Room};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::sys::{self, CloseOnFork};
@@ -18,7 +18,7 @@ const LENGTH: usize = 4;
 #[derive(Debug)]
 pub(crate) struct SocketNet {
     fd: CloseOnFork<OwnedFd>,
-    edges: Edges,
+    edges: EdgePoller,
     /// Of a stream: what was taken from it. `None` for datagrams.
     inbox: Option<Inbox>,
     /// The rest of a frame, of which the socket took a part.
@@ -89,7 +89,7 @@ impl SocketNet {
         let fd = std::os::unix::net::UnixDatagram::from(fd);
         fd.set_nonblocking(true).doing(doing)?;
         let fd = OwnedFd::from(fd);
-        let edges = Edges::of(fd.as_fd()).doing(doing)?;
+        let edges = EdgePoller::of(fd.as_fd()).doing(doing)?;
         Ok(Self { fd: CloseOnFork::new(fd), edges, inbox, outbox: Vec::new() })
     }
 

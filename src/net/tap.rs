@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 
-use super::edge_poller::Edges;
+use super::edge_poller::EdgePoller;
 use super::{Capabilities, Frame, HEADER_LEN, NetBackend, Offload, Offloads, Received, Room};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::sys::{TUN_CSUM, TUN_TSO4, TUN_TSO6, TUN_USO, Tap};
@@ -20,7 +20,7 @@ const FLAGS: [(Offloads, u32); 4] =
 #[derive(Debug)]
 pub(crate) struct TapNet {
     tap: Tap,
-    edges: Edges,
+    edges: EdgePoller,
     offloads: Offloads,
     mtu: u16,
     /// The largest frame that may come, as agreed.
@@ -81,7 +81,7 @@ impl TapNet {
         let all = [Offloads::all(), Offloads::all() - Offloads::USO, Offloads::empty()];
         let offloads = all.into_iter().find(|offloads| tap.set_offload(flags(*offloads)).is_ok()).unwrap_or_default();
         tap.set_offload(0)?;
-        let edges = Edges::of(tap.as_fd())?;
+        let edges = EdgePoller::of(tap.as_fd())?;
         Ok(Self { tap, edges, offloads, mtu, largest: usize::from(mtu) + ETHERNET })
     }
 }

@@ -130,7 +130,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_a_guest_holds_is_that_of_all_its_devices() {
+    fn networks_and_vsock_share_one_descriptor_limit() {
         let share = DescriptorShare::new(Some(16), true);
         let (mut first, mut second) = (share.network(), share.network());
         first.set(8);

@@ -27,7 +27,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_thread_alone_steps_back() {
+    fn set_sched_batch_affects_the_calling_thread_only() {
         // SAFETY: 0 is the calling thread; there are no pointers.
         let policy = || unsafe { libc::sched_getscheduler(0) };
         let before = policy();

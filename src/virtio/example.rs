@@ -26,7 +26,7 @@ impl VirtioDevice for Echo {
 }
 
 #[test]
-fn requests_come_back() {
+fn a_request_is_answered_with_its_own_bytes() {
     let mut driver = super::testing::Driver::start(Echo);
     driver.send(0, &[b"hello"], &[5]);
     driver.poke(0);

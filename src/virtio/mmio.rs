@@ -57,7 +57,7 @@ const VERSION: u32 = 2;
 const VENDOR: u32 = 0x4646_4f43;
 
 /// How long a vCPU waits in all for a device that starts or stops. A device on a file that does not answer would never
-/// do so. It is that vCPU that waits, and what is asked of it meanwhile, its end say.
+/// do so. Only that vCPU waits. A request to it, such as to end, waits as long.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// How often is told that a device needs a reset: ten times at once, then once a second.

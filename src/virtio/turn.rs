@@ -72,7 +72,8 @@ impl Turn {
     /// Charges work that is done or about to be done.
     #[inline]
     pub(super) fn charge(&mut self, work: Work) {
-        self.spent = self.spent.saturating_add(work.units());
+        // A turn's work is far from what the number holds.
+        self.spent = self.spent.wrapping_add(work.units());
     }
 
     /// Whether others must get their turn.

@@ -108,12 +108,12 @@ pub(super) fn attachments(
         let name = format!("net{n}");
         let (log, denials, throttled) = (log.clone(), log.clone(), log.clone());
         let [its_name, who] = [name.clone(), name.clone()];
-        let told = super::net::NetCallbacks {
+        let info = super::net::NetCallbacks {
             lost: Box::new(move |error| log.push(EventKind::Degraded { what: format!("{its_name}: {error}") })),
             denied: Box::new(move |denial| denials.push(EventKind::Denied(denial))),
             throttled: Box::new(move || throttled.push(EventKind::Throttled { what: who.clone() })),
         };
-        let attached = net.attach(config.vcpus()?, switches.clone(), descriptors.clone(), told);
+        let attached = net.attach(config.vcpus()?, switches.clone(), descriptors.clone(), info);
         let AttachedNet { card, published: ports, pump } =
             attached.map_err(|e| e.doing(format!("attaching network {n}")))?;
         published.push(ports);
@@ -257,7 +257,8 @@ impl Attacher<'_> {
         let TransportConfig { profile, engine, window: (addr, irq) } = on_bus;
         self.slots.insert(name.clone(), (remote.clone(), slot));
         let [ready, broken] = [(); 2].map(|()| self.shared.clone());
-        let (device, record_dirty_pages, memory) = (name.clone(), self.kernel.learner(), self.memory.clone());
+        let (device, record_dirty_pages, memory) =
+            (name.clone(), self.kernel.dirty_page_recorder(), self.memory.clone());
         let window = addr.saturating_sub(layout::MMIO.0) / layout::MMIO_WINDOW;
         let registers = usize::try_from(window).ok().and_then(|n| self.shared.registers.device(n));
         let registers = registers.ok_or_else(|| Error::invalid("disk", "there are more devices than windows"))?;
@@ -276,8 +277,8 @@ impl Attacher<'_> {
             self.vm.attach_kick(kick, addr + NOTIFY_OFFSET, queue)?;
         }
         let (counters, interrupt) = (transport.counters().clone(), transport.interrupt().clone());
-        let told = DeviceInfo { name, counters, interrupt, engine };
-        self.shared.devices.lock().unwrap_or_else(PoisonError::into_inner).push(told);
+        let info = DeviceInfo { name, counters, interrupt, engine };
+        self.shared.devices.lock().unwrap_or_else(PoisonError::into_inner).push(info);
         self.mmio.attach(addr, layout::MMIO_WINDOW, Arc::new(Mutex::new(transport)))
     }
 }

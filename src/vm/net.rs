@@ -8,8 +8,10 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use crate::error::{Context, Error, ErrorKind, Result};
+use crate::net::{
+    BackendKind, Card, Config, NetBackend, Place, Published, Pump, SocketNet, SwitchPort, TapNet, UserNet,
+};
 pub use crate::net::{Capture, CaptureStats, Cidr, Denial, Mac, NetStats, Policy, Protocol, Rule, Switch, Why};
-use crate::net::{Card, Carrier, Config, NetBackend, Place, Published, Pump, SocketNet, SwitchPort, TapNet, UserNet};
 use crate::sys::{self, DescriptorShare};
 use crate::virtio::DeviceHandle;
 pub use crate::virtio::net::NetLimit;
@@ -70,7 +72,7 @@ struct SwitchAttachment {
 
 /// Makes the embedder's backends.
 #[derive(Clone)]
-struct Custom(Arc<dyn Fn(Card) -> io::Result<Carrier> + Send + Sync>);
+struct Custom(Arc<dyn Fn(Card) -> io::Result<BackendKind> + Send + Sync>);
 
 impl fmt::Debug for Custom {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -202,7 +204,7 @@ impl Net {
     /// `make` is called for each pair of queues at each start of a VM with this card, on the thread that starts it. Its
     /// error is that of the start.
     pub fn custom<B: NetBackend + 'static>(make: impl Fn(Card) -> io::Result<B> + Send + Sync + 'static) -> Self {
-        Self::of(Source::Custom(Custom(Arc::new(move |card| make(card).map(Carrier::other)))))
+        Self::of(Source::Custom(Custom(Arc::new(move |card| make(card).map(BackendKind::other)))))
     }
 
     /// Limits the card's rates; nothing is limited by default.
@@ -355,27 +357,27 @@ impl Net {
             Source::User(user) => {
                 let (stack, ports) = Self::user_net(user, (mac, mtu), (switches, descriptors), told.denied)?;
                 published = ports;
-                vec![Carrier::User(Box::new(stack))]
+                vec![BackendKind::User(Box::new(stack))]
             }
-            Source::Tap(name) => TapNet::open(name, queues, mtu)?.into_iter().map(Carrier::other).collect(),
+            Source::Tap(name) => TapNet::open(name, queues, mtu)?.into_iter().map(BackendKind::other).collect(),
             Source::TapFiles(files) if files.len() == queues => {
                 let open =
                     |file: &Arc<File>| TapNet::from_file(file.try_clone().doing(|| "copying a descriptor")?, mtu);
-                files.iter().map(|file| open(file).map(Carrier::other)).collect::<Result<_>>()?
+                files.iter().map(|file| open(file).map(BackendKind::other)).collect::<Result<_>>()?
             }
             Source::TapFiles(files) => {
                 let why = format!("{queues}, but {} descriptors were given", files.len());
                 return Err(Error::invalid("queues", why));
             }
             Source::Socket(fd) => {
-                vec![Carrier::other(SocketNet::new(fd.try_clone().doing(|| "copying a descriptor")?)?)]
+                vec![BackendKind::other(SocketNet::new(fd.try_clone().doing(|| "copying a descriptor")?)?)]
             }
             Source::Switch(SwitchAttachment { switch, name, place }) => {
                 let place = match place {
                     Some(place) => place.clone(),
                     None => Arc::new(switch.join(name, mac, mtu)?),
                 };
-                vec![Carrier::Switch(Box::new(SwitchPort::new(place)?))]
+                vec![BackendKind::Switch(Box::new(SwitchPort::new(place)?))]
             }
             Source::Custom(Custom(make)) => {
                 let backend = || make(Card { mac, mtu }).doing(|| "making a custom backend");

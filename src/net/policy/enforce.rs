@@ -10,7 +10,9 @@ use super::{Cidr, Name, Policy, Protocol, Rule, Target, cidr::special_purpose_ra
 use crate::net::dns;
 use crate::sys::{Route, Routes, SocketKind};
 
-/// Where a socket may go. Only [`Enforcer::admit`] makes one, so whoever has it was admitted.
+/// Where a socket may go.
+///
+/// Only [`Enforcer::admit`] makes one, and [`Enforcer::resolver`] for the resolvers that the host is configured with.
 #[derive(Debug)]
 pub(crate) struct Admitted {
     kind: SocketKind,

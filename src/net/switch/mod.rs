@@ -170,12 +170,12 @@ impl Switch {
 /// What all cards of a switch share.
 struct Hub {
     number: u8,
-    table: RwLock<Table>,
+    table: RwLock<GenerationalMap>,
 }
 
 /// Who is on it.
 #[derive(Default)]
-struct Table {
+struct GenerationalMap {
     by_name: BTreeMap<String, Arc<Peer>>,
     by_mac: BTreeMap<[u8; 6], Arc<Peer>>,
     by_number: BTreeMap<u8, Arc<Peer>>,
@@ -194,11 +194,11 @@ struct Peer {
 }
 
 impl Hub {
-    fn read(&self) -> RwLockReadGuard<'_, Table> {
+    fn read(&self) -> RwLockReadGuard<'_, GenerationalMap> {
         self.table.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn write(&self) -> RwLockWriteGuard<'_, Table> {
+    fn write(&self) -> RwLockWriteGuard<'_, GenerationalMap> {
         self.table.write().unwrap_or_else(PoisonError::into_inner)
     }
 

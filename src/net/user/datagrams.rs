@@ -8,10 +8,10 @@ use std::os::fd::AsFd;
 use std::time::Instant;
 
 use super::core::{Begun, Core, put};
-use super::generational::{Id, Owner, Table};
+use super::generational::{GenerationalMap, Id, Owner};
 use super::host::{Alarm, exhausted};
 use super::icmp::{self, Unreachable};
-use super::port_forward::Ports;
+use super::port_forward::PortForwards;
 use super::tcp::{Tried, gateway_of};
 use crate::memory::{GuestMemory, Segment};
 use crate::net::policy::Protocol;
@@ -70,7 +70,7 @@ struct Staged {
 
 #[derive(Debug, Default)]
 pub(super) struct Datagrams {
-    flows: Table<Flow>,
+    flows: GenerationalMap<Flow>,
     names: HashMap<Key, Id>,
     /// Flows of published ports, by port and client.
     clients: HashMap<(Id, SocketAddr), Id>,
@@ -148,7 +148,7 @@ impl Datagrams {
     }
 
     /// Takes a datagram of the guest.
-    pub(super) fn datagram(&mut self, core: &mut Core, ports: &mut Ports, it: &Datagram<'_>) -> Result<(), Bad> {
+    pub(super) fn datagram(&mut self, core: &mut Core, ports: &mut PortForwards, it: &Datagram<'_>) -> Result<(), Bad> {
         let (guest, remote) = ((it.ends.src, it.udp.src), (it.ends.dst, it.udp.dst));
         let key = Key { protocol: Protocol::Udp, guest, remote };
         // From its loopback it answers, and nothing else.
@@ -335,7 +335,7 @@ impl Datagrams {
     }
 
     /// How many bytes the next frame has.
-    pub(super) fn next(&mut self, core: &mut Core, ports: &Ports) -> Option<usize> {
+    pub(super) fn next(&mut self, core: &mut Core, ports: &PortForwards) -> Option<usize> {
         let mut buffer = std::mem::take(&mut core.buffer);
         // What was made into frames that wait goes first.
         while let Some(&source) = self.ready.front().filter(|_| !self.staged.full && core.waiting().is_none()) {
@@ -380,7 +380,7 @@ impl Datagrams {
     }
 
     /// Takes the next datagram of a published port. False: there are no more.
-    fn take_of_port(&mut self, core: &mut Core, ports: &Ports, id: Id, buffer: &mut [u8]) -> bool {
+    fn take_of_port(&mut self, core: &mut Core, ports: &PortForwards, id: Id, buffer: &mut [u8]) -> bool {
         let (n, client, guest_port) = match ports.receive(id, buffer) {
             Ok(Some(found)) => found,
             Ok(None) => return true,
@@ -410,7 +410,7 @@ impl Datagrams {
 
     /// The guest says that nobody there takes what was sent to a published port: it is led to the next place. `packet` is what
     /// was sent, or its front.
-    pub(super) fn refused(&mut self, core: &mut Core, ports: &mut Ports, packet: &[u8]) -> Result<(), Bad> {
+    pub(super) fn refused(&mut self, core: &mut Core, ports: &mut PortForwards, packet: &[u8]) -> Result<(), Bad> {
         let kind = if packet.first().is_some_and(|byte| byte >> 4 == 6) { wire::IPV6 } else { wire::IPV4 };
         let parsed = Packet::parse(kind, packet, usize::MAX)?;
         let inner = packet.get(parsed.header..).unwrap_or_default();

@@ -1,4 +1,4 @@
-//! [`Clients`]: guests' connections to the gateway's resolver over TCP (RFC 7766). Their host's end is in this process.
+//! [`DnsTcpClients`]: guests' connections to the gateway's resolver over TCP (RFC 7766). Their host's end is in this process.
 
 use std::collections::VecDeque;
 use std::io;
@@ -7,7 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use super::core::Core;
-use super::generational::{Id, Owner, Table};
+use super::generational::{GenerationalMap, Id, Owner};
 use super::host::Alarm;
 use super::resolver::{Requester, Resolver};
 use crate::net::dns;
@@ -30,9 +30,9 @@ struct Client {
 }
 
 #[derive(Debug, Default)]
-pub(super) struct Clients(Table<Client>);
+pub(super) struct DnsTcpClients(GenerationalMap<Client>);
 
-impl Clients {
+impl DnsTcpClients {
     pub(super) fn len(&self) -> usize {
         self.0.len()
     }

@@ -1,6 +1,6 @@
-//! [`Table`]: a slab with generational keys. A key is never reused for another value.
+//! [`GenerationalMap`]: a slab with generational keys. A key is never reused for another value.
 
-/// Names one value of one [`Table`]; of a value that is gone, nothing.
+/// Names one value of one [`GenerationalMap`]; of a value that is gone, nothing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(in crate::net) struct Id {
     index: u32,
@@ -72,18 +72,18 @@ struct Slot<T> {
 }
 
 #[derive(Debug)]
-pub(in crate::net) struct Table<T> {
+pub(in crate::net) struct GenerationalMap<T> {
     slots: Vec<Slot<T>>,
     free: Vec<u32>,
 }
 
-impl<T> Default for Table<T> {
+impl<T> Default for GenerationalMap<T> {
     fn default() -> Self {
         Self { slots: Vec::new(), free: Vec::new() }
     }
 }
 
-impl<T> Table<T> {
+impl<T> GenerationalMap<T> {
     pub(in crate::net) fn len(&self) -> usize {
         self.slots.len() - self.free.len()
     }
@@ -132,7 +132,7 @@ mod tests {
 
     #[test]
     fn names_go_stale_with_their_values() {
-        let mut table = Table::default();
+        let mut table = GenerationalMap::default();
         let (a, b) = (table.insert('a'), table.insert('b'));
         assert_eq!(table.remove(a), Some('a'));
         let c = table.insert('c');

@@ -29,7 +29,7 @@ pub(in crate::net) struct Host {
     pub made: u64,
     /// System calls of what is dear, since somebody last took them: see [`Host::take_calls`].
     pub calls: usize,
-    /// Descriptors of this network before what is done now. They count against its guest's share.
+    /// This network's share of its guest's descriptors, as last counted. They count against its guest's share.
     pub held: HeldDescriptors,
     /// Where sockets would have gone, when none are to be made.
     #[cfg(any(test, feature = "internals"))]

@@ -34,11 +34,11 @@ use self::config::Limits;
 pub use self::config::NetStats;
 use self::core::Core;
 use self::datagrams::{Datagram, Datagrams, Payload};
-use self::dns_tcp::Clients;
+use self::dns_tcp::DnsTcpClients;
 use self::fragments::Fragments;
 use self::generational::Owner;
 use self::neighbour::Router;
-use self::port_forward::Ports;
+use self::port_forward::PortForwards;
 pub(crate) use self::port_forward::Published;
 use self::resolver::{Requester, Resolver};
 use self::tcp::{Segment as TcpSegment, TcpFlows};
@@ -68,11 +68,11 @@ pub(crate) struct UserNet {
     core: Core,
     router: Router,
     resolver: Resolver,
-    clients: Clients,
+    clients: DnsTcpClients,
     tcp: TcpFlows,
     datagrams: Datagrams,
     fragments: Fragments,
-    ports: Ports,
+    ports: PortForwards,
     /// Whose turn it is when both have something for the guest.
     datagrams_first: bool,
     /// Pieces of the frame that is being taken: kept for their room.
@@ -95,11 +95,11 @@ impl UserNet {
             core,
             router: Router::default(),
             resolver,
-            clients: Clients::default(),
+            clients: DnsTcpClients::default(),
             tcp: TcpFlows::default(),
             datagrams: Datagrams::default(),
             fragments: Fragments::default(),
-            ports: Ports::default(),
+            ports: PortForwards::default(),
             datagrams_first: false,
             payload: Vec::new(),
         })

@@ -124,7 +124,7 @@ fn solicited(core: &mut Core, packet: Packet, rest: &[u8], who: impl FnOnce(Ipv6
 /// RFC 4861, 4.2 and 4.6; RFC 8106, 5.1.
 fn advertise(core: &mut Core) {
     let [l0, l1] = LIFETIME.to_be_bytes();
-    // Zero: nobody's way out.
+    // Router lifetime 0: not a default router (RFC 4861, 4.2).
     let [r0, r1] = if core.config.router { [l0, l1] } else { [0, 0] };
     let mut message = vec![ROUTER_ADVERTISEMENT, 0, 0, 0, 64, 0, r0, r1, 0, 0, 0, 0, 0, 0, 0, 0];
     // Source link-layer address, MTU.

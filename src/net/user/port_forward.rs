@@ -1,4 +1,4 @@
-//! [`Ports`]: ports of the host that lead to the guest.
+//! [`PortForwards`]: ports of the host that lead to the guest.
 //!
 //! To the guest each caller seems to be the gateway, as an address of the host's network may mean something else in the
 //! guest's. A service is looked for at three addresses: the guest's IPv4 address, its 127.0.0.1 where that can be
@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use super::core::Core;
 use super::datagrams::ephemeral;
-use super::generational::{Id, Owner, Table};
+use super::generational::{GenerationalMap, Id, Owner};
 use super::host::{Alarm, exhausted};
 use super::tcp::{Called, Caller, FlowKey, TcpFlows, Tried, gateway_of};
 use crate::error::{Context, Error, ErrorKind, Result};
@@ -75,8 +75,8 @@ impl Port {
 }
 
 #[derive(Debug, Default)]
-pub(super) struct Ports {
-    all: Table<Port>,
+pub(super) struct PortForwards {
+    all: GenerationalMap<Port>,
     next: u16,
 }
 
@@ -90,7 +90,7 @@ impl Published {
     }
 }
 
-impl Ports {
+impl PortForwards {
     /// Listens on `host` for connections or datagrams to the guest's port; says where, as port 0 is any.
     pub(super) fn publish(
         &mut self,

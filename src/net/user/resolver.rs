@@ -10,7 +10,7 @@ use std::os::fd::AsFd;
 use std::time::Duration;
 
 use super::core::{Core, ROUTE_CALLS};
-use super::generational::{Id, Owner, Table};
+use super::generational::{GenerationalMap, Id, Owner};
 use super::host::Alarm;
 use crate::net::dns::{self, Code, Question, Servers};
 use crate::net::policy::Asking;
@@ -54,7 +54,7 @@ struct PendingQuery {
 /// The questions under way, and answers for those who asked over TCP.
 #[derive(Debug)]
 pub(super) struct Resolver {
-    asked: Table<PendingQuery>,
+    asked: GenerationalMap<PendingQuery>,
     pub servers: Servers,
     /// Answers for connections.
     pub answers: Vec<(Id, Vec<u8>)>,
@@ -62,7 +62,7 @@ pub(super) struct Resolver {
 
 impl Resolver {
     pub(super) fn new(given: Option<Vec<SocketAddr>>) -> Self {
-        Self { asked: Table::default(), servers: Servers::new(given), answers: Vec::new() }
+        Self { asked: GenerationalMap::default(), servers: Servers::new(given), answers: Vec::new() }
     }
 
     /// Questions under way.

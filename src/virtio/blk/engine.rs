@@ -24,10 +24,10 @@ pub(super) struct Engine {
     pub backend: Box<dyn BlockBackend>,
     /// Moves bytes to and from the backend's files. `None`: the backend's own calls do.
     pub io_queue: Option<IoQueue>,
-    /// Why there is no mover though one was asked for.
+    /// Why there is no I/O queue though one was asked for.
     pub refused: Option<String>,
     /// All of the disk is one file, so nothing but the I/O queue is needed.
-    pub direct: bool,
+    pub single_file: bool,
     /// A sync has failed. The host reports lost data once and then forgets it, so later syncs prove nothing.
     pub undurable: bool,
     /// Something was written by the backend's calls, which a sync of its file alone may not cover.
@@ -43,12 +43,12 @@ impl Engine {
         let cache = options.cache;
         let (io_queue, refused, places) = Default::default();
         let mut engine =
-            Self { backend, io_queue, refused, direct: false, undurable: false, called: false, cache, places };
+            Self { backend, io_queue, refused, single_file: false, undurable: false, called: false, cache, places };
         if options.engine == DiskEngine::Threads {
             return engine;
         }
         let len = engine.backend.shape().len;
-        // What is one file in any range is one file altogether.
+        // If one sector and the whole range each lie in one file, the disk is that file.
         let mut whole = |len| {
             let mut found = Vec::new();
             let told = engine.backend.extents(false, 0, len, &mut found)?;
@@ -61,7 +61,7 @@ impl Engine {
         };
         match made {
             Ok(io_queue) => {
-                engine.direct = (sector, all) == (Some(true), Some(true)) && engine.backend.sync_fd().is_some();
+                engine.single_file = (sector, all) == (Some(true), Some(true)) && engine.backend.sync_fd().is_some();
                 engine.io_queue = Some(io_queue);
             }
             Err(why) if options.engine == DiskEngine::Ring => engine.refused = Some(why),
@@ -74,7 +74,7 @@ impl Engine {
     pub(super) fn needs_rest(&self, flight: &InFlight) -> bool {
         !flight.syncing
             && matches!(flight.work, Work::Discard(_) | Work::WriteZeroes(_))
-            && !(self.direct && self.io_queue.is_some())
+            && !(self.single_file && self.io_queue.is_some())
     }
 
     /// Begins the stage at which the request in `slot` stands.
@@ -174,7 +174,7 @@ impl Engine {
 
     /// Discards a range, or makes zeroes of it.
     fn range(&mut self, slot: usize, chain: &Chain, moves: &mut u32, range: Range, what: Ranges) -> io::Result<()> {
-        if self.io_queue.is_none() || !self.direct {
+        if self.io_queue.is_none() || !self.single_file {
             self.called = true;
             return match what {
                 Ranges::Discard => self.backend.discard(range.offset, range.len),

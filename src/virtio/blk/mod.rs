@@ -178,7 +178,7 @@ impl Blk {
 
     /// Whether some requests block the thread that serves them, so that it needs one of its own.
     pub(crate) fn blocks(&self) -> bool {
-        !self.engine.direct || self.engine.io_queue.is_none()
+        !self.engine.single_file || self.engine.io_queue.is_none()
     }
 
     /// Changes the limits. What waits is looked at anew at once.
@@ -234,7 +234,7 @@ impl VirtioDevice for Blk {
     }
 
     fn started(&mut self, io: &mut DeviceIo) -> io::Result<()> {
-        if self.engine.direct && self.engine.io_queue.is_none() {
+        if self.engine.single_file && self.engine.io_queue.is_none() {
             // The last one was left with a file that did not answer.
             self.engine.io_queue = Some(IoQueue::new(RING)?);
         }
@@ -293,7 +293,7 @@ impl VirtioDevice for Blk {
                 io.unwatch(fd);
             }
             // The loop of several disks waits for none.
-            let patience = if self.engine.direct { Duration::ZERO } else { STOP_PATIENCE };
+            let patience = if self.engine.single_file { Duration::ZERO } else { STOP_PATIENCE };
             if io_queue.stop(patience) {
                 self.table.placed().for_each(|(offset, len)| self.engine.backend.abandoned(offset, len));
                 self.engine.io_queue = Some(io_queue);

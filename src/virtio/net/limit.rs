@@ -190,8 +190,8 @@ impl RateLimiters {
 
     /// Sets the timer to when the first of those that wait may go.
     fn rearm(&mut self, now: Duration) {
-        let gates = [&mut self.sent, &mut self.received].into_iter();
-        let wait = gates.filter(|gate| gate.since.is_some()).map(|gate| gate.buckets.wait(now)).min();
+        let limiters = [&mut self.sent, &mut self.received].into_iter();
+        let wait = limiters.filter(|gate| gate.since.is_some()).map(|gate| gate.buckets.wait(now)).min();
         if let Some(wait) = wait {
             self.arm(wait.max(GRAIN));
         }

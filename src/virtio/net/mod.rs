@@ -14,7 +14,7 @@ use std::io;
 use std::time::Duration;
 
 use crate::net::{
-    Capabilities, Carrier, FRAME_MAX, Frame, Gso, GsoKind, HEADER_LEN, Mac, NetStats, Offload, Offloads, Recorder,
+    BackendKind, Capabilities, FRAME_MAX, Frame, Gso, GsoKind, HEADER_LEN, Mac, NetStats, Offload, Offloads, Recorder,
     UserNet,
 };
 use crate::sys::Timer;
@@ -23,7 +23,7 @@ use super::chain::Span;
 use super::{Chain, ConfigSpace, DeviceIo, DeviceType, Profile, Source, VirtioDevice, Work};
 pub use limit::NetLimit;
 use limit::{Direction, RateLimiters, cost};
-use rx::{MergedRx, RxDone, RxFill, RxQueue};
+use rx::{RxDone, RxFill, RxQueue, RxSpace};
 
 /// Feature bits (Virtio 1.3, 5.1.3).
 mod feature {
@@ -97,7 +97,7 @@ struct Held {
 /// A pair of queues, and what carries their frames.
 #[derive(Debug)]
 struct Pair {
-    backend: Carrier,
+    backend: BackendKind,
     held: Option<Held>,
     waiting: RxQueue,
 }
@@ -116,7 +116,7 @@ pub(crate) struct Net {
     /// Frames of the guest that made no sense.
     dropped: u64,
     on_lost: OnLost,
-    gates: RateLimiters,
+    limiters: RateLimiters,
     on_throttled: OnThrottled,
     capture: Option<Recorder>,
 }
@@ -135,7 +135,7 @@ type OnThrottled = Box<dyn FnMut() + Send>;
 impl Net {
     /// A device with this address, for packets of at most `mtu` bytes; its backends are alike, one for each pair of queues.
     /// `on_lost` is told when one of them cannot go on: then the cable is out.
-    pub(crate) fn new(backends: Vec<Carrier>, mac: Mac, mtu: u16, on_lost: OnLost) -> Self {
+    pub(crate) fn new(backends: Vec<BackendKind>, mac: Mac, mtu: u16, on_lost: OnLost) -> Self {
         let capabilities = backends.first().map(|backend| backend.capabilities()).unwrap_or_default();
         let Capabilities { to_host, to_guest } = capabilities;
         let capabilities = Capabilities { to_host: whole(to_host), to_guest: whole(to_guest) };
@@ -154,7 +154,7 @@ impl Net {
             gone: false,
             dropped: 0,
             on_lost,
-            gates: RateLimiters::new(),
+            limiters: RateLimiters::new(),
             on_throttled: Box::new(|| ()),
             capture: None,
         }
@@ -174,7 +174,7 @@ impl Net {
 
     /// Changes the limits. What waits is looked at anew at once.
     pub(crate) fn set_limit(&mut self, limit: &NetLimit) {
-        self.gates.set(limit);
+        self.limiters.set(limit);
         if let Some(user) = self.pairs.first_mut().and_then(|pair| pair.backend.user()) {
             user.set_limits(limit.connections.and_then(|n| usize::try_from(n).ok()), limit.new_connections);
         }
@@ -265,11 +265,11 @@ impl Net {
             };
             let len = frame_len(&held);
             if up && !held.paid {
-                if !self.gates.open(io, Direction::Sent, &mut self.on_throttled) {
+                if !self.limiters.open(io, Direction::Sent, &mut self.on_throttled) {
                     pair.held = Some(held);
                     return;
                 }
-                self.gates.take(Direction::Sent, cost(len, held.offload));
+                self.limiters.take(Direction::Sent, cost(len, held.offload));
                 held.paid = true;
             }
             charge(io, len, held.offload);
@@ -311,21 +311,21 @@ impl Net {
                 break Ok(());
             }
             match waiting.gather(io, queue, HEADER_LEN + len, mergeable) {
-                MergedRx::Enough => {}
-                MergedRx::TooLittle => break Ok(()),
-                MergedRx::TooSmall => {
+                RxSpace::Enough => {}
+                RxSpace::TooLittle => break Ok(()),
+                RxSpace::TooSmall => {
                     io.fail(&"a buffer is smaller than the largest frame (Virtio 1.3, 5.1.6.3.1)");
                     break Ok(());
                 }
             }
-            if !self.gates.open(io, Direction::Received, &mut self.on_throttled) {
+            if !self.limiters.open(io, Direction::Received, &mut self.on_throttled) {
                 break Ok(());
             }
             let filling =
                 RxFill { queue, len, mergeable, agreed: self.agreed.to_guest, capture: self.capture.as_ref() };
             match waiting.fill(io, &mut pair.backend, &filling) {
                 Ok(RxDone::Frame(received)) => {
-                    self.gates.take(Direction::Received, cost(received.len, received.offload));
+                    self.limiters.take(Direction::Received, cost(received.len, received.offload));
                     charge(io, received.len, Offload::default());
                 }
                 Ok(RxDone::Nothing) => io.charge(Work::Calls(1)),
@@ -392,7 +392,7 @@ impl VirtioDevice for Net {
         for (number, pair) in (0..).zip(&self.pairs) {
             io.watch(pair.backend.fd(), number, crate::event::Interest::IN)?;
         }
-        let timer = self.gates.timer.insert(Timer::new()?);
+        let timer = self.limiters.timer.insert(Timer::new()?);
         io.watch(timer.as_fd(), TIMER, crate::event::Interest::IN)
     }
 
@@ -406,7 +406,7 @@ impl VirtioDevice for Net {
                 numbers.for_each(|number| self.exchange(io, number));
             }
             Source::Watched { number: TIMER, .. } => {
-                if let Some(timer) = &mut self.gates.timer {
+                if let Some(timer) = &mut self.limiters.timer {
                     timer.clear();
                 }
                 (0..self.pairs.len()).for_each(|number| self.exchange(io, number));
@@ -424,7 +424,7 @@ impl VirtioDevice for Net {
 
     fn finishing(&mut self, io: &mut DeviceIo, _: Duration) {
         // No limit keeps back what is the last.
-        self.gates.set(&NetLimit::none());
+        self.limiters.set(&NetLimit::none());
         for number in 0..self.pairs.len() {
             // The rest of its queue was seen to before.
             self.transmit(io, number);
@@ -437,10 +437,10 @@ impl VirtioDevice for Net {
     }
 
     fn stopping(&mut self, io: &mut DeviceIo) {
-        if let Some(timer) = self.gates.timer.take() {
+        if let Some(timer) = self.limiters.timer.take() {
             io.unwatch(timer.as_fd());
         }
-        self.gates.forget();
+        self.limiters.forget();
         for pair in &mut self.pairs {
             io.unwatch(pair.backend.fd());
             pair.held = None;

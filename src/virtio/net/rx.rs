@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::io;
 
 use crate::memory::Segment;
-use crate::net::{Carrier, HEADER_LEN, Offloads, Received, Recorder, Room};
+use crate::net::{BackendKind, HEADER_LEN, Offloads, Received, Recorder, Room};
 use crate::virtio::{Chain, DeviceIo, Work};
 
 /// Buffers that the guest has offered.
@@ -20,7 +20,7 @@ pub(super) struct RxQueue {
     bytes: usize,
 }
 
-pub(super) enum MergedRx {
+pub(super) enum RxSpace {
     Enough,
     /// The guest has to offer more first.
     TooLittle,
@@ -52,18 +52,18 @@ impl RxQueue {
     }
 
     /// Takes buffers out of `queue` until there is room for `wanted` bytes.
-    pub(super) fn gather(&mut self, io: &mut DeviceIo, queue: usize, wanted: usize, mergeable: bool) -> MergedRx {
+    pub(super) fn gather(&mut self, io: &mut DeviceIo, queue: usize, wanted: usize, mergeable: bool) -> RxSpace {
         loop {
             if self.bytes >= wanted {
                 let first = self.chains.front().map_or(0, |(chain, _)| chain.writable_len());
                 return if first < HEADER_LEN || !mergeable && first < wanted {
-                    MergedRx::TooSmall
+                    RxSpace::TooSmall
                 } else {
-                    MergedRx::Enough
+                    RxSpace::Enough
                 };
             }
             if !mergeable && !self.chains.is_empty() {
-                return MergedRx::TooSmall;
+                return RxSpace::TooSmall;
             }
             match io.pop(queue) {
                 Some(chain) => {
@@ -73,7 +73,7 @@ impl RxQueue {
                     self.chains.push_back((chain, self.pieces.len() - before));
                 }
                 None if io.rearm(queue) => {}
-                None => return MergedRx::TooLittle,
+                None => return RxSpace::TooLittle,
             }
         }
     }
@@ -82,7 +82,7 @@ impl RxQueue {
     pub(super) fn fill(
         &mut self,
         io: &mut DeviceIo,
-        backend: &mut Carrier,
+        backend: &mut BackendKind,
         filling: &RxFill<'_>,
     ) -> io::Result<RxDone> {
         let RxFill { queue, len, mergeable, agreed, capture } = *filling;

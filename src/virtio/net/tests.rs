@@ -20,7 +20,7 @@ const OURS: Mac = Mac([2, 0, 0, 0, 0, 1]);
 fn device(backends: Vec<SocketNet>) -> (Driver<Net>, Arc<Mutex<Vec<String>>>) {
     let lost = Arc::new(Mutex::new(Vec::new()));
     let told = lost.clone();
-    let backends = backends.into_iter().map(Carrier::other).collect();
+    let backends = backends.into_iter().map(BackendKind::other).collect();
     let on_lost = Box::new(move |e: &io::Error| told.lock().unwrap().push(e.to_string()));
     (Driver::start(Net::new(backends, OURS, 1500, on_lost)), lost)
 }
@@ -307,7 +307,7 @@ fn played(limit: NetLimit) -> (Driver<Net>, Arc<Mutex<Told>>, Arc<Mutex<u32>>) {
     let (told, throttled) = (Arc::<Mutex<Told>>::default(), Arc::<Mutex<u32>>::default());
     let backend = Played(told.clone(), Arc::new(UnixStream::pair().unwrap().0));
     let count = throttled.clone();
-    let mut device = Net::new(vec![Carrier::other(backend)], OURS, 1500, Box::new(|_| ()))
+    let mut device = Net::new(vec![BackendKind::other(backend)], OURS, 1500, Box::new(|_| ()))
         .on_throttled(move || *count.lock().unwrap() += 1);
     device.set_limit(&limit);
     (Driver::start(device), told, throttled)
@@ -318,7 +318,7 @@ fn until(driver: &mut Driver<Net>, mut done: impl FnMut(&mut Driver<Net>) -> boo
     let start = std::time::Instant::now();
     while !done(driver) {
         assert!(start.elapsed() < Duration::from_secs(20), "it is held back for ever");
-        let timer = driver.device.gates.timer.as_ref().unwrap();
+        let timer = driver.device.limiters.timer.as_ref().unwrap();
         if crate::sys::wait_readable(timer.as_fd(), Some(Duration::from_millis(20))).unwrap() {
             driver.poke_watched(TIMER);
         }
@@ -407,7 +407,7 @@ fn frames_of_both_ways_are_captured() {
     let path = std::env::temp_dir().join(format!("cofferdam-card-{}.pcap", std::process::id()));
     let (recorder, pump) = crate::net::Capture::file(&path).open().unwrap();
     let (near, mut far) = UnixStream::pair().unwrap();
-    let net = Net::new(vec![Carrier::other(SocketNet::new(near.into()).unwrap())], OURS, 1500, Box::new(|_| ()));
+    let net = Net::new(vec![BackendKind::other(SocketNet::new(near.into()).unwrap())], OURS, 1500, Box::new(|_| ()));
     let mut driver = Driver::start(net.captured_by(Some(recorder)));
     driver.send(TX, &[&HEADER, &frame(100, 1)], &[]);
     driver.poke(TX);
@@ -450,7 +450,7 @@ fn a_turn_of_frames_is_bounded_each_way() {
         }
     }
     let endless = Endless(UnixStream::pair().unwrap().0, 0, 0);
-    let net = Net::new(vec![Carrier::other(endless)], OURS, 1500, Box::new(|_| ()));
+    let net = Net::new(vec![BackendKind::other(endless)], OURS, 1500, Box::new(|_| ()));
     let mut driver = Driver::start(net);
     let memory = driver.memory();
     let csum = Some(Csum { start: 34, offset: 16 });
@@ -484,7 +484,7 @@ fn a_turn_of_frames_is_bounded_each_way() {
 #[test]
 fn new_flows_cost_a_turn_what_they_cost_the_host() {
     let (net, _socket, frame) = crate::net::fuzzing::new_flows().unwrap();
-    let mut driver = Driver::start(Net::new(vec![Carrier::User(Box::new(net))], OURS, 1500, Box::new(|_| ())));
+    let mut driver = Driver::start(Net::new(vec![BackendKind::User(Box::new(net))], OURS, 1500, Box::new(|_| ())));
     let memory = driver.memory();
     for n in 0..256 {
         let (at, frame) = (0x100_0000 + 64 * u64::from(n), frame(5000 + n));

@@ -10,7 +10,7 @@ use std::os::fd::AsFd;
 pub(super) use self::flow::FlowKey;
 use self::flow::{Flow, Phase, SegmentOutcome, What};
 use super::core::{Begun, Core, put};
-use super::generational::{Id, Owner, Table};
+use super::generational::{GenerationalMap, Id, Owner};
 use super::host::exhausted;
 use super::icmp::{self, Unreachable};
 use crate::memory::{GuestMemory, Segment as Piece};
@@ -68,7 +68,7 @@ struct Plan {
 /// The connections. Each packet costs the same however many there are.
 #[derive(Debug, Default)]
 pub(super) struct TcpFlows {
-    flows: Table<Box<Flow>>,
+    flows: GenerationalMap<Box<Flow>>,
     names: HashMap<FlowKey, Id>,
     /// Those that may have something to send.
     ready: VecDeque<Id>,
@@ -112,12 +112,12 @@ impl TcpFlows {
         let Some(flow) = self.flows.get_mut(id) else { return };
         let before = flow.backlog();
         let calling = flow.phase == Phase::Calling;
-        let fate = flow.segment(core, segment, payload, budget);
+        let outcome = flow.segment(core, segment, payload, budget);
         if let (true, Phase::Open, Some((port, _))) = (calling, flow.phase, flow.caller) {
             self.called.push(Called::Reached(port, tuple.guest.0));
         }
         self.backlog = self.backlog + flow.backlog() - before;
-        self.settle(core, id, fate);
+        self.settle(core, id, outcome);
     }
 
     /// Whether it is of a connection that there is.
@@ -266,17 +266,17 @@ impl TcpFlows {
         self.plan = None;
         let Some(flow) = self.flows.get_mut(id) else { return };
         let before = flow.backlog();
-        let fate = flow.ready(core, events);
+        let outcome = flow.ready(core, events);
         self.backlog = self.backlog + flow.backlog() - before;
-        self.settle(core, id, fate);
+        self.settle(core, id, outcome);
     }
 
     /// A flow's alarm rang.
     pub(super) fn rang(&mut self, core: &mut Core, id: Id) {
         self.plan = None;
         let Some(flow) = self.flows.get_mut(id) else { return };
-        let fate = flow.rang(core);
-        self.settle(core, id, fate);
+        let outcome = flow.rang(core);
+        self.settle(core, id, outcome);
     }
 
     /// Resets what the policy no longer allows.
@@ -294,9 +294,9 @@ impl TcpFlows {
         }
     }
 
-    fn settle(&mut self, core: &mut Core, id: Id, fate: SegmentOutcome) {
+    fn settle(&mut self, core: &mut Core, id: Id, outcome: SegmentOutcome) {
         let Some(flow) = self.flows.get_mut(id) else { return };
-        match fate {
+        match outcome {
             SegmentOutcome::Live => {
                 if !flow.queued {
                     flow.queued = true;

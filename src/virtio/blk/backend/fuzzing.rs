@@ -273,7 +273,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_full_image_is_one_whose_table_of_counts_grows() {
+    fn refcount_table_of_the_fuzz_image_grows() {
         let folder = Folder::new().unwrap();
         let path = folder.0.join("image");
         let Tables(image) = Tables(super::super::qcow2::small(512, 64, None)).full();

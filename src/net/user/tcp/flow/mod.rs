@@ -262,8 +262,8 @@ impl Flow {
         if tcp.flags & ACK == 0 {
             return SegmentOutcome::Live;
         }
-        if let Err(fate) = self.acknowledged(core, tcp, segment.len) {
-            return fate;
+        if let Err(outcome) = self.acknowledged(core, tcp, segment.len) {
+            return outcome;
         }
         if self.phase == Phase::Open {
             if let Err(error) = self.data(core, segment, payload, budget) {
@@ -271,11 +271,11 @@ impl Flow {
                 return SegmentOutcome::Reset;
             }
         }
-        self.fate()
+        self.outcome()
     }
 
     /// Over when both sides have closed and know it.
-    fn fate(&self) -> SegmentOutcome {
+    fn outcome(&self) -> SegmentOutcome {
         if self.guest_fin && self.fin_acked && self.shut { SegmentOutcome::Over } else { SegmentOutcome::Live }
     }
 
@@ -388,7 +388,7 @@ impl Flow {
         self.ended |= events.intersects(EventSet::READ_HANG_UP | EventSet::HANG_UP);
         if events.contains(EventSet::OUT) && self.phase == Phase::Open {
             match self.drain() {
-                Ok(_) => return self.fate(),
+                Ok(_) => return self.outcome(),
                 Err(_) => return SegmentOutcome::Reset,
             }
         }

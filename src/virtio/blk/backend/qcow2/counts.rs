@@ -1,8 +1,8 @@
 //! Checks the table of reference counts of an image before it is written.
 //!
-//! The crate looks for a free cluster count by count. A small image could keep it looking for ever: its blocks of
-//! counts may be one in the file, or describe clusters beyond its end. An offset of 0 means no block. The crate would
-//! put one into the first cluster, which nothing counts, and make it again without end.
+//! The crate looks for a free cluster count by count. A small image could keep it looking for ever: several table
+//! entries may name one block, or blocks may describe clusters beyond the file's end. An offset of 0 means no block.
+//! The crate would put one into the first cluster, which nothing counts, and make it again without end.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;

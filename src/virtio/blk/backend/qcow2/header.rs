@@ -209,10 +209,9 @@ impl Header {
 /// Returns whether a count is too narrow for a table of reference counts that grows.
 ///
 /// The crate counts the clusters of a table that grew, and relies on each count to be 0 before. When several blocks are
-/// one in the file, the same count is raised again for each of them. It panics where that is more often than the count
-/// can hold. The table has 32 MiB at most. That is 8192 clusters of 4 KiB, and a block describes 8192 or more of those
-/// where a count has up to 4 bits. Of 65,536 clusters of 512 bytes, counts of a byte or more are raised 129 times at
-/// most.
+/// one in the file, the same count is raised again for each of them. The crate panics when a count overflows. The table
+/// has 32 MiB at most. That is 8192 clusters of 4 KiB, and a block describes 8192 or more of those where a count has up
+/// to 4 bits. Of 65,536 clusters of 512 bytes, counts of a byte or more are raised 129 times at most.
 fn narrow(cluster: u64, order: u32) -> bool {
     order < 3 && cluster < 4096
 }

@@ -1,6 +1,6 @@
 //! Images in QEMU's format, through the crate imago. Owned by the disk's loop; every call blocks.
 //!
-//! Which files belong to an image is decided here and never by the crate: names in a header are followed within one directory only.
+//! Backing files are opened here and not by the crate: beneath one directory, through no link.
 
 mod counts;
 mod header;
