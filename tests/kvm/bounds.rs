@@ -292,7 +292,14 @@ pub fn a_core_file_has_nothing_of_a_guest() -> Outcome {
         std::process::abort();
     }
     const PATTERN: &str = "/proc/sys/kernel/core_pattern";
-    let (temp, before) = (Temp::new()?, std::fs::read_to_string(PATTERN)?);
+    /// The machine's own pattern, which it has again however the test ends.
+    struct Before(String);
+    impl Drop for Before {
+        fn drop(&mut self) {
+            let _ = std::fs::write(PATTERN, &self.0);
+        }
+    }
+    let (temp, before) = (Temp::new()?, Before(std::fs::read_to_string(PATTERN)?));
     std::fs::write(PATTERN, temp.path("core").to_str().ok_or("a path")?)
         .map_err(|e| format!("{PATTERN}: {e}: run this as root"))?;
     let command = format!("ulimit -c unlimited; exec \"$0\" --exact {TEST} --nocapture");
@@ -301,7 +308,7 @@ pub fn a_core_file_has_nothing_of_a_guest() -> Outcome {
         .arg(std::env::current_exe()?)
         .env(CORE, temp.path(""))
         .output();
-    std::fs::write(PATTERN, before)?;
+    drop(before);
     let child = child?;
     check!(
         temp.path("started").exists(),
