@@ -327,6 +327,30 @@ mod tests {
     }
 
     #[test]
+    fn an_answer_without_the_question_is_a_format_error_alone() {
+        let query = query("example.com", A);
+        let question = Question::parse(&query).unwrap();
+        let bare = |code: u8| {
+            let mut answer = query[..HEADER].to_vec();
+            (answer[2], answer[3]) = (0x81, code);
+            answer[4..].fill(0);
+            answer
+        };
+        let answered = |answer: &[u8]| question.is_answered(&query, question.id, answer);
+        assert!(answered(&bare(1)));
+        // No error, SERVFAIL, NXDOMAIN, REFUSED.
+        for code in [0, 2, 3, 5] {
+            assert!(!answered(&bare(code)), "{code}");
+        }
+        for at in 4..HEADER {
+            let mut counts = bare(1);
+            counts[at] = 1;
+            assert!(!answered(&counts), "{at}");
+        }
+        assert!(!answered(&[bare(1), vec![0]].concat()));
+    }
+
+    #[test]
     fn questions_are_understood_or_refused() {
         let question = Question::parse(&query("WWW.Example.com", A)).unwrap();
         assert_eq!((question.name.as_str(), question.kind, question.id), ("www.example.com", A, 0x1234));

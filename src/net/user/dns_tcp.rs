@@ -11,7 +11,7 @@ use super::generational::{GenerationalMap, Id, Owner};
 use super::host::Alarm;
 use super::resolver::{Requester, Resolver};
 use crate::net::dns;
-use crate::sys::Socket;
+use crate::sys::{Socket, is_spare};
 
 /// Connections at once, and until one is closed on which nothing happens (RFC 7766, 6.2.3).
 const MAX_CLIENTS: usize = 64;
@@ -40,13 +40,17 @@ impl DnsTcpClients {
     /// One more: its other end, for a flow.
     pub(super) fn open(&mut self, core: &mut Core) -> io::Result<Socket> {
         core.host.calls += 6;
-        if !core.host.may_hold() {
-            return Err(io::Error::from_raw_os_error(libc::EMFILE));
+        let none = || io::Error::from_raw_os_error(libc::EMFILE);
+        if !core.host.held.has_room(2) {
+            return Err(none());
         }
         if self.0.len() >= MAX_CLIENTS {
             return Err(io::ErrorKind::ConnectionRefused.into());
         }
         let (near, far) = UnixStream::pair()?;
+        if !(is_spare(&near) && is_spare(&far)) {
+            return Err(none());
+        }
         near.set_nonblocking(true)?;
         far.set_nonblocking(true)?;
         let (active, alarm) = (core.host.now, Alarm::default());

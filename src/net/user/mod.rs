@@ -53,6 +53,8 @@ use crate::sys::EpollEvent;
 /// Events that are taken from the kernel at once, and how often in one turn.
 const BATCH: usize = 64;
 const BATCHES: usize = 4;
+/// System calls of what is dear after which no more events are taken in a turn.
+const CALLS: usize = 2000;
 
 /// Where frames to the guest come from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -130,6 +132,7 @@ impl UserNet {
         self.core.policy.change(policy);
         self.tcp.review(&mut self.core);
         self.datagrams.review(&mut self.core);
+        self.count_held();
         Ok(())
     }
 
@@ -163,7 +166,9 @@ impl UserNet {
     /// Nobody can call there any more; connections that there are stay. False: it was gone.
     pub(crate) fn unpublish(&mut self, published: Published) -> bool {
         self.datagrams.unpublished(&mut self.core, published.id());
-        self.ports.unpublish(&mut self.core, published)
+        let was_there = self.ports.unpublish(&mut self.core, published);
+        self.count_held();
+        was_there
     }
 
     /// Tells of denials from now on, on the VM's event loop: must not block.
@@ -497,7 +502,7 @@ impl NetBackend for UserNet {
                     self.called(owner, event.event_set());
                 }
             }
-            if count < BATCH {
+            if count < BATCH || self.core.host.calls > CALLS {
                 break;
             }
         }
@@ -558,6 +563,8 @@ impl NetBackend for UserNet {
             self.core.stats.received_frames += 1;
             self.core.stats.received_bytes += received.len as u64;
         }
+        // A flow may have ended with it.
+        self.count_held();
         self.core.host.arm();
         Ok(received)
     }

@@ -24,6 +24,10 @@ const MAX_ASKED: usize = 256;
 /// Until the next resolver is asked, and how often all of them are.
 const PATIENCE: Duration = Duration::from_secs(2);
 const ROUNDS: usize = 2;
+/// Addresses of one answer that the guest gets. Each costs the loop a question to the kernel, and a place in the policy's table.
+const MAX_ADDRESSES: usize = 32;
+/// Wrong answers to one question before the next resolver is asked, from another port (RFC 5452, 9.2).
+const MAX_WRONG: usize = 32;
 /// The longest answer over UDP that is taken (larger ones say so themselves, RFC 6891, 6.2.5).
 const MAX_ANSWER: usize = 4096;
 
@@ -44,6 +48,8 @@ struct PendingQuery {
     id: u16,
     /// How many resolvers were asked before.
     tried: usize,
+    /// Wrong answers from this one.
+    wrong: usize,
     socket: Socket,
     /// Over TCP: what is still to be sent, and what has come.
     rest: Vec<u8>,
@@ -146,7 +152,8 @@ impl Resolver {
         let (until, question) = (core.host.now + PATIENCE, question.clone());
         let query = query.to_vec();
         let alarm = Alarm::default();
-        let asked = PendingQuery { asker, question, query, id, tried, socket, rest, answer: Vec::new(), alarm };
+        let asked =
+            PendingQuery { asker, question, query, id, tried, wrong: 0, socket, rest, answer: Vec::new(), alarm };
         let it = self.asked.insert(asked);
         let Some(asked) = self.asked.get_mut(it) else { return Ok(()) };
         if let Err(error) = core.host.watch(asked.socket.as_fd(), Owner::Resolver(it)) {
@@ -211,8 +218,9 @@ impl Resolver {
         let (now, name) = (core.host.now, &asked.question.name);
         let (all, way_out) = (found.addresses.len(), self.servers.way_out(now));
         let mut told = found.addresses;
+        told.truncate(MAX_ADDRESSES);
         told.retain(|address| core.policy.may_lead(name, *address, now));
-        core.stats.denied_names += u64::from(told.len() < all);
+        core.stats.denied_names += u64::from(told.len() < all.min(MAX_ADDRESSES));
         // Each by its own route: some hosts reach private ranges alone by one of the families.
         core.host.calls += if way_out { told.len() * ROUTE_CALLS } else { 0 };
         told.retain(|address| !way_out || core.policy.is_routed(*address));
@@ -250,9 +258,13 @@ impl PendingQuery {
             match self.socket.receive(&mut buffer) {
                 Ok(n) => {
                     let answer = buffer.get(..n).unwrap_or_default();
-                    // Somebody who guesses is not answered, and the right one may still come.
                     if self.question.is_answered(&self.query, self.id, answer) {
                         return Ok(Some(answer.to_vec()));
+                    }
+                    // A guess is no answer, and the right one may still come. After many of them another port is safer.
+                    self.wrong += 1;
+                    if self.wrong >= MAX_WRONG {
+                        return Err(io::ErrorKind::InvalidData.into());
                     }
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),

@@ -226,8 +226,15 @@ impl AcceptQueue {
         !queue.closed && queue.waiting.len() < BACKLOG
     }
 
+    /// Hands a connection to the listener. One that is gone meanwhile hangs it up.
     pub(super) fn push(&self, stream: VsockStream) {
-        self.queue().waiting.push_back(stream);
+        let mut queue = self.queue();
+        if queue.closed {
+            drop(queue);
+            return drop(stream);
+        }
+        queue.waiting.push_back(stream);
+        drop(queue);
         // A full counter is readable, which is all that is wanted.
         let _ = self.ready.write(1);
     }

@@ -310,6 +310,17 @@ fn what_nobody_accepts_is_hung_up_with_its_listener() {
     assert!(matches!(rig.hear_op(), Some(Op::Shutdown | Op::Reset)));
 }
 
+/// A listener may be dropped between the look whether it has room and the connection's arrival.
+#[test]
+fn a_connection_for_a_listener_that_is_gone_is_hung_up() {
+    let arrivals = super::stream::AcceptQueue::new().unwrap();
+    arrivals.close();
+    let (stream, socket, _tail) = VsockStream::pair().unwrap();
+    arrivals.push(stream);
+    use std::io::Read;
+    assert_eq!((&socket).read(&mut [0; 1]).unwrap(), 0, "the other end is closed");
+}
+
 #[test]
 fn a_guest_holds_no_more_descriptors_than_its_share() {
     let mut rig = Rig::new();

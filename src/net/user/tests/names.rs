@@ -240,6 +240,46 @@ fn wrong_answers_are_not_believed() {
 }
 
 #[test]
+fn after_many_wrong_answers_the_next_resolver_is_asked() {
+    let mut world = World::new(Policy::internet());
+    let second = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let both = vec![world.at, second.local_addr().unwrap()];
+    world.guest.net.resolver = super::super::resolver::Resolver::new(Some(both));
+    world.guest.net.resolver.servers.pretend(true, Instant::now());
+    world.ask(&query("example.com", 1));
+    let (asked, from) = world.asked();
+    let mut guess = answer(&asked, &[6, 6, 6, 6]);
+    guess[0] ^= 1;
+    for _ in 0..40 {
+        // The port may be closed already.
+        let _ = world.server.send_to(&guess, from);
+    }
+    world.guest.until(|_| readable(&second).then_some(()));
+}
+
+/// Each address costs the loop a question to the kernel.
+#[test]
+fn an_answer_has_so_many_addresses_and_no_more() {
+    let mut world = World::new(names("example.com"));
+    world.ask(&query("example.com", 1));
+    let (asked, from) = world.asked();
+    let mut all = answer(&asked, &[9, 9, 0, 0]);
+    for n in 1..200u8 {
+        all.extend([0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 60, 0, 4, 9, 9, 1, n]);
+    }
+    all[6..8].copy_from_slice(&200u16.to_be_bytes());
+    world.server.send_to(&all, from).unwrap();
+    let came = world.answered();
+    assert_eq!(u16::from_be_bytes([came[6], came[7]]), 32);
+    let now = world.guest.net.core.host.now;
+    let mut may = |last: [u8; 4]| {
+        let to = SocketAddr::from((last, 80));
+        world.guest.net.core.policy.admit(crate::net::policy::Protocol::Tcp, to, now).is_some()
+    };
+    assert!(may([9, 9, 0, 0]) && may([9, 9, 1, 31]) && !may([9, 9, 1, 32]));
+}
+
+#[test]
 fn the_next_resolver_is_asked_and_at_last_failure_told() {
     let mut world = World::new(Policy::internet());
     let second = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
@@ -326,7 +366,7 @@ fn resolvers_without_edns_are_told_from_silent_ones() {
 
 #[test]
 fn what_is_cut_off_is_asked_for_again_over_tcp_and_admitted() {
-    const ADDRESSES: u8 = 200;
+    const ADDRESSES: u8 = 32;
     let mut world = World::new(names("example.com"));
     let listener = TcpListener::bind(world.at).unwrap();
     let asked = query("example.com", 1);
