@@ -157,7 +157,7 @@ impl ContainerBuilder {
 
     /// Sets how many descriptors the guest's connections may hold, at least 16.
     ///
-    /// See [`VmBuilder::descriptors`].
+    /// See [`VmBuilder::descriptors`](crate::VmBuilder::descriptors).
     ///
     /// The container's own connections are made over vsock and count. They are two descriptors for the container, and
     /// two for each piped stream of a running program. Programs are refused with `ResourceExhausted` when there is no
