@@ -7,10 +7,10 @@ use std::fmt;
 pub struct Mac(pub [u8; 6]);
 
 impl Mac {
-    /// Everybody on the link.
+    /// The broadcast address (IEEE 802, 8.2).
     pub const BROADCAST: Self = Self([0xff; 6]);
 
-    /// Names one card: neither a group nor nobody.
+    /// Returns whether it is a unicast address other than zero.
     pub fn is_unicast(self) -> bool {
         let Self([first, ..]) = self;
         first & 1 == 0 && self.0 != [0; 6]

@@ -35,7 +35,7 @@ const DISCARD_AT_ONCE: usize = 16 << 20;
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct GuestMemoryUse {
-    /// Used by nobody.
+    /// Memory that is not used.
     pub free: Option<Size>,
     /// Known to the guest's kernel, without what it keeps for itself.
     pub total: Option<Size>,

@@ -101,14 +101,14 @@ impl VmBuilder {
 
     /// Sets how many descriptors the guest's connections may hold at once, at least 16.
     ///
-    /// Those are one for each connection and UDP flow of a [`Net::user`], and two for each that the guest makes over
-    /// vsock. All networks and vsock have them together, of which networks leave an eighth to vsock. At the bound a
-    /// connection is refused: over a network as where nobody listens, counted in
-    /// [`NetStats::limited`](crate::NetStats::limited); over vsock with a reset. What the embedder connects to the
-    /// guest is not bounded by it.
+    /// Those are one for each connection and UDP flow of a [`Net::user`], and two for each connection that the guest
+    /// makes over vsock. All networks and vsock share them, of which networks leave an eighth to vsock. A connection
+    /// beyond is refused. Over a network that looks as if nothing listened, and
+    /// [`NetStats::limited`](crate::NetStats::limited) counts it; over vsock it is a reset. Connections of the embedder
+    /// to the guest do not count.
     ///
-    /// Unless set, it is half of what all guests of the process may have; see
-    /// [`set_descriptor_reserve`](crate::set_descriptor_reserve). All of them together have no more than that, whatever
+    /// By default it is half of what all guests of the process may have; see
+    /// [`set_descriptor_reserve`](crate::set_descriptor_reserve). All guests together have no more than that, whatever
     /// is set here.
     pub fn descriptors(mut self, count: u32) -> Self {
         self.config.descriptors = Some(count);

@@ -103,7 +103,7 @@ pub struct OverlayInfo {
     pub allocated: Size,
     /// Whether it is only read, and may be a base.
     pub frozen: bool,
-    /// What it lies on.
+    /// Its base.
     pub base: Base,
 }
 

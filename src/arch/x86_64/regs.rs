@@ -134,7 +134,7 @@ fn route_legacy_interrupts(lapic: &mut kvm_lapic_state) {
     }
 }
 
-/// A vCPU's registers, for people who must find out why a guest died.
+/// A vCPU's registers, to find out why a guest ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Registers {
     /// Instruction pointer.

@@ -193,7 +193,7 @@ pub struct NetStats {
     ///
     /// On a switch also messages that no guest may send to another.
     pub spoofed: u64,
-    /// Of protocols or to addresses that nobody serves.
+    /// Frames of protocols, or to addresses, that the network does not serve.
     pub unserved: u64,
     /// Frames to the guest that were dropped, as too many waited.
     ///
