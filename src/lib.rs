@@ -204,3 +204,8 @@ pub mod backend {
 #[cfg(all(doctest, feature = "container"))]
 #[doc = include_str!("../README.md")]
 struct Readme;
+
+/// And the guide's.
+#[cfg(all(doctest, feature = "container"))]
+#[doc = include_str!("../docs/guide.md")]
+struct Guide;

@@ -10,7 +10,7 @@ const MAX_WORDS: usize = 25;
 const MAX_FIRST_WORDS: usize = 15;
 
 /// Pages for people who use or change the crate.
-const PAGES: &[&str] = &["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "SECURITY.md"];
+const PAGES: &[&str] = &["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "SECURITY.md", "docs/guide.md"];
 
 fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
