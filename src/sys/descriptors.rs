@@ -99,6 +99,9 @@ impl HeldDescriptors {
 
     /// From now on it is so many.
     pub(crate) fn set(&mut self, count: usize) {
+        if count == self.count {
+            return;
+        }
         self.share.0.held.fetch_add(count, Ordering::Relaxed);
         self.share.0.held.fetch_sub(self.count, Ordering::Relaxed);
         self.count = count;
