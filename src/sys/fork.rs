@@ -69,18 +69,23 @@ extern "C" fn in_child() {
 #[derive(Debug)]
 pub(crate) struct ForkGuard(RawFd);
 
+/// Has the handlers above called from now on.
+fn install() {
+    static INSTALLED: Once = Once::new();
+    INSTALLED.call_once(|| {
+        // SAFETY: the handlers are functions of this crate, which is not unloaded while it has guests.
+        if unsafe { libc::pthread_atfork(Some(before), Some(in_parent), Some(in_child)) } != 0 {
+            log::warn!("children of fork keep the descriptors of guests: no memory for a handler");
+        }
+    });
+}
+
 impl ForkGuard {
     /// Keeps `fd` from children that are made from now on.
     ///
     /// It is the number that is kept: who gives the descriptor away ends the guard before, or the child finds `/dev/null` there.
     pub(crate) fn new(fd: &impl AsRawFd) -> Self {
-        static INSTALLED: Once = Once::new();
-        INSTALLED.call_once(|| {
-            // SAFETY: the handlers are functions of this crate, which is not unloaded while it has guests.
-            if unsafe { libc::pthread_atfork(Some(before), Some(in_parent), Some(in_child)) } != 0 {
-                log::warn!("children of fork keep the descriptors of guests: no memory for a handler");
-            }
-        });
+        install();
         let fd = fd.as_raw_fd();
         mark(fd, true);
         Self(fd)
@@ -155,8 +160,15 @@ pub(crate) fn leak<T>(value: T) {
 pub(crate) struct ProcessGeneration(u32);
 
 impl ProcessGeneration {
+    /// This process. Its children are told from it from now on.
     pub(crate) fn current() -> Self {
+        install();
         Self(GENERATION.load(Ordering::SeqCst))
+    }
+
+    /// How many forks lie between the first process and this one.
+    pub(crate) fn number(self) -> u32 {
+        self.0
     }
 
     /// Whether this is the process, and no child of it that fork made.

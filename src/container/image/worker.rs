@@ -2,13 +2,13 @@
 //! host's does not answer.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 use super::budget::Patience;
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::sys;
+use crate::sys::{self, ProcessGeneration};
 
 /// Stack of the thread. Nothing there recurses over what is read.
 const STACK: usize = 512 << 10;
@@ -20,10 +20,43 @@ const POLL: Duration = Duration::from_millis(50);
 pub(super) const GRACE: Duration = Duration::from_secs(4);
 
 /// Threads of the process that may be left behind before nothing is begun any more.
-const MAX_LEFT: usize = 16;
+const MAX_LEFT: u32 = 16;
 
 /// Those that are.
-static LEFT: AtomicUsize = AtomicUsize::new(0);
+static LEFT: LeftBehind = LeftBehind::new();
+
+/// How many threads of this process are left behind. In a child of fork, where they are not, there are none again.
+#[derive(Debug)]
+struct LeftBehind(AtomicU64);
+
+impl LeftBehind {
+    const fn new() -> Self {
+        Self(AtomicU64::new(0))
+    }
+
+    fn count(&self) -> u32 {
+        Self::of(self.0.load(Ordering::Acquire), ProcessGeneration::current())
+    }
+
+    /// The count of a process in what is kept: its number of forks, and below that the count.
+    fn of(kept: u64, process: ProcessGeneration) -> u32 {
+        if (kept >> 32) as u32 == process.number() { kept as u32 } else { 0 }
+    }
+
+    fn change(&self, process: ProcessGeneration, change: impl Fn(u32) -> u32) {
+        let changed = |kept| Some(u64::from(process.number()) << 32 | u64::from(change(Self::of(kept, process))));
+        // It always has a value to give.
+        let _ = self.0.fetch_update(Ordering::AcqRel, Ordering::Acquire, changed);
+    }
+
+    fn add(&self) {
+        self.change(ProcessGeneration::current(), |count| count.saturating_add(1));
+    }
+
+    fn remove(&self) {
+        self.change(ProcessGeneration::current(), |count| count.saturating_sub(1));
+    }
+}
 
 /// Where a thread is: it and who waits for it each say at most once that they are done with the other.
 #[derive(Debug, Clone, Default)]
@@ -34,16 +67,16 @@ impl Parting {
     const ENDED: u8 = 2;
 
     /// Nobody waits for the thread any more.
-    fn leave(&self, left: &AtomicUsize) {
-        left.fetch_add(1, Ordering::Relaxed);
-        if self.0.swap(Self::LEFT, Ordering::Relaxed) == Self::ENDED {
-            left.fetch_sub(1, Ordering::Relaxed);
+    fn leave(&self, left: &LeftBehind) {
+        left.add();
+        if self.0.swap(Self::LEFT, Ordering::AcqRel) == Self::ENDED {
+            left.remove();
         }
     }
 
-    fn end(&self, left: &AtomicUsize) {
-        if self.0.swap(Self::ENDED, Ordering::Relaxed) == Self::LEFT {
-            left.fetch_sub(1, Ordering::Relaxed);
+    fn end(&self, left: &LeftBehind) {
+        if self.0.swap(Self::ENDED, Ordering::AcqRel) == Self::LEFT {
+            left.remove();
         }
     }
 }
@@ -51,7 +84,7 @@ impl Parting {
 /// Says that the thread ends, also when it panics.
 struct Ending {
     parting: Parting,
-    left: &'static AtomicUsize,
+    left: &'static LeftBehind,
 }
 
 impl Drop for Ending {
@@ -76,12 +109,12 @@ pub(super) fn run<T: Send + 'static>(
 }
 
 fn run_beside<T: Send + 'static>(
-    left: &'static AtomicUsize,
+    left: &'static LeftBehind,
     patience: &Patience,
     grace: Duration,
     f: impl FnOnce(&Patience) -> Result<T> + Send + 'static,
 ) -> Result<T> {
-    let count = left.load(Ordering::Relaxed);
+    let count = left.count();
     if count >= MAX_LEFT {
         let problem = format!(
             "{count} threads wait for files of images that the host does not answer for: make their file systems answer, or unmount \
@@ -149,7 +182,7 @@ mod tests {
 
     #[test]
     fn threads_that_are_left_behind_are_counted_until_they_end() {
-        static LEFT: AtomicUsize = AtomicUsize::new(0);
+        static LEFT: LeftBehind = LeftBehind::new();
         let brief = || Patience::new(Duration::ZERO, None);
         let mut hosts = Vec::new();
         for n in 0..MAX_LEFT {
@@ -168,7 +201,7 @@ mod tests {
         assert!(error.kind() == ErrorKind::ResourceExhausted && error.to_string().contains("16 threads"), "{error}");
         drop(hosts);
         let late = Instant::now() + Duration::from_secs(60);
-        while LEFT.load(Ordering::Relaxed) > 0 {
+        while LEFT.count() > 0 {
             assert!(Instant::now() < late, "{LEFT:?} still count");
             std::thread::sleep(Duration::from_millis(5));
         }
@@ -177,8 +210,8 @@ mod tests {
 
     #[test]
     fn a_thread_counts_only_while_it_is_left_behind() {
-        let left = AtomicUsize::new(0);
-        let count = || left.load(Ordering::Relaxed);
+        let left = LeftBehind::new();
+        let count = || left.count();
         let (first, second) = (Parting::default(), Parting::default());
         first.leave(&left);
         assert_eq!(count(), 1);
@@ -188,6 +221,23 @@ mod tests {
         second.end(&left);
         second.leave(&left);
         assert_eq!(count(), 0);
+    }
+
+    #[test]
+    fn a_child_has_no_threads_left_behind() {
+        let left = LeftBehind::new();
+        for _ in 0..MAX_LEFT {
+            left.add();
+        }
+        // The child makes one that it leaves behind, and one of its parent's ends.
+        let fresh = || {
+            let none = left.count() == 0;
+            left.remove();
+            left.add();
+            none && left.count() == 1
+        };
+        assert!(sys::in_a_child(fresh));
+        assert_eq!(left.count(), MAX_LEFT);
     }
 
     #[test]
