@@ -97,12 +97,13 @@ pub(super) fn recount(file: &File, header: &Header) -> Result<()> {
         uses.count(&Place { offset, len, compressed: false })?;
     }
     let mut lost = false;
-    walk(file, header, len, |_, place| {
+    walk(file, header, len, |place| {
         if place.offset >= len {
             lost = true;
-            return Ok(());
+        } else {
+            uses.count(place)?;
         }
-        uses.count(place)
+        Ok(Keep::Yes)
     })?;
     if lost {
         forget(file, header, len).doing(|| "forgetting clusters that never came to be")?;
@@ -110,42 +111,56 @@ pub(super) fn recount(file: &File, header: &Header) -> Result<()> {
     write(file, header, &uses).doing(|| "writing new reference counts")
 }
 
-/// Calls `each` with the place of every entry that points somewhere, and what is there.
-fn walk(file: &File, header: &Header, len: u64, mut each: impl FnMut(u64, &Place) -> Result<()>) -> Result<()> {
+/// Whether an entry goes on to point where it does.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Keep {
+    Yes,
+    No,
+}
+
+/// Calls `each` with what every entry points to that points somewhere. A table is written once, when some are not kept.
+fn walk(file: &File, header: &Header, len: u64, mut each: impl FnMut(&Place) -> Result<Keep>) -> Result<()> {
     let cluster = u64::from(header.cluster);
     let (l1_at, l1_len) = header.l1;
     let mut l1 = vec![0; usize::try_from(l1_len).unwrap_or(usize::MAX)];
     file.read_exact_at(&mut l1, l1_at)?;
-    let mut l2 = vec![0; header.cluster as usize];
-    for (at, entry) in (l1_at..).step_by(8).zip(l1.chunks_exact(8)) {
+    let (mut l2, mut l1_changed) = (vec![0; header.cluster as usize], false);
+    for entry in l1.chunks_exact_mut(8) {
         let Some(table) = Place::of(big_endian(entry), cluster, false)? else { continue };
-        each(at, &table)?;
+        if each(&table)? == Keep::No {
+            entry.fill(0);
+            l1_changed = true;
+        }
         // A table that is a hole points nowhere. That of a file which is all holes would take long to be read.
         if table.offset >= len || next_data(file, table.offset)?.is_none_or(|at| at - table.offset >= cluster) {
             continue;
         }
         // What is cut off by the file's end reads as zeroes.
-        let there = usize::try_from(len - table.offset).unwrap_or(usize::MAX).min(l2.len());
-        let (there, cut) = l2.split_at_mut(there);
+        let there_len = usize::try_from(len - table.offset).unwrap_or(usize::MAX).min(l2.len());
+        let (there, cut) = l2.split_at_mut(there_len);
         file.read_exact_at(there, table.offset)?;
         cut.fill(0);
-        for (at, entry) in (table.offset..).step_by(8).zip(l2.chunks_exact(8)) {
-            if let Some(place) = Place::of(big_endian(entry), cluster, true)? {
-                each(at, &place)?;
+        let mut changed = false;
+        for entry in l2.chunks_exact_mut(8) {
+            let Some(place) = Place::of(big_endian(entry), cluster, true)? else { continue };
+            if each(&place)? == Keep::No {
+                entry.fill(0);
+                changed = true;
             }
         }
+        if let Some(there) = l2.get(..there_len).filter(|_| changed) {
+            file.write_all_at(there, table.offset)?;
+        }
+    }
+    if l1_changed {
+        file.write_all_at(&l1, l1_at)?;
     }
     Ok(())
 }
 
 /// Entries that point behind the file's end were written when what they point to was not yet: it never was durable.
 fn forget(file: &File, header: &Header, len: u64) -> Result<()> {
-    walk(file, header, len, |at, place| {
-        if place.offset >= len {
-            file.write_all_at(&[0; 8], at)?;
-        }
-        Ok(())
-    })?;
+    walk(file, header, len, |place| Ok(if place.offset < len { Keep::Yes } else { Keep::No }))?;
     Ok(file.sync_data()?)
 }
 
