@@ -20,6 +20,10 @@ use super::ForkGuard;
 #[cfg(test)]
 pub(crate) mod record;
 
+/// The fields of the header that the crate writes while an image is open: where they are and their bytes. It writes all that
+/// version 2 has (QEMU, docs/interop/qcow2.txt).
+const FIELDS: (u64, u64) = (0, 72);
+
 /// What is in flight, as only the caller of the crate can know it. Clones are the same.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct WriteOrder(Arc<Mutex<State>>);
@@ -32,6 +36,8 @@ struct State {
     flushing: bool,
     /// Something was written since the last sync.
     pending: bool,
+    /// The image is open, so that of its first cluster only fields of the header change.
+    keeps_header: bool,
     /// A sync has failed: the host forgets that once it was told, so no later one can be believed.
     failed: bool,
 }
@@ -48,6 +54,13 @@ impl WriteOrder {
         let answer = f();
         self.state(|state| state.guest = 0..0);
         answer
+    }
+
+    /// Keeps the image's first cluster, which is the header's, from all else that is written from now on.
+    ///
+    /// A hostile image may name that cluster as data, or not count it, so that the crate takes it for free.
+    pub(crate) fn keep_header(&self) {
+        self.state(|state| state.keeps_header = true);
     }
 
     /// Calls `f`, which writes tables that speak only of what was synced.
@@ -86,10 +99,21 @@ impl OrderedFile {
     /// Tables are whole clusters, pointers to them are smaller than a sector, and the header is at the front. What is
     /// copied into a new cluster around the guest's bytes is sectors, and never the whole cluster.
     fn before(&self, offset: u64, len: u64, guest: bool) -> io::Result<()> {
+        if guest || (offset, len) != FIELDS {
+            self.check_header(offset)?;
+        }
         if !guest && (offset == 0 || len % self.cluster == 0 || len % 512 != 0) {
             self.settle()?;
         }
         self.order.state(|state| state.pending = true);
+        Ok(())
+    }
+
+    fn check_header(&self, offset: u64) -> io::Result<()> {
+        if offset < self.cluster && self.order.state(|state| state.keeps_header) {
+            log::warn!("a qcow2 image is damaged: it has its own header among its data or free clusters");
+            return Err(io::Error::from_raw_os_error(libc::EIO));
+        }
         Ok(())
     }
 
@@ -152,6 +176,7 @@ impl Storage for OrderedFile {
     }
 
     unsafe fn pure_discard(&self, offset: u64, length: u64) -> io::Result<()> {
+        self.check_header(offset)?;
         // What pointed there must be gone before.
         self.settle()?;
         self.order.state(|state| state.pending = true);

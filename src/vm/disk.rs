@@ -131,6 +131,9 @@ impl Disk {
     /// - chains of images whose tables take more than 512 MiB of memory;
     /// - for writing, reference counts of less than a byte with clusters of less than 4 KiB.
     ///
+    /// An image from a stranger may contradict itself. What its guest writes may then destroy its tables. Its header
+    /// stays as it is, with the name of its backing file: the guest's request fails.
+    ///
     /// While the image is written it is marked as QEMU does with lazy reference counts. After the VM's process was
     /// killed, or the host lost power, all that was flushed is there. The next open for writing counts the references
     /// again, which takes as long as reading the image's tables. Until then the image cannot be opened to be read only,

@@ -174,7 +174,7 @@ fn open_image(
             Some(open_backing(&below, file, *format, chain).doing(doing)?)
         }
     };
-    let own = OrderedFile::new(file.try_clone()?, write, header.cluster.into(), order)?;
+    let own = OrderedFile::new(file.try_clone()?, write, header.cluster.into(), order.clone())?;
     let image = guarded(|| {
         imago::qcow2::Qcow2::<OrderedFile>::builder(own)
             .write(write)
@@ -183,6 +183,7 @@ fn open_image(
             .open(DenyImplicitOpenGate::default())
     });
     let image = image.map_err(|e| Error::from(e).with_kind(ErrorKind::Corrupt))?;
+    order.keep_header();
     Ok((FormatAccess::new(image), file, header))
 }
 

@@ -440,6 +440,33 @@ fn map(path: &Path, entries: &[u64]) {
     file.write_all_at(&bytes, l2).unwrap();
 }
 
+#[test]
+fn a_header_that_is_named_as_data_is_not_written_over() {
+    let temp = Temp::new("itself");
+    fs::write(temp.path("a.raw"), vec![1; 1 << 20]).unwrap();
+    let path = temp.path("a.qcow2");
+    let header = |path: &Path| fs::read(path).unwrap()[104..4096].to_vec();
+    for given_back in [true, false] {
+        temp.qemu_img("convert -f raw -O qcow2 -o cluster_size=4k a.raw a.qcow2");
+        // Compressed data of one sector, in the header.
+        map(&path, &[1 << 62 | 512]);
+        let before = header(&path);
+        let mut disk = Qcow2::open(&path, None, false).unwrap();
+        if given_back {
+            disk.discard(0, 4096).unwrap();
+        } else {
+            disk.write_zeroes(0, 4096, true).unwrap();
+        }
+        let memory = memory();
+        let segment = memory.segment(GuestAddress(0), 8192).unwrap();
+        memory.write(GuestAddress(0), &[7; 8192]).unwrap();
+        assert!(disk.write(&memory, &[segment], 0).is_err());
+        drop(disk);
+        assert!(header(&path) == before, "the header is written over");
+        assert_eq!(fs::read(&path).unwrap()[..8], [b'Q', b'F', b'I', 0xfb, 0, 0, 0, 3]);
+    }
+}
+
 /// Calls of write(2) and the like that this thread has made.
 fn writes() -> u64 {
     let io = fs::read_to_string("/proc/thread-self/io").expect("a kernel with CONFIG_TASK_IO_ACCOUNTING is needed");
