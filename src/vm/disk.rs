@@ -129,7 +129,11 @@ impl Disk {
     ///
     /// - encryption, internal snapshots and external data files;
     /// - chains of images whose tables take more than 512 MiB of memory;
-    /// - for writing, reference counts of less than a byte with clusters of less than 4 KiB.
+    /// - for writing, reference counts of less than a byte with clusters of less than 4 KiB;
+    /// - for writing, more than 16,777,216 clusters in use, which are 1 TiB where a cluster has 64 KiB.
+    ///
+    /// An image may grow beyond that limit while it is written, and is refused when it is opened for writing again.
+    /// `qemu-img convert -O qcow2 -o cluster_size=2M` makes one whose limit is 32 TiB.
     ///
     /// An image from a stranger may contradict itself. What its guest writes may then destroy its tables. Its header
     /// stays as it is, with the name of its backing file: the guest's request fails.

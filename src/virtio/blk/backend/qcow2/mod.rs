@@ -161,8 +161,9 @@ fn open_image(
     let header = Header::parse(&bytes, len, write)?;
     chain.keep(header.tables(write))?;
     if header.dirty {
-        recount::recount(&file, &header)?;
+        let used = recount::recount(&file, &header)?;
         mark(&file, 0)?;
+        counts::check_used(used)?;
     } else if write {
         counts::check(&file, &header, len)?;
     }

@@ -79,11 +79,11 @@ impl Place {
     }
 }
 
-/// Makes the reference counts of an image anew that is open for writing.
+/// Makes the reference counts of an image anew that is open for writing, and returns how many clusters are used.
 ///
 /// # Errors
 /// `Corrupt` when its tables cannot be right, and the file is untouched; as the host when it cannot be read or written.
-pub(super) fn recount(file: &File, header: &Header) -> Result<()> {
+pub(super) fn recount(file: &File, header: &Header) -> Result<u64> {
     let cluster = u64::from(header.cluster);
     let len = file.metadata()?.len();
     let clusters = len.div_ceil(cluster);
@@ -108,7 +108,8 @@ pub(super) fn recount(file: &File, header: &Header) -> Result<()> {
     if lost {
         forget(file, header, len).doing(|| "forgetting clusters that never came to be")?;
     }
-    write(file, header, &uses).doing(|| "writing new reference counts")
+    write(file, header, &uses).doing(|| "writing new reference counts")?;
+    Ok(uses.counts.iter().filter(|count| **count > 0).count() as u64)
 }
 
 /// Whether an entry goes on to point where it does.

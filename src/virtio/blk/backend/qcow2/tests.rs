@@ -427,6 +427,45 @@ fn images_of_any_shape_that_qemu_makes_are_written() {
     }
 }
 
+#[test]
+fn more_clusters_than_a_writer_may_go_past_are_read_and_not_written() {
+    let temp = Temp::new("used");
+    let path = temp.path("a.qcow2");
+    temp.qemu_img("create -q -f qcow2 -o cluster_size=4k,refcount_bits=1 a.qcow2 1M");
+    // A block counts 2^15 clusters, so that 512 of them count 2^24. They are the only bytes of a file of 64 GiB.
+    let (blocks, cluster) = (512u64, 4096u64);
+    let (table, first) = (1000 * cluster, 1002 * cluster);
+    let file = fs::OpenOptions::new().read(true).write(true).open(&path).unwrap();
+    file.set_len((1 << 24) * cluster + cluster).unwrap();
+    let entries: Vec<u8> = (0..=blocks).flat_map(|n| (first + n * cluster).to_be_bytes()).collect();
+    file.write_all_at(&entries, table).unwrap();
+    file.write_all_at(&[table.to_be_bytes().as_slice(), &2u32.to_be_bytes()].concat(), 48).unwrap();
+    file.write_all_at(&vec![255; (blocks * cluster) as usize], first).unwrap();
+    drop(Qcow2::open(&path, None, false).unwrap());
+    file.write_all_at(&[1], first + blocks * cluster).unwrap();
+    let error = Qcow2::open(&path, None, false).unwrap_err();
+    assert!(error.kind() == ErrorKind::Unsupported && error.to_string().contains("cluster_size=2M"), "{error:?}");
+    Qcow2::open(&path, None, true).unwrap();
+    // What was given back ends the search. Then the file's length is no matter.
+    file.write_all_at(&[0], first + cluster).unwrap();
+    drop(Qcow2::open(&path, None, false).unwrap());
+    assert_eq!(counts::check_used((1 << 24) + 1).unwrap_err().kind(), ErrorKind::Unsupported);
+}
+
+#[test]
+fn empty_images_of_16_tib_are_written() {
+    let temp = Temp::new("empty");
+    for options in ["cluster_size=64k", "cluster_size=2M,refcount_bits=1"] {
+        temp.qemu_img(&format!("create -q -f qcow2 -o {options} a.qcow2 16T"));
+        let mut disk = Qcow2::open(&temp.path("a.qcow2"), None, false).unwrap();
+        write(&mut disk, &[1; 512], 15 << 40);
+        disk.flush().unwrap();
+        drop(disk);
+        let mut disk = Qcow2::open(&temp.path("a.qcow2"), None, false).unwrap();
+        assert_eq!(read(&mut disk, 15 << 40, 512), [1; 512]);
+    }
+}
+
 /// Sets the L2 entry of the first guest clusters, of which at least one has data.
 fn map(path: &Path, entries: &[u64]) {
     let file = fs::OpenOptions::new().read(true).write(true).open(path).unwrap();
