@@ -190,6 +190,7 @@ impl Chain {
     ///
     /// # Errors
     /// [`TooShort`] when fewer are left; nothing is consumed then.
+    #[inline]
     pub(crate) fn read<const N: usize>(&mut self) -> Result<[u8; N], TooShort> {
         let mut bytes = [0; N];
         self.read_into(&mut bytes).map(|()| bytes)
@@ -199,6 +200,7 @@ impl Chain {
     ///
     /// # Errors
     /// [`TooShort`] when fewer are left; nothing is consumed then.
+    #[inline]
     pub(crate) fn read_into(&mut self, to: &mut [u8]) -> Result<(), TooShort> {
         self.peek_into(to)?;
         self.0.readable.skip(to.len());
@@ -232,6 +234,7 @@ impl Chain {
     ///
     /// # Errors
     /// [`TooShort`] when it does not fit; nothing is written then.
+    #[inline]
     pub(crate) fn write(&mut self, from: &[u8]) -> Result<(), TooShort> {
         let Body { memory, writable, .. } = &mut *self.0;
         if writable.len < from.len() {
