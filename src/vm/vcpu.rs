@@ -138,7 +138,6 @@ pub(super) fn run(machine: &Machine, id: u8, mut vcpu: VcpuFd) {
 }
 
 /// Looks whether the guest has ended without being able to say so.
-#[cold]
 fn look(machine: &Machine, control: &VcpuControl, vcpu: &VcpuFd) -> Option<(Reason, String)> {
     // One that cannot be asked is not dead.
     control.halt.record(vcpu.is_dead().unwrap_or(false), Instant::now());
