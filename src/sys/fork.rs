@@ -183,7 +183,7 @@ impl ProcessGeneration {
 pub(crate) fn in_a_child(f: impl FnOnce() -> bool) -> bool {
     use std::io::{Read, Write};
     use std::os::unix::net::UnixStream;
-    let (mut current, mut there) = UnixStream::pair().unwrap();
+    let (mut here, mut there) = UnixStream::pair().unwrap();
     // SAFETY: the child calls what allocates nothing and takes no lock of another thread's, and ends by a signal.
     match unsafe { libc::fork() } {
         0 => {
@@ -196,7 +196,7 @@ pub(crate) fn in_a_child(f: impl FnOnce() -> bool) -> bool {
         child => {
             drop(there);
             let mut answer = [0];
-            current.read_exact(&mut answer).unwrap();
+            here.read_exact(&mut answer).unwrap();
             // SAFETY: waits for the child that was just made; no status is asked for.
             unsafe { libc::waitpid(child, std::ptr::null_mut(), 0) };
             answer[0] == 1
@@ -210,11 +210,11 @@ pub(crate) fn in_a_child(f: impl FnOnce() -> bool) -> bool {
 pub(crate) fn beside_a_child(f: impl FnOnce()) {
     use std::io::{Read, Write};
     use std::os::unix::net::UnixStream;
-    let (mut current, there) = UnixStream::pair().unwrap();
+    let (mut here, there) = UnixStream::pair().unwrap();
     // SAFETY: the child only writes to and reads from a socket, and ends by a signal.
     let child = unsafe { libc::fork() };
     if child == 0 {
-        drop(current);
+        drop(here);
         let _ = (&there).write(&[0]);
         let _ = (&there).read(&mut [0]);
         loop {
@@ -223,9 +223,9 @@ pub(crate) fn beside_a_child(f: impl FnOnce()) {
         }
     }
     drop(there);
-    current.read_exact(&mut [0]).unwrap();
+    here.read_exact(&mut [0]).unwrap();
     f();
-    current.write_all(&[0]).unwrap();
+    here.write_all(&[0]).unwrap();
     // SAFETY: waits for the child that was just made; no status is asked for.
     unsafe { libc::waitpid(child, std::ptr::null_mut(), 0) };
 }

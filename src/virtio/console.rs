@@ -253,10 +253,10 @@ mod tests {
             }
         }
         let (output, written) = (Output::default(), Arc::default());
-        let (go_on, is_stuck) = std::sync::mpsc::channel();
+        let (go_on, stuck) = std::sync::mpsc::channel();
         output.expect_pump();
         let pump = {
-            let (output, mut writer) = (output.clone(), Stuck(is_stuck, Arc::clone(&written)));
+            let (output, mut writer) = (output.clone(), Stuck(stuck, Arc::clone(&written)));
             thread::spawn(move || output.pump(&mut writer))
         };
         let mut driver = Driver::start(Console::new(output.clone()));

@@ -108,12 +108,12 @@ pub(super) fn attachments(
         let name = format!("net{n}");
         let (log, denials, throttled) = (log.clone(), log.clone(), log.clone());
         let [its_name, who] = [name.clone(), name.clone()];
-        let info = super::net::NetCallbacks {
+        let callbacks = super::net::NetCallbacks {
             lost: Box::new(move |error| log.push(EventKind::Degraded { what: format!("{its_name}: {error}") })),
             denied: Box::new(move |denial| denials.push(EventKind::Denied(denial))),
             throttled: Box::new(move || throttled.push(EventKind::Throttled { what: who.clone() })),
         };
-        let attached = net.attach(config.vcpus()?, switches.clone(), descriptors.clone(), info);
+        let attached = net.attach(config.vcpus()?, switches.clone(), descriptors.clone(), callbacks);
         let AttachedNet { card, published: ports, pump } =
             attached.map_err(|e| e.doing(format!("attaching network {n}")))?;
         published.push(ports);

@@ -461,10 +461,10 @@ fn start_vcpus(machine: &Arc<Machine>, cpu: &Cpu, vcpus: u8, entry: Entry, membe
                 Ok(vcpu) => (Some(vcpu), Ok(())),
                 Err(error) => (None, Err(error.doing(format!("making vCPU {id}")))),
             };
-            let info = ready.send(answer);
+            let sent = ready.send(answer);
             drop(ready);
             // A gate that closes instead of opening means that another vCPU could not be made.
-            if let (Some(vcpu), Ok(()), Ok(())) = (vcpu, info, open.recv()) {
+            if let (Some(vcpu), Ok(()), Ok(())) = (vcpu, sent, open.recv()) {
                 vcpu::run(&machine, id, vcpu);
             }
             machine.vcpu_done();

@@ -15,7 +15,7 @@ const HEADERS_PER_ENTRY: u64 = 4;
 #[derive(Debug, Clone)]
 pub(super) struct Patience {
     timeout: Duration,
-    /// What is said when it is over.
+    /// How its error begins when the time is over.
     late: &'static str,
     /// None: beyond what a clock can show.
     deadline: Option<Instant>,
@@ -34,7 +34,7 @@ impl Patience {
         }
     }
 
-    /// That of something which nobody sets a time for.
+    /// A deadline that no method sets, with the beginning of its error.
     pub(super) fn fixed(timeout: Duration, late: &'static str) -> Self {
         Self { late, ..Self::new(timeout, None) }
     }

@@ -214,10 +214,9 @@ impl Enforcer {
     }
 
     fn decide(&self, protocol: Protocol, to: SocketAddr, now: Option<Instant>) -> Result<(), Why> {
-        let (address, special_purpose_range) = (to.ip(), special_purpose_range(to.ip()));
+        let (address, special) = (to.ip(), special_purpose_range(to.ip()));
         // What is not public must be named by a range that is not public either.
-        let names =
-            |range: Cidr| range.contains(address) && special_purpose_range.is_none_or(|(block, _)| block.covers(range));
+        let names = |range: Cidr| range.contains(address) && special.is_none_or(|(block, _)| block.covers(range));
         let mut denied = Why::NoRule;
         for (n, Ready { rule, name }) in self.rules.iter().enumerate() {
             if !rule.fits(protocol, to.port()) {
@@ -229,7 +228,7 @@ impl Enforcer {
                 (Target::Name(_), Some(name)) => (self.is_bound(address, name, now), true),
                 (Target::Name(_), None) => (false, true),
             };
-            match (hit, rule.allow, special_purpose_range) {
+            match (hit, rule.allow, special) {
                 (false, ..) => {}
                 (true, false, _) => return Err(Why::Rule(n)),
                 (true, true, Some((_, what))) if public && !self.range_allows(names, protocol, to.port(), rule) => {

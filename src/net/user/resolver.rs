@@ -42,7 +42,7 @@ pub(super) enum Requester {
 /// A question that a resolver of the host was asked.
 #[derive(Debug)]
 struct PendingQuery {
-    asker: Requester,
+    requester: Requester,
     question: Question,
     query: Vec<u8>,
     id: u16,
@@ -77,63 +77,63 @@ impl Resolver {
     }
 
     /// Takes a query of the guest.
-    pub(super) fn query(&mut self, core: &mut Core, asker: Requester, query: &[u8]) {
+    pub(super) fn query(&mut self, core: &mut Core, requester: Requester, query: &[u8]) {
         core.stats.questions += 1;
         let question = match Question::parse(query) {
             Ok(question) => question,
-            Err(Some(code)) => return self.answer(core, asker, &dns::reply(query, code)),
+            Err(Some(code)) => return self.answer(core, requester, &dns::reply(query, code)),
             Err(None) => {
                 core.stats.malformed += 1;
                 return;
             }
         };
         if let Some(answer) = core.config.switches.iter().find_map(|switch| switch.answer(query, &question)) {
-            return self.answer(core, asker, &answer);
+            return self.answer(core, requester, &answer);
         }
         let now = core.host.now;
         match core.policy.asks(&question.name, question.kind, now) {
             Asking::Passed => {}
             Asking::Empty => {
                 core.stats.denied_names += 1;
-                return self.answer(core, asker, &dns::reply(query, Code::NoError));
+                return self.answer(core, requester, &dns::reply(query, Code::NoError));
             }
             Asking::Denied => {
                 core.stats.denied_names += 1;
-                return self.answer(core, asker, &dns::reply(query, Code::NxDomain));
+                return self.answer(core, requester, &dns::reply(query, Code::NxDomain));
             }
         }
         if self.asked.len() >= MAX_ASKED || !core.may_ask() {
             core.stats.limited += 1;
-            return self.answer(core, asker, &dns::reply(query, Code::ServFail));
+            return self.answer(core, requester, &dns::reply(query, Code::ServFail));
         }
-        self.ask(core, asker, question, query.to_vec(), 0);
+        self.ask(core, requester, question, query.to_vec(), 0);
     }
 
     /// Asks the next resolver that can be asked.
-    fn ask(&mut self, core: &mut Core, asker: Requester, question: Question, query: Vec<u8>, mut tried: usize) {
+    fn ask(&mut self, core: &mut Core, requester: Requester, question: Question, query: Vec<u8>, mut tried: usize) {
         let servers = self.servers.all(core.host.now).to_vec();
         while tried < servers.len() * ROUNDS {
             let Some(server) = servers.get(tried % servers.len().max(1)).copied() else { break };
             tried += 1;
-            match self.ask_one(core, asker, &question, &query, tried, server) {
+            match self.ask_one(core, requester, &question, &query, tried, server) {
                 Ok(()) => return,
                 Err(error) => log::debug!("a resolver of the host cannot be asked: {error}"),
             }
         }
         core.stats.unanswered += 1;
-        self.answer(core, asker, &dns::reply(&query, Code::ServFail));
+        self.answer(core, requester, &dns::reply(&query, Code::ServFail));
     }
 
     fn ask_one(
         &mut self,
         core: &mut Core,
-        asker: Requester,
+        requester: Requester,
         question: &Question,
         query: &[u8],
         tried: usize,
         server: SocketAddr,
     ) -> io::Result<()> {
-        let stream = matches!(asker, Requester::Tcp(_));
+        let stream = matches!(requester, Requester::Tcp(_));
         let kind = if stream { SocketKind::Stream } else { SocketKind::Datagram };
         let socket = core.host.connect(&core.policy.resolver(kind, server))?;
         let mut number = [0; 2];
@@ -153,7 +153,7 @@ impl Resolver {
         let query = query.to_vec();
         let alarm = Alarm::default();
         let asked =
-            PendingQuery { asker, question, query, id, tried, wrong: 0, socket, rest, answer: Vec::new(), alarm };
+            PendingQuery { requester, question, query, id, tried, wrong: 0, socket, rest, answer: Vec::new(), alarm };
         let it = self.asked.insert(asked);
         let Some(asked) = self.asked.get_mut(it) else { return Ok(()) };
         if let Err(error) = core.host.watch(asked.socket.as_fd(), Owner::Resolver(it)) {
@@ -167,7 +167,7 @@ impl Resolver {
     /// Something has happened to a question's socket.
     pub(super) fn ready(&mut self, core: &mut Core, id: Id, events: EventSet) {
         let Some(asked) = self.asked.get_mut(id) else { return };
-        let came = if matches!(asked.asker, Requester::Tcp(_)) { asked.over_tcp(events) } else { asked.over_udp() };
+        let came = if matches!(asked.requester, Requester::Tcp(_)) { asked.over_tcp(events) } else { asked.over_udp() };
         match came {
             Ok(None) => {}
             Ok(Some(answer)) => self.came(core, id, answer),
@@ -194,7 +194,7 @@ impl Resolver {
 
     fn next(&mut self, core: &mut Core, id: Id) {
         if let Some(asked) = self.remove(core, id) {
-            self.ask(core, asked.asker, asked.question, asked.query, asked.tried);
+            self.ask(core, asked.requester, asked.question, asked.query, asked.tried);
         }
     }
 
@@ -204,16 +204,16 @@ impl Resolver {
         let found = dns::answers(&asked.question, &answer);
         let failed = |code| code == Code::ServFail as u8 || code == Code::Refused as u8 || code == Code::NotImp as u8;
         // Within a record: all of it comes over TCP, and another resolver would cut it off too.
-        let cut_off = found.is_none() && dns::is_truncated(&answer) && matches!(asked.asker, Requester::Udp(..));
+        let cut_off = found.is_none() && dns::is_truncated(&answer) && matches!(asked.requester, Requester::Udp(..));
         let found = found.filter(|found| !failed(found.code));
         if found.is_none() && !cut_off {
             return self.next(core, id);
         }
         let Some(asked) = self.remove(core, id) else { return };
-        let Some(found) = found else { return self.answer(core, asked.asker, &dns::truncated(&asked.query)) };
+        let Some(found) = found else { return self.answer(core, asked.requester, &dns::truncated(&asked.query)) };
         if found.code == Code::FormErr as u8 {
             // The resolver may not have repeated the question. Whoever asked with EDNS asks without it then.
-            return self.answer(core, asked.asker, &dns::reply(&asked.query, Code::FormErr));
+            return self.answer(core, asked.requester, &dns::reply(&asked.query, Code::FormErr));
         }
         let (now, name) = (core.host.now, &asked.question.name);
         let (all, way_out) = (found.addresses.len(), self.servers.way_out(now));
@@ -235,14 +235,14 @@ impl Resolver {
             answer = dns::reply(&asked.query, Code::ServFail);
         }
         let room = usize::from(core.config.mtu) - 40 - wire::UDP_HEADER;
-        if matches!(asked.asker, Requester::Udp(..)) && answer.len() > room {
+        if matches!(asked.requester, Requester::Udp(..)) && answer.len() > room {
             answer = dns::truncated(&asked.query);
         }
-        self.answer(core, asked.asker, &answer);
+        self.answer(core, asked.requester, &answer);
     }
 
-    fn answer(&mut self, core: &mut Core, asker: Requester, answer: &[u8]) {
-        match asker {
+    fn answer(&mut self, core: &mut Core, requester: Requester, answer: &[u8]) {
+        match requester {
             Requester::Udp(ends, port) => {
                 core.send_udp(Ends { src: ends.dst, dst: ends.src }, (PORT, port), answer);
             }

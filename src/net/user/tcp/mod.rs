@@ -98,15 +98,15 @@ impl TcpFlows {
     /// Takes a segment of the guest, whose data is `payload`.
     pub(super) fn segment(&mut self, core: &mut Core, segment: &Segment<'_>, payload: &mut Vec<Piece>) {
         let (ends, tcp) = (segment.ends, &segment.tcp);
-        let tuple = FlowKey { guest: (ends.src, tcp.src), remote: (ends.dst, tcp.dst) };
+        let key = FlowKey { guest: (ends.src, tcp.src), remote: (ends.dst, tcp.dst) };
         let call = tcp.flags & (SYN | ACK | RST | FIN) == SYN;
         self.plan = None;
-        let known = self.names.get(&tuple).copied();
+        let known = self.names.get(&key).copied();
         let Some(id) = known.filter(|id| !(call && self.is_over(*id))) else {
             if let Some(id) = known {
                 self.remove(core, id);
             }
-            return if call { self.call(core, tuple, tcp) } else { refuse(core, segment) };
+            return if call { self.call(core, key, tcp) } else { refuse(core, segment) };
         };
         let budget = core.config.limits.backlog.saturating_sub(self.backlog);
         let Some(flow) = self.flows.get_mut(id) else { return };
@@ -114,7 +114,7 @@ impl TcpFlows {
         let calling = flow.phase == Phase::Calling;
         let outcome = flow.segment(core, segment, payload, budget);
         if let (true, Phase::Open, Some((port, _))) = (calling, flow.phase, flow.caller) {
-            self.called.push(Called::Reached(port, tuple.guest.0));
+            self.called.push(Called::Reached(port, key.guest.0));
         }
         self.backlog = self.backlog + flow.backlog() - before;
         self.settle(core, id, outcome);
@@ -128,28 +128,28 @@ impl TcpFlows {
     /// Whether it calls somebody who is not connected yet.
     pub(super) fn is_call(&mut self, segment: &Segment<'_>) -> bool {
         let (ends, tcp) = (segment.ends, &segment.tcp);
-        let tuple = FlowKey { guest: (ends.src, tcp.src), remote: (ends.dst, tcp.dst) };
-        let known = self.names.get(&tuple).copied();
+        let key = FlowKey { guest: (ends.src, tcp.src), remote: (ends.dst, tcp.dst) };
+        let known = self.names.get(&key).copied();
         tcp.flags & (SYN | ACK | RST | FIN) == SYN && known.is_none_or(|id| self.is_over(id))
     }
 
     /// The guest calls somebody in this process, whose `socket` is connected already.
     pub(super) fn call_local(&mut self, core: &mut Core, segment: &Segment<'_>, socket: io::Result<Socket>) {
         let (ends, syn) = (segment.ends, &segment.tcp);
-        let tuple = FlowKey { guest: (ends.src, syn.src), remote: (ends.dst, syn.dst) };
+        let key = FlowKey { guest: (ends.src, syn.src), remote: (ends.dst, syn.dst) };
         self.plan = None;
-        if let Some(id) = self.names.get(&tuple).copied() {
+        if let Some(id) = self.names.get(&key).copied() {
             self.remove(core, id);
         }
         if !self.make_room(core, Begun::ByGuest) {
             core.stats.limited += 1;
             return;
         }
-        let made = socket.and_then(|socket| self.insert(core, tuple, socket, Phase::Answering, Some(syn)));
+        let made = socket.and_then(|socket| self.insert(core, key, socket, Phase::Answering, Some(syn)));
         if let Err(error) = made {
             log::debug!("the resolver cannot be called: {error}");
             core.stats.limited += 1;
-            core.send_reset(tuple, syn);
+            core.send_reset(key, syn);
         }
     }
 
@@ -158,11 +158,11 @@ impl TcpFlows {
     }
 
     /// The guest calls somebody.
-    fn call(&mut self, core: &mut Core, tuple: FlowKey, syn: &Tcp) {
-        let (address, port) = tuple.remote;
+    fn call(&mut self, core: &mut Core, key: FlowKey, syn: &Tcp) {
+        let (address, port) = key.remote;
         let to = SocketAddr::new(address, port);
         if core.config.is_gateway(address) || port == 0 {
-            return core.send_reset(tuple, syn);
+            return core.send_reset(key, syn);
         }
         if !core.may_call() || !self.make_room(core, Begun::ByGuest) {
             core.stats.limited += 1;
@@ -170,11 +170,11 @@ impl TcpFlows {
             return;
         }
         let Some(admitted) = core.admit(Protocol::Tcp, to) else {
-            return core.send_reset(tuple, syn);
+            return core.send_reset(key, syn);
         };
         match connect(core, &admitted) {
             Ok(socket) => {
-                if let Err(error) = self.insert(core, tuple, socket, Phase::Connecting, Some(syn)) {
+                if let Err(error) = self.insert(core, key, socket, Phase::Connecting, Some(syn)) {
                     log::debug!("a connection is not watched: {error}");
                     core.stats.limited += 1;
                 }
@@ -182,11 +182,11 @@ impl TcpFlows {
             Err(error) if exhausted(&error) => {
                 core.stats.limited += 1;
                 core.refused(Protocol::Tcp, to);
-                core.send_reset(tuple, syn);
+                core.send_reset(key, syn);
             }
             Err(error) => {
                 core.stats.unconnected += 1;
-                core.tell_failed(tuple, syn, &error);
+                core.tell_failed(key, syn, &error);
             }
         }
     }
@@ -213,15 +213,15 @@ impl TcpFlows {
     }
 
     /// Somebody on the host calls the guest. Gives the socket back when that cannot be.
-    pub(super) fn call_guest(&mut self, core: &mut Core, tuple: FlowKey, caller: Caller) -> Result<(), Socket> {
-        if self.names.contains_key(&tuple) || !self.make_room(core, Begun::ByCaller) {
+    pub(super) fn call_guest(&mut self, core: &mut Core, key: FlowKey, caller: Caller) -> Result<(), Socket> {
+        if self.names.contains_key(&key) || !self.make_room(core, Begun::ByCaller) {
             core.stats.limited += 1;
             return Err(caller.socket);
         }
-        if let Err(error) = self.insert(core, tuple, caller.socket, Phase::Calling, None) {
+        if let Err(error) = self.insert(core, key, caller.socket, Phase::Calling, None) {
             log::debug!("a connection is not watched: {error}");
             core.stats.limited += 1;
-        } else if let Some(flow) = self.names.get(&tuple).and_then(|id| self.flows.get_mut(*id)) {
+        } else if let Some(flow) = self.names.get(&key).and_then(|id| self.flows.get_mut(*id)) {
             flow.caller = Some((caller.port, caller.tried));
         }
         Ok(())
@@ -230,7 +230,7 @@ impl TcpFlows {
     fn insert(
         &mut self,
         core: &mut Core,
-        tuple: FlowKey,
+        key: FlowKey,
         socket: Socket,
         phase: Phase,
         syn: Option<&Tcp>,
@@ -239,7 +239,7 @@ impl TcpFlows {
         sys::fill_random(&mut seed)?;
         let iss = u32::from_ne_bytes(seed);
         // The table gives the name, which the descriptor is watched by.
-        let id = self.flows.insert(Box::new(Flow::new(Id::NONE, tuple, socket, phase, iss, core.host.now)));
+        let id = self.flows.insert(Box::new(Flow::new(Id::NONE, key, socket, phase, iss, core.host.now)));
         let Some(flow) = self.flows.get_mut(id) else { return Ok(()) };
         flow.id = id;
         flow.local = phase == Phase::Answering;
@@ -256,7 +256,7 @@ impl TcpFlows {
             return Err(error);
         }
         self.callers += usize::from(flow.begun() == Begun::ByCaller);
-        self.names.insert(tuple, id);
+        self.names.insert(key, id);
         self.settle(core, id, SegmentOutcome::Live);
         Ok(())
     }
@@ -283,7 +283,7 @@ impl TcpFlows {
     pub(super) fn review(&mut self, core: &mut Core) {
         self.plan = None;
         let denied = |flow: &Flow| {
-            let (address, port) = flow.tuple.remote;
+            let (address, port) = flow.key.remote;
             flow.outgoing
                 && !core.config.is_gateway(address)
                 && !core.allows(Protocol::Tcp, SocketAddr::new(address, port))
@@ -336,8 +336,8 @@ impl TcpFlows {
                     }
                     None => {
                         core.stats.unconnected += 1;
-                        let (tuple, syn) = (flow.tuple, flow.syn());
-                        core.tell_failed(tuple, &syn, &error);
+                        let (key, syn) = (flow.key, flow.syn());
+                        core.tell_failed(key, &syn, &error);
                     }
                 }
                 self.remove(core, id);
@@ -350,7 +350,7 @@ impl TcpFlows {
         self.backlog -= flow.backlog();
         flow.abort();
         core.host.cancel(&mut flow.alarm, Owner::Tcp(id));
-        self.names.remove(&flow.tuple);
+        self.names.remove(&flow.key);
         self.callers -= usize::from(flow.begun() == Begun::ByCaller).min(self.callers);
         // Names of what is gone would pile up otherwise.
         for over in &mut self.over {
@@ -434,7 +434,7 @@ fn send(
         }
     }
     let mut head = flow.head(core, what, n);
-    let ends = Ends { src: flow.tuple.remote.0, dst: flow.tuple.guest.0 };
+    let ends = Ends { src: flow.key.remote.0, dst: flow.key.guest.0 };
     let inner = wire::ETHERNET + wire::ip_header_len(ends.src);
     let len = head.len() - inner + n;
     let sum = wire::pseudo(ends.src, ends.dst, wire::TCP, len);
@@ -476,16 +476,16 @@ fn refuse(core: &mut Core, segment: &Segment<'_>) {
     if tcp.flags & RST != 0 {
         return;
     }
-    let tuple = FlowKey { guest: (ends.src, tcp.src), remote: (ends.dst, tcp.dst) };
+    let key = FlowKey { guest: (ends.src, tcp.src), remote: (ends.dst, tcp.dst) };
     let len = segment.len as u32 + u32::from(tcp.flags & FIN != 0);
-    core.send_reset(tuple, &Tcp { seq: tcp.seq.wrapping_add(len), ..*tcp });
+    core.send_reset(key, &Tcp { seq: tcp.seq.wrapping_add(len), ..*tcp });
 }
 
 impl Core {
     /// Answers `tcp`, whose last number is `seq`, with a reset.
-    fn send_reset(&mut self, tuple: FlowKey, tcp: &Tcp) {
-        let ends = Ends { src: tuple.remote.0, dst: tuple.guest.0 };
-        let reset = Tcp { src: tuple.remote.1, dst: tuple.guest.1, ..Tcp::default() };
+    fn send_reset(&mut self, key: FlowKey, tcp: &Tcp) {
+        let ends = Ends { src: key.remote.0, dst: key.guest.0 };
+        let reset = Tcp { src: key.remote.1, dst: key.guest.1, ..Tcp::default() };
         let reset = if tcp.flags & ACK != 0 {
             Tcp { seq: tcp.ack, flags: RST, ..reset }
         } else {
@@ -498,18 +498,18 @@ impl Core {
     }
 
     /// Tells the guest why its call failed, as a network would.
-    fn tell_failed(&mut self, tuple: FlowKey, syn: &Tcp, error: &io::Error) {
+    fn tell_failed(&mut self, key: FlowKey, syn: &Tcp, error: &io::Error) {
         match error.kind() {
             // Nobody answered; nobody does.
             io::ErrorKind::TimedOut => {}
             io::ErrorKind::HostUnreachable | io::ErrorKind::NetworkUnreachable | io::ErrorKind::PermissionDenied => {
                 let why = Unreachable::of(error.kind());
-                let ends = Ends { src: tuple.guest.0, dst: tuple.remote.0 };
+                let ends = Ends { src: key.guest.0, dst: key.remote.0 };
                 let mut head = Head::ip(self.macs(), ends, wire::TCP, wire::tcp_header_len(syn));
-                head.tcp(&Tcp { src: tuple.guest.1, dst: tuple.remote.1, ..*syn });
+                head.tcp(&Tcp { src: key.guest.1, dst: key.remote.1, ..*syn });
                 icmp::unreachable(self, why, ends, head.from(wire::ETHERNET));
             }
-            _ => self.send_reset(tuple, syn),
+            _ => self.send_reset(key, syn),
         }
     }
 }

@@ -249,6 +249,12 @@ fn the_flow_that_was_idle_for_longest_makes_room() {
     assert_eq!(guest.net.stats().datagram_flows, 4);
 }
 
+/// Apart, as a guest is large and the stack of a test is not.
+fn opens_a_connection_to_the_resolver() -> bool {
+    let mut guest = Guest::of(Config::new(local()), Offloads::all());
+    guest.net.clients.open(&mut guest.net.core).is_ok()
+}
+
 #[test]
 fn a_guest_leaves_descriptors_to_its_embedder() {
     const CHILD: &str = "COFFERDAM_TEST_DESCRIPTORS";
@@ -283,6 +289,7 @@ fn a_guest_leaves_descriptors_to_its_embedder() {
     let its = other.udp(4000);
     let others = take_all(&mut other, its);
     assert!((200..384).contains(&others.datagram_flows) && others.limited > 500, "{others:?}");
+    assert!(!opens_a_connection_to_the_resolver(), "that would be the embedder's");
     drop(other);
     let files: Vec<_> = (0..250).map(|_| std::fs::File::open("/dev/null").unwrap()).collect();
     drop(files);
@@ -296,10 +303,13 @@ fn a_guest_leaves_descriptors_to_its_embedder() {
         let handle = guest.udp(4000);
         (take_all(&mut guest, handle).datagram_flows, guest)
     };
-    let (flows, its) = part(&share);
+    let (flows, mut its) = part(&share);
     assert_eq!(flows, 28, "an eighth is left to vsock");
     assert!(share.vsock(4).is_some() && share.vsock(5).is_none());
     assert_eq!(part(&share).0, 0, "a second card has no more");
+    // What a new policy closes is the guest's again at once.
+    its.net.set_policy(Policy::deny_all()).unwrap();
+    assert!(share.vsock(32).is_some());
     drop(its);
     assert_eq!(part(&share).0, 28);
     // Whoever needs fewer for itself says so.

@@ -82,7 +82,7 @@ pub(super) const SHIFT: u8 = 5;
 #[derive(Debug)]
 pub(super) struct Flow {
     pub id: Id,
-    pub tuple: FlowKey,
+    pub key: FlowKey,
     pub phase: Phase,
     /// `None` when it is over.
     socket: Option<Socket>,
@@ -141,11 +141,11 @@ fn after(a: u32, b: u32) -> bool {
 
 impl Flow {
     /// `socket` is connecting, or connected when `phase` is not that. `syn` is the guest's.
-    pub(super) fn new(id: Id, tuple: FlowKey, socket: Socket, phase: Phase, iss: u32, now: Instant) -> Self {
+    pub(super) fn new(id: Id, key: FlowKey, socket: Socket, phase: Phase, iss: u32, now: Instant) -> Self {
         let peeks = socket.peek_from(0).is_ok();
         Self {
             id,
-            tuple,
+            key,
             phase,
             socket: Some(socket),
             local: false,
@@ -158,7 +158,7 @@ impl Flow {
             window_seq: 0,
             window_ack: 0,
             their_shift: 0,
-            mss: if tuple.guest.0.is_ipv4() { DEFAULT_MSS.0 } else { DEFAULT_MSS.1 },
+            mss: if key.guest.0.is_ipv4() { DEFAULT_MSS.0 } else { DEFAULT_MSS.1 },
             fin: None,
             fin_acked: false,
             duplicates: 0,
@@ -190,7 +190,7 @@ impl Flow {
     /// The guest's SYN, as far as it matters to those who quote it.
     pub(super) fn syn(&self) -> Tcp {
         let (seq, window) = (self.received.wrapping_sub(1), self.window as u16);
-        Tcp { src: self.tuple.guest.1, dst: self.tuple.remote.1, seq, flags: SYN, window, ..Tcp::default() }
+        Tcp { src: self.key.guest.1, dst: self.key.remote.1, seq, flags: SYN, window, ..Tcp::default() }
     }
 
     /// The guest is called, and may scale windows if it likes.
@@ -209,7 +209,7 @@ impl Flow {
     /// What the guest's SYN says.
     pub(super) fn called(&mut self, syn: &Tcp, mtu: u16) {
         self.outgoing |= self.phase != Phase::Calling;
-        let headers = wire::ip_header_len(self.tuple.guest.0) as u16 + 20;
+        let headers = wire::ip_header_len(self.key.guest.0) as u16 + 20;
         // Less than anybody's minimum would only make small segments.
         self.mss = syn.mss.unwrap_or(self.mss).clamp(88, mtu.max(576) - headers);
         self.their_shift = syn.shift.unwrap_or(0);

@@ -47,13 +47,13 @@ impl Flow {
         if !self.cuts(core) {
             return mss;
         }
-        let headers = wire::ip_header_len(self.tuple.guest.0) + 20;
+        let headers = wire::ip_header_len(self.key.guest.0) + 20;
         (wire::MAX_PACKET - headers) / mss * mss
     }
 
     /// Whether the guest takes frames that stand for many.
     pub(in crate::net::user::tcp) fn cuts(&self, core: &Core) -> bool {
-        let four = self.tuple.guest.0.is_ipv4();
+        let four = self.key.guest.0.is_ipv4();
         let tso = if four { Offloads::TSO4 } else { Offloads::TSO6 };
         core.agreed.to_guest.contains(tso | Offloads::CSUM)
     }
@@ -65,7 +65,7 @@ impl Flow {
             (What::Syn, None) => 4,
             _ => 0,
         };
-        wire::ETHERNET + wire::ip_header_len(self.tuple.guest.0) + 20 + options
+        wire::ETHERNET + wire::ip_header_len(self.key.guest.0) + 20 + options
     }
 
     /// The headers of `what`, which is being sent now with `n` bytes of data.
@@ -79,7 +79,7 @@ impl Flow {
             What::Ack => ACK,
         };
         let syn = flags & SYN != 0;
-        let headers = wire::ip_header_len(self.tuple.guest.0) as u16 + 20;
+        let headers = wire::ip_header_len(self.key.guest.0) as u16 + 20;
         let tcp = Tcp {
             mss: syn.then_some(core.config.mtu - headers),
             shift: if syn { self.our_shift } else { None },
@@ -100,7 +100,7 @@ impl Flow {
             self.active = core.host.now;
         }
         (self.ack_due, self.probe) = (false, false);
-        let ends = Ends { src: self.tuple.remote.0, dst: self.tuple.guest.0 };
+        let ends = Ends { src: self.key.remote.0, dst: self.key.guest.0 };
         let mut head = Head::ip(core.macs(), ends, wire::TCP, wire::tcp_header_len(&tcp) + n);
         head.tcp(&tcp);
         head
@@ -116,13 +116,13 @@ impl Flow {
         }
         let window = (self.edge.wrapping_sub(self.received) >> shift).min(0xffff) as u16;
         let ack = if flags & ACK != 0 { self.received } else { 0 };
-        let (src, dst) = (self.tuple.remote.1, self.tuple.guest.1);
+        let (src, dst) = (self.key.remote.1, self.key.guest.1);
         Tcp { src, dst, seq: self.sent, ack, flags, window, ..Tcp::default() }
     }
 
     /// Sends a segment without data past everything else.
     pub(in crate::net::user::tcp) fn answer(&mut self, core: &mut Core, flags: u8) {
-        let ends = Ends { src: self.tuple.remote.0, dst: self.tuple.guest.0 };
+        let ends = Ends { src: self.key.remote.0, dst: self.key.guest.0 };
         let mut tcp = self.header(flags);
         // The guest believes a reset only where it expects the next segment, which is behind all it was sent.
         tcp.seq = self.max;
