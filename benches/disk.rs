@@ -16,7 +16,8 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
-use cofferdam::{Console, Disk, Image, Initramfs, Kernel, Size, Vm};
+use cofferdam::kernel::Initramfs;
+use cofferdam::{Console, Disk, Image, Kernel, Size, Vm};
 use common::{Running, cache, figure, kernel, microvm};
 
 /// What `fio` does: how it is called here, and its options. The first touches all that it needs; what the second takes, which is

@@ -15,7 +15,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use cofferdam::{Console, Initramfs, Kernel, Size, Vm};
+use cofferdam::kernel::Initramfs;
+use cofferdam::{Console, Kernel, Size, Vm};
 use common::{Running, figure, kernel, median, microvm};
 
 /// Exits of each kind that are counted.
@@ -66,7 +67,7 @@ fn initramfs(init: Vec<u8>) -> Initramfs {
 }
 
 /// The kernel's trace of system calls.
-struct Trace(PathBuf);
+struct ExitReport(PathBuf);
 
 /// What one thread does.
 #[derive(Default)]
@@ -92,7 +93,7 @@ impl Thread {
     }
 }
 
-impl Trace {
+impl ExitReport {
     /// `None` where this process may not.
     fn new() -> Option<Self> {
         let at = Path::new("/sys/kernel/tracing");
@@ -149,7 +150,7 @@ impl Trace {
     }
 }
 
-fn ours(kernel: &Kernel, trace: &Trace, init: Vec<u8>) -> f64 {
+fn ours(kernel: &Kernel, trace: &ExitReport, init: Vec<u8>) -> f64 {
     let kernel = kernel.clone().cmdline("console=hvc0 quiet").initramfs(initramfs(init));
     let _vm = Vm::builder(kernel).memory(Size::mib(128)).start().expect("it starts");
     // Until it does nothing else any more.
@@ -157,7 +158,7 @@ fn ours(kernel: &Kernel, trace: &Trace, init: Vec<u8>) -> f64 {
     trace.exits()
 }
 
-fn qemu(trace: &Trace, init: &[u8]) -> Option<f64> {
+fn qemu(trace: &ExitReport, init: &[u8]) -> Option<f64> {
     let dir = std::env::temp_dir().join(format!("cofferdam-exits-{}", std::process::id()));
     fs::create_dir_all(dir.join("root/dev")).ok()?;
     fs::write(dir.join("root/init"), init).ok()?;
@@ -205,7 +206,7 @@ fn pauses(kernel: &Kernel) {
 fn main() {
     let kernel = Kernel::find().expect("a kernel: run `make setup`");
     pauses(&kernel);
-    let Some(trace) = Trace::new() else {
+    let Some(trace) = ExitReport::new() else {
         println!("exits: this process may not trace system calls; run it as root");
         return;
     };

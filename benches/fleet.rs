@@ -9,7 +9,8 @@ mod common;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use cofferdam::{Container, Image, Kernel, Size, WritableLayer};
+use cofferdam::disk::WritableLayer;
+use cofferdam::{Container, Image, Kernel, Size};
 use common::{cache, figure, median};
 
 const ALL: usize = 200;
@@ -33,7 +34,7 @@ fn main() {
         Container::builder(image.clone())
             .kernel(kernel.clone())
             .memory(Size::mib(64))
-            .disk(WritableLayer::new(Size::gib(4)).folder(std::env::temp_dir()))
+            .writable_layer(WritableLayer::new(Size::gib(4)).scratch_dir(std::env::temp_dir()))
             .start()
             .expect("it starts")
     };

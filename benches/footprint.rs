@@ -7,7 +7,8 @@ mod common;
 use std::io::Write;
 use std::time::Duration;
 
-use cofferdam::{Console, Initramfs, Kernel, Size, Vm};
+use cofferdam::kernel::Initramfs;
+use cofferdam::{Console, Kernel, Size, Vm};
 use common::{Running, figure, kernel, microvm};
 
 const MEMORY: u64 = 64;

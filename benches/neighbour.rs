@@ -13,9 +13,9 @@ mod tiny;
 
 use std::time::{Duration, Instant};
 
-use cofferdam::{
-    Cgroup, Container, ContainerBuilder, Image, Initramfs, Kernel, Process, Size, Vm, VmBuilder, WritableLayer,
-};
+use cofferdam::disk::WritableLayer;
+use cofferdam::kernel::Initramfs;
+use cofferdam::{Cgroup, Container, ContainerBuilder, Image, Kernel, Process, Size, Vm, VmBuilder};
 use common::{cache, figure};
 
 struct Bench {
@@ -45,7 +45,7 @@ impl Bench {
         let builder = Container::builder(self.image.clone())
             .kernel(self.kernel.clone())
             .memory(Size::mib(192))
-            .disk(WritableLayer::new(Size::gib(4)).folder(std::env::temp_dir()));
+            .writable_layer(WritableLayer::new(Size::gib(4)).scratch_dir(std::env::temp_dir()));
         builder.cgroup(Cgroup::new()).start_timeout(Duration::from_secs(300))
     }
 

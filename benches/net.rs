@@ -22,7 +22,9 @@ use std::process::{Command, Stdio};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-use cofferdam::{Cidr, Console, Initramfs, Kernel, Net, Policy, Rule, Size, Vm};
+use cofferdam::kernel::Initramfs;
+use cofferdam::net::{Cidr, Policy, Rule};
+use cofferdam::{Console, Kernel, Net, Size, Vm};
 use common::{Running, figure, kernel, microvm};
 use heap::heap;
 use serde_json::Value;
@@ -314,7 +316,7 @@ impl Bench {
     fn user(&self) -> (Outcome, usize) {
         let user = |host: SocketAddr| {
             let there = Cidr::new(host.ip(), 32).expect("one address");
-            Net::user(Policy::deny_all().rule(Rule::allow_range(there)))
+            Net::user(Policy::deny_all().rule(Rule::allow_range(there))).into()
         };
         let before = heap();
         let ours = self.ours(user, USER, None).expect("a user-mode network");
@@ -337,8 +339,8 @@ impl Bench {
         compare("user-mode (QEMU: passt)", user, passt.as_ref());
         let socket = through(&|passt, socket| {
             let socket = UnixStream::connect(socket).ok()?;
-            let net = |_| Net::fd(socket).mtu(PASST.2);
-            self.ours(net, PASST, Some(passt)).inspect_err(|error| eprintln!("Net::fd: {error}")).ok()
+            let net = |_| Net::socket(socket).mtu(PASST.2).into();
+            self.ours(net, PASST, Some(passt)).inspect_err(|error| eprintln!("Net::socket: {error}")).ok()
         });
         if let Some(socket) = socket {
             compare("socket to passt (QEMU: the same)", &socket, passt.as_ref());
@@ -411,7 +413,7 @@ fn main() {
         figure("user-mode: heap of an idle connection", ours.idle / 1024.0, "KiB", None);
     }
     if wanted("tap") {
-        let tap = bench.ours(|_| Net::tap(TAP), ON_TAP, None).expect("a tap");
+        let tap = bench.ours(|_| Net::tap(TAP).into(), ON_TAP, None).expect("a tap");
         let netdev = format!("tap,ifname={TAP},script=no,downscript=no,vhost=off");
         compare("tap (QEMU: tap)", &tap, bench.qemu(&netdev, ON_TAP, None).as_ref());
     }

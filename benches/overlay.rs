@@ -9,7 +9,8 @@ mod heap;
 use std::fs::File;
 use std::time::Instant;
 
-use cofferdam::{Overlay, Size};
+use cofferdam::Size;
+use cofferdam::disk::Overlay;
 use common::figure;
 
 /// The median and the 99th percentile of `count` runs, in milliseconds.

@@ -11,7 +11,8 @@ mod life;
 
 use std::time::{Duration, Instant};
 
-use cofferdam::{Container, Image, Kernel, Size, Vm, WritableLayer};
+use cofferdam::disk::WritableLayer;
+use cofferdam::{Container, Image, Kernel, Size, Vm};
 use common::{cache, figure, median};
 use life::ms;
 
@@ -30,7 +31,7 @@ fn stock() {
         let kernel = kernel.clone().cmdline(cmdline).initramfs(life::initramfs());
         let begin = Instant::now();
         let vm = Vm::builder(kernel).start().expect("the guest starts");
-        vm.wait().expect("the guest ends");
+        vm.wait();
         if round > 0 {
             whole.push(ms(begin.elapsed()));
         }
@@ -56,7 +57,7 @@ fn container(kernel: &Kernel, image: &Image) {
         Container::builder(image.clone())
             .kernel(kernel.clone())
             .memory(Size::mib(128))
-            .disk(WritableLayer::new(Size::gib(4)).folder(std::env::temp_dir()))
+            .writable_layer(WritableLayer::new(Size::gib(4)).scratch_dir(std::env::temp_dir()))
             .start()
             .expect("it starts")
     };
@@ -75,10 +76,10 @@ fn container(kernel: &Kernel, image: &Image) {
         "ms",
         None,
     );
-    figure("container: start to user space", ms(startup.user_space), "ms", None);
+    figure("container: start to user space", ms(startup.user_space_started), "ms", None);
     figure(
         "container: the same beyond the guest's uptime",
-        ms(startup.user_space.saturating_sub(startup.kernel_uptime)),
+        ms(startup.user_space_started.saturating_sub(startup.kernel_uptime)),
         "ms",
         None,
     );

@@ -18,7 +18,7 @@ use std::os::unix::net::UnixStream;
 use std::process::Command;
 use std::time::Instant;
 
-use cofferdam::DiskEngine;
+use cofferdam::disk::IoEngine;
 use cofferdam::fuzzing::bench;
 use common::figure;
 
@@ -36,7 +36,7 @@ fn measure(unit: &str, n: u32) {
     figure("queue: one chain, kick to interrupt", each(n, || queue.run(n)), unit, None);
 
     let mut page = vec![0; 4096];
-    for (name, engine) in [("io_uring", DiskEngine::Ring), ("calls", DiskEngine::Threads)] {
+    for (name, engine) in [("io_uring", IoEngine::IoUring), ("calls", IoEngine::Threads)] {
         let mut blk = bench::Blk::new(engine);
         let file = blk.file();
         let pread = each(n, || (0..n).for_each(|_| file.read_exact_at(&mut page, 0).expect("a read")));
@@ -62,7 +62,7 @@ fn measure(unit: &str, n: u32) {
 
 fn main() {
     if std::env::args().any(|argument| argument == "ring") {
-        return bench::Blk::new(DiskEngine::Ring).run(10_000);
+        return bench::Blk::new(IoEngine::IoUring).run(10_000);
     }
     if std::env::var_os("COFFERDAM_IN_LAB").is_some() {
         return measure("instructions", 2_000);

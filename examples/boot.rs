@@ -8,7 +8,8 @@
 
 use std::io::stdout;
 
-use cofferdam::{Console, Exit, Initramfs, Kernel, Size, Vm};
+use cofferdam::kernel::Initramfs;
+use cofferdam::{Console, Exit, Kernel, Size, Vm};
 
 const INIT: &str = "#!/bin/busybox sh
 /bin/busybox mount -t proc proc /proc
@@ -42,8 +43,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         .memory(Size::mib(128))
         .console(Console::writer(stdout()))
         .start()?;
-    match vm.wait()? {
-        Exit::PowerOff | Exit::Reboot(_) => Ok(()),
+    match vm.wait() {
+        Exit::PowerOff { .. } | Exit::Reboot { .. } => Ok(()),
         exit => Err(exit.to_string().into()),
     }
 }

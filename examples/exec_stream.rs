@@ -7,7 +7,8 @@
 use std::io::{BufRead, BufReader, Write};
 use std::thread;
 
-use cofferdam::{Container, Image, Stdio};
+use cofferdam::process::Stdio;
+use cofferdam::{Container, Image};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let rootfs = std::env::args().nth(1).ok_or("usage: exec_stream ROOTFS_TAR_OR_DIRECTORY")?;

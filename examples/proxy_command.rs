@@ -17,7 +17,9 @@ use std::process::ExitCode;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use cofferdam::{Container, ErrorKind, Image, Stdio, VsockStream};
+use cofferdam::process::Stdio;
+use cofferdam::vsock::VsockStream;
+use cofferdam::{Container, ErrorKind, Image};
 
 /// How long the service may take until it listens.
 const PATIENCE: Duration = Duration::from_secs(60);

@@ -11,7 +11,8 @@ use std::io::{self, copy, stderr, stdout};
 use std::process::ExitCode;
 use std::thread;
 
-use cofferdam::{Container, ErrorKind, ExitStatus, Image, Kernel, Size, Stdio};
+use cofferdam::process::{ExitStatus, Stdio};
+use cofferdam::{Container, ErrorKind, Image, Kernel, Size};
 
 fn main() -> ExitCode {
     let args = match Args::parse() {
@@ -24,8 +25,8 @@ fn main() -> ExitCode {
         }
     };
     match run(args) {
-        Ok(ExitStatus::Exited(code)) => ExitCode::from(code),
-        Ok(ExitStatus::Signaled(signal)) => ExitCode::from(128 + signal),
+        Ok(ExitStatus::Exited { code }) => exit_code(code),
+        Ok(ExitStatus::Signaled { signal }) => exit_code(128 + signal),
         Ok(other) => {
             eprintln!("run: {other}");
             ExitCode::from(125)
@@ -59,6 +60,11 @@ fn run(args: Args) -> cofferdam::Result<ExitStatus> {
         result?;
     }
     process.wait()
+}
+
+/// What a shell would exit with: the eight lowest bits.
+fn exit_code(code: i32) -> ExitCode {
+    ExitCode::from(u8::try_from(code & 0xff).unwrap_or(1))
 }
 
 struct Args {

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 
 use crate::boot::{Kernel, read_modules, tiny};
 use crate::bus::{Bus, BusDevice};
-use crate::event::Loop;
+use crate::event_loop::Loop;
 use crate::irq::Interrupt;
 use crate::memory::{GuestAddress, GuestMemory};
 use crate::sys::{self, RegisterPage};
@@ -22,8 +22,8 @@ use crate::virtio::vsock::packet::{HEADER, Header, Op, TYPE_STREAM};
 use crate::virtio::vsock::{GUEST_CID, HOST_CID, Vsock, VsockListener};
 use crate::virtio::{MmioTransport, Slots, VirtioDevice};
 
-use crate::net::fuzzing::Bytes;
-pub use crate::net::fuzzing::{
+use crate::network::fuzzing::Bytes;
+pub use crate::network::fuzzing::{
     amplification as net_amplification, dhcp as net_dhcp, dns as net_dns, header as net_header, policy as net_policy,
     switch as net_switch, user_frame as net_user_frame,
 };
@@ -134,13 +134,16 @@ pub fn qcow2_open(data: &[u8]) {
 /// write cache. Meanwhile the disk grows, and the machine is paused and resumed.
 pub fn blk_request(data: &[u8]) {
     let flavour = data.first().copied().unwrap_or_default();
-    let disk = sys::scratch_file(crate::Size::kib(64)).map(|f| RawFile::from_file(f, flavour == 1));
+    let disk =
+        sys::scratch_file(&std::env::temp_dir(), crate::Size::kib(64)).map(|f| RawFile::from_file(f, flavour == 1));
     let Ok(Ok(disk)) = disk else { return };
-    let engine = if flavour & 2 == 0 { crate::DiskEngine::Threads } else { crate::DiskEngine::Ring };
+    let engine =
+        if flavour & 2 == 0 { crate::virtio::blk::IoEngine::Threads } else { crate::virtio::blk::IoEngine::IoUring };
     let queues = if flavour & 4 == 0 { 1 } else { 3 };
-    let limit = crate::DiskLimit::none().write_operations(crate::Rate::per_second(1_000_000).once(3));
-    let limit = if flavour & 8 == 0 { crate::DiskLimit::none() } else { limit };
-    let disk = Blk::new(Box::new(disk), Options { engine, queues, limit, ..Options::new("fuzz") });
+    let limit =
+        crate::virtio::blk::DiskLimit::none().write_operations(crate::Rate::per_second(1_000_000).one_time_burst(3));
+    let limit = if flavour & 8 == 0 { crate::virtio::blk::DiskLimit::none() } else { limit };
+    let disk = Blk::new(Box::new(disk), Options { engine, queues, limit, ..Options::new(0) });
     let (mut bytes, mut driver) = (Bytes(data), Driver::start(disk));
     let patience = std::time::Duration::from_secs(10);
     while !bytes.done() {
@@ -383,10 +386,10 @@ pub mod bench {
             clippy::unwrap_used,
             reason = "for this repository's bench alone"
         )]
-        pub fn new(engine: crate::DiskEngine) -> Self {
-            let file = sys::scratch_file(crate::Size::mib(1)).unwrap();
+        pub fn new(engine: crate::virtio::blk::IoEngine) -> Self {
+            let file = sys::scratch_file(&std::env::temp_dir(), crate::Size::mib(1)).unwrap();
             let disk = RawFile::from_file(file.try_clone().unwrap(), false).unwrap();
-            let disk = super::Blk::new(Box::new(disk), Options { engine, ..Options::new("") });
+            let disk = super::Blk::new(Box::new(disk), Options { engine, ..Options::new(0) });
             assert_eq!(disk.engine(), engine);
             Self(Driver::start(disk), file)
         }

@@ -21,34 +21,39 @@
 //! A VM without a container boots a kernel and an initramfs:
 //!
 //! ```no_run
-//! use cofferdam::{Console, Initramfs, Kernel, Vm};
+//! use cofferdam::{Console, Kernel, Vm};
+//! use cofferdam::kernel::Initramfs;
 //!
 //! # fn main() -> cofferdam::Result<()> {
 //! let kernel = Kernel::open("vmlinux")?.cmdline("console=hvc0").initramfs(Initramfs::open("initramfs.cpio")?);
 //! let vm = Vm::builder(kernel).console(Console::writer(Vec::new())).start()?;
-//! println!("{}", vm.wait()?);
+//! println!("{}", vm.wait());
 //! # Ok(())
 //! # }
 //! ```
 //!
 //! # Nouns
 //!
-//! The **VM layer** boots kernels. A [`Kernel`] is opened once and booted any number of times. [`Vm::builder`] describes a
-//! machine, and a [`Vm`] runs until its [`Exit`] says how it ended.
+//! | noun | is | more in |
+//! | --- | --- | --- |
+//! | [`Kernel`] | what a machine boots; opened once, booted any number of times | [`kernel`] |
+//! | [`Vm`] | a machine that runs until its [`Exit`] says how it ended | [`exit`], [`event`], [`stats`] |
+//! | `Image` | a root file system | `image` |
+//! | `Container` | a machine of its own around a private copy of an image | [`event`], [`stats`] |
+//! | `Exec`, `Process` | a program in a container, with the words of [`std::process`] | `process` |
+//! | [`Disk`], [`Net`], [`Console`] | what a machine is given; each kind has a builder of its own | [`disk`], [`net`], [`backend`], [`vsock`] |
+//! | [`Cgroup`], [`Rate`], [`Size`] | what it may take | [`memory`], [`cpu`] |
+//! | [`Host`] | whether this machine can run others at all | [`host`] |
+//! | [`Error`] | what failed, where, and what to do; [`ErrorKind`] is for programs | |
 //!
-//! The **container layer** (feature `container`, on by default) runs programs. An `Image` is a root file system. A
-//! `Container` is a VM of its own around a private copy of it. A `Process` runs in there, with the vocabulary of
-//! [`std::process::Command`].
-//!
-//! Everywhere, [`Error`] says what failed, where, and what to do, and [`Size`] is bytes as a type. [`Host::probe`] says
-//! whether this machine can run virtual machines at all. The rest are config values and handles reached from these.
+//! The nouns in the form `Container` belong to the feature `container`, which is on by default.
 //!
 //! # What a guest is granted
 //!
 //! Nothing, by default: no network, no standard input, no environment, no path of the host, no device of the host.
 //!
 //! It has the memory, processors, disks, network cards and vsock ports that its builder was told. Of a `Net::user` it has only
-//! what its [`Policy`] allows, and of a [`Switch`] only the other guests on it. It also has a console whose last 64 KiB are
+//! what its [`Policy`](net::Policy) allows, and of a [`Switch`](net::Switch) only the other guests on it. It also has a console whose last 64 KiB are
 //! kept, and the host's random numbers.
 //!
 //! # What an embedder can rely on
@@ -62,7 +67,7 @@
 //! - a real-time signal whose handler does nothing ([`VmBuilder::kick_signal`]);
 //! - a handler for fork (`pthread_atfork`);
 //! - a list of the prepared disks that were found whole;
-//! - how many descriptors guests leave to the embedder ([`set_descriptor_reserve`]), and how many they have;
+//! - how many descriptors guests leave to the embedder ([`set_descriptor_reserve`](host::set_descriptor_reserve)), and how many they have;
 //! - the address of a Kubernetes API server, read once from the environment (`KUBERNETES_SERVICE_HOST`).
 //!
 //! All descriptors are close-on-exec. A child that fork makes and that goes on without exec has no copy of a guest's memory.
@@ -87,30 +92,30 @@
 //! | `ContainerBuilder::start` | the same, then `ContainerBuilder::start_timeout`, 30 s unless set, and 4 s; less when its `CancelToken` is cancelled |
 //! | [`VmBuilder::start`] | for the host alone |
 //! | `Exec::spawn` | until the guest has started the program: 72 s, or `Exec::timeout` and 2 s |
-//! | `Exec::output`, `Exec::status`, `Process::wait` | with `Exec::timeout`: that and 4 s; without: as long as the program runs |
+//! | `Exec::output`, `Exec::status`, `Process::wait` | with `Exec::timeout`: that and 4 s; without: as long as the program runs; 10 s more where its output goes to a file |
 //! | `Process::wait` after `Process::kill` | 2 s |
 //! | `Process::wait_with_output` | as `Process::wait`, and 10 s for what was printed |
 //! | `Process::kill`, `Process::signal` | 10 s, for a host that is busy |
 //! | `Container::connect` | 21 s: 10 s for a host that is busy, 11 s for the guest |
 //! | [`Vm::connect`] | 20 s: 10 s for a host that is busy, 10 s for the guest |
-//! | `Container::stop`, [`Vm::shutdown`] | the grace and 2 s; 15 s more where a file of the host's, or a writer or network of the embedder's, hangs |
+//! | `Container::stop`, [`Vm::stop`] | the grace and 2 s; 15 s more where a file of the host's, or a writer or network of the embedder's, hangs |
 //! | `Container::kill`, [`Vm::kill`] | does not wait |
-//! | [`Vm::resume`] | 11 s, for a pause that another thread has begun |
-//! | dropping a `Container` or a [`Vm`] | milliseconds; 15 s where a file of the host's, or a writer or network of the embedder's, hangs |
+//! | `Container::resume`, [`Vm::resume`] | 11 s, for a pause that another thread has begun |
+//! | dropping the last handle of a `Container` or a [`Vm`] | milliseconds; 15 s where a file of the host's, or a writer or network of the embedder's, hangs |
 //! | `Container::wait`, [`Vm::wait`] | as long as the machine runs |
-//! | [`VsockListener::accept`], the iterator of [`Events`] | until something comes, or the machine ends |
-//! | reads and writes of a [`VsockStream`], `ProcessReader` or `ProcessWriter` | as the stream's timeouts say; without: until the guest goes on, or the machine ends |
-//! | [`Vm::pause`] | 11 s |
-//! | [`Vm::memory_stats`] | 11 s: 10 s for a host that is busy, 1 s for the guest |
-//! | [`Vm::set_balloon`], [`Vm::memory_fd`], [`Vm::listen`], methods of [`NetHandle`], [`PublishedPort`] and [`DiskHandle`] | 10 s, for a host that is busy |
+//! | [`VsockListener::accept`](vsock::VsockListener::accept), the iterator of [`Events`](event::Events) | until something comes, or the machine ends |
+//! | reads and writes of a [`VsockStream`](vsock::VsockStream), `ProcessReader` or `ProcessWriter` | as the stream's timeouts say; without: until the guest goes on, or the machine ends |
+//! | `Container::pause`, [`Vm::pause`] | 11 s |
+//! | `Container::memory_stats`, [`Vm::memory_stats`] | 11 s: 10 s for a host that is busy, 1 s for the guest |
+//! | [`Vm::set_balloon`], [`Vm::memory_fd`], [`Vm::listen`], methods of [`NetHandle`](net::NetHandle), [`PublishedPort`](net::PublishedPort) and [`DiskHandle`](disk::DiskHandle) | 10 s, for a host that is busy |
 //! | whatever ends with `_timeout` | the time that it is given |
-//! | [`Vm::stats`], [`Vm::trace`], [`Vm::timeline`], [`Vm::events`], whatever begins with `try_`, and all else that these handles have | does not wait |
+//! | [`Vm::stats`], [`Vm::report`], [`Vm::timeline`], [`Vm::events`], the same of `Container`, whatever begins with `try_`, and all else that these handles have | does not wait |
 //!
 //! # What guests of one process share
 //!
 //! All guests are in the embedder's address space. A guest that breaks out of its virtual machine arrives among the
 //! embedder's secrets and the other guests. Processors have faults by which a guest reads what it may not (VMSCAPE, L1TF, MDS
-//! and others). They are as closed as the host's kernel closes them: [`Host::probe`] tells what it says ([`Exposure`]).
+//! and others). They are as closed as the host's kernel closes them: [`Host::probe`] tells what it says ([`Exposure`](host::Exposure)).
 //!
 //! Guests of one kernel share its pages, and guests of one image or base disk those of the host's page cache. By time
 //! (Flush+Reload) a guest can find out which of them another uses. Guests that must not learn that of each other need images
@@ -123,27 +128,20 @@
 //! | `vcpuN` | vCPU | runs the guest |
 //! | `io` | VM | owns its devices but disks |
 //! | `disks` | VM with raw disks that io_uring serves alone | owns those disks |
-//! | `diskN` | overlay, qcow2 or in-memory disk, or disk without io_uring ([`DiskEngine`]) | owns that disk, and blocks in its file |
+//! | `diskN` | overlay, qcow2 or in-memory disk, or disk without io_uring ([`IoEngine`](disk::IoEngine)) | owns that disk, and blocks in its file |
 //! | `console` | writer of a [`Console`] | calls the writer, which may block |
-//! | `capture` | [`Capture`] | writes it, and may block |
+//! | `capture` | [`Capture`](net::Capture) | writes it, and may block |
 //! | `agent` | container | speaks with the guest |
 //! | `image` | image that is opened or prepared | reads and writes it |
+//! | `stdin`, `stdout`, `stderr` | stream of a process that is a file or bytes (`Stdio`) | carries them, and may block |
 //! | `left-behind` | disk whose file does not answer at the end | owns what the kernel still uses |
+//! | `reaper` | VM whose last handle was dropped on a thread of its own | waits for its end |
 //!
 //! Threads of disks are scheduled as `SCHED_BATCH`: they preempt no vCPU when a request comes, so that requests come together.
 //!
-//! Calls block and need no runtime. What can be waited for also has a descriptor (`AsFd`) for poll, epoll, tokio, smol or mio.
-//! All handles are `Send` and `Sync`. Dropping a [`Vm`] or a `Container` kills it and waits for its threads.
-//!
-//! # Layers
-//!
-//! ```text
-//! container   Image, Container, exec, the agent's client          guest   the shim: PID 1 in the guest
-//! vm          builder, machine, vCPU threads, ends                proto   what both say to each other
-//! virtio      device model, mmio transport: blk net vsock console rng balloon
-//! net         what carries frames: the user-mode stack with its policy and names, switches, taps, sockets, captures
-//! boot arch legacy kvm bus irq event memory sys
-//! ```
+//! Calls block and need no runtime. What can be waited for also has a descriptor (`AsFd`, `AsRawFd`) for poll, epoll, tokio,
+//! smol or mio. All handles are `Send` and `Sync`. Handles of machines are cheap to clone; dropping the last one kills the
+//! machine and waits for its threads.
 
 #![cfg_attr(not(feature = "container"), allow(dead_code, unused_imports, reason = "only the container layer uses it"))]
 
@@ -153,7 +151,7 @@ mod bus;
 #[cfg(feature = "container")]
 mod container;
 mod error;
-mod event;
+mod event_loop;
 #[cfg(any(test, feature = "internals"))]
 #[doc(hidden)]
 pub mod fuzzing;
@@ -163,8 +161,8 @@ mod guest;
 mod irq;
 mod kvm;
 mod legacy;
-mod memory;
-mod net;
+pub mod memory;
+mod network;
 #[cfg(any(feature = "container", test))]
 mod proto;
 mod rate;
@@ -173,30 +171,95 @@ mod sys;
 mod virtio;
 mod vm;
 
-pub use boot::{Initramfs, Kernel, Modules};
+pub use boot::Kernel;
 #[cfg(feature = "container")]
-pub use container::{
-    CancelToken, Container, ContainerBuilder, Exec, ExitStatus, Image, ImageLimits, Output, Process, ProcessReader,
-    ProcessWriter, Startup, Stdio, WritableLayer,
-};
+pub use container::{CancelToken, Container, ContainerBuilder, Exec, Image, Process};
 pub use error::{Error, ErrorKind, Result};
-pub use kvm::{Device, Exposure, Host, Vulnerability};
+pub use kvm::Host;
 pub use rate::Rate;
 pub use size::Size;
-pub use sys::set_descriptor_reserve;
-pub use virtio::vsock::{VsockListener, VsockStream};
-pub use vm::{
-    Base, Cache, Capture, CaptureStats, Cgroup, CgroupStats, Cidr, Console, CpuProfile, CpuidBits, CpuidRegister,
-    Denial, DeviceStats, Disk, DiskEngine, DiskFault, DiskHandle, DiskLimit, DiskOperation, DiskUsage, ErrorAction,
-    ErrorClass, Event, EventKind, Events, Exit, GuestMemoryUse, Mac, Memory, MemoryStats, Net, NetHandle, NetLimit,
-    NetStats, Overlay, OverlayInfo, Policy, Port, Progress, Protocol, PublishedPort, Registers, Rule, Stage, Stats,
-    Switch, Timeline, Trace, VcpuStats, Vm, VmBuilder, Vsock, Why,
-};
+pub use vm::{Cgroup, Console, Disk, Exit, Net, Vm, VmBuilder};
+
+/// What a [`Kernel`] boots with.
+pub mod kernel {
+    pub use crate::boot::{Initramfs, Modules};
+}
+
+/// The processor that a guest sees.
+pub mod cpu {
+    pub use crate::arch::{CpuProfile, CpuidBits, CpuidRegister};
+}
+
+/// Disks: their kinds, limits and errors, overlays, and handles.
+pub mod disk {
+    #[cfg(feature = "container")]
+    pub use crate::container::WritableLayer;
+    #[cfg(feature = "qcow2")]
+    pub use crate::vm::disk::Qcow2Disk;
+    pub use crate::vm::disk::{
+        CacheMode, DiskError, DiskHandle, DiskLimit, DiskOperation, DiskUsage, ErrorAction, ErrorClass, FileDisk,
+        IoEngine, MemoryDisk, OpenFileDisk, OverlayDisk, ScratchDisk,
+    };
+    pub use crate::vm::overlay::{BaseImage, Overlay, OverlayInfo, Progress};
+}
+
+/// Networks: their kinds, policies and limits, switches, and handles.
+pub mod net {
+    pub use crate::vm::net::{
+        Capture, CaptureStats, Cidr, ConnectionLimit, CustomNet, Denial, DenyReason, Mac, NetHandle, NetLimit,
+        NetStats, Policy, PortForward, Protocol, PublishedPort, Rule, SocketNet, Switch, SwitchNet, TapFilesNet,
+        TapNet, UserNet,
+    };
+}
+
+/// Sockets between guest programs and the embedder, without a network.
+pub mod vsock {
+    pub use crate::virtio::vsock::{VsockListener, VsockStream};
+    pub use crate::vm::Vsock;
+}
+
+/// Programs in a container: their streams and how they end.
+#[cfg(feature = "container")]
+pub mod process {
+    pub use crate::container::{ExitStatus, Output, ProcessReader, ProcessWriter, Stdio};
+}
+
+/// What an [`Image`] may be.
+#[cfg(feature = "container")]
+pub mod image {
+    pub use crate::container::ImageLimits;
+}
+
+/// What happens to a VM while it runs.
+pub mod event {
+    pub use crate::virtio::DeviceId;
+    pub use crate::vm::events::{Event, EventKind, Events, PauseCause, Throttled};
+}
+
+/// What is known when a VM has ended.
+pub mod exit {
+    pub use crate::vm::exit::{ExitReport, Registers, Stage};
+}
+
+/// Numbers and times of VMs.
+pub mod stats {
+    #[cfg(feature = "container")]
+    pub use crate::container::Startup;
+    pub use crate::vm::CgroupStats;
+    pub use crate::vm::exit::Timeline;
+    pub use crate::vm::stats::{DeviceStats, GuestMemoryStats, MemoryStats, Stats, VcpuStats};
+}
+
+/// The host: what it can do, and what guests leave to it.
+pub mod host {
+    pub use crate::kvm::{Exposure, KvmAccess, Vulnerability};
+    pub use crate::sys::set_descriptor_reserve;
+}
 
 /// Traits and types for network backends of the embedder's own; see [`Net::custom`].
 pub mod backend {
-    pub use crate::net::{
-        Capabilities, Card, Csum, Frame, Gso, GsoKind, NetBackend, Offload, Offloads, Received, Room,
+    pub use crate::network::{
+        Capabilities, Csum, Frame, Gso, GsoKind, NetBackend, NicConfig, Offload, Offloads, Received, RxBuffer,
     };
 }
 

@@ -4,11 +4,11 @@ use std::time::Duration;
 
 use crate::error::{Error, Result};
 
-/// An amount for each second, and a burst that is given once; a config value.
+/// An amount for each second, and a one-time burst; a config value.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Rate {
     per_second: u64,
-    once: u64,
+    one_time_burst: u64,
 }
 
 impl Rate {
@@ -17,12 +17,12 @@ impl Rate {
     /// What was not used is kept for a tenth of a second. A request that is larger than what is left goes through when
     /// anything is left, and the next one waits longer.
     pub const fn per_second(n: u64) -> Self {
-        Self { per_second: n, once: 0 }
+        Self { per_second: n, one_time_burst: 0 }
     }
 
     /// Allows `n` more once, used up first and never refilled: for a boot, say.
-    pub const fn once(mut self, n: u64) -> Self {
-        self.once = n;
+    pub const fn one_time_burst(mut self, n: u64) -> Self {
+        self.one_time_burst = n;
         self
     }
 
@@ -62,7 +62,7 @@ impl Bucket {
         let per_second = i128::from(rate.per_second.max(1));
         let room = (per_second * i128::from(time.subsec_nanos()) + per_second * BILLION * i128::from(time.as_secs()))
             .max(BILLION);
-        Self { rate: per_second, room, level: room, once: rate.once, at: now }
+        Self { rate: per_second, room, level: room, once: rate.one_time_burst, at: now }
     }
 
     fn refill(&mut self, now: Duration) {
@@ -185,7 +185,7 @@ mod tests {
             steps in proptest::collection::vec((0u32..3000, 0u64..2000), 1..20),
         ) {
             let rate = tenth * 10;
-            let mut bucket = Bucket::new(Rate::per_second(rate).once(once), Duration::ZERO);
+            let mut bucket = Bucket::new(Rate::per_second(rate).one_time_burst(once), Duration::ZERO);
             let mut naive = Naive { rate, room: tenth as i64, level: tenth as i64, part: 0, once };
             let mut now = 0;
             for (pause, n) in steps {
@@ -212,7 +212,7 @@ mod tests {
     #[test]
     fn the_average_holds_whatever_the_size_of_what_is_taken() {
         for size in [1, 512, 4096, 1 << 20, 1 << 30] {
-            let rate = Rate::per_second(10 << 20).once(1 << 20);
+            let rate = Rate::per_second(10 << 20).one_time_burst(1 << 20);
             let mut buckets = Buckets::new([Some(rate), None], Duration::ZERO);
             let (mut now, mut moved) = (Duration::ZERO, 0u64);
             for _ in 0..1000 {

@@ -6,7 +6,10 @@
 use std::fs;
 use std::path::PathBuf;
 
-use cofferdam::{Disk, ErrorKind, Initramfs, Kernel, Modules, Overlay, Size, Vm, VmBuilder, Vsock};
+use cofferdam::disk::Overlay;
+use cofferdam::kernel::{Initramfs, Modules};
+use cofferdam::vsock::Vsock;
+use cofferdam::{Disk, ErrorKind, Kernel, Size, Vm, VmBuilder};
 
 #[path = "../src/boot/tiny.rs"]
 mod tiny;
@@ -84,22 +87,20 @@ fn what_cannot_work_is_refused_by_name() {
     refused(temp.vm().disk(good()).disk(Disk::file(temp.image(0))), invalid, "attaching disk 1: ");
     refused(temp.vm().disk(Disk::file(temp.image(1000))), invalid, "1000 bytes are not a disk");
     refused(temp.vm().disk(Disk::file(&temp.0)), ErrorKind::Io, "attaching disk 0");
-    refused(temp.vm().disk(Disk::file("/x").direct().at("/y")), invalid, "at: ");
-    refused(temp.vm().disk(good().headroom(Size::bytes(1)).unlocked().direct().max(Size::mib(1))), invalid, "max: ");
-    let space = temp.vm().disk(Disk::scratch(Size::mib(1)).headroom(Size::gib(1 << 32)));
-    refused(space, ErrorKind::ResourceExhausted, "headroom: ");
+    let space = temp.vm().disk(Disk::scratch(Size::mib(1)).min_free_space(Size::gib(1 << 32)));
+    refused(space, ErrorKind::ResourceExhausted, "min_free_space: ");
     let on = |name: &str| Disk::overlay(temp.0.join(name));
     refused(temp.vm().disk(on("none")), ErrorKind::NotFound, "opening base");
     refused(temp.vm().disk(Disk::overlay(temp.image(0))), invalid, "0 bytes are not a disk");
     refused(temp.vm().disk(Disk::overlay(temp.image(1000))), invalid, "1000 bytes are not a disk");
     refused(temp.vm().disk(on("4096.img").size(Size::bytes(512))), invalid, "fewer than the 4096");
-    refused(temp.vm().disk(on("4096.img").at(temp.image(8192))), ErrorKind::Corrupt, "not an overlay");
+    refused(temp.vm().disk(on("4096.img").persist_at(temp.image(8192))), ErrorKind::Corrupt, "not an overlay");
     let kept = temp.0.join("kept");
     let overlay = Overlay::create(&kept, temp.image(4096)).unwrap();
     fs::remove_file(temp.0.join("4096.img")).unwrap();
     temp.image(4096);
     refused(
-        temp.vm().disk(on("4096.img").at(&kept)),
+        temp.vm().disk(on("4096.img").persist_at(&kept)),
         ErrorKind::Incompatible,
         "4096.img is another than it was made for",
     );

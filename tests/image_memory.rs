@@ -6,7 +6,8 @@
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
-use cofferdam::{ErrorKind, Image, ImageLimits, Size};
+use cofferdam::image::ImageLimits;
+use cofferdam::{ErrorKind, Image, Size};
 
 #[path = "../src/container/image/tests/maker.rs"]
 #[allow(dead_code, reason = "other tests make other archives")]

@@ -8,7 +8,7 @@
 
 use shuttle::{sync, thread};
 
-#[path = "../src/event/mailbox.rs"]
+#[path = "../src/event_loop/mailbox.rs"]
 #[allow(dead_code, reason = "a model uses what the protocol needs")]
 mod mailbox;
 #[path = "../src/vm/vcpu_gate.rs"]

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 use std::time::Duration;
 
-use cofferdam::Overlay;
+use cofferdam::disk::Overlay;
 use libtest_mimic::{Arguments, Trial};
 
 /// In the environment of a process that goes on until it is killed: the directory.

@@ -7,7 +7,8 @@ use std::process::Command;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use cofferdam::{Console, Initramfs, Kernel, Size, Vm};
+use cofferdam::kernel::Initramfs;
+use cofferdam::{Console, Kernel, Size, Vm};
 
 use super::common::{median, microvm};
 
@@ -100,7 +101,7 @@ pub(crate) fn lives(kernel: &Kernel, vcpus: u32) -> Lives {
         let begin = Instant::now();
         let builder = Vm::builder(kernel).vcpus(vcpus).memory(Size::mib(128)).console(Console::writer(clock.clone()));
         let vm = builder.start().expect("the guest starts");
-        vm.wait_timeout(PATIENCE).expect("the guest's end").expect("the guest ends");
+        vm.wait_timeout(PATIENCE).expect("the guest ends");
         let end = begin.elapsed();
         let line = vm.timeline();
         if round == 0 {

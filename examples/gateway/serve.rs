@@ -6,7 +6,8 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use cofferdam::{ErrorKind, VsockStream};
+use cofferdam::ErrorKind;
+use cofferdam::vsock::VsockStream;
 
 use super::guests::{Guest, Guests, Visit};
 use super::head::{Found, Kind, MAX_HEAD};

@@ -1,4 +1,4 @@
-//! Fuzzes one entry point of the library; its code is in src/net/fuzzing.rs.
+//! Fuzzes one entry point of the library; its code is in src/network/fuzzing.rs.
 #![no_main]
 
 libfuzzer_sys::fuzz_target!(|data: &[u8]| cofferdam::fuzzing::net_amplification(data));

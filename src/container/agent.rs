@@ -13,7 +13,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
-use std::sync::{Arc, Weak, mpsc};
+use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use entry::{Ending, Expiry, Phase, ProcessEntry, UNANSWERED_KILL};
@@ -26,11 +26,11 @@ use super::cancel::CancelToken;
 use super::handshake::{self, Handshake, StartDeadline, protocol_error};
 use super::process::{ExitStatus, State};
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::event::{Handler, Interest, Loop, Remote};
+use crate::event_loop::{Handler, Interest, Loop, Remote};
 use crate::proto::{Decoder, End, FROM_GUEST_MAX, FromGuest, FromHost, Spawn, Step};
 use crate::sys::{Timer, deadline};
 use crate::virtio::vsock::VsockStream;
-use crate::vm::{Exit, Vm};
+use crate::vm::{Exit, Vm, WeakVm};
 
 /// Sources of the loop.
 const STREAM: u64 = 0;
@@ -58,7 +58,7 @@ impl Agent {
     ///
     /// # Errors
     /// As [`handshake::handshake`].
-    pub(super) fn start(vm: &Arc<Vm>, begin: Instant, timeout: Duration, cancel: Option<&CancelToken>) -> Result<Self> {
+    pub(super) fn start(vm: &Vm, begin: Instant, timeout: Duration, cancel: Option<&CancelToken>) -> Result<Self> {
         let patience = StartDeadline { deadline: deadline(timeout), cancel };
         let Handshake { stream, decoder, startup, version } = handshake::handshake(vm, begin, timeout, &patience)?;
         let timer = Timer::new().doing(|| "creating a timer")?;
@@ -70,7 +70,7 @@ impl Agent {
                 .and_then(|()| sources.watch(timer.as_fd(), TIMER, Interest::IN))
                 .and_then(|()| sources.watch(vm.as_fd(), VM_ENDED, Interest::IN | Interest::EDGE_TRIGGERED))
                 .doing(|| "watching the control stream");
-            ControlClient::new(stream, decoder, timer, Arc::downgrade(vm))
+            ControlClient::new(stream, decoder, timer, vm.downgrade())
         })?;
         trouble?;
         Ok(Self { looped, startup, version })
@@ -121,7 +121,7 @@ pub(super) struct ControlClient {
     next_process: u32,
     next_port: u32,
     timer: Timer,
-    vm: Weak<Vm>,
+    vm: WeakVm,
     /// The conversation is over.
     ended: bool,
     /// The shim has gone away so, and its machine has to end by then.
@@ -131,7 +131,7 @@ pub(super) struct ControlClient {
 }
 
 impl ControlClient {
-    fn new(stream: VsockStream, decoder: Decoder, timer: Timer, vm: Weak<Vm>) -> Self {
+    fn new(stream: VsockStream, decoder: Decoder, timer: Timer, vm: WeakVm) -> Self {
         Self {
             stream,
             decoder,
@@ -302,9 +302,9 @@ impl ControlClient {
                 }
                 self.set_timer();
             }
-            FromGuest::Exited { code } => self.finish(process, ExitStatus::Exited(code)),
+            FromGuest::Exited { code } => self.finish(process, ExitStatus::Exited { code: code.into() }),
             FromGuest::Signaled { oom: true, .. } => self.finish(process, ExitStatus::OomKilled),
-            FromGuest::Signaled { signo, .. } => self.finish(process, ExitStatus::Signaled(signo)),
+            FromGuest::Signaled { signo, .. } => self.finish(process, ExitStatus::Signaled { signal: signo.into() }),
             FromGuest::Failed { stage, text, .. } => {
                 // Said once: it ends the conversation.
                 log::warn!("the guest's shim failed: {stage:?}: {}", text.escape_ascii());
@@ -403,7 +403,7 @@ impl ControlClient {
 
     /// The VM has ended. What the shim said before is in the stream, which has ended with it.
     fn vm_ended(&mut self) {
-        let Some(exit) = self.vm.upgrade().and_then(|vm| vm.try_wait().ok().flatten()) else { return };
+        let Some(exit) = self.vm.upgrade().and_then(|vm| vm.try_wait()) else { return };
         // Each turn takes something out of a stream that nobody puts anything into any more.
         while !self.ended {
             self.more = false;
@@ -420,7 +420,7 @@ impl ControlClient {
         self.end("its machine has ended");
         self.gone = None;
         for (_, mut entry) in self.processes.drain() {
-            entry.state.finish(ExitStatus::VmEnded(Box::new(exit.clone())));
+            entry.state.finish(ExitStatus::VmEnded { exit: exit.clone() });
             entry.state.break_streams();
             if let Some(started) = entry.started.take() {
                 let _ = started.send(Err(Error::new(ErrorKind::GuestFailed, exit.to_string())));

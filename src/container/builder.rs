@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::agent::Agent;
-use super::{CancelToken, Container, Image, WritableLayer, shim};
+use super::{CancelToken, Container, Image, Running, WritableLayer, shim};
 use crate::boot::{Kernel, Need, Packed};
 use crate::error::{Context, Error, Result};
 use crate::proto::{BootConfig, CONTROL_PORT, Network, Networks, OPTIONAL, Root, Source, StringBuf};
@@ -24,8 +24,8 @@ pub struct ContainerBuilder {
     vcpus: u32,
     cpu: CpuProfile,
     memory: Memory,
-    disk: WritableLayer,
-    attached: Vec<Disk>,
+    writable_layer: WritableLayer,
+    disks: Vec<Disk>,
     nets: Vec<Net>,
     hostname: String,
     console: Console,
@@ -44,8 +44,8 @@ impl ContainerBuilder {
             vcpus: 1,
             cpu: CpuProfile::host(),
             memory: Size::mib(256).into(),
-            disk: WritableLayer::new(Size::gib(4)),
-            attached: Vec::new(),
+            writable_layer: WritableLayer::new(Size::gib(4)),
+            disks: Vec::new(),
             nets: Vec::new(),
             hostname: "container".into(),
             console: Console::none(),
@@ -60,7 +60,7 @@ impl ContainerBuilder {
     /// Sets the kernel; by default the one that [`Kernel::find`] finds.
     ///
     /// Its command line is added to, and its initramfs extended. A kernel of a distribution needs its
-    /// [`Modules`](crate::Modules) too; the container inserts those that it needs.
+    /// [`Modules`](crate::kernel::Modules) too; the container inserts those that it needs.
     pub fn kernel(mut self, kernel: Kernel) -> Self {
         self.kernel = Some(kernel);
         self
@@ -90,18 +90,17 @@ impl ContainerBuilder {
     ///
     /// Give its size, or a [`WritableLayer`]. It takes space on the host as it is written, and is gone with the
     /// container.
-    pub fn disk(mut self, layer: impl Into<WritableLayer>) -> Self {
-        self.disk = layer.into();
+    pub fn writable_layer(mut self, layer: impl Into<WritableLayer>) -> Self {
+        self.writable_layer = layer.into();
         self
     }
 
-    /// Attaches one more disk: `/dev/vdc`, then `/dev/vdd` and so on.
+    /// Adds a disk: `/dev/vda`, then `/dev/vdb` and so on; none by default.
     ///
-    /// The container itself is made of the two before. Programs find a disk by its serial number
-    /// (`/sys/block/*/serial`) too. It is not mounted. [`Vm::disk`] of [`Container::vm`] returns its handle, as number
-    /// 2 and so on.
-    pub fn attach(mut self, disk: Disk) -> Self {
-        self.attached.push(disk);
+    /// The container itself is made of two more, behind those. Programs find a disk by its serial number
+    /// (`/sys/block/*/serial`) too. It is not mounted. [`Container::disk`] returns its handle.
+    pub fn disk(mut self, disk: impl Into<Disk>) -> Self {
+        self.disks.push(disk.into());
         self
     }
 
@@ -110,9 +109,9 @@ impl ContainerBuilder {
     /// Cards of [`Net::user`](crate::Net::user) and [`Net::switch`](crate::Net::switch) have their address, and the
     /// default route of the former, before the first program starts. `/etc/resolv.conf` then names one resolver: that
     /// of the user-mode network, which knows the switches' names too, or else that of the first switch. Other cards are
-    /// set up by programs in the container. [`Vm::net`] of [`Container::vm`] returns the cards' handles.
-    pub fn net(mut self, net: Net) -> Self {
-        self.nets.push(net);
+    /// set up by programs in the container. [`Container::net`] returns the cards' handles.
+    pub fn net(mut self, net: impl Into<Net>) -> Self {
+        self.nets.push(net.into());
         self
     }
 
@@ -197,23 +196,21 @@ impl ContainerBuilder {
     fn run(self, begin: Instant) -> Result<Container> {
         let hostname = check_hostname(&self.hostname)?;
         let kernel = self.kernel.clone().map_or_else(Kernel::find, Ok)?;
-        let lower = Disk::open_file(self.image.disk(self.cancel.as_ref())?).read_only();
-        let upper = self.disk.make()?;
+        let lower = Disk::from_file(self.image.disk(self.cancel.as_ref())?).read_only();
+        let upper = self.writable_layer.make()?;
         let mut vm = Vm::builder(kernel.clone())
             .vcpus(self.vcpus)
             .cpu(self.cpu)
             .memory(self.memory)
-            .disk(lower)
-            .disk(upper)
             .console(self.console)
             .vsock(Vsock::new().listen(CONTROL_PORT))
             .parameter("console", "hvc0")
             .parameter("quiet", "")
             .parameter("rdinit", "/init")
             .parameter("cofferdam.shim", "1");
-        for disk in self.attached {
-            vm = vm.disk(disk);
-        }
+        let disks = self.disks.len();
+        let [lower_path, upper_path] = [disks, disks + 1].map(disk_path);
+        vm = self.disks.into_iter().fold(vm, |vm, disk| vm.disk(disk)).disk(lower).disk(upper);
         // What is sent to the guest's 127.0.0.1 is the shim's business.
         let reserve =
             |(n, net): (usize, Net)| net.with_loopback().reserved().doing(|| format!("attaching network {n}"));
@@ -237,8 +234,8 @@ impl ContainerBuilder {
             hostname,
             control_port: CONTROL_PORT,
             root: Root::Overlay {
-                lower: Source { device: b"/dev/vda", fs: b"erofs" },
-                upper: Source { device: b"/dev/vdb", fs: b"ext4" },
+                lower: Source { device: lower_path.as_bytes(), fs: b"erofs" },
+                upper: Source { device: upper_path.as_bytes(), fs: b"ext4" },
             },
             modules: modules.as_strings(),
             networks: Networks(&networks),
@@ -246,9 +243,23 @@ impl ContainerBuilder {
         };
         let kernel = kernel.with_packed(&packed);
         let initramfs = shim::initramfs(kernel.initramfs_or_default(), &config)?;
-        let vm = Arc::new(vm.kernel(kernel.initramfs(initramfs)).start()?);
+        let vm = vm.kernel(kernel.initramfs(initramfs)).start()?;
         let agent = Agent::start(&vm, begin, self.start_timeout, self.cancel.as_ref())?;
-        Ok(Container { vm, agent })
+        Ok(Container { running: Arc::new(Running { vm, agent, disks }) })
+    }
+}
+
+/// Returns the path of the `n`th disk in the guest, counted from 0.
+///
+/// Linux names them as spreadsheets name columns: `vda` to `vdz`, then `vdaa`.
+fn disk_path(mut n: usize) -> String {
+    let mut letters = Vec::new();
+    loop {
+        letters.insert(0, char::from(b"abcdefghijklmnopqrstuvwxyz"[n % 26]));
+        match (n / 26).checked_sub(1) {
+            Some(rest) => n = rest,
+            None => return format!("/dev/vd{}", letters.into_iter().collect::<String>()),
+        }
     }
 }
 
@@ -301,6 +312,14 @@ fn modules(packed: &Packed) -> Result<StringBuf> {
 mod tests {
     use super::*;
     use crate::error::ErrorKind;
+
+    #[test]
+    fn disks_have_the_names_that_linux_gives_them() {
+        for (n, path) in [(0, "/dev/vda"), (25, "/dev/vdz"), (26, "/dev/vdaa"), (701, "/dev/vdzz"), (702, "/dev/vdaaa")]
+        {
+            assert_eq!(disk_path(n), path);
+        }
+    }
 
     #[test]
     fn host_names_that_linux_and_resolvers_do_not_take_are_refused() {

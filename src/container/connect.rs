@@ -25,7 +25,7 @@ fn open(vm: &Vm, version: u32, port: u16) -> Result<VsockStream> {
     let deadline = Instant::now() + PATIENCE;
     let mut stream = vm.connect(CONNECT_PORT).map_err(|error| match error.kind() {
         // It has been there, so it is there no more.
-        _ if vm.try_wait().ok().flatten().is_some() => Error::new(ErrorKind::InvalidState, "the container has ended"),
+        _ if vm.try_wait().is_some() => Error::new(ErrorKind::InvalidState, "the container has ended"),
         ErrorKind::NotFound => error.with_kind(ErrorKind::Unsupported).doing("reaching the guest's shim"),
         _ => error.doing("reaching the guest's shim"),
     })?;

@@ -1,72 +1,97 @@
 //! [`Exec`]: a program to run in a container, with the vocabulary of [`std::process::Command`].
 
 use std::ffi::{CString, OsString};
+use std::fs::File;
+use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStringExt;
-use std::sync::mpsc;
+use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
-use super::agent::{Agent, ControlClient, KILL_MARGIN, START_TIMEOUT};
-use super::process::{ExitStatus, Output, Process, ProcessReader, ProcessWriter, State};
+use super::agent::{ControlClient, KILL_MARGIN, START_TIMEOUT};
+use super::process::{ExitStatus, Output, OutputLimit, Process, ProcessReader, ProcessWriter, State};
 use super::stdio::{Cookie, STREAM_TIMEOUT, accept, refused};
+use super::{Container, redirect};
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::event::REQUEST_TIMEOUT;
+use crate::event_loop::REQUEST_TIMEOUT;
 use crate::proto::{self, Spawn, StringBuf};
 use crate::size::Size;
 use crate::sys::deadline;
 use crate::virtio::vsock::VsockListener;
-use crate::vm::Vm;
 
 /// The environment of a program, unless [`Exec::env_clear`] is called.
 const ENVIRONMENT: [(&str, &str); 2] =
     [("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"), ("HOME", "/root")];
-/// Describes what one of a process's standard streams is connected to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Stdio(Kind);
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-enum Kind {
+/// Describes what one of a process's standard streams is connected to.
+#[derive(Debug, Clone, Default)]
+pub struct Stdio(StdioKind);
+
+#[derive(Debug, Clone, Default)]
+enum StdioKind {
     #[default]
     Null,
     Piped,
+    File(Arc<File>),
+    /// Of standard input alone.
+    Bytes(Arc<[u8]>),
 }
 
 impl Stdio {
     /// Connects the stream to `/dev/null`.
     pub fn null() -> Self {
-        Self(Kind::Null)
+        Self(StdioKind::Null)
     }
 
     /// Connects the stream to the embedder by a pipe.
     ///
     /// See [`Process::stdin`], [`Process::stdout`] and [`Process::stderr`].
     pub fn piped() -> Self {
-        Self(Kind::Piped)
+        Self(StdioKind::Piped)
     }
 }
 
-/// Describes how a program runs; see [`Container::exec`](super::Container::exec).
+/// Connects the stream to a file, pipe or socket of the embedder's, from its present position on.
 ///
-/// Nothing is done before [`Exec::spawn`], [`Exec::output`] or [`Exec::status`].
+/// A thread of the embedder's process carries the bytes; the guest never has the file. Standard input ends where the file
+/// ends. [`Process::wait`] returns when all output has been written, at most ten seconds after the process's end. When
+/// writing fails, the process's pipe breaks. A clone shares the file.
+impl From<File> for Stdio {
+    fn from(file: File) -> Self {
+        Self(StdioKind::File(Arc::new(file)))
+    }
+}
+
+/// As from a [`File`].
+impl From<OwnedFd> for Stdio {
+    fn from(descriptor: OwnedFd) -> Self {
+        File::from(descriptor).into()
+    }
+}
+
+/// Describes how a program runs; see [`Container::exec`].
+///
+/// Nothing is done before [`Exec::spawn`], [`Exec::output`] or [`Exec::status`]. The container lives at least as long as
+/// this value.
 ///
 /// Nothing of the embedder's is inherited. By default the environment is `PATH` and `HOME`, the working directory is
 /// `/`, and the streams are `/dev/null`. The user is root of the guest.
 #[derive(Debug, Clone)]
 #[must_use = "nothing runs until `spawn`, `output` or `status`"]
-pub struct Exec<'a> {
-    vm: &'a Vm,
-    agent: &'a Agent,
+pub struct Exec {
+    container: Container,
     argv: Vec<OsString>,
     env: Vec<(OsString, OsString)>,
     current_dir: Option<OsString>,
     stdio: [Option<Stdio>; 3],
     timeout: Option<Duration>,
-    output_limit: Size,
+    limit: OutputLimit,
 }
 
-impl<'a> Exec<'a> {
-    pub(super) fn new(vm: &'a Vm, agent: &'a Agent, argv: Vec<OsString>) -> Self {
+impl Exec {
+    pub(super) fn new(container: Container, argv: Vec<OsString>) -> Self {
         let env = ENVIRONMENT.iter().map(|(k, v)| (OsString::from(k), OsString::from(v))).collect();
-        Self { vm, agent, argv, env, current_dir: None, stdio: [None; 3], timeout: None, output_limit: Size::mib(64) }
+        let limit = OutputLimit { bytes: Size::mib(64), truncate: false };
+        Self { container, argv, env, current_dir: None, stdio: [None, None, None], timeout: None, limit }
     }
 
     /// Adds an argument.
@@ -116,20 +141,26 @@ impl<'a> Exec<'a> {
     }
 
     /// Sets standard input; `/dev/null` by default.
-    pub fn stdin(mut self, stdio: Stdio) -> Self {
-        self.stdio[0] = Some(stdio);
+    pub fn stdin(mut self, stdio: impl Into<Stdio>) -> Self {
+        self.stdio[0] = Some(stdio.into());
+        self
+    }
+
+    /// Gives the program these bytes as standard input, and then the end of file.
+    pub fn stdin_bytes(mut self, bytes: impl Into<Vec<u8>>) -> Self {
+        self.stdio[0] = Some(Stdio(StdioKind::Bytes(bytes.into().into())));
         self
     }
 
     /// Sets standard output; `/dev/null` by default, but for [`Exec::output`], which reads it.
-    pub fn stdout(mut self, stdio: Stdio) -> Self {
-        self.stdio[1] = Some(stdio);
+    pub fn stdout(mut self, stdio: impl Into<Stdio>) -> Self {
+        self.stdio[1] = Some(stdio.into());
         self
     }
 
     /// Sets standard error; `/dev/null` by default, but for [`Exec::output`], which reads it.
-    pub fn stderr(mut self, stdio: Stdio) -> Self {
-        self.stdio[2] = Some(stdio);
+    pub fn stderr(mut self, stdio: impl Into<Stdio>) -> Self {
+        self.stdio[2] = Some(stdio.into());
         self
     }
 
@@ -146,9 +177,20 @@ impl<'a> Exec<'a> {
         self
     }
 
-    /// Limits what [`Exec::output`] reads of each stream; 64 MiB by default.
+    /// Limits what is read of each piped stream; 64 MiB by default.
+    ///
+    /// It is for [`Exec::output`] and [`Process::wait_with_output`]. A program that prints more is killed, and they fail
+    /// with `ResourceExhausted`; see also [`Exec::truncate_output`].
     pub fn output_limit(mut self, limit: Size) -> Self {
-        self.output_limit = limit;
+        self.limit.bytes = limit;
+        self
+    }
+
+    /// Lets a program go on that prints more than [`Exec::output_limit`].
+    ///
+    /// What is beyond is read and thrown away, and [`Output::stdout_truncated`] or [`Output::stderr_truncated`] is set.
+    pub fn truncate_output(mut self) -> Self {
+        self.limit.truncate = true;
         self
     }
 
@@ -177,12 +219,11 @@ impl<'a> Exec<'a> {
     /// Runs the program to its end and returns what it printed.
     ///
     /// # Errors
-    /// As [`Exec::spawn`]; `ResourceExhausted` when it prints more than [`Exec::output_limit`].
+    /// As [`Exec::spawn`] and [`Process::wait_with_output`].
     pub fn output(mut self) -> Result<Output> {
         self.stdio[1].get_or_insert(Stdio::piped());
         self.stdio[2].get_or_insert(Stdio::piped());
-        let limit = self.output_limit;
-        self.spawn()?.collect(limit)
+        self.spawn()?.wait_with_output()
     }
 
     /// Runs the program to its end.
@@ -197,15 +238,17 @@ impl<'a> Exec<'a> {
         let deadline = self.timeout.and_then(deadline);
         let (argv, env, cwd) = (self.strings()?, self.environment()?, self.cwd()?);
         let state = State::new()?;
-        let piped = self.stdio.map(|s| s.unwrap_or_default().0 == Kind::Piped);
-        let remote = self.agent.remote();
-        let new_ports = move |client: &mut ControlClient| piped.map(|p| p.then(|| client.new_port()));
+        let stdio = self.stdio.map(|it| it.unwrap_or_default().0);
+        let connected = stdio.each_ref().map(|it| !matches!(it, StdioKind::Null));
+        let (vm, agent) = (self.container.vm(), self.container.agent());
+        let remote = agent.remote();
+        let new_ports = move |client: &mut ControlClient| connected.map(|it| it.then(|| client.new_port()));
         let ports = remote.with(new_ports)?;
         let mut listeners: [Option<VsockListener>; 3] = [None, None, None];
         for (listener, port) in listeners.iter_mut().zip(ports) {
-            *listener = port.map(|port| self.vm.listen(port)).transpose()?;
+            *listener = port.map(|port| vm.listen(port)).transpose()?;
         }
-        let cookie = Cookie::new(self.agent.version())?;
+        let cookie = Cookie::new(agent.version())?;
         let sent = cookie.as_bytes().to_vec();
         let (started, answer) = mpsc::sync_channel(1);
         let its_state = state.clone();
@@ -228,14 +271,30 @@ impl<'a> Exec<'a> {
         }
         let until = Instant::now() + STREAM_TIMEOUT;
         let accept = |it: Option<VsockListener>| it.map(|it| accept(&it, &cookie, &state, until)).transpose();
-        let mut process = Process { stdin: None, stdout: None, stderr: None, remote, number, state: state.clone() };
-        let [stdin, stdout, stderr] = listeners;
-        // One that fails is the end of all.
-        let take = |listener| accept(listener).inspect_err(|_| process.give_up());
-        let (stdin, stdout, stderr) = (take(stdin)?, take(stdout)?, take(stderr)?);
-        process.stdin = stdin.map(ProcessWriter);
-        process.stdout = stdout.map(ProcessReader);
-        process.stderr = stderr.map(ProcessReader);
+        let mut process = Process::new(remote, number, state.clone(), self.limit);
+        let connect = |process: &mut Process| -> Result<()> {
+            let ([stdin, stdout, stderr], [input, output, error]) = (listeners, stdio);
+            match (accept(stdin)?, input) {
+                (Some(stream), StdioKind::File(file)) => redirect::read_from(file, stream, state.clone())?,
+                (Some(stream), StdioKind::Bytes(bytes)) => redirect::read_bytes(bytes, stream)?,
+                (stream, _) => process.stdin = stream.map(ProcessWriter),
+            }
+            match (accept(stdout)?, output) {
+                (Some(stream), StdioKind::File(file)) => {
+                    process.redirects.push(redirect::write_to("stdout", file, stream)?);
+                }
+                (stream, _) => process.stdout = stream.map(ProcessReader),
+            }
+            match (accept(stderr)?, error) {
+                (Some(stream), StdioKind::File(file)) => {
+                    process.redirects.push(redirect::write_to("stderr", file, stream)?);
+                }
+                (stream, _) => process.stderr = stream.map(ProcessReader),
+            }
+            Ok(())
+        };
+        // A stream that fails is the end of the process.
+        connect(&mut process).inspect_err(|_| process.give_up())?;
         Ok(process)
     }
 

@@ -103,8 +103,9 @@ fn converse(mut stream: VsockStream, begin: Instant, patience: &StartDeadline<'_
                 Some(FromGuest::Ready { user_space_ns, ready_ns }) => {
                     let ready = begin.elapsed();
                     let since = Duration::from_nanos(ready_ns.saturating_sub(user_space_ns));
-                    let user_space = ready.saturating_sub(since);
-                    let startup = Startup { user_space, ready, kernel_uptime: Duration::from_nanos(user_space_ns) };
+                    let user_space_started = ready.saturating_sub(since);
+                    let startup =
+                        Startup { user_space_started, ready, kernel_uptime: Duration::from_nanos(user_space_ns) };
                     let version = common.ok_or_else(|| protocol_error(&"Ready before Hello"))?;
                     return Ok(Handshake { stream, decoder, startup, version });
                 }
@@ -156,15 +157,18 @@ fn explain(vm: &Vm, timeout: Duration, error: Error) -> Error {
             vm.kill();
             // Its end tells where the guest was.
             let _ = vm.wait_timeout(LAST_WORDS);
-            let trace = vm.trace();
-            Error::new(ErrorKind::TimedOut, format!("the guest was not ready within {timeout:?} ({trace})"))
+            let report = vm.report().for_people();
+            Error::new(ErrorKind::TimedOut, format!("the guest was not ready within {timeout:?} ({report})"))
         }
         ErrorKind::InvalidState => match vm.wait_timeout(LAST_WORDS) {
-            Ok(Some(exit)) => Error::new(ErrorKind::GuestFailed, format!("before it was ready, {exit}")),
-            _ => error,
+            Some(exit) => {
+                let console = exit.report().for_people();
+                Error::new(ErrorKind::GuestFailed, format!("before it was ready, {exit} ({console})"))
+            }
+            None => error,
         },
         _ => {
-            let lines = vm.trace().console_lines(5);
+            let lines = vm.report().console_lines(5);
             Error::new(
                 error.kind(),
                 if lines.is_empty() { error.to_string() } else { format!("{error}; console: {lines}") },

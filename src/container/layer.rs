@@ -7,7 +7,8 @@ use super::ext4;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::size::Size;
 use crate::sys;
-use crate::vm::{Disk, DiskLimit, ErrorAction, ErrorClass};
+use crate::vm::Disk;
+use crate::vm::disk::{DiskLimit, ErrorAction, ErrorClass, OpenFileDisk};
 
 /// The layer into which a container writes, over its image; a config value.
 ///
@@ -18,9 +19,9 @@ use crate::vm::{Disk, DiskLimit, ErrorAction, ErrorClass};
 #[derive(Debug, Clone)]
 pub struct WritableLayer {
     size: Size,
-    folder: Option<PathBuf>,
+    dir: Option<PathBuf>,
     on_error: Vec<(ErrorClass, ErrorAction)>,
-    headroom: Option<Size>,
+    min_free_space: Option<Size>,
     reserve: Option<Size>,
     limit: DiskLimit,
 }
@@ -31,7 +32,7 @@ impl WritableLayer {
     /// It takes space on the host as it is written.
     pub fn new(size: Size) -> Self {
         let on_error = vec![(ErrorClass::NoSpace, ErrorAction::Report)];
-        Self { size, folder: None, on_error, headroom: None, reserve: None, limit: DiskLimit::default() }
+        Self { size, dir: None, on_error, min_free_space: None, reserve: None, limit: DiskLimit::default() }
     }
 
     /// Sets the directory of the host in which the layer lies.
@@ -40,34 +41,34 @@ impl WritableLayer {
     ///
     /// By default it is the directory for temporary files (`TMPDIR`, else `/tmp`), or `/var/tmp` where that is memory
     /// (tmpfs, ramfs). Where both are memory, the start fails and asks for a directory. One that is set may be memory.
-    pub fn folder(mut self, folder: impl Into<PathBuf>) -> Self {
-        self.folder = Some(folder.into());
+    pub fn scratch_dir(mut self, dir: impl Into<PathBuf>) -> Self {
+        self.dir = Some(dir.into());
         self
     }
 
     /// Sets what happens when the host fails a request to the layer.
     ///
-    /// See [`Disk::on_error`].
+    /// See [`FileDisk::on_error`](crate::disk::FileDisk::on_error).
     pub fn on_error(mut self, class: ErrorClass, action: ErrorAction) -> Self {
         self.on_error.push((class, action));
         self
     }
 
-    /// Sets how much space its file system must have left at the start; see [`Disk::headroom`].
-    pub fn headroom(mut self, space: Size) -> Self {
-        self.headroom = Some(space);
+    /// Sets how much space its file system must have left at the start; see [`FileDisk::min_free_space`](crate::disk::FileDisk::min_free_space).
+    pub fn min_free_space(mut self, space: Size) -> Self {
+        self.min_free_space = Some(space);
         self
     }
 
     /// Sets how much free space writes leave on its file system.
     ///
-    /// By default 5 % of it, at most 1 GiB; see [`Disk::reserve`].
+    /// By default 5 % of it, at most 1 GiB; see [`FileDisk::reserve`](crate::disk::FileDisk::reserve).
     pub fn reserve(mut self, space: Size) -> Self {
         self.reserve = Some(space);
         self
     }
 
-    /// Limits the layer's rates; see [`Disk::limit`].
+    /// Limits the layer's rates; see [`FileDisk::limit`](crate::disk::FileDisk::limit).
     pub fn limit(mut self, limit: DiskLimit) -> Self {
         self.limit = limit;
         self
@@ -80,20 +81,20 @@ impl WritableLayer {
     /// directory.
     pub(super) fn make(&self) -> Result<Disk> {
         let size = ext4::whole_groups(self.size)?;
-        let folder = match &self.folder {
-            Some(folder) => folder.clone(),
-            None => default_folder([std::env::temp_dir(), "/var/tmp".into()], is_memory)?,
+        let dir = match &self.dir {
+            Some(dir) => dir.clone(),
+            None => default_dir([std::env::temp_dir(), "/var/tmp".into()], is_memory)?,
         };
         let make = || -> std::io::Result<File> {
-            let file = sys::temp_file(&folder)?;
+            let file = sys::temp_file(&dir)?;
             ext4::write_empty(&file, size)?;
             Ok(file)
         };
-        let file = make().doing(|| format!("disk: making a disk of {size} in {}", folder.display()))?;
+        let file = make().doing(|| format!("disk: making a disk of {size} in {}", dir.display()))?;
         let disk = Disk::private(file).limit(self.limit);
         let disk = self.on_error.iter().fold(disk, |disk, (class, action)| disk.on_error(*class, *action));
-        let disk = self.headroom.into_iter().fold(disk, Disk::headroom);
-        Ok(self.reserve.into_iter().fold(disk, Disk::reserve))
+        let disk = self.min_free_space.into_iter().fold(disk, OpenFileDisk::min_free_space);
+        Ok(self.reserve.into_iter().fold(disk, OpenFileDisk::reserve).into())
     }
 }
 
@@ -104,21 +105,21 @@ impl From<Size> for WritableLayer {
 }
 
 /// One that cannot be asked is no memory: making the file there tells what is wrong with it.
-fn is_memory(folder: &Path) -> bool {
-    sys::is_memory(folder).unwrap_or(false)
+fn is_memory(dir: &Path) -> bool {
+    sys::is_memory(dir).unwrap_or(false)
 }
 
 /// The first of the directories that is no memory.
-fn default_folder(folders: [PathBuf; 2], is_memory: impl Fn(&Path) -> bool) -> Result<PathBuf> {
-    let [first, second] = folders;
+fn default_dir(dirs: [PathBuf; 2], is_memory: impl Fn(&Path) -> bool) -> Result<PathBuf> {
+    let [first, second] = dirs;
     let why = format!(
-        "{} and {} are memory of the host, which the layer would take: name a folder on a disk with `WritableLayer::folder`",
+        "{} and {} are memory of the host, which the layer would take: name a directory on a disk with `WritableLayer::scratch_dir`",
         first.display(),
         second.display()
     );
     [first, second]
         .into_iter()
-        .find(|folder| !is_memory(folder))
+        .find(|dir| !is_memory(dir))
         .ok_or_else(|| Error::new(ErrorKind::InvalidConfig, format!("disk: {why}")))
 }
 
@@ -128,24 +129,24 @@ mod tests {
 
     #[test]
     fn memory_is_taken_only_when_it_is_named() {
-        let folders = || [PathBuf::from("/a"), PathBuf::from("/b")];
+        let dirs = || [PathBuf::from("/a"), PathBuf::from("/b")];
         let chosen = |memory: &'static [&'static str]| {
-            default_folder(folders(), move |folder| memory.iter().any(|it| Path::new(it) == folder))
+            default_dir(dirs(), move |dir| memory.iter().any(|it| Path::new(it) == dir))
         };
         assert_eq!(chosen(&[]).unwrap(), Path::new("/a"));
         assert_eq!(chosen(&["/a"]).unwrap(), Path::new("/b"));
         let error = chosen(&["/a", "/b"]).unwrap_err();
         assert!(
-            error.kind() == ErrorKind::InvalidConfig && error.to_string().contains("WritableLayer::folder"),
+            error.kind() == ErrorKind::InvalidConfig && error.to_string().contains("WritableLayer::scratch_dir"),
             "{error}"
         );
         assert!(sys::is_memory(Path::new("/dev/shm")).unwrap() && !sys::is_memory(Path::new("/proc")).unwrap());
-        WritableLayer::new(Size::mib(1)).folder("/dev/shm").make().unwrap();
+        WritableLayer::new(Size::mib(1)).scratch_dir("/dev/shm").make().unwrap();
     }
 
     #[test]
-    fn a_folder_that_is_missing_is_named() {
-        let error = WritableLayer::new(Size::mib(1)).folder("/nowhere").make().unwrap_err();
+    fn a_directory_that_is_missing_is_named() {
+        let error = WritableLayer::new(Size::mib(1)).scratch_dir("/nowhere").make().unwrap_err();
         assert!(error.kind() == ErrorKind::NotFound && error.to_string().contains("/nowhere"), "{error}");
     }
 }

@@ -10,10 +10,12 @@ mod handshake;
 mod image;
 mod layer;
 mod process;
+mod redirect;
 mod shim;
 mod stdio;
 
 use std::fmt;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -31,7 +33,10 @@ pub use process::{ExitStatus, Output, Process, ProcessReader, ProcessWriter};
 use crate::error::Result;
 use crate::sys::left;
 use crate::virtio::vsock::VsockStream;
-use crate::vm::{Exit, Vm};
+use crate::vm::disk::DiskHandle;
+use crate::vm::events::Events;
+use crate::vm::net::NetHandle;
+use crate::vm::{Exit, ExitReport, MemoryStats, Stats, Vm, no_such};
 use agent::Agent;
 
 /// How much longer than its grace a shutdown may take before it is cut short.
@@ -39,12 +44,23 @@ const SHUTDOWN_MARGIN: Duration = Duration::from_secs(2);
 
 /// A running container: a root file system in a virtual machine of its own.
 ///
-/// The handle may be used from any thread. Dropping it kills everything inside, and waits at most 15 seconds for the
-/// machine's end, which takes milliseconds on a host that works.
+/// The handle is cheap to clone and may be used from any thread. Dropping the last clone kills everything inside, and
+/// waits at most 15 seconds for the machine's end, which takes milliseconds on a host that works.
+///
+/// The descriptor behind [`AsFd`] and [`AsRawFd`] becomes readable when the container has ended, for poll, epoll, tokio,
+/// smol or mio.
+#[derive(Clone)]
 pub struct Container {
+    running: Arc<Running>,
+}
+
+/// What all clones of a handle share.
+struct Running {
     // The agent's thread must end after the VM, whose end is what it waits for.
-    vm: Arc<Vm>,
+    vm: Vm,
     agent: Agent,
+    /// How many disks the embedder has given it.
+    disks: usize,
 }
 
 impl Container {
@@ -56,8 +72,8 @@ impl Container {
     /// Describes a program to run in the container.
     ///
     /// `argv` is its name or path, then its arguments.
-    pub fn exec<S: Into<std::ffi::OsString>>(&self, argv: impl IntoIterator<Item = S>) -> Exec<'_> {
-        Exec::new(&self.vm, &self.agent, argv.into_iter().map(Into::into).collect())
+    pub fn exec<S: Into<std::ffi::OsString>>(&self, argv: impl IntoIterator<Item = S>) -> Exec {
+        Exec::new(self.clone(), argv.into_iter().map(Into::into).collect())
     }
 
     /// Connects to a TCP service in the container that listens on `port`.
@@ -76,7 +92,7 @@ impl Container {
     /// - `TimedOut` when the service or the guest does not answer.
     /// - `InvalidState` when the container has ended.
     pub fn connect(&self, port: u16) -> Result<VsockStream> {
-        connect::connect(&self.vm, self.agent.version(), port)
+        connect::connect(self.vm(), self.agent().version(), port)
     }
 
     /// Ends the container in good order.
@@ -93,52 +109,145 @@ impl Container {
     pub fn stop(&self, grace: Duration) -> Result<Exit> {
         let deadline = Instant::now().checked_add(grace).and_then(|it| it.checked_add(SHUTDOWN_MARGIN));
         // A container that has ended cannot be asked, and need not be.
-        if self.agent.shutdown(grace, SHUTDOWN_MARGIN).is_ok() {
-            if let Some(exit) = self.vm.wait_timeout(deadline.map_or(Duration::MAX, left))? {
+        if self.agent().shutdown(grace, SHUTDOWN_MARGIN).is_ok() {
+            if let Some(exit) = self.wait_timeout(deadline.map_or(Duration::MAX, left)) {
                 return Ok(exit);
             }
         }
-        self.vm.end()
+        self.vm().end()
     }
 
     /// Ends the container now. Idempotent; does not wait.
     pub fn kill(&self) {
-        self.vm.kill();
+        self.vm().kill();
     }
 
-    /// Waits until the container's machine has ended.
+    /// Waits until the container has ended.
+    ///
+    /// May be called repeatedly and from many threads.
+    pub fn wait(&self) -> Exit {
+        self.vm().wait()
+    }
+
+    /// Waits until the container has ended, at most `timeout`; `None` when it still runs.
+    pub fn wait_timeout(&self, timeout: Duration) -> Option<Exit> {
+        self.vm().wait_timeout(timeout)
+    }
+
+    /// Returns how the container ended, or `None` while it runs. Never waits.
+    pub fn try_wait(&self) -> Option<Exit> {
+        self.vm().try_wait()
+    }
+
+    /// Stops everything inside where it is, until [`Container::resume`]. Idempotent.
+    ///
+    /// Waits for requests in flight, at most 11 seconds; see [`Vm::pause`]. Time-outs of programs go on.
     ///
     /// # Errors
-    /// As [`Vm::wait`].
-    pub fn wait(&self) -> Result<Exit> {
-        self.vm.wait()
+    /// As [`Vm::pause`].
+    pub fn pause(&self) -> Result<()> {
+        self.vm().pause()
+    }
+
+    /// Lets a paused container go on. Idempotent; see [`Vm::resume`].
+    ///
+    /// # Errors
+    /// As [`Vm::resume`].
+    pub fn resume(&self) -> Result<()> {
+        self.vm().resume()
+    }
+
+    /// Returns a stream of the container's events, from its start on; see [`Vm::events`].
+    ///
+    /// # Errors
+    /// As [`Vm::events`].
+    pub fn events(&self) -> Result<Events> {
+        self.vm().events()
+    }
+
+    /// Returns the counters of vCPUs and devices. Does not disturb the guest.
+    pub fn stats(&self) -> Stats {
+        self.vm().stats()
+    }
+
+    /// Returns what the container's memory costs the host, and how the guest uses it.
+    ///
+    /// Waits as long as [`Vm::memory_stats`].
+    ///
+    /// # Errors
+    /// As [`Vm::memory_stats`].
+    pub fn memory_stats(&self) -> Result<MemoryStats> {
+        self.vm().memory_stats()
+    }
+
+    /// Returns the `n`th disk, counted from 0 in the order of [`ContainerBuilder::disk`].
+    ///
+    /// # Errors
+    /// `NotFound` when there are fewer.
+    pub fn disk(&self, n: usize) -> Result<DiskHandle> {
+        // Behind them are those that the container itself is made of.
+        if n >= self.running.disks {
+            return Err(no_such("disk", n, self.running.disks));
+        }
+        self.vm().disk(n)
+    }
+
+    /// Returns the `n`th network card, counted from 0 in the order of [`ContainerBuilder::net`].
+    ///
+    /// # Errors
+    /// `NotFound` when there are fewer.
+    pub fn net(&self, n: usize) -> Result<NetHandle> {
+        self.vm().net(n)
+    }
+
+    /// Returns what is known of the container now, or was known at its end.
+    pub fn report(&self) -> ExitReport {
+        self.vm().report()
     }
 
     /// Returns how long each step of the start took.
     pub fn startup(&self) -> Startup {
-        self.agent.startup()
+        self.agent().startup()
     }
 
-    /// Returns the container's virtual machine.
+    /// Returns the container's virtual machine, for what only machines have.
+    ///
+    /// Clones of it do not keep the container.
     pub fn vm(&self) -> &Vm {
-        &self.vm
+        &self.running.vm
+    }
+
+    fn agent(&self) -> &Agent {
+        &self.running.agent
     }
 }
 
-impl Drop for Container {
+impl AsFd for Container {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.vm().as_fd()
+    }
+}
+
+impl AsRawFd for Container {
+    fn as_raw_fd(&self) -> RawFd {
+        self.vm().as_raw_fd()
+    }
+}
+
+impl Drop for Running {
     fn drop(&mut self) {
         // A child of fork has a copy of the handle, and nothing of the container.
         if !self.vm.is_current() {
             return;
         }
-        // Whoever waits for a process shall hear the same as after a kill.
-        self.agent.ended(self.vm.end().unwrap_or_else(|_| Exit::Killed(Box::new(self.vm.trace()))));
+        // For those who wait for a process this is the same as a kill.
+        self.agent.ended(self.vm.end().unwrap_or_else(|_| Exit::Killed { report: Arc::new(self.vm.report()) }));
     }
 }
 
 impl fmt::Debug for Container {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Container({:?})", self.vm)
+        write!(f, "Container({:?})", self.vm())
     }
 }
 
@@ -147,7 +256,7 @@ impl fmt::Debug for Container {
 #[non_exhaustive]
 pub struct Startup {
     /// The guest's PID 1 ran its first instruction.
-    pub user_space: Duration,
+    pub user_space_started: Duration,
     /// Programs could be started.
     pub ready: Duration,
     /// The guest's own clock when its PID 1 ran its first instruction.

@@ -2,13 +2,14 @@
 
 use std::fmt;
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::agent::{ControlClient, KILL_MARGIN};
+use super::redirect::Redirect;
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::event::Remote;
+use crate::event_loop::Remote;
 use crate::proto::FromHost;
 use crate::size::Size;
 use crate::sys::{EventFd, borrow, deadline, eventfd, left, wait_any};
@@ -19,19 +20,28 @@ use crate::vm::Exit;
 const OUTPUT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How a process ended. The failure of a program and the failure of its machine never look alike.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ExitStatus {
-    /// The process exited with this code.
-    Exited(u8),
+    /// The process exited.
+    Exited {
+        /// With this code, 0 to 255.
+        code: i32,
+    },
     /// A signal terminated the process.
-    Signaled(u8),
+    Signaled {
+        /// The number of the signal.
+        signal: i32,
+    },
     /// The guest's kernel killed the process for want of memory.
     OomKilled,
     /// Its time was over, and the process was killed with all that it had started.
     TimedOut,
     /// The machine ended while the process ran.
-    VmEnded(Box<Exit>),
+    VmEnded {
+        /// How.
+        exit: Exit,
+    },
 }
 
 impl ExitStatus {
@@ -41,17 +51,17 @@ impl ExitStatus {
     }
 
     /// Returns the code with which the process exited, if it did.
-    pub fn code(&self) -> Option<u8> {
+    pub fn code(&self) -> Option<i32> {
         match self {
-            Self::Exited(code) => Some(*code),
+            Self::Exited { code } => Some(*code),
             _ => None,
         }
     }
 
     /// Returns the signal that terminated the process, if one did.
-    pub fn signal(&self) -> Option<u8> {
+    pub fn signal(&self) -> Option<i32> {
         match self {
-            Self::Signaled(signal) => Some(*signal),
+            Self::Signaled { signal } => Some(*signal),
             _ => None,
         }
     }
@@ -60,11 +70,11 @@ impl ExitStatus {
 impl fmt::Display for ExitStatus {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Exited(code) => write!(f, "exit code {code}"),
-            Self::Signaled(signal) => write!(f, "ended by signal {signal}"),
+            Self::Exited { code } => write!(f, "exit code {code}"),
+            Self::Signaled { signal } => write!(f, "ended by signal {signal}"),
             Self::OomKilled => f.write_str("killed for want of memory"),
             Self::TimedOut => f.write_str("killed when its time was over"),
-            Self::VmEnded(exit) => write!(f, "its machine ended: {exit}"),
+            Self::VmEnded { exit } => write!(f, "its machine ended: {exit}"),
         }
     }
 }
@@ -211,6 +221,18 @@ impl AsFd for ProcessWriter {
     }
 }
 
+impl AsRawFd for ProcessWriter {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
+}
+
+impl AsRawFd for ProcessReader {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
+}
+
 impl AsFd for ProcessReader {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
@@ -218,7 +240,7 @@ impl AsFd for ProcessReader {
 }
 
 /// What a process printed, and how it ended.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Output {
     /// How it ended.
@@ -227,12 +249,23 @@ pub struct Output {
     pub stdout: Vec<u8>,
     /// What it printed on standard error, if that was piped.
     pub stderr: Vec<u8>,
+    /// More was printed on standard output than the limit, with [`Exec::truncate_output`](super::Exec::truncate_output).
+    pub stdout_truncated: bool,
+    /// The same of standard error.
+    pub stderr_truncated: bool,
+}
+
+/// How much of each stream is read, and what happens beyond.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct OutputLimit {
+    pub bytes: Size,
+    pub truncate: bool,
 }
 
 /// A program that runs in a container; made by [`Exec::spawn`](super::Exec::spawn).
 ///
 /// Dropping the handle lets the process run on, as with [`std::process::Child`]. It ends with its container at the
-/// latest. The descriptor behind [`AsFd`] becomes readable when the process has ended.
+/// latest. The descriptor behind [`AsFd`] and [`AsRawFd`] becomes readable when the process has ended.
 pub struct Process {
     /// Standard input, when it was piped. Take it to write, and drop it for end of file.
     pub stdin: Option<ProcessWriter>,
@@ -240,15 +273,24 @@ pub struct Process {
     pub stdout: Option<ProcessReader>,
     /// Standard error, when it was piped.
     pub stderr: Option<ProcessReader>,
-    pub(super) remote: Remote<ControlClient>,
-    pub(super) number: u32,
-    pub(super) state: Arc<State>,
+    /// Streams that threads write to files.
+    pub(super) redirects: Vec<Redirect>,
+    remote: Remote<ControlClient>,
+    number: u32,
+    state: Arc<State>,
+    limit: OutputLimit,
 }
 
 impl Process {
+    pub(super) fn new(remote: Remote<ControlClient>, number: u32, state: Arc<State>, limit: OutputLimit) -> Self {
+        let (stdin, stdout, stderr) = (None, None, None);
+        Self { stdin, stdout, stderr, redirects: Vec::new(), remote, number, state, limit }
+    }
+
     /// Closes standard input and waits until the process has ended.
     ///
-    /// Processes that it left behind are not waited for.
+    /// Processes that it left behind are not waited for. Output that goes to a file is waited for, at most ten seconds
+    /// after the end.
     ///
     /// Waits as long as the process runs. One with [`Exec::timeout`](super::Exec::timeout) has ended two seconds after
     /// its time is over, whatever the guest does; a killed one two seconds after the kill. When the container ends, or
@@ -258,7 +300,15 @@ impl Process {
     /// `InvalidState` when a mistake of this crate has ended the thread that learns of the end.
     pub fn wait(&mut self) -> Result<ExitStatus> {
         drop(self.stdin.take());
-        self.state.wait(None)?.ok_or_else(|| Error::new(ErrorKind::InvalidState, "the process's end is unknown"))
+        let unknown = || Error::new(ErrorKind::InvalidState, "the process's end is unknown");
+        let status = self.state.wait(None)?.ok_or_else(unknown)?;
+        let until = deadline(if status == ExitStatus::TimedOut { KILL_MARGIN } else { OUTPUT_TIMEOUT });
+        for redirect in self.redirects.drain(..) {
+            if !redirect.wait(until.map_or(Duration::MAX, left)) {
+                log::warn!("a process has ended, and its output is not all in its file");
+            }
+        }
+        Ok(status)
     }
 
     /// Waits until the process has ended, at most `timeout`; `None` when it still runs.
@@ -281,7 +331,7 @@ impl Process {
     ///
     /// That is done also when the process itself has ended. Does not wait for the guest. When the guest does not report
     /// the process's end within two seconds, its end is signal 9. A guest that runs and has not reported it after 30
-    /// seconds more is ended, with [`Exit::Unresponsive`].
+    /// seconds more is ended, with [`Exit::Unresponsive`](crate::Exit::Unresponsive).
     ///
     /// # Errors
     /// - `InvalidState` when the container has ended.
@@ -299,11 +349,10 @@ impl Process {
     /// # Errors
     /// `InvalidConfig` for a number that is no signal. `InvalidState` when the container has ended. `TimedOut` when the
     /// host is too busy for ten seconds.
-    pub fn signal(&self, signal: u8) -> Result<()> {
-        if !(1..=64).contains(&signal) {
-            return Err(Error::invalid("signal", format!("{signal} is not a signal (1 to 64)")));
-        }
-        let (number, message) = (self.number, FromHost::Signal { signo: signal, group: false });
+    pub fn signal(&self, signal: i32) -> Result<()> {
+        let signo = u8::try_from(signal).ok().filter(|it| (1..=64).contains(it));
+        let signo = signo.ok_or_else(|| Error::invalid("signal", format!("{signal} is not a signal (1 to 64)")))?;
+        let (number, message) = (self.number, FromHost::Signal { signo, group: false });
         self.remote.with(move |client| client.send(number, &message))?
     }
 
@@ -315,10 +364,25 @@ impl Process {
     /// process whose time was over it returns the output that has arrived two seconds later.
     ///
     /// # Errors
-    /// `ResourceExhausted` beyond 64 MiB a stream, see [`Exec::output_limit`](super::Exec::output_limit); the process
-    /// is killed then. `TimedOut` when the process has ended and the guest has not ended its output ten seconds later.
-    pub fn wait_with_output(self) -> Result<Output> {
-        self.collect(Size::mib(64))
+    /// `ResourceExhausted` beyond [`Exec::output_limit`](super::Exec::output_limit); the process is killed then.
+    /// `TimedOut` when the process has ended and the guest has not ended its output ten seconds later.
+    pub fn wait_with_output(mut self) -> Result<Output> {
+        drop(self.stdin.take());
+        let streams = [self.stdout.take(), self.stderr.take()];
+        match read_all(streams, &self.state, self.limit) {
+            Ok([stdout, stderr]) => Ok(Output {
+                status: self.wait()?,
+                stdout: stdout.bytes,
+                stderr: stderr.bytes,
+                stdout_truncated: stdout.truncated,
+                stderr_truncated: stderr.truncated,
+            }),
+            Err(error) => {
+                // It would block for ever with nobody reading.
+                let _ = self.kill();
+                Err(error)
+            }
+        }
     }
 
     /// Its streams could not be had, so that nobody holds it: kills it.
@@ -327,25 +391,20 @@ impl Process {
             log::debug!("a process that nobody holds is not killed: {error}");
         }
     }
+}
 
-    pub(super) fn collect(mut self, limit: Size) -> Result<Output> {
-        drop(self.stdin.take());
-        let streams = [self.stdout.take(), self.stderr.take()];
-        match read_all(streams, &self.state, limit) {
-            Ok([stdout, stderr]) => Ok(Output { status: self.wait()?, stdout, stderr }),
-            Err(error) => {
-                // It would block for ever with nobody reading.
-                let _ = self.kill();
-                Err(error)
-            }
-        }
-    }
+/// What was read of a stream.
+#[derive(Debug, Default)]
+struct Collected {
+    bytes: Vec<u8>,
+    truncated: bool,
 }
 
 /// Reads both streams to their ends as they come. What the guest owes after the process's end has a bound.
-fn read_all(streams: [Option<ProcessReader>; 2], state: &State, limit: Size) -> Result<[Vec<u8>; 2]> {
+fn read_all(streams: [Option<ProcessReader>; 2], state: &State, limit: OutputLimit) -> Result<[Collected; 2]> {
     let mut streams = streams;
-    let mut read = [Vec::new(), Vec::new()];
+    let mut read = [Collected::default(), Collected::default()];
+    let most = usize::try_from(limit.bytes.as_bytes()).unwrap_or(usize::MAX);
     let mut buffer = vec![0; 64 * 1024];
     let mut until = None;
     for stream in streams.iter().flatten() {
@@ -368,16 +427,18 @@ fn read_all(streams: [Option<ProcessReader>; 2], state: &State, limit: Size) -> 
                 format!("the process has ended, and the guest has not ended its output within {OUTPUT_TIMEOUT:?}"),
             ));
         }
-        for (stream, bytes) in streams.iter_mut().zip(&mut read) {
+        for (stream, read) in streams.iter_mut().zip(&mut read) {
             let Some(reader) = stream else { continue };
             match reader.read(&mut buffer) {
                 Ok(0) => *stream = None,
                 Ok(n) => {
-                    bytes.extend_from_slice(buffer.get(..n).unwrap_or_default());
-                    if bytes.len() as u64 > limit.as_bytes() {
+                    let taken = n.min(most.saturating_sub(read.bytes.len()));
+                    read.bytes.extend_from_slice(buffer.get(..taken).unwrap_or_default());
+                    read.truncated |= taken < n;
+                    if read.truncated && !limit.truncate {
                         return Err(Error::new(
                             ErrorKind::ResourceExhausted,
-                            format!("output_limit: the process printed more than {limit}"),
+                            format!("output_limit: the process printed more than {}", limit.bytes),
                         ));
                     }
                 }
@@ -396,6 +457,12 @@ fn is_over(deadline: Instant) -> bool {
 impl AsFd for Process {
     fn as_fd(&self) -> BorrowedFd<'_> {
         borrow(&self.state.ended)
+    }
+}
+
+impl AsRawFd for Process {
+    fn as_raw_fd(&self) -> RawFd {
+        self.as_fd().as_raw_fd()
     }
 }
 

@@ -6,7 +6,7 @@ use std::os::unix::net::UnixStream;
 
 use super::Bytes;
 use crate::memory::GuestAddress;
-use crate::net::{BackendKind, Capabilities, Frame, Mac, NetBackend, Offloads, Received, Room};
+use crate::network::{BackendKind, Capabilities, Frame, Mac, NetBackend, Offloads, Received, RxBuffer};
 use crate::sys;
 use crate::virtio::VirtioDevice;
 use crate::virtio::balloon::Balloon;
@@ -34,14 +34,14 @@ impl NetBackend for Endless {
     fn fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
     }
-    fn turn(&mut self) {}
+    fn poll(&mut self) {}
     fn send(&mut self, _: Frame<'_>) -> io::Result<()> {
         Ok(())
     }
-    fn next(&mut self) -> Option<usize> {
+    fn next_len(&mut self) -> Option<usize> {
         Some(65_000)
     }
-    fn receive(&mut self, _: &mut Room<'_>) -> io::Result<Option<Received>> {
+    fn receive(&mut self, _: &mut RxBuffer<'_>) -> io::Result<Option<Received>> {
         Ok(Some(Received { len: 60_000, offload: Default::default() }))
     }
 }
@@ -83,10 +83,12 @@ pub fn device_turn(data: &[u8]) {
             flood(Driver::start(card(BackendKind::other(Endless(socket)))), bytes);
         }
         number => {
-            let disk = sys::scratch_file(crate::Size::mib(8)).map(|f| RawFile::from_file(f, false));
+            let disk =
+                sys::scratch_file(&std::env::temp_dir(), crate::Size::mib(8)).map(|f| RawFile::from_file(f, false));
             let Ok(Ok(disk)) = disk else { return };
-            let engine = if number == 5 { crate::DiskEngine::Ring } else { crate::DiskEngine::Threads };
-            flood(Driver::start(Blk::new(Box::new(disk), Options { engine, ..Options::new("fuzz") })), bytes);
+            let engine =
+                if number == 5 { crate::virtio::blk::IoEngine::IoUring } else { crate::virtio::blk::IoEngine::Threads };
+            flood(Driver::start(Blk::new(Box::new(disk), Options { engine, ..Options::new(0) })), bytes);
         }
     }
 }
@@ -130,7 +132,7 @@ fn flood<D: VirtioDevice>(mut driver: Driver<D>, mut bytes: Bytes<'_>) {
 pub mod bench {
     use super::*;
     use crate::sys::processor_time;
-    use crate::virtio::blk::{BasePath, OverlayDisk, create};
+    use crate::virtio::blk::{BasePath, OverlayFile, create};
     use crate::virtio::testing::Driver;
 
     /// Gives a device its turn over and over, and says how long the longest was. `refill` puts new requests in.
@@ -201,7 +203,7 @@ pub mod bench {
         });
         all.push(("net: frames of 60 kB into buffers of single bytes".into(), figure));
 
-        let (net, _socket, frame) = crate::net::fuzzing::most_datagrams().unwrap();
+        let (net, _socket, frame) = crate::network::fuzzing::most_datagrams().unwrap();
         let mut driver = Driver::start(card(BackendKind::User(Box::new(net))));
         let figure = longest(&mut driver, 1, 50, |driver| {
             driver.memory().write(GuestAddress(BUFFERS), &frame).unwrap();
@@ -209,7 +211,7 @@ pub mod bench {
         });
         all.push(("net: frames of 128 datagrams, through sockets".into(), figure));
 
-        let (net, _socket, frame) = crate::net::fuzzing::new_flows().unwrap();
+        let (net, _socket, frame) = crate::network::fuzzing::new_flows().unwrap();
         let mut driver = Driver::start(card(BackendKind::User(Box::new(net))));
         let mut from = 0u16;
         let figure = longest(&mut driver, 1, 50, |driver| {
@@ -223,7 +225,7 @@ pub mod bench {
         all.push(("net: datagrams that each need a socket".into(), figure));
 
         for (name, nth) in [("net: segments of 65 kB for a switch to cut", 0), ("net: empty packets on a switch", 1)] {
-            let (port, frames, mut take) = crate::net::fuzzing::switched().unwrap();
+            let (port, frames, mut take) = crate::network::fuzzing::switched().unwrap();
             let mut driver = Driver::start(card(BackendKind::Switch(Box::new(port))));
             let frame = &frames[nth];
             let figure = longest(&mut driver, 1, 100, |driver| {
@@ -234,7 +236,7 @@ pub mod bench {
             all.push((name.into(), figure));
         }
 
-        let (net, _socket, _) = crate::net::fuzzing::most_datagrams().unwrap();
+        let (net, _socket, _) = crate::network::fuzzing::most_datagrams().unwrap();
         let mut driver = Driver::start(card(BackendKind::User(Box::new(net))));
         let figure = longest(&mut driver, 2, 200, |driver| {
             // VIRTIO_NET_CTRL_GUEST_OFFLOADS_SET, of none.
@@ -273,11 +275,11 @@ pub mod bench {
 
     /// Requests of each kind, as large as they can be, to new disks of each kind.
     fn disks(all: &mut Vec<(String, f64)>) {
-        use crate::DiskEngine::{Ring, Threads};
-        let file = || sys::scratch_file(crate::Size::mib(256)).unwrap();
+        use crate::virtio::blk::IoEngine::{IoUring, Threads};
+        let file = || sys::scratch_file(&std::env::temp_dir(), crate::Size::mib(256)).unwrap();
         let raw = |engine| {
             let disk = RawFile::from_file(file(), false).unwrap();
-            Driver::start(Blk::new(Box::new(disk), Options { engine, ..Options::new("") }))
+            Driver::start(Blk::new(Box::new(disk), Options { engine, ..Options::new(0) }))
         };
         let folder = crate::virtio::blk::fuzzing::Folder::new().unwrap();
         let (base, path) = (folder.path("base"), folder.path("overlay"));
@@ -285,11 +287,11 @@ pub mod bench {
         let over = || {
             let _ = std::fs::remove_file(&path);
             create(&path, &BasePath::Raw(base.clone()), None).unwrap();
-            let disk = OverlayDisk::open(&path, None, false).unwrap();
-            Driver::start(Blk::new(Box::new(disk), Options { engine: Ring, ..Options::new("") }))
+            let disk = OverlayFile::open(&path, None, false).unwrap();
+            Driver::start(Blk::new(Box::new(disk), Options { engine: IoUring, ..Options::new(0) }))
         };
         for (name, disk) in [
-            ("through io_uring", &(|| raw(Ring)) as &dyn Fn() -> Driver<Blk>),
+            ("through io_uring", &(|| raw(IoUring)) as &dyn Fn() -> Driver<Blk>),
             ("by calls", &|| raw(Threads)),
             ("on an overlay", &over),
         ] {

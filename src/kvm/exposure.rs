@@ -24,7 +24,7 @@ pub struct Exposure {
     pub ksm: Option<bool>,
     /// Whether KVM offers nested virtualization; `None` when it is not known.
     ///
-    /// No guest is shown it unless [`CpuProfile::nested_virtualization`](crate::CpuProfile::nested_virtualization) asks
+    /// No guest is shown it unless [`CpuProfile::nested_virtualization`](crate::cpu::CpuProfile::nested_virtualization) asks
     /// for it.
     pub nested: Option<bool>,
 }

@@ -39,7 +39,7 @@ pub struct Host {
     /// The kernel module behind `/dev/kvm`: `kvm_intel`, `kvm_amd`, `kvm_pvm`, or `None` when none is seen.
     pub module: Option<String>,
     /// How opening `/dev/kvm` ended.
-    pub device: Device,
+    pub device: KvmAccess,
     /// The version of the API, when the device could be opened. Only 12 exists.
     pub api_version: Option<i32>,
     /// Capabilities this crate needs and KVM lacks, by their names in the KVM API's documentation.
@@ -51,7 +51,7 @@ pub struct Host {
 /// How opening `/dev/kvm` ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
-pub enum Device {
+pub enum KvmAccess {
     /// It can be opened for reading and writing.
     Usable,
     /// There is no such file.
@@ -75,13 +75,13 @@ impl Host {
         let module =
             ["kvm_intel", "kvm_amd", "kvm_pvm"].into_iter().find(|name| modules.join(name).exists()).map(str::to_owned);
         let exposure = Exposure::default();
-        let mut host = Self { module, device: Device::Usable, api_version: None, missing: Vec::new(), exposure };
+        let mut host = Self { module, device: KvmAccess::Usable, api_version: None, missing: Vec::new(), exposure };
         match open_at(device) {
             Err(error) => {
                 host.device = match error.raw_os_error() {
-                    Some(libc::ENOENT) => Device::Absent,
-                    Some(libc::EACCES | libc::EPERM) => Device::Forbidden,
-                    other => Device::Broken(other.unwrap_or(libc::EIO)),
+                    Some(libc::ENOENT) => KvmAccess::Absent,
+                    Some(libc::EACCES | libc::EPERM) => KvmAccess::Forbidden,
+                    other => KvmAccess::Broken(other.unwrap_or(libc::EIO)),
                 }
             }
             Ok(kvm) => {
@@ -99,29 +99,29 @@ impl Host {
     /// hardware virtualization or lacks something. Each says what to do.
     pub fn ready(&self) -> Result<()> {
         let (kind, text) = match self.device {
-            Device::Absent => (
+            KvmAccess::Absent => (
                 ErrorKind::NotFound,
                 "/dev/kvm does not exist: enable virtualization (VT-x or AMD-V) in the firmware or, inside a VM, nested \
                  virtualization on its host, and load the module kvm_intel or kvm_amd"
                     .into(),
             ),
-            Device::Forbidden => (
+            KvmAccess::Forbidden => (
                 ErrorKind::PermissionDenied,
                 "/dev/kvm may not be opened: add this user to the group that owns it (usually `usermod -aG kvm USER`, then \
                  log in again), or run where that is allowed"
                     .into(),
             ),
-            Device::Broken(errno) => (
+            KvmAccess::Broken(errno) => (
                 ErrorKind::Io,
                 format!("/dev/kvm cannot be opened: {}", io::Error::from_raw_os_error(errno)),
             ),
-            Device::Usable if self.module.as_deref() == Some("kvm_pvm") => (
+            KvmAccess::Usable if self.module.as_deref() == Some("kvm_pvm") => (
                 ErrorKind::Unsupported,
                 "/dev/kvm is kvm_pvm, which interprets guest kernels instead of running them on hardware and fails on \
                  ordinary ones: use a machine with kvm_intel or kvm_amd"
                     .into(),
             ),
-            Device::Usable => return match (self.api_version, self.missing.as_slice()) {
+            KvmAccess::Usable => return match (self.api_version, self.missing.as_slice()) {
                 (Some(API_VERSION), []) => Ok(()),
                 (Some(API_VERSION), names) => Err(missing(names)),
                 (version, _) => Err(Error::new(
@@ -166,7 +166,7 @@ mod tests {
     use super::*;
     use std::fs;
 
-    fn host(device: Device, module: &str) -> Host {
+    fn host(device: KvmAccess, module: &str) -> Host {
         let exposure = Exposure::default();
         Host { module: Some(module.into()), device, api_version: Some(12), missing: vec![], exposure }
     }
@@ -174,13 +174,17 @@ mod tests {
     #[test]
     fn each_trouble_has_its_kind_and_remedy() {
         let cases = [
-            (host(Device::Absent, "kvm_amd"), ErrorKind::NotFound, "firmware"),
-            (host(Device::Forbidden, "kvm_amd"), ErrorKind::PermissionDenied, "group"),
-            (host(Device::Broken(libc::EIO), "kvm_amd"), ErrorKind::Io, "os error 5"),
-            (host(Device::Usable, "kvm_pvm"), ErrorKind::Unsupported, "kvm_pvm"),
-            (Host { api_version: Some(11), ..host(Device::Usable, "kvm_amd") }, ErrorKind::Incompatible, "version 11"),
+            (host(KvmAccess::Absent, "kvm_amd"), ErrorKind::NotFound, "firmware"),
+            (host(KvmAccess::Forbidden, "kvm_amd"), ErrorKind::PermissionDenied, "group"),
+            (host(KvmAccess::Broken(libc::EIO), "kvm_amd"), ErrorKind::Io, "os error 5"),
+            (host(KvmAccess::Usable, "kvm_pvm"), ErrorKind::Unsupported, "kvm_pvm"),
             (
-                Host { missing: vec!["KVM_CAP_IRQFD"], ..host(Device::Usable, "kvm_amd") },
+                Host { api_version: Some(11), ..host(KvmAccess::Usable, "kvm_amd") },
+                ErrorKind::Incompatible,
+                "version 11",
+            ),
+            (
+                Host { missing: vec!["KVM_CAP_IRQFD"], ..host(KvmAccess::Usable, "kvm_amd") },
                 ErrorKind::Unsupported,
                 "KVM_CAP_IRQFD",
             ),
@@ -191,17 +195,17 @@ mod tests {
             assert!(error.to_string().contains(word), "{error}");
             assert_eq!(host.to_string(), error.to_string());
         }
-        assert!(host(Device::Usable, "kvm_intel").ready().is_ok());
+        assert!(host(KvmAccess::Usable, "kvm_intel").ready().is_ok());
     }
 
     #[test]
     fn files_that_are_not_kvm_are_told_apart() {
         let dir = std::env::temp_dir().join(format!("cofferdam-host-{}", std::process::id()));
         fs::create_dir_all(dir.join("kvm_amd")).unwrap();
-        assert_eq!(Host::examine(&dir.join("kvm"), &dir).device, Device::Absent);
+        assert_eq!(Host::examine(&dir.join("kvm"), &dir).device, KvmAccess::Absent);
         fs::write(dir.join("kvm"), "").unwrap();
         let host = Host::examine(&dir.join("kvm"), &dir);
-        assert_eq!((host.device, host.module.as_deref()), (Device::Usable, Some("kvm_amd")));
+        assert_eq!((host.device, host.module.as_deref()), (KvmAccess::Usable, Some("kvm_amd")));
         assert_eq!(host.ready().unwrap_err().kind(), ErrorKind::Incompatible);
         fs::remove_dir_all(dir).unwrap();
     }

@@ -18,7 +18,7 @@ use kvm_bindings::{
 use kvm_ioctls::{Cap, IoEventAddress, MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags};
 
 pub use exposure::{Exposure, Vulnerability};
-pub use host::{Device, Host};
+pub use host::{Host, KvmAccess};
 pub(crate) use vcpu::{Kicker, VcpuExit, VcpuFd};
 
 use crate::error::{Context, Error, ErrorKind, Result};

@@ -23,6 +23,29 @@ pub struct Memory {
     backing: Backing,
 }
 
+/// Memory of huge pages; see [`Memory::hugetlb`]. A config value.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HugetlbMemory {
+    size: Size,
+    page: Size,
+}
+
+impl HugetlbMemory {
+    /// Sets the size of a page, of which the memory's size is a multiple.
+    ///
+    /// On x86-64 that is 2 MiB, which is the default, or 1 GiB.
+    pub const fn page_size(mut self, page: Size) -> Self {
+        self.page = page;
+        self
+    }
+}
+
+impl From<HugetlbMemory> for Memory {
+    fn from(HugetlbMemory { size, page }: HugetlbMemory) -> Self {
+        Self { size, backing: Backing::Huge(page.as_bytes()) }
+    }
+}
+
 /// What a mapping is made of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Backing {
@@ -42,9 +65,11 @@ impl Memory {
         Self { size, backing: Backing::Anonymous }
     }
 
-    /// As [`Memory::anonymous`], and asks the host for transparent huge pages (`MADV_HUGEPAGE`). There are fewer TLB
-    /// misses, and more memory is touched at once. A host that does not know them gives ordinary pages.
-    pub const fn transparent(size: Size) -> Self {
+    /// Ordinary memory for which the host is asked to use transparent huge pages (`MADV_HUGEPAGE`).
+    ///
+    /// There are fewer TLB misses, and more memory is touched at once. A host that does not know them gives ordinary
+    /// pages.
+    pub const fn transparent_huge_pages(size: Size) -> Self {
         Self { size, backing: Backing::Transparent }
     }
 
@@ -58,14 +83,12 @@ impl Memory {
         Self { size, backing: Backing::Memfd }
     }
 
-    /// Huge pages of `page` bytes from the host's pool (hugetlbfs).
-    ///
-    /// Pages are 2 MiB or 1 GiB on x86-64, and the size is a multiple.
+    /// Huge pages from the host's pool (hugetlbfs), of 2 MiB unless [`HugetlbMemory::page_size`] says otherwise.
     ///
     /// All of them are reserved when the VM starts and kept until it ends: neither a balloon nor what the guest frees
     /// gives any back. Other processes can map them, as with [`Memory::memfd`].
-    pub const fn huge(size: Size, page: Size) -> Self {
-        Self { size, backing: Backing::Huge(page.as_bytes()) }
+    pub const fn hugetlb(size: Size) -> HugetlbMemory {
+        HugetlbMemory { size, page: Size::mib(2) }
     }
 
     pub(crate) fn size(&self) -> Size {

@@ -90,7 +90,7 @@ impl GuestMemory {
 /// Transfers of the guest's bytes behind some of our own.
 impl GuestMemory {
     /// Writes `front` and then the guest's bytes to a device of packets, in one call.
-    pub fn write_behind(&self, front: &[u8], segments: &[Segment], fd: BorrowedFd<'_>) -> io::Result<usize> {
+    pub fn write_with_header(&self, front: &[u8], segments: &[Segment], fd: BorrowedFd<'_>) -> io::Result<usize> {
         let buffers = self.buffers_behind(front.as_ptr(), front.len(), segments)?;
         // SAFETY: the first buffer is `front`, borrowed throughout the call; the others came from `append_buffers`, so each lies in a
         // mapping that `self` keeps alive and readable.
@@ -100,12 +100,12 @@ impl GuestMemory {
     /// Sends the same to a socket without blocking. May be short for a stream.
     pub fn send_behind(&self, front: &[u8], segments: &[Segment], fd: BorrowedFd<'_>) -> io::Result<usize> {
         let buffers = self.buffers_behind(front.as_ptr(), front.len(), segments)?;
-        // SAFETY: as in `write_behind`.
+        // SAFETY: as in `write_with_header`.
         unsafe { sys::sendv(fd, &buffers) }
     }
 
     /// Reads a packet into `front`, and the rest of it into the guest. What does not fit is lost.
-    pub fn read_behind(&self, front: &mut [u8], segments: &[Segment], fd: BorrowedFd<'_>) -> io::Result<usize> {
+    pub fn read_with_header(&self, front: &mut [u8], segments: &[Segment], fd: BorrowedFd<'_>) -> io::Result<usize> {
         let buffers = self.buffers_behind(front.as_mut_ptr(), front.len(), segments)?;
         // SAFETY: the first buffer is `front`, exclusively borrowed throughout the call; the others came from `append_buffers`, so each
         // lies in a mapping that `self` keeps alive and writable.

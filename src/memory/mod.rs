@@ -1,8 +1,8 @@
-//! Guest physical memory: concrete, cheap to clone, every access bounds-checked.
-//!
-//! vm-memory lives in this directory only, but for the loaders that take it by reference. All threads of one VM share
-//! the memory, and the guest writes to it at any time. So nothing is handed out as a Rust reference, only copied or
-//! given to the kernel.
+//! What a guest's memory is made of.
+
+// Guest physical memory is concrete, cheap to clone, and every access is bounds-checked. vm-memory lives in this directory
+// only, but for the loaders that take it by reference. All threads of one VM share the memory, and the guest writes to it
+// at any time. So nothing is handed out as a Rust reference, only copied or given to the kernel.
 
 mod backing;
 mod image;
@@ -13,7 +13,7 @@ mod reclaim;
 mod slice;
 
 pub(crate) use backing::Backing;
-pub use backing::Memory;
+pub use backing::{HugetlbMemory, Memory};
 pub(crate) use image::MemoryImage;
 pub(crate) use io_queue::{IoOperation, IoQueue};
 pub(crate) use slice::{GuestSlice, PinnedSlice};
@@ -28,7 +28,7 @@ use crate::sys::ForkGuard;
 
 /// A guest physical address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
-pub struct GuestAddress(pub u64);
+pub(crate) struct GuestAddress(pub u64);
 
 impl GuestAddress {
     /// The address `n` bytes further, or `None` beyond the end of the address space.
@@ -49,7 +49,7 @@ impl fmt::Display for GuestAddress {
 
 /// A piece of guest memory that is known to exist. Only [`GuestMemory::segment`] makes one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Segment {
+pub(crate) struct Segment {
     addr: GuestAddress,
     len: usize,
 }
@@ -75,7 +75,7 @@ impl Segment {
 /// An access outside guest memory. It is the guest's mistake or the loader's, as the caller knows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("{len} bytes at {addr} are not guest memory")]
-pub struct OutOfBounds {
+pub(crate) struct OutOfBounds {
     /// Where the access began.
     pub addr: GuestAddress,
     /// How many bytes it wanted.
@@ -113,7 +113,7 @@ impl Region {
 
 /// A guest's RAM. Clones share it; it is unmapped with the last of them.
 #[derive(Clone)]
-pub struct GuestMemory {
+pub(crate) struct GuestMemory {
     /// Of its file, if it has one. Goes before that.
     _guard: Option<Arc<ForkGuard>>,
     /// Shared, so that a clone is a number that is counted up.

@@ -12,7 +12,7 @@ static RESERVE: AtomicU32 = AtomicU32::new(u32::MAX);
 /// It holds for all VMs together, and takes effect at once. Connections and datagrams of a
 /// [`Net::user`](crate::Net::user), and connections that guests make over vsock, take descriptors of the process. When
 /// no more than `count` are left, further ones are refused to the guest. Those of a network are counted in
-/// [`NetStats::limited`](crate::NetStats::limited); over vsock the guest sees a reset. What the process itself opens is
+/// [`NetStats::limited`](crate::net::NetStats::limited); over vsock the guest sees a reset. What the process itself opens is
 /// not affected.
 ///
 /// One guest takes half of the rest at most, over its networks and vsock together.

@@ -10,6 +10,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 use std::path::PathBuf;
 
 use super::path_of;
@@ -203,9 +204,9 @@ fn read_growing(mut call: impl FnMut(&mut [u8]) -> isize) -> io::Result<Vec<u8>>
     }
 }
 
-/// An unnamed, sparse file of `size` in the directory for temporary files.
-pub(crate) fn scratch_file(size: Size) -> io::Result<File> {
-    let file = super::temp_file(&std::env::temp_dir())?;
+/// Makes an unnamed, sparse file of `size` in `dir`.
+pub(crate) fn scratch_file(dir: &Path, size: Size) -> io::Result<File> {
+    let file = super::temp_file(dir)?;
     file.set_len(size.as_bytes())?;
     Ok(file)
 }

@@ -34,7 +34,7 @@ const DISCARD_AT_ONCE: usize = 16 << 20;
 /// How a guest uses its memory, as its kernel says (Virtio 1.3, 5.5.6.4). What it does not tell is `None`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
-pub struct GuestMemoryUse {
+pub struct GuestMemoryStats {
     /// Memory that is not used.
     pub free: Option<Size>,
     /// Known to the guest's kernel, without what it keeps for itself.
@@ -47,7 +47,7 @@ pub struct GuestMemoryUse {
     pub major_faults: Option<u64>,
 }
 
-impl GuestMemoryUse {
+impl GuestMemoryStats {
     /// A list of tags, of 16 bits, and values, of 64.
     fn parse(bytes: &[u8]) -> Self {
         let mut found = Self::default();
@@ -96,7 +96,7 @@ pub(crate) struct Balloon {
     roles: Vec<Role>,
     /// The driver's buffer for statistics: it fills in new ones when it gets the buffer back.
     stats: Option<Chain>,
-    waiting: Vec<SyncSender<GuestMemoryUse>>,
+    waiting: Vec<SyncSender<GuestMemoryStats>>,
     /// Requests that take more than a turn: to inflate, and of free memory.
     inflating: Option<Chain>,
     reporting: Option<Chain>,
@@ -148,7 +148,7 @@ impl Balloon {
     }
 
     /// Asks the guest how it uses its memory; the answer goes to `answer`, which is dropped when there will be none.
-    pub(crate) fn ask(&mut self, io: Option<&mut DeviceIo>, answer: SyncSender<GuestMemoryUse>) {
+    pub(crate) fn ask(&mut self, io: Option<&mut DeviceIo>, answer: SyncSender<GuestMemoryStats>) {
         let Some(queue) = self.roles.iter().position(|role| *role == Role::Stats) else {
             return;
         };
@@ -255,7 +255,7 @@ impl Balloon {
         while let Some(mut chain) = next(io, queue, &mut None) {
             let mut bytes = vec![0; chain.readable_len().min(1024)];
             if chain.read_into(&mut bytes).is_ok() {
-                let told = GuestMemoryUse::parse(&bytes);
+                let told = GuestMemoryStats::parse(&bytes);
                 for answer in self.waiting.drain(..) {
                     // Who asked may have given up.
                     let _ = answer.try_send(told);

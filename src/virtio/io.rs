@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use super::chain::Chain;
 use super::queue::Queue;
 use super::turn::{Turn, Work};
-use crate::event::{Interest, Sources};
+use crate::event_loop::{Interest, Sources};
 use crate::irq::Interrupt;
 use crate::memory::IoQueue;
 use crate::sys::{EventFd, Timer, borrow};
@@ -22,9 +22,9 @@ pub(crate) struct Counters {
     pub requests: AtomicU64,
     pub bytes_read: AtomicU64,
     pub bytes_written: AtomicU64,
-    pub faults: AtomicU64,
+    pub driver_errors: AtomicU64,
     /// Requests that the host failed.
-    pub errors: AtomicU64,
+    pub io_errors: AtomicU64,
     /// Requests that waited for a limit, and how long, in nanoseconds.
     pub throttled: AtomicU64,
     pub throttled_nanos: AtomicU64,
@@ -230,7 +230,7 @@ impl DeviceIo {
     pub(crate) fn fail(&mut self, why: &dyn std::fmt::Display) {
         if self.broken.is_none() {
             let why = why.to_string();
-            self.counters.faults.fetch_add(1, Ordering::Relaxed);
+            self.counters.driver_errors.fetch_add(1, Ordering::Relaxed);
             (self.on_broken)(&why);
             let overdue = self.start_grace();
             let overdue = overdue.inspect_err(|e| log::warn!("nobody will see whether it comes: {e}")).ok();

@@ -15,7 +15,7 @@ use super::turn::Turn;
 use super::{Profile, Slots};
 use crate::bus::BusDevice;
 use crate::error::{Context, ErrorKind, Result};
-use crate::event::Remote;
+use crate::event_loop::Remote;
 use crate::irq::Interrupt;
 use crate::memory::{GuestMemory, IoQueue};
 use crate::rate::{Bucket, Rate};
@@ -61,7 +61,7 @@ const VENDOR: u32 = 0x4646_4f43;
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// How often is told that a device needs a reset: ten times at once, then once a second.
-const REPORTS: Rate = Rate::per_second(1).once(10);
+const REPORTS: Rate = Rate::per_second(1).one_time_burst(10);
 
 /// The register where the driver kicks queue `n` by writing `n`, relative to the window.
 pub(crate) const NOTIFY_OFFSET: u64 = reg::QUEUE_NOTIFY;
@@ -138,14 +138,14 @@ impl MmioTransport {
         let reports = Mutex::new((Bucket::new(REPORTS, Duration::ZERO), 0u64));
         self.on_broken = Arc::new(move |why| {
             let mut reports = reports.lock().unwrap_or_else(PoisonError::into_inner);
-            let (bucket, untold) = &mut *reports;
+            let (bucket, suppressed) = &mut *reports;
             if !bucket.take_whole(epoch.elapsed()) {
-                *untold += 1;
+                *suppressed += 1;
                 return;
             }
-            let untold = std::mem::take(untold);
+            let suppressed = std::mem::take(suppressed);
             drop(reports);
-            log::warn!("device {slot} needs a reset: {why} ({untold} times more before)");
+            log::warn!("device {slot} needs a reset: {why} ({suppressed} times more before)");
             f(why);
         });
         self
@@ -293,7 +293,7 @@ impl MmioTransport {
                 // The device needs a reset, and the driver was told.
                 Ok(false) => {}
                 Err(error) => {
-                    self.counters.faults.fetch_add(1, Ordering::Relaxed);
+                    self.counters.driver_errors.fetch_add(1, Ordering::Relaxed);
                     (self.on_broken)(&format!("it cannot start: {error}"));
                     self.interrupt.signal_needs_reset();
                 }

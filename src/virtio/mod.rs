@@ -13,6 +13,7 @@ pub(crate) mod blk;
 mod chain;
 mod config_space;
 pub(crate) mod console;
+mod device_id;
 #[cfg(test)]
 mod example;
 mod io;
@@ -33,13 +34,14 @@ use std::time::Duration;
 
 pub(crate) use chain::{Chain, Span, TooShort};
 pub(crate) use config_space::ConfigSpace;
+pub use device_id::DeviceId;
 pub(crate) use io::{Counters, DeviceIo};
 pub(crate) use mmio::{MmioTransport, NOTIFY_OFFSET};
 pub(crate) use runner::{DeviceHandle, Slots};
 pub(crate) use spec::DeviceType;
 pub(crate) use turn::Work;
 
-use crate::event::Interest;
+use crate::event_loop::Interest;
 
 /// What is the same about a device as long as it lives.
 #[derive(Debug, Clone)]

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use super::io::{slot_token, split_token};
 use super::{DeviceIo, Source, VirtioDevice};
 use crate::error::{Error, ErrorKind, Result};
-use crate::event::{Handler, Interest, Remote, Sources};
+use crate::event_loop::{Handler, Interest, Remote, Sources};
 
 /// Called with a device's slot when it has panicked, our own mistake, or has waited in vain for its driver's reset.
 pub(crate) type OnFault = Box<dyn Fn(usize, &str) + Send>;
@@ -254,7 +254,7 @@ impl<D: VirtioDevice> DeviceHandle<D> {
     }
 
     /// Runs `f` on the device's loop, with what the device is given while it runs, and waits for the answer, at most
-    /// [`REQUEST_TIMEOUT`](crate::event::REQUEST_TIMEOUT).
+    /// [`REQUEST_TIMEOUT`](crate::event_loop::REQUEST_TIMEOUT).
     ///
     /// # Errors
     /// `InvalidState` when the VM has ended, `TimedOut` when its loop hangs; then `f` is run all the same when it goes on.

@@ -9,7 +9,7 @@ use super::queue::{Queue, QueueConfig};
 use super::runner::look;
 use super::turn::Turn;
 use super::{Source, VirtioDevice};
-use crate::event::Sources;
+use crate::event_loop::Sources;
 use crate::irq::Interrupt;
 use crate::memory::{GuestAddress, GuestMemory};
 use crate::sys::{RegisterPage, eventfd};
@@ -206,7 +206,7 @@ impl<D: VirtioDevice> Driver<D> {
 
     /// Makes the device look at its descriptor `number`.
     pub(crate) fn poke_watched(&mut self, number: u32) {
-        let events = crate::event::Interest::IN | crate::event::Interest::OUT;
+        let events = crate::event_loop::Interest::IN | crate::event_loop::Interest::OUT;
         look(&mut self.device, &mut self.io, Source::Watched { number, events });
     }
 

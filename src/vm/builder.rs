@@ -59,16 +59,16 @@ impl VmBuilder {
     }
 
     /// Adds a disk. The first is `/dev/vda` in the guest, the second `/dev/vdb`, and so on.
-    pub fn disk(mut self, disk: Disk) -> Self {
-        self.config.disks.push(disk);
+    pub fn disk(mut self, disk: impl Into<Disk>) -> Self {
+        self.config.disks.push(disk.into());
         self
     }
 
     /// Adds a network card; without one the guest has no network.
     ///
     /// The first is `eth0` in the guest, the second `eth1`, and so on.
-    pub fn net(mut self, net: Net) -> Self {
-        self.config.nets.push(net);
+    pub fn net(mut self, net: impl Into<Net>) -> Self {
+        self.config.nets.push(net.into());
         self
     }
 
@@ -104,11 +104,11 @@ impl VmBuilder {
     /// Those are one for each connection and UDP flow of a [`Net::user`], and two for each connection that the guest
     /// makes over vsock. All networks and vsock share them, of which networks leave an eighth to vsock. A connection
     /// beyond is refused. Over a network that looks as if nothing listened, and
-    /// [`NetStats::limited`](crate::NetStats::limited) counts it; over vsock it is a reset. Connections of the embedder
+    /// [`NetStats::limited`](crate::network::NetStats::limited) counts it; over vsock it is a reset. Connections of the embedder
     /// to the guest do not count.
     ///
     /// By default it is half of what all guests of the process may have; see
-    /// [`set_descriptor_reserve`](crate::set_descriptor_reserve). All guests together have no more than that, whatever
+    /// [`set_descriptor_reserve`](crate::host::set_descriptor_reserve). All guests together have no more than that, whatever
     /// is set here.
     pub fn descriptors(mut self, count: u32) -> Self {
         self.config.descriptors = Some(count);

@@ -72,7 +72,7 @@ impl Cgroup {
     ///
     /// [`EventKind::Degraded`] then says why.
     ///
-    /// [`EventKind::Degraded`]: crate::EventKind::Degraded
+    /// [`EventKind::Degraded`]: crate::event::EventKind::Degraded
     pub fn optional(mut self) -> Self {
         self.optional = true;
         self
@@ -122,7 +122,7 @@ impl Cgroup {
     }
 }
 
-/// What a group has done and had to wait for; see [`Stats`](crate::Stats).
+/// What a group has done and had to wait for; see [`Stats`](crate::stats::Stats).
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct CgroupStats {

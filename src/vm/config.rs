@@ -34,7 +34,7 @@ impl Console {
     /// Gives all output of `hvc0` and `ttyS0` to `writer`, on a thread of its own.
     ///
     /// It may block without delaying the guest: 256 KiB of later output are kept for it. What is beyond that is lost to
-    /// it, and counted in [`DeviceStats::dropped`](crate::DeviceStats::dropped).
+    /// it, and counted in [`DeviceStats::dropped`](crate::stats::DeviceStats::dropped).
     pub fn writer(writer: impl Write + Send + 'static) -> Self {
         Self { writer: Some(Arc::new(Mutex::new(writer))) }
     }

@@ -5,8 +5,8 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
 use super::config::VmConfig;
-use super::disk::{DiskEngine, DiskFault, DiskHandle, ErrorAction};
-use super::events::{EventKind, EventLog};
+use super::disk::{DiskError, DiskHandle, ErrorAction, IoEngine};
+use super::events::{EventKind, EventLog, PauseCause, Throttled};
 use super::exit::Reason;
 use super::machine::Shared;
 use super::net::{AttachedNet, Net, NetHandle, check_addresses};
@@ -14,50 +14,50 @@ use crate::arch::layout;
 use crate::boot::Kernel;
 use crate::bus::Bus;
 use crate::error::{Error, Result};
-use crate::event::{Loop, Remote};
+use crate::event_loop::{Loop, Remote};
 use crate::irq::Interrupt;
 use crate::kvm::VmFd;
 use crate::memory::GuestMemory;
-use crate::net::Pump;
+use crate::network::Pump;
 use crate::size::Size;
 use crate::sys::set_sched_batch;
 use crate::virtio::balloon::Balloon;
 use crate::virtio::console::{Console, Output};
 use crate::virtio::rng::Rng;
 use crate::virtio::vsock::{self, VsockListener};
-use crate::virtio::{Counters, DeviceHandle, MmioTransport, NOTIFY_OFFSET, Profile, Slots, VirtioDevice};
+use crate::virtio::{Counters, DeviceHandle, DeviceId, MmioTransport, NOTIFY_OFFSET, Profile, Slots, VirtioDevice};
 
 /// What is known of a device without asking it.
 pub(super) struct DeviceInfo {
-    pub name: String,
+    pub id: DeviceId,
     pub counters: Arc<Counters>,
     pub interrupt: Interrupt,
-    pub engine: Option<DiskEngine>,
+    pub engine: Option<IoEngine>,
 }
 
 /// A device on its way into the machine.
 pub(super) struct Attachment {
-    name: String,
+    id: DeviceId,
     device: Box<dyn VirtioDevice>,
     /// It blocks, so it gets a loop of its own.
     blocking: bool,
     /// Of a disk.
-    engine: Option<DiskEngine>,
+    engine: Option<IoEngine>,
 }
 
 /// Where a disk's faults go, once the machine is there: the disk is made before it.
 pub(super) type MachineRef = Arc<OnceLock<Weak<Shared>>>;
 
-/// Carries out what is to be done about a fault. On the disk's loop.
-fn on_disk_fault(shared: &Shared, fault: DiskFault) {
-    shared.log.push(EventKind::DiskError(fault.clone()));
-    match fault.action {
+/// Carries out what is to be done about a host's error. On the disk's loop.
+fn on_disk_error(shared: &Shared, error: DiskError) {
+    shared.log.push(EventKind::DiskError { error: error.clone() });
+    match error.action {
         ErrorAction::Pause => {
             shared.gate.hold();
             shared.kick();
-            shared.log.push(EventKind::Paused);
+            shared.log.push(EventKind::Paused { cause: PauseCause::Disk(error.disk) });
         }
-        ErrorAction::Stop => shared.stop(Reason::Disk(fault), (None, None)),
+        ErrorAction::Stop => shared.stop(Reason::Disk(error), (None, None)),
         _ => {}
     }
 }
@@ -81,59 +81,57 @@ pub(super) fn attachments(
 ) -> Result<Attachments> {
     let (mut all, mut listeners) = (Vec::new(), Vec::new());
     for (n, disk) in config.open_disks()?.into_iter().enumerate() {
-        let (name, faults) = (format!("disk{n}"), faults.clone());
+        let (id, faults) = (DeviceId::Disk(n), faults.clone());
         if let Some(why) = disk.refused() {
-            log.push(EventKind::Degraded { what: format!("io_uring for {name}: {why}") });
+            log.push(EventKind::Degraded { what: format!("io_uring for {id}: {why}") });
         }
         let (blocking, engine) = (disk.blocks(), Some(disk.engine()));
         let (log, throttled) = (log.clone(), log.clone());
-        let [its_name, who] = [name.clone(), name.clone()];
         let disk = disk
-            .on_fault(move |fault| {
+            .on_fault(move |error| {
                 if let Some(shared) = faults.get().and_then(Weak::upgrade) {
-                    on_disk_fault(&shared, fault);
+                    on_disk_error(&shared, error);
                 }
             })
-            .on_throttled(move || throttled.push(EventKind::Throttled { what: who.clone() }))
+            .on_throttled(move || throttled.push(EventKind::Throttled { what: Throttled::Device(id) }))
             .on_low_space(move |free| {
-                log.push(EventKind::DiskSpaceLow { disk: its_name.clone(), free: Size::bytes(free) });
+                log.push(EventKind::DiskSpaceLow { disk: id, free: Size::bytes(free) });
             });
-        all.push(Attachment { name, device: Box::new(disk), blocking, engine });
+        all.push(Attachment { id, device: Box::new(disk), blocking, engine });
     }
     check_addresses(&config.nets)?;
     let descriptors = config.descriptors()?;
     let (mut published, mut pumps) = (Vec::new(), Vec::new());
-    let switches: Vec<_> = config.nets.iter().filter_map(Net::its_switch).cloned().collect();
+    let switches: Vec<_> = config.nets.iter().filter_map(Net::attached_switch).cloned().collect();
     for (n, net) in config.nets.iter().enumerate() {
-        let name = format!("net{n}");
+        let id = DeviceId::Net(n);
         let (log, denials, throttled) = (log.clone(), log.clone(), log.clone());
-        let [its_name, who] = [name.clone(), name.clone()];
         let callbacks = super::net::NetCallbacks {
-            lost: Box::new(move |error| log.push(EventKind::Degraded { what: format!("{its_name}: {error}") })),
-            denied: Box::new(move |denial| denials.push(EventKind::Denied(denial))),
-            throttled: Box::new(move || throttled.push(EventKind::Throttled { what: who.clone() })),
+            lost: Box::new(move |error| log.push(EventKind::Degraded { what: format!("{id}: {error}") })),
+            denied: Box::new(move |denial| denials.push(EventKind::Denied { denial })),
+            throttled: Box::new(move || throttled.push(EventKind::Throttled { what: Throttled::Device(id) })),
         };
         let attached = net.attach(config.vcpus()?, switches.clone(), descriptors.clone(), callbacks);
         let AttachedNet { card, published: ports, pump } =
             attached.map_err(|e| e.doing(format!("attaching network {n}")))?;
         published.push(ports);
         pumps.push(pump);
-        all.push(Attachment { name, device: Box::new(card), blocking: false, engine: None });
+        all.push(Attachment { id, device: Box::new(card), blocking: false, engine: None });
     }
-    let mut add = |name: &str, device: Box<dyn VirtioDevice>| {
-        all.push(Attachment { name: name.into(), device, blocking: false, engine: None });
+    let mut add = |id: DeviceId, device: Box<dyn VirtioDevice>| {
+        all.push(Attachment { id, device, blocking: false, engine: None });
     };
-    add("console", Box::new(Console::new(output.clone())));
-    add("rng", Box::new(Rng));
+    add(DeviceId::Console, Box::new(Console::new(output.clone())));
+    add(DeviceId::Rng, Box::new(Rng));
     let log = log.clone();
     let settled = Box::new(move |held| log.push(EventKind::Balloon { size: Size::bytes(held) }));
-    add("balloon", Box::new(Balloon::new(memory.clone(), settled)));
+    add(DeviceId::Balloon, Box::new(Balloon::new(memory.clone(), settled)));
     if let Some(wanted) = &config.vsock {
         let mut device = vsock::Vsock::new().share(descriptors);
         for port in &wanted.ports {
             listeners.push(device.listen(*port).map_err(|e| e.doing("vsock"))?);
         }
-        add("vsock", Box::new(device));
+        add(DeviceId::Vsock, Box::new(device));
     }
     Ok(Attachments { devices: all, listeners, published, pumps })
 }
@@ -158,14 +156,14 @@ pub(super) struct Attacher<'a> {
     pub shared: &'a Arc<Shared>,
     pub mmio: Bus,
     pub loops: Vec<Loop<Slots>>,
-    /// Where each device lives, by its name.
-    pub slots: BTreeMap<String, DeviceRef>,
+    /// Where each device lives.
+    pub slots: BTreeMap<DeviceId, DeviceRef>,
 }
 
 /// A device as the bus sees it: its window and interrupt line are the last.
 struct TransportConfig {
     profile: Profile,
-    engine: Option<DiskEngine>,
+    engine: Option<IoEngine>,
     window: (u64, u32),
 }
 
@@ -173,7 +171,7 @@ struct TransportConfig {
 #[derive(Default)]
 struct LoopGroup {
     devices: Vec<Box<dyn VirtioDevice>>,
-    places: Vec<(String, TransportConfig)>,
+    places: Vec<(DeviceId, TransportConfig)>,
 }
 
 /// A device's loop, and its slot there.
@@ -183,34 +181,34 @@ pub(super) fn handle<D: VirtioDevice>((remote, slot): &DeviceRef) -> DeviceHandl
     DeviceHandle::new(remote.clone(), *slot)
 }
 
-pub(super) fn disk_handle(n: usize, slots: &BTreeMap<String, DeviceRef>) -> Option<DiskHandle> {
-    let name = format!("disk{n}");
-    let device = slots.get(&name).map(handle)?;
-    Some(DiskHandle { name, device })
+pub(super) fn disk_handle(n: usize, slots: &BTreeMap<DeviceId, DeviceRef>) -> Option<DiskHandle> {
+    let id = DeviceId::Disk(n);
+    let device = slots.get(&id).map(handle)?;
+    Some(DiskHandle { id, device })
 }
 
 pub(super) fn net_handle(
     n: usize,
-    slots: &BTreeMap<String, DeviceRef>,
+    slots: &BTreeMap<DeviceId, DeviceRef>,
     published: &[SocketAddr],
     capture: Option<Pump>,
 ) -> Option<NetHandle> {
-    let name = format!("net{n}");
-    let device = slots.get(&name).map(handle)?;
-    Some(NetHandle { name, device, published: published.into(), capture })
+    let id = DeviceId::Net(n);
+    let device = slots.get(&id).map(handle)?;
+    Some(NetHandle { id, device, published: published.into(), capture })
 }
 
 impl Attacher<'_> {
     /// Puts every device onto a loop and the bus: what blocks on one of its own, disks on one, all others on the last.
     pub(super) fn attach(&mut self, attachments: Vec<Attachment>, slots: &[(u64, u32)]) -> Result<()> {
         let (mut disks, mut others) = (BTreeMap::<String, LoopGroup>::new(), LoopGroup::default());
-        for (Attachment { name, device, blocking, engine }, window) in attachments.into_iter().zip(slots) {
+        for (Attachment { id, device, blocking, engine }, window) in attachments.into_iter().zip(slots) {
             let group = match engine {
-                Some(_) if blocking => disks.entry(name.clone()).or_default(),
+                Some(_) if blocking => disks.entry(id.to_string()).or_default(),
                 Some(_) => disks.entry("disks".into()).or_default(),
                 None => &mut others,
             };
-            group.places.push((name, TransportConfig { profile: device.profile(), engine, window: *window }));
+            group.places.push((id, TransportConfig { profile: device.profile(), engine, window: *window }));
             group.devices.push(device);
         }
         for (name, group) in disks {
@@ -225,26 +223,25 @@ impl Attacher<'_> {
     }
 
     fn attach_group(&mut self, name: &str, LoopGroup { devices, places }: LoopGroup) -> Result<Remote<Slots>> {
-        let names = places.iter().map(|(name, _)| name.clone()).collect();
-        let remote = self.start_loop(name, names, devices)?;
-        for (n, (name, on_bus)) in places.into_iter().enumerate() {
-            self.connect(name, (remote.clone(), n), on_bus)?;
+        let ids = places.iter().map(|(id, _)| *id).collect();
+        let remote = self.start_loop(name, ids, devices)?;
+        for (n, (id, on_bus)) in places.into_iter().enumerate() {
+            self.connect(id, (remote.clone(), n), on_bus)?;
         }
         Ok(remote)
     }
 
-    /// A loop called `name` for devices that are called `names`.
+    /// A loop called `name` for devices with these identifiers.
     fn start_loop(
         &mut self,
         name: &str,
-        names: Vec<String>,
+        ids: Vec<DeviceId>,
         devices: Vec<Box<dyn VirtioDevice>>,
     ) -> Result<Remote<Slots>> {
         let shared = Arc::downgrade(self.shared);
         let on_fault = Box::new(move |slot: usize, why: &str| {
-            if let Some(shared) = shared.upgrade() {
-                let name = names.get(slot).map_or("a device", String::as_str);
-                shared.stop(Reason::Device(format!("{name}: {why}")), (None, None));
+            if let (Some(shared), Some(id)) = (shared.upgrade(), ids.get(slot)) {
+                shared.stop(Reason::Device(*id, why.to_owned()), (None, None));
             }
         });
         let it = Loop::start(name, |sources| Slots::new(devices, sources, on_fault))?;
@@ -253,12 +250,11 @@ impl Attacher<'_> {
         Ok(remote)
     }
 
-    fn connect(&mut self, name: String, (remote, slot): DeviceRef, on_bus: TransportConfig) -> Result<()> {
+    fn connect(&mut self, id: DeviceId, (remote, slot): DeviceRef, on_bus: TransportConfig) -> Result<()> {
         let TransportConfig { profile, engine, window: (addr, irq) } = on_bus;
-        self.slots.insert(name.clone(), (remote.clone(), slot));
+        self.slots.insert(id, (remote.clone(), slot));
         let [ready, broken] = [(); 2].map(|()| self.shared.clone());
-        let (device, record_dirty_pages, memory) =
-            (name.clone(), self.kernel.dirty_page_recorder(), self.memory.clone());
+        let (record_dirty_pages, memory) = (self.kernel.dirty_page_recorder(), self.memory.clone());
         let window = addr.saturating_sub(layout::MMIO.0) / layout::MMIO_WINDOW;
         let registers = usize::try_from(window).ok().and_then(|n| self.shared.registers.device(n));
         let registers = registers.ok_or_else(|| Error::invalid("disk", "there are more devices than windows"))?;
@@ -271,13 +267,13 @@ impl Attacher<'_> {
                 }
             })
             .on_broken(move |why| {
-                broken.log.push(EventKind::DeviceError { device: device.clone(), what: why.to_owned() });
+                broken.log.push(EventKind::DeviceError { device: id, message: why.to_owned() });
             });
         for (queue, kick) in (0..).zip(transport.kicks().iter()) {
             self.vm.attach_kick(kick, addr + NOTIFY_OFFSET, queue)?;
         }
         let (counters, interrupt) = (transport.counters().clone(), transport.interrupt().clone());
-        let info = DeviceInfo { name, counters, interrupt, engine };
+        let info = DeviceInfo { id, counters, interrupt, engine };
         self.shared.devices.lock().unwrap_or_else(PoisonError::into_inner).push(info);
         self.mmio.attach(addr, layout::MMIO_WINDOW, Arc::new(Mutex::new(transport)))
     }

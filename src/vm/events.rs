@@ -5,15 +5,17 @@
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
 use std::mem::discriminant;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use super::disk::DiskFault;
+use super::disk::DiskError;
+use super::exit::Exit;
 use super::net::Denial;
 use crate::error::{Context, Result};
 use crate::size::Size;
 use crate::sys::{EventFd, borrow, deadline, eventfd, left};
+use crate::virtio::DeviceId;
 
 /// So many events are kept for readers that come late or are slow. What guests cause again and again pushes out no other kind.
 const KEPT: usize = 256;
@@ -36,8 +38,11 @@ pub enum EventKind {
     Started,
     /// A driver of the guest has set up the first virtio device.
     DriversReady,
-    /// It was paused, by [`Vm::pause`](crate::Vm::pause) or by a disk; then the event before says why.
-    Paused,
+    /// It was paused.
+    Paused {
+        /// By what.
+        cause: PauseCause,
+    },
     /// It goes on after a pause.
     Resumed,
     /// It runs without something that was optional.
@@ -47,10 +52,10 @@ pub enum EventKind {
     },
     /// A device cannot go on until the guest's driver resets it.
     DeviceError {
-        /// The device's name: `disk0`, `net0`, `vsock`, `console`, `rng`, `balloon`.
-        device: String,
+        /// Which device.
+        device: DeviceId,
         /// What the guest's driver did, or what failed on the host.
-        what: String,
+        message: String,
     },
     /// The balloon has become what [`Vm::set_balloon`](crate::Vm::set_balloon) asked for, or less again because the guest
     /// runs short of memory.
@@ -59,33 +64,83 @@ pub enum EventKind {
         size: Size,
     },
     /// The host could not do what the guest asked of a disk.
-    DiskError(DiskFault),
+    DiskError {
+        /// Which disk, what the guest wanted, and what is done about it.
+        error: DiskError,
+    },
     /// A limit makes a device or the vCPUs wait.
     ///
-    /// That is `disk0` for [`Disk::limit`](crate::Disk::limit), `net0` for [`Net::limit`](crate::Net::limit), and
-    /// `vcpus` for [`Cgroup::cpus`](crate::Cgroup::cpus) where the host measures pressure (PSI). Told at most once a
-    /// second for each; [`Stats`](crate::Stats) say how often and how long.
+    /// It is the limit of [a disk](crate::disk::FileDisk::limit), of [a network card](crate::net::UserNet::limit), or
+    /// [`Cgroup::cpus`](crate::Cgroup::cpus) where the host measures pressure (PSI). There is at most one such event a
+    /// second for each; [`Stats`](crate::stats::Stats) say how often and how long.
     Throttled {
         /// What waits.
-        what: String,
+        what: Throttled,
     },
     /// The policy of a network denied a connection or a name to the guest.
     ///
     /// Of a flood of them some are only counted.
-    Denied(Denial),
-    /// A disk's file system has less space left than [`Disk::headroom`](crate::Disk::headroom).
+    Denied {
+        /// What was denied, and why.
+        denial: Denial,
+    },
+    /// A disk's file system has less space left than [`min_free_space`](crate::disk::FileDisk::min_free_space).
     ///
     /// Told once until there is more again. It is checked once a second while the guest writes.
     DiskSpaceLow {
-        /// The disk's name: `disk0` is the first.
-        disk: String,
+        /// Which disk.
+        disk: DeviceId,
         /// What is left.
         free: Size,
     },
-    /// It has ended; [`Vm::wait`](crate::Vm::wait) says how. The last event.
-    Ended,
-    /// The reader was too slow, and so many events before the next were dropped.
-    Missed(u64),
+    /// It has ended. The last event.
+    Ended {
+        /// How.
+        exit: Exit,
+    },
+    /// The reader was too slow, so that events before the next were dropped.
+    Missed {
+        /// How many.
+        count: u64,
+    },
+}
+
+/// What paused a VM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum PauseCause {
+    /// The embedder, by [`Vm::pause`](crate::Vm::pause).
+    Embedder,
+    /// A disk, by [`ErrorAction::Pause`](crate::disk::ErrorAction::Pause); the event before says why.
+    Disk(DeviceId),
+}
+
+impl fmt::Display for PauseCause {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Embedder => f.write_str("the embedder"),
+            Self::Disk(disk) => write!(f, "{disk}"),
+        }
+    }
+}
+
+/// What waits for a limit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Throttled {
+    /// Requests of a disk, or frames of a network card.
+    Device(DeviceId),
+    /// All threads of the VM, by its [`Cgroup`](crate::Cgroup).
+    Vcpus,
+}
+
+impl fmt::Display for Throttled {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Device(device) => write!(f, "{device}"),
+            Self::Vcpus => f.write_str("vCPUs"),
+        }
+    }
 }
 
 impl fmt::Display for Event {
@@ -94,17 +149,17 @@ impl fmt::Display for Event {
         match &self.kind {
             EventKind::Started => f.write_str("started"),
             EventKind::DriversReady => f.write_str("virtio drivers ready"),
-            EventKind::Paused => f.write_str("paused"),
+            EventKind::Paused { cause } => write!(f, "paused by {cause}"),
             EventKind::Resumed => f.write_str("resumed"),
             EventKind::Degraded { what } => write!(f, "without {what}"),
-            EventKind::DeviceError { device, what } => write!(f, "{device} needs a reset: {what}"),
+            EventKind::DeviceError { device, message } => write!(f, "{device} needs a reset: {message}"),
             EventKind::Balloon { size } => write!(f, "{size} in the balloon"),
-            EventKind::DiskError(fault) => write!(f, "{fault}"),
-            EventKind::Denied(denial) => write!(f, "denied: {denial}"),
+            EventKind::DiskError { error } => write!(f, "{error}"),
+            EventKind::Denied { denial } => write!(f, "denied: {denial}"),
             EventKind::Throttled { what } => write!(f, "{what}: held back by a limit"),
             EventKind::DiskSpaceLow { disk, free } => write!(f, "{disk}: {free} are left on the host"),
-            EventKind::Ended => f.write_str("ended"),
-            EventKind::Missed(n) => write!(f, "{n} events were dropped"),
+            EventKind::Ended { exit } => write!(f, "ended: {exit}"),
+            EventKind::Missed { count } => write!(f, "{count} events were dropped"),
         }
     }
 }
@@ -158,7 +213,7 @@ impl EventLog {
         if state.ended {
             return;
         }
-        state.ended = kind == EventKind::Ended;
+        state.ended = matches!(kind, EventKind::Ended { .. });
         if state.kept.len() == KEPT {
             state.drop_one();
         }
@@ -188,7 +243,7 @@ impl EventLog {
 
 /// The events of one VM, from its start on; see [`Vm::events`](crate::Vm::events).
 ///
-/// The descriptor behind [`AsFd`] is readable while there is something to read, and once the last event was read. The
+/// The descriptor behind [`AsFd`] and [`AsRawFd`] is readable while there is something to read, and once the last event was read. The
 /// last 256 events are kept; of more, the oldest of the most frequent kind goes. A reader gets [`EventKind::Missed`] in
 /// the place of what it missed, and the VM never waits for one.
 ///
@@ -233,7 +288,7 @@ impl Events {
         let missed = number - *next;
         *next = *number;
         if missed > 0 {
-            return Some(Event { at: event.at, kind: EventKind::Missed(missed) });
+            return Some(Event { at: event.at, kind: EventKind::Missed { count: missed } });
         }
         *next += 1;
         if !state.ended && *next == state.count {
@@ -260,6 +315,12 @@ impl Iterator for Events {
     }
 }
 
+impl AsRawFd for Events {
+    fn as_raw_fd(&self) -> RawFd {
+        self.as_fd().as_raw_fd()
+    }
+}
+
 impl AsFd for Events {
     fn as_fd(&self) -> BorrowedFd<'_> {
         borrow(&self.fd)
@@ -270,6 +331,13 @@ impl AsFd for Events {
 mod tests {
     use super::*;
     use crate::sys::wait_readable;
+    use crate::vm::exit::{ExitReport, Stage};
+
+    const PAUSED: EventKind = EventKind::Paused { cause: PauseCause::Embedder };
+
+    fn ended() -> EventKind {
+        EventKind::Ended { exit: Exit::PowerOff { report: Arc::new(ExitReport::new(Stage::Running)) } }
+    }
 
     fn readable(events: &Events) -> bool {
         wait_readable(events.as_fd(), Some(Duration::ZERO)).unwrap()
@@ -284,23 +352,23 @@ mod tests {
         assert_eq!(early.try_next().unwrap().kind, EventKind::Started);
         assert!(!readable(&early) && early.try_next().is_none());
         assert!(early.next_timeout(Duration::from_millis(5)).is_none());
-        log.push(EventKind::Paused);
-        log.push(EventKind::Ended);
+        log.push(PAUSED);
+        log.push(ended());
         log.push(EventKind::Resumed);
-        assert_eq!(early.map(|e| e.kind).collect::<Vec<_>>(), [EventKind::Paused, EventKind::Ended]);
-        assert_eq!(late.map(|e| e.kind).collect::<Vec<_>>(), [EventKind::Started, EventKind::Paused, EventKind::Ended]);
+        assert_eq!(early.map(|e| e.kind).collect::<Vec<_>>(), [PAUSED, ended()]);
+        assert_eq!(late.map(|e| e.kind).collect::<Vec<_>>(), [EventKind::Started, PAUSED, ended()]);
     }
 
     #[test]
     fn slow_readers_are_told_what_they_missed_and_cost_nothing() {
         let log = EventLog::new(Instant::now());
         let mut events = log.reader().unwrap();
-        (0..1000).for_each(|_| log.push(EventKind::Paused));
-        assert_eq!(events.try_next().unwrap().kind, EventKind::Missed(1000 - KEPT as u64));
+        (0..1000).for_each(|_| log.push(PAUSED));
+        assert_eq!(events.try_next().unwrap().kind, EventKind::Missed { count: 1000 - KEPT as u64 });
         assert_eq!((0..KEPT).filter(|_| events.try_next().is_some()).count(), KEPT);
         assert!(events.try_next().is_none() && !readable(&events));
-        log.push(EventKind::Ended);
-        assert_eq!(events.next().unwrap().kind, EventKind::Ended);
+        log.push(ended());
+        assert_eq!(events.next().unwrap().kind, ended());
         assert!(events.next().is_none() && readable(&events));
         drop(events);
         assert_eq!(log.state().kept.len(), KEPT);
@@ -310,19 +378,19 @@ mod tests {
     fn a_flood_of_one_kind_pushes_out_no_other() {
         let log = EventLog::new(Instant::now());
         let events = log.reader().unwrap();
-        let flood = |what: &str, n| {
-            (0..n).for_each(|_| log.push(EventKind::Throttled { what: what.into() }));
+        let flood = |n| {
+            (0..n).for_each(|_| log.push(EventKind::Throttled { what: Throttled::Device(DeviceId::Net(0)) }));
         };
         log.push(EventKind::Started);
-        flood("net0", 1000);
-        let fault = EventKind::DeviceError { device: "rng".into(), what: "a loop".into() };
+        flood(1000);
+        let fault = EventKind::DeviceError { device: DeviceId::Rng, message: "a loop".into() };
         log.push(fault.clone());
-        flood("net0", 1000);
-        log.push(EventKind::Ended);
+        flood(1000);
+        log.push(ended());
         let all: Vec<_> = events.map(|event| event.kind).collect();
-        let missed: u64 = all.iter().map(|kind| if let EventKind::Missed(n) = kind { *n } else { 0 }).sum();
+        let missed: u64 = all.iter().map(|kind| if let EventKind::Missed { count } = kind { *count } else { 0 }).sum();
         let throttled = all.iter().filter(|kind| matches!(kind, EventKind::Throttled { .. })).count();
-        assert_eq!((all.first(), all.last()), (Some(&EventKind::Started), Some(&EventKind::Ended)));
+        assert_eq!((all.first(), all.last()), (Some(&EventKind::Started), Some(&ended())));
         assert!(all.contains(&fault));
         assert_eq!((throttled, missed), (KEPT - 3, 2000 - (KEPT as u64 - 3)));
     }
@@ -332,7 +400,7 @@ mod tests {
         let log = EventLog::new(Instant::now());
         let mut events = log.reader().unwrap();
         let reader = std::thread::spawn(move || events.next().map(|e| e.to_string()));
-        log.push(EventKind::DeviceError { device: "rng".into(), what: "a loop".into() });
+        log.push(EventKind::DeviceError { device: DeviceId::Rng, message: "a loop".into() });
         assert!(reader.join().unwrap().unwrap().ends_with(" s: rng needs a reset: a loop"));
     }
 }

@@ -1,11 +1,12 @@
 //! How a VM ended, how far it came, and what explains it.
 
 use std::fmt;
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use super::disk::DiskFault;
+use super::disk::DiskError;
 use super::stats::DeviceStats;
+use crate::virtio::DeviceId;
 
 pub use crate::arch::Registers;
 
@@ -113,10 +114,14 @@ fn is_plain(c: char) -> bool {
 /// How every Linux kernel begins the message of its panic.
 const PANIC: &str = "Kernel panic - not syncing";
 
-/// What was known when a VM ended.
-#[derive(Debug, Clone)]
+/// What is known of a VM, or was known when it ended.
+///
+/// [`Vm::report`](crate::Vm::report) and [`Exit::report`] return it.
+///
+/// `{}` prints the stage, `{:#}` everything but what is of no interest to people.
+#[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
-pub struct Trace {
+pub struct ExitReport {
     /// How far the guest had come.
     pub stage: Stage,
     /// The last bytes of all its consoles, at most 64 KiB.
@@ -129,8 +134,14 @@ pub struct Trace {
     pub devices: Vec<DeviceStats>,
 }
 
-impl Trace {
-    /// What the guest's kernel said when it panicked, if it did, without control characters.
+impl ExitReport {
+    /// Nothing but how far the guest has come.
+    #[cfg(test)]
+    pub(super) fn new(stage: Stage) -> Self {
+        Self { stage, console: Vec::new(), vcpu_exit: None, registers: None, devices: Vec::new() }
+    }
+
+    /// Returns what the guest's kernel said when it panicked, if it did, without control characters.
     pub fn panic_message(&self) -> Option<String> {
         let text = String::from_utf8_lossy(&self.console);
         let at = text.rfind(PANIC)?;
@@ -138,7 +149,16 @@ impl Trace {
         Some(line.chars().filter(|c| is_plain(*c)).collect::<String>().trim_end().to_owned())
     }
 
-    /// The last `n` lines of the console, without control characters.
+    /// Returns how far the guest came and what it printed last: what a person can act on.
+    #[cfg(feature = "container")]
+    pub(crate) fn for_people(&self) -> String {
+        match self.console_lines(CONSOLE_LINES).as_str() {
+            "" => format!("{self}; nothing on its console"),
+            lines => format!("{self}; its console's last lines:\n{lines}"),
+        }
+    }
+
+    /// Returns the last `n` lines of the console, without control characters.
     pub fn console_lines(&self, n: usize) -> String {
         let text = String::from_utf8_lossy(&self.console);
         let lines: Vec<&str> = text.lines().map(str::trim_end).filter(|l| !l.is_empty()).collect();
@@ -147,19 +167,25 @@ impl Trace {
     }
 }
 
-impl fmt::Display for Trace {
+/// How many of the console's last lines are printed.
+const CONSOLE_LINES: usize = 12;
+
+impl fmt::Display for ExitReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "last stage: {}", self.stage)?;
+        if !f.alternate() {
+            return Ok(());
+        }
         if let Some(exit) = &self.vcpu_exit {
             write!(f, "; last vCPU exit: {exit}")?;
         }
         if let Some(registers) = &self.registers {
             write!(f, "; {registers}")?;
         }
-        for d in self.devices.iter().filter(|d| d.faults > 0) {
-            write!(f, "; {} had {} faults in {} requests", d.name, d.faults, d.requests)?;
+        for it in self.devices.iter().filter(|it| it.driver_errors > 0) {
+            write!(f, "; {}: {} driver errors in {} requests", it.device, it.driver_errors, it.requests)?;
         }
-        match self.console_lines(12).as_str() {
+        match self.console_lines(CONSOLE_LINES).as_str() {
             "" => f.write_str("; nothing on its console"),
             lines => write!(f, "; its console's last lines:\n{lines}"),
         }
@@ -168,56 +194,104 @@ impl fmt::Display for Trace {
 
 /// How a VM ended. An end is not an error.
 ///
-/// `Display` prints one paragraph that a person can act on. All but the orderly [`Exit::PowerOff`] carry a [`Trace`];
-/// [`Vm::trace`](crate::Vm::trace) has it for every end.
-#[derive(Debug, Clone)]
+/// `{}` prints one line for people. `{:#}` adds the console's last lines, the last vCPU exit and the registers. Every end
+/// carries an [`ExitReport`], which [`Exit::report`] returns whatever the end is.
+#[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Exit {
     /// The guest powered itself off.
-    PowerOff,
+    PowerOff {
+        /// What was known then.
+        report: Arc<ExitReport>,
+    },
     /// The guest asked for a reset. It is not started again: that is the embedder's decision.
-    Reboot(Box<Trace>),
-    /// The guest halted for good: all its vCPUs stand still with interrupts disabled, which is noticed within three seconds.
+    Reboot {
+        /// What was known then.
+        report: Arc<ExitReport>,
+    },
+    /// The guest halted for good: all its vCPUs stand still with interrupts disabled.
     ///
-    /// Kernels without the means to power off end so when they are told to, such as Linux with `acpi=off`. Where the process may
-    /// have no more timers (`RLIMIT_SIGPENDING`) it is not noticed, and [`EventKind::Degraded`](crate::EventKind::Degraded) tells.
-    Halt(Box<Trace>),
-    /// The guest's kernel panicked.
-    Panic(Box<Trace>),
-    /// A fault while handling a fault while handling a fault; on real hardware, a spontaneous reset.
-    TripleFault(Box<Trace>),
-    /// Ended by [`Vm::kill`](crate::Vm::kill), by a grace that ran out, or by dropping the handle.
-    Killed(Box<Trace>),
+    /// That is noticed within three seconds. Kernels without the means to power off end so when they are told to, such
+    /// as Linux with `acpi=off`. Where the process may have no more timers (`RLIMIT_SIGPENDING`) it is not noticed, and
+    /// the event [`EventKind::Degraded`](crate::event::EventKind::Degraded) says so.
+    Halt {
+        /// What was known then.
+        report: Arc<ExitReport>,
+    },
+    /// The guest's kernel panicked; [`ExitReport::panic_message`] returns what it said.
+    Panic {
+        /// What was known then.
+        report: Arc<ExitReport>,
+    },
+    /// The guest's processor failed to handle a fault (Intel SDM, volume 3, "shutdown").
+    ///
+    /// Real hardware resets itself then.
+    TripleFault {
+        /// What was known then.
+        report: Arc<ExitReport>,
+    },
+    /// Ended by [`Vm::kill`](crate::Vm::kill), by a grace that ran out, or by dropping the last handle.
+    Killed {
+        /// What was known then.
+        report: Arc<ExitReport>,
+    },
     /// Ended by this crate, because the guest had stopped answering.
     ///
-    /// The text says what it did not answer. That was a kill for half a minute, or anything at all, because the shim of
-    /// a container was gone.
-    Unresponsive(String, Box<Trace>),
+    /// It had not answered a kill for half a minute, or nothing at all, because the shim of a container was gone.
+    Unresponsive {
+        /// What the guest did not answer.
+        message: String,
+        /// What was known then.
+        report: Arc<ExitReport>,
+    },
     /// A device cannot go on.
     ///
-    /// It needed a reset that the guest's driver did not give it within ten seconds, or it failed by a mistake in this
-    /// crate. The text says which and why.
-    DeviceFault(String, Box<Trace>),
-    /// The host could not do what the guest asked of a disk that was told to end the machine then, by
-    /// [`ErrorAction::Stop`](crate::ErrorAction::Stop).
-    DiskFault(Box<DiskFault>, Box<Trace>),
+    /// It needed a reset that the guest's driver did not give it within ten seconds. Or it failed by a mistake in this
+    /// crate, or in a backend of the embedder's.
+    DeviceFault {
+        /// Which device.
+        device: DeviceId,
+        /// Why.
+        message: String,
+        /// What was known then.
+        report: Arc<ExitReport>,
+    },
+    /// The host failed a request of a disk whose [`ErrorAction`](crate::disk::ErrorAction) is to end the machine then.
+    DiskFault {
+        /// Which disk, what the guest wanted, and what the host said.
+        error: Box<DiskError>,
+        /// What was known then.
+        report: Arc<ExitReport>,
+    },
     /// The host's KVM could not go on with a vCPU.
-    VcpuFault(String, Box<Trace>),
+    VcpuFault {
+        /// Why.
+        message: String,
+        /// What was known then.
+        report: Arc<ExitReport>,
+    },
     /// PID 1 of the guest could not go on.
-    InitFault(Box<Trace>),
+    InitFault {
+        /// What was known then.
+        report: Arc<ExitReport>,
+    },
 }
 
 impl Exit {
-    /// What was known at the end; `None` after an orderly power-off.
-    pub fn trace(&self) -> Option<&Trace> {
+    /// Returns what was known at the end.
+    pub fn report(&self) -> &ExitReport {
         match self {
-            Self::PowerOff => None,
-            Self::Reboot(t) | Self::Halt(t) | Self::Panic(t) | Self::TripleFault(t) | Self::Killed(t) => Some(t),
-            Self::Unresponsive(_, t)
-            | Self::InitFault(t)
-            | Self::DeviceFault(_, t)
-            | Self::VcpuFault(_, t)
-            | Self::DiskFault(_, t) => Some(t),
+            Self::PowerOff { report }
+            | Self::Reboot { report }
+            | Self::Halt { report }
+            | Self::Panic { report }
+            | Self::TripleFault { report }
+            | Self::Killed { report }
+            | Self::Unresponsive { report, .. }
+            | Self::DeviceFault { report, .. }
+            | Self::DiskFault { report, .. }
+            | Self::VcpuFault { report, .. }
+            | Self::InitFault { report } => report,
         }
     }
 }
@@ -225,20 +299,25 @@ impl Exit {
 impl fmt::Display for Exit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::PowerOff => f.write_str("the guest powered off"),
-            Self::Reboot(t) => write!(f, "the guest asked for a reboot ({t})"),
-            Self::Halt(t) => write!(f, "the guest halted ({t})"),
-            Self::Panic(t) => {
-                let message = t.panic_message().unwrap_or_else(|| "its console does not say why".into());
-                write!(f, "the guest's kernel panicked: {message} ({t})")
-            }
-            Self::TripleFault(t) => write!(f, "the guest ended in a triple fault ({t})"),
-            Self::Killed(t) => write!(f, "the virtual machine was killed ({t})"),
-            Self::Unresponsive(why, t) => write!(f, "the guest stopped answering: {why} ({t})"),
-            Self::DiskFault(fault, t) => write!(f, "{fault} ({t})"),
-            Self::DeviceFault(why, t) => write!(f, "a device failed: {why} ({t})"),
-            Self::VcpuFault(why, t) => write!(f, "the processor could not go on with the guest: {why} ({t})"),
-            Self::InitFault(t) => write!(f, "the guest's init failed ({t})"),
+            Self::PowerOff { .. } => f.write_str("the guest powered off")?,
+            Self::Reboot { .. } => f.write_str("the guest asked for a reboot")?,
+            Self::Halt { .. } => f.write_str("the guest halted")?,
+            Self::Panic { report } => match report.panic_message() {
+                Some(message) => write!(f, "the guest's kernel panicked: {message}")?,
+                None => f.write_str("the guest's kernel panicked: its console does not say why")?,
+            },
+            Self::TripleFault { .. } => f.write_str("the guest ended in a triple fault")?,
+            Self::Killed { .. } => f.write_str("the virtual machine was killed")?,
+            Self::Unresponsive { message, .. } => write!(f, "the guest stopped answering: {message}")?,
+            Self::DeviceFault { device, message, .. } => write!(f, "{device} failed: {message}")?,
+            Self::DiskFault { error, .. } => write!(f, "{error}")?,
+            Self::VcpuFault { message, .. } => write!(f, "the processor could not go on with the guest: {message}")?,
+            Self::InitFault { .. } => f.write_str("the guest's init failed")?,
+        }
+        match (f.alternate(), self) {
+            (true, _) => write!(f, " ({:#})", self.report()),
+            (false, Self::PowerOff { .. }) => Ok(()),
+            (false, _) => write!(f, " ({})", self.report()),
         }
     }
 }
@@ -254,29 +333,28 @@ pub(super) enum Reason {
     Unresponsive(String),
     Panic,
     InitFault,
-    Device(String),
-    Disk(DiskFault),
+    Device(DeviceId, String),
+    Disk(DiskError),
     Vcpu(String),
 }
 
 impl Reason {
     /// A reset after a panic message is a panic: a kernel without a driver for the panic port has no other way to say so.
-    pub(super) fn report(self, trace: Trace) -> Exit {
-        let panicked = trace.panic_message().is_some();
-        let trace = Box::new(trace);
+    pub(super) fn exit(self, report: Arc<ExitReport>) -> Exit {
+        let panicked = report.panic_message().is_some();
         match self {
-            Self::PowerOff => Exit::PowerOff,
-            Self::Panic => Exit::Panic(trace),
-            Self::Reset | Self::TripleFault if panicked => Exit::Panic(trace),
-            Self::Reset => Exit::Reboot(trace),
-            Self::Halt => Exit::Halt(trace),
-            Self::TripleFault => Exit::TripleFault(trace),
-            Self::Killed => Exit::Killed(trace),
-            Self::Unresponsive(why) => Exit::Unresponsive(why, trace),
-            Self::InitFault => Exit::InitFault(trace),
-            Self::Device(why) => Exit::DeviceFault(why, trace),
-            Self::Disk(fault) => Exit::DiskFault(Box::new(fault), trace),
-            Self::Vcpu(why) => Exit::VcpuFault(why, trace),
+            Self::PowerOff => Exit::PowerOff { report },
+            Self::Panic => Exit::Panic { report },
+            Self::Reset | Self::TripleFault if panicked => Exit::Panic { report },
+            Self::Reset => Exit::Reboot { report },
+            Self::Halt => Exit::Halt { report },
+            Self::TripleFault => Exit::TripleFault { report },
+            Self::Killed => Exit::Killed { report },
+            Self::Unresponsive(message) => Exit::Unresponsive { message, report },
+            Self::InitFault => Exit::InitFault { report },
+            Self::Device(device, message) => Exit::DeviceFault { device, message, report },
+            Self::Disk(error) => Exit::DiskFault { error: Box::new(error), report },
+            Self::Vcpu(message) => Exit::VcpuFault { message, report },
         }
     }
 }
@@ -285,34 +363,38 @@ impl Reason {
 mod tests {
     use super::*;
 
-    fn trace(console: &str) -> Trace {
-        let console = console.as_bytes().to_vec();
-        Trace { stage: Stage::KernelEntered, console, vcpu_exit: None, registers: None, devices: vec![] }
+    fn report(console: &str) -> Arc<ExitReport> {
+        Arc::new(ExitReport { console: console.into(), ..ExitReport::new(Stage::KernelEntered) })
     }
 
     #[test]
     fn a_reset_after_a_panic_message_is_a_panic() {
         let panic = "[0.1] Kernel panic - not syncing: VFS\n";
-        let exit = Reason::Reset.report(trace(panic));
-        assert!(matches!(exit, Exit::Panic(_)));
+        let exit = Reason::Reset.exit(report(panic));
+        assert!(matches!(exit, Exit::Panic { .. }));
         assert!(
             exit.to_string().starts_with("the guest's kernel panicked: Kernel panic - not syncing: VFS ("),
             "{exit}"
         );
-        let colored = trace("Kernel panic - not syncing: \x1b[31mred\x07\n");
+        let colored = report("Kernel panic - not syncing: \x1b[31mred\x07\n");
         assert_eq!(colored.panic_message().unwrap(), "Kernel panic - not syncing: [31mred");
-        assert!(matches!(Reason::Reset.report(trace("bye")), Exit::Reboot(_)));
-        assert!(matches!(Reason::Killed.report(trace(panic)), Exit::Killed(_)));
+        assert!(matches!(Reason::Reset.exit(report("bye")), Exit::Reboot { .. }));
+        assert!(matches!(Reason::Killed.exit(report(panic)), Exit::Killed { .. }));
     }
 
     #[test]
-    fn an_end_prints_as_one_paragraph_with_the_consoles_last_lines() {
-        let printed = Reason::TripleFault.report(trace("one\r\n\x1b[1mtwo\n\n")).to_string();
+    fn an_end_prints_as_one_line_and_in_full_when_asked() {
+        let exit = Reason::TripleFault.exit(report("one\r\n\x1b[1mtwo\n\n"));
+        assert_eq!(exit.to_string(), "the guest ended in a triple fault (last stage: kernel running)");
         assert_eq!(
-            printed,
+            format!("{exit:#}"),
             "the guest ended in a triple fault (last stage: kernel running; its console's last lines:\none\n[1mtwo)"
         );
-        assert!(Reason::Halt.report(trace("")).to_string().ends_with("nothing on its console)"));
+        let silent = Reason::PowerOff.exit(report(""));
+        assert_eq!(silent.to_string(), "the guest powered off");
+        assert!(format!("{silent:#}").ends_with("nothing on its console)"));
+        assert_eq!(silent, silent.clone());
+        assert_ne!(silent, exit);
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::fmt;
 use std::io;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
-use std::thread::JoinHandle;
+use std::thread::{self, JoinHandle, ThreadId};
 use std::time::{Duration, Instant};
 
 use super::cgroup::{CgroupGuard, CgroupHandle};
@@ -15,8 +15,8 @@ use super::config::VmConfig;
 use super::devices::{
     Attacher, Attachments, DeviceInfo, MachineRef, attachments, disk_handle, handle, net_handle, slots,
 };
-use super::events::{EventKind, EventLog};
-use super::exit::{BootMarks, Exit, Reason, Trace};
+use super::events::{EventKind, EventLog, Throttled};
+use super::exit::{BootMarks, Exit, ExitReport, Reason};
 use super::stats::DeviceStats;
 use super::vcpu::{self, LastExit, VcpuControl};
 use super::vcpu_gate::{Parked, VcpuGate};
@@ -25,16 +25,16 @@ use crate::arch::{self, Cpu, Entry, layout};
 use crate::boot;
 use crate::bus::{Attached, Bus};
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::event::Loop;
+use crate::event_loop::Loop;
 use crate::kvm::{Kvm, VmFd};
 use crate::legacy::{
     EXIT_PORTS, ExitPort, I8042, I8042_PORTS, PANIC_PORTS, PanicPort, Request, SERIAL_PORTS, SerialPort,
 };
 use crate::memory::GuestMemory;
-use crate::net::Pump;
+use crate::network::Pump;
 use crate::sys::{self, EventFd, KickSignal, PeriodicKick, ProcessGeneration, RegisterPages, STACK, Stack, eventfd};
-use crate::virtio::Slots;
 use crate::virtio::console::Output;
+use crate::virtio::{DeviceId, Slots};
 
 /// How long the end of a VM waits for what its guest has asked of devices last: disks on files that answer late.
 const LAST_REQUESTS: Duration = Duration::from_secs(10);
@@ -55,6 +55,7 @@ pub(super) struct Shared {
     pub log: Arc<EventLog>,
     pub output: Output,
     pub devices: Mutex<Vec<DeviceInfo>>,
+    threads: Mutex<Vec<ThreadId>>,
     /// Of the VM's threads.
     stacks: Mutex<Vec<Stack>>,
     /// What the guest reads of its devices, in the order of their windows.
@@ -66,7 +67,7 @@ pub(super) struct Shared {
 #[derive(Default)]
 struct End {
     reason: Option<(Reason, LastExit)>,
-    report: Option<(Exit, Trace)>,
+    exit: Option<Exit>,
 }
 
 impl Shared {
@@ -138,8 +139,15 @@ impl Shared {
         }
     }
 
+    /// Whether the calling thread is one of the VM's.
+    pub(super) fn is_own_thread(&self) -> bool {
+        let own = thread::current().id();
+        self.threads.lock().unwrap_or_else(PoisonError::into_inner).contains(&own)
+    }
+
     /// The calling thread is one of the VM's.
     fn register_thread(&self) {
+        self.threads.lock().unwrap_or_else(PoisonError::into_inner).push(thread::current().id());
         match Stack::of_current() {
             Ok(stack) => self.stacks.lock().unwrap_or_else(PoisonError::into_inner).push(stack),
             Err(error) => log::debug!("a thread's stack is not counted: {error}"),
@@ -155,33 +163,33 @@ impl Shared {
     }
 
     /// What is known now.
-    pub(super) fn trace(&self) -> Trace {
-        match &self.end().report {
-            Some((_, trace)) => trace.clone(),
-            None => self.take_trace((None, None)),
+    pub(super) fn report(&self) -> ExitReport {
+        match &self.end().exit {
+            Some(exit) => exit.report().clone(),
+            None => self.take_report((None, None)),
         }
     }
 
-    fn take_trace(&self, (vcpu_exit, registers): LastExit) -> Trace {
+    fn take_report(&self, (vcpu_exit, registers): LastExit) -> ExitReport {
         let devices = self.device_stats();
-        Trace { stage: self.marks.stage(), console: self.output.tail(), vcpu_exit, registers, devices }
+        ExitReport { stage: self.marks.stage(), console: self.output.tail(), vcpu_exit, registers, devices }
     }
 
     pub(super) fn device_stats(&self) -> Vec<DeviceStats> {
         let devices = self.devices.lock().unwrap_or_else(PoisonError::into_inner);
-        let stats = |DeviceInfo { name, counters, interrupt, engine }: &DeviceInfo| DeviceStats {
-            name: name.clone(),
+        let stats = |DeviceInfo { id, counters, interrupt, engine }: &DeviceInfo| DeviceStats {
+            device: *id,
             kicks: counters.kicks.load(Ordering::Relaxed),
             requests: counters.requests.load(Ordering::Relaxed),
-            bytes_read: counters.bytes_read.load(Ordering::Relaxed),
-            bytes_written: counters.bytes_written.load(Ordering::Relaxed),
+            bytes_from_guest: counters.bytes_read.load(Ordering::Relaxed),
+            bytes_to_guest: counters.bytes_written.load(Ordering::Relaxed),
             interrupts: interrupt.raised(),
-            faults: counters.faults.load(Ordering::Relaxed),
-            errors: counters.errors.load(Ordering::Relaxed),
+            driver_errors: counters.driver_errors.load(Ordering::Relaxed),
+            io_errors: counters.io_errors.load(Ordering::Relaxed),
             throttled: counters.throttled.load(Ordering::Relaxed),
             throttled_time: Duration::from_nanos(counters.throttled_nanos.load(Ordering::Relaxed)),
             engine: *engine,
-            dropped: if name == "console" { self.output.dropped() } else { 0 },
+            dropped: if *id == DeviceId::Console { self.output.dropped() } else { 0 },
         };
         devices.iter().map(stats).collect()
     }
@@ -190,10 +198,10 @@ impl Shared {
     fn publish(&self) {
         let mut end = self.end();
         let (reason, last) = end.reason.clone().unwrap_or((Reason::Killed, (None, None)));
-        let trace = self.take_trace(last);
-        end.report = Some((reason.report(trace.clone()), trace));
+        let exit = reason.exit(Arc::new(self.take_report(last)));
+        end.exit = Some(exit.clone());
         drop(end);
-        self.log.push(EventKind::Ended);
+        self.log.push(EventKind::Ended { exit });
         self.ended.notify_all();
         // A full counter is readable, which is all that is wanted.
         let _ = self.exit_fd.write(1);
@@ -203,7 +211,7 @@ impl Shared {
     pub(super) fn wait(&self, deadline: Option<Instant>) -> Option<Exit> {
         let mut end = self.end();
         loop {
-            if let Some((exit, _)) = &end.report {
+            if let Some(exit) = &end.exit {
                 return Some(exit.clone());
             }
             end = match deadline.map(|d| d.saturating_duration_since(Instant::now())) {
@@ -306,6 +314,7 @@ pub(super) fn start(config: &VmConfig) -> Result<Vm> {
         log,
         output: output.clone(),
         devices: Mutex::default(),
+        threads: Mutex::default(),
         stacks: Mutex::default(),
         registers,
         origin: ProcessGeneration::current(),
@@ -326,8 +335,8 @@ pub(super) fn start(config: &VmConfig) -> Result<Vm> {
     let Attacher { mmio, loops, slots, .. } = parts;
     let handles = Handles {
         loops: loops.iter().map(Loop::remote).collect(),
-        vsock: slots.get("vsock").map(handle),
-        balloon: slots.get("balloon").map(handle),
+        vsock: slots.get(&DeviceId::Vsock).map(handle),
+        balloon: slots.get(&DeviceId::Balloon).map(handle),
         disks: (0..config.disks.len()).filter_map(|n| disk_handle(n, &slots)).collect(),
         nets: (0..)
             .zip(published.iter().zip(&pumps))
@@ -350,7 +359,7 @@ pub(super) fn start(config: &VmConfig) -> Result<Vm> {
         let log = shared.log.clone();
         let tell = move || {
             if throttled() {
-                log.push(EventKind::Throttled { what: "vcpus".into() });
+                log.push(EventKind::Throttled { what: Throttled::Vcpus });
             }
         };
         if let Some(it) = handles.loops.last() {

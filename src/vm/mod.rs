@@ -4,50 +4,49 @@ mod builder;
 mod cgroup;
 mod config;
 mod devices;
-mod disk;
-mod events;
-mod exit;
+pub(crate) mod disk;
+pub(crate) mod events;
+pub(crate) mod exit;
 mod halt;
 mod machine;
-mod net;
-mod overlay;
-mod stats;
+pub(crate) mod net;
+pub(crate) mod overlay;
+pub(crate) mod stats;
 mod vcpu;
 mod vcpu_gate;
 
 use std::fmt;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync;
+#[cfg(feature = "container")]
+use std::sync::Weak;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+pub(crate) use crate::arch::CpuProfile;
+pub(crate) use crate::memory::Memory;
 pub use builder::VmBuilder;
 pub use cgroup::{Cgroup, CgroupStats};
 pub use config::{Console, Vsock};
-pub use disk::{
-    Cache, Disk, DiskEngine, DiskFault, DiskHandle, DiskLimit, DiskOperation, DiskUsage, ErrorAction, ErrorClass,
-};
-pub use events::{Event, EventKind, Events};
-pub use exit::{Exit, Registers, Stage, Timeline, Trace};
+pub use disk::Disk;
+pub use exit::{Exit, ExitReport, Timeline};
 #[cfg(feature = "container")]
 pub(crate) use net::Link;
-pub use net::{
-    Capture, CaptureStats, Cidr, Denial, Mac, Net, NetHandle, NetLimit, NetStats, Policy, Port, Protocol,
-    PublishedPort, Rule, Switch, Why,
-};
-pub use overlay::{Base, Overlay, OverlayInfo, Progress};
-pub use stats::{DeviceStats, GuestMemoryUse, MemoryStats, Stats, VcpuStats};
+pub use net::Net;
+pub use stats::{MemoryStats, Stats};
 
-pub use crate::arch::{CpuProfile, CpuidBits, CpuidRegister};
+use disk::DiskHandle;
+use events::{EventKind, Events, PauseCause};
+use net::NetHandle;
+
 use crate::boot::Kernel;
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::event::Remote;
+use crate::event_loop::Remote;
 use crate::legacy::{I8042, Keys};
-pub use crate::memory::Memory;
 use crate::size::Size;
-use crate::sys::{borrow, deadline, leak, left};
+use crate::sys::{STACK, borrow, deadline, leak, left, spawn};
 use crate::virtio::balloon::Balloon;
 use crate::virtio::vsock::{VsockListener, VsockStream};
 use crate::virtio::{DeviceHandle, Slots};
@@ -77,11 +76,19 @@ const END_TIMEOUT: Duration = Duration::from_secs(15);
 ///
 /// Each has its own threads. The [crate's documentation](crate) lists what guests of one process share all the same.
 ///
-/// The handle may be used from any thread. Dropping it kills the guest and waits until its threads have ended, at most
-/// 15 seconds. A thread that hangs in a file of the host's is left behind then.
+/// The handle is cheap to clone and may be used from any thread. Dropping the last clone kills the guest and waits until
+/// its threads have ended, at most 15 seconds. A thread that hangs in a file of the host's is left behind then. On a
+/// thread of the VM's own, such as one that calls a backend of the embedder's, it does not wait.
 ///
-/// The descriptor behind [`AsFd`] becomes readable when the VM has ended, for poll, epoll, tokio, smol or mio.
+/// The descriptor behind [`AsFd`] and [`AsRawFd`] becomes readable when the VM has ended, for poll, epoll, tokio, smol or
+/// mio.
+#[derive(Clone)]
 pub struct Vm {
+    running: Arc<Running>,
+}
+
+/// What all clones of a handle share.
+struct Running {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
     /// The console's writer may block for ever, so nobody waits for its thread but within [`Shared`]'s bound.
@@ -124,32 +131,35 @@ impl Vm {
         cgroup: Option<CgroupGuard>,
     ) -> Self {
         let (paused, listeners) = (Mutex::default(), Mutex::new(listeners));
-        Self { shared, threads, pump, paused, listeners, handles, left_behind: AtomicBool::new(false), cgroup }
+        let left_behind = AtomicBool::new(false);
+        let running = Running { shared, threads, pump, paused, listeners, handles, left_behind, cgroup };
+        Self { running: Arc::new(running) }
+    }
+
+    /// Returns a handle that does not keep the VM.
+    #[cfg(feature = "container")]
+    pub(crate) fn downgrade(&self) -> WeakVm {
+        WeakVm(Arc::downgrade(&self.running))
     }
 
     /// Waits until the VM has ended.
     ///
     /// May be called repeatedly and from many threads.
-    ///
-    /// # Errors
-    /// None today. Returns `Result` so that failures can be added without a breaking change.
-    pub fn wait(&self) -> Result<Exit> {
-        self.shared.wait(None).ok_or_else(|| Error::new(ErrorKind::InvalidState, "the machine's end is unknown"))
+    pub fn wait(&self) -> Exit {
+        loop {
+            if let Some(exit) = self.running.shared.wait(None) {
+                return exit;
+            }
+        }
     }
 
     /// Waits until the VM has ended, at most `timeout`; `None` when it still runs.
-    ///
-    /// # Errors
-    /// As [`Vm::wait`].
-    pub fn wait_timeout(&self, timeout: Duration) -> Result<Option<Exit>> {
-        Ok(self.shared.wait(deadline(timeout)))
+    pub fn wait_timeout(&self, timeout: Duration) -> Option<Exit> {
+        self.running.shared.wait(deadline(timeout))
     }
 
     /// Returns how the VM ended, or `None` while it runs. Never waits.
-    ///
-    /// # Errors
-    /// As [`Vm::wait`].
-    pub fn try_wait(&self) -> Result<Option<Exit>> {
+    pub fn try_wait(&self) -> Option<Exit> {
         self.wait_timeout(Duration::ZERO)
     }
 
@@ -167,18 +177,18 @@ impl Vm {
     ///
     /// # Errors
     /// `TimedOut` when the killed machine has not ended after those 15 seconds.
-    pub fn shutdown(&self, grace: Duration) -> Result<Exit> {
+    pub fn stop(&self, grace: Duration) -> Result<Exit> {
         let begin = Instant::now();
         // One that has ended is told by what follows. One that is about to be paused cannot be asked for anything.
-        if let Ok(paused) = self.paused.try_lock() {
+        if let Ok(paused) = self.running.paused.try_lock() {
             let _ = self.go_on_from(paused);
         }
         let second = begin.checked_add((grace / 4).min(POWER_KEY_PATIENCE));
         for (keys, until) in [(Keys::Power, second), (Keys::CtrlAltDel, begin.checked_add(grace))] {
-            if !self.handles.keyboard.lock().unwrap_or_else(PoisonError::into_inner).press(keys) {
+            if !self.running.handles.keyboard.lock().unwrap_or_else(PoisonError::into_inner).press(keys) {
                 log::info!("the guest has no keyboard driver and cannot be asked to shut down");
             }
-            if let Some(exit) = self.shared.wait(until) {
+            if let Some(exit) = self.running.shared.wait(until) {
                 return Ok(exit);
             }
         }
@@ -187,16 +197,7 @@ impl Vm {
 
     /// Kills it and waits for its end, which has a bound.
     pub(crate) fn end(&self) -> Result<Exit> {
-        self.kill();
-        self.shared.wait(deadline(END_TIMEOUT)).ok_or_else(|| {
-            self.left_behind.store(true, Ordering::SeqCst);
-            Error::new(
-                ErrorKind::TimedOut,
-                format!(
-                    "the machine has not ended within {END_TIMEOUT:?} after it was killed: a file of the host's hangs"
-                ),
-            )
-        })
+        self.running.end()
     }
 
     /// Stops the guest where it is, until [`Vm::resume`]. Idempotent.
@@ -212,15 +213,15 @@ impl Vm {
     /// `InvalidState` when the VM has ended. `TimedOut` when a device is busy for too long, such as on a file that does
     /// not answer; then the guest goes on.
     pub fn pause(&self) -> Result<()> {
-        let mut paused = self.paused.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut paused = self.running.paused.lock().unwrap_or_else(PoisonError::into_inner);
         let quiet = || {
             let deadline = Instant::now() + PAUSE_TIMEOUT;
-            self.shared.park_vcpus(PAUSE_TIMEOUT)?;
-            self.handles.loops.iter().try_for_each(|it| it.hold(left(deadline)))?;
+            self.running.shared.park_vcpus(PAUSE_TIMEOUT)?;
+            self.running.handles.loops.iter().try_for_each(|it| it.hold(left(deadline)))?;
             // No loop looks at anything any more, and what its devices have under way with the host comes to its end.
             let calm =
                 |it: &Remote<Slots>| it.with_timeout(left(deadline) + PAUSE_MARGIN, move |it| it.pause(left(deadline)));
-            match self.handles.loops.iter().map(calm).collect::<Result<Vec<_>>>()?.contains(&false) {
+            match self.running.handles.loops.iter().map(calm).collect::<Result<Vec<_>>>()?.contains(&false) {
                 true => {
                     Err(Error::new(ErrorKind::TimedOut, format!("a disk was busy for longer than {PAUSE_TIMEOUT:?}")))
                 }
@@ -233,72 +234,72 @@ impl Vm {
                 return Err(error.doing("pausing the VM"));
             }
             *paused = true;
-            self.shared.log.push(EventKind::Paused);
+            self.running.shared.log.push(EventKind::Paused { cause: PauseCause::Embedder });
         }
         Ok(())
     }
 
     /// Lets a paused guest go on. Idempotent.
     ///
-    /// That is one paused by [`Vm::pause`] or by a disk ([`ErrorAction::Pause`]), which then tries again what had
+    /// That is one paused by [`Vm::pause`] or by a disk ([`ErrorAction::Pause`](crate::disk::ErrorAction::Pause)), which then tries again what had
     /// failed. Does not wait for the guest, but for a pause that another thread has begun: 11 seconds at most.
     ///
     /// # Errors
     /// `InvalidState` when the VM has ended.
     pub fn resume(&self) -> Result<()> {
-        self.go_on_from(self.paused.lock().unwrap_or_else(PoisonError::into_inner))
+        self.go_on_from(self.running.paused.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     fn go_on_from(&self, mut paused: MutexGuard<'_, bool>) -> Result<()> {
-        if std::mem::take(&mut *paused) | self.shared.gate.release() {
-            self.shared.log.push(EventKind::Resumed);
+        if std::mem::take(&mut *paused) | self.running.shared.gate.release() {
+            self.running.shared.log.push(EventKind::Resumed);
             self.go_on();
         }
-        match self.shared.stopping() {
+        match self.running.shared.stopping() {
             true => Err(Error::vm_ended().doing("resuming the VM")),
             false => Ok(()),
         }
     }
 
     fn go_on(&self) {
-        for it in &self.handles.loops {
+        for it in &self.running.handles.loops {
             it.release();
             // One that has ended has nothing to go on with.
             let _ = it.post(Slots::resume);
         }
-        self.shared.gate.open();
+        self.running.shared.gate.open();
     }
 
     /// Ends the VM now, whatever the guest does. Idempotent.
     ///
     /// Does not wait; [`Vm::wait`] returns when the VM has ended.
     pub fn kill(&self) {
-        self.shared.stop(Reason::Killed, (None, None));
+        self.running.shared.stop(Reason::Killed, (None, None));
     }
 
     /// Ends the VM, whose guest does not do its part.
     #[cfg(feature = "container")]
     pub(crate) fn give_up(&self, why: String) {
         log::warn!("ending a VM whose guest does not answer: {why}");
-        self.shared.stop(Reason::Unresponsive(why), (None, None));
+        self.running.shared.stop(Reason::Unresponsive(why), (None, None));
     }
 
     /// Whether no vCPU may run, by the embedder's will or a disk's.
     #[cfg(feature = "container")]
     pub(crate) fn stands_still(&self) -> bool {
-        self.shared.gate.closed()
+        self.running.shared.gate.closed()
     }
 
     /// Whether this process runs it, and is no child of fork that has a copy of the handle.
     pub(crate) fn is_current(&self) -> bool {
-        self.shared.origin.is_current()
+        self.running.is_current()
     }
 
     /// Returns what is known of the VM now, or was known at its end.
     ///
     /// It says how far the guest has come and what it printed.
-    pub fn trace(&self) -> Trace {
-        self.shared.trace()
+    pub fn report(&self) -> ExitReport {
+        self.running.shared.report()
     }
 
     /// Returns a stream of the VM's events, from its start on.
@@ -308,13 +309,17 @@ impl Vm {
     /// # Errors
     /// `ResourceExhausted` when the process has no descriptors left.
     pub fn events(&self) -> Result<Events> {
-        self.shared.log.reader()
+        self.running.shared.log.reader()
     }
 
     /// Returns the counters of vCPUs and devices. Does not disturb the guest.
     pub fn stats(&self) -> Stats {
-        let vcpus = self.shared.vcpus.iter().map(vcpu::VcpuControl::stats).collect();
-        Stats { vcpus, devices: self.shared.device_stats(), cgroup: self.cgroup.as_ref().map(CgroupGuard::stats) }
+        let vcpus = self.running.shared.vcpus.iter().map(vcpu::VcpuControl::stats).collect();
+        Stats {
+            vcpus,
+            devices: self.running.shared.device_stats(),
+            cgroup: self.running.cgroup.as_ref().map(CgroupGuard::stats),
+        }
     }
 
     /// Returns what the guest's memory costs the host, and how the guest uses it.
@@ -331,7 +336,7 @@ impl Vm {
         })?;
         let guest = wait.recv_timeout(MEMORY_PATIENCE).ok();
         let resident = memory.resident().doing(|| "counting the guest's pages")?;
-        let all = [memory.size(), resident, self.shared.overhead(), balloon, reported];
+        let all = [memory.size(), resident, self.running.shared.overhead(), balloon, reported];
         let [configured, resident, overhead, balloon, reported] = all.map(Size::bytes);
         Ok(MemoryStats { configured, resident, overhead, balloon, reported, guest })
     }
@@ -339,7 +344,7 @@ impl Vm {
     /// Returns the file of the guest's memory, which other processes can map.
     ///
     /// Guest memory below 3 GiB lies at its beginning, and what the guest has above 4 GiB right behind that. `None`
-    /// unless it is [`Memory::memfd`] or [`Memory::huge`].
+    /// unless it is [`Memory::memfd`](crate::memory::Memory::memfd) or [`Memory::hugetlb`](crate::memory::Memory::hugetlb).
     ///
     /// # Errors
     /// `InvalidState` when the VM has ended, `ResourceExhausted` when the process has no descriptors left.
@@ -371,7 +376,11 @@ impl Vm {
     }
 
     fn balloon(&self) -> Result<&DeviceHandle<Balloon>> {
-        self.handles.balloon.as_ref().ok_or_else(|| Error::new(ErrorKind::InvalidState, "this VM has no balloon"))
+        self.running
+            .handles
+            .balloon
+            .as_ref()
+            .ok_or_else(|| Error::new(ErrorKind::InvalidState, "this VM has no balloon"))
     }
 
     /// Returns the `n`th disk, counted from 0 in the order of [`VmBuilder::disk`].
@@ -379,10 +388,8 @@ impl Vm {
     /// # Errors
     /// `NotFound` when there are fewer.
     pub fn disk(&self, n: usize) -> Result<DiskHandle> {
-        self.handles.disks.get(n).cloned().ok_or_else(|| {
-            let all = self.handles.disks.len();
-            Error::new(ErrorKind::NotFound, format!("disk {n}: the VM has {all}, counted from 0"))
-        })
+        let disks = &self.running.handles.disks;
+        disks.get(n).cloned().ok_or_else(|| no_such("disk", n, disks.len()))
     }
 
     /// Returns the `n`th network card, counted from 0 in the order of [`VmBuilder::net`].
@@ -390,15 +397,13 @@ impl Vm {
     /// # Errors
     /// `NotFound` when there are fewer.
     pub fn net(&self, n: usize) -> Result<NetHandle> {
-        self.handles.nets.get(n).cloned().ok_or_else(|| {
-            let all = self.handles.nets.len();
-            Error::new(ErrorKind::NotFound, format!("network {n}: the VM has {all}, counted from 0"))
-        })
+        let nets = &self.running.handles.nets;
+        nets.get(n).cloned().ok_or_else(|| no_such("network", n, nets.len()))
     }
 
     /// Returns when each stage was reached, counted from the call of `start`.
     pub fn timeline(&self) -> Timeline {
-        self.shared.marks.timeline()
+        self.running.shared.marks.timeline()
     }
 
     /// Listens for connections that guest programs make to `port` of the host (CID 2).
@@ -408,7 +413,7 @@ impl Vm {
     /// # Errors
     /// `AlreadyExists` when there is a listener for it, `InvalidState` without a vsock device or when the VM has ended.
     pub fn listen(&self, port: u32) -> Result<VsockListener> {
-        let mut configured = self.listeners.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut configured = self.running.listeners.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(at) = configured.iter().position(|l| l.port() == port) {
             return Ok(configured.swap_remove(at));
         }
@@ -437,19 +442,70 @@ impl Vm {
     }
 
     fn vsock(&self) -> Result<&DeviceHandle<crate::virtio::vsock::Vsock>> {
-        self.handles.vsock.as_ref().ok_or_else(|| {
+        self.running.handles.vsock.as_ref().ok_or_else(|| {
             Error::new(ErrorKind::InvalidState, "this VM has no vsock device: add one with `VmBuilder::vsock`")
         })
     }
 }
 
-impl AsFd for Vm {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        borrow(&self.shared.exit_fd)
+/// The error about the `n`th device of a kind of which there are `all`.
+pub(crate) fn no_such(what: &str, n: usize, all: usize) -> Error {
+    Error::new(ErrorKind::NotFound, format!("{what} {n}: there are {all}, counted from 0"))
+}
+
+/// A handle that does not keep its VM.
+#[cfg(feature = "container")]
+#[derive(Clone)]
+pub(crate) struct WeakVm(Weak<Running>);
+
+#[cfg(feature = "container")]
+impl WeakVm {
+    /// Returns the VM if any handle keeps it.
+    pub(crate) fn upgrade(&self) -> Option<Vm> {
+        self.0.upgrade().map(|running| Vm { running })
+    }
+
+    /// Returns a handle without a VM.
+    #[cfg(any(test, feature = "internals"))]
+    pub(crate) fn dangling() -> Self {
+        Self(Weak::new())
     }
 }
 
-impl Drop for Vm {
+impl AsFd for Vm {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        borrow(&self.running.shared.exit_fd)
+    }
+}
+
+impl AsRawFd for Vm {
+    fn as_raw_fd(&self) -> RawFd {
+        self.as_fd().as_raw_fd()
+    }
+}
+
+impl Running {
+    /// Whether this process runs it, and is no child of fork that has a copy of the handle.
+    fn is_current(&self) -> bool {
+        self.shared.origin.is_current()
+    }
+
+    /// Kills it and waits for its end, which has a bound.
+    fn end(&self) -> Result<Exit> {
+        self.shared.stop(Reason::Killed, (None, None));
+        self.shared.wait(deadline(END_TIMEOUT)).ok_or_else(|| {
+            self.left_behind.store(true, Ordering::SeqCst);
+            Error::new(
+                ErrorKind::TimedOut,
+                format!(
+                    "the machine has not ended within {END_TIMEOUT:?} after it was killed: a file of the host's hangs"
+                ),
+            )
+        })
+    }
+}
+
+impl Drop for Running {
     fn drop(&mut self) {
         // A child of fork has a copy of the handle, and nothing of the VM.
         if !self.is_current() {
@@ -457,6 +513,22 @@ impl Drop for Vm {
             return;
         }
         if self.left_behind.load(Ordering::SeqCst) {
+            return;
+        }
+        // A thread cannot wait for its own end, so another one does.
+        if self.shared.is_own_thread() {
+            self.shared.stop(Reason::Killed, (None, None));
+            let (threads, cgroup, shared) =
+                (std::mem::take(&mut self.threads), self.cgroup.take(), self.shared.clone());
+            let wait = move || {
+                if shared.wait(deadline(END_TIMEOUT)).is_some() {
+                    threads.into_iter().for_each(|thread| drop(thread.join()));
+                }
+                drop(cgroup);
+            };
+            if let Err(error) = spawn("reaper".into(), STACK, wait) {
+                log::error!("no thread waits for the end of a VM: {error}");
+            }
             return;
         }
         if let Err(error) = self.end() {
@@ -473,6 +545,7 @@ impl Drop for Vm {
 
 impl fmt::Debug for Vm {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Vm({} vCPUs, {})", self.shared.vcpus.len(), self.shared.marks.stage())
+        let shared = &self.running.shared;
+        write!(f, "Vm({} vCPUs, {})", shared.vcpus.len(), shared.marks.stage())
     }
 }

@@ -5,13 +5,14 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Context, Result};
 use crate::size::Size;
-use crate::virtio::blk::{self, BasePath, OverlayDisk};
+use crate::virtio::blk::{self, BasePath, OverlayFile};
 
 /// A copy-on-write disk in a sparse file of its own.
 ///
 /// The file holds what was written; all else is read from its base, which must not change. A base is a raw image, or
 /// another overlay that was frozen. An overlay knows the base that it was made for, and refuses one that was changed
-/// since. [`Disk::overlay`](super::Disk::overlay) with [`Disk::at`](super::Disk::at) gives it to a VM.
+/// since. A [`Disk::overlay`](super::Disk::overlay) that is
+/// [kept](super::disk::OverlayDisk::persist_at) there gives it to a VM.
 ///
 /// An overlay's file names its base, and a guest can read that base. So use no overlay files of strangers.
 ///
@@ -37,9 +38,9 @@ pub struct Overlay {
 ///
 /// A path is a raw image, whatever is in it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Base(pub(super) BasePath);
+pub struct BaseImage(pub(super) BasePath);
 
-impl Base {
+impl BaseImage {
     /// Where it is.
     pub fn path(&self) -> &Path {
         self.0.path()
@@ -51,43 +52,43 @@ impl Base {
     }
 }
 
-impl From<PathBuf> for Base {
+impl From<PathBuf> for BaseImage {
     fn from(path: PathBuf) -> Self {
         Self(BasePath::Raw(path))
     }
 }
 
-impl From<&Path> for Base {
+impl From<&Path> for BaseImage {
     fn from(path: &Path) -> Self {
         path.to_path_buf().into()
     }
 }
 
-impl From<&PathBuf> for Base {
+impl From<&PathBuf> for BaseImage {
     fn from(path: &PathBuf) -> Self {
         path.clone().into()
     }
 }
 
-impl From<&str> for Base {
+impl From<&str> for BaseImage {
     fn from(path: &str) -> Self {
         PathBuf::from(path).into()
     }
 }
 
-impl From<String> for Base {
+impl From<String> for BaseImage {
     fn from(path: String) -> Self {
         PathBuf::from(path).into()
     }
 }
 
-impl From<&Overlay> for Base {
+impl From<&Overlay> for BaseImage {
     fn from(overlay: &Overlay) -> Self {
         Self(BasePath::Overlay(overlay.path.clone()))
     }
 }
 
-impl From<Overlay> for Base {
+impl From<Overlay> for BaseImage {
     fn from(overlay: Overlay) -> Self {
         (&overlay).into()
     }
@@ -104,7 +105,7 @@ pub struct OverlayInfo {
     /// Whether it is only read, and may be a base.
     pub frozen: bool,
     /// Its base.
-    pub base: Base,
+    pub base: BaseImage,
 }
 
 /// The progress of a call.
@@ -122,7 +123,7 @@ impl Overlay {
     ///
     /// # Errors
     /// `AlreadyExists`; and as said at [`Overlay`], of the base.
-    pub fn create(path: impl Into<PathBuf>, base: impl Into<Base>) -> Result<Self> {
+    pub fn create(path: impl Into<PathBuf>, base: impl Into<BaseImage>) -> Result<Self> {
         Self::make(path.into(), base.into(), None)
     }
 
@@ -132,11 +133,11 @@ impl Overlay {
     ///
     /// # Errors
     /// `AlreadyExists`; `InvalidConfig` when `size` is smaller than the base or no whole sectors of 512 bytes.
-    pub fn create_larger(path: impl Into<PathBuf>, base: impl Into<Base>, size: Size) -> Result<Self> {
+    pub fn create_larger(path: impl Into<PathBuf>, base: impl Into<BaseImage>, size: Size) -> Result<Self> {
         Self::make(path.into(), base.into(), Some(size))
     }
 
-    fn make(path: PathBuf, base: Base, size: Option<Size>) -> Result<Self> {
+    fn make(path: PathBuf, base: BaseImage, size: Option<Size>) -> Result<Self> {
         blk::create(&path, &base.0, size)?;
         Ok(Self { path })
     }
@@ -161,9 +162,9 @@ impl Overlay {
     /// # Errors
     /// As said at [`Overlay`].
     pub fn info(&self) -> Result<OverlayInfo> {
-        let about = OverlayDisk::open(&self.path, None, true)?.about()?;
+        let about = OverlayFile::open(&self.path, None, true)?.about()?;
         let (size, allocated) = (Size::bytes(about.size), Size::bytes(about.allocated));
-        Ok(OverlayInfo { size, allocated, frozen: about.frozen, base: Base(about.base) })
+        Ok(OverlayInfo { size, allocated, frozen: about.frozen, base: BaseImage(about.base) })
     }
 
     /// Makes it a snapshot: read-only from now on, so that it can be a base.
@@ -191,7 +192,7 @@ impl Overlay {
     ///
     /// # Errors
     /// `InvalidConfig` when the new base is larger than the disk; `Cancelled`; and as said at [`Overlay`].
-    pub fn rebase(&self, base: impl Into<Base>, progress: impl FnMut(Progress) -> ControlFlow<()>) -> Result<()> {
+    pub fn rebase(&self, base: impl Into<BaseImage>, progress: impl FnMut(Progress) -> ControlFlow<()>) -> Result<()> {
         let mut step = stepping(progress);
         blk::rebase(&self.path, &base.into().0, false, &mut step).doing(|| self.doing("rebasing"))
     }
@@ -202,7 +203,11 @@ impl Overlay {
     ///
     /// # Errors
     /// As [`Overlay::rebase`].
-    pub fn rebase_same(&self, base: impl Into<Base>, progress: impl FnMut(Progress) -> ControlFlow<()>) -> Result<()> {
+    pub fn rebase_unchecked(
+        &self,
+        base: impl Into<BaseImage>,
+        progress: impl FnMut(Progress) -> ControlFlow<()>,
+    ) -> Result<()> {
         let mut step = stepping(progress);
         blk::rebase(&self.path, &base.into().0, true, &mut step).doing(|| self.doing("rebasing"))
     }

@@ -5,9 +5,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use super::cgroup::CgroupStats;
-use super::disk::DiskEngine;
+use super::disk::IoEngine;
 use crate::size::Size;
-pub use crate::virtio::balloon::GuestMemoryUse;
+use crate::virtio::DeviceId;
+pub use crate::virtio::balloon::GuestMemoryStats;
 
 /// The counters of a VM; see [`Vm::stats`](crate::Vm::stats). They only grow.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -42,22 +43,26 @@ pub struct VcpuStats {
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct DeviceStats {
-    /// Its name: `disk0`, `net0`, `vsock`, `console`, `rng`, `balloon`.
-    pub name: String,
+    /// Which device.
+    pub device: DeviceId,
     /// Notifications of the driver.
     pub kicks: u64,
     /// Descriptor chains taken from the driver.
     pub requests: u64,
     /// Bytes in those chains that the driver gave the device to read, headers included.
-    pub bytes_read: u64,
+    ///
+    /// Of a disk, that is what the guest writes.
+    pub bytes_from_guest: u64,
     /// Bytes that the device wrote to guest memory, status bytes included.
-    pub bytes_written: u64,
+    ///
+    /// Of a disk, that is what the guest reads.
+    pub bytes_to_guest: u64,
     /// Interrupts raised.
     pub interrupts: u64,
     /// Times the driver made a mistake that needs a reset.
-    pub faults: u64,
+    pub driver_errors: u64,
     /// Requests that the host failed, tries included. Only disks have them.
-    pub errors: u64,
+    pub io_errors: u64,
     /// Requests of a disk that waited for a limit.
     ///
     /// Of a network card, how often frames began to wait, each way.
@@ -66,8 +71,8 @@ pub struct DeviceStats {
     ///
     /// Of a network card, how long frames of either way could not go on.
     pub throttled_time: Duration,
-    /// What moves a disk's bytes: [`DiskEngine::Ring`] or [`DiskEngine::Threads`].
-    pub engine: Option<DiskEngine>,
+    /// What moves a disk's bytes: [`IoEngine::IoUring`] or [`IoEngine::Threads`].
+    pub engine: Option<IoEngine>,
     /// Bytes of the console that were not given to [`Console::writer`](crate::Console::writer), because it was too slow.
     pub dropped: u64,
 }
@@ -92,7 +97,7 @@ pub struct MemoryStats {
     /// How the guest uses its memory, as it reports.
     ///
     /// `None` when it has no driver or did not answer.
-    pub guest: Option<GuestMemoryUse>,
+    pub guest: Option<GuestMemoryStats>,
 }
 
 /// A vCPU's own count: written by its thread, read by anybody.
@@ -128,11 +133,11 @@ type Metric<T> = (&'static str, &'static str, fn(&T) -> u64);
 const DEVICE_METRICS: [Metric<DeviceStats>; 8] = [
     ("cofferdam_device_kicks", "Notifications of the driver.", |d| d.kicks),
     ("cofferdam_device_requests", "Descriptor chains taken from the driver.", |d| d.requests),
-    ("cofferdam_device_read_bytes", "Bytes in those chains for the device to read.", |d| d.bytes_read),
-    ("cofferdam_device_written_bytes", "Bytes written to guest memory.", |d| d.bytes_written),
+    ("cofferdam_device_from_guest_bytes", "Bytes in those chains for the device to read.", |d| d.bytes_from_guest),
+    ("cofferdam_device_to_guest_bytes", "Bytes written to guest memory.", |d| d.bytes_to_guest),
     ("cofferdam_device_interrupts", "Interrupts raised.", |d| d.interrupts),
-    ("cofferdam_device_faults", "Mistakes of the driver that needed a reset.", |d| d.faults),
-    ("cofferdam_device_errors", "Requests that the host failed.", |d| d.errors),
+    ("cofferdam_device_driver_errors", "Mistakes of the driver that needed a reset.", |d| d.driver_errors),
+    ("cofferdam_device_io_errors", "Requests that the host failed.", |d| d.io_errors),
     ("cofferdam_device_throttled", "Requests that waited for a limit, or times that frames began to.", |d| d.throttled),
 ];
 
@@ -190,11 +195,11 @@ fn write_metrics(to: &mut String, all: &[(&str, &Stats)]) -> fmt::Result {
         }
         writeln!(to, "# HELP {family} {help}")?;
         for (vm, device) in devices() {
-            writeln!(to, "{family}_total{{{}}} {}", labels(vm, "device", &device.name), value(device))?;
+            writeln!(to, "{family}_total{{{}}} {}", labels(vm, "device", &device.device.to_string()), value(device))?;
         }
     }
     for (family, help, value) in DEVICE_TIMES {
-        let times = devices().map(|(vm, device)| (labels(vm, "device", &device.name), value(device)));
+        let times = devices().map(|(vm, device)| (labels(vm, "device", &device.device.to_string()), value(device)));
         write_seconds(to, family, help, times)?;
     }
     for (family, help, value) in CGROUP_METRICS {
@@ -231,14 +236,14 @@ mod tests {
     #[test]
     fn openmetrics_has_each_family_once_with_all_its_samples() {
         let device = DeviceStats {
-            name: "disk0".into(),
+            device: DeviceId::Disk(0),
             kicks: 1,
             requests: 2,
-            bytes_read: 3,
-            bytes_written: 4,
+            bytes_from_guest: 3,
+            bytes_to_guest: 4,
             interrupts: 5,
-            faults: 6,
-            errors: 7,
+            driver_errors: 6,
+            io_errors: 7,
             throttled: 8,
             throttled_time: Duration::from_millis(1250),
             engine: None,
@@ -254,8 +259,8 @@ mod tests {
             "cofferdam_vcpu_exits_total{vm=\"quo\\\"te}\",vcpu=\"0\",reason=\"mmio\"} 7",
             "cofferdam_cgroup_throttled_seconds_total{vm=\"a\"} 0.250000000",
             "cofferdam_device_throttled_seconds_total{vm=\"a\",device=\"disk0\"} 1.250000000",
-            "# UNIT cofferdam_device_written_bytes bytes",
-            "cofferdam_device_written_bytes_total{vm=\"quo\\\"te}\",device=\"disk0\"} 4",
+            "# UNIT cofferdam_device_to_guest_bytes bytes",
+            "cofferdam_device_to_guest_bytes_total{vm=\"quo\\\"te}\",device=\"disk0\"} 4",
         ] {
             assert_eq!(text.lines().filter(|l| *l == line).count(), 1, "{line}\n{text}");
         }

@@ -4,7 +4,9 @@ use std::io::{Read, Write};
 use std::os::unix::process::ExitStatusExt;
 use std::time::{Duration, Instant};
 
-use cofferdam::{CancelToken, Container, ErrorKind, Exit, ExitStatus, Image, Memory, Size, Stdio};
+use cofferdam::memory::Memory;
+use cofferdam::process::{ExitStatus, Stdio};
+use cofferdam::{CancelToken, Container, ErrorKind, Exit, Image, Size};
 
 use crate::fixture::{
     Outcome, PATIENCE, Printed, Temp, alone, busybox, container, debian_container, guest, kernel, run,
@@ -29,7 +31,7 @@ pub fn a_guest_that_halts_for_good_has_ended() -> Outcome {
     for script in ["poweroff -f", "halt -f"] {
         for vcpus in [1, 2] {
             let (exit, _) = run(guest(script).vcpus(vcpus))?;
-            check!(matches!(exit, Exit::Halt(_)), "{script} on {vcpus}: {exit}");
+            check!(matches!(exit, Exit::Halt { .. }), "{script} on {vcpus}: {exit}");
             check!(exit.to_string().contains("interrupts disabled"), "{exit}");
         }
     }
@@ -38,15 +40,15 @@ pub fn a_guest_that_halts_for_good_has_ended() -> Outcome {
 
 pub fn an_idle_guest_has_not_ended() -> Outcome {
     let vm = guest("sleep 1000").vcpus(2).start()?;
-    check!(vm.wait_timeout(Duration::from_secs(6))?.is_none());
+    check!(vm.wait_timeout(Duration::from_secs(6)).is_none());
     Ok(())
 }
 
 pub fn a_container_whose_guest_powers_itself_off_was_not_killed() -> Outcome {
     let container = container()?;
     let status = container.exec(["sh", "-c", "echo o > /proc/sysrq-trigger; sleep 1000"]).status()?;
-    let ExitStatus::VmEnded(exit) = status else { return Err(format!("{status}").into()) };
-    check!(matches!(*exit, Exit::Halt(_) | Exit::PowerOff | Exit::Unresponsive(..)), "{exit}");
+    let ExitStatus::VmEnded { exit } = status else { return Err(format!("{status}").into()) };
+    check!(matches!(exit, Exit::Halt { .. } | Exit::PowerOff { .. } | Exit::Unresponsive { .. }), "{exit}");
     Ok(())
 }
 
@@ -99,7 +101,7 @@ pub fn an_end_has_one_name_whoever_waits() -> Outcome {
             false => container.kill(),
         }
         let status = process.wait()?;
-        check!(matches!(&status, ExitStatus::VmEnded(exit) if matches!(**exit, Exit::Killed(_))), "{status}");
+        check!(matches!(&status, ExitStatus::VmEnded { exit } if matches!(exit, Exit::Killed { .. })), "{status}");
     }
     Ok(())
 }
@@ -114,10 +116,10 @@ pub fn any_duration_will_do() -> Outcome {
     check!(container.vm().events()?.next_timeout(Duration::MAX).is_some());
     let listener = container.vm().listen(7000)?;
     let exit = container.stop(Duration::MAX)?;
-    check!(matches!(exit, Exit::PowerOff), "{exit}");
+    check!(matches!(exit, Exit::PowerOff { .. }), "{exit}");
     check_eq!(listener.accept_timeout(Duration::MAX).err().map(|e| e.kind()), Some(ErrorKind::InvalidState));
-    check!(container.vm().wait_timeout(Duration::MAX)?.is_some());
-    check!(matches!(guest("poweroff -f").start()?.shutdown(Duration::MAX)?, Exit::Halt(_) | Exit::Reboot(_)));
+    check!(container.vm().wait_timeout(Duration::MAX).is_some());
+    check!(matches!(guest("poweroff -f").start()?.stop(Duration::MAX)?, Exit::Halt { .. } | Exit::Reboot { .. }));
     Ok(())
 }
 
@@ -353,8 +355,8 @@ pub fn the_words_that_end_the_kernels_parameters_may_come_first() -> Outcome {
         let kernel = kernel().cmdline(line).initramfs(busybox("cat /proc/cmdline; reboot -f"));
         let vm = cofferdam::Vm::builder(kernel).memory(Size::mib(128));
         let (exit, _) = run(vm)?;
-        check!(matches!(exit, Exit::Reboot(_)), "{line}: {exit}");
-        check!(exit.trace().is_some_and(|trace| trace.stage == cofferdam::Stage::DriversReady), "{line}: {exit}");
+        check!(matches!(exit, Exit::Reboot { .. }), "{line}: {exit}");
+        check!(exit.report().stage == cofferdam::exit::Stage::DriversReady, "{line}: {exit}");
     }
     Ok(())
 }

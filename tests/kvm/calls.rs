@@ -12,10 +12,12 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use cofferdam::{
-    Capture, Cidr, Console, Container, DiskHandle, DiskLimit, ErrorKind, Exit, ExitStatus, Net, NetHandle, NetLimit,
-    Policy, Port, Process, Rule, Size, Stdio, Switch, VsockStream,
-};
+use cofferdam::disk::{DiskHandle, DiskLimit};
+use cofferdam::event::DeviceId;
+use cofferdam::net::{Capture, Cidr, ConnectionLimit, NetHandle, NetLimit, Policy, PortForward, Rule, Switch};
+use cofferdam::process::{ExitStatus, Stdio};
+use cofferdam::vsock::VsockStream;
+use cofferdam::{Console, Container, ErrorKind, Exit, Net, Process, Size};
 
 use self::hang::{Hang, OpenAtEnd, Stuck};
 use self::watch::{Answer, Callers, Watch, lock, slack};
@@ -100,10 +102,10 @@ fn drive(guest: Guest) -> Outcome {
     let allowed = Policy::deny_all().rule(Rule::allow_range("127.0.0.0/8".parse::<Cidr>()?));
     let outside = Net::user(allowed.clone()).capture(Capture::writer(Stuck(hang.clone())));
     let builder = debian_container().net(outside).net(Net::switch(&switch, "one")).net(hang.net());
-    let container = Arc::new(builder.console(Console::writer(Stuck(hang.clone()))).start()?);
+    let container = builder.console(Console::writer(Stuck(hang.clone()))).start()?;
     let (disk, net) = (container.vm().disk(1)?, container.vm().net(0)?);
     let capacity = disk.usage()?.capacity;
-    let port = net.publish(Port::tcp(([127, 0, 0, 1], 0), 80))?;
+    let port = net.publish(PortForward::tcp(([127, 0, 0, 1], 0), 80))?;
     let listeners = [container.vm().listen(9998)?, container.vm().listen(9999)?];
     let events = [container.vm().events()?, container.vm().events()?];
     let Begun { mut timed, printing, killed, told, mut input, mut output } = begin(&container, &watch)?;
@@ -152,14 +154,14 @@ fn drive(guest: Guest) -> Outcome {
     });
     let tell = told_end.clone();
     with!(until_end, "Vm::wait", |watch, vm| {
-        vm.wait()?;
+        vm.wait();
         tell(watch, "Vm::wait");
         Ok(())
     });
     let tell = told_end.clone();
     let waiting = container.clone();
     until_end.spawn("Container::wait", move |watch| {
-        waiting.wait()?;
+        waiting.wait();
         tell(watch, "Container::wait");
         Ok(())
     });
@@ -174,22 +176,31 @@ fn drive(guest: Guest) -> Outcome {
         let vm = watch.at_once("Container::vm", || itself.vm());
         watch.at_once("Container::startup", || itself.startup());
         watch.at_once("Container::exec", || drop(itself.exec(["true"])));
+        watch.at_once("Container::stats", || itself.stats());
+        watch.at_once("Container::report", || itself.report());
+        watch.at_once("Container::events", || itself.events())?;
+        check!(watch.at_once("Container::disk", || itself.disk(0)).is_err(), "it was given none");
+        check_eq!(watch.at_once("NetHandle::id", || itself.net(0).map(|net| net.id()))?, DeviceId::Net(0));
+        watch.at_once("Container::net", || itself.net(0))?;
+        check!(watch.at_once("Container::try_wait", || itself.try_wait()).is_none());
         watch.at_once("Vm::stats", || vm.stats());
-        watch.at_once("Vm::trace", || vm.trace());
+        watch.at_once("Vm::report", || vm.report());
         watch.at_once("Vm::timeline", || vm.timeline());
         watch.at_once("Vm::events", || vm.events())?;
-        watch.at_once("Vm::disk", || vm.disk(1))?;
+        let layer = watch.at_once("Vm::disk", || vm.disk(1))?;
+        check_eq!(watch.at_once("DiskHandle::id", || layer.id()), DeviceId::Disk(1));
         watch.at_once("Vm::net", || vm.net(0))?;
-        check!(watch.at_once("Vm::try_wait", || vm.try_wait())?.is_none());
+        check!(watch.at_once("Vm::try_wait", || vm.try_wait()).is_none());
         check!(watch.at_once("Events::try_next", || events.try_next()).is_some());
         check_eq!(watch.at_once("Switch::names", || its_switch.names()), ["one"]);
         check!(watch.at_once("Switch::address", || its_switch.address("one")).is_some());
         check!(watch.at_once("NetHandle::published", || its_net.published().is_empty()));
-        check!(watch.at_once("NetHandle::captured", || its_net.captured()).is_some());
+        check!(watch.at_once("NetHandle::capture_stats", || its_net.capture_stats()).is_some());
         // Of those there are, as many as it likes to tell.
         while events.try_next().is_some() {}
         watch.call("Events::next_timeout", SECOND, || events.next_timeout(SECOND));
-        check!(watch.call("Vm::wait_timeout", SECOND, || vm.wait_timeout(SECOND))?.is_none());
+        check!(watch.call("Vm::wait_timeout", SECOND, || vm.wait_timeout(SECOND)).is_none());
+        check!(watch.call("Container::wait_timeout", SECOND, || itself.wait_timeout(SECOND)).is_none());
         Ok(())
     });
 
@@ -290,6 +301,10 @@ fn drive(guest: Guest) -> Outcome {
     with!(callers, "memory_stats", |watch, vm| {
         fine(guest, watch.call("Vm::memory_stats", host + SECOND, || vm.memory_stats()))
     });
+    let itself = container.clone();
+    callers.spawn("memory_stats of a container", move |watch| {
+        fine(guest, watch.call("Container::memory_stats", host + SECOND, || itself.memory_stats()))
+    });
     with!(callers, "memory_fd", |watch, vm| fine(guest, watch.call("Vm::memory_fd", host, || vm.memory_fd())));
     with!(callers, "set_balloon", |watch, vm| {
         fine(guest, watch.call("Vm::set_balloon", host, || vm.set_balloon(Size::mib(1))))
@@ -312,9 +327,10 @@ fn drive(guest: Guest) -> Outcome {
         "NetHandle::stats" |net: &NetHandle| net.stats();
         "NetHandle::set_policy" |net: &NetHandle| net.set_policy(Policy::internet());
         "NetHandle::set_limit" |net: &NetHandle| net.set_limit(NetLimit::none());
+        "NetHandle::set_connection_limit" |net: &NetHandle| net.set_connection_limit(ConnectionLimit::none());
         "NetHandle::set_link" |net: &NetHandle| net.set_link(true);
         "NetHandle::dropped" |net: &NetHandle| net.dropped();
-        "NetHandle::publish" |net: &NetHandle| net.publish(Port::tcp(([127, 0, 0, 1], 0), 81));
+        "NetHandle::publish" |net: &NetHandle| net.publish(PortForward::tcp(([127, 0, 0, 1], 0), 81));
     }
     callers.spawn("a published port", move |watch| {
         check!(watch.at_once("PublishedPort::address", || port.address()).port() > 0);
@@ -328,7 +344,14 @@ fn drive(guest: Guest) -> Outcome {
         check!(guest != Guest::Busy || paused.is_err(), "nothing stands still while a loop hangs");
         fine(guest, paused)?;
         watch.call("Vm::resume", host + SECOND, || vm.resume())?;
-        if guest == Guest::Mute { Ok(vm.pause()?) } else { Ok(()) }
+        Ok(())
+    });
+    callers.join()?;
+    let itself = container.clone();
+    callers.spawn("pause and resume of a container", move |watch| {
+        fine(guest, watch.call("Container::pause", host + SECOND, || itself.pause()))?;
+        watch.call("Container::resume", host + SECOND, || itself.resume())?;
+        if guest == Guest::Mute { Ok(itself.pause()?) } else { Ok(()) }
     });
     callers.join()?;
 
@@ -338,14 +361,14 @@ fn drive(guest: Guest) -> Outcome {
     callers.spawn("stop", move |watch| {
         *lock(&end) = Some(Instant::now() + 3 * SECOND + hanging);
         let exit = watch.call("Container::stop", 3 * SECOND + hanging, || itself.stop(SECOND))?;
-        check!(matches!(exit, Exit::Killed(_)) || guest != Guest::Mute, "{exit}");
+        check!(matches!(exit, Exit::Killed { .. }) || guest != Guest::Mute, "{exit}");
         Ok(())
     });
     if guest == Guest::Mute {
         callers.join()?;
     }
     with!(callers, "shutdown", |watch, vm| {
-        watch.call("Vm::shutdown", SECOND + hanging, || vm.shutdown(SECOND))?;
+        watch.call("Vm::stop", SECOND + hanging, || vm.stop(SECOND))?;
         Ok(())
     });
     callers.join()?;
@@ -353,7 +376,6 @@ fn drive(guest: Guest) -> Outcome {
     watch.at_once("Vm::kill", || container.vm().kill());
     until_end.join_within(SECOND)?;
     drop(noise);
-    let container = Arc::try_unwrap(container).map_err(|_| "a caller kept it")?;
     let begin = Instant::now();
     drop(container);
     watch.took("drop", begin.elapsed(), SECOND + hanging);
@@ -388,7 +410,7 @@ pub fn stuck_captures_are_waited_for_together() -> Outcome {
     let hang = Hang::default();
     let _open = OpenAtEnd(hang.clone());
     hang.close_writers();
-    let card = |socket| Net::fd(socket).capture(Capture::writer(Stuck(hang.clone())));
+    let card = |socket| Net::socket(socket).capture(Capture::writer(Stuck(hang.clone())));
     let mut builder = guest("sleep 1000");
     for _ in 0..12 {
         builder = builder.net(card(UnixStream::pair()?.0));
@@ -396,7 +418,7 @@ pub fn stuck_captures_are_waited_for_together() -> Outcome {
     let vm = builder.start()?;
     let begin = Instant::now();
     vm.kill();
-    vm.wait_timeout(PATIENCE)?.ok_or("it never ended")?;
+    vm.wait_timeout(PATIENCE).ok_or("it never ended")?;
     check!(begin.elapsed() < 2 * SECOND + slack(), "{:?}", begin.elapsed());
     Ok(())
 }

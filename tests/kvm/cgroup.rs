@@ -4,7 +4,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use cofferdam::{Cgroup, ErrorKind, EventKind, Vm, VmBuilder};
+use cofferdam::event::EventKind;
+use cofferdam::event::Throttled;
+use cofferdam::{Cgroup, ErrorKind, Vm, VmBuilder};
 
 use crate::fixture::{Outcome, PATIENCE, Temp, alone, tiny_kernel};
 use crate::{check, check_eq};
@@ -58,7 +60,7 @@ pub fn a_limit_holds_and_is_counted() -> Outcome {
     };
     check!(stats.cpu_time < begin.elapsed().mul_f64(0.3) + Duration::from_millis(100), "{stats:?}");
     check!(!stats.throttled_time.is_zero(), "{stats:?}");
-    let told = |event: &cofferdam::Event| event.kind == EventKind::Throttled { what: "vcpus".into() };
+    let told = |event: &cofferdam::event::Event| event.kind == EventKind::Throttled { what: Throttled::Vcpus };
     let events = vm.events()?;
     while !told(&events.next_timeout(PATIENCE).ok_or("it was never told")?) {}
     Ok(())

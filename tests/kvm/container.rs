@@ -3,7 +3,11 @@
 use std::fs;
 use std::time::{Duration, Instant};
 
-use cofferdam::{Container, Disk, ErrorAction, ErrorKind, EventKind, Exit, ExitStatus, Image, Size, WritableLayer};
+use cofferdam::disk::{ErrorAction, WritableLayer};
+use cofferdam::event::DeviceId;
+use cofferdam::event::EventKind;
+use cofferdam::process::ExitStatus;
+use cofferdam::{Container, Disk, ErrorKind, Exit, Image, Size};
 
 use crate::fixture::{Outcome, PATIENCE, Temp, container, debian_container, kernel};
 use crate::{check, check_eq};
@@ -71,10 +75,10 @@ pub fn stops_in_good_order() -> Outcome {
     let container = container()?;
     let mut sleeper = container.exec(["sleep", "1000"]).spawn()?;
     let exit = container.stop(PATIENCE)?;
-    check!(matches!(exit, Exit::PowerOff), "{exit}");
+    check!(matches!(exit, Exit::PowerOff { .. }), "{exit}");
     let status = sleeper.wait()?;
-    check!(matches!(status, ExitStatus::Signaled(15) | ExitStatus::VmEnded(_)), "{status}");
-    check!(matches!(container.stop(PATIENCE)?, Exit::PowerOff), "a second stop is no error");
+    check!(matches!(status, ExitStatus::Signaled { signal: 15 } | ExitStatus::VmEnded { .. }), "{status}");
+    check!(matches!(container.stop(PATIENCE)?, Exit::PowerOff { .. }), "a second stop is no error");
     Ok(())
 }
 
@@ -83,7 +87,7 @@ pub fn stop_is_bounded_whatever_the_guest_does() -> Outcome {
     let _deaf = container.exec(["sh", "-c", "trap '' TERM; while :; do :; done"]).spawn()?;
     let begin = Instant::now();
     let exit = container.stop(Duration::from_millis(200))?;
-    check!(matches!(exit, Exit::PowerOff | Exit::Killed(_)), "{exit}");
+    check!(matches!(exit, Exit::PowerOff { .. } | Exit::Killed { .. }), "{exit}");
     check!(begin.elapsed() < Duration::from_secs(30), "{:?}", begin.elapsed());
     Ok(())
 }
@@ -93,7 +97,7 @@ pub fn everything_ends_with_the_container() -> Outcome {
     let process = container.exec(["sleep", "1000"]).spawn()?;
     drop(container);
     match process.wait_timeout(PATIENCE) {
-        Ok(Some(ExitStatus::VmEnded(_))) => Ok(()),
+        Ok(Some(ExitStatus::VmEnded { .. })) => Ok(()),
         Err(error) if error.kind() == ErrorKind::InvalidState => Ok(()),
         other => Err(format!("{other:?}").into()),
     }
@@ -103,7 +107,7 @@ pub fn memory_and_processors_arrive() -> Outcome {
     let container = debian_container()
         .vcpus(2)
         .memory(Size::mib(512))
-        .disk(WritableLayer::new(Size::gib(1)).folder(std::env::temp_dir()))
+        .writable_layer(WritableLayer::new(Size::gib(1)).scratch_dir(std::env::temp_dir()))
         .start()?;
     check_eq!(shell(&container, "nproc")?, "2");
     let mib: u64 = shell(&container, "awk '/MemTotal/ {print int($2 / 1024)}' /proc/meminfo")?.parse()?;
@@ -117,7 +121,7 @@ pub fn further_disks_are_there_by_their_numbers() -> Outcome {
     let temp = Temp::new()?;
     fs::File::create(temp.path("data"))?.set_len(8 << 20)?;
     let data = Disk::file(temp.path("data")).serial("data");
-    let container = debian_container().attach(data).attach(Disk::scratch(Size::mib(1))).start()?;
+    let container = debian_container().disk(data).disk(Disk::scratch(Size::mib(1))).start()?;
     check_eq!(shell(&container, "cat /sys/block/vdc/serial /sys/block/vdd/serial")?, "datadisk3");
     check_eq!(
         shell(&container, "echo kept | dd of=/dev/vdc conv=fsync 2> /dev/null; blockdev --getsize64 /dev/vdd")?,
@@ -143,8 +147,9 @@ pub fn a_full_host_fails_programs_and_holds_none_up() -> Outcome {
     fs::create_dir(&folder)?;
     let mount = |args: &[&str]| std::process::Command::new("mount").args(args).arg(&folder).status();
     check!(mount(&["-t", "tmpfs", "-o", "size=48m", "small"])?.success());
-    let layer = WritableLayer::new(Size::gib(1)).folder(&folder).headroom(Size::mib(8)).reserve(Size::bytes(0));
-    let container = debian_container().disk(layer).start()?;
+    let layer =
+        WritableLayer::new(Size::gib(1)).scratch_dir(&folder).min_free_space(Size::mib(8)).reserve(Size::bytes(0));
+    let container = debian_container().writable_layer(layer).start()?;
     let events = container.vm().events()?;
     let written = container
         .exec(["dd", "if=/dev/urandom", "of=/large", "bs=1M", "count=64", "conv=fsync"])
@@ -154,15 +159,18 @@ pub fn a_full_host_fails_programs_and_holds_none_up() -> Outcome {
     // Virtio has one word for all that fails (Virtio 1.3, 5.2.6, VIRTIO_BLK_S_IOERR).
     check!(written.status.code() == Some(1) && said.contains("Input/output error"), "{} {said}", written.status);
     let fault = loop {
-        if let EventKind::DiskError(fault) = events.next_timeout(PATIENCE).ok_or("no fault was told")?.kind {
+        if let EventKind::DiskError { error: fault } = events.next_timeout(PATIENCE).ok_or("no fault was told")?.kind {
             break fault;
         }
     };
-    check!(fault.errno == Some(28) && fault.disk == "disk1" && fault.action == ErrorAction::Report, "{fault}");
+    check!(
+        fault.errno == Some(28) && fault.disk == DeviceId::Disk(1) && fault.action == ErrorAction::Report,
+        "{fault}"
+    );
     // Programs run on, and the end comes in good order.
     check_eq!(shell(&container, "echo still here")?, "still here");
     let exit = container.stop(Duration::from_secs(5))?;
-    check!(matches!(exit, Exit::PowerOff), "{exit}");
+    check!(matches!(exit, Exit::PowerOff { .. }), "{exit}");
     drop(container);
     check!(std::process::Command::new("umount").arg(&folder).status()?.success(), "something is left behind");
     Ok(())

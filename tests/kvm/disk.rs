@@ -7,10 +7,11 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use cofferdam::{
-    Disk, DiskEngine, DiskLimit, DiskOperation, ErrorAction, ErrorClass, ErrorKind, EventKind, Exit, Rate, Size, Vm,
-    VmBuilder,
-};
+use cofferdam::disk::{DiskLimit, DiskOperation, ErrorAction, ErrorClass, IoEngine};
+use cofferdam::event::DeviceId;
+use cofferdam::event::EventKind;
+use cofferdam::event::Throttled;
+use cofferdam::{Disk, ErrorKind, Exit, Rate, Size, Vm, VmBuilder};
 
 use crate::fixture::{Outcome, PATIENCE, Printed, Temp, guest, run};
 use crate::{check, check_eq};
@@ -76,10 +77,10 @@ pub fn sizes_arrive() -> Outcome {
 }
 
 /// Both engines, and whether what moves the bytes is what was asked for.
-const ENGINES: [DiskEngine; 2] = [DiskEngine::Ring, DiskEngine::Threads];
+const ENGINES: [IoEngine; 2] = [IoEngine::IoUring, IoEngine::Threads];
 
-fn engine_of(vm: &Vm) -> Option<DiskEngine> {
-    vm.stats().devices.iter().find(|d| d.name == "disk0").and_then(|d| d.engine)
+fn engine_of(vm: &Vm) -> Option<IoEngine> {
+    vm.stats().devices.iter().find(|d| d.device == DeviceId::Disk(0)).and_then(|d| d.engine)
 }
 
 /// A running VM and what it prints.
@@ -150,7 +151,9 @@ pub fn limits_hold_and_can_be_changed() -> Outcome {
         check!(begin.elapsed() > Duration::from_millis(900), "{:?}", begin.elapsed());
         let stats = vm.stats().devices[0].clone();
         check!(stats.throttled > 0 && stats.throttled_time > Duration::from_millis(500), "{stats:?}");
-        let told = |event: cofferdam::Event| event.kind == EventKind::Throttled { what: "disk0".into() };
+        let told = |event: cofferdam::event::Event| {
+            event.kind == EventKind::Throttled { what: Throttled::Device(DeviceId::Disk(0)) }
+        };
         let events = vm.events()?;
         check!(std::iter::from_fn(|| events.next_timeout(Duration::ZERO)).any(told));
         vm.disk(0)?.set_limit(DiskLimit::none())?;
@@ -176,21 +179,26 @@ pub fn a_full_host_holds_the_guest_until_there_is_room() -> Outcome {
         let (vm, printed) = started(guest(script).disk(Disk::file(&path).engine(engine)))?;
         let events = vm.events()?;
         let fault = loop {
-            if let EventKind::DiskError(fault) = events.next_timeout(PATIENCE).ok_or("no fault was told")?.kind {
+            if let EventKind::DiskError { error: fault } =
+                events.next_timeout(PATIENCE).ok_or("no fault was told")?.kind
+            {
                 break fault;
             }
         };
-        check!(fault.errno == Some(28) && fault.disk == "disk0" && fault.action == ErrorAction::Pause, "{fault}");
+        check!(
+            fault.errno == Some(28) && fault.disk == DeviceId::Disk(0) && fault.action == ErrorAction::Pause,
+            "{fault}"
+        );
         check!(!printed.text().contains("done"));
         // Trying again without room holds it again, also after a pause.
         vm.pause()?;
         vm.resume()?;
         std::thread::sleep(Duration::from_millis(200));
-        check!(!printed.text().contains("done") && vm.try_wait()?.is_none());
+        check!(!printed.text().contains("done") && vm.try_wait().is_none());
         check!(mount(&["-o", "remount,size=64m"])?.success());
         vm.resume()?;
         printed.wait_for("done")?;
-        vm.wait()?;
+        vm.wait();
         let bytes = fs::read(&path)?;
         check!(bytes[..16 << 20].iter().all(|b| *b == b'x'));
         check!(Command::new("umount").arg(&folder).status()?.success());
@@ -209,9 +217,9 @@ pub fn a_fault_can_end_the_machine() -> Outcome {
         printed.wait_for("ready")?;
         // Its image shrinks under it.
         File::options().write(true).open(&path)?.set_len(512)?;
-        let exit = vm.wait_timeout(PATIENCE)?.ok_or("it never ended")?;
-        let Exit::DiskFault(fault, _) = exit else { return Err(format!("{exit}").into()) };
-        check!(fault.disk == "disk0" && fault.operation == DiskOperation::Read, "{fault}");
+        let exit = vm.wait_timeout(PATIENCE).ok_or("it never ended")?;
+        let Exit::DiskFault { error: fault, .. } = exit else { return Err(format!("{exit}").into()) };
+        check!(fault.disk == DeviceId::Disk(0) && fault.operation == DiskOperation::Read, "{fault}");
     }
     Ok(())
 }
@@ -224,7 +232,7 @@ pub fn pauses_find_nothing_under_way() -> Outcome {
         let disk = Disk::scratch(Size::mib(2)).engine(engine).queues(2);
         let (vm, printed) = started(guest(script).vcpus(2).disk(disk))?;
         check_eq!(engine_of(&vm), Some(engine));
-        while !printed.text().contains("over") && vm.try_wait()?.is_none() {
+        while !printed.text().contains("over") && vm.try_wait().is_none() {
             vm.pause()?;
             let before = vm.stats().devices[0].clone();
             std::thread::sleep(Duration::from_millis(5));
@@ -233,7 +241,7 @@ pub fn pauses_find_nothing_under_way() -> Outcome {
             vm.resume()?;
             std::thread::sleep(Duration::from_millis(10));
         }
-        vm.wait()?;
+        vm.wait();
         let text = printed.text();
         let sums: std::collections::BTreeSet<_> = text.lines().filter(|l| l.ends_with('-')).collect();
         check_eq!(sums.len(), 12);
@@ -257,10 +265,10 @@ pub fn without_io_uring_there_are_threads() -> Outcome {
         check!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
         return Ok(());
     }
-    for (engine, told) in [(DiskEngine::Auto, false), (DiskEngine::Ring, true)] {
+    for (engine, told) in [(IoEngine::Auto, false), (IoEngine::IoUring, true)] {
         let script = "echo x | dd of=/dev/vda bs=512 conv=sync,fsync 2>/dev/null && echo written\nreboot -f";
         let (vm, printed) = started(guest(script).disk(Disk::scratch(Size::mib(1)).engine(engine)))?;
-        check_eq!(engine_of(&vm), Some(DiskEngine::Threads));
+        check_eq!(engine_of(&vm), Some(IoEngine::Threads));
         let events: Vec<_> = vm.events()?.map(|e| e.to_string()).collect();
         check_eq!(events.iter().any(|e| e.contains("without io_uring for disk0")), told);
         check!(printed.text().contains("written"), "{}", printed.text());
@@ -283,7 +291,7 @@ pub fn a_file_system_is_whole_after_much_at_once() -> Outcome {
         let disk = Disk::file(&path).engine(engine).queues(2);
         let (vm, printed) = started(guest(script).vcpus(2).disk(disk))?;
         for n in 1.. {
-            if printed.text().contains("over") || vm.try_wait()?.is_some() {
+            if printed.text().contains("over") || vm.try_wait().is_some() {
                 break;
             }
             vm.pause()?;
@@ -292,9 +300,9 @@ pub fn a_file_system_is_whole_after_much_at_once() -> Outcome {
             vm.resume()?;
             std::thread::sleep(Duration::from_millis(n % 50));
         }
-        vm.wait()?;
+        vm.wait();
         check!(printed.text().contains("trimmed") && printed.text().contains("all whole"), "{}", printed.text());
-        check!(!vm.events()?.any(|e| matches!(e.kind, EventKind::DiskError(_))));
+        check!(!vm.events()?.any(|e| matches!(e.kind, EventKind::DiskError { .. })));
         check!(Command::new("e2fsck").arg("-fn").arg(&path).output()?.status.success());
     }
     Ok(())

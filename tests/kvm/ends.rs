@@ -6,7 +6,9 @@ use std::os::unix::process::ExitStatusExt;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use cofferdam::{Console, Disk, Exit, Size, Stage, Vm};
+use cofferdam::event::DeviceId;
+use cofferdam::exit::Stage;
+use cofferdam::{Console, Disk, Exit, Size, Vm};
 
 use crate::fixture::{Outcome, PATIENCE, Printed, Temp, alone, driver, guest, run, tiny_kernel};
 use crate::{check, check_eq};
@@ -22,39 +24,39 @@ const SPIN: &[u8] = &[0xeb, 0xfe];
 fn tiny(code: &[u8]) -> Result<Exit, Box<dyn std::error::Error>> {
     let temp = Temp::new()?;
     let vm = Vm::builder(tiny_kernel(&temp, code)?).start()?;
-    Ok(vm.wait_timeout(PATIENCE)?.ok_or("it never ended")?)
+    Ok(vm.wait_timeout(PATIENCE).ok_or("it never ended")?)
 }
 
 pub fn power_off() -> Outcome {
     let exit = tiny(&exit_port(0x34))?;
-    check!(matches!(exit, Exit::PowerOff), "{exit}");
+    check!(matches!(exit, Exit::PowerOff { .. }), "{exit}");
     Ok(())
 }
 
 pub fn halt() -> Outcome {
     let exit = tiny(&exit_port(0x36))?;
-    check!(matches!(exit, Exit::Halt(_)), "{exit}");
+    check!(matches!(exit, Exit::Halt { .. }), "{exit}");
     Ok(())
 }
 
 pub fn init_fault() -> Outcome {
     let exit = tiny(&exit_port(0x37))?;
-    check!(matches!(exit, Exit::InitFault(_)), "{exit}");
+    check!(matches!(exit, Exit::InitFault { .. }), "{exit}");
     Ok(())
 }
 
 pub fn reboot() -> Outcome {
     let (exit, _) = run(guest("echo last words\nreboot -f"))?;
-    check!(matches!(exit, Exit::Reboot(_)), "{exit}");
+    check!(matches!(exit, Exit::Reboot { .. }), "{exit}");
     check!(exit.to_string().contains("last words"), "{exit}");
-    check_eq!(exit.trace().map(|t| t.stage), Some(Stage::DriversReady));
+    check_eq!(exit.report().stage, Stage::DriversReady);
     Ok(())
 }
 
 pub fn panic() -> Outcome {
     // PID 1 ends, which no kernel survives.
     let (exit, _) = run(guest("exit 3"))?;
-    check!(matches!(exit, Exit::Panic(_)), "{exit}");
+    check!(matches!(exit, Exit::Panic { .. }), "{exit}");
     check!(exit.to_string().contains("Attempted to kill init"), "{exit}");
     Ok(())
 }
@@ -62,14 +64,14 @@ pub fn panic() -> Outcome {
 pub fn panic_without_a_word() -> Outcome {
     // mov dx, 0x505; in al, dx; out dx, al; hlt
     let exit = tiny(&[0x66, 0xba, 0x05, 0x05, 0xec, 0xb0, 1, 0xee, 0xf4])?;
-    check!(matches!(exit, Exit::Panic(_)) && exit.to_string().contains("does not say why"), "{exit}");
+    check!(matches!(exit, Exit::Panic { .. }) && exit.to_string().contains("does not say why"), "{exit}");
     Ok(())
 }
 
 pub fn want_of_memory() -> Outcome {
     // PID 1 itself takes all there is, and the kernel has nobody else to end.
     let (exit, _) = run(guest("exec tail /dev/zero"))?;
-    check!(matches!(exit, Exit::Panic(_)), "{exit}");
+    check!(matches!(exit, Exit::Panic { .. }), "{exit}");
     check!(exit.to_string().contains("memory") || exit.to_string().contains("Attempted to kill init"), "{exit}");
     Ok(())
 }
@@ -77,7 +79,10 @@ pub fn want_of_memory() -> Outcome {
 pub fn device_that_is_never_reset() -> Outcome {
     // Starts the first device as a driver does, but for a queue of three entries.
     let exit = tiny(&[driver(0, 0, 0x3000, 3), SPIN.to_vec()].concat())?;
-    check!(matches!(&exit, Exit::DeviceFault(why, _) if why.starts_with("console: queue 0: ")), "{exit}");
+    check!(
+        matches!(&exit, Exit::DeviceFault { device: DeviceId::Console, message, .. } if message.starts_with("queue 0: ")),
+        "{exit}"
+    );
     check!(exit.to_string().contains("did not reset it within 10 s"), "{exit}");
     Ok(())
 }
@@ -85,9 +90,9 @@ pub fn device_that_is_never_reset() -> Outcome {
 pub fn triple_fault() -> Outcome {
     // An undefined instruction, without anybody to handle it.
     let exit = tiny(&[0x0f, 0x0b])?;
-    check!(matches!(exit, Exit::TripleFault(_)), "{exit}");
+    check!(matches!(exit, Exit::TripleFault { .. }), "{exit}");
     // KVM on AMD resets the processor at once; on Intel it still shows where it was.
-    if let Some(registers) = exit.trace().and_then(|t| t.registers.clone()) {
+    if let Some(registers) = exit.report().registers.clone() {
         check_eq!(registers.rip, 0x10_0000);
     }
     Ok(())
@@ -96,16 +101,16 @@ pub fn triple_fault() -> Outcome {
 pub fn killed_while_it_spins() -> Outcome {
     let temp = Temp::new()?;
     let vm = Vm::builder(tiny_kernel(&temp, SPIN)?).vcpus(2).start()?;
-    check!(vm.try_wait()?.is_none());
+    check!(vm.try_wait().is_none());
     vm.kill();
     vm.kill();
-    let exit = vm.wait_timeout(PATIENCE)?.ok_or("kill did nothing")?;
-    check!(matches!(exit, Exit::Killed(_)), "{exit}");
+    let exit = vm.wait_timeout(PATIENCE).ok_or("kill did nothing")?;
+    check!(matches!(exit, Exit::Killed { .. }), "{exit}");
     // Where it was is what a person needs who ends a guest that hangs.
-    let was_at = exit.trace().and_then(|trace| trace.registers.as_ref()).map(|registers| registers.rip);
+    let was_at = exit.report().registers.as_ref().map(|registers| registers.rip);
     check_eq!(was_at, Some(0x10_0000));
     check!(exit.to_string().contains("ended from outside after"), "{exit}");
-    check!(matches!(vm.wait()?, Exit::Killed(_)));
+    check!(matches!(vm.wait(), Exit::Killed { .. }));
     Ok(())
 }
 
@@ -124,8 +129,8 @@ pub fn ctrl_alt_del_asks_init_to_shut_down() -> Outcome {
         "trap 'echo asked; reboot -f' INT\necho 0 > /proc/sys/kernel/ctrl-alt-del\necho up\nwhile :; do sleep 1; done";
     let vm = guest(script).console(printed.console()).start()?;
     printed.wait_for("up")?;
-    let exit = vm.shutdown(Duration::from_secs(20))?;
-    check!(matches!(exit, Exit::Reboot(_)), "{exit}");
+    let exit = vm.stop(Duration::from_secs(20))?;
+    check!(matches!(exit, Exit::Reboot { .. }), "{exit}");
     check!(printed.text().contains("asked"), "{}", printed.text());
     Ok(())
 }
@@ -144,7 +149,7 @@ pub fn stops_and_signals_of_the_host_are_survived() -> Outcome {
     let rounds = printed.text().matches("round").count();
     printed.wait_for(&format!("round {}", rounds + 3))?;
     vm.kill();
-    check!(matches!(vm.wait()?, Exit::Killed(_)));
+    check!(matches!(vm.wait(), Exit::Killed { .. }));
     Ok(())
 }
 
@@ -153,7 +158,7 @@ pub fn nothing_is_left_when_the_process_is_killed() -> Outcome {
     if std::env::var_os("COFFERDAM_TEST_KILLED").is_some() {
         let vm = guest("sleep 1000").disk(Disk::scratch(Size::mib(64))).start()?;
         writeln!(std::io::stdout(), "started")?;
-        vm.wait()?;
+        vm.wait();
         return Ok(());
     }
     let temp = Temp::new()?;
@@ -178,8 +183,8 @@ pub fn shutdown_ends_a_guest_that_does_not_listen() -> Outcome {
     let temp = Temp::new()?;
     let vm = Vm::builder(tiny_kernel(&temp, SPIN)?).start()?;
     let begin = Instant::now();
-    let exit = vm.shutdown(Duration::from_millis(100))?;
-    check!(matches!(exit, Exit::Killed(_)), "{exit}");
+    let exit = vm.stop(Duration::from_millis(100))?;
+    check!(matches!(exit, Exit::Killed { .. }), "{exit}");
     check!(begin.elapsed() >= Duration::from_millis(100), "{:?}", begin.elapsed());
     Ok(())
 }
@@ -215,8 +220,8 @@ pub fn a_stuck_console_writer_holds_nothing_up() -> Outcome {
     let vm = guest("yes | head -c 1000000").console(Console::writer(Stuck(held))).start()?;
     std::thread::sleep(Duration::from_millis(500));
     vm.kill();
-    let exit = vm.wait_timeout(PATIENCE)?.ok_or("the writer held the end up")?;
-    check!(matches!(exit, Exit::Killed(_)), "{exit}");
+    let exit = vm.wait_timeout(PATIENCE).ok_or("the writer held the end up")?;
+    check!(matches!(exit, Exit::Killed { .. }), "{exit}");
     drop((vm, hold));
     Ok(())
 }

@@ -3,12 +3,13 @@
 use std::io::{Read, Write};
 use std::time::{Duration, Instant};
 
-use cofferdam::{ErrorKind, Exec, ExitStatus, Size, Stdio};
+use cofferdam::process::{ExitStatus, Stdio};
+use cofferdam::{ErrorKind, Exec, Size};
 
 use crate::fixture::{Outcome, PATIENCE, container, debian_container};
 use crate::{check, check_eq};
 
-fn text(exec: Exec<'_>) -> cofferdam::Result<String> {
+fn text(exec: Exec) -> cofferdam::Result<String> {
     let output = exec.timeout(PATIENCE).output()?;
     Ok(String::from_utf8_lossy(&output.stdout).trim_end().to_owned())
 }
@@ -223,7 +224,7 @@ pub fn pid_1_survives_kill_all() -> Outcome {
     let container = container()?;
     let status = container.exec(["sh", "-c", "kill -9 -1; kill -9 1; sleep 1; exit 5"]).timeout(PATIENCE).status()?;
     // A shell does not signal itself with -1.
-    check!(matches!(status, ExitStatus::Exited(5) | ExitStatus::Signaled(9)), "{status}");
+    check!(matches!(status, ExitStatus::Exited { code: 5 } | ExitStatus::Signaled { signal: 9 }), "{status}");
     check_eq!(text(container.exec(["echo", "alive"]))?, "alive");
     Ok(())
 }
@@ -241,7 +242,7 @@ pub fn the_end_of_the_machine_is_told() -> Outcome {
     let mut process = container.exec(["sleep", "1000"]).spawn()?;
     container.kill();
     let status = process.wait()?;
-    check!(matches!(status, ExitStatus::VmEnded(_)), "{status}");
+    check!(matches!(status, ExitStatus::VmEnded { .. }), "{status}");
     let error = container.exec(["true"]).spawn().map(drop).expect_err("the machine is gone");
     check_eq!(error.kind(), ErrorKind::InvalidState);
     Ok(())

@@ -5,7 +5,10 @@ use std::path::PathBuf;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use cofferdam::{Disk, DiskEngine, ErrorAction, EventKind, Events, Exit, Size, Vm};
+use cofferdam::disk::{ErrorAction, IoEngine};
+use cofferdam::event::DeviceId;
+use cofferdam::event::{EventKind, Events};
+use cofferdam::{Disk, Exit, Size, Vm};
 
 use crate::fixture::{Outcome, PATIENCE, Printed, Temp, guest, host, host_words};
 use crate::{check, check_eq};
@@ -79,7 +82,7 @@ const WORK: &str = "n=0; while :; do n=$((n + 1)); \
     then echo well $n; else echo failed $n; fi; usleep 50000; done";
 
 /// A guest that works on this disk, and what it prints.
-fn working(disk: Disk, synced: bool) -> Result<(Vm, Printed)> {
+fn working(disk: impl Into<Disk>, synced: bool) -> Result<(Vm, Printed)> {
     let printed = Printed::default();
     let script = WORK.replace("conv=sync FSYNC", if synced { "conv=sync,fsync" } else { "conv=sync" });
     let vm = guest(&script).disk(disk).console(printed.console()).start()?;
@@ -108,8 +111,8 @@ fn more(printed: &Printed, well: bool) -> Outcome {
 fn fault(events: &Events) -> Result<Option<i32>> {
     loop {
         let event = events.next_timeout(PATIENCE).ok_or("no fault was told")?;
-        if let EventKind::DiskError(fault) = event.kind {
-            check!(fault.disk == "disk0" && fault.action == ErrorAction::Report, "{fault}");
+        if let EventKind::DiskError { error: fault } = event.kind {
+            check!(fault.disk == DeviceId::Disk(0) && fault.action == ErrorAction::Report, "{fault}");
             return Ok(fault.errno);
         }
     }
@@ -117,7 +120,7 @@ fn fault(events: &Events) -> Result<Option<i32>> {
 
 pub fn a_device_that_fails_and_comes_back() -> Outcome {
     let (neighbour, untouched) = working(Disk::scratch(Size::mib(1)), true)?;
-    for engine in [DiskEngine::Ring, DiskEngine::Threads] {
+    for engine in [IoEngine::IoUring, IoEngine::Threads] {
         let temp = Temp::new()?;
         let device = Device::new(&temp)?;
         let (vm, printed) = working(Disk::file(device.path()?).direct().engine(engine), false)?;
@@ -129,7 +132,7 @@ pub fn a_device_that_fails_and_comes_back() -> Outcome {
         device.turn_into("linear")?;
         more(&printed, true)?;
         vm.kill();
-        check!(matches!(vm.wait()?, Exit::Killed(_)));
+        check!(matches!(vm.wait(), Exit::Killed { .. }));
     }
     check_eq!(counts(&untouched).1, 0);
     drop(neighbour);
@@ -149,7 +152,7 @@ pub fn after_a_failed_sync_nothing_is_promised() -> Outcome {
     more(&printed, false)?;
     check_eq!(counts(&printed).0, well);
     vm.kill();
-    vm.wait()?;
+    vm.wait();
     Ok(())
 }
 
@@ -158,7 +161,7 @@ pub fn a_device_that_stands_still_for_half_a_minute() -> Outcome {
     let (one, two) = (Temp::new()?, Temp::new()?);
     let devices = [Device::new(&one)?, Device::new(&two)?];
     let disk = |n: usize, engine| Ok::<_, Box<dyn std::error::Error>>(Disk::file(devices[n].path()?).engine(engine));
-    let guests = [working(disk(0, DiskEngine::Ring)?.direct(), true)?, working(disk(1, DiskEngine::Threads)?, true)?];
+    let guests = [working(disk(0, IoEngine::IoUring)?.direct(), true)?, working(disk(1, IoEngine::Threads)?, true)?];
     for device in &devices {
         device.stall()?;
     }
@@ -178,7 +181,7 @@ pub fn a_device_that_stands_still_for_half_a_minute() -> Outcome {
         more(printed, true)?;
         check_eq!(counts(printed).1, 0);
         vm.kill();
-        vm.wait()?;
+        vm.wait();
     }
     check_eq!(counts(&untouched).1, 0);
     drop(neighbour);
@@ -202,7 +205,7 @@ pub fn a_file_system_that_becomes_read_only() -> Outcome {
     check!([Some(5), Some(30)].contains(&errno), "{errno:?}");
     more(&printed, false)?;
     vm.kill();
-    vm.wait()?;
+    vm.wait();
     host(&format!("umount {}", folder.display()))?;
     host(&format!("mount -o ro {} {}", node.display(), folder.display()))?;
     let refused = guest("").disk(Disk::file(&path)).start().map(drop).expect_err("the file system is read-only");

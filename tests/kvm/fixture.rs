@@ -7,10 +7,9 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use crate::tiny;
-use cofferdam::{
-    Console, Container, ContainerBuilder, Disk, ErrorKind, Exit, Image, Initramfs, Kernel, Modules, Size, Vm,
-    VmBuilder, WritableLayer,
-};
+use cofferdam::disk::WritableLayer;
+use cofferdam::kernel::{Initramfs, Modules};
+use cofferdam::{Console, Container, ContainerBuilder, Disk, ErrorKind, Exit, Image, Kernel, Size, Vm, VmBuilder};
 
 /// What a test returns.
 pub type Outcome = Result<(), Box<dyn Error>>;
@@ -198,11 +197,11 @@ pub fn guest(script: &str) -> VmBuilder {
 pub fn run(builder: VmBuilder) -> Result<(Exit, String), Box<dyn Error>> {
     let printed = Printed::default();
     let vm = builder.console(printed.console()).start()?;
-    let exit = match vm.wait_timeout(PATIENCE)? {
+    let exit = match vm.wait_timeout(PATIENCE) {
         Some(exit) => exit,
         None => {
             vm.kill();
-            return Err(format!("it never ended: {}", vm.wait()?).into());
+            return Err(format!("it never ended: {}", vm.wait()).into());
         }
     };
     // The kernel's own messages, which begin with their time, come in between when something is slow.
@@ -249,18 +248,18 @@ pub fn resident() -> Result<u64, Box<dyn Error>> {
 
 /// A layer in the directory for temporary files, which is memory in the lab: what lies on its `/` is slow.
 pub fn layer() -> WritableLayer {
-    WritableLayer::new(Size::gib(4)).folder(std::env::temp_dir())
+    WritableLayer::new(Size::gib(4)).scratch_dir(std::env::temp_dir())
 }
 
 /// A container of Debian with these settings.
 pub fn debian_container() -> ContainerBuilder {
-    Container::builder(debian()).kernel(kernel()).start_timeout(PATIENCE).disk(layer())
+    Container::builder(debian()).kernel(kernel()).start_timeout(PATIENCE).writable_layer(layer())
 }
 
 /// A container of the Debian with servers and clients of all kinds.
 pub fn network_container() -> ContainerBuilder {
     let image = Image::open(cache().join("images/debian-12-network.tar")).expect("run `make setup` first");
-    Container::builder(image).kernel(kernel()).start_timeout(PATIENCE).disk(layer())
+    Container::builder(image).kernel(kernel()).start_timeout(PATIENCE).writable_layer(layer())
 }
 
 /// A running container of Debian.

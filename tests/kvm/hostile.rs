@@ -3,7 +3,12 @@
 use std::io::Read;
 use std::time::{Duration, Instant};
 
-use cofferdam::{Container, Disk, EventKind, Exit, ExitStatus, Size, Stdio, Vm, Vsock, WritableLayer};
+use cofferdam::disk::WritableLayer;
+use cofferdam::event::DeviceId;
+use cofferdam::event::EventKind;
+use cofferdam::process::{ExitStatus, Stdio};
+use cofferdam::vsock::Vsock;
+use cofferdam::{Container, Disk, Exit, Size, Vm};
 
 use crate::fixture::{
     MAP_DEVICES, Outcome, PATIENCE, RINGS, Temp, alone, container, debian_container, driver, guest, resident, run,
@@ -43,11 +48,11 @@ pub fn registers_written_at_random() -> Outcome {
     while Instant::now() < end {
         unharmed(&neighbour)?;
     }
-    check!(vm.try_wait()?.is_none(), "{}", vm.trace());
+    check!(vm.try_wait().is_none(), "{}", vm.report());
     let exits = vm.stats().vcpus.iter().map(|vcpu| vcpu.mmio_exits).sum::<u64>();
     check!(exits > 1000, "{exits}");
     vm.kill();
-    check!(matches!(vm.wait()?, Exit::Killed(_)));
+    check!(matches!(vm.wait(), Exit::Killed { .. }));
     Ok(())
 }
 
@@ -75,9 +80,9 @@ pub fn queues_where_no_memory_is() -> Outcome {
         let vm = Vm::builder(tiny_kernel(&Temp::new()?, &[driver(1, 0, descriptors, 8), storm(0)].concat())?);
         let vm = vm.memory(Size::mib(4)).start()?;
         unharmed(&neighbour)?;
-        check!(vm.stats().vcpus[0].mmio_exits > 0 || vm.try_wait()?.is_none(), "{}", vm.trace());
+        check!(vm.stats().vcpus[0].mmio_exits > 0 || vm.try_wait().is_none(), "{}", vm.report());
         vm.kill();
-        check!(matches!(vm.wait()?, Exit::Killed(_)));
+        check!(matches!(vm.wait(), Exit::Killed { .. }));
     }
     Ok(())
 }
@@ -89,9 +94,9 @@ pub fn descriptors_in_a_loop() -> Outcome {
     let code = [table, driver(1, 0, RINGS[0].into(), 8), storm(0)].concat();
     let vm = Vm::builder(tiny_kernel(&Temp::new()?, &code)?).memory(Size::mib(4)).start()?;
     let events = vm.events()?;
-    let broken = |kind: &EventKind| matches!(kind, EventKind::DeviceError { device, .. } if device == "rng");
+    let broken = |kind: &EventKind| matches!(kind, EventKind::DeviceError { device: DeviceId::Rng, .. });
     let found = std::iter::from_fn(|| events.next_timeout(PATIENCE)).find(|event| broken(&event.kind));
-    check!(found.is_some(), "{}", vm.trace());
+    check!(found.is_some(), "{}", vm.report());
     unharmed(&neighbour)
 }
 
@@ -105,10 +110,10 @@ pub fn kicks_and_interrupts_without_end() -> Outcome {
     while Instant::now() < end {
         unharmed(&neighbour)?;
     }
-    let rng = vm.stats().devices.into_iter().find(|d| d.name == "rng").ok_or("no rng")?;
+    let rng = vm.stats().devices.into_iter().find(|d| d.device == DeviceId::Rng).ok_or("no rng")?;
     check!(rng.interrupts > 100 && rng.requests > 100, "{rng:?}");
     vm.kill();
-    check!(matches!(vm.wait()?, Exit::Killed(_)));
+    check!(matches!(vm.wait(), Exit::Killed { .. }));
     unharmed(&neighbour)
 }
 
@@ -128,7 +133,7 @@ pub fn panics_again_and_again() -> Outcome {
     let neighbour = container()?;
     for _ in 0..5 {
         let (exit, _) = run(guest("echo c > /proc/sysrq-trigger; sleep 1000"))?;
-        check!(matches!(exit, Exit::Panic(_)), "{exit}");
+        check!(matches!(exit, Exit::Panic { .. }), "{exit}");
         unharmed(&neighbour)?;
     }
     Ok(())
@@ -137,7 +142,7 @@ pub fn panics_again_and_again() -> Outcome {
 pub fn memory_and_disk_are_used_up() -> Outcome {
     let neighbour = container()?;
     let greedy = debian_container()
-        .disk(WritableLayer::new(Size::mib(64)).folder(std::env::temp_dir()))
+        .writable_layer(WritableLayer::new(Size::mib(64)).scratch_dir(std::env::temp_dir()))
         .memory(Size::mib(128))
         .start()?;
     for _ in 0..2 {
@@ -158,7 +163,7 @@ pub fn a_disk_reset_in_the_middle_of_requests() -> Outcome {
         dd if=/dev/zero of=/dev/vda bs=256k count=64 conv=fsync 2>/dev/null & echo $disk > unbind; echo $disk > bind; wait\n\
         done; dd if=/dev/vda of=/dev/null bs=1M count=1 2>/dev/null && echo whole; reboot -f";
     let (exit, text) = run(guest(script).disk(Disk::scratch(Size::mib(64))))?;
-    check!(matches!(exit, Exit::Reboot(_)) && text.contains("whole"), "{exit}");
+    check!(matches!(exit, Exit::Reboot { .. }) && text.contains("whole"), "{exit}");
     unharmed(&neighbour)
 }
 
@@ -168,8 +173,8 @@ pub fn boot_structures_written_over() -> Outcome {
     let (temp, neighbour) = (Temp::new()?, container()?);
     let vm = Vm::builder(tiny_kernel(&temp, &code)?).memory(Size::mib(4)).start()?;
     // Without its page tables the guest cannot go on: it faults, or spins on what the processor still remembers.
-    let exit = vm.wait_timeout(Duration::from_secs(2))?;
-    check!(matches!(exit, None | Some(Exit::TripleFault(_) | Exit::VcpuFault(..))), "{exit:?}");
+    let exit = vm.wait_timeout(Duration::from_secs(2));
+    check!(matches!(exit, None | Some(Exit::TripleFault { .. } | Exit::VcpuFault { .. })), "{exit:?}");
     unharmed(&neighbour)
 }
 
@@ -182,13 +187,13 @@ pub fn a_flood_on_the_console() -> Outcome {
     let (neighbour, vm) = (container()?, guest(&script).start()?);
     let (mut most, least) = (0, resident()?);
     let deadline = Instant::now() + PATIENCE * 2;
-    while vm.try_wait()?.is_none() {
+    while vm.try_wait().is_none() {
         unharmed(&neighbour)?;
         most = most.max(resident()?);
-        check!(Instant::now() < deadline, "{}", vm.trace());
+        check!(Instant::now() < deadline, "{}", vm.report());
     }
-    check!(vm.trace().console_lines(1).contains("done"), "{}", vm.trace());
-    check!(vm.trace().console.len() <= 64 << 10);
+    check!(vm.report().console_lines(1).contains("done"), "{}", vm.report());
+    check!(vm.report().console.len() <= 64 << 10);
     // The guests' own memory, and not the flood.
     check!(most < least + (96 << 20), "{least} {most}");
     Ok(())
@@ -206,13 +211,13 @@ pub fn gigabytes_on_the_console() -> Outcome {
     let before = resident()?;
     let vm = Vm::builder(tiny_kernel(&Temp::new()?, &code)?).memory(Size::mib(8)).start()?;
     let (mut most, deadline) = (0, Instant::now() + PATIENCE * 4);
-    while vm.stats().devices.iter().all(|device| device.bytes_read < flood) {
+    while vm.stats().devices.iter().all(|device| device.bytes_from_guest < flood) {
         unharmed(&neighbour)?;
         most = most.max(resident()?);
-        check!(Instant::now() < deadline && vm.try_wait()?.is_none(), "{:?} {}", vm.stats(), vm.trace());
+        check!(Instant::now() < deadline && vm.try_wait().is_none(), "{:?} {}", vm.stats(), vm.report());
     }
     vm.kill();
-    check!(vm.wait()?.trace().is_some_and(|trace| trace.console.len() <= 64 << 10));
+    check!(vm.wait().report().console.len() <= 64 << 10);
     check!(most < before + (64 << 20), "{before} {most}");
     Ok(())
 }

@@ -3,7 +3,8 @@
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
-use cofferdam::{Disk, ErrorKind, Exit, Modules, Size, Vm};
+use cofferdam::kernel::Modules;
+use cofferdam::{Disk, ErrorKind, Exit, Size, Vm};
 
 use crate::fixture::{
     Outcome, PATIENCE, Printed, Temp, busybox, debian_container, distribution, distribution_alone,
@@ -22,7 +23,7 @@ fn contains(which: &str) -> Outcome {
     for driver in ["virtio_balloon", "virtio_blk", "virtio_console", "virtio_rng", "vmw_vsock_virtio_transport"] {
         check!(out.contains(driver), "{driver}: {out}");
     }
-    check!(container.vm().trace().console_lines(5).contains("spoken"));
+    check!(container.vm().report().console_lines(5).contains("spoken"));
     // Asked through the balloon, with a second for the answer.
     check!((0..10).any(|_| container.vm().memory_stats().is_ok_and(|memory| memory.guest.is_some())));
     container.stop(PATIENCE)?;
@@ -47,7 +48,7 @@ pub fn modules_lie_in_the_initramfs_in_their_order() -> Outcome {
     let (kernel, _) = distribution("cloud-6.12")?;
     let kernel = kernel.cmdline("console=ttyS0 quiet").initramfs(busybox(script));
     let (exit, printed) = run(Vm::builder(kernel).disk(Disk::scratch(Size::mib(1))))?;
-    check!(matches!(exit, Exit::PowerOff), "{exit}");
+    check!(matches!(exit, Exit::PowerOff { .. }), "{exit}");
     let expected = [
         "2048",
         "virtio_mmio.ko",
@@ -66,8 +67,8 @@ pub fn a_panic_is_told_though_the_kernel_would_hang() -> Outcome {
     // Without a reset afterwards there is only the panic port.
     let container = debian_container().kernel(kernel.cmdline("panic=0")).start()?;
     let _crash = container.exec(["sh", "-c", "echo c > /proc/sysrq-trigger"]).spawn()?;
-    let exit = container.vm().wait_timeout(PATIENCE)?.ok_or("it hangs")?;
-    check!(matches!(exit, Exit::Panic(_)), "{exit}");
+    let exit = container.vm().wait_timeout(PATIENCE).ok_or("it hangs")?;
+    check!(matches!(exit, Exit::Panic { .. }), "{exit}");
     Ok(())
 }
 
@@ -109,8 +110,8 @@ pub fn a_whole_system_boots_to_its_login_and_powers_off_when_asked() -> Outcome 
     printed.wait_within(4 * PATIENCE, "debian login:")?;
     // Its prompt comes before the rest of it, of which logind hears the power key.
     at_rest(&vm)?;
-    let exit = vm.shutdown(PATIENCE)?;
-    check!(matches!(exit, Exit::PowerOff), "{exit}");
+    let exit = vm.stop(PATIENCE)?;
+    check!(matches!(exit, Exit::PowerOff { .. }), "{exit}");
     check!(is_clean(&system_disk())?, "its file system was not unmounted");
     Ok(())
 }
@@ -125,7 +126,7 @@ fn at_rest(vm: &Vm) -> Outcome {
         if used() - before < Duration::from_millis(200) {
             return Ok(());
         }
-        check!(Instant::now() < deadline, "{}", vm.trace());
+        check!(Instant::now() < deadline, "{}", vm.report());
     }
 }
 

@@ -4,7 +4,10 @@ use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
-use cofferdam::{Container, ErrorKind, EventKind, Exit, Memory, MemoryStats, Size};
+use cofferdam::event::EventKind;
+use cofferdam::memory::Memory;
+use cofferdam::stats::MemoryStats;
+use cofferdam::{Container, ErrorKind, Exit, Size};
 
 use crate::fixture::{Outcome, PATIENCE, container, debian_container, guest, run as run_vm};
 use crate::{check, check_eq};
@@ -93,13 +96,13 @@ pub fn more_than_a_host_without_overcommit_promises() -> Outcome {
     let error = refused.err().ok_or("60 TiB were promised")?;
     check_eq!(error.kind(), ErrorKind::ResourceExhausted);
     check!(error.to_string().contains("vm.overcommit_memory"), "{error}");
-    check!(matches!(started?.0, Exit::Reboot(_)));
+    check!(matches!(started?.0, Exit::Reboot { .. }));
     Ok(())
 }
 
 pub fn asked_for_in_transparent_huge_pages() -> Outcome {
-    let (exit, text) = run_vm(guest("echo here\nreboot -f").memory(Memory::transparent(Size::mib(128))))?;
-    check!(matches!(exit, Exit::Reboot(_)) && text.contains("here"), "{exit}");
+    let (exit, text) = run_vm(guest("echo here\nreboot -f").memory(Memory::transparent_huge_pages(Size::mib(128))))?;
+    check!(matches!(exit, Exit::Reboot { .. }) && text.contains("here"), "{exit}");
     Ok(())
 }
 
@@ -123,7 +126,7 @@ pub fn in_a_file_that_others_may_map() -> Outcome {
 
 pub fn in_huge_pages_of_the_hosts_pool() -> Outcome {
     const POOL: &str = "/proc/sys/vm/nr_hugepages";
-    let (before, huge) = (fs::read_to_string(POOL)?, Memory::huge(Size::mib(128), Size::mib(2)));
+    let (before, huge) = (fs::read_to_string(POOL)?, Memory::hugetlb(Size::mib(128)).page_size(Size::mib(2)));
     let builder = || guest("echo here\nreboot -f").memory(huge);
     // Only root makes a pool; where there is none, the reason is told.
     let made = fs::write(POOL, "64").is_ok();
@@ -131,11 +134,11 @@ pub fn in_huge_pages_of_the_hosts_pool() -> Outcome {
     // Whatever is in use now stays until it is given back.
     let emptied = fs::write(POOL, before);
     match made {
-        true => check!(matches!(outcome?, (Exit::Reboot(_), text) if text.contains("here"))),
+        true => check!(matches!(outcome?, (Exit::Reboot { .. }, text) if text.contains("here"))),
         false => check!(outcome.is_err_and(|e| e.to_string().contains("huge pages of 2 MiB wanted"))),
     }
     check_eq!(made, emptied.is_ok());
-    let error = guest("").memory(Memory::huge(Size::gib(4096), Size::mib(2))).start().err().ok_or("it started")?;
+    let error = guest("").memory(Memory::hugetlb(Size::gib(4096))).start().err().ok_or("it started")?;
     check_eq!(error.kind(), ErrorKind::ResourceExhausted);
     check!(error.to_string().contains("nr_hugepages"), "{error}");
     Ok(())

@@ -4,7 +4,10 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::process::Command;
 
-use cofferdam::{Cidr, Container, ErrorKind, EventKind, Net, Policy, Port, Process, Rule, Size, Stdio, VmBuilder};
+use cofferdam::event::EventKind;
+use cofferdam::net::{Cidr, Policy, PortForward, Rule};
+use cofferdam::process::Stdio;
+use cofferdam::{Container, ErrorKind, Net, Process, Size, VmBuilder};
 
 use crate::fixture::{Outcome, PATIENCE, Printed, Temp, debian_container, guest, host, run, soak};
 use crate::{check, check_eq};
@@ -162,7 +165,7 @@ pub fn frames_on_a_socket_and_a_link_that_goes_down() -> Outcome {
         echo asked; while [ $(cat /sys/class/net/eth0/carrier) = 1 ]; do sleep 0.1; done; echo unplugged
         while [ $(cat /sys/class/net/eth0/carrier) = 0 ]; do sleep 0.1; done; echo in again
         while [ $(cat /sys/class/net/eth0/carrier) = 1 ]; do sleep 0.1; done; echo gone\nreboot -f";
-    let vm = guest(script).net(Net::fd(near)).console(printed.console()).start()?;
+    let vm = guest(script).net(Net::socket(near)).console(printed.console()).start()?;
     let events = vm.events()?;
     // Its first question is who has the address (RFC 826).
     far.set_read_timeout(Some(PATIENCE))?;
@@ -231,12 +234,12 @@ pub fn a_guest_goes_where_its_policy_lets_it_and_nowhere_else() -> Outcome {
     let printed = Printed::default();
     let vm = guest(&script).net(Net::user(only(allowed)?)).console(printed.console()).start()?;
     let events = vm.events()?;
-    vm.wait_timeout(PATIENCE)?.ok_or("it never ended")?;
+    vm.wait_timeout(PATIENCE).ok_or("it never ended")?;
     let text = printed.text();
     let digests: Vec<&str> = text.lines().filter(|line| line.trim().ends_with("  -")).map(str::trim).collect();
     check!(digests.len() == 2 && digests[0] == digests[1], "{text}");
     check!(!text.contains("reached") && text.contains("1 packets received"), "{text}");
-    let denials: Vec<_> = events.filter(|event| matches!(event.kind, EventKind::Denied(_))).collect();
+    let denials: Vec<_> = events.filter(|event| matches!(event.kind, EventKind::Denied { .. })).collect();
     check!(denials.len() == 1, "{denials:?}");
     Ok(())
 }
@@ -259,7 +262,7 @@ pub fn a_container_has_address_route_and_names() -> Outcome {
 }
 
 pub fn published_ports_lead_into_the_guest() -> Outcome {
-    let ports = [80, 81].map(|port| Port::tcp(([127, 0, 0, 1], 0), port));
+    let ports = [80, 81].map(|port| PortForward::tcp(([127, 0, 0, 1], 0), port));
     let [open, closed] = ports;
     let script = format!("{CONFIGURED}echo ready; nc -l -p 80 -e echo from the guest; echo served; sleep 1000");
     let printed = Printed::default();
@@ -278,7 +281,7 @@ pub fn published_ports_lead_into_the_guest() -> Outcome {
         check!(std::time::Instant::now() < deadline, "{}", printed.text());
     }
     check!(call(closed).is_err(), "nobody listens there");
-    let port = net.publish(Port::tcp(([127, 0, 0, 1], 0), 80))?;
+    let port = net.publish(PortForward::tcp(([127, 0, 0, 1], 0), 80))?;
     port.close()?;
     check!(call(&port.address()).is_err());
     net.set_policy(Policy::internet())?;
@@ -319,7 +322,7 @@ pub fn published_ports_lead_to_services_on_any_address_but_one() -> Outcome {
     let hosts = ["127.0.0.1:0", "[::1]:0", "127.0.0.1:0", "[::1]:0"].map(|host| host.parse::<std::net::SocketAddr>());
     let mut network = Net::user(Policy::deny_all());
     for (host, guest) in hosts.into_iter().zip(80..) {
-        network = network.publish(Port::tcp(host?, guest));
+        network = network.publish(PortForward::tcp(host?, guest));
     }
     let container = debian_container().net(network).start()?;
     let net = container.vm().net(0)?;
@@ -376,7 +379,7 @@ pub fn datagrams_to_published_ports_are_answered_wherever_the_service_is() -> Ou
     let host = |ip: &str| format!("{ip}:0").parse::<std::net::SocketAddr>();
     let mut network = Net::user(Policy::deny_all());
     for (ip, guest) in [("127.0.0.1", 80), ("[::1]", 80), ("127.0.0.1", 81)] {
-        network = network.publish(Port::udp(host(ip)?, guest));
+        network = network.publish(PortForward::udp(host(ip)?, guest));
     }
     let container = debian_container().net(network).start()?;
     let _everywhere = echo_inside(&container, "udp", "0.0.0.0", 80)?;

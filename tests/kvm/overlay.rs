@@ -6,7 +6,8 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use cofferdam::{Disk, ErrorAction, ErrorClass, Overlay, Size};
+use cofferdam::disk::{ErrorAction, ErrorClass, Overlay};
+use cofferdam::{Disk, Size};
 
 use crate::fixture::{Outcome, Temp, guest, run};
 use crate::{check, check_eq};
@@ -43,7 +44,7 @@ fn reads() -> String {
     format!("mkdir /mnt; mount -t ext4 -o ro /dev/vda /mnt; cd /mnt; {READS}")
 }
 
-fn go_on(_: cofferdam::Progress) -> ControlFlow<()> {
+fn go_on(_: cofferdam::disk::Progress) -> ControlFlow<()> {
     ControlFlow::Continue(())
 }
 
@@ -54,7 +55,7 @@ pub fn three_guests_write_on_one_base_which_stays_as_it_is() -> Outcome {
     let disk = |n: u32| temp.path(&format!("{n}.overlay"));
     let ends: Vec<_> = std::thread::scope(|scope| {
         let start = |n| {
-            let builder = guest(&writes(n)).disk(Disk::overlay(&base).at(disk(n)));
+            let builder = guest(&writes(n)).disk(Disk::overlay(&base).persist_at(disk(n)));
             scope.spawn(move || run(builder).map_err(|e| e.to_string()))
         };
         let threads: Vec<_> = (0..3).map(start).collect();
@@ -67,7 +68,7 @@ pub fn three_guests_write_on_one_base_which_stays_as_it_is() -> Outcome {
         check!(overlay.info()?.allocated < Size::mib(24), "{:?}", overlay.info());
         overlay.flatten(&flat, go_on)?;
         host("/sbin/e2fsck", &["-fn"], &flat)?;
-        check_eq!(run(guest(&reads()).disk(Disk::overlay(&base).at(disk(n))))?.1.trim(), wanted);
+        check_eq!(run(guest(&reads()).disk(Disk::overlay(&base).persist_at(disk(n))))?.1.trim(), wanted);
     }
     check!(fs::read(&base)? == before, "the base was written");
     Ok(())
@@ -79,7 +80,7 @@ pub fn what_is_not_kept_is_gone_with_its_machine() -> Outcome {
     fs::create_dir(&folder)?;
     let before = fs::read(&base)?;
     for _ in 0..2 {
-        let (_, printed) = run(guest(&writes(1)).disk(Disk::overlay(&base).folder(&folder)))?;
+        let (_, printed) = run(guest(&writes(1)).disk(Disk::overlay(&base).scratch_dir(&folder)))?;
         check_eq!(printed.trim(), "7\nguest 1");
         check!(fs::read_dir(&folder)?.next().is_none(), "something was left behind");
     }
@@ -91,18 +92,18 @@ pub fn a_snapshot_is_the_base_of_others() -> Outcome {
     let temp = Temp::new()?;
     let base = base(&temp)?;
     let lower = Overlay::create(temp.path("lower"), &base)?;
-    run(guest(&writes(1)).disk(Disk::overlay(&base).at(lower.path())))?;
+    run(guest(&writes(1)).disk(Disk::overlay(&base).persist_at(lower.path())))?;
     lower.freeze()?;
     let (_, printed) = run(guest(&reads()).disk(Disk::overlay(&lower)))?;
     check_eq!(printed.trim(), "7\nguest 1");
     let upper = temp.path("upper");
     run(guest("mkdir /mnt; mount -t ext4 /dev/vda /mnt; echo another > /mnt/name; umount /mnt; reboot -f")
-        .disk(Disk::overlay(&lower).at(&upper)))?;
+        .disk(Disk::overlay(&lower).persist_at(&upper)))?;
     let upper = Overlay::open(upper)?;
     upper.rebase(&base, go_on)?;
     upper.compact(go_on)?;
     fs::remove_file(lower.path())?;
-    check_eq!(run(guest(&reads()).disk(Disk::overlay(&base).at(upper.path())))?.1.trim(), "7\nanother");
+    check_eq!(run(guest(&reads()).disk(Disk::overlay(&base).persist_at(upper.path())))?.1.trim(), "7\nanother");
     Ok(())
 }
 
@@ -113,7 +114,7 @@ pub fn an_overlay_that_may_take_no_more_tells_the_guest() -> Outcome {
     let script =
         "dd if=/dev/zero of=/dev/vda bs=1M count=16 conv=fsync 2>/dev/null && echo all || echo refused; reboot -f";
     let disk = |max| {
-        let disk = Disk::overlay(&path).folder(temp.path("")).max(max);
+        let disk = Disk::overlay(&path).scratch_dir(temp.path("")).max_size(max);
         disk.on_error(ErrorClass::NoSpace, ErrorAction::Report)
     };
     let (_, printed) = run(guest(script).disk(disk(Size::mib(4))))?;
@@ -128,14 +129,14 @@ pub fn qcow2_is_written_on_a_backing_file_which_stays_as_it_is() -> Outcome {
     let base = base(&temp)?;
     let (before, image, flat) = (fs::read(&base)?, temp.path("top.qcow2"), temp.path("flat.img"));
     host("qemu-img", &["create", "-q", "-f", "qcow2", "-b", "base.img", "-F", "raw"], &image)?;
-    let (_, printed) = run(guest(&writes(1)).disk(Disk::qcow2(&image).backing_folder(temp.path(""))))?;
+    let (_, printed) = run(guest(&writes(1)).disk(Disk::qcow2(&image).backing_dir(temp.path(""))))?;
     check_eq!(printed.trim(), "7\nguest 1");
     host("qemu-img", &["check", "-q"], &image)?;
     let from = image.to_str().ok_or("a path")?;
     host("qemu-img", &["convert", "-O", "raw", from], &flat)?;
     host("/sbin/e2fsck", &["-fn"], &flat)?;
     check_eq!(
-        run(guest(&reads()).disk(Disk::qcow2(&image).backing_folder(temp.path("")).read_only()))?.1.trim(),
+        run(guest(&reads()).disk(Disk::qcow2(&image).backing_dir(temp.path("")).read_only()))?.1.trim(),
         "7\nguest 1"
     );
     check!(fs::read(&base)? == before, "the backing file was written");

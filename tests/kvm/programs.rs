@@ -9,7 +9,8 @@ use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::{Duration, Instant};
 
-use cofferdam::{Cidr, Container, Net, Policy, Port, Process, Rule, Size, Switch};
+use cofferdam::net::{Cidr, Policy, PortForward, Rule, Switch, UserNet};
+use cofferdam::{Container, Net, Process, Size};
 
 use crate::fixture::{Outcome, PATIENCE, Temp, cache, host, host_words, network_container, soak, soaking};
 use crate::{check, check_eq, gateway};
@@ -98,7 +99,7 @@ fn shell(container: &Container, command: &str) -> Result<String> {
 pub fn scp_sftp_and_git_keep_every_byte_through_a_published_port() -> Outcome {
     let temp = Temp::new()?;
     let script = sshd(&key(&temp)?);
-    let network = Net::user(Policy::deny_all()).publish(Port::tcp(([127, 0, 0, 1], 0), 22));
+    let network = Net::user(Policy::deny_all()).publish(PortForward::tcp(([127, 0, 0, 1], 0), 22));
     let container = network_container().memory(Size::mib(192)).net(network).start()?;
     let _sshd = container.exec(["sh", "-c", &script]).spawn()?;
     wait_for(&container, 22)?;
@@ -192,9 +193,9 @@ impl Servers {
         static LAST: AtomicU8 = AtomicU8::new(33);
         let ip = Ipv4Addr::new(192, 0, 2, LAST.fetch_add(1, Ordering::Relaxed) + 1);
         host(&format!("ip addr replace {ip}/32 dev lo"))?;
-        let ports = [80, 443, 5201, 8765].map(|port| Port::tcp((ip, port), port));
-        let ports = ports.into_iter().chain([5201, 53].map(|port| Port::udp((ip, port), port)));
-        let network = ports.fold(Net::user(Policy::deny_all()), Net::publish);
+        let ports = [80, 443, 5201, 8765].map(|port| PortForward::tcp((ip, port), port));
+        let ports = ports.into_iter().chain([5201, 53].map(|port| PortForward::udp((ip, port), port)));
+        let network = ports.fold(Net::user(Policy::deny_all()), UserNet::publish);
         let container = network_container().memory(Size::mib(384)).net(network).start()?;
         let digest = shell(&container, &format!("set -- {size}; {FILES}"))?;
         let nginx = container.exec(["sh", "-c", gateway::SERVER]).env("NAME", "servers.example.test").spawn()?;
@@ -241,7 +242,7 @@ pub fn databases_are_asked_by_name_across_a_switch() -> Outcome {
     let on = |name: &str| network_container().memory(Size::mib(384)).net(Net::switch(&switch, name)).start();
     let (data, client) = (on("data")?, on("client")?);
     let redis = ["redis-server", "--bind", "0.0.0.0", "--protected-mode", "no", "--save", ""];
-    let _redis = data.exec(redis).stdout(cofferdam::Stdio::null()).spawn()?;
+    let _redis = data.exec(redis).stdout(cofferdam::process::Stdio::null()).spawn()?;
     let postgres = "cd /etc/postgresql/*/main && echo \"listen_addresses = '*'\" >> postgresql.conf && \
                     echo 'host all all all trust' >> pg_hba.conf && pg_ctlcluster $(basename $(dirname $PWD)) main start";
     shell(&data, postgres)?;

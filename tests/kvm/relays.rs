@@ -6,7 +6,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use cofferdam::{Cidr, Net, Policy, Port, Rule, Stdio};
+use cofferdam::Net;
+use cofferdam::net::{Cidr, Policy, PortForward, Rule};
+use cofferdam::process::Stdio;
 
 use crate::fixture::{Outcome, PATIENCE, debian_container, host};
 use crate::net::host_address;
@@ -58,7 +60,7 @@ pub fn a_network_is_there_at_once_and_no_round_trip_waits() -> Outcome {
     host("ip addr replace fd00:c0ff:ee::1/128 dev lo")?;
     let outside = TcpListener::bind("[fd00:c0ff:ee::1]:0")?;
     let policy = Policy::deny_all().rule(Rule::allow_range("fd00:c0ff:ee::1".parse::<Cidr>()?));
-    let network = Net::user(policy).publish(Port::tcp(([127, 0, 0, 1], 0), 80));
+    let network = Net::user(policy).publish(PortForward::tcp(([127, 0, 0, 1], 0), 80));
     // From one complete request to the next, there and back again, with whatever the guest's client adds.
     let port = outside.local_addr()?.port();
     let served = std::thread::spawn(move || -> std::result::Result<Vec<Duration>, String> {

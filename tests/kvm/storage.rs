@@ -7,7 +7,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use cofferdam::{Console, Disk, DiskEngine, DiskLimit, Exit, Image, Initramfs, Rate, Size, Vm, VmBuilder};
+use cofferdam::disk::{DiskLimit, IoEngine};
+use cofferdam::kernel::Initramfs;
+use cofferdam::{Console, Disk, Exit, Image, Rate, Size, Vm, VmBuilder};
 
 use crate::check;
 use crate::fixture::{Outcome, PATIENCE, Printed, Temp, busybox, cache, kernel, soak};
@@ -49,14 +51,14 @@ fn every_kind(temp: &Temp) -> Result<Vec<(&'static str, Disk)>, Box<dyn std::err
     let made = Command::new("qemu-img").args(["create", "-q", "-f", "qcow2"]).arg(&image).arg("64M").status()?;
     check!(made.success());
     Ok(vec![
-        ("raw", Disk::file(file(temp, "raw")?)),
-        ("scratch", Disk::scratch(Size::mib(64))),
-        ("private overlay", Disk::overlay(&base)),
-        ("kept overlay", Disk::overlay(&base).at(temp.path("kept"))),
-        ("threads", Disk::file(file(temp, "threads")?).engine(DiskEngine::Threads)),
-        ("memory", Disk::memory(Size::mib(64))),
-        ("direct", Disk::file(file(temp, "direct")?).direct()),
-        ("qcow2", Disk::qcow2(image)),
+        ("raw", Disk::file(file(temp, "raw")?).into()),
+        ("scratch", Disk::scratch(Size::mib(64)).into()),
+        ("private overlay", Disk::overlay(&base).into()),
+        ("kept overlay", Disk::overlay(&base).persist_at(temp.path("kept")).into()),
+        ("threads", Disk::file(file(temp, "threads")?).engine(IoEngine::Threads).into()),
+        ("memory", Disk::memory(Size::mib(64)).into()),
+        ("direct", Disk::file(file(temp, "direct")?).direct().into()),
+        ("qcow2", Disk::qcow2(image).into()),
     ])
 }
 
@@ -89,8 +91,8 @@ pub fn fio_reads_what_it_wrote() -> Outcome {
     let deadline = Instant::now() + PATIENCE + 10 * Duration::from_secs(seconds);
     let limits = [DiskLimit::none(), DiskLimit::none().write_operations(Rate::per_second(500)), DiskLimit::none()];
     let (mut turns, mut sizes) = (limits.iter().cycle(), Vec::new());
-    while vm.try_wait()?.is_none() {
-        check!(Instant::now() < deadline, "{} {}", printed.text(), vm.trace());
+    while vm.try_wait().is_none() {
+        check!(Instant::now() < deadline, "{} {}", printed.text(), vm.report());
         std::thread::sleep(Duration::from_millis(70));
         sizes.push(resident()?);
         let limit = turns.next().ok_or("no limit")?;
@@ -103,8 +105,8 @@ pub fn fio_reads_what_it_wrote() -> Outcome {
             let _ = vm.disk(n).and_then(|disk| disk.set_limit(*limit));
         }
     }
-    let exit = vm.wait()?;
-    check!(matches!(exit, Exit::Reboot(_)), "{exit}");
+    let exit = vm.wait();
+    check!(matches!(exit, Exit::Reboot { .. }), "{exit}");
     let written = |line: &str| line.trim().strip_prefix("sound ")?.split(' ').next()?.parse::<u64>().ok();
     let text = printed.text();
     let written: Vec<u64> = text.lines().filter_map(written).collect();
@@ -135,16 +137,16 @@ const WORKLOAD: &str = "mount -t ext4 /dev/vdb /mnt && cd /mnt && echo ready\n\
 /// The disk at this path, of the kind that its name says; what it lies on is beside it.
 fn by_name(path: &Path) -> Disk {
     match path.extension().and_then(|extension| extension.to_str()) {
-        Some("overlay") => Disk::overlay(path.with_file_name("base.raw")).at(path),
-        Some("qcow2") => Disk::qcow2(path).backing_folder(path.parent().expect("a folder")),
-        _ => Disk::file(path),
+        Some("overlay") => Disk::overlay(path.with_file_name("base.raw")).persist_at(path).into(),
+        Some("qcow2") => Disk::qcow2(path).backing_dir(path.parent().expect("a directory")).into(),
+        _ => Disk::file(path).into(),
     }
 }
 
 /// Runs the machine whose disk is at `path`, until somebody kills this process.
 pub fn victim(path: &Path) -> Outcome {
     let vm = debian(WORKLOAD)?.disk(by_name(path)).console(Console::writer(std::io::stdout())).start()?;
-    let exit = vm.wait()?;
+    let exit = vm.wait();
     Err(format!("the machine was not to end: {exit}").into())
 }
 
@@ -185,7 +187,7 @@ pub fn what_was_durable_survives_the_kill_of_its_process() -> Outcome {
                      cd / && umount /mnt && e2fsck -fn /dev/vdb > /dev/null && echo clean\n";
         let printed = Printed::default();
         let vm = debian(check)?.disk(by_name(disk)).console(printed.console()).start()?;
-        vm.wait_timeout(PATIENCE)?.ok_or("the check never ended")?;
+        vm.wait_timeout(PATIENCE).ok_or("the check never ended")?;
         let text = printed.text();
         let numbers = |prefix: &str| -> Vec<u64> {
             let line = text.lines().find(|line| line.trim().starts_with(prefix)).unwrap_or_default();

@@ -6,8 +6,13 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-use cofferdam::backend::{Frame, NetBackend, Received, Room};
-use cofferdam::{Capture, Container, ErrorKind, EventKind, Mac, Net, NetLimit, Policy, Port, Rate, Switch};
+use cofferdam::backend::{Frame, NetBackend, Received, RxBuffer};
+use cofferdam::event::DeviceId;
+use cofferdam::event::EventKind;
+use cofferdam::event::Throttled;
+use cofferdam::net::ConnectionLimit;
+use cofferdam::net::{Capture, Mac, NetLimit, Policy, PortForward, Switch};
+use cofferdam::{Container, ErrorKind, Net, Rate};
 
 use crate::fixture::{Outcome, PATIENCE, Printed, Temp, debian_container, guest, run};
 use crate::{check, check_eq};
@@ -35,7 +40,7 @@ pub fn two_containers_on_a_switch_talk_by_name() -> Outcome {
     check_eq!(shell(&server, "getent ahostsv4 client | head -1 | cut -d\" \" -f1")?, "10.0.3.3");
     check_eq!(shell(&client, "getent ahostsv4 server | head -1 | cut -d\" \" -f1")?, "10.0.3.2");
     check_eq!(shell(&client, "getent hosts nobody; echo code $?")?, "code 2");
-    let serving = server.exec(["bash", "-c", SERVER]).stdout(cofferdam::Stdio::piped()).spawn()?;
+    let serving = server.exec(["bash", "-c", SERVER]).stdout(cofferdam::process::Stdio::piped()).spawn()?;
     // By IPv6, which the switch advertises; the name has an address of both kinds.
     let six = shell(&client, "getent ahostsv6 server | head -1 | cut -d\" \" -f1")?;
     check!(six.starts_with("fd63:6f66:6666:3:"), "{six}");
@@ -44,13 +49,13 @@ pub fn two_containers_on_a_switch_talk_by_name() -> Outcome {
     let digest = shell(&client, talk)?;
     let came = serving.wait_with_output()?.stdout;
     check_eq!(String::from_utf8_lossy(&came).trim(), digest);
-    let serving = server.exec(["bash", "-c", SERVER]).stdout(cofferdam::Stdio::piped()).spawn()?;
+    let serving = server.exec(["bash", "-c", SERVER]).stdout(cofferdam::process::Stdio::piped()).spawn()?;
     let digest = shell(&client, &talk.replace("tcp/server", &format!("tcp/{six}")))?;
     check_eq!(String::from_utf8_lossy(&serving.wait_with_output()?.stdout).trim(), digest);
     // In fragments, of both families.
     let echo = "use IO::Socket::IP; my $s = IO::Socket::IP->new(Proto => 'udp', LocalHost => '::', LocalPort => 7001) or die; $| = 1;
         print 'ready'; while (1) { my $from = recv $s, my $b, 65536, 0; send $s, $b, 0, $from }";
-    let mut serving = server.exec(["perl", "-e", echo]).stdout(cofferdam::Stdio::piped()).spawn()?;
+    let mut serving = server.exec(["perl", "-e", echo]).stdout(cofferdam::process::Stdio::piped()).spawn()?;
     serving.stdout.as_mut().ok_or("no output")?.read_exact(&mut [0; 5])?;
     for address in ["10.0.3.2", &six] {
         let ask = format!(
@@ -68,7 +73,7 @@ pub fn two_containers_on_a_switch_talk_by_name() -> Outcome {
     let taken = again().start().map(drop).expect_err("the name is taken");
     check_eq!(taken.kind(), ErrorKind::AlreadyExists);
     server.kill();
-    server.wait()?;
+    server.wait();
     let next = again().start()?;
     check_eq!(switch.address("server"), Some([10, 0, 3, 2].into()));
     drop(next);
@@ -83,7 +88,7 @@ pub fn a_limit_holds_and_is_changed() -> Outcome {
         while true; do head -c 200000 /dev/zero | nc -l -p 80; done";
     let printed = Printed::default();
     let limit = NetLimit::none().sent_bytes(Rate::per_second(50_000));
-    let net = Net::user(Policy::deny_all()).publish(Port::tcp(([127, 0, 0, 1], 0), 80)).limit(limit);
+    let net = Net::user(Policy::deny_all()).publish(PortForward::tcp(([127, 0, 0, 1], 0), 80)).limit(limit);
     let vm = guest(script).net(net).console(printed.console()).start()?;
     printed.wait_for("ready")?;
     let (net, events) = (vm.net(0)?, vm.events()?);
@@ -103,7 +108,7 @@ pub fn a_limit_holds_and_is_changed() -> Outcome {
         }
     };
     let throttled = || {
-        let card = vm.stats().devices.into_iter().find(|device| device.name == "net0");
+        let card = vm.stats().devices.into_iter().find(|device| device.device == DeviceId::Net(0));
         card.map(|card| (card.throttled, card.throttled_time)).ok_or("there is a card")
     };
     // Four seconds are due, but for what the last frame may have beyond its share.
@@ -116,9 +121,11 @@ pub fn a_limit_holds_and_is_changed() -> Outcome {
     let (times, _) = throttled()?;
     let fast = fetch()?;
     check!(throttled()?.0 == times, "{fast:?} after {slow:?}");
-    check_eq!(net.set_limit(NetLimit::none().connections(0)).expect_err("nobody").kind(), ErrorKind::InvalidConfig);
+    let none = net.set_connection_limit(ConnectionLimit::none().open(0));
+    check_eq!(none.expect_err("no connection at all").kind(), ErrorKind::InvalidConfig);
     vm.kill();
-    let told = events.filter(|event| event.kind == EventKind::Throttled { what: "net0".into() }).count();
+    let told =
+        events.filter(|event| event.kind == EventKind::Throttled { what: Throttled::Device(DeviceId::Net(0)) }).count();
     check!((1..10).contains(&told), "{told}");
     Ok(())
 }
@@ -147,13 +154,13 @@ pub fn what_a_guest_sends_is_captured() -> Outcome {
     let printed = Printed::default();
     let vm = guest(script).net(net).console(printed.console()).start()?;
     let card = vm.net(0)?;
-    vm.wait_timeout(PATIENCE)?.ok_or("it never ended")?;
+    vm.wait_timeout(PATIENCE).ok_or("it never ended")?;
     check!(printed.text().contains("2 packets received"), "{}", printed.text());
     // All is written when the VM has ended.
     let bytes = std::fs::read(&path)?;
     let frames = frames(&bytes)?;
-    let captured = card.captured().ok_or("its frames are captured")?;
-    check_eq!((captured.frames, captured.lost), (frames.len() as u64, 0));
+    let capture_stats = card.capture_stats().ok_or("its frames are capture_stats")?;
+    check_eq!((capture_stats.frames, capture_stats.lost), (frames.len() as u64, 0));
     let count = |kind: u8, from_guest: bool| {
         let mine = |frame: &&&[u8]| (frame.get(6..12) == Some(&[2, 0, 0, 0, 0, 9])) == from_guest;
         let echo = |frame: &&&[u8]| frame.get(12..14) == Some(&[8, 0]) && frame.get(34) == Some(&kind);
@@ -182,7 +189,7 @@ impl NetBackend for Responder {
         self.never.0.as_fd()
     }
 
-    fn turn(&mut self) {}
+    fn poll(&mut self) {}
 
     fn send(&mut self, frame: Frame<'_>) -> std::io::Result<()> {
         let mut bytes = frame.to_vec();
@@ -217,12 +224,12 @@ impl NetBackend for Responder {
         Ok(())
     }
 
-    fn next(&mut self) -> Option<usize> {
+    fn next_len(&mut self) -> Option<usize> {
         self.answers.front().map(Vec::len)
     }
 
-    fn receive(&mut self, room: &mut Room<'_>) -> std::io::Result<Option<Received>> {
-        Ok(self.answers.pop_front().and_then(|frame| room.put(&frame)))
+    fn receive(&mut self, buffer: &mut RxBuffer<'_>) -> std::io::Result<Option<Received>> {
+        Ok(self.answers.pop_front().and_then(|frame| buffer.copy_from(&frame)))
     }
 }
 

@@ -50,7 +50,7 @@ impl Ending {
     fn status(self) -> ExitStatus {
         match self {
             Self::TimedOut => ExitStatus::TimedOut,
-            Self::Killed | Self::GivenUp => ExitStatus::Signaled(SIGKILL),
+            Self::Killed | Self::GivenUp => ExitStatus::Signaled { signal: SIGKILL.into() },
         }
     }
 }

@@ -70,7 +70,7 @@ fn play(data: &[u8]) -> Result<()> {
     let (stream, theirs, _tail) = VsockStream::pair()?;
     stream.set_nonblocking(true)?;
     shim = theirs;
-    let mut client = ControlClient::new(stream, Decoder::new(FROM_GUEST_MAX), Timer::new()?, Weak::new());
+    let mut client = ControlClient::new(stream, Decoder::new(FROM_GUEST_MAX), Timer::new()?, WeakVm::dangling());
     let (mut script, mut waiting) = (Script(data.iter()), Vec::<Waiting>::new());
     while script.0.len() > 0 {
         match script.next() % 8 {

@@ -9,7 +9,7 @@ fn client() -> (ControlClient, UnixStream) {
     let (near, far, _tail) = VsockStream::pair().unwrap();
     near.set_nonblocking(true).unwrap();
     far.set_nonblocking(false).unwrap();
-    (ControlClient::new(near, Decoder::new(FROM_GUEST_MAX), Timer::new().unwrap(), Weak::new()), far)
+    (ControlClient::new(near, Decoder::new(FROM_GUEST_MAX), Timer::new().unwrap(), WeakVm::dangling()), far)
 }
 
 /// Asks for a program whose time is over after `timeout`.
@@ -69,7 +69,7 @@ fn a_guest_that_ignores_a_kill_does_not_hold_up_the_time_out() {
 
 #[test]
 fn what_the_guest_says_of_a_killed_process_counts_when_it_comes_in_time() {
-    for (kill, expected) in [(true, ExitStatus::Signaled(9)), (false, ExitStatus::TimedOut)] {
+    for (kill, expected) in [(true, ExitStatus::Signaled { signal: 9 }), (false, ExitStatus::TimedOut)] {
         let (mut client, _far) = client();
         let (number, state, _answer) = spawn(&mut client, Some(Duration::from_secs(5)));
         client.act(number, &FromGuest::Spawned { pid: 5 }).unwrap();
@@ -169,7 +169,7 @@ fn whoever_asks_during_a_flood_is_answered() {
         let edges = Interest::IN | Interest::OUT | Interest::READ_HANG_UP | Interest::EDGE_TRIGGERED;
         sources.watch(near.as_fd(), STREAM, edges).unwrap();
         sources.watch(timer.as_fd(), TIMER, Interest::IN).unwrap();
-        ControlClient::new(near, Decoder::new(FROM_GUEST_MAX), timer, Weak::new())
+        ControlClient::new(near, Decoder::new(FROM_GUEST_MAX), timer, WeakVm::dangling())
     })
     .unwrap();
     let stop = Arc::new(AtomicBool::new(false));

@@ -179,6 +179,7 @@ fn statistics_are_asked_for_and_come_back() {
     assert!(driver.receive(STATS).is_some(), "the buffer comes back to be filled");
     driver.send(STATS, &[&[entry(4, 1 << 20), entry(5, 1 << 30), vec![1]].concat()], &[]);
     driver.poke(STATS);
-    let expected = GuestMemoryUse { free: Some(Size::mib(1)), total: Some(Size::gib(1)), ..GuestMemoryUse::default() };
+    let expected =
+        GuestMemoryStats { free: Some(Size::mib(1)), total: Some(Size::gib(1)), ..GuestMemoryStats::default() };
     assert_eq!(told.try_recv(), Ok(expected));
 }

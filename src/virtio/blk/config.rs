@@ -6,19 +6,19 @@ use super::policy::Policy;
 use super::request::{ID_LEN, MAX_DISCARD, MAX_RANGES, MAX_ZEROES};
 use super::reserve::Reserve;
 use super::{QUEUE_SIZE, SECTOR};
-use crate::virtio::ConfigSpace;
+use crate::virtio::{ConfigSpace, DeviceId};
 
 /// What moves a disk's bytes; a config value.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
-pub enum DiskEngine {
-    /// [`DiskEngine::Ring`] where the host has io_uring and lets this process use it, else [`DiskEngine::Threads`].
+pub enum IoEngine {
+    /// [`IoEngine::IoUring`] where the host has io_uring and lets this process use it, else [`IoEngine::Threads`].
     #[default]
     Auto,
     /// io_uring: many requests at once without a thread for them. Needs Linux 5.6.
     ///
     /// Where it cannot be used, the disk uses a thread instead and an event says why.
-    Ring,
+    IoUring,
     /// A thread of the disk's own, which does one request after the other.
     Threads,
 }
@@ -26,7 +26,7 @@ pub enum DiskEngine {
 /// What a guest's flush means; a config value.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
-pub enum Cache {
+pub enum CacheMode {
     /// It is answered when everything written before is on stable storage.
     #[default]
     Durable,
@@ -40,16 +40,16 @@ pub enum Cache {
 #[derive(Debug, Clone)]
 pub(crate) struct Options {
     /// By which events and errors call it.
-    pub name: String,
+    pub device: DeviceId,
     /// What the guest sees as its serial number; cut after 20 bytes.
     pub serial: String,
     pub queues: u16,
-    pub engine: DiskEngine,
-    pub cache: Cache,
+    pub engine: IoEngine,
+    pub cache: CacheMode,
     pub policy: Policy,
     pub limit: DiskLimit,
     /// With less space than this left on the host, in bytes, the embedder is warned.
-    pub headroom: Option<u64>,
+    pub min_free_space: Option<u64>,
     /// What is left of the host's space.
     pub reserve: Reserve,
 }
@@ -72,22 +72,23 @@ pub(super) const CAPACITY: usize = 0;
 pub(super) const WRITEBACK: usize = 32;
 
 impl Options {
-    /// A disk called `name` that is also its serial number, with everything as it is by default.
-    pub(crate) fn new(name: &str) -> Self {
+    /// The `n`th disk, whose name is its serial number, with everything as it is by default.
+    pub(crate) fn new(n: usize) -> Self {
+        let device = DeviceId::Disk(n);
         Self {
-            name: name.into(),
-            serial: name.into(),
+            device,
+            serial: device.to_string(),
             queues: 1,
-            engine: DiskEngine::Auto,
-            cache: Cache::Durable,
+            engine: IoEngine::Auto,
+            cache: CacheMode::Durable,
             policy: Policy::default(),
             limit: DiskLimit::none(),
-            headroom: None,
+            min_free_space: None,
             reserve: Reserve::Nothing,
         }
     }
 
-    pub(super) fn id(&self) -> [u8; ID_LEN] {
+    pub(super) fn serial_bytes(&self) -> [u8; ID_LEN] {
         let mut bytes = [0; ID_LEN];
         bytes.iter_mut().zip(self.serial.bytes()).for_each(|(to, byte)| *to = byte);
         bytes

@@ -4,7 +4,7 @@
 use std::io;
 
 use super::backend::{BlockBackend, Extent, front, zeroes_to_guest};
-use super::config::{Cache, DiskEngine, Options};
+use super::config::{CacheMode, IoEngine, Options};
 use super::request::{Range, Work};
 use super::requests::InFlight;
 use super::{RING, SECTOR};
@@ -32,7 +32,7 @@ pub(super) struct Engine {
     pub undurable: bool,
     /// Something was written by the backend's calls, which a sync of its file alone may not cover.
     called: bool,
-    cache: Cache,
+    cache: CacheMode,
     /// Where the range at hand lies; kept, so that it is not allocated each time.
     places: Vec<Extent>,
 }
@@ -44,7 +44,7 @@ impl Engine {
         let (io_queue, refused, places) = Default::default();
         let mut engine =
             Self { backend, io_queue, refused, single_file: false, undurable: false, called: false, cache, places };
-        if options.engine == DiskEngine::Threads {
+        if options.engine == IoEngine::Threads {
             return engine;
         }
         let len = engine.backend.shape().len;
@@ -64,8 +64,8 @@ impl Engine {
                 engine.single_file = (sector, all) == (Some(true), Some(true)) && engine.backend.sync_fd().is_some();
                 engine.io_queue = Some(io_queue);
             }
-            Err(why) if options.engine == DiskEngine::Ring => engine.refused = Some(why),
-            Err(why) => log::debug!("{}: no io_uring: {why}", options.name),
+            Err(why) if options.engine == IoEngine::IoUring => engine.refused = Some(why),
+            Err(why) => log::debug!("{}: no io_uring: {why}", options.device),
         }
         engine
     }
@@ -199,7 +199,7 @@ impl Engine {
 
     /// Brings everything that was answered to stable storage.
     fn sync(&mut self, slot: usize, flight: &mut InFlight) -> io::Result<()> {
-        if self.cache == Cache::Unsafe {
+        if self.cache == CacheMode::Unsafe {
             return Ok(());
         }
         if self.undurable {

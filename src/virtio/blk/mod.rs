@@ -27,11 +27,11 @@ pub(crate) use backend::Qcow2;
 #[cfg(any(test, feature = "internals"))]
 pub(crate) use backend::fuzzing;
 pub(crate) use backend::{
-    BasePath, BlockBackend, DirectFile, OverlayDisk, RawFile, compact, create, flatten, freeze, rebase,
+    BasePath, BlockBackend, DirectFile, OverlayFile, RawFile, compact, create, flatten, freeze, rebase,
 };
-pub use config::{Cache, DiskEngine};
+pub use config::{CacheMode, IoEngine};
 pub use limit::DiskLimit;
-pub use policy::{DiskFault, DiskOperation, ErrorAction, ErrorClass};
+pub use policy::{DiskError, DiskOperation, ErrorAction, ErrorClass};
 
 use super::{ConfigSpace, DeviceIo, DeviceType, Profile, Source, VirtioDevice};
 use crate::memory::IoQueue;
@@ -73,7 +73,7 @@ const LOOK: Duration = Duration::from_secs(1);
 const STOP_PATIENCE: Duration = Duration::from_secs(4);
 
 /// Told of every fault but those that come too fast. It must carry out the fault's action.
-pub(crate) type OnFault = Arc<dyn Fn(DiskFault) + Send + Sync>;
+pub(crate) type OnFault = Arc<dyn Fn(DiskError) + Send + Sync>;
 
 /// Told how many bytes are left when that becomes less than the disk's headroom.
 pub(crate) type OnLowSpace = Arc<dyn Fn(u64) + Send + Sync>;
@@ -116,7 +116,7 @@ pub(crate) struct Blk {
 
 impl fmt::Debug for Blk {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Blk({}, {:?}, {:?})", self.options.name, self.engine.backend, self.engine.io_queue)
+        write!(f, "Blk({}, {:?}, {:?})", self.options.device, self.engine.backend, self.engine.io_queue)
     }
 }
 
@@ -149,7 +149,7 @@ impl Blk {
     }
 
     /// Sets who is told of faults and acts on them.
-    pub(crate) fn on_fault(mut self, f: impl Fn(DiskFault) + Send + Sync + 'static) -> Self {
+    pub(crate) fn on_fault(mut self, f: impl Fn(DiskError) + Send + Sync + 'static) -> Self {
         self.on_fault = Arc::new(f);
         self
     }
@@ -166,9 +166,9 @@ impl Blk {
         self
     }
 
-    /// What moves its bytes: [`DiskEngine::Ring`] or [`DiskEngine::Threads`].
-    pub(crate) fn engine(&self) -> DiskEngine {
-        if self.engine.io_queue.is_some() { DiskEngine::Ring } else { DiskEngine::Threads }
+    /// What moves its bytes: [`IoEngine::IoUring`] or [`IoEngine::Threads`].
+    pub(crate) fn engine(&self) -> IoEngine {
+        if self.engine.io_queue.is_some() { IoEngine::IoUring } else { IoEngine::Threads }
     }
 
     /// Why it does without the ring that it was told to use.
@@ -220,7 +220,7 @@ impl Blk {
     fn arm(&mut self, wait: Duration) {
         if let Some(timer) = &mut self.timer {
             if let Err(error) = timer.set(Some(Instant::now() + wait)) {
-                log::error!("{}: its timer: {error}", self.options.name);
+                log::error!("{}: its timer: {error}", self.options.device);
             }
         }
     }
@@ -239,10 +239,10 @@ impl VirtioDevice for Blk {
             self.engine.io_queue = Some(IoQueue::new(RING)?);
         }
         if let Some(fd) = self.engine.io_queue.as_ref().and_then(IoQueue::as_fd) {
-            io.watch(fd, RING_READY, crate::event::Interest::IN)?;
+            io.watch(fd, RING_READY, crate::event_loop::Interest::IN)?;
         }
         let timer = self.timer.insert(Timer::new()?);
-        io.watch(timer.as_fd(), TIMER, crate::event::Interest::IN)
+        io.watch(timer.as_fd(), TIMER, crate::event_loop::Interest::IN)
     }
 
     fn ready(&mut self, io: &mut DeviceIo, source: Source) {
@@ -280,7 +280,7 @@ impl VirtioDevice for Blk {
         self.buckets = Buckets::default();
         self.release(io);
         if !self.finish(io, patience) {
-            log::warn!("{}: requests are dropped, because the host does not answer", self.options.name);
+            log::warn!("{}: requests are dropped, because the host does not answer", self.options.device);
         }
     }
 

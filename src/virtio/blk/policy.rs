@@ -5,6 +5,7 @@ use std::io;
 use std::time::Duration;
 
 use crate::rate::{Bucket, Rate};
+use crate::virtio::DeviceId;
 
 /// Kinds of failures of the host's that a disk tells apart.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -18,7 +19,7 @@ pub enum ErrorClass {
     NoSpace,
 }
 
-/// What a disk does when the host fails; see [`Disk::on_error`](crate::Disk::on_error).
+/// What a disk does when the host fails; see [`Disk::on_error`](crate::disk::FileDisk::on_error).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum ErrorAction {
@@ -63,9 +64,9 @@ impl fmt::Display for DiskOperation {
 /// A request that the host could not do.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
-pub struct DiskFault {
-    /// The disk's name: `disk0` is the first.
-    pub disk: String,
+pub struct DiskError {
+    /// Which disk.
+    pub disk: DeviceId,
     /// What the guest wanted.
     pub operation: DiskOperation,
     /// Where it begins, in units of 512 bytes; 0 for a flush.
@@ -79,10 +80,10 @@ pub struct DiskFault {
     /// What is done about it.
     pub action: ErrorAction,
     /// How many other faults of this disk were suppressed since the one before. They came too fast.
-    pub untold: u64,
+    pub suppressed: u64,
 }
 
-impl fmt::Display for DiskFault {
+impl fmt::Display for DiskError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { disk, operation, sector, bytes, error, .. } = self;
         match operation {
@@ -94,8 +95,8 @@ impl fmt::Display for DiskFault {
             ErrorAction::Pause => "; the guest waits",
             ErrorAction::Stop => "; the machine ends",
         })?;
-        if self.untold > 0 {
-            write!(f, "; {} more before", self.untold)?;
+        if self.suppressed > 0 {
+            write!(f, "; {} more before", self.suppressed)?;
         }
         Ok(())
     }
@@ -149,25 +150,25 @@ impl Policy {
 #[derive(Debug)]
 pub(super) struct FaultThrottle {
     bucket: Bucket,
-    untold: u64,
+    suppressed: u64,
 }
 
 impl FaultThrottle {
     /// Ten a second, and 50 more in a disk's life.
     pub(super) fn new() -> Self {
-        Self { bucket: Bucket::new(Rate::per_second(10).once(50), Duration::ZERO), untold: 0 }
+        Self { bucket: Bucket::new(Rate::per_second(10).one_time_burst(50), Duration::ZERO), suppressed: 0 }
     }
 
     /// Whether a fault at `now` is told, and how many were not before it. One that `must` be told always is.
     pub(super) fn tell(&mut self, must: bool, now: Duration) -> Option<u64> {
         if !must && !self.bucket.wait(now).is_zero() {
-            self.untold += 1;
+            self.suppressed += 1;
             return None;
         }
         if !must {
             self.bucket.take(1);
         }
-        Some(std::mem::take(&mut self.untold))
+        Some(std::mem::take(&mut self.suppressed))
     }
 }
 

@@ -7,10 +7,10 @@ use std::time::{Duration, Instant};
 
 use super::config::{F_CONFIG_WCE, F_FLUSH, WRITEBACK};
 use super::engine::Progress;
-use super::policy::{DiskFault, DiskOperation, ErrorAction};
+use super::policy::{DiskError, DiskOperation, ErrorAction};
 use super::request::{Direction, Refused, Work};
 use super::requests::InFlight;
-use super::{Blk, Cache, LOOK, MOVING, Reserve, S_IOERR, S_OK, S_UNSUPP};
+use super::{Blk, CacheMode, LOOK, MOVING, Reserve, S_IOERR, S_OK, S_UNSUPP};
 use crate::sys::Space;
 use crate::virtio::{Chain, DeviceIo};
 
@@ -42,7 +42,7 @@ impl Blk {
         };
         match Work::parse(&mut chain, data, &self.engine.backend.shape()) {
             Ok(Work::GetId) => {
-                let status = if chain.write(&self.options.id()).is_ok() { S_OK } else { S_IOERR };
+                let status = if chain.write(&self.options.serial_bytes()).is_ok() { S_OK } else { S_IOERR };
                 self.answer(io, queue, chain, status);
             }
             Ok(work) => {
@@ -303,27 +303,27 @@ impl Blk {
 
     /// Warns when the host has little space left, while there is some.
     fn look_at_space(&mut self) {
-        let Some(headroom) = self.options.headroom else { return };
+        let Some(min_free_space) = self.options.min_free_space else { return };
         let now = self.epoch.elapsed();
         if now < self.looked + LOOK {
             return;
         }
         self.looked = now;
         match self.engine.backend.space() {
-            Ok(Some(Space { free, .. })) if free < headroom => {
+            Ok(Some(Space { free, .. })) if free < min_free_space => {
                 if !std::mem::replace(&mut self.low, true) {
                     (self.on_low_space)(free);
                 }
             }
             Ok(_) => self.low = false,
-            Err(error) => log::debug!("{}: the space that is left: {error}", self.options.name),
+            Err(error) => log::debug!("{}: the space that is left: {error}", self.options.device),
         }
     }
 
     /// The host could not do it; `again` tells whether it may be tried again.
     fn fail(&mut self, io: &mut DeviceIo, slot: usize, error: &io::Error, again: bool) {
         let Some(flight) = self.table.get(slot) else { return };
-        io.counters().errors.fetch_add(1, Ordering::Relaxed);
+        io.counters().io_errors.fetch_add(1, Ordering::Relaxed);
         let (operation, offset, bytes) = match flight.syncing {
             true => (DiskOperation::Flush, 0, 0),
             false => flight.work.describe(),
@@ -339,16 +339,16 @@ impl Blk {
         } else {
             self.held.push(slot);
         }
-        if let Some(untold) = self.telling.tell(must, now) {
-            let fault = DiskFault {
-                disk: self.options.name.clone(),
+        if let Some(suppressed) = self.telling.tell(must, now) {
+            let fault = DiskError {
+                disk: self.options.device,
                 operation,
                 sector: offset / super::SECTOR,
                 bytes,
                 errno: error.raw_os_error(),
                 error: error.to_string(),
                 action,
-                untold,
+                suppressed,
             };
             log::warn!("{fault}");
             (self.on_fault)(fault);
@@ -362,7 +362,7 @@ impl Blk {
             0 => features & F_FLUSH == 0,
             _ => self.config.word(WRITEBACK) & 0xff == 0,
         };
-        through && self.options.cache == Cache::Durable
+        through && self.options.cache == CacheMode::Durable
     }
 
     /// Gives a request back with its status behind whatever of its data was filled.

@@ -11,10 +11,10 @@ use crate::sys;
 use crate::virtio::testing::{Driver, WRITE};
 use crate::virtio::turn::{MAX_PIECE, MAX_TURN};
 
-const ENGINES: [DiskEngine; 2] = [DiskEngine::Ring, DiskEngine::Threads];
+const ENGINES: [IoEngine; 2] = [IoEngine::IoUring, IoEngine::Threads];
 
-fn options(engine: DiskEngine) -> Options {
-    Options { engine, serial: "serial".into(), ..Options::new("disk0") }
+fn options(engine: IoEngine) -> Options {
+    Options { engine, serial: "serial".into(), ..Options::new(0) }
 }
 
 fn scratch(sectors: u64) -> File {
@@ -32,7 +32,7 @@ fn disks(sectors: u64) -> Vec<(Driver<Blk>, File)> {
     let disk = |engine| {
         let file = scratch(sectors);
         let disk = Blk::new(raw(&file, false), options(engine));
-        assert_eq!((disk.engine(), disk.blocks()), (engine, engine == DiskEngine::Threads));
+        assert_eq!((disk.engine(), disk.blocks()), (engine, engine == IoEngine::Threads));
         (Driver::start(disk), file)
     };
     ENGINES.map(disk).into()
@@ -329,9 +329,9 @@ fn a_limit_holds_for_what_is_in_flight() {
     File::create(&path).unwrap().set_len(256 << 20).unwrap();
     let limit = crate::size::Size::mib(2);
     let overlay =
-        OverlayDisk::private(&std::env::temp_dir(), &BasePath::Raw(path.clone()), None).unwrap().limited(limit);
+        OverlayFile::private(&std::env::temp_dir(), &BasePath::Raw(path.clone()), None).unwrap().limited(limit);
     std::fs::remove_file(&path).unwrap();
-    let mut driver = Driver::start(Blk::new(Box::new(overlay), Options::new("disk0")));
+    let mut driver = Driver::start(Blk::new(Box::new(overlay), Options::new(0)));
     // As many writes at once as the ring takes, each to clusters of its own.
     let (writes, mut sent) = (80, Vec::new());
     driver.memory().write(crate::memory::GuestAddress(0x100_0000), &vec![7; 1 << 20]).unwrap();
@@ -371,11 +371,11 @@ fn a_child_of_fork_keeps_no_disk() {
         Ok(match name {
             "raw" => Box::new(RawFile::open(&path(name), false, true)?),
             "direct" => Box::new(super::DirectFile::open(&path(name), false, true)?),
-            _ => Box::new(OverlayDisk::open(&path(name), None, false)?),
+            _ => Box::new(OverlayFile::open(&path(name), None, false)?),
         })
     };
     for name in ["raw", "direct", "overlay"] {
-        let mut driver = Driver::start(Blk::new(open(name).unwrap(), Options::new("disk0")));
+        let mut driver = Driver::start(Blk::new(open(name).unwrap(), Options::new(0)));
         assert_eq!(request(&mut driver, &[&header(WRITES, 0), &[7; 512]], &[1]).1, S_OK);
         assert!(open(name).is_err(), "{name} is locked");
         crate::sys::beside_a_child(|| {
@@ -393,7 +393,7 @@ fn a_guest_leaves_the_host_its_reserve() {
         file.write_all_at(&[1; 65_536], 0).unwrap();
         let path = std::env::temp_dir().join(format!("cofferdam-reserve-{}-{engine:?}", std::process::id()));
         File::create(&path).unwrap().set_len(2 << 20).unwrap();
-        let overlay = OverlayDisk::private(&std::env::temp_dir(), &BasePath::Raw(path.clone()), None).unwrap();
+        let overlay = OverlayFile::private(&std::env::temp_dir(), &BasePath::Raw(path.clone()), None).unwrap();
         std::fs::remove_file(&path).unwrap();
         for (disk, kept) in [(raw(&file, false), true), (Box::new(overlay) as Box<dyn BlockBackend>, false)] {
             let mut disk = Blk::new(disk, options(engine));

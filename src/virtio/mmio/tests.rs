@@ -1,7 +1,7 @@
 //! The registers, as a driver uses them.
 
 use super::*;
-use crate::event::Loop;
+use crate::event_loop::Loop;
 use crate::memory::GuestAddress;
 use crate::sys::RegisterPage;
 use crate::virtio::VirtioDevice;
@@ -105,7 +105,10 @@ fn queues_that_make_no_sense_need_a_reset() {
         rig.drive(1, size);
         assert_eq!(rig.get(0x70), 11 | 64, "size {size}");
         assert_eq!(rig.get(0x60), 2, "the driver is told");
-        assert_eq!((told.load(Ordering::SeqCst), rig.transport.counters().faults.load(Ordering::SeqCst)), (1, 1));
+        assert_eq!(
+            (told.load(Ordering::SeqCst), rig.transport.counters().driver_errors.load(Ordering::SeqCst)),
+            (1, 1)
+        );
     }
 }
 
@@ -152,7 +155,7 @@ fn a_flood_of_status_writes_is_told_once() {
     for _ in 0..10_000 {
         rig.set(0x70, 15);
     }
-    let faults = rig.transport.counters().faults.load(Ordering::Relaxed);
+    let faults = rig.transport.counters().driver_errors.load(Ordering::Relaxed);
     assert_eq!((told.load(Ordering::SeqCst), faults, rig.get(0x70)), (1, 1, 11 | 64));
     // With resets in between it comes to need one each time, which is counted and hardly told.
     let begin = Instant::now();
@@ -161,7 +164,7 @@ fn a_flood_of_status_writes_is_told_once() {
         rig.drive(1, 3);
     }
     let (told, most) = (told.load(Ordering::SeqCst), 12 + begin.elapsed().as_secs() as u32);
-    assert_eq!(rig.transport.counters().faults.load(Ordering::Relaxed), 1001);
+    assert_eq!(rig.transport.counters().driver_errors.load(Ordering::Relaxed), 1001);
     assert!((2..=most).contains(&told), "{told}");
     rig.set(0x70, 0);
     rig.drive(1, 8);

@@ -2,7 +2,7 @@
 //! takes.
 
 use super::{Net, TO_GUEST, feature, offloads, whole};
-use crate::net::Capabilities;
+use crate::network::Capabilities;
 use crate::virtio::{Chain, DeviceIo, Work};
 
 /// Classes and commands, in the form class, command.

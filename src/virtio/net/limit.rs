@@ -6,13 +6,13 @@
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use crate::error::{Error, Result};
-use crate::net::Offload;
+use crate::error::Result;
+use crate::network::Offload;
 use crate::rate::{Buckets, Rate};
 use crate::sys::Timer;
 use crate::virtio::DeviceIo;
 
-/// The rates of a network card, for each way apart; see [`Net::limit`](crate::Net::limit).
+/// The rates of a network card, for each way apart; see [`Net::limit`](crate::net::UserNet::limit).
 ///
 /// A config value. Nothing is limited by default.
 ///
@@ -20,8 +20,6 @@ use crate::virtio::DeviceIo;
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct NetLimit {
     rates: [Option<Rate>; 4],
-    pub(crate) connections: Option<u32>,
-    pub(crate) new_connections: Option<Rate>,
 }
 
 /// What is limited, and the method that says so.
@@ -57,36 +55,11 @@ impl NetLimit {
         self
     }
 
-    /// Limits the TCP connections of the guest at once; 8192 by default.
-    ///
-    /// It is for a [`Net::user`](crate::Net::user). Callers of its published ports may have as many.
-    pub fn connections(mut self, n: u32) -> Self {
-        self.connections = Some(n);
-        self
-    }
-
-    /// Limits the rate of TCP connections that the guest opens.
-    ///
-    /// It is for a [`Net::user`](crate::Net::user). What was not used is kept for a second. By default these are 200 in
-    /// each second, and what was not used is kept for ten.
-    pub fn new_connections(mut self, rate: Rate) -> Self {
-        self.new_connections = Some(rate);
-        self
-    }
-
     /// # Errors
-    /// `InvalidConfig` for nothing at all, by which a guest would wait for ever; and unless `user`, for connections.
-    pub(crate) fn check(&self, user: bool) -> Result<()> {
-        let rates = self.rates.iter().zip(METHODS).chain([(&self.new_connections, "new_connections")]);
-        rates.into_iter().try_for_each(|(rate, method)| rate.map_or(Ok(()), |rate| rate.check(method)))?;
-        if self.connections == Some(0) {
-            return Err(Error::invalid("connections", "0: a policy that denies all says why"));
-        }
-        let method = self.connections.map(|_| "connections").or(self.new_connections.map(|_| "new_connections"));
-        match method.filter(|_| !user) {
-            Some(method) => Err(Error::invalid(method, "says nothing about a network of this kind")),
-            None => Ok(()),
-        }
+    /// `InvalidConfig` for nothing at all, by which a guest would wait for ever.
+    pub(crate) fn check(&self) -> Result<()> {
+        let mut rates = self.rates.iter().zip(METHODS);
+        rates.try_for_each(|(rate, method)| rate.map_or(Ok(()), |rate| rate.check(method)))
     }
 }
 
@@ -209,7 +182,7 @@ impl RateLimiters {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::net::{Csum, Gso, GsoKind};
+    use crate::network::{Csum, Gso, GsoKind};
 
     #[test]
     fn limits_that_mean_nothing_name_their_method() {
@@ -217,14 +190,10 @@ mod tests {
         for (limit, method) in [
             (none().sent_bytes(Rate::per_second(0)), "sent_bytes"),
             (none().received_packets(Rate::per_second(0)), "received_packets"),
-            (none().new_connections(Rate::per_second(0)), "new_connections"),
-            (none().connections(0), "connections"),
         ] {
-            let error = limit.check(true).unwrap_err();
+            let error = limit.check().unwrap_err();
             assert!(error.to_string().starts_with(method), "{error}");
         }
-        assert!(none().connections(1).check(false).is_err() && none().connections(1).check(true).is_ok());
-        assert!(none().new_connections(Rate::per_second(1)).check(false).is_err());
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! Network device (Virtio 1.3, 5.1): moves a guest's frames to and from its backends. Runs on the VM's loop.
 //!
-//! Each pair of queues has a [`NetBackend`](crate::net::NetBackend) of its own. Frames go from guest memory to the
+//! Each pair of queues has a [`NetBackend`](crate::network::NetBackend) of its own. Frames go from guest memory to the
 //! backend and back without a copy here. A frame that is larger than the guest's buffers is spread over several
 //! (mergeable buffers).
 
@@ -13,9 +13,9 @@ mod tests;
 use std::io;
 use std::time::Duration;
 
-use crate::net::{
+use crate::network::{
     BackendKind, Capabilities, FRAME_MAX, Frame, Gso, GsoKind, HEADER_LEN, Mac, NetStats, Offload, Offloads, Recorder,
-    UserNet,
+    UserStack,
 };
 use crate::sys::Timer;
 
@@ -175,13 +175,6 @@ impl Net {
     /// Changes the limits. What waits is looked at anew at once.
     pub(crate) fn set_limit(&mut self, limit: &NetLimit) {
         self.limiters.set(limit);
-        if let Some(user) = self.pairs.first_mut().and_then(|pair| pair.backend.user()) {
-            user.set_limits(limit.connections.and_then(|n| usize::try_from(n).ok()), limit.new_connections);
-        }
-    }
-
-    pub(crate) fn is_user(&mut self) -> bool {
-        self.pairs.first_mut().is_some_and(|pair| pair.backend.user().is_some())
     }
 
     /// What its backend has done, where it counts.
@@ -201,7 +194,7 @@ impl Net {
 
     /// Calls the user-mode stack behind the card; `None` when there is another backend. What it then has for the guest is
     /// delivered.
-    pub(crate) fn with_user<R>(&mut self, io: Option<&mut DeviceIo>, f: impl FnOnce(&mut UserNet) -> R) -> Option<R> {
+    pub(crate) fn with_user<R>(&mut self, io: Option<&mut DeviceIo>, f: impl FnOnce(&mut UserStack) -> R) -> Option<R> {
         let answer = f(self.pairs.first_mut()?.backend.user()?);
         if let Some(io) = io {
             self.exchange(io, 0);
@@ -305,7 +298,7 @@ impl Net {
             self.pairs.get_mut(queue / 2).map(|pair| std::mem::take(&mut pair.waiting)).unwrap_or_default();
         let Some(pair) = self.pairs.get_mut(number) else { return };
         let outcome = loop {
-            let Some(len) = pair.backend.next().map(|len| len.min(FRAME_MAX)) else { break Ok(()) };
+            let Some(len) = pair.backend.next_len().map(|len| len.min(FRAME_MAX)) else { break Ok(()) };
             if io.turn_over() {
                 io.kick_self(queue);
                 break Ok(());
@@ -390,10 +383,10 @@ impl VirtioDevice for Net {
             to_guest: whole(offloads(io.features(), &TO_GUEST)),
         });
         for (number, pair) in (0..).zip(&self.pairs) {
-            io.watch(pair.backend.fd(), number, crate::event::Interest::IN)?;
+            io.watch(pair.backend.fd(), number, crate::event_loop::Interest::IN)?;
         }
         let timer = self.limiters.timer.insert(Timer::new()?);
-        io.watch(timer.as_fd(), TIMER, crate::event::Interest::IN)
+        io.watch(timer.as_fd(), TIMER, crate::event_loop::Interest::IN)
     }
 
     fn ready(&mut self, io: &mut DeviceIo, source: Source) {
@@ -415,7 +408,7 @@ impl VirtioDevice for Net {
                 let number = number as usize;
                 let Some(pair) = self.pairs.get_mut(number) else { return };
                 io.charge(Work::Calls(1));
-                pair.backend.turn();
+                pair.backend.poll();
                 io.charge(Work::Calls(pair.backend.take_calls()));
                 self.exchange(io, number);
             }

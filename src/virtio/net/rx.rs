@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::io;
 
 use crate::memory::Segment;
-use crate::net::{BackendKind, HEADER_LEN, Offloads, Received, Recorder, Room};
+use crate::network::{BackendKind, HEADER_LEN, Offloads, Received, Recorder, RxBuffer};
 use crate::virtio::{Chain, DeviceIo, Work};
 
 /// Buffers that the guest has offered.
@@ -92,7 +92,7 @@ impl RxQueue {
         // All of them are looked at, and those that stay are moved to the front.
         io.charge(Work::Descriptors(self.pieces.len()));
         let received = self.behind_header(len, |pieces| {
-            let received = backend.receive(&mut Room::new(&memory, pieces))?;
+            let received = backend.receive(&mut RxBuffer::new(&memory, pieces))?;
             let received = received.map(|it| Received { len: it.len.min(len), ..it });
             let fit = |it: &Received| agreed.contains(it.offload.needed()) && it.offload.check(it.len).is_ok();
             if let (Some(capture), Some(received)) = (capture, received.filter(fit)) {

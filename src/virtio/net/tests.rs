@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 
 use super::*;
 use crate::memory::GuestAddress;
-use crate::net::{Csum, Received, Room, SocketNet};
+use crate::network::{Csum, Received, RxBuffer, SocketBackend};
 use crate::virtio::testing::{Driver, WRITE};
 use crate::virtio::turn::{MAX_PIECE, MAX_TURN};
 
@@ -17,7 +17,7 @@ const CONTROL: usize = 2;
 const HEADER: [u8; HEADER_LEN] = [0; HEADER_LEN];
 const OURS: Mac = Mac([2, 0, 0, 0, 0, 1]);
 
-fn device(backends: Vec<SocketNet>) -> (Driver<Net>, Arc<Mutex<Vec<String>>>) {
+fn device(backends: Vec<SocketBackend>) -> (Driver<Net>, Arc<Mutex<Vec<String>>>) {
     let lost = Arc::new(Mutex::new(Vec::new()));
     let told = lost.clone();
     let backends = backends.into_iter().map(BackendKind::other).collect();
@@ -27,7 +27,7 @@ fn device(backends: Vec<SocketNet>) -> (Driver<Net>, Arc<Mutex<Vec<String>>>) {
 
 fn stream() -> (Driver<Net>, UnixStream, Arc<Mutex<Vec<String>>>) {
     let (near, far) = UnixStream::pair().unwrap();
-    let (driver, lost) = device(vec![SocketNet::new(near.into()).unwrap()]);
+    let (driver, lost) = device(vec![SocketBackend::new(near.into()).unwrap()]);
     (driver, far, lost)
 }
 
@@ -111,7 +111,7 @@ fn a_slow_peer_holds_the_guest_and_loses_nothing() {
 #[test]
 fn datagrams_are_frames() {
     let (near, far) = UnixDatagram::pair().unwrap();
-    let (mut driver, _) = device(vec![SocketNet::new(near.into()).unwrap()]);
+    let (mut driver, _) = device(vec![SocketBackend::new(near.into()).unwrap()]);
     driver.send(TX, &[&HEADER, &frame(100, 1)], &[]);
     driver.poke(TX);
     let mut came = [0; 2000];
@@ -216,7 +216,7 @@ fn the_cable_can_be_pulled() {
 #[test]
 fn several_pairs_are_used_as_the_driver_says() {
     let (sockets, mut far): (Vec<_>, Vec<_>) = (0..3).map(|_| UnixStream::pair().unwrap()).unzip();
-    let nets = sockets.into_iter().map(|it| SocketNet::new(it.into()).unwrap()).collect();
+    let nets = sockets.into_iter().map(|it| SocketBackend::new(it.into()).unwrap()).collect();
     let (mut driver, _) = device(nets);
     for pair in 0..3 {
         for _ in 0..4 {
@@ -273,7 +273,7 @@ struct Told {
 #[derive(Clone)]
 struct Played(Arc<Mutex<Told>>, Arc<UnixStream>);
 
-impl crate::net::NetBackend for Played {
+impl crate::network::NetBackend for Played {
     fn capabilities(&self) -> Capabilities {
         Capabilities { to_host: Offloads::all(), to_guest: Offloads::CSUM }
     }
@@ -282,7 +282,7 @@ impl crate::net::NetBackend for Played {
         std::os::fd::AsFd::as_fd(&*self.1)
     }
 
-    fn turn(&mut self) {}
+    fn poll(&mut self) {}
 
     fn send(&mut self, frame: Frame<'_>) -> io::Result<()> {
         let mut told = self.0.lock().unwrap();
@@ -293,13 +293,13 @@ impl crate::net::NetBackend for Played {
         Ok(())
     }
 
-    fn next(&mut self) -> Option<usize> {
+    fn next_len(&mut self) -> Option<usize> {
         self.0.lock().unwrap().waiting.front().map(|(frame, _)| frame.len())
     }
 
-    fn receive(&mut self, room: &mut Room<'_>) -> io::Result<Option<Received>> {
+    fn receive(&mut self, buffer: &mut RxBuffer<'_>) -> io::Result<Option<Received>> {
         let next = self.0.lock().unwrap().waiting.pop_front();
-        Ok(next.and_then(|(frame, offload)| Some(Received { offload, ..room.put(&frame)? })))
+        Ok(next.and_then(|(frame, offload)| Some(Received { offload, ..buffer.copy_from(&frame)? })))
     }
 }
 
@@ -390,8 +390,8 @@ fn a_limit_keeps_nothing_back_at_the_end() {
 #[test]
 fn the_guest_is_left_no_more_than_it_agreed_to() {
     let (mut driver, told, _) = played(NetLimit::none());
-    let csum = |start| Offload { csum: Some(crate::net::Csum { start, offset: 16 }), gso: None };
-    let gso = crate::net::Gso { kind: crate::net::GsoKind::Tcp4, size: 1000, header_len: 54 };
+    let csum = |start| Offload { csum: Some(crate::network::Csum { start, offset: 16 }), gso: None };
+    let gso = crate::network::Gso { kind: crate::network::GsoKind::Tcp4, size: 1000, header_len: 54 };
     let all = [csum(34), csum(90), Offload { gso: Some(gso), ..csum(34) }, Offload::default()];
     told.lock().unwrap().waiting = all.into_iter().map(|offload| (frame(100, 1), offload)).collect();
     for _ in 0..4 {
@@ -405,9 +405,10 @@ fn the_guest_is_left_no_more_than_it_agreed_to() {
 #[test]
 fn frames_of_both_ways_are_captured() {
     let path = std::env::temp_dir().join(format!("cofferdam-card-{}.pcap", std::process::id()));
-    let (recorder, pump) = crate::net::Capture::file(&path).open().unwrap();
+    let (recorder, pump) = crate::network::Capture::file(&path).open().unwrap();
     let (near, mut far) = UnixStream::pair().unwrap();
-    let net = Net::new(vec![BackendKind::other(SocketNet::new(near.into()).unwrap())], OURS, 1500, Box::new(|_| ()));
+    let net =
+        Net::new(vec![BackendKind::other(SocketBackend::new(near.into()).unwrap())], OURS, 1500, Box::new(|_| ()));
     let mut driver = Driver::start(net.captured_by(Some(recorder)));
     driver.send(TX, &[&HEADER, &frame(100, 1)], &[]);
     driver.poke(TX);
@@ -429,22 +430,22 @@ fn frames_of_both_ways_are_captured() {
 fn a_turn_of_frames_is_bounded_each_way() {
     /// Takes and has frames without end.
     struct Endless(UnixStream, usize, usize);
-    impl crate::net::NetBackend for Endless {
+    impl crate::network::NetBackend for Endless {
         fn capabilities(&self) -> Capabilities {
             Capabilities { to_host: Offloads::all(), to_guest: Offloads::all() }
         }
         fn fd(&self) -> std::os::fd::BorrowedFd<'_> {
             std::os::fd::AsFd::as_fd(&self.0)
         }
-        fn turn(&mut self) {}
+        fn poll(&mut self) {}
         fn send(&mut self, _: Frame<'_>) -> io::Result<()> {
             self.1 += 1;
             Ok(())
         }
-        fn next(&mut self) -> Option<usize> {
+        fn next_len(&mut self) -> Option<usize> {
             Some(FRAME_MAX)
         }
-        fn receive(&mut self, _: &mut Room<'_>) -> io::Result<Option<Received>> {
+        fn receive(&mut self, _: &mut RxBuffer<'_>) -> io::Result<Option<Received>> {
             self.2 += 1;
             Ok(Some(Received { len: 60_000, offload: Offload::default() }))
         }
@@ -483,7 +484,7 @@ fn a_turn_of_frames_is_bounded_each_way() {
 
 #[test]
 fn new_flows_cost_a_turn_what_they_cost_the_host() {
-    let (net, _socket, frame) = crate::net::fuzzing::new_flows().unwrap();
+    let (net, _socket, frame) = crate::network::fuzzing::new_flows().unwrap();
     let mut driver = Driver::start(Net::new(vec![BackendKind::User(Box::new(net))], OURS, 1500, Box::new(|_| ())));
     let memory = driver.memory();
     for n in 0..256 {

@@ -164,8 +164,8 @@ impl Connection {
         // guest would not take it anyway.
         let deaf = self.guest_closed & SHUTDOWN_RECEIVE;
         let closed = if self.closed & deaf != 0 { SHUTDOWN_RECEIVE | SHUTDOWN_SEND } else { self.closed };
-        let untold = closed & !self.told_closed;
-        if untold & SHUTDOWN_SEND != 0 || untold != 0 && !self.readable {
+        let suppressed = closed & !self.told_closed;
+        if suppressed & SHUTDOWN_SEND != 0 || suppressed != 0 && !self.readable {
             return Some(PendingControl::Shutdown(closed));
         }
         (self.credit_asked || self.credit.needs_credit_update()).then_some(PendingControl::CreditUpdate)

@@ -24,7 +24,7 @@ pub use stream::{VsockListener, VsockStream};
 
 use super::{Chain, DeviceIo, DeviceType, Profile, Source, VirtioDevice, Work};
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::event::Interest;
+use crate::event_loop::Interest;
 use crate::sys::{DescriptorShare, Timer, is_spare};
 
 /// The host's address in every guest (Virtio 1.3, 5.10.4).

@@ -6,7 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
 use cofferdam::Net;
-use cofferdam::backend::{Frame, NetBackend, Received, Room};
+use cofferdam::backend::{Frame, NetBackend, Received, RxBuffer};
 
 use super::watch::lock;
 use crate::check;
@@ -39,6 +39,7 @@ impl Hang {
             lock(&it.0.state).far = Some(far);
             Ok(Hanging { hang: it.clone(), near })
         })
+        .into()
     }
 
     /// Hangs while it is closed.
@@ -94,7 +95,7 @@ impl NetBackend for Hanging {
         self.near.as_fd()
     }
 
-    fn turn(&mut self) {
+    fn poll(&mut self) {
         let _ = self.near.read(&mut [0; 16]);
         self.hang.pass();
     }
@@ -103,11 +104,11 @@ impl NetBackend for Hanging {
         Ok(())
     }
 
-    fn next(&mut self) -> Option<usize> {
+    fn next_len(&mut self) -> Option<usize> {
         None
     }
 
-    fn receive(&mut self, _: &mut Room<'_>) -> io::Result<Option<Received>> {
+    fn receive(&mut self, _: &mut RxBuffer<'_>) -> io::Result<Option<Received>> {
         Ok(None)
     }
 }

@@ -35,7 +35,7 @@ const X2APIC: std::ops::RangeInclusive<u32> = 0x800..=0x8ff;
 ///
 /// ```
 /// # fn main() -> cofferdam::Result<()> {
-/// use cofferdam::CpuProfile;
+/// use cofferdam::cpu::CpuProfile;
 ///
 /// let level = CpuProfile::x86_64_v3();
 /// let like_here_but_older = CpuProfile::host().without("avx512f".parse()?);

@@ -34,7 +34,7 @@ impl DirectFile {
         let file = open(path, read_only, locked, libc::O_DIRECT).map_err(|e| match e.os_error() {
             Some(libc::EINVAL) => Error::new(
                 ErrorKind::Unsupported,
-                "direct: the file system knows no direct I/O (O_DIRECT); leave Disk::direct out",
+                "direct: the file system knows no direct I/O (O_DIRECT); leave FileDisk::direct out",
             ),
             _ => e,
         });

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::overlay::{STATES, reseal};
-use super::{BasePath, BlockBackend, OverlayDisk};
+use super::{BasePath, BlockBackend, OverlayFile};
 use crate::memory::{GuestAddress, GuestMemory};
 
 /// A directory that goes away with its run.
@@ -101,7 +101,7 @@ pub(crate) fn overlay(data: &[u8]) {
         let _ = file.set_len(u64::from(u16::from_le_bytes(take(&mut bytes))));
     }
     drop(file);
-    if let Ok(mut disk) = OverlayDisk::open(&path, None, how & 8 == 0) {
+    if let Ok(mut disk) = OverlayFile::open(&path, None, how & 8 == 0) {
         use_disk(&mut disk, bytes);
     }
     let few = &mut |done: u64, _: u64| if done < 4 << 20 { ControlFlow::Continue(()) } else { ControlFlow::Break(()) };

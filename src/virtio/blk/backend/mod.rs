@@ -15,7 +15,7 @@ use std::io;
 use std::os::fd::RawFd;
 
 pub(crate) use direct::DirectFile;
-pub(crate) use overlay::{BasePath, OverlayDisk, compact, create, flatten, freeze, rebase};
+pub(crate) use overlay::{BasePath, OverlayFile, compact, create, flatten, freeze, rebase};
 #[cfg(feature = "qcow2")]
 pub(crate) use qcow2::Qcow2;
 pub(crate) use raw::RawFile;

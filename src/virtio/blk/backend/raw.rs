@@ -59,7 +59,7 @@ fn held(file: &File) -> Error {
         ErrorKind::ResourceExhausted,
         format!(
             "{holder} has it open for writing, or would be disturbed by writes; \
-             share it read-only, use an overlay or a copy, or see Disk::unlocked"
+             share it read-only, use an overlay or a copy, or see FileDisk::no_lock"
         ),
     )
 }

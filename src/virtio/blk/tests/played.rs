@@ -90,7 +90,7 @@ impl BlockBackend for Played {
     }
 }
 
-type Faults = Arc<Mutex<Vec<DiskFault>>>;
+type Faults = Arc<Mutex<Vec<DiskError>>>;
 
 fn played(options: Options, script: Script) -> (Driver<Blk>, Arc<Mutex<Script>>, Faults) {
     let (script, faults) = (Arc::new(Mutex::new(script)), Faults::default());
@@ -106,8 +106,8 @@ fn write_through(driver: &mut Driver<Blk>) {
 
 #[test]
 fn a_sync_comes_before_the_status_that_promises_it() {
-    let (mut driver, script, _) = played(options(DiskEngine::Auto), Script::default());
-    assert_eq!(driver.device.engine(), DiskEngine::Threads);
+    let (mut driver, script, _) = played(options(IoEngine::Auto), Script::default());
+    assert_eq!(driver.device.engine(), IoEngine::Threads);
     let log = || std::mem::take(&mut script.lock().unwrap().log);
     let write = [header(WRITES, 0), vec![1; 512]].concat();
     request(&mut driver, &[&write], &[1]);
@@ -120,12 +120,12 @@ fn a_sync_comes_before_the_status_that_promises_it() {
     request(&mut driver, &[&header(DISCARD, 0), &range(0, 1, 0)], &[1]);
     assert_eq!(log(), ["discard", "flush"]);
     // A driver that knows no flushes gets every write on stable storage.
-    let mut driver = played(options(DiskEngine::Auto), Script::default());
+    let mut driver = played(options(IoEngine::Auto), Script::default());
     driver.0.set_features(0);
     request(&mut driver.0, &[&write], &[1]);
     assert_eq!(driver.1.lock().unwrap().log, ["write", "flush"]);
     // Unless nobody wants that.
-    let (mut driver, script, _) = played(Options { cache: Cache::Unsafe, ..Options::new("") }, Script::default());
+    let (mut driver, script, _) = played(Options { cache: CacheMode::Unsafe, ..Options::new(0) }, Script::default());
     write_through(&mut driver);
     request(&mut driver, &[&write], &[1]);
     request(&mut driver, &[&header(FLUSH, 0)], &[1]);
@@ -135,7 +135,7 @@ fn a_sync_comes_before_the_status_that_promises_it() {
 #[test]
 fn nothing_is_durable_any_more_after_a_sync_has_failed() {
     let script = Script { fail: [libc::EIO].into(), ..Script::default() };
-    let mut options = options(DiskEngine::Auto);
+    let mut options = options(IoEngine::Auto);
     options.policy.set(ErrorClass::Write, ErrorAction::Pause);
     let (mut driver, script, faults) = played(options, script);
     // It cannot be tried again, so the guest is told at once.
@@ -155,7 +155,7 @@ fn a_sync_that_fails_on_the_ring_is_told() {
     let (file, socket) = (scratch(2048), std::os::unix::net::UnixStream::pair().unwrap().0);
     // A socket cannot be synced.
     let script = Script { places: Some(file.as_raw_fd()), sync: Some(socket.as_raw_fd()), ..Script::default() };
-    let (mut driver, script, faults) = played(options(DiskEngine::Ring), script);
+    let (mut driver, script, faults) = played(options(IoEngine::IoUring), script);
     assert_eq!(request(&mut driver, &[&header(FLUSH, 0)], &[1]).1, S_IOERR);
     script.lock().unwrap().sync = Some(file.as_raw_fd());
     assert_eq!(request(&mut driver, &[&header(FLUSH, 0)], &[1]).1, S_IOERR);
@@ -166,8 +166,8 @@ fn a_sync_that_fails_on_the_ring_is_told() {
 fn places_that_a_backend_tells_are_read_and_written_by_the_ring() {
     let file = scratch(2048);
     let script = Script { places: Some(file.as_raw_fd()), sync: Some(file.as_raw_fd()), ..Script::default() };
-    let (mut driver, script, _) = played(options(DiskEngine::Ring), script);
-    assert_eq!((driver.device.engine(), driver.device.blocks()), (DiskEngine::Ring, true));
+    let (mut driver, script, _) = played(options(IoEngine::IoUring), script);
+    assert_eq!((driver.device.engine(), driver.device.blocks()), (IoEngine::IoUring, true));
     let pieces: [&[u8]; 3] = [&header(WRITES, 2), &[5; 700], &[6; 836]];
     assert_eq!(request(&mut driver, &pieces, &[1]).1, S_OK);
     assert_eq!(script.lock().unwrap().log, ["written 1024 1536"]);
@@ -189,7 +189,7 @@ fn places_that_a_backend_tells_are_read_and_written_by_the_ring() {
 
 #[test]
 fn errors_are_the_guests_or_the_embedders() {
-    let mut options = options(DiskEngine::Auto);
+    let mut options = options(IoEngine::Auto);
     options.policy.set(ErrorClass::Write, ErrorAction::Stop);
     let (mut driver, script, faults) = played(options, Script { fail: [libc::EIO].into(), ..Script::default() });
     let next = |fail: &[i32]| script.lock().unwrap().fail = fail.to_vec().into();
@@ -234,7 +234,7 @@ fn tick(driver: &mut Driver<Blk>) {
 fn requests_wait_for_their_limit_in_order_and_flushes_do_not() {
     for engine in ENGINES {
         let file = scratch(4096);
-        let limit = DiskLimit::none().write_operations(Rate::per_second(50).once(2));
+        let limit = DiskLimit::none().write_operations(Rate::per_second(50).one_time_burst(2));
         let mut driver = Driver::start(Blk::new(raw(&file, false), Options { limit, ..options(engine) }));
         let begin = Instant::now();
         // Seven or eight at once, two of them by the burst; then one each 20 ms.
@@ -270,7 +270,7 @@ fn requests_wait_for_their_limit_in_order_and_flushes_do_not() {
 #[test]
 fn a_limit_that_goes_away_lets_everybody_through() {
     let limit = DiskLimit::none().read_bytes(Rate::per_second(1));
-    let mut driver = Driver::start(Blk::new(raw(&scratch(8), false), Options { limit, ..options(DiskEngine::Auto) }));
+    let mut driver = Driver::start(Blk::new(raw(&scratch(8), false), Options { limit, ..options(IoEngine::Auto) }));
     for _ in 0..3 {
         driver.send(0, &[&header(READ, 0)], &[512, 1]);
     }
@@ -288,7 +288,7 @@ fn a_stop_waits_until_guest_memory_stands_still_and_a_pause_too() {
     let (near, far) = std::os::unix::net::UnixStream::pair().unwrap();
     // Reads of an empty socket are in flight for as long as one likes.
     let script = Script { places: Some(near.as_raw_fd()), ..Script::default() };
-    let (mut driver, script, _) = played(options(DiskEngine::Ring), script);
+    let (mut driver, script, _) = played(options(IoEngine::IoUring), script);
     driver.send(0, &[&header(READ, 0)], &[512, 1]);
     driver.poke(0);
     assert_eq!(driver.receive(0), None);
@@ -316,7 +316,7 @@ fn a_disk_that_shares_its_loop_leaves_what_is_under_way_to_who_stops_it() {
     let (near, _far) = std::os::unix::net::UnixStream::pair().unwrap();
     let fd = Some(near.as_raw_fd());
     let script = Script { places: fd, sync: fd, whole: true, ..Script::default() };
-    let (mut driver, ..) = played(options(DiskEngine::Ring), script);
+    let (mut driver, ..) = played(options(IoEngine::IoUring), script);
     assert!(!driver.device.blocks());
     driver.send(0, &[&header(READ, 0)], &[512, 1]);
     driver.poke(0);
@@ -352,15 +352,15 @@ fn the_last_requests_are_served_whatever_their_limit() {
 
 #[test]
 fn a_ring_that_was_asked_for_and_is_of_no_use_is_told() {
-    let disk = Blk::new(Box::new(Played(Arc::default())), options(DiskEngine::Ring));
-    assert!(disk.refused().is_some() && disk.engine() == DiskEngine::Threads && disk.blocks());
-    assert!(Blk::new(Box::new(Played(Arc::default())), options(DiskEngine::Auto)).refused().is_none());
+    let disk = Blk::new(Box::new(Played(Arc::default())), options(IoEngine::IoUring));
+    assert!(disk.refused().is_some() && disk.engine() == IoEngine::Threads && disk.blocks());
+    assert!(Blk::new(Box::new(Played(Arc::default())), options(IoEngine::Auto)).refused().is_none());
 }
 
 #[test]
 fn little_space_is_told_once_each_time() {
     let (script, told) = (Arc::<Mutex<Script>>::default(), Arc::<Mutex<Vec<u64>>>::default());
-    let options = Options { headroom: Some(1000), ..Options::new("") };
+    let options = Options { min_free_space: Some(1000), ..Options::new(0) };
     let hears = told.clone();
     let disk = Blk::new(Box::new(Played(script.clone())), options).on_low_space(move |n| hears.lock().unwrap().push(n));
     let mut driver = Driver::start(disk);

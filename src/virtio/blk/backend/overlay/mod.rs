@@ -48,7 +48,7 @@ struct InFlight {
 
 /// An open overlay.
 #[derive(Debug)]
-pub(crate) struct OverlayDisk {
+pub(crate) struct OverlayFile {
     /// Goes before the file.
     _guard: Option<ForkGuard>,
     file: Box<dyn Storage>,
@@ -70,7 +70,7 @@ pub(crate) struct OverlayDisk {
     reserved: u64,
 }
 
-impl OverlayDisk {
+impl OverlayFile {
     fn new(file: Box<dyn Storage>, header: Header, base: Box<dyn Layer>) -> io::Result<Self> {
         let allocated = file.allocated()?;
         Ok(Self {
@@ -259,7 +259,7 @@ impl OverlayDisk {
     }
 }
 
-impl BlockBackend for OverlayDisk {
+impl BlockBackend for OverlayFile {
     fn shape(&self) -> Geometry {
         let discard = if self.read_only { 0 } else { CLUSTER as u32 };
         Geometry { len: self.header.size, read_only: self.read_only, discard }
@@ -384,7 +384,7 @@ impl BlockBackend for OverlayDisk {
     }
 }
 
-impl OverlayDisk {
+impl OverlayFile {
     fn list(&mut self, offset: u64, len: u64, found: &mut Vec<Extent>) -> io::Result<()> {
         let fd = self.file.fd().ok_or(io::ErrorKind::Unsupported)?;
         self.runs(offset, len, |disk, state, at, len| match state {
@@ -402,7 +402,7 @@ impl OverlayDisk {
 }
 
 /// A frozen overlay is a base.
-impl Layer for OverlayDisk {
+impl Layer for OverlayFile {
     fn len(&self) -> u64 {
         self.header.size
     }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use super::super::layer::{Layer, RawLayer};
 use super::super::raw::{length, lock_or_name_holder};
-use super::OverlayDisk;
+use super::OverlayFile;
 use super::format::{Header, Identity, STATES};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::size::Size;
@@ -138,7 +138,7 @@ fn read_header(file: &File) -> Result<Header> {
 }
 
 /// Puts an overlay on its base: on the one that is `named`, if any, else on the one that it names itself.
-fn assemble(file: File, header: Header, named: Option<&BasePath>, chain: &mut Chain) -> Result<OverlayDisk> {
+fn assemble(file: File, header: Header, named: Option<&BasePath>, chain: &mut Chain) -> Result<OverlayFile> {
     chain.add(&file)?;
     let own = header.base_path();
     let path = named.unwrap_or(&own);
@@ -146,7 +146,7 @@ fn assemble(file: File, header: Header, named: Option<&BasePath>, chain: &mut Ch
     if identity != header.base {
         return Err(changed(path, header.base, identity));
     }
-    OverlayDisk::new(Box::new(file), header, base).doing(|| "reading an overlay")
+    OverlayFile::new(Box::new(file), header, base).doing(|| "reading an overlay")
 }
 
 /// Why this is not the base that it was.
@@ -182,7 +182,7 @@ impl Header {
     }
 }
 
-impl OverlayDisk {
+impl OverlayFile {
     /// Opens and locks an overlay with its whole chain of bases.
     ///
     /// Its base is the one that is `named`, if any, which must be the one it was made for.
@@ -261,7 +261,7 @@ fn write_new(file: &File, header: &Header) -> io::Result<()> {
 /// Makes an overlay at `path`, which must not exist, and makes it durable. `size`: the base's unless set.
 ///
 /// # Errors
-/// `AlreadyExists`; `InvalidConfig` when `size` is smaller than the base; of the base as [`OverlayDisk::open`].
+/// `AlreadyExists`; `InvalidConfig` when `size` is smaller than the base; of the base as [`OverlayFile::open`].
 pub(crate) fn create(path: &Path, base: &BasePath, size: Option<Size>) -> Result<()> {
     let doing = || format!("making overlay {}", path.display());
     let (header, _base) = plan(base, size).doing(doing)?;
@@ -269,34 +269,34 @@ pub(crate) fn create(path: &Path, base: &BasePath, size: Option<Size>) -> Result
 }
 
 /// The parts that rewriting needs: the overlay, alone, and what a new one on `base` would begin with.
-pub(super) fn plan_again(disk: &OverlayDisk, base: &BasePath) -> Result<(Header, Box<dyn Layer>)> {
+pub(super) fn plan_again(disk: &OverlayFile, base: &BasePath) -> Result<(Header, Box<dyn Layer>)> {
     let (mut header, layer) = plan(base, Some(Size::bytes(disk.header.size)))?;
     header.id = disk.header.id;
     header.frozen = disk.header.frozen;
     Ok((header, layer))
 }
 
-pub(super) fn own_base(disk: &OverlayDisk) -> BasePath {
+pub(super) fn own_base(disk: &OverlayFile) -> BasePath {
     disk.header.base_path()
 }
 
 /// Makes an overlay of a file whose header was written.
-pub(super) fn on(file: File, header: Header, base: Box<dyn Layer>) -> Result<OverlayDisk> {
+pub(super) fn on(file: File, header: Header, base: Box<dyn Layer>) -> Result<OverlayFile> {
     write_new(&file, &header)?;
-    Ok(OverlayDisk::new(Box::new(file), header, base)?)
+    Ok(OverlayFile::new(Box::new(file), header, base)?)
 }
 
 /// Opens an overlay to be rewritten: nobody else has it, and it may be frozen.
-pub(super) fn open_alone(path: &Path) -> Result<OverlayDisk> {
+pub(super) fn open_alone(path: &Path) -> Result<OverlayFile> {
     let (file, header) = open_file(path, LockKind::Exclusive)?;
     assemble(file, header, None, &mut Chain::default())
 }
 
 /// Opens an overlay whose base may have been changed, on what the base is now.
-pub(super) fn open_on_changed(path: &Path, named: &BasePath) -> Result<OverlayDisk> {
+pub(super) fn open_on_changed(path: &Path, named: &BasePath) -> Result<OverlayFile> {
     let (file, header) = open_file(path, LockKind::Exclusive)?;
     let mut chain = Chain::default();
     chain.add(&file)?;
     let (base, _) = open_base(named, &mut chain)?;
-    Ok(OverlayDisk::new(Box::new(file), header, base)?)
+    Ok(OverlayFile::new(Box::new(file), header, base)?)
 }

@@ -123,14 +123,14 @@ impl Layer for Base {
     }
 }
 
-fn open(file: Recorder) -> OverlayDisk {
+fn open(file: Recorder) -> OverlayFile {
     let base = Identity::Raw { len: 16 * SECTOR, changed: 0, inode: 0 };
     let header = Header::new(SECTORS * SECTOR, [0; 16], base, std::path::Path::new("/base")).unwrap();
-    OverlayDisk::new(Box::new(file), header, Box::new(Base)).unwrap()
+    OverlayFile::new(Box::new(file), header, Box::new(Base)).unwrap()
 }
 
 /// The first byte of every sector, all of which are alike.
-fn contents(disk: &mut OverlayDisk) -> Vec<u8> {
+fn contents(disk: &mut OverlayFile) -> Vec<u8> {
     let mut bytes = vec![0; (SECTORS * SECTOR) as usize];
     disk.read_bytes(&mut bytes, 0).unwrap();
     let sectors = bytes.chunks(SECTOR as usize);

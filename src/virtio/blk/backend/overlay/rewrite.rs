@@ -7,7 +7,7 @@ use std::ops::ControlFlow;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use super::OverlayDisk;
+use super::OverlayFile;
 use super::format::{CLUSTER, Header};
 use super::open::{BasePath, on, open_alone, open_on_changed, own_base, plan_again};
 use super::states::State;
@@ -34,7 +34,7 @@ pub(crate) fn freeze(path: &Path) -> Result<()> {
 
 /// Writes the whole disk as a raw image into a new file.
 pub(crate) fn flatten(path: &Path, to: &Path, step: Step<'_>) -> Result<()> {
-    let mut disk = OverlayDisk::open(path, None, true)?;
+    let mut disk = OverlayFile::open(path, None, true)?;
     let size = disk.header.size;
     publish(to, false, |file| {
         file.set_len(size)?;
@@ -88,7 +88,7 @@ enum Look {
 }
 
 /// Copies clusters by their state, as data or as zeroes.
-fn copy(disk: &mut OverlayDisk, new: &mut OverlayDisk, step: Step<'_>, look_at: impl Fn(State) -> Look) -> Result<()> {
+fn copy(disk: &mut OverlayFile, new: &mut OverlayFile, step: Step<'_>, look_at: impl Fn(State) -> Look) -> Result<()> {
     let mut theirs = [0; CLUSTER as usize];
     each_piece(disk.header.size, step, |at, bytes| {
         for (n, cluster) in bytes.chunks_mut(CLUSTER as usize).enumerate() {
@@ -138,7 +138,7 @@ fn replace(
     path: &Path,
     header: Header,
     base: Box<dyn super::Layer>,
-    fill: impl FnOnce(&mut OverlayDisk) -> Result<()>,
+    fill: impl FnOnce(&mut OverlayFile) -> Result<()>,
 ) -> Result<()> {
     publish(path, true, |file| fill(&mut on(file.try_clone()?, header, base)?))
 }

@@ -55,12 +55,12 @@ fn pattern(len: usize) -> Vec<u8> {
     (0..len).map(|n| (n / 512 * 7 + n % 251) as u8).collect()
 }
 
-fn write(disk: &mut OverlayDisk, memory: &GuestMemory, bytes: &[u8], offset: u64) -> io::Result<()> {
+fn write(disk: &mut OverlayFile, memory: &GuestMemory, bytes: &[u8], offset: u64) -> io::Result<()> {
     memory.write(GuestAddress(0), bytes).unwrap();
     disk.write(memory, &[memory.segment(GuestAddress(0), bytes.len()).unwrap()], offset)
 }
 
-fn read(disk: &mut OverlayDisk, memory: &GuestMemory, offset: u64, len: usize) -> Vec<u8> {
+fn read(disk: &mut OverlayFile, memory: &GuestMemory, offset: u64, len: usize) -> Vec<u8> {
     let cut = len / 3;
     let segments = [
         memory.segment(GuestAddress(1 << 20), cut).unwrap(),
@@ -75,7 +75,7 @@ fn read(disk: &mut OverlayDisk, memory: &GuestMemory, offset: u64, len: usize) -
 }
 
 /// What somebody reads who follows [`BlockBackend::extents`].
-fn read_extents(disk: &mut OverlayDisk, offset: u64, len: usize) -> Vec<u8> {
+fn read_extents(disk: &mut OverlayFile, offset: u64, len: usize) -> Vec<u8> {
     let mut bytes = Vec::new();
     let mut extents = Vec::new();
     BlockBackend::extents(disk, false, offset, len as u64, &mut extents).unwrap().unwrap();
@@ -93,7 +93,7 @@ fn read_extents(disk: &mut OverlayDisk, offset: u64, len: usize) -> Vec<u8> {
 }
 
 /// Writes as an engine does that moves the bytes itself.
-fn write_extents(disk: &mut OverlayDisk, bytes: &[u8], offset: u64) {
+fn write_extents(disk: &mut OverlayFile, bytes: &[u8], offset: u64) {
     let mut extents = Vec::new();
     BlockBackend::extents(disk, true, offset, bytes.len() as u64, &mut extents).unwrap().unwrap();
     let mut rest = bytes;
@@ -144,7 +144,7 @@ proptest! {
         model.resize(SECTORS as usize * 512, 0);
         let (raw, path) = (temp.raw("base", &base), temp.path("overlay"));
         create(&path, &raw, Some(Size::bytes(SECTORS * 512))).unwrap();
-        let mut disk = OverlayDisk::open(&path, Some(&raw), false).unwrap();
+        let mut disk = OverlayFile::open(&path, Some(&raw), false).unwrap();
         for (op, sector, count) in ops {
             let (offset, len) = (sector * 512, count.min(SECTORS - sector) * 512);
             let there = offset as usize..(offset + len) as usize;
@@ -173,7 +173,7 @@ proptest! {
                     if matches!(op, Op::Compact) {
                         compact(&path, &mut |_, _| ControlFlow::Continue(())).unwrap();
                     }
-                    disk = OverlayDisk::open(&path, None, false).unwrap();
+                    disk = OverlayFile::open(&path, None, false).unwrap();
                 }
             }
             let all = read(&mut disk, &memory, 0, model.len());
@@ -185,7 +185,7 @@ proptest! {
 }
 
 fn fails(path: &std::path::Path) -> Error {
-    OverlayDisk::open(path, None, false).unwrap_err()
+    OverlayFile::open(path, None, false).unwrap_err()
 }
 
 #[test]
@@ -194,7 +194,7 @@ fn a_base_that_was_changed_is_refused_and_nothing_is_touched() {
     let base = temp.raw("base", &pattern(8192));
     let path = temp.overlay("overlay", &base);
     let before = fs::read(&path).unwrap();
-    OverlayDisk::open(&path, None, false).unwrap();
+    OverlayFile::open(&path, None, false).unwrap();
     std::thread::sleep(std::time::Duration::from_millis(20));
     fs::OpenOptions::new().write(true).open(base.path()).unwrap().write_all_at(b"x", 5).unwrap();
     let error = fails(&path);
@@ -239,7 +239,7 @@ fn states_that_cannot_be_are_io_errors() {
     let temp = Temp::new();
     let path = temp.overlay("overlay", &temp.raw("base", &pattern(8192)));
     fs::OpenOptions::new().write(true).open(&path).unwrap().write_all_at(&[0xff], format::STATES).unwrap();
-    let (mut disk, memory) = (OverlayDisk::open(&path, None, false).unwrap(), memory());
+    let (mut disk, memory) = (OverlayFile::open(&path, None, false).unwrap(), memory());
     let error = write(&mut disk, &memory, &[1; 512], 0).unwrap_err();
     assert_eq!(error.kind(), io::ErrorKind::InvalidData);
     assert!(disk.discard(0, 8192).is_err() && disk.write_zeroes(0, 8192, true).is_err());
@@ -250,11 +250,11 @@ fn one_writer_or_many_readers_and_any_number_on_one_base() {
     let temp = Temp::new();
     let base = temp.raw("base", &pattern(8192));
     let path = temp.overlay("overlay", &base);
-    let writer = OverlayDisk::open(&path, None, false).unwrap();
-    let error = OverlayDisk::open(&path, None, true).unwrap_err();
+    let writer = OverlayFile::open(&path, None, false).unwrap();
+    let error = OverlayFile::open(&path, None, true).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::ResourceExhausted);
     assert!(error.to_string().contains("this process"), "{error}");
-    let others: Vec<_> = (0..200).map(|_| OverlayDisk::private(&temp.0, &base, None).unwrap()).collect();
+    let others: Vec<_> = (0..200).map(|_| OverlayFile::private(&temp.0, &base, None).unwrap()).collect();
     assert_eq!(super::super::RawFile::open(base.path(), false, true).unwrap_err().kind(), ErrorKind::ResourceExhausted);
     drop((writer, others));
     super::super::RawFile::open(base.path(), false, true).unwrap();
@@ -265,7 +265,7 @@ fn a_frozen_one_is_a_base_and_is_never_written() {
     let (temp, memory) = (Temp::new(), memory());
     let base = temp.raw("base", &pattern(16384));
     let lower = temp.overlay("lower", &base);
-    let mut disk = OverlayDisk::open(&lower, None, false).unwrap();
+    let mut disk = OverlayFile::open(&lower, None, false).unwrap();
     write(&mut disk, &memory, &[1; 4096], 4096).unwrap();
     disk.flush().unwrap();
     drop(disk);
@@ -277,7 +277,7 @@ fn a_frozen_one_is_a_base_and_is_never_written() {
     assert_eq!(fails(&lower).kind(), ErrorKind::InvalidState);
     let frozen = fs::read(&lower).unwrap();
     let upper = temp.overlay("upper", &on_lower);
-    let mut disk = OverlayDisk::open(&upper, None, false).unwrap();
+    let mut disk = OverlayFile::open(&upper, None, false).unwrap();
     write(&mut disk, &memory, &[2; 512], 8192).unwrap();
     disk.write_zeroes(0, 4096, true).unwrap();
     disk.flush().unwrap();
@@ -297,7 +297,7 @@ fn a_frozen_one_is_a_base_and_is_never_written() {
     let other = temp.raw("other", &[7; 8192]);
     rebase(&upper, &other, false, go_on).unwrap();
     fs::remove_file(&lower).unwrap();
-    let mut disk = OverlayDisk::open(&upper, None, false).unwrap();
+    let mut disk = OverlayFile::open(&upper, None, false).unwrap();
     assert_eq!(read(&mut disk, &memory, 0, 16384), wanted);
 }
 
@@ -306,7 +306,7 @@ fn a_base_that_was_moved_is_found_again_when_it_is_told() {
     let (temp, memory) = (Temp::new(), memory());
     let base = temp.raw("base", &pattern(8192));
     let path = temp.overlay("overlay", &base);
-    let mut disk = OverlayDisk::open(&path, None, false).unwrap();
+    let mut disk = OverlayFile::open(&path, None, false).unwrap();
     write(&mut disk, &memory, &[1; 512], 0).unwrap();
     disk.flush().unwrap();
     drop(disk);
@@ -314,7 +314,7 @@ fn a_base_that_was_moved_is_found_again_when_it_is_told() {
     fs::remove_file(base.path()).unwrap();
     let copy = BasePath::Raw(temp.path("copy"));
     rebase(&path, &copy, true, &mut |_, _| ControlFlow::Continue(())).unwrap();
-    let mut disk = OverlayDisk::open(&path, Some(&copy), false).unwrap();
+    let mut disk = OverlayFile::open(&path, Some(&copy), false).unwrap();
     assert_eq!(read(&mut disk, &memory, 0, 8192), [vec![1; 512], pattern(8192)[512..].to_vec()].concat());
 }
 
@@ -323,7 +323,7 @@ fn told_to_stop_everything_is_as_it_was() {
     let (temp, memory) = (Temp::new(), memory());
     let base = temp.raw("base", &pattern(8 << 20));
     let path = temp.overlay("overlay", &base);
-    let mut disk = OverlayDisk::open(&path, None, false).unwrap();
+    let mut disk = OverlayFile::open(&path, None, false).unwrap();
     write(&mut disk, &memory, &[1; 1 << 20], 1 << 20).unwrap();
     disk.flush().unwrap();
     drop(disk);
@@ -347,14 +347,14 @@ fn compacting_gives_back_what_is_the_same_as_below() {
     let (temp, memory) = (Temp::new(), memory());
     let base = temp.raw("base", &pattern(4 << 20));
     let path = temp.overlay("overlay", &base);
-    let mut disk = OverlayDisk::open(&path, None, false).unwrap();
+    let mut disk = OverlayFile::open(&path, None, false).unwrap();
     write(&mut disk, &memory, &pattern(4 << 20), 0).unwrap();
     write(&mut disk, &memory, &[9; 4096], 1 << 20).unwrap();
     disk.flush().unwrap();
     let before = disk.allocated().unwrap();
     drop(disk);
     compact(&path, &mut |_, _| ControlFlow::Continue(())).unwrap();
-    let mut disk = OverlayDisk::open(&path, None, false).unwrap();
+    let mut disk = OverlayFile::open(&path, None, false).unwrap();
     assert!(before >= 4 << 20 && disk.allocated().unwrap() < 64 << 10, "{before}");
     assert_eq!(read(&mut disk, &memory, 1 << 20, 4096), [9; 4096]);
     assert_eq!(read(&mut disk, &memory, 0, 4096), pattern(4096));
@@ -370,7 +370,7 @@ fn a_chain_that_comes_back_or_is_too_long_is_refused() {
         freeze(&path).unwrap();
         below = BasePath::Overlay(path);
     }
-    let error = create(&temp.path("17"), &below, None).and_then(|()| OverlayDisk::open(&temp.path("17"), None, true));
+    let error = create(&temp.path("17"), &below, None).and_then(|()| OverlayFile::open(&temp.path("17"), None, true));
     assert_eq!(error.unwrap_err().kind(), ErrorKind::InvalidConfig);
     // The lowest of two is replaced by one that lies on the upper: only a hand can do that.
     let second = fs::read(temp.path("1")).unwrap();
@@ -381,7 +381,7 @@ fn a_chain_that_comes_back_or_is_too_long_is_refused() {
     header.id = lowest.id;
     let file = fs::OpenOptions::new().write(true).open(temp.path("0")).unwrap();
     file.write_all_at(&header.bytes(), 0).unwrap();
-    let error = OverlayDisk::open(&temp.path("1"), None, true).unwrap_err();
+    let error = OverlayFile::open(&temp.path("1"), None, true).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Corrupt, "{error}");
     assert!(error.to_string().contains("comes back"), "{error}");
 }
@@ -390,7 +390,7 @@ fn a_chain_that_comes_back_or_is_too_long_is_refused() {
 fn it_takes_no_more_space_than_it_may_and_gives_back_what_is_discarded() {
     let (temp, memory) = (Temp::new(), memory());
     let base = temp.raw("base", &[0; 512]);
-    let mut disk = OverlayDisk::private(&temp.0, &base, Some(Size::mib(64))).unwrap().limited(Size::mib(1));
+    let mut disk = OverlayFile::private(&temp.0, &base, Some(Size::mib(64))).unwrap().limited(Size::mib(1));
     let mut written = 0;
     let error = loop {
         match write(&mut disk, &memory, &[5; 64 << 10], written) {
@@ -413,13 +413,13 @@ fn it_takes_no_more_space_than_it_may_and_gives_back_what_is_discarded() {
 fn it_grows_and_never_shrinks() {
     let (temp, memory) = (Temp::new(), memory());
     let path = temp.overlay("overlay", &temp.raw("base", &pattern(8192 + 512)));
-    let mut disk = OverlayDisk::open(&path, None, false).unwrap();
+    let mut disk = OverlayFile::open(&path, None, false).unwrap();
     write(&mut disk, &memory, &[1; 512], 8192).unwrap();
     assert!(disk.grow(8192).is_err() && disk.grow(u64::MAX).is_err() && disk.grow(100_000).is_err());
     disk.grow(16384).unwrap();
     disk.flush().unwrap();
     drop(disk);
-    let mut disk = OverlayDisk::open(&path, None, false).unwrap();
+    let mut disk = OverlayFile::open(&path, None, false).unwrap();
     assert_eq!(disk.shape().len, 16384);
     assert_eq!(read(&mut disk, &memory, 8192, 8192), [vec![1; 512], vec![0; 8192 - 512]].concat());
 }
@@ -428,8 +428,8 @@ fn it_grows_and_never_shrinks() {
 fn writes_under_way_in_one_cluster_do_not_undo_each_other() {
     let (temp, memory) = (Temp::new(), memory());
     let path = temp.overlay("overlay", &temp.raw("base", &pattern(16384)));
-    let mut disk = OverlayDisk::open(&path, None, false).unwrap();
-    let place = |disk: &mut OverlayDisk, offset, len| match disk.extents_for_write(offset, len) {
+    let mut disk = OverlayFile::open(&path, None, false).unwrap();
+    let place = |disk: &mut OverlayFile, offset, len| match disk.extents_for_write(offset, len) {
         Extent::File { fd, offset, .. } => {
             (fs::OpenOptions::new().write(true).open(format!("/proc/self/fd/{fd}")).unwrap(), offset)
         }
@@ -455,7 +455,7 @@ fn writes_under_way_in_one_cluster_do_not_undo_each_other() {
     assert_eq!(read(&mut disk, &memory, 4096, 8192), wanted);
 }
 
-impl OverlayDisk {
+impl OverlayFile {
     fn extents_for_write(&mut self, offset: u64, len: u64) -> Extent {
         let mut extents = Vec::new();
         BlockBackend::extents(self, true, offset, len, &mut extents).unwrap().unwrap();

@@ -97,7 +97,7 @@ impl Chain {
     fn open_backing(&self, beside: &Path, name: &str) -> Result<(PathBuf, File)> {
         let named = beside.parent().unwrap_or(Path::new("/")).join(name);
         let denied = |what: String| {
-            let what = format!("its backing file {} {what}; see Disk::backing_folder", named.display());
+            let what = format!("its backing file {} {what}; see Qcow2Disk::backing_dir", named.display());
             Err(Error::new(ErrorKind::PermissionDenied, what))
         };
         let Some(Folder { path, beneath }) = &self.folder else {
@@ -217,7 +217,7 @@ impl Qcow2 {
         let open_folder = |folder: &Path| -> io::Result<Folder> {
             Ok(Folder { path: fs::canonicalize(folder)?, beneath: Beneath::open(folder)? })
         };
-        let named = |folder: &Path| open_folder(folder).doing(|| format!("backing_folder: {}", folder.display()));
+        let named = |folder: &Path| open_folder(folder).doing(|| format!("backing_dir: {}", folder.display()));
         let mut chain = Chain { folder: folder.map(named).transpose()?, files: Vec::new(), tables: 0 };
         let order = WriteOrder::default();
         let opened = open(&path, read_only, false, libc::O_NONBLOCK)

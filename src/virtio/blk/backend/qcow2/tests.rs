@@ -103,7 +103,7 @@ fn backing_files_elsewhere_and_circles_are_refused() {
     let refused = |image: &str, folder: Option<&Path>, word: &str| {
         let error = Qcow2::open(&temp.path(image), folder, false).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::PermissionDenied, "{error}");
-        assert!(error.to_string().contains(word) && error.to_string().contains("backing_folder"), "{error}");
+        assert!(error.to_string().contains(word) && error.to_string().contains("backing_dir"), "{error}");
     };
     // Nothing is granted by default, not even what lies beside it.
     fs::write(temp.path("neighbour"), vec![7; 1 << 20]).unwrap();

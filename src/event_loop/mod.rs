@@ -1,0 +1,441 @@
+//! [`Loop`]: a thread that owns one value. It waits for descriptors, and runs what other threads ask of it.
+//!
+//! The value never leaves its thread while the loop lives, so it needs no lock. Others say `handle.with(|it| …)`; the
+//! closure runs on the owner and its answer comes back.
+
+mod mailbox;
+
+use std::any::Any;
+use std::cell::Cell;
+use std::fmt;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{self, Arc, mpsc};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use self::mailbox::{Closed, Mailbox, Wake};
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::sys::{
+    ControlOperation, Epoll, EpollEvent, EventFd, EventSet, ProcessGeneration, STACK, borrow, eventfd, leak, spawn,
+    wait_readable,
+};
+
+pub(crate) use crate::sys::EventSet as Interest;
+
+/// How long a request to a loop waits for its answer, unless it says otherwise. Loops take turns of a few milliseconds: one that
+/// does not answer in this time hangs in a call of the host's.
+pub(crate) const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// What a loop's value does when one of its descriptors is ready.
+pub(crate) trait Handler: Send + 'static {
+    /// `token` is what the descriptor was watched with. Must not block.
+    fn ready(&mut self, token: u64, events: EventSet);
+}
+
+/// Where descriptors are registered. Clones register with the same loop, from its thread or before it runs.
+#[derive(Clone)]
+pub(crate) struct Sources(Arc<Epoll>);
+
+/// The mailbox's own token; no source may use it.
+const MAILBOX: u64 = u64::MAX;
+
+impl Sources {
+    /// Reports `fd` as `token` from now on. `Interest::EDGE_TRIGGERED` is as in epoll(7).
+    pub(crate) fn watch(&self, fd: BorrowedFd<'_>, token: u64, interest: Interest) -> io::Result<()> {
+        debug_assert_ne!(token, MAILBOX);
+        self.0.ctl(ControlOperation::Add, fd.as_raw_fd(), EpollEvent::new(interest, token))
+    }
+
+    /// Of no loop: whatever is watched is reported to nobody.
+    #[cfg(any(test, feature = "internals"))]
+    pub(crate) fn of_nobody() -> io::Result<Self> {
+        Ok(Self(Arc::new(Epoll::new()?)))
+    }
+
+    /// Stops reporting `fd`. Closing the only copy of a descriptor does the same.
+    pub(crate) fn unwatch(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
+        self.0.ctl(ControlOperation::Delete, fd.as_raw_fd(), EpollEvent::default())
+    }
+}
+
+impl fmt::Debug for Sources {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Sources")
+    }
+}
+
+impl Wake for EventFd {
+    fn wake(&self) {
+        // The only possible failure is a counter at its maximum, which is readable all the same.
+        let _ = self.write(1);
+    }
+
+    fn clear(&self) {
+        let _ = self.read();
+    }
+}
+
+thread_local! {
+    /// The address of the mailbox of the loop that runs on this thread; 0 on others.
+    static OWN_LOOP: Cell<usize> = const { Cell::new(0) };
+}
+
+/// A way to reach the value from other threads. Cheap to clone; outliving the loop is harmless.
+pub(crate) struct Remote<S>(Arc<Mailbox<S, EventFd>>);
+
+impl<S> Clone for Remote<S> {
+    fn clone(&self) -> Self {
+        Self(self.0.clone())
+    }
+}
+
+impl<S> fmt::Debug for Remote<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Remote")
+    }
+}
+
+impl<S: Handler> Remote<S> {
+    /// Runs `f` on the owner and waits for its answer, at most [`REQUEST_TIMEOUT`].
+    ///
+    /// # Errors
+    /// `InvalidState` when the loop has ended, or ends without having run `f`, and on the loop's own thread. `TimedOut` when the loop is busy for too long;
+    /// `f` is run all the same when the loop comes to it.
+    pub(crate) fn with<R: Send + 'static>(&self, f: impl FnOnce(&mut S) -> R + Send + 'static) -> Result<R> {
+        self.with_timeout(REQUEST_TIMEOUT, f)
+    }
+
+    /// As [`Remote::with`], but waits no longer than `limit`; `f` is run all the same when the loop comes to it.
+    ///
+    /// # Errors
+    /// As [`Remote::with`], and `TimedOut`.
+    pub(crate) fn with_timeout<R: Send + 'static>(
+        &self,
+        limit: Duration,
+        f: impl FnOnce(&mut S) -> R + Send + 'static,
+    ) -> Result<R> {
+        self.check_thread()?;
+        answered(&self.ask(f)?, limit)
+    }
+
+    /// # Errors
+    /// `InvalidState` on the loop's own thread, which cannot wait for itself.
+    fn check_thread(&self) -> Result<()> {
+        match OWN_LOOP.get() == Arc::as_ptr(&self.0).addr() {
+            true => Err(Error::new(
+                ErrorKind::InvalidState,
+                "called on the thread that would have to answer: such calls need another thread",
+            )),
+            false => Ok(()),
+        }
+    }
+
+    fn ask<R: Send + 'static>(&self, f: impl FnOnce(&mut S) -> R + Send + 'static) -> Result<mpsc::Receiver<R>> {
+        let (answer, wait) = mpsc::sync_channel(1);
+        self.post(move |s| {
+            // The asker may be gone; nobody is interested in the answer then.
+            let _ = answer.send(f(s));
+        })?;
+        Ok(wait)
+    }
+
+    /// Runs `f` on the owner some time soon.
+    ///
+    /// # Errors
+    /// `InvalidState` when the loop has ended.
+    pub(crate) fn post(&self, f: impl FnOnce(&mut S) + Send + 'static) -> Result<()> {
+        self.0.post(Box::new(f)).map_err(|Closed| Error::vm_ended())
+    }
+
+    /// Keeps the loop from looking at its descriptors: when this returns, nothing happens to its value but what others ask
+    /// of it. What becomes ready meanwhile is seen after [`Remote::release`]. Idempotent; one thread asks at a time.
+    ///
+    /// # Errors
+    /// `InvalidState` when the loop has ended, `TimedOut` when it is busy for longer than `limit`; then it is not held.
+    pub(crate) fn hold(&self, limit: Duration) -> Result<()> {
+        self.check_thread()?;
+        let (held, wait) = mpsc::sync_channel(1);
+        match self.0.hold(held).map_err(|Closed| Error::vm_ended())? {
+            true => answered(&wait, limit).inspect_err(|_| self.release()),
+            false => Ok(()),
+        }
+    }
+
+    /// Lets the loop look at its descriptors again. Idempotent.
+    pub(crate) fn release(&self) {
+        self.0.release();
+    }
+}
+
+fn answered<R>(wait: &mpsc::Receiver<R>, limit: Duration) -> Result<R> {
+    wait.recv_timeout(limit).map_err(|error| match error {
+        mpsc::RecvTimeoutError::Disconnected => Error::vm_ended(),
+        mpsc::RecvTimeoutError::Timeout => {
+            Error::new(ErrorKind::TimedOut, format!("an event loop was busy for longer than {limit:?}"))
+        }
+    })
+}
+
+/// A running loop. Dropping it stops the thread and drops the value on it.
+pub(crate) struct Loop<S: Handler> {
+    mailbox: Arc<Mailbox<S, EventFd>>,
+    thread: Option<JoinHandle<Option<S>>>,
+    /// Nobody waits for the thread any more.
+    abandoned: AtomicBool,
+    /// A child of fork has no such thread.
+    origin: ProcessGeneration,
+}
+
+impl<S: Handler> Loop<S> {
+    /// Starts a thread called `name` that owns what `make` returns.
+    ///
+    /// # Errors
+    /// `ResourceExhausted` or `Io` when descriptors or the thread cannot be made.
+    pub(crate) fn start(name: &str, make: impl FnOnce(Sources) -> S) -> Result<Self> {
+        let sources = Sources(Arc::new(Epoll::new().doing(|| "creating an event loop")?));
+        let wake = eventfd().doing(|| "creating an event loop")?;
+        sources
+            .0
+            .ctl(ControlOperation::Add, wake.as_raw_fd(), EpollEvent::new(EventSet::IN, MAILBOX))
+            .doing(|| "creating an event loop")?;
+        let mailbox = Arc::new(Mailbox::new(wake));
+        let (mut value, epoll, theirs) = (make(sources.clone()), sources.0, mailbox.clone());
+        let body = move || {
+            OWN_LOOP.set(Arc::as_ptr(&theirs).addr());
+            // A panic is our own mistake. It must not leave others waiting for answers for ever.
+            let ended = catch_unwind(AssertUnwindSafe(|| run(&mut value, &epoll, &theirs)));
+            theirs.end();
+            ended.is_ok().then_some(value)
+        };
+        let thread = spawn(name.into(), STACK, body).doing(|| format!("starting thread {name}"))?;
+        Ok(Self {
+            mailbox,
+            thread: Some(thread),
+            abandoned: AtomicBool::new(false),
+            origin: ProcessGeneration::current(),
+        })
+    }
+
+    pub(crate) fn remote(&self) -> Remote<S> {
+        Remote(self.mailbox.clone())
+    }
+
+    /// Keeps the loop's drop from waiting for its thread, which hangs in a call of the host's. The thread ends, and
+    /// drops the value, when that call returns.
+    pub(crate) fn abandon(&self) {
+        self.abandoned.store(true, Ordering::SeqCst);
+    }
+
+    /// Stops the thread after what is in the mailbox, and gives the value back; `None` when the thread panicked.
+    #[cfg(test)]
+    pub(crate) fn join(mut self) -> Option<S> {
+        self.stop().ok().flatten()
+    }
+
+    fn stop(&mut self) -> Result<Option<S>, Box<dyn Any + Send>> {
+        if !self.origin.is_current() {
+            leak(self.thread.take());
+            return Ok(None);
+        }
+        self.mailbox.close();
+        let thread = self.thread.take().filter(|_| !self.abandoned.load(Ordering::SeqCst));
+        thread.map_or(Ok(None), JoinHandle::join)
+    }
+}
+
+impl<S: Handler> Drop for Loop<S> {
+    fn drop(&mut self) {
+        // The thread's panic was its own; it was reported by the hook and by everybody's `with` failing.
+        let _ = self.stop();
+    }
+}
+
+impl<S: Handler> fmt::Debug for Loop<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Loop")
+    }
+}
+
+/// How many ready descriptors are taken from the kernel at once.
+const BATCH: usize = 32;
+
+fn run<S: Handler>(value: &mut S, epoll: &Epoll, mailbox: &Mailbox<S, EventFd>) {
+    let mut events = [EpollEvent::default(); BATCH];
+    loop {
+        let count = match epoll.wait(-1, &mut events) {
+            Ok(count) => count,
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+            Err(e) => {
+                log::error!("an event loop cannot wait any more: {e}");
+                return;
+            }
+        };
+        let mut asked = false;
+        for (n, event) in events.iter().take(count).enumerate() {
+            // Whoever asks waits for one turn of one descriptor, however many are ready.
+            if event.data() == MAILBOX || n > 0 && mailbox.asked() {
+                asked = true;
+                if !mailbox.serve(value) {
+                    return;
+                }
+            }
+            if event.data() != MAILBOX {
+                value.ready(event.data(), event.event_set());
+            }
+        }
+        // Only now, as what was taken from the kernel may not be told again.
+        while asked && mailbox.held() {
+            if let Err(e) = wait_readable(borrow(mailbox.waker()), None) {
+                log::error!("an event loop cannot wait any more: {e}");
+                return;
+            }
+            if !mailbox.serve(value) {
+                return;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::thread;
+
+    #[derive(Default)]
+    struct Counter {
+        kicks: Option<EventFd>,
+        seen: u64,
+    }
+
+    impl Handler for Counter {
+        fn ready(&mut self, token: u64, _: EventSet) {
+            assert_eq!(token, 7);
+            self.seen += self.kicks.as_ref().unwrap().read().unwrap();
+        }
+    }
+
+    fn counter() -> Loop<Counter> {
+        Loop::start("test", |sources| {
+            let kicks = eventfd().unwrap();
+            sources.watch(borrow(&kicks), 7, Interest::IN).unwrap();
+            Counter { kicks: Some(kicks), seen: 0 }
+        })
+        .unwrap()
+    }
+
+    #[test]
+    fn closures_run_on_the_owner_and_answer() {
+        let it = counter();
+        let name = it.remote().with(|_| thread::current().name().map(str::to_owned)).unwrap();
+        assert_eq!(name.as_deref(), Some("test"));
+    }
+
+    #[test]
+    fn ready_descriptors_reach_the_value_and_join_gives_it_back() {
+        let it = counter();
+        it.remote().with(|c| c.kicks.as_ref().unwrap().write(3)).unwrap().unwrap();
+        while it.remote().with(|c| c.seen).unwrap() < 3 {}
+        assert_eq!(it.join().unwrap().seen, 3);
+    }
+
+    #[test]
+    fn a_held_loop_sees_only_its_mailbox_and_loses_nothing() {
+        let (it, limit) = (counter(), Duration::from_secs(10));
+        for _ in 0..100 {
+            it.remote().hold(limit).unwrap();
+            it.remote().hold(limit).unwrap();
+            let before = it.remote().with(|c| (c.kicks.as_ref().unwrap().write(1), c.seen).1).unwrap();
+            assert_eq!(it.remote().with(|c| c.seen).unwrap(), before);
+            it.remote().release();
+            while it.remote().with(|c| c.seen).unwrap() == before {}
+        }
+        it.remote().hold(limit).unwrap();
+        assert_eq!(it.join().unwrap().seen, 100);
+    }
+
+    #[test]
+    fn a_child_of_fork_drops_its_copy_and_harms_nothing_of_its_own() {
+        let it = counter();
+        let joined = crate::sys::in_a_child(|| {
+            // Its stack may be where the loop's thread had its own.
+            let mine = thread::Builder::new().stack_size(STACK).spawn(|| thread::sleep(Duration::from_millis(20)));
+            drop(it);
+            mine.is_ok_and(|thread| thread.join().is_ok())
+        });
+        assert!(joined);
+    }
+
+    #[test]
+    fn a_busy_loop_is_not_held() {
+        let it = counter();
+        it.remote().post(|_| thread::sleep(Duration::from_millis(300))).unwrap();
+        assert_eq!(it.remote().hold(Duration::from_millis(10)).unwrap_err().kind(), ErrorKind::TimedOut);
+        it.remote().with(|c| c.kicks.as_ref().unwrap().write(1)).unwrap().unwrap();
+        while it.remote().with(|c| c.seen).unwrap() == 0 {}
+    }
+
+    #[test]
+    fn a_loop_that_hangs_holds_nobody_up() {
+        let (it, (hang, come_back)) = (counter(), mpsc::channel::<()>());
+        it.remote().post(move |_| assert!(come_back.recv().is_err())).unwrap();
+        let outcome = it.remote().with_timeout(Duration::from_millis(10), |c| c.seen += 1);
+        assert_eq!(outcome.unwrap_err().kind(), ErrorKind::TimedOut);
+        let remote = it.remote();
+        it.abandon();
+        drop(it);
+        assert_eq!(remote.with(|_| ()).unwrap_err().kind(), ErrorKind::InvalidState);
+        drop(hang);
+    }
+
+    #[test]
+    fn requests_before_the_end_are_served_and_later_ones_refused() {
+        let it = counter();
+        let remote = it.remote();
+        for _ in 0..100 {
+            remote.post(|c| c.seen += 1).unwrap();
+        }
+        assert_eq!(it.join().unwrap().seen, 100);
+        assert_eq!(remote.with(|_| ()).unwrap_err().kind(), ErrorKind::InvalidState);
+    }
+
+    #[test]
+    fn who_asks_waits_for_one_turn_and_not_for_all() {
+        /// Many descriptors that are always ready, each of which takes its time.
+        struct Busy(#[allow(dead_code, reason = "they are open")] Vec<EventFd>, u32);
+        impl Handler for Busy {
+            fn ready(&mut self, _: u64, _: EventSet) {
+                thread::sleep(Duration::from_millis(20));
+                self.1 += 1;
+            }
+        }
+        let it = Loop::start("busy", |sources| {
+            let all: Vec<_> = (0..BATCH).map(|_| eventfd().unwrap()).collect();
+            for (token, fd) in (0..).zip(&all) {
+                sources.watch(borrow(fd), token, Interest::IN).unwrap();
+                fd.write(1).unwrap();
+            }
+            Busy(all, 0)
+        })
+        .unwrap();
+        let turns = || it.remote().with(|busy| busy.1).unwrap();
+        let mut before = turns();
+        for _ in 0..10 {
+            thread::sleep(Duration::from_millis(5));
+            let now = turns();
+            assert!(now - before <= 4, "{} turns came first", now - before);
+            before = now;
+        }
+    }
+
+    #[test]
+    fn a_panic_frees_everybody_who_waits() {
+        let it = counter();
+        let remote = it.remote();
+        assert!(remote.with(|_| panic!("on purpose")).is_err());
+        assert!(remote.with(|_| ()).is_err());
+        assert!(it.join().is_none());
+    }
+}

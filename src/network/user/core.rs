@@ -1,0 +1,261 @@
+//! [`Core`]: the state that all protocols of the stack share. It has addresses, policy, host, counters, and frames that
+//! wait for the guest.
+
+use std::collections::VecDeque;
+use std::io;
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::time::{Duration, Instant};
+
+use super::config::{Config, NetStats};
+use super::host::Host;
+use crate::memory::{GuestMemory, Segment};
+use crate::network::policy::{Admitted, Enforcer, Protocol};
+use crate::network::wire::{self, Bad, Ends, Ethernet, Fragment, Head, Packet};
+use crate::network::{Capabilities, Mac, Offload, Received};
+use crate::rate::{Bucket, Rate};
+
+/// Frames that may wait for the guest: answers to what it sent, which it can ask for again.
+const WAITING: usize = 512;
+
+/// TCP connections that a guest opens, unless somebody says otherwise: 2,000 at once, and 200 in each second.
+const NEW_CONNECTIONS: Rate = Rate::per_second(200);
+/// System calls by which the kernel is asked for a route.
+pub(in crate::network) const ROUTE_CALLS: usize = 2;
+
+/// Questions for names that are passed on, at most: 200 at once, and 100 in each second.
+const QUESTIONS: Rate = Rate::per_second(100);
+
+/// Who has begun a connection or a flow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::network) enum Begun {
+    ByGuest,
+    ByCaller,
+}
+
+#[derive(Debug)]
+pub(in crate::network) struct Core {
+    pub config: Config,
+    pub agreed: Capabilities,
+    pub stats: NetStats,
+    pub policy: Enforcer,
+    pub host: Host,
+    /// The address of the guest's own choice that it sent from last.
+    pub guest6: Option<Ipv6Addr>,
+    /// New connections, counted from `start` on.
+    calls: Bucket,
+    /// Questions for names, likewise.
+    questions: Bucket,
+    start: Instant,
+    waiting: VecDeque<Vec<u8>>,
+    /// When it was told last that there are no descriptors.
+    told_refused: Option<Instant>,
+    /// How many packets went in fragments, by which those of one are told from others.
+    fragmented: u32,
+    /// Room for a whole packet, for those that must be looked at.
+    pub buffer: Vec<u8>,
+}
+
+impl Core {
+    pub(in crate::network) fn new(config: Config) -> io::Result<Self> {
+        let policy = Enforcer::new(config.policy.clone());
+        let (agreed, stats, host) =
+            (Capabilities::default(), NetStats::default(), Host::new(config.descriptors.network())?);
+        let start = host.now;
+        let mut core = Self {
+            config,
+            agreed,
+            stats,
+            policy,
+            host,
+            guest6: None,
+            calls: Bucket::new(NEW_CONNECTIONS, Duration::ZERO),
+            questions: Bucket::keeping(Duration::from_secs(2), QUESTIONS, Duration::ZERO),
+            start,
+            waiting: VecDeque::new(),
+            told_refused: None,
+            fragmented: 0,
+            buffer: Vec::new(),
+        };
+        core.limit_calls(core.config.limits.new_connections);
+        Ok(core)
+    }
+
+    /// From now on the guest may open so many connections in a second; `None` is what there is by default.
+    pub(in crate::network) fn limit_calls(&mut self, rate: Option<Rate>) {
+        let now = self.host.now.saturating_duration_since(self.start);
+        self.config.limits.new_connections = rate;
+        self.calls = match rate {
+            Some(rate) => Bucket::keeping(Duration::from_secs(1), rate, now),
+            None => Bucket::keeping(Duration::from_secs(10), NEW_CONNECTIONS, now),
+        };
+    }
+
+    /// Whether the guest may open one more connection now.
+    pub(in crate::network) fn may_call(&mut self) -> bool {
+        let now = self.host.now.saturating_duration_since(self.start);
+        self.calls.take_whole(now)
+    }
+
+    /// Whether the guest may ask for one more name now.
+    pub(in crate::network) fn may_ask(&mut self) -> bool {
+        let now = self.host.now.saturating_duration_since(self.start);
+        self.questions.take_whole(now)
+    }
+
+    /// Counts a frame of the guest and reads its front into `head`. `None` when it is in the name of another card.
+    pub(in crate::network) fn open<'h>(
+        &mut self,
+        memory: &GuestMemory,
+        frame: &[Segment],
+        head: &'h mut [u8; wire::HEADERS],
+    ) -> Result<Option<(Ethernet, &'h [u8])>, Bad> {
+        self.stats.sent_frames += 1;
+        self.stats.sent_bytes += frame.iter().map(|s| s.len() as u64).sum::<u64>();
+        let filled = memory.gather(frame, 0, head).map_err(|_| Bad::Malformed)?;
+        let head = head.get(..filled).unwrap_or_default();
+        let ethernet = Ethernet::parse(head)?;
+        if ethernet.src != self.config.guest_mac {
+            self.stats.spoofed += 1;
+            return Ok(None);
+        }
+        Ok(Some((ethernet, head)))
+    }
+
+    /// Counts what became of a frame of the guest.
+    pub(in crate::network) fn count(&mut self, taken: Result<(), Bad>) {
+        match taken {
+            Ok(()) => {}
+            Err(Bad::Malformed) => self.stats.malformed += 1,
+            Err(Bad::Fragment) => self.stats.fragments += 1,
+            Err(Bad::Checksum) => self.stats.bad_checksums += 1,
+        }
+    }
+
+    /// Asks the policy; whatever goes out of the host needs its answer.
+    pub(in crate::network) fn admit(&mut self, protocol: Protocol, to: SocketAddr) -> Option<Admitted> {
+        self.host.calls += ROUTE_CALLS;
+        let admitted = self.policy.admit(protocol, to, self.host.now);
+        self.stats.denied += u64::from(admitted.is_none());
+        admitted
+    }
+
+    /// The host has no more descriptors for what was admitted: that is told, at most once a second.
+    pub(in crate::network) fn refused(&mut self, protocol: Protocol, to: SocketAddr) {
+        let now = self.host.now;
+        if self.told_refused.is_none_or(|told| now >= told + Duration::from_secs(1)) {
+            self.told_refused = Some(now);
+            self.policy.refused(protocol, to, now);
+        }
+    }
+
+    /// Whether what was admitted still is.
+    pub(in crate::network) fn allows(&self, protocol: Protocol, to: SocketAddr) -> bool {
+        self.policy.allows(protocol, to)
+    }
+
+    /// From the gateway's card to the guest's.
+    pub(in crate::network) fn macs(&self) -> (Mac, Mac) {
+        (self.config.gateway_mac, self.config.guest_mac)
+    }
+
+    /// The `len` bytes of `frame` from `skip` on.
+    pub(in crate::network) fn copy(
+        &mut self,
+        memory: &GuestMemory,
+        frame: &[Segment],
+        skip: usize,
+        len: usize,
+    ) -> Result<&[u8], Bad> {
+        self.buffer.resize(wire::MAX_PACKET, 0);
+        let to = self.buffer.get_mut(..len).ok_or(Bad::Malformed)?;
+        memory.gather(frame, skip, to).map_err(|_| Bad::Malformed)?;
+        Ok(self.buffer.get(..len).unwrap_or_default())
+    }
+
+    /// Whether the checksum of what is `at` in the frame is right, where the guest has made one.
+    pub(in crate::network) fn verify(
+        &mut self,
+        memory: &GuestMemory,
+        frame: &[Segment],
+        at: usize,
+        packet: Packet,
+    ) -> Result<(), Bad> {
+        packet.verify(self.copy(memory, frame, at, packet.len)?)
+    }
+
+    /// Sends a small frame to the guest some time soon.
+    pub(in crate::network) fn send(&mut self, frame: Vec<u8>) {
+        if self.waiting.len() < WAITING {
+            self.waiting.push_back(frame);
+        } else {
+            self.stats.overflowed += 1;
+        }
+    }
+
+    /// Sends headers that are a whole packet, with the checksum of the innermost put at `check` bytes after the IP header.
+    pub(in crate::network) fn send_head(&mut self, mut head: Head, ends: Ends, protocol: u8, check: usize) {
+        let at = wire::ETHERNET + wire::ip_header_len(ends.src);
+        let inner = head.from(at);
+        let sum = wire::pseudo(ends.src, ends.dst, protocol, inner.len()) + wire::sum(inner);
+        head.set16(at + check, !wire::fold(sum));
+        self.send(head.as_slice().to_vec());
+    }
+
+    /// Sends an ICMP message of the gateway or of who it speaks for.
+    pub(in crate::network) fn send_icmp(&mut self, ends: Ends, message: &mut [u8]) {
+        let protocol = if ends.src.is_ipv4() { wire::ICMP } else { wire::ICMPV6 };
+        let covered = match ends.src {
+            IpAddr::V4(_) => 0,
+            IpAddr::V6(_) => wire::pseudo(ends.src, ends.dst, protocol, message.len()),
+        };
+        if let Some(check) = message.get_mut(2..4) {
+            check.copy_from_slice(&[0, 0]);
+        }
+        let check = !wire::fold(covered + wire::sum(message));
+        if let Some(place) = message.get_mut(2..4) {
+            place.copy_from_slice(&check.to_be_bytes());
+        }
+        self.send_packet(ends, protocol, message);
+    }
+
+    /// Sends a datagram of the gateway, or of who it speaks for.
+    pub(in crate::network) fn send_udp(&mut self, ends: Ends, ports: (u16, u16), payload: &[u8]) {
+        self.send_packet(ends, wire::UDP, &wire::datagram(ends, ports, payload));
+    }
+
+    /// Sends a packet to the guest some time soon, in fragments where it is larger than the guest takes.
+    pub(in crate::network) fn send_packet(&mut self, ends: Ends, protocol: u8, body: &[u8]) {
+        let (macs, mtu) = (self.macs(), usize::from(self.config.mtu));
+        let frame = |head: Head, part: &[u8]| [head.as_slice(), part].concat();
+        if wire::ip_header_len(ends.src) + body.len() <= mtu {
+            return self.send(frame(Head::ip(macs, ends, protocol, body.len()), body));
+        }
+        self.fragmented = self.fragmented.wrapping_add(1);
+        // All but the last are of whole units (RFC 791, 3.2; RFC 8200, 4.5).
+        let size = mtu.saturating_sub(wire::fragment_header_len(ends.src)).max(8) & !7;
+        let count = body.len().div_ceil(size);
+        if self.waiting.len() + count > WAITING {
+            self.stats.overflowed += 1;
+            return;
+        }
+        for (n, part) in body.chunks(size).enumerate() {
+            let fragment = Fragment { id: self.fragmented, offset: n * size, more: n + 1 < count };
+            self.send(frame(Head::fragment(macs, ends, protocol, part.len(), fragment), part));
+        }
+    }
+
+    /// How long the first frame is that waits.
+    pub(in crate::network) fn waiting(&self) -> Option<usize> {
+        self.waiting.front().map(Vec::len)
+    }
+
+    pub(in crate::network) fn receive(&mut self, memory: &GuestMemory, room: &[Segment]) -> Option<Received> {
+        let frame = self.waiting.pop_front()?;
+        put(memory, room, &frame).then_some(Received { len: frame.len(), offload: Offload::default() })
+    }
+}
+
+/// Writes all of `bytes` to the guest. False: there is not enough room.
+pub(in crate::network) fn put(memory: &GuestMemory, room: &[Segment], bytes: &[u8]) -> bool {
+    memory.scatter(room, bytes).is_ok_and(|n| n == bytes.len())
+}

@@ -1,0 +1,310 @@
+//! [`Disk`]: the configuration of a disk. [`DiskHandle`]: a disk of a running VM.
+
+mod handle;
+mod kinds;
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+pub use handle::{DiskHandle, DiskUsage};
+#[cfg(feature = "qcow2")]
+pub use kinds::Qcow2Disk;
+pub use kinds::{FileDisk, MemoryDisk, OpenFileDisk, OverlayDisk, ScratchDisk};
+use kinds::{FileSource, ScratchSource};
+
+use super::overlay::BaseImage;
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::size::Size;
+use crate::sys;
+use crate::virtio::DeviceId;
+use crate::virtio::blk::{self, Blk, BlockBackend, DirectFile, Options, OverlayFile, RawFile, Reserve};
+pub use crate::virtio::blk::{CacheMode, DiskError, DiskLimit, DiskOperation, ErrorAction, ErrorClass, IoEngine};
+
+/// Bytes of a serial number (Virtio 1.3, 5.2.6).
+const MAX_SERIAL: usize = 20;
+/// Queues of one disk; each takes descriptors of the host's.
+const MAX_QUEUES: u32 = 64;
+
+/// Describes one disk of a VM; a config value.
+///
+/// Each of its functions returns a kind of disk with the settings that it has. All of them become a `Disk` where a
+/// builder takes one, as [`VmBuilder::disk`](crate::VmBuilder::disk) does.
+#[derive(Debug, Clone)]
+pub struct Disk {
+    settings: Settings,
+    source: Source,
+}
+
+/// What all kinds are told; kinds without a method for a setting leave it as it is.
+#[derive(Debug, Clone)]
+struct Settings {
+    read_only: bool,
+    serial: Option<String>,
+    queues: u32,
+    /// All but number, serial number and queues, which are checked first.
+    options: Options,
+}
+
+/// Where a disk's bytes are.
+#[derive(Debug, Clone)]
+enum Source {
+    Path(FileSource),
+    File(Arc<File>),
+    Scratch(ScratchSource),
+    Memory(Size),
+    Overlay(OverlaySource),
+    #[cfg(feature = "qcow2")]
+    Qcow2(Qcow2Source),
+}
+
+/// An overlay, and where it is.
+#[derive(Debug, Clone)]
+struct OverlaySource {
+    base: BaseImage,
+    persist_at: Option<PathBuf>,
+    scratch_dir: Option<PathBuf>,
+    size: Option<Size>,
+    max_size: Option<Size>,
+}
+
+/// A qcow2 image, and where its backing files may be.
+#[cfg(feature = "qcow2")]
+#[derive(Debug, Clone)]
+struct Qcow2Source {
+    path: PathBuf,
+    backing_dir: Option<PathBuf>,
+}
+
+impl Settings {
+    fn new() -> Self {
+        Self { read_only: false, serial: None, queues: 1, options: Options::new(0) }
+    }
+
+    /// Of a disk that takes space on the host as its guest writes.
+    fn sharing() -> Self {
+        let mut settings = Self::new();
+        settings.options.reserve = Reserve::Share;
+        settings
+    }
+}
+
+impl Disk {
+    /// Returns a disk of a file that has no name and that is gone with the VM.
+    #[cfg(feature = "container")]
+    pub(crate) fn private(file: File) -> OpenFileDisk {
+        OpenFileDisk { settings: Settings::sharing(), source: Arc::new(file) }
+    }
+
+    /// Uses a raw image file or a block device of the host, in place.
+    ///
+    /// While a VM runs the file is locked: many may read an image at once, and a writer has it alone. A flush of the
+    /// guest is answered when the data is on stable storage.
+    pub fn file(path: impl Into<PathBuf>) -> FileDisk {
+        FileDisk { settings: Settings::new(), source: FileSource { path: path.into(), locked: true, direct: false } }
+    }
+
+    /// Uses a raw image that is open already.
+    ///
+    /// It must be open for writing too, unless [`OpenFileDisk::read_only`] follows. It is not locked: the caller knows who else uses it.
+    pub fn from_file(file: File) -> OpenFileDisk {
+        OpenFileDisk { settings: Settings::new(), source: Arc::new(file) }
+    }
+
+    /// Makes an empty disk of `size` that is gone with the VM.
+    ///
+    /// It lies in the directory for temporary files, and takes space there as the guest writes.
+    pub fn scratch(size: Size) -> ScratchDisk {
+        ScratchDisk { settings: Settings::sharing(), source: ScratchSource { size, dir: None } }
+    }
+
+    /// Makes an empty disk of `size` in the host's memory.
+    ///
+    /// It takes memory as the guest writes, and gives it back as the guest discards.
+    pub fn memory(size: Size) -> MemoryDisk {
+        MemoryDisk { settings: Settings::new(), source: size }
+    }
+
+    /// Makes a private, copy-on-write copy of `base`.
+    ///
+    /// `base` is only read. Any number of VMs may share it, also through the host's page cache. What the guest writes
+    /// goes into a sparse file in the directory for temporary files, or in [`OverlayDisk::scratch_dir`]. That file is
+    /// gone with the VM, so flushes do nothing. With [`OverlayDisk::persist_at`] it is kept, and flushes are durable.
+    pub fn overlay(base: impl Into<BaseImage>) -> OverlayDisk {
+        let base = base.into();
+        let source = OverlaySource { base, persist_at: None, scratch_dir: None, size: None, max_size: None };
+        OverlayDisk { settings: Settings::sharing(), source }
+    }
+
+    /// Uses an image in QEMU's format qcow2.
+    ///
+    /// Version 3 can be written, version 2 only read. Backing files must lie in the directory of
+    /// [`Qcow2Disk::backing_dir`]; without that the image may have none. What is not supported is refused by name:
+    ///
+    /// - encryption, internal snapshots and external data files;
+    /// - chains of images whose tables take more than 512 MiB of memory;
+    /// - for writing, reference counts of less than a byte with clusters of less than 4 KiB;
+    /// - for writing, more than 16,777,216 clusters in use, which are 1 TiB where a cluster has 64 KiB.
+    ///
+    /// An image may grow beyond that limit while it is written, and is refused when it is opened for writing again.
+    /// `qemu-img convert -O qcow2 -o cluster_size=2M` makes one whose limit is 32 TiB.
+    ///
+    /// An image from a stranger may contradict itself. What its guest writes may then destroy its tables. Its header
+    /// stays as it is, with the name of its backing file: the guest's request fails.
+    ///
+    /// While the image is written it is marked as QEMU does with lazy reference counts. After the VM's process was
+    /// killed, or the host lost power, all that was flushed is there. The next open for writing counts the references
+    /// again, which takes as long as reading the image's tables. Until then the image cannot be opened to be read only,
+    /// or as a backing file. Overlays need no such thing, and are faster.
+    #[cfg(feature = "qcow2")]
+    pub fn qcow2(path: impl Into<PathBuf>) -> Qcow2Disk {
+        Qcow2Disk { settings: Settings::new(), source: Qcow2Source { path: path.into(), backing_dir: None } }
+    }
+
+    /// Opens the disk, which is the `n`th of its VM.
+    pub(super) fn attach(&self, n: usize) -> Result<Blk> {
+        let serial = self.serial_of(n);
+        if serial.is_empty() || serial.len() > MAX_SERIAL || !serial.bytes().all(|b| b.is_ascii_graphic()) {
+            let why = format!("{serial:?}: 1 to {MAX_SERIAL} visible ASCII characters are needed");
+            return Err(Error::invalid("serial", why));
+        }
+        let Settings { queues, options, .. } = &self.settings;
+        let queues = u16::try_from(*queues).ok().filter(|_| (1..=MAX_QUEUES).contains(queues));
+        let queues =
+            queues.ok_or_else(|| Error::invalid("queues", format!("{}: 1 to {MAX_QUEUES}", self.settings.queues)))?;
+        options.limit.check().map_err(|e| e.doing("limit"))?;
+        Ok(Blk::new(self.open()?, Options { device: DeviceId::Disk(n), serial, queues, ..options.clone() }))
+    }
+
+    /// Returns its serial number as the `n`th disk.
+    pub(super) fn serial_of(&self, n: usize) -> String {
+        self.settings.serial.clone().unwrap_or_else(|| DeviceId::Disk(n).to_string())
+    }
+
+    fn open(&self) -> Result<Box<dyn BlockBackend>> {
+        let backend = self.backend()?;
+        if let Some(wanted) = self.settings.options.min_free_space {
+            let doing = || "min_free_space: asking for the space that is left";
+            if let Some(space) = backend.space().doing(doing)?.filter(|space| space.free < wanted) {
+                let [free, wanted] = [space.free, wanted].map(Size::bytes);
+                return Err(Error::new(
+                    ErrorKind::ResourceExhausted,
+                    format!("min_free_space: {free} are left where the disk is, {wanted} are asked for"),
+                ));
+            }
+        }
+        Ok(backend)
+    }
+
+    fn backend(&self) -> Result<Box<dyn BlockBackend>> {
+        let read_only = self.settings.read_only;
+        let raw = |file| -> Result<Box<dyn BlockBackend>> { Ok(Box::new(RawFile::from_file(file, read_only)?)) };
+        match &self.source {
+            Source::Path(FileSource { path, locked, direct: true }) => {
+                Ok(Box::new(DirectFile::open(path, read_only, *locked)?))
+            }
+            Source::Path(FileSource { path, locked, direct: false }) => {
+                Ok(Box::new(RawFile::open(path, read_only, *locked)?))
+            }
+            Source::File(file) => raw(file.try_clone()?),
+            Source::Scratch(ScratchSource { size, dir }) => {
+                let dir = dir.clone().unwrap_or_else(std::env::temp_dir);
+                let doing = || format!("making a scratch disk of {size} in {}", dir.display());
+                raw(sys::scratch_file(&dir, *size).doing(doing)?)
+            }
+            Source::Memory(size) => {
+                raw(sys::memory_file(*size).doing(|| format!("making a disk of {size} in memory"))?)
+            }
+            Source::Overlay(it) => Ok(Box::new(it.open(read_only)?)),
+            #[cfg(feature = "qcow2")]
+            Source::Qcow2(it) => Ok(Box::new(blk::Qcow2::open(&it.path, it.backing_dir.as_deref(), read_only)?)),
+        }
+    }
+}
+
+impl OverlaySource {
+    fn open(&self, read_only: bool) -> Result<OverlayFile> {
+        let disk = match &self.persist_at {
+            Some(path) => self.open_persistent(path, read_only)?,
+            None => {
+                let dir = self.scratch_dir.clone().unwrap_or_else(std::env::temp_dir);
+                OverlayFile::private(&dir, &self.base.0, self.size)?
+            }
+        };
+        Ok(match self.max_size {
+            Some(max_size) => disk.limited(max_size),
+            None => disk,
+        })
+    }
+
+    fn open_persistent(&self, path: &Path, read_only: bool) -> Result<OverlayFile> {
+        match OverlayFile::open(path, Some(&self.base.0), read_only) {
+            Err(e) if e.kind() == ErrorKind::NotFound && path.symlink_metadata().is_err() => {}
+            opened => return opened,
+        }
+        match blk::create(path, &self.base.0, self.size) {
+            // Another was faster.
+            Err(e) if e.kind() == ErrorKind::AlreadyExists => {}
+            outcome => outcome?,
+        }
+        OverlayFile::open(path, Some(&self.base.0), read_only)
+    }
+}
+
+/// Serial numbers tell disks apart.
+pub(super) fn check_serials(disks: &[Disk]) -> Result<()> {
+    let mut seen = std::collections::BTreeSet::new();
+    let clash = disks.iter().enumerate().map(|(n, disk)| disk.serial_of(n)).find(|serial| !seen.insert(serial.clone()));
+    clash.map_or(Ok(()), |serial| {
+        Err(Error::new(ErrorKind::InvalidConfig, format!("serial: two disks have the serial number {serial:?}")))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rate::Rate;
+
+    fn open(disk: impl Into<Disk>) -> Result<Box<dyn BlockBackend>> {
+        disk.into().open()
+    }
+
+    #[test]
+    fn disks_name_themselves_in_errors() {
+        let error = open(Disk::file("/nonexistent/a.img")).unwrap_err();
+        assert_eq!(error.to_string(), "opening disk /nonexistent/a.img: No such file or directory (os error 2)");
+        let error = open(Disk::scratch(Size::mib(1)).scratch_dir("/nonexistent")).unwrap_err();
+        assert!(error.kind() == ErrorKind::NotFound && error.to_string().contains("/nonexistent"), "{error}");
+        assert_eq!(open(Disk::scratch(Size::bytes(0))).unwrap_err().kind(), ErrorKind::InvalidConfig);
+        assert_eq!(open(Disk::scratch(Size::bytes(1000))).unwrap_err().kind(), ErrorKind::InvalidConfig);
+        assert_eq!(open(Disk::scratch(Size::gib(100))).unwrap().shape().len, 100 << 30);
+        assert_eq!(open(Disk::memory(Size::gib(100))).unwrap().allocated().unwrap(), 0);
+    }
+
+    #[test]
+    fn a_disk_is_refused_without_the_free_space_that_is_asked_for() {
+        let full = open(Disk::scratch(Size::mib(1)).min_free_space(Size::gib(1 << 30))).unwrap_err();
+        assert_eq!(full.kind(), ErrorKind::ResourceExhausted, "{full}");
+        assert!(full.to_string().starts_with("min_free_space: "), "{full}");
+        open(Disk::scratch(Size::mib(1)).min_free_space(Size::bytes(1))).unwrap();
+    }
+
+    #[test]
+    fn what_cannot_be_names_its_method() {
+        let disk = || Disk::scratch(Size::mib(1));
+        for (disk, method) in [
+            (disk().serial(""), "serial"),
+            (disk().serial("a disk"), "serial"),
+            (disk().serial("0123456789abcdefghijk"), "serial"),
+            (disk().queues(0), "queues"),
+            (disk().queues(65), "queues"),
+            (disk().limit(DiskLimit::none().write_bytes(Rate::per_second(0))), "write_bytes"),
+        ] {
+            let error = Disk::from(disk).attach(0).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::InvalidConfig);
+            assert!(error.to_string().contains(method), "{error}");
+        }
+        assert!(check_serials(&[disk().serial("disk1").into(), disk().into()]).is_err());
+        assert!(check_serials(&[disk().serial("data").into(), disk().into()]).is_ok());
+    }
+}

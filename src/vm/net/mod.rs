@@ -1,0 +1,434 @@
+//! [`Net`]: the configuration of a network card. [`NetHandle`]: a card of a running VM.
+
+mod handle;
+mod kinds;
+mod ports;
+
+use std::fs::File;
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+pub use handle::{NetHandle, PublishedPort};
+use kinds::{Custom, SwitchAttachment, UserSource};
+pub use kinds::{CustomNet, SocketNet, SwitchNet, TapFilesNet, TapNet, UserNet};
+pub use ports::PortForward;
+use ports::check_ports;
+
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::network::{
+    BackendKind, Config, NetBackend, NicConfig, Pump, SocketBackend, SwitchPort, TapBackend, UserStack,
+};
+pub use crate::network::{
+    Capture, CaptureStats, Cidr, ConnectionLimit, Denial, DenyReason, Mac, NetStats, Policy, Protocol, Rule, Switch,
+};
+use crate::sys::{self, DescriptorShare};
+pub use crate::virtio::net::NetLimit;
+use crate::virtio::net::{self, PAIRS_MAX};
+
+/// Sizes of a packet that a card can be told (Virtio 1.3, 5.1.4.1: at least 68); every host takes 576 (RFC 791, 3.1).
+const MTU: std::ops::RangeInclusive<u32> = 576..=65535;
+
+/// Describes one network card of a VM, and its connection; a config value.
+///
+/// A VM has none by default. Each function returns a kind of network with the settings that it has. All of them become a
+/// `Net` where a builder takes one, as [`VmBuilder::net`](crate::VmBuilder::net) does.
+#[derive(Debug, Clone)]
+pub struct Net {
+    settings: Settings,
+    source: Source,
+}
+
+/// What all kinds are told; kinds without a method for a setting leave it as it is.
+#[derive(Debug, Clone)]
+struct Settings {
+    mac: Option<Mac>,
+    mtu: u32,
+    queues: u32,
+    limit: NetLimit,
+    capture: Option<Capture>,
+}
+
+impl Settings {
+    fn new() -> Self {
+        Self { mac: None, mtu: 1500, queues: 1, limit: NetLimit::none(), capture: None }
+    }
+}
+
+/// What a card tells: called on the VM's loop.
+pub(super) struct NetCallbacks {
+    pub lost: Box<dyn FnMut(&std::io::Error) + Send>,
+    pub denied: Box<dyn FnMut(Denial) + Send>,
+    pub throttled: Box<dyn FnMut() + Send>,
+}
+
+/// A card that is connected.
+pub(super) struct AttachedNet {
+    pub card: net::Net,
+    /// Where its published ports are.
+    pub published: Vec<SocketAddr>,
+    /// What writes its capture, for a thread of its own.
+    pub pump: Option<Pump>,
+}
+
+/// What carries a card's frames.
+#[derive(Debug, Clone)]
+enum Source {
+    User(Box<UserSource>),
+    Tap(String),
+    TapFiles(Vec<Arc<File>>),
+    Socket(Arc<OwnedFd>),
+    Switch(SwitchAttachment),
+    Custom(Custom),
+}
+
+impl Net {
+    /// Connects the card to a network that needs no privileges on the host.
+    ///
+    /// The guest's connections end in this process. It opens ordinary sockets of the host for them where `policy`
+    /// allows it: TCP, UDP and ping, over IPv4 and IPv6. What the policy denies is an
+    /// [`EventKind::Denied`](crate::event::EventKind::Denied).
+    ///
+    /// The guest is 10.0.2.15 and fd63:6f66:6665::15. The gateway is 10.0.2.2 and fd63:6f66:6665::2: router, DHCP
+    /// server and resolver for names. Datagrams and pings that are larger than a packet go in fragments, both ways.
+    pub fn user(policy: Policy) -> UserNet {
+        let source = Box::new(UserSource {
+            policy,
+            ports: Vec::new(),
+            connection_limit: ConnectionLimit::none(),
+            loopback: false,
+        });
+        UserNet { settings: Settings::new(), source }
+    }
+
+    /// Connects the card to a tap device of the host.
+    ///
+    /// The device must be there: `ip tuntap add dev NAME mode tap vnet_hdr user USER` makes one that needs no
+    /// privileges to open. For several [`TapNet::queues`] add `multi_queue`. Its addresses, and the bridge that it is in,
+    /// are the caller's.
+    pub fn tap(name: impl Into<String>) -> TapNet {
+        TapNet { settings: Settings::new(), source: name.into() }
+    }
+
+    /// Connects the card to taps that are open already.
+    ///
+    /// Each was opened with `IFF_NO_PI` and `IFF_VNET_HDR`: one descriptor for each pair of queues.
+    pub fn tap_files(files: impl IntoIterator<Item = File>) -> TapFilesNet {
+        let source: Vec<_> = files.into_iter().map(Arc::new).collect();
+        let queues = u32::try_from(source.len()).unwrap_or(u32::MAX);
+        TapFilesNet { settings: Settings { queues, ..Settings::new() }, source }
+    }
+
+    /// Connects the card to a socket whose peer carries the frames.
+    ///
+    /// On a stream, each frame follows its length in four bytes, big endian, as for `passt --fd` and QEMU's `-netdev
+    /// stream`. On a socket of datagrams each is a frame. When the peer closes it, the guest sees its link go down, and
+    /// that is an [`EventKind::Degraded`](crate::event::EventKind::Degraded).
+    pub fn socket(socket: impl Into<OwnedFd>) -> SocketNet {
+        SocketNet { settings: Settings::new(), source: Arc::new(socket.into()) }
+    }
+
+    /// Connects the card to `switch`, where other guests find this one by `name`.
+    ///
+    /// A name has 1 to 63 letters, digits and hyphens; case does not matter. Nothing else is reached there. For a way
+    /// out add a [`Net::user`], whose resolver then knows the names on the switch too.
+    ///
+    /// The name is taken when the VM starts, which fails when another has it. It is free again when the VM has ended.
+    /// All guests of a switch should have the same MTU: packets that are larger than a guest's are dropped.
+    pub fn switch(switch: &Switch, name: impl Into<String>) -> SwitchNet {
+        let source = SwitchAttachment { switch: switch.clone(), name: name.into(), place: None };
+        SwitchNet { settings: Settings::new(), source }
+    }
+
+    /// Connects the card to a [`NetBackend`](crate::backend::NetBackend) of the embedder's.
+    ///
+    /// `make` is called for each pair of queues at each start of a VM with this card, on the thread that starts it. Its
+    /// error is that of the start.
+    pub fn custom<B: NetBackend + 'static>(
+        make: impl Fn(NicConfig) -> io::Result<B> + Send + Sync + 'static,
+    ) -> CustomNet {
+        let source = Custom(Arc::new(move |card| make(card).map(BackendKind::other)));
+        CustomNet { settings: Settings::new(), source }
+    }
+
+    /// The card's address, if it was set.
+    pub(super) fn wanted_mac(&self) -> Option<Mac> {
+        self.settings.mac
+    }
+
+    /// The switch that it is on.
+    pub(super) fn attached_switch(&self) -> Option<&Switch> {
+        match &self.source {
+            Source::Switch(plug) => Some(&plug.switch),
+            _ => None,
+        }
+    }
+
+    /// The network that it gives its guest an address of.
+    fn network(&self) -> Option<std::net::Ipv4Addr> {
+        match &self.source {
+            Source::User(_) => Some(Config::new(Policy::deny_all()).guest4),
+            Source::Switch(plug) => Some([10, 0, plug.switch.number(), 0].into()),
+            _ => None,
+        }
+        .map(|address| (u32::from(address) >> 8 << 8).into())
+    }
+
+    /// Takes its place on a switch now, so that its address is known before the VM starts.
+    #[cfg(feature = "container")]
+    pub(crate) fn reserved(mut self) -> Result<Self> {
+        if self.attached_switch().is_some() {
+            self.settings.mac = Some(self.checked_mac()?);
+        }
+        if let (Source::Switch(plug), Some(mac)) = (&mut self.source, self.settings.mac) {
+            plug.place = Some(Arc::new(plug.switch.join(&plug.name, mac, checked_mtu(self.settings.mtu)?)?));
+        }
+        Ok(self)
+    }
+
+    /// What a guest is to be told of its address, where that is known.
+    #[cfg(feature = "container")]
+    pub(crate) fn link(&self) -> Option<Link> {
+        match &self.source {
+            Source::User(_) => {
+                let config = Config::new(Policy::deny_all());
+                let gateway = config.gateway4.octets();
+                let (address, prefix) = (config.guest4.octets(), config.prefix4);
+                Some(Link { address, prefix, gateway: Some(gateway), resolver: gateway })
+            }
+            Source::Switch(SwitchAttachment { place: Some(place), .. }) => {
+                let (address, resolver) = (place.address().octets(), place.resolver().octets());
+                Some(Link { address, prefix: crate::network::SWITCH_PREFIX, gateway: None, resolver })
+            }
+            _ => None,
+        }
+    }
+
+    /// The guest will take what is sent to its 127.0.0.1.
+    #[cfg(feature = "container")]
+    pub(crate) fn with_loopback(mut self) -> Self {
+        if let Source::User(user) = &mut self.source {
+            user.loopback = true;
+        }
+        self
+    }
+
+    fn user_net(
+        user: &UserSource,
+        (mac, mtu): (Mac, u16),
+        (switches, descriptors): (Vec<Switch>, DescriptorShare),
+        denied: Box<dyn FnMut(Denial) + Send>,
+    ) -> Result<(UserStack, Vec<SocketAddr>)> {
+        check_ports(&user.ports)?;
+        user.connection_limit.check().map_err(|e| e.doing("connection_limit"))?;
+        let (policy, loopback) = (user.policy.clone(), user.loopback);
+        let config = Config { guest_mac: mac, mtu, switches, loopback, descriptors, ..Config::new(policy) };
+        let mut stack = UserStack::new(config)?;
+        let published = user.ports.iter().map(|port| Ok(port.publish(&mut stack)?.1)).collect::<Result<_>>()?;
+        stack.on_denial(denied);
+        stack.set_connection_limit(user.connection_limit);
+        Ok((stack, published))
+    }
+
+    fn checked_mac(&self) -> Result<Mac> {
+        match self.settings.mac {
+            Some(mac) if mac.is_unicast() => Ok(mac),
+            Some(mac) => Err(Error::invalid("mac", format!("{mac} does not name one card"))),
+            None => made_up(),
+        }
+    }
+
+    /// Connects the card of a VM that is on these switches.
+    pub(super) fn attach(
+        &self,
+        vcpus: u8,
+        switches: Vec<Switch>,
+        descriptors: DescriptorShare,
+        told: NetCallbacks,
+    ) -> Result<AttachedNet> {
+        let (mac, mtu) = (self.checked_mac()?, checked_mtu(self.settings.mtu)?);
+        let queues = usize::try_from(self.settings.queues).unwrap_or(usize::MAX);
+        if !(1..=PAIRS_MAX).contains(&queues) || queues > usize::from(vcpus) {
+            let why =
+                format!("{queues} pairs of queues: at least 1 is needed, at most {PAIRS_MAX} and one for each vCPU");
+            return Err(Error::invalid("queues", why));
+        }
+        self.settings.limit.check().map_err(|e| e.doing("limit"))?;
+        let mut published = Vec::new();
+        let backends = match &self.source {
+            Source::User(_) | Source::Socket(_) | Source::Switch(_) if queues > 1 => {
+                return Err(Error::invalid("queues", "this kind of network has one pair of queues"));
+            }
+            Source::User(user) => {
+                let (stack, ports) = Self::user_net(user, (mac, mtu), (switches, descriptors), told.denied)?;
+                published = ports;
+                vec![BackendKind::User(Box::new(stack))]
+            }
+            Source::Tap(name) => TapBackend::open(name, queues, mtu)?.into_iter().map(BackendKind::other).collect(),
+            Source::TapFiles(files) if files.len() == queues => {
+                let open =
+                    |file: &Arc<File>| TapBackend::from_file(file.try_clone().doing(|| "copying a descriptor")?, mtu);
+                files.iter().map(|file| open(file).map(BackendKind::other)).collect::<Result<_>>()?
+            }
+            Source::TapFiles(files) => {
+                let why = format!("{queues}, but {} descriptors were given", files.len());
+                return Err(Error::invalid("queues", why));
+            }
+            Source::Socket(fd) => {
+                vec![BackendKind::other(SocketBackend::new(fd.try_clone().doing(|| "copying a descriptor")?)?)]
+            }
+            Source::Switch(SwitchAttachment { switch, name, place }) => {
+                let place = match place {
+                    Some(place) => place.clone(),
+                    None => Arc::new(switch.join(name, mac, mtu)?),
+                };
+                vec![BackendKind::Switch(Box::new(SwitchPort::new(place)?))]
+            }
+            Source::Custom(Custom(make)) => {
+                let backend = || make(NicConfig { mac, mtu }).doing(|| "making a custom backend");
+                (0..queues).map(|_| backend()).collect::<Result<_>>()?
+            }
+        };
+        let (recorder, pump) = self.settings.capture.as_ref().map(Capture::open).transpose()?.unzip();
+        let mut card = net::Net::new(backends, mac, mtu, told.lost).on_throttled(told.throttled).captured_by(recorder);
+        card.set_limit(&self.settings.limit);
+        Ok(AttachedNet { card, published, pump })
+    }
+}
+
+/// What a guest is to be told of the address of one of its cards.
+#[cfg(feature = "container")]
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Link {
+    pub address: [u8; 4],
+    /// Bits of the network.
+    pub prefix: u8,
+    /// The way out, if there is one.
+    pub gateway: Option<[u8; 4]>,
+    pub resolver: [u8; 4],
+}
+
+fn checked_mtu(bytes: u32) -> Result<u16> {
+    let mtu = u16::try_from(bytes).ok().filter(|_| MTU.contains(&bytes));
+    mtu.ok_or_else(|| Error::invalid("mtu", format!("{bytes} is not within {} to {}", MTU.start(), MTU.end())))
+}
+
+/// An address of those that nobody sells (IEEE 802, 8.2: locally administered).
+fn made_up() -> Result<Mac> {
+    let mut bytes = [0; 6];
+    sys::fill_random(&mut bytes).doing(|| "making up a card's address")?;
+    bytes[0] = bytes[0] & 0xfc | 2;
+    Ok(Mac(bytes))
+}
+
+/// Addresses tell cards apart, and networks too.
+pub(super) fn check_addresses(nets: &[Net]) -> Result<()> {
+    let mut networks = std::collections::BTreeSet::new();
+    if let Some(twice) = nets.iter().filter_map(Net::network).find(|network| !networks.insert(*network)) {
+        return Err(Error::invalid(
+            "net",
+            format!(
+                "two cards are on {twice}/24: a VM has one Net::user, and Switch::with_subnet_id has other addresses"
+            ),
+        ));
+    }
+    let mut seen = std::collections::BTreeSet::new();
+    let clash = nets.iter().filter_map(Net::wanted_mac).find(|mac| !seen.insert(mac.0));
+    clash.map_or(Ok(()), |mac| {
+        Err(Error::new(ErrorKind::InvalidConfig, format!("mac: two cards have the address {mac}")))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::net::{UnixDatagram, UnixStream};
+
+    fn nobody() -> NetCallbacks {
+        NetCallbacks { lost: Box::new(|_| ()), denied: Box::new(|_| ()), throttled: Box::new(|| ()) }
+    }
+
+    fn error(net: impl Into<Net>) -> Error {
+        net.into().attach(2, Vec::new(), DescriptorShare::default(), nobody()).map(drop).unwrap_err()
+    }
+
+    #[test]
+    fn what_cannot_be_names_its_method() {
+        let net = || Net::socket(UnixStream::pair().unwrap().0);
+        for (bad, method) in [
+            (Net::from(net().mtu(575)), "mtu: "),
+            (net().mtu(65536).into(), "mtu: "),
+            (net().mac([1, 0, 0, 0, 0, 1]).into(), "mac: "),
+            (net().mac([0; 6]).into(), "mac: "),
+            (Net::tap("lo").queues(0).into(), "queues: "),
+            (Net::tap("lo").queues(3).into(), "queues: "),
+            (Net::tap_files([]).into(), "queues: "),
+        ] {
+            let error = error(bad);
+            assert_eq!(error.kind(), ErrorKind::InvalidConfig, "{error}");
+            assert!(error.to_string().contains(method), "{error}");
+        }
+        let same = [net().mac([2, 0, 0, 0, 0, 9]), net(), net().mac([2, 0, 0, 0, 0, 9])].map(Net::from);
+        assert!(check_addresses(&same).unwrap_err().to_string().contains("02:00:00:00:00:09"));
+        check_addresses(&same[1..]).unwrap();
+    }
+
+    #[test]
+    fn ports_that_are_taken_are_refused_before_anything_starts() {
+        let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let listener = std::net::TcpListener::bind(taken).unwrap();
+        let user = Net::user(Policy::deny_all());
+        let refused = error(user.clone().publish(PortForward::tcp(taken, 80)));
+        assert_eq!(refused.kind(), ErrorKind::AlreadyExists, "{refused}");
+        drop(listener);
+        let user = user.publish(PortForward::tcp(([127, 0, 0, 1], 0), 80));
+        let AttachedNet { published, .. } =
+            Net::from(user).attach(1, Vec::new(), DescriptorShare::default(), nobody()).unwrap();
+        assert!(published[0].ip().is_loopback() && published[0].port() > 0);
+    }
+
+    #[test]
+    fn ports_that_cannot_be_are_refused_before_anything_starts() {
+        let publish =
+            |ports: &[PortForward]| ports.iter().cloned().fold(Net::user(Policy::deny_all()), UserNet::publish);
+        let fixed = |port| std::net::SocketAddr::from(([127, 0, 0, 1], port));
+        let twice = [
+            PortForward::tcp(fixed(40_123), 80),
+            PortForward::udp(fixed(40_123), 80),
+            PortForward::tcp(fixed(40_123), 81),
+        ];
+        for (ports, text) in [
+            (&twice[..], "publish: 127.0.0.1:40123 is published twice over TCP"),
+            (&[PortForward::udp(fixed(0), 0)], "publish: port 0 of the guest is nobody's"),
+            (&[PortForward::tcp(([192, 0, 2, 9], 8080), 80)], "the host has no such address"),
+            (
+                &["[2001:db8::9]:80".parse().map(|host: SocketAddr| PortForward::udp(host, 80)).unwrap()],
+                "the host has no such address",
+            ),
+        ] {
+            let error = error(publish(ports));
+            assert_eq!(error.kind(), ErrorKind::InvalidConfig, "{error}");
+            assert!(error.to_string().contains(text), "{error}");
+        }
+        let any =
+            publish(&[PortForward::tcp(fixed(0), 80), PortForward::tcp(fixed(0), 80), PortForward::udp(fixed(0), 80)]);
+        assert_eq!(
+            Net::from(any).attach(1, Vec::new(), DescriptorShare::default(), nobody()).unwrap().published.len(),
+            3
+        );
+    }
+
+    #[test]
+    fn what_is_no_network_is_refused_with_the_remedy() {
+        let missing = error(Net::tap("no-such-tap"));
+        assert_eq!(missing.kind(), ErrorKind::NotFound, "{missing}");
+        assert!(missing.to_string().contains("ip tuntap add dev no-such-tap mode tap vnet_hdr user"), "{missing}");
+        assert_eq!(error(Net::tap("../etc")).kind(), ErrorKind::NotFound);
+        assert_eq!(error(Net::socket(File::open("/dev/null").unwrap())).kind(), ErrorKind::InvalidConfig);
+        assert_eq!(error(Net::tap_files([File::open("/dev/null").unwrap()])).kind(), ErrorKind::InvalidConfig);
+        Net::from(Net::socket(UnixDatagram::pair().unwrap().0))
+            .attach(1, Vec::new(), DescriptorShare::default(), nobody())
+            .unwrap();
+    }
+}
