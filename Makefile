@@ -26,7 +26,7 @@ bench: setup
 
 # Kernels and a whole system as Debian has them are for tests.
 setup: base
-	@lab/need acl attr curl dmsetup erofs-utils iproute2 mount openssh-client procps qemu-utils
+	@lab/need acl attr cpio curl dmsetup erofs-utils iproute2 mount openssh-client procps qemu-utils
 	@guest/stock-kernels >/dev/null
 	@guest/system >/dev/null
 	@guest/rootfs storage >/dev/null

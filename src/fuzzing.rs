@@ -64,11 +64,13 @@ pub fn mmio(data: &[u8]) {
     let make = || Loop::start("fuzzing", |sources| Slots::new(vec![Box::new(Rng)], sources, Box::new(|_, _| ())));
     let devices = LOOP.get_or_init(|| make().unwrap_or_else(|e| unreachable!("{e}")));
     let Ok(memory) = GuestMemory::anonymous(&[(GuestAddress(0), 1 << 20)]) else {
-        return;
+        unreachable!("the harness lacks what it needs")
     };
-    let Ok(registers) = RegisterPage::alone() else { return };
+    let Ok(registers) = RegisterPage::alone() else { unreachable!("the harness lacks what it needs") };
     let interrupt = Interrupt::new(registers, || ());
-    let Ok(transport) = MmioTransport::new(Rng.profile(), memory, (devices.remote(), 0), interrupt) else { return };
+    let Ok(transport) = MmioTransport::new(Rng.profile(), memory, (devices.remote(), 0), interrupt) else {
+        unreachable!("the harness lacks what it needs")
+    };
     let (mut bus, transport) = (Bus::default(), Arc::new(Mutex::new(transport)));
     let _ = bus.attach(0, 0x1000, transport.clone());
     // A driver's first steps, so that what follows meets a running device as often as an idle one.
@@ -136,7 +138,7 @@ pub fn blk_request(data: &[u8]) {
     let flavour = data.first().copied().unwrap_or_default();
     let disk =
         sys::scratch_file(&std::env::temp_dir(), crate::Size::kib(64)).map(|f| RawFile::from_file(f, flavour == 1));
-    let Ok(Ok(disk)) = disk else { return };
+    let Ok(Ok(disk)) = disk else { unreachable!("the harness lacks what it needs") };
     let engine =
         if flavour & 2 == 0 { crate::virtio::blk::IoEngine::Threads } else { crate::virtio::blk::IoEngine::IoUring };
     let queues = if flavour & 4 == 0 { 1 } else { 3 };

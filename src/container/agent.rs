@@ -39,9 +39,9 @@ const VM_ENDED: u64 = 2;
 /// The host's requests that may wait for a guest that does not read.
 const MAX_UNSENT: usize = 16 * 1024 * 1024;
 /// Reads, and writes, in a row before others get their turn.
-const TURN: usize = 16;
+const MAX_CALLS: usize = 16;
 /// A guest whose shim has gone away without ending the machine is ended after this.
-const LAST_WORDS: Duration = Duration::from_secs(2);
+const SHIM_GONE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Told once whether a program runs.
 pub(super) type Started = mpsc::SyncSender<Result<()>>;
@@ -200,7 +200,7 @@ impl ControlClient {
     }
 
     fn flush(&mut self) {
-        for _ in 0..TURN {
+        for _ in 0..MAX_CALLS {
             if self.sent == self.unsent.len() {
                 (self.unsent, self.sent) = (Vec::new(), 0);
                 return;
@@ -233,7 +233,7 @@ impl ControlClient {
     /// Reads what the shim says.
     fn listen(&mut self) {
         let mut buffer = [0; 4096];
-        for _ in 0..TURN {
+        for _ in 0..MAX_CALLS {
             if self.ended {
                 return;
             }
@@ -397,7 +397,7 @@ impl ControlClient {
             log::debug!("the control stream was closed already: {error}");
         }
         (self.unsent, self.sent) = (Vec::new(), 0);
-        self.gone = Some((Instant::now() + LAST_WORDS, why.to_owned()));
+        self.gone = Some((Instant::now() + SHIM_GONE_TIMEOUT, why.to_owned()));
         self.set_timer();
     }
 

@@ -13,7 +13,7 @@ use crate::virtio::vsock::VsockStream;
 use crate::vm::Vm;
 
 /// How long the guest may take to find the service.
-const PATIENCE: Duration = Duration::from_secs(10);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Connects to whoever listens on `port`, with a shim that speaks this version of the protocol.
 pub(super) fn connect(vm: &Vm, version: u32, port: u16) -> Result<VsockStream> {
@@ -22,7 +22,7 @@ pub(super) fn connect(vm: &Vm, version: u32, port: u16) -> Result<VsockStream> {
 
 fn open(vm: &Vm, version: u32, port: u16) -> Result<VsockStream> {
     check(version, port)?;
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + CONNECT_TIMEOUT;
     let mut stream = vm.connect(CONNECT_PORT).map_err(|error| match error.kind() {
         // It has been there, so it is there no more.
         _ if vm.try_wait().is_some() => Error::new(ErrorKind::InvalidState, "the container has ended"),
@@ -67,7 +67,7 @@ fn read_answer(stream: &mut VsockStream, deadline: Instant) -> Result<i32> {
             Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
                 let why = format!(
-                    "no service has answered within {PATIENCE:?}: one that listens may have too many callers waiting"
+                    "no service has answered within {CONNECT_TIMEOUT:?}: one that listens may have too many callers waiting"
                 );
                 return Err(Error::new(ErrorKind::TimedOut, why));
             }
@@ -81,7 +81,10 @@ fn read_answer(stream: &mut VsockStream, deadline: Instant) -> Result<i32> {
             };
         }
         if Instant::now() >= deadline {
-            return Err(Error::new(ErrorKind::TimedOut, format!("the guest has not answered within {PATIENCE:?}")));
+            return Err(Error::new(
+                ErrorKind::TimedOut,
+                format!("the guest has not answered within {CONNECT_TIMEOUT:?}"),
+            ));
         }
     }
 }

@@ -71,7 +71,7 @@ impl From<OwnedFd> for Stdio {
 /// Describes how a program runs; see [`Container::exec`].
 ///
 /// Nothing is done before [`Exec::spawn`], [`Exec::output`] or [`Exec::status`]. The container lives at least as long as
-/// this value.
+/// this value, and as a call of `output` or `status`. A [`Process`] does not keep it.
 ///
 /// Nothing of the embedder's is inherited. By default the environment is `PATH` and `HOME`, the working directory is
 /// `/`, and the streams are `/dev/null`. The user is root of the guest.
@@ -223,6 +223,8 @@ impl Exec {
     pub fn output(mut self) -> Result<Output> {
         self.stdio[1].get_or_insert(Stdio::piped());
         self.stdio[2].get_or_insert(Stdio::piped());
+        // It lives at least as long as the call.
+        let _container = self.container.clone();
         self.spawn()?.wait_with_output()
     }
 
@@ -231,6 +233,7 @@ impl Exec {
     /// # Errors
     /// As [`Exec::spawn`].
     pub fn status(self) -> Result<ExitStatus> {
+        let _container = self.container.clone();
         self.spawn()?.wait()
     }
 

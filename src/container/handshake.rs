@@ -16,7 +16,7 @@ use crate::virtio::vsock::VsockStream;
 use crate::vm::Vm;
 
 /// How long a VM that is known to end may take to say how.
-const LAST_WORDS: Duration = Duration::from_secs(2);
+const END_TIMEOUT: Duration = Duration::from_secs(2);
 /// Messages of a shim before it is ready; more are nonsense. It has two to say.
 const MAX_MESSAGES: usize = 64;
 
@@ -156,11 +156,11 @@ fn explain(vm: &Vm, timeout: Duration, error: Error) -> Error {
         ErrorKind::TimedOut => {
             vm.kill();
             // Its end tells where the guest was.
-            let _ = vm.wait_timeout(LAST_WORDS);
+            let _ = vm.wait_timeout(END_TIMEOUT);
             let report = vm.report().for_people();
             Error::new(ErrorKind::TimedOut, format!("the guest was not ready within {timeout:?} ({report})"))
         }
-        ErrorKind::InvalidState => match vm.wait_timeout(LAST_WORDS) {
+        ErrorKind::InvalidState => match vm.wait_timeout(END_TIMEOUT) {
             Some(exit) => {
                 let console = exit.report().for_people();
                 Error::new(ErrorKind::GuestFailed, format!("before it was ready, {exit} ({console})"))

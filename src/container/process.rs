@@ -471,3 +471,51 @@ impl fmt::Debug for Process {
         write!(f, "Process({})", self.number)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What is read of a process that prints this on each stream, and how.
+    fn collected(printed: [&[u8]; 2], limit: OutputLimit) -> Result<[Collected; 2]> {
+        let (streams, fars): (Vec<_>, Vec<_>) = (0..2)
+            .map(|_| VsockStream::pair().map(|(near, far, _)| (ProcessReader(near), far)))
+            .collect::<io::Result<Vec<_>>>()?
+            .into_iter()
+            .unzip();
+        let state = State::new()?;
+        std::thread::scope(|scope| {
+            for (mut far, bytes) in fars.into_iter().zip(printed) {
+                scope.spawn(move || {
+                    far.set_nonblocking(false).unwrap();
+                    // The reader may have had enough.
+                    let _ = far.write_all(bytes);
+                });
+            }
+            let mut streams = streams.into_iter().map(Some);
+            read_all([streams.next().flatten(), streams.next().flatten()], &state, limit)
+        })
+    }
+
+    #[test]
+    fn output_beyond_the_limit_is_an_error_or_is_cut_off() {
+        let (many, few) = (vec![b'x'; 300_000], b"few".as_slice());
+        let limit = OutputLimit { bytes: Size::bytes(100_000), truncate: false };
+        let error = collected([&many, few], limit).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::ResourceExhausted);
+        let [out, err] = collected([&many, few], OutputLimit { truncate: true, ..limit }).unwrap();
+        assert_eq!((out.bytes.len(), out.truncated), (100_000, true));
+        assert_eq!((err.bytes.as_slice(), err.truncated), (few, false));
+        // As much as the limit is not beyond it.
+        let [out, _] = collected([&many[..100_000], few], limit).unwrap();
+        assert_eq!((out.bytes.len(), out.truncated), (100_000, false));
+    }
+
+    #[test]
+    fn a_status_says_what_it_is() {
+        let status = ExitStatus::Exited { code: 3 };
+        assert_eq!((status.code(), status.signal(), status.success()), (Some(3), None, false));
+        assert_eq!(ExitStatus::Signaled { signal: 9 }.signal(), Some(9));
+        assert_eq!(status.to_string(), "exit code 3");
+    }
+}

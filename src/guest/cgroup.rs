@@ -17,7 +17,7 @@ use super::poweroff::Decimal;
 use super::sys::{self, Errno, Fd, O_DIRECTORY, O_RDONLY, POLLPRI, Poll};
 
 /// Processes that no workload may have: the kernel's own, the shim, and what a few programs more need to start beside a fork bomb.
-const SPARED: u64 = 64;
+const RESERVED_PIDS: u64 = 64;
 
 /// The parent of the groups.
 #[derive(Debug)]
@@ -137,7 +137,7 @@ fn enabling(controllers: &[u8]) -> Vec<u8> {
 
 /// How many processes all workloads together, and each of them, may have.
 fn shares(threads_max: u64) -> (u64, u64) {
-    let all = threads_max.saturating_sub(threads_max / 8).saturating_sub(SPARED).max(SPARED);
+    let all = threads_max.saturating_sub(threads_max / 8).saturating_sub(RESERVED_PIDS).max(RESERVED_PIDS);
     (all, all.saturating_sub(all / 16).max(1))
 }
 

@@ -21,7 +21,7 @@ const MAX_CONNECTIONS: usize = 512;
 /// What is read at once, and what may wait in each direction for the other side.
 const PIECE: usize = 16 * 1024;
 /// Pieces in a row before it is another one's turn.
-const TURNS: usize = 8;
+const MAX_PIECES: usize = 8;
 /// What is read of the kernel's lists of sockets. Those that listen come first.
 const LIST_MAX: usize = 64 * 1024;
 
@@ -258,7 +258,7 @@ impl Way {
     /// Moves what can be moved. When it ends nothing waits.
     fn pump(&mut self, from: &Fd, to: &Fd) -> Result<Pumped, Broken> {
         let mut piece = [0u8; PIECE];
-        for _ in 0..TURNS {
+        for _ in 0..MAX_PIECES {
             if !self.waiting.is_empty() {
                 let sent = send(to, &self.waiting)?;
                 self.waiting.drain(..sent);

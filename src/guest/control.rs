@@ -7,7 +7,7 @@ use super::sys::{self, Errno, Fd, POLLHUP, POLLIN, POLLOUT, POLLRDHUP, Poll};
 use crate::proto::{Frame, FromGuest, FromHost, HOST_CID, Stage, VERSION_MAX, VERSION_MIN};
 
 /// With so many bytes unsent, the shim reads no further requests until the host has taken some.
-const ENOUGH: usize = 64 * 1024;
+const MAX_UNSENT: usize = 64 * 1024;
 
 /// Why the shim cannot go on.
 #[derive(Debug, PartialEq, Eq)]
@@ -75,7 +75,7 @@ impl Control {
 
     pub(super) fn poll(&self) -> Poll {
         let write = if self.out.is_empty() { 0 } else { POLLOUT };
-        let read = if self.out.len() < ENOUGH { POLLIN } else { 0 };
+        let read = if self.out.len() < MAX_UNSENT { POLLIN } else { 0 };
         Poll { fd: self.socket.raw(), events: read | write, happened: 0 }
     }
 
@@ -205,7 +205,7 @@ mod tests {
         sys::set_nonblocking(&writer).unwrap();
         let mut control = Control::over(writer);
         let message = FromGuest::Exited { code: 0 };
-        while control.out.len() < ENOUGH {
+        while control.out.len() < MAX_UNSENT {
             control.say(1, &message);
         }
         assert_eq!(control.poll().events, POLLOUT);

@@ -8,7 +8,7 @@ use super::sys::{self, Errno, Fd, POLLERR, POLLHUP, POLLIN, POLLOUT, POLLRDHUP, 
 /// What is moved in one call.
 const PIECE: usize = 64 * 1024;
 /// Calls in a row before it is another one's turn.
-const TURNS: usize = 8;
+const MAX_CALLS: usize = 8;
 
 /// Which way the bytes go.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -97,7 +97,7 @@ impl Relay {
     }
 
     fn pump(&mut self) -> Progress {
-        for _ in 0..TURNS {
+        for _ in 0..MAX_CALLS {
             let max = self.left.map_or(PIECE, |left| usize::try_from(left).unwrap_or(PIECE).min(PIECE));
             let moved = match self.flow {
                 Flow::Out => sys::splice(&self.pipe, &self.socket, max),

@@ -4,7 +4,7 @@
 use crate::proto::End;
 
 /// How long killed processes may take to vanish, and the host to empty the streams.
-const LAST_WAIT_NS: u64 = 2_000_000_000;
+const POWER_OFF_TIMEOUT_NS: u64 = 2_000_000_000;
 
 /// The end of the machine under way.
 #[derive(Debug)]
@@ -56,14 +56,14 @@ impl Ending {
             if !over {
                 return Next::Wait;
             }
-            (self.phase, self.deadline) = (Phase::Killed, now + LAST_WAIT_NS);
+            (self.phase, self.deadline) = (Phase::Killed, now + POWER_OFF_TIMEOUT_NS);
             return Next::Kill;
         }
         if self.phase == Phase::Killed && alive && !over {
             return Next::Wait;
         }
         if self.phase != Phase::Draining {
-            (self.phase, self.deadline) = (Phase::Draining, now + LAST_WAIT_NS);
+            (self.phase, self.deadline) = (Phase::Draining, now + POWER_OFF_TIMEOUT_NS);
         } else if over {
             return Next::Leave(self.end);
         }
@@ -93,15 +93,15 @@ mod tests {
         let mut ending = Ending::new(End::PowerOff, 100);
         assert_eq!(ending.step(true, true, 100), Next::Kill);
         assert_eq!(ending.step(true, true, 101), Next::Wait);
-        assert_eq!(ending.step(true, true, 100 + LAST_WAIT_NS), Next::Leave(End::PowerOff));
+        assert_eq!(ending.step(true, true, 100 + POWER_OFF_TIMEOUT_NS), Next::Leave(End::PowerOff));
     }
 
     #[test]
     fn a_host_that_never_reads_holds_nothing_up_for_ever() {
         let mut ending = Ending::new(End::Halt, 100);
         assert_eq!(ending.step(false, false, 1), Next::Wait);
-        assert_eq!(ending.deadline(), 1 + LAST_WAIT_NS);
-        assert_eq!(ending.step(false, false, 1 + LAST_WAIT_NS), Next::Leave(End::Halt));
+        assert_eq!(ending.deadline(), 1 + POWER_OFF_TIMEOUT_NS);
+        assert_eq!(ending.step(false, false, 1 + POWER_OFF_TIMEOUT_NS), Next::Leave(End::Halt));
     }
 
     #[test]

@@ -20,16 +20,16 @@ use super::{GuestMemory, Segment};
 use crate::sys::{self, Uring};
 
 /// How often an operation that the kernel has no resources for is tried again, one after the other.
-const TRIES: u8 = 16;
+const MAX_RETRIES: u8 = 16;
 /// How long the drop of an I/O queue waits for what is in flight.
-const PATIENCE: Duration = Duration::from_secs(2);
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(2);
 /// What zeroes are written from.
 static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
 /// Buffers of zeroes in one write.
 const ZERO_BUFFERS: usize = 256;
 /// Arrays that are kept to be used again, and the largest of them.
-const SPARE: usize = 128;
-const SPARE_BUFFERS: usize = 64;
+const MAX_SPARE_ARRAYS: usize = 128;
+const MAX_SPARE_BUFFERS: usize = 64;
 
 /// An operation.
 ///
@@ -203,7 +203,7 @@ impl IoQueue {
 
     fn release(&mut self, slot: usize) {
         if let Some(InFlightOperation { mut buffers, .. }) = self.flights.try_remove(slot) {
-            if self.spare.len() < SPARE && buffers.0.capacity() <= SPARE_BUFFERS {
+            if self.spare.len() < MAX_SPARE_ARRAYS && buffers.0.capacity() <= MAX_SPARE_BUFFERS {
                 buffers.0.clear();
                 self.spare.push(buffers);
             }
@@ -281,7 +281,7 @@ impl InFlightOperation {
         if result < 0 {
             let code = result.saturating_neg();
             self.tries = self.tries.saturating_add(1);
-            let again = code == libc::EINTR || code == libc::EAGAIN && self.tries < TRIES;
+            let again = code == libc::EINTR || code == libc::EAGAIN && self.tries < MAX_RETRIES;
             return (!again).then(|| Err(io::Error::from_raw_os_error(code)));
         }
         self.tries = 0;
@@ -333,7 +333,7 @@ fn zeroes(len: u64, buffers: &mut Vec<libc::iovec>) {
 
 impl Drop for IoQueue {
     fn drop(&mut self) {
-        if !self.stop(PATIENCE) {
+        if !self.stop(DRAIN_TIMEOUT) {
             self.leave();
         }
     }
@@ -456,7 +456,7 @@ mod tests {
         assert!(io_queue.busy() && io_queue.next().is_none());
         let begin = Instant::now();
         drop(io_queue);
-        assert!(begin.elapsed() < PATIENCE);
+        assert!(begin.elapsed() < DRAIN_TIMEOUT);
         far.write_all(b"abc").unwrap();
         let mut back = [0; 3];
         (&near).read_exact(&mut back).unwrap();

@@ -15,7 +15,7 @@ use super::{GuestAddress, GuestMemory, MemoryImage};
 use crate::sys;
 
 /// No more than so many pages are given to a guest that has not asked for them.
-const MOST: usize = 1024;
+const MAX_PREFAULT_PAGES: usize = 1024;
 /// Pages that are asked about at once, at 8 bytes each.
 const BATCH: usize = 1 << 10;
 /// In an entry of pagemap: the page is there, and it is one of a file (Linux, admin-guide/mm/pagemap).
@@ -59,7 +59,7 @@ impl GuestMemory {
                         _ => found.push((at, page)),
                     }
                     count += 1;
-                    if count == MOST {
+                    if count == MAX_PREFAULT_PAGES {
                         return Ok(found);
                     }
                 }
@@ -122,13 +122,13 @@ mod tests {
     #[test]
     fn no_guest_makes_others_copy_much() {
         let page = sys::page_size();
-        let all = 2 * MOST * page;
+        let all = 2 * MAX_PREFAULT_PAGES * page;
         let (image, ()) =
             MemoryImage::build(64 << 20, |memory| Ok(memory.write(GuestAddress(0), &vec![7; all])?)).unwrap();
         let guest = GuestMemory::anonymous(&[(GuestAddress(0), 32 << 20)]).unwrap();
         guest.map_image(&image).unwrap();
         guest.write(GuestAddress(0), &vec![8; all]).unwrap();
         guest.record_dirty_pages(&image);
-        assert_eq!(image.written.get(), Some(&vec![(0, (MOST * page) as u64)]));
+        assert_eq!(image.written.get(), Some(&vec![(0, (MAX_PREFAULT_PAGES * page) as u64)]));
     }
 }

@@ -300,7 +300,7 @@ impl World {
 /// The host is idle meanwhile. At most twice as many frames and four times as many bytes as it sent, and one socket for
 /// each frame. Datagrams that a frame is cut into are bounded by `Offload::check`.
 pub fn amplification(data: &[u8]) {
-    let Some(mut world) = World::new(Some(Policy::internet())) else { return };
+    let Some(mut world) = World::new(Some(Policy::internet())) else { unreachable!("the harness lacks what it needs") };
     // Sockets are counted, and none is made. A question goes to one resolver, or to the next when that one cannot be asked.
     world.net.pretend();
     let (mut bytes, mut made) = (Bytes(data), 0);
@@ -318,7 +318,7 @@ pub fn amplification(data: &[u8]) {
 
 /// Frames of any content, while the host is active and time passes.
 pub fn user_frame(data: &[u8]) {
-    let Some(mut world) = World::new(None) else { return };
+    let Some(mut world) = World::new(None) else { unreachable!("the harness lacks what it needs") };
     let mut bytes = Bytes(data);
     while !bytes.done() {
         match bytes.byte() % 12 {
@@ -348,7 +348,7 @@ pub fn user_frame(data: &[u8]) {
 
 /// Messages of any content to the DHCP server, with and without an address.
 pub fn dhcp(data: &[u8]) {
-    let Some(mut world) = World::new(None) else { return };
+    let Some(mut world) = World::new(None) else { unreachable!("the harness lacks what it needs") };
     let (gateway, mac) = (world.config.gateway4, world.config.guest_mac);
     let mut message = vec![1, 1, 6, 0];
     message.resize(28, 7);
@@ -364,7 +364,7 @@ pub fn dhcp(data: &[u8]) {
 
 /// Questions of any content, and answers of any content to a good one.
 pub fn dns(data: &[u8]) {
-    let Some(mut world) = World::new(Some(Policy::internet())) else { return };
+    let Some(mut world) = World::new(Some(Policy::internet())) else { unreachable!("the harness lacks what it needs") };
     let gateway = world.config.gateway4;
     world.net.pretend();
     let good = b"\0\x01\x01\0\0\x01\0\0\0\0\0\0\x01a\x02bc\0\0\x01\0\x01";
@@ -446,7 +446,7 @@ pub fn policy(data: &[u8]) {
         policy = policy.rule(rule);
         rules.push(Plain { allow, range, ports, protocol });
     }
-    let Some(mut world) = World::new(Some(Policy::deny_all())) else { return };
+    let Some(mut world) = World::new(Some(Policy::deny_all())) else { unreachable!("the harness lacks what it needs") };
     world.net.pretend();
     let used = world.net.set_policy(policy.clone()).is_ok();
     let enforcer = Enforcer::new(if used { policy } else { Policy::deny_all() });
@@ -495,7 +495,9 @@ pub fn switch(data: &[u8]) {
     let (switch, agreed) = (Switch::new(), Offloads::from_bits_truncate(bytes.byte()) - Offloads::USO);
     let agreed = if agreed.contains(Offloads::CSUM) { agreed } else { Offloads::empty() };
     let join = |name: &str, n, agreed| Played::on(&switch, name, Mac([2, 0, 0, 0, 0, n]), agreed).ok();
-    let (Some(mut a), Some(mut b)) = (join("a", 1, Offloads::all()), join("b", 2, agreed)) else { return };
+    let (Some(mut a), Some(mut b)) = (join("a", 1, Offloads::all()), join("b", 2, agreed)) else {
+        unreachable!("the harness lacks what it needs")
+    };
     while !bytes.done() {
         let what = bytes.byte();
         let (four, len) = (what & 1 == 0, usize::from(bytes.short()) % 4000);

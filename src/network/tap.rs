@@ -12,7 +12,7 @@ use crate::sys::{TUN_CSUM, TUN_TSO4, TUN_TSO6, TUN_USO, Tap};
 /// Bytes of a frame before its packet, with a VLAN's tag.
 const ETHERNET: usize = 18;
 /// A packet that stands for several.
-const LARGEST: usize = 65535;
+const MAX_PACKET: usize = 65535;
 /// What a tap can be told that a guest does by itself.
 const FLAGS: [(Offloads, u32); 4] =
     [(Offloads::CSUM, TUN_CSUM), (Offloads::TSO4, TUN_TSO4), (Offloads::TSO6, TUN_TSO6), (Offloads::USO, TUN_USO)];
@@ -97,7 +97,7 @@ impl NetBackend for TapBackend {
             log::warn!("the tap's frames are not made larger for the guest: {e}");
         }
         let large = Offloads::TSO4 | Offloads::TSO6 | Offloads::USO;
-        let packet = if agreed.to_guest.intersects(large) { LARGEST } else { usize::from(self.mtu) };
+        let packet = if agreed.to_guest.intersects(large) { MAX_PACKET } else { usize::from(self.mtu) };
         self.largest = packet + ETHERNET;
     }
 

@@ -14,6 +14,8 @@ mod register_page;
 mod routes;
 mod sched;
 mod signal;
+#[cfg(test)]
+mod skip;
 mod socket;
 mod stack;
 mod tap;
@@ -46,6 +48,8 @@ pub(crate) use routes::{Route, Routes};
 pub(crate) use sched::processor_time;
 pub(crate) use sched::set_sched_batch;
 pub(crate) use signal::{KickSignal, PeriodicKick, ThreadId};
+#[cfg(test)]
+pub(crate) use skip::skip;
 pub(crate) use socket::{Socket, SocketKind, peekv, socket_kind};
 pub(crate) use stack::Stack;
 pub(crate) use tap::{TUN_CSUM, TUN_TSO4, TUN_TSO6, TUN_USO, Tap};

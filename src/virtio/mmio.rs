@@ -58,7 +58,7 @@ const VENDOR: u32 = 0x4646_4f43;
 
 /// How long a vCPU waits in all for a device that starts or stops. A device on a file that does not answer would never
 /// do so. Only that vCPU waits. A request to it, such as to end, waits as long.
-const PATIENCE: Duration = Duration::from_secs(10);
+const START_STOP_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How often is told that a device needs a reset: ten times at once, then once a second.
 const REPORTS: Rate = Rate::per_second(1).one_time_burst(10);
@@ -331,7 +331,7 @@ impl MmioTransport {
         let (made, features) = (self.make_queues(), self.driver_features);
         let (kicks, interrupt) = (self.kicks.clone(), self.interrupt.clone());
         let (counters, slot, on_broken) = (self.counters.clone(), self.slot, self.on_broken.clone());
-        self.devices.with_timeout(PATIENCE, move |slots| {
+        self.devices.with_timeout(START_STOP_TIMEOUT, move |slots| {
             let sources = slots.sources();
             let io = |queues| DeviceIo {
                 queues,
@@ -357,9 +357,12 @@ impl MmioTransport {
     }
 
     fn reset(&mut self) {
-        let (slot, deadline) = (self.slot, Instant::now() + PATIENCE);
+        let (slot, deadline) = (self.slot, Instant::now() + START_STOP_TIMEOUT);
         // The queues that come back are let go: the driver will set up new ones.
-        match self.devices.with_timeout(PATIENCE, move |slots| slots.stop(slot).and_then(|mut io| io.left.take())) {
+        match self
+            .devices
+            .with_timeout(START_STOP_TIMEOUT, move |slots| slots.stop(slot).and_then(|mut io| io.left.take()))
+        {
             // The device may still use its queues, so the driver does not see a status of 0 (Virtio 1.3, 2.4.2).
             Err(error) if error.kind() == ErrorKind::TimedOut => {
                 log::warn!("device {slot} was not reset: {error}");

@@ -7,7 +7,7 @@ use super::ring::Ring;
 use crate::memory::GuestMemory;
 
 /// Chains that are kept for later, at most.
-const SPARE: usize = 256;
+const MAX_SPARE_CHAINS: usize = 256;
 
 /// What the driver wrote about one queue. Plain data, not trusted.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -98,7 +98,7 @@ impl Queue {
     /// Gives a chain back to the driver.
     pub(crate) fn complete(&mut self, chain: Chain) {
         self.with(|ring| ring.push(chain.head(), chain.written()));
-        if self.spare.len() < SPARE {
+        if self.spare.len() < MAX_SPARE_CHAINS {
             self.spare.extend(chain.emptied());
         }
     }

@@ -18,7 +18,7 @@ use crate::sys::{EventFd, borrow, deadline, eventfd, left};
 use crate::virtio::DeviceId;
 
 /// So many events are kept for readers that come late or are slow. What guests cause again and again pushes out no other kind.
-const KEPT: usize = 256;
+const MAX_EVENTS: usize = 256;
 
 /// Something that happened to a VM.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -214,7 +214,7 @@ impl EventLog {
             return;
         }
         state.ended = matches!(kind, EventKind::Ended { .. });
-        if state.kept.len() == KEPT {
+        if state.kept.len() == MAX_EVENTS {
             state.drop_one();
         }
         let number = state.count;
@@ -364,14 +364,14 @@ mod tests {
         let log = EventLog::new(Instant::now());
         let mut events = log.reader().unwrap();
         (0..1000).for_each(|_| log.push(PAUSED));
-        assert_eq!(events.try_next().unwrap().kind, EventKind::Missed { count: 1000 - KEPT as u64 });
-        assert_eq!((0..KEPT).filter(|_| events.try_next().is_some()).count(), KEPT);
+        assert_eq!(events.try_next().unwrap().kind, EventKind::Missed { count: 1000 - MAX_EVENTS as u64 });
+        assert_eq!((0..MAX_EVENTS).filter(|_| events.try_next().is_some()).count(), MAX_EVENTS);
         assert!(events.try_next().is_none() && !readable(&events));
         log.push(ended());
         assert_eq!(events.next().unwrap().kind, ended());
         assert!(events.next().is_none() && readable(&events));
         drop(events);
-        assert_eq!(log.state().kept.len(), KEPT);
+        assert_eq!(log.state().kept.len(), MAX_EVENTS);
     }
 
     #[test]
@@ -392,7 +392,7 @@ mod tests {
         let throttled = all.iter().filter(|kind| matches!(kind, EventKind::Throttled { .. })).count();
         assert_eq!((all.first(), all.last()), (Some(&EventKind::Started), Some(&ended())));
         assert!(all.contains(&fault));
-        assert_eq!((throttled, missed), (KEPT - 3, 2000 - (KEPT as u64 - 3)));
+        assert_eq!((throttled, missed), (MAX_EVENTS - 3, 2000 - (MAX_EVENTS as u64 - 3)));
     }
 
     #[test]

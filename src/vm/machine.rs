@@ -37,9 +37,9 @@ use crate::virtio::console::Output;
 use crate::virtio::{DeviceId, Slots};
 
 /// How long the end of a VM waits for what its guest has asked of devices last: disks on files that answer late.
-const LAST_REQUESTS: Duration = Duration::from_secs(10);
+const DEVICE_DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long the end of a VM waits for a console's writer to take the last bytes.
-const LAST_WORDS: Duration = Duration::from_secs(1);
+const CONSOLE_DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// What every thread of a VM sees of its end.
 pub(super) struct Shared {
@@ -247,7 +247,7 @@ impl Machine {
         if self.shared.running_vcpus.fetch_sub(1, Ordering::SeqCst) != 1 {
             return;
         }
-        let deadline = Instant::now() + LAST_REQUESTS;
+        let deadline = Instant::now() + DEVICE_DRAIN_TIMEOUT;
         for it in &self.loops {
             let left = deadline.saturating_duration_since(Instant::now());
             // Devices get less than we wait, to stop what does not end, and to say what they leave behind.
@@ -257,9 +257,9 @@ impl Machine {
                 it.abandon();
             }
         }
-        self.shared.output.close(LAST_WORDS);
+        self.shared.output.close(CONSOLE_DRAIN_TIMEOUT);
         // All at once: one that is stuck takes nothing of the others' time.
-        let deadline = Instant::now() + LAST_WORDS;
+        let deadline = Instant::now() + CONSOLE_DRAIN_TIMEOUT;
         self.captures.iter().for_each(|pump| pump.close(Duration::ZERO));
         self.captures.iter().for_each(|pump| pump.close(sys::left(deadline)));
         self.shared.publish();

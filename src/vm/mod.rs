@@ -57,9 +57,9 @@ use machine::Shared;
 type Keyboard = Arc<Mutex<I8042<Box<dyn FnMut() + Send>>>>;
 
 /// How long a guest may take to say how it uses its memory.
-const MEMORY_PATIENCE: Duration = Duration::from_secs(1);
+const MEMORY_STATS_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long a guest may take to power off by its power key, before Ctrl-Alt-Del is pressed too.
-const POWER_KEY_PATIENCE: Duration = Duration::from_secs(10);
+const POWER_KEY_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a connection to the guest may take to be answered.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -183,7 +183,7 @@ impl Vm {
         if let Ok(paused) = self.running.paused.try_lock() {
             let _ = self.go_on_from(paused);
         }
-        let second = begin.checked_add((grace / 4).min(POWER_KEY_PATIENCE));
+        let second = begin.checked_add((grace / 4).min(POWER_KEY_TIMEOUT));
         for (keys, until) in [(Keys::Power, second), (Keys::CtrlAltDel, begin.checked_add(grace))] {
             if !self.running.handles.keyboard.lock().unwrap_or_else(PoisonError::into_inner).press(keys) {
                 log::info!("the guest has no keyboard driver and cannot be asked to shut down");
@@ -334,7 +334,7 @@ impl Vm {
             balloon.ask(io, answer);
             (balloon.memory().clone(), balloon.actual(), balloon.reported())
         })?;
-        let guest = wait.recv_timeout(MEMORY_PATIENCE).ok();
+        let guest = wait.recv_timeout(MEMORY_STATS_TIMEOUT).ok();
         let resident = memory.resident().doing(|| "counting the guest's pages")?;
         let all = [memory.size(), resident, self.running.shared.overhead(), balloon, reported];
         let [configured, resident, overhead, balloon, reported] = all.map(Size::bytes);

@@ -4,8 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use cofferdam::event::EventKind;
-use cofferdam::event::Throttled;
+use cofferdam::event::{EventKind, Throttled};
 use cofferdam::{Cgroup, ErrorKind, Vm, VmBuilder};
 
 use crate::fixture::{Outcome, PATIENCE, Temp, alone, tiny_kernel};

@@ -1,15 +1,16 @@
 //! Containers: a root file system of their own, and ends in good order.
 
 use std::fs;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
 use std::time::{Duration, Instant};
 
 use cofferdam::disk::{ErrorAction, WritableLayer};
-use cofferdam::event::DeviceId;
-use cofferdam::event::EventKind;
+use cofferdam::event::{DeviceId, EventKind};
 use cofferdam::process::ExitStatus;
 use cofferdam::{Container, Disk, ErrorKind, Exit, Image, Size};
 
-use crate::fixture::{Outcome, PATIENCE, Temp, container, debian_container, kernel};
+use crate::fixture::{Outcome, PATIENCE, Temp, cache, container, debian_container, kernel};
 use crate::{check, check_eq};
 
 /// Runs a shell command and returns what it printed.
@@ -66,8 +67,25 @@ pub fn writes_are_private_and_gone_with_the_container() -> Outcome {
 }
 
 pub fn the_image_is_shared_and_stays_as_it_is() -> Outcome {
-    let container = container()?;
-    check!(shell(&container, "echo x > /dev/vda; echo $?")?.ends_with(|c: char| c != '0'));
+    let opened = || -> Result<Vec<std::path::PathBuf>, Box<dyn std::error::Error>> {
+        let paths = fs::read_dir("/proc/self/fd")?.filter_map(|entry| fs::read_link(entry.ok()?.path()).ok());
+        Ok(paths.filter(|path| path.starts_with(cache().join("images"))).collect())
+    };
+    let (one, two) = (container()?, container()?);
+    // Both have the same file open.
+    let paths = opened()?;
+    let path = paths.iter().find(|path| paths.iter().filter(|other| other == path).count() >= 2);
+    let path = path.ok_or_else(|| format!("{paths:?}"))?;
+    let changed =
+        || -> std::io::Result<_> { fs::metadata(path).map(|it| (it.mtime_nsec(), it.ctime_nsec(), it.len())) };
+    let before = changed()?;
+    for container in [&one, &two] {
+        check_eq!(shell(container, "test -b /dev/vda && blockdev --getro /dev/vda")?, "1");
+        check!(shell(container, "echo x > /dev/vda; echo $?")?.ends_with(|c: char| c != '0'));
+        shell(container, "echo x > /etc/motd; rm -rf /usr/share; sync")?;
+    }
+    drop((one, two));
+    check_eq!(changed()?, before);
     Ok(())
 }
 
@@ -122,14 +140,61 @@ pub fn further_disks_are_there_by_their_numbers() -> Outcome {
     fs::File::create(temp.path("data"))?.set_len(8 << 20)?;
     let data = Disk::file(temp.path("data")).serial("data");
     let container = debian_container().disk(data).disk(Disk::scratch(Size::mib(1))).start()?;
-    check_eq!(shell(&container, "cat /sys/block/vdc/serial /sys/block/vdd/serial")?, "datadisk3");
+    check_eq!(shell(&container, "cat /sys/block/vda/serial /sys/block/vdb/serial")?, "datadisk1");
     check_eq!(
-        shell(&container, "echo kept | dd of=/dev/vdc conv=fsync 2> /dev/null; blockdev --getsize64 /dev/vdd")?,
+        shell(&container, "echo kept | dd of=/dev/vda conv=fsync 2> /dev/null; blockdev --getsize64 /dev/vdb")?,
         "1048576"
     );
-    check_eq!(container.vm().disk(2)?.usage()?.capacity, Size::mib(8));
+    check_eq!(container.disk(0)?.usage()?.capacity, Size::mib(8));
     drop(container);
     check!(fs::read(temp.path("data"))?.starts_with(b"kept\n"));
+    Ok(())
+}
+
+pub fn clones_are_one_container() -> Outcome {
+    let one = container()?;
+    let (two, exec) = (one.clone(), one.exec(["echo", "still here"]));
+    drop(one);
+    check!(two.try_wait().is_none());
+    drop(two);
+    // A program that is not started yet keeps it too.
+    check_eq!(exec.output()?.stdout.as_slice(), &b"still here\n"[..]);
+    let last = container()?;
+    let (vm, events) = (last.vm().clone(), last.events()?);
+    check!(!readable(&last)?);
+    drop(last);
+    // A clone of its machine does not.
+    let exit = vm.try_wait().ok_or("it has not ended")?;
+    check!(matches!(exit, Exit::Killed { .. }), "{exit}");
+    check!(readable(&vm)?);
+    let end = events.last().map(|event| event.kind);
+    check_eq!(end, Some(EventKind::Ended { exit }));
+    Ok(())
+}
+
+/// Whether the descriptor, an eventfd, is readable now (proc_pid_fdinfo(5)).
+fn readable(what: &impl AsRawFd) -> Result<bool, Box<dyn std::error::Error>> {
+    let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", what.as_raw_fd()))?;
+    let count = info.lines().find_map(|line| line.strip_prefix("eventfd-count:")).ok_or("it is no eventfd")?;
+    Ok(count.trim() != "0")
+}
+
+pub fn it_pauses_and_tells_as_a_machine_does() -> Outcome {
+    let container = container()?;
+    container.pause()?;
+    // Its time-out is the host's.
+    let paused = container.exec(["true"]).timeout(Duration::from_secs(1)).output()?;
+    check_eq!(paused.status, ExitStatus::TimedOut);
+    check!(container.wait_timeout(Duration::from_millis(50)).is_none());
+    container.resume()?;
+    check_eq!(shell(&container, "echo on")?, "on");
+    check!(container.memory_stats()?.resident > Size::mib(1));
+    check!(container.stats().devices.iter().any(|it| it.device == DeviceId::Vsock && it.requests > 0));
+    check_eq!(container.disk(0).err().map(|e| e.kind()), Some(ErrorKind::NotFound));
+    container.kill();
+    let exit = container.wait();
+    check_eq!(exit.report(), &container.report());
+    check!(!exit.to_string().contains('\n') && format!("{exit:#}").contains("rip="), "{exit:#}");
     Ok(())
 }
 

@@ -8,9 +8,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use cofferdam::disk::{DiskLimit, DiskOperation, ErrorAction, ErrorClass, IoEngine};
-use cofferdam::event::DeviceId;
-use cofferdam::event::EventKind;
-use cofferdam::event::Throttled;
+use cofferdam::event::{DeviceId, EventKind, Throttled};
 use cofferdam::{Disk, ErrorKind, Exit, Rate, Size, Vm, VmBuilder};
 
 use crate::fixture::{Outcome, PATIENCE, Printed, Temp, guest, run};

@@ -1,12 +1,14 @@
 //! Programs in containers, with the vocabulary of `std::process::Command`.
 
+use std::fs::{self, File};
 use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use cofferdam::process::{ExitStatus, Stdio};
 use cofferdam::{ErrorKind, Exec, Size};
 
-use crate::fixture::{Outcome, PATIENCE, container, debian_container};
+use crate::fixture::{Outcome, PATIENCE, Temp, container, debian_container};
 use crate::{check, check_eq};
 
 fn text(exec: Exec) -> cofferdam::Result<String> {
@@ -51,6 +53,42 @@ pub fn nothing_of_the_embedder_is_inherited() -> Outcome {
         text(container.exec(["sh", "-c", "grep Sig[BI] /proc/self/status | cut -f 2"]))?,
         "0000000000000000\n0000000000000000"
     );
+    Ok(())
+}
+
+pub fn streams_may_be_files_and_bytes() -> Outcome {
+    let (container, temp) = (container()?, Temp::new()?);
+    let data: Vec<u8> = (0..300_000_u32).flat_map(u32::to_le_bytes).collect();
+    fs::write(temp.path("in"), &data)?;
+    let copy = container
+        .exec(["sh", "-c", "cat; echo done >&2"])
+        .stdin(File::open(temp.path("in"))?)
+        .stdout(File::create(temp.path("out"))?)
+        .stderr(File::create(temp.path("err"))?);
+    check!(copy.timeout(PATIENCE).status()?.success());
+    check!(fs::read(temp.path("out"))? == data);
+    check_eq!(fs::read_to_string(temp.path("err"))?, "done\n");
+    check_eq!(text(container.exec(["wc", "-c"]).stdin_bytes(data.clone()))?, data.len().to_string());
+    check_eq!(text(container.exec(["cat"]).stdin_bytes("some words"))?, "some words");
+    // One that does not read its input ends all the same.
+    check!(container.exec(["true"]).stdin_bytes(vec![0; 8 << 20]).timeout(PATIENCE).status()?.success());
+    // A pipe that nobody writes to holds nothing.
+    let (reader, _writer) = std::io::pipe()?;
+    check!(container.exec(["true"]).stdin(OwnedFd::from(reader)).timeout(PATIENCE).status()?.success());
+    Ok(())
+}
+
+pub fn too_much_output_is_cut_off_when_asked() -> Outcome {
+    let container = container()?;
+    let exec = container.exec(["sh", "-c", "yes | head -c 1000000; echo few >&2; exit 3"]).output_limit(Size::kib(10));
+    let error = exec.clone().output().expect_err("more than 10 KiB");
+    check_eq!(error.kind(), ErrorKind::ResourceExhausted);
+    let output = exec.truncate_output().output()?;
+    check_eq!(
+        (output.status.code(), output.stdout.len(), output.stderr.as_slice()),
+        (Some(3), 10 << 10, &b"few\n"[..])
+    );
+    check!(output.stdout_truncated && !output.stderr_truncated);
     Ok(())
 }
 

@@ -6,8 +6,7 @@ use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use cofferdam::disk::{ErrorAction, IoEngine};
-use cofferdam::event::DeviceId;
-use cofferdam::event::{EventKind, Events};
+use cofferdam::event::{DeviceId, EventKind, Events};
 use cofferdam::{Disk, Exit, Size, Vm};
 
 use crate::fixture::{Outcome, PATIENCE, Printed, Temp, guest, host, host_words};

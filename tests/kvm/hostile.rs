@@ -4,8 +4,7 @@ use std::io::Read;
 use std::time::{Duration, Instant};
 
 use cofferdam::disk::WritableLayer;
-use cofferdam::event::DeviceId;
-use cofferdam::event::EventKind;
+use cofferdam::event::{DeviceId, EventKind};
 use cofferdam::process::{ExitStatus, Stdio};
 use cofferdam::vsock::Vsock;
 use cofferdam::{Container, Disk, Exit, Size, Vm};
@@ -75,12 +74,20 @@ fn storm(queue: u8) -> Vec<u8> {
 
 pub fn queues_where_no_memory_is() -> Outcome {
     let neighbour = container()?;
-    // Beyond memory, at its very end, wrapping around, and where the other rings are.
-    for descriptors in [0x1_0000_0000, 0x3f_fff0, u64::MAX - 15, RINGS[1].into(), RINGS[2].into()] {
+    // Beyond memory, at its very end, wrapping around; then where the other rings are, which is no fault by itself.
+    let nowhere = [0x1_0000_0000, 0x3f_fff0, u64::MAX - 15].map(|address| (address, true));
+    let overlapping = [RINGS[1], RINGS[2]].map(|address| (address.into(), false));
+    for (descriptors, refused) in nowhere.into_iter().chain(overlapping) {
         let vm = Vm::builder(tiny_kernel(&Temp::new()?, &[driver(1, 0, descriptors, 8), storm(0)].concat())?);
         let vm = vm.memory(Size::mib(4)).start()?;
+        let events = vm.events()?;
+        let error = |kind: &EventKind| matches!(kind, EventKind::DeviceError { device: DeviceId::Rng, .. });
+        if refused {
+            let found = std::iter::from_fn(|| events.next_timeout(PATIENCE)).find(|event| error(&event.kind));
+            check!(found.is_some(), "{descriptors:#x}: {}", vm.report());
+        }
         unharmed(&neighbour)?;
-        check!(vm.stats().vcpus[0].mmio_exits > 0 || vm.try_wait().is_none(), "{}", vm.report());
+        check!(vm.stats().vcpus[0].mmio_exits > 0 && vm.try_wait().is_none(), "{descriptors:#x}: {}", vm.report());
         vm.kill();
         check!(matches!(vm.wait(), Exit::Killed { .. }));
     }
@@ -168,13 +175,15 @@ pub fn a_disk_reset_in_the_middle_of_requests() -> Outcome {
 }
 
 pub fn boot_structures_written_over() -> Outcome {
-    // mov edi, 0x500; mov ecx, 0xffa80; mov al, 0xcc; rep stosb; jmp .: descriptor and page tables, the zero page, MP tables.
-    let code = [0xbf, 0, 5, 0, 0, 0xb9, 0x80, 0xfa, 0x0f, 0, 0xb0, 0xcc, 0xf3, 0xaa, 0xeb, 0xfe];
+    // mov edi, 0x500; mov ecx, 0xffa80; mov al, 0xcc; rep stosb; mov rax, cr3; mov cr3, rax; jmp .: descriptor and page tables,
+    // the zero page and MP tables are gone, and the processor forgets what it remembers of them.
+    let wipe = [0xbf, 0, 5, 0, 0, 0xb9, 0x80, 0xfa, 0x0f, 0, 0xb0, 0xcc, 0xf3, 0xaa];
+    let code = [&wipe[..], &[0x0f, 0x20, 0xd8, 0x0f, 0x22, 0xd8, 0xeb, 0xfe]].concat();
     let (temp, neighbour) = (Temp::new()?, container()?);
     let vm = Vm::builder(tiny_kernel(&temp, &code)?).memory(Size::mib(4)).start()?;
-    // Without its page tables the guest cannot go on: it faults, or spins on what the processor still remembers.
-    let exit = vm.wait_timeout(Duration::from_secs(2));
-    check!(matches!(exit, None | Some(Exit::TripleFault { .. } | Exit::VcpuFault { .. })), "{exit:?}");
+    // Without its page tables the guest cannot go on.
+    let exit = vm.wait_timeout(PATIENCE);
+    check!(matches!(exit, Some(Exit::TripleFault { .. } | Exit::VcpuFault { .. })), "{exit:?}");
     unharmed(&neighbour)
 }
 

@@ -125,9 +125,15 @@ pub fn a_paused_guest_ends_when_told() -> Outcome {
     let vm = spinning()?;
     vm.pause()?;
     drop(vm);
-    let vm = guest("exec sleep 1000").start()?;
+    // One that goes on for its end, and does not hear Ctrl-Alt-Del.
+    let printed = Printed::default();
+    let deaf = "echo 0 > /proc/sys/kernel/ctrl-alt-del; echo ready; exec sleep 1000";
+    let vm = guest(deaf).console(printed.console()).start()?;
+    printed.wait_for("ready")?;
     vm.pause()?;
-    check!(vm.stop(Duration::from_millis(100)).is_ok());
+    let (grace, begin) = (Duration::from_millis(100), Instant::now());
+    let exit = vm.stop(grace)?;
+    check!(matches!(exit, Exit::Killed { .. }) && begin.elapsed() >= grace, "{exit} after {:?}", begin.elapsed());
     Ok(())
 }
 

@@ -100,13 +100,15 @@ tests! {
     container: a_root_file_system_like_any_other missing_mount_points_are_made images_from_directories
         writes_are_private_and_gone_with_the_container stops_in_good_order
         stop_is_bounded_whatever_the_guest_does everything_ends_with_the_container memory_and_processors_arrive further_disks_are_there_by_their_numbers
-        connecting_to_nobody_is_refused a_full_host_fails_programs_and_holds_none_up the_image_is_shared_and_stays_as_it_is;
+        connecting_to_nobody_is_refused a_full_host_fails_programs_and_holds_none_up the_image_is_shared_and_stays_as_it_is
+        clones_are_one_container it_pauses_and_tells_as_a_machine_does;
     exec: output_and_codes streams_are_apart environment_and_directory standard_input_ends
         binary_data_survives_both_ways signals_end_processes kill_takes_all_that_was_started
         time_outs_kill_what_was_started background_processes_hold_nothing_up waiting_and_not_waiting
         what_cannot_run_is_named output_is_bounded want_of_memory_is_told many_at_once
         nothing_of_the_embedder_is_inherited a_reader_that_stops_breaks_the_pipe pid_1_survives_kill_all
-        orphans_are_reaped slow_readers_lose_nothing the_end_of_the_machine_is_told large_arguments;
+        orphans_are_reaped slow_readers_lose_nothing the_end_of_the_machine_is_told large_arguments
+        streams_may_be_files_and_bytes too_much_output_is_cut_off_when_asked;
     faults: a_device_that_fails_and_comes_back after_a_failed_sync_nothing_is_promised
         a_device_that_stands_still_for_half_a_minute a_file_system_that_becomes_read_only;
     gateway: each_name_reaches_its_own_guest_which_starts_and_stops_as_needed;
@@ -133,7 +135,7 @@ tests! {
         published_ports_lead_into_the_guest published_ports_lead_to_services_on_any_address_but_one
         datagrams_to_published_ports_are_answered_wherever_the_service_is large_datagrams_leave_and_come_back_whole ipv6_and_ping_reach_the_outside;
     wires: two_containers_on_a_switch_talk_by_name a_limit_holds_and_is_changed what_a_guest_sends_is_captured
-        a_backend_of_the_embedders_own;
+        a_backend_of_the_embedders_own a_backend_that_panics_ends_its_machine_alone a_backend_may_hold_its_machine;
     overlay: three_guests_write_on_one_base_which_stays_as_it_is what_is_not_kept_is_gone_with_its_machine
         a_snapshot_is_the_base_of_others an_overlay_that_may_take_no_more_tells_the_guest
         qcow2_is_written_on_a_backing_file_which_stays_as_it_is past_the_page_cache_and_in_memory;

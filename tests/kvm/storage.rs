@@ -12,7 +12,7 @@ use cofferdam::kernel::Initramfs;
 use cofferdam::{Console, Disk, Exit, Image, Rate, Size, Vm, VmBuilder};
 
 use crate::check;
-use crate::fixture::{Outcome, PATIENCE, Printed, Temp, busybox, cache, kernel, soak};
+use crate::fixture::{Outcome, PATIENCE, Printed, Temp, alone, busybox, cache, kernel, soak};
 
 /// In the environment of a process that shall run a machine until it is killed: the machine's disk.
 pub const VICTIM: &str = "COFFERDAM_TEST_VICTIM";
@@ -72,6 +72,10 @@ fn resident() -> Result<u64, Box<dyn std::error::Error>> {
 /// Random writes of mixed sizes, with syncs, all of them read back and compared, while the machine is paused again and again and
 /// what the disks may do changes.
 pub fn fio_reads_what_it_wrote() -> Outcome {
+    // Other tests beside this one would take memory of the same process.
+    if !alone("storage::fio_reads_what_it_wrote")? {
+        return Ok(());
+    }
     let (temp, seconds, printed) = (Temp::new()?, soak().unwrap_or(4), Printed::default());
     let (names, disks): (Vec<_>, Vec<_>) = every_kind(&temp)?.into_iter().unzip();
     let script: String = ('b'..)
@@ -121,8 +125,8 @@ pub fn fio_reads_what_it_wrote() -> Outcome {
         std::io::stderr(),
         "fio: {total} MiB written in {seconds} s, {pauses} pauses, {before} and then {after} KiB of memory\n{text}"
     )?;
-    // Other tests beside this one take memory of the same process.
-    check!(soak().is_none() || after <= before + 8 * 1024, "{before} KiB have become {after}");
+    let slack = if soak().is_some() { 8 } else { 16 };
+    check!(after <= before + slack * 1024, "{before} KiB have become {after}");
     Ok(())
 }
 

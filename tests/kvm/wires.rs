@@ -4,17 +4,15 @@ use std::collections::VecDeque;
 use std::io::Read;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use cofferdam::backend::{Frame, NetBackend, Received, RxBuffer};
-use cofferdam::event::DeviceId;
-use cofferdam::event::EventKind;
-use cofferdam::event::Throttled;
-use cofferdam::net::ConnectionLimit;
-use cofferdam::net::{Capture, Mac, NetLimit, Policy, PortForward, Switch};
-use cofferdam::{Container, ErrorKind, Net, Rate};
+use cofferdam::event::{DeviceId, EventKind, Throttled};
+use cofferdam::net::{Capture, ConnectionLimit, Mac, NetLimit, Policy, PortForward, Switch};
+use cofferdam::{Container, ErrorKind, Exit, Net, Rate, Vm};
 
-use crate::fixture::{Outcome, PATIENCE, Printed, Temp, debian_container, guest, run};
+use crate::fixture::{Outcome, PATIENCE, Printed, Temp, container, debian_container, guest, run};
 use crate::{check, check_eq};
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
@@ -249,5 +247,83 @@ pub fn a_backend_of_the_embedders_own() -> Outcome {
     let error = guest("").net(failing).start().map(drop).expect_err("it has no backend");
     check_eq!(error.kind(), ErrorKind::PermissionDenied);
     check!(error.to_string().contains("attaching network 0: making a custom backend: "), "{error}");
+    Ok(())
+}
+
+/// Does something once, when the guest sends its first frame.
+struct Once<F> {
+    act: Option<F>,
+    never: (UnixStream, UnixStream),
+}
+
+impl<F: FnOnce() + Send> NetBackend for Once<F> {
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.never.0.as_fd()
+    }
+
+    fn poll(&mut self) {}
+
+    fn send(&mut self, _: Frame<'_>) -> std::io::Result<()> {
+        if let Some(act) = self.act.take() {
+            act();
+        }
+        Ok(())
+    }
+
+    fn next_len(&mut self) -> Option<usize> {
+        None
+    }
+
+    fn receive(&mut self, _: &mut RxBuffer<'_>) -> std::io::Result<Option<Received>> {
+        Ok(None)
+    }
+}
+
+const TALK: &str = "ifconfig eth0 192.0.2.2 netmask 255.255.255.0 up; ping -c 1 -W 3 192.0.2.77; sleep 1000";
+
+/// A machine whose backend does this at the guest's first frame.
+fn acting(act: impl Fn() + Clone + Send + Sync + 'static) -> cofferdam::Result<Vm> {
+    let net = Net::custom(move |_| Ok(Once { act: Some(act.clone()), never: UnixStream::pair()? }));
+    guest(TALK).net(net).start()
+}
+
+pub fn a_backend_that_panics_ends_its_machine_alone() -> Outcome {
+    let neighbour = container()?;
+    // Without the panic hook, which reads all of the symbols to print where it was.
+    let vm = acting(|| std::panic::resume_unwind(Box::new("a mistake of the embedder's")))?;
+    let exit = vm.wait_timeout(PATIENCE).ok_or("it has not ended")?;
+    check!(matches!(&exit, Exit::DeviceFault { device: DeviceId::Net(0), .. }), "{exit}");
+    check!(neighbour.exec(["true"]).timeout(PATIENCE).status()?.success());
+    Ok(())
+}
+
+pub fn a_backend_may_hold_its_machine() -> Outcome {
+    let held = Arc::new(Mutex::new(None::<Vm>));
+    let (tell, told) = std::sync::mpsc::sync_channel(1);
+    let slot = held.clone();
+    let vm = acting(move || {
+        // The test has put it there by then.
+        let vm = loop {
+            match slot.lock().ok().and_then(|mut slot| slot.take()) {
+                Some(vm) => break vm,
+                None => std::thread::sleep(Duration::from_millis(5)),
+            }
+        };
+        // Its own loop cannot answer: it says so at once instead of waiting for itself.
+        let begin = Instant::now();
+        let refused = vm.net(0).and_then(|net| net.stats()).map(drop).map_err(|error| error.kind());
+        let paused = vm.pause().map_err(|error| error.kind());
+        let took = begin.elapsed();
+        // And the last handle goes on the machine's own thread.
+        drop(vm);
+        let _ = tell.send((refused, paused, took));
+    })?;
+    let events = vm.events()?;
+    *held.lock().map_err(|_| "poisoned")? = Some(vm);
+    let (refused, paused, took) = told.recv_timeout(PATIENCE)?;
+    check_eq!((refused, paused), (Err(ErrorKind::InvalidState), Err(ErrorKind::InvalidState)));
+    check!(took < PATIENCE / 2, "{took:?}");
+    let ended = std::iter::from_fn(|| events.next_timeout(PATIENCE)).last().map(|event| event.kind);
+    check!(matches!(ended, Some(EventKind::Ended { exit: Exit::Killed { .. } })), "{ended:?}");
     Ok(())
 }

@@ -8,9 +8,9 @@ pub(super) const PATH_MAX: usize = 4095;
 
 /// How an error shows a path: at most 200 bytes of it, in quotes, nothing unprintable as it is.
 pub(super) fn shown(path: &[u8]) -> String {
-    const MOST: usize = 200;
-    match path.get(..MOST) {
-        Some(begin) if path.len() > MOST => format!("{:?}…", String::from_utf8_lossy(begin)),
+    const MAX_SHOWN: usize = 200;
+    match path.get(..MAX_SHOWN) {
+        Some(begin) if path.len() > MAX_SHOWN => format!("{:?}…", String::from_utf8_lossy(begin)),
         _ => format!("{:?}", String::from_utf8_lossy(path)),
     }
 }

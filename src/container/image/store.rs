@@ -23,8 +23,8 @@ const FILE_MODE: u32 = 0o600;
 const FOLDER_MODE: u32 = 0o700;
 
 /// How often a lock that somebody else has is tried: with growing pauses between these.
-const FIRST_PAUSE: Duration = Duration::from_millis(1);
-const LAST_PAUSE: Duration = Duration::from_millis(50);
+const MIN_PAUSE: Duration = Duration::from_millis(1);
+const MAX_PAUSE: Duration = Duration::from_millis(50);
 
 /// What changes with any write to a file: device, inode, length, and both times of change.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -189,11 +189,11 @@ impl Store {
             let _ = lock.set_permissions(fs::Permissions::from_mode(FILE_MODE));
         }
         let byte = digest.get(..15).and_then(|d| u64::from_str_radix(d, 16).ok()).unwrap_or(0);
-        let mut pause = FIRST_PAUSE;
+        let mut pause = MIN_PAUSE;
         while !sys::try_lock_byte(&lock, byte).doing(doing)? {
             patience.check().doing(|| "waiting for somebody else who prepares the same image")?;
             std::thread::sleep(pause);
-            pause = (pause * 2).min(LAST_PAUSE);
+            pause = (pause * 2).min(MAX_PAUSE);
         }
         Ok(CloseOnFork::new(lock))
     }

@@ -11,7 +11,7 @@ const MAX_SERVERS: usize = 3;
 /// More than any such file has.
 const MAX_FILE: u64 = 64 << 10;
 /// How often the file and the host's routes are looked at, at most.
-const LOOK: Duration = Duration::from_secs(5);
+const REFRESH_INTERVAL: Duration = Duration::from_secs(5);
 const PORT: u16 = 53;
 
 /// The host's resolvers, and whether the host has a way out.
@@ -67,7 +67,7 @@ impl Servers {
     }
 
     fn look(&mut self, now: Instant) {
-        if self.looked.is_some_and(|at| now < at + LOOK) {
+        if self.looked.is_some_and(|at| now < at + REFRESH_INTERVAL) {
             return;
         }
         self.looked = Some(now);
@@ -104,8 +104,8 @@ mod tests {
         file.write_all(b"nameserver 192.0.2.54\n").unwrap();
         file.set_modified(SystemTime::now() + Duration::from_secs(9)).unwrap();
         assert_eq!(servers.all(now), expected);
-        assert_eq!(servers.all(now + LOOK), ["192.0.2.54:53".parse().unwrap()]);
+        assert_eq!(servers.all(now + REFRESH_INTERVAL), ["192.0.2.54:53".parse().unwrap()]);
         fs::remove_file(&path).unwrap();
-        assert_eq!(servers.all(now + LOOK * 2), ["192.0.2.54:53".parse().unwrap()]);
+        assert_eq!(servers.all(now + REFRESH_INTERVAL * 2), ["192.0.2.54:53".parse().unwrap()]);
     }
 }

@@ -89,7 +89,7 @@ impl fmt::Display for Denial {
 pub(crate) type Reporter = Box<dyn FnMut(Denial) + Send>;
 
 /// Denials that are told at once, and in each second.
-const TOLD: u32 = 64;
+const MAX_REPORTS: u32 = 64;
 
 /// What becomes of a question.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -404,7 +404,7 @@ impl Enforcer {
         if self.told_since.is_none_or(|since| now.saturating_duration_since(since) >= Duration::from_secs(1)) {
             (self.told, self.told_since) = (0, Some(now));
         }
-        if self.told >= TOLD {
+        if self.told >= MAX_REPORTS {
             self.suppressed += 1;
             return;
         }

@@ -14,9 +14,9 @@ use crate::network::wire::{Bad, Fragment, MAX_PACKET, Packet};
 /// Packets that are put together at once. The oldest makes room.
 const AT_ONCE: usize = 4;
 /// Fragments of one: no link's are smaller than what IPv4 asks for makes of the largest packet (RFC 791, 3.2: 576 bytes).
-const MOST: usize = 128;
+const MAX_FRAGMENTS: usize = 128;
 /// How long the rest of a packet is waited for (RFC 791, 3.2: 15 seconds at least; RFC 8200, 4.5: 60 at most).
-const PATIENCE: Duration = Duration::from_secs(30);
+const REASSEMBLY_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// What all fragments of a packet have in common.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -59,7 +59,7 @@ impl Partial {
         let overlaps = before.is_some_and(|(_, e)| *e > offset) || self.come.get(at).is_some_and(|(b, _)| *b < end);
         let fits = self.len.is_none_or(|len| if more { end < len } else { end == len });
         let is_end = more || self.come.last().is_none_or(|(_, last)| *last <= offset);
-        if overlaps || !fits || !is_end || self.come.len() >= MOST {
+        if overlaps || !fits || !is_end || self.come.len() >= MAX_FRAGMENTS {
             return Err(Bad::Fragment);
         }
         self.come.insert(at, (offset, end));
@@ -114,7 +114,7 @@ impl Fragments {
     /// Counts what was dropped, and sets the alarm to when the oldest has waited for long enough.
     pub(super) fn arm(&mut self, core: &mut Core) {
         core.stats.fragments += std::mem::take(&mut self.dropped);
-        let at = self.all.first().map(|partial| partial.begun + PATIENCE);
+        let at = self.all.first().map(|partial| partial.begun + REASSEMBLY_TIMEOUT);
         core.host.alarm(&mut self.alarm, Owner::Fragments, at);
     }
 
@@ -123,7 +123,7 @@ impl Fragments {
         self.alarm.rang();
         let now = core.host.now;
         let before = self.all.len();
-        self.all.retain(|partial| partial.begun + PATIENCE > now);
+        self.all.retain(|partial| partial.begun + REASSEMBLY_TIMEOUT > now);
         self.dropped += (before - self.all.len()) as u64;
         self.arm(core);
     }
@@ -178,14 +178,14 @@ mod tests {
             assert_eq!(all.add(now, &fragment(id, 65_520, true), &[0; 8]), Ok(None));
         }
         assert_eq!((all.all.len(), all.all[0].name.id, all.dropped), (AT_ONCE, 96, 96));
-        let fragments: Vec<_> = (0..MOST + 1).map(|n| (n * 16, 8, true)).collect();
+        let fragments: Vec<_> = (0..MAX_FRAGMENTS + 1).map(|n| (n * 16, 8, true)).collect();
         assert_eq!(added(&fragments).iter().filter(|outcome| outcome.is_err()).count(), 1);
     }
 
     proptest! {
         #[test]
         fn any_order_makes_it_whole_once(len in 1usize..4000, size in 1usize..100, keys in prop::collection::vec(any::<u32>(), 64)) {
-            let size = (size * 8).max(len.div_ceil(MOST).next_multiple_of(8));
+            let size = (size * 8).max(len.div_ceil(MAX_FRAGMENTS).next_multiple_of(8));
             let mut fragments: Vec<_> = (0..len).step_by(size).map(|at| (at, size.min(len - at), at + size < len)).collect();
             // The order of their keys; some come twice.
             fragments.sort_by_key(|(at, ..)| keys[at / size % 64].wrapping_mul(*at as u32 + 1));

@@ -22,7 +22,7 @@ pub(super) const PORT: u16 = 53;
 /// Questions under way.
 const MAX_ASKED: usize = 256;
 /// Until the next resolver is asked, and how often all of them are.
-const PATIENCE: Duration = Duration::from_secs(2);
+const RESOLVER_TIMEOUT: Duration = Duration::from_secs(2);
 const ROUNDS: usize = 2;
 /// Addresses of one answer that the guest gets. Each costs the loop a question to the kernel, and a place in the policy's table.
 const MAX_ADDRESSES: usize = 32;
@@ -149,7 +149,7 @@ impl Resolver {
         } else {
             socket.send(&message)?;
         }
-        let (until, question) = (core.host.now + PATIENCE, question.clone());
+        let (until, question) = (core.host.now + RESOLVER_TIMEOUT, question.clone());
         let query = query.to_vec();
         let alarm = Alarm::default();
         let asked =

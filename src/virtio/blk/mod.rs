@@ -67,10 +67,10 @@ const RING_READY: u32 = 0;
 const TIMER: u32 = 1;
 
 /// How often the space that is left is looked at, at most, while the guest writes.
-const LOOK: Duration = Duration::from_secs(1);
+const SPACE_CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
 /// How long a stop waits for what is in flight and cannot be cancelled.
-const STOP_PATIENCE: Duration = Duration::from_secs(4);
+const STOP_TIMEOUT: Duration = Duration::from_secs(4);
 
 /// Told of every fault but those that come too fast. It must carry out the fault's action.
 pub(crate) type OnFault = Arc<dyn Fn(DiskError) + Send + Sync>;
@@ -293,7 +293,7 @@ impl VirtioDevice for Blk {
                 io.unwatch(fd);
             }
             // The loop of several disks waits for none.
-            let patience = if self.engine.single_file { Duration::ZERO } else { STOP_PATIENCE };
+            let patience = if self.engine.single_file { Duration::ZERO } else { STOP_TIMEOUT };
             if io_queue.stop(patience) {
                 self.table.placed().for_each(|(offset, len)| self.engine.backend.abandoned(offset, len));
                 self.engine.io_queue = Some(io_queue);

@@ -14,18 +14,18 @@ pub(crate) enum Reserve {
     /// All of it is the guest's.
     #[default]
     Nothing,
-    /// A twentieth of the file system, but no more than [`MOST`].
+    /// A twentieth of the file system, but no more than [`MAX_DEFAULT_RESERVE`].
     Share,
     /// So many bytes.
     Bytes(u64),
 }
 
 /// What is kept at most unless somebody asks for more.
-const MOST: u64 = 1 << 30;
+const MAX_DEFAULT_RESERVE: u64 = 1 << 30;
 /// What may be taken, by all disks of the file system, before the space that is left is looked at again.
-const LOOK_AFTER: u64 = 64 << 20;
+const CHECK_AFTER: u64 = 64 << 20;
 /// When it is looked at again at the latest: others take of it too.
-const LOOK_EVERY: Duration = Duration::from_secs(1);
+const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 /// What files have at least of a file system at a time.
 const BLOCK: u64 = 4096;
 /// What a disk may take before what it has in flight is summed up again.
@@ -35,7 +35,7 @@ impl Reserve {
     fn kept(self, total: u64) -> u64 {
         match self {
             Self::Nothing => 0,
-            Self::Share => (total / 20).min(MOST),
+            Self::Share => (total / 20).min(MAX_DEFAULT_RESERVE),
             Self::Bytes(bytes) => bytes,
         }
     }
@@ -75,7 +75,7 @@ fn lock(ledger: &Mutex<Ledger>) -> MutexGuard<'_, Ledger> {
 impl Ledger {
     /// Takes `len` bytes without a look.
     fn take(&mut self, reserve: Reserve, len: u64, now: Instant) -> bool {
-        let fresh = self.looked.is_some_and(|looked| now.saturating_duration_since(looked) < LOOK_EVERY);
+        let fresh = self.looked.is_some_and(|looked| now.saturating_duration_since(looked) < CHECK_INTERVAL);
         fresh && len <= self.credit && self.take_at_once(reserve, len)
     }
 
@@ -90,7 +90,7 @@ impl Ledger {
 
     fn look(&mut self, space: Space, now: Instant) {
         self.free = space.free.saturating_sub(self.under_way);
-        (self.total, self.credit, self.looked) = (space.total, LOOK_AFTER, Some(now));
+        (self.total, self.credit, self.looked) = (space.total, CHECK_AFTER, Some(now));
     }
 }
 
@@ -279,10 +279,14 @@ mod tests {
                     pending.drain(..).for_each(|len| disk.wrote(len));
                     room.rest();
                 }
-                assert!(3000 * MIB - taken >= MOST, "{taken} with a delay of {delay}");
+                assert!(3000 * MIB - taken >= MAX_DEFAULT_RESERVE, "{taken} with a delay of {delay}");
             }
             rooms.iter_mut().for_each(|(_, pending)| pending.drain(..).for_each(|len| disk.wrote(len)));
-            assert!(disk.free() >= MOST && disk.free() < MOST + 40 * MIB, "{}", disk.free());
+            assert!(
+                disk.free() >= MAX_DEFAULT_RESERVE && disk.free() < MAX_DEFAULT_RESERVE + 40 * MIB,
+                "{}",
+                disk.free()
+            );
         }
     }
 
@@ -306,6 +310,6 @@ mod tests {
         };
         take(&mut disk, Duration::ZERO).unwrap();
         disk.wrote(1000 * MIB);
-        assert_eq!(take(&mut disk, LOOK_EVERY), Err(Some(libc::ENOSPC)));
+        assert_eq!(take(&mut disk, CHECK_INTERVAL), Err(Some(libc::ENOSPC)));
     }
 }

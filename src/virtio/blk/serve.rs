@@ -10,7 +10,7 @@ use super::engine::Progress;
 use super::policy::{DiskError, DiskOperation, ErrorAction};
 use super::request::{Direction, Refused, Work};
 use super::requests::InFlight;
-use super::{Blk, CacheMode, LOOK, MOVING, Reserve, S_IOERR, S_OK, S_UNSUPP};
+use super::{Blk, CacheMode, MOVING, Reserve, S_IOERR, S_OK, S_UNSUPP, SPACE_CHECK_INTERVAL};
 use crate::sys::Space;
 use crate::virtio::{Chain, DeviceIo};
 
@@ -74,7 +74,7 @@ impl Blk {
                 flight.since = now;
                 waiting.push_back(slot);
                 io.counters().throttled.fetch_add(1, Ordering::Relaxed);
-                if self.told_throttled.is_none_or(|told| now >= told + LOOK) {
+                if self.told_throttled.is_none_or(|told| now >= told + SPACE_CHECK_INTERVAL) {
                     self.told_throttled = Some(now);
                     (self.on_throttled)();
                 }
@@ -305,7 +305,7 @@ impl Blk {
     fn look_at_space(&mut self) {
         let Some(min_free_space) = self.options.min_free_space else { return };
         let now = self.epoch.elapsed();
-        if now < self.looked + LOOK {
+        if now < self.looked + SPACE_CHECK_INTERVAL {
             return;
         }
         self.looked = now;

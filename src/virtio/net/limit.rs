@@ -84,9 +84,9 @@ struct RateLimiter {
 }
 
 /// The timer rings no sooner, so that of many small frames several go at a time; what comes meanwhile is not lost.
-const GRAIN: Duration = Duration::from_millis(1);
+const MIN_TIMER: Duration = Duration::from_millis(1);
 /// How often is told that frames wait, at most.
-const TELL: Duration = Duration::from_secs(1);
+const THROTTLED_INTERVAL: Duration = Duration::from_secs(1);
 
 /// The limits of one card, of all its pairs of queues.
 pub(super) struct RateLimiters {
@@ -142,7 +142,7 @@ impl RateLimiters {
         if gate.since.is_none() {
             gate.since = Some(now);
             io.counters().throttled.fetch_add(1, Ordering::Relaxed);
-            if self.told.is_none_or(|told| now >= told + TELL) {
+            if self.told.is_none_or(|told| now >= told + THROTTLED_INTERVAL) {
                 self.told = Some(now);
                 tell();
             }
@@ -166,7 +166,7 @@ impl RateLimiters {
         let limiters = [&mut self.sent, &mut self.received].into_iter();
         let wait = limiters.filter(|gate| gate.since.is_some()).map(|gate| gate.buckets.wait(now)).min();
         if let Some(wait) = wait {
-            self.arm(wait.max(GRAIN));
+            self.arm(wait.max(MIN_TIMER));
         }
     }
 

@@ -225,10 +225,10 @@ fn denials_are_told_but_not_too_many() {
     for _ in 0..1000 {
         assert!(it.admit(Protocol::Tcp, to("10.0.0.1:80"), now).is_none());
     }
-    assert_eq!(told.lock().unwrap().len(), TOLD as usize);
+    assert_eq!(told.lock().unwrap().len(), MAX_REPORTS as usize);
     assert!(it.admit(Protocol::Udp, to("169.254.169.254:80"), now + Duration::from_secs(2)).is_none());
     let last = told.lock().unwrap().pop().unwrap();
-    assert_eq!((last.reason, last.suppressed), (DenyReason::Special("metadata"), 1000 - u64::from(TOLD)));
+    assert_eq!((last.reason, last.suppressed), (DenyReason::Special("metadata"), 1000 - u64::from(MAX_REPORTS)));
     assert_eq!(last.protocol, Some(Protocol::Udp));
 }
 

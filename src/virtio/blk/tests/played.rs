@@ -366,7 +366,7 @@ fn little_space_is_told_once_each_time() {
     let mut driver = Driver::start(disk);
     for (n, free) in [1000, 999, 998, 2000, 5].into_iter().enumerate() {
         script.lock().unwrap().free = Some(free);
-        driver.device.epoch -= LOOK;
+        driver.device.epoch -= SPACE_CHECK_INTERVAL;
         for _ in 0..10 {
             request(&mut driver, &[&header(WRITES, n as u64), &[1; 512]], &[1]);
         }

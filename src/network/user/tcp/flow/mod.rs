@@ -67,9 +67,9 @@ pub(super) enum What {
 
 /// Until something is sent again; doubles each time.
 const RESEND: Duration = Duration::from_millis(250);
-const RESEND_MAX: Duration = Duration::from_secs(30);
+const MAX_RESEND_TIMEOUT: Duration = Duration::from_secs(30);
 /// How often without an answer. About four minutes.
-const RETRIES: u8 = 14;
+const MAX_RETRIES: u8 = 14;
 /// How long the guest's last FIN may come again. The guest is near.
 const LINGER: Duration = Duration::from_secs(2);
 /// So that three times the same acknowledgement means a loss (RFC 5681, 3.2).
@@ -425,11 +425,11 @@ impl Flow {
         }
         if self.resend_at.is_some_and(|at| at <= now) {
             self.retries += 1;
-            if self.retries > RETRIES {
+            if self.retries > MAX_RETRIES {
                 core.stats.timed_out += 1;
                 return SegmentOutcome::Reset;
             }
-            self.resend_at = Some(now + (RESEND * 2u32.pow(u32::from(self.retries))).min(RESEND_MAX));
+            self.resend_at = Some(now + (RESEND * 2u32.pow(u32::from(self.retries))).min(MAX_RESEND_TIMEOUT));
             self.readable = true;
             if self.sent == self.una && self.phase == Phase::Open {
                 self.probe = self.window == 0;

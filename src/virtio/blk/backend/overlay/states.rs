@@ -8,9 +8,9 @@ use super::super::storage::Storage;
 use super::format::{PAGE, PER_PAGE, STATES};
 
 /// Pages that may be in memory: 4 MiB, the states of 64 GiB.
-const MOST: usize = 1024;
+const MAX_STATE_PAGES: usize = 1024;
 /// Changed pages after which they are written.
-const MANY: usize = MOST / 2;
+const MANY: usize = MAX_STATE_PAGES / 2;
 
 /// Where a cluster's bytes are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -51,7 +51,7 @@ pub(super) struct States {
 impl States {
     fn page(&mut self, file: &dyn Storage, number: u64) -> io::Result<&mut Page> {
         if !self.pages.contains_key(&number) {
-            if self.pages.len() >= MOST {
+            if self.pages.len() >= MAX_STATE_PAGES {
                 self.pages.retain(|_, page| page.changed);
             }
             let mut bytes = vec![0; PAGE].into_boxed_slice();

@@ -4,7 +4,7 @@
 use crate::error::{Error, ErrorKind, Result};
 
 /// Bytes that are read: the header, its extensions and the backing file's name are in the first cluster.
-pub(super) const MOST: usize = 64 << 10;
+pub(super) const MAX_READ: usize = 64 << 10;
 /// As QEMU has them.
 const MAX_L1: u64 = 32 << 20;
 pub(super) const MAX_REFCOUNT_TABLE: u64 = 8 << 20;

@@ -156,7 +156,7 @@ fn open_image(
     }
     chain.add(&file)?;
     let len = file.metadata()?.len();
-    let mut bytes = vec![0; usize::try_from(len).unwrap_or(usize::MAX).min(header::MOST)];
+    let mut bytes = vec![0; usize::try_from(len).unwrap_or(usize::MAX).min(header::MAX_READ)];
     file.read_exact_at(&mut bytes, 0)?;
     let header = Header::parse(&bytes, len, write)?;
     chain.keep(header.tables(write))?;

@@ -12,7 +12,7 @@ use crate::error::{Context, Error, ErrorKind, Result};
 use crate::sys::next_data;
 
 /// Clusters of a file that are counted at most: the counting takes 128 MiB of memory for them, whatever the tables say.
-const MOST: u64 = 1 << 26;
+const MAX_CLUSTERS: u64 = 1 << 26;
 /// Of an entry of the tables, where it points (QEMU, docs/interop/qcow2.txt, "L1 table entry").
 const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 const COMPRESSED: u64 = 1 << 62;
@@ -87,9 +87,10 @@ pub(super) fn recount(file: &File, header: &Header) -> Result<u64> {
     let cluster = u64::from(header.cluster);
     let len = file.metadata()?.len();
     let clusters = len.div_ceil(cluster);
-    if clusters > MOST {
-        let problem =
-            format!("it has {clusters} clusters, of which at most {MOST} are counted again; see qemu-img check -r all");
+    if clusters > MAX_CLUSTERS {
+        let problem = format!(
+            "it has {clusters} clusters, of which at most {MAX_CLUSTERS} are counted again; see qemu-img check -r all"
+        );
         return Err(Error::new(ErrorKind::Unsupported, problem));
     }
     let mut uses = Uses { cluster, clusters, counts: vec![0; usize::try_from(clusters).unwrap_or(usize::MAX)] };
