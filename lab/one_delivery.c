@@ -21,11 +21,14 @@ static void once(char *state, int number, int is_hardware)
 	deliver(cpu, number, 0, 0, 0, is_hardware);
 }
 
-/* mov %edx,%r9d; sub $state_offset,%rdi; xor %r8d,%r8d; xor %ecx,%ecx; xor %edx,%edx; jmp do_interrupt_all */
+/* endbr64, which QEMU 7.2 is built without; mov %edx,%r9d; sub $state_offset,%rdi; xor %r8d,%r8d; xor %ecx,%ecx; xor %edx,%edx;
+ * jmp do_interrupt_all */
 static int is_expected(const unsigned char *code)
 {
 	int32_t distance;
 
+	if (!memcmp(code, "\xf3\x0f\x1e\xfa", 4))
+		code += 4;
 	memcpy(&state_offset, code + 6, 4);
 	memcpy(&distance, code + 18, 4);
 	return !memcmp(code, "\x41\x89\xd1\x48\x81\xef", 6) && !memcmp(code + 10, "\x45\x31\xc0\x31\xc9\x31\xd2\xe9", 8) &&
@@ -35,7 +38,7 @@ static int is_expected(const unsigned char *code)
 /* movl $-1,index_offset(%rdi), near the start of cpu_loop_exit_noexc */
 static int find_index(const unsigned char *code)
 {
-	for (int at = 0; at < 12; at++) {
+	for (int at = 0; at < 16; at++) {
 		memcpy(&index_offset, code + at + 2, 4);
 		if (!memcmp(code + at, "\xc7\x87", 2) && !memcmp(code + at + 6, "\xff\xff\xff\xff", 4))
 			return 1;
