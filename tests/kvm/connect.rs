@@ -134,7 +134,7 @@ pub fn many_one_after_the_other_leave_nothing() -> Outcome {
     if !crate::fixture::alone("connect::many_one_after_the_other_leave_nothing")? {
         return Ok(());
     }
-    let count = soaking(3000, 300);
+    let count = soaking(3000, 100);
     let container = container()?;
     let _echo = serve(&container, "127.0.0.1", 80, "echo")?;
     let left = || -> Result<(usize, String)> {

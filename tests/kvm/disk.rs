@@ -230,6 +230,7 @@ pub fn pauses_find_nothing_under_way() -> Outcome {
         let disk = Disk::scratch(Size::mib(2)).engine(engine).queues(2);
         let (vm, printed) = started(guest(script).vcpus(2).disk(disk))?;
         check_eq!(engine_of(&vm), Some(engine));
+        let mut pauses = 0;
         while !printed.text().contains("over") && vm.try_wait().is_none() {
             vm.pause()?;
             let before = vm.stats().devices[0].clone();
@@ -237,9 +238,18 @@ pub fn pauses_find_nothing_under_way() -> Outcome {
             check_eq!(vm.stats().devices[0], before);
             vm.disk(0)?.set_limit(DiskLimit::none().write_operations(Rate::per_second(2000)))?;
             vm.resume()?;
-            std::thread::sleep(Duration::from_millis(10));
+            // By what the guest does, not by time, of which a busy host gives it little.
+            let next = before.requests + 8;
+            let deadline = Instant::now() + PATIENCE;
+            while vm.stats().devices[0].requests < next && !printed.text().contains("over") && vm.try_wait().is_none()
+            {
+                check!(Instant::now() < deadline, "{before:?} and no request more: {}", printed.text());
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            pauses += 1;
         }
         vm.wait();
+        check!(pauses >= 20, "paused {pauses} times");
         let text = printed.text();
         let sums: std::collections::BTreeSet<_> = text.lines().filter(|l| l.ends_with('-')).collect();
         check_eq!(sums.len(), 12);
@@ -277,7 +287,7 @@ pub fn without_io_uring_there_are_threads() -> Outcome {
 pub fn a_file_system_is_whole_after_much_at_once() -> Outcome {
     let temp = Temp::new()?;
     let script = "mkdir /mnt; mount -t ext4 /dev/vda /mnt || echo no mount
-        work() { for i in 1 2 3 4; do head -c $((1000000 + $1 * 77777 * i)) /dev/urandom > /mnt/$1.$i; md5sum /mnt/$1.$i >> /sums.$1
+        work() { for i in 1 2 3 4; do head -c $((300000 + $1 * 77777 * i)) /dev/urandom > /mnt/$1.$i; md5sum /mnt/$1.$i >> /sums.$1
             fsync /mnt/$1.$i; done; }
         for j in 1 2 3 4; do work $j & done; wait; rm /mnt/*.3; fstrim /mnt && echo trimmed
         umount /mnt; echo 3 > /proc/sys/vm/drop_caches; mount -t ext4 /dev/vda /mnt

@@ -208,9 +208,9 @@ pub fn a_flood_on_the_console() -> Outcome {
     Ok(())
 }
 
-pub fn gigabytes_on_the_console() -> Outcome {
-    let flood = soaking(4, 1) << 30;
-    if !alone("hostile::gigabytes_on_the_console")? {
+pub fn hundreds_of_mebibytes_on_the_console() -> Outcome {
+    let flood = soaking(4096, 256) << 20;
+    if !alone("hostile::hundreds_of_mebibytes_on_the_console")? {
         return Ok(());
     }
     // A driver that prints the same MiB again and again, on the second queue, which is for what the guest says.
@@ -247,7 +247,7 @@ pub fn a_fork_bomb_stays_inside() -> Outcome {
 }
 
 pub fn a_storm_of_connections() -> Outcome {
-    let storm = soaking(100_000, 20_000);
+    let storm = soaking(100_000, 4_000);
     const WAVE: u32 = 500;
     if !alone("hostile::a_storm_of_connections")? {
         return Ok(());
