@@ -5,11 +5,12 @@ SHELL = /bin/sh
 CACHE = $(if $(XDG_CACHE_HOME),$(XDG_CACHE_HOME),$(HOME)/.cache)/cofferdam
 ROOTFS = $(CACHE)/images/debian-12.tar
 
-.PHONY: help demo test bench setup base tools clean-cache
+.PHONY: help demo test soak bench setup base tools clean-cache
 
 help:
 	@echo "make demo         run a command in a real Debian 12 in a microVM"
 	@echo "make test         all tests (without hardware KVM, those that need it run in the lab: lab/README.md)"
+	@echo "make soak         the guests' tests at full length, for hours; COFFERDAM_SOAK=N sets the seconds and rounds of the longest (20)"
 	@echo "make bench        all benches"
 	@echo "make setup        guest kernel, root file system, kernels and a system of Debian's, and the lab's image where it is needed"
 	@echo "make clean-cache  remove $(CACHE)"
@@ -18,7 +19,10 @@ demo: base
 	cargo run --release --example run -- --rootfs "$(ROOTFS)" -- sh -c 'cat /etc/os-release; uname -a'
 
 test: setup
-	cargo test --all-features
+	@.ci/test
+
+soak: setup
+	@COFFERDAM_SOAK=$${COFFERDAM_SOAK:-20} .ci/test --test kvm
 
 bench: setup
 	@lab/need iperf3 passt
