@@ -4,7 +4,7 @@
 
 use std::path::Path;
 use std::process::Command;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
 use cofferdam::kernel::Initramfs;
@@ -126,16 +126,28 @@ pub(crate) fn qemu(kernel: &Path, cmdline: &str, (vcpus, mib): (u32, u64), round
     let mut times = Vec::new();
     for round in 0..=rounds {
         let begin = Instant::now();
-        let status = microvm(mib, kernel, cmdline)
+        let mut child = microvm(mib, kernel, cmdline)
             .args(["-smp", &vcpus.to_string(), "-machine", "isa-serial=off", "-initrd"])
             .arg(dir.join("initrd"))
-            .status()
+            .spawn()
             .ok()?;
+        let pid = child.id().to_string();
+        let (ended, end) = mpsc::channel::<()>();
+        // A peer may hang, and has no figure then.
+        let watch = std::thread::spawn(move || {
+            if end.recv_timeout(PATIENCE) == Err(mpsc::RecvTimeoutError::Timeout) {
+                let _ = Command::new("kill").args(["-KILL", &pid]).status();
+            }
+        });
+        let status = child.wait().ok()?;
+        let took = ms(begin.elapsed());
+        drop(ended);
+        let _ = watch.join();
         if !status.success() {
             return None;
         }
         if round > 0 {
-            times.push(ms(begin.elapsed()));
+            times.push(took);
         }
     }
     let _ = std::fs::remove_dir_all(dir);

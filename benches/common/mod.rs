@@ -4,6 +4,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::OnceLock;
 
 /// Prints a figure of this bench beside what a peer reached. The ratio is above 1 where we are ahead: of rates (units with a
 /// stroke) more is better, of all else less.
@@ -35,10 +36,24 @@ pub(crate) fn kernel() -> PathBuf {
     std::env::var("COFFERDAM_KERNEL").map(PathBuf::from).unwrap_or_else(|_| cache().join("kernel/vmlinux"))
 }
 
-/// QEMU's machine for short lives: one processor, so many MiB of memory, a kernel and what it is told.
+/// The words that start the newest QEMU that can be had (`lab/qemu`).
+fn qemu() -> &'static [String] {
+    static WORDS: OnceLock<Vec<String>> = OnceLock::new();
+    WORDS.get_or_init(|| {
+        let found = Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("lab/qemu")).output();
+        let directory = found.map(|output| String::from_utf8_lossy(&output.stdout).trim().to_owned());
+        let words = directory.and_then(|directory| std::fs::read_to_string(Path::new(&directory).join("qemu")));
+        words.map_or_else(|_| vec!["qemu-system-x86_64".into()], |words| words.lines().map(str::to_owned).collect())
+    })
+}
+
+/// QEMU's machine for short lives: one processor, so many MiB of memory, a kernel and what it is told. With ACPI, QEMU 10
+/// would need its option ROMs and be slower.
 pub(crate) fn microvm(mib: u64, kernel: &Path, cmdline: &str) -> Command {
-    let mut qemu = Command::new("qemu-system-x86_64");
-    qemu.args(["-M", "microvm,x-option-roms=off,pit=off,pic=off,rtc=off", "-accel", "kvm", "-cpu", "host"])
+    let (program, words) = qemu().split_first().expect("a word");
+    let mut qemu = Command::new(program);
+    qemu.args(words)
+        .args(["-M", "microvm,acpi=off,x-option-roms=off,pit=off,pic=off,rtc=off", "-accel", "kvm", "-cpu", "host"])
         .args(["-m", &mib.to_string(), "-smp", "1", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"])
         .args(["-append", cmdline, "-kernel"])
         .arg(kernel)
