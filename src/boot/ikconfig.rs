@@ -56,6 +56,11 @@ impl Configuration {
         self
     }
 
+    /// Whether anything is known of it.
+    pub(super) fn is_known(&self) -> bool {
+        self.enabled.is_some()
+    }
+
     /// Whether `symbol`, with or without `CONFIG_`, is known to be built in or a module.
     pub(super) fn has(&self, symbol: &str) -> bool {
         let symbol = symbol.strip_prefix("CONFIG_").unwrap_or(symbol);

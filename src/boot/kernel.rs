@@ -1,20 +1,24 @@
 //! [`Kernel`]: a Linux kernel, opened and checked once, booted any number of times.
 
 use std::fs::File;
-use std::io::{Read, Seek, SeekFrom};
+use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
+#[cfg(test)]
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use linux_loader::bootparam::setup_header;
 use linux_loader::loader::elf::PvhBootCapability;
 use linux_loader::loader::{BzImage, Elf, KernelLoader};
 
+use super::find::Places;
 use super::ikconfig::Configuration;
 use super::{Initramfs, Modules, Need, Packed};
 use crate::arch::{Entry, layout};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::memory::{GuestAddress, GuestMemory, MemoryImage};
+use crate::sys;
 
 /// A kernel must fit below this guest address. Real ones end far below; the space costs nothing unless used.
 const IMAGE_SPACE: u64 = 1 << 30;
@@ -84,33 +88,45 @@ impl Kernel {
         Self { loaded: Arc::new(loaded), cmdline: String::new(), initramfs: None, modules: None, pvh: false }
     }
 
-    /// Opens the kernel that the environment names, or the one in the user's cache.
+    /// Opens a kernel from its bytes, such as those of the crate `cofferdam-kernel`.
     ///
-    /// The environment variable `COFFERDAM_KERNEL` names it. Without that it is
-    /// `$XDG_CACHE_HOME/cofferdam/kernel/vmlinux`, or `~/.cache/cofferdam/kernel/vmlinux`, where this crate's
-    /// `guest/kernel/build` puts it.
+    /// They are what [`Kernel::open`] takes as a file, and are copied once. Nothing lies beside them, so a `bzImage` has
+    /// no configuration that is known.
     ///
     /// # Errors
-    /// `NotFound`, saying how to get one, when there is none; else as [`Kernel::open`].
+    /// - `Corrupt` when it is damaged, or neither an x86_64 ELF kernel nor a 64-bit bzImage.
+    /// - `ResourceExhausted` when the host has no memory for it.
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self> {
+        let open = || {
+            let mut file = sys::memfd(0)?;
+            file.write_all(bytes)?;
+            file.rewind()?;
+            load(&mut file)
+        };
+        open().map(Self::new).doing(|| "opening kernel from bytes")
+    }
+
+    /// Opens the first kernel that is found in the usual places.
+    ///
+    /// It looks in this order:
+    ///
+    /// 1. What the environment variable `COFFERDAM_KERNEL` names. If it is set, nothing else is looked for.
+    /// 2. `$XDG_CACHE_HOME/cofferdam/kernel/vmlinux`, or `~/.cache/cofferdam/kernel/vmlinux`. This crate's
+    ///    `guest/kernel/build` puts its small kernel there.
+    /// 3. `kernels/cloud-6.12/vmlinuz` in the same cache, with `modules` beside it. `guest/stock-kernels` puts Debian's
+    ///    there.
+    /// 4. The host's own: `/boot/vmlinuz-RELEASE`, then `/usr/lib/modules/RELEASE/vmlinuz`. `RELEASE` is what `uname -r`
+    ///    says. Its modules are those of `/usr/lib/modules/RELEASE` or `/lib/modules/RELEASE`.
+    ///
+    /// A kernel of the last two has its [`Kernel::modules`] set. It starts more slowly than the small one. Where it
+    /// is known to have `CONFIG_VIRTIO_MMIO` built in, the modules may be absent.
+    ///
+    /// # Errors
+    /// - `NotFound` when there is none. It names every place, and what to do.
+    /// - `PermissionDenied` when the host's own is there, but this user may not read it. It says how to allow that.
+    /// - Else as [`Kernel::open`], for the first two.
     pub fn find() -> Result<Self> {
-        let named = std::env::var_os("COFFERDAM_KERNEL").filter(|v| !v.is_empty()).map(PathBuf::from);
-        let path =
-            named.or_else(|| crate::sys::cache_dir().map(|dir| dir.join("kernel/vmlinux"))).ok_or_else(|| {
-                Error::new(
-                    ErrorKind::NotFound,
-                    "no kernel: set COFFERDAM_KERNEL, or HOME so that the cache can be found",
-                )
-            })?;
-        Self::open(&path).map_err(|error| match error.kind() {
-            ErrorKind::NotFound => Error::new(
-                ErrorKind::NotFound,
-                format!(
-                    "no kernel at {}: run guest/kernel/build of the cofferdam sources once, or set COFFERDAM_KERNEL to a vmlinux or bzImage",
-                    path.display()
-                ),
-            ),
-            _ => error,
-        })
+        Places::here().open()
     }
 
     /// Sets the kernel's command line, such as `console=hvc0 root=/dev/vda ro quiet`.
@@ -169,6 +185,12 @@ impl Kernel {
         self.loaded.configuration.has("VIRTIO_MMIO_CMDLINE_DEVICES")
     }
 
+    /// Whether it is known to find devices of this machine without any module.
+    pub(super) fn has_built_in_transport(&self) -> bool {
+        let transport = [("virtio_mmio", "VIRTIO_MMIO")];
+        self.loaded.configuration.is_known() && self.loaded.configuration.check_drivers(&transport, false).is_ok()
+    }
+
     /// Returns a closure that records which of the kernel's pages a guest has written, so that later guests have copies
     /// of them at once. Call it when a guest's drivers are ready.
     pub(crate) fn dirty_page_recorder(&self) -> impl Fn(&GuestMemory) + Send + use<> {
@@ -224,6 +246,12 @@ impl Kernel {
     #[cfg(feature = "container")]
     pub(crate) fn initramfs_or_default(&self) -> Initramfs {
         self.initramfs.clone().unwrap_or_default()
+    }
+
+    /// Where its modules lie, if it has any.
+    #[cfg(test)]
+    pub(super) fn modules_directory(&self) -> Option<PathBuf> {
+        self.modules.as_ref().map(|modules| modules.root().to_owned())
     }
 
     /// As [`Kernel::open`], from an open file that nothing lies beside.
@@ -492,6 +520,16 @@ pub(super) mod tests {
             assert_eq!(error.kind(), ErrorKind::Corrupt, "{name}: {error}");
             assert!(error.to_string().starts_with("opening kernel "), "{error}");
         }
+    }
+
+    #[test]
+    fn a_kernel_of_bytes_is_the_same_as_that_of_a_file() {
+        let bytes = elf(b"\xf4");
+        let (one, other) = (Kernel::from_bytes(&bytes).unwrap(), open("bytes", &bytes).unwrap());
+        assert_eq!((one.loaded.entry, one.loaded.end), (other.loaded.entry, other.loaded.end));
+        assert!(Kernel::from_bytes(&bzimage(b"\xf4")).unwrap().loaded.header.is_some());
+        let error = Kernel::from_bytes(b"no kernel, and longer than a head").unwrap_err();
+        assert!(error.kind() == ErrorKind::Corrupt && error.to_string().starts_with("opening kernel from bytes: "));
     }
 
     #[test]

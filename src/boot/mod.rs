@@ -2,6 +2,7 @@
 
 mod cmdline;
 mod cpio;
+mod find;
 mod ikconfig;
 mod initramfs;
 mod kernel;

@@ -60,6 +60,12 @@ impl Modules {
         Ok(Self { tree: Arc::new(tree), also: Vec::new() })
     }
 
+    /// Where they lie.
+    #[cfg(test)]
+    pub(super) fn root(&self) -> &Path {
+        self.tree.root()
+    }
+
     /// Packs one more module beside those that devices need, such as a file system.
     ///
     /// It must be there or built in. Dashes and underscores in its name are the same. May be called again for others.
