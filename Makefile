@@ -3,20 +3,28 @@
 
 SHELL = /bin/sh
 CACHE = $(if $(XDG_CACHE_HOME),$(XDG_CACHE_HOME),$(HOME)/.cache)/cofferdam
-ROOTFS = $(CACHE)/images/debian-12.tar
 
-.PHONY: help demo test soak bench setup base tools clean-cache
+.PHONY: help demo kernel kernel-crate test soak bench setup base tools clean-cache
 
 help:
 	@echo "make demo         run a command in a real Debian 12 in a microVM"
+	@echo "make kernel       build the small guest kernel, which everything uses once it is there"
+	@echo "make kernel-crate make the crate cofferdam-kernel, with that kernel inside, in target/"
 	@echo "make test         all tests (without hardware KVM, those that need it run in the lab: lab/README.md)"
 	@echo "make soak         the guests' tests at full length, for hours; COFFERDAM_SOAK=N sets the seconds and rounds of the longest (20)"
 	@echo "make bench        all benches"
 	@echo "make setup        guest kernel, root file system, kernels and a system of Debian's, and the lab's image where it is needed"
 	@echo "make clean-cache  remove $(CACHE)"
 
-demo: base
-	cargo run --release --example run -- --rootfs "$(ROOTFS)" -- sh -c 'cat /etc/os-release; uname -a'
+# Whatever it takes is made side by side; of kernels that is one of Debian's, which needs no compiling.
+demo:
+	@guest/demo/run
+
+kernel:
+	@guest/kernel/build >/dev/null
+
+kernel-crate:
+	@guest/kernel/crate
 
 test: setup
 	@.ci/test

@@ -10,6 +10,7 @@
 use std::io::{self, copy, stderr, stdout};
 use std::process::ExitCode;
 use std::thread;
+use std::time::Duration;
 
 use cofferdam::process::{ExitStatus, Stdio};
 use cofferdam::{Container, ErrorKind, Image, Kernel, Size};
@@ -19,7 +20,7 @@ fn main() -> ExitCode {
         Ok(args) => args,
         Err(error) => {
             eprintln!(
-                "run: {error}\nusage: run --rootfs TAR_OR_DIRECTORY [--kernel FILE] [--memory MIB] [--] COMMAND [ARG...]"
+                "run: {error}\nusage: run --rootfs TAR_OR_DIRECTORY [--kernel FILE] [--memory MIB] [--timeout SECONDS] [--] COMMAND [ARG...]"
             );
             return ExitCode::from(2);
         }
@@ -44,6 +45,9 @@ fn main() -> ExitCode {
 
 fn run(args: Args) -> cofferdam::Result<ExitStatus> {
     let mut container = Container::builder(Image::open(args.rootfs)?).memory(Size::mib(args.memory));
+    if let Some(seconds) = args.timeout {
+        container = container.start_timeout(Duration::from_secs(seconds));
+    }
     if let Some(kernel) = args.kernel {
         container = container.kernel(Kernel::open(kernel)?);
     }
@@ -71,18 +75,21 @@ struct Args {
     rootfs: String,
     kernel: Option<String>,
     memory: u64,
+    /// For the start, in seconds.
+    timeout: Option<u64>,
     command: Vec<std::ffi::OsString>,
 }
 
 impl Args {
     fn parse() -> Result<Self, lexopt::Error> {
-        let (mut rootfs, mut kernel, mut memory, mut command) = (None, None, 256, Vec::new());
+        let (mut rootfs, mut kernel, mut memory, mut timeout, mut command) = (None, None, 256, None, Vec::new());
         let mut parser = lexopt::Parser::from_env();
         while let Some(arg) = parser.next()? {
             match arg {
                 lexopt::Arg::Long("rootfs") => rootfs = Some(parser.value()?.to_string_lossy().into_owned()),
                 lexopt::Arg::Long("kernel") => kernel = Some(parser.value()?.to_string_lossy().into_owned()),
                 lexopt::Arg::Long("memory") => memory = lexopt::ValueExt::parse(&parser.value()?)?,
+                lexopt::Arg::Long("timeout") => timeout = Some(lexopt::ValueExt::parse(&parser.value()?)?),
                 lexopt::Arg::Value(first) => {
                     command.push(first);
                     command.extend(parser.raw_args()?);
@@ -94,6 +101,6 @@ impl Args {
         if command.is_empty() {
             return Err("there is no command".into());
         }
-        Ok(Self { rootfs, kernel, memory, command })
+        Ok(Self { rootfs, kernel, memory, timeout, command })
     }
 }
