@@ -183,3 +183,89 @@ fn accesses_of_other_widths_and_places_do_nothing() {
     rig.transport.read(u64::MAX, &mut byte);
     assert_eq!(rig.get(0xb0), u32::MAX, "there is no shared memory");
 }
+
+#[test]
+fn status_bits_are_only_added_and_in_their_order() {
+    let mut rig = Rig::new();
+    rig.set(0x70, 1);
+    // DRIVER_OK before FEATURES_OK starts nothing (Virtio 1.3, 3.1.1).
+    rig.set(0x70, 1 | 2 | 4);
+    assert_eq!(rig.get(0x70), 3);
+    // A bit that is left out stays.
+    rig.set(0x70, 2);
+    assert_eq!(rig.get(0x70), 3);
+    // DEVICE_NEEDS_RESET is the device's alone.
+    rig.set(0x70, 3 | 64);
+    assert_eq!(rig.get(0x70), 3);
+    // FAILED is the driver's.
+    rig.set(0x70, 3 | 128);
+    assert_eq!(rig.get(0x70), 3 | 128);
+    rig.set(0x70, 0);
+    rig.drive(1, 8);
+    assert_eq!(rig.get(0x70), 15);
+}
+
+#[test]
+fn features_are_accepted_before_features_ok_alone_and_words_beyond_the_second_are_none() {
+    let mut rig = Rig::new();
+    // Without DRIVER nothing is accepted.
+    [(0x24, 1), (0x20, 1)].into_iter().for_each(|(at, value)| rig.set(at, value));
+    rig.set(0x70, 3);
+    rig.set(0x70, 11);
+    assert_eq!(rig.get(0x70), 3, "VERSION_1 was not accepted yet");
+    for (word, value) in [(1, 1), (2, u32::MAX), (u32::MAX, u32::MAX)] {
+        rig.set(0x24, word);
+        rig.set(0x20, value);
+    }
+    rig.set(0x70, 11);
+    assert_eq!(rig.get(0x70), 11);
+    // Too late, and so it changes nothing.
+    [(0x24, 0), (0x20, u32::MAX), (0x24, 1), (0x20, u32::MAX)].into_iter().for_each(|(at, value)| rig.set(at, value));
+    assert_eq!(rig.transport.driver_features, 1 << 32);
+}
+
+#[test]
+fn a_running_devices_queues_are_not_changed() {
+    let mut rig = Rig::new();
+    rig.drive(1, 8);
+    let before = format!("{:?}", rig.transport.queues);
+    [(0x38, 16), (0x80, 0x9000), (0x94, 7), (0x44, 0)].into_iter().for_each(|(at, value)| rig.set(at, value));
+    assert_eq!(format!("{:?}", rig.transport.queues), before);
+    assert_eq!((rig.get(0x70), rig.get(0x44)), (15, 1));
+}
+
+/// Keeps the device's loop busy until what this returns is dropped.
+fn busy(rig: &Rig) -> std::sync::mpsc::Sender<()> {
+    let (free, wait) = std::sync::mpsc::channel::<()>();
+    let (begun, hangs) = std::sync::mpsc::channel();
+    let hang = move |_: &mut Slots| {
+        begun.send(()).unwrap();
+        let _ = wait.recv();
+    };
+    rig._devices.remote().post(hang).unwrap();
+    hangs.recv().unwrap();
+    free
+}
+
+#[test]
+fn a_loop_that_hangs_starts_no_device_and_the_driver_is_told() {
+    let mut rig = Rig::new();
+    let (hang, begin) = (busy(&rig), Instant::now());
+    rig.drive(1, 8);
+    assert!(begin.elapsed() >= START_STOP_TIMEOUT);
+    assert_eq!((rig.get(0x70), rig.get(0x60)), (11 | 64, 2));
+    drop(hang);
+}
+
+#[test]
+fn a_loop_that_hangs_resets_no_device_and_the_driver_sees_that_it_was_not() {
+    let mut rig = Rig::new();
+    rig.drive(1, 8);
+    let (hang, begin) = (busy(&rig), Instant::now());
+    rig.set(0x70, 0);
+    assert!(begin.elapsed() >= START_STOP_TIMEOUT);
+    assert_eq!(rig.get(0x70), 15);
+    drop(hang);
+    rig.set(0x70, 0);
+    assert_eq!(rig.get(0x70), 0, "a driver that asks again gets its reset");
+}
