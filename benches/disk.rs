@@ -130,8 +130,8 @@ fn in_lab() -> bool {
 }
 
 /// A directory for disks, in the lab on a file system as hosts have it.
-fn data_folder(dir: &Path) {
-    fs::create_dir(dir.join("data")).expect("a folder");
+fn data_directory(dir: &Path) {
+    fs::create_dir(dir.join("data")).expect("a directory");
     let made = "truncate -s 1G fs && /sbin/mkfs.ext4 -q -E lazy_itable_init=0,lazy_journal_init=0 fs && \
                 { [ -e /dev/loop-control ] || mknod /dev/loop-control c 10 237; } && mount -o loop fs data";
     let made = || Command::new("sh").args(["-c", made]).current_dir(dir).status().is_ok_and(|it| it.success());
@@ -143,8 +143,8 @@ const CMDLINE: &str = "console=hvc0 quiet reboot=t panic=-1";
 impl Bench {
     fn new() -> Self {
         let dir = std::env::temp_dir().join(format!("cofferdam-disk-bench-{}", std::process::id()));
-        fs::create_dir_all(dir.join("root/bin")).expect("a folder");
-        data_folder(&dir);
+        fs::create_dir_all(dir.join("root/bin")).expect("a directory");
+        data_directory(&dir);
         let image = Image::open(cache().join("images/debian-12-storage.tar")).expect("an image: run `make setup`");
         // In a directory of its own, its disk is the only file there.
         let disks = cache().join("bench-disk");

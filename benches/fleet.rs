@@ -59,5 +59,5 @@ fn main() {
         figure(&name, value, "ms", Some(first));
     }
     drop(running);
-    std::fs::remove_dir_all(disks).expect("a folder of its own");
+    std::fs::remove_dir_all(disks).expect("a directory of its own");
 }

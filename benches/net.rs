@@ -224,7 +224,7 @@ impl Drop for Bench {
 impl Bench {
     fn new() -> Self {
         let dir = std::env::temp_dir().join(format!("cofferdam-net-bench-{}", std::process::id()));
-        fs::create_dir_all(dir.join("root/bin")).expect("a folder");
+        fs::create_dir_all(dir.join("root/bin")).expect("a directory");
         let script = "#!/bin/busybox sh\n/bin/busybox mount -t devtmpfs dev /dev\n/bin/busybox ifconfig eth0 $GUEST netmask 255.255.255.0 mtu $MTU up\n\
              /bin/busybox route add default gw $GATEWAY\n[ -z \"$BENCH_HOST\" ] || /bin/net\necho idle\n\
              [ -n \"$BENCH_HOST\" ] || /bin/busybox sleep 1000\n/bin/busybox reboot -f\n";

@@ -27,9 +27,9 @@ fn times(count: usize, mut run: impl FnMut()) -> (f64, f64) {
 }
 
 fn main() {
-    let folder = std::env::temp_dir().join(format!("cofferdam-bench-overlay-{}", std::process::id()));
-    std::fs::create_dir_all(&folder).expect("a folder");
-    let (base, path) = (folder.join("base"), folder.join("overlay"));
+    let directory = std::env::temp_dir().join(format!("cofferdam-bench-overlay-{}", std::process::id()));
+    std::fs::create_dir_all(&directory).expect("a directory");
+    let (base, path) = (directory.join("base"), directory.join("overlay"));
     File::create(&base).and_then(|file| file.set_len(100 << 30)).expect("a base");
     let overlay = Overlay::create_larger(&path, &base, Size::gib(200)).expect("an overlay");
     let (p50, p99) = times(1000, || drop(overlay.info().expect("it opens")));
@@ -37,5 +37,5 @@ fn main() {
     figure("the same: p99", p99, "ms", None);
     let most = heap::most(|| drop(overlay.info().expect("it opens")));
     figure("the same: heap at most", most as f64 / 1024.0, "KiB", None);
-    std::fs::remove_dir_all(&folder).expect("the folder goes");
+    std::fs::remove_dir_all(&directory).expect("the directory goes");
 }

@@ -112,6 +112,6 @@ fn main() {
     image.prepare().expect("the image's disk");
     shortest_life(&kernel);
     container(&kernel, &image);
-    std::fs::remove_dir_all(disks).expect("a folder of its own");
+    std::fs::remove_dir_all(disks).expect("a directory of its own");
     stock();
 }

@@ -92,12 +92,12 @@ fn exported() -> BTreeSet<String> {
 
 /// The public methods of each such type that do more than set something up: those that give back no `Self`.
 fn methods(exported: &BTreeSet<String>) -> BTreeMap<String, BTreeSet<String>> {
-    let (mut found, mut folders) = (BTreeMap::<String, BTreeSet<String>>::new(), vec![root()]);
-    while let Some(folder) = folders.pop() {
-        for entry in fs::read_dir(folder).unwrap() {
+    let (mut found, mut directories) = (BTreeMap::<String, BTreeSet<String>>::new(), vec![root()]);
+    while let Some(directory) = directories.pop() {
+        for entry in fs::read_dir(directory).unwrap() {
             let path = entry.unwrap().path();
             if path.is_dir() {
-                folders.push(path);
+                directories.push(path);
                 continue;
             }
             let text = fs::read_to_string(&path).unwrap();

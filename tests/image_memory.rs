@@ -52,16 +52,16 @@ static ALLOCATOR: Counting = Counting;
 
 /// What preparing an archive took at its most.
 fn most(name: &str, entries: &[Made], limits: ImageLimits) -> (cofferdam::Result<()>, usize) {
-    let folder = std::env::temp_dir().join(format!("cofferdam-image-memory-{}-{name}", std::process::id()));
-    std::fs::create_dir_all(&folder).expect("a folder");
-    let path = folder.join("image.tar");
+    let directory = std::env::temp_dir().join(format!("cofferdam-image-memory-{}-{name}", std::process::id()));
+    std::fs::create_dir_all(&directory).expect("a directory");
+    let path = directory.join("image.tar");
     std::fs::write(&path, archive(entries)).expect("an archive");
-    let image = Image::open(&path).expect("an image").cache_dir(folder.join("cache")).limits(limits);
+    let image = Image::open(&path).expect("an image").cache_dir(directory.join("cache")).limits(limits);
     let before = TAKEN.load(Relaxed);
     MOST.store(before, Relaxed);
     let outcome = image.prepare();
     let most = MOST.load(Relaxed) - before;
-    std::fs::remove_dir_all(folder).expect("the folder");
+    std::fs::remove_dir_all(directory).expect("the directory");
     (outcome, most)
 }
 
@@ -74,7 +74,7 @@ fn memory_is_bounded_by_the_limits() {
     let cases = [
         ("files", each(&|n| Made::file(format!("{n:06}"), "")), 6 * N),
         ("directories", each(&|n| Made::directory(format!("{}/{n:06}", n % 1000))), 6 * N),
-        ("folders", (0..N / 2).map(|n| Made::file(format!("{n:06}/f"), "")).collect(), 7 * N / 2),
+        ("directories", (0..N / 2).map(|n| Made::file(format!("{n:06}/f"), "")).collect(), 7 * N / 2),
         ("links", each(&|n| if n == 0 { Made::file("f", "") } else { Made::link(n.to_string(), "f") }), 6 * N),
         ("symlinks", each(&|n| Made::symlink(format!("{n:06}"), "a target")), 14 * N),
     ];

@@ -21,7 +21,7 @@ fn cache() -> PathBuf {
 #[test]
 fn the_odd_disk_is_whole() {
     odd::image(&cache(), true).prepare().expect("its disk");
-    let disks = cache().join("odd/disks").read_dir().expect("the folder").flatten().map(|entry| entry.path());
+    let disks = cache().join("odd/disks").read_dir().expect("the directory").flatten().map(|entry| entry.path());
     disks.filter(|path| path.extension().is_some_and(|it| it == "erofs")).for_each(|disk| check(&disk));
 }
 
@@ -33,12 +33,12 @@ fn check(disk: &Path) {
 
 #[test]
 fn disks_of_debian_are_whole() {
-    let folder = cache().join("images");
+    let directory = cache().join("images");
     for name in ["debian-12", "debian-12-network", "debian-12-storage"] {
-        let image = Image::open(folder.join(format!("{name}.tar"))).expect("an image: run `make setup`");
+        let image = Image::open(directory.join(format!("{name}.tar"))).expect("an image: run `make setup`");
         image.prepare().expect("its disk");
     }
-    let disks = folder.read_dir().expect("the folder").flatten().map(|entry| entry.path());
+    let disks = directory.read_dir().expect("the directory").flatten().map(|entry| entry.path());
     let mut checked = 0;
     for disk in disks.filter(|path| path.extension().is_some_and(|it| it == "erofs")) {
         check(&disk);

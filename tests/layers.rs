@@ -103,12 +103,12 @@ struct Source {
 
 fn sources() -> Vec<Source> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
-    let (mut found, mut folders) = (Vec::new(), vec![root.clone()]);
-    while let Some(folder) = folders.pop() {
-        for entry in fs::read_dir(folder).unwrap() {
+    let (mut found, mut directories) = (Vec::new(), vec![root.clone()]);
+    while let Some(directory) = directories.pop() {
+        for entry in fs::read_dir(directory).unwrap() {
             let path = entry.unwrap().path();
             if path.is_dir() {
-                folders.push(path);
+                directories.push(path);
             } else if path.extension().is_some_and(|e| e == "rs") {
                 let inside = path.strip_prefix(&root).unwrap();
                 let layer = inside.iter().next().unwrap().to_string_lossy().trim_end_matches(".rs").to_owned();
@@ -163,7 +163,7 @@ fn dependencies_live_in_one_layer() {
 }
 
 #[test]
-fn unsafe_is_allowed_in_marked_folders_only() {
+fn unsafe_is_allowed_in_marked_directories_only() {
     for source in sources().iter().filter(|s| !UNSAFE.contains(&s.layer.as_str())) {
         assert!(!source.text.contains("allow(unsafe_code"), "{} allows unsafe code", source.path.display());
     }

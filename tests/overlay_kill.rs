@@ -32,16 +32,16 @@ fn noise(seed: u64) -> Vec<u8> {
 }
 
 /// Two bases that differ here and there, and an overlay that has the content of the second where they differ.
-fn prepare(folder: &Path) -> Vec<u8> {
+fn prepare(directory: &Path) -> Vec<u8> {
     let (one, mut two) = (noise(1), noise(1));
     for at in (0..SIZE).step_by(64 << 10) {
         two[at..at + 4096].fill(7);
     }
-    fs::write(folder.join("one"), one).unwrap();
-    fs::write(folder.join("two"), &two).unwrap();
-    let overlay = Overlay::create(folder.join("overlay"), folder.join("two")).unwrap();
+    fs::write(directory.join("one"), one).unwrap();
+    fs::write(directory.join("two"), &two).unwrap();
+    let overlay = Overlay::create(directory.join("overlay"), directory.join("two")).unwrap();
     // What differs is copied into it.
-    overlay.rebase(folder.join("one"), |_| ControlFlow::Continue(())).unwrap();
+    overlay.rebase(directory.join("one"), |_| ControlFlow::Continue(())).unwrap();
     two
 }
 
@@ -54,30 +54,30 @@ fn flattened(path: &Path, to: &Path) -> Vec<u8> {
 }
 
 /// Does all of it again and again.
-fn victim(folder: &Path) -> ! {
-    let (overlay, flat) = (Overlay::open(folder.join("overlay")).unwrap(), folder.join("flat"));
+fn victim(directory: &Path) -> ! {
+    let (overlay, flat) = (Overlay::open(directory.join("overlay")).unwrap(), directory.join("flat"));
     let on = |_| ControlFlow::Continue(());
     std::io::stdout().write_all(b"ready\n").unwrap();
     loop {
-        overlay.rebase(folder.join("two"), on).unwrap();
+        overlay.rebase(directory.join("two"), on).unwrap();
         overlay.compact(on).unwrap();
-        overlay.rebase(folder.join("one"), on).unwrap();
+        overlay.rebase(directory.join("one"), on).unwrap();
         overlay.compact(on).unwrap();
         let _ = fs::remove_file(&flat);
         overlay.flatten(&flat, on).unwrap();
-        let (top, frozen) = (folder.join("top"), folder.join("frozen"));
+        let (top, frozen) = (directory.join("top"), directory.join("frozen"));
         for path in [&top, &frozen] {
             let _ = fs::remove_file(path);
         }
-        let snapshot = Overlay::create(&frozen, folder.join("one")).unwrap();
+        let snapshot = Overlay::create(&frozen, directory.join("one")).unwrap();
         snapshot.freeze().unwrap();
         Overlay::create(&top, &snapshot).unwrap();
     }
 }
 
 fn main() -> ExitCode {
-    if let Some(folder) = std::env::var_os(VICTIM) {
-        victim(folder.as_ref());
+    if let Some(directory) = std::env::var_os(VICTIM) {
+        victim(directory.as_ref());
     }
     let test = Trial::test("a_kill_leaves_the_old_state_or_the_new_one", || {
         kill_again_and_again();
@@ -87,14 +87,14 @@ fn main() -> ExitCode {
 }
 
 fn kill_again_and_again() {
-    let folder = std::env::temp_dir().join(format!("cofferdam-kill-{}", std::process::id()));
-    fs::create_dir_all(&folder).unwrap();
-    let wanted = prepare(&folder);
+    let directory = std::env::temp_dir().join(format!("cofferdam-kill-{}", std::process::id()));
+    fs::create_dir_all(&directory).unwrap();
+    let wanted = prepare(&directory);
     let known = ["one", "two", "overlay", "flat", "top", "frozen"].map(PathBuf::from);
     let mut seed = 1u64;
     for kill in 0..KILLS {
         let me = std::env::current_exe().unwrap();
-        let mut child = Command::new(me).env(VICTIM, &folder).stdout(Stdio::piped()).spawn().unwrap();
+        let mut child = Command::new(me).env(VICTIM, &directory).stdout(Stdio::piped()).spawn().unwrap();
         let mut line = String::new();
         BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
         assert_eq!(line, "ready\n");
@@ -102,21 +102,21 @@ fn kill_again_and_again() {
         std::thread::sleep(Duration::from_micros(seed >> 33 & 0x7_ffff));
         child.kill().unwrap();
         child.wait().unwrap();
-        let names = fs::read_dir(&folder).unwrap().map(|entry| PathBuf::from(entry.unwrap().file_name()));
+        let names = fs::read_dir(&directory).unwrap().map(|entry| PathBuf::from(entry.unwrap().file_name()));
         let left: Vec<_> = names.filter(|name| !known.contains(name)).collect();
         assert_eq!(left, Vec::<PathBuf>::new(), "kill {kill}");
-        assert!(flattened(&folder.join("overlay"), &folder.join("check")) == wanted, "kill {kill}");
+        assert!(flattened(&directory.join("overlay"), &directory.join("check")) == wanted, "kill {kill}");
         // What is there of the others is whole.
-        if let Ok(flat) = File::open(folder.join("flat")) {
+        if let Ok(flat) = File::open(directory.join("flat")) {
             let mut last = [0; 4096];
             flat.read_exact_at(&mut last, (SIZE - 4096) as u64).unwrap();
             assert_eq!(last[..], wanted[SIZE - 4096..], "kill {kill}");
         }
         for name in ["top", "frozen"] {
-            if folder.join(name).exists() {
-                Overlay::open(folder.join(name)).unwrap_or_else(|e| panic!("kill {kill}: {e}"));
+            if directory.join(name).exists() {
+                Overlay::open(directory.join(name)).unwrap_or_else(|e| panic!("kill {kill}: {e}"));
             }
         }
     }
-    fs::remove_dir_all(&folder).unwrap();
+    fs::remove_dir_all(&directory).unwrap();
 }

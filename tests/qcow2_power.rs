@@ -151,17 +151,17 @@ fn found(start: &[u8], events: &[Event], end: usize, mut kept: impl FnMut() -> b
 }
 
 /// Opens what was found as `Disk::qcow2` does, marked as it marks what it writes, and uses it.
-fn used_again(folder: &Path, mut bytes: Vec<u8>) -> [Vec<u8>; 2] {
-    let path = folder.join("image");
+fn used_again(directory: &Path, mut bytes: Vec<u8>) -> [Vec<u8>; 2] {
+    let path = directory.join("image");
     bytes[79] |= 1;
     fs::write(&path, bytes).unwrap();
     qcow2_found(&path, CLUSTER as u64, 255).unwrap()
 }
 
 /// A directory in memory, where syncs cost nothing.
-struct Folder(PathBuf);
+struct TempDir(PathBuf);
 
-impl Folder {
+impl TempDir {
     fn new() -> Self {
         let path = Path::new("/dev/shm").join(format!("cofferdam-power-{}", std::process::id()));
         fs::create_dir_all(&path).unwrap();
@@ -170,7 +170,7 @@ impl Folder {
     }
 }
 
-impl Drop for Folder {
+impl Drop for TempDir {
     fn drop(&mut self) {
         let _ = fs::remove_dir_all(&self.0);
     }
@@ -192,7 +192,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
     #[test]
     fn whatever_a_loss_of_power_leaves_what_was_promised_is_there(ops in ops(), seed in any::<u64>()) {
-        let (start, folder) = (empty(), Folder::new());
+        let (start, directory) = (empty(), TempDir::new());
         let file = Recorder::on(start.clone());
         let events = file.events.clone();
         let count = || events.lock().unwrap().len();
@@ -230,7 +230,7 @@ proptest! {
                     how == 0 || how > 1 && random % 2 == 0
                 });
                 if how == 2 {
-                    let [found, used] = used_again(&folder.0, bytes.clone());
+                    let [found, used] = used_again(&directory.0, bytes.clone());
                     for (sector, (found, used)) in found.chunks(SECTOR).zip(used.chunks(SECTOR)).enumerate() {
                         prop_assert!(allowed[sector].contains(&found[0]), "found after {end} events: sector {sector}");
                         let wanted = if sector * SECTOR % CLUSTER == 0 { 255 } else { found[0] };

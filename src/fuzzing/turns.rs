@@ -281,8 +281,8 @@ pub mod bench {
             let disk = RawFile::from_file(file(), false).unwrap();
             Driver::start(Blk::new(Box::new(disk), Options { engine, ..Options::new(0) }))
         };
-        let folder = crate::virtio::blk::fuzzing::Folder::new().unwrap();
-        let (base, path) = (folder.path("base"), folder.path("overlay"));
+        let directory = crate::virtio::blk::fuzzing::TempDir::new().unwrap();
+        let (base, path) = (directory.path("base"), directory.path("overlay"));
         std::fs::File::create(&base).unwrap().set_len(256 << 20).unwrap();
         let over = || {
             let _ = std::fs::remove_file(&path);

@@ -98,8 +98,8 @@ impl fmt::Display for Vulnerability {
     }
 }
 
-fn vulnerabilities(folder: &Path) -> Vec<Vulnerability> {
-    let Ok(entries) = fs::read_dir(folder) else { return Vec::new() };
+fn vulnerabilities(directory: &Path) -> Vec<Vulnerability> {
+    let Ok(entries) = fs::read_dir(directory) else { return Vec::new() };
     let one = |entry: fs::DirEntry| {
         let state = fs::read_to_string(entry.path()).ok()?;
         let state = state.lines().next().unwrap_or_default().chars().take(STATE_MAX).collect();

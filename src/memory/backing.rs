@@ -1,7 +1,7 @@
 //! What of the host's a guest's memory is made of.
 #![allow(
     unsafe_code,
-    reason = "makes files without names and advises about pages; memory/ is one of the folders that may"
+    reason = "makes files without names and advises about pages; memory/ is one of the directories that may"
 )]
 
 use std::fs::{self, File};

@@ -2,7 +2,7 @@
 //!
 //! A kernel is loaded into one when it is opened. Starting a VM maps it, so ten VMs of one kernel share its pages and
 //! none waits for a copy. The file is an anonymous, sealed memfd: nobody can truncate it below a running guest.
-#![allow(unsafe_code, reason = "maps a file over guest memory; memory/ is one of the folders that may")]
+#![allow(unsafe_code, reason = "maps a file over guest memory; memory/ is one of the directories that may")]
 
 use std::fs::File;
 use std::io;

@@ -1,7 +1,7 @@
 //! Vectored transfers between descriptors and guest memory, without a copy in between.
 #![allow(
     unsafe_code,
-    reason = "guest memory is handed to the kernel as raw buffers; memory/ is one of the folders that may"
+    reason = "guest memory is handed to the kernel as raw buffers; memory/ is one of the directories that may"
 )]
 
 use std::io;

@@ -5,7 +5,7 @@
 //! both are leaked on purpose.
 #![allow(
     unsafe_code,
-    reason = "guest memory is handed to the kernel as raw buffers; memory/ is one of the folders that may"
+    reason = "guest memory is handed to the kernel as raw buffers; memory/ is one of the directories that may"
 )]
 
 use std::collections::VecDeque;

@@ -3,7 +3,7 @@
 //! Linux patches the same pages at every boot, for the processor that it finds. Copying such a page on its first write
 //! takes two faults and a TLB shootdown for the whole process. So the first guest shows which pages they are, and later
 //! guests get private copies before they run.
-#![allow(unsafe_code, reason = "advises about pages; memory/ is one of the folders that may")]
+#![allow(unsafe_code, reason = "advises about pages; memory/ is one of the directories that may")]
 
 use std::fs::File;
 use std::io;

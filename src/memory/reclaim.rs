@@ -1,5 +1,5 @@
 //! What guest memory costs the host, and giving it back.
-#![allow(unsafe_code, reason = "advises about and asks for pages; memory/ is one of the folders that may")]
+#![allow(unsafe_code, reason = "advises about and asks for pages; memory/ is one of the directories that may")]
 
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 

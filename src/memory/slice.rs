@@ -4,7 +4,7 @@
 //! The guest changes it at any time: every field is one access of its own width, and what was read is a copy.
 #![allow(
     unsafe_code,
-    reason = "guest memory is accessed through a pointer that was looked up before; memory/ is one of the folders that may"
+    reason = "guest memory is accessed through a pointer that was looked up before; memory/ is one of the directories that may"
 )]
 
 use std::fmt;

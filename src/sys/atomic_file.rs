@@ -15,24 +15,24 @@ use super::fill_random;
 /// A new file in a directory, gone when it is dropped before it got its name.
 pub(crate) struct AtomicFile {
     file: File,
-    folder: PathBuf,
+    directory: PathBuf,
     /// Its name until then, where it must have one.
     name: Option<PathBuf>,
 }
 
 impl AtomicFile {
-    /// Makes one in `folder`, with these permissions but what the process's mask takes away.
-    pub(crate) fn new(folder: &Path, mode: u32) -> io::Result<Self> {
-        let (file, name) = match unnamed(folder, mode, 0)? {
+    /// Makes one in `directory`, with these permissions but what the process's mask takes away.
+    pub(crate) fn new(directory: &Path, mode: u32) -> io::Result<Self> {
+        let (file, name) = match unnamed(directory, mode, 0)? {
             Some(file) => (file, None),
             None => {
-                remove_abandoned(folder);
-                let name = new_name(folder)?;
+                remove_abandoned(directory);
+                let name = new_name(directory)?;
                 let file = OpenOptions::new().read(true).write(true).create_new(true).mode(mode).open(&name)?;
                 (file, Some(name))
             }
         };
-        Ok(Self { file, folder: folder.to_path_buf(), name })
+        Ok(Self { file, directory: directory.to_path_buf(), name })
     }
 
     pub(crate) fn file(&self) -> &File {
@@ -54,14 +54,14 @@ impl AtomicFile {
                 })?;
             }
         }
-        sync(&self.folder)
+        sync(&self.directory)
     }
 
     /// Puts it, durably, in the place of the file at `old` in its directory, with the same permissions.
     pub(crate) fn replace(mut self, old: &Path) -> io::Result<()> {
         self.file.set_permissions(fs::metadata(old)?.permissions())?;
         if self.name.is_none() {
-            let name = new_name(&self.folder)?;
+            let name = new_name(&self.directory)?;
             self.link(&name)?;
             self.name = Some(name);
         }
@@ -69,7 +69,7 @@ impl AtomicFile {
             fs::rename(name, old)?;
         }
         self.name = None;
-        sync(&self.folder)
+        sync(&self.directory)
     }
 
     fn link(&self, to: &Path) -> io::Result<()> {
@@ -92,9 +92,9 @@ impl Drop for AtomicFile {
 }
 
 /// A file without a name; `None` on file systems that know no such thing, as FUSE and NFS do not.
-fn unnamed(folder: &Path, mode: u32, flags: libc::c_int) -> io::Result<Option<File>> {
+fn unnamed(directory: &Path, mode: u32, flags: libc::c_int) -> io::Result<Option<File>> {
     let flags = libc::O_TMPFILE | flags;
-    match OpenOptions::new().read(true).write(true).mode(mode).custom_flags(flags).open(folder) {
+    match OpenOptions::new().read(true).write(true).mode(mode).custom_flags(flags).open(directory) {
         Err(e) if matches!(e.raw_os_error(), Some(libc::EOPNOTSUPP | libc::EISDIR)) => Ok(None),
         outcome => outcome.map(Some),
     }
@@ -103,16 +103,16 @@ fn unnamed(folder: &Path, mode: u32, flags: libc::c_int) -> io::Result<Option<Fi
 /// How the names of drafts begin.
 const PREFIX: &str = ".cofferdam-";
 
-fn new_name(folder: &Path) -> io::Result<PathBuf> {
+fn new_name(directory: &Path) -> io::Result<PathBuf> {
     let mut number = [0; 16];
     fill_random(&mut number)?;
-    Ok(folder.join(format!("{PREFIX}{:032x}", u128::from_le_bytes(number))))
+    Ok(directory.join(format!("{PREFIX}{:032x}", u128::from_le_bytes(number))))
 }
 
 /// Removes what killed processes have left. Nobody writes for so long without a change of the file.
-fn remove_abandoned(folder: &Path) {
+fn remove_abandoned(directory: &Path) {
     const LONG: Duration = Duration::from_secs(3600);
-    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+    for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
         let draft = entry.file_name().as_bytes().starts_with(PREFIX.as_bytes());
         let changed = entry.metadata().and_then(|it| it.modified());
         if draft && changed.is_ok_and(|at| at.elapsed().is_ok_and(|age| age > LONG)) {
@@ -123,16 +123,16 @@ fn remove_abandoned(folder: &Path) {
     }
 }
 
-fn sync(folder: &Path) -> io::Result<()> {
-    File::open(folder)?.sync_all()
+fn sync(directory: &Path) -> io::Result<()> {
+    File::open(directory)?.sync_all()
 }
 
-/// A file in `folder` that never gets a name and is gone when its last descriptor is closed.
-pub(crate) fn temp_file(folder: &Path) -> io::Result<File> {
-    match unnamed(folder, 0o600, libc::O_EXCL)? {
+/// A file in `directory` that never gets a name and is gone when its last descriptor is closed.
+pub(crate) fn temp_file(directory: &Path) -> io::Result<File> {
+    match unnamed(directory, 0o600, libc::O_EXCL)? {
         Some(file) => Ok(file),
         // For a moment it has one.
-        None => AtomicFile::new(folder, 0o600)?.file.try_clone(),
+        None => AtomicFile::new(directory, 0o600)?.file.try_clone(),
     }
 }
 
@@ -163,15 +163,15 @@ mod tests {
 
     #[test]
     fn a_draft_takes_a_place_whole_or_leaves_nothing() {
-        let folder = std::env::temp_dir().join(format!("cofferdam-draft-{}", std::process::id()));
-        fs::create_dir_all(&folder).unwrap();
-        let names = || fs::read_dir(&folder).unwrap().count();
-        let at = folder.join("it");
+        let directory = std::env::temp_dir().join(format!("cofferdam-draft-{}", std::process::id()));
+        fs::create_dir_all(&directory).unwrap();
+        let names = || fs::read_dir(&directory).unwrap().count();
+        let at = directory.join("it");
         for named in [false, true] {
             let draft = |text: &str| {
-                let mut draft = AtomicFile::new(&folder, 0o600).unwrap();
+                let mut draft = AtomicFile::new(&directory, 0o600).unwrap();
                 if named && draft.name.is_none() {
-                    let name = new_name(&folder).unwrap();
+                    let name = new_name(&directory).unwrap();
                     draft.link(&name).unwrap();
                     draft.name = Some(name);
                 }
@@ -184,27 +184,27 @@ mod tests {
             assert_eq!((names(), fs::read_to_string(&at).unwrap()), (1, "first".to_owned()));
             draft("third").replace(&at).unwrap();
             assert_eq!((names(), fs::read_to_string(&at).unwrap()), (1, "third".to_owned()));
-            assert!(draft("fourth").replace(&folder.join("none")).is_err());
+            assert!(draft("fourth").replace(&directory.join("none")).is_err());
             assert_eq!(names(), 1);
             fs::remove_file(&at).unwrap();
         }
-        fs::remove_dir(&folder).unwrap();
+        fs::remove_dir(&directory).unwrap();
     }
 
     #[test]
     fn what_killed_processes_left_is_removed_when_it_is_old() {
-        let folder = std::env::temp_dir().join(format!("cofferdam-abandoned-{}", std::process::id()));
-        fs::create_dir_all(&folder).unwrap();
+        let directory = std::env::temp_dir().join(format!("cofferdam-abandoned-{}", std::process::id()));
+        fs::create_dir_all(&directory).unwrap();
         let long_ago = SystemTime::now() - Duration::from_secs(7200);
-        let (old, new, other) = (new_name(&folder).unwrap(), new_name(&folder).unwrap(), folder.join("disk"));
+        let (old, new, other) = (new_name(&directory).unwrap(), new_name(&directory).unwrap(), directory.join("disk"));
         for path in [&old, &new, &other] {
             fs::write(path, "x").unwrap();
         }
         for path in [&old, &other] {
             File::options().write(true).open(path).unwrap().set_modified(long_ago).unwrap();
         }
-        remove_abandoned(&folder);
+        remove_abandoned(&directory);
         assert_eq!([&old, &new, &other].map(|path| path.exists()), [false, true, true]);
-        fs::remove_dir_all(&folder).unwrap();
+        fs::remove_dir_all(&directory).unwrap();
     }
 }

@@ -18,9 +18,9 @@ pub(crate) struct Beneath {
 
 impl Beneath {
     /// Opens a directory. Its own path is followed as it is, links included.
-    pub(crate) fn open(folder: &Path) -> io::Result<Self> {
+    pub(crate) fn open(directory: &Path) -> io::Result<Self> {
         let flags = libc::O_DIRECTORY | libc::O_NONBLOCK;
-        let file = File::options().read(true).custom_flags(flags).open(folder)?;
+        let file = File::options().read(true).custom_flags(flags).open(directory)?;
         Ok(Self { root: file.into() })
     }
 
@@ -45,7 +45,7 @@ impl Beneath {
 
     /// The same without `openat2`: each part by itself, of the directory that the last one gave.
     fn step_by_step(&self, path: &Path, flags: libc::c_int) -> io::Result<File> {
-        let mut folder: Option<File> = None;
+        let mut directory: Option<File> = None;
         let mut parts = path.components().peekable();
         loop {
             let name = match parts.next() {
@@ -53,11 +53,11 @@ impl Beneath {
                 Some(std::path::Component::CurDir) => Path::new("."),
                 _ => return Err(io::Error::from_raw_os_error(libc::EXDEV)),
             };
-            let at = folder.as_ref().map_or(self.root.as_fd(), AsFd::as_fd);
+            let at = directory.as_ref().map_or(self.root.as_fd(), AsFd::as_fd);
             if parts.peek().is_none() {
                 return openat(at, name, flags);
             }
-            folder = Some(openat(at, name, libc::O_PATH | libc::O_DIRECTORY | libc::O_NOFOLLOW | libc::O_CLOEXEC)?);
+            directory = Some(openat(at, name, libc::O_PATH | libc::O_DIRECTORY | libc::O_NOFOLLOW | libc::O_CLOEXEC)?);
         }
     }
 

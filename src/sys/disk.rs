@@ -122,8 +122,8 @@ pub(crate) fn discard_device(file: &File, offset: u64, len: u64) -> io::Result<(
 }
 
 /// Whether what is written in this directory is memory of the host.
-pub(crate) fn is_memory(folder: &Path) -> io::Result<bool> {
-    let path = CString::new(folder.as_os_str().as_bytes())?;
+pub(crate) fn is_memory(directory: &Path) -> io::Result<bool> {
+    let path = CString::new(directory.as_os_str().as_bytes())?;
     let mut found = MaybeUninit::<libc::statfs>::zeroed();
     // SAFETY: the path is a C string, and `found` is writable and of the right size.
     if unsafe { libc::statfs(path.as_ptr(), found.as_mut_ptr()) } != 0 {

@@ -1,5 +1,5 @@
 //! System calls that the standard library lacks, with owned descriptors in and out.
-#![allow(unsafe_code, reason = "raw system calls; sys/ is one of the folders that may")]
+#![allow(unsafe_code, reason = "raw system calls; sys/ is one of the directories that may")]
 
 mod atomic_file;
 mod beneath;

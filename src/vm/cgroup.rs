@@ -297,12 +297,12 @@ mod tests {
     }
 
     #[test]
-    fn a_folder_that_is_no_group_is_refused_unless_that_does_not_matter() {
-        let folder = std::env::temp_dir();
-        let error = Cgroup::under(&folder).make().unwrap_err();
+    fn a_directory_that_is_no_group_is_refused_unless_that_does_not_matter() {
+        let directory = std::env::temp_dir();
+        let error = Cgroup::under(&directory).make().unwrap_err();
         assert_eq!(error.kind(), ErrorKind::NotFound);
         assert!(error.to_string().starts_with("cgroup: reading the controllers of "), "{error}");
-        let why = Cgroup::under(&folder).optional().make().unwrap().unwrap_err();
+        let why = Cgroup::under(&directory).optional().make().unwrap().unwrap_err();
         assert!(why.contains("Delegate=yes"), "{why}");
     }
 

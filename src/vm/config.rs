@@ -187,12 +187,12 @@ mod tests {
 
     /// The command line, with one device, of a kernel with this configuration beside it.
     fn finished(test: &str, configuration: &str, text: &str) -> (String, Tables) {
-        let folder = std::env::temp_dir().join(format!("cofferdam-config-{test}-{}", std::process::id()));
-        std::fs::create_dir_all(&folder).unwrap();
-        std::fs::write(folder.join("bzImage"), tiny::bzimage(b"\xf4")).unwrap();
-        std::fs::write(folder.join("config"), configuration).unwrap();
-        let kernel = Kernel::open(folder.join("bzImage")).unwrap().cmdline(text);
-        std::fs::remove_dir_all(folder).unwrap();
+        let directory = std::env::temp_dir().join(format!("cofferdam-config-{test}-{}", std::process::id()));
+        std::fs::create_dir_all(&directory).unwrap();
+        std::fs::write(directory.join("bzImage"), tiny::bzimage(b"\xf4")).unwrap();
+        std::fs::write(directory.join("config"), configuration).unwrap();
+        let kernel = Kernel::open(directory.join("bzImage")).unwrap().cmdline(text);
+        std::fs::remove_dir_all(directory).unwrap();
         let config = VmConfig {
             kernel,
             vcpus: 1,

@@ -273,7 +273,7 @@ const SECRET: &str = "in-the-guest-alone-";
 /// The host's kernel is told for a moment where core files go, as root may.
 pub fn a_core_file_has_nothing_of_a_guest() -> Outcome {
     const TEST: &str = "bounds::a_core_file_has_nothing_of_a_guest";
-    if let Some(folder) = std::env::var_os(CORE) {
+    if let Some(directory) = std::env::var_os(CORE) {
         // The host has the word in two pieces, and a word of its own.
         let printed = Printed::default();
         let half = &SECRET[..7];
@@ -289,7 +289,7 @@ pub fn a_core_file_has_nothing_of_a_guest() -> Outcome {
         let anonymous = guest(&script.replace("ready", "ready too")).console(printed.console()).start()?;
         printed.wait_for("ready too")?;
         let own = [half, "of-the-host-"].concat().repeat(100);
-        std::fs::write(std::path::Path::new(&folder).join("started"), &own)?;
+        std::fs::write(std::path::Path::new(&directory).join("started"), &own)?;
         let _all = std::hint::black_box((vm, anonymous, own));
         std::process::abort();
     }

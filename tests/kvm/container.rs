@@ -208,12 +208,12 @@ pub fn connecting_to_nobody_is_refused() -> Outcome {
 /// Of 48 MiB, of which the layer leaves nothing free.
 pub fn a_full_host_fails_programs_and_holds_none_up() -> Outcome {
     let temp = Temp::new()?;
-    let folder = temp.path("small");
-    fs::create_dir(&folder)?;
-    let mount = |args: &[&str]| std::process::Command::new("mount").args(args).arg(&folder).status();
+    let directory = temp.path("small");
+    fs::create_dir(&directory)?;
+    let mount = |args: &[&str]| std::process::Command::new("mount").args(args).arg(&directory).status();
     check!(mount(&["-t", "tmpfs", "-o", "size=48m", "small"])?.success());
     let layer =
-        WritableLayer::new(Size::gib(1)).scratch_dir(&folder).min_free_space(Size::mib(8)).reserve(Size::bytes(0));
+        WritableLayer::new(Size::gib(1)).scratch_dir(&directory).min_free_space(Size::mib(8)).reserve(Size::bytes(0));
     let container = debian_container().writable_layer(layer).start()?;
     let events = container.vm().events()?;
     let written = container
@@ -237,6 +237,6 @@ pub fn a_full_host_fails_programs_and_holds_none_up() -> Outcome {
     let exit = container.stop(Duration::from_secs(5))?;
     check!(matches!(exit, Exit::PowerOff { .. }), "{exit}");
     drop(container);
-    check!(std::process::Command::new("umount").arg(&folder).status()?.success(), "something is left behind");
+    check!(std::process::Command::new("umount").arg(&directory).status()?.success(), "something is left behind");
     Ok(())
 }

@@ -167,11 +167,11 @@ pub fn a_full_host_holds_the_guest_until_there_is_room() -> Outcome {
     // A file system of 8 MiB, in the lab, where this process may mount.
     let temp = Temp::new()?;
     for (n, engine) in ENGINES.into_iter().enumerate() {
-        let folder = temp.path(&format!("small{n}"));
-        fs::create_dir(&folder)?;
-        let mount = |args: &[&str]| Command::new("mount").args(args).arg(&folder).status();
+        let directory = temp.path(&format!("small{n}"));
+        fs::create_dir(&directory)?;
+        let mount = |args: &[&str]| Command::new("mount").args(args).arg(&directory).status();
         check!(mount(&["-t", "tmpfs", "-o", "size=8m", "small"])?.success());
-        let path = folder.join("a.img");
+        let path = directory.join("a.img");
         File::create(&path)?.set_len(32 << 20)?;
         let script = "dd if=/dev/zero bs=1M count=16 2>/dev/null | tr '\\0' x | dd of=/dev/vda bs=1M iflag=fullblock conv=fsync 2>/dev/null && echo done\nreboot -f";
         let (vm, printed) = started(guest(script).disk(Disk::file(&path).engine(engine)))?;
@@ -199,7 +199,7 @@ pub fn a_full_host_holds_the_guest_until_there_is_room() -> Outcome {
         vm.wait();
         let bytes = fs::read(&path)?;
         check!(bytes[..16 << 20].iter().all(|b| *b == b'x'));
-        check!(Command::new("umount").arg(&folder).status()?.success());
+        check!(Command::new("umount").arg(&directory).status()?.success());
     }
     Ok(())
 }
@@ -242,8 +242,7 @@ pub fn pauses_find_nothing_under_way() -> Outcome {
             // By what the guest does, not by time, of which a busy host gives it little.
             let next = before.requests + 8;
             let deadline = Instant::now() + PATIENCE;
-            while vm.stats().devices[0].requests < next && !printed.text().contains("over") && vm.try_wait().is_none()
-            {
+            while vm.stats().devices[0].requests < next && !printed.text().contains("over") && vm.try_wait().is_none() {
                 check!(Instant::now() < deadline, "{before:?} and no request more: {}", printed.text());
                 std::thread::sleep(Duration::from_millis(1));
             }

@@ -189,25 +189,25 @@ pub fn a_device_that_stands_still_for_half_a_minute() -> Outcome {
 
 pub fn a_file_system_that_becomes_read_only() -> Outcome {
     let temp = Temp::new()?;
-    let (device, folder) = (Device::new(&temp)?, temp.path("mounted"));
-    std::fs::create_dir(&folder)?;
+    let (device, directory) = (Device::new(&temp)?, temp.path("mounted"));
+    std::fs::create_dir(&directory)?;
     let node = device.path()?;
     host(&format!("mkfs.ext4 -q {}", node.display()))?;
-    host(&format!("mount -o errors=remount-ro {} {}", node.display(), folder.display()))?;
-    let path = folder.join("disk");
+    host(&format!("mount -o errors=remount-ro {} {}", node.display(), directory.display()))?;
+    let path = directory.join("disk");
     std::fs::File::create(&path)?.set_len(1 << 20)?;
     let (vm, printed) = working(Disk::file(&path), true)?;
     let events = vm.events()?;
     // As the host's kernel does when it finds the file system damaged.
-    host(&format!("mount -o remount,abort {}", folder.display()))?;
+    host(&format!("mount -o remount,abort {}", directory.display()))?;
     let errno = fault(&events)?;
     check!([Some(5), Some(30)].contains(&errno), "{errno:?}");
     more(&printed, false)?;
     vm.kill();
     vm.wait();
-    host(&format!("umount {}", folder.display()))?;
-    host(&format!("mount -o ro {} {}", node.display(), folder.display()))?;
+    host(&format!("umount {}", directory.display()))?;
+    host(&format!("mount -o ro {} {}", node.display(), directory.display()))?;
     let refused = guest("").disk(Disk::file(&path)).start().map(drop).expect_err("the file system is read-only");
     check_eq!(refused.kind(), cofferdam::ErrorKind::PermissionDenied);
-    host(&format!("umount {}", folder.display())).map(drop)
+    host(&format!("umount {}", directory.display())).map(drop)
 }

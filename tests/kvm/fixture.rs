@@ -91,10 +91,10 @@ pub fn system_disk() -> PathBuf {
 
 /// The whole Debian with systemd that `make setup` made, on its disk, as it boots by itself.
 pub fn system(console: Console) -> Result<Vm, Box<dyn Error>> {
-    let folder = cache().join("system");
-    let initramfs = Initramfs::open(folder.join("initrd"))?;
+    let directory = cache().join("system");
+    let initramfs = Initramfs::open(directory.join("initrd"))?;
     let cmdline = "console=hvc0 root=/dev/vda rw quiet";
-    let kernel = Kernel::open(folder.join("vmlinuz"))?.cmdline(cmdline).initramfs(initramfs);
+    let kernel = Kernel::open(directory.join("vmlinuz"))?.cmdline(cmdline).initramfs(initramfs);
     let vm = Vm::builder(kernel).disk(Disk::file(system_disk())).memory(Size::mib(512)).console(console);
     let deadline = std::time::Instant::now() + PATIENCE;
     loop {

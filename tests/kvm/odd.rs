@@ -68,14 +68,14 @@ fn entries() -> Vec<Made> {
 /// The image, with its disk beside the archive, which is made where it is missing; or made anew where it is another one, which takes
 /// minutes in the lab.
 pub fn image(cache: &Path, renew: bool) -> Image {
-    let folder = cache.join("odd");
-    fs::create_dir_all(&folder).expect("the cache");
-    let path: PathBuf = folder.join("odd.tar");
+    let directory = cache.join("odd");
+    fs::create_dir_all(&directory).expect("the cache");
+    let path: PathBuf = directory.join("odd.tar");
     if renew || !path.exists() {
         let wanted = archive(&entries());
         if fs::read(&path).ok().is_none_or(|found| found != wanted) {
             fs::write(&path, wanted).expect("the cache");
         }
     }
-    Image::open(path).expect("the archive").cache_dir(folder.join("disks"))
+    Image::open(path).expect("the archive").cache_dir(directory.join("disks"))
 }

@@ -76,13 +76,13 @@ pub fn three_guests_write_on_one_base_which_stays_as_it_is() -> Outcome {
 
 pub fn what_is_not_kept_is_gone_with_its_machine() -> Outcome {
     let temp = Temp::new()?;
-    let (base, folder) = (base(&temp)?, temp.path("overlays"));
-    fs::create_dir(&folder)?;
+    let (base, directory) = (base(&temp)?, temp.path("overlays"));
+    fs::create_dir(&directory)?;
     let before = fs::read(&base)?;
     for _ in 0..2 {
-        let (_, printed) = run(guest(&writes(1)).disk(Disk::overlay(&base).scratch_dir(&folder)))?;
+        let (_, printed) = run(guest(&writes(1)).disk(Disk::overlay(&base).scratch_dir(&directory)))?;
         check_eq!(printed.trim(), "7\nguest 1");
-        check!(fs::read_dir(&folder)?.next().is_none(), "something was left behind");
+        check!(fs::read_dir(&directory)?.next().is_none(), "something was left behind");
     }
     check!(fs::read(&base)? == before, "the base was written");
     Ok(())

@@ -20,10 +20,10 @@ pub const VICTIM: &str = "COFFERDAM_TEST_VICTIM";
 /// The disk of a Debian with fio, e2fsprogs and sqlite3.
 fn root() -> Result<PathBuf, Box<dyn std::error::Error>> {
     // In a directory of its own, so that it is the only disk there.
-    let folder = cache().join("storage");
-    Image::open(cache().join("images/debian-12-storage.tar"))?.cache_dir(&folder).prepare()?;
+    let directory = cache().join("storage");
+    Image::open(cache().join("images/debian-12-storage.tar"))?.cache_dir(&directory).prepare()?;
     let is_disk = |path: &PathBuf| path.extension().is_some_and(|extension| extension == "erofs");
-    let found = std::fs::read_dir(folder)?.flatten().map(|entry| entry.path()).find(is_disk);
+    let found = std::fs::read_dir(directory)?.flatten().map(|entry| entry.path()).find(is_disk);
     found.ok_or_else(|| "the image's disk is not there".into())
 }
 

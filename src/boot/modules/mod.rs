@@ -15,7 +15,7 @@ use crate::error::{Context, Error, ErrorKind, Result};
 use tree::Tree;
 
 /// Where packed modules lie in an initramfs.
-pub(crate) const FOLDER: &str = "/cofferdam.modules";
+pub(crate) const MODULES_DIRECTORY: &str = "/cofferdam.modules";
 /// The most that one machine gets, unpacked; it needs one or two MiB.
 const MAX_SIZE: usize = 256 << 20;
 
@@ -166,14 +166,14 @@ impl Packed {
 
     /// Puts them into an initramfs.
     pub(crate) fn add_to(&self, initramfs: Initramfs) -> Initramfs {
-        let folder = initramfs.directory(FOLDER, 0o755);
-        self.0.iter().fold(folder, |initramfs, module| {
-            initramfs.shared_file(format!("{FOLDER}/{}", module.name), 0o644, module.contents.clone())
+        let directory = initramfs.directory(MODULES_DIRECTORY, 0o755);
+        self.0.iter().fold(directory, |initramfs, module| {
+            initramfs.shared_file(format!("{MODULES_DIRECTORY}/{}", module.name), 0o644, module.contents.clone())
         })
     }
 
     /// Their paths there, and whether each is required.
     pub(crate) fn paths(&self) -> impl Iterator<Item = (String, bool)> {
-        self.0.iter().map(|module| (format!("{FOLDER}/{}", module.name), module.required))
+        self.0.iter().map(|module| (format!("{MODULES_DIRECTORY}/{}", module.name), module.required))
     }
 }

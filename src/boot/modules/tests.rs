@@ -11,9 +11,9 @@ use proptest::prelude::*;
 use super::*;
 
 /// A directory that goes away with its test.
-struct Folder(PathBuf);
+struct TempDir(PathBuf);
 
-impl Folder {
+impl TempDir {
     fn new(name: &str) -> Self {
         let path = std::env::temp_dir().join(format!("cofferdam-modules-{name}-{}", std::process::id()));
         let _ = std::fs::remove_dir_all(&path);
@@ -29,7 +29,7 @@ impl Folder {
     /// `modules.dep`, and a module of its own name for everything in it.
     fn with(self, dep: &str) -> Self {
         let names = dep.lines().filter_map(|line| line.split(':').next()).map(str::to_owned).collect::<Vec<_>>();
-        names.iter().fold(self, |folder, name| folder.put(name, module(name))).put("modules.dep", dep)
+        names.iter().fold(self, |directory, name| directory.put(name, module(name))).put("modules.dep", dep)
     }
 
     fn open(&self) -> Result<Modules> {
@@ -49,7 +49,7 @@ impl Folder {
     }
 }
 
-impl Drop for Folder {
+impl Drop for TempDir {
     fn drop(&mut self) {
         let _ = std::fs::remove_dir_all(&self.0);
     }
@@ -76,8 +76,8 @@ const MMIO: &str = "kernel/virtio-mmio.ko: kernel/virtio.ko\nkernel/virtio.ko:\n
 fn each_comes_after_what_it_needs_and_what_is_built_in_does_not_come() {
     let dep = "kernel/ext4.ko: kernel/jbd2.ko kernel/crc16.ko\nkernel/jbd2.ko:\nkernel/crc16.ko:\n\
         kernel/virtio-blk.ko: kernel/virtio.ko kernel/virtio_ring.ko\n";
-    let folder = Folder::new("order").with(&(dep.to_owned() + MMIO));
-    let modules = folder.open().unwrap().with("crc16").with("virtio-ring");
+    let directory = TempDir::new("order").with(&(dep.to_owned() + MMIO));
+    let modules = directory.open().unwrap().with("crc16").with("virtio-ring");
     let needs = ["virtio_mmio", "virtio_blk", "ext4"].map(|name| Need::required(name, ""));
     let packed = modules.pack(&needs, None).unwrap();
     let names: Vec<_> = packed.paths().map(|(path, _)| path[23..].to_owned()).collect();
@@ -87,37 +87,38 @@ fn each_comes_after_what_it_needs_and_what_is_built_in_does_not_come() {
 
 #[test]
 fn what_is_required_is_named_and_what_is_nice_to_have_is_not_missed() {
-    let folder = Folder::new("missing").with(MMIO);
-    folder.refused("virtio_blk", ErrorKind::Unsupported, "no module virtio_blk");
-    let packed = folder.open().unwrap().pack(&[Need::nice("virtio_rng", ""), Need::nice("virtio", "")], None).unwrap();
+    let directory = TempDir::new("missing").with(MMIO);
+    directory.refused("virtio_blk", ErrorKind::Unsupported, "no module virtio_blk");
+    let packed =
+        directory.open().unwrap().pack(&[Need::nice("virtio_rng", ""), Need::nice("virtio", "")], None).unwrap();
     assert_eq!(packed.paths().collect::<Vec<_>>(), [("/cofferdam.modules/000-virtio.ko".into(), false)]);
-    let error = folder.open().unwrap().with("erofs").pack(&[], None).unwrap_err();
+    let error = directory.open().unwrap().with("erofs").pack(&[], None).unwrap_err();
     assert!(error.to_string().contains("no module erofs"), "{error}");
 }
 
 #[test]
 fn what_should_come_before_does_if_it_is_there() {
-    let folder = Folder::new("soft")
+    let directory = TempDir::new("soft")
         .with("kernel/ext4.ko:\nkernel/crc32c_generic.ko:\nkernel/crc32c-intel.ko:\nkernel/other.ko:\n")
         .put("modules.softdep", "softdep ext4 pre: crc32c nothing ext4 post: other\n# a comment\n")
         .put(
             "modules.alias",
             "alias crc32c crc32c_intel\nalias crc32c crc32c_generic\nalias crc* other\nalias broken\n",
         );
-    assert_eq!(folder.pack("ext4").unwrap(), ["000-crc32c_intel.ko", "001-crc32c_generic.ko", "002-ext4.ko"]);
-    let packed = folder.open().unwrap().pack(&[Need::required("ext4", "")], None).unwrap();
+    assert_eq!(directory.pack("ext4").unwrap(), ["000-crc32c_intel.ko", "001-crc32c_generic.ko", "002-ext4.ko"]);
+    let packed = directory.open().unwrap().pack(&[Need::required("ext4", "")], None).unwrap();
     assert_eq!(packed.paths().map(|(_, required)| required).collect::<Vec<_>>(), [false, false, true]);
 }
 
 #[test]
 fn packed_modules_are_unpacked_whatever_their_names_end_with() {
     for (n, bytes) in [&module("packed"), &gzip(&module("packed")), XZ, ZST].into_iter().enumerate() {
-        let folder = Folder::new(&format!("packed-{n}")).with("kernel/one.ko.xz:\n").put("kernel/one.ko.xz", bytes);
-        let modules = folder.open().unwrap();
+        let directory = TempDir::new(&format!("packed-{n}")).with("kernel/one.ko.xz:\n").put("kernel/one.ko.xz", bytes);
+        let modules = directory.open().unwrap();
         let packed = modules.pack(&[Need::required("one", "")], None).unwrap();
         assert_eq!(*packed.0[0].contents, module("packed"));
         // Read once for all.
-        std::fs::remove_file(folder.0.join("kernel/one.ko.xz")).unwrap();
+        std::fs::remove_file(directory.0.join("kernel/one.ko.xz")).unwrap();
         let again = modules.pack(&[Need::required("one", "")], None).unwrap();
         assert!(Arc::ptr_eq(&packed.0[0].contents, &again.0[0].contents));
     }
@@ -125,13 +126,13 @@ fn packed_modules_are_unpacked_whatever_their_names_end_with() {
 
 #[test]
 fn folders_without_their_lists_are_refused() {
-    let folder = Folder::new("lists");
-    let error = folder.open().unwrap_err();
+    let directory = TempDir::new("lists");
+    let error = directory.open().unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NotFound);
     assert!(error.to_string().contains("there is no modules.dep; depmod makes it"), "{error}");
-    let folder = folder.with(MMIO);
-    std::fs::remove_file(folder.0.join("modules.builtin")).unwrap();
-    assert!(folder.open().unwrap_err().to_string().ends_with("there is no modules.builtin"));
+    let directory = directory.with(MMIO);
+    std::fs::remove_file(directory.0.join("modules.builtin")).unwrap();
+    assert!(directory.open().unwrap_err().to_string().ends_with("there is no modules.builtin"));
     assert_eq!(Modules::open("/nonexistent").unwrap_err().kind(), ErrorKind::NotFound);
     assert_eq!(Modules::open("/proc/self/comm").unwrap_err().kind(), ErrorKind::InvalidConfig);
 }
@@ -142,13 +143,13 @@ fn damaged_lists_are_refused_by_line() {
         ["no colon", "../x.ko:", "/etc/x.ko:", "a//x.ko:", "kernel/x.txt:", "kernel/.ko:"].iter().enumerate()
     {
         let dep = format!("kernel/fine.ko:\n{line}\n");
-        let error = Folder::new(&format!("line-{n}")).put("modules.dep", dep).open().unwrap_err();
+        let error = TempDir::new(&format!("line-{n}")).put("modules.dep", dep).open().unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Corrupt, "{line}");
         assert!(error.to_string().contains("modules.dep: line 2: "), "{error}");
     }
-    let large = Folder::new("large").put("modules.dep", vec![b'\n'; (16 << 20) + 1]);
+    let large = TempDir::new("large").put("modules.dep", vec![b'\n'; (16 << 20) + 1]);
     assert!(large.open().unwrap_err().to_string().contains("larger than 16 MiB"));
-    let none = Folder::new("folder").put("modules.dep", MMIO);
+    let none = TempDir::new("directory").put("modules.dep", MMIO);
     std::fs::create_dir(none.0.join("modules.alias")).unwrap();
     assert_eq!(none.open().unwrap_err().kind(), ErrorKind::Corrupt);
 }
@@ -156,31 +157,31 @@ fn damaged_lists_are_refused_by_line() {
 #[test]
 fn circles_and_endless_chains_end() {
     let circle = "kernel/a.ko: kernel/b.ko\nkernel/b.ko: kernel/c.ko\nkernel/c.ko: kernel/a.ko\n";
-    Folder::new("circle").with(circle).refused("a", ErrorKind::Corrupt, "a needs b needs c needs a, a circle");
+    TempDir::new("circle").with(circle).refused("a", ErrorKind::Corrupt, "a needs b needs c needs a, a circle");
     let chain: String = (0..10_000).map(|n| format!("kernel/m{n}.ko: kernel/m{}.ko\n", n + 1)).collect();
-    let folder = Folder::new("chain").put("modules.dep", chain);
-    folder.refused("m0", ErrorKind::Corrupt, "more than 256 modules");
-    let dangling = Folder::new("dangling").with("kernel/a.ko: kernel/b.ko\n");
+    let directory = TempDir::new("chain").put("modules.dep", chain);
+    directory.refused("m0", ErrorKind::Corrupt, "more than 256 modules");
+    let dangling = TempDir::new("dangling").with("kernel/a.ko: kernel/b.ko\n");
     dangling.refused("a", ErrorKind::Corrupt, "a needs b, which is not there");
 }
 
 #[test]
-fn nothing_outside_the_folder_is_read() {
-    let folder = Folder::new("outside").with(MMIO);
-    std::fs::remove_file(folder.0.join("kernel/virtio.ko")).unwrap();
-    symlink("/proc/self/exe", folder.0.join("kernel/virtio.ko")).unwrap();
-    folder.refused("virtio", ErrorKind::Corrupt, "a symbolic link out of the folder");
-    std::fs::remove_file(folder.0.join("modules.builtin")).unwrap();
-    symlink("/etc/passwd", folder.0.join("modules.builtin")).unwrap();
-    folder.refused("virtio", ErrorKind::Corrupt, "not a file of this folder");
+fn nothing_outside_the_directory_is_read() {
+    let directory = TempDir::new("outside").with(MMIO);
+    std::fs::remove_file(directory.0.join("kernel/virtio.ko")).unwrap();
+    symlink("/proc/self/exe", directory.0.join("kernel/virtio.ko")).unwrap();
+    directory.refused("virtio", ErrorKind::Corrupt, "a symbolic link out of the directory");
+    std::fs::remove_file(directory.0.join("modules.builtin")).unwrap();
+    symlink("/etc/passwd", directory.0.join("modules.builtin")).unwrap();
+    directory.refused("virtio", ErrorKind::Corrupt, "not a file of this directory");
 }
 
 #[test]
-fn links_inside_the_folder_are_followed() {
-    let folder = Folder::new("inside").with("kernel/one.ko:\n");
-    std::fs::rename(folder.0.join("kernel/one.ko"), folder.0.join("two.ko")).unwrap();
-    symlink("../two.ko", folder.0.join("kernel/one.ko")).unwrap();
-    assert_eq!(folder.pack("one").unwrap(), ["000-one.ko"]);
+fn links_inside_the_directory_are_followed() {
+    let directory = TempDir::new("inside").with("kernel/one.ko:\n");
+    std::fs::rename(directory.0.join("kernel/one.ko"), directory.0.join("two.ko")).unwrap();
+    symlink("../two.ko", directory.0.join("kernel/one.ko")).unwrap();
+    assert_eq!(directory.pack("one").unwrap(), ["000-one.ko"]);
 }
 
 #[test]
@@ -192,21 +193,21 @@ fn damaged_modules_are_named() {
     let cases: [&[u8]; 9] =
         [b"", b"#!/bin/sh", b"\x7fELF\x01\x01", &bomb, &whole[..20], &XZ[..40], &ZST[..14], window, &module("")[..19]];
     for (n, bytes) in cases.into_iter().enumerate() {
-        let folder = Folder::new(&format!("damaged-{n}")).with("kernel/one.ko:\n").put("kernel/one.ko", bytes);
-        folder.refused("one", ErrorKind::Corrupt, "/kernel/one.ko: ");
+        let directory = TempDir::new(&format!("damaged-{n}")).with("kernel/one.ko:\n").put("kernel/one.ko", bytes);
+        directory.refused("one", ErrorKind::Corrupt, "/kernel/one.ko: ");
     }
-    let folder = Folder::new("gone").with("kernel/one.ko:\n");
-    std::fs::remove_file(folder.0.join("kernel/one.ko")).unwrap();
-    folder.refused("one", ErrorKind::NotFound, "/kernel/one.ko: ");
-    std::fs::create_dir(folder.0.join("kernel/one.ko")).unwrap();
-    folder.refused("one", ErrorKind::Corrupt, "not a regular file");
+    let directory = TempDir::new("gone").with("kernel/one.ko:\n");
+    std::fs::remove_file(directory.0.join("kernel/one.ko")).unwrap();
+    directory.refused("one", ErrorKind::NotFound, "/kernel/one.ko: ");
+    std::fs::create_dir(directory.0.join("kernel/one.ko")).unwrap();
+    directory.refused("one", ErrorKind::Corrupt, "not a regular file");
 }
 
 #[test]
 fn modules_of_another_kernel_are_refused_with_both_versions() {
     let made = module("\0license=GPL\0vermagic=6.1.0-18-amd64 SMP preempt mod_unload\0");
-    let folder = Folder::new("release").with("kernel/one.ko:\n").put("kernel/one.ko", made);
-    let pack = |release| folder.open().unwrap().pack(&[Need::required("one", "")], release);
+    let directory = TempDir::new("release").with("kernel/one.ko:\n").put("kernel/one.ko", made);
+    let pack = |release| directory.open().unwrap().pack(&[Need::required("one", "")], release);
     pack(Some("6.1.0-18-amd64")).unwrap();
     pack(None).unwrap();
     let error = pack(Some("6.12.9")).unwrap_err();
@@ -223,10 +224,10 @@ proptest! {
         soft in "(softdep [a-c] pre: ?([a-d] ?){0,3}\n){0,3}", noise in proptest::collection::vec(any::<u8>(), 0..200), kind in 0usize..4,
     ) {
         let start: [&[u8]; 4] = [b"\x1f\x8b\x08\0\0\0\0\0\0\0", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd", b""];
-        let folder = Folder::new("any").put("kernel/a.ko", [start[kind], &noise].concat()).put("kernel/b.ko", module("b"));
-        let folder = folder.put("modules.dep", &dep).put("modules.softdep", soft);
+        let directory = TempDir::new("any").put("kernel/a.ko", [start[kind], &noise].concat()).put("kernel/b.ko", module("b"));
+        let directory = directory.put("modules.dep", &dep).put("modules.softdep", soft);
         for name in ["a", "b", "c"] {
-            let _ = folder.pack(name);
+            let _ = directory.pack(name);
         }
     }
 }

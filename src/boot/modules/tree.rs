@@ -51,7 +51,7 @@ impl Tree {
     pub(super) fn open(path: &Path) -> Result<Self> {
         let root = path.canonicalize()?;
         if !root.is_dir() {
-            return Err(Error::new(ErrorKind::InvalidConfig, "not a folder"));
+            return Err(Error::new(ErrorKind::InvalidConfig, "not a directory"));
         }
         let needed = |name: &str| match list(&root, name) {
             Ok(Some(text)) => Ok(text),
@@ -167,7 +167,7 @@ impl Module {
         let read = || {
             let path = root.join(&self.path).canonicalize()?;
             if !path.starts_with(root) {
-                return Err(Error::new(ErrorKind::Corrupt, "a symbolic link out of the folder"));
+                return Err(Error::new(ErrorKind::Corrupt, "a symbolic link out of the directory"));
             }
             packing::unpack(&path)
         };
@@ -179,7 +179,7 @@ impl Module {
 
 fn hint(list: &str) -> &'static str {
     match list {
-        "modules.dep" => "; depmod makes it (of a package that was only unpacked, `depmod -b FOLDER VERSION`)",
+        "modules.dep" => "; depmod makes it (of a package that was only unpacked, `depmod -b DIRECTORY VERSION`)",
         _ => "",
     }
 }
@@ -192,7 +192,7 @@ fn list(root: &Path, name: &str) -> Result<Option<String>> {
     };
     // Asked before it is opened, because opening a named pipe would wait for somebody to write.
     if !path.starts_with(root) || !path.is_file() {
-        return Err(Error::new(ErrorKind::Corrupt, "not a file of this folder"));
+        return Err(Error::new(ErrorKind::Corrupt, "not a file of this directory"));
     }
     let mut bytes = Vec::new();
     File::open(path)?.take(MAX_LIST + 1).read_to_end(&mut bytes)?;
@@ -222,7 +222,7 @@ fn modules(text: &str) -> Result<BTreeMap<String, Module>> {
         let (path, needs) = line.split_once(':').ok_or_else(|| bad("no colon"))?;
         let outside = |path: &str| path.split('/').any(|part| matches!(part, "" | "." | ".."));
         if outside(path) {
-            return Err(bad(&format!("{path:?} is not a path inside the folder")));
+            return Err(bad(&format!("{path:?} is not a path inside the directory")));
         }
         let name = |path| name_of(path).ok_or_else(|| bad(&format!("{path:?} is not the name of a module")));
         let needs = needs.split_ascii_whitespace().map(name).collect::<Result<_>>()?;

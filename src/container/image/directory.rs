@@ -39,9 +39,9 @@ struct Found<'a> {
 fn walk(root: &Beneath, budget: &Budget, f: &mut dyn FnMut(Found<'_>) -> Result<()>) -> Result<()> {
     let mut waiting: Vec<(Rc<Path>, OsString)> = vec![(Rc::from(Path::new("")), OsString::new())];
     budget.entry()?;
-    while let Some((folder, name)) = waiting.pop() {
+    while let Some((parent, name)) = waiting.pop() {
         budget.check()?;
-        let path: PathBuf = if name.is_empty() { PathBuf::new() } else { folder.join(name) };
+        let path: PathBuf = if name.is_empty() { PathBuf::new() } else { parent.join(name) };
         let doing = || format!("reading {:?}", path.display());
         let place = root.open_at(&path, libc::O_PATH).doing(doing)?;
         let stat = place.metadata().doing(doing)?;
@@ -49,14 +49,14 @@ fn walk(root: &Beneath, budget: &Budget, f: &mut dyn FnMut(Found<'_>) -> Result<
         if stat.is_dir() {
             let directory = root.open_at(&path, libc::O_RDONLY | libc::O_DIRECTORY).doing(doing)?;
             same(&stat, &directory.metadata()?).doing(doing)?;
-            let folder: Rc<Path> = Rc::from(&*path);
+            let parent: Rc<Path> = Rc::from(&*path);
             let before = waiting.len();
             for child in fs::read_dir(sys::path_of(directory.as_fd())).doing(doing)? {
                 let name = child.doing(doing)?.file_name();
                 // Here, as a directory may have any number of them.
                 budget.entry()?;
                 budget.names(name.len())?;
-                waiting.push((folder.clone(), name));
+                waiting.push((parent.clone(), name));
             }
             waiting.get_mut(before..).unwrap_or_default().sort_unstable_by(|(_, a), (_, b)| b.cmp(a));
         }
@@ -246,10 +246,10 @@ mod tests {
     /// A directory of any number of names once took all of them into memory before the first was counted.
     #[test]
     fn names_are_counted_before_they_are_kept() {
-        let folder = std::env::temp_dir().join(format!("cofferdam-names-{}", std::process::id()));
-        fs::create_dir_all(&folder).unwrap();
-        (0..20).for_each(|n| fs::write(folder.join(n.to_string()), "").unwrap());
-        let root = Beneath::open(&folder).unwrap();
+        let directory = std::env::temp_dir().join(format!("cofferdam-names-{}", std::process::id()));
+        fs::create_dir_all(&directory).unwrap();
+        (0..20).for_each(|n| fs::write(directory.join(n.to_string()), "").unwrap());
+        let root = Beneath::open(&directory).unwrap();
         let walked = |entries| {
             let mut found = 0;
             let count = &mut |_: Found<'_>| {
@@ -261,7 +261,7 @@ mod tests {
             (outcome.is_ok(), found)
         };
         assert_eq!((walked(21), walked(20)), ((true, 21), (false, 1)));
-        fs::remove_dir_all(&folder).unwrap();
+        fs::remove_dir_all(&directory).unwrap();
     }
 
     #[test]

@@ -53,7 +53,7 @@ const MAX_VERIFIED: usize = 4096;
 /// A directory of disks. Several processes may use one.
 #[derive(Debug)]
 pub(super) struct Store {
-    folder: Beneath,
+    directory: Beneath,
     known: Beneath,
     /// As it was given, for errors.
     dir: PathBuf,
@@ -66,15 +66,15 @@ impl Store {
     pub(super) fn open(dir: Option<PathBuf>) -> Result<Self> {
         let own = dir.is_none();
         let dir = dir.or_else(|| sys::cache_dir().map(|dir| dir.join("images"))).ok_or_else(|| {
-            Error::new(ErrorKind::NotFound, "no cache folder: set HOME or XDG_CACHE_HOME, or use `Image::cache_dir`")
+            Error::new(ErrorKind::NotFound, "no cache directory: set HOME or XDG_CACHE_HOME, or use `Image::cache_dir`")
         })?;
         if own && fs::symlink_metadata(&dir).is_ok_and(|it| it.is_dir() && it.mode() & 0o077 != 0) {
             // Earlier releases left the user's own cache as the mask of its maker had it. What is not ours stays as it is.
             let _ = fs::set_permissions(&dir, fs::Permissions::from_mode(FOLDER_MODE));
         }
-        let folder = open_folder(&dir, &dir)?;
-        let known = open_folder(&sys::path_of(folder.as_fd()).join("known"), &dir.join("known"))?;
-        Ok(Self { folder, known, dir })
+        let directory = open_directory(&dir, &dir)?;
+        let known = open_directory(&sys::path_of(directory.as_fd()).join("known"), &dir.join("known"))?;
+        Ok(Self { directory, known, dir })
     }
 
     /// The digest of a file that was seen before and has not changed since.
@@ -126,14 +126,14 @@ impl Store {
             return Ok(file);
         }
         let writing = || format!("writing to {}", self.dir.display());
-        let folder = sys::path_of(self.folder.as_fd());
-        let draft = AtomicFile::new(&folder, FILE_MODE).doing(writing)?;
+        let directory = sys::path_of(self.directory.as_fd());
+        let draft = AtomicFile::new(&directory, FILE_MODE).doing(writing)?;
         make(draft.file())?;
         let seal = Seal::of(draft.file(), patience)?;
         seal.write(draft.file()).doing(writing)?;
         draft.file().sync_all().doing(writing)?;
         let inode = draft.file().metadata()?.ino();
-        let path = folder.join(&name);
+        let path = directory.join(&name);
         // What is there now is damaged. Who has it open keeps it.
         match fs::remove_file(&path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
@@ -144,7 +144,8 @@ impl Store {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
             outcome => outcome.doing(|| format!("naming {}", self.dir.join(&name).display()))?,
         }
-        let made = private_file(&self.folder, &name).doing(|| format!("opening {}", self.dir.join(&name).display()))?;
+        let made =
+            private_file(&self.directory, &name).doing(|| format!("opening {}", self.dir.join(&name).display()))?;
         if made.metadata()?.ino() == inode {
             // It was read through just now.
             remember_verified(Identity::of(&made)?);
@@ -157,7 +158,7 @@ impl Store {
     /// A disk that is there and whole.
     fn get(&self, name: &str, patience: &Patience) -> Result<Option<File>> {
         let path = self.dir.join(name);
-        let file = match private_file(&self.folder, name) {
+        let file = match private_file(&self.directory, name) {
             Ok(file) => file,
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(error.doing(format!("opening {}", path.display()))),
@@ -178,7 +179,7 @@ impl Store {
     /// lock. It is not to be opened by others, who could hold it.
     fn lock(&self, digest: &str, patience: &Patience) -> Result<CloseOnFork<File>> {
         let doing = || format!("locking {}", self.dir.join("lock").display());
-        let path = sys::path_of(self.folder.as_fd()).join("lock");
+        let path = sys::path_of(self.directory.as_fd()).join("lock");
         let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
         let mut options = File::options();
         options.write(true).create(true).truncate(false).custom_flags(flags).mode(FILE_MODE);
@@ -218,25 +219,25 @@ fn remember_verified(identity: Identity) {
 }
 
 /// Makes a directory where it is missing, and opens it; errors call it `shown`.
-fn open_folder(path: &Path, shown: &Path) -> Result<Beneath> {
-    let doing = || format!("cache folder {}", shown.display());
+fn open_directory(path: &Path, shown: &Path) -> Result<Beneath> {
+    let doing = || format!("cache directory {}", shown.display());
     DirBuilder::new().recursive(true).mode(FOLDER_MODE).create(path).doing(doing)?;
     let link = fs::symlink_metadata(path).doing(doing)?.is_symlink();
-    let folder = Beneath::open(path).doing(doing)?;
-    let itself = folder.open_at(Path::new(""), libc::O_RDONLY | libc::O_DIRECTORY).doing(doing)?;
+    let directory = Beneath::open(path).doing(doing)?;
+    let itself = directory.open_at(Path::new(""), libc::O_RDONLY | libc::O_DIRECTORY).doing(doing)?;
     if link || !sys::is_private(&itself).doing(doing)? {
-        let what = "it must be a folder, no link to one, owned by this user or root, that nobody else can write to";
+        let what = "it must be a directory, no link to one, owned by this user or root, that nobody else can write to";
         return Err(Error::new(ErrorKind::PermissionDenied, what).doing(doing()));
     }
-    Ok(folder)
+    Ok(directory)
 }
 
 /// Opens a file of the store for reading.
 ///
 /// # Errors
 /// `PermissionDenied` for one that somebody else may have put there.
-fn private_file(folder: &Beneath, name: &str) -> Result<File> {
-    let file = folder.open_at(Path::new(name), libc::O_RDONLY)?;
+fn private_file(directory: &Beneath, name: &str) -> Result<File> {
+    let file = directory.open_at(Path::new(name), libc::O_RDONLY)?;
     check_private(&file)?;
     Ok(file)
 }

@@ -360,9 +360,9 @@ fn a_limit_holds_for_what_is_in_flight() {
 /// A child of fork that lives on keeps no disk locked, whatever it is made of, also while a ring has the file.
 #[test]
 fn a_child_of_fork_keeps_no_disk() {
-    let folder = std::env::temp_dir().join(format!("cofferdam-fork-disk-{}", std::process::id()));
-    std::fs::create_dir_all(&folder).unwrap();
-    let path = |name: &str| folder.join(name);
+    let directory = std::env::temp_dir().join(format!("cofferdam-fork-disk-{}", std::process::id()));
+    std::fs::create_dir_all(&directory).unwrap();
+    let path = |name: &str| directory.join(name);
     for name in ["raw", "direct", "base"] {
         std::fs::File::create(path(name)).unwrap().set_len(1 << 20).unwrap();
     }
@@ -383,7 +383,7 @@ fn a_child_of_fork_keeps_no_disk() {
             assert!(open(name).is_ok(), "{name} is free");
         });
     }
-    std::fs::remove_dir_all(folder).unwrap();
+    std::fs::remove_dir_all(directory).unwrap();
 }
 
 #[test]

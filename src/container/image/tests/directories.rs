@@ -65,25 +65,25 @@ fn what_is_swapped_in_meanwhile_is_never_followed() {
     use std::sync::atomic::AtomicBool;
     let temp = Temp::new();
     let (root, secret) = (temp.0.join("root"), temp.0.join("secret"));
-    fs::create_dir_all(root.join("folder")).unwrap();
+    fs::create_dir_all(root.join("directory")).unwrap();
     fs::create_dir(&secret).unwrap();
     for name in ["a", "b"] {
-        fs::write(root.join("folder").join(name), "public").unwrap();
+        fs::write(root.join("directory").join(name), "public").unwrap();
         fs::write(secret.join(name), "secret").unwrap();
     }
-    let (folder, aside) = (root.join("folder"), temp.0.join("aside"));
+    let (directory, aside) = (root.join("directory"), temp.0.join("aside"));
     let (file, pipe) = (root.join("file"), temp.0.join("pipe"));
     let done = AtomicBool::new(false);
     std::thread::scope(|scope| {
         scope.spawn(|| {
             while !done.load(Ordering::Relaxed) {
-                fs::rename(&folder, &aside).unwrap();
-                symlink(&secret, &folder).unwrap();
+                fs::rename(&directory, &aside).unwrap();
+                symlink(&secret, &directory).unwrap();
                 symlink(secret.join("a"), temp.0.join("link")).unwrap();
                 fs::rename(temp.0.join("link"), &file).unwrap();
                 crate::sys::make_fifo(&pipe).unwrap();
-                fs::remove_file(&folder).unwrap();
-                fs::rename(&aside, &folder).unwrap();
+                fs::remove_file(&directory).unwrap();
+                fs::rename(&aside, &directory).unwrap();
                 fs::rename(&pipe, &file).unwrap();
                 fs::write(temp.0.join("plain"), "public").unwrap();
                 fs::rename(temp.0.join("plain"), &file).unwrap();

@@ -59,7 +59,7 @@ fn a_lock_that_somebody_holds_is_waited_for_as_long_as_allowed() {
 }
 
 #[test]
-fn a_folder_that_others_can_write_to_is_refused() {
+fn a_directory_that_others_can_write_to_is_refused() {
     let temp = Temp::new();
     let image = image(&temp, "a.tar", "x");
     let cache = temp.0.join("cache");

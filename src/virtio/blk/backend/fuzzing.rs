@@ -10,9 +10,9 @@ use super::{BasePath, BlockBackend, OverlayFile};
 use crate::memory::{GuestAddress, GuestMemory};
 
 /// A directory that goes away with its run.
-pub(crate) struct Folder(PathBuf);
+pub(crate) struct TempDir(PathBuf);
 
-impl Folder {
+impl TempDir {
     #[cfg(feature = "internals")]
     pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.0.join(name)
@@ -27,7 +27,7 @@ impl Folder {
     }
 }
 
-impl Drop for Folder {
+impl Drop for TempDir {
     fn drop(&mut self) {
         let _ = fs::remove_dir_all(&self.0);
     }
@@ -80,8 +80,8 @@ fn use_disk(disk: &mut dyn BlockBackend, mut bytes: &[u8]) {
 }
 
 pub(crate) fn overlay(data: &[u8]) {
-    let (mut bytes, Some(folder)) = (data, Folder::new()) else { unreachable!("the harness lacks what it needs") };
-    let (base, path) = (folder.0.join("base"), folder.0.join("overlay"));
+    let (mut bytes, Some(directory)) = (data, TempDir::new()) else { unreachable!("the harness lacks what it needs") };
+    let (base, path) = (directory.0.join("base"), directory.0.join("overlay"));
     let raw = BasePath::Raw(base.clone());
     if fs::write(&base, [7; 8192]).is_err() || super::create(&path, &raw, None).is_err() {
         return;
@@ -109,7 +109,7 @@ pub(crate) fn overlay(data: &[u8]) {
         use_disk(&mut disk, bytes);
     }
     let few = &mut |done: u64, _: u64| if done < 4 << 20 { ControlFlow::Continue(()) } else { ControlFlow::Break(()) };
-    let _ = super::flatten(&path, &folder.0.join("flat"), few);
+    let _ = super::flatten(&path, &directory.0.join("flat"), few);
     let _ = super::compact(&path, few);
 }
 
@@ -218,8 +218,8 @@ pub(crate) fn qcow2_open(data: &[u8]) {
         let Tables(full) = Tables(small(512, 64, None)).full();
         [small(512, 16, None), small(512, 64, None), narrow, wide, small(512, 16, Some("base")), full]
     };
-    let Some(folder) = Folder::new() else { unreachable!("the harness lacks what it needs") };
-    let (mut bytes, path) = (data, folder.0.join("image"));
+    let Some(directory) = TempDir::new() else { unreachable!("the harness lacks what it needs") };
+    let (mut bytes, path) = (data, directory.0.join("image"));
     let [how, which, changes] = take(&mut bytes);
     let images = IMAGES.get_or_init(make);
     let mut image = Tables(images.get(usize::from(which) % images.len()).cloned().unwrap_or_default());
@@ -232,12 +232,12 @@ pub(crate) fn qcow2_open(data: &[u8]) {
     if how & 2 == 0 {
         image.truncate(usize::from(u16::from_le_bytes(take(&mut bytes))));
     }
-    if fs::write(&path, image).is_err() || fs::write(folder.0.join("base"), [9; 5000]).is_err() {
+    if fs::write(&path, image).is_err() || fs::write(directory.0.join("base"), [9; 5000]).is_err() {
         return;
     }
     // And what becomes of it, as the next one finds it.
     for _ in 0..2 {
-        let Ok(mut disk) = super::Qcow2::open(&path, Some(&folder.0), how & 4 == 0) else { return };
+        let Ok(mut disk) = super::Qcow2::open(&path, Some(&directory.0), how & 4 == 0) else { return };
         let (now, later) = bytes.split_at(bytes.len().min(128));
         use_disk(&mut disk, now);
         if how & 16 != 0 {
@@ -278,8 +278,8 @@ mod tests {
 
     #[test]
     fn refcount_table_of_the_fuzz_image_grows() {
-        let folder = Folder::new().unwrap();
-        let path = folder.0.join("image");
+        let directory = TempDir::new().unwrap();
+        let path = directory.0.join("image");
         let Tables(image) = Tables(super::super::qcow2::small(512, 64, None)).full();
         let clusters = |image: Vec<u8>| Tables(image).number(56, 4);
         assert_eq!(clusters(image.clone()), 1);

@@ -209,14 +209,14 @@ impl OverlayFile {
         Ok(disk)
     }
 
-    /// A new one without a name in `folder`, which is gone with its last descriptor. `size`: the base's unless set.
+    /// A new one without a name in `directory`, which is gone with its last descriptor. `size`: the base's unless set.
     ///
     /// # Errors
     /// As [`create`].
-    pub(crate) fn private(folder: &Path, base: &BasePath, size: Option<Size>) -> Result<Self> {
-        let doing = || format!("making an overlay in {}", folder.display());
+    pub(crate) fn private(directory: &Path, base: &BasePath, size: Option<Size>) -> Result<Self> {
+        let doing = || format!("making an overlay in {}", directory.display());
         let (header, base) = plan(base, size)?;
-        let file = sys::temp_file(folder).doing(doing)?;
+        let file = sys::temp_file(directory).doing(doing)?;
         write_new(&file, &header).doing(doing)?;
         let mut disk = Self::new(Box::new(file), header, base).doing(doing)?;
         disk.durable = false;

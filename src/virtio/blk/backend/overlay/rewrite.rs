@@ -151,8 +151,8 @@ pub(super) fn publish(path: &Path, over: bool, fill: impl FnOnce(&File) -> Resul
     }
     // A link to the overlay goes on leading to it.
     let path = if over { &fs::canonicalize(path)? } else { path };
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let draft = sys::AtomicFile::new(folder, 0o600)?;
+    let directory = path.parent().filter(|directory| !directory.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let draft = sys::AtomicFile::new(directory, 0o600)?;
     fill(draft.file())?;
     draft.file().sync_all()?;
     Ok(if over { draft.replace(path) } else { draft.publish(path) }?)

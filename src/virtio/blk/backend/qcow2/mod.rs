@@ -54,14 +54,14 @@ pub(crate) struct Qcow2 {
 
 /// The files that were opened on the way down, and the directory that they must be in.
 struct Chain {
-    folder: Option<Folder>,
+    directory: Option<BackingDirectory>,
     files: Vec<(u64, u64)>,
     /// Bytes of tables that they keep in memory at most.
     tables: u64,
 }
 
 /// Where backing files may be: held open, so that nothing that becomes of its path or of what is in it leads out.
-struct Folder {
+struct BackingDirectory {
     path: PathBuf,
     beneath: Beneath,
 }
@@ -100,7 +100,7 @@ impl Chain {
             let what = format!("its backing file {} {what}; see Qcow2Disk::backing_dir", named.display());
             Err(Error::new(ErrorKind::PermissionDenied, what))
         };
-        let Some(Folder { path, beneath }) = &self.folder else {
+        let Some(BackingDirectory { path, beneath }) = &self.directory else {
             return denied("is not allowed".into());
         };
         let finding = || format!("finding backing file {}", named.display());
@@ -202,7 +202,7 @@ fn open_backing(path: &Path, file: File, format: Format, chain: &mut Chain) -> R
 }
 
 impl Qcow2 {
-    /// Opens and locks an image with its backing files, which are in `folder`.
+    /// Opens and locks an image with its backing files, which are in `directory`.
     ///
     /// Without a directory it may have none.
     ///
@@ -211,14 +211,15 @@ impl Qcow2 {
     /// - `ResourceExhausted` when another has one of them open.
     /// - `Corrupt` when the image is none, damaged, or its own backing file.
     /// - `Unsupported` names what of it is not supported.
-    pub(crate) fn open(path: &Path, folder: Option<&Path>, read_only: bool) -> Result<Self> {
+    pub(crate) fn open(path: &Path, directory: Option<&Path>, read_only: bool) -> Result<Self> {
         let doing = || format!("opening disk {}", path.display());
         let path = fs::canonicalize(path).doing(doing)?;
-        let open_folder = |folder: &Path| -> io::Result<Folder> {
-            Ok(Folder { path: fs::canonicalize(folder)?, beneath: Beneath::open(folder)? })
+        let open_directory = |directory: &Path| -> io::Result<BackingDirectory> {
+            Ok(BackingDirectory { path: fs::canonicalize(directory)?, beneath: Beneath::open(directory)? })
         };
-        let named = |folder: &Path| open_folder(folder).doing(|| format!("backing_dir: {}", folder.display()));
-        let mut chain = Chain { folder: folder.map(named).transpose()?, files: Vec::new(), tables: 0 };
+        let named =
+            |directory: &Path| open_directory(directory).doing(|| format!("backing_dir: {}", directory.display()));
+        let mut chain = Chain { directory: directory.map(named).transpose()?, files: Vec::new(), tables: 0 };
         let order = WriteOrder::default();
         let opened = open(&path, read_only, false, libc::O_NONBLOCK)
             .and_then(|file| open_image(&path, file, !read_only, order.clone(), &mut chain))

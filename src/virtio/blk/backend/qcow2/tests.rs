@@ -100,8 +100,8 @@ fn backing_files_elsewhere_and_circles_are_refused() {
     let (temp, other) = (Temp::new("elsewhere"), Temp::new("other"));
     fs::write(other.path("secret"), vec![7; 1 << 20]).unwrap();
     temp.qemu_img(&format!("create -q -f qcow2 -b {} -F raw out.qcow2", other.path("secret").display()));
-    let refused = |image: &str, folder: Option<&Path>, word: &str| {
-        let error = Qcow2::open(&temp.path(image), folder, false).unwrap_err();
+    let refused = |image: &str, directory: Option<&Path>, word: &str| {
+        let error = Qcow2::open(&temp.path(image), directory, false).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::PermissionDenied, "{error}");
         assert!(error.to_string().contains(word) && error.to_string().contains("backing_dir"), "{error}");
     };
