@@ -40,7 +40,7 @@ pub fn queue(data: &[u8]) {
                 let piece = |b: &mut Bytes<'_>| {
                     // Most addresses shall hit memory, or every chain would fail at once.
                     let at = u64::from(u32::from_le_bytes(b.number()));
-                    let addr = if b.byte() % 8 == 0 { at << 32 | at } else { at % 0x200_0000 };
+                    let addr = if b.byte().is_multiple_of(8) { at << 32 | at } else { at % 0x200_0000 };
                     (addr, u32::from_le_bytes(b.number()) >> (b.byte() % 32), u16::from(b.byte() % 8))
                 };
                 let pieces: Vec<_> = (0..count).map(|_| piece(&mut bytes)).collect();

@@ -233,7 +233,7 @@ proptest! {
                     let [found, used] = used_again(&directory.0, bytes.clone());
                     for (sector, (found, used)) in found.chunks(SECTOR).zip(used.chunks(SECTOR)).enumerate() {
                         prop_assert!(allowed[sector].contains(&found[0]), "found after {end} events: sector {sector}");
-                        let wanted = if sector * SECTOR % CLUSTER == 0 { 255 } else { found[0] };
+                        let wanted = if (sector * SECTOR).is_multiple_of(CLUSTER) { 255 } else { found[0] };
                         prop_assert!(used.iter().all(|b| *b == wanted), "used after {end} events: sector {sector}");
                     }
                 }

@@ -90,12 +90,12 @@ impl Guests {
         for (name, place) in &self.places {
             // One that starts is wanted.
             let Ok(mut state) = place.0.try_lock() else { continue };
-            if state.visits == 0 && state.since.elapsed() >= self.idle {
-                if let Some(guest) = state.guest.take() {
-                    if let Err(error) = guest.container.stop(GRACE) {
-                        eprintln!("gateway: {name} did not stop in good order: {error}");
-                    }
-                }
+            if state.visits == 0
+                && state.since.elapsed() >= self.idle
+                && let Some(guest) = state.guest.take()
+                && let Err(error) = guest.container.stop(GRACE)
+            {
+                eprintln!("gateway: {name} did not stop in good order: {error}");
             }
         }
     }

@@ -353,10 +353,10 @@ impl ControlClient {
                 Expiry::Unanswered => self.unanswered(process, now),
             }
         }
-        if self.gone.as_ref().is_some_and(|(by, _)| *by <= now) {
-            if let (Some((_, why)), Some(vm)) = (self.gone.take(), self.vm.upgrade()) {
-                vm.give_up(format!("its shim is gone: {why}"));
-            }
+        if self.gone.as_ref().is_some_and(|(by, _)| *by <= now)
+            && let (Some((_, why)), Some(vm)) = (self.gone.take(), self.vm.upgrade())
+        {
+            vm.give_up(format!("its shim is gone: {why}"));
         }
         self.set_timer();
     }

@@ -109,10 +109,10 @@ impl Container {
     pub fn stop(&self, grace: Duration) -> Result<Exit> {
         let deadline = Instant::now().checked_add(grace).and_then(|it| it.checked_add(SHUTDOWN_MARGIN));
         // A container that has ended cannot be asked, and need not be.
-        if self.agent().shutdown(grace, SHUTDOWN_MARGIN).is_ok() {
-            if let Some(exit) = self.wait_timeout(deadline.map_or(Duration::MAX, left)) {
-                return Ok(exit);
-            }
+        if self.agent().shutdown(grace, SHUTDOWN_MARGIN).is_ok()
+            && let Some(exit) = self.wait_timeout(deadline.map_or(Duration::MAX, left))
+        {
+            return Ok(exit);
         }
         self.vm().end()
     }

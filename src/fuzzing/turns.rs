@@ -260,7 +260,7 @@ pub mod bench {
                 header[8..16].copy_from_slice(&2u64.to_le_bytes());
                 header[16..20].copy_from_slice(&port.to_le_bytes());
                 header[20..24].copy_from_slice(&1u32.to_le_bytes());
-                header[28..32].copy_from_slice(&[1, 0, if port % 2 == 0 { 1 } else { 3 }, 0]);
+                header[28..32].copy_from_slice(&[1, 0, if port.is_multiple_of(2) { 1 } else { 3 }, 0]);
                 port += u32::from(header[30] == 3);
                 driver.send(1, &[&header], &[]);
                 driver.send(0, &[], &[100]);

@@ -163,11 +163,11 @@ impl GuestMemory {
     /// - `Unsupported` for huge pages of a size that the host does not know.
     /// - `InvalidConfig` for a range that is empty, overlaps another, or is not whole pages.
     pub(crate) fn new(ranges: &[(GuestAddress, u64)], backing: Backing) -> Result<Self> {
-        if let Backing::Huge(page) = backing {
-            if !page.is_power_of_two() || ranges.iter().any(|(_, len)| len % page != 0) {
-                let (page, len) = (Size::bytes(page), Size::bytes(ranges.iter().map(|(_, len)| len).sum()));
-                return Err(Error::invalid("memory", format!("{len} is not whole huge pages of {page}")));
-            }
+        if let Backing::Huge(page) = backing
+            && (!page.is_power_of_two() || ranges.iter().any(|(_, len)| len % page != 0))
+        {
+            let (page, len) = (Size::bytes(page), Size::bytes(ranges.iter().map(|(_, len)| len).sum()));
+            return Err(Error::invalid("memory", format!("{len} is not whole huge pages of {page}")));
         }
         let file = backing.file(ranges.iter().map(|(_, len)| len).sum())?;
         let (mut regions, mut offset) = (Vec::with_capacity(ranges.len()), 0);

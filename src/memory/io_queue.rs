@@ -202,11 +202,12 @@ impl IoQueue {
     }
 
     fn release(&mut self, slot: usize) {
-        if let Some(InFlightOperation { mut buffers, .. }) = self.flights.try_remove(slot) {
-            if self.spare.len() < MAX_SPARE_ARRAYS && buffers.0.capacity() <= MAX_SPARE_BUFFERS {
-                buffers.0.clear();
-                self.spare.push(buffers);
-            }
+        if let Some(InFlightOperation { mut buffers, .. }) = self.flights.try_remove(slot)
+            && self.spare.len() < MAX_SPARE_ARRAYS
+            && buffers.0.capacity() <= MAX_SPARE_BUFFERS
+        {
+            buffers.0.clear();
+            self.spare.push(buffers);
         }
     }
 

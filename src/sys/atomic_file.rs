@@ -115,10 +115,11 @@ fn remove_abandoned(directory: &Path) {
     for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
         let draft = entry.file_name().as_bytes().starts_with(PREFIX.as_bytes());
         let changed = entry.metadata().and_then(|it| it.modified());
-        if draft && changed.is_ok_and(|at| at.elapsed().is_ok_and(|age| age > LONG)) {
-            if let Err(error) = fs::remove_file(entry.path()) {
-                log::debug!("{} cannot be removed: {error}", entry.path().display());
-            }
+        if draft
+            && changed.is_ok_and(|at| at.elapsed().is_ok_and(|age| age > LONG))
+            && let Err(error) = fs::remove_file(entry.path())
+        {
+            log::debug!("{} cannot be removed: {error}", entry.path().display());
         }
     }
 }

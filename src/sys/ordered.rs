@@ -102,7 +102,7 @@ impl OrderedFile {
         if guest || (offset, len) != FIELDS {
             self.check_header(offset)?;
         }
-        if !guest && (offset == 0 || len % self.cluster == 0 || len % 512 != 0) {
+        if !guest && (offset == 0 || len.is_multiple_of(self.cluster) || !len.is_multiple_of(512)) {
             self.settle()?;
         }
         self.order.state(|state| state.pending = true);

@@ -86,7 +86,7 @@ impl RegisterPage {
     }
 
     fn word(&self, offset: usize) -> Option<&AtomicU32> {
-        let within = offset % 4 == 0 && offset <= WINDOW - 4;
+        let within = offset.is_multiple_of(4) && offset <= WINDOW - 4;
         // SAFETY: the page is in the mapping, which lives as long as `self`; the word is in the page and aligned, and all access
         // is atomic.
         within.then(|| unsafe { AtomicU32::from_ptr(self.pages.host.add(self.at + offset).cast()) })

@@ -88,10 +88,10 @@ impl ConfigSpace {
     pub(super) fn write(&self, offset: usize, bytes: &[u8]) {
         let mut inner = self.inner();
         for (at, byte) in (offset..).zip(bytes) {
-            if inner.writable.contains(&at) {
-                if let Some(to) = inner.bytes.get_mut(at) {
-                    *to = *byte;
-                }
+            if inner.writable.contains(&at)
+                && let Some(to) = inner.bytes.get_mut(at)
+            {
+                *to = *byte;
             }
         }
         inner.show();

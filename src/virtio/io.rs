@@ -259,10 +259,10 @@ impl DeviceIo {
     }
 
     fn check(&mut self, queue: usize) {
-        if let Some(error) = self.queues.get(queue).and_then(Queue::broken) {
-            if self.broken.is_none() {
-                self.fail(&error);
-            }
+        if let Some(error) = self.queues.get(queue).and_then(Queue::broken)
+            && self.broken.is_none()
+        {
+            self.fail(&error);
         }
     }
 

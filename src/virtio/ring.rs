@@ -83,7 +83,10 @@ impl Iterator for Descriptors<'_> {
             }
             // Tables do not nest, and are whole (Virtio 1.3, 2.7.5.3).
             let (len, entry) = (found.len as usize, DESCRIPTOR as u32);
-            if std::mem::replace(&mut self.indirect, true) || found.len % entry != 0 || found.len / entry > 0xffff {
+            if std::mem::replace(&mut self.indirect, true)
+                || !found.len.is_multiple_of(entry)
+                || found.len / entry > 0xffff
+            {
                 return None;
             }
             self.table = self.memory.view(GuestAddress(found.addr), len)?;

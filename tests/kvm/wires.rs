@@ -202,7 +202,7 @@ impl NetBackend for Responder {
             }
             (Some([8, 0]), _, Some(8)) => {
                 self.pings += 1;
-                if self.pings % 3 == 0 {
+                if self.pings.is_multiple_of(3) {
                     return Ok(());
                 }
                 let (from, to) = (bytes[26..30].to_vec(), bytes[30..34].to_vec());

@@ -233,7 +233,7 @@ mod tests {
 
     /// The table at `at`, in its whole length, which adds up to zero.
     fn table_at(memory: &GuestMemory, at: u64, signature: &[u8; 4]) -> Vec<u8> {
-        assert!(at % 16 == 0 && at > layout::ACPI.0, "{at:#x}");
+        assert!(at.is_multiple_of(16) && at > layout::ACPI.0, "{at:#x}");
         let len = u32_at(&read(memory, at, 8), 4) as usize;
         assert!(at + len as u64 <= layout::ACPI_END.0, "{at:#x}+{len:#x}");
         let table = read(memory, at, len);

@@ -88,7 +88,7 @@ const MAX_MEMORY: Size = Size::gib(64 * 1024);
 /// `InvalidConfig` when it is not whole pages, too little to boot anything, or more than processors address.
 pub(crate) fn memory_ranges(size: Size) -> Result<Vec<(GuestAddress, u64)>> {
     let bytes = size.as_bytes();
-    if bytes % 4096 != 0 {
+    if !bytes.is_multiple_of(4096) {
         return Err(Error::invalid("memory", format!("{size} is not a multiple of 4 KiB")));
     }
     if size < MIN_MEMORY {

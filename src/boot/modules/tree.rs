@@ -145,10 +145,10 @@ impl<'a> Order<'a> {
     fn visit_by_any_name(&mut self, name: &'a str) -> Result<()> {
         let behind = self.tree.aliases.get(name).into_iter().flatten().map(String::as_str);
         for name in [name].into_iter().chain(behind) {
-            if let Some((name, module)) = self.tree.modules.get_key_value(name) {
-                if !self.path.contains(&name.as_str()) {
-                    self.visit(name, module, false)?;
-                }
+            if let Some((name, module)) = self.tree.modules.get_key_value(name)
+                && !self.path.contains(&name.as_str())
+            {
+                self.visit(name, module, false)?;
             }
         }
         Ok(())

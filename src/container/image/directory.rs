@@ -216,11 +216,11 @@ struct Pieces<'a, 'p> {
 impl Content for Pieces<'_, '_> {
     fn next(&mut self, most: u64) -> Result<&[u8]> {
         use std::io::{Seek, SeekFrom};
-        if self.left == 0 {
-            if let Some((offset, len)) = self.pieces.next() {
-                self.source.file.seek(SeekFrom::Start(*offset))?;
-                self.left = *len;
-            }
+        if self.left == 0
+            && let Some((offset, len)) = self.pieces.next()
+        {
+            self.source.file.seek(SeekFrom::Start(*offset))?;
+            self.left = *len;
         }
         let piece = self.source.next(most.min(self.left))?;
         self.left -= piece.len() as u64;

@@ -210,7 +210,7 @@ impl Choices<'_> {
                 put(386 + 24 * n, 12, format!("{:011o}", self.number() % (1 << 33)).as_bytes());
                 put(398 + 24 * n, 12, format!("{:011o}", self.number() % (1 << 33)).as_bytes());
             }
-            put(482, 1, &[u8::from(self.byte() % 8 == 0)]);
+            put(482, 1, &[u8::from(self.byte().is_multiple_of(8))]);
             put(483, 12, format!("{:011o}", self.number() % (1 << 33)).as_bytes());
         }
         // Damage, before the sum is made.

@@ -141,12 +141,12 @@ fn run_beside<T: Send + 'static>(
                 return answer.unwrap_or_else(panicked);
             }
         }
-        if let Err(reason) = patience.check() {
-            if over.get_or_insert_with(Instant::now).elapsed() >= grace {
-                parting.leave(left);
-                log::warn!("preparing an image: a file of the host's does not answer; a thread is left behind");
-                return Err(reason.doing("waiting for a file of the host's that does not answer"));
-            }
+        if let Err(reason) = patience.check()
+            && over.get_or_insert_with(Instant::now).elapsed() >= grace
+        {
+            parting.leave(left);
+            log::warn!("preparing an image: a file of the host's does not answer; a thread is left behind");
+            return Err(reason.doing("waiting for a file of the host's that does not answer"));
         }
     }
 }

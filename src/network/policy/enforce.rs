@@ -302,10 +302,10 @@ impl Enforcer {
     pub(crate) fn asks(&mut self, name: &str, kind: u16, now: Instant) -> Asking {
         let named =
             |ready: &Ready| ready.rule.allow && ready.name.as_ref().is_some_and(|pattern| pattern.matches(name));
-        if kind == dns::PTR {
-            if let Some(address) = dns::reverse(name).filter(|_| !self.rules.iter().any(named)) {
-                return if self.reaches(address) { Asking::Passed } else { self.denied(name, DenyReason::NoRule, now) };
-            }
+        if kind == dns::PTR
+            && let Some(address) = dns::reverse(name).filter(|_| !self.rules.iter().any(named))
+        {
+            return if self.reaches(address) { Asking::Passed } else { self.denied(name, DenyReason::NoRule, now) };
         }
         if !self.may_ask(name, now) {
             return Asking::Denied;

@@ -206,10 +206,10 @@ impl Datagrams {
         let Some([_, _, _, _, a, b]) = message.first_chunk::<6>() else { return };
         let guest = (ends.src, u16::from_be_bytes([*a, *b]));
         let Some(id) = self.flow(core, Key { protocol: Protocol::Ping, guest, remote: (ends.dst, 0) }) else { return };
-        if let Some(Flow { via: Via::Socket(socket), key, .. }) = self.flows.get_mut(id) {
-            if let Err(error) = socket.send(message) {
-                failed(core, key, &error);
-            }
+        if let Some(Flow { via: Via::Socket(socket), key, .. }) = self.flows.get_mut(id)
+            && let Err(error) = socket.send(message)
+        {
+            failed(core, key, &error);
         }
     }
 
@@ -249,10 +249,10 @@ impl Datagrams {
     /// The one that was idle for longest makes room: of those that the guest has begun, or of the callers of published ports.
     /// So callers, who cost nothing but an address, end nothing of the guest's.
     fn make_room(&mut self, core: &mut Core, begun: Begun) {
-        if self.order(begun).len() >= core.config.limits.datagram_flows.max(1) {
-            if let Some(id) = self.idlest(begun) {
-                self.remove(core, id);
-            }
+        if self.order(begun).len() >= core.config.limits.datagram_flows.max(1)
+            && let Some(id) = self.idlest(begun)
+        {
+            self.remove(core, id);
         }
     }
 
@@ -260,13 +260,13 @@ impl Datagrams {
         let (now, alarm) = (core.host.now, Alarm::default());
         let id = self.flows.insert(Flow { key, via, active: now, listed: now, alarm, queued: false });
         let flow = self.flows.get_mut(id)?;
-        if let Via::Socket(socket) = &flow.via {
-            if let Err(error) = core.host.watch(socket.as_fd(), Owner::Udp(id)) {
-                log::debug!("a flow is not watched: {error}");
-                core.stats.limited += 1;
-                self.flows.remove(id);
-                return None;
-            }
+        if let Via::Socket(socket) = &flow.via
+            && let Err(error) = core.host.watch(socket.as_fd(), Owner::Udp(id))
+        {
+            log::debug!("a flow is not watched: {error}");
+            core.stats.limited += 1;
+            self.flows.remove(id);
+            return None;
         }
         core.host.alarm(&mut flow.alarm, Owner::Udp(id), Some(now + core.config.limits.datagram_idle));
         let begun = flow.begun();

@@ -48,7 +48,7 @@ impl Partial {
     fn add(&mut self, Fragment { offset, more, .. }: Fragment, bytes: &[u8]) -> Result<(), Bad> {
         let end = offset + bytes.len();
         // Only the last may end within a unit of offsets.
-        if bytes.is_empty() || end > MAX_PACKET || more && bytes.len() % 8 != 0 {
+        if bytes.is_empty() || end > MAX_PACKET || more && !bytes.len().is_multiple_of(8) {
             return Err(Bad::Malformed);
         }
         if self.come.contains(&(offset, end)) {

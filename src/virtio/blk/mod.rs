@@ -193,7 +193,7 @@ impl Blk {
     /// # Errors
     /// The backend's; `EINVAL` for what is smaller than it is, or not whole sectors.
     pub(crate) fn grow(&mut self, io: Option<&mut DeviceIo>, len: u64) -> io::Result<()> {
-        if len < self.engine.backend.shape().len || len % SECTOR != 0 {
+        if len < self.engine.backend.shape().len || !len.is_multiple_of(SECTOR) {
             return Err(io::Error::from_raw_os_error(libc::EINVAL));
         }
         self.engine.backend.grow(len)?;
@@ -218,10 +218,10 @@ impl Blk {
 
     /// Looks at what waits after this time.
     fn arm(&mut self, wait: Duration) {
-        if let Some(timer) = &mut self.timer {
-            if let Err(error) = timer.set(Some(Instant::now() + wait)) {
-                log::error!("{}: its timer: {error}", self.options.device);
-            }
+        if let Some(timer) = &mut self.timer
+            && let Err(error) = timer.set(Some(Instant::now() + wait))
+        {
+            log::error!("{}: its timer: {error}", self.options.device);
         }
     }
 }

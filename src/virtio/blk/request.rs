@@ -166,14 +166,14 @@ impl Work {
 fn locate(shape: &Geometry, sector: u64, len: u64) -> Result<u64, Refused> {
     let offset = sector.checked_mul(SECTOR).ok_or(Refused::Malformed)?;
     let end = offset.checked_add(len).ok_or(Refused::Malformed)?;
-    if len % SECTOR != 0 || end > shape.len { Err(Refused::Malformed) } else { Ok(offset) }
+    if !len.is_multiple_of(SECTOR) || end > shape.len { Err(Refused::Malformed) } else { Ok(offset) }
 }
 
 /// The ranges that a discard or a request for zeroes consists of (Virtio 1.3, 5.2.6, virtio_blk_discard_write_zeroes). All
 /// are looked at before anything is done.
 fn ranges(chain: &mut Chain, shape: &Geometry, max: u32, known: u32) -> Result<Vec<Range>, Refused> {
     let len = chain.readable_len();
-    if len == 0 || len % 16 != 0 || len / 16 > MAX_RANGES as usize {
+    if len == 0 || !len.is_multiple_of(16) || len / 16 > MAX_RANGES as usize {
         return Err(Refused::Malformed);
     }
     let mut found = Vec::with_capacity(len / 16);

@@ -162,10 +162,10 @@ impl Room {
 
     /// Nothing of this disk is in flight any more.
     pub(super) fn rest(&mut self) {
-        if self.own > 0 {
-            if let Some(ledger) = self.ledger.clone() {
-                self.amount_to(&mut lock(&ledger), 0);
-            }
+        if self.own > 0
+            && let Some(ledger) = self.ledger.clone()
+        {
+            self.amount_to(&mut lock(&ledger), 0);
         }
     }
 

@@ -171,10 +171,10 @@ impl RateLimiters {
     }
 
     fn arm(&mut self, wait: Duration) {
-        if let Some(timer) = &mut self.timer {
-            if let Err(error) = timer.set(Instant::now().checked_add(wait)) {
-                log::error!("a card's timer: {error}");
-            }
+        if let Some(timer) = &mut self.timer
+            && let Err(error) = timer.set(Instant::now().checked_add(wait))
+        {
+            log::error!("a card's timer: {error}");
         }
     }
 }

@@ -54,7 +54,7 @@ impl DiskHandle {
     pub fn grow(&self, size: Size) -> Result<()> {
         let grown = self.device.with(move |disk, io| {
             let (_, now) = disk.usage()?;
-            if size.as_bytes() < now || size.as_bytes() % 512 != 0 {
+            if size.as_bytes() < now || !size.as_bytes().is_multiple_of(512) {
                 let now = Size::bytes(now);
                 return Err(Error::invalid(
                     "grow",

@@ -55,8 +55,8 @@ impl DirectFile {
     /// Whether the kernel takes this as it is. Guest memory is mapped in whole pages, so addresses are aligned as the guest's are.
     fn aligned(&self, segments: &[Segment], offset: u64) -> bool {
         let Alignment { memory, offset: align } = self.alignment;
-        let fits = |s: &Segment| s.addr().0 % memory as u64 == 0 && s.len() as u64 % align == 0;
-        memory <= 4096 && offset % align == 0 && segments.iter().all(fits)
+        let fits = |s: &Segment| s.addr().0.is_multiple_of(memory as u64) && (s.len() as u64).is_multiple_of(align);
+        memory <= 4096 && offset.is_multiple_of(align) && segments.iter().all(fits)
     }
 
     /// Calls `each` with an aligned buffer for every aligned piece around the range. It gets the buffer, its offset on
@@ -151,7 +151,7 @@ impl BlockBackend for DirectFile {
     }
 
     fn grow(&mut self, len: u64) -> io::Result<()> {
-        if len % self.alignment.offset != 0 {
+        if !len.is_multiple_of(self.alignment.offset) {
             return Err(io::Error::from_raw_os_error(libc::EINVAL));
         }
         self.raw.grow(len)

@@ -265,11 +265,11 @@ impl Flow {
         if let Err(outcome) = self.acknowledged(core, tcp, segment.len) {
             return outcome;
         }
-        if self.phase == Phase::Open {
-            if let Err(error) = self.data(core, segment, payload, budget) {
-                log::debug!("a connection of the guest ends: {error}");
-                return SegmentOutcome::Reset;
-            }
+        if self.phase == Phase::Open
+            && let Err(error) = self.data(core, segment, payload, budget)
+        {
+            log::debug!("a connection of the guest ends: {error}");
+            return SegmentOutcome::Reset;
         }
         self.outcome()
     }

@@ -70,7 +70,7 @@ impl Header {
     /// `InvalidConfig` when the disk is too large or no whole sectors, or the base's path too long.
     pub(super) fn new(size: u64, id: [u8; 16], base: Identity, path: &Path) -> Result<Self> {
         let bad = |problem: String| Err(Error::new(ErrorKind::InvalidConfig, problem));
-        if size == 0 || size % SECTOR as u64 != 0 || size > MAX_SIZE {
+        if size == 0 || !size.is_multiple_of(SECTOR as u64) || size > MAX_SIZE {
             return bad(format!(
                 "{size} bytes: an overlay has whole sectors of {SECTOR} bytes, up to {}",
                 Size::bytes(MAX_SIZE)

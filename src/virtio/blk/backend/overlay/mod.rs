@@ -321,7 +321,7 @@ impl BlockBackend for OverlayFile {
 
     fn grow(&mut self, len: u64) -> io::Result<()> {
         self.writable()?;
-        if len < self.header.size || len > self.header.most() || len % 512 != 0 {
+        if len < self.header.size || len > self.header.most() || !len.is_multiple_of(512) {
             return Err(io::Error::from_raw_os_error(libc::EINVAL));
         }
         let larger = Header { size: len, ..self.header.clone() };

@@ -200,10 +200,10 @@ fn found(events: &[Event], end: usize, mut kept: impl FnMut() -> bool) -> Sector
     let synced = events[..end].iter().rposition(|e| matches!(e, Event::Sync)).unwrap_or(0);
     let mut sectors = Sectors::new();
     for (n, event) in events[..end].iter().enumerate() {
-        if let Event::Sector(number, bytes) = event {
-            if n < synced || kept() {
-                sectors.insert(*number, **bytes);
-            }
+        if let Event::Sector(number, bytes) = event
+            && (n < synced || kept())
+        {
+            sectors.insert(*number, **bytes);
         }
     }
     sectors

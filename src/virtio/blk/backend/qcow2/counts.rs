@@ -41,7 +41,7 @@ pub(super) fn check(file: &File, header: &Header, len: u64) -> Result<()> {
         if at == 0 {
             continue;
         }
-        if at % cluster != 0 || at / cluster >= clusters {
+        if !at.is_multiple_of(cluster) || at / cluster >= clusters {
             return Err(corrupt(format_args!("block {n} is said to be at {at}")));
         }
         blocks.push(at);

@@ -127,7 +127,7 @@ impl Header {
         }
         let cluster = 1u64 << bits;
         let within = |offset: u64, bytes: u64| {
-            offset % cluster == 0 && offset > 0 && offset.checked_add(bytes).is_some_and(|end| end <= len)
+            offset.is_multiple_of(cluster) && offset > 0 && offset.checked_add(bytes).is_some_and(|end| end <= len)
         };
         let (l1, l1_at) = (u64::from(u32_at(36)?) * 8, u64_at(40)?);
         if l1 > MAX_L1 || (l1 / 8).saturating_mul(cluster / 8).saturating_mul(cluster) < size || !within(l1_at, l1) {

@@ -429,7 +429,7 @@ impl BlockBackend for Qcow2 {
 
     fn grow(&mut self, len: u64) -> io::Result<()> {
         self.writable()?;
-        if len < self.size || len % 512 != 0 {
+        if len < self.size || !len.is_multiple_of(512) {
             return Err(io::Error::from_raw_os_error(libc::EINVAL));
         }
         self.call(|image| image.resize_grow(len, imago::format::PreallocateMode::None))?;

@@ -72,7 +72,7 @@ impl Place {
             return Ok(Some(Self { offset, len: (sectors + 1) * 512 - offset % 512, compressed: true }));
         }
         let offset = entry & OFFSET;
-        if offset % cluster != 0 {
+        if !offset.is_multiple_of(cluster) {
             return Err(corrupt(format!("what is at {offset} begins within a cluster")));
         }
         Ok((offset != 0).then_some(Self { offset, len: cluster, compressed: false }))
