@@ -29,7 +29,7 @@ pub enum ErrorKind {
     GuestFailed,
     /// The time allowed is over; the message names the last stage reached.
     TimedOut,
-    /// The caller's own callback asked to stop; the message says how far it was.
+    /// A `CancelToken` was cancelled, or the caller's callback asked to stop; the message says how far it was.
     Cancelled,
     /// Two versions do not meet; the message names both.
     Incompatible,

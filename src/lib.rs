@@ -92,22 +92,23 @@
 //! | `ContainerBuilder::start` | the same, then `ContainerBuilder::start_timeout`, 30 s unless set, and 4 s; less when its `CancelToken` is cancelled |
 //! | [`VmBuilder::start`] | for the host alone |
 //! | `Exec::spawn` | until the guest has started the program: 72 s, or `Exec::timeout` and 2 s |
-//! | `Exec::output`, `Exec::status`, `Process::wait` | with `Exec::timeout`: that and 4 s; without: as long as the program runs; 10 s more where its output goes to a file |
-//! | `Process::wait` after `Process::kill` | 2 s |
+//! | `Exec::status`, `Process::wait` | with `Exec::timeout`: that and 4 s; without: as long as the program runs; 12 s more where output goes to a file |
+//! | `Exec::output` | with `Exec::timeout`: that and 10 s for what was printed; without: as long as the program runs, and 10 s; 12 s more where one stream goes to a file |
+//! | `Process::wait` after `Process::kill` | 2 s; 4 s more where output goes to a file |
 //! | `Process::wait_with_output` | as `Process::wait`, and 10 s for what was printed |
 //! | `Process::kill`, `Process::signal` | 10 s, for a host that is busy |
 //! | `Container::connect` | 21 s: 10 s for a host that is busy, 11 s for the guest |
-//! | [`Vm::connect`] | 20 s: 10 s for a host that is busy, 10 s for the guest |
+//! | [`Vm::connect_vsock`] | 20 s: 10 s for a host that is busy, 10 s for the guest |
 //! | `Container::stop`, [`Vm::stop`] | the grace and 2 s; 15 s more where a file of the host's, or a writer or network of the embedder's, hangs |
 //! | `Container::kill`, [`Vm::kill`] | does not wait |
-//! | `Container::resume`, [`Vm::resume`] | 11 s, for a pause that another thread has begun |
+//! | `Container::resume`, [`Vm::resume`] | 11 s, for each pause that another thread has begun |
 //! | dropping the last handle of a `Container` or a [`Vm`] | milliseconds; 15 s where a file of the host's, or a writer or network of the embedder's, hangs |
 //! | `Container::wait`, [`Vm::wait`] | as long as the machine runs |
 //! | [`VsockListener::accept`](vsock::VsockListener::accept), the iterator of [`Events`](event::Events) | until something comes, or the machine ends |
 //! | reads and writes of a [`VsockStream`](vsock::VsockStream), `ProcessReader` or `ProcessWriter` | as the stream's timeouts say; without: until the guest goes on, or the machine ends |
-//! | `Container::pause`, [`Vm::pause`] | 11 s |
+//! | `Container::pause`, [`Vm::pause`] | 11 s, and for each pause that another thread has begun |
 //! | `Container::memory_stats`, [`Vm::memory_stats`] | 11 s: 10 s for a host that is busy, 1 s for the guest |
-//! | [`Vm::set_balloon`], [`Vm::memory_fd`], [`Vm::listen`], methods of [`NetHandle`](net::NetHandle), [`PublishedPort`](net::PublishedPort) and [`DiskHandle`](disk::DiskHandle) | 10 s, for a host that is busy |
+//! | [`Vm::set_balloon`], [`Vm::memory_fd`], [`Vm::listen_vsock`], methods of [`NetHandle`](net::NetHandle), [`PublishedPort`](net::PublishedPort) and [`DiskHandle`](disk::DiskHandle) | 10 s, for a host that is busy |
 //! | whatever ends with `_timeout` | the time that it is given |
 //! | [`Vm::stats`], [`Vm::report`], [`Vm::timeline`], [`Vm::events`], the same of `Container`, whatever begins with `try_`, and all else that these handles have | does not wait |
 //!

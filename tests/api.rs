@@ -163,6 +163,7 @@ fn every_public_type_is_debug_send_and_sync() {
 fn what_can_be_awaited_has_a_descriptor_of_both_kinds() {
     awaitable::<cofferdam::Vm>();
     awaitable::<cofferdam::Container>();
+    awaitable::<cofferdam::CancelToken>();
     awaitable::<cofferdam::Process>();
     awaitable::<event::Events>();
     awaitable::<process::ProcessReader>();

@@ -90,7 +90,7 @@ impl Kernel {
 
     /// Opens a kernel from its bytes, such as those of the crate `cofferdam-kernel`.
     ///
-    /// They are what [`Kernel::open`] takes as a file, and are copied once. Nothing lies beside them, so a `bzImage` has
+    /// They are what [`Kernel::open`] takes as a file, and are copied. Nothing lies beside them, so a `bzImage` has
     /// no configuration that is known.
     ///
     /// # Errors

@@ -354,18 +354,17 @@ impl ControlClient {
             }
         }
         if self.gone.as_ref().is_some_and(|(by, _)| *by <= now)
-            && let (Some((_, why)), Some(vm)) = (self.gone.take(), self.vm.upgrade())
+            && let Some((_, why)) = self.gone.take()
         {
-            vm.give_up(format!("its shim is gone: {why}"));
+            self.vm.give_up(format!("its shim is gone: {why}"));
         }
         self.set_timer();
     }
 
     /// The guest has had all the time there is to say that a process has ended.
     fn unanswered(&mut self, process: u32, now: Instant) {
-        let vm = self.vm.upgrade();
         // One that stands still by the embedder's will or a disk's cannot answer.
-        if vm.as_ref().is_some_and(|vm| vm.stands_still()) {
+        if self.vm.stands_still() {
             if let Some(entry) = self.processes.get_mut(&process) {
                 entry.due = Some(now + UNANSWERED_KILL);
             }
@@ -373,9 +372,7 @@ impl ControlClient {
         }
         // Whoever waited for it was told when it was killed.
         self.processes.remove(&process);
-        if let Some(vm) = vm {
-            vm.give_up(format!("it has not killed process {process} within {UNANSWERED_KILL:?}"));
-        }
+        self.vm.give_up(format!("it has not killed process {process} within {UNANSWERED_KILL:?}"));
     }
 
     fn set_timer(&mut self) {
@@ -403,7 +400,7 @@ impl ControlClient {
 
     /// The VM has ended. What the shim said before is in the stream, which has ended with it.
     fn vm_ended(&mut self) {
-        let Some(exit) = self.vm.upgrade().and_then(|vm| vm.try_wait()) else { return };
+        let Some(exit) = self.vm.try_wait() else { return };
         // Each turn takes something out of a stream that nobody puts anything into any more.
         while !self.ended {
             self.more = false;

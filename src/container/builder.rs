@@ -97,7 +97,7 @@ impl ContainerBuilder {
 
     /// Adds a disk: `/dev/vda`, then `/dev/vdb` and so on; none by default.
     ///
-    /// The container itself is made of two more, behind those. Programs find a disk by its serial number
+    /// A container has interrupt lines for 11 disks and network cards. It is itself made of two more disks, behind those. Programs find a disk by its serial number
     /// (`/sys/block/*/serial`) too. It is not mounted. [`Container::disk`] returns its handle.
     pub fn disk(mut self, disk: impl Into<Disk>) -> Self {
         self.disks.push(disk.into());
@@ -159,7 +159,7 @@ impl ContainerBuilder {
     /// See [`VmBuilder::descriptors`](crate::VmBuilder::descriptors).
     ///
     /// The container's own connections are made over vsock and count. They are two descriptors for the container, and
-    /// two for each piped stream of a running program. Programs are refused with `ResourceExhausted` when there is no
+    /// two for each stream of a running program that is a pipe, a file or bytes. Programs are refused with `ResourceExhausted` when there is no
     /// room for theirs.
     pub fn descriptors(mut self, count: u32) -> Self {
         self.descriptors = Some(count);
@@ -196,7 +196,7 @@ impl ContainerBuilder {
     fn run(self, begin: Instant) -> Result<Container> {
         let hostname = check_hostname(&self.hostname)?;
         let kernel = self.kernel.clone().map_or_else(Kernel::find, Ok)?;
-        let lower = Disk::from_file(self.image.disk(self.cancel.as_ref())?).read_only();
+        let lower = Disk::from_file(self.image.disk(self.cancel.as_ref())?).read_only().serial("cofferdam-image");
         let upper = self.writable_layer.make()?;
         let mut vm = Vm::builder(kernel.clone())
             .vcpus(self.vcpus)

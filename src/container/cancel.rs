@@ -1,7 +1,7 @@
 //! [`CancelToken`]: how another thread ends a start or a preparation that is under way.
 
 use std::fmt;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -56,6 +56,12 @@ impl CancelToken {
 
 pub(super) fn cancelled() -> Error {
     Error::new(ErrorKind::Cancelled, "its token was cancelled")
+}
+
+impl AsRawFd for CancelToken {
+    fn as_raw_fd(&self) -> RawFd {
+        self.as_fd().as_raw_fd()
+    }
 }
 
 impl AsFd for CancelToken {

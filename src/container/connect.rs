@@ -23,7 +23,7 @@ pub(super) fn connect(vm: &Vm, version: u32, port: u16) -> Result<VsockStream> {
 fn open(vm: &Vm, version: u32, port: u16) -> Result<VsockStream> {
     check(version, port)?;
     let deadline = Instant::now() + CONNECT_TIMEOUT;
-    let mut stream = vm.connect(CONNECT_PORT).map_err(|error| match error.kind() {
+    let mut stream = vm.connect_vsock(CONNECT_PORT).map_err(|error| match error.kind() {
         // It has been there, so it is there no more.
         _ if vm.try_wait().is_some() => Error::new(ErrorKind::InvalidState, "the container has ended"),
         ErrorKind::NotFound => error.with_kind(ErrorKind::Unsupported).doing("reaching the guest's shim"),

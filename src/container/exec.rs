@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use super::agent::{ControlClient, KILL_MARGIN, START_TIMEOUT};
 use super::process::{ExitStatus, Output, OutputLimit, Process, ProcessReader, ProcessWriter, State};
+use super::redirect::SharedFile;
 use super::stdio::{Cookie, STREAM_TIMEOUT, accept, refused};
 use super::{Container, redirect};
 use crate::error::{Context, Error, ErrorKind, Result};
@@ -31,7 +32,7 @@ enum StdioKind {
     #[default]
     Null,
     Piped,
-    File(Arc<File>),
+    File(Arc<SharedFile>),
     /// Of standard input alone.
     Bytes(Arc<[u8]>),
 }
@@ -52,12 +53,14 @@ impl Stdio {
 
 /// Connects the stream to a file, pipe or socket of the embedder's, from its present position on.
 ///
-/// A thread of the embedder's process carries the bytes; the guest never has the file. Standard input ends where the file
-/// ends. [`Process::wait`] returns when all output has been written, at most ten seconds after the process's end. When
-/// writing fails, the process's pipe breaks. A clone shares the file.
+/// A thread of the embedder's process carries the bytes; the guest never has the file. A clone shares the file.
+///
+/// Standard input ends where the file ends. Output is written while the process runs, and at most ten seconds longer:
+/// what a background process prints later is lost. [`Process::wait`] returns when all of it has been written, or says
+/// what the host's file failed at; the process's pipe breaks then.
 impl From<File> for Stdio {
     fn from(file: File) -> Self {
-        Self(StdioKind::File(Arc::new(file)))
+        Self(StdioKind::File(SharedFile::new(file)))
     }
 }
 
@@ -85,13 +88,24 @@ pub struct Exec {
     stdio: [Option<Stdio>; 3],
     timeout: Option<Duration>,
     limit: OutputLimit,
+    /// The limit was set, and so is for files too.
+    file_limit: bool,
 }
 
 impl Exec {
     pub(super) fn new(container: Container, argv: Vec<OsString>) -> Self {
         let env = ENVIRONMENT.iter().map(|(k, v)| (OsString::from(k), OsString::from(v))).collect();
         let limit = OutputLimit { bytes: Size::mib(64), truncate: false };
-        Self { container, argv, env, current_dir: None, stdio: [None, None, None], timeout: None, limit }
+        Self {
+            container,
+            argv,
+            env,
+            current_dir: None,
+            stdio: [None, None, None],
+            timeout: None,
+            limit,
+            file_limit: false,
+        }
     }
 
     /// Adds an argument.
@@ -177,12 +191,14 @@ impl Exec {
         self
     }
 
-    /// Limits what is read of each piped stream; 64 MiB by default.
+    /// Limits what is read of each stream; 64 MiB by default.
     ///
-    /// It is for [`Exec::output`] and [`Process::wait_with_output`]. A program that prints more is killed, and they fail
-    /// with `ResourceExhausted`; see also [`Exec::truncate_output`].
+    /// Of piped streams it is for [`Exec::output`] and [`Process::wait_with_output`]. A program that prints more is
+    /// killed, and they fail with `ResourceExhausted`. A file has no limit by default. It gets no
+    /// more than one that is set, and [`Process::wait`] fails then. See also [`Exec::truncate_output`].
     pub fn output_limit(mut self, limit: Size) -> Self {
         self.limit.bytes = limit;
+        self.file_limit = true;
         self
     }
 
@@ -249,7 +265,7 @@ impl Exec {
         let ports = remote.with(new_ports)?;
         let mut listeners: [Option<VsockListener>; 3] = [None, None, None];
         for (listener, port) in listeners.iter_mut().zip(ports) {
-            *listener = port.map(|port| vm.listen(port)).transpose()?;
+            *listener = port.map(|port| vm.listen_vsock(port)).transpose()?;
         }
         let cookie = Cookie::new(agent.version())?;
         let sent = cookie.as_bytes().to_vec();
@@ -274,23 +290,24 @@ impl Exec {
         }
         let until = Instant::now() + STREAM_TIMEOUT;
         let accept = |it: Option<VsockListener>| it.map(|it| accept(&it, &cookie, &state, until)).transpose();
+        let limit = self.file_limit.then_some(self.limit);
         let mut process = Process::new(remote, number, state.clone(), self.limit);
         let connect = |process: &mut Process| -> Result<()> {
             let ([stdin, stdout, stderr], [input, output, error]) = (listeners, stdio);
             match (accept(stdin)?, input) {
-                (Some(stream), StdioKind::File(file)) => redirect::read_from(file, stream, state.clone())?,
-                (Some(stream), StdioKind::Bytes(bytes)) => redirect::read_bytes(bytes, stream)?,
+                (Some(stream), StdioKind::File(file)) => redirect::read_from(vm, file, stream, state.clone())?,
+                (Some(stream), StdioKind::Bytes(bytes)) => redirect::read_bytes(vm, bytes, stream, &state)?,
                 (stream, _) => process.stdin = stream.map(ProcessWriter),
             }
             match (accept(stdout)?, output) {
                 (Some(stream), StdioKind::File(file)) => {
-                    process.redirects.push(redirect::write_to("stdout", file, stream)?);
+                    process.redirects[0] = Some(redirect::write_to(vm, "stdout", file, stream, limit)?);
                 }
                 (stream, _) => process.stdout = stream.map(ProcessReader),
             }
             match (accept(stderr)?, error) {
                 (Some(stream), StdioKind::File(file)) => {
-                    process.redirects.push(redirect::write_to("stderr", file, stream)?);
+                    process.redirects[1] = Some(redirect::write_to(vm, "stderr", file, stream, limit)?);
                 }
                 (stream, _) => process.stderr = stream.map(ProcessReader),
             }

@@ -61,7 +61,7 @@ pub(super) fn handshake(vm: &Vm, begin: Instant, timeout: Duration, patience: &S
 }
 
 fn connection(vm: &Vm, patience: &StartDeadline<'_>) -> Result<VsockStream> {
-    let listener = vm.listen(CONTROL_PORT)?;
+    let listener = vm.listen_vsock(CONTROL_PORT)?;
     let outcome = match patience.wait(&listener)? {
         true => listener.accept_timeout(Duration::ZERO),
         false => Err(Error::new(ErrorKind::TimedOut, "the shim never connected")),

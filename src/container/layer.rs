@@ -91,7 +91,7 @@ impl WritableLayer {
             Ok(file)
         };
         let file = make().doing(|| format!("disk: making a disk of {size} in {}", dir.display()))?;
-        let disk = Disk::private(file).limit(self.limit);
+        let disk = Disk::private(file).serial("cofferdam-layer").limit(self.limit);
         let disk = self.on_error.iter().fold(disk, |disk, (class, action)| disk.on_error(*class, *action));
         let disk = self.min_free_space.into_iter().fold(disk, OpenFileDisk::min_free_space);
         Ok(self.reserve.into_iter().fold(disk, OpenFileDisk::reserve).into())

@@ -36,7 +36,7 @@ use crate::virtio::vsock::VsockStream;
 use crate::vm::disk::DiskHandle;
 use crate::vm::events::Events;
 use crate::vm::net::NetHandle;
-use crate::vm::{Exit, ExitReport, MemoryStats, Stats, Vm, no_such};
+use crate::vm::{Exit, ExitReport, MemoryStats, Stats, Timeline, Vm, no_such};
 use agent::Agent;
 
 /// How much longer than its grace a shutdown may take before it is cut short.
@@ -105,8 +105,10 @@ impl Container {
     /// not answer.
     ///
     /// # Errors
-    /// `TimedOut` when the killed machine has not ended after those 15 seconds.
+    /// `TimedOut` when the killed machine has not ended after those 15 seconds. `InvalidState` on a thread of the
+    /// machine's own, which cannot wait for its end.
     pub fn stop(&self, grace: Duration) -> Result<Exit> {
+        self.vm().check_thread()?;
         let deadline = Instant::now().checked_add(grace).and_then(|it| it.checked_add(SHUTDOWN_MARGIN));
         // A container that has ended cannot be asked, and need not be.
         if self.agent().shutdown(grace, SHUTDOWN_MARGIN).is_ok()
@@ -205,6 +207,11 @@ impl Container {
         self.vm().report()
     }
 
+    /// Returns when each stage of its machine was reached, counted from the call of `start`.
+    pub fn timeline(&self) -> Timeline {
+        self.vm().timeline()
+    }
+
     /// Returns how long each step of the start took.
     pub fn startup(&self) -> Startup {
         self.agent().startup()
@@ -240,8 +247,15 @@ impl Drop for Running {
         if !self.vm.is_current() {
             return;
         }
-        // For those who wait for a process this is the same as a kill.
-        self.agent.ended(self.vm.end().unwrap_or_else(|_| Exit::Killed { report: Arc::new(self.vm.report()) }));
+        // For those who wait for a process this is the same as a kill. A thread of the machine's cannot wait for its end.
+        let exit = match self.vm.is_own_thread() {
+            true => {
+                self.vm.kill();
+                None
+            }
+            false => self.vm.end().ok(),
+        };
+        self.agent.ended(exit.unwrap_or_else(|| Exit::Killed { report: Arc::new(self.vm.report()) }));
     }
 }
 

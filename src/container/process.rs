@@ -17,7 +17,7 @@ use crate::virtio::vsock::{StreamBreaker, VsockStream};
 use crate::vm::Exit;
 
 /// How long the guest may take to hand over the output of an ended process.
-const OUTPUT_TIMEOUT: Duration = Duration::from_secs(10);
+pub(super) const OUTPUT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How a process ended. The failure of a program and the failure of its machine never look alike.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -87,6 +87,8 @@ pub(super) struct State {
     ended: EventFd,
     /// Its standard streams, for the host to end them; `None` once it has.
     streams: Mutex<Option<Vec<StreamBreaker>>>,
+    /// Those of them that end with the process, whatever the guest does.
+    ending: Mutex<Vec<StreamBreaker>>,
 }
 
 #[derive(Clone)]
@@ -104,6 +106,7 @@ impl State {
             changed: Condvar::new(),
             ended,
             streams: Mutex::new(Some(Vec::new())),
+            ending: Mutex::default(),
         }))
     }
 
@@ -113,6 +116,7 @@ impl State {
 
     fn set(&self, ended: Ended) {
         self.status().get_or_insert(ended);
+        self.ending().drain(..).for_each(|stream| stream.break_off());
         self.changed.notify_all();
         // A full counter is readable, which is all that is wanted.
         let _ = self.ended.write(1);
@@ -138,6 +142,19 @@ impl State {
     /// Readable once it has ended.
     pub(super) fn ended(&self) -> BorrowedFd<'_> {
         borrow(&self.ended)
+    }
+
+    fn ending(&self) -> MutexGuard<'_, Vec<StreamBreaker>> {
+        self.ending.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Ends this stream together with the process, so that nobody waits for a guest that does not read.
+    pub(super) fn ends(&self, stream: &VsockStream) {
+        self.ending().push(stream.breaker());
+        // One that has ended already ends it now.
+        if self.has_ended() {
+            self.ending().drain(..).for_each(|stream| stream.break_off());
+        }
     }
 
     fn streams(&self) -> MutexGuard<'_, Option<Vec<StreamBreaker>>> {
@@ -273,8 +290,10 @@ pub struct Process {
     pub stdout: Option<ProcessReader>,
     /// Standard error, when it was piped.
     pub stderr: Option<ProcessReader>,
-    /// Streams that threads write to files.
-    pub(super) redirects: Vec<Redirect>,
+    /// Standard output and error, where threads write them to files.
+    pub(super) redirects: [Option<Redirect>; 2],
+    /// Which of those were cut off.
+    cut_off: [bool; 2],
     remote: Remote<ControlClient>,
     number: u32,
     state: Arc<State>,
@@ -284,7 +303,7 @@ pub struct Process {
 impl Process {
     pub(super) fn new(remote: Remote<ControlClient>, number: u32, state: Arc<State>, limit: OutputLimit) -> Self {
         let (stdin, stdout, stderr) = (None, None, None);
-        Self { stdin, stdout, stderr, redirects: Vec::new(), remote, number, state, limit }
+        Self { stdin, stdout, stderr, redirects: [None, None], cut_off: [false; 2], remote, number, state, limit }
     }
 
     /// Closes standard input and waits until the process has ended.
@@ -297,21 +316,39 @@ impl Process {
     /// is dropped, the process has ended with [`ExitStatus::VmEnded`].
     ///
     /// # Errors
-    /// `InvalidState` when a mistake of this crate has ended the thread that learns of the end.
+    /// - `ResourceExhausted`, `Io` and others when a file did not take the process's output, or was given more than
+    ///   [`Exec::output_limit`](super::Exec::output_limit). [`Process::try_wait`] has the status all the same.
+    /// - `TimedOut` when that file blocks.
+    /// - `InvalidState` when a mistake of this crate has ended the thread that learns of the end.
     pub fn wait(&mut self) -> Result<ExitStatus> {
         drop(self.stdin.take());
         let unknown = || Error::new(ErrorKind::InvalidState, "the process's end is unknown");
         let status = self.state.wait(None)?.ok_or_else(unknown)?;
-        let until = deadline(if status == ExitStatus::TimedOut { KILL_MARGIN } else { OUTPUT_TIMEOUT });
-        for redirect in self.redirects.drain(..) {
-            if !redirect.wait(until.map_or(Duration::MAX, left)) {
-                log::warn!("a process has ended, and its output is not all in its file");
+        let killed = matches!(status, ExitStatus::TimedOut | ExitStatus::Signaled { signal: libc::SIGKILL });
+        let until = Instant::now() + if killed { KILL_MARGIN } else { OUTPUT_TIMEOUT };
+        let mut outcome = Ok(());
+        for (redirect, cut_off) in self.redirects.iter_mut().zip(&mut self.cut_off) {
+            let Some(redirect) = redirect.take() else { continue };
+            let carried = redirect.wait(left(until)).or_else(|| {
+                // The guest keeps the stream: what it sends from now on is lost.
+                self.state.break_streams();
+                redirect.wait(KILL_MARGIN)
+            });
+            let late = || Error::new(ErrorKind::TimedOut, "the embedder's file does not take the process's output");
+            match carried
+                .ok_or_else(late)
+                .and_then(|carried| carried.doing(|| "writing a process's output to its file"))
+            {
+                Ok(truncated) => *cut_off = truncated,
+                Err(error) => outcome = outcome.and(Err(error)),
             }
         }
-        Ok(status)
+        outcome.map(|()| status)
     }
 
     /// Waits until the process has ended, at most `timeout`; `None` when it still runs.
+    ///
+    /// Output that goes to a file may still be on its way then, as after [`Process::try_wait`].
     ///
     /// # Errors
     /// As [`Process::wait`].
@@ -374,8 +411,8 @@ impl Process {
                 status: self.wait()?,
                 stdout: stdout.bytes,
                 stderr: stderr.bytes,
-                stdout_truncated: stdout.truncated,
-                stderr_truncated: stderr.truncated,
+                stdout_truncated: stdout.truncated || self.cut_off[0],
+                stderr_truncated: stderr.truncated || self.cut_off[1],
             }),
             Err(error) => {
                 // It would block for ever with nobody reading.

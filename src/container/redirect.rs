@@ -1,4 +1,7 @@
 //! Standard streams that are files or bytes of the embedder's: threads that carry them.
+//!
+//! A guest that holds on to a stream holds no thread. What carries input ends with the process. What carries output ends
+//! at most [`OUTPUT_TIMEOUT`](super::process::OUTPUT_TIMEOUT) later, when the process is waited for.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -6,100 +9,164 @@ use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::Duration;
 
-use super::process::State;
-use crate::error::{Context, Result};
-use crate::sys::{STACK, spawn, wait_any};
+use super::process::{OutputLimit, State};
+use crate::error::Result;
+use crate::sys::{wait_any, wait_ready};
 use crate::virtio::vsock::VsockStream;
+use crate::vm::Vm;
 
 /// Bytes that are carried at a time.
 const CHUNK: usize = 64 * 1024;
 
+/// A file of the embedder's, which processes may share.
+#[derive(Debug)]
+pub(super) struct SharedFile {
+    file: File,
+    /// Held from the look whether there is something to read until it is read: another reader may not take it.
+    reading: Mutex<()>,
+}
+
+impl SharedFile {
+    pub(super) fn new(file: File) -> Arc<Self> {
+        Arc::new(Self { file, reading: Mutex::new(()) })
+    }
+
+    /// Reads what is there; `None` when another reader was faster.
+    fn read_ready(&self, to: &mut [u8]) -> io::Result<Option<usize>> {
+        let _reading = self.reading.lock().unwrap_or_else(PoisonError::into_inner);
+        if !wait_any(&[self.file.as_fd()], Some(Duration::ZERO))? {
+            return Ok(None);
+        }
+        match (&self.file).read(to) {
+            Ok(n) => Ok(Some(n)),
+            Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => Ok(None),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// Writes all of it, also to a file that does not block.
+    fn write_all(&self, mut bytes: &[u8]) -> io::Result<()> {
+        while !bytes.is_empty() {
+            match (&self.file).write(bytes) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(n) => bytes = bytes.get(n..).unwrap_or_default(),
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                    wait_ready(&[], &[self.file.as_fd()], None)?;
+                }
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(())
+    }
+}
+
 /// The end of a thread that carries a process's output.
 #[derive(Debug)]
-pub(super) struct Redirect(Mutex<mpsc::Receiver<()>>);
+pub(super) struct Redirect(Mutex<mpsc::Receiver<io::Result<bool>>>);
 
 impl Redirect {
-    /// Waits until all output has been carried, at most `timeout`.
-    pub(super) fn wait(&self, timeout: Duration) -> bool {
+    /// Waits until all output has been carried, at most `timeout`; `None` when it has not.
+    ///
+    /// The result is whether something was cut off, or why the file did not take it.
+    pub(super) fn wait(&self, timeout: Duration) -> Option<io::Result<bool>> {
         let end = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        matches!(end.recv_timeout(timeout), Err(mpsc::RecvTimeoutError::Disconnected))
+        match end.recv_timeout(timeout) {
+            Ok(outcome) => Some(outcome),
+            Err(mpsc::RecvTimeoutError::Timeout) => None,
+            Err(mpsc::RecvTimeoutError::Disconnected) => Some(Err(io::Error::other("the thread that wrote has ended"))),
+        }
     }
 }
 
 /// Writes to `file` what the process prints to `stream`, on a thread called `name`.
 ///
-/// When the file fails, the stream is closed, as a pipe is whose reader has gone.
-pub(super) fn write_to(name: &'static str, file: Arc<File>, mut stream: VsockStream) -> Result<Redirect> {
-    let (done, wait) = mpsc::channel::<()>();
-    let carry = move || {
-        // Its drop tells that all is done.
-        let _done = done;
-        if let Err(error) = copy(&mut stream, &mut &*file) {
-            log::warn!("a process's {name} is closed: {error}");
-        }
-    };
-    spawn(name.into(), 4 * STACK, carry).doing(|| format!("starting thread {name}"))?;
+/// When the file fails, or more is printed than the limit, the stream is closed, as a pipe is whose reader has gone.
+pub(super) fn write_to(
+    vm: &Vm,
+    name: &'static str,
+    file: Arc<SharedFile>,
+    mut stream: VsockStream,
+    limit: Option<OutputLimit>,
+) -> Result<Redirect> {
+    let (done, wait) = mpsc::sync_channel(1);
+    vm.spawn_beside(name, move || {
+        let outcome = carry_output(&mut stream, &file, limit);
+        drop(stream);
+        // Nobody may be interested any more.
+        let _ = done.send(outcome);
+    })?;
     Ok(Redirect(Mutex::new(wait)))
 }
 
+fn carry_output(stream: &mut VsockStream, file: &SharedFile, limit: Option<OutputLimit>) -> io::Result<bool> {
+    let (mut buffer, mut truncated) = (vec![0; CHUNK], false);
+    let mut left = limit.map_or(u64::MAX, |limit| limit.bytes.as_bytes());
+    loop {
+        let read = match stream.read(&mut buffer) {
+            Ok(0) => return Ok(truncated),
+            Ok(n) => n,
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+            // The machine has ended, which the process's status says.
+            Err(e) if e.kind() == io::ErrorKind::ConnectionReset => return Ok(truncated),
+            Err(e) => return Err(e),
+        };
+        let taken = read.min(usize::try_from(left).unwrap_or(usize::MAX));
+        file.write_all(buffer.get(..taken).unwrap_or_default())?;
+        left -= taken as u64;
+        truncated |= taken < read;
+        if truncated && limit.is_some_and(|limit| !limit.truncate) {
+            return Err(io::Error::new(io::ErrorKind::FileTooLarge, "output_limit: the process printed more"));
+        }
+    }
+}
+
 /// Gives the process what is read from `file`, on a thread of its own, until the file or the process ends.
-pub(super) fn read_from(file: Arc<File>, mut stream: VsockStream, state: Arc<State>) -> Result<()> {
-    let carry = move || {
-        let mut from = UntilEnd { file: &file, state: &state };
-        if let Err(error) = copy(&mut from, &mut stream) {
+pub(super) fn read_from(vm: &Vm, file: Arc<SharedFile>, mut stream: VsockStream, state: Arc<State>) -> Result<()> {
+    state.ends(&stream);
+    vm.spawn_beside("stdin", move || {
+        if let Err(error) = carry_input(&file, &mut stream, &state) {
             log::debug!("a process's stdin is closed: {error}");
         }
-    };
-    spawn("stdin".into(), 4 * STACK, carry).doing(|| "starting thread stdin").map(drop)
+    })
+}
+
+fn carry_input(file: &SharedFile, stream: &mut VsockStream, state: &State) -> io::Result<()> {
+    let mut buffer = vec![0; CHUNK];
+    loop {
+        // A pipe may be silent for ever.
+        wait_any(&[file.file.as_fd(), state.ended()], None)?;
+        if state.has_ended() {
+            return Ok(());
+        }
+        match file.read_ready(&mut buffer)? {
+            Some(0) => return Ok(()),
+            Some(n) => stream.write_all(buffer.get(..n).unwrap_or_default())?,
+            None => {}
+        }
+    }
 }
 
 /// Gives the process these bytes, on a thread of its own, and then the end of file.
-pub(super) fn read_bytes(bytes: Arc<[u8]>, mut stream: VsockStream) -> Result<()> {
-    let carry = move || {
+pub(super) fn read_bytes(vm: &Vm, bytes: Arc<[u8]>, mut stream: VsockStream, state: &State) -> Result<()> {
+    state.ends(&stream);
+    vm.spawn_beside("stdin", move || {
         if let Err(error) = stream.write_all(&bytes) {
             log::debug!("a process has not read all of its stdin: {error}");
         }
-    };
-    spawn("stdin".into(), 4 * STACK, carry).doing(|| "starting thread stdin").map(drop)
-}
-
-fn copy(from: &mut impl Read, to: &mut impl Write) -> io::Result<()> {
-    let mut buffer = vec![0; CHUNK];
-    loop {
-        match from.read(&mut buffer) {
-            Ok(0) => return Ok(()),
-            Ok(n) => to.write_all(buffer.get(..n).unwrap_or_default())?,
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-            Err(e) => return Err(e),
-        }
-    }
-}
-
-/// A file whose reader does not wait any more once the process has ended: a pipe may be silent for ever.
-struct UntilEnd<'a> {
-    file: &'a File,
-    state: &'a State,
-}
-
-impl Read for UntilEnd<'_> {
-    fn read(&mut self, to: &mut [u8]) -> io::Result<usize> {
-        wait_any(&[self.file.as_fd(), self.state.ended()], None)?;
-        if self.state.has_ended() {
-            return Ok(0);
-        }
-        let mut file = self.file;
-        file.read(to)
-    }
+    })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::container::ExitStatus;
+    use crate::size::Size;
+    use std::os::fd::OwnedFd;
+    use std::os::unix::net::UnixStream;
+    use std::thread;
 
-    const TIMEOUT: Duration = Duration::from_secs(20);
-
-    fn pair() -> (VsockStream, std::os::unix::net::UnixStream) {
+    fn pair() -> (VsockStream, UnixStream) {
         let (near, far, _) = VsockStream::pair().unwrap();
         far.set_nonblocking(false).unwrap();
         (near, far)
@@ -107,56 +174,129 @@ mod tests {
 
     fn pipe() -> (File, File) {
         let (reader, writer) = io::pipe().unwrap();
-        (File::from(std::os::fd::OwnedFd::from(reader)), File::from(std::os::fd::OwnedFd::from(writer)))
+        (File::from(OwnedFd::from(reader)), File::from(OwnedFd::from(writer)))
     }
 
-    #[test]
-    fn what_a_process_prints_is_in_the_file_when_the_redirect_has_ended() {
-        let (near, mut far) = pair();
-        let path = std::env::temp_dir().join(format!("cofferdam-redirect-{}", std::process::id()));
-        let file = Arc::new(File::create(&path).unwrap());
-        let redirect = write_to("stdout", file, near).unwrap();
-        let printed = vec![7; 3 * CHUNK + 1];
-        far.write_all(&printed).unwrap();
-        assert!(!redirect.wait(Duration::from_millis(10)), "the process has not ended");
-        drop(far);
-        assert!(redirect.wait(TIMEOUT));
-        assert_eq!(std::fs::read(&path).unwrap(), printed);
+    /// What comes of carrying what is printed to a file, which has the rest.
+    fn carried(printed: &[u8], limit: Option<OutputLimit>) -> (io::Result<bool>, Vec<u8>) {
+        let (mut near, mut far) = pair();
+        let name = format!("cofferdam-redirect-{}-{:?}", std::process::id(), thread::current().id());
+        let path = std::env::temp_dir().join(name);
+        let file = SharedFile::new(File::create(&path).unwrap());
+        let outcome = thread::scope(|scope| {
+            scope.spawn(move || {
+                // The reader may have had enough.
+                let _ = far.write_all(printed);
+            });
+            let outcome = carry_output(&mut near, &file, limit);
+            drop(near);
+            outcome
+        });
+        let written = std::fs::read(&path).unwrap();
         std::fs::remove_file(path).unwrap();
+        (outcome, written)
     }
 
     #[test]
-    fn a_file_that_fails_closes_the_stream() {
-        let (near, mut far) = pair();
-        let full = File::options().write(true).open("/dev/full").unwrap();
-        let redirect = write_to("stdout", Arc::new(full), near).unwrap();
+    fn all_that_is_printed_is_written_unless_there_is_a_limit() {
+        let printed = vec![7; 3 * CHUNK + 1];
+        let (outcome, written) = carried(&printed, None);
+        assert!(!outcome.unwrap() && written == printed);
+        let limit = OutputLimit { bytes: Size::bytes(100), truncate: true };
+        let (outcome, written) = carried(&printed, Some(limit));
+        assert!(outcome.unwrap() && written == printed[..100]);
+        let (outcome, written) = carried(&printed, Some(OutputLimit { truncate: false, ..limit }));
+        assert_eq!((outcome.unwrap_err().kind(), written.len()), (io::ErrorKind::FileTooLarge, 100));
+    }
+
+    #[test]
+    fn a_file_that_fails_says_why() {
+        let (mut near, mut far) = pair();
+        let full = SharedFile::new(File::options().write(true).open("/dev/full").unwrap());
         far.write_all(b"lost").unwrap();
-        assert!(redirect.wait(TIMEOUT));
-        assert_eq!(far.read(&mut [0; 8]).unwrap_or(0), 0);
+        let error = carry_output(&mut near, &full, None).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::ENOSPC));
+    }
+
+    #[test]
+    fn a_pipe_that_does_not_block_gets_everything() {
+        let (near, far) = pair();
+        let (mut reader, writer) = pipe();
+        let writer = UnixFlags::nonblocking(writer);
+        let printed = vec![3; 1 << 20];
+        let read = thread::scope(|scope| {
+            let (mut near, mut far) = (near, far);
+            let bytes = &printed;
+            scope.spawn(move || far.write_all(bytes).unwrap());
+            scope.spawn(move || assert!(!carry_output(&mut near, &SharedFile::new(writer), None).unwrap()));
+            let mut all = Vec::new();
+            reader.read_to_end(&mut all).unwrap();
+            all
+        });
+        assert!(read == printed);
+    }
+
+    /// A file whose reads and writes do not block.
+    struct UnixFlags;
+
+    impl UnixFlags {
+        fn nonblocking(file: File) -> File {
+            // A pipe that is opened anew has a description of its own.
+            use std::os::unix::fs::OpenOptionsExt;
+            let path = crate::sys::path_of(file.as_fd());
+            File::options().write(true).custom_flags(libc::O_NONBLOCK).open(path).unwrap()
+        }
     }
 
     #[test]
     fn a_silent_pipe_holds_nothing_once_the_process_has_ended() {
-        let (near, mut far) = pair();
+        let (mut near, mut far) = pair();
         let (reader, mut writer) = pipe();
-        let state = State::new().unwrap();
-        read_from(Arc::new(reader), near, state.clone()).unwrap();
-        writer.write_all(b"first").unwrap();
-        let mut first = [0; 5];
-        far.read_exact(&mut first).unwrap();
-        assert_eq!(&first, b"first");
-        state.finish(ExitStatus::Exited { code: 0 });
-        // The thread drops the stream, though the pipe is still open.
-        assert_eq!(far.read(&mut first).unwrap(), 0);
+        let (file, state) = (SharedFile::new(reader), State::new().unwrap());
+        thread::scope(|scope| {
+            let carry = scope.spawn(|| carry_input(&file, &mut near, &state));
+            writer.write_all(b"first").unwrap();
+            let mut first = [0; 5];
+            far.read_exact(&mut first).unwrap();
+            assert_eq!(&first, b"first");
+            state.finish(ExitStatus::Exited { code: 0 });
+            carry.join().unwrap().unwrap();
+        });
         drop(writer);
     }
 
     #[test]
-    fn bytes_are_followed_by_the_end_of_file() {
-        let (near, mut far) = pair();
-        read_bytes(Arc::from(&b"some bytes"[..]), near).unwrap();
-        let mut all = Vec::new();
-        far.read_to_end(&mut all).unwrap();
-        assert_eq!(all, b"some bytes");
+    fn a_guest_that_does_not_read_holds_nothing_once_the_process_has_ended() {
+        let (mut near, far) = pair();
+        let state = State::new().unwrap();
+        state.ends(&near);
+        thread::scope(|scope| {
+            let carry = scope.spawn(move || near.write_all(&[0; 8 << 20]));
+            state.finish(ExitStatus::Exited { code: 0 });
+            assert!(carry.join().unwrap().is_err());
+        });
+        drop(far);
+    }
+
+    #[test]
+    fn processes_that_share_a_pipe_take_its_bytes_once_and_all_end() {
+        let (reader, mut writer) = pipe();
+        let file = SharedFile::new(reader);
+        let states = [State::new().unwrap(), State::new().unwrap()];
+        let total: usize = thread::scope(|scope| {
+            let mut readers = Vec::new();
+            for state in &states {
+                let ((mut near, mut far), file) = (pair(), &file);
+                scope.spawn(move || carry_input(file, &mut near, state));
+                readers.push(scope.spawn(move || {
+                    let mut all = Vec::new();
+                    far.read_to_end(&mut all).map(|_| all.len()).unwrap()
+                }));
+            }
+            (0..1000).for_each(|_| writer.write_all(&[1; 100]).unwrap());
+            drop(writer);
+            readers.into_iter().map(|it| it.join().unwrap()).sum()
+        });
+        assert_eq!(total, 100_000);
     }
 }

@@ -39,7 +39,7 @@ pub struct Host {
     /// The kernel module behind `/dev/kvm`: `kvm_intel`, `kvm_amd`, `kvm_pvm`, or `None` when none is seen.
     pub module: Option<String>,
     /// How opening `/dev/kvm` ended.
-    pub device: KvmAccess,
+    pub kvm: KvmAccess,
     /// The version of the API, when the device could be opened. Only 12 exists.
     pub api_version: Option<i32>,
     /// Capabilities this crate needs and KVM lacks, by their names in the KVM API's documentation.
@@ -59,7 +59,10 @@ pub enum KvmAccess {
     /// The caller may not open it.
     Forbidden,
     /// It is there and cannot be opened, with this `errno`.
-    Broken(i32),
+    Failed {
+        /// Its error number.
+        errno: i32,
+    },
 }
 
 impl Host {
@@ -75,13 +78,13 @@ impl Host {
         let module =
             ["kvm_intel", "kvm_amd", "kvm_pvm"].into_iter().find(|name| modules.join(name).exists()).map(str::to_owned);
         let exposure = Exposure::default();
-        let mut host = Self { module, device: KvmAccess::Usable, api_version: None, missing: Vec::new(), exposure };
+        let mut host = Self { module, kvm: KvmAccess::Usable, api_version: None, missing: Vec::new(), exposure };
         match open_at(device) {
             Err(error) => {
-                host.device = match error.raw_os_error() {
+                host.kvm = match error.raw_os_error() {
                     Some(libc::ENOENT) => KvmAccess::Absent,
                     Some(libc::EACCES | libc::EPERM) => KvmAccess::Forbidden,
-                    other => KvmAccess::Broken(other.unwrap_or(libc::EIO)),
+                    other => KvmAccess::Failed { errno: other.unwrap_or(libc::EIO) },
                 }
             }
             Ok(kvm) => {
@@ -98,7 +101,7 @@ impl Host {
     /// `NotFound` without `/dev/kvm`, `PermissionDenied` when it may not be opened, `Unsupported` when it is not
     /// hardware virtualization or lacks something. Each says what to do.
     pub fn ready(&self) -> Result<()> {
-        let (kind, text) = match self.device {
+        let (kind, text) = match self.kvm {
             KvmAccess::Absent => (
                 ErrorKind::NotFound,
                 "/dev/kvm does not exist: enable virtualization (VT-x or AMD-V) in the firmware or, inside a VM, nested \
@@ -111,7 +114,7 @@ impl Host {
                  log in again), or run where that is allowed"
                     .into(),
             ),
-            KvmAccess::Broken(errno) => (
+            KvmAccess::Failed { errno } => (
                 ErrorKind::Io,
                 format!("/dev/kvm cannot be opened: {}", io::Error::from_raw_os_error(errno)),
             ),
@@ -166,9 +169,9 @@ mod tests {
     use super::*;
     use std::fs;
 
-    fn host(device: KvmAccess, module: &str) -> Host {
+    fn host(kvm: KvmAccess, module: &str) -> Host {
         let exposure = Exposure::default();
-        Host { module: Some(module.into()), device, api_version: Some(12), missing: vec![], exposure }
+        Host { module: Some(module.into()), kvm, api_version: Some(12), missing: vec![], exposure }
     }
 
     #[test]
@@ -176,7 +179,7 @@ mod tests {
         let cases = [
             (host(KvmAccess::Absent, "kvm_amd"), ErrorKind::NotFound, "firmware"),
             (host(KvmAccess::Forbidden, "kvm_amd"), ErrorKind::PermissionDenied, "group"),
-            (host(KvmAccess::Broken(libc::EIO), "kvm_amd"), ErrorKind::Io, "os error 5"),
+            (host(KvmAccess::Failed { errno: libc::EIO }, "kvm_amd"), ErrorKind::Io, "os error 5"),
             (host(KvmAccess::Usable, "kvm_pvm"), ErrorKind::Unsupported, "kvm_pvm"),
             (
                 Host { api_version: Some(11), ..host(KvmAccess::Usable, "kvm_amd") },
@@ -202,10 +205,10 @@ mod tests {
     fn files_that_are_not_kvm_are_told_apart() {
         let dir = std::env::temp_dir().join(format!("cofferdam-host-{}", std::process::id()));
         fs::create_dir_all(dir.join("kvm_amd")).unwrap();
-        assert_eq!(Host::examine(&dir.join("kvm"), &dir).device, KvmAccess::Absent);
+        assert_eq!(Host::examine(&dir.join("kvm"), &dir).kvm, KvmAccess::Absent);
         fs::write(dir.join("kvm"), "").unwrap();
         let host = Host::examine(&dir.join("kvm"), &dir);
-        assert_eq!((host.device, host.module.as_deref()), (KvmAccess::Usable, Some("kvm_amd")));
+        assert_eq!((host.kvm, host.module.as_deref()), (KvmAccess::Usable, Some("kvm_amd")));
         assert_eq!(host.ready().unwrap_err().kind(), ErrorKind::Incompatible);
         fs::remove_dir_all(dir).unwrap();
     }

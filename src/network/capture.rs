@@ -27,7 +27,7 @@ const VERSION: [u16; 2] = [2, 4];
 const ETHERNET: u32 = 1;
 const HEADER: usize = 16;
 
-/// Describes where a card's frames are recorded; see [`Net::capture`](crate::net::UserNet::capture).
+/// Describes where a card's frames are recorded; see [`UserNet::capture`](crate::net::UserNet::capture).
 ///
 /// A config value. Frames of both ways are recorded, each when it was taken or delivered. The format is that of
 /// libpcap, for tcpdump and Wireshark, with times in nanoseconds. A frame that stands for several is recorded as one.
@@ -70,7 +70,7 @@ impl Capture {
     }
 
     /// Limits the capture's size, the format's own bytes included; 256 MiB by default.
-    pub fn max(mut self, size: Size) -> Self {
+    pub fn max_size(mut self, size: Size) -> Self {
         self.max = size;
         self
     }
@@ -106,7 +106,7 @@ impl fmt::Debug for Capture {
     }
 }
 
-/// The counters of a capture; see [`NetHandle::captured`](crate::net::NetHandle::capture_stats).
+/// The counters of a capture; see [`NetHandle::capture_stats`](crate::net::NetHandle::capture_stats).
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct CaptureStats {
@@ -360,7 +360,7 @@ mod tests {
     #[test]
     fn a_capture_is_no_larger_than_it_may_be() {
         let (memory, written) = (memory(), Written::default());
-        let (recorder, pump) = Capture::writer(written.clone()).max(Size::bytes(24 + 3 * 116)).open().unwrap();
+        let (recorder, pump) = Capture::writer(written.clone()).max_size(Size::bytes(24 + 3 * 116)).open().unwrap();
         let pieces = frame(&memory, &[7; 100]);
         for _ in 0..10 {
             recorder.record(&memory, &pieces, 100);

@@ -93,9 +93,19 @@ pub(crate) fn wait_readable(fd: BorrowedFd<'_>, timeout: Option<Duration>) -> io
 
 /// Waits until one of `fds` is readable or has ended, or `timeout` is over; `None` waits for ever. False: it is over.
 pub(crate) fn wait_any(fds: &[BorrowedFd<'_>], timeout: Option<Duration>) -> io::Result<bool> {
+    wait_ready(fds, &[], timeout)
+}
+
+/// As [`wait_any`], and until one of `writable` can be written to.
+pub(crate) fn wait_ready(
+    readable: &[BorrowedFd<'_>],
+    writable: &[BorrowedFd<'_>],
+    timeout: Option<Duration>,
+) -> io::Result<bool> {
     let deadline = timeout.and_then(deadline);
-    let mut polls: Vec<libc::pollfd> =
-        fds.iter().map(|fd| libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLIN, revents: 0 }).collect();
+    let poll = |fd: &BorrowedFd<'_>, events| libc::pollfd { fd: fd.as_raw_fd(), events, revents: 0 };
+    let reading = readable.iter().map(|fd| poll(fd, libc::POLLIN));
+    let mut polls: Vec<libc::pollfd> = reading.chain(writable.iter().map(|fd| poll(fd, libc::POLLOUT))).collect();
     loop {
         // Rounded up, so that a wait never ends early and spins.
         let left = deadline.map(|d| left(d).as_nanos().div_ceil(1_000_000));

@@ -10,6 +10,7 @@ struct Echo;
 
 impl VirtioDevice for Echo {
     fn profile(&self) -> Profile {
+        // Another's number, for the example; a device of yours adds its own to `spec.rs`.
         Profile::new(DeviceType::Entropy).queue(16)
     }
 

@@ -11,7 +11,7 @@ use crate::error::Result;
 use crate::memory::Memory;
 use crate::size::Size;
 
-/// Builds a VM; see [`Vm::builder`]. Checks and does nothing before [`VmBuilder::start`].
+/// Builds a VM; see [`Vm::builder`]. Nothing is checked or done before [`VmBuilder::start`].
 #[derive(Debug, Clone)]
 #[must_use = "a builder does nothing until `start`"]
 pub struct VmBuilder {
@@ -59,6 +59,8 @@ impl VmBuilder {
     }
 
     /// Adds a disk. The first is `/dev/vda` in the guest, the second `/dev/vdb`, and so on.
+    ///
+    /// A machine has interrupt lines for 14 disks and network cards, or 13 beside a vsock device.
     pub fn disk(mut self, disk: impl Into<Disk>) -> Self {
         self.config.disks.push(disk.into());
         self
@@ -104,7 +106,7 @@ impl VmBuilder {
     /// Those are one for each connection and UDP flow of a [`Net::user`], and two for each connection that the guest
     /// makes over vsock. All networks and vsock share them, of which networks leave an eighth to vsock. A connection
     /// beyond is refused. Over a network that looks as if nothing listened, and
-    /// [`NetStats::limited`](crate::network::NetStats::limited) counts it; over vsock it is a reset. Connections of the embedder
+    /// [`NetStats::limited`](crate::net::NetStats::limited) counts it; over vsock it is a reset. Connections of the embedder
     /// to the guest do not count.
     ///
     /// By default it is half of what all guests of the process may have; see

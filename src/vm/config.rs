@@ -62,7 +62,7 @@ impl Vsock {
 
     /// Listens on `port` from the guest's first instruction on.
     ///
-    /// [`Vm::listen`](crate::Vm::listen) takes the connections, also earlier ones.
+    /// [`Vm::listen_vsock`](crate::Vm::listen_vsock) takes the connections, also earlier ones.
     pub fn listen(mut self, port: u32) -> Self {
         self.ports.push(port);
         self

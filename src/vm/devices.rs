@@ -39,7 +39,7 @@ pub(super) struct DeviceInfo {
 pub(super) struct Attachment {
     id: DeviceId,
     device: Box<dyn VirtioDevice>,
-    /// It blocks, so it gets a loop of its own.
+    /// A disk that blocks gets a loop of its own.
     blocking: bool,
     /// Of a disk.
     engine: Option<IoEngine>,
@@ -141,7 +141,7 @@ pub(super) fn slots(n: usize) -> Result<Vec<(u64, u32)>> {
     let lines: Vec<u32> = layout::DEVICE_IRQS.filter(|irq| !layout::RESERVED_IRQS.contains(irq)).collect();
     if n > lines.len() {
         return Err(Error::invalid(
-            "disk",
+            "disk or net",
             format!("{n} devices, but the machine has interrupt lines for {}", lines.len()),
         ));
     }

@@ -105,11 +105,16 @@ impl BootMarks {
     }
 }
 
-/// Whether a guest's character can be shown as it is: it controls nothing, nor which way text runs (Unicode, 23.2).
+/// Whether a guest's character can be shown as it is (Unicode, 23.2).
+///
+/// It begins no line, controls nothing, and does not change which way text runs.
 fn is_plain(c: char) -> bool {
     !c.is_control()
-        && !matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{61c}')
+        && !matches!(c, '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{206f}' | '\u{61c}')
 }
+
+/// Characters of a panic's message that are shown.
+const MAX_MESSAGE: usize = 512;
 
 /// How every Linux kernel begins the message of its panic.
 const PANIC: &str = "Kernel panic - not syncing";
@@ -142,11 +147,13 @@ impl ExitReport {
     }
 
     /// Returns what the guest's kernel said when it panicked, if it did, without control characters.
+    ///
+    /// At most 512 characters of it.
     pub fn panic_message(&self) -> Option<String> {
         let text = String::from_utf8_lossy(&self.console);
         let at = text.rfind(PANIC)?;
         let line = text.get(at..)?.lines().next()?;
-        Some(line.chars().filter(|c| is_plain(*c)).collect::<String>().trim_end().to_owned())
+        Some(line.chars().filter(|c| is_plain(*c)).take(MAX_MESSAGE).collect::<String>().trim_end().to_owned())
     }
 
     /// Returns how far the guest came and what it printed last: what a person can act on.

@@ -117,7 +117,8 @@ struct Handles {
 impl Vm {
     /// Returns a builder for a VM that boots `kernel`.
     ///
-    /// By default it has one vCPU, 256 MiB of memory, and nothing else.
+    /// By default it has one vCPU, 256 MiB of memory, and neither disks nor networks. A console, a source of random
+    /// numbers and a memory balloon are always there.
     pub fn builder(kernel: Kernel) -> VmBuilder {
         VmBuilder::new(kernel)
     }
@@ -139,12 +140,25 @@ impl Vm {
     /// Returns a handle that does not keep the VM.
     #[cfg(feature = "container")]
     pub(crate) fn downgrade(&self) -> WeakVm {
-        WeakVm(Arc::downgrade(&self.running))
+        WeakVm(Arc::downgrade(&self.running.shared))
+    }
+
+    /// Starts a thread of the embedder's that works for the guest, and so counts for the VM's control group.
+    #[cfg(feature = "container")]
+    pub(crate) fn spawn_beside(&self, name: &'static str, body: impl FnOnce() + Send + 'static) -> Result<()> {
+        let member = self.running.cgroup.as_ref().map(CgroupGuard::member);
+        let body = move || {
+            if let Some(Err(error)) = member.map(|member| member.join()) {
+                log::warn!("thread {name}: {error}");
+            }
+            body();
+        };
+        spawn(name.into(), 4 * STACK, body).doing(|| format!("starting thread {name}")).map(drop)
     }
 
     /// Waits until the VM has ended.
     ///
-    /// May be called repeatedly and from many threads.
+    /// May be called repeatedly and from many threads, but not from one of the VM's own: the VM would wait for it.
     pub fn wait(&self) -> Exit {
         loop {
             if let Some(exit) = self.running.shared.wait(None) {
@@ -176,8 +190,10 @@ impl Vm {
     /// not answer.
     ///
     /// # Errors
-    /// `TimedOut` when the killed machine has not ended after those 15 seconds.
+    /// `TimedOut` when the killed machine has not ended after those 15 seconds. `InvalidState` on a thread of the VM's
+    /// own, which cannot wait for its end.
     pub fn stop(&self, grace: Duration) -> Result<Exit> {
+        self.check_thread()?;
         let begin = Instant::now();
         // One that has ended is told by what follows. One that is about to be paused cannot be asked for anything.
         if let Ok(paused) = self.running.paused.try_lock() {
@@ -195,6 +211,17 @@ impl Vm {
         self.end()
     }
 
+    /// # Errors
+    /// `InvalidState` on a thread of the VM's own.
+    pub(crate) fn check_thread(&self) -> Result<()> {
+        match self.running.shared.is_own_thread() {
+            true => {
+                Err(Error::new(ErrorKind::InvalidState, "called on a thread of the machine's own: kill it instead"))
+            }
+            false => Ok(()),
+        }
+    }
+
     /// Kills it and waits for its end, which has a bound.
     pub(crate) fn end(&self) -> Result<Exit> {
         self.running.end()
@@ -203,7 +230,7 @@ impl Vm {
     /// Stops the guest where it is, until [`Vm::resume`]. Idempotent.
     ///
     /// When this returns no vCPU runs, and no device touches the guest's memory. Waits for requests in flight, at most
-    /// 11 seconds.
+    /// 11 seconds, and as long for each pause that other threads have begun.
     ///
     /// Clocks go on, as they do for a stopped process: timers that expire meanwhile fire at once afterwards. The guest
     /// is told that it did not run, so that its watchdogs are quiet. Data in flight between embedder and guest is kept,
@@ -277,22 +304,16 @@ impl Vm {
         self.running.shared.stop(Reason::Killed, (None, None));
     }
 
-    /// Ends the VM, whose guest does not do its part.
-    #[cfg(feature = "container")]
-    pub(crate) fn give_up(&self, why: String) {
-        log::warn!("ending a VM whose guest does not answer: {why}");
-        self.running.shared.stop(Reason::Unresponsive(why), (None, None));
-    }
-
-    /// Whether no vCPU may run, by the embedder's will or a disk's.
-    #[cfg(feature = "container")]
-    pub(crate) fn stands_still(&self) -> bool {
-        self.running.shared.gate.closed()
-    }
-
     /// Whether this process runs it, and is no child of fork that has a copy of the handle.
+    #[cfg(feature = "container")]
     pub(crate) fn is_current(&self) -> bool {
         self.running.is_current()
+    }
+
+    /// Whether the calling thread is one of the VM's, which cannot wait for the VM's end.
+    #[cfg(feature = "container")]
+    pub(crate) fn is_own_thread(&self) -> bool {
+        self.running.shared.is_own_thread()
     }
 
     /// Returns what is known of the VM now, or was known at its end.
@@ -412,7 +433,7 @@ impl Vm {
     ///
     /// # Errors
     /// `AlreadyExists` when there is a listener for it, `InvalidState` without a vsock device or when the VM has ended.
-    pub fn listen(&self, port: u32) -> Result<VsockListener> {
+    pub fn listen_vsock(&self, port: u32) -> Result<VsockListener> {
         let mut configured = self.running.listeners.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(at) = configured.iter().position(|l| l.port() == port) {
             return Ok(configured.swap_remove(at));
@@ -428,7 +449,7 @@ impl Vm {
     /// # Errors
     /// `NotFound` when nothing listens there. `InvalidState` without a vsock device, before the guest has set it up, or
     /// when the VM has ended. `TimedOut` when the guest does not answer.
-    pub fn connect(&self, port: u32) -> Result<VsockStream> {
+    pub fn connect_vsock(&self, port: u32) -> Result<VsockStream> {
         let (answer, wait) = mpsc::sync_channel(1);
         self.vsock()?.with(move |vsock, io| vsock.connect(io, port, answer))?;
         match wait.recv_timeout(CONNECT_TIMEOUT) {
@@ -453,16 +474,28 @@ pub(crate) fn no_such(what: &str, n: usize, all: usize) -> Error {
     Error::new(ErrorKind::NotFound, format!("{what} {n}: there are {all}, counted from 0"))
 }
 
-/// A handle that does not keep its VM.
+/// A handle that keeps neither the VM nor waits for it, whoever drops it.
 #[cfg(feature = "container")]
-#[derive(Clone)]
-pub(crate) struct WeakVm(Weak<Running>);
+pub(crate) struct WeakVm(Weak<Shared>);
 
 #[cfg(feature = "container")]
 impl WeakVm {
-    /// Returns the VM if any handle keeps it.
-    pub(crate) fn upgrade(&self) -> Option<Vm> {
-        self.0.upgrade().map(|running| Vm { running })
+    /// Returns how the VM ended, or `None` while it runs.
+    pub(crate) fn try_wait(&self) -> Option<Exit> {
+        self.0.upgrade()?.wait(deadline(Duration::ZERO))
+    }
+
+    /// Ends the VM, whose guest does not do its part.
+    pub(crate) fn give_up(&self, why: String) {
+        log::warn!("ending a VM whose guest does not answer: {why}");
+        if let Some(shared) = self.0.upgrade() {
+            shared.stop(Reason::Unresponsive(why), (None, None));
+        }
+    }
+
+    /// Whether no vCPU may run, by the embedder's will or a disk's.
+    pub(crate) fn stands_still(&self) -> bool {
+        self.0.upgrade().is_some_and(|shared| shared.gate.closed())
     }
 
     /// Returns a handle without a VM.

@@ -114,7 +114,7 @@ pub fn any_duration_will_do() -> Outcome {
     let output = container.exec(["echo", "x"]).timeout(Duration::MAX).output()?;
     check_eq!(output.stdout, b"x\n");
     check!(container.vm().events()?.next_timeout(Duration::MAX).is_some());
-    let listener = container.vm().listen(7000)?;
+    let listener = container.vm().listen_vsock(7000)?;
     let exit = container.stop(Duration::MAX)?;
     check!(matches!(exit, Exit::PowerOff { .. }), "{exit}");
     check_eq!(listener.accept_timeout(Duration::MAX).err().map(|e| e.kind()), Some(ErrorKind::InvalidState));

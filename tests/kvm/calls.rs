@@ -106,7 +106,7 @@ fn drive(guest: Guest) -> Outcome {
     let (disk, net) = (container.vm().disk(1)?, container.vm().net(0)?);
     let capacity = disk.usage()?.capacity;
     let port = net.publish(PortForward::tcp(([127, 0, 0, 1], 0), 80))?;
-    let listeners = [container.vm().listen(9998)?, container.vm().listen(9999)?];
+    let listeners = [container.vm().listen_vsock(9998)?, container.vm().listen_vsock(9999)?];
     let events = [container.vm().events()?, container.vm().events()?];
     let Begun { mut timed, printing, killed, told, mut input, mut output } = begin(&container, &watch)?;
     let mut noise = Vec::new();
@@ -178,6 +178,7 @@ fn drive(guest: Guest) -> Outcome {
         watch.at_once("Container::exec", || drop(itself.exec(["true"])));
         watch.at_once("Container::stats", || itself.stats());
         watch.at_once("Container::report", || itself.report());
+        watch.at_once("Container::timeline", || itself.timeline());
         watch.at_once("Container::events", || itself.events())?;
         check!(watch.at_once("Container::disk", || itself.disk(0)).is_err(), "it was given none");
         check_eq!(watch.at_once("NetHandle::id", || itself.net(0).map(|net| net.id()))?, DeviceId::Net(0));
@@ -256,11 +257,11 @@ fn drive(guest: Guest) -> Outcome {
         let connected = watch.call("Container::connect", 20 * SECOND + host / 10, || itself.connect(80));
         silent(guest, connected)
     });
-    with!(callers, "Vm::connect", |watch, vm| {
-        let connected = watch.call("Vm::connect", 10 * SECOND + host, || vm.connect(80));
+    with!(callers, "Vm::connect_vsock", |watch, vm| {
+        let connected = watch.call("Vm::connect_vsock", 10 * SECOND + host, || vm.connect_vsock(80));
         silent(guest, connected)
     });
-    with!(callers, "listen", |watch, vm| fine(guest, watch.call("Vm::listen", host, || vm.listen(9997))));
+    with!(callers, "listen", |watch, vm| fine(guest, watch.call("Vm::listen_vsock", host, || vm.listen_vsock(9997))));
     callers.spawn("accept_timeout", move |watch| {
         check_eq!(watch.at_once("VsockListener::port", || accepted.port()), 9999);
         let none = watch.call("VsockListener::accept_timeout", SECOND, || accepted.accept_timeout(SECOND));
@@ -327,7 +328,7 @@ fn drive(guest: Guest) -> Outcome {
         "NetHandle::stats" |net: &NetHandle| net.stats();
         "NetHandle::set_policy" |net: &NetHandle| net.set_policy(Policy::internet());
         "NetHandle::set_limit" |net: &NetHandle| net.set_limit(NetLimit::none());
-        "NetHandle::set_connection_limit" |net: &NetHandle| net.set_connection_limit(ConnectionLimit::none());
+        "NetHandle::set_connection_limit" |net: &NetHandle| net.set_connection_limit(ConnectionLimit::new());
         "NetHandle::set_link" |net: &NetHandle| net.set_link(true);
         "NetHandle::dropped" |net: &NetHandle| net.dropped();
         "NetHandle::publish" |net: &NetHandle| net.publish(PortForward::tcp(([127, 0, 0, 1], 0), 81));

@@ -200,7 +200,7 @@ pub fn it_pauses_and_tells_as_a_machine_does() -> Outcome {
 
 pub fn connecting_to_nobody_is_refused() -> Outcome {
     let container = container()?;
-    let error = container.vm().connect(9999).expect_err("nobody listens");
+    let error = container.vm().connect_vsock(9999).expect_err("nobody listens");
     check_eq!(error.kind(), ErrorKind::NotFound);
     Ok(())
 }

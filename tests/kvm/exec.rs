@@ -72,6 +72,15 @@ pub fn streams_may_be_files_and_bytes() -> Outcome {
     check_eq!(text(container.exec(["cat"]).stdin_bytes("some words"))?, "some words");
     // One that does not read its input ends all the same.
     check!(container.exec(["true"]).stdin_bytes(vec![0; 8 << 20]).timeout(PATIENCE).status()?.success());
+    // A file that takes nothing says why, and the status is there all the same.
+    let full = File::options().write(true).open("/dev/full")?;
+    let mut process = container.exec(["sh", "-c", "echo lost; exit 3"]).stdout(full).timeout(PATIENCE).spawn()?;
+    let error = process.wait().expect_err("a full disk");
+    check!(error.kind() == ErrorKind::ResourceExhausted && error.to_string().contains("to its file"), "{error}");
+    // What is left behind with the stream is cut off.
+    let script = ["sh", "-c", "(sleep 1000; echo late) & echo mine"];
+    check!(container.exec(script).stdout(File::create(temp.path("out"))?).status()?.success());
+    check_eq!(fs::read_to_string(temp.path("out"))?, "mine\n");
     // A pipe that nobody writes to holds nothing.
     let (reader, _writer) = std::io::pipe()?;
     check!(container.exec(["true"]).stdin(OwnedFd::from(reader)).timeout(PATIENCE).status()?.success());

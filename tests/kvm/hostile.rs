@@ -253,7 +253,7 @@ pub fn a_storm_of_connections() -> Outcome {
         return Ok(());
     }
     let (neighbour, stormy) = (container()?, container()?);
-    let listener = stormy.vm().listen(77)?;
+    let listener = stormy.vm().listen_vsock(77)?;
     unharmed(&neighbour)?;
     unharmed(&stormy)?;
     let descriptors = || std::fs::read_dir("/proc/self/fd").map(Iterator::count);

@@ -137,7 +137,7 @@ tests! {
         published_ports_lead_into_the_guest published_ports_lead_to_services_on_any_address_but_one
         datagrams_to_published_ports_are_answered_wherever_the_service_is large_datagrams_leave_and_come_back_whole ipv6_and_ping_reach_the_outside;
     wires: two_containers_on_a_switch_talk_by_name a_limit_holds_and_is_changed what_a_guest_sends_is_captured
-        a_backend_of_the_embedders_own a_backend_that_panics_ends_its_machine_alone a_backend_may_hold_its_machine;
+        a_backend_of_the_embedders_own a_backend_that_panics_ends_its_machine_alone a_backend_may_hold_its_machine a_backend_may_hold_its_container;
     overlay: three_guests_write_on_one_base_which_stays_as_it_is what_is_not_kept_is_gone_with_its_machine
         a_snapshot_is_the_base_of_others an_overlay_that_may_take_no_more_tells_the_guest
         qcow2_is_written_on_a_backing_file_which_stays_as_it_is past_the_page_cache_and_in_memory;

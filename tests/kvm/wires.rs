@@ -10,9 +10,10 @@ use std::time::{Duration, Instant};
 use cofferdam::backend::{Frame, NetBackend, Received, RxBuffer};
 use cofferdam::event::{DeviceId, EventKind, Throttled};
 use cofferdam::net::{Capture, ConnectionLimit, Mac, NetLimit, Policy, PortForward, Switch};
+use cofferdam::process::ExitStatus;
 use cofferdam::{Container, ErrorKind, Exit, Net, Rate, Vm};
 
-use crate::fixture::{Outcome, PATIENCE, Printed, Temp, container, debian_container, guest, run};
+use crate::fixture::{Outcome, PATIENCE, Printed, Temp, container, debian_container, guest, network_container, run};
 use crate::{check, check_eq};
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
@@ -119,7 +120,7 @@ pub fn a_limit_holds_and_is_changed() -> Outcome {
     let (times, _) = throttled()?;
     let fast = fetch()?;
     check!(throttled()?.0 == times, "{fast:?} after {slow:?}");
-    let none = net.set_connection_limit(ConnectionLimit::none().open(0));
+    let none = net.set_connection_limit(ConnectionLimit::new().open(0));
     check_eq!(none.expect_err("no connection at all").kind(), ErrorKind::InvalidConfig);
     vm.kill();
     let told =
@@ -323,6 +324,34 @@ pub fn a_backend_may_hold_its_machine() -> Outcome {
     let (refused, paused, took) = told.recv_timeout(PATIENCE)?;
     check_eq!((refused, paused), (Err(ErrorKind::InvalidState), Err(ErrorKind::InvalidState)));
     check!(took < PATIENCE / 2, "{took:?}");
+    let ended = std::iter::from_fn(|| events.next_timeout(PATIENCE)).last().map(|event| event.kind);
+    check!(matches!(ended, Some(EventKind::Ended { exit: Exit::Killed { .. } })), "{ended:?}");
+    Ok(())
+}
+
+pub fn a_backend_may_hold_its_container() -> Outcome {
+    let held = Arc::new(Mutex::new(None::<Container>));
+    let (tell, told) = std::sync::mpsc::sync_channel(1);
+    let slot = held.clone();
+    let act = move || {
+        let begin = Instant::now();
+        let last = slot.lock().ok().and_then(|mut slot| slot.take());
+        let was_there = last.is_some();
+        drop(last);
+        let _ = tell.send((was_there, begin.elapsed()));
+    };
+    let net = Net::custom(move |_| Ok(Once { act: Some(act.clone()), never: UnixStream::pair()? }));
+    let container = network_container().net(net).start()?;
+    let events = container.events()?;
+    // By then no other handle is left.
+    let exec =
+        container.exec(["sh", "-c", "sleep 2; ip addr add 192.0.2.2/24 dev eth0; ip link set eth0 up; sleep 1000"]);
+    *held.lock().map_err(|_| "poisoned")? = Some(container);
+    let mut process = exec.spawn()?;
+    let (was_there, took) = told.recv_timeout(PATIENCE)?;
+    check!(was_there && took < Duration::from_secs(10), "{was_there} {took:?}");
+    let status = process.wait()?;
+    check!(matches!(&status, ExitStatus::VmEnded { exit: Exit::Killed { .. } }), "{status}");
     let ended = std::iter::from_fn(|| events.next_timeout(PATIENCE)).last().map(|event| event.kind);
     check!(matches!(ended, Some(EventKind::Ended { exit: Exit::Killed { .. } })), "{ended:?}");
     Ok(())

@@ -136,6 +136,7 @@ fn route_legacy_interrupts(lapic: &mut kvm_lapic_state) {
 
 /// A vCPU's registers, to find out why a guest ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Registers {
     /// Instruction pointer.
     pub rip: u64,

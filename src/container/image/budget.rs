@@ -91,9 +91,9 @@ pub(super) struct Budget {
 impl Budget {
     pub(super) fn new(limits: &ImageLimits, max_size: Size, patience: &Patience) -> Self {
         Self {
-            entries: Account::new(limits.entries, "ImageLimits::entries"),
-            headers: Account::new(limits.entries.saturating_mul(HEADERS_PER_ENTRY), "ImageLimits::entries"),
-            names: Account::new(limits.names.as_bytes(), "ImageLimits::names"),
+            entries: Account::new(limits.entries, "ImageLimits::max_entries"),
+            headers: Account::new(limits.entries.saturating_mul(HEADERS_PER_ENTRY), "ImageLimits::max_entries"),
+            names: Account::new(limits.names.as_bytes(), "ImageLimits::max_names"),
             xattrs: Account::new(limits.xattrs.as_bytes(), "ImageLimits::xattrs"),
             space: Account::new(max_size.as_bytes(), "Image::max_size"),
             limits: limits.clone(),

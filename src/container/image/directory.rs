@@ -257,7 +257,7 @@ mod tests {
                 Ok(())
             };
             let outcome =
-                walk(&root, &budget(&ImageLimits::new().entries(entries), &CancelToken::new().unwrap()), count);
+                walk(&root, &budget(&ImageLimits::new().max_entries(entries), &CancelToken::new().unwrap()), count);
             (outcome.is_ok(), found)
         };
         assert_eq!((walked(21), walked(20)), ((true, 21), (false, 1)));

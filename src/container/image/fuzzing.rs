@@ -13,7 +13,8 @@ use crate::sys;
 pub(crate) fn read_archive(source: &mut (dyn Read + Send)) {
     const STACK: usize = 256 << 10;
     let size = Size::mib(64);
-    let limits = ImageLimits::new().entries(4096).names(Size::mib(1)).xattrs(Size::mib(1)).header(Size::kib(64));
+    let limits =
+        ImageLimits::new().max_entries(4096).max_names(Size::mib(1)).xattrs(Size::mib(1)).header(Size::kib(64));
     let read = || {
         let file = sys::temp_file(&std::env::temp_dir()).ok()?;
         let patience = Patience::new(Duration::from_secs(60), None);

@@ -44,21 +44,21 @@ impl ImageLimits {
     /// Sets how many entries are read and directories made for them: 1,000,000 unless set. An archive may have four
     /// headers for each.
     #[must_use]
-    pub fn entries(mut self, n: u64) -> Self {
+    pub fn max_entries(mut self, n: u64) -> Self {
         self.entries = n;
         self
     }
 
     /// Sets how many directories lie in each other at most: 256 unless set. Links that a path leads through are followed first.
     #[must_use]
-    pub fn depth(mut self, n: u32) -> Self {
+    pub fn max_depth(mut self, n: u32) -> Self {
         self.depth = n;
         self
     }
 
     /// Sets how long all names and link targets are together: 128 MiB unless set.
     #[must_use]
-    pub fn names(mut self, size: Size) -> Self {
+    pub fn max_names(mut self, size: Size) -> Self {
         self.names = size;
         self
     }

@@ -228,7 +228,7 @@ impl Tree {
         let depth = self.directory(parent)?.depth + 1;
         if depth > budget.limits.depth {
             let what = format!("more than {} directories lie in each other", budget.limits.depth);
-            return Err(Error::invalid("ImageLimits::depth", what));
+            return Err(Error::invalid("ImageLimits::max_depth", what));
         }
         budget.names(name.len())?;
         let directory = Directory { children: BTreeMap::new(), parent, depth };

@@ -105,10 +105,9 @@ impl Rule {
         Self::new(false, Target::Range(range.into()))
     }
 
-    /// Denies the addresses of a name: `example.com`, or `*.example.com` for all below it.
+    /// Refuses to resolve a name: `example.com`, or `*.example.com` for all below it.
     ///
-    /// The resolver refuses to answer. With ports or protocols it answers, and they are denied on the addresses of the
-    /// answer.
+    /// With ports or protocols the name is resolved, and they are denied on the addresses of the answer.
     ///
     /// This denies no address: a guest that has one from elsewhere goes there if another rule allows it. To keep it
     /// from a service, deny the service's range, or allow only what it needs.

@@ -89,7 +89,7 @@ impl ConnectionLimit {
     /// Returns the default: 8192 connections at once, and 200 new ones a second.
     ///
     /// What was not used of the rate is kept for ten seconds.
-    pub fn none() -> Self {
+    pub fn new() -> Self {
         Self::default()
     }
 

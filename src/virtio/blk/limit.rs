@@ -6,7 +6,7 @@ use super::request::Direction;
 use crate::error::Result;
 use crate::rate::{self, Rate};
 
-/// The rates of a disk, for reads and writes apart; see [`Disk::limit`](crate::disk::FileDisk::limit).
+/// The rates of a disk, for reads and writes apart; see [`FileDisk::limit`](crate::disk::FileDisk::limit).
 ///
 /// A config value. Nothing is limited by default.
 ///

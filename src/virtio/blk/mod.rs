@@ -75,7 +75,7 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(4);
 /// Told of every fault but those that come too fast. It must carry out the fault's action.
 pub(crate) type OnFault = Arc<dyn Fn(DiskError) + Send + Sync>;
 
-/// Told how many bytes are left when that becomes less than the disk's headroom.
+/// Told how many bytes are left when that becomes less than the disk's free space.
 pub(crate) type OnLowSpace = Arc<dyn Fn(u64) + Send + Sync>;
 
 /// Told that a request has to wait for the disk's limit.
@@ -154,7 +154,7 @@ impl Blk {
         self
     }
 
-    /// Sets who is told, once each time, that the host has less space left than the disk's headroom.
+    /// Sets who is told, once each time, that the host has less space left than the disk's free space.
     pub(crate) fn on_low_space(mut self, f: impl Fn(u64) + Send + Sync + 'static) -> Self {
         self.on_low_space = Arc::new(f);
         self

@@ -19,7 +19,7 @@ pub enum ErrorClass {
     NoSpace,
 }
 
-/// What a disk does when the host fails; see [`Disk::on_error`](crate::disk::FileDisk::on_error).
+/// What a disk does when the host fails; see [`FileDisk::on_error`](crate::disk::FileDisk::on_error).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum ErrorAction {

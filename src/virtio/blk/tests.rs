@@ -329,7 +329,7 @@ fn a_limit_holds_for_what_is_in_flight() {
     File::create(&path).unwrap().set_len(256 << 20).unwrap();
     let limit = crate::size::Size::mib(2);
     let overlay =
-        OverlayFile::private(&std::env::temp_dir(), &BasePath::Raw(path.clone()), None).unwrap().limited(limit);
+        OverlayFile::private(&std::env::temp_dir(), &BasePath::Raw(path.clone()), None, false).unwrap().limited(limit);
     std::fs::remove_file(&path).unwrap();
     let mut driver = Driver::start(Blk::new(Box::new(overlay), Options::new(0)));
     // As many writes at once as the ring takes, each to clusters of its own.
@@ -393,7 +393,7 @@ fn a_guest_leaves_the_host_its_reserve() {
         file.write_all_at(&[1; 65_536], 0).unwrap();
         let path = std::env::temp_dir().join(format!("cofferdam-reserve-{}-{engine:?}", std::process::id()));
         File::create(&path).unwrap().set_len(2 << 20).unwrap();
-        let overlay = OverlayFile::private(&std::env::temp_dir(), &BasePath::Raw(path.clone()), None).unwrap();
+        let overlay = OverlayFile::private(&std::env::temp_dir(), &BasePath::Raw(path.clone()), None, false).unwrap();
         std::fs::remove_file(&path).unwrap();
         for (disk, kept) in [(raw(&file, false), true), (Box::new(overlay) as Box<dyn BlockBackend>, false)] {
             let mut disk = Blk::new(disk, options(engine));

@@ -12,7 +12,7 @@ use crate::rate::{Buckets, Rate};
 use crate::sys::Timer;
 use crate::virtio::DeviceIo;
 
-/// The rates of a network card, for each way apart; see [`Net::limit`](crate::net::UserNet::limit).
+/// The rates of a network card, for each way apart; see [`UserNet::limit`](crate::net::UserNet::limit).
 ///
 /// A config value. Nothing is limited by default.
 ///

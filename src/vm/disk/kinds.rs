@@ -123,6 +123,7 @@ macro_rules! read_only_setting {
 
 /// A raw image file or a block device of the host; see [`Disk::file`].
 #[derive(Debug, Clone)]
+#[must_use = "a config value does nothing by itself"]
 pub struct FileDisk {
     pub(super) settings: Settings,
     pub(super) source: FileSource,
@@ -157,6 +158,7 @@ impl FileDisk {
 
 /// A raw image that the caller has opened; see [`Disk::from_file`].
 #[derive(Debug, Clone)]
+#[must_use = "a config value does nothing by itself"]
 pub struct OpenFileDisk {
     pub(super) settings: Settings,
     pub(super) source: Arc<File>,
@@ -164,6 +166,7 @@ pub struct OpenFileDisk {
 
 /// An empty disk that is gone with the VM; see [`Disk::scratch`].
 #[derive(Debug, Clone)]
+#[must_use = "a config value does nothing by itself"]
 pub struct ScratchDisk {
     pub(super) settings: Settings,
     pub(super) source: ScratchSource,
@@ -188,6 +191,7 @@ impl ScratchDisk {
 
 /// An empty disk in the host's memory; see [`Disk::memory`].
 #[derive(Debug, Clone)]
+#[must_use = "a config value does nothing by itself"]
 pub struct MemoryDisk {
     pub(super) settings: Settings,
     pub(super) source: Size,
@@ -195,6 +199,7 @@ pub struct MemoryDisk {
 
 /// A copy-on-write copy of another image; see [`Disk::overlay`].
 #[derive(Debug, Clone)]
+#[must_use = "a config value does nothing by itself"]
 pub struct OverlayDisk {
     pub(super) settings: Settings,
     pub(super) source: OverlaySource,
@@ -235,6 +240,7 @@ impl OverlayDisk {
 /// An image in QEMU's format qcow2; see [`Disk::qcow2`].
 #[cfg(feature = "qcow2")]
 #[derive(Debug, Clone)]
+#[must_use = "a config value does nothing by itself"]
 pub struct Qcow2Disk {
     pub(super) settings: Settings,
     pub(super) source: Qcow2Source,

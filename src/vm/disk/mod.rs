@@ -228,7 +228,7 @@ impl OverlaySource {
             Some(path) => self.open_persistent(path, read_only)?,
             None => {
                 let dir = self.scratch_dir.clone().unwrap_or_else(std::env::temp_dir);
-                OverlayFile::private(&dir, &self.base.0, self.size)?
+                OverlayFile::private(&dir, &self.base.0, self.size, read_only)?
             }
         };
         Ok(match self.max_size {
@@ -279,6 +279,23 @@ mod tests {
         assert_eq!(open(Disk::scratch(Size::bytes(1000))).unwrap_err().kind(), ErrorKind::InvalidConfig);
         assert_eq!(open(Disk::scratch(Size::gib(100))).unwrap().shape().len, 100 << 30);
         assert_eq!(open(Disk::memory(Size::gib(100))).unwrap().allocated().unwrap(), 0);
+    }
+
+    #[test]
+    fn each_kind_that_can_be_read_only_is() {
+        let path = std::env::temp_dir().join(format!("cofferdam-read-only-{}", std::process::id()));
+        std::fs::write(&path, [7; 8192]).unwrap();
+        let file = || File::open(&path).unwrap();
+        let disks: [Disk; 3] = [
+            Disk::file(&path).read_only().into(),
+            Disk::from_file(file()).read_only().into(),
+            Disk::overlay(path.as_path()).read_only().into(),
+        ];
+        for disk in disks {
+            assert!(disk.open().unwrap().shape().read_only, "{disk:?}");
+        }
+        assert!(!open(Disk::overlay(path.as_path())).unwrap().shape().read_only);
+        std::fs::remove_file(path).unwrap();
     }
 
     #[test]

@@ -101,7 +101,7 @@ impl NetHandle {
         set.map_err(|e| e.doing(format!("{}: set_limit", self.id)))
     }
 
-    /// Replaces the limit of the guest's TCP connections from now on; [`ConnectionLimit::none`] for the default.
+    /// Replaces the limit of the guest's TCP connections from now on; [`ConnectionLimit::new`] for the default.
     ///
     /// Open connections stay.
     ///

@@ -71,6 +71,7 @@ macro_rules! queues_setting {
 
 /// A network that needs no privileges on the host; see [`Net::user`].
 #[derive(Debug, Clone)]
+#[must_use = "a config value does nothing by itself"]
 pub struct UserNet {
     pub(super) settings: Settings,
     pub(super) source: Box<UserSource>,
@@ -111,6 +112,7 @@ impl UserNet {
 
 /// A card on a tap device of the host; see [`Net::tap`].
 #[derive(Debug, Clone)]
+#[must_use = "a config value does nothing by itself"]
 pub struct TapNet {
     pub(super) settings: Settings,
     /// The device's name.
@@ -119,6 +121,7 @@ pub struct TapNet {
 
 /// A card on taps that are open already; see [`Net::tap_files`].
 #[derive(Debug, Clone)]
+#[must_use = "a config value does nothing by itself"]
 pub struct TapFilesNet {
     pub(super) settings: Settings,
     /// One for each pair of queues.
@@ -127,6 +130,7 @@ pub struct TapFilesNet {
 
 /// A card whose frames the peer of a socket carries; see [`Net::socket`].
 #[derive(Debug, Clone)]
+#[must_use = "a config value does nothing by itself"]
 pub struct SocketNet {
     pub(super) settings: Settings,
     pub(super) source: Arc<OwnedFd>,
@@ -134,6 +138,7 @@ pub struct SocketNet {
 
 /// A card on a [`Switch`]; see [`Net::switch`].
 #[derive(Debug, Clone)]
+#[must_use = "a config value does nothing by itself"]
 pub struct SwitchNet {
     pub(super) settings: Settings,
     pub(super) source: SwitchAttachment,
@@ -150,6 +155,7 @@ pub(super) struct SwitchAttachment {
 
 /// A card on a [`NetBackend`](crate::backend::NetBackend) of the embedder's; see [`Net::custom`].
 #[derive(Debug, Clone)]
+#[must_use = "a config value does nothing by itself"]
 pub struct CustomNet {
     pub(super) settings: Settings,
     pub(super) source: Custom,

@@ -96,7 +96,7 @@ impl Net {
         let source = Box::new(UserSource {
             policy,
             ports: Vec::new(),
-            connection_limit: ConnectionLimit::none(),
+            connection_limit: ConnectionLimit::new(),
             loopback: false,
         });
         UserNet { settings: Settings::new(), source }

@@ -18,9 +18,9 @@ fn names(error: &Error, method: &str) {
 fn every_limit_is_told_by_its_method() {
     let limits = ImageLimits::new;
     let entries: Vec<Made> = (0..100).map(|n| Made::file(format!("d{n}/f"), "x")).collect();
-    names(&limited(&entries, limits().entries(150)), "ImageLimits::entries");
-    names(&limited(&entries, limits().names(Size::bytes(200))), "ImageLimits::names");
-    names(&limited(&[Made::file("a/b/c/d", "")], limits().depth(2)), "ImageLimits::depth");
+    names(&limited(&entries, limits().max_entries(150)), "ImageLimits::max_entries");
+    names(&limited(&entries, limits().max_names(Size::bytes(200))), "ImageLimits::max_names");
+    names(&limited(&[Made::file("a/b/c/d", "")], limits().max_depth(2)), "ImageLimits::max_depth");
     let attribute = |path: &str| Made::file(path, "").pax("SCHILY.xattr.user.x", [1; 1000]);
     names(&limited(&[attribute("a")], limits().entry_xattrs(Size::bytes(900))), "ImageLimits::entry_xattrs");
     names(&limited(&[attribute("a"), attribute("b")], limits().xattrs(Size::bytes(1500))), "ImageLimits::xattrs");
@@ -31,7 +31,7 @@ fn every_limit_is_told_by_its_method() {
     names(&limited(&[sparse], limits().file_size(Size::gib(1))), "ImageLimits::file_size");
     // Links lead deeper than the path itself shows.
     let deep = [Made::file("a/a/f", ""), Made::symlink("l", "a/a"), Made::file("l/b/f", "")];
-    names(&limited(&deep, limits().depth(2)), "ImageLimits::depth");
+    names(&limited(&deep, limits().max_depth(2)), "ImageLimits::max_depth");
 }
 
 #[test]
@@ -50,14 +50,14 @@ fn metadata_counts_against_the_size_too() {
 fn deep_paths_need_no_stack() {
     for (depth, limit) in [(255, 256), (2047, 256), (2047, 100_000)] {
         let bytes = archive(&[Made::file("a/".repeat(depth) + "b", "x")]);
-        let limits = ImageLimits::new().depth(limit);
+        let limits = ImageLimits::new().max_depth(limit);
         let small = std::thread::Builder::new().stack_size(128 << 10);
         let made = move || prepare_with(&bytes, |image| image.limits(limits)).map(|(_temp, disk)| tree_of(&disk).len());
         match small.spawn(made).unwrap().join().unwrap() {
             Ok(paths) => assert_eq!(paths, depth + 2),
             Err(error) => {
                 assert!(depth > limit as usize);
-                names(&error, "ImageLimits::depth");
+                names(&error, "ImageLimits::max_depth");
             }
         }
     }
@@ -71,7 +71,7 @@ fn deep_directories_need_no_stack() {
     let mut deepest = root.join("a/".repeat(DEPTH));
     fs::create_dir_all(&deepest).unwrap();
     let image =
-        |limit| Image::open(&root).unwrap().cache_dir(temp.0.join("cache")).limits(ImageLimits::new().depth(limit));
+        |limit| Image::open(&root).unwrap().cache_dir(temp.0.join("cache")).limits(ImageLimits::new().max_depth(limit));
     let outcomes = [image(256).prepare(), image(100_000).prepare()];
     // Whoever removes a tree keeps a descriptor for each of its levels.
     while deepest != root {
@@ -79,7 +79,7 @@ fn deep_directories_need_no_stack() {
         assert!(deepest.pop());
     }
     let [refused, made] = outcomes;
-    names(&refused.unwrap_err(), "ImageLimits::depth");
+    names(&refused.unwrap_err(), "ImageLimits::max_depth");
     made.unwrap();
     assert_eq!(tree_of(&disks(&temp).pop().unwrap()).len(), DEPTH + 1);
 }
@@ -88,7 +88,7 @@ fn deep_directories_need_no_stack() {
 #[test]
 fn headers_that_are_no_entries_are_counted_too() {
     let extended = |n: usize| archive(&vec![Made::file("x", "").of_type(b'x'); n]);
-    let limits = || ImageLimits::new().entries(100);
+    let limits = || ImageLimits::new().max_entries(100);
     let read = |bytes: &[u8], cancel: &CancelToken, cancelled: bool| {
         let file = crate::sys::temp_file(&std::env::temp_dir()).unwrap();
         let patience = Patience::new(Duration::MAX, [cancel]);
@@ -97,7 +97,7 @@ fn headers_that_are_no_entries_are_counted_too() {
     };
     let never = CancelToken::new().unwrap();
     assert_eq!(read(&extended(400), &never, false).kind(), ErrorKind::Corrupt);
-    names(&read(&extended(401), &never, false), "ImageLimits::entries");
+    names(&read(&extended(401), &never, false), "ImageLimits::max_entries");
     // Nothing more is read, and no entry comes.
     assert_eq!(read(&extended(1), &CancelToken::new().unwrap(), true).kind(), ErrorKind::Cancelled);
 

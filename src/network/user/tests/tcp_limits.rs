@@ -186,12 +186,12 @@ fn limits_change_and_connections_stay() {
     let mut guest = Guest::new();
     let (_listener, to) = listener();
     let [first, second] = [(); 2].map(|()| guest.connected(to));
-    guest.net.set_connection_limit(ConnectionLimit::none().open(1));
+    guest.net.set_connection_limit(ConnectionLimit::new().open(1));
     let late = guest.connect(to);
     guest.wait(Duration::from_secs(1));
     assert!(guest.net.stats().connections == 2 && !guest.tcp(late).may_send());
     assert!(guest.tcp(first).may_send() && guest.tcp(second).may_send());
-    guest.net.set_connection_limit(ConnectionLimit::none().new_connections(crate::rate::Rate::per_second(5)));
+    guest.net.set_connection_limit(ConnectionLimit::new().new_connections(crate::rate::Rate::per_second(5)));
     guest.until(|g| {
         g.wait(Duration::from_millis(200));
         g.tcp(late).may_send().then_some(())

@@ -213,13 +213,14 @@ impl OverlayFile {
     ///
     /// # Errors
     /// As [`create`].
-    pub(crate) fn private(directory: &Path, base: &BasePath, size: Option<Size>) -> Result<Self> {
+    pub(crate) fn private(directory: &Path, base: &BasePath, size: Option<Size>, read_only: bool) -> Result<Self> {
         let doing = || format!("making an overlay in {}", directory.display());
         let (header, base) = plan(base, size)?;
         let file = sys::temp_file(directory).doing(doing)?;
         write_new(&file, &header).doing(doing)?;
         let mut disk = Self::new(Box::new(file), header, base).doing(doing)?;
         disk.durable = false;
+        disk.read_only = read_only;
         Ok(disk)
     }
 

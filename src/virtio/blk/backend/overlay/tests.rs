@@ -254,7 +254,7 @@ fn one_writer_or_many_readers_and_any_number_on_one_base() {
     let error = OverlayFile::open(&path, None, true).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::ResourceExhausted);
     assert!(error.to_string().contains("this process"), "{error}");
-    let others: Vec<_> = (0..200).map(|_| OverlayFile::private(&temp.0, &base, None).unwrap()).collect();
+    let others: Vec<_> = (0..200).map(|_| OverlayFile::private(&temp.0, &base, None, false).unwrap()).collect();
     assert_eq!(super::super::RawFile::open(base.path(), false, true).unwrap_err().kind(), ErrorKind::ResourceExhausted);
     drop((writer, others));
     super::super::RawFile::open(base.path(), false, true).unwrap();
@@ -390,7 +390,7 @@ fn a_chain_that_comes_back_or_is_too_long_is_refused() {
 fn it_takes_no_more_space_than_it_may_and_gives_back_what_is_discarded() {
     let (temp, memory) = (Temp::new(), memory());
     let base = temp.raw("base", &[0; 512]);
-    let mut disk = OverlayFile::private(&temp.0, &base, Some(Size::mib(64))).unwrap().limited(Size::mib(1));
+    let mut disk = OverlayFile::private(&temp.0, &base, Some(Size::mib(64)), false).unwrap().limited(Size::mib(1));
     let mut written = 0;
     let error = loop {
         match write(&mut disk, &memory, &[5; 64 << 10], written) {
