@@ -16,7 +16,7 @@ pub(crate) trait BusDevice: Send {
     fn write(&mut self, offset: u64, data: &[u8]);
 }
 
-/// A device shared by everybody who may touch its registers.
+/// A device, shared by all threads that may touch its registers.
 pub(crate) type Attached = Arc<Mutex<dyn BusDevice>>;
 
 struct Range {

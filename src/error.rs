@@ -21,7 +21,7 @@ pub enum ErrorKind {
     AlreadyExists,
     /// The host's kernel refused access; the message says how to get it.
     PermissionDenied,
-    /// The host has no more memory, descriptors, threads or disk space, or somebody else holds what is asked for.
+    /// The host lacks memory, descriptors, threads or disk space, or the resource is in use.
     ResourceExhausted,
     /// The operation does not fit what the object is doing now; the message names both.
     InvalidState,

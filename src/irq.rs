@@ -66,7 +66,8 @@ impl Interrupt {
         self.0.registers.store(STATUS, 0);
     }
 
-    /// A driver that has not acknowledged the bits yet looks at everything when it has, so it is not told again.
+    /// Sets the bits, and interrupts the driver unless all were set already. A driver that has not acknowledged them
+    /// yet looks at everything when it does.
     fn raise(&self, bits: u32) {
         if self.0.registers.set(INTERRUPT_STATUS, bits) & bits != bits {
             self.0.raised.fetch_add(1, Ordering::Relaxed);

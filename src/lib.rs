@@ -52,9 +52,9 @@
 //!
 //! Nothing, by default: no network, no standard input, no environment, no path of the host, no device of the host.
 //!
-//! It has the memory, processors, disks, network cards and vsock ports that its builder was told. Of a `Net::user` it has only
-//! what its [`Policy`](net::Policy) allows, and of a [`Switch`](net::Switch) only the other guests on it. It also has a console whose last 64 KiB are
-//! kept, and the host's random numbers.
+//! It has the memory, processors, disks, network cards and vsock ports that its builder was given. Of a `Net::user` it
+//! has only what its [`Policy`](net::Policy) allows, and of a [`Switch`](net::Switch) only the other guests on it. It
+//! also has a console whose last 64 KiB are kept, and the host's random numbers.
 //!
 //! # What an embedder can rely on
 //!

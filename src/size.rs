@@ -1,4 +1,4 @@
-//! Bytes as a type, so that nobody guesses between MiB and bytes.
+//! Bytes as a type, which keeps MiB and bytes apart.
 
 use std::fmt;
 

@@ -182,7 +182,7 @@ fn candidates(kernel: &Path) -> Vec<PathBuf> {
 
 /// What is in a file, unless it is too large or none to be read at once.
 fn contents(path: &Path) -> Option<Vec<u8>> {
-    // Asked before it is opened, because opening a named pipe would wait for somebody to write.
+    // Checked before it is opened, because opening a named pipe would wait for a writer.
     if !path.metadata().ok()?.is_file() {
         return None;
     }

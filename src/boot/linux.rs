@@ -16,7 +16,7 @@ use crate::memory::{GuestAddress, GuestMemory};
 pub(super) const E820_RAM: u32 = 1;
 /// "Unassigned" boot loader (Linux x86 boot protocol, 1.3, type_of_loader).
 const LOADER_UNDEFINED: u8 = 0xff;
-/// What a kernel without a header of its own is told, as the boot protocol defines it.
+/// Fields for a kernel without its own header, as the boot protocol has them.
 const BOOT_FLAG: u16 = 0xaa55;
 const HEADER_MAGIC: u32 = 0x5372_6448;
 /// Kernels that do not say how high an initramfs may lie take it below 2 GiB.

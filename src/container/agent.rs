@@ -43,7 +43,7 @@ const MAX_CALLS: usize = 16;
 /// A guest whose shim has gone away without ending the machine is ended after this.
 const SHIM_GONE_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Told once whether a program runs.
+/// Carries, once, whether a program runs.
 pub(super) type Started = mpsc::SyncSender<Result<()>>;
 
 /// The way to the shim. Dropping it ends the thread.
@@ -97,9 +97,9 @@ impl Agent {
         self.remote().with_timeout(limit, ask)?
     }
 
-    /// The machine has ended so, as whoever drops it knows.
+    /// Notifies all waiters that the machine has ended with `exit`.
     pub(super) fn ended(&self, exit: Exit) {
-        // A loop that has ended has told everybody.
+        // A loop that has ended has notified all waiters.
         let _ = self.remote().post(move |client| client.finish_all(&exit));
     }
 }
@@ -154,7 +154,7 @@ impl ControlClient {
         self.next_port
     }
 
-    /// Asks for a program; `started` is told whether it runs, and its time is over at `deadline`. Gives its number.
+    /// Asks for a program and returns its number. `started` gets whether it runs; its time is over at `deadline`.
     pub(super) fn spawn(
         &mut self,
         spawn: &Spawn<'_>,
@@ -176,7 +176,7 @@ impl ControlClient {
 
     /// Kills a process and all that it started. It has ended soon after, whatever the guest does.
     pub(super) fn kill(&mut self, process: u32) -> Result<()> {
-        // Before the guest is told, which may not be possible: it has ended soon after in any case.
+        // Before the message to the guest, which may fail: it has ended soon after in any case.
         if let Some(entry) = self.processes.get_mut(&process) {
             entry.killed(Ending::Killed);
             self.set_timer();
@@ -279,11 +279,11 @@ impl ControlClient {
                     entry.phase = Phase::Running;
                     entry.wait_for();
                 }
-                // One that was killed before it ran is told of when it has ended.
+                // For one that was killed before it ran, `started` gets the answer at its end.
                 if let Phase::Running = entry.phase {
                     match entry.started.take().map(|started| started.send(Ok(()))) {
                         Some(Ok(())) => {}
-                        // Whoever asked has given up, so that nobody holds it.
+                        // The caller has given up, so it has no owner.
                         Some(Err(_)) => drop(self.kill(process)),
                         None => return Err(protocol_error(&"Spawned, twice")),
                     }
@@ -370,7 +370,7 @@ impl ControlClient {
             }
             return;
         }
-        // Whoever waited for it was told when it was killed.
+        // Its waiters were notified when it was killed.
         self.processes.remove(&process);
         self.vm.give_up(format!("it has not killed process {process} within {UNANSWERED_KILL:?}"));
     }
@@ -401,7 +401,7 @@ impl ControlClient {
     /// The VM has ended. What the shim said before is in the stream, which has ended with it.
     fn vm_ended(&mut self) {
         let Some(exit) = self.vm.try_wait() else { return };
-        // Each turn takes something out of a stream that nobody puts anything into any more.
+        // Each turn takes something out of a stream that gets nothing more.
         while !self.ended {
             self.more = false;
             self.listen();
@@ -412,7 +412,7 @@ impl ControlClient {
         self.finish_all(&exit);
     }
 
-    /// Everybody who waits is told that the VM has ended.
+    /// Notifies all waiters that the VM has ended.
     fn finish_all(&mut self, exit: &Exit) {
         self.end("its machine has ended");
         self.gone = None;

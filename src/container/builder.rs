@@ -284,7 +284,7 @@ fn check_hostname(name: &str) -> Result<&[u8]> {
     }
 }
 
-/// What the shim is told of the cards, and who answers questions for names.
+/// Returns what the shim needs to know of the cards, and the resolver's address.
 fn networks(nets: &[Net]) -> (Vec<u8>, Option<[u8; 4]>) {
     let (mut list, mut resolvers) = (Vec::new(), Vec::new());
     // No machine has as many.

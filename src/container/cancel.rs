@@ -1,4 +1,4 @@
-//! [`CancelToken`]: how another thread ends a start or a preparation that is under way.
+//! [`CancelToken`]: how another thread ends a running start or preparation.
 
 use std::fmt;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};

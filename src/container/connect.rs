@@ -15,7 +15,7 @@ use crate::vm::Vm;
 /// How long the guest may take to find the service.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Connects to whoever listens on `port`, with a shim that speaks this version of the protocol.
+/// Connects to the guest's listener on `port`, through a shim of this protocol version.
 pub(super) fn connect(vm: &Vm, version: u32, port: u16) -> Result<VsockStream> {
     open(vm, version, port).doing(|| format!("connecting to port {port} of the container"))
 }

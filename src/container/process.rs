@@ -415,14 +415,14 @@ impl Process {
                 stderr_truncated: stderr.truncated || self.cut_off[1],
             }),
             Err(error) => {
-                // It would block for ever with nobody reading.
+                // It would block forever without a reader.
                 let _ = self.kill();
                 Err(error)
             }
         }
     }
 
-    /// Its streams could not be had, so that nobody holds it: kills it.
+    /// Kills it: its streams could not be had, so it has no owner.
     pub(super) fn give_up(&self) {
         if let Err(error) = self.kill() {
             log::debug!("a process that nobody holds is not killed: {error}");

@@ -23,7 +23,7 @@ const MAX_CANDIDATES: usize = 32;
 pub(super) struct Cookie(Vec<u8>);
 
 impl Cookie {
-    /// One that nobody can guess; an empty one for a shim of a version that knows of none.
+    /// Returns a random one. It is empty for a shim of a version that knows of none.
     pub(super) fn new(version: u32) -> Result<Self> {
         let mut bytes = vec![0; if version < VERSION_COOKIE { 0 } else { COOKIE_SIZE }];
         fill_random(&mut bytes).doing(|| "making the streams' cookie")?;

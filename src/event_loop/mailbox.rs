@@ -1,6 +1,6 @@
 //! What others ask of a loop's value: closures, in order, until the loop ends.
 //!
-//! Shared by the loop's thread and everybody with a `Remote`. `tests/models.rs` runs these very lines in many thousand
+//! Shared by the loop's thread and every holder of a `Remote`. `tests/models.rs` runs these very lines in many thousand
 //! orders of their threads.
 
 use std::collections::VecDeque;
@@ -9,11 +9,11 @@ use super::sync::{Mutex, MutexGuard, PoisonError, mpsc};
 
 pub(super) type Request<S> = Box<dyn FnOnce(&mut S) + Send>;
 
-/// By which the loop's thread is told to look.
+/// How the loop's thread is woken.
 pub(super) trait Wake {
     /// Never waits; many in a row are one.
     fn wake(&self);
-    /// What was told so far is seen.
+    /// Clears all wakes so far.
     fn clear(&self);
 }
 
@@ -91,7 +91,7 @@ impl<S, W: Wake> Mailbox<S, W> {
         self.wake.wake();
     }
 
-    /// By the loop's thread: whether somebody has asked for something that was not done yet.
+    /// By the loop's thread: whether a request waits, or the loop is to end.
     pub(super) fn asked(&self) -> bool {
         let state = self.state();
         state.closed || !state.requests.is_empty()
@@ -122,7 +122,7 @@ impl<S, W: Wake> Mailbox<S, W> {
         matches!(state.hold, Hold::Yes)
     }
 
-    /// By the loop's thread, when it ends for whatever reason: everybody who waits is told by what is dropped.
+    /// By the loop's thread, when it ends for whatever reason. Dropping the requests gives every waiter an error.
     pub(super) fn end(&self) {
         let mut state = self.state();
         state.closed = true;

@@ -49,7 +49,7 @@ impl Sources {
         self.0.ctl(ControlOperation::Add, fd.as_raw_fd(), EpollEvent::new(interest, token))
     }
 
-    /// Of no loop: whatever is watched is reported to nobody.
+    /// Of no loop: events of what is watched are not reported.
     #[cfg(any(test, feature = "internals"))]
     pub(crate) fn of_nobody() -> io::Result<Self> {
         Ok(Self(Arc::new(Epoll::new()?)))
@@ -136,7 +136,7 @@ impl<S: Handler> Remote<S> {
     fn ask<R: Send + 'static>(&self, f: impl FnOnce(&mut S) -> R + Send + 'static) -> Result<mpsc::Receiver<R>> {
         let (answer, wait) = mpsc::sync_channel(1);
         self.post(move |s| {
-            // The asker may be gone; nobody is interested in the answer then.
+            // The asker may be gone; the answer is dropped then.
             let _ = answer.send(f(s));
         })?;
         Ok(wait)
@@ -183,7 +183,7 @@ fn answered<R>(wait: &mpsc::Receiver<R>, limit: Duration) -> Result<R> {
 pub(crate) struct Loop<S: Handler> {
     mailbox: Arc<Mailbox<S, EventFd>>,
     thread: Option<JoinHandle<Option<S>>>,
-    /// Nobody waits for the thread any more.
+    /// The owner does not wait for the thread any more.
     abandoned: AtomicBool,
     /// A child of fork has no such thread.
     origin: ProcessGeneration,
@@ -248,7 +248,7 @@ impl<S: Handler> Loop<S> {
 
 impl<S: Handler> Drop for Loop<S> {
     fn drop(&mut self) {
-        // The thread's panic was its own; it was reported by the hook and by everybody's `with` failing.
+        // The thread's panic was its own; the hook and every failing `with` reported it.
         let _ = self.stop();
     }
 }
@@ -275,7 +275,7 @@ fn run<S: Handler>(value: &mut S, epoll: &Epoll, mailbox: &Mailbox<S, EventFd>) 
         };
         let mut asked = false;
         for (n, event) in events.iter().take(count).enumerate() {
-            // Whoever asks waits for one turn of one descriptor, however many are ready.
+            // An asker waits for one turn of one descriptor, however many are ready.
             if event.data() == MAILBOX || n > 0 && mailbox.asked() {
                 asked = true;
                 if !mailbox.serve(value) {
@@ -286,7 +286,7 @@ fn run<S: Handler>(value: &mut S, epoll: &Epoll, mailbox: &Mailbox<S, EventFd>) 
                 value.ready(event.data(), event.event_set());
             }
         }
-        // Only now, as what was taken from the kernel may not be told again.
+        // Only now, as the kernel may not report again what was taken from it.
         while asked && mailbox.held() {
             if let Err(e) = wait_readable(borrow(mailbox.waker()), None) {
                 log::error!("an event loop cannot wait any more: {e}");

@@ -58,7 +58,7 @@ impl Cgroups {
         Ok(Group { dir, name })
     }
 
-    /// Removes the group if nobody is in it any more.
+    /// Removes the group if it has no process any more.
     pub(super) fn remove(&self, group: &Group) -> bool {
         sys::rmdir(Some(&self.dir), &group.name).is_ok()
     }

@@ -3,7 +3,7 @@
 //!
 //! ```text
 //!  Asked --which port--> Calling --a service answers--> Open --both ways have ended--> gone
-//!                           `----nobody does, which the host is told----> gone
+//!                           `----no service does, the host learns it----> gone
 //! ```
 //! Each side waits when the other takes no more: what was read and not taken is at most one piece a way. An end of one
 //! way is passed on as that. When the service resets, the shim closes the host's stream before its way has ended, which
@@ -265,7 +265,7 @@ impl Way {
                 if !self.waiting.is_empty() {
                     return Ok(Pumped::Idle);
                 }
-                // Whoever is idle has no room.
+                // An idle connection keeps no buffer.
                 self.waiting = Vec::new();
             }
             if self.ended {
@@ -346,10 +346,10 @@ fn is_connected(service: &Fd) -> Result<bool, Errno> {
     sys::connect_result(service).map(|()| true)
 }
 
-/// The addresses on which somebody listens on a port, but for those where everybody is heard: these were tried.
+/// Returns the addresses with a listener on a port. Unspecified and loopback ones are left out: these were tried.
 fn listening(proc: &Fd, port: u16) -> Vec<IpAddr> {
     let mut found = Vec::new();
-    // Of the reaper, whose network is everybody's.
+    // Of the reaper, whose network all programs share.
     for path in [c"1/net/tcp6", c"1/net/tcp"] {
         let list = files::read(Some(proc), path, LIST_MAX).unwrap_or_default();
         let heard = list.split(|&byte| byte == b'\n').filter_map(listener).filter(|at| at.port() == port);
@@ -358,7 +358,7 @@ fn listening(proc: &Fd, port: u16) -> Vec<IpAddr> {
     found
 }
 
-/// Where a line of `/proc/net/tcp` or `tcp6` says that somebody listens (proc(5)).
+/// Returns the listening address in a line of `/proc/net/tcp` or `tcp6` (proc(5)).
 fn listener(line: &[u8]) -> Option<SocketAddr> {
     const LISTEN: &[u8] = b"0A";
     let mut words = line.split(u8::is_ascii_whitespace).filter(|word| !word.is_empty());

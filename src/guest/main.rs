@@ -72,7 +72,7 @@ fn run() -> ! {
         }
     };
     let modules = insert_modules(&config);
-    // Early, so that what fails from here on is told.
+    // Early, so that failures from here on reach the host.
     let control = match (Control::dial(config.control_port), modules) {
         (Ok(control), Ok(())) => control,
         (Ok(control), Err(failure)) => control.fail(&failure),
@@ -100,7 +100,7 @@ fn run() -> ! {
     finish(shim, writable, outcome)
 }
 
-/// Nobody can be told but the console.
+/// Reports a failure on the console alone, as the host cannot be reached.
 fn fail_unheard(failure: &Failure) -> ! {
     control::complain(failure);
     poweroff::fault()
@@ -110,7 +110,8 @@ fn fail_unheard(failure: &Failure) -> ! {
 fn settle_in() -> Result<Fd, Failure> {
     let failure = |errno, what: &[u8]| Failure::new(Stage::Isolation, errno, &[what]);
     let set = sys::signal_set(&serve::SIGNALS);
-    // SIGPIPE and all others too; those that nobody waits for stay pending for ever, which is what ignoring them is for PID 1.
+    // SIGPIPE and all others too; those without a waiter stay pending forever, which is what ignoring them is for PID
+    // 1.
     sys::block_signals(u64::MAX).map_err(|errno| failure(errno, b"blocking signals"))?;
     let signals = sys::signal_fd(set).map_err(|errno| failure(errno, b"making a signal descriptor"))?;
     // What is made has the mode that is asked for.
@@ -166,7 +167,7 @@ fn set_up_network(config: &BootConfig<'_>) -> Result<(), Failure> {
     let failure = |errno| Failure::new(Stage::Other, errno, &[b"setting up the network"]);
     let socket = match sys::interface_socket() {
         Ok(socket) => socket,
-        // A kernel without sockets of the internet; whoever wants a network must have one.
+        // A kernel without internet sockets, which only a machine with a network needs.
         Err(errno) => return if config.networks.is_empty() { Ok(()) } else { Err(failure(errno)) },
     };
     let _ = sys::interface_up(&socket, b"lo");
@@ -182,7 +183,7 @@ fn set_up_card(socket: &Fd, Network { card, address, prefix, gateway }: Network)
     if gateway == [0; 4] { Ok(()) } else { sys::set_gateway(socket, gateway) }
 }
 
-/// On a link with nobody but the gateway no address is taken: the guest need not wait until it has asked around (RFC 4862, 5.4).
+/// Uses addresses at once, without asking the link for duplicates (RFC 4862, 5.4). Its only other host is the gateway.
 fn trust_addresses(card: u8) {
     let mut path = Vec::from(b"/proc/sys/net/ipv6/conf/");
     card_name(card, &mut path);

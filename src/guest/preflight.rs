@@ -52,7 +52,7 @@ fn open_standard_descriptors() {
         }
         let console = sys::open(None, c"/dev/console", sys::O_RDWR);
         if let Ok(fd) = console.or_else(|_| sys::open(None, c"/", sys::O_RDONLY)) {
-            // The lowest free number is the wanted one; nobody owns it, so nobody closes it.
+            // The lowest free number is the wanted one; it has no owner, so it stays open.
             fd.keep();
         }
     }

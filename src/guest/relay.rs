@@ -56,10 +56,11 @@ impl Relay {
         Self { owner, flow, pipe, socket, waiting, left: None }
     }
 
-    /// What to wait for, pipe first. The end of the side that is not awaited matters too, where it can be told from its being full.
+    /// Returns what to wait for, pipe first. The end of the side that is not awaited matters too, where it differs from
+    /// its being full.
     pub(super) fn polls(&self) -> [Poll; 2] {
         let entry = |fd: &Fd, events| Poll { fd: fd.raw(), events, happened: 0 };
-        // A pipe whose other end has gone says so for ever; while the socket is awaited nobody shall be woken by that.
+        // A pipe whose other end has gone says so forever, which must not wake the shim while the socket is awaited.
         let ignored = Poll { fd: -1, events: 0, happened: 0 };
         match (self.flow, self.waiting) {
             (Flow::Out, Waiting::ForPipe) => [entry(&self.pipe, POLLIN), entry(&self.socket, POLLRDHUP)],

@@ -29,7 +29,7 @@ pub(super) const SIGNALS: [u8; 4] = [sys::SIGCHLD, sys::SIGINT, sys::SIGTERM, sy
 pub(super) enum Outcome {
     /// Everything has ended as asked.
     End(End),
-    /// Nobody listens any more.
+    /// The host does not listen any more.
     HostGone,
     Failed(Failure),
 }
@@ -386,7 +386,7 @@ impl Shim {
         Ok(())
     }
 
-    /// The program's own exit, told at once: what it left running and what is still in its pipes holds nothing up.
+    /// Reports the program's own exit at once. What it left running and what is still in its pipes holds nothing up.
     fn exited(&mut self, mut process: Process, status: Status) {
         // Of one that never became the program the host knows already.
         if let ProcessState::Running { .. } = process.life {

@@ -6,7 +6,7 @@ use crate::proto::End;
 /// How long killed processes may take to vanish, and the host to empty the streams.
 const POWER_OFF_TIMEOUT_NS: u64 = 2_000_000_000;
 
-/// The end of the machine under way.
+/// An end of the machine that has begun.
 #[derive(Debug)]
 pub(super) struct Ending {
     end: End,

@@ -228,7 +228,7 @@ impl Report {
         let length = sys::read(&self.0, &mut message).unwrap_or(0);
         let [a, b, c, d, e, f, g, h, i, j, k, l] = message;
         if length < message.len() {
-            // Without a word it was killed before it could say one; then it did run, and how it ended will be told.
+            // Without a word it was killed before it could say one; then it did run, and its end is reported later.
             return Ok(u32::from_ne_bytes([a, b, c, d]));
         }
         let step = u32::from_ne_bytes([e, f, g, h]);

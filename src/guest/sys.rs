@@ -176,7 +176,7 @@ impl Fd {
 
 impl Drop for Fd {
     fn drop(&mut self) {
-        // SAFETY: the descriptor is this value's alone, and nobody uses it after.
+        // SAFETY: the descriptor is this value's alone, and is not used after.
         let _ = unsafe { call!(nr::CLOSE, self.arg()) };
     }
 }
@@ -257,7 +257,7 @@ pub(super) fn write_at(fd: &Fd, from: &[u8], offset: usize) -> Result<usize> {
     unsafe { call!(nr::PWRITE64, fd.arg(), from.as_ptr() as usize, from.len(), offset) }
 }
 
-/// Writes to a descriptor that nobody owns, such as standard error.
+/// Writes to a descriptor without an owner, such as standard error.
 pub(super) fn write_raw(fd: i32, from: &[u8]) -> Result<usize> {
     // SAFETY: the kernel reads at most `len` bytes of the slice; a wrong descriptor is an error.
     unsafe { call!(nr::WRITE, fd as usize, from.as_ptr() as usize, from.len()) }
@@ -676,7 +676,7 @@ pub(super) fn map(len: usize) -> *mut u8 {
 ///
 /// # Safety
 ///
-/// Nobody uses them any more.
+/// They are not used any more.
 #[cfg(guest_bin)]
 pub(super) unsafe fn unmap(pages: *mut u8, len: usize) {
     // SAFETY: the caller's promise.

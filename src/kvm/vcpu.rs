@@ -52,8 +52,8 @@ struct RunPage {
     origin: ProcessGeneration,
 }
 
-// SAFETY: the mapping belongs to this value alone and is unmapped with it. Fields are read by the vCPU's thread
-// only, through raw pointers; the one byte that others write is accessed as an atomic by everybody here.
+// SAFETY: the mapping belongs to this value alone and is unmapped with it. Fields are read by the vCPU's thread only,
+// through raw pointers; the one byte that other threads write is accessed as an atomic everywhere here.
 unsafe impl Send for RunPage {}
 // SAFETY: see above.
 unsafe impl Sync for RunPage {}
@@ -76,8 +76,8 @@ impl RunPage {
     }
 
     fn immediate_exit(&self) -> &AtomicU8 {
-        // SAFETY: the page is mapped as long as `self`; the field is one byte, which the kernel reads and
-        // everybody in this process accesses through this atomic.
+        // SAFETY: the page is mapped as long as `self`. The field is one byte, which the kernel reads and this process
+        // accesses only through this atomic.
         unsafe { AtomicU8::from_ptr(&raw mut (*self.run.as_ptr()).immediate_exit) }
     }
 
@@ -105,7 +105,7 @@ impl Drop for RunPage {
     fn drop(&mut self) {
         // A child of fork has no such mapping, and may have another one there.
         if self.origin.is_current() {
-            // SAFETY: `map` made the mapping in this process, with this length, and nobody can reach it after this.
+            // SAFETY: `map` made the mapping in this process, with this length, and it cannot be reached after this.
             unsafe { libc::munmap(self.run.as_ptr().cast(), self.len) };
         }
     }
@@ -161,8 +161,8 @@ impl VcpuFd {
         self.page.immediate_exit().store(1, Ordering::SeqCst);
     }
 
-    /// Tells the guest that it did not run for a while, so that its watchdogs do not complain (KVM API, 4.70). A guest
-    /// that has set up no clock of KVM's cannot be told.
+    /// Marks the guest's clock as paused, so its watchdogs do not complain (KVM API, 4.70). A guest that has set up no
+    /// clock of KVM's cannot be notified.
     pub(crate) fn tell_paused(&self) {
         if let Err(error) = self.fd.kvmclock_ctrl() {
             log::trace!("a vCPU has no clock of KVM's: {error}");

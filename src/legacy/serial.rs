@@ -51,7 +51,7 @@ impl<W: io::Write + Send> BusDevice for SerialPort<W> {
 
     fn write(&mut self, offset: u64, data: &[u8]) {
         if let [byte] = data {
-            // Fails when the output does: what it did not take is lost, as on a line that nobody listens to.
+            // Fails when the output does: what it did not take is lost, as on a line without a reader.
             if let Err(error) = self.uart.write(offset as u8, *byte) {
                 log::debug!("serial port: {error:?}");
             }

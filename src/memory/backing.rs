@@ -196,7 +196,7 @@ impl GuestMemory {
         self.inner.iter().next()?.file_offset().map(|it| it.arc().clone())
     }
 
-    /// Whether nobody else can see what the guest writes.
+    /// Returns whether other processes cannot see what the guest writes.
     pub(super) fn private(&self) -> bool {
         !self.backing.shared()
     }

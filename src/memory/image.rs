@@ -1,7 +1,7 @@
 //! A piece of guest memory that is filled once and sealed. It is mapped copy-on-write into any number of guests.
 //!
 //! A kernel is loaded into one when it is opened. Starting a VM maps it, so ten VMs of one kernel share its pages and
-//! none waits for a copy. The file is an anonymous, sealed memfd: nobody can truncate it below a running guest.
+//! none waits for a copy. The file is an anonymous, sealed memfd, which cannot be truncated below a running guest.
 #![allow(unsafe_code, reason = "maps a file over guest memory; memory/ is one of the directories that may")]
 
 use std::fs::File;

@@ -242,8 +242,8 @@ impl IoQueue {
         }
     }
 
-    /// Waits until the kernel touches guest memory no more. False when it still does at the deadline. Whatever ends is not
-    /// heard of again.
+    /// Waits until the kernel touches guest memory no more. False when it still does at the deadline. Completions are
+    /// dropped.
     fn drain(&mut self, deadline: Instant) -> bool {
         while self.submitted > 0 {
             // Those that would go on do not.
@@ -341,15 +341,15 @@ impl Drop for IoQueue {
 }
 
 impl IoQueue {
-    /// Ends everything, within `patience`. False when the kernel still touches guest memory then.
+    /// Ends everything, within the given time. False when the kernel still touches guest memory then.
     pub(crate) fn stop(&mut self, patience: Duration) -> bool {
         self.cancel();
         self.drain(Instant::now() + patience)
     }
 
-    /// Leaves what is in flight to a thread that outlives everybody. The I/O queue is of no use after that.
+    /// Leaves what is in flight to a thread of its own. The I/O queue is of no use after that.
     fn leave(&mut self) {
-        // The kernel may go on writing to guest memory after the ring was closed, so ring and memory outlive everybody.
+        // The kernel may go on writing to guest memory after the ring was closed, so the thread keeps ring and memory.
         log::warn!("{} operations on a file that does not answer are left behind", self.submitted);
         let left = Self {
             ring: self.ring.take(),

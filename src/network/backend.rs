@@ -126,7 +126,7 @@ pub struct Capabilities {
 pub struct NicConfig {
     /// Its address.
     pub mac: Mac,
-    /// The largest packet, in bytes, that the guest is told.
+    /// The largest packet, in bytes, as the guest learns it.
     ///
     /// Frames have 14 bytes more, but for segmentation.
     pub mtu: u16,

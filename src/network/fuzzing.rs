@@ -70,7 +70,7 @@ struct World {
     /// Sends to a published port.
     caller: UdpSocket,
     streams: Vec<TcpStream>,
-    /// What the stack has told last: its number and ours.
+    /// The guest's next numbers, by the stack's last segment.
     seq: u32,
     ack: u32,
     /// Frames of the guest and to it, and their bytes.
@@ -206,7 +206,7 @@ impl World {
         self.send(&[head.as_slice(), bytes.take(len)].concat(), Offload::default());
     }
 
-    /// What answers the one who has sent to a published port, or says that nobody listens.
+    /// Answers the sender to a published port, or reports that the port has no listener.
     fn answer(&mut self, what: u8, last: &[u8]) {
         let places = [IpAddr::from(Ipv4Addr::LOCALHOST), self.config.guest4.into(), self.config.guest6.into()];
         let Some(src) = places.get(usize::from(what) % 3).copied() else { return };
@@ -273,7 +273,7 @@ impl World {
         }
     }
 
-    /// Somebody on the host does something.
+    /// Plays one action of the host.
     fn host(&mut self, what: u8) {
         if what % 8 == 7 {
             let _ = self.caller.send(&vec![what; usize::from(what) * 40]);

@@ -125,7 +125,7 @@ impl NetBackend for SocketBackend {
         if self.inbox.is_none() {
             return match memory.send(frame, self.fd.as_fd()) {
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => Err(e),
-                // Nobody is there now, or it is too large for the socket: lost, as on a wire.
+                // The peer is gone, or it is too large for the socket: lost, as on a wire.
                 _ => Ok(()),
             };
         }
@@ -149,7 +149,7 @@ impl NetBackend for SocketBackend {
     fn next_len(&mut self) -> Option<usize> {
         let Some(inbox) = &mut self.inbox else { return self.edges.readable.then_some(LARGEST) };
         if inbox.frame().is_none() && self.edges.readable && inbox.announced().is_none_or(|len| len <= LARGEST) {
-            // Its end, too, is told by `receive`.
+            // `receive` reports its end, too.
             self.edges.readable = inbox.fill(self.fd.as_fd()).unwrap_or(true);
         }
         match inbox.frame() {
@@ -168,7 +168,7 @@ impl NetBackend for SocketBackend {
                     self.edges.readable = false;
                     Ok(None)
                 }
-                // A datagram socket tells so that an earlier frame found nobody.
+                // A datagram socket reports so that an earlier frame found no peer.
                 Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => Ok(None),
                 Err(e) => Err(e),
             };

@@ -13,7 +13,7 @@ use crate::sys::{TUN_CSUM, TUN_TSO4, TUN_TSO6, TUN_USO, Tap};
 const ETHERNET: usize = 18;
 /// A packet that stands for several.
 const MAX_PACKET: usize = 65535;
-/// What a tap can be told that a guest does by itself.
+/// What a guest does by itself, and the tap's flags for that.
 const FLAGS: [(Offloads, u32); 4] =
     [(Offloads::CSUM, TUN_CSUM), (Offloads::TSO4, TUN_TSO4), (Offloads::TSO6, TUN_TSO6), (Offloads::USO, TUN_USO)];
 
@@ -35,8 +35,8 @@ impl TapBackend {
     /// Opens `queues` queues of the tap of this name, which must be there.
     ///
     /// # Errors
-    /// `NotFound` without it or without the host's driver, `PermissionDenied`, `ResourceExhausted` when somebody has it open,
-    /// `InvalidConfig` when it was made for another number of queues.
+    /// `NotFound` without it or without the host's driver, `PermissionDenied`. `ResourceExhausted` when another process
+    /// has it open, `InvalidConfig` when it was made for another number of queues.
     pub(crate) fn open(name: &str, queues: usize, mtu: u16) -> Result<Vec<Self>> {
         let doing = || format!("opening tap {name}");
         let several = if queues > 1 { " multi_queue" } else { "" };

@@ -364,7 +364,7 @@ impl Head {
                 };
                 head.push(&IPV6.to_be_bytes());
                 let [l0, l1] = (len as u16).to_be_bytes();
-                // Neighbours believe only what nobody has forwarded (RFC 4861, 7.1).
+                // Neighbors believe only what no router has forwarded (RFC 4861, 7.1).
                 let hops = if protocol == ICMPV6 { 255 } else { 64 };
                 head.push(&[0x60, 0, 0, 0, l0, l1, protocol, hops]);
                 head.push(&v6(src));

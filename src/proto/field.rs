@@ -15,7 +15,7 @@ pub(super) struct Writer<'a>(pub(super) &'a mut Vec<u8>);
 
 impl Writer<'_> {
     pub(super) fn bytes(&mut self, tag: u8, value: &[u8]) {
-        // A field longer than 4 GiB cannot be written; whoever frames the payload refuses it by its far smaller limit.
+        // A field longer than 4 GiB cannot be written; the payload's framing refuses it by its far smaller limit.
         let length = u32::try_from(value.len()).unwrap_or(u32::MAX);
         self.0.push(tag);
         self.0.extend_from_slice(&length.to_le_bytes());

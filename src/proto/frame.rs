@@ -1,4 +1,4 @@
-//! Frames: the bounds of messages in a stream that arrives in any pieces. No I/O; owned by whoever reads the stream.
+//! Frames: the bounds of messages in a stream that arrives in any pieces. No I/O; owned by the stream's reader.
 
 use super::alloc::vec::Vec;
 

@@ -239,7 +239,7 @@ pub(crate) enum FromGuest<'a> {
         /// The guest's `errno`.
         errno: i32,
     },
-    /// The process itself has ended with this code. What it wrote before may still be under way on its streams.
+    /// The process itself has ended with this code. What it wrote before may still be in transit on its streams.
     Exited {
         /// The low byte of what it gave to `exit`.
         code: u8,

@@ -109,7 +109,7 @@ fn new_name(directory: &Path) -> io::Result<PathBuf> {
     Ok(directory.join(format!("{PREFIX}{:032x}", u128::from_le_bytes(number))))
 }
 
-/// Removes what killed processes have left. Nobody writes for so long without a change of the file.
+/// Removes what killed processes have left. No live writer leaves the file unchanged for so long.
 fn remove_abandoned(directory: &Path) {
     const LONG: Duration = Duration::from_secs(3600);
     for entry in fs::read_dir(directory).into_iter().flatten().flatten() {

@@ -121,7 +121,7 @@ fn openat(at: BorrowedFd<'_>, path: &Path, flags: libc::c_int) -> io::Result<Fil
 
 fn own(fd: libc::c_long) -> io::Result<File> {
     match libc::c_int::try_from(fd) {
-        // SAFETY: the descriptor is new, so nobody else owns it.
+        // SAFETY: the descriptor is new, so it has no other owner.
         Ok(fd) if fd >= 0 => Ok(unsafe { File::from_raw_fd(fd) }),
         _ => Err(io::Error::last_os_error()),
     }

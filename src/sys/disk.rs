@@ -103,7 +103,7 @@ fn logical_sector(file: &File) -> Option<u64> {
     if outcome == 0 { u64::try_from(size).ok() } else { None }
 }
 
-/// Tells a block device that nobody needs these bytes. Devices that know no discard keep them; that is no error.
+/// Discards these bytes of a block device. Devices that know no discard keep them; that is no error.
 pub(crate) fn discard_device(file: &File, offset: u64, len: u64) -> io::Result<()> {
     let sector = logical_sector(file).unwrap_or(4096).max(512);
     let (start, end) = (offset.next_multiple_of(sector), (offset + len) / sector * sector);
@@ -144,7 +144,7 @@ pub(crate) fn memfd(flags: libc::c_uint) -> io::Result<File> {
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: memfd_create returned a new descriptor that nobody else owns.
+    // SAFETY: memfd_create returned a new descriptor that has no other owner.
     Ok(unsafe { File::from_raw_fd(fd) })
 }
 

@@ -21,11 +21,11 @@ use crate::size::Size;
 pub(crate) enum LockKind {
     /// Many readers, no writer.
     Shared,
-    /// One writer, nobody else.
+    /// One writer, no other user.
     Exclusive,
 }
 
-/// Takes an open-file-description lock on the whole file without waiting; `Ok(false)` when somebody else holds it.
+/// Takes an open-file-description lock on the whole file without waiting. `Ok(false)` when another open file holds it.
 ///
 /// The lock goes away with the last descriptor of this open file, however its owner ends.
 pub(crate) fn try_lock(file: &File, kind: LockKind) -> io::Result<bool> {
@@ -40,8 +40,8 @@ pub(crate) fn try_lock(file: &File, kind: LockKind) -> io::Result<bool> {
     }
 }
 
-/// Takes an exclusive open-file-description lock on one byte, which need not exist, without waiting; `Ok(false)` when somebody
-/// else holds it.
+/// Takes an exclusive open-file-description lock on one byte, which need not exist, without waiting. `Ok(false)` when
+/// another open file holds it.
 pub(crate) fn try_lock_byte(file: &File, byte: u64) -> io::Result<bool> {
     let start = i64::try_from(byte).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))?;
     match lock(file, libc::F_OFD_SETLK, libc::F_WRLCK, start..start.saturating_add(1)) {

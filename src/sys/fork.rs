@@ -60,7 +60,7 @@ extern "C" fn in_child() {
         }
     }
     if null != -1 {
-        // SAFETY: it was opened here, and nobody else knows it.
+        // SAFETY: it was opened here, and is known only here.
         unsafe { libc::close(null) };
     }
 }
@@ -160,7 +160,7 @@ pub(crate) fn leak<T>(value: T) {
 pub(crate) struct ProcessGeneration(u32);
 
 impl ProcessGeneration {
-    /// This process. Its children are told from it from now on.
+    /// Returns this process. Its children differ from it from now on.
     pub(crate) fn current() -> Self {
         install();
         Self(GENERATION.load(Ordering::SeqCst))

@@ -38,7 +38,7 @@ struct State {
     pending: bool,
     /// The image is open, so that of its first cluster only fields of the header change.
     keeps_header: bool,
-    /// A sync has failed: the host forgets that once it was told, so no later one can be believed.
+    /// A sync has failed. The host reports that only once, so no later one can be believed.
     failed: bool,
 }
 

@@ -20,7 +20,7 @@ struct Mapping {
     origin: ProcessGeneration,
 }
 
-// SAFETY: the mapping belongs to nobody else, is not moved, and is accessed by atomic operations alone.
+// SAFETY: the mapping has no other owner, is not moved, and is accessed by atomic operations alone.
 unsafe impl Send for Mapping {}
 // SAFETY: as above.
 unsafe impl Sync for Mapping {}
@@ -79,7 +79,7 @@ pub(crate) struct RegisterPage {
 }
 
 impl RegisterPage {
-    /// Of a device that is alone, and that nobody shows to a guest.
+    /// Of a device that is alone, and is not shown to a guest.
     #[cfg(any(test, feature = "internals"))]
     pub(crate) fn alone() -> io::Result<Self> {
         RegisterPages::new(1)?.device(0).ok_or_else(|| io::ErrorKind::NotFound.into())

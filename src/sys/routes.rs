@@ -7,18 +7,19 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 /// Where a packet would go.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Route {
-    /// To this host itself, however it came to have the address; or to everybody on a link, this host among them.
+    /// To this host itself, however it got the address. Or to all hosts on a link, this one among them.
     Own,
-    /// To somebody else.
+    /// To another host.
     Other,
     /// Nowhere.
     None,
 }
 
-/// Asks the kernel. Holds a descriptor from the beginning, so that a process without further ones is told all the same.
+/// Asks the kernel. Holds a descriptor from the beginning, so that a process without further ones gets an answer all
+/// the same.
 #[derive(Debug)]
 pub(crate) struct Routes {
-    /// `None` where the host lets nobody ask: then a socket is made each time.
+    /// `None` where the host denies netlink: then another socket is made each time.
     netlink: Option<OwnedFd>,
 }
 
@@ -35,7 +36,7 @@ impl Routes {
         // SAFETY: socket(2) takes no pointers.
         let fd = unsafe { libc::socket(libc::AF_NETLINK, kind, libc::NETLINK_ROUTE) };
         if fd >= 0 {
-            // SAFETY: the descriptor was just made and belongs to nobody else.
+            // SAFETY: the descriptor was just made and has no other owner.
             return Ok(Self { netlink: Some(unsafe { OwnedFd::from_raw_fd(fd) }) });
         }
         match io::Error::last_os_error() {
@@ -50,7 +51,7 @@ impl Routes {
     /// Where a packet to `address` would go.
     ///
     /// # Errors
-    /// When it cannot be told. Whoever must be sure takes that for [`Route::Own`].
+    /// When it cannot be determined. A caller that must be sure takes that for [`Route::Own`].
     pub(crate) fn lookup(&self, address: IpAddr) -> io::Result<Route> {
         match &self.netlink {
             Some(netlink) => ask(netlink, address),
@@ -148,7 +149,7 @@ mod tests {
             assert_eq!(Routes::new().unwrap().lookup(own.parse().unwrap()).unwrap(), Route::Own, "{own}");
         }
         assert_eq!(both("127.0.0.1"), [Some(Route::Own); 2]);
-        // There or not, it is nobody's own.
+        // There or not, it is no address of this host.
         for far in ["192.0.2.77", "2001:db8::77"] {
             assert!(both(far).iter().all(|route| matches!(route, Some(Route::Other | Route::None))), "{far}");
         }

@@ -97,7 +97,7 @@ impl PeriodicKick {
             tv_nsec: period.subsec_nanos().into(),
         };
         let times = libc::itimerspec { it_interval: time, it_value: time };
-        // SAFETY: the timer exists, and the times are readable; nobody asks for the old ones.
+        // SAFETY: the timer exists, and the times are readable; the old ones are not asked for.
         match unsafe { libc::timer_settime(timer.0, 0, &times, std::ptr::null_mut()) } {
             0 => Ok(timer),
             _ => Err(io::Error::last_os_error()),

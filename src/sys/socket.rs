@@ -45,7 +45,7 @@ impl Socket {
         };
         // SAFETY: socket(2) takes no pointers.
         let fd = check(unsafe { libc::socket(domain, kind | libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC, protocol) })?;
-        // SAFETY: the descriptor was just made and belongs to nobody else.
+        // SAFETY: the descriptor was just made and has no other owner.
         let socket = Self(CloseOnFork::new(unsafe { OwnedFd::from_raw_fd(fd) }));
         if !is_spare(&*socket.0) {
             return Err(io::Error::from_raw_os_error(libc::EMFILE));

@@ -42,7 +42,7 @@ impl Tap {
         Self(CloseOnFork::new(file)).with_header(header)
     }
 
-    /// Takes a queue that somebody else has opened.
+    /// Takes a queue that was opened elsewhere.
     pub(crate) fn from_file(file: File, header: i32) -> io::Result<Self> {
         let mut request = request("")?;
         // SAFETY: TUNGETIFF writes one ifreq, which `request` is.

@@ -1,11 +1,12 @@
 //! [`Uring`]: an io_uring for files. The crate `io-uring` lives here only.
 //!
-//! Owned by whoever moves bytes with it, used on one thread at a time. What the kernel was given must stay valid until its
-//! completion was taken: that is the caller's business, see `memory::IoQueue`. Descriptors that were used once must not come to mean
-//! other files while the ring lives.
+//! Its owner moves bytes with it, on one thread at a time. What the kernel was given must stay valid until its
+//! completion was taken: that is the caller's business, see `memory::IoQueue`. Descriptors that were used once must not
+//! come to mean other files while the ring lives.
 //!
-//! From Linux 5.10 on a ring takes the operations of this file and no others (`IORING_REGISTER_RESTRICTIONS`), whoever writes to
-//! its memory. Filters of system calls (seccomp) do not see them. Older kernels have no such thing; a line in the log says so.
+//! From Linux 5.10 on a ring takes the operations of this file and no others (`IORING_REGISTER_RESTRICTIONS`), whatever
+//! is written to its memory. Filters of system calls (seccomp) do not see them. Older kernels have no such thing; a
+//! line in the log says so.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
@@ -19,7 +20,7 @@ use super::CloseOnFork;
 const CANCEL: u64 = u64::MAX;
 /// How many files the kernel is asked to look up only once.
 const FILES: usize = 16;
-/// Operations that are used: the ring takes no others where the kernel can be told so.
+/// Operations that are used. The ring takes no others where the kernel supports restrictions.
 const OPERATIONS: [u8; 7] = [
     opcode::Read::CODE,
     opcode::Write::CODE,
@@ -83,7 +84,8 @@ impl Uring {
         })
     }
 
-    /// What an operation is told instead of `fd`, which the kernel need not look up each time when it is among the first.
+    /// Returns what an operation names instead of `fd`. The kernel need not look it up each time when it is among the
+    /// first.
     fn file(&mut self, fd: RawFd) -> (types::Fd, squeue::Flags) {
         let known = self.files.iter().position(|file| *file == fd);
         match known.or_else(|| self.keep(fd)).map(i32::try_from) {

@@ -81,7 +81,7 @@ enum Role {
     Reporting,
 }
 
-/// Told how many bytes the balloon holds.
+/// Called with the number of bytes that the balloon holds.
 pub(crate) type OnSettled = Box<dyn Fn(u64) + Send>;
 
 /// The device.
@@ -207,7 +207,7 @@ impl Balloon {
         io.charge(Work::Discarded(len));
         match self.memory.segment(GuestAddress(start * PAGE), len) {
             Ok(segment) => self.memory.discard(segment),
-            // The guest's mistake, which harms nobody.
+            // The guest's mistake, which harms only itself.
             Err(error) => log::debug!("a balloon holds what is no memory: {error}"),
         }
     }

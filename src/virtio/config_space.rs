@@ -34,8 +34,8 @@ impl Inner {
         }
     }
 
-    /// Before and after a change, so that who reads meanwhile sees another one. Whoever sees neither reads once more when the
-    /// interrupt comes that follows.
+    /// Steps the generation before and after a change, so a reader meanwhile sees another one. A driver that sees
+    /// neither reads once more when the interrupt comes that follows.
     fn next_generation(&mut self) {
         self.generation = self.generation.wrapping_add(1);
         if let Some(registers) = &self.shown {

@@ -23,7 +23,7 @@ const AT_ONCE: usize = 4096;
 struct State {
     tail: VecDeque<u8>,
     pending: VecDeque<u8>,
-    /// Somebody takes what is pending.
+    /// The pump takes what is pending.
     pumped: bool,
     /// Since when the writer has what is pending.
     writing: Option<Instant>,

@@ -30,12 +30,12 @@ pub(crate) struct Counters {
     pub throttled_nanos: AtomicU64,
 }
 
-/// Counts up what the device's loop alone counts, so nobody comes in between.
+/// Adds to a counter that the device's loop alone counts, so no update is lost.
 fn add(counter: &AtomicU64, n: u64) {
     counter.store(counter.load(Ordering::Relaxed).wrapping_add(n), Ordering::Relaxed);
 }
 
-/// Descriptors of a slot are told apart by tokens: the slot, and what in it.
+/// Tokens tell descriptors of a slot apart: the slot, and what in it.
 const TOKEN_BITS: u32 = 32;
 /// Tokens from here on are queues, below are the device's own descriptors.
 const QUEUE_TOKENS: u32 = u32::MAX - 0xffff;
@@ -61,7 +61,7 @@ pub(super) fn split_token(token: u64, events: Interest) -> (usize, Option<super:
     }
 }
 
-/// Told why a device needs a reset.
+/// Called with the reason why a device needs a reset.
 pub(crate) type OnNeedsReset = Arc<dyn Fn(&str) + Send + Sync>;
 
 /// A running device's hold on the world. Made when the driver is ready, gone when the device is idle.
@@ -75,7 +75,8 @@ pub(crate) struct DeviceIo {
     pub(super) sources: Sources,
     pub(super) slot: usize,
     pub(super) on_broken: OnNeedsReset,
-    /// Why the device needs a reset, and the moment by which it must have come. Told once: one line a start is enough.
+    /// Why the device needs a reset, and the moment by which it must have come. Reported once: one line a start is
+    /// enough.
     pub(super) broken: Option<(String, Option<Timer>)>,
     /// What the device had in flight when it was stopped.
     pub(super) left: Option<IoQueue>,
@@ -100,7 +101,8 @@ impl DeviceIo {
         &self.counters
     }
 
-    /// Said while stopping: this still moves bytes from or to guest memory. Whoever wants the device to be idle waits for it.
+    /// Keeps, while stopping, what still moves bytes from or to guest memory. A caller that wants the device to be idle
+    /// waits for it.
     pub(crate) fn leave(&mut self, io_queue: IoQueue) {
         self.left = Some(io_queue);
     }
@@ -280,7 +282,7 @@ impl DeviceIo {
         }
     }
 
-    /// A queue's kick was heard: the counter is cleared before the queue is looked at.
+    /// Takes a queue's kick: the counter is cleared before the queue is looked at.
     pub(super) fn heard(&self, queue: usize) {
         if let Some(kick) = self.kicks.get(queue) {
             let count = kick.read().unwrap_or(0);

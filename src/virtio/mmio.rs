@@ -60,7 +60,7 @@ const VENDOR: u32 = 0x4646_4f43;
 /// do so. Only that vCPU waits. A request to it, such as to end, waits as long.
 const START_STOP_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How often is told that a device needs a reset: ten times at once, then once a second.
+/// Reports that a device needs a reset: ten at once, then one a second.
 const REPORTS: Rate = Rate::per_second(1).one_time_burst(10);
 
 /// The register where the driver kicks queue `n` by writing `n`, relative to the window.
@@ -75,7 +75,7 @@ pub(crate) struct MmioTransport {
     interrupt: Interrupt,
     kicks: Arc<[EventFd]>,
     counters: Arc<Counters>,
-    /// Told when a driver has made the device run.
+    /// Called when a driver has made the device run.
     on_ready: Box<dyn Fn() + Send>,
     on_broken: OnNeedsReset,
 
@@ -131,8 +131,9 @@ impl MmioTransport {
         self
     }
 
-    /// Tells `f`, on a vCPU's thread or the device's loop, each time the device comes to need a reset; and says so in the log.
-    /// Of a flood only some are told: a driver that resets the device may break it again at once.
+    /// Sets `f`, called each time the device comes to need a reset. The log says so, too. `f` runs on a vCPU's thread
+    /// or the device's loop. Of a flood only some are reported: a driver that resets the device may break it again at
+    /// once.
     pub(crate) fn on_broken(mut self, f: impl Fn(&str) + Send + Sync + 'static) -> Self {
         let (slot, epoch) = (self.slot, Instant::now());
         let reports = Mutex::new((Bucket::new(REPORTS, Duration::ZERO), 0u64));
@@ -290,7 +291,7 @@ impl MmioTransport {
                     self.add_status(status::DRIVER_OK);
                     (self.on_ready)();
                 }
-                // The device needs a reset, and the driver was told.
+                // The device needs a reset, and the driver was notified.
                 Ok(false) => {}
                 Err(error) => {
                     self.counters.driver_errors.fetch_add(1, Ordering::Relaxed);

@@ -138,8 +138,8 @@ pub(crate) trait VirtioDevice: AsAny + Send {
     /// Something happened at `source`. Spurious calls are normal.
     fn ready(&mut self, io: &mut DeviceIo, source: Source);
 
-    /// The VM is being paused: bring what is in flight to its end and begin nothing, so that guest memory stands still. May
-    /// block, at most `patience`. False when something is still in flight then.
+    /// Brings what is in flight to its end, for a pause of the VM. Begins nothing, so that guest memory stands still.
+    /// May block for the given time at most. False when something is still in flight then.
     fn pausing(&mut self, io: &mut DeviceIo, patience: Duration) -> bool {
         let _ = (io, patience);
         true
@@ -150,7 +150,7 @@ pub(crate) trait VirtioDevice: AsAny + Send {
         let _ = io;
     }
 
-    /// The VM has ended, and every queue was looked at for the last time: serve what is left, within `patience`.
+    /// Serves what is left, within the given time. The VM has ended, and every queue was looked at for the last time.
     fn finishing(&mut self, io: &mut DeviceIo, patience: Duration) {
         let _ = (io, patience);
     }

@@ -37,12 +37,12 @@ pub(crate) enum QueueError {
 /// A queue that a running device serves.
 #[derive(Debug)]
 pub(crate) struct Queue {
-    /// `None` for one that the driver left out: nothing ever comes, which is nobody's mistake.
+    /// `None` for one that the driver left out: nothing ever comes, which is no mistake.
     ring: Option<Ring>,
     memory: GuestMemory,
     /// Set for good by the first mistake: nothing is taken from or given to the driver any more.
     broken: Option<QueueError>,
-    /// The driver was told not to kick.
+    /// The driver was asked not to kick.
     quiet: bool,
     /// Chains that were given back, to be filled again.
     spare: Vec<Chain>,

@@ -113,8 +113,8 @@ impl Slots {
         self.slots.get_mut(slot).and_then(Slot::stop)
     }
 
-    /// Serves what the driver has already handed over, at the VM's end, and then stops every device. Waiting takes
-    /// `patience` at most.
+    /// Serves what the driver has handed over at the VM's end; then stops every device. Waiting takes the given time at
+    /// most.
     pub(crate) fn finish(&mut self, patience: Duration) {
         let deadline = Instant::now() + patience;
         for slot in 0..self.slots.len() {
@@ -131,7 +131,8 @@ impl Slots {
         }
     }
 
-    /// Brings what devices have in flight to its end, within `patience`. False when something is still in flight then.
+    /// Brings what devices have in flight to its end, within the given time. False when something is still in flight
+    /// then.
     pub(crate) fn pause(&mut self, patience: Duration) -> bool {
         let (deadline, slots) = (Instant::now() + patience, self.slots.len());
         let mut pause = |slot| self.call(slot, |device, io| device.pausing(io, left(deadline)));

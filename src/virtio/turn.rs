@@ -1,8 +1,8 @@
 //! [`Turn`]: how much a device may do before others on its loop get their turn.
 //!
-//! Counted in units of work and not in time, so that tests see the same on every machine. A unit is about a nanosecond of a
-//! processor of today. Whoever does work charges it; the queues are closed when the turn is over, and are looked at again in
-//! the next one.
+//! Counted in units of work and not in time, so that tests see the same on every machine. A unit is about a nanosecond
+//! of a processor of today. The code that does work charges it; the queues are closed when the turn is over, and are
+//! looked at again in the next one.
 
 /// What a turn may cost: [`Turn::over`] from then on.
 pub(crate) const MAX_TURN: u64 = 4_000_000;

@@ -18,7 +18,7 @@ use crate::sys::ProcessGeneration;
 const PREFIX: &str = "cofferdam-";
 /// The period of `cpu.max`, in microseconds: the kernel's own default.
 const PERIOD: u64 = 100_000;
-/// Nothing of the group ran for 50 ms of a second though it wanted to. Told once in that second.
+/// Nothing of the group ran for 50 ms of a second though it wanted to. Reported once in that second.
 const PRESSURE: &[u8] = b"full 50000 1000000\0";
 /// Threads that were joined leave their group a moment later.
 const LEAVING: Duration = Duration::from_millis(500);
@@ -150,7 +150,7 @@ pub(super) struct CgroupHandle(Arc<File>);
 impl CgroupHandle {
     /// The calling thread enters.
     pub(super) fn join(&self) -> Result<()> {
-        // Zero is whoever writes (Linux cgroup v2, "Threads").
+        // Zero is the writing thread (Linux cgroup v2, "Threads").
         (&*self.0).write_all(b"0").doing(|| "entering the VM's cgroup")
     }
 }
@@ -227,7 +227,7 @@ impl CgroupGuard {
 
 impl Drop for CgroupGuard {
     fn drop(&mut self) {
-        // A child of fork has a copy of the name, and nobody in the group.
+        // A child of fork has a copy of the name, and no thread in the group.
         if self.origin.is_current() {
             remove(&self.path);
         }
@@ -253,7 +253,7 @@ fn sweep(parent: &Path) {
     for name in entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()) {
         let process = name.strip_prefix(PREFIX).and_then(|rest| rest.split('-').next()?.parse::<u32>().ok());
         if process.is_some_and(|id| !Path::new("/proc").join(id.to_string()).exists()) {
-            // One that is not empty is somebody's after all.
+            // One that is not empty is in use after all.
             let _ = fs::remove_dir(parent.join(name));
         }
     }

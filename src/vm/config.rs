@@ -163,7 +163,7 @@ impl VmConfig {
         }
         // There is no PCI bus, and looking for one takes time.
         cmdline.default("pci", "off");
-        // A kernel must be told of its devices in one way only, or it would find each of them twice.
+        // A kernel must learn of its devices in one way only, or it would find each of them twice.
         let by_acpi = match cmdline.value_of("acpi") {
             Some(value) => value != "off",
             None => !self.kernel.takes_devices_from_cmdline(),

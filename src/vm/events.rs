@@ -86,7 +86,7 @@ pub enum EventKind {
     },
     /// A disk's file system has less space left than [`min_free_space`](crate::disk::FileDisk::min_free_space).
     ///
-    /// Told once until there is more again. It is checked once a second while the guest writes.
+    /// Reported once until there is more again. It is checked once a second while the guest writes.
     DiskSpaceLow {
         /// Which disk.
         disk: DeviceId,
@@ -164,7 +164,7 @@ impl fmt::Display for Event {
     }
 }
 
-/// The log of one VM, shared by everybody who writes and reads.
+/// The log of one VM, shared by all writers and readers.
 #[derive(Debug)]
 pub(super) struct EventLog {
     start: Instant,

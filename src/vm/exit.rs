@@ -218,7 +218,7 @@ pub enum Exit {
     },
     /// The guest halted for good: all its vCPUs stand still with interrupts disabled.
     ///
-    /// That is noticed within three seconds. Kernels without the means to power off end so when they are told to, such
+    /// That is noticed within three seconds. Kernels without the means to power off end so when they are asked to, such
     /// as Linux with `acpi=off`. Where the process may have no more timers (`RLIMIT_SIGPENDING`) it is not noticed, and
     /// the event [`EventKind::Degraded`](crate::event::EventKind::Degraded) says so.
     Halt {

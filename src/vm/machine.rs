@@ -1,4 +1,4 @@
-//! The one assembly: from config to running threads. Knows everybody; nobody but [`Vm`](super::Vm) knows it.
+//! The one assembly: from config to running threads. It knows all modules; only [`Vm`](super::Vm) knows it.
 //!
 //! All threads of a VM are made here, named `vcpu0`, `io`, `disk0`, `console`, `capture`.
 
@@ -194,7 +194,7 @@ impl Shared {
         devices.iter().map(stats).collect()
     }
 
-    /// All vCPUs have stopped and all devices are at rest: tells everybody who waits.
+    /// Notifies all waiters: all vCPUs have stopped and all devices are at rest.
     fn publish(&self) {
         let mut end = self.end();
         let (reason, last) = end.reason.clone().unwrap_or((Reason::Killed, (None, None)));
@@ -319,7 +319,7 @@ pub(super) fn start(config: &VmConfig) -> Result<Vm> {
         registers,
         origin: ProcessGeneration::current(),
     });
-    // Nobody has set it before.
+    // It was not set before.
     let _ = faults.set(Arc::downgrade(&shared));
     let (ports, keyboard) = ports(&vm, &shared)?;
     let mut parts = Attacher {
@@ -431,7 +431,7 @@ fn start_pump(config: &VmConfig, shared: &Arc<Shared>, member: Option<CgroupHand
     sys::spawn("console".into(), 4 * STACK, pump).map(Some).doing(|| "starting thread console")
 }
 
-/// The threads that give captures to their writers, which may block. Nobody waits for them but within a bound.
+/// Starts the threads that give captures to their writers, which may block. The wait for them has a bound.
 fn start_captures(captures: &[Pump], shared: &Arc<Shared>, member: Option<&CgroupHandle>) -> Result<()> {
     for pump in captures {
         let (shared, member, pump) = (Arc::downgrade(shared), member.cloned(), pump.clone());

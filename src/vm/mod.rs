@@ -91,14 +91,14 @@ pub struct Vm {
 struct Running {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
-    /// The console's writer may block for ever, so nobody waits for its thread but within [`Shared`]'s bound.
+    /// The console's thread. Its writer may block forever, so [`Shared`] bounds the wait for it.
     pump: Option<JoinHandle<()>>,
     /// Whether the VM is paused; locked while that changes.
     paused: Mutex<bool>,
     /// Listeners that were configured and not yet taken.
     listeners: Mutex<Vec<VsockListener>>,
     handles: Handles,
-    /// It has not ended in time, and nobody waits for it any more.
+    /// It has not ended in time, and the wait for it was given up.
     left_behind: AtomicBool,
     /// Goes last, when no thread is in it any more.
     cgroup: Option<CgroupGuard>,
@@ -195,7 +195,7 @@ impl Vm {
     pub fn stop(&self, grace: Duration) -> Result<Exit> {
         self.check_thread()?;
         let begin = Instant::now();
-        // One that has ended is told by what follows. One that is about to be paused cannot be asked for anything.
+        // One that has ended is reported by what follows. One that is about to be paused cannot be asked for anything.
         if let Ok(paused) = self.running.paused.try_lock() {
             let _ = self.go_on_from(paused);
         }
@@ -233,8 +233,8 @@ impl Vm {
     /// 11 seconds, and as long for each pause that other threads have begun.
     ///
     /// Clocks go on, as they do for a stopped process: timers that expire meanwhile fire at once afterwards. The guest
-    /// is told that it did not run, so that its watchdogs are quiet. Data in flight between embedder and guest is kept,
-    /// and delivered after [`Vm::resume`].
+    /// is notified that it did not run, so that its watchdogs are quiet. Data in flight between embedder and guest is
+    /// kept, and delivered after [`Vm::resume`].
     ///
     /// # Errors
     /// `InvalidState` when the VM has ended. `TimedOut` when a device is busy for too long, such as on a file that does
@@ -245,7 +245,7 @@ impl Vm {
             let deadline = Instant::now() + PAUSE_TIMEOUT;
             self.running.shared.park_vcpus(PAUSE_TIMEOUT)?;
             self.running.handles.loops.iter().try_for_each(|it| it.hold(left(deadline)))?;
-            // No loop looks at anything any more, and what its devices have under way with the host comes to its end.
+            // No loop looks at anything any more, and what its devices have in flight with the host comes to its end.
             let calm =
                 |it: &Remote<Slots>| it.with_timeout(left(deadline) + PAUSE_MARGIN, move |it| it.pause(left(deadline)));
             match self.running.handles.loops.iter().map(calm).collect::<Result<Vec<_>>>()?.contains(&false) {

@@ -1,6 +1,6 @@
 //! One vCPU and its thread.
 //!
-//! It runs the guest, takes its exits to the buses, and stops when told.
+//! It runs the guest, takes its exits to the buses, and stops when asked to.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -48,7 +48,7 @@ impl VcpuControl {
         *self.thread() = Some((kicker, ThreadId::current()));
     }
 
-    /// The calling thread will not run it any more, so nobody may signal the thread.
+    /// The calling thread will not run it any more, so it must not be signaled.
     fn leave(&self) {
         let mut thread = self.thread();
         let used = thread.take().map_or(Duration::ZERO, |(_, thread)| thread.cpu_time());
@@ -60,7 +60,7 @@ impl VcpuControl {
     /// The order closes the gap between the thread's last check and KVM_RUN. The request is in place before the signal,
     /// so either KVM_RUN sees it on entry or the signal interrupts it.
     pub(super) fn kick(&self, signal: KickSignal) {
-        // The thread cannot end while this lock is held, so the signal reaches it and nobody else.
+        // The thread cannot end while this lock is held, so the signal reaches no other thread.
         if let Some((kicker, thread)) = &*self.thread() {
             kicker.request_exit();
             if let Err(error) = signal.send(*thread) {
@@ -88,7 +88,7 @@ pub(super) fn run(machine: &Machine, id: u8, mut vcpu: VcpuFd) {
     let Some(control) = machine.shared.vcpus.get(usize::from(id)) else {
         return;
     };
-    // Without it only guests that halt for good are not told.
+    // Without it only guests that halt for good are not noticed.
     let _looks = machine.shared.kick_periodically(halt::PERIOD);
     control.enter(vcpu.kicker());
     if machine.shared.marks.running() {

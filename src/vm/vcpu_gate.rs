@@ -12,9 +12,9 @@ use super::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 pub(super) struct VcpuGate {
     /// Both are changed under the lock, and looked at without it before each KVM_RUN.
     closed: AtomicBool,
-    /// A device cannot go on until somebody says so; changed and looked at likewise.
+    /// A device cannot go on until the embedder resumes it; changed and looked at likewise.
     held: AtomicBool,
-    /// The VM ends: nobody waits any more, and nobody runs.
+    /// The VM ends: no thread waits here any more, and no vCPU runs.
     gone: AtomicBool,
     /// How many vCPU threads wait here.
     parked: Mutex<usize>,

@@ -91,7 +91,7 @@ fn fadt(dsdt: u64) -> FADT {
         .flag(Flags::PwrButton)
         .flag(Flags::SlpButton)
         .flag(Flags::FixRtc);
-    // Not used on such a machine, but kernels of old set up whatever line is named: better one that nobody has.
+    // Not used on such a machine, but old kernels set up the line that is named: better one that no device has.
     fadt.sci_int = layout::ACPI_IRQ.into();
     fadt.iapc_boot_arch = BOOT_ARCH.into();
     fadt.reset_reg = port(layout::I8042_PORT + 4);
@@ -146,7 +146,7 @@ fn dsdt(devices: &[(u64, u32)]) -> Sdt {
     table(*b"DSDT", DSDT_REVISION, &definitions)
 }
 
-/// An interrupt line as the hypervisor pulls it: a pulse, which is an edge; nobody shares it.
+/// Returns an interrupt line as the hypervisor pulls it: an unshared pulse, thus an edge.
 fn line(irq: u32) -> aml::Interrupt {
     let (consumer, edge_triggered, active_low, shared) = (true, true, false, false);
     aml::Interrupt::new(consumer, edge_triggered, active_low, shared, irq)
@@ -175,7 +175,7 @@ fn keyboard(to: &mut Vec<u8>) {
     device("KBD_", &aml::EISAName::new("PNP0303"), 0, vec![&data, &command, &line(layout::I8042_IRQ)], to);
 }
 
-/// The port that hears of panics. By this name, which QEMU gave it, drivers know it.
+/// The port that reports panics. Drivers know it by this name, which QEMU gave it.
 fn panic_port(to: &mut Vec<u8>) {
     device("PEVT", &"QEMU0001", 0, vec![&ports(layout::PANIC_PORT, 1)], to);
 }

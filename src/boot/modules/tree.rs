@@ -190,7 +190,7 @@ fn list(root: &Path, name: &str) -> Result<Option<String>> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         path => path?,
     };
-    // Asked before it is opened, because opening a named pipe would wait for somebody to write.
+    // Checked before it is opened, because opening a named pipe would wait for a writer.
     if !path.starts_with(root) || !path.is_file() {
         return Err(Error::new(ErrorKind::Corrupt, "not a file of this directory"));
     }

@@ -11,7 +11,7 @@ use crate::error::{Error, ErrorKind};
 pub(in crate::container) const START_TIMEOUT: Duration = Duration::from_secs(60);
 /// A process that was killed and whose end the guest does not tell has ended for the host after this.
 pub(in crate::container) const KILL_MARGIN: Duration = Duration::from_secs(2);
-/// A guest that runs and has not told for so long that a killed process has ended is ended itself.
+/// How long a running guest may owe the end of a killed process. Then the VM is ended.
 pub(super) const UNANSWERED_KILL: Duration = Duration::from_secs(30);
 
 /// One process that was asked for.
@@ -30,7 +30,7 @@ pub(super) enum Phase {
     /// The guest has not said yet whether it runs; it must by this moment.
     Starting(Instant),
     Running,
-    /// The guest was told to kill it. It has ended so, whatever the guest says of it.
+    /// The guest was asked to kill it. It has ended so, whatever the guest says of it.
     Killed(Ending),
     /// It has ended for all on the host. The guest still owes the answer.
     Overdue,
@@ -42,7 +42,7 @@ pub(super) enum Ending {
     TimedOut,
     /// By [`Process::kill`](super::Process::kill).
     Killed,
-    /// It did not start in time; whoever asked for it gets an error.
+    /// It did not start in time; the caller gets an error.
     GivenUp,
 }
 
@@ -85,7 +85,7 @@ impl ProcessEntry {
         }
     }
 
-    /// Tells everybody on the host that it has ended by what the host did.
+    /// Notifies all waiters on the host that it has ended by what the host did.
     pub(super) fn end(&mut self, ending: Ending) {
         if let Some(started) = self.started.take() {
             // Who asked may have given up.
@@ -103,14 +103,14 @@ impl ProcessEntry {
 
 impl Drop for ProcessEntry {
     fn drop(&mut self) {
-        // Whatever way it is forgotten: nobody waits for it for ever.
+        // However it is forgotten, no thread waits for it forever.
         self.state.abandon();
     }
 }
 
 /// What has come of a moment that a process waited for.
 pub(super) enum Expiry {
-    /// The guest has to be told to kill it.
+    /// The host has to ask the guest to kill it.
     Kill,
     /// It has ended for the host.
     Ended,

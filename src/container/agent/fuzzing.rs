@@ -39,7 +39,7 @@ impl Script<'_> {
     }
 }
 
-/// Whoever waits for a program, and for its start.
+/// A waiter for a program, and one for its start.
 type Waiting = (Arc<State>, mpsc::Receiver<Result<()>>);
 
 fn ask(client: &mut ControlClient, script: &mut Script<'_>) -> Result<Waiting> {
@@ -55,7 +55,7 @@ fn ask(client: &mut ControlClient, script: &mut Script<'_>) -> Result<Waiting> {
 }
 
 /// Plays the script against the agent. Whatever it says: every turn ends, nothing grows without bound, and in the end
-/// everybody who waited has been told.
+/// every waiter has an answer.
 pub(crate) fn control_stream(data: &[u8]) {
     if let Err(error) = play(data) {
         log::debug!("the host has no more descriptors: {error}");
@@ -82,7 +82,7 @@ fn play(data: &[u8]) -> Result<()> {
             2 => pass(&mut client, Duration::from_secs(script.next().into())),
             3 => {
                 let raw: Vec<u8> = (0..script.next() % 64).map(|_| script.next()).collect();
-                // A shim that is not heard any more cannot write.
+                // A shim whose stream is not read any more cannot write.
                 let _ = (&shim).write(&raw);
             }
             4 => drop((&shim).read(&mut [0; 4096])),
@@ -105,7 +105,7 @@ fn play(data: &[u8]) -> Result<()> {
     }
     assert!(client.processes.values().all(|it| it.state.has_ended() || it.deadline.is_none()), "time-outs are kept");
     drop(client);
-    // Whoever was told that it does not run waits for nothing.
+    // A waiter that got a refusal waits for nothing.
     let refused = |answer: &mpsc::Receiver<Result<()>>| matches!(answer.try_recv(), Ok(Err(_)));
     assert!(waiting.iter().all(|(state, answer)| state.has_ended() || refused(answer)), "nobody waits for ever");
     Ok(())

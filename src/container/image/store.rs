@@ -22,7 +22,7 @@ use crate::sys::{self, AtomicFile, Beneath, CloseOnFork};
 const FILE_MODE: u32 = 0o600;
 const FOLDER_MODE: u32 = 0o700;
 
-/// How often a lock that somebody else has is tried: with growing pauses between these.
+/// Bounds of the growing pauses between two tries of a lock that is held.
 const MIN_PAUSE: Duration = Duration::from_millis(1);
 const MAX_PAUSE: Duration = Duration::from_millis(50);
 
@@ -121,7 +121,7 @@ impl Store {
             return Ok(file);
         }
         let _lock = self.lock(digest, patience)?;
-        // Somebody else may have made it while this one waited.
+        // Another thread or process may have made it while this one waited.
         if let Some(file) = self.get(&name, patience)? {
             return Ok(file);
         }
@@ -175,8 +175,8 @@ impl Store {
         Ok(Some(file))
     }
 
-    /// Waits for whoever makes the same. One file for all digests: each has a byte of its own in it, so nobody ever has to remove a
-    /// lock. It is not to be opened by others, who could hold it.
+    /// Waits for another thread or process that makes the same image. One file for all digests: each has a byte of its
+    /// own in it, so no lock is ever removed. It is not to be opened by other users, who could hold it.
     fn lock(&self, digest: &str, patience: &Patience) -> Result<CloseOnFork<File>> {
         let doing = || format!("locking {}", self.dir.join("lock").display());
         let path = sys::path_of(self.directory.as_fd()).join("lock");
@@ -185,7 +185,7 @@ impl Store {
         options.write(true).create(true).truncate(false).custom_flags(flags).mode(FILE_MODE);
         let lock = options.open(&path).doing(doing)?;
         check_private(&lock).doing(doing)?;
-        // Whoever can read it can hold it. One of root's that is so is bounded by the time allowed.
+        // A user that can read it can hold it. For one of root's the time allowed bounds the wait.
         if lock.metadata().doing(doing)?.mode() & 0o077 != 0 {
             let _ = lock.set_permissions(fs::Permissions::from_mode(FILE_MODE));
         }
@@ -200,8 +200,8 @@ impl Store {
     }
 }
 
-/// The list, unless somebody has it just now: in a child of fork that may be a thread that is not there. Whoever misses it reads a
-/// disk once more.
+/// Returns the list, unless another thread holds it. In a child of fork that thread may not exist. A caller that misses
+/// the list reads a disk once more.
 fn verified() -> Option<MutexGuard<'static, BTreeSet<Identity>>> {
     match VERIFIED.try_lock() {
         Ok(verified) => Some(verified),
@@ -235,7 +235,7 @@ fn open_directory(path: &Path, shown: &Path) -> Result<Beneath> {
 /// Opens a file of the store for reading.
 ///
 /// # Errors
-/// `PermissionDenied` for one that somebody else may have put there.
+/// `PermissionDenied` for one that another user may have put there.
 fn private_file(directory: &Beneath, name: &str) -> Result<File> {
     let file = directory.open_at(Path::new(name), libc::O_RDONLY)?;
     check_private(&file)?;

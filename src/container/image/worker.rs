@@ -13,7 +13,7 @@ use crate::sys::{self, ProcessGeneration};
 /// Stack of the thread. Nothing there recurses over what is read.
 const STACK: usize = 512 << 10;
 
-/// How often is looked whether somebody has cancelled.
+/// How often the token is checked for a cancellation.
 const POLL: Duration = Duration::from_millis(50);
 
 /// How long a thread that is to end has for what it does just then, before it is left behind.
@@ -66,7 +66,7 @@ impl Parting {
     const LEFT: u8 = 1;
     const ENDED: u8 = 2;
 
-    /// Nobody waits for the thread any more.
+    /// Leaves the thread behind: no thread waits for it any more.
     fn leave(&self, left: &LeftBehind) {
         left.add();
         if self.0.swap(Self::LEFT, Ordering::AcqRel) == Self::ENDED {

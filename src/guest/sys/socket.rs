@@ -91,7 +91,7 @@ pub(in super::super) fn connect_result(socket: &Fd) -> Result<()> {
     if errno == 0 { Ok(()) } else { Err(Errno(errno)) }
 }
 
-/// A socket that hears whoever connects to a vsock port of this machine.
+/// Returns a socket that listens on a vsock port of this machine.
 pub(in super::super) fn listen_vsock(port: u32) -> Result<Fd> {
     const ANY: u32 = u32::MAX;
     // As many as the host makes at all.

@@ -34,7 +34,7 @@ pub(crate) enum Code {
     Refused = 5,
 }
 
-/// Why a question is not passed on. With nothing, there is nobody to answer.
+/// Why a question is not passed on. With nothing, it cannot be answered.
 pub(crate) type Wrong = Option<Code>;
 
 /// What the guest wants to know.
@@ -318,7 +318,7 @@ mod tests {
             expected.extend(after.into_iter().flatten());
             assert!(strip(&question, &mut answer));
             assert_eq!(answer, expected);
-            // What is cut off in what nobody sees does no harm.
+            // Stripping it once more changes nothing.
             assert!(strip(&question, &mut answer) && answer == expected);
         }
         let mut short = plain.clone();

@@ -26,7 +26,7 @@ pub(crate) struct Servers {
     way_out: bool,
 }
 
-/// Addresses of documentation (RFC 5737, RFC 3849): nobody is there, and nothing is sent to find a route.
+/// Addresses of documentation (RFC 5737, RFC 3849), which no host has. Nothing is sent to find a route.
 const SOMEWHERE: (&str, &str) = ("192.0.2.1", "2001:db8::1");
 
 fn routed(from: &str, to: &str) -> bool {

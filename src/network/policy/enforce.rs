@@ -85,10 +85,10 @@ impl fmt::Display for Denial {
     }
 }
 
-/// Hears of denials, on the VM's event loop: must not block.
+/// Receives denials, on the VM's event loop: must not block.
 pub(crate) type Reporter = Box<dyn FnMut(Denial) + Send>;
 
-/// Denials that are told at once, and in each second.
+/// Denials that are reported at once, and in each second.
 const MAX_REPORTS: u32 = 64;
 
 /// What becomes of a question.
@@ -96,7 +96,7 @@ const MAX_REPORTS: u32 = 64;
 pub(crate) enum Asking {
     /// The host's resolver is asked.
     Passed,
-    /// The name may have other records, but none of this type is told.
+    /// The name may have other records, but the answer has none of this type.
     Empty,
     /// There is no such name.
     Denied,
@@ -268,8 +268,8 @@ impl Enforcer {
         }
     }
 
-    /// Whether a packet to `address` would stay on the host: its services would be reached as if from itself. What cannot be
-    /// told is the host's own.
+    /// Returns whether a packet to `address` would stay on the host. Its services would be reached as if from itself.
+    /// An address of unknown route counts as the host's own.
     fn is_own(&self, address: IpAddr) -> bool {
         self.route(address).is_none_or(|route| route == Route::Own)
     }

@@ -213,7 +213,7 @@ impl Policy {
     /// Answers questions for records of every type, as MX, TXT and SRV.
     ///
     /// That is for every name that [`Rule::allow_public`] lets the guest ask for. The host's resolvers may know
-    /// internal names, and what they say of those is told too.
+    /// internal names, and the guest gets those records too.
     ///
     /// By default such names have addresses (A, AAAA) and aliases (CNAME) alone. Names of [`Rule::allow_name`] have
     /// records of every type. Addresses that the policy lets the guest reach have names (PTR).

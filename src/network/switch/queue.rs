@@ -1,7 +1,7 @@
 //! [`Queue`]: frames for one guest of a switch. The loops of others put them in, and its own takes them out.
 //!
-//! Nobody waits: what does not fit is dropped by who would put it in. The lock is held for as long as a frame's place
-//! in a list takes; bytes are copied outside.
+//! No loop waits: a sender drops what does not fit. The lock is held for as long as a frame's place in a list takes;
+//! bytes are copied outside.
 
 use std::collections::VecDeque;
 use std::io;
@@ -31,7 +31,7 @@ struct State {
     size: usize,
     /// What of that came from each of the others, by their numbers.
     shares: Vec<usize>,
-    /// The guest's loop was told, and has not been told yet that there is nothing.
+    /// The guest's loop was woken, and has not found the queue empty since.
     awake: bool,
     dropped: u64,
 }
@@ -118,7 +118,7 @@ impl Queue {
         borrow(&self.bell)
     }
 
-    /// The bell was heard.
+    /// Clears the bell, once it has woken the loop.
     pub(super) fn heard(&self) {
         let _ = self.bell.read();
     }

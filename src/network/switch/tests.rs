@@ -106,7 +106,7 @@ fn nobody_speaks_for_another() {
     }
     // The same guest, to make frames of.
     let a_says = Played::on(&Switch::new(), "a", mac(1), TSO).unwrap();
-    // To another's card with nobody's address, and the other way round.
+    // To another's card with an address that no guest has, and the other way round.
     send(&a_says.udp(b.mac, [10, 0, 3, 200].into(), (5, 5), b"x"));
     send(&a_says.udp(mac(77), four, (5, 5), b"x"));
     // Broadcasts, multicasts, outside.
@@ -136,7 +136,7 @@ fn nobody_speaks_for_another() {
         send(&fragment(&a_says, b.mac, dst, wire::TCP, 24, &[0; 8]));
     }
     send(&fragment(&a_says, its_mac, itself(&switch).1, wire::UDP, 0, &[0, 5, 0, 53, 5, 0, 0, 0]));
-    // What is too large without being cut, other kinds of frames, and an ARP answer that nobody asked for.
+    // What is too large without being cut, other kinds of frames, and an ARP answer without a question.
     send(&a_says.udp(b.mac, four, (5, 5), &[0; 3000]));
     send(&[&b.mac.0[..], &mac(1).0, &[0x81, 0, 0, 0]].concat());
     let poison = [&[0, 1, 8, 0, 6, 4, 0, 2][..], &mac(1).0, &b.four.octets(), &b.mac.0, &b.four.octets()].concat();
@@ -224,7 +224,7 @@ fn the_switch_leases_advertises_and_answers() {
     let options = &offer[42 + 240..];
     let has = |wanted: &[u8]| options.windows(wanted.len()).any(|window| window == wanted);
     assert!(has(&[6, 4, 10, 0, 3, 1]) && !has(&[3, 4, 10, 0, 3, 1]), "{options:?}");
-    // A router that is nobody's way out, with the prefix.
+    // A router that is no way out, with the prefix.
     let mut message = vec![133, 0, 0, 0, 0, 0, 0, 0];
     let all: IpAddr = "ff02::2".parse().unwrap();
     let check = !wire::fold(wire::pseudo(a.six.into(), all, wire::ICMPV6, 8) + wire::sum(&message));
@@ -311,7 +311,7 @@ fn nothing_is_hidden_behind_headers_that_are_not_looked_through() {
     let head = a.ip(b.mac, b.six.into(), 60, options.len() + advertisement.len());
     a.send(&[head.as_slice(), &options, &advertisement].concat(), Offload::default());
     assert!(b.take().is_empty());
-    // What is nobody's header passes: ESP is the end of what can be seen.
+    // What is no known header passes: ESP is the end of what can be seen.
     let frame = hidden(&a, &b, 50, b"sealed");
     a.send(&frame, Offload::default());
     assert_eq!(b.take().len(), 1);

@@ -17,7 +17,7 @@ use crate::rate::{Bucket, Rate};
 /// Frames that may wait for the guest: answers to what it sent, which it can ask for again.
 const WAITING: usize = 512;
 
-/// TCP connections that a guest opens, unless somebody says otherwise: 2,000 at once, and 200 in each second.
+/// TCP connections that a guest opens, by default: 2,000 at once, 200 in each second.
 const NEW_CONNECTIONS: Rate = Rate::per_second(200);
 /// System calls by which the kernel is asked for a route.
 pub(in crate::network) const ROUTE_CALLS: usize = 2;
@@ -47,9 +47,9 @@ pub(in crate::network) struct Core {
     questions: Bucket,
     start: Instant,
     waiting: VecDeque<Vec<u8>>,
-    /// When it was told last that there are no descriptors.
+    /// When the lack of descriptors was reported last.
     told_refused: Option<Instant>,
-    /// How many packets went in fragments, by which those of one are told from others.
+    /// How many packets went in fragments, which identifies those of each.
     fragmented: u32,
     /// Room for a whole packet, for those that must be looked at.
     pub buffer: Vec<u8>,
@@ -139,7 +139,7 @@ impl Core {
         admitted
     }
 
-    /// The host has no more descriptors for what was admitted: that is told, at most once a second.
+    /// Reports a lack of descriptors for what was admitted, at most once a second.
     pub(in crate::network) fn refused(&mut self, protocol: Protocol, to: SocketAddr) {
         let now = self.host.now;
         if self.told_refused.is_none_or(|told| now >= told + Duration::from_secs(1)) {

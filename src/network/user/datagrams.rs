@@ -31,7 +31,7 @@ struct Key {
 #[derive(Debug)]
 enum Via {
     Socket(Socket),
-    /// Somebody on the host has sent to a published port.
+    /// A client on the host has sent to a published port.
     Port {
         port: Id,
         client: SocketAddr,
@@ -179,7 +179,7 @@ impl Datagrams {
                         Payload::Whole(bytes) => socket.send(bytes.get(at..end).unwrap_or_default()),
                     };
                     match send() {
-                        // What is told then is what became of one before (udp(7)).
+                        // The error is of an earlier datagram (udp(7)).
                         Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => send(),
                         sent => sent,
                     }
@@ -201,7 +201,7 @@ impl Datagrams {
         }
     }
 
-    /// Takes an echo request of the guest to somebody outside.
+    /// Takes an echo request of the guest to a host outside.
     pub(super) fn ping(&mut self, core: &mut Core, ends: Ends, message: &mut [u8]) {
         let Some([_, _, _, _, a, b]) = message.first_chunk::<6>() else { return };
         let guest = (ends.src, u16::from_be_bytes([*a, *b]));
@@ -408,8 +408,8 @@ impl Datagrams {
         true
     }
 
-    /// The guest says that nobody there takes what was sent to a published port: it is led to the next place. `packet` is what
-    /// was sent, or its front.
+    /// Leads a datagram to the next place, after the guest has reported no listener. `packet` is what was sent, or its
+    /// front.
     pub(super) fn refused(&mut self, core: &mut Core, ports: &mut PortForwards, packet: &[u8]) -> Result<(), Bad> {
         let kind = if packet.first().is_some_and(|byte| byte >> 4 == 6) { wire::IPV6 } else { wire::IPV4 };
         let parsed = Packet::parse(kind, packet, usize::MAX)?;

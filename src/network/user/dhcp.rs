@@ -1,6 +1,6 @@
 //! A DHCP server (RFC 2131) with one lease, which is the guest's for ever.
 //!
-//! It remembers nothing, so that there is nothing to use up: whoever else asks is not the guest, and is not answered.
+//! It remembers nothing, so that there is nothing to use up: a client other than the guest gets no answer.
 
 use std::net::{IpAddr, Ipv4Addr};
 
@@ -147,7 +147,7 @@ pub(in crate::network) fn message(core: &mut Core, bytes: &[u8]) {
         reply.extend(core.config.mtu.to_be_bytes());
     }
     reply.push(END);
-    // To who has no address yet, or says that it hears only what goes to all (RFC 2131, 4.1).
+    // To a client that has no address yet, or takes only broadcasts (RFC 2131, 4.1).
     let broadcast = asked.flags.first().is_some_and(|f| f & 0x80 != 0) || kind == REFUSE;
     let dst = match asked.current {
         current if !current.is_unspecified() && kind != REFUSE => current,

@@ -27,7 +27,7 @@ pub(in crate::network) struct Host {
     skew: Duration,
     /// How many sockets were made to go out; each was admitted by the policy.
     pub made: u64,
-    /// System calls of what is dear, since somebody last took them: see [`Host::take_calls`].
+    /// Expensive system calls since [`Host::take_calls`] last took them.
     pub calls: usize,
     /// This network's share of its guest's descriptors, as last counted. They count against its guest's share.
     pub held: HeldDescriptors,
@@ -67,7 +67,7 @@ impl Host {
         crate::sys::borrow_epoll(&self.epoll)
     }
 
-    /// Makes a socket to where the policy lets it go: nobody else can name an [`Admitted`].
+    /// Makes a socket to where the policy lets it go. Only the policy makes an [`Admitted`].
     pub(in crate::network) fn connect(&mut self, to: &Admitted) -> io::Result<Socket> {
         self.made += 1;
         // socket(2), connect(2), what watches it, and close(2); a stream has two options.

@@ -49,7 +49,7 @@ impl Unreachable {
     }
 }
 
-/// What follows, in the guest's own words, when it says that nobody listens on a port (RFC 792; RFC 4443, 3.1).
+/// Returns the packet that a guest's "port unreachable" quotes (RFC 792; RFC 4443, 3.1).
 pub(in crate::network) fn nobody_there(six: bool, message: &[u8]) -> Option<&[u8]> {
     let (kind, code, _) = Unreachable::Port.number(!six);
     message.strip_prefix(&[kind, code]).and_then(|rest| rest.get(6..))

@@ -137,8 +137,8 @@ impl UserStack {
         Ok(())
     }
 
-    /// Leads connections to `host` to the guest's port; port 0 is any. Only callers of these ranges are heard, or all when
-    /// there are none. Says where it listens.
+    /// Leads connections to `host` to the guest's port; port 0 is any. Only callers of these ranges are accepted, or
+    /// all when there are none. Returns where it listens.
     ///
     /// # Errors
     /// `AlreadyExists`, `PermissionDenied` or `InvalidConfig` when the host's port cannot be had; the message says what to do.
@@ -164,7 +164,7 @@ impl UserStack {
         self.ports.publish(&mut self.core, false, host, guest, callers)
     }
 
-    /// Nobody can call there any more; connections that there are stay. False: it was gone.
+    /// Closes a published port to new callers; existing connections stay. False: it was gone.
     pub(crate) fn unpublish(&mut self, published: Published) -> bool {
         self.datagrams.unpublished(&mut self.core, published.id());
         let was_there = self.ports.unpublish(&mut self.core, published);
@@ -335,7 +335,8 @@ impl UserStack {
             (IpAddr::V6(src), wire::ICMPV6) if src.is_unspecified() || src.is_unicast_link_local() => {
                 return self.message(memory, frame, at, packet, inner);
             }
-            // From an address of the link nobody beyond it can be called: the guest has no other yet, and shall not wait.
+            // From a link-local address no host beyond the link can be called: the guest has no other yet, and shall
+            // not wait.
             (IpAddr::V6(src), wire::TCP | wire::UDP) if src.is_unicast_link_local() && is_beyond_link(packet.dst) => {
                 self.core.stats.unserved += 1;
                 let len = (at - wire::ETHERNET + packet.len).min(48);
@@ -380,7 +381,7 @@ impl UserStack {
         self.told(Ends { src: packet.src, dst: packet.dst }, packet.protocol, &mut message)
     }
 
-    /// A message that asks for an echo, or tells that nobody listens.
+    /// Takes a message that asks for an echo, or reports a port without a listener.
     fn told(&mut self, ends: Ends, protocol: u8, message: &mut [u8]) -> Result<(), Bad> {
         let six = ends.src.is_ipv6();
         if six != (protocol == wire::ICMPV6) {

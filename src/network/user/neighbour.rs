@@ -1,6 +1,6 @@
 //! Who is who on the link: ARP (RFC 826), neighbours and router advertisements (RFC 4861).
 //!
-//! The gateway answers for itself and for whom it knows, and learns of nobody, so that there is nothing to poison.
+//! The gateway answers for itself and for known hosts, and learns of none, so that there is nothing to poison.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::Duration;
@@ -46,7 +46,7 @@ impl Router {
         self.asked(core);
     }
 
-    /// Takes an ICMPv6 message to whoever; false when it is none of ours. `who` knows the cards of the link.
+    /// Takes an ICMPv6 message to any address; false when it is none of ours. `who` knows the cards of the link.
     pub(in crate::network) fn message(
         &mut self,
         core: &mut Core,
@@ -55,7 +55,7 @@ impl Router {
         who: impl FnOnce(Ipv6Addr) -> Option<Mac>,
     ) -> bool {
         let [kind, 0, _, _, _, _, _, _, rest @ ..] = bytes else { return false };
-        // Only what nobody has forwarded (RFC 4861, 6.1.1 and 7.1.1).
+        // Only what no router has forwarded (RFC 4861, 6.1.1 and 7.1.1).
         let near = packet.hops == 255;
         match *kind {
             ROUTER_SOLICITATION if near => self.asked(core),
@@ -82,7 +82,7 @@ pub(in crate::network) fn arp(core: &mut Core, bytes: &[u8], who: impl FnOnce(Ip
         return;
     }
     let (mac, from) = (Mac([*s0, *s1, *s2, *s3, *s4, *s5]), Ipv4Addr::new(*a, *b, *c, *d));
-    // No address at all is a probe whether somebody has it (RFC 5227, 1.1).
+    // No address at all is a probe whether another host has it (RFC 5227, 1.1).
     if mac != core.config.guest_mac || !(from == core.config.guest4 || from.is_unspecified()) {
         core.stats.spoofed += 1;
         return;
@@ -109,7 +109,7 @@ fn solicited(core: &mut Core, packet: Packet, rest: &[u8], who: impl FnOnce(Ipv6
     };
     let Some(mac) = who(target) else { return };
     let router = if core.config.router && core.config.is_gateway(target.into()) { ROUTER } else { 0 };
-    // Who has no address yet asks whether somebody has it.
+    // A guest without an address yet asks whether another host has it.
     let (to, flags) = match packet.src {
         IpAddr::V6(a) if a.is_unspecified() => (ALL_NODES.into(), router | OVERRIDE),
         src => (src, router | SOLICITED | OVERRIDE),

@@ -24,7 +24,7 @@ use crate::sys::{CloseOnFork, Socket, is_spare};
 const BATCH: usize = 32;
 /// System calls of each: accept(2), three options, what watches it, and close(2).
 const ACCEPT_CALLS: usize = 6;
-/// How long nobody is accepted when the host has no more descriptors.
+/// How long no caller is accepted when the host has no more descriptors.
 const PAUSE: Duration = Duration::from_millis(250);
 
 #[derive(Debug)]
@@ -38,9 +38,9 @@ enum Kind {
 struct Port {
     kind: Kind,
     guest: u16,
-    /// Who may call; nobody else is heard. Empty: everybody.
+    /// Which callers are accepted. Empty: all.
     callers: Vec<Cidr>,
-    /// Where somebody listened last.
+    /// Where a listener was found last.
     found: Option<IpAddr>,
     alarm: Alarm,
 }
@@ -134,7 +134,7 @@ impl PortForwards {
         }
     }
 
-    /// Nobody can call any more; connections that there are stay. False: it was gone.
+    /// Closes the port to new callers; existing connections stay. False: it was gone.
     pub(super) fn unpublish(&mut self, core: &mut Core, Published(id): Published) -> bool {
         let Some(mut port) = self.all.remove(id) else { return false };
         core.host.cancel(&mut port.alarm, Owner::Listener(id));
@@ -149,7 +149,7 @@ impl PortForwards {
         self.all.get(id).is_some()
     }
 
-    /// Somebody calls.
+    /// Accepts callers, a batch at most.
     pub(super) fn accept(&mut self, core: &mut Core, tcp: &mut TcpFlows, id: Id) {
         let Some(port) = self.all.get_mut(id) else { return };
         let Kind::Tcp(listener) = &port.kind else { return };
@@ -170,7 +170,7 @@ impl PortForwards {
                     core.host.alarm(&mut port.alarm, Owner::Listener(id), Some(at));
                     return;
                 }
-                // Nobody any more, or gone again already (accept(2)).
+                // No caller any more, or gone again already (accept(2)).
                 Err(_) => return,
             };
             let heard = port.hears(caller);
@@ -195,14 +195,14 @@ impl PortForwards {
         self.all.get(id)?.place(core, tried)
     }
 
-    /// Somebody was there.
+    /// Remembers a place that had a listener.
     pub(super) fn reached(&mut self, id: Id, place: IpAddr) {
         if let Some(port) = self.all.get_mut(id) {
             port.found = Some(place);
         }
     }
 
-    /// Nobody was anywhere.
+    /// Forgets the place: none had a listener.
     pub(super) fn silence(&mut self, id: Id) {
         if let Some(port) = self.all.get_mut(id) {
             port.found = None;
@@ -250,21 +250,21 @@ impl PortForwards {
         }
     }
 
-    /// The next datagram to a published port: its length, who sent it, and the guest's port. `None`: of somebody who is not
-    /// heard.
+    /// Takes the next datagram to a published port. Returns its length, its sender, and the guest's port. `None`: its
+    /// sender is not accepted.
     pub(super) fn receive(&self, id: Id, buffer: &mut [u8]) -> io::Result<Option<(usize, SocketAddr, u16)>> {
         let (port, socket) = self.datagrams(id)?;
         let (n, caller) = socket.recv_from(buffer)?;
         Ok(port.hears(caller).then_some((n, caller, port.guest)))
     }
 
-    /// The guest answers somebody who has sent to a published port.
+    /// Sends the guest's answer to a client of a published port.
     pub(super) fn send(&self, id: Id, to: SocketAddr, bytes: &[u8]) -> io::Result<usize> {
         self.datagrams(id)?.1.send_to(bytes, to)
     }
 }
 
-/// Leads a caller to the next place where somebody may listen.
+/// Leads a caller to the next place that may have a listener.
 fn call(core: &mut Core, tcp: &mut TcpFlows, next: &mut u16, port: &Port, mut caller: Caller) {
     let Some(place) = port.place(core, &mut caller.tried) else {
         core.stats.unconnected += 1;
@@ -276,7 +276,7 @@ fn call(core: &mut Core, tcp: &mut TcpFlows, next: &mut u16, port: &Port, mut ca
     }
 }
 
-/// Whoever is connected sees a reset when the socket is dropped.
+/// Resets the caller's connection when the socket is dropped.
 fn reset(socket: &Socket) {
     if let Err(error) = socket.reset_on_close() {
         log::debug!("a caller of a published port is gone: {error}");

@@ -19,7 +19,7 @@ use crate::sys::{self, EventSet, Socket, SocketKind};
 
 pub(super) const PORT: u16 = 53;
 
-/// Questions under way.
+/// Pending questions.
 const MAX_ASKED: usize = 256;
 /// Until the next resolver is asked, and how often all of them are.
 const RESOLVER_TIMEOUT: Duration = Duration::from_secs(2);
@@ -57,7 +57,7 @@ struct PendingQuery {
     alarm: Alarm,
 }
 
-/// The questions under way, and answers for those who asked over TCP.
+/// The pending questions, and answers for those who asked over TCP.
 #[derive(Debug)]
 pub(super) struct Resolver {
     asked: GenerationalMap<PendingQuery>,
@@ -71,7 +71,7 @@ impl Resolver {
         Self { asked: GenerationalMap::default(), servers: Servers::new(given), answers: Vec::new() }
     }
 
-    /// Questions under way.
+    /// Returns how many questions are pending.
     pub(super) fn len(&self) -> usize {
         self.asked.len()
     }
@@ -178,7 +178,7 @@ impl Resolver {
         }
     }
 
-    /// Nobody has answered in time.
+    /// Goes on to the next try, as no answer has come in time.
     pub(super) fn rang(&mut self, core: &mut Core, id: Id) {
         if let Some(asked) = self.asked.get_mut(id) {
             asked.alarm.rang();
@@ -212,7 +212,7 @@ impl Resolver {
         let Some(asked) = self.remove(core, id) else { return };
         let Some(found) = found else { return self.answer(core, asked.requester, &dns::truncated(&asked.query)) };
         if found.code == Code::FormErr as u8 {
-            // The resolver may not have repeated the question. Whoever asked with EDNS asks without it then.
+            // The resolver may not have repeated the question. A client that asked with EDNS asks without it then.
             return self.answer(core, asked.requester, &dns::reply(&asked.query, Code::FormErr));
         }
         let (now, name) = (core.host.now, &asked.question.name);
@@ -226,7 +226,7 @@ impl Resolver {
         told.retain(|address| !way_out || core.policy.is_routed(*address));
         core.policy.resolved(name, &told, found.valid, now);
         if told.len() < all {
-            // The name is there, whatever is not told of it: "no such name" would end the search for the other family.
+            // The name is there, whatever is withheld of it: "no such name" would end the search for the other family.
             let ttl = u32::try_from(found.valid.as_secs()).unwrap_or(u32::MAX);
             answer = dns::found(&asked.query, &asked.question, told, ttl);
         } else if dns::strip(&asked.question, &mut answer) {

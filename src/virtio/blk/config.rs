@@ -36,7 +36,7 @@ pub enum CacheMode {
     Unsafe,
 }
 
-/// What a disk was told to be.
+/// What a disk is configured to be.
 #[derive(Debug, Clone)]
 pub(crate) struct Options {
     /// By which events and errors call it.

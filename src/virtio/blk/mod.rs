@@ -1,8 +1,8 @@
 //! Block device (Virtio 1.3, 5.2): a disk. Its requests are in flight together and complete in any order.
 //!
 //! [`Blk`] lives on the loop of the VM's disks when an io_uring does everything that could block, and on a loop of its
-//! own otherwise. A flush is answered after `fdatasync`, so data that the guest was told is durable is on the disk.
-//! After a sync has failed nothing is called durable any more.
+//! own otherwise. A flush is answered after `fdatasync`, so data that the guest holds for durable is on the disk. After
+//! a sync has failed nothing is called durable any more.
 
 mod backend;
 mod config;
@@ -72,13 +72,13 @@ const SPACE_CHECK_INTERVAL: Duration = Duration::from_secs(1);
 /// How long a stop waits for what is in flight and cannot be cancelled.
 const STOP_TIMEOUT: Duration = Duration::from_secs(4);
 
-/// Told of every fault but those that come too fast. It must carry out the fault's action.
+/// Called with every fault but those that come too fast. It must carry out the fault's action.
 pub(crate) type OnFault = Arc<dyn Fn(DiskError) + Send + Sync>;
 
-/// Told how many bytes are left when that becomes less than the disk's free space.
+/// Called with the bytes that are left when that becomes less than its `min_free_space`.
 pub(crate) type OnLowSpace = Arc<dyn Fn(u64) + Send + Sync>;
 
-/// Told that a request has to wait for the disk's limit.
+/// Called when a request has to wait for the disk's limit.
 pub(crate) type OnThrottled = Arc<dyn Fn() + Send + Sync>;
 
 /// A disk.
@@ -102,14 +102,14 @@ pub(crate) struct Blk {
     moving: u64,
     /// Queues that were left alone for a lack of room.
     full: Vec<usize>,
-    /// Queues with completions that the driver has not been told of.
+    /// Queues with completions of which the driver was not notified yet.
     dirty: Vec<usize>,
     telling: FaultThrottle,
     room: Room,
     /// When the space that is left was looked at last, and whether it was too little.
     looked: Duration,
     low: bool,
-    /// Since when no more is told of requests that wait.
+    /// When waiting requests were reported last.
     told_throttled: Option<Duration>,
     epoch: Instant,
 }
@@ -148,19 +148,19 @@ impl Blk {
         }
     }
 
-    /// Sets who is told of faults and acts on them.
+    /// Sets the handler of faults, which acts on them.
     pub(crate) fn on_fault(mut self, f: impl Fn(DiskError) + Send + Sync + 'static) -> Self {
         self.on_fault = Arc::new(f);
         self
     }
 
-    /// Sets who is told, once each time, that the host has less space left than the disk's free space.
+    /// Sets the handler of low space: less is left than its `min_free_space`. It is called once each time.
     pub(crate) fn on_low_space(mut self, f: impl Fn(u64) + Send + Sync + 'static) -> Self {
         self.on_low_space = Arc::new(f);
         self
     }
 
-    /// Sets who is told, at most once a second, that requests wait for the disk's limit.
+    /// Sets the handler of requests that wait for the disk's limit. It is called at most once a second.
     pub(crate) fn on_throttled(mut self, f: impl Fn() + Send + Sync + 'static) -> Self {
         self.on_throttled = Arc::new(f);
         self
@@ -171,7 +171,7 @@ impl Blk {
         if self.engine.io_queue.is_some() { IoEngine::IoUring } else { IoEngine::Threads }
     }
 
-    /// Why it does without the ring that it was told to use.
+    /// Returns why it does without the ring that it was to use.
     pub(crate) fn refused(&self) -> Option<&str> {
         self.engine.refused.as_deref()
     }

@@ -111,8 +111,8 @@ pub(crate) struct Policy {
 }
 
 impl Default for Policy {
-    /// Errors of the medium are the guest's to handle, as on a real disk. For a lack of room it can do nothing, and a guest
-    /// that is told makes its file system read-only for good.
+    /// Errors of the medium are the guest's to handle, as on a real disk. For a lack of room it can do nothing. A guest
+    /// that gets such an error makes its file system read-only for good.
     fn default() -> Self {
         Self { read: ErrorAction::Report, write: ErrorAction::Report, no_space: ErrorAction::Pause }
     }
@@ -146,7 +146,7 @@ impl Policy {
     }
 }
 
-/// Lets so many faults of a disk be told that a flood costs nothing.
+/// Limits the reports of a disk's faults, so that a flood costs nothing.
 #[derive(Debug)]
 pub(super) struct FaultThrottle {
     bucket: Bucket,
@@ -159,7 +159,8 @@ impl FaultThrottle {
         Self { bucket: Bucket::new(Rate::per_second(10).one_time_burst(50), Duration::ZERO), suppressed: 0 }
     }
 
-    /// Whether a fault at `now` is told, and how many were not before it. One that `must` be told always is.
+    /// Returns whether a fault at `now` is reported, and how many were not before it. One that `must` be reported
+    /// always is.
     pub(super) fn tell(&mut self, must: bool, now: Duration) -> Option<u64> {
         if !must && !self.bucket.wait(now).is_zero() {
             self.suppressed += 1;

@@ -17,7 +17,7 @@ pub(super) struct InFlight {
     pub work: Work,
     /// The bytes have arrived, and are being brought to stable storage.
     pub syncing: bool,
-    /// The I/O queue writes it to places that the backend told.
+    /// The I/O queue writes it to places that the backend gave.
     pub placed: bool,
     /// The host knows no short way to zeroes here, so they are written.
     pub plain: bool,
@@ -118,7 +118,7 @@ impl RequestTable {
         self.0.try_remove(slot)
     }
 
-    /// Writes whose bytes were on their way to places that the backend told.
+    /// Writes whose bytes were on their way to places that the backend gave.
     pub(super) fn placed(&self) -> impl Iterator<Item = (u64, u64)> {
         let placed = self.0.iter().filter(|(_, flight)| flight.placed && !flight.syncing);
         placed.filter(|(_, flight)| matches!(flight.work, Work::Write { .. })).map(|(_, flight)| {

@@ -20,7 +20,7 @@ pub(crate) enum Reserve {
     Bytes(u64),
 }
 
-/// What is kept at most unless somebody asks for more.
+/// What is kept at most unless the embedder asks for more.
 const MAX_DEFAULT_RESERVE: u64 = 1 << 30;
 /// What may be taken, by all disks of the file system, before the space that is left is looked at again.
 const CHECK_AFTER: u64 = 64 << 20;
@@ -143,7 +143,7 @@ impl Room {
         self.amount_to(&mut ledger, in_flight());
         let mut taken = len;
         if !ledger.take(reserve, len, now) {
-            // While nobody else takes any: what was taken by then, the file system knows or is in flight.
+            // While no other disk takes any: what was taken by then, the file system knows or is in flight.
             let Some(space) = backend.space()? else { return Ok(()) };
             ledger.look(space, now);
             if !ledger.take_at_once(reserve, len) {

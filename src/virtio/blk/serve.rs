@@ -151,7 +151,7 @@ impl Blk {
         }
     }
 
-    /// Brings everything that was begun to its end, within `patience`.
+    /// Brings everything that was begun to its end, within the given time.
     pub(super) fn finish(&mut self, io: &mut DeviceIo, patience: Duration) -> bool {
         let deadline = Instant::now() + patience;
         loop {
@@ -216,7 +216,7 @@ impl Blk {
         }
     }
 
-    /// Waits until nothing is in flight, within `patience`. Begins nothing new.
+    /// Waits until nothing is in flight, within the given time. Begins nothing new.
     pub(super) fn come_to_rest(&mut self, io: &mut DeviceIo, patience: Duration) -> bool {
         let deadline = Instant::now() + patience;
         self.settle(io);
@@ -329,7 +329,7 @@ impl Blk {
             false => flight.work.describe(),
         };
         let action = self.options.policy.action(operation, error, again);
-        // The first that holds the machine up must be told; those behind it need not.
+        // The first that holds the machine up must be reported; those behind it need not.
         let must = action != ErrorAction::Report && self.held.is_empty();
         let now = self.epoch.elapsed();
         if action == ErrorAction::Report {

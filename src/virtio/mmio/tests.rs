@@ -157,7 +157,7 @@ fn a_flood_of_status_writes_is_told_once() {
     }
     let faults = rig.transport.counters().driver_errors.load(Ordering::Relaxed);
     assert_eq!((told.load(Ordering::SeqCst), faults, rig.get(0x70)), (1, 1, 11 | 64));
-    // With resets in between it comes to need one each time, which is counted and hardly told.
+    // With resets in between it comes to need one each time, which is counted and hardly reported.
     let begin = Instant::now();
     for _ in 0..1000 {
         rig.set(0x70, 0);

@@ -85,7 +85,7 @@ struct RateLimiter {
 
 /// The timer rings no sooner, so that of many small frames several go at a time; what comes meanwhile is not lost.
 const MIN_TIMER: Duration = Duration::from_millis(1);
-/// How often is told that frames wait, at most.
+/// How often waiting frames are reported, at most.
 const THROTTLED_INTERVAL: Duration = Duration::from_secs(1);
 
 /// The limits of one card, of all its pairs of queues.

@@ -127,14 +127,14 @@ impl std::fmt::Debug for Net {
     }
 }
 
-/// Told why a network has ended.
+/// Called with the reason why a network has ended.
 type OnLost = Box<dyn FnMut(&io::Error) + Send>;
-/// Told, but not often, that frames wait for the card's limit.
+/// Called, but not often, when frames wait for the card's limit.
 type OnThrottled = Box<dyn FnMut() + Send>;
 
 impl Net {
-    /// A device with this address, for packets of at most `mtu` bytes; its backends are alike, one for each pair of queues.
-    /// `on_lost` is told when one of them cannot go on: then the cable is out.
+    /// Returns a device with this address, for packets of at most `mtu` bytes. Its backends are alike, one for each
+    /// pair of queues. `on_lost` is called when one of them cannot go on: then the cable is out.
     pub(crate) fn new(backends: Vec<BackendKind>, mac: Mac, mtu: u16, on_lost: OnLost) -> Self {
         let capabilities = backends.first().map(|backend| backend.capabilities()).unwrap_or_default();
         let Capabilities { to_host, to_guest } = capabilities;
@@ -160,7 +160,7 @@ impl Net {
         }
     }
 
-    /// Sets who is told, at most once a second, that frames wait for the card's limit.
+    /// Sets the handler of frames that wait for the card's limit. It is called at most once a second.
     pub(crate) fn on_throttled(mut self, f: impl FnMut() + Send + 'static) -> Self {
         self.on_throttled = Box::new(f);
         self
@@ -217,7 +217,7 @@ impl Net {
         self.pairs.iter_mut().for_each(|pair| pair.backend.negotiated(agreed));
     }
 
-    /// Moves what a pair of queues has to move, both ways; the driver hears of both at once.
+    /// Moves what a pair of queues has to move, both ways. The driver is notified of both at once.
     fn exchange(&mut self, io: &mut DeviceIo, number: usize) {
         self.transmit(io, number);
         self.deliver(io, number);

@@ -262,7 +262,7 @@ fn commands_that_are_none_are_refused() {
     assert_eq!(driver.receive(CONTROL).unwrap().0, [0]);
 }
 
-/// A backend that does as it is told.
+/// A backend that follows a script.
 #[derive(Default)]
 struct Told {
     sent: Vec<Vec<u8>>,
@@ -366,7 +366,7 @@ fn what_comes_too_fast_stays_with_the_backend() {
     driver.poke(RX);
     let left = told.lock().unwrap().waiting.len();
     assert!((26..=30).contains(&left), "{left}");
-    // A change is heard at once.
+    // A change takes effect at once.
     driver.device.set_limit(&NetLimit::none());
     let time = until(&mut driver, |_| told.lock().unwrap().waiting.is_empty());
     assert!(time < Duration::from_millis(200), "{time:?}");

@@ -18,7 +18,7 @@ use crate::sys::{self, CloseOnFork, HeldDescriptors};
 /// A connection's name: the host's port and the guest's.
 pub(super) type Ports = (u32, u32);
 
-/// Tells whoever waits in `connect` how it went.
+/// Gives the outcome to the thread that waits in `connect`.
 pub(super) type Answer = SyncSender<Result<VsockStream>>;
 
 /// What should be said to the guest next.
@@ -47,9 +47,10 @@ pub(super) struct Connection {
     connecting: Option<(Answer, VsockStream)>,
     /// Greeting not yet sent: REQUEST or RESPONSE.
     greet: Option<PendingControl>,
-    /// The socket may have data, as far as its edges told.
+    /// The socket may have data, as far as its edges show.
     readable: bool,
-    /// Which directions the embedder has closed, as flags of a shutdown packet, and what the guest was told of that.
+    /// Which directions the embedder has closed, as flags of a shutdown packet. And which of them were sent to the
+    /// guest.
     closed: u32,
     told_closed: u32,
     /// Which directions the guest has closed.
@@ -106,7 +107,7 @@ impl Connection {
     /// The guest has accepted.
     pub(super) fn established(&mut self) {
         if let Some((answer, stream)) = self.connecting.take() {
-            // Nobody may wait any more; the stream is closed then, which the guest will be told.
+            // The caller may have given up; the stream is closed then, and the guest gets a shutdown.
             let _ = answer.send(Ok(stream));
         }
     }
@@ -160,8 +161,8 @@ impl Connection {
         {
             return Some(PendingControl::Data(may_send));
         }
-        // The end of sending is told after everything was read (`closed` gets the flag at end of file), or when the
-        // guest would not take it anyway.
+        // The end of sending follows after everything was read (`closed` gets the flag at end of file). It comes sooner
+        // when the guest would not take more anyway.
         let deaf = self.guest_closed & SHUTDOWN_RECEIVE;
         let closed = if self.closed & deaf != 0 { SHUTDOWN_RECEIVE | SHUTDOWN_SEND } else { self.closed };
         let suppressed = closed & !self.told_closed;
@@ -278,7 +279,7 @@ impl Connection {
         remains.unread.append(&mut backlog);
         remains.abrupt |= abrupt;
         drop(remains);
-        // What is there can still be read. A copy of the descriptor, in a child of fork say, keeps nobody waiting.
+        // What is there can still be read. A copy of the descriptor, in a child of fork say, keeps no reader waiting.
         let _ = self.socket.shutdown(Shutdown::Both);
     }
 }

@@ -12,7 +12,7 @@ pub(super) struct Credit {
     received: u32,
     /// Bytes of those that left our buffer.
     forwarded: u32,
-    /// What the peer was told of that.
+    /// What the peer knows of that.
     told: u32,
     /// Bytes sent to the peer.
     sent: u32,
@@ -50,7 +50,7 @@ impl Credit {
         self.forwarded = self.forwarded.wrapping_add(bytes);
     }
 
-    /// Whether the peer should be told of room without being asked: it may be about to stop.
+    /// Returns whether the peer needs credit without having asked: it may be about to stop.
     pub(super) fn needs_credit_update(&self) -> bool {
         let believed = BUFFER.saturating_sub(self.received.wrapping_sub(self.told));
         believed < BUFFER / 2 && self.forwarded != self.told

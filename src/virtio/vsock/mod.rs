@@ -2,7 +2,7 @@
 //!
 //! Each connection is a socket pair: the embedder holds one end as a [`VsockStream`], the device the other. Data moves
 //! between socket and guest memory without a copy in between. What the embedder does not take waits in a buffer, whose
-//! size the guest was told as its credit. A guest that sends more is disconnected.
+//! size is the guest's credit. A guest that sends more is disconnected.
 
 mod connection;
 mod credit;
@@ -62,7 +62,7 @@ pub(crate) struct Vsock {
     /// Connections that may have something to say, each at most once.
     talkative: VecDeque<u32>,
     resets: VecDeque<Ports>,
-    /// A buffer of the guest that nobody had anything to put into.
+    /// A buffer of the guest that was taken and not filled.
     spare: Option<Chain>,
     next_number: u32,
     next_port: u32,
@@ -223,7 +223,7 @@ impl Vsock {
         self.refuse(ports);
     }
 
-    /// The guest will be told that there is no such connection.
+    /// Queues a reset: the guest learns that there is no such connection.
     fn refuse(&mut self, ports: Ports) {
         if self.resets.len() < MAX_RESETS {
             self.resets.push_back(ports);
@@ -236,7 +236,7 @@ impl Vsock {
         let header = Header::parse(&bytes);
         let ports = (header.dst_port, header.src_port);
         if header.src_cid != GUEST_CID || header.dst_cid != HOST_CID {
-            // Nobody has that address; a reset could not be addressed either.
+            // The address does not exist; a reset could not be addressed either.
             return;
         }
         if header.kind != TYPE_STREAM {
@@ -341,7 +341,7 @@ impl Vsock {
         }
     }
 
-    /// Sends what is due, as long as the driver offers buffers; it hears at once of all that was done.
+    /// Sends what is due, as long as the driver offers buffers. It is notified at once of all that was done.
     fn service_rx_queue(&mut self, io: &mut DeviceIo) {
         self.send_pending_control(io);
         io.flush(&[TX, RX]);

@@ -15,7 +15,7 @@ use crate::sys::{CloseOnFork, EventFd, HeldDescriptors, borrow, deadline, eventf
 /// What is left of a connection that has ended.
 #[derive(Debug, Default)]
 pub(crate) struct Unread {
-    /// What the guest had sent and nobody had read.
+    /// What the guest had sent and the embedder had not read.
     pub unread: VecDeque<u8>,
     /// The guest closed all of it, or was gone, without ending its own direction.
     pub abrupt: bool,
@@ -250,7 +250,7 @@ impl AcceptQueue {
         self.queue().refused = why.raw_os_error();
     }
 
-    /// Nobody will accept any more: what waits is hung up.
+    /// Hangs up what waits, as the embedder accepts no more.
     fn abandon(&self) {
         let mut queue = self.queue();
         queue.closed = true;

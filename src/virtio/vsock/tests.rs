@@ -51,7 +51,7 @@ impl Rig {
         self.say(Header { flags, ..guest(op, 0) }, &[], &[]);
     }
 
-    /// What the guest hears next.
+    /// Returns what the guest receives next.
     fn hear(&mut self) -> Option<(Header, Vec<u8>)> {
         let (bytes, written) = self.driver.receive(RX)?;
         self.driver.send(RX, &[], &[HEADER + 100, 4096]);

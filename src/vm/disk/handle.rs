@@ -44,7 +44,7 @@ impl DiskHandle {
 
     /// Makes the disk larger, and its image.
     ///
-    /// The guest is told, and sees the new size at once. The new part reads as zeroes.
+    /// The guest is notified, and sees the new size at once. The new part reads as zeroes.
     ///
     /// # Errors
     /// - `InvalidConfig` for less than it has, or not whole sectors of 512 bytes.

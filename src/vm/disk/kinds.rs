@@ -10,7 +10,7 @@ use super::{Disk, OverlaySource, Settings, Source};
 use crate::size::Size;
 use crate::virtio::blk::{CacheMode, DiskLimit, ErrorAction, ErrorClass, IoEngine, Reserve};
 
-/// What every disk can be told.
+/// The settings of every disk.
 macro_rules! common_settings {
     ($kind:ident) => {
         impl $kind {
@@ -62,7 +62,7 @@ macro_rules! common_settings {
     };
 }
 
-/// What a disk can be told that lies in a file system of the host.
+/// The settings of a disk that lies in a file system of the host.
 macro_rules! stored_settings {
     ($kind:ident) => {
         impl $kind {
@@ -140,8 +140,8 @@ pub(super) struct FileSource {
 impl FileDisk {
     /// Takes no lock on the file.
     ///
-    /// The caller then ensures that nobody writes an image which another uses, or that the guests' file systems are
-    /// made for it.
+    /// The caller then ensures that an image in use has no other writer, or that the guests' file systems are made for
+    /// it.
     pub fn no_lock(mut self) -> Self {
         self.source.locked = false;
         self

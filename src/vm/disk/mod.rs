@@ -36,7 +36,7 @@ pub struct Disk {
     source: Source,
 }
 
-/// What all kinds are told; kinds without a method for a setting leave it as it is.
+/// The settings of all kinds. Kinds without a method for a setting leave it as it is.
 #[derive(Debug, Clone)]
 struct Settings {
     read_only: bool,

@@ -11,7 +11,7 @@ use super::{Net, Settings, Source};
 use crate::network::{BackendKind, Capture, ConnectionLimit, Mac, NicConfig, Place, Policy, Switch};
 use crate::virtio::net::NetLimit;
 
-/// What every card can be told.
+/// The settings of every card.
 macro_rules! common_settings {
     ($kind:ident) => {
         impl $kind {
@@ -54,7 +54,7 @@ macro_rules! common_settings {
     };
 }
 
-/// What cards can be told whose kind has several pairs of queues.
+/// The setting of cards whose kind has several pairs of queues.
 macro_rules! queues_setting {
     ($kind:ident) => {
         impl $kind {

@@ -27,7 +27,7 @@ use crate::sys::{self, DescriptorShare};
 pub use crate::virtio::net::NetLimit;
 use crate::virtio::net::{self, PAIRS_MAX};
 
-/// Sizes of a packet that a card can be told (Virtio 1.3, 5.1.4.1: at least 68); every host takes 576 (RFC 791, 3.1).
+/// Sizes of a packet that a card can have (Virtio 1.3, 5.1.4.1: at least 68). Every host takes 576 (RFC 791, 3.1).
 const MTU: std::ops::RangeInclusive<u32> = 576..=65535;
 
 /// Describes one network card of a VM, and its connection; a config value.
@@ -40,7 +40,7 @@ pub struct Net {
     source: Source,
 }
 
-/// What all kinds are told; kinds without a method for a setting leave it as it is.
+/// The settings of all kinds. Kinds without a method for a setting leave it as it is.
 #[derive(Debug, Clone)]
 struct Settings {
     mac: Option<Mac>,
@@ -187,7 +187,7 @@ impl Net {
         Ok(self)
     }
 
-    /// What a guest is to be told of its address, where that is known.
+    /// Returns what a guest needs to know of its address, where that is known.
     #[cfg(feature = "container")]
     pub(crate) fn link(&self) -> Option<Link> {
         match &self.source {
@@ -297,7 +297,7 @@ impl Net {
     }
 }
 
-/// What a guest is to be told of the address of one of its cards.
+/// What a guest needs to know of the address of one of its cards.
 #[cfg(feature = "container")]
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Link {
@@ -314,7 +314,7 @@ fn checked_mtu(bytes: u32) -> Result<u16> {
     mtu.ok_or_else(|| Error::invalid("mtu", format!("{bytes} is not within {} to {}", MTU.start(), MTU.end())))
 }
 
-/// An address of those that nobody sells (IEEE 802, 8.2: locally administered).
+/// Makes up an address that no vendor assigns (IEEE 802, 8.2: locally administered).
 fn made_up() -> Result<Mac> {
     let mut bytes = [0; 6];
     sys::fill_random(&mut bytes).doing(|| "making up a card's address")?;

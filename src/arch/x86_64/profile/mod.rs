@@ -339,7 +339,7 @@ impl Change {
     fn apply(self, leaves: &mut Leaves) {
         let whole = leaves.orphan().is_none();
         leaves.set(self.bits, self.value);
-        // What is taken away takes along what needs it; what is added alone is a mistake, and told at the start.
+        // Removing a feature removes what needs it; adding one alone is a mistake, reported at the start.
         if whole && self.value & self.bits.mask == 0 {
             leaves.drop_orphans();
         }

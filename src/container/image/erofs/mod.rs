@@ -25,7 +25,7 @@ const COMPAT_SB_CHKSUM: u32 = 0x1;
 const COMPAT_MTIME: u32 = 0x2;
 /// A feature that a kernel must know: files in chunks.
 const INCOMPAT_CHUNKED_FILE: u32 = 0x4;
-/// Nobody has to guess identifiers of images that are found by digest; the same content gives the same bytes.
+/// Images are found by digest and need no unique identifier. The same content gives the same bytes.
 const UUID: [u8; 16] = *b"cofferdam-image\0";
 
 /// An inode in its long form, and the unit by which inodes are numbered.
@@ -96,7 +96,7 @@ fn superblock(root: u16, inodes: u64, blocks: u32, meta_block: u32, incompat: u3
     sb.extend([BLOCK_BITS, 0]);
     sb.extend(root.to_le_bytes());
     sb.extend(inodes.to_le_bytes());
-    // The time of building, which nobody needs.
+    // The time of building, which is not used.
     sb.extend([0; 12]);
     sb.extend(blocks.to_le_bytes());
     sb.extend(meta_block.to_le_bytes());

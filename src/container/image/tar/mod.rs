@@ -22,7 +22,7 @@ pub(super) use stream::Stream;
 struct Pending {
     path: Option<Vec<u8>>,
     link_path: Option<Vec<u8>>,
-    /// An error in it is told with the entry's name.
+    /// An error in it is reported with the entry's name.
     pax: Option<Result<Pax>>,
 }
 

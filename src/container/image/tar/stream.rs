@@ -73,7 +73,7 @@ impl<'a> Stream<'a> {
 
     /// All of a short entry's data, and what fills up its last block.
     pub(super) fn data(&mut self, len: u64) -> Result<Vec<u8>> {
-        // Read piece by piece: nobody has checked yet that there is as much.
+        // Read piece by piece: it is not checked yet that there is as much.
         let (mut data, mut left) = (Vec::new(), len);
         while left > 0 {
             let piece = self.next(left)?;

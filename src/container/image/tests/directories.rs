@@ -59,7 +59,8 @@ fn what_is_no_root_file_system_is_told() {
     assert!(error.to_string().contains("docker export"), "{error}");
 }
 
-/// Somebody puts links to what the embedder can read, and pipes, in place of files and directories while they are read.
+/// Files and directories are swapped for pipes and links while they are read. The links lead to what the embedder can
+/// read.
 #[test]
 fn what_is_swapped_in_meanwhile_is_never_followed() {
     use std::sync::atomic::AtomicBool;

@@ -26,7 +26,7 @@ struct Seen {
 
 type Trees = BTreeMap<String, Seen>;
 
-/// Only root can make devices and give files away. These tests fail for others, so that nobody holds them for done.
+/// Only root can make devices and give files away. These tests fail for other users, and are not skipped.
 #[track_caller]
 fn must_be_root() {
     assert_eq!(

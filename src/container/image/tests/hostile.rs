@@ -45,7 +45,7 @@ fn metadata_counts_against_the_size_too() {
     }
 }
 
-/// A path of 2,047 parts once took the stack of whoever prepared it, and with it the process.
+/// A path of 2,047 parts once overflowed the preparing thread's stack and ended the process.
 #[test]
 fn deep_paths_need_no_stack() {
     for (depth, limit) in [(255, 256), (2047, 256), (2047, 100_000)] {
@@ -73,7 +73,7 @@ fn deep_directories_need_no_stack() {
     let image =
         |limit| Image::open(&root).unwrap().cache_dir(temp.0.join("cache")).limits(ImageLimits::new().max_depth(limit));
     let outcomes = [image(256).prepare(), image(100_000).prepare()];
-    // Whoever removes a tree keeps a descriptor for each of its levels.
+    // Removing a whole tree at once keeps a descriptor for each of its levels.
     while deepest != root {
         fs::remove_dir(&deepest).unwrap();
         assert!(deepest.pop());
@@ -107,7 +107,7 @@ fn headers_that_are_no_entries_are_counted_too() {
     names(&refused(&[global, Made::file("f", "")]), "ImageLimits::entry_xattrs");
 }
 
-/// An archive that somebody cancels while it is read.
+/// An archive that is canceled while it is read.
 struct Canceling<'a> {
     bytes: &'a [u8],
     cancel: Option<&'a CancelToken>,
@@ -159,7 +159,7 @@ fn preparation_ends_in_time_and_when_it_is_cancelled() {
     drop(prepare_with(&bytes, |image| image.prepare_timeout(Duration::MAX)).unwrap());
 
     let temp = Temp::new();
-    // A hole of a tebibyte: nobody reads it in time.
+    // A hole of a tebibyte, too large to be read in time.
     let tar = temp.0.join("image.tar");
     File::create(&tar).unwrap().set_len(1 << 40).unwrap();
     let image = Image::open(&tar).unwrap().cache_dir(temp.0.join("cache"));

@@ -1,4 +1,4 @@
-//! The cache: nobody else can read it, hold it up, or put anything into it.
+//! The cache: other users cannot read it, hold it up, or put anything into it.
 
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, symlink};
 use std::os::unix::process::CommandExt;
@@ -32,7 +32,7 @@ fn nobody_else_reads_or_holds_what_is_in_it() {
         let path = entry.unwrap().path();
         assert!(path.is_dir() || mode(&path) == 0o600, "{}", path.display());
     }
-    // Only root can become somebody else. Whoever cannot open the lock cannot hold it.
+    // Only root can change its user. A user that cannot open the lock cannot hold it.
     if fs::metadata("/proc/self").unwrap().uid() == 0 {
         fs::set_permissions(&cache, fs::Permissions::from_mode(0o755)).unwrap();
         let output = Command::new("cat").arg(cache.join("lock")).uid(65534).gid(65534).output().unwrap();

@@ -103,7 +103,7 @@ fn own_addresses_are_denied_unless_named_alone() {
     for other in ["9.9.9.8:80", "10.9.9.8:22", "[fd00::8]:22", "[2606::8]:22"] {
         assert!(admits(&wide, other), "{other}");
     }
-    // What cannot be told is the host's own.
+    // An address of unknown route counts as the host's own.
     let mut it = Enforcer::new(wide);
     it.routes = None;
     assert_eq!(it.decide(Protocol::Tcp, to("9.9.9.8:80"), None), Err(DenyReason::Host));

@@ -39,7 +39,7 @@ pub(super) struct Segment<'a> {
 /// Of the places in the guest where a service may be, those that were tried, as bits.
 pub(super) type Tried = u8;
 
-/// Somebody on the host who calls the guest by a published port.
+/// A client on the host that calls the guest by a published port.
 #[derive(Debug)]
 pub(super) struct Caller {
     pub port: Id,
@@ -50,11 +50,11 @@ pub(super) struct Caller {
 /// What became of a call.
 #[derive(Debug)]
 pub(super) enum Called {
-    /// Somebody listens at this address.
+    /// A listener is at this address.
     Reached(Id, IpAddr),
-    /// Nobody does.
+    /// No listener is there.
     Refused(Caller),
-    /// Nothing was heard.
+    /// No answer came.
     Silence(Id),
 }
 
@@ -125,7 +125,7 @@ impl TcpFlows {
         self.names.contains_key(&FlowKey { guest: (ends.src, tcp.src), remote: (ends.dst, tcp.dst) })
     }
 
-    /// Whether it calls somebody who is not connected yet.
+    /// Returns whether it opens a new connection.
     pub(super) fn is_call(&mut self, segment: &Segment<'_>) -> bool {
         let (ends, tcp) = (segment.ends, &segment.tcp);
         let key = FlowKey { guest: (ends.src, tcp.src), remote: (ends.dst, tcp.dst) };
@@ -133,7 +133,7 @@ impl TcpFlows {
         tcp.flags & (SYN | ACK | RST | FIN) == SYN && known.is_none_or(|id| self.is_over(id))
     }
 
-    /// The guest calls somebody in this process, whose `socket` is connected already.
+    /// Connects the guest to a service in this process, whose `socket` is connected already.
     pub(super) fn call_local(&mut self, core: &mut Core, segment: &Segment<'_>, socket: io::Result<Socket>) {
         let (ends, syn) = (segment.ends, &segment.tcp);
         let key = FlowKey { guest: (ends.src, syn.src), remote: (ends.dst, syn.dst) };
@@ -157,7 +157,7 @@ impl TcpFlows {
         self.flows.get_mut(id).is_some_and(|flow| flow.phase == Phase::Over)
     }
 
-    /// The guest calls somebody.
+    /// Takes a call of the guest to a peer outside.
     fn call(&mut self, core: &mut Core, key: FlowKey, syn: &Tcp) {
         let (address, port) = key.remote;
         let to = SocketAddr::new(address, port);
@@ -212,7 +212,7 @@ impl TcpFlows {
         }
     }
 
-    /// Somebody on the host calls the guest. Gives the socket back when that cannot be.
+    /// Calls the guest for a client on the host. Gives the socket back when that cannot be.
     pub(super) fn call_guest(&mut self, core: &mut Core, key: FlowKey, caller: Caller) -> Result<(), Socket> {
         if self.names.contains_key(&key) || !self.make_room(core, Begun::ByCaller) {
             core.stats.limited += 1;
@@ -406,7 +406,7 @@ impl TcpFlows {
 
 fn connect(core: &mut Core, to: &Admitted) -> io::Result<Socket> {
     let socket = core.host.connect(to)?;
-    // Whoever sends small pieces has a reason; guests have their own algorithm of Nagle.
+    // A peer that sends small pieces has a reason; guests have their own algorithm of Nagle.
     socket.relay()?;
     Ok(socket)
 }
@@ -455,7 +455,7 @@ fn send(
     Ok(fits.then_some(Received { len: at + n, offload }))
 }
 
-/// The sum of what was just put into the guest, who may change it but then deceives nobody but itself.
+/// Returns the sum of what was just put into the guest. A guest that changes it meanwhile deceives only itself.
 fn sum_of(memory: &GuestMemory, pieces: &[Piece], n: usize, buffer: &mut Vec<u8>) -> u64 {
     if n == 0 {
         return 0;
@@ -470,7 +470,7 @@ fn sum_of(memory: &GuestMemory, pieces: &[Piece], n: usize, buffer: &mut Vec<u8>
     wire::sum(buffer.get(..n).unwrap_or_default())
 }
 
-/// Of a connection that nobody knows (RFC 9293, 3.10.7.1).
+/// Refuses a segment of an unknown connection (RFC 9293, 3.10.7.1).
 fn refuse(core: &mut Core, segment: &Segment<'_>) {
     let (ends, tcp) = (segment.ends, &segment.tcp);
     if tcp.flags & RST != 0 {
@@ -500,7 +500,7 @@ impl Core {
     /// Tells the guest why its call failed, as a network would.
     fn tell_failed(&mut self, key: FlowKey, syn: &Tcp, error: &io::Error) {
         match error.kind() {
-            // Nobody answered; nobody does.
+            // The peer did not answer; the network does not either.
             io::ErrorKind::TimedOut => {}
             io::ErrorKind::HostUnreachable | io::ErrorKind::NetworkUnreachable | io::ErrorKind::PermissionDenied => {
                 let why = Unreachable::of(error.kind());

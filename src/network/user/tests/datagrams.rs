@@ -129,7 +129,7 @@ fn only_who_was_asked_is_heard() {
 fn what_is_larger_than_the_link_goes_in_fragments_both_ways() {
     for agreed in [Offloads::empty(), Offloads::all()] {
         let mut guest = Guest::of(Config::new(local()), agreed);
-        // smoltcp leaves a checksum that it is told to leave out of the first fragment as well.
+        // smoltcp leaves a checksum that it is set to leave out of the first fragment as well.
         guest.card.lazy = false;
         let ((server, to), handle) = (server(), guest.udp(5000));
         for len in [1472, 1473, 3000, 20_000, 40_000] {
@@ -312,7 +312,7 @@ fn a_guest_leaves_descriptors_to_its_embedder() {
     assert!(share.vsock(32).is_some());
     drop(its);
     assert_eq!(part(&share).0, 28);
-    // Whoever needs fewer for itself says so.
+    // An embedder that needs fewer for itself says so.
     drop(told);
     crate::sys::set_descriptor_reserve(10);
     guest.datagram(handle, b"x", (Ipv4Addr::LOCALHOST, 2000).into());

@@ -63,7 +63,7 @@ fn foreign_sources_are_dropped_and_counted() {
     let mut foreign = frame;
     foreign[11] ^= 1;
     guest.send(&foreign, offload);
-    // 127.0.0.1 is heard when it answers, and not when it calls.
+    // 127.0.0.1 is accepted when it answers, and not when it calls.
     let (ends, port) = (Ends { src: Ipv4Addr::LOCALHOST.into(), dst: guest.net.core.config.gateway4.into() }, 80);
     let macs = (guest.net.core.config.guest_mac, guest.net.core.config.gateway_mac);
     for flags in [wire::SYN, wire::SYN | wire::ACK, wire::RST] {

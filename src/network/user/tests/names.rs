@@ -369,7 +369,7 @@ fn resolvers_without_edns_are_told_from_silent_ones() {
         assert_eq!(asked[2..], with_edns(plain.clone())[2..]);
         let mut refusal = asked[..if bare { 12 } else { plain.len() }].to_vec();
         (refusal[2], refusal[3], refusal[5], refusal[11]) = (0x81, 0x81, u8::from(!bare), 0);
-        // Somebody who guesses is not believed.
+        // A sender that guesses is not believed.
         let mut other = refusal.clone();
         other[0] ^= 1;
         world.server.send_to(&other, from).unwrap();
@@ -488,7 +488,7 @@ fn long_answers_come_over_tcp() {
     });
     assert_eq!(reply[2..4], [0xab, 0xcd]);
     server.join().unwrap();
-    // Whoever does nothing any more is disconnected.
+    // An idle client is disconnected.
     world.guest.wait(Duration::from_secs(30));
     world.guest.until(|g| (g.tcp(handle).state() == State::CloseWait).then_some(()));
     assert_eq!(world.guest.net.stats().denied, 0);

@@ -209,7 +209,7 @@ fn datagrams_at(guest: &mut Guest, address: IpAddr, port: u16) -> SocketHandle {
     handle
 }
 
-/// The guest's system learns of its gateway, without which smoltcp tells nobody that nobody listens.
+/// Introduces the gateway to the guest's system. Without it smoltcp does not report a missing listener.
 fn introduce(guest: &mut Guest) {
     let (config, handle) = (guest.net.core.config.clone(), guest.udp(9));
     for gateway in [IpAddr::from(config.gateway4), config.gateway6.into()] {
@@ -271,7 +271,7 @@ fn datagrams_that_nobody_takes_are_counted_and_tried_anew() {
     }
     let handle = datagrams_at(&mut guest, Ipv4Addr::LOCALHOST.into(), 80);
     exchange(&mut guest, at, handle);
-    // Nobody speaks from there, or says that nobody listens, without having been asked.
+    // The guest does not speak from there, or report a missing listener, without having been asked.
     let gateway = guest.net.core.config.gateway4;
     let ends = crate::network::wire::Ends { src: Ipv4Addr::LOCALHOST.into(), dst: gateway.into() };
     let macs = (guest.net.core.config.guest_mac, guest.net.core.config.gateway_mac);
@@ -314,7 +314,7 @@ fn callers_end_nothing_that_the_guest_has_begun() {
     guest.datagram(own, b"x", server.local_addr().unwrap());
     let from = server.recv_from(&mut [0; 9]).unwrap().1;
     let (_, at) = guest.net.publish_udp(ANY, 80, Vec::new()).unwrap();
-    // Somebody with as many ports as there are.
+    // A client with as many ports as there are.
     for _ in 0..100 {
         UdpSocket::bind(ANY).unwrap().send_to(b"c", at).unwrap();
         guest.until(|g| g.came(port));
@@ -343,7 +343,7 @@ fn callers_take_no_connection_that_the_guest_may_have() {
     let late = guest.connect(to);
     guest.wait(Duration::from_secs(1));
     assert!(guest.net.stats().connections == 6 && !guest.tcp(late).may_send());
-    // Whoever is gone makes room for those of its side.
+    // A closed connection makes room for those of its side.
     drop(callers);
     own.into_iter().for_each(|handle| guest.tcp(handle).abort());
     guest.until(|g| {

@@ -236,7 +236,7 @@ fn a_changed_policy_resets_what_it_denies() {
 
 #[test]
 fn the_guest_is_called_back_only_when_the_host_is_connected() {
-    // Nobody takes from this queue, so that the connection hangs when it is full.
+    // This queue is never emptied, so that the connection hangs when it is full.
     let (listener, to) = listener();
     let mut guest = Guest::new();
     let handle = guest.connect(to);

@@ -15,7 +15,7 @@ fn a_slow_reader_on_the_host_grows_nothing() {
     let handle = guest.connected(to);
     let (mut stream, _) = listener.accept().unwrap();
     let (mut sent, block) = (0usize, vec![7; 16 << 10]);
-    // More than the host's sockets take, and nobody reads.
+    // More than the host's sockets take, without a reader.
     for _ in 0..3000 {
         if guest.tcp(handle).can_send() {
             sent += guest.tcp(handle).send_slice(&block).unwrap();
@@ -62,7 +62,7 @@ fn a_slow_reader_in_the_guest_stops_the_host() {
         guest.wait(Duration::from_millis(20));
     }
     assert_eq!(guest.net.stats().backlog, 0);
-    // A closed window is asked again and again, and nobody gives up.
+    // A closed window is asked again and again, without an end.
     guest.wait(Duration::from_secs(120));
     drop(stream);
     let mut got = 0;

@@ -1,4 +1,4 @@
-//! [`BlockBackend`]: where a disk's bytes are. Owned by the disk's loop, which calls it and nobody else does.
+//! [`BlockBackend`]: where a disk's bytes are. Owned by the disk's loop, its only caller.
 
 mod direct;
 #[cfg(any(test, feature = "internals"))]
@@ -24,7 +24,7 @@ pub(super) use storage::zeroes_to_guest;
 use crate::memory::{GuestMemory, Segment};
 use crate::sys::Space;
 
-/// What is the same about a backend as long as nobody grows it.
+/// What is the same about a backend until it is grown.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Geometry {
     /// Bytes: whole sectors, at least one.
@@ -34,7 +34,7 @@ pub(crate) struct Geometry {
     pub discard: u32,
 }
 
-/// Where one piece of a request's range lies, for whoever moves the bytes without the backend.
+/// Where one piece of a request's range lies, for I/O without the backend.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Extent {
     /// `len` bytes of this descriptor, which the backend keeps open until it is dropped.
@@ -59,7 +59,7 @@ pub(crate) trait BlockBackend: Send + fmt::Debug {
     /// Returns when everything written is on stable storage.
     fn flush(&mut self) -> io::Result<()>;
 
-    /// Nobody needs this range's bytes any more: whatever can be given back to the host is. They read as anything after.
+    /// Gives back to the host what it can of a range that is not needed. It reads as anything after.
     fn discard(&mut self, offset: u64, len: u64) -> io::Result<()>;
 
     /// The range reads as zeroes from now on; its space may be given back when `unmap` is set.

@@ -23,8 +23,8 @@ pub(crate) struct RawFile {
     device: bool,
 }
 
-/// Opens an image and, unless told otherwise, locks it: readers share it, a writer has it alone, whoever they are. `flags`
-/// are more of `open(2)`.
+/// Opens an image and, if `locked`, locks it. Readers share it, a writer has it alone, in any process. `flags` are more
+/// of `open(2)`.
 ///
 /// # Errors
 /// `NotFound`, `PermissionDenied`; `ResourceExhausted` names who holds it.
@@ -41,7 +41,7 @@ pub(super) fn open(path: &Path, read_only: bool, locked: bool, flags: i32) -> Re
 const STARTING: Duration = Duration::from_millis(300);
 
 /// # Errors
-/// `ResourceExhausted` when somebody else has it.
+/// `ResourceExhausted` when another open file has it.
 pub(super) fn lock_or_name_holder(file: &File, kind: LockKind) -> Result<()> {
     let deadline = Instant::now() + STARTING;
     while !try_lock(file, kind)? {
@@ -85,7 +85,7 @@ pub(super) fn length(mut file: &File) -> Result<u64> {
 }
 
 impl RawFile {
-    /// Opens an image, and locks it unless told otherwise: readers share it, a writer has it alone, whoever they are.
+    /// Opens an image and, if `locked`, locks it. Readers share it, a writer has it alone, in any process.
     ///
     /// # Errors
     /// `NotFound`, `PermissionDenied`; `ResourceExhausted` when another VM holds it; `InvalidConfig` when it is empty,
@@ -96,7 +96,7 @@ impl RawFile {
         Self::from_file(file, read_only).doing(doing)
     }
 
-    /// Takes a file that is open already, and that nobody else knows.
+    /// Takes a file that is open already, and has no other user.
     ///
     /// # Errors
     /// `InvalidConfig` when it is empty, not a file or block device, or not whole sectors.

@@ -1,4 +1,4 @@
-//! The disk over a backend that fails and stalls as it is told.
+//! The disk over a backend that fails and stalls by a script.
 
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Mutex;
@@ -23,7 +23,7 @@ struct Script {
     free: Option<u64>,
 }
 
-/// A backend that does as it is told.
+/// A backend that follows a script.
 #[derive(Debug)]
 struct Played(Arc<Mutex<Script>>);
 
@@ -124,7 +124,7 @@ fn a_sync_comes_before_the_status_that_promises_it() {
     driver.0.set_features(0);
     request(&mut driver.0, &[&write], &[1]);
     assert_eq!(driver.1.lock().unwrap().log, ["write", "flush"]);
-    // Unless nobody wants that.
+    // Unless the cache mode is unsafe.
     let (mut driver, script, _) = played(Options { cache: CacheMode::Unsafe, ..Options::new(0) }, Script::default());
     write_through(&mut driver);
     request(&mut driver, &[&write], &[1]);
@@ -138,7 +138,7 @@ fn nothing_is_durable_any_more_after_a_sync_has_failed() {
     let mut options = options(IoEngine::Auto);
     options.policy.set(ErrorClass::Write, ErrorAction::Pause);
     let (mut driver, script, faults) = played(options, script);
-    // It cannot be tried again, so the guest is told at once.
+    // It cannot be tried again, so the guest gets the error at once.
     assert_eq!(request(&mut driver, &[&header(FLUSH, 0)], &[1]).1, S_IOERR);
     assert_eq!(request(&mut driver, &[&header(FLUSH, 0)], &[1]).1, S_IOERR);
     let write = [header(WRITES, 0), vec![1; 512]].concat();

@@ -27,14 +27,14 @@ pub(in crate::network::user) struct FlowKey {
     pub remote: (IpAddr, u16),
 }
 
-/// How far a connection is (RFC 9293, 3.3.2); which sides have closed it is told by other fields.
+/// How far a connection is (RFC 9293, 3.3.2). Other fields say which sides have closed it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Phase {
-    /// The guest has called; the host's socket is connecting, and the guest hears nothing until it is.
+    /// The guest has called, and gets no answer until the host's socket is connected.
     Connecting,
-    /// SYN-RECEIVED: the host's socket is connected, and the guest is told.
+    /// SYN-RECEIVED: the host's socket is connected, and the guest gets its answer.
     Answering,
-    /// SYN-SENT: somebody on the host has called the guest.
+    /// SYN-SENT: a client on the host has called the guest.
     Calling,
     /// ESTABLISHED and all that closes it.
     Open,
@@ -48,9 +48,9 @@ pub(super) enum SegmentOutcome {
     Live,
     /// Both sides are done.
     Over,
-    /// Forgotten; whoever is connected on the host sees a reset.
+    /// Forgotten; the peer on the host gets a reset.
     Gone,
-    /// As `Gone`, and the guest is told by a reset.
+    /// As `Gone`, and the guest gets a reset.
     Reset,
     /// The host could not connect.
     Failed(io::Error),
@@ -76,7 +76,7 @@ const LINGER: Duration = Duration::from_secs(2);
 const DUPLICATES: u8 = 3;
 /// What a guest that does not say otherwise can take (RFC 9293, 3.7.1).
 const DEFAULT_MSS: (u16, u16) = (536, 1220);
-/// In units of which windows are told, where the guest can: 1 MiB fits.
+/// The window scale's shift, where the guest can scale: 1 MiB fits.
 pub(super) const SHIFT: u8 = 5;
 
 #[derive(Debug)]
@@ -328,7 +328,7 @@ impl Flow {
                 self.recover = self.max;
                 self.rewind(core);
             }
-            // Somebody is there, so that a closed window may stay closed for ever (RFC 9293, 3.8.6.1).
+            // The guest answers, so that a closed window may stay closed forever (RFC 9293, 3.8.6.1).
             self.retries = 0;
         }
         if after(tcp.seq, self.window_seq) || tcp.seq == self.window_seq && !after(self.window_ack, tcp.ack) {
@@ -447,12 +447,12 @@ impl Flow {
         (self.phase, self.resend_at, self.active) = (Phase::Over, None, now);
     }
 
-    /// Gives away the socket of somebody whom the guest has refused.
+    /// Gives away the socket of a caller that the guest has refused.
     pub(super) fn take_socket(&mut self) -> Option<Socket> {
         self.socket.take()
     }
 
-    /// Whoever is connected on the host sees a reset.
+    /// Resets the connection on the host.
     pub(super) fn abort(&mut self) {
         if let Some(Err(error)) = self.socket.as_ref().map(Socket::reset_on_close) {
             log::debug!("a connection ends without a reset: {error}");

@@ -46,7 +46,7 @@ const MAX_PATH: usize = 4096;
 /// What a base is known by.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Identity {
-    /// A raw image that nobody has changed since.
+    /// A raw image that has not changed since.
     Raw { len: u64, changed: i64, inode: u64 },
     /// A frozen overlay, wherever it is.
     Overlay { id: [u8; 16], len: u64 },

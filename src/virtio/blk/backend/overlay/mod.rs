@@ -35,7 +35,7 @@ const AT_ONCE: u64 = 64 * format::PER_PAGE;
 /// Writes in flight that are remembered. More cannot be in a queue of the device.
 const IN_FLIGHT: usize = 4096;
 
-/// A write that somebody else does, in places that were told.
+/// A write that the caller does itself, in places that it was given.
 #[derive(Debug)]
 struct InFlight {
     offset: u64,
@@ -58,7 +58,7 @@ pub(crate) struct OverlayFile {
     /// Writes in flight to clusters that were not here.
     in_flight: Vec<InFlight>,
     read_only: bool,
-    /// Whether the file has a name, so that somebody can read it after a loss of power.
+    /// Whether the file has a name, and can be read after a loss of power.
     durable: bool,
     /// A sync has failed, upon which the kernel forgets what it could not write: nothing is durable from then on.
     failed: bool,
@@ -170,7 +170,7 @@ impl OverlayFile {
         Ok(missing * CLUSTER)
     }
 
-    /// Copies a cluster here, unless somebody is about to write all of it.
+    /// Copies a cluster here, unless a write in flight covers all of it.
     fn bring(&mut self, cluster: u64) -> io::Result<()> {
         let this = cluster..cluster + 1;
         let (state, _) = self.states.run(&*self.file, this.clone())?;

@@ -287,7 +287,7 @@ pub(super) fn on(file: File, header: Header, base: Box<dyn Layer>) -> Result<Ove
     Ok(OverlayFile::new(Box::new(file), header, base)?)
 }
 
-/// Opens an overlay to be rewritten: nobody else has it, and it may be frozen.
+/// Opens an overlay to be rewritten. It has no other user, and may be frozen.
 pub(super) fn open_alone(path: &Path) -> Result<OverlayFile> {
     let (file, header) = open_file(path, LockKind::Exclusive)?;
     assemble(file, header, None, &mut Chain::default())

@@ -74,7 +74,7 @@ fn read(disk: &mut OverlayFile, memory: &GuestMemory, offset: u64, len: usize) -
     bytes
 }
 
-/// What somebody reads who follows [`BlockBackend::extents`].
+/// Returns what a reader gets that follows [`BlockBackend::extents`].
 fn read_extents(disk: &mut OverlayFile, offset: u64, len: usize) -> Vec<u8> {
     let mut bytes = Vec::new();
     let mut extents = Vec::new();

@@ -123,7 +123,7 @@ fn check(temp: &Temp, ops: &[(Op, u64, u64)], cluster: u64, compressed: bool, se
     let (events, promises) = record(&mut disk, ops);
     drop(disk);
     let mut random = seed | 1;
-    // Whoever opens what was left has to count, which takes some milliseconds.
+    // Opening what was left has to count, which takes some milliseconds.
     for end in (0..=events.len()).rev().step_by(events.len() / 30 + 1) {
         let (_, allowed) = promises.iter().rev().find(|(from, _)| *from <= end).unwrap();
         for how in 0..4 {

@@ -17,7 +17,7 @@ const MAX_CLUSTERS: u64 = 1 << 26;
 const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 const COMPRESSED: u64 = 1 << 62;
 
-/// Where the header says what becomes invalid when somebody writes who does not know it.
+/// Where the header names features that a write by an unaware program invalidates.
 const AUTOCLEAR: u64 = 88;
 
 fn corrupt(problem: String) -> Error {

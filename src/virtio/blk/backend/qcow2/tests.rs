@@ -1,4 +1,4 @@
-//! Images as `qemu-img` makes them, where it is installed, and as nobody should.
+//! Images as `qemu-img` makes them, where it is installed, and as no program should.
 
 use std::process::Command;
 
@@ -113,7 +113,7 @@ fn backing_files_elsewhere_and_circles_are_refused() {
     std::os::unix::fs::symlink(other.path("secret"), temp.path("link")).unwrap();
     temp.qemu_img("create -q -f qcow2 -b link -F raw through.qcow2");
     refused("through.qcow2", Some(&temp.0), "is a link");
-    // Opening a pipe would wait for whoever writes into it.
+    // Opening a pipe would wait for a writer.
     fs::remove_file(temp.path("link")).unwrap();
     crate::sys::make_fifo(&temp.path("link")).unwrap();
     refused("through.qcow2", Some(&temp.0), "no regular file");
@@ -305,7 +305,7 @@ fn tables_of_a_chain_that_take_much_memory_are_refused() {
     assert!(error.kind() == ErrorKind::Unsupported && error.to_string().contains("512 MiB of memory"), "{error:?}");
 }
 
-/// Wrong counts and the mark of somebody who did not close it.
+/// Makes wrong counts, and the mark of a program that did not close the image.
 fn left_open(path: &Path) {
     let file = fs::OpenOptions::new().read(true).write(true).open(path).unwrap();
     let mut at = [0; 8];
