@@ -66,8 +66,7 @@ impl Interrupt {
         self.0.registers.store(STATUS, 0);
     }
 
-    /// Sets the bits, and interrupts the driver unless all were set already. A driver that has not acknowledged them
-    /// yet looks at everything when it does.
+    /// Interrupts the driver unless all bits were set. When it acknowledges those, it looks at everything anyway.
     fn raise(&self, bits: u32) {
         if self.0.registers.set(INTERRUPT_STATUS, bits) & bits != bits {
             self.0.raised.fetch_add(1, Ordering::Relaxed);

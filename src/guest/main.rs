@@ -110,8 +110,7 @@ fn fail_unheard(failure: &Failure) -> ! {
 fn settle_in() -> Result<Fd, Failure> {
     let failure = |errno, what: &[u8]| Failure::new(Stage::Isolation, errno, &[what]);
     let set = sys::signal_set(&serve::SIGNALS);
-    // SIGPIPE and all others too; those without a waiter stay pending forever, which is what ignoring them is for PID
-    // 1.
+    // SIGPIPE and all others too; those without a waiter stay pending forever, as ignored ones do for PID 1.
     sys::block_signals(u64::MAX).map_err(|errno| failure(errno, b"blocking signals"))?;
     let signals = sys::signal_fd(set).map_err(|errno| failure(errno, b"making a signal descriptor"))?;
     // What is made has the mode that is asked for.

@@ -56,8 +56,7 @@ impl Relay {
         Self { owner, flow, pipe, socket, waiting, left: None }
     }
 
-    /// Returns what to wait for, pipe first. The end of the side that is not awaited matters too, where it differs from
-    /// its being full.
+    /// Returns what to wait for, pipe first. The other side's end matters too, where it differs from being full.
     pub(super) fn polls(&self) -> [Poll; 2] {
         let entry = |fd: &Fd, events| Poll { fd: fd.raw(), events, happened: 0 };
         // A pipe whose other end has gone says so forever, which must not wake the shim while the socket is awaited.

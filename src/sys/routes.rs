@@ -15,8 +15,7 @@ pub(crate) enum Route {
     None,
 }
 
-/// Asks the kernel. Holds a descriptor from the beginning, so that a process without further ones gets an answer all
-/// the same.
+/// Asks the kernel. Holds a descriptor from the beginning, so that a process without further ones gets answers.
 #[derive(Debug)]
 pub(crate) struct Routes {
     /// `None` where the host denies netlink: then another socket is made each time.

@@ -84,8 +84,7 @@ impl Uring {
         })
     }
 
-    /// Returns what an operation names instead of `fd`. The kernel need not look it up each time when it is among the
-    /// first.
+    /// Returns what an operation names instead of `fd`. The kernel looks up the first ones only once.
     fn file(&mut self, fd: RawFd) -> (types::Fd, squeue::Flags) {
         let known = self.files.iter().position(|file| *file == fd);
         match known.or_else(|| self.keep(fd)).map(i32::try_from) {

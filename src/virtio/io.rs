@@ -75,8 +75,7 @@ pub(crate) struct DeviceIo {
     pub(super) sources: Sources,
     pub(super) slot: usize,
     pub(super) on_broken: OnNeedsReset,
-    /// Why the device needs a reset, and the moment by which it must have come. Reported once: one line a start is
-    /// enough.
+    /// Why the device needs a reset, and the moment by which it must have come. Reported once a start.
     pub(super) broken: Option<(String, Option<Timer>)>,
     /// What the device had in flight when it was stopped.
     pub(super) left: Option<IoQueue>,
@@ -101,8 +100,7 @@ impl DeviceIo {
         &self.counters
     }
 
-    /// Keeps, while stopping, what still moves bytes from or to guest memory. A caller that wants the device to be idle
-    /// waits for it.
+    /// Keeps, while stopping, what still moves bytes from or to guest memory. The transport waits until it is idle.
     pub(crate) fn leave(&mut self, io_queue: IoQueue) {
         self.left = Some(io_queue);
     }

@@ -131,9 +131,8 @@ impl MmioTransport {
         self
     }
 
-    /// Sets `f`, called each time the device comes to need a reset. The log says so, too. `f` runs on a vCPU's thread
-    /// or the device's loop. Of a flood only some are reported: a driver that resets the device may break it again at
-    /// once.
+    /// Calls `f`, on a vCPU's thread or the device's loop, when a reset is needed. The log says so, too. Of a flood
+    /// only some are reported: a driver that resets the device may break it again at once.
     pub(crate) fn on_broken(mut self, f: impl Fn(&str) + Send + Sync + 'static) -> Self {
         let (slot, epoch) = (self.slot, Instant::now());
         let reports = Mutex::new((Bucket::new(REPORTS, Duration::ZERO), 0u64));

@@ -131,8 +131,7 @@ impl Slots {
         }
     }
 
-    /// Brings what devices have in flight to its end, within the given time. False when something is still in flight
-    /// then.
+    /// Ends what devices have in flight, within the given time. False when something is still in flight then.
     pub(crate) fn pause(&mut self, patience: Duration) -> bool {
         let (deadline, slots) = (Instant::now() + patience, self.slots.len());
         let mut pause = |slot| self.call(slot, |device, io| device.pausing(io, left(deadline)));

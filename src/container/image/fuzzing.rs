@@ -9,8 +9,7 @@ use super::{ImageLimits, write_archive};
 use crate::size::Size;
 use crate::sys;
 
-/// Reads an archive into a temporary disk, within small limits and on a small stack. A disk that is made reads back
-/// whole.
+/// Reads an archive into a temporary disk, within small limits and on a small stack. It reads back whole if made.
 pub(crate) fn read_archive(source: &mut (dyn Read + Send)) {
     const STACK: usize = 256 << 10;
     let size = Size::mib(64);

@@ -335,8 +335,7 @@ impl UserStack {
             (IpAddr::V6(src), wire::ICMPV6) if src.is_unspecified() || src.is_unicast_link_local() => {
                 return self.message(memory, frame, at, packet, inner);
             }
-            // From a link-local address no host beyond the link can be called: the guest has no other yet, and shall
-            // not wait.
+            // A link-local address reaches no host beyond the link: the guest has no other yet, and shall not wait.
             (IpAddr::V6(src), wire::TCP | wire::UDP) if src.is_unicast_link_local() && is_beyond_link(packet.dst) => {
                 self.core.stats.unserved += 1;
                 let len = (at - wire::ETHERNET + packet.len).min(48);

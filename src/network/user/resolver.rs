@@ -19,7 +19,7 @@ use crate::sys::{self, EventSet, Socket, SocketKind};
 
 pub(super) const PORT: u16 = 53;
 
-/// Pending questions.
+/// The most questions that may be pending.
 const MAX_ASKED: usize = 256;
 /// Until the next resolver is asked, and how often all of them are.
 const RESOLVER_TIMEOUT: Duration = Duration::from_secs(2);

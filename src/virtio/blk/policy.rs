@@ -159,8 +159,7 @@ impl FaultThrottle {
         Self { bucket: Bucket::new(Rate::per_second(10).one_time_burst(50), Duration::ZERO), suppressed: 0 }
     }
 
-    /// Returns whether a fault at `now` is reported, and how many were not before it. One that `must` be reported
-    /// always is.
+    /// Returns whether a fault at `now` is reported, and how many were not before it. One that `must` be always is.
     pub(super) fn tell(&mut self, must: bool, now: Duration) -> Option<u64> {
         if !must && !self.bucket.wait(now).is_zero() {
             self.suppressed += 1;

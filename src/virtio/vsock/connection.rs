@@ -49,8 +49,7 @@ pub(super) struct Connection {
     greet: Option<PendingControl>,
     /// The socket may have data, as far as its edges show.
     readable: bool,
-    /// Which directions the embedder has closed, as flags of a shutdown packet. And which of them were sent to the
-    /// guest.
+    /// Directions that the embedder has closed, as flags of a shutdown packet, and those that were sent.
     closed: u32,
     told_closed: u32,
     /// Which directions the guest has closed.

@@ -341,7 +341,7 @@ impl Vsock {
         }
     }
 
-    /// Sends what is due, as long as the driver offers buffers. It is notified at once of all that was done.
+    /// Sends what is due, as long as the driver offers buffers. The driver is notified at once of all of it.
     fn service_rx_queue(&mut self, io: &mut DeviceIo) {
         self.send_pending_control(io);
         io.flush(&[TX, RX]);

@@ -59,8 +59,7 @@ fn what_is_no_root_file_system_is_told() {
     assert!(error.to_string().contains("docker export"), "{error}");
 }
 
-/// Files and directories are swapped for pipes and links while they are read. The links lead to what the embedder can
-/// read.
+/// Files and directories are swapped while read, for pipes and links into the embedder's files.
 #[test]
 fn what_is_swapped_in_meanwhile_is_never_followed() {
     use std::sync::atomic::AtomicBool;
