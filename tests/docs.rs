@@ -15,6 +15,7 @@ const PAGES: &[&str] = &["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "SEC
 /// Words that leave the party or the mechanism unnamed. No documentation has them.
 const PRIVATE_WORDS: &[&str] = &[
     "nobody",
+    "everybody",
     "somebody",
     "whoever",
     "told",

@@ -148,7 +148,7 @@ impl State {
         self.ending.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Ends this stream together with the process, so that nobody waits for a guest that does not read.
+    /// Ends this stream together with the process, so that no thread waits for a guest that does not read.
     pub(super) fn ends(&self, stream: &VsockStream) {
         self.ending().push(stream.breaker());
         // One that has ended already ends it now.

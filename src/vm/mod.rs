@@ -474,7 +474,7 @@ pub(crate) fn no_such(what: &str, n: usize, all: usize) -> Error {
     Error::new(ErrorKind::NotFound, format!("{what} {n}: there are {all}, counted from 0"))
 }
 
-/// A handle that keeps neither the VM nor waits for it, whoever drops it.
+/// A handle that does not keep the VM, and whose drop waits for nothing.
 #[cfg(feature = "container")]
 pub(crate) struct WeakVm(Weak<Shared>);
 
