@@ -32,7 +32,7 @@ pub fn a_guest_that_halts_for_good_has_ended() -> Outcome {
         for vcpus in [1, 2] {
             let (exit, _) = run(guest(script).vcpus(vcpus))?;
             check!(matches!(exit, Exit::Halt { .. }), "{script} on {vcpus}: {exit}");
-            check!(exit.to_string().contains("interrupts disabled"), "{exit}");
+            check!(format!("{exit:#}").contains("interrupts disabled"), "{exit:#}");
         }
     }
     Ok(())

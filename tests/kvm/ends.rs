@@ -48,7 +48,7 @@ pub fn init_fault() -> Outcome {
 pub fn reboot() -> Outcome {
     let (exit, _) = run(guest("echo last words\nreboot -f"))?;
     check!(matches!(exit, Exit::Reboot { .. }), "{exit}");
-    check!(exit.to_string().contains("last words"), "{exit}");
+    check!(format!("{exit:#}").contains("last words"), "{exit:#}");
     check_eq!(exit.report().stage, Stage::DriversReady);
     Ok(())
 }
@@ -72,7 +72,7 @@ pub fn want_of_memory() -> Outcome {
     // PID 1 itself takes all there is, and the kernel has nobody else to end.
     let (exit, _) = run(guest("exec tail /dev/zero"))?;
     check!(matches!(exit, Exit::Panic { .. }), "{exit}");
-    check!(exit.to_string().contains("memory") || exit.to_string().contains("Attempted to kill init"), "{exit}");
+    check!(format!("{exit:#}").contains("memory") || format!("{exit:#}").contains("Attempted to kill init"), "{exit}");
     Ok(())
 }
 
@@ -109,7 +109,7 @@ pub fn killed_while_it_spins() -> Outcome {
     // Where it was is what a person needs who ends a guest that hangs.
     let was_at = exit.report().registers.as_ref().map(|registers| registers.rip);
     check_eq!(was_at, Some(0x10_0000));
-    check!(exit.to_string().contains("ended from outside after"), "{exit}");
+    check!(format!("{exit:#}").contains("ended from outside after"), "{exit:#}");
     check!(matches!(vm.wait(), Exit::Killed { .. }));
     Ok(())
 }

@@ -43,9 +43,10 @@ pub fn what_a_guest_frees_comes_back() -> Outcome {
     check!(used.resident.as_bytes() >= idle + USED - 8 * MIB, "{idle} {used:?}");
     run(&container, "umount /tmp/m")?;
     // Linux reports what is free two seconds later, and goes on.
-    let given_back = used.resident.as_bytes() - USED / 10 * 9;
+    // In pieces of 2 MiB, so that some stay for what shares them.
+    let given_back = used.resident.as_bytes() - USED / 10 * 8;
     let after = wait_for(&container, |stats| stats.resident.as_bytes() <= given_back)?;
-    check!(after.reported.as_bytes() >= USED / 10 * 9, "{after:?}");
+    check!(after.reported.as_bytes() >= USED / 10 * 8, "{after:?}");
     check_eq!(after.configured, Size::mib(256));
     check!((16 << 10..1 << 20).contains(&after.overhead.as_bytes()), "{after:?}");
     // What was given back can be used again.
@@ -73,7 +74,7 @@ pub fn the_balloon_takes_what_it_is_told_and_gives_it_back() -> Outcome {
 }
 
 pub fn a_guest_short_of_memory_takes_it_from_the_balloon() -> Outcome {
-    let container = debian_container().memory(Size::mib(192)).start()?;
+    let container = debian_container().memory(Size::mib(256)).start()?;
     let half = container.vm().memory_stats()?.configured.as_bytes() / 2;
     container.vm().set_balloon(Size::bytes(half))?;
     wait_for(&container, |stats| stats.balloon.as_bytes() == half)?;
