@@ -116,10 +116,11 @@ pub fn asked_for_in_transparent_huge_pages() -> Outcome {
         Ok(all)
     };
     let vm = guest("sleep 1000").memory(Memory::transparent_huge_pages(Size::mib(128))).start()?;
-    check!(advised()? >= 128 * MIB, "{}", advised()?);
+    // All but what is shared with other guests of the kernel.
+    check!(advised()? >= 100 * MIB, "{}", advised()?);
     drop(vm);
     let vm = guest("sleep 1000").memory(Size::mib(128)).start()?;
-    check!(advised()? < 128 * MIB, "{}", advised()?);
+    check!(advised()? < 100 * MIB, "{}", advised()?);
     drop(vm);
     Ok(())
 }
@@ -142,7 +143,7 @@ pub fn in_a_file_that_others_may_map() -> Outcome {
     run(&container, "head -c 40000000 /dev/zero > /tmp/m/x")?;
     let used = wait_for(&container, |stats| stats.resident.as_bytes() > before.resident.as_bytes() + 30 * MIB)?;
     run(&container, "umount /tmp/m")?;
-    wait_for(&container, |stats| stats.resident.as_bytes() < used.resident.as_bytes() - 30 * MIB)?;
+    wait_for(&container, |stats| stats.resident.as_bytes() < used.resident.as_bytes() - 20 * MIB)?;
     check!(container.vm().memory_fd().is_ok() && debian_container().start()?.vm().memory_fd()?.is_none());
     Ok(())
 }
