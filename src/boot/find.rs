@@ -78,7 +78,7 @@ impl Places {
     }
 }
 
-/// What is always possible.
+/// The remedies that work on any host.
 const REMEDY: &str = "run guest/kernel/build of the cofferdam sources once, set COFFERDAM_KERNEL to a vmlinux or bzImage \
                       with built-in drivers, or give any kernel with `Kernel::open(..)?.modules(Modules::open(..)?)`";
 

@@ -17,7 +17,7 @@ use crate::event_loop::REQUEST_TIMEOUT;
 use crate::proto::{self, Spawn, StringBuf};
 use crate::size::Size;
 use crate::sys::deadline;
-use crate::virtio::vsock::VsockListener;
+use crate::virtio::vsock::{VsockListener, VsockStream};
 
 /// The environment of a program, unless [`Exec::env_clear`] is called.
 const ENVIRONMENT: [(&str, &str); 2] =
@@ -191,7 +191,7 @@ impl Exec {
         self
     }
 
-    /// Limits what is read of each stream; 64 MiB by default.
+    /// Limits the bytes that are read of each stream; 64 MiB by default.
     ///
     /// Of piped streams it is for [`Exec::output`] and [`Process::wait_with_output`]. A program that prints more is
     /// killed, and they fail with `ResourceExhausted`. A file has no limit by default. It gets no
@@ -299,18 +299,16 @@ impl Exec {
                 (Some(stream), StdioKind::Bytes(bytes)) => redirect::read_bytes(vm, bytes, stream, &state)?,
                 (stream, _) => process.stdin = stream.map(ProcessWriter),
             }
-            match (accept(stdout)?, output) {
-                (Some(stream), StdioKind::File(file)) => {
-                    process.redirects[0] = Some(redirect::write_to(vm, "stdout", file, stream, limit)?);
-                }
-                (stream, _) => process.stdout = stream.map(ProcessReader),
-            }
-            match (accept(stderr)?, error) {
-                (Some(stream), StdioKind::File(file)) => {
-                    process.redirects[1] = Some(redirect::write_to(vm, "stderr", file, stream, limit)?);
-                }
-                (stream, _) => process.stderr = stream.map(ProcessReader),
-            }
+            let carry = |name, stream: Option<VsockStream>, to| -> Result<_> {
+                Ok(match (stream, to) {
+                    (Some(stream), StdioKind::File(file)) => {
+                        (None, Some(redirect::write_to(vm, name, file, stream, (limit, state.clone()))?))
+                    }
+                    (stream, _) => (stream.map(ProcessReader), None),
+                })
+            };
+            (process.stdout, process.redirects[0]) = carry("stdout", accept(stdout)?, output)?;
+            (process.stderr, process.redirects[1]) = carry("stderr", accept(stderr)?, error)?;
             Ok(())
         };
         // A stream that fails is the end of the process.

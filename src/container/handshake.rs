@@ -180,13 +180,7 @@ fn explain(vm: &Vm, timeout: Duration, error: Error) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::net::UnixStream;
-
-    fn pair() -> (VsockStream, UnixStream) {
-        let (near, far, _) = VsockStream::pair().unwrap();
-        far.set_nonblocking(false).unwrap();
-        (near, far)
-    }
+    use crate::container::pair;
 
     fn soon(millis: u64) -> StartDeadline<'static> {
         StartDeadline { deadline: Some(Instant::now() + Duration::from_millis(millis)), cancel: None }

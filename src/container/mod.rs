@@ -202,7 +202,7 @@ impl Container {
         self.vm().net(n)
     }
 
-    /// Returns what is known of the container now, or was known at its end.
+    /// Returns a report of the container, as it is now or was at its end.
     pub fn report(&self) -> ExitReport {
         self.vm().report()
     }
@@ -227,6 +227,14 @@ impl Container {
     fn agent(&self) -> &Agent {
         &self.running.agent
     }
+}
+
+/// A stream, and its other end, both of which block.
+#[cfg(test)]
+fn pair() -> (VsockStream, std::os::unix::net::UnixStream) {
+    let (near, far, _) = VsockStream::pair().expect("a pair of sockets");
+    far.set_nonblocking(false).expect("a socket that blocks");
+    (near, far)
 }
 
 impl AsFd for Container {

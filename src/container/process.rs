@@ -135,6 +135,14 @@ impl State {
         self.status().is_some()
     }
 
+    /// Returns how long its output may go on, once it has ended.
+    pub(super) fn output_timeout(&self) -> Option<Duration> {
+        self.status().as_ref().map(|ended| match ended {
+            Ended::With(ExitStatus::TimedOut | ExitStatus::Signaled { signal: libc::SIGKILL }) => KILL_MARGIN,
+            _ => OUTPUT_TIMEOUT,
+        })
+    }
+
     fn has_timed_out(&self) -> bool {
         matches!(&*self.status(), Some(Ended::With(ExitStatus::TimedOut)))
     }
@@ -279,6 +287,14 @@ pub(super) struct OutputLimit {
     pub truncate: bool,
 }
 
+impl OutputLimit {
+    /// The error about a process that printed more.
+    pub(super) fn exceeded(&self) -> Error {
+        let text = format!("output_limit: the process printed more than {}", self.bytes);
+        Error::new(ErrorKind::ResourceExhausted, text)
+    }
+}
+
 /// A program that runs in a container; made by [`Exec::spawn`](super::Exec::spawn).
 ///
 /// Dropping the handle lets the process run on, as with [`std::process::Child`]. It ends with its container at the
@@ -324,21 +340,13 @@ impl Process {
         drop(self.stdin.take());
         let unknown = || Error::new(ErrorKind::InvalidState, "the process's end is unknown");
         let status = self.state.wait(None)?.ok_or_else(unknown)?;
-        let killed = matches!(status, ExitStatus::TimedOut | ExitStatus::Signaled { signal: libc::SIGKILL });
-        let until = Instant::now() + if killed { KILL_MARGIN } else { OUTPUT_TIMEOUT };
+        // Threads read no longer than the first; the margin is for what they write.
+        let until = Instant::now() + self.state.output_timeout().unwrap_or(OUTPUT_TIMEOUT) + KILL_MARGIN;
         let mut outcome = Ok(());
         for (redirect, cut_off) in self.redirects.iter_mut().zip(&mut self.cut_off) {
             let Some(redirect) = redirect.take() else { continue };
-            let carried = redirect.wait(left(until)).or_else(|| {
-                // The guest keeps the stream: what it sends from now on is lost.
-                self.state.break_streams();
-                redirect.wait(KILL_MARGIN)
-            });
             let late = || Error::new(ErrorKind::TimedOut, "the embedder's file does not take the process's output");
-            match carried
-                .ok_or_else(late)
-                .and_then(|carried| carried.doing(|| "writing a process's output to its file"))
-            {
+            match redirect.wait(left(until)).unwrap_or_else(|| Err(late())) {
                 Ok(truncated) => *cut_off = truncated,
                 Err(error) => outcome = outcome.and(Err(error)),
             }
@@ -473,10 +481,7 @@ fn read_all(streams: [Option<ProcessReader>; 2], state: &State, limit: OutputLim
                     read.bytes.extend_from_slice(buffer.get(..taken).unwrap_or_default());
                     read.truncated |= taken < n;
                     if read.truncated && !limit.truncate {
-                        return Err(Error::new(
-                            ErrorKind::ResourceExhausted,
-                            format!("output_limit: the process printed more than {}", limit.bytes),
-                        ));
+                        return Err(limit.exceeded());
                     }
                 }
                 Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}

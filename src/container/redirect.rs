@@ -1,17 +1,17 @@
 //! Standard streams that are files or bytes of the embedder's: threads that carry them.
 //!
-//! A guest that holds on to a stream holds no thread. What carries input ends with the process. What carries output ends
-//! at most [`OUTPUT_TIMEOUT`](super::process::OUTPUT_TIMEOUT) later, when the process is waited for.
+//! A guest that holds on to a stream holds no thread. What carries input ends with the process. What carries output reads
+//! at most [`OUTPUT_TIMEOUT`](super::process::OUTPUT_TIMEOUT) longer, whether or not the process is waited for.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::process::{OutputLimit, State};
-use crate::error::Result;
-use crate::sys::{wait_any, wait_ready};
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::sys::{left, wait_any, wait_ready};
 use crate::virtio::vsock::VsockStream;
 use crate::vm::Vm;
 
@@ -63,18 +63,20 @@ impl SharedFile {
 
 /// The end of a thread that carries a process's output.
 #[derive(Debug)]
-pub(super) struct Redirect(Mutex<mpsc::Receiver<io::Result<bool>>>);
+pub(super) struct Redirect(Mutex<mpsc::Receiver<Result<bool>>>);
 
 impl Redirect {
     /// Waits until all output has been carried, at most `timeout`; `None` when it has not.
     ///
     /// The result is whether something was cut off, or why the file did not take it.
-    pub(super) fn wait(&self, timeout: Duration) -> Option<io::Result<bool>> {
+    pub(super) fn wait(&self, timeout: Duration) -> Option<Result<bool>> {
         let end = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         match end.recv_timeout(timeout) {
             Ok(outcome) => Some(outcome),
             Err(mpsc::RecvTimeoutError::Timeout) => None,
-            Err(mpsc::RecvTimeoutError::Disconnected) => Some(Err(io::Error::other("the thread that wrote has ended"))),
+            Err(mpsc::RecvTimeoutError::Disconnected) => {
+                Some(Err(Error::new(ErrorKind::InvalidState, "the thread that wrote has ended")))
+            }
         }
     }
 }
@@ -87,36 +89,58 @@ pub(super) fn write_to(
     name: &'static str,
     file: Arc<SharedFile>,
     mut stream: VsockStream,
-    limit: Option<OutputLimit>,
+    (limit, state): (Option<OutputLimit>, Arc<State>),
 ) -> Result<Redirect> {
     let (done, wait) = mpsc::sync_channel(1);
     vm.spawn_beside(name, move || {
-        let outcome = carry_output(&mut stream, &file, limit);
+        let outcome = carry_output(&mut stream, &file, limit, &state);
         drop(stream);
-        // Nobody may be interested any more.
+        // The process may have been dropped meanwhile.
         let _ = done.send(outcome);
     })?;
     Ok(Redirect(Mutex::new(wait)))
 }
 
-fn carry_output(stream: &mut VsockStream, file: &SharedFile, limit: Option<OutputLimit>) -> io::Result<bool> {
-    let (mut buffer, mut truncated) = (vec![0; CHUNK], false);
-    let mut left = limit.map_or(u64::MAX, |limit| limit.bytes.as_bytes());
+fn carry_output(
+    stream: &mut VsockStream,
+    file: &SharedFile,
+    limit: Option<OutputLimit>,
+    state: &State,
+) -> Result<bool> {
+    let (mut buffer, mut truncated, mut until) = (vec![0; CHUNK], false, None::<Instant>);
+    let mut room = limit.map_or(u64::MAX, |limit| limit.bytes.as_bytes());
+    let reading = || "reading a process's output";
     loop {
+        if until.is_none() {
+            until = state.output_timeout().map(|timeout| Instant::now() + timeout);
+        }
+        let ready = match until {
+            None => wait_any(&[stream.as_fd(), state.ended()], None).doing(reading)?,
+            // What has arrived by then is read, and no more.
+            Some(until) => wait_any(&[stream.as_fd()], Some(left(until))).doing(reading)? && !left(until).is_zero(),
+        };
+        if !ready {
+            return Ok(truncated);
+        }
+        // The process may have ended, and its stream have nothing.
+        if !wait_any(&[stream.as_fd()], Some(Duration::ZERO)).doing(reading)? {
+            continue;
+        }
         let read = match stream.read(&mut buffer) {
             Ok(0) => return Ok(truncated),
             Ok(n) => n,
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+            Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => continue,
             // The machine has ended, which the process's status says.
             Err(e) if e.kind() == io::ErrorKind::ConnectionReset => return Ok(truncated),
-            Err(e) => return Err(e),
+            Err(e) => return Err(e).doing(reading),
         };
-        let taken = read.min(usize::try_from(left).unwrap_or(usize::MAX));
-        file.write_all(buffer.get(..taken).unwrap_or_default())?;
-        left -= taken as u64;
+        let taken = read.min(usize::try_from(room).unwrap_or(usize::MAX));
+        let part = buffer.get(..taken).unwrap_or_default();
+        file.write_all(part).doing(|| "writing a process's output to its file")?;
+        room -= taken as u64;
         truncated |= taken < read;
-        if truncated && limit.is_some_and(|limit| !limit.truncate) {
-            return Err(io::Error::new(io::ErrorKind::FileTooLarge, "output_limit: the process printed more"));
+        if let Some(limit) = limit.filter(|limit| truncated && !limit.truncate) {
+            return Err(limit.exceeded());
         }
     }
 }
@@ -160,17 +184,10 @@ pub(super) fn read_bytes(vm: &Vm, bytes: Arc<[u8]>, mut stream: VsockStream, sta
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::container::ExitStatus;
+    use crate::container::{ExitStatus, pair};
     use crate::size::Size;
     use std::os::fd::OwnedFd;
-    use std::os::unix::net::UnixStream;
     use std::thread;
-
-    fn pair() -> (VsockStream, UnixStream) {
-        let (near, far, _) = VsockStream::pair().unwrap();
-        far.set_nonblocking(false).unwrap();
-        (near, far)
-    }
 
     fn pipe() -> (File, File) {
         let (reader, writer) = io::pipe().unwrap();
@@ -178,7 +195,7 @@ mod tests {
     }
 
     /// What comes of carrying what is printed to a file, which has the rest.
-    fn carried(printed: &[u8], limit: Option<OutputLimit>) -> (io::Result<bool>, Vec<u8>) {
+    fn carried(printed: &[u8], limit: Option<OutputLimit>) -> (Result<bool>, Vec<u8>) {
         let (mut near, mut far) = pair();
         let name = format!("cofferdam-redirect-{}-{:?}", std::process::id(), thread::current().id());
         let path = std::env::temp_dir().join(name);
@@ -188,7 +205,7 @@ mod tests {
                 // The reader may have had enough.
                 let _ = far.write_all(printed);
             });
-            let outcome = carry_output(&mut near, &file, limit);
+            let outcome = carry_output(&mut near, &file, limit, &State::new().unwrap());
             drop(near);
             outcome
         });
@@ -206,7 +223,9 @@ mod tests {
         let (outcome, written) = carried(&printed, Some(limit));
         assert!(outcome.unwrap() && written == printed[..100]);
         let (outcome, written) = carried(&printed, Some(OutputLimit { truncate: false, ..limit }));
-        assert_eq!((outcome.unwrap_err().kind(), written.len()), (io::ErrorKind::FileTooLarge, 100));
+        let error = outcome.unwrap_err();
+        assert_eq!((error.kind(), written.len()), (ErrorKind::ResourceExhausted, 100));
+        assert!(error.to_string().contains("output_limit"), "{error}");
     }
 
     #[test]
@@ -214,8 +233,8 @@ mod tests {
         let (mut near, mut far) = pair();
         let full = SharedFile::new(File::options().write(true).open("/dev/full").unwrap());
         far.write_all(b"lost").unwrap();
-        let error = carry_output(&mut near, &full, None).unwrap_err();
-        assert_eq!(error.raw_os_error(), Some(libc::ENOSPC));
+        let error = carry_output(&mut near, &full, None, &State::new().unwrap()).unwrap_err();
+        assert_eq!((error.kind(), error.os_error()), (ErrorKind::ResourceExhausted, Some(libc::ENOSPC)));
     }
 
     #[test]
@@ -228,7 +247,10 @@ mod tests {
             let (mut near, mut far) = (near, far);
             let bytes = &printed;
             scope.spawn(move || far.write_all(bytes).unwrap());
-            scope.spawn(move || assert!(!carry_output(&mut near, &SharedFile::new(writer), None).unwrap()));
+            scope.spawn(move || {
+                let state = State::new().unwrap();
+                assert!(!carry_output(&mut near, &SharedFile::new(writer), None, &state).unwrap());
+            });
             let mut all = Vec::new();
             reader.read_to_end(&mut all).unwrap();
             all
@@ -246,6 +268,19 @@ mod tests {
             let path = crate::sys::path_of(file.as_fd());
             File::options().write(true).custom_flags(libc::O_NONBLOCK).open(path).unwrap()
         }
+    }
+
+    #[test]
+    fn a_guest_that_keeps_a_stream_writes_no_more_once_the_process_has_ended() {
+        let ((mut near, mut far), state) = (pair(), State::new().unwrap());
+        state.finish(ExitStatus::TimedOut);
+        let file = SharedFile::new(File::options().write(true).open("/dev/null").unwrap());
+        let flood = thread::spawn(move || while far.write_all(&[0; CHUNK]).is_ok() {});
+        let begin = Instant::now();
+        assert!(!carry_output(&mut near, &file, None, &state).unwrap());
+        assert!(begin.elapsed() >= state.output_timeout().unwrap());
+        drop(near);
+        flood.join().unwrap();
     }
 
     #[test]

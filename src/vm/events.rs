@@ -243,7 +243,8 @@ impl EventLog {
 
 /// The events of one VM, from its start on; see [`Vm::events`](crate::Vm::events).
 ///
-/// The descriptor behind [`AsFd`] and [`AsRawFd`] is readable while there is something to read, and once the last event was read. The
+/// The descriptor behind [`AsFd`] and [`AsRawFd`] is readable while there is something to read, and once the last event
+/// was read. The
 /// last 256 events are kept; of more, the oldest of the most frequent kind goes. A reader gets [`EventKind::Missed`] in
 /// the place of what it missed, and the VM never waits for one.
 ///

@@ -12,7 +12,7 @@ use crate::virtio::blk::{CacheMode, DiskLimit, ErrorAction, ErrorClass, IoEngine
 
 /// The settings of every disk.
 macro_rules! common_settings {
-    ($kind:ident) => {
+    ($kind:ident, $variant:ident) => {
         impl $kind {
             /// Sets the serial number, by which the guest finds the disk whatever its letter.
             ///
@@ -56,7 +56,7 @@ macro_rules! common_settings {
 
         impl From<$kind> for Disk {
             fn from($kind { settings, source }: $kind) -> Self {
-                Self { settings, source: source.into() }
+                Self { settings, source: Source::$variant(source) }
             }
         }
     };
@@ -258,11 +258,11 @@ impl Qcow2Disk {
     }
 }
 
-common_settings!(FileDisk);
-common_settings!(OpenFileDisk);
-common_settings!(ScratchDisk);
-common_settings!(MemoryDisk);
-common_settings!(OverlayDisk);
+common_settings!(FileDisk, Path);
+common_settings!(OpenFileDisk, File);
+common_settings!(ScratchDisk, Scratch);
+common_settings!(MemoryDisk, Memory);
+common_settings!(OverlayDisk, Overlay);
 stored_settings!(FileDisk);
 stored_settings!(OpenFileDisk);
 stored_settings!(ScratchDisk);
@@ -271,45 +271,8 @@ read_only_setting!(FileDisk);
 read_only_setting!(OpenFileDisk);
 read_only_setting!(OverlayDisk);
 #[cfg(feature = "qcow2")]
-common_settings!(Qcow2Disk);
+common_settings!(Qcow2Disk, Qcow2);
 #[cfg(feature = "qcow2")]
 stored_settings!(Qcow2Disk);
 #[cfg(feature = "qcow2")]
 read_only_setting!(Qcow2Disk);
-
-impl From<FileSource> for Source {
-    fn from(source: FileSource) -> Self {
-        Self::Path(source)
-    }
-}
-
-impl From<Arc<File>> for Source {
-    fn from(file: Arc<File>) -> Self {
-        Self::File(file)
-    }
-}
-
-impl From<ScratchSource> for Source {
-    fn from(source: ScratchSource) -> Self {
-        Self::Scratch(source)
-    }
-}
-
-impl From<Size> for Source {
-    fn from(size: Size) -> Self {
-        Self::Memory(size)
-    }
-}
-
-impl From<OverlaySource> for Source {
-    fn from(source: OverlaySource) -> Self {
-        Self::Overlay(source)
-    }
-}
-
-#[cfg(feature = "qcow2")]
-impl From<Qcow2Source> for Source {
-    fn from(source: Qcow2Source) -> Self {
-        Self::Qcow2(source)
-    }
-}

@@ -13,13 +13,14 @@ use crate::virtio::net::NetLimit;
 
 /// The settings of every card.
 macro_rules! common_settings {
-    ($kind:ident) => {
+    ($kind:ident, $variant:ident) => {
         impl $kind {
             /// Limits the card's rates; nothing is limited by default.
             ///
-            /// [`NetHandle::set_limit`](super::NetHandle::set_limit) changes them while the VM runs. Beyond a rate the guest's frames wait in its own queue,
-            /// and frames for it at their sender. When that begins, it is an
-            /// [`EventKind::Throttled`](crate::event::EventKind::Throttled); [`Stats`](crate::stats::Stats) say how often and how long.
+            /// [`NetHandle::set_limit`](super::NetHandle::set_limit) changes them while the VM runs. Beyond a rate the
+            /// guest's frames wait in its own queue, and frames for it at their sender. When that begins, it is an
+            /// [`EventKind::Throttled`](crate::event::EventKind::Throttled). [`Stats`](crate::stats::Stats) say how
+            /// often and how long.
             pub fn limit(mut self, limit: NetLimit) -> Self {
                 self.settings.limit = limit;
                 self
@@ -48,7 +49,7 @@ macro_rules! common_settings {
 
         impl From<$kind> for Net {
             fn from($kind { settings, source }: $kind) -> Self {
-                Self { settings, source: source.into() }
+                Self { settings, source: Source::$variant(source) }
             }
         }
     };
@@ -90,12 +91,13 @@ pub(super) struct UserSource {
 impl UserNet {
     /// Publishes a port of the guest on an address of the host.
     ///
-    /// [`NetHandle::published`](super::NetHandle::published) says where it listens. To the guest all callers seem to be the gateway.
+    /// [`NetHandle::published`](super::NetHandle::published) says where it listens. To the guest all clients seem to be
+    /// the gateway.
     ///
     /// A service is found on the guest's IPv4 address or its own IPv6 address, and in a container also on 127.0.0.1.
-    /// One on ::1 alone is reached by `Container::connect` only. Where nothing listens, a caller of a TCP port gets a
-    /// reset and a caller of a UDP port nothing, and [`NetStats::unconnected`](super::NetStats::unconnected) counts it. The first datagram to a
-    /// service that has moved may be lost when it has more than 500 bytes.
+    /// One on ::1 alone is reached by `Container::connect` only. Where nothing listens, a client of a TCP port gets a
+    /// reset and a client of a UDP port nothing. [`NetStats::unconnected`](super::NetStats::unconnected) counts it. The
+    /// first datagram to a service that has moved may be lost when it has more than 500 bytes.
     pub fn publish(mut self, port: PortForward) -> Self {
         self.source.ports.push(port);
         self
@@ -171,47 +173,11 @@ impl fmt::Debug for Custom {
     }
 }
 
-common_settings!(UserNet);
-common_settings!(TapNet);
-common_settings!(TapFilesNet);
-common_settings!(SocketNet);
-common_settings!(SwitchNet);
-common_settings!(CustomNet);
+common_settings!(UserNet, User);
+common_settings!(TapNet, Tap);
+common_settings!(TapFilesNet, TapFiles);
+common_settings!(SocketNet, Socket);
+common_settings!(SwitchNet, Switch);
+common_settings!(CustomNet, Custom);
 queues_setting!(TapNet);
 queues_setting!(CustomNet);
-
-impl From<Box<UserSource>> for Source {
-    fn from(user: Box<UserSource>) -> Self {
-        Self::User(user)
-    }
-}
-
-impl From<String> for Source {
-    fn from(name: String) -> Self {
-        Self::Tap(name)
-    }
-}
-
-impl From<Vec<Arc<File>>> for Source {
-    fn from(files: Vec<Arc<File>>) -> Self {
-        Self::TapFiles(files)
-    }
-}
-
-impl From<Arc<OwnedFd>> for Source {
-    fn from(socket: Arc<OwnedFd>) -> Self {
-        Self::Socket(socket)
-    }
-}
-
-impl From<SwitchAttachment> for Source {
-    fn from(it: SwitchAttachment) -> Self {
-        Self::Switch(it)
-    }
-}
-
-impl From<Custom> for Source {
-    fn from(it: Custom) -> Self {
-        Self::Custom(it)
-    }
-}
