@@ -10,7 +10,16 @@ const MAX_WORDS: usize = 25;
 const MAX_FIRST_WORDS: usize = 15;
 
 /// Pages for people who use or change the crate.
-const PAGES: &[&str] = &["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "SECURITY.md", "docs/guide.md"];
+const PAGES: &[&str] = &[
+    "README.md",
+    "ARCHITECTURE.md",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "SECURITY.md",
+    "benches/README.md",
+    "docs/guide.md",
+    "lab/README.md",
+];
 
 /// Words that leave the party or the mechanism unnamed. No documentation has them.
 const PRIVATE_WORDS: &[&str] = &[
