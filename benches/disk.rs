@@ -149,7 +149,7 @@ impl Bench {
         // In a directory of its own, its disk is the only file there.
         let disks = cache().join("bench-disk");
         image.cache_dir(&disks).prepare().expect("the image's disk");
-        let is_disk = |path: &PathBuf| path.extension().is_some_and(|e| e == "ext4");
+        let is_disk = |path: &PathBuf| path.extension().is_some_and(|e| e == "erofs");
         let root =
             fs::read_dir(disks).expect("it").flatten().map(|e| e.path()).find(is_disk).expect("the image's disk");
         let jobs: String = JOBS
@@ -164,7 +164,7 @@ impl Bench {
         let script = format!(
             "#!/bin/busybox sh\nexport PATH=/bin\n/bin/busybox --install -s /bin\nmkdir -p /proc /sys /mnt\n\
              mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t devtmpfs dev /dev\n\
-             mount -o ro -t ext4 /dev/vda /mnt; mount -o bind /dev /mnt/dev; mount -o bind /proc /mnt/proc\n\
+             mount -o ro -t erofs /dev/vda /mnt; mount -o bind /dev /mnt/dev; mount -o bind /proc /mnt/proc\n\
              mount -o bind /sys /mnt/sys; mount -t tmpfs tmp /mnt/tmp\n{jobs}reboot -f\n"
         );
         fs::write(dir.join("root/init"), script).expect("the script");
@@ -191,7 +191,7 @@ impl Bench {
         let kernel = kernel.initramfs(Initramfs::open(self.dir.join("initrd")).expect("the initramfs"));
         let vm = Vm::builder(kernel)
             .memory(Size::mib(256))
-            .disk(Disk::file(&self.root).read_only())
+            .disk(Disk::file(&self.root).read_only(true))
             .disk(Disk::file(&data))
             .console(Console::writer(Lines(Vec::new(), to)))
             .start()

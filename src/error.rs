@@ -21,8 +21,10 @@ pub enum ErrorKind {
     AlreadyExists,
     /// The host's kernel refused access; the message says how to get it.
     PermissionDenied,
-    /// The host lacks memory, descriptors, threads or disk space, or the resource is in use.
+    /// The host lacks memory, descriptors, threads or disk space.
     ResourceExhausted,
+    /// Another has it: a disk's lock, a port, a device; the message names it.
+    ResourceBusy,
     /// The operation does not fit what the object is doing now; the message names both.
     InvalidState,
     /// The guest did something that makes the call impossible to finish.
@@ -122,6 +124,7 @@ impl From<io::Error> for Error {
             }
             // Threads and processes beyond the limit end in EAGAIN.
             Some(libc::EAGAIN) => ErrorKind::ResourceExhausted,
+            Some(libc::EBUSY | libc::ETXTBSY | libc::EADDRINUSE) => ErrorKind::ResourceBusy,
             Some(libc::EACCES | libc::EPERM | libc::EROFS) => ErrorKind::PermissionDenied,
             Some(libc::ENOSYS | libc::EOPNOTSUPP) => ErrorKind::Unsupported,
             _ => match error.kind() {
@@ -149,6 +152,7 @@ impl From<Error> for io::Error {
             ErrorKind::InvalidConfig => io::ErrorKind::InvalidInput,
             ErrorKind::Corrupt => io::ErrorKind::InvalidData,
             ErrorKind::Unsupported => io::ErrorKind::Unsupported,
+            ErrorKind::ResourceBusy => io::ErrorKind::ResourceBusy,
             _ => io::ErrorKind::Other,
         };
         Self::new(kind, error)
@@ -177,6 +181,15 @@ mod tests {
         assert_eq!(error.to_string(), "starting VM: opening rootfs.img: No such file or directory (os error 2)");
         assert_eq!((error.kind(), error.os_error()), (ErrorKind::NotFound, Some(libc::ENOENT)));
         assert_eq!(io::Error::from(error).kind(), io::ErrorKind::NotFound);
+    }
+
+    #[test]
+    fn what_another_has_is_busy() {
+        for errno in [libc::EBUSY, libc::EADDRINUSE, libc::ETXTBSY] {
+            let error = Error::from(io::Error::from_raw_os_error(errno));
+            assert_eq!(error.kind(), ErrorKind::ResourceBusy);
+            assert_eq!(io::Error::from(error).kind(), io::ErrorKind::ResourceBusy);
+        }
     }
 
     #[test]

@@ -83,7 +83,7 @@ fn what_cannot_work_is_refused_by_name() {
     let large = Initramfs::new().file("/x", 0o644, vec![0; 17 << 20]);
     refused(Vm::builder(temp.kernel().initramfs(large)).memory(Size::mib(16)), invalid, "Kernel::initramfs");
     refused(temp.vm().disk(Disk::file(temp.0.join("none"))), ErrorKind::NotFound, "attaching disk 0: opening disk");
-    let good = || Disk::file(temp.image(4096)).read_only();
+    let good = || Disk::file(temp.image(4096)).read_only(true);
     refused(temp.vm().disk(good()).disk(Disk::file(temp.image(0))), invalid, "attaching disk 1: ");
     refused(temp.vm().disk(Disk::file(temp.image(1000))), invalid, "1000 bytes are not a disk");
     refused(temp.vm().disk(Disk::file(&temp.0)), ErrorKind::Io, "attaching disk 0");
@@ -109,7 +109,7 @@ fn what_cannot_work_is_refused_by_name() {
     refused(many, invalid, "interrupt lines");
     refused(temp.vm().vsock(Vsock::new().listen(1).listen(1)), ErrorKind::AlreadyExists, "port 1");
     refused(temp.vm().descriptors(15), invalid, "descriptors: 15: a guest needs 16");
-    refused(Vm::builder(temp.kernel().pvh()).memory(Size::mib(16)), ErrorKind::Unsupported, "Kernel::pvh: ");
+    refused(Vm::builder(temp.kernel().pvh(true)).memory(Size::mib(16)), ErrorKind::Unsupported, "Kernel::pvh: ");
     let modules = temp.modules();
     let kernel = || temp.kernel().modules(modules.clone());
     refused(

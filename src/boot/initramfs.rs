@@ -16,6 +16,7 @@ use crate::memory::{GuestAddress, GuestMemory};
 /// kernel knows) and entries are unpacked in the order they were added. A later one replaces an earlier one of the same
 /// name.
 #[derive(Debug, Clone, Default)]
+#[must_use = "a config value does nothing by itself"]
 pub struct Initramfs {
     parts: Vec<Part>,
 }

@@ -41,6 +41,7 @@ const ENTRY_64: u64 = 0x200;
 /// so when its configuration is embedded in it or lies beside it (see [`Kernel::check`]). Then ACPI and PCI are off,
 /// unless `acpi=` is on the command line. With `acpi=off` there, any kernel gets its devices on the command line.
 #[derive(Debug, Clone)]
+#[must_use = "a config value does nothing by itself"]
 pub struct Kernel {
     pub(super) loaded: Arc<Loaded>,
     pub(super) cmdline: String,
@@ -145,13 +146,13 @@ impl Kernel {
         self
     }
 
-    /// Starts a `vmlinux` by its PVH entry point (`CONFIG_PVH`), as other hypervisors do.
+    /// Sets whether a `vmlinux` is started by its PVH entry point (`CONFIG_PVH`), as other hypervisors do.
     ///
-    /// For comparing with those. By default only kernels without a 64-bit entry point at their load address are started
+    /// It is for comparing with those. By default only kernels without a 64-bit entry point at their load address are started
     /// so, such as some of other systems. Linux boots faster by its 64-bit entry point, where it is entered in the mode
     /// in which it runs.
-    pub fn pvh(mut self) -> Self {
-        self.pvh = true;
+    pub fn pvh(mut self, pvh: bool) -> Self {
+        self.pvh = pvh;
         self
     }
 
@@ -452,11 +453,11 @@ pub(super) mod tests {
     fn the_64_bit_entry_point_is_preferred_and_the_pvh_one_taken_where_there_is_no_other() {
         let at = GuestAddress(0x10_0000);
         let both = open("pvh", &elf_with_pvh(&[0xf4; 64])).unwrap();
-        assert_eq!((both.entry().unwrap(), both.pvh().entry().unwrap()), (Entry::Linux64(at), Entry::Pvh(at)));
+        assert_eq!((both.entry().unwrap(), both.pvh(true).entry().unwrap()), (Entry::Linux64(at), Entry::Pvh(at)));
         let mut virtual_entry = elf_with_pvh(&[0xf4; 64]);
         virtual_entry[24..32].copy_from_slice(&0xffff_ffff_8010_0000_u64.to_le_bytes());
         assert_eq!(open("pvh-only", &virtual_entry).unwrap().entry().unwrap(), Entry::Pvh(at));
-        let error = open("pvh-none", &elf(b"\xf4")).unwrap().pvh().entry().unwrap_err();
+        let error = open("pvh-none", &elf(b"\xf4")).unwrap().pvh(true).entry().unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Unsupported);
         let end = virtual_entry.len();
         virtual_entry[end - 4..].copy_from_slice(&0x4000_0000_u32.to_le_bytes());

@@ -128,7 +128,7 @@ mod tests {
 
     #[test]
     fn a_start_info_says_the_same() {
-        let kernel = Kernel::open(&Temp::new("start-info", &elf_with_pvh(b"\xf4")).0).unwrap().pvh();
+        let kernel = Kernel::open(&Temp::new("start-info", &elf_with_pvh(b"\xf4")).0).unwrap().pvh(true);
         let (memory, kernel) = (guest(8), kernel.initramfs(Initramfs::new().file("init", 0o755, "x")));
         assert_eq!(load(&memory, &kernel, "quiet").unwrap(), Entry::Pvh(GuestAddress(0x10_0000)));
         let number = |at: u64| {

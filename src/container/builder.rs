@@ -196,7 +196,7 @@ impl ContainerBuilder {
     fn run(self, begin: Instant) -> Result<Container> {
         let hostname = check_hostname(&self.hostname)?;
         let kernel = self.kernel.clone().map_or_else(Kernel::find, Ok)?;
-        let lower = Disk::from_file(self.image.disk(self.cancel.as_ref())?).read_only().serial("cofferdam-image");
+        let lower = Disk::from_file(self.image.disk(self.cancel.as_ref())?).read_only(true).serial("cofferdam-image");
         let upper = self.writable_layer.make()?;
         let mut vm = Vm::builder(kernel.clone())
             .vcpus(self.vcpus)

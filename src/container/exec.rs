@@ -71,6 +71,16 @@ impl From<OwnedFd> for Stdio {
     }
 }
 
+/// Connects the standard input of a process to what another one prints, as a shell's `|` does.
+///
+/// The processes may be of different containers. A thread of the embedder's process carries the bytes, as from a
+/// [`File`]. It cannot be standard output or error: [`Exec::spawn`] fails with `InvalidConfig` then.
+impl From<ProcessReader> for Stdio {
+    fn from(output: ProcessReader) -> Self {
+        Self(StdioKind::File(SharedFile::of_process(output.into_stream())))
+    }
+}
+
 /// Describes how a program runs; see [`Container::exec`].
 ///
 /// Nothing is done before [`Exec::spawn`], [`Exec::output`] or [`Exec::status`]. The container lives at least as long as
@@ -202,11 +212,11 @@ impl Exec {
         self
     }
 
-    /// Lets a program go on that prints more than [`Exec::output_limit`].
+    /// Sets whether a program goes on that prints more than [`Exec::output_limit`].
     ///
-    /// What is beyond is read and thrown away, and [`Output::stdout_truncated`] or [`Output::stderr_truncated`] is set.
-    pub fn truncate_output(mut self) -> Self {
-        self.limit.truncate = true;
+    /// By default it is killed. If it goes on, what is beyond is read and thrown away, and [`Output::stdout_truncated`] or [`Output::stderr_truncated`] is set.
+    pub fn truncate_output(mut self, truncate: bool) -> Self {
+        self.limit.truncate = truncate;
         self
     }
 
@@ -258,6 +268,11 @@ impl Exec {
         let (argv, env, cwd) = (self.strings()?, self.environment()?, self.cwd()?);
         let state = State::new()?;
         let stdio = self.stdio.map(|it| it.unwrap_or_default().0);
+        for (stream, method) in stdio.iter().skip(1).zip(["stdout", "stderr"]) {
+            if matches!(stream, StdioKind::File(file) if !file.is_writable()) {
+                return Err(Error::invalid(method, "what another process prints can only be a standard input"));
+            }
+        }
         let connected = stdio.each_ref().map(|it| !matches!(it, StdioKind::Null));
         let (vm, agent) = (self.container.vm(), self.container.agent());
         let remote = agent.remote();

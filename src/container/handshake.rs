@@ -63,11 +63,12 @@ pub(super) fn handshake(vm: &Vm, begin: Instant, timeout: Duration, patience: &S
 fn connection(vm: &Vm, patience: &StartDeadline<'_>) -> Result<VsockStream> {
     let listener = vm.listen_vsock(CONTROL_PORT)?;
     let outcome = match patience.wait(&listener)? {
-        true => listener.accept_timeout(Duration::ZERO),
-        false => Err(Error::new(ErrorKind::TimedOut, "the shim never connected")),
+        true => listener.try_accept(),
+        false => Ok(None),
     };
     // It may have tried, and the host had no descriptor for it.
-    outcome.map_err(|error| listener.refused().unwrap_or(error))
+    let none = || Error::new(ErrorKind::TimedOut, "the shim never connected");
+    outcome.and_then(|stream| stream.ok_or_else(none)).map_err(|error| listener.refused().unwrap_or(error))
 }
 
 fn converse(mut stream: VsockStream, begin: Instant, patience: &StartDeadline<'_>) -> Result<Handshake> {

@@ -240,6 +240,22 @@ impl Read for ProcessReader {
     }
 }
 
+impl Read for &ProcessReader {
+    fn read(&mut self, to: &mut [u8]) -> io::Result<usize> {
+        (&self.0).read(to)
+    }
+}
+
+impl Write for &ProcessWriter {
+    fn write(&mut self, from: &[u8]) -> io::Result<usize> {
+        (&self.0).write(from)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
 impl AsFd for ProcessWriter {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()

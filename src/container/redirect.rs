@@ -1,11 +1,11 @@
-//! Standard streams that are files or bytes of the embedder's: threads that carry them.
+//! Threads that carry standard streams from and to files, bytes or another process's output.
 //!
 //! A guest that holds on to a stream holds no thread. What carries input ends with the process. What carries output reads
 //! at most [`OUTPUT_TIMEOUT`](super::process::OUTPUT_TIMEOUT) longer, whether or not the process is waited for.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
@@ -18,17 +18,60 @@ use crate::vm::Vm;
 /// Bytes that are carried at a time.
 const CHUNK: usize = 64 * 1024;
 
+/// What the bytes are carried from or to.
+#[derive(Debug)]
+enum Endpoint {
+    File(File),
+    /// The output of another process, which is only read.
+    Process(VsockStream),
+}
+
+impl Endpoint {
+    fn read(&self, to: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Self::File(file) => (&*file).read(to),
+            Self::Process(stream) => (&*stream).read(to),
+        }
+    }
+
+    fn write(&self, from: &[u8]) -> io::Result<usize> {
+        match self {
+            Self::File(file) => (&*file).write(from),
+            Self::Process(_) => Err(io::ErrorKind::Unsupported.into()),
+        }
+    }
+}
+
+impl AsFd for Endpoint {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::File(file) => file.as_fd(),
+            Self::Process(stream) => stream.as_fd(),
+        }
+    }
+}
+
 /// A file of the embedder's, which processes may share.
 #[derive(Debug)]
 pub(super) struct SharedFile {
-    file: File,
+    file: Endpoint,
     /// Held from the look whether there is something to read until it is read: another reader may not take it.
     reading: Mutex<()>,
 }
 
 impl SharedFile {
     pub(super) fn new(file: File) -> Arc<Self> {
-        Arc::new(Self { file, reading: Mutex::new(()) })
+        Arc::new(Self { file: Endpoint::File(file), reading: Mutex::new(()) })
+    }
+
+    /// Of the output of another process.
+    pub(super) fn of_process(stream: VsockStream) -> Arc<Self> {
+        Arc::new(Self { file: Endpoint::Process(stream), reading: Mutex::new(()) })
+    }
+
+    /// Whether something can be written to it.
+    pub(super) fn is_writable(&self) -> bool {
+        matches!(self.file, Endpoint::File(_))
     }
 
     /// Reads what is there; `None` when another reader was faster.
@@ -37,7 +80,7 @@ impl SharedFile {
         if !wait_any(&[self.file.as_fd()], Some(Duration::ZERO))? {
             return Ok(None);
         }
-        match (&self.file).read(to) {
+        match self.file.read(to) {
             Ok(n) => Ok(Some(n)),
             Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => Ok(None),
             Err(e) => Err(e),
@@ -47,7 +90,7 @@ impl SharedFile {
     /// Writes all of it, also to a file that does not block.
     fn write_all(&self, mut bytes: &[u8]) -> io::Result<()> {
         while !bytes.is_empty() {
-            match (&self.file).write(bytes) {
+            match self.file.write(bytes) {
                 Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
                 Ok(n) => bytes = bytes.get(n..).unwrap_or_default(),
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
@@ -311,6 +354,21 @@ mod tests {
             assert!(carry.join().unwrap().is_err());
         });
         drop(far);
+    }
+
+    #[test]
+    fn the_output_of_one_process_is_the_input_of_another() {
+        let ((near, mut printing), (mut stdin, mut reading)) = (pair(), pair());
+        let (output, state) = (SharedFile::of_process(near), State::new().unwrap());
+        assert!(!output.is_writable() && output.write_all(b"x").is_err());
+        let read = thread::scope(|scope| {
+            scope.spawn(move || carry_input(&output, &mut stdin, &state).unwrap());
+            scope.spawn(move || printing.write_all(&[5; 3 * CHUNK]).unwrap());
+            let mut all = Vec::new();
+            reading.read_to_end(&mut all).unwrap();
+            all
+        });
+        assert!(read == [5; 3 * CHUNK]);
     }
 
     #[test]

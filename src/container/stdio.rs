@@ -115,9 +115,8 @@ pub(super) fn accept(
 
 /// The next connection that is there already.
 fn next(listener: &VsockListener, state: &State, deadline: Instant) -> Result<Option<VsockStream>> {
-    match listener.accept_timeout(Duration::ZERO) {
-        Ok(stream) => Ok(Some(stream)),
-        Err(e) if e.kind() == ErrorKind::TimedOut => Ok(None),
+    match listener.try_accept() {
+        Ok(stream) => Ok(stream),
         // The VM has ended, and the process with it.
         Err(e) if e.kind() == ErrorKind::InvalidState && state.wait(Some(deadline))?.is_some() => Ok(None),
         Err(e) => Err(e),

@@ -18,6 +18,7 @@ use crate::sys::{self, ForkGuard};
 
 /// The size of a guest's memory, and what backs it; a config value. A plain [`Size`] is [`Memory::anonymous`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[must_use = "a config value does nothing by itself"]
 pub struct Memory {
     size: Size,
     backing: Backing,
@@ -25,6 +26,7 @@ pub struct Memory {
 
 /// Memory of huge pages; see [`Memory::hugetlb`]. A config value.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[must_use = "a config value does nothing by itself"]
 pub struct HugetlbMemory {
     size: Size,
     page: Size,

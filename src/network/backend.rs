@@ -113,11 +113,19 @@ pub trait NetBackend: Send {
 /// Work on frames that one side may leave to the other (Virtio 1.3, 5.1.3). Nothing, by default. Without [`Offloads::CSUM`] the
 /// rest means nothing, and is not offered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub struct Capabilities {
     /// What the guest may leave to the backend: offered to it as `VIRTIO_NET_F_CSUM` and `HOST_*`.
     pub to_host: Offloads,
     /// What the backend may leave to the guest: `VIRTIO_NET_F_GUEST_*`.
     pub to_guest: Offloads,
+}
+
+impl Capabilities {
+    /// Describes a backend that takes the work `to_host` over, and leaves `to_guest` to the guest.
+    pub const fn new(to_host: Offloads, to_guest: Offloads) -> Self {
+        Self { to_host, to_guest }
+    }
 }
 
 /// The card that a backend is made for.
@@ -134,11 +142,19 @@ pub struct NicConfig {
 
 /// A frame that was put into the guest's buffers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Received {
     /// Bytes of the frame, from the beginning of the buffer.
     pub len: usize,
     /// What is left to do to it. A frame that leaves more than was agreed to is dropped.
     pub offload: Offload,
+}
+
+impl Received {
+    /// Describes a frame of `len` bytes, to which `offload` is left to do.
+    pub const fn new(len: usize, offload: Offload) -> Self {
+        Self { len, offload }
+    }
 }
 
 /// One frame of the guest, in the guest's memory. The guest may change it at any time: what was read twice may differ.

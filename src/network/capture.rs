@@ -33,6 +33,7 @@ const HEADER: usize = 16;
 /// libpcap, for tcpdump and Wireshark, with times in nanoseconds. A frame that stands for several is recorded as one.
 /// Checksums that were left to the other side are missing, as tcpdump shows it on a host's own card.
 #[derive(Clone)]
+#[must_use = "a config value does nothing by itself"]
 pub struct Capture {
     sink: Sink,
     snap: usize,

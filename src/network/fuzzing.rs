@@ -475,7 +475,7 @@ pub fn policy(data: &[u8]) {
 pub fn header(data: &[u8]) {
     let mut bytes = Bytes(data);
     while !bytes.done() {
-        let (agreed, len) = (Offloads::from_bits_truncate(bytes.byte()), usize::from(bytes.short()));
+        let (agreed, len) = (Offloads::from_bits(bytes.byte()), usize::from(bytes.short()));
         let header: [u8; HEADER_LEN] = bytes.number();
         let Ok(offload) = Offload::parse(&header, len, agreed) else { continue };
         assert!(agreed.contains(offload.needed()), "nobody agreed to it");
@@ -492,8 +492,8 @@ pub fn header(data: &[u8]) {
 /// Another guest gets only what the first may send, in a form that it agreed to.
 pub fn switch(data: &[u8]) {
     let mut bytes = Bytes(data);
-    let (switch, agreed) = (Switch::new(), Offloads::from_bits_truncate(bytes.byte()) - Offloads::USO);
-    let agreed = if agreed.contains(Offloads::CSUM) { agreed } else { Offloads::empty() };
+    let (switch, agreed) = (Switch::new(), Offloads::from_bits(bytes.byte()).without(Offloads::USO));
+    let agreed = if agreed.contains(Offloads::CSUM) { agreed } else { Offloads::none() };
     let join = |name: &str, n, agreed| Played::on(&switch, name, Mac([2, 0, 0, 0, 0, n]), agreed).ok();
     let (Some(mut a), Some(mut b)) = (join("a", 1, Offloads::all()), join("b", 2, agreed)) else {
         unreachable!("the harness lacks what it needs")

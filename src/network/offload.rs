@@ -1,33 +1,94 @@
 //! [`Offload`]: what a frame's `virtio_net_hdr` says, as a value that was checked (Virtio 1.3, 5.1.6).
 
-use bitflags::bitflags;
+use std::fmt;
+use std::ops::BitOr;
 
 /// Bytes of the header of a modern device: with `num_buffers`, always (Virtio 1.3, 5.1.6.1).
 pub(crate) const HEADER_LEN: usize = 12;
 
-bitflags! {
-    /// Work that one side may leave to the other.
-    #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-    pub struct Offloads: u8 {
-        /// The checksum of TCP and UDP.
-        const CSUM = 1;
-        /// Cutting TCP over IPv4 into segments.
-        const TSO4 = 2;
-        /// Cutting TCP over IPv6 into segments.
-        const TSO6 = 4;
-        /// Cutting UDP into datagrams.
-        const USO = 8;
+/// A set of kinds of work that one side may leave to the other.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub struct Offloads(u8);
+
+impl Offloads {
+    /// The checksum of TCP and UDP.
+    pub const CSUM: Self = Self(1);
+    /// Cutting TCP over IPv4 into segments.
+    pub const TSO4: Self = Self(2);
+    /// Cutting TCP over IPv6 into segments.
+    pub const TSO6: Self = Self(4);
+    /// Cutting UDP into datagrams.
+    pub const USO: Self = Self(8);
+
+    /// Returns the empty set.
+    pub const fn none() -> Self {
+        Self(0)
+    }
+
+    /// Returns the set of all kinds of work that this version knows.
+    pub const fn all() -> Self {
+        Self(Self::CSUM.0 | Self::TSO4.0 | Self::TSO6.0 | Self::USO.0)
+    }
+
+    #[cfg(feature = "internals")]
+    pub(crate) const fn from_bits(bits: u8) -> Self {
+        Self(bits & Self::all().0)
+    }
+
+    /// Returns what is in either set.
+    pub const fn union(self, other: Self) -> Self {
+        Self(self.0 | other.0)
+    }
+
+    /// Returns what is in both sets.
+    pub const fn intersection(self, other: Self) -> Self {
+        Self(self.0 & other.0)
+    }
+
+    /// Returns whether all of `other` is in this set.
+    pub const fn contains(self, other: Self) -> bool {
+        self.0 & other.0 == other.0
+    }
+
+    /// Returns this set without what is in `other`.
+    pub const fn without(self, other: Self) -> Self {
+        Self(self.0 & !other.0)
+    }
+}
+
+impl BitOr for Offloads {
+    type Output = Self;
+
+    /// Returns what is in either set.
+    fn bitor(self, other: Self) -> Self {
+        self.union(other)
+    }
+}
+
+impl fmt::Debug for Offloads {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let names = [(Self::CSUM, "CSUM"), (Self::TSO4, "TSO4"), (Self::TSO6, "TSO6"), (Self::USO, "USO")];
+        f.write_str("Offloads")?;
+        f.debug_set().entries(names.iter().filter(|(it, _)| self.contains(*it)).map(|(_, name)| name)).finish()
     }
 }
 
 /// A checksum that is still to be made. It covers all from `start` on, and is put `offset` bytes after that. Its place
 /// holds the sum of the pseudo header.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Csum {
     /// Bytes of the frame before what is summed up.
     pub start: u16,
     /// Where the checksum's two bytes are, from there on.
     pub offset: u16,
+}
+
+impl Csum {
+    /// Describes a checksum of all from `start` on, which is put `offset` bytes after that.
+    pub const fn new(start: u16, offset: u16) -> Self {
+        Self { start, offset }
+    }
 }
 
 /// How a frame is to be cut.
@@ -44,6 +105,7 @@ pub enum GsoKind {
 
 /// A frame that stands for several.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Gso {
     /// What is cut.
     pub kind: GsoKind,
@@ -54,6 +116,11 @@ pub struct Gso {
 }
 
 impl Gso {
+    /// Describes a frame with `size` bytes of payload for each packet, behind `header_len` bytes of headers.
+    pub const fn new(kind: GsoKind, size: u16, header_len: u16) -> Self {
+        Self { kind, size, header_len }
+    }
+
     /// Whether a frame of `len` bytes becomes no more packets than a system would make of it.
     fn is_sane(&self, len: usize) -> bool {
         match self.kind {
@@ -66,11 +133,24 @@ impl Gso {
 
 /// What is left to do to a frame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub struct Offload {
     /// A checksum.
     pub csum: Option<Csum>,
     /// Cutting it, which always comes with a checksum.
     pub gso: Option<Gso>,
+}
+
+impl Offload {
+    /// Describes a frame whose checksum is left to the other side.
+    pub const fn csum(csum: Csum) -> Self {
+        Self { csum: Some(csum), gso: None }
+    }
+
+    /// Describes a frame that the other side cuts, and of whose packets it makes the checksums.
+    pub const fn gso(csum: Csum, gso: Gso) -> Self {
+        Self { csum: Some(csum), gso: Some(gso) }
+    }
 }
 
 /// Why a header means nothing. The guest's mistake: the frame is dropped.
@@ -127,12 +207,12 @@ impl Offload {
     /// What must be agreed to for it.
     pub(crate) fn needed(&self) -> Offloads {
         let cut = match self.gso.map(|gso| gso.kind) {
-            None => Offloads::empty(),
+            None => Offloads::none(),
             Some(GsoKind::Tcp4) => Offloads::TSO4,
             Some(GsoKind::Tcp6) => Offloads::TSO6,
             Some(GsoKind::Udp) => Offloads::USO,
         };
-        cut | if self.csum.is_some() { Offloads::CSUM } else { Offloads::empty() }
+        cut | if self.csum.is_some() { Offloads::CSUM } else { Offloads::none() }
     }
 
     /// Whether it can be done to a frame of `len` bytes.
@@ -176,7 +256,7 @@ mod tests {
             let offload = Offload { csum, gso };
             assert_eq!(Offload::parse(&offload.to_bytes(1), 60, Offloads::all()), Ok(offload));
         }
-        assert_eq!(Offload::parse(&[0; HEADER_LEN], 0, Offloads::empty()), Ok(Offload::default()));
+        assert_eq!(Offload::parse(&[0; HEADER_LEN], 0, Offloads::none()), Ok(Offload::default()));
     }
 
     #[test]
@@ -196,7 +276,7 @@ mod tests {
         let parse = |change: fn(&mut [u8; HEADER_LEN])| {
             let mut header = [1, 1, 54, 0, 0, 5, 34, 0, 16, 0, 0, 0];
             change(&mut header);
-            Offload::parse(&header, 60, Offloads::all() - Offloads::USO).map(drop)
+            Offload::parse(&header, 60, Offloads::all().without(Offloads::USO)).map(drop)
         };
         assert_eq!(parse(|_| ()), Ok(()));
         assert_eq!(parse(|h| h[5] = 0), Err(OffloadError::Gso));

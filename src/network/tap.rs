@@ -78,7 +78,7 @@ impl TapBackend {
 
     fn new(tap: Tap, mtu: u16) -> Result<Self> {
         // Kernels before 6.2 cut no UDP.
-        let all = [Offloads::all(), Offloads::all() - Offloads::USO, Offloads::empty()];
+        let all = [Offloads::all(), Offloads::all().without(Offloads::USO), Offloads::none()];
         let offloads = all.into_iter().find(|offloads| tap.set_offload(flags(*offloads)).is_ok()).unwrap_or_default();
         tap.set_offload(0)?;
         let edges = EdgePoller::of(tap.as_fd())?;
@@ -92,12 +92,13 @@ impl NetBackend for TapBackend {
     }
 
     fn negotiated(&mut self, agreed: Capabilities) {
-        let wanted = if agreed.to_guest.contains(Offloads::CSUM) { agreed.to_guest } else { Offloads::empty() };
+        let wanted = if agreed.to_guest.contains(Offloads::CSUM) { agreed.to_guest } else { Offloads::none() };
         if let Err(e) = self.tap.set_offload(flags(wanted)) {
             log::warn!("the tap's frames are not made larger for the guest: {e}");
         }
         let large = Offloads::TSO4 | Offloads::TSO6 | Offloads::USO;
-        let packet = if agreed.to_guest.intersects(large) { MAX_PACKET } else { usize::from(self.mtu) };
+        let packet =
+            if agreed.to_guest.intersection(large) != Offloads::none() { MAX_PACKET } else { usize::from(self.mtu) };
         self.largest = packet + ETHERNET;
     }
 

@@ -20,8 +20,8 @@ use crate::sys::{EventFd, Timer, borrow};
 pub(crate) struct Counters {
     pub kicks: AtomicU64,
     pub requests: AtomicU64,
-    pub bytes_read: AtomicU64,
-    pub bytes_written: AtomicU64,
+    pub bytes_from_guest: AtomicU64,
+    pub bytes_to_guest: AtomicU64,
     pub driver_errors: AtomicU64,
     /// Requests that the host failed.
     pub io_errors: AtomicU64,
@@ -166,7 +166,7 @@ impl DeviceIo {
                 self.turn.charge(Work::Chain);
                 self.turn.charge(Work::Descriptors(chain.descriptors()));
                 add(&self.counters.requests, 1);
-                add(&self.counters.bytes_read, chain.readable_len() as u64);
+                add(&self.counters.bytes_from_guest, chain.readable_len() as u64);
                 Some(chain)
             }
             None => {
@@ -178,7 +178,7 @@ impl DeviceIo {
 
     /// Gives a request back. Say [`DeviceIo::flush`] when no more follow at once.
     pub(crate) fn complete(&mut self, queue: usize, chain: Chain) {
-        add(&self.counters.bytes_written, chain.written().into());
+        add(&self.counters.bytes_to_guest, chain.written().into());
         if let Some(q) = self.queues.get_mut(queue) {
             q.complete(chain);
         }

@@ -100,18 +100,6 @@ pub(crate) enum Source {
     },
 }
 
-/// From a device to `Any`, a conversion that is not built in before Rust 1.86.
-pub(crate) trait AsAny: Any {
-    /// Itself, for a typed handle to find its device again.
-    fn as_any_mut(&mut self) -> &mut dyn Any;
-}
-
-impl<T: Any> AsAny for T {
-    fn as_any_mut(&mut self) -> &mut dyn Any {
-        self
-    }
-}
-
 /// A device: what it offers, and what it does when poked.
 ///
 /// ```text
@@ -122,7 +110,7 @@ impl<T: Any> AsAny for T {
 /// ```
 /// All methods run on the loop that owns the device. Nothing here may panic on what the guest wrote, and nothing may
 /// block, but for a device that was given a loop of its own.
-pub(crate) trait VirtioDevice: AsAny + Send {
+pub(crate) trait VirtioDevice: Any + Send {
     /// What never changes: type, features, queue sizes, configuration space.
     fn profile(&self) -> Profile;
 

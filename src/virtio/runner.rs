@@ -1,5 +1,6 @@
 //! [`Slots`]: the devices of one event loop, each idle or running. Starts, pokes and stops them.
 
+use std::any::Any;
 use std::fmt;
 use std::fs::File;
 use std::marker::PhantomData;
@@ -267,7 +268,7 @@ impl<D: VirtioDevice> DeviceHandle<D> {
             let Slot { device, running, .. } = slots.slots.get_mut(slot)?;
             // What is asked for is a turn of its own.
             running.iter_mut().for_each(DeviceIo::begin_turn);
-            (**device).as_any_mut().downcast_mut::<D>().map(|device| f(device, running.as_mut()))
+            (&mut **device as &mut dyn Any).downcast_mut::<D>().map(|device| f(device, running.as_mut()))
         })?;
         answer.ok_or_else(|| Error::new(ErrorKind::InvalidState, format!("device {slot} is of another type")))
     }

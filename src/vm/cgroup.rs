@@ -31,6 +31,7 @@ const LEAVING: Duration = Duration::from_millis(500);
 /// The parent group becomes a *threaded domain* for as long as there are VMs below it. So it must be delegated to this
 /// process (systemd: `Delegate=yes`), and have no other groups with processes below it.
 #[derive(Debug, Clone, PartialEq)]
+#[must_use = "a config value does nothing by itself"]
 pub struct Cgroup {
     parent: Option<PathBuf>,
     weight: u32,
@@ -68,13 +69,13 @@ impl Cgroup {
         self
     }
 
-    /// Lets the VM start without a group where the host allows none.
+    /// Sets whether the VM starts without a group where the host allows none; it does not by default.
     ///
-    /// [`EventKind::Degraded`] then says why.
+    /// If it does, [`EventKind::Degraded`] then says why.
     ///
     /// [`EventKind::Degraded`]: crate::event::EventKind::Degraded
-    pub fn optional(mut self) -> Self {
-        self.optional = true;
+    pub fn optional(mut self, optional: bool) -> Self {
+        self.optional = optional;
         self
     }
 
@@ -286,7 +287,7 @@ mod tests {
     fn numbers_that_cannot_be_are_refused_by_name() {
         for (cgroup, method) in [
             (Cgroup::new().weight(0), "Cgroup::weight: "),
-            (Cgroup::new().weight(10_001).optional(), "Cgroup::weight: "),
+            (Cgroup::new().weight(10_001).optional(true), "Cgroup::weight: "),
             (Cgroup::new().cpus(0.0), "Cgroup::cpus: "),
             (Cgroup::new().cpus(f64::NAN), "Cgroup::cpus: "),
         ] {
@@ -302,7 +303,7 @@ mod tests {
         let error = Cgroup::under(&directory).make().unwrap_err();
         assert_eq!(error.kind(), ErrorKind::NotFound);
         assert!(error.to_string().starts_with("cgroup: reading the controllers of "), "{error}");
-        let why = Cgroup::under(&directory).optional().make().unwrap().unwrap_err();
+        let why = Cgroup::under(&directory).optional(true).make().unwrap().unwrap_err();
         assert!(why.contains("Delegate=yes"), "{why}");
     }
 

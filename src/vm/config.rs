@@ -21,6 +21,7 @@ const MIN_DESCRIPTORS: u32 = 16;
 ///
 /// The last 64 KiB are kept in any case, for the report of an end.
 #[derive(Clone, Default)]
+#[must_use = "a config value does nothing by itself"]
 pub struct Console {
     pub(super) writer: Option<Arc<Mutex<dyn Write + Send>>>,
 }
@@ -50,6 +51,7 @@ impl fmt::Debug for Console {
 ///
 /// The guest's address is CID 3, the host's CID 2. No files, no host vsock module: everything stays in this process.
 #[derive(Debug, Clone, Default)]
+#[must_use = "a config value does nothing by itself"]
 pub struct Vsock {
     pub(super) ports: Vec<u32>,
 }

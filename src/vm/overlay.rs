@@ -25,7 +25,7 @@ use crate::virtio::blk::{self, BasePath, OverlayFile};
 /// # Errors
 /// All calls fail with:
 ///
-/// - `ResourceExhausted` when a VM has it open;
+/// - `ResourceBusy` when a VM has it open;
 /// - `NotFound`, `PermissionDenied` or `Io` as the host does;
 /// - `Corrupt` when it is no overlay, damaged, or is its own base;
 /// - `Incompatible` when its base was changed.

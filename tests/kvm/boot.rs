@@ -1,11 +1,17 @@
 //! Kernels boot and see the machine that was asked for.
 
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
+use cofferdam::memory::Memory;
 use cofferdam::{Disk, ErrorKind, Exit, Kernel, Size, Vm};
 
 use crate::fixture::{self, Outcome, Printed, Temp, busybox, guest, kernel, run, stock_guest};
 use crate::{check, check_eq};
+
+/// Where the machine's generation is in its memory.
+const VM_GENERATION: u64 = 0xe_f000;
 
 pub fn vmlinux() -> Outcome {
     let (exit, printed) = run(guest("echo hello from $(uname -s)\nreboot -f"))?;
@@ -122,9 +128,21 @@ pub fn the_keyboard_is_heard_by_acpi() -> Outcome {
 pub fn a_clock_and_a_generation() -> Outcome {
     // Of drivers, those that are bound; the driver itself is only there with the machine's table.
     let script = "cat /sys/class/ptp/ptp0/clock_name; ls -d /sys/bus/*/drivers/vmgenid/*:00\npoweroff -f";
-    let (_, printed) = run(stock_guest("console=hvc0 quiet", script)?)?;
-    check!(printed.contains("KVM virtual PTP"), "{printed}");
-    check!(printed.contains("drivers/vmgenid/COFD0001:00"), "{printed}");
+    let mut generations = Vec::new();
+    for _ in 0..2 {
+        let printed = Printed::default();
+        let memory = Memory::memfd(Size::mib(128));
+        let vm = stock_guest("console=hvc0 quiet", script)?.memory(memory).console(printed.console()).start()?;
+        let mut generation = [0; 16];
+        let memory = File::from(vm.memory_fd()?.ok_or("memory without a file")?);
+        memory.read_exact_at(&mut generation, VM_GENERATION)?;
+        generations.push(generation);
+        vm.wait();
+        let printed = printed.text();
+        check!(printed.contains("KVM virtual PTP"), "{printed}");
+        check!(printed.contains("drivers/vmgenid/COFD0001:00"), "{printed}");
+    }
+    check!(generations[0] != generations[1] && !generations.contains(&[0; 16]), "{generations:x?}");
     Ok(())
 }
 
@@ -135,7 +153,7 @@ pub fn by_pvh() -> Outcome {
         run(Vm::builder(kernel)).map(|(_, printed)| printed.split_whitespace().collect::<Vec<_>>().join(" "))
     };
     // What Linux makes of an entry by PVH (0xb0), and what we say ourselves.
-    check_eq!(started(kernel().pvh())?, "176 1");
+    check_eq!(started(kernel().pvh(true))?, "176 1");
     check_eq!(started(kernel())?, "255 1");
     Ok(())
 }

@@ -100,7 +100,7 @@ pub fn where_there_is_none_the_reason_is_told() -> Outcome {
     let error = miner(1)?.cgroup(Cgroup::under("/proc")).start().err().ok_or("it started")?;
     check_eq!(error.kind(), ErrorKind::NotFound);
     check!(error.to_string().contains("cgroup: reading the controllers of /proc: "), "{error}");
-    let vm = miner(1)?.cgroup(Cgroup::under("/proc").optional()).start()?;
+    let vm = miner(1)?.cgroup(Cgroup::under("/proc").optional(true)).start()?;
     let first = vm.events()?.next().ok_or("no event")?;
     check!(matches!(&first.kind, EventKind::Degraded { what } if what.starts_with("a cgroup: ")), "{first}");
     check!(vm.stats().cgroup.is_none());

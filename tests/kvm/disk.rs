@@ -38,7 +38,7 @@ pub fn order_is_meaning() -> Outcome {
     let temp = Temp::new()?;
     let builder = guest("for d in a b c; do head -c 1 /dev/vd$d; done\nreboot -f")
         .disk(Disk::file(image(&temp, "a.img", b'1')?))
-        .disk(Disk::file(image(&temp, "b.img", b'2')?).read_only())
+        .disk(Disk::file(image(&temp, "b.img", b'2')?).read_only(true))
         .disk(Disk::file(image(&temp, "c.img", b'3')?));
     check!(run(builder)?.1.contains("123"));
     Ok(())
@@ -48,7 +48,7 @@ pub fn read_only_is_kept() -> Outcome {
     let temp = Temp::new()?;
     let path = image(&temp, "a.img", b'x')?;
     let script = "cat /sys/block/vda/ro\necho y > /dev/vda || echo refused\nreboot -f";
-    let (_, printed) = run(guest(script).disk(Disk::file(&path).read_only()))?;
+    let (_, printed) = run(guest(script).disk(Disk::file(&path).read_only(true)))?;
     check!(printed.contains('1') && printed.contains("refused"), "{printed}");
     check!(fs::read(&path)?.iter().all(|b| *b == b'x'));
     Ok(())
@@ -58,7 +58,7 @@ pub fn one_writer_or_many_readers() -> Outcome {
     let temp = Temp::new()?;
     let path = image(&temp, "a.img", 0)?;
     let spin = "while :; do sleep 1; done";
-    let readers = [guest(spin), guest(spin)].map(|g| g.disk(Disk::file(&path).read_only()).start());
+    let readers = [guest(spin), guest(spin)].map(|g| g.disk(Disk::file(&path).read_only(true)).start());
     check!(readers.iter().all(Result::is_ok), "{readers:?}");
     let error = guest(spin).disk(Disk::file(&path)).start().expect_err("a writer beside readers");
     check_eq!(error.kind(), ErrorKind::ResourceExhausted);

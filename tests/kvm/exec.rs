@@ -92,12 +92,26 @@ pub fn too_much_output_is_cut_off_when_asked() -> Outcome {
     let exec = container.exec(["sh", "-c", "yes | head -c 1000000; echo few >&2; exit 3"]).output_limit(Size::kib(10));
     let error = exec.clone().output().expect_err("more than 10 KiB");
     check_eq!(error.kind(), ErrorKind::ResourceExhausted);
-    let output = exec.truncate_output().output()?;
+    let output = exec.truncate_output(true).output()?;
     check_eq!(
         (output.status.code(), output.stdout.len(), output.stderr.as_slice()),
         (Some(3), 10 << 10, &b"few\n"[..])
     );
     check!(output.stdout_truncated && !output.stderr_truncated);
+    Ok(())
+}
+
+pub fn a_process_reads_what_another_prints() -> Outcome {
+    let container = container()?;
+    let mut printing = container.exec(["sh", "-c", "yes | head -c 1000000"]).stdout(Stdio::piped()).spawn()?;
+    let output = printing.stdout.take().ok_or("no stdout")?;
+    let counted = container.exec(["wc", "-c"]).stdin(output).output()?;
+    check_eq!(counted.stdout, b"1000000\n");
+    check!(printing.wait()?.success());
+    let mut silent = container.exec(["true"]).stdout(Stdio::piped()).spawn()?;
+    let output = silent.stdout.take().ok_or("no stdout")?;
+    let error = container.exec(["true"]).stderr(output).spawn().map(drop).expect_err("output is not written to");
+    check!(error.kind() == ErrorKind::InvalidConfig && error.to_string().contains("stderr"), "{error}");
     Ok(())
 }
 

@@ -122,7 +122,7 @@ pub fn a_device_that_fails_and_comes_back() -> Outcome {
     for engine in [IoEngine::IoUring, IoEngine::Threads] {
         let temp = Temp::new()?;
         let device = Device::new(&temp)?;
-        let (vm, printed) = working(Disk::file(device.path()?).direct().engine(engine), false)?;
+        let (vm, printed) = working(Disk::file(device.path()?).direct(true).engine(engine), false)?;
         let events = vm.events()?;
         device.turn_into("error")?;
         check_eq!(fault(&events)?, Some(5));
@@ -160,7 +160,8 @@ pub fn a_device_that_stands_still_for_half_a_minute() -> Outcome {
     let (one, two) = (Temp::new()?, Temp::new()?);
     let devices = [Device::new(&one)?, Device::new(&two)?];
     let disk = |n: usize, engine| Ok::<_, Box<dyn std::error::Error>>(Disk::file(devices[n].path()?).engine(engine));
-    let guests = [working(disk(0, IoEngine::IoUring)?.direct(), true)?, working(disk(1, IoEngine::Threads)?, true)?];
+    let guests =
+        [working(disk(0, IoEngine::IoUring)?.direct(true), true)?, working(disk(1, IoEngine::Threads)?, true)?];
     for device in &devices {
         device.stall()?;
     }

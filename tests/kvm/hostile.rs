@@ -272,7 +272,7 @@ pub fn a_storm_of_connections() -> Outcome {
     let (mut taken, mut most, mut looked) = (0u32, 0, Instant::now());
     while storm.try_wait()?.is_none() {
         // Those that are taken are read to their end; the others wait, and are refused when they are too many.
-        if let Ok(mut stream) = listener.accept_timeout(Duration::from_millis(1)) {
+        if let Some(mut stream) = listener.accept_timeout(Duration::from_millis(1))? {
             taken += 1;
             let mut sent = Vec::new();
             let _ = stream.set_nonblocking(true).map(|()| stream.read_to_end(&mut sent));

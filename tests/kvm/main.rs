@@ -105,6 +105,7 @@ tests! {
         connecting_to_nobody_is_refused a_full_host_fails_programs_and_holds_none_up the_image_is_shared_and_stays_as_it_is
         clones_are_one_container it_pauses_and_tells_as_a_machine_does;
     exec: output_and_codes streams_are_apart environment_and_directory standard_input_ends
+        a_process_reads_what_another_prints
         binary_data_survives_both_ways signals_end_processes kill_takes_all_that_was_started
         time_outs_kill_what_was_started background_processes_hold_nothing_up waiting_and_not_waiting
         what_cannot_run_is_named output_is_bounded want_of_memory_is_told many_at_once

@@ -136,7 +136,7 @@ pub fn qcow2_is_written_on_a_backing_file_which_stays_as_it_is() -> Outcome {
     host("qemu-img", &["convert", "-O", "raw", from], &flat)?;
     host("/sbin/e2fsck", &["-fn"], &flat)?;
     check_eq!(
-        run(guest(&reads()).disk(Disk::qcow2(&image).backing_dir(temp.path("")).read_only()))?.1.trim(),
+        run(guest(&reads()).disk(Disk::qcow2(&image).backing_dir(temp.path("")).read_only(true)))?.1.trim(),
         "7\nguest 1"
     );
     check!(fs::read(&base)? == before, "the backing file was written");
@@ -147,7 +147,7 @@ pub fn past_the_page_cache_and_in_memory() -> Outcome {
     let temp = Temp::new()?;
     let path = base(&temp)?;
     // What /tmp is made of in the lab knows no direct I/O in old kernels; those say so.
-    match run(guest(&writes(1)).disk(Disk::file(&path).direct())) {
+    match run(guest(&writes(1)).disk(Disk::file(&path).direct(true))) {
         Ok((_, printed)) => {
             check_eq!(printed.trim(), "7\nguest 1");
             host("/sbin/e2fsck", &["-fn"], &path)?;

@@ -38,7 +38,7 @@ fn reported(temp: &Temp, preparation: &str, kernel: &str) -> Result<String, Box<
 
 pub fn without_kvm_the_remedy_is_told() -> Outcome {
     let temp = Temp::new()?;
-    tiny_kernel(&temp, &[0xf4])?;
+    let _written = tiny_kernel(&temp, &[0xf4])?;
     let forbidden = reported(&temp, "touch kvm && chmod 0 kvm && mount --bind kvm /dev/kvm", "kernel")?;
     check!(forbidden.lines().all(|line| line.starts_with("PermissionDenied: ")), "{forbidden}");
     check_eq!(forbidden.matches("usermod -aG kvm").count(), 2);

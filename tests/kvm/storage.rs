@@ -35,7 +35,7 @@ fn debian(script: &str) -> Result<VmBuilder, Box<dyn std::error::Error>> {
                 reboot -f";
     let initramfs: Initramfs = busybox(init).file("/script", 0o644, script);
     let vm = Vm::builder(kernel().cmdline("console=hvc0 quiet").initramfs(initramfs)).memory(Size::mib(192));
-    Ok(vm.disk(Disk::file(root()?).read_only()))
+    Ok(vm.disk(Disk::file(root()?).read_only(true)))
 }
 
 /// An empty file of 64 MiB.
@@ -57,7 +57,7 @@ fn every_kind(temp: &Temp) -> Result<Vec<(&'static str, Disk)>, Box<dyn std::err
         ("kept overlay", Disk::overlay(&base).persist_at(temp.path("kept")).into()),
         ("threads", Disk::file(file(temp, "threads")?).engine(IoEngine::Threads).into()),
         ("memory", Disk::memory(Size::mib(64)).into()),
-        ("direct", Disk::file(file(temp, "direct")?).direct().into()),
+        ("direct", Disk::file(file(temp, "direct")?).direct(true).into()),
         ("qcow2", Disk::qcow2(image).into()),
     ])
 }

@@ -37,6 +37,7 @@ const MAX_SIZE: usize = 256 << 20;
 ///
 /// Each module is read once, when the first guest needs it, and shared by all later guests.
 #[derive(Debug, Clone)]
+#[must_use = "a config value does nothing by itself"]
 pub struct Modules {
     tree: Arc<Tree>,
     also: Vec<String>,

@@ -11,6 +11,7 @@ use crate::size::Size;
 /// There is no limit on the ratio between an archive and its content. Archives are not compressed, so content takes as much of the
 /// archive as it has bytes. Holes take nothing on the disk; how large they are is bounded by [`ImageLimits::file_size`].
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[must_use = "a config value does nothing by itself"]
 pub struct ImageLimits {
     pub(super) entries: u64,
     pub(super) depth: u32,
@@ -43,49 +44,42 @@ impl ImageLimits {
 
     /// Sets how many entries are read and directories made for them: 1,000,000 unless set. An archive may have four
     /// headers for each.
-    #[must_use]
     pub fn max_entries(mut self, n: u64) -> Self {
         self.entries = n;
         self
     }
 
     /// Sets how many directories lie in each other at most: 256 unless set. Links that a path leads through are followed first.
-    #[must_use]
     pub fn max_depth(mut self, n: u32) -> Self {
         self.depth = n;
         self
     }
 
     /// Sets how long all names and link targets are together: 128 MiB unless set.
-    #[must_use]
     pub fn max_names(mut self, size: Size) -> Self {
         self.names = size;
         self
     }
 
     /// Sets how large all extended attributes are together: 64 MiB unless set.
-    #[must_use]
     pub fn xattrs(mut self, size: Size) -> Self {
         self.xattrs = size;
         self
     }
 
     /// Limits the extended attributes of an entry or a global header; 128 KiB by default.
-    #[must_use]
     pub fn entry_xattrs(mut self, size: Size) -> Self {
         self.entry_xattrs = size;
         self
     }
 
     /// Limits each of an archive's long names and extended headers; 1 MiB by default.
-    #[must_use]
     pub fn header(mut self, size: Size) -> Self {
         self.header = size;
         self
     }
 
     /// Sets how large a file is, holes included: 16 TiB unless set.
-    #[must_use]
     pub fn file_size(mut self, size: Size) -> Self {
         self.file_size = size;
         self

@@ -69,6 +69,7 @@ const OPEN_TIMEOUT: Duration = Duration::from_secs(10);
 /// The cache directory is made for its user alone. A directory that others can write to is refused, and so are files of others in it.
 /// Each process reads a disk through before its first use, and makes a damaged one anew.
 #[derive(Debug, Clone)]
+#[must_use = "a config value does nothing by itself"]
 pub struct Image {
     path: PathBuf,
     kind: Kind,

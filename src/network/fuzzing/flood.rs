@@ -60,7 +60,7 @@ pub(crate) fn new_flows() -> std::io::Result<(UserStack, UdpSocket, impl Fn(u16)
 pub(crate) fn switched() -> Result<(SwitchPort, [Vec<u8>; 2], impl FnMut())> {
     let switch = Switch::new();
     let macs = (Mac([2, 0, 0, 0, 0, 1]), Mac([2, 0, 0, 0, 0, 2]));
-    let mut other = Played::on(&switch, "other", macs.1, Offloads::empty())?;
+    let mut other = Played::on(&switch, "other", macs.1, Offloads::none())?;
     let place = switch.join("one", macs.0, 1500)?;
     let ends = Ends { src: place.address().into(), dst: other.four.into() };
     let payload = vec![0; 65_000];

@@ -38,7 +38,10 @@ pub enum DenyReason {
     /// The rule of this number, from zero, denies it.
     Rule(usize),
     /// It is not public, and no rule allows its range: `"private"`, `"metadata"`, `"loopback"` and so on.
-    Special(&'static str),
+    SpecialRange {
+        /// What the addresses of the range are.
+        name: &'static str,
+    },
     /// It is the host's own address, which only a rule of that address alone allows.
     Host,
     /// It is allowed, but the process has no descriptors left for guests: see
@@ -51,7 +54,7 @@ impl fmt::Display for DenyReason {
         match self {
             Self::NoRule => f.write_str("no rule allows it"),
             Self::Rule(n) => write!(f, "rule {n} denies it"),
-            Self::Special(name) => write!(f, "the address is {name}, and no rule allows its range"),
+            Self::SpecialRange { name } => write!(f, "the address is {name}, and no rule allows its range"),
             Self::Host => f.write_str("the address is the host's own, and no rule names it alone"),
             Self::Descriptors => f.write_str("the process has no descriptors left for guests"),
         }
@@ -240,7 +243,7 @@ impl Enforcer {
                 (false, ..) => {}
                 (true, false, _) => return Err(DenyReason::Rule(n)),
                 (true, true, Some((_, what))) if public && !self.range_allows(names, protocol, to.port(), rule) => {
-                    denied = DenyReason::Special(what);
+                    denied = DenyReason::SpecialRange { name: what };
                 }
                 // Loopback addresses are nothing but the host: a range of them says so.
                 (true, true, block)
@@ -361,7 +364,7 @@ impl Enforcer {
         if self.rules.iter().any(named) {
             return true;
         }
-        let (name, reason) = (Some(name.into()), DenyReason::Special(what));
+        let (name, reason) = (Some(name.into()), DenyReason::SpecialRange { name: what });
         let destination = Some(SocketAddr::new(address, 0));
         self.report(Denial { protocol: None, destination, name, reason, suppressed: 0 }, now);
         false

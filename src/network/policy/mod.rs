@@ -55,6 +55,7 @@ enum Target {
 ///
 /// Without [`Rule::port`] or [`Rule::ports`] it is about all ports, without [`Rule::protocol`] about all protocols.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[must_use = "a config value does nothing by itself"]
 pub struct Rule {
     allow: bool,
     target: Target,
@@ -191,6 +192,7 @@ fn special_alike(ours: Cidr, theirs: Cidr) -> bool {
 /// The first rule that is about a destination decides. What no rule is about is denied. The policy of a running guest
 /// can be changed; connections that are denied then are reset.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[must_use = "a config value does nothing by itself"]
 pub struct Policy {
     rules: Vec<Rule>,
     all_records: bool,
@@ -210,15 +212,15 @@ impl Policy {
         Self::default().rule(Rule::allow_public())
     }
 
-    /// Answers questions for records of every type, as MX, TXT and SRV.
+    /// Sets whether questions for records of every type are answered, as MX, TXT and SRV.
     ///
     /// That is for every name that [`Rule::allow_public`] lets the guest ask for. The host's resolvers may know
     /// internal names, and the guest gets those records too.
     ///
     /// By default such names have addresses (A, AAAA) and aliases (CNAME) alone. Names of [`Rule::allow_name`] have
     /// records of every type. Addresses that the policy lets the guest reach have names (PTR).
-    pub fn all_records(mut self) -> Self {
-        self.all_records = true;
+    pub fn all_records(mut self, answer: bool) -> Self {
+        self.all_records = answer;
         self
     }
 

@@ -142,7 +142,7 @@ mod tests {
         let queue = Queue::new().unwrap();
         queue.push(2, [packet(100)]);
         assert!(!rings(&queue) && queue.dropped() == 1, "its card does not run");
-        queue.agree(Offloads::empty());
+        queue.agree(Offloads::none());
         queue.push(2, [packet(100), packet(100)]);
         queue.push(3, [packet(100)]);
         assert!(rings(&queue) && !rings(&queue));
@@ -159,7 +159,7 @@ mod tests {
     #[test]
     fn one_sender_leaves_room_for_others() {
         let queue = Queue::new().unwrap();
-        queue.agree(Offloads::empty());
+        queue.agree(Offloads::none());
         queue.push(2, (0..10_000).map(|_| packet(1500)));
         let dropped = queue.dropped();
         assert!(dropped > 9000);
@@ -173,7 +173,7 @@ mod tests {
             steps in proptest::collection::vec((any::<u8>(), 0usize..70_000, 1usize..60, 0u8..30), 1..60),
         ) {
             let queue = Queue::new().unwrap();
-            queue.agree(Offloads::empty());
+            queue.agree(Offloads::none());
             let (mut sent, mut came) = (0, 0);
             for (from, len, n, take) in steps {
                 queue.push(from, (0..n).map(|_| packet(len)));

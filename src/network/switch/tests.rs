@@ -51,7 +51,7 @@ fn who_cannot_join_is_told_why_and_who_leaves_makes_room() {
 #[test]
 fn packets_pass_whole_or_cut_as_the_other_agreed() {
     let (switch, mut a, mut b) = two();
-    let mut plain = Played::on(&switch, "plain", mac(3), Offloads::empty()).unwrap();
+    let mut plain = Played::on(&switch, "plain", mac(3), Offloads::none()).unwrap();
     let payload: Vec<u8> = (0..20_000u32).map(|n| (n * 7) as u8).collect();
     for four in [true, false] {
         let (frame, offload) = a.tcp(&b, four, &payload, Some(1400));

@@ -141,7 +141,7 @@ impl UserStack {
     /// all when there are none. Returns where it listens.
     ///
     /// # Errors
-    /// `AlreadyExists`, `PermissionDenied` or `InvalidConfig` when the host's port cannot be had; the message says what to do.
+    /// `ResourceBusy`, `PermissionDenied` or `InvalidConfig` when the host's port cannot be had; the message says what to do.
     pub(crate) fn publish_tcp(
         &mut self,
         host: SocketAddr,

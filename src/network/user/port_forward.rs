@@ -286,7 +286,7 @@ fn reset(socket: &Socket) {
 /// What an embedder can do about a port that cannot be had.
 fn explain(error: io::Error, method: &str, host: SocketAddr) -> Error {
     let (remedy, kind) = match error.kind() {
-        io::ErrorKind::AddrInUse => ("somebody listens there: say port 0 for any", ErrorKind::AlreadyExists),
+        io::ErrorKind::AddrInUse => ("another listens there; port 0 takes any that is free", ErrorKind::ResourceBusy),
         io::ErrorKind::PermissionDenied => {
             ("ports below net.ipv4.ip_unprivileged_port_start need CAP_NET_BIND_SERVICE", ErrorKind::PermissionDenied)
         }

@@ -18,6 +18,7 @@ use crate::virtio::DeviceIo;
 ///
 /// Bytes are those of whole Ethernet frames. A frame that stands for several (TSO) counts as that many packets.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[must_use = "a config value does nothing by itself"]
 pub struct NetLimit {
     rates: [Option<Rate>; 4],
 }

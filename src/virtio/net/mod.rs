@@ -76,12 +76,12 @@ fn features(offloads: Offloads, table: &[(Offloads, u64)]) -> u64 {
 }
 
 fn offloads(features: u64, table: &[(Offloads, u64)]) -> Offloads {
-    table.iter().filter(|(_, bit)| features & bit == *bit).fold(Offloads::empty(), |all, (offload, _)| all | *offload)
+    table.iter().filter(|(_, bit)| features & bit == *bit).fold(Offloads::none(), |all, (offload, _)| all | *offload)
 }
 
 /// Who cuts makes checksums too (Virtio 1.3, 5.1.3.1).
 fn whole(offloads: Offloads) -> Offloads {
-    if offloads.contains(Offloads::CSUM) { offloads } else { Offloads::empty() }
+    if offloads.contains(Offloads::CSUM) { offloads } else { Offloads::none() }
 }
 
 /// A frame of the guest that waits for a limit, or that its backend could not take yet.

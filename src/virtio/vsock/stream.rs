@@ -303,14 +303,20 @@ impl VsockListener {
         self.wait(None)?.ok_or_else(|| Error::new(ErrorKind::TimedOut, "no connection arrived"))
     }
 
-    /// Waits for the next connection, at most `timeout`.
+    /// Waits for the next connection, at most `timeout`; `None` when none has arrived.
     ///
     /// # Errors
-    /// `TimedOut`; `InvalidState` when the VM has ended.
-    pub fn accept_timeout(&self, timeout: Duration) -> Result<VsockStream> {
-        self.wait(Some(timeout))?.ok_or_else(|| {
-            Error::new(ErrorKind::TimedOut, format!("no connection to vsock port {} within {timeout:?}", self.port))
-        })
+    /// `InvalidState` when the VM has ended.
+    pub fn accept_timeout(&self, timeout: Duration) -> Result<Option<VsockStream>> {
+        self.wait(Some(timeout))
+    }
+
+    /// Returns a connection that has arrived; `None` when none has. Does not block.
+    ///
+    /// # Errors
+    /// `InvalidState` when the VM has ended.
+    pub fn try_accept(&self) -> Result<Option<VsockStream>> {
+        self.wait(Some(Duration::ZERO))
     }
 
     fn wait(&self, timeout: Option<Duration>) -> Result<Option<VsockStream>> {

@@ -66,12 +66,6 @@ macro_rules! common_settings {
 macro_rules! stored_settings {
     ($kind:ident) => {
         impl $kind {
-            /// Sets what moves the disk's bytes; [`IoEngine::Auto`] by default.
-            pub fn engine(mut self, engine: IoEngine) -> Self {
-                self.settings.options.engine = engine;
-                self
-            }
-
             /// Sets what a flush of the guest means; [`CacheMode::Durable`] by default.
             ///
             /// Once a sync of the host has failed, every later flush fails, as do writes of a guest that turned its
@@ -109,12 +103,25 @@ macro_rules! stored_settings {
     };
 }
 
+/// The setting of disks whose requests the host's kernel can take as they are.
+macro_rules! engine_setting {
+    ($kind:ident) => {
+        impl $kind {
+            /// Sets what moves the disk's bytes; [`IoEngine::Auto`] by default.
+            pub fn engine(mut self, engine: IoEngine) -> Self {
+                self.settings.options.engine = engine;
+                self
+            }
+        }
+    };
+}
+
 macro_rules! read_only_setting {
     ($kind:ident) => {
         impl $kind {
-            /// Lets the guest only read the disk.
-            pub fn read_only(mut self) -> Self {
-                self.settings.read_only = true;
+            /// Sets whether the guest may only read the disk; it may write by default.
+            pub fn read_only(mut self, read_only: bool) -> Self {
+                self.settings.read_only = read_only;
                 self
             }
         }
@@ -138,20 +145,20 @@ pub(super) struct FileSource {
 }
 
 impl FileDisk {
-    /// Takes no lock on the file.
+    /// Sets whether the file is locked while a VM uses it; it is by default.
     ///
-    /// The caller then ensures that an image in use has no other writer, or that the guests' file systems are made for
-    /// it.
-    pub fn no_lock(mut self) -> Self {
-        self.source.locked = false;
+    /// Without the lock the caller ensures that an image in use has no other writer, or that the guests' file systems
+    /// are made for it.
+    pub fn lock(mut self, lock: bool) -> Self {
+        self.source.locked = lock;
         self
     }
 
-    /// Reads and writes past the host's page cache (`O_DIRECT`).
+    /// Sets whether reads and writes go past the host's page cache (`O_DIRECT`); they do not by default.
     ///
     /// Requests that are not aligned as the host needs it go through a buffer, which is slow.
-    pub fn direct(mut self) -> Self {
-        self.source.direct = true;
+    pub fn direct(mut self, direct: bool) -> Self {
+        self.source.direct = direct;
         self
     }
 }
@@ -182,7 +189,8 @@ pub(super) struct ScratchSource {
 impl ScratchDisk {
     /// Sets the directory of the host in which the disk lies.
     ///
-    /// It is the one for temporary files by default.
+    /// By default it is the directory for temporary files (`TMPDIR`, else `/tmp`), or `/var/tmp` where that is memory
+    /// (tmpfs, ramfs). Where both are memory, the start fails and asks for a directory. One that is set may be memory.
     pub fn scratch_dir(mut self, dir: impl Into<PathBuf>) -> Self {
         self.source.dir = Some(dir.into());
         self
@@ -214,9 +222,10 @@ impl OverlayDisk {
         self
     }
 
-    /// Sets the directory of an overlay that is not kept.
+    /// Sets the directory of an overlay that is not kept; not for one of [`OverlayDisk::persist_at`].
     ///
-    /// It is the one for temporary files by default.
+    /// By default it is the directory for temporary files (`TMPDIR`, else `/tmp`), or `/var/tmp` where that is memory
+    /// (tmpfs, ramfs). Where both are memory, the start fails and asks for a directory. One that is set may be memory.
     pub fn scratch_dir(mut self, dir: impl Into<PathBuf>) -> Self {
         self.source.scratch_dir = Some(dir.into());
         self
@@ -267,6 +276,10 @@ stored_settings!(FileDisk);
 stored_settings!(OpenFileDisk);
 stored_settings!(ScratchDisk);
 stored_settings!(OverlayDisk);
+engine_setting!(FileDisk);
+engine_setting!(OpenFileDisk);
+engine_setting!(ScratchDisk);
+engine_setting!(OverlayDisk);
 read_only_setting!(FileDisk);
 read_only_setting!(OpenFileDisk);
 read_only_setting!(OverlayDisk);

@@ -2,6 +2,7 @@
 
 mod handle;
 mod kinds;
+mod scratch;
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -12,6 +13,7 @@ pub use handle::{DiskHandle, DiskUsage};
 pub use kinds::Qcow2Disk;
 pub use kinds::{FileDisk, MemoryDisk, OpenFileDisk, OverlayDisk, ScratchDisk};
 use kinds::{FileSource, ScratchSource};
+pub(crate) use scratch::scratch_dir;
 
 use super::overlay::BaseImage;
 use crate::error::{Context, Error, ErrorKind, Result};
@@ -31,6 +33,7 @@ const MAX_QUEUES: u32 = 64;
 /// Each of its functions returns a kind of disk with the settings that it has. All of them become a `Disk` where a
 /// builder takes one, as [`VmBuilder::disk`](crate::VmBuilder::disk) does.
 #[derive(Debug, Clone)]
+#[must_use = "a config value does nothing by itself"]
 pub struct Disk {
     settings: Settings,
     source: Source,
@@ -113,7 +116,7 @@ impl Disk {
 
     /// Makes an empty disk of `size` that is gone with the VM.
     ///
-    /// It lies in the directory for temporary files, and takes space there as the guest writes.
+    /// It lies in the directory of [`ScratchDisk::scratch_dir`], and takes space there as the guest writes.
     pub fn scratch(size: Size) -> ScratchDisk {
         ScratchDisk { settings: Settings::sharing(), source: ScratchSource { size, dir: None } }
     }
@@ -128,8 +131,8 @@ impl Disk {
     /// Makes a private, copy-on-write copy of `base`.
     ///
     /// `base` is only read. Any number of VMs may share it, also through the host's page cache. What the guest writes
-    /// goes into a sparse file in the directory for temporary files, or in [`OverlayDisk::scratch_dir`]. That file is
-    /// gone with the VM, so flushes do nothing. With [`OverlayDisk::persist_at`] it is kept, and flushes are durable.
+    /// goes into a sparse file in the directory of [`OverlayDisk::scratch_dir`]. That file is gone with the VM, so
+    /// flushes do nothing. With [`OverlayDisk::persist_at`] it is kept, and flushes are durable.
     pub fn overlay(base: impl Into<BaseImage>) -> OverlayDisk {
         let base = base.into();
         let source = OverlaySource { base, persist_at: None, scratch_dir: None, size: None, max_size: None };
@@ -208,7 +211,7 @@ impl Disk {
             }
             Source::File(file) => raw(file.try_clone()?),
             Source::Scratch(ScratchSource { size, dir }) => {
-                let dir = dir.clone().unwrap_or_else(std::env::temp_dir);
+                let dir = scratch_dir(dir.as_deref())?;
                 let doing = || format!("making a scratch disk of {size} in {}", dir.display());
                 raw(sys::scratch_file(&dir, *size).doing(doing)?)
             }
@@ -224,10 +227,14 @@ impl Disk {
 
 impl OverlaySource {
     fn open(&self, read_only: bool) -> Result<OverlayFile> {
-        let disk = match &self.persist_at {
-            Some(path) => self.open_persistent(path, read_only)?,
-            None => {
-                let dir = self.scratch_dir.clone().unwrap_or_else(std::env::temp_dir);
+        let disk = match (&self.persist_at, &self.scratch_dir) {
+            (Some(path), Some(_)) => {
+                let problem = format!("the overlay is kept at {}, see persist_at", path.display());
+                return Err(Error::invalid("scratch_dir", problem));
+            }
+            (Some(path), None) => self.open_persistent(path, read_only)?,
+            (None, _) => {
+                let dir = scratch_dir(self.scratch_dir.as_deref())?;
                 OverlayFile::private(&dir, &self.base.0, self.size, read_only)?
             }
         };
@@ -275,6 +282,8 @@ mod tests {
         assert_eq!(error.to_string(), "opening disk /nonexistent/a.img: No such file or directory (os error 2)");
         let error = open(Disk::scratch(Size::mib(1)).scratch_dir("/nonexistent")).unwrap_err();
         assert!(error.kind() == ErrorKind::NotFound && error.to_string().contains("/nonexistent"), "{error}");
+        let error = open(Disk::overlay("/a.img").persist_at("/a.overlay").scratch_dir("/tmp")).unwrap_err();
+        assert!(error.kind() == ErrorKind::InvalidConfig && error.to_string().starts_with("scratch_dir: "), "{error}");
         assert_eq!(open(Disk::scratch(Size::bytes(0))).unwrap_err().kind(), ErrorKind::InvalidConfig);
         assert_eq!(open(Disk::scratch(Size::bytes(1000))).unwrap_err().kind(), ErrorKind::InvalidConfig);
         assert_eq!(open(Disk::scratch(Size::gib(100))).unwrap().shape().len, 100 << 30);
@@ -287,9 +296,9 @@ mod tests {
         std::fs::write(&path, [7; 8192]).unwrap();
         let file = || File::open(&path).unwrap();
         let disks: [Disk; 3] = [
-            Disk::file(&path).read_only().into(),
-            Disk::from_file(file()).read_only().into(),
-            Disk::overlay(path.as_path()).read_only().into(),
+            Disk::file(&path).read_only(true).into(),
+            Disk::from_file(file()).read_only(true).into(),
+            Disk::overlay(path.as_path()).read_only(true).into(),
         ];
         for disk in disks {
             assert!(disk.open().unwrap().shape().read_only, "{disk:?}");

@@ -60,8 +60,9 @@ impl NetHandle {
     /// Publishes one more port; the result says where it listens.
     ///
     /// # Errors
-    /// - `InvalidConfig` unless it is a [`Net::user`](crate::Net::user), or when the address is none of the host's.
-    /// - `AlreadyExists` and `PermissionDenied` when the port cannot be had.
+    /// - `Unsupported` unless it is a [`Net::user`](crate::Net::user).
+    /// - `InvalidConfig` when the address is none of the host's.
+    /// - `ResourceBusy` when another listens there, `PermissionDenied` for a port below 1024 without the privilege.
     /// - `InvalidState` when the VM has ended.
     pub fn publish(&self, port: PortForward) -> Result<PublishedPort> {
         let (port, address) = self.user("publishing", move |user| port.publish(user))??;
@@ -73,8 +74,9 @@ impl NetHandle {
     /// Connections that it does not allow are reset.
     ///
     /// # Errors
-    /// `InvalidConfig` unless it is a [`Net::user`](crate::Net::user), or for a policy with a rule that means nothing: the old one stays.
-    /// `InvalidState` when the VM has ended.
+    /// - `Unsupported` unless it is a [`Net::user`](crate::Net::user).
+    /// - `InvalidConfig` for a policy with a rule that means nothing: the old one stays.
+    /// - `InvalidState` when the VM has ended.
     pub fn set_policy(&self, policy: Policy) -> Result<()> {
         self.user("changing the policy", move |user| user.set_policy(policy))?
     }
@@ -82,9 +84,9 @@ impl NetHandle {
     /// Returns the counters of a [`Net::user`](crate::Net::user), or of this guest on a [`Net::switch`](crate::Net::switch).
     ///
     /// # Errors
-    /// `InvalidConfig` unless it is one of them; `InvalidState` when the VM has ended.
+    /// `Unsupported` unless it is one of them; `InvalidState` when the VM has ended.
     pub fn stats(&self) -> Result<NetStats> {
-        let none = || Error::new(ErrorKind::InvalidConfig, "only cards on a Net::user or a Net::switch count");
+        let none = || Error::new(ErrorKind::Unsupported, "only cards on a Net::user or a Net::switch count");
         let stats = self.device.with(|card, _| card.stats()).and_then(|stats| stats.ok_or_else(none));
         stats.map_err(|e| e.doing(format!("{}: counting", self.id)))
     }
@@ -106,8 +108,9 @@ impl NetHandle {
     /// Open connections stay.
     ///
     /// # Errors
-    /// `InvalidConfig` for zero, and unless it is a [`Net::user`](crate::Net::user); `InvalidState` when the VM has
-    /// ended.
+    /// - `Unsupported` unless it is a [`Net::user`](crate::Net::user).
+    /// - `InvalidConfig` for zero.
+    /// - `InvalidState` when the VM has ended.
     pub fn set_connection_limit(&self, limit: ConnectionLimit) -> Result<()> {
         limit.check().map_err(|e| e.doing(format!("{}: set_connection_limit", self.id)))?;
         self.user("set_connection_limit", move |user| user.set_connection_limit(limit))
@@ -119,7 +122,7 @@ impl NetHandle {
     }
 
     fn user<R: Send + 'static>(&self, what: &str, f: impl FnOnce(&mut UserStack) -> R + Send + 'static) -> Result<R> {
-        let none = || Error::new(ErrorKind::InvalidConfig, "the card is not on a Net::user");
+        let none = || Error::new(ErrorKind::Unsupported, "the card is not on a Net::user");
         let answer = self.device.with(move |card, io| card.with_user(io, f)).and_then(|answer| answer.ok_or_else(none));
         answer.map_err(|e| e.doing(format!("{}: {what}", self.id)))
     }

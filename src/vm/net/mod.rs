@@ -35,6 +35,7 @@ const MTU: std::ops::RangeInclusive<u32> = 576..=65535;
 /// A VM has none by default. Each function returns a kind of network with the settings that it has. All of them become a
 /// `Net` where a builder takes one, as [`VmBuilder::net`](crate::VmBuilder::net) does.
 #[derive(Debug, Clone)]
+#[must_use = "a config value does nothing by itself"]
 pub struct Net {
     settings: Settings,
     source: Source,
@@ -380,7 +381,7 @@ mod tests {
         let listener = std::net::TcpListener::bind(taken).unwrap();
         let user = Net::user(Policy::deny_all());
         let refused = error(user.clone().publish(PortForward::tcp(taken, 80)));
-        assert_eq!(refused.kind(), ErrorKind::AlreadyExists, "{refused}");
+        assert_eq!(refused.kind(), ErrorKind::ResourceBusy, "{refused}");
         drop(listener);
         let user = user.publish(PortForward::tcp(([127, 0, 0, 1], 0), 80));
         let AttachedNet { published, .. } =

@@ -76,6 +76,7 @@ pub const AT_ONCE: &[&str] = &[
     "Vm::timeline",
     "Vm::try_wait",
     "VsockListener::port",
+    "VsockListener::try_accept",
     "VsockStream::set_nonblocking",
     "VsockStream::set_read_timeout",
     "VsockStream::set_write_timeout",

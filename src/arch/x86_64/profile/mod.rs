@@ -63,6 +63,7 @@ const X2APIC: std::ops::RangeInclusive<u32> = 0x800..=0x8ff;
 /// and 0x1f, and the counts and identifiers in 1, 4, 0x80000008, 0x8000001d and 0x8000001e.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(deny_unknown_fields))]
+#[must_use = "a config value does nothing by itself"]
 pub struct CpuProfile {
     base: Base,
     msrs: Vec<Msr>,
@@ -150,21 +151,21 @@ impl CpuProfile {
         Self::of(Base::Fixed { vendor: None, leaves: level::v3() })
     }
 
-    /// Lets the guest be a hypervisor itself.
+    /// Sets whether the guest may be a hypervisor itself; it may not by default.
     ///
-    /// It gets VMX or SVM, as far as the host's KVM offers it. A hostile guest then reaches the code of the host's KVM
+    /// It then gets VMX or SVM, as far as the host's KVM offers it. A hostile guest then reaches the code of the host's KVM
     /// in which most escapes were found. Give it to guests whose kernel is trusted.
-    pub fn nested_virtualization(mut self) -> Self {
-        self.grants.nesting = true;
+    pub fn nested_virtualization(mut self, allow: bool) -> Self {
+        self.grants.nesting = allow;
         self
     }
 
-    /// Lets the guest count events of its processor, such as cycles and misses.
+    /// Sets whether the guest may count events of its processor, such as cycles and misses.
     ///
-    /// It can count what the host's KVM offers. Counters are finer clocks than a guest has otherwise, which helps it to
+    /// It may not by default. If it may, it can count what the host's KVM offers. Counters are finer clocks than a guest has otherwise, which helps it to
     /// spy on what shares the processor.
-    pub fn performance_counters(mut self) -> Self {
-        self.grants.counters = true;
+    pub fn performance_counters(mut self, allow: bool) -> Self {
+        self.grants.counters = allow;
         self
     }
 
@@ -477,9 +478,9 @@ mod tests {
         };
         for profile in [CpuProfile::host(), CpuProfile::x86_64_v2(), CpuProfile::x86_64_v3()] {
             assert_eq!(shown(&profile), ([false; 5], [false; 2], false));
-            let nested = shown(&profile.clone().nested_virtualization());
+            let nested = shown(&profile.clone().nested_virtualization(true));
             assert_eq!(nested, ([true, true, false, false, false], [false, true], false));
-            let counting = shown(&profile.performance_counters());
+            let counting = shown(&profile.performance_counters(true));
             assert_eq!(counting, ([false, false, true, true, true], [true, false], true));
         }
     }

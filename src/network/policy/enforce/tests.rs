@@ -228,7 +228,10 @@ fn denials_are_told_but_not_too_many() {
     assert_eq!(told.lock().unwrap().len(), MAX_REPORTS as usize);
     assert!(it.admit(Protocol::Udp, to("169.254.169.254:80"), now + Duration::from_secs(2)).is_none());
     let last = told.lock().unwrap().pop().unwrap();
-    assert_eq!((last.reason, last.suppressed), (DenyReason::Special("metadata"), 1000 - u64::from(MAX_REPORTS)));
+    assert_eq!(
+        (last.reason, last.suppressed),
+        (DenyReason::SpecialRange { name: "metadata" }, 1000 - u64::from(MAX_REPORTS))
+    );
     assert_eq!(last.protocol, Some(Protocol::Udp));
 }
 

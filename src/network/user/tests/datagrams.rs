@@ -16,7 +16,7 @@ fn server() -> (UdpSocket, SocketAddr) {
 
 #[test]
 fn datagrams_come_back_whole() {
-    for agreed in [Offloads::empty(), Offloads::all()] {
+    for agreed in [Offloads::none(), Offloads::all()] {
         let mut guest = Guest::of(Config::new(local()), agreed);
         let ((server, to), handle) = (server(), guest.udp(5000));
         for len in [0, 1, 100, 1472] {
@@ -127,7 +127,7 @@ fn only_who_was_asked_is_heard() {
 
 #[test]
 fn what_is_larger_than_the_link_goes_in_fragments_both_ways() {
-    for agreed in [Offloads::empty(), Offloads::all()] {
+    for agreed in [Offloads::none(), Offloads::all()] {
         let mut guest = Guest::of(Config::new(local()), agreed);
         // smoltcp leaves a checksum that it is set to leave out of the first fragment as well.
         guest.card.lazy = false;

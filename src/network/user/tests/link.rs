@@ -79,7 +79,7 @@ fn foreign_sources_are_dropped_and_counted() {
 
 #[test]
 fn wrong_checksums_and_fragments_of_segments_are_dropped_and_counted() {
-    let mut guest = Guest::of(Config::new(local()), Offloads::empty());
+    let mut guest = Guest::of(Config::new(local()), Offloads::none());
     let (_listener, to) = listener();
     let handle = guest.connected(to);
     guest.tcp(handle).send_slice(b"hello").unwrap();

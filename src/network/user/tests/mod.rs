@@ -145,8 +145,8 @@ impl Guest {
         let mut net = UserStack::new(config.clone()).unwrap();
         let capabilities = net.capabilities();
         net.negotiated(Capabilities {
-            to_host: agreed & capabilities.to_host,
-            to_guest: agreed & capabilities.to_guest,
+            to_host: agreed.intersection(capabilities.to_host),
+            to_guest: agreed.intersection(capabilities.to_guest),
         });
         let mut card = Card { mtu: config.mtu.into(), lazy: agreed.contains(Offloads::CSUM), ..Card::default() };
         let address = HardwareAddress::Ethernet(EthernetAddress(config.guest_mac.0));

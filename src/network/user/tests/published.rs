@@ -294,8 +294,8 @@ fn ports_that_cannot_be_had_are_told_with_a_remedy() {
     let mut guest = Guest::new();
     let (_taken, at) = listener();
     let error = guest.net.publish_tcp(at, 80, Vec::new()).unwrap_err();
-    assert_eq!(error.kind(), crate::error::ErrorKind::AlreadyExists);
-    assert!(error.to_string().contains("port 0 for any"), "{error}");
+    assert_eq!(error.kind(), crate::error::ErrorKind::ResourceBusy);
+    assert!(error.to_string().contains("port 0 takes any"), "{error}");
     assert!(guest.net.publish_udp(ANY, 0, Vec::new()).is_err());
     let nowhere = "192.0.2.9:80".parse().unwrap();
     assert_eq!(

@@ -27,7 +27,7 @@ pub(crate) struct RawFile {
 /// of `open(2)`.
 ///
 /// # Errors
-/// `NotFound`, `PermissionDenied`; `ResourceExhausted` names who holds it.
+/// `NotFound`, `PermissionDenied`; `ResourceBusy` names who holds it.
 pub(super) fn open(path: &Path, read_only: bool, locked: bool, flags: i32) -> Result<File> {
     let file = OpenOptions::new().read(true).write(!read_only).custom_flags(flags).open(path)?;
     if locked {
@@ -41,7 +41,7 @@ pub(super) fn open(path: &Path, read_only: bool, locked: bool, flags: i32) -> Re
 const STARTING: Duration = Duration::from_millis(300);
 
 /// # Errors
-/// `ResourceExhausted` when another open file has it.
+/// `ResourceBusy` when another open file has it.
 pub(super) fn lock_or_name_holder(file: &File, kind: LockKind) -> Result<()> {
     let deadline = Instant::now() + STARTING;
     while !try_lock(file, kind)? {
@@ -56,10 +56,10 @@ pub(super) fn lock_or_name_holder(file: &File, kind: LockKind) -> Result<()> {
 fn held(file: &File) -> Error {
     let holder = sys::lock_holder(file).unwrap_or_else(|| "another process".into());
     Error::new(
-        ErrorKind::ResourceExhausted,
+        ErrorKind::ResourceBusy,
         format!(
             "{holder} has it open for writing, or would be disturbed by writes; \
-             share it read-only, use an overlay or a copy, or see FileDisk::no_lock"
+             share it read-only, use an overlay or a copy, or see FileDisk::lock"
         ),
     )
 }
@@ -88,7 +88,7 @@ impl RawFile {
     /// Opens an image and, if `locked`, locks it. Readers share it, a writer has it alone, in any process.
     ///
     /// # Errors
-    /// `NotFound`, `PermissionDenied`; `ResourceExhausted` when another VM holds it; `InvalidConfig` when it is empty,
+    /// `NotFound`, `PermissionDenied`; `ResourceBusy` when another VM holds it; `InvalidConfig` when it is empty,
     /// not a file or block device, or not whole sectors.
     pub(crate) fn open(path: &Path, read_only: bool, locked: bool) -> Result<Self> {
         let doing = || format!("opening disk {}", path.display());
@@ -213,11 +213,11 @@ mod tests {
         let temp = Temp::new("lock", 4096);
         let reader = RawFile::open(&temp.0, true, true).unwrap();
         let second = RawFile::open(&temp.0, true, true).unwrap();
-        assert_eq!(RawFile::open(&temp.0, false, true).unwrap_err().kind(), ErrorKind::ResourceExhausted);
+        assert_eq!(RawFile::open(&temp.0, false, true).unwrap_err().kind(), ErrorKind::ResourceBusy);
         drop((reader, second));
         let _writer = RawFile::open(&temp.0, false, true).unwrap();
         let error = RawFile::open(&temp.0, true, true).unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::ResourceExhausted);
+        assert_eq!(error.kind(), ErrorKind::ResourceBusy);
         let text = error.to_string();
         assert!(text.contains(&*temp.0.to_string_lossy()) && text.contains(": this process has it open"), "{text}");
         RawFile::open(&temp.0, false, false).unwrap();

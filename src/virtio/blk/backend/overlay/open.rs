@@ -189,7 +189,7 @@ impl OverlayFile {
     ///
     /// # Errors
     /// - `NotFound`, `PermissionDenied`.
-    /// - `ResourceExhausted` when another has it or its base open.
+    /// - `ResourceBusy` when another has it or its base open.
     /// - `Corrupt` when it is none, damaged or in a circle.
     /// - `Incompatible` when its base was changed.
     /// - `InvalidState` when it is frozen and not `read_only`.

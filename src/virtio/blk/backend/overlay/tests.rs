@@ -252,10 +252,10 @@ fn one_writer_or_many_readers_and_any_number_on_one_base() {
     let path = temp.overlay("overlay", &base);
     let writer = OverlayFile::open(&path, None, false).unwrap();
     let error = OverlayFile::open(&path, None, true).unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::ResourceExhausted);
+    assert_eq!(error.kind(), ErrorKind::ResourceBusy);
     assert!(error.to_string().contains("this process"), "{error}");
     let others: Vec<_> = (0..200).map(|_| OverlayFile::private(&temp.0, &base, None, false).unwrap()).collect();
-    assert_eq!(super::super::RawFile::open(base.path(), false, true).unwrap_err().kind(), ErrorKind::ResourceExhausted);
+    assert_eq!(super::super::RawFile::open(base.path(), false, true).unwrap_err().kind(), ErrorKind::ResourceBusy);
     drop((writer, others));
     super::super::RawFile::open(base.path(), false, true).unwrap();
 }

@@ -208,7 +208,7 @@ impl Qcow2 {
     ///
     /// # Errors
     /// - `NotFound`; `PermissionDenied`, also for a backing file elsewhere.
-    /// - `ResourceExhausted` when another has one of them open.
+    /// - `ResourceBusy` when another has one of them open.
     /// - `Corrupt` when the image is none, damaged, or its own backing file.
     /// - `Unsupported` names what of it is not supported.
     pub(crate) fn open(path: &Path, directory: Option<&Path>, read_only: bool) -> Result<Self> {

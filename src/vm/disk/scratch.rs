@@ -1,0 +1,54 @@
+//! The directory of disks that are gone with their VM.
+
+use std::path::{Path, PathBuf};
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::sys;
+
+/// Returns the directory that was set, which may be memory; else the default.
+///
+/// The default is the directory for temporary files (`TMPDIR`, else `/tmp`), or `/var/tmp` where that is memory.
+///
+/// # Errors
+/// `InvalidConfig` when both are memory of the host, which a guest's writes would take.
+pub(crate) fn scratch_dir(set: Option<&Path>) -> Result<PathBuf> {
+    match set {
+        Some(dir) => Ok(dir.to_path_buf()),
+        None => default_dir([std::env::temp_dir(), "/var/tmp".into()], is_memory),
+    }
+}
+
+/// One that cannot be asked is no memory: making the file there says what is wrong with it.
+fn is_memory(dir: &Path) -> bool {
+    sys::is_memory(dir).unwrap_or(false)
+}
+
+/// Returns the first of the directories that is not memory.
+fn default_dir(dirs: [PathBuf; 2], is_memory: impl Fn(&Path) -> bool) -> Result<PathBuf> {
+    let [first, second] = &dirs;
+    let problem = format!(
+        "scratch_dir: {} and {} are memory of the host, which the disk would take; name a directory on a disk",
+        first.display(),
+        second.display()
+    );
+    dirs.into_iter().find(|dir| !is_memory(dir)).ok_or_else(|| Error::new(ErrorKind::InvalidConfig, problem))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_directory_in_memory_is_taken_only_when_it_is_set() {
+        let dirs = || [PathBuf::from("/a"), PathBuf::from("/b")];
+        let chosen = |memory: &'static [&'static str]| {
+            default_dir(dirs(), move |dir| memory.iter().any(|it| Path::new(it) == dir))
+        };
+        assert_eq!(chosen(&[]).unwrap(), Path::new("/a"));
+        assert_eq!(chosen(&["/a"]).unwrap(), Path::new("/b"));
+        let error = chosen(&["/a", "/b"]).unwrap_err();
+        assert!(error.kind() == ErrorKind::InvalidConfig && error.to_string().contains("scratch_dir"), "{error}");
+        assert!(is_memory(Path::new("/dev/shm")) && !is_memory(Path::new("/proc")));
+        assert_eq!(scratch_dir(Some(Path::new("/dev/shm"))).unwrap(), Path::new("/dev/shm"));
+    }
+}
