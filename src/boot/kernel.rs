@@ -146,9 +146,9 @@ impl Kernel {
         self
     }
 
-    /// Sets whether a `vmlinux` is started by its PVH entry point (`CONFIG_PVH`), as other hypervisors do.
+    /// Sets whether a `vmlinux` is started by its PVH entry point (`CONFIG_PVH`).
     ///
-    /// It is for comparing with those. By default only kernels without a 64-bit entry point at their load address are started
+    /// It is for comparing with other hypervisors, which do so. By default only kernels without a 64-bit entry point at their load address are started
     /// so, such as some of other systems. Linux boots faster by its 64-bit entry point, where it is entered in the mode
     /// in which it runs.
     pub fn pvh(mut self, pvh: bool) -> Self {

@@ -116,7 +116,7 @@ pub struct Gso {
 }
 
 impl Gso {
-    /// Describes a frame with `size` bytes of payload for each packet, behind `header_len` bytes of headers.
+    /// Describes a frame of packets with `size` bytes of payload and `header_len` of headers.
     pub const fn new(kind: GsoKind, size: u16, header_len: u16) -> Self {
         Self { kind, size, header_len }
     }
@@ -147,7 +147,7 @@ impl Offload {
         Self { csum: Some(csum), gso: None }
     }
 
-    /// Describes a frame that the other side cuts, and of whose packets it makes the checksums.
+    /// Describes a frame that the other side cuts into packets with checksums.
     pub const fn gso(csum: Csum, gso: Gso) -> Self {
         Self { csum: Some(csum), gso: Some(gso) }
     }

@@ -69,9 +69,9 @@ impl Cgroup {
         self
     }
 
-    /// Sets whether the VM starts without a group where the host allows none; it does not by default.
+    /// Sets whether the VM starts without a group where the host allows none.
     ///
-    /// If it does, [`EventKind::Degraded`] then says why.
+    /// By default it does not. If it does, [`EventKind::Degraded`] then says why.
     ///
     /// [`EventKind::Degraded`]: crate::event::EventKind::Degraded
     pub fn optional(mut self, optional: bool) -> Self {

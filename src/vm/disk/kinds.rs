@@ -154,9 +154,9 @@ impl FileDisk {
         self
     }
 
-    /// Sets whether reads and writes go past the host's page cache (`O_DIRECT`); they do not by default.
+    /// Sets whether reads and writes go past the host's page cache (`O_DIRECT`).
     ///
-    /// Requests that are not aligned as the host needs it go through a buffer, which is slow.
+    /// They do not by default.     /// Requests that are not aligned as the host needs it go through a buffer, which is slow.
     pub fn direct(mut self, direct: bool) -> Self {
         self.source.direct = direct;
         self
