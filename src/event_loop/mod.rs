@@ -5,22 +5,21 @@
 
 mod mailbox;
 
-use std::any::Any;
 use std::cell::Cell;
 use std::fmt;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{self, Arc, mpsc};
+use std::sync::{self, Arc, Mutex, PoisonError, mpsc};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use self::mailbox::{Closed, Mailbox, Wake};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::sys::{
-    ControlOperation, Epoll, EpollEvent, EventFd, EventSet, ProcessGeneration, STACK, borrow, eventfd, leak, spawn,
-    wait_readable,
+    ControlOperation, Epoll, EpollEvent, EventFd, EventSet, ProcessGeneration, STACK, borrow, eventfd, leak, left,
+    spawn, wait_readable,
 };
 
 pub(crate) use crate::sys::EventSet as Interest;
@@ -179,10 +178,15 @@ fn answered<R>(wait: &mpsc::Receiver<R>, limit: Duration) -> Result<R> {
     })
 }
 
-/// A running loop. Dropping it stops the thread and drops the value on it.
+/// How long a drop of a loop waits for its thread, on which what the loop owns is dropped.
+pub(crate) const LOOP_END_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// A running loop. Dropping it stops the thread, which drops the value, and waits [`LOOP_END_TIMEOUT`] at most.
 pub(crate) struct Loop<S: Handler> {
     mailbox: Arc<Mailbox<S, EventFd>>,
-    thread: Option<JoinHandle<Option<S>>>,
+    thread: Option<JoinHandle<()>>,
+    /// Its sender goes when the thread has dropped everything.
+    ended: Mutex<mpsc::Receiver<()>>,
     /// The owner does not wait for the thread any more.
     abandoned: AtomicBool,
     /// A child of fork has no such thread.
@@ -203,17 +207,21 @@ impl<S: Handler> Loop<S> {
             .doing(|| "creating an event loop")?;
         let mailbox = Arc::new(Mailbox::new(wake));
         let (mut value, epoll, theirs) = (make(sources.clone()), sources.0, mailbox.clone());
+        let (alive, ended) = mpsc::channel();
         let body = move || {
             OWN_LOOP.set(Arc::as_ptr(&theirs).addr());
             // A panic is our own mistake. It must not leave others waiting for answers for ever.
-            let ended = catch_unwind(AssertUnwindSafe(|| run(&mut value, &epoll, &theirs)));
+            let _ = catch_unwind(AssertUnwindSafe(|| run(&mut value, &epoll, &theirs)));
             theirs.end();
-            ended.is_ok().then_some(value)
+            // Part of it may be the embedder's, whose drop may panic, or hang.
+            let _ = catch_unwind(AssertUnwindSafe(move || drop(value)));
+            drop::<mpsc::Sender<()>>(alive);
         };
         let thread = spawn(name.into(), STACK, body).doing(|| format!("starting thread {name}"))?;
         Ok(Self {
             mailbox,
             thread: Some(thread),
+            ended: Mutex::new(ended),
             abandoned: AtomicBool::new(false),
             origin: ProcessGeneration::current(),
         })
@@ -229,27 +237,37 @@ impl<S: Handler> Loop<S> {
         self.abandoned.store(true, Ordering::SeqCst);
     }
 
-    /// Stops the thread after what is in the mailbox, and gives the value back; `None` when the thread panicked.
-    #[cfg(test)]
-    pub(crate) fn join(mut self) -> Option<S> {
-        self.stop().ok().flatten()
+    /// Has the thread end after what is in the mailbox. Does not wait for it.
+    pub(crate) fn close(&self) {
+        if self.origin.is_current() {
+            self.mailbox.close();
+        }
     }
 
-    fn stop(&mut self) -> Result<Option<S>, Box<dyn Any + Send>> {
+    /// Has the thread end, and waits until it has dropped everything, but not beyond `deadline`. Idempotent.
+    pub(crate) fn end(&mut self, deadline: Instant) {
         if !self.origin.is_current() {
             leak(self.thread.take());
-            return Ok(None);
+            return;
         }
         self.mailbox.close();
-        let thread = self.thread.take().filter(|_| !self.abandoned.load(Ordering::SeqCst));
-        thread.map_or(Ok(None), JoinHandle::join)
+        let Some(thread) = self.thread.take().filter(|_| !self.abandoned.load(Ordering::SeqCst)) else {
+            return;
+        };
+        let ended = self.ended.get_mut().unwrap_or_else(PoisonError::into_inner);
+        match ended.recv_timeout(left(deadline)) {
+            Err(mpsc::RecvTimeoutError::Timeout) => {
+                log::warn!("a thread of a VM hangs while it drops what it owns, and is left behind");
+            }
+            // The thread's panic was its own; the hook and every failing `with` reported it.
+            _ => drop(thread.join()),
+        }
     }
 }
 
 impl<S: Handler> Drop for Loop<S> {
     fn drop(&mut self) {
-        // The thread's panic was its own; the hook and every failing `with` reported it.
-        let _ = self.stop();
+        self.end(Instant::now() + LOOP_END_TIMEOUT);
     }
 }
 
@@ -338,7 +356,7 @@ mod tests {
         let it = counter();
         it.remote().with(|c| c.kicks.as_ref().unwrap().write(3)).unwrap().unwrap();
         while it.remote().with(|c| c.seen).unwrap() < 3 {}
-        assert_eq!(it.join().unwrap().seen, 3);
+        assert_eq!(it.remote().with(|c| c.seen).unwrap(), 3);
     }
 
     #[test]
@@ -353,7 +371,7 @@ mod tests {
             while it.remote().with(|c| c.seen).unwrap() == before {}
         }
         it.remote().hold(limit).unwrap();
-        assert_eq!(it.join().unwrap().seen, 100);
+        assert_eq!(it.remote().with(|c| c.seen).unwrap(), 100);
     }
 
     #[test]
@@ -397,7 +415,10 @@ mod tests {
         for _ in 0..100 {
             remote.post(|c| c.seen += 1).unwrap();
         }
-        assert_eq!(it.join().unwrap().seen, 100);
+        let (last, seen) = mpsc::channel();
+        remote.post(move |c| last.send(c.seen).unwrap()).unwrap();
+        drop(it);
+        assert_eq!(seen.recv().unwrap(), 100);
         assert_eq!(remote.with(|_| ()).unwrap_err().kind(), ErrorKind::InvalidState);
     }
 
@@ -436,6 +457,28 @@ mod tests {
         let remote = it.remote();
         assert!(remote.with(|_| panic!("on purpose")).is_err());
         assert!(remote.with(|_| ()).is_err());
-        assert!(it.join().is_none());
+        drop(it);
+    }
+
+    #[test]
+    fn a_value_whose_drop_panics_or_hangs_holds_nobody_up() {
+        struct Embedders(mpsc::Receiver<()>);
+        impl Handler for Embedders {
+            fn ready(&mut self, _: u64, _: EventSet) {}
+        }
+        impl Drop for Embedders {
+            fn drop(&mut self) {
+                assert!(self.0.recv().is_ok(), "on purpose");
+            }
+        }
+        let (panics, hook) = mpsc::channel();
+        let it = Loop::start("panics", |_| Embedders(hook)).unwrap();
+        drop(panics);
+        drop(it);
+        let (hangs, hook) = mpsc::channel();
+        let mut it = Loop::start("hangs", |_| Embedders(hook)).unwrap();
+        it.end(Instant::now() + Duration::from_millis(10));
+        drop(it);
+        hangs.send(()).unwrap();
     }
 }

@@ -223,8 +223,9 @@ impl Pump {
         }
     }
 
-    pub(crate) fn stats(&self) -> CaptureStats {
-        self.shared.state().stats
+    /// What is left of it when the writer is let go.
+    pub(crate) fn counters(&self) -> CaptureCounters {
+        CaptureCounters(self.shared.clone())
     }
 
     /// Nothing more will be recorded. Waits until the writer has everything, for `bound` at most.
@@ -240,6 +241,16 @@ impl Pump {
             }
             state = self.shared.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
         }
+    }
+}
+
+/// The counters of a capture, which do not keep its writer.
+#[derive(Debug, Clone)]
+pub(crate) struct CaptureCounters(Arc<Shared>);
+
+impl CaptureCounters {
+    pub(crate) fn stats(&self) -> CaptureStats {
+        self.0.state().stats
     }
 }
 
@@ -313,8 +324,11 @@ mod tests {
         let expected: Vec<_> =
             frames.iter().map(|bytes| (bytes.len() as u32, bytes[..bytes.len().min(100)].to_vec())).collect();
         assert_eq!(parse(&written.0.lock().unwrap(), 100), expected);
-        assert_eq!(pump.stats(), CaptureStats { frames: 50, lost: 0 });
+        let counters = pump.counters();
         thread.join().unwrap();
+        drop((recorder, pump));
+        assert_eq!(Arc::strong_count(&written.0), 1, "the counters keep the writer");
+        assert_eq!(counters.stats(), CaptureStats { frames: 50, lost: 0 });
     }
 
     /// Tells that it was called, and then waits until it may go on.
@@ -345,7 +359,7 @@ mod tests {
         for _ in 0..300 {
             recorder.record(&memory, &pieces, 10_000);
         }
-        let CaptureStats { frames, lost } = pump.stats();
+        let CaptureStats { frames, lost } = pump.counters().stats();
         assert_eq!((frames, lost), (104, 196), "a mebibyte waits");
         let start = Instant::now();
         pump.close(Duration::from_millis(20));
@@ -355,7 +369,7 @@ mod tests {
         drop(go);
         thread.join().unwrap();
         recorder.record(&memory, &pieces, 10_000);
-        assert_eq!(pump.stats(), CaptureStats { frames: 0, lost: 301 });
+        assert_eq!(pump.counters().stats(), CaptureStats { frames: 0, lost: 301 });
     }
 
     #[test]
@@ -366,7 +380,7 @@ mod tests {
         for _ in 0..10 {
             recorder.record(&memory, &pieces, 100);
         }
-        assert_eq!(pump.stats(), CaptureStats { frames: 3, lost: 7 });
+        assert_eq!(pump.counters().stats(), CaptureStats { frames: 3, lost: 7 });
         drop(recorder);
         pump.run();
         assert_eq!(parse(&written.0.lock().unwrap(), FRAME_MAX as u32).len(), 3);

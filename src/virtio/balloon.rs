@@ -5,10 +5,12 @@
 //! at once.
 
 use std::sync::mpsc::SyncSender;
+use std::time::{Duration, Instant};
 
 use super::config_space::ConfigSpace;
 use super::{Chain, DeviceIo, DeviceType, Profile, Source, VirtioDevice, Work};
 use crate::memory::{GuestAddress, GuestMemory};
+use crate::rate::{Bucket, Rate};
 use crate::size::Size;
 
 /// The guest says how it uses its memory (Virtio 1.3, 5.5.3, VIRTIO_BALLOON_F_STATS_VQ).
@@ -81,6 +83,9 @@ enum Role {
     Reporting,
 }
 
+/// Reports that the balloon became what was asked for, or is so no more: ten at once, then one a second.
+const REPORTS: Rate = Rate::per_second(1).one_time_burst(10);
+
 /// Called with the number of bytes that the balloon holds.
 pub(crate) type OnSettled = Box<dyn Fn(u64) + Send>;
 
@@ -91,7 +96,11 @@ pub(crate) struct Balloon {
     on_settled: OnSettled,
     /// Pages that went in, less those that came out.
     held: u64,
+    /// As was last reported.
     settled: bool,
+    /// Bounds what a guest reports that fills and empties the balloon without pause.
+    reports: Bucket,
+    epoch: Instant,
     config: ConfigSpace,
     roles: Vec<Role>,
     /// The driver's buffer for statistics: it fills in new ones when it gets the buffer back.
@@ -112,6 +121,8 @@ impl Balloon {
             on_settled,
             held: 0,
             settled: true,
+            reports: Bucket::new(REPORTS, Duration::ZERO),
+            epoch: Instant::now(),
             config,
             roles: Vec::new(),
             stats: None,
@@ -162,7 +173,8 @@ impl Balloon {
     /// Tells of what the last requests have made of the balloon.
     fn settle(&mut self) {
         let settled = self.held == u64::from(self.config.word(TARGET));
-        if std::mem::replace(&mut self.settled, settled) != settled {
+        if settled != self.settled && self.reports.take_whole(self.epoch.elapsed()) {
+            self.settled = settled;
             (self.on_settled)(self.held * PAGE);
         }
     }

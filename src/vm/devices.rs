@@ -18,7 +18,7 @@ use crate::event_loop::{Loop, Remote};
 use crate::irq::Interrupt;
 use crate::kvm::VmFd;
 use crate::memory::GuestMemory;
-use crate::network::Pump;
+use crate::network::{CaptureCounters, Pump};
 use crate::size::Size;
 use crate::sys::set_sched_batch;
 use crate::virtio::balloon::Balloon;
@@ -191,7 +191,7 @@ pub(super) fn net_handle(
     n: usize,
     slots: &BTreeMap<DeviceId, DeviceRef>,
     published: &[SocketAddr],
-    capture: Option<Pump>,
+    capture: Option<CaptureCounters>,
 ) -> Option<NetHandle> {
     let id = DeviceId::Net(n);
     let device = slots.get(&id).map(handle)?;

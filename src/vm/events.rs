@@ -59,6 +59,8 @@ pub enum EventKind {
     },
     /// The balloon has become what [`Vm::set_balloon`](crate::Vm::set_balloon) asked for, or less again because the guest
     /// runs short of memory.
+    ///
+    /// There are ten at once, then at most one a second: what changes faster is seen at the next change.
     Balloon {
         /// What is in it.
         size: Size,

@@ -25,7 +25,7 @@ use crate::arch::{self, Cpu, Entry, layout};
 use crate::boot;
 use crate::bus::{Attached, Bus};
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::event_loop::Loop;
+use crate::event_loop::{LOOP_END_TIMEOUT, Loop};
 use crate::kvm::{Kvm, VmFd};
 use crate::legacy::{
     EXIT_PORTS, ExitPort, I8042, I8042_PORTS, PANIC_PORTS, PanicPort, Request, SERIAL_PORTS, SerialPort,
@@ -240,6 +240,15 @@ impl fmt::Debug for Machine {
     }
 }
 
+impl Drop for Machine {
+    /// The loops end side by side: one in which a backend of the embedder's hangs takes nothing of the others' time.
+    fn drop(&mut self) {
+        self.loops.iter().for_each(Loop::close);
+        let deadline = Instant::now() + LOOP_END_TIMEOUT;
+        self.loops.iter_mut().for_each(|it| it.end(deadline));
+    }
+}
+
 impl Machine {
     /// The last vCPU's thread brings everything to rest: what the guest handed over is served, streams end, the
     /// console's last words are written.
@@ -340,7 +349,7 @@ pub(super) fn start(config: &VmConfig) -> Result<Vm> {
         disks: (0..config.disks.len()).filter_map(|n| disk_handle(n, &slots)).collect(),
         nets: (0..)
             .zip(published.iter().zip(&pumps))
-            .filter_map(|(n, (ports, pump))| net_handle(n, &slots, ports, pump.clone()))
+            .filter_map(|(n, (ports, pump))| net_handle(n, &slots, ports, pump.as_ref().map(Pump::counters)))
             .collect(),
         keyboard,
     };

@@ -49,6 +49,22 @@ fn who_asked_is_told_when_it_is_done_and_when_the_guest_takes_some_back() {
 }
 
 #[test]
+fn a_guest_that_fills_and_empties_it_without_pause_is_reported_at_a_bounded_rate() {
+    let (report, reports) = mpsc::channel();
+    let mut driver =
+        Driver::start_with(|memory| Balloon::new(memory.clone(), Box::new(move |held| report.send(held).unwrap())));
+    for _ in 0..500 {
+        for queue in [INFLATE, DEFLATE] {
+            driver.send(queue, &[&[0; 4]], &[]);
+            driver.poke(queue);
+            assert!(driver.receive(queue).is_some());
+        }
+    }
+    let count = reports.try_iter().count();
+    assert!((11..=100).contains(&count), "{count} reports of 1000 changes");
+}
+
+#[test]
 fn absurd_requests_need_a_reset() {
     let mut driver = rig();
     driver.send(INFLATE, &[&vec![0; (MAX_PAGES + 1) * 4]], &[]);

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::ports::PortForward;
 use crate::error::{Error, ErrorKind, Result};
-use crate::network::{CaptureStats, ConnectionLimit, NetStats, Policy, Published, Pump, UserStack};
+use crate::network::{CaptureCounters, CaptureStats, ConnectionLimit, NetStats, Policy, Published, UserStack};
 use crate::virtio::net::{Net, NetLimit};
 use crate::virtio::{DeviceHandle, DeviceId};
 
@@ -17,7 +17,7 @@ pub struct NetHandle {
     pub(in crate::vm) id: DeviceId,
     pub(in crate::vm) device: DeviceHandle<Net>,
     pub(in crate::vm) published: Arc<[SocketAddr]>,
-    pub(in crate::vm) capture: Option<Pump>,
+    pub(in crate::vm) capture: Option<CaptureCounters>,
 }
 
 /// A port that was published on a running VM; see [`NetHandle::publish`].
@@ -118,7 +118,7 @@ impl NetHandle {
 
     /// Returns the counters of its `capture`, also after the VM's end; `None` without one.
     pub fn capture_stats(&self) -> Option<CaptureStats> {
-        self.capture.as_ref().map(Pump::stats)
+        self.capture.as_ref().map(CaptureCounters::stats)
     }
 
     fn user<R: Send + 'static>(&self, what: &str, f: impl FnOnce(&mut UserStack) -> R + Send + 'static) -> Result<R> {
