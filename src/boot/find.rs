@@ -137,7 +137,7 @@ impl Missed {
         }
         if let Some(path) = self.denied.first() {
             text.push_str(&format!(
-                ". This user may not read the host's kernel: run `sudo chmod a+r {}`, again after each of its updates",
+                ". This user may not read {0}: run `sudo chmod a+r {0}`, which an update of the package undoes",
                 path.display()
             ));
         }
