@@ -13,14 +13,14 @@ use crate::{check, check_eq};
 /// Where the machine's generation is in its memory.
 const VM_GENERATION: u64 = 0xe_f000;
 
-pub fn vmlinux() -> Outcome {
+pub fn vmlinux_boots() -> Outcome {
     let (exit, printed) = run(guest("echo hello from $(uname -s)\nreboot -f"))?;
     check!(matches!(exit, Exit::Reboot { .. }), "{exit}");
     check_eq!(printed.trim_end(), "hello from Linux");
     Ok(())
 }
 
-pub fn bzimage() -> Outcome {
+pub fn bzimage_boots() -> Outcome {
     let kernel = fixture::bzimage()?.cmdline("console=hvc0 quiet").initramfs(busybox("echo hello\nreboot -f"));
     let (exit, printed) = run(Vm::builder(kernel))?;
     check!(matches!(exit, Exit::Reboot { .. }), "{exit}");
@@ -28,13 +28,13 @@ pub fn bzimage() -> Outcome {
     Ok(())
 }
 
-pub fn two_processors() -> Outcome {
+pub fn two_vcpus_are_online() -> Outcome {
     let (_, printed) = run(guest("nproc\ncd /sys/devices/system/cpu/cpu1/topology\ncat core_id physical_package_id thread_siblings_list\nreboot -f").vcpus(2))?;
     check_eq!(printed.split_whitespace().collect::<Vec<_>>(), ["2", "1", "0", "1"]);
     Ok(())
 }
 
-pub fn memory_around_the_hole() -> Outcome {
+pub fn memory_below_and_above_the_mmio_hole_is_usable() -> Outcome {
     for (size, least) in [(Size::mib(64), 40), (Size::mib(3584), 3400), (Size::gib(5), 4900)] {
         let (_, printed) = run(guest("awk '/MemTotal/ {print int($2 / 1024)}' /proc/meminfo\nreboot -f").memory(size))?;
         let seen: u64 = printed.trim().parse().map_err(|e| format!("{e}: {printed}"))?;
@@ -43,7 +43,7 @@ pub fn memory_around_the_hole() -> Outcome {
     Ok(())
 }
 
-pub fn serial_port() -> Outcome {
+pub fn serial_console_output_reaches_the_writer() -> Outcome {
     let kernel = kernel().cmdline("console=ttyS0 quiet").initramfs(busybox("echo by wire\nreboot -f"));
     let (_, printed) = run(Vm::builder(kernel))?;
     check!(printed.contains("by wire"), "{printed}");
@@ -57,7 +57,7 @@ pub fn command_line_arguments_reach_init() -> Outcome {
     Ok(())
 }
 
-pub fn a_timeline_is_kept() -> Outcome {
+pub fn boot_timeline_is_recorded() -> Outcome {
     let vm = guest("reboot -f").start()?;
     vm.wait();
     let line = vm.timeline();
@@ -66,7 +66,7 @@ pub fn a_timeline_is_kept() -> Outcome {
     Ok(())
 }
 
-pub fn what_a_kernel_lacks_is_named() -> Outcome {
+pub fn missing_kernel_options_are_named() -> Outcome {
     for kernel in [kernel(), fixture::bzimage()?] {
         kernel.check(["CONFIG_VIRTIO_MMIO_CMDLINE_DEVICES", "VIRTIO_BLK"])?;
         let error = kernel.check(["CONFIG_VIRTIO_MMIO", "CONFIG_NO_SUCH"]).err().ok_or("it lacks nothing")?;
@@ -78,7 +78,7 @@ pub fn what_a_kernel_lacks_is_named() -> Outcome {
     Ok(())
 }
 
-pub fn devices_by_acpi() -> Outcome {
+pub fn acpi_kernel_finds_virtio_devices() -> Outcome {
     let script = "ls -1 /sys/bus/acpi/devices\ncat /sys/block/vda/size /sys/block/vdb/size\n\
         grep -o virtio_mmio.device /proc/cmdline\ncat /proc/interrupts\ndmesg -r | grep '^<[0-4]>'\npoweroff -f";
     let disks = |vm: cofferdam::VmBuilder| vm.disk(Disk::scratch(Size::mib(1))).disk(Disk::scratch(Size::mib(2)));
@@ -93,13 +93,13 @@ pub fn devices_by_acpi() -> Outcome {
     Ok(())
 }
 
-pub fn power_off_by_acpi() -> Outcome {
+pub fn acpi_kernel_powers_off() -> Outcome {
     let (exit, _) = run(stock_guest("console=ttyS0 quiet", "poweroff -f")?)?;
     check!(matches!(exit, Exit::PowerOff { .. }), "{exit}");
     Ok(())
 }
 
-pub fn reboot_by_acpi() -> Outcome {
+pub fn acpi_kernel_reboots() -> Outcome {
     for way in ["", " reboot=acpi"] {
         let (exit, _) = run(stock_guest(&format!("console=hvc0 quiet{way}"), "reboot -f")?)?;
         check!(matches!(exit, Exit::Reboot { .. }), "{way}: {exit}");
@@ -107,7 +107,7 @@ pub fn reboot_by_acpi() -> Outcome {
     Ok(())
 }
 
-pub fn two_processors_by_acpi() -> Outcome {
+pub fn acpi_kernel_starts_two_vcpus() -> Outcome {
     let script = "cat /sys/devices/system/cpu/online\nnproc\npoweroff -f";
     let (exit, printed) = run(stock_guest("console=hvc0 quiet", script)?.vcpus(2))?;
     check!(matches!(exit, Exit::PowerOff { .. }), "{exit}");
@@ -115,7 +115,7 @@ pub fn two_processors_by_acpi() -> Outcome {
     Ok(())
 }
 
-pub fn the_keyboard_is_heard_by_acpi() -> Outcome {
+pub fn acpi_kernel_receives_ctrl_alt_del() -> Outcome {
     let printed = Printed::default();
     let script = "trap 'poweroff -f' INT\necho 0 > /proc/sys/kernel/ctrl-alt-del\necho up\nwhile :; do sleep 1; done";
     let vm = stock_guest("console=hvc0 quiet", script)?.console(printed.console()).start()?;
@@ -125,7 +125,7 @@ pub fn the_keyboard_is_heard_by_acpi() -> Outcome {
     Ok(())
 }
 
-pub fn a_clock_and_a_generation() -> Outcome {
+pub fn guest_has_a_ptp_clock_and_a_vm_generation_id() -> Outcome {
     // Of drivers, those that are bound; the driver itself is only there with the machine's table.
     let script = "cat /sys/class/ptp/ptp0/clock_name; ls -d /sys/bus/*/drivers/vmgenid/*:00\npoweroff -f";
     let mut generations = Vec::new();
@@ -146,7 +146,7 @@ pub fn a_clock_and_a_generation() -> Outcome {
     Ok(())
 }
 
-pub fn by_pvh() -> Outcome {
+pub fn pvh_entry_point_boots() -> Outcome {
     let script = "cat /proc/sys/kernel/bootloader_type\nnproc\nreboot -f";
     let started = |kernel: Kernel| {
         let kernel = kernel.cmdline("console=hvc0 quiet").initramfs(busybox(script));

@@ -21,7 +21,7 @@ use cofferdam::{Console, Container, ErrorKind, Exit, Net, Process, Size};
 
 use self::hang::{Hang, OpenAtEnd, Stuck};
 use self::watch::{Answer, Callers, Watch, lock, slack};
-use crate::fixture::{Outcome, PATIENCE, debian_container, guest};
+use crate::fixture::{Outcome, TEST_TIMEOUT, debian_container, guest};
 use crate::{check, check_eq};
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -245,7 +245,7 @@ fn drive(guest: Guest) -> Outcome {
     });
     callers.spawn("kill", move |watch| {
         watch.call("Process::kill", host, || killed.kill())?;
-        let status = watch.call("Process::wait_timeout", 2 * SECOND, || killed.wait_timeout(PATIENCE))?;
+        let status = watch.call("Process::wait_timeout", 2 * SECOND, || killed.wait_timeout(TEST_TIMEOUT))?;
         check_eq!(status.and_then(|status| status.signal()), Some(9));
         Ok(())
     });
@@ -396,20 +396,20 @@ fn drive(guest: Guest) -> Outcome {
     Ok(())
 }
 
-pub fn every_call_on_a_mute_guest_comes_back() -> Outcome {
+pub fn every_call_returns_with_a_silent_guest() -> Outcome {
     drive(Guest::Mute)
 }
 
-pub fn every_call_on_a_babbling_guest_comes_back() -> Outcome {
+pub fn every_call_returns_with_a_flooding_guest() -> Outcome {
     drive(Guest::Babbling)
 }
 
-pub fn every_call_on_a_guest_whose_loop_is_busy_comes_back() -> Outcome {
+pub fn every_call_returns_with_a_busy_device_loop() -> Outcome {
     drive(Guest::Busy)
 }
 
 /// Each of them once had a second of its own.
-pub fn stuck_captures_are_waited_for_together() -> Outcome {
+pub fn blocked_capture_writers_share_one_timeout() -> Outcome {
     let hang = Hang::default();
     let _open = OpenAtEnd(hang.clone());
     hang.close_writers();
@@ -421,7 +421,7 @@ pub fn stuck_captures_are_waited_for_together() -> Outcome {
     let vm = builder.start()?;
     let begin = Instant::now();
     vm.kill();
-    vm.wait_timeout(PATIENCE).ok_or("it never ended")?;
+    vm.wait_timeout(TEST_TIMEOUT).ok_or("it never ended")?;
     check!(begin.elapsed() < 2 * SECOND + slack(), "{:?}", begin.elapsed());
     Ok(())
 }

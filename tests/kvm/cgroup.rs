@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use cofferdam::event::{EventKind, Throttled};
 use cofferdam::{Cgroup, ErrorKind, Vm, VmBuilder};
 
-use crate::fixture::{Outcome, PATIENCE, Temp, alone, tiny_kernel};
+use crate::fixture::{Outcome, TEST_TIMEOUT, Temp, alone, tiny_kernel};
 use crate::{check, check_eq};
 
 /// `jmp .`
@@ -22,8 +22,8 @@ fn groups() -> Vec<PathBuf> {
     entries.filter(|e| e.file_name().to_string_lossy().starts_with(&own)).map(|e| e.path()).collect()
 }
 
-pub fn threads_have_a_group_of_their_own_and_leave_none_behind() -> Outcome {
-    if !alone("cgroup::threads_have_a_group_of_their_own_and_leave_none_behind")? {
+pub fn threads_run_in_a_cgroup_that_is_removed_at_the_end() -> Outcome {
+    if !alone("cgroup::threads_run_in_a_cgroup_that_is_removed_at_the_end")? {
         return Ok(());
     }
     let vm = miner(1)?.cgroup(Cgroup::under("/sys/fs/cgroup").weight(7)).start()?;
@@ -46,7 +46,7 @@ pub fn threads_have_a_group_of_their_own_and_leave_none_behind() -> Outcome {
     Ok(())
 }
 
-pub fn a_limit_holds_and_is_counted() -> Outcome {
+pub fn cpu_limit_holds_and_throttling_is_counted() -> Outcome {
     let vm = miner(2)?.cgroup(Cgroup::under("/sys/fs/cgroup").cpus(0.2)).start()?;
     let begin = Instant::now();
     let stats = loop {
@@ -55,18 +55,18 @@ pub fn a_limit_holds_and_is_counted() -> Outcome {
         if begin.elapsed() > Duration::from_secs(3) && stats.throttled_periods > 5 {
             break stats;
         }
-        check!(begin.elapsed() < PATIENCE, "{stats:?}");
+        check!(begin.elapsed() < TEST_TIMEOUT, "{stats:?}");
     };
     check!(stats.cpu_time < begin.elapsed().mul_f64(0.3) + Duration::from_millis(100), "{stats:?}");
     check!(!stats.throttled_time.is_zero(), "{stats:?}");
     let told = |event: &cofferdam::event::Event| event.kind == EventKind::Throttled { what: Throttled::Vcpus };
     let events = vm.events()?;
-    while !told(&events.next_timeout(PATIENCE).ok_or("it was never told")?) {}
+    while !told(&events.next_timeout(TEST_TIMEOUT).ok_or("it was never told")?) {}
     Ok(())
 }
 
-pub fn weights_divide_what_is_short() -> Outcome {
-    if !alone("cgroup::weights_divide_what_is_short")? {
+pub fn cpu_weights_divide_a_contended_cpu() -> Outcome {
+    if !alone("cgroup::cpu_weights_divide_a_contended_cpu")? {
         return Ok(());
     }
     // One processor for both, or the scheduler would give each its own.
@@ -96,7 +96,7 @@ fn on_one_processor() -> std::io::Result<()> {
     if done == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
 }
 
-pub fn where_there_is_none_the_reason_is_told() -> Outcome {
+pub fn missing_cgroup_controllers_are_reported() -> Outcome {
     let error = miner(1)?.cgroup(Cgroup::under("/proc")).start().err().ok_or("it started")?;
     check_eq!(error.kind(), ErrorKind::NotFound);
     check!(error.to_string().contains("cgroup: reading the controllers of /proc: "), "{error}");

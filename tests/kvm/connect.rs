@@ -8,7 +8,7 @@ use cofferdam::net::Policy;
 use cofferdam::process::Stdio;
 use cofferdam::{Container, ErrorKind, Net, Process};
 
-use crate::fixture::{Outcome, PATIENCE, container, debian_container, soaking};
+use crate::fixture::{Outcome, TEST_TIMEOUT, container, debian_container, soaking};
 use crate::{check, check_eq};
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
@@ -50,7 +50,7 @@ fn descriptors() -> Result<usize> {
     Ok(std::fs::read_dir("/proc/self/fd")?.count())
 }
 
-pub fn services_are_reached_on_any_address() -> Outcome {
+pub fn connects_to_services_on_any_guest_address() -> Outcome {
     let alone = container()?;
     let with_card = debian_container().net(Net::user(Policy::deny_all())).start()?;
     let places =
@@ -72,7 +72,7 @@ pub fn services_are_reached_on_any_address() -> Outcome {
     Ok(())
 }
 
-pub fn each_direction_ends_by_itself() -> Outcome {
+pub fn each_direction_shuts_down_independently() -> Outcome {
     let container = container()?;
     let _count = serve(&container, "127.0.0.1", 80, "count")?;
     let mut stream = container.connect(80)?;
@@ -91,7 +91,7 @@ pub fn each_direction_ends_by_itself() -> Outcome {
     Ok(())
 }
 
-pub fn resets_are_told_and_so_is_the_end_of_the_container() -> Outcome {
+pub fn resets_and_the_end_of_the_container_are_reported() -> Outcome {
     let container = container()?;
     let _reset = serve(&container, "127.0.0.1", 80, "reset")?;
     let mut stream = container.connect(80)?;
@@ -106,12 +106,12 @@ pub fn resets_are_told_and_so_is_the_end_of_the_container() -> Outcome {
     Ok(())
 }
 
-pub fn whoever_does_not_read_stops_the_other_side_and_nothing_is_lost() -> Outcome {
+pub fn slow_reader_blocks_the_writer_without_losing_data() -> Outcome {
     const LEN: usize = 6_000_000;
     let container = container()?;
     // The guest's kernel would take some megabytes by itself.
     let small = "cd /proc/sys/net/ipv4; for n in tcp_rmem tcp_wmem; do echo 4096 65536 131072 > $n; done";
-    check!(container.exec(["sh", "-c", small]).timeout(PATIENCE).status()?.success());
+    check!(container.exec(["sh", "-c", small]).timeout(TEST_TIMEOUT).status()?.success());
     let _echo = serve(&container, "127.0.0.1", 80, "echo")?;
     let stream = container.connect(80)?;
     let sent: Vec<u8> = (0..LEN as u32).map(|n| (n ^ n >> 9) as u8).collect();
@@ -130,8 +130,8 @@ pub fn whoever_does_not_read_stops_the_other_side_and_nothing_is_lost() -> Outco
     Ok(())
 }
 
-pub fn many_one_after_the_other_leave_nothing() -> Outcome {
-    if !crate::fixture::alone("connect::many_one_after_the_other_leave_nothing")? {
+pub fn sequential_connections_leak_nothing() -> Outcome {
+    if !crate::fixture::alone("connect::sequential_connections_leak_nothing")? {
         return Ok(());
     }
     let count = soaking(3000, 100);
@@ -140,7 +140,7 @@ pub fn many_one_after_the_other_leave_nothing() -> Outcome {
     let left = || -> Result<(usize, String)> {
         // All sockets, of vsock too.
         let command = "head -n 1 /proc/net/sockstat | cut -d ' ' -f 3";
-        let output = container.exec(["sh", "-c", command]).timeout(PATIENCE).output()?;
+        let output = container.exec(["sh", "-c", command]).timeout(TEST_TIMEOUT).output()?;
         Ok((descriptors()?, String::from_utf8_lossy(&output.stdout).into_owned()))
     };
     let once = || -> Result<()> {
@@ -159,7 +159,7 @@ pub fn many_one_after_the_other_leave_nothing() -> Outcome {
         once().map_err(|e| format!("connection {n}: {e}"))?;
     }
     let each = begin.elapsed().as_micros() / u128::from(count);
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + TEST_TIMEOUT;
     // The last ones are still being closed.
     let number = |text: &str| text.trim().parse::<usize>().map_err(|_| format!("no number: {text}"));
     let most = (before.0 + 2, number(&before.1)? + 4);
@@ -173,7 +173,7 @@ pub fn many_one_after_the_other_leave_nothing() -> Outcome {
     Ok(())
 }
 
-pub fn many_at_once_are_bounded_and_make_room_again() -> Outcome {
+pub fn concurrent_connections_are_limited() -> Outcome {
     let container = container()?;
     let _hold = serve(&container, "127.0.0.1", 80, "hold")?;
     let mut held = Vec::new();
@@ -186,9 +186,9 @@ pub fn many_at_once_are_bounded_and_make_room_again() -> Outcome {
     };
     check_eq!((error.kind(), held.len()), (ErrorKind::ResourceExhausted, 512));
     // Programs are started all the same.
-    check!(container.exec(["true"]).timeout(PATIENCE).status()?.success());
+    check!(container.exec(["true"]).timeout(TEST_TIMEOUT).status()?.success());
     drop(held);
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + TEST_TIMEOUT;
     while let Err(error) = container.connect(80) {
         check!(error.kind() == ErrorKind::ResourceExhausted && Instant::now() < deadline, "{error}");
     }

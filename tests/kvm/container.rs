@@ -10,16 +10,16 @@ use cofferdam::event::{DeviceId, EventKind};
 use cofferdam::process::ExitStatus;
 use cofferdam::{Container, Disk, ErrorKind, Exit, Image, Size};
 
-use crate::fixture::{Outcome, PATIENCE, Temp, cache, container, debian_container, kernel};
+use crate::fixture::{Outcome, TEST_TIMEOUT, Temp, cache, container, debian_container, kernel};
 use crate::{check, check_eq};
 
 /// Runs a shell command and returns what it printed.
 fn shell(container: &Container, command: &str) -> cofferdam::Result<String> {
-    let output = container.exec(["sh", "-c", command]).timeout(PATIENCE).output()?;
+    let output = container.exec(["sh", "-c", command]).timeout(TEST_TIMEOUT).output()?;
     Ok(String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).trim().to_owned())
 }
 
-pub fn a_root_file_system_like_any_other() -> Outcome {
+pub fn root_file_system_has_the_usual_mounts() -> Outcome {
     let container = debian_container().hostname("inside").start()?;
     check!(shell(&container, "cat /etc/os-release")?.contains("bookworm"));
     check_eq!(shell(&container, "hostname; stat -c '%U %a' /etc/shadow; stat -c %a /tmp")?, "inside\nroot 640\n1777");
@@ -32,12 +32,12 @@ pub fn a_root_file_system_like_any_other() -> Outcome {
     Ok(())
 }
 
-pub fn missing_mount_points_are_made() -> Outcome {
+pub fn missing_mount_points_are_created() -> Outcome {
     let temp = Temp::new()?;
     fs::create_dir_all(temp.path("root/bin"))?;
     fs::copy("/bin/busybox", temp.path("root/bin/busybox"))?;
     let image = Image::open(temp.path("root"))?.cache_dir(temp.path("cache"));
-    let container = Container::builder(image).kernel(kernel()).start_timeout(PATIENCE).start()?;
+    let container = Container::builder(image).kernel(kernel()).start_timeout(TEST_TIMEOUT).start()?;
     let output = container.exec(["/bin/busybox", "ls", "/"]).output()?;
     let seen = String::from_utf8_lossy(&output.stdout).into_owned();
     for name in ["dev", "proc", "sys", "tmp", "run"] {
@@ -46,18 +46,18 @@ pub fn missing_mount_points_are_made() -> Outcome {
     Ok(())
 }
 
-pub fn images_from_directories() -> Outcome {
+pub fn directory_serves_as_an_image() -> Outcome {
     let temp = Temp::new()?;
     fs::create_dir_all(temp.path("root/bin"))?;
     fs::copy("/bin/busybox", temp.path("root/bin/busybox"))?;
     fs::write(temp.path("root/greeting"), "from a directory")?;
     let image = Image::open(temp.path("root"))?.cache_dir(temp.path("cache"));
-    let container = Container::builder(image).kernel(kernel()).start_timeout(PATIENCE).start()?;
+    let container = Container::builder(image).kernel(kernel()).start_timeout(TEST_TIMEOUT).start()?;
     check_eq!(container.exec(["/bin/busybox", "cat", "/greeting"]).output()?.stdout, b"from a directory");
     Ok(())
 }
 
-pub fn writes_are_private_and_gone_with_the_container() -> Outcome {
+pub fn writes_are_private_and_discarded() -> Outcome {
     let (one, two) = (container()?, container()?);
     check_eq!(shell(&one, "echo mine > /etc/motd && rm /bin/dd && cat /etc/motd")?, "mine");
     check_eq!(shell(&two, "test -e /bin/dd && ! grep -q mine /etc/motd && echo untouched")?, "untouched");
@@ -66,7 +66,7 @@ pub fn writes_are_private_and_gone_with_the_container() -> Outcome {
     Ok(())
 }
 
-pub fn the_image_is_shared_and_stays_as_it_is() -> Outcome {
+pub fn image_is_shared_and_unchanged() -> Outcome {
     let opened = || -> Result<Vec<std::path::PathBuf>, Box<dyn std::error::Error>> {
         let paths = fs::read_dir("/proc/self/fd")?.filter_map(|entry| fs::read_link(entry.ok()?.path()).ok());
         Ok(paths.filter(|path| path.starts_with(cache().join("images"))).collect())
@@ -89,18 +89,18 @@ pub fn the_image_is_shared_and_stays_as_it_is() -> Outcome {
     Ok(())
 }
 
-pub fn stops_in_good_order() -> Outcome {
+pub fn stop_sends_sigterm_and_powers_off() -> Outcome {
     let container = container()?;
     let mut sleeper = container.exec(["sleep", "1000"]).spawn()?;
-    let exit = container.stop(PATIENCE)?;
+    let exit = container.stop(TEST_TIMEOUT)?;
     check!(matches!(exit, Exit::PowerOff { .. }), "{exit}");
     let status = sleeper.wait()?;
     check!(matches!(status, ExitStatus::Signaled { signal: 15 } | ExitStatus::VmEnded { .. }), "{status}");
-    check!(matches!(container.stop(PATIENCE)?, Exit::PowerOff { .. }), "a second stop is no error");
+    check!(matches!(container.stop(TEST_TIMEOUT)?, Exit::PowerOff { .. }), "a second stop is no error");
     Ok(())
 }
 
-pub fn stop_is_bounded_whatever_the_guest_does() -> Outcome {
+pub fn stop_returns_in_time_with_an_unresponsive_guest() -> Outcome {
     let container = container()?;
     let _deaf = container.exec(["sh", "-c", "trap '' TERM; while :; do :; done"]).spawn()?;
     let begin = Instant::now();
@@ -110,18 +110,18 @@ pub fn stop_is_bounded_whatever_the_guest_does() -> Outcome {
     Ok(())
 }
 
-pub fn everything_ends_with_the_container() -> Outcome {
+pub fn processes_end_with_the_container() -> Outcome {
     let container = container()?;
     let process = container.exec(["sleep", "1000"]).spawn()?;
     drop(container);
-    match process.wait_timeout(PATIENCE) {
+    match process.wait_timeout(TEST_TIMEOUT) {
         Ok(Some(ExitStatus::VmEnded { .. })) => Ok(()),
         Err(error) if error.kind() == ErrorKind::InvalidState => Ok(()),
         other => Err(format!("{other:?}").into()),
     }
 }
 
-pub fn memory_and_processors_arrive() -> Outcome {
+pub fn memory_and_vcpus_are_as_configured() -> Outcome {
     let container = debian_container()
         .vcpus(2)
         .memory(Size::mib(512))
@@ -135,7 +135,7 @@ pub fn memory_and_processors_arrive() -> Outcome {
     Ok(())
 }
 
-pub fn further_disks_are_there_by_their_numbers() -> Outcome {
+pub fn attached_disks_are_visible_by_number() -> Outcome {
     let temp = Temp::new()?;
     fs::File::create(temp.path("data"))?.set_len(8 << 20)?;
     let data = Disk::file(temp.path("data")).serial("data");
@@ -151,7 +151,7 @@ pub fn further_disks_are_there_by_their_numbers() -> Outcome {
     Ok(())
 }
 
-pub fn clones_are_one_container() -> Outcome {
+pub fn clones_are_handles_of_one_container() -> Outcome {
     let one = container()?;
     let (two, exec) = (one.clone(), one.exec(["echo", "still here"]));
     drop(one);
@@ -179,7 +179,7 @@ fn readable(what: &impl AsRawFd) -> Result<bool, Box<dyn std::error::Error>> {
     Ok(count.trim() != "0")
 }
 
-pub fn it_pauses_and_tells_as_a_machine_does() -> Outcome {
+pub fn container_pauses_and_reports_stats_like_a_vm() -> Outcome {
     let container = container()?;
     container.pause()?;
     // Its time-out is the host's.
@@ -198,7 +198,7 @@ pub fn it_pauses_and_tells_as_a_machine_does() -> Outcome {
     Ok(())
 }
 
-pub fn connecting_to_nobody_is_refused() -> Outcome {
+pub fn connect_without_a_listener_is_refused() -> Outcome {
     let container = container()?;
     let error = container.vm().connect_vsock(9999).expect_err("nobody listens");
     check_eq!(error.kind(), ErrorKind::NotFound);
@@ -206,7 +206,7 @@ pub fn connecting_to_nobody_is_refused() -> Outcome {
 }
 
 /// Of 48 MiB, of which the layer leaves nothing free.
-pub fn a_full_host_fails_programs_and_holds_none_up() -> Outcome {
+pub fn full_host_fails_writes_without_blocking_programs() -> Outcome {
     let temp = Temp::new()?;
     let directory = temp.path("small");
     fs::create_dir(&directory)?;
@@ -218,13 +218,15 @@ pub fn a_full_host_fails_programs_and_holds_none_up() -> Outcome {
     let events = container.vm().events()?;
     let written = container
         .exec(["dd", "if=/dev/urandom", "of=/large", "bs=1M", "count=64", "conv=fsync"])
-        .timeout(PATIENCE)
+        .timeout(TEST_TIMEOUT)
         .output()?;
     let said = String::from_utf8_lossy(&written.stderr).into_owned();
     // Virtio has one word for all that fails (Virtio 1.3, 5.2.6, VIRTIO_BLK_S_IOERR).
     check!(written.status.code() == Some(1) && said.contains("Input/output error"), "{} {said}", written.status);
     let fault = loop {
-        if let EventKind::DiskError { error: fault } = events.next_timeout(PATIENCE).ok_or("no fault was told")?.kind {
+        if let EventKind::DiskError { error: fault } =
+            events.next_timeout(TEST_TIMEOUT).ok_or("no fault was told")?.kind
+        {
             break fault;
         }
     };

@@ -128,11 +128,11 @@ fn level(profile: CpuProfile, v3: bool) -> Outcome {
     Ok(())
 }
 
-pub fn level_2_is_all_that_is_seen() -> Outcome {
+pub fn level_2_guest_sees_only_x86_64_v2() -> Outcome {
     level(CpuProfile::x86_64_v2(), false)
 }
 
-pub fn level_3_is_all_that_is_seen_or_what_lacks_is_named() -> Outcome {
+pub fn level_3_guest_sees_only_x86_64_v3_or_start_names_what_is_missing() -> Outcome {
     let here = CpuProfile::of_host()?;
     let lacking: Vec<_> = ["fma", "movbe", "xsave", "avx", "f16c", "bmi1", "avx2", "bmi2", "lzcnt"]
         .into_iter()
@@ -151,7 +151,7 @@ pub fn level_3_is_all_that_is_seen_or_what_lacks_is_named() -> Outcome {
     Ok(())
 }
 
-pub fn the_hosts_processor_written_out_is_the_same() -> Outcome {
+pub fn host_profile_from_text_equals_the_host_profile() -> Outcome {
     let (host, written) = (cpuid(CpuProfile::host(), &everything())?, cpuid(CpuProfile::of_host()?, &everything())?);
     for (question, answer) in &host {
         // What is no property of a processor; what is left of leaves with nothing in them.
@@ -165,7 +165,7 @@ pub fn the_hosts_processor_written_out_is_the_same() -> Outcome {
     Ok(())
 }
 
-pub fn masked_bits_are_gone_from_linux_too() -> Outcome {
+pub fn masked_cpuid_bits_are_absent_in_linux() -> Outcome {
     let flags = |profile: CpuProfile| -> Result<Vec<String>> {
         let (_, printed) = run(guest("grep -m1 ^flags /proc/cpuinfo\nreboot -f").cpu(profile))?;
         Ok(printed.split_whitespace().skip(2).map(str::to_owned).collect())
@@ -181,7 +181,7 @@ pub fn masked_bits_are_gone_from_linux_too() -> Outcome {
     Ok(())
 }
 
-pub fn fields_are_what_they_were_set_to() -> Outcome {
+pub fn cpuid_fields_have_the_set_values() -> Outcome {
     let stepping = CpuidBits::new(1, 0, CpuidRegister::Eax, 0xf);
     let seen =
         cpuid(CpuProfile::x86_64_v2().cpuid(stepping, 9).without(bits("kvm_steal_time")), &[(1, 0), (0x4000_0001, 0)])?;
@@ -193,7 +193,7 @@ pub fn fields_are_what_they_were_set_to() -> Outcome {
 /// The page attribute table, which every processor has.
 const PAT: u32 = 0x277;
 
-pub fn registers_have_their_value_or_are_hidden() -> Outcome {
+pub fn msrs_have_the_set_value_or_are_hidden() -> Outcome {
     let value = 0x0606_0606_0606_0606;
     let (exit, words) = asked(CpuProfile::host().msr(PAT, value), &[], &[PAT])?;
     check!(matches!(exit, Exit::Reboot { .. }), "{exit}");
@@ -206,7 +206,7 @@ pub fn registers_have_their_value_or_are_hidden() -> Outcome {
     Ok(())
 }
 
-pub fn registers_that_kvm_refuses_are_named_before_anything_starts() -> Outcome {
+pub fn msrs_refused_by_kvm_are_named_at_start() -> Outcome {
     for (profile, kind, word) in [
         (CpuProfile::host().msr(0x1234_5678, 1), ErrorKind::Unsupported, "MSR 0x12345678"),
         (CpuProfile::host().msr(0x10a, 1 << 40), ErrorKind::Unsupported, "bit 40 of MSR 0x10a"),
@@ -234,7 +234,7 @@ const ARRANGEMENT: &str = "cat /sys/devices/system/cpu/online\ncd /sys/devices/s
     cat cpu5/topology/thread_siblings_list cpu5/topology/core_siblings_list\n\
     grep -h '^siblings\\|^cpu cores' /proc/cpuinfo | sort -u | tr -d '\\t'\nreboot -f";
 
-pub fn one_package_of_cores_with_one_thread_each() -> Outcome {
+pub fn topology_is_one_package_of_single_thread_cores() -> Outcome {
     for profile in [CpuProfile::host(), CpuProfile::x86_64_v2()] {
         let (exit, printed) = run_many(guest(ARRANGEMENT).vcpus(6).cpu(profile.clone()))?;
         check!(matches!(exit, Exit::Reboot { .. }), "{exit}");
@@ -244,7 +244,7 @@ pub fn one_package_of_cores_with_one_thread_each() -> Outcome {
     Ok(())
 }
 
-pub fn caches_are_shared_as_told() -> Outcome {
+pub fn cache_sharing_matches_the_topology() -> Outcome {
     let script = "cd /sys/devices/system/cpu/cpu2/cache\nfor i in index*; do echo $(cat $i/level) $(cat $i/shared_cpu_list); done\nreboot -f";
     let (_, printed) = run_many(guest(script).vcpus(4).cpu(CpuProfile::x86_64_v2()))?;
     let mut lines: Vec<_> = printed.lines().map(str::trim).collect();
@@ -255,7 +255,7 @@ pub fn caches_are_shared_as_told() -> Outcome {
     Ok(())
 }
 
-pub fn lscpu_agrees() -> Outcome {
+pub fn lscpu_reports_the_topology() -> Outcome {
     let container = debian_container().vcpus(3).cpu(CpuProfile::x86_64_v2()).start()?;
     let output = container.exec(["lscpu", "-p=CPU,CORE,SOCKET,ONLINE"]).output()?;
     let text = String::from_utf8(output.stdout)?;
@@ -274,16 +274,16 @@ fn online(vcpus: u32) -> Outcome {
     Ok(())
 }
 
-pub fn as_many_as_asked_for_are_online() -> Outcome {
+pub fn configured_vcpus_are_online() -> Outcome {
     [1, 3, 8].into_iter().try_for_each(online)
 }
 
-pub fn thirty_two_are_online() -> Outcome {
+pub fn thirty_two_vcpus_are_online() -> Outcome {
     online(32)
 }
 
-pub fn all_start_or_none() -> Outcome {
-    if !fixture::alone("cpu::all_start_or_none")? {
+pub fn vcpu_threads_start_all_or_none() -> Outcome {
+    if !fixture::alone("cpu::vcpu_threads_start_all_or_none")? {
         return Ok(());
     }
     let things = || -> Result<(usize, usize)> {
@@ -366,15 +366,15 @@ fn time_by(clock: &str) -> Outcome {
     Ok(())
 }
 
-pub fn kvms_clock_is_the_hosts() -> Outcome {
+pub fn kvm_clock_follows_the_host_clock() -> Outcome {
     time_by("kvm-clock")
 }
 
-pub fn the_tsc_has_the_frequency_that_is_told() -> Outcome {
+pub fn tsc_runs_at_the_reported_frequency() -> Outcome {
     time_by("tsc")
 }
 
-pub fn time_never_goes_back_between_processors() -> Outcome {
+pub fn clock_is_monotonic_across_vcpus() -> Outcome {
     let script = "last=0\nfor i in $(seq 15); do for cpu in 1 2 4; do\n\
         now=$(taskset $cpu cut -d' ' -f1 /proc/uptime | tr -d .)\n\
         [ $now -ge $last ] || echo back from $last to $now\nlast=$now\ndone; done\necho done\nreboot -f";
@@ -384,7 +384,7 @@ pub fn time_never_goes_back_between_processors() -> Outcome {
     Ok(())
 }
 
-pub fn what_others_take_is_seen_as_stolen() -> Outcome {
+pub fn host_contention_is_reported_as_steal_time() -> Outcome {
     let script = "steal() { head -n1 /proc/stat | tr -s ' ' | cut -d' ' -f9; }\necho begin\nn=0\n\
         while [ $(steal) -lt 5 ] && [ $n -lt 2000 ]; do n=$((n + 1)); i=0; while [ $i -lt 500 ]; do i=$((i + 1)); done; done\n\
         echo stolen $(steal)\nreboot -f";

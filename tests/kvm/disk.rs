@@ -11,7 +11,7 @@ use cofferdam::disk::{DiskLimit, DiskOperation, ErrorAction, ErrorClass, IoEngin
 use cofferdam::event::{DeviceId, EventKind, Throttled};
 use cofferdam::{Disk, ErrorKind, Exit, Rate, Size, Vm, VmBuilder};
 
-use crate::fixture::{Outcome, PATIENCE, Printed, Temp, guest, run, soaking};
+use crate::fixture::{Outcome, Printed, TEST_TIMEOUT, Temp, guest, run, soaking};
 use crate::{check, check_eq};
 
 fn image(temp: &Temp, name: &str, fill: u8) -> std::io::Result<std::path::PathBuf> {
@@ -20,7 +20,7 @@ fn image(temp: &Temp, name: &str, fill: u8) -> std::io::Result<std::path::PathBu
     Ok(path)
 }
 
-pub fn written_and_read_back() -> Outcome {
+pub fn written_data_is_read_back() -> Outcome {
     let temp = Temp::new()?;
     let path = image(&temp, "a.img", 0)?;
     let script = "echo written by the guest | dd of=/dev/vda bs=512 seek=100 conv=sync,fsync 2>/dev/null\nreboot -f";
@@ -34,7 +34,7 @@ pub fn written_and_read_back() -> Outcome {
     Ok(())
 }
 
-pub fn order_is_meaning() -> Outcome {
+pub fn disks_appear_in_the_order_of_the_builder() -> Outcome {
     let temp = Temp::new()?;
     let builder = guest("for d in a b c; do head -c 1 /dev/vd$d; done\nreboot -f")
         .disk(Disk::file(image(&temp, "a.img", b'1')?))
@@ -44,7 +44,7 @@ pub fn order_is_meaning() -> Outcome {
     Ok(())
 }
 
-pub fn read_only_is_kept() -> Outcome {
+pub fn read_only_disk_rejects_writes() -> Outcome {
     let temp = Temp::new()?;
     let path = image(&temp, "a.img", b'x')?;
     let script = "cat /sys/block/vda/ro\necho y > /dev/vda || echo refused\nreboot -f";
@@ -54,7 +54,7 @@ pub fn read_only_is_kept() -> Outcome {
     Ok(())
 }
 
-pub fn one_writer_or_many_readers() -> Outcome {
+pub fn image_is_locked_for_one_writer_or_many_readers() -> Outcome {
     let temp = Temp::new()?;
     let path = image(&temp, "a.img", 0)?;
     let spin = "while :; do sleep 1; done";
@@ -68,7 +68,7 @@ pub fn one_writer_or_many_readers() -> Outcome {
     Ok(())
 }
 
-pub fn sizes_arrive() -> Outcome {
+pub fn disk_capacity_is_the_configured_size() -> Outcome {
     let (_, printed) = run(guest("cat /sys/block/vda/size\nreboot -f").disk(Disk::scratch(Size::gib(3))))?;
     check_eq!(printed.trim(), (3 * 1024 * 2048).to_string());
     Ok(())
@@ -91,7 +91,7 @@ fn allocated(path: &Path) -> std::io::Result<u64> {
     Ok(fs::metadata(path)?.blocks() * 512)
 }
 
-pub fn serial_numbers_and_queues_arrive() -> Outcome {
+pub fn serial_number_and_queue_count_are_visible() -> Outcome {
     let script =
         "cat /sys/block/vda/serial; echo; cat /sys/block/vdb/serial; echo; ls /sys/block/vda/mq | wc -l\nreboot -f";
     let disk = Disk::scratch(Size::mib(1)).serial("data-0123456789abcde").queues(2);
@@ -100,7 +100,7 @@ pub fn serial_numbers_and_queues_arrive() -> Outcome {
     Ok(())
 }
 
-pub fn discards_give_space_back() -> Outcome {
+pub fn discard_frees_host_space() -> Outcome {
     let temp = Temp::new()?;
     for engine in ENGINES {
         let path = temp.path("a.img");
@@ -116,7 +116,7 @@ pub fn discards_give_space_back() -> Outcome {
     Ok(())
 }
 
-pub fn a_disk_grows_while_it_is_used() -> Outcome {
+pub fn disk_grows_while_in_use() -> Outcome {
     for engine in ENGINES {
         let script =
             "echo ready; while [ $(cat /sys/block/vda/size) = 2048 ]; do sleep 0.1; done; cat /sys/block/vda/size
@@ -135,7 +135,7 @@ pub fn a_disk_grows_while_it_is_used() -> Outcome {
     Ok(())
 }
 
-pub fn limits_hold_and_can_be_changed() -> Outcome {
+pub fn rate_limits_hold_and_can_be_changed() -> Outcome {
     for engine in ENGINES {
         let script = "echo ready; dd if=/dev/vda of=/dev/null bs=1M count=4 iflag=direct 2>/dev/null; echo slow
             dd if=/dev/vda of=/dev/null bs=1M count=64 iflag=direct 2>/dev/null; echo fast\nreboot -f";
@@ -163,7 +163,7 @@ pub fn limits_hold_and_can_be_changed() -> Outcome {
     Ok(())
 }
 
-pub fn a_full_host_holds_the_guest_until_there_is_room() -> Outcome {
+pub fn full_host_pauses_the_guest_until_space_is_freed() -> Outcome {
     // A file system of 8 MiB, in the lab, where this process may mount.
     let temp = Temp::new()?;
     for (n, engine) in ENGINES.into_iter().enumerate() {
@@ -178,7 +178,7 @@ pub fn a_full_host_holds_the_guest_until_there_is_room() -> Outcome {
         let events = vm.events()?;
         let fault = loop {
             if let EventKind::DiskError { error: fault } =
-                events.next_timeout(PATIENCE).ok_or("no fault was told")?.kind
+                events.next_timeout(TEST_TIMEOUT).ok_or("no fault was told")?.kind
             {
                 break fault;
             }
@@ -204,7 +204,7 @@ pub fn a_full_host_holds_the_guest_until_there_is_room() -> Outcome {
     Ok(())
 }
 
-pub fn a_fault_can_end_the_machine() -> Outcome {
+pub fn error_action_stop_ends_the_vm() -> Outcome {
     let temp = Temp::new()?;
     let path = image(&temp, "a.img", 1)?;
     let script = "echo ready; while :; do dd if=/dev/vda of=/dev/null bs=4k iflag=direct 2>/dev/null; sleep 0.1; done";
@@ -215,14 +215,14 @@ pub fn a_fault_can_end_the_machine() -> Outcome {
         printed.wait_for("ready")?;
         // Its image shrinks under it.
         File::options().write(true).open(&path)?.set_len(512)?;
-        let exit = vm.wait_timeout(PATIENCE).ok_or("it never ended")?;
+        let exit = vm.wait_timeout(TEST_TIMEOUT).ok_or("it never ended")?;
         let Exit::DiskFault { error: fault, .. } = exit else { return Err(format!("{exit}").into()) };
         check!(fault.disk == DeviceId::Disk(0) && fault.operation == DiskOperation::Read, "{fault}");
     }
     Ok(())
 }
 
-pub fn pauses_find_nothing_under_way() -> Outcome {
+pub fn pause_leaves_no_request_in_flight() -> Outcome {
     let rounds = soaking(12, 6) as usize;
     for engine in ENGINES {
         let script = format!("mkdir -p /tmp; i=0; while [ $i -lt {rounds} ]; do
@@ -241,7 +241,7 @@ pub fn pauses_find_nothing_under_way() -> Outcome {
             vm.resume()?;
             // By what the guest does, not by time, of which a busy host gives it little.
             let next = before.requests + 8;
-            let deadline = Instant::now() + PATIENCE;
+            let deadline = Instant::now() + TEST_TIMEOUT;
             while vm.stats().devices[0].requests < next && !printed.text().contains("over") && vm.try_wait().is_none() {
                 check!(Instant::now() < deadline, "{before:?} and no request more: {}", printed.text());
                 std::thread::sleep(Duration::from_millis(1));
@@ -257,7 +257,7 @@ pub fn pauses_find_nothing_under_way() -> Outcome {
     Ok(())
 }
 
-pub fn without_io_uring_there_are_threads() -> Outcome {
+pub fn engine_falls_back_to_threads_without_io_uring() -> Outcome {
     const CHILD: &str = "COFFERDAM_TEST_NO_RING";
     if std::env::var_os(CHILD).is_none() {
         // For processes that lack the capability which is taken from the child; others keep io_uring.
@@ -267,7 +267,7 @@ pub fn without_io_uring_there_are_threads() -> Outcome {
         let this = std::env::current_exe()?;
         let mut child = Command::new("setpriv");
         child.args(["--bounding-set", "-sys_admin", "--inh-caps", "-sys_admin"]).arg(this).env(CHILD, "1");
-        let output = child.args(["--exact", "disk::without_io_uring_there_are_threads"]).output();
+        let output = child.args(["--exact", "disk::engine_falls_back_to_threads_without_io_uring"]).output();
         fs::write(forbidden, before)?;
         let output = output?;
         check!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
@@ -284,7 +284,7 @@ pub fn without_io_uring_there_are_threads() -> Outcome {
     Ok(())
 }
 
-pub fn a_file_system_is_whole_after_much_at_once() -> Outcome {
+pub fn file_system_is_consistent_after_concurrent_load() -> Outcome {
     let temp = Temp::new()?;
     let script = "mkdir /mnt; mount -t ext4 /dev/vda /mnt || echo no mount
         work() { for i in 1 2 3 4; do head -c $((300000 + $1 * 77777 * i)) /dev/urandom > /mnt/$1.$i; md5sum /mnt/$1.$i >> /sums.$1

@@ -8,15 +8,15 @@ use std::time::{Duration, Instant};
 use cofferdam::process::{ExitStatus, Stdio};
 use cofferdam::{ErrorKind, Exec, Size};
 
-use crate::fixture::{Outcome, PATIENCE, Temp, container, debian_container};
+use crate::fixture::{Outcome, TEST_TIMEOUT, Temp, container, debian_container};
 use crate::{check, check_eq};
 
 fn text(exec: Exec) -> cofferdam::Result<String> {
-    let output = exec.timeout(PATIENCE).output()?;
+    let output = exec.timeout(TEST_TIMEOUT).output()?;
     Ok(String::from_utf8_lossy(&output.stdout).trim_end().to_owned())
 }
 
-pub fn output_and_codes() -> Outcome {
+pub fn output_and_exit_codes_are_returned() -> Outcome {
     let container = container()?;
     let output = container.exec(["sh", "-c", "echo out; exit 42"]).output()?;
     check_eq!((output.stdout.as_slice(), output.status.code()), (&b"out\n"[..], Some(42)));
@@ -25,13 +25,13 @@ pub fn output_and_codes() -> Outcome {
     Ok(())
 }
 
-pub fn streams_are_apart() -> Outcome {
+pub fn stdout_and_stderr_are_separate() -> Outcome {
     let output = container()?.exec(["sh", "-c", "echo one; echo two >&2; echo three"]).output()?;
     check_eq!((output.stdout.as_slice(), output.stderr.as_slice()), (&b"one\nthree\n"[..], &b"two\n"[..]));
     Ok(())
 }
 
-pub fn environment_and_directory() -> Outcome {
+pub fn environment_and_working_directory_are_set() -> Outcome {
     let container = container()?;
     let seen = text(
         container.exec(["sh", "-c", "echo $A-$B; pwd"]).env("A", "1 2").envs([("B", "3")]).current_dir("/usr/lib"),
@@ -46,62 +46,7 @@ pub fn environment_and_directory() -> Outcome {
     Ok(())
 }
 
-pub fn nothing_of_the_embedder_is_inherited() -> Outcome {
-    let container = container()?;
-    check_eq!(text(container.exec(["sh", "-c", "cat; ls /proc/self/fd | wc -l; umask"]))?, "4\n0022");
-    check_eq!(
-        text(container.exec(["sh", "-c", "grep Sig[BI] /proc/self/status | cut -f 2"]))?,
-        "0000000000000000\n0000000000000000"
-    );
-    Ok(())
-}
-
-pub fn streams_may_be_files_and_bytes() -> Outcome {
-    let (container, temp) = (container()?, Temp::new()?);
-    let data: Vec<u8> = (0..300_000_u32).flat_map(u32::to_le_bytes).collect();
-    fs::write(temp.path("in"), &data)?;
-    let copy = container
-        .exec(["sh", "-c", "cat; echo done >&2"])
-        .stdin(File::open(temp.path("in"))?)
-        .stdout(File::create(temp.path("out"))?)
-        .stderr(File::create(temp.path("err"))?);
-    check!(copy.timeout(PATIENCE).status()?.success());
-    check!(fs::read(temp.path("out"))? == data);
-    check_eq!(fs::read_to_string(temp.path("err"))?, "done\n");
-    check_eq!(text(container.exec(["wc", "-c"]).stdin_bytes(data.clone()))?, data.len().to_string());
-    check_eq!(text(container.exec(["cat"]).stdin_bytes("some words"))?, "some words");
-    // One that does not read its input ends all the same.
-    check!(container.exec(["true"]).stdin_bytes(vec![0; 8 << 20]).timeout(PATIENCE).status()?.success());
-    // A file that takes nothing says why, and the status is there all the same.
-    let full = File::options().write(true).open("/dev/full")?;
-    let mut process = container.exec(["sh", "-c", "echo lost; exit 3"]).stdout(full).timeout(PATIENCE).spawn()?;
-    let error = process.wait().expect_err("a full disk");
-    check!(error.kind() == ErrorKind::ResourceExhausted && error.to_string().contains("to its file"), "{error}");
-    // What is left behind with the stream is cut off.
-    let script = ["sh", "-c", "(sleep 1000; echo late) & echo mine"];
-    check!(container.exec(script).stdout(File::create(temp.path("out"))?).status()?.success());
-    check_eq!(fs::read_to_string(temp.path("out"))?, "mine\n");
-    // A pipe that nobody writes to holds nothing.
-    let (reader, _writer) = std::io::pipe()?;
-    check!(container.exec(["true"]).stdin(OwnedFd::from(reader)).timeout(PATIENCE).status()?.success());
-    Ok(())
-}
-
-pub fn too_much_output_is_cut_off_when_asked() -> Outcome {
-    let container = container()?;
-    let exec = container.exec(["sh", "-c", "yes | head -c 1000000; echo few >&2; exit 3"]).output_limit(Size::kib(10));
-    let error = exec.clone().output().expect_err("more than 10 KiB");
-    check_eq!(error.kind(), ErrorKind::ResourceExhausted);
-    let output = exec.truncate_output(true).output()?;
-    check_eq!(
-        (output.status.code(), output.stdout.len(), output.stderr.as_slice()),
-        (Some(3), 10 << 10, &b"few\n"[..])
-    );
-    check!(output.stdout_truncated && !output.stderr_truncated);
-    Ok(())
-}
-
-pub fn a_process_reads_what_another_prints() -> Outcome {
+pub fn output_of_one_process_is_input_of_another() -> Outcome {
     let container = container()?;
     let mut printing = container.exec(["sh", "-c", "yes | head -c 1000000"]).stdout(Stdio::piped()).spawn()?;
     let output = printing.stdout.take().ok_or("no stdout")?;
@@ -115,7 +60,62 @@ pub fn a_process_reads_what_another_prints() -> Outcome {
     Ok(())
 }
 
-pub fn standard_input_ends() -> Outcome {
+pub fn programs_inherit_nothing_from_the_embedder() -> Outcome {
+    let container = container()?;
+    check_eq!(text(container.exec(["sh", "-c", "cat; ls /proc/self/fd | wc -l; umask"]))?, "4\n0022");
+    check_eq!(
+        text(container.exec(["sh", "-c", "grep Sig[BI] /proc/self/status | cut -f 2"]))?,
+        "0000000000000000\n0000000000000000"
+    );
+    Ok(())
+}
+
+pub fn stdio_from_files_and_bytes() -> Outcome {
+    let (container, temp) = (container()?, Temp::new()?);
+    let data: Vec<u8> = (0..300_000_u32).flat_map(u32::to_le_bytes).collect();
+    fs::write(temp.path("in"), &data)?;
+    let copy = container
+        .exec(["sh", "-c", "cat; echo done >&2"])
+        .stdin(File::open(temp.path("in"))?)
+        .stdout(File::create(temp.path("out"))?)
+        .stderr(File::create(temp.path("err"))?);
+    check!(copy.timeout(TEST_TIMEOUT).status()?.success());
+    check!(fs::read(temp.path("out"))? == data);
+    check_eq!(fs::read_to_string(temp.path("err"))?, "done\n");
+    check_eq!(text(container.exec(["wc", "-c"]).stdin_bytes(data.clone()))?, data.len().to_string());
+    check_eq!(text(container.exec(["cat"]).stdin_bytes("some words"))?, "some words");
+    // One that does not read its input ends all the same.
+    check!(container.exec(["true"]).stdin_bytes(vec![0; 8 << 20]).timeout(TEST_TIMEOUT).status()?.success());
+    // A file that takes nothing says why, and the status is there all the same.
+    let full = File::options().write(true).open("/dev/full")?;
+    let mut process = container.exec(["sh", "-c", "echo lost; exit 3"]).stdout(full).timeout(TEST_TIMEOUT).spawn()?;
+    let error = process.wait().expect_err("a full disk");
+    check!(error.kind() == ErrorKind::ResourceExhausted && error.to_string().contains("to its file"), "{error}");
+    // What is left behind with the stream is cut off.
+    let script = ["sh", "-c", "(sleep 1000; echo late) & echo mine"];
+    check!(container.exec(script).stdout(File::create(temp.path("out"))?).status()?.success());
+    check_eq!(fs::read_to_string(temp.path("out"))?, "mine\n");
+    // A pipe that nobody writes to holds nothing.
+    let (reader, _writer) = std::io::pipe()?;
+    check!(container.exec(["true"]).stdin(OwnedFd::from(reader)).timeout(TEST_TIMEOUT).status()?.success());
+    Ok(())
+}
+
+pub fn output_is_truncated_when_configured() -> Outcome {
+    let container = container()?;
+    let exec = container.exec(["sh", "-c", "yes | head -c 1000000; echo few >&2; exit 3"]).output_limit(Size::kib(10));
+    let error = exec.clone().output().expect_err("more than 10 KiB");
+    check_eq!(error.kind(), ErrorKind::ResourceExhausted);
+    let output = exec.truncate_output(true).output()?;
+    check_eq!(
+        (output.status.code(), output.stdout.len(), output.stderr.as_slice()),
+        (Some(3), 10 << 10, &b"few\n"[..])
+    );
+    check!(output.stdout_truncated && !output.stderr_truncated);
+    Ok(())
+}
+
+pub fn closing_stdin_ends_the_input() -> Outcome {
     let container = container()?;
     let mut process = container.exec(["wc", "-c"]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
     let mut stdin = process.stdin.take().ok_or("no stdin")?;
@@ -125,7 +125,7 @@ pub fn standard_input_ends() -> Outcome {
     Ok(())
 }
 
-pub fn binary_data_survives_both_ways() -> Outcome {
+pub fn binary_data_is_unchanged_both_ways() -> Outcome {
     let container = container()?;
     let data: Vec<u8> = (0..8u32 << 20).map(|n| (n.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
     let mut process = container.exec(["cat"]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
@@ -153,7 +153,7 @@ pub fn slow_readers_lose_nothing() -> Outcome {
     Ok(())
 }
 
-pub fn signals_end_processes() -> Outcome {
+pub fn signal_ends_a_process() -> Outcome {
     let container = container()?;
     let mut process = container.exec(["sleep", "1000"]).spawn()?;
     process.signal(15)?;
@@ -164,36 +164,36 @@ pub fn signals_end_processes() -> Outcome {
     Ok(())
 }
 
-pub fn kill_takes_all_that_was_started() -> Outcome {
+pub fn kill_ends_all_descendants() -> Outcome {
     let container = container()?;
     let mut process = container.exec(["sh", "-c", "sleep 4321 & sleep 4321 & wait"]).spawn()?;
-    while text(container.exec(["sh", "-c", "grep -l 4321 /proc/[0-9]*/cmdline | wc -l"]))? < "4".into() {}
+    while text(container.exec(["sh", "-c", "grep -l 4321 /proc/[0-9]*/cmdline | wc -l"]))?.as_str() < "4" {}
     process.kill()?;
     check_eq!(process.wait()?.signal(), Some(9));
     let left = "for f in /proc/[0-9]*/cmdline; do tr '\\0' ' ' < $f 2>/dev/null; echo; done | grep -c '^sleep 4321'";
     let begin = Instant::now();
     while text(container.exec(["sh", "-c", left]))? != "0" {
-        check!(begin.elapsed() < PATIENCE, "something was left");
+        check!(begin.elapsed() < TEST_TIMEOUT, "something was left");
     }
     Ok(())
 }
 
-pub fn time_outs_kill_what_was_started() -> Outcome {
+pub fn timeout_kills_all_descendants() -> Outcome {
     let container = container()?;
     let begin = Instant::now();
     let output =
         container.exec(["sh", "-c", "echo begun; sleep 4321 & sleep 4321"]).timeout(Duration::from_secs(3)).output()?;
     check!(matches!(output.status, ExitStatus::TimedOut), "{}", output.status);
     check_eq!(output.stdout, b"begun\n");
-    check!(begin.elapsed() < PATIENCE);
+    check!(begin.elapsed() < TEST_TIMEOUT);
     // Nobody has to wait for it to be kept.
     let process = container.exec(["sleep", "4321"]).timeout(Duration::from_millis(100)).spawn()?;
-    let status = process.wait_timeout(PATIENCE)?.ok_or("it runs on")?;
+    let status = process.wait_timeout(TEST_TIMEOUT)?.ok_or("it runs on")?;
     check!(matches!(status, ExitStatus::TimedOut), "{status}");
     Ok(())
 }
 
-pub fn background_processes_hold_nothing_up() -> Outcome {
+pub fn background_process_does_not_delay_wait() -> Outcome {
     let container = container()?;
     let begin = Instant::now();
     let output = container.exec(["sh", "-c", "sleep 1000 & echo done"]).output()?;
@@ -202,7 +202,7 @@ pub fn background_processes_hold_nothing_up() -> Outcome {
     Ok(())
 }
 
-pub fn waiting_and_not_waiting() -> Outcome {
+pub fn wait_try_wait_and_wait_timeout_agree() -> Outcome {
     let container = container()?;
     let mut process = container.exec(["cat"]).stdin(Stdio::piped()).spawn()?;
     check!(process.try_wait()?.is_none());
@@ -213,7 +213,7 @@ pub fn waiting_and_not_waiting() -> Outcome {
     Ok(())
 }
 
-pub fn what_cannot_run_is_named() -> Outcome {
+pub fn spawn_failure_names_its_cause() -> Outcome {
     let container = container()?;
     let arm = "printf '\\177ELF\\2\\1\\1\\0\\0\\0\\0\\0\\0\\0\\0\\0\\2\\0\\267\\0\\1\\0\\0\\0' > /arm; chmod 755 /arm; echo text > /text; chmod 755 /text";
     container.exec(["sh", "-c", arm]).status()?;
@@ -237,7 +237,7 @@ pub fn what_cannot_run_is_named() -> Outcome {
     Ok(())
 }
 
-pub fn output_is_bounded() -> Outcome {
+pub fn output_beyond_the_limit_is_an_error() -> Outcome {
     let container = container()?;
     let error = container.exec(["yes"]).output_limit(Size::mib(1)).output().expect_err("yes never ends");
     check_eq!(error.kind(), ErrorKind::ResourceExhausted);
@@ -245,15 +245,15 @@ pub fn output_is_bounded() -> Outcome {
     Ok(())
 }
 
-pub fn want_of_memory_is_told() -> Outcome {
+pub fn oom_kill_is_reported() -> Outcome {
     let container = debian_container().memory(Size::mib(160)).start()?;
-    let status = container.exec(["sh", "-c", "exec tail /dev/zero"]).timeout(PATIENCE).status()?;
+    let status = container.exec(["sh", "-c", "exec tail /dev/zero"]).timeout(TEST_TIMEOUT).status()?;
     check!(matches!(status, ExitStatus::OomKilled), "{status}");
     check!(container.exec(["true"]).status()?.success(), "the container goes on");
     Ok(())
 }
 
-pub fn many_at_once() -> Outcome {
+pub fn concurrent_processes_all_finish() -> Outcome {
     let container = container()?;
     let processes = (0..50).map(|n| {
         container
@@ -269,28 +269,29 @@ pub fn many_at_once() -> Outcome {
     Ok(())
 }
 
-pub fn a_reader_that_stops_breaks_the_pipe() -> Outcome {
+pub fn closed_reader_breaks_the_pipe() -> Outcome {
     let container = container()?;
     let mut process = container.exec(["yes"]).stdout(Stdio::piped()).spawn()?;
     let mut stdout = process.stdout.take().ok_or("no stdout")?;
     let mut some = [0; 1000];
     stdout.read_exact(&mut some)?;
     drop(stdout);
-    let status = process.wait_timeout(PATIENCE)?.ok_or("it goes on writing")?;
+    let status = process.wait_timeout(TEST_TIMEOUT)?.ok_or("it goes on writing")?;
     check!(status.signal() == Some(13) || status.code() == Some(1), "{status}");
     Ok(())
 }
 
 pub fn pid_1_survives_kill_all() -> Outcome {
     let container = container()?;
-    let status = container.exec(["sh", "-c", "kill -9 -1; kill -9 1; sleep 1; exit 5"]).timeout(PATIENCE).status()?;
+    let status =
+        container.exec(["sh", "-c", "kill -9 -1; kill -9 1; sleep 1; exit 5"]).timeout(TEST_TIMEOUT).status()?;
     // A shell does not signal itself with -1.
     check!(matches!(status, ExitStatus::Exited { code: 5 } | ExitStatus::Signaled { signal: 9 }), "{status}");
     check_eq!(text(container.exec(["echo", "alive"]))?, "alive");
     Ok(())
 }
 
-pub fn orphans_are_reaped() -> Outcome {
+pub fn orphans_are_reaped_by_pid_1() -> Outcome {
     let container = container()?;
     container.exec(["sh", "-c", "for n in $(seq 50); do sh -c 'sleep 0.01 &' & done; wait"]).status()?;
     let zombies = "sleep 0.5; grep -l '^State:.Z' /proc/[0-9]*/status 2>/dev/null | wc -l";
@@ -298,7 +299,7 @@ pub fn orphans_are_reaped() -> Outcome {
     Ok(())
 }
 
-pub fn the_end_of_the_machine_is_told() -> Outcome {
+pub fn end_of_the_vm_is_reported_to_waiters() -> Outcome {
     let container = container()?;
     let mut process = container.exec(["sleep", "1000"]).spawn()?;
     container.kill();
@@ -309,7 +310,7 @@ pub fn the_end_of_the_machine_is_told() -> Outcome {
     Ok(())
 }
 
-pub fn large_arguments() -> Outcome {
+pub fn arguments_of_the_largest_size_are_passed() -> Outcome {
     let container = container()?;
     let long = "x".repeat(100_000);
     check_eq!(text(container.exec(["sh", "-c", "echo ${#0} ${#A}"]).arg(&long).env("A", &long))?, "100000 100000");

@@ -15,7 +15,7 @@ use cofferdam::{Console, Container, ContainerBuilder, Disk, ErrorKind, Exit, Ima
 pub type Outcome = Result<(), Box<dyn Error>>;
 
 /// Longer than anything takes in the lab, where a guest's second may be many.
-pub const PATIENCE: Duration = Duration::from_secs(120);
+pub const TEST_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// Fails the test unless the condition holds, and says what was seen.
 #[macro_export]
@@ -96,7 +96,7 @@ pub fn system(console: Console) -> Result<Vm, Box<dyn Error>> {
     let cmdline = "console=hvc0 root=/dev/vda rw quiet";
     let kernel = Kernel::open(directory.join("vmlinuz"))?.cmdline(cmdline).initramfs(initramfs);
     let vm = Vm::builder(kernel).disk(Disk::file(system_disk())).memory(Size::mib(512)).console(console);
-    let deadline = std::time::Instant::now() + PATIENCE;
+    let deadline = std::time::Instant::now() + TEST_TIMEOUT;
     loop {
         match vm.clone().start() {
             // Tests of another checkout have it.
@@ -147,7 +147,7 @@ impl Printed {
 
     /// Waits until `word` was printed.
     pub fn wait_for(&self, word: &str) -> Outcome {
-        self.wait_within(PATIENCE, word)
+        self.wait_within(TEST_TIMEOUT, word)
     }
 
     /// The same, as long as `limit`.
@@ -197,7 +197,7 @@ pub fn guest(script: &str) -> VmBuilder {
 pub fn run(builder: VmBuilder) -> Result<(Exit, String), Box<dyn Error>> {
     let printed = Printed::default();
     let vm = builder.console(printed.console()).start()?;
-    let exit = match vm.wait_timeout(PATIENCE) {
+    let exit = match vm.wait_timeout(TEST_TIMEOUT) {
         Some(exit) => exit,
         None => {
             vm.kill();
@@ -253,13 +253,13 @@ pub fn layer() -> WritableLayer {
 
 /// A container of Debian with these settings.
 pub fn debian_container() -> ContainerBuilder {
-    Container::builder(debian()).kernel(kernel()).start_timeout(PATIENCE).writable_layer(layer())
+    Container::builder(debian()).kernel(kernel()).start_timeout(TEST_TIMEOUT).writable_layer(layer())
 }
 
 /// A container of the Debian with servers and clients of all kinds.
 pub fn network_container() -> ContainerBuilder {
     let image = Image::open(cache().join("images/debian-12-network.tar")).expect("run `make setup` first");
-    Container::builder(image).kernel(kernel()).start_timeout(PATIENCE).writable_layer(layer())
+    Container::builder(image).kernel(kernel()).start_timeout(TEST_TIMEOUT).writable_layer(layer())
 }
 
 /// A running container of Debian.

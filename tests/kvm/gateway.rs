@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use cofferdam::Size;
 
-use crate::fixture::{Outcome, PATIENCE, network_container};
+use crate::fixture::{Outcome, TEST_TIMEOUT, network_container};
 use crate::gateway_example::guests::Guests;
 use crate::gateway_example::serve::{self, Limits};
 use crate::gateway_example::start;
@@ -48,7 +48,7 @@ fn curl(at: SocketAddr, scheme: &str, name: &str) -> Result<(String, Option<i32>
     Ok((String::from_utf8_lossy(&text).into_owned(), output.status.code()))
 }
 
-pub fn each_name_reaches_its_own_guest_which_starts_and_stops_as_needed() -> Outcome {
+pub fn each_host_name_reaches_its_own_guest_started_on_demand() -> Outcome {
     let command: Vec<OsString> = ["sh", "-c", SERVER].map(OsString::from).into();
     let guests = Arc::new(Guests::new([ALICE, BOB].map(str::to_owned), Duration::from_secs(4), move |name| {
         start(network_container().memory(Size::mib(192)), name, &command)
@@ -56,7 +56,7 @@ pub fn each_name_reaches_its_own_guest_which_starts_and_stops_as_needed() -> Out
     let listener = TcpListener::bind("127.0.0.1:0")?;
     let at = listener.local_addr()?;
     let (served, limits) =
-        (guests.clone(), Limits { server: PATIENCE, idle_guest: Duration::from_secs(4), ..Limits::default() });
+        (guests.clone(), Limits { server: TEST_TIMEOUT, idle_guest: Duration::from_secs(4), ..Limits::default() });
     thread::spawn(move || serve::run(&listener, &served, &limits));
 
     // Unknown names start nothing.
@@ -83,7 +83,7 @@ pub fn each_name_reaches_its_own_guest_which_starts_and_stops_as_needed() -> Out
     }
 
     // Whoever is used stays, and the other goes.
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + TEST_TIMEOUT;
     while guests.seen(ALICE).is_some_and(|(_, runs)| runs) {
         check!(Instant::now() < deadline, "alice still runs");
         curl(at, "http", BOB)?;

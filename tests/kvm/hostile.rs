@@ -10,21 +10,21 @@ use cofferdam::vsock::Vsock;
 use cofferdam::{Container, Disk, Exit, Size, Vm};
 
 use crate::fixture::{
-    MAP_DEVICES, Outcome, PATIENCE, RINGS, Temp, alone, container, debian_container, driver, guest, resident, run,
+    MAP_DEVICES, Outcome, RINGS, TEST_TIMEOUT, Temp, alone, container, debian_container, driver, guest, resident, run,
     soaking, tiny_kernel,
 };
 use crate::{check, check_eq};
 
 /// The neighbour still runs programs, and soon.
-fn unharmed(neighbour: &Container) -> Outcome {
+fn assert_responsive(neighbour: &Container) -> Outcome {
     let begin = Instant::now();
     let output = neighbour.exec(["echo", "well"]).output()?;
     check_eq!(output.stdout, b"well\n");
-    check!(begin.elapsed() < PATIENCE / 4, "{:?}", begin.elapsed());
+    check!(begin.elapsed() < TEST_TIMEOUT / 4, "{:?}", begin.elapsed());
     Ok(())
 }
 
-pub fn registers_written_at_random() -> Outcome {
+pub fn random_register_writes_are_survived() -> Outcome {
     // Reads and writes all device windows at random places, with random values, at every width.
     let code: &[u8] = &[
         0xbb, 1, 2, 3, 4, // mov ebx, seed
@@ -45,7 +45,7 @@ pub fn registers_written_at_random() -> Outcome {
     let vm = Vm::builder(tiny_kernel(&temp, &code)?).memory(Size::mib(4)).vsock(Vsock::new()).start()?;
     let end = Instant::now() + Duration::from_secs(3);
     while Instant::now() < end {
-        unharmed(&neighbour)?;
+        assert_responsive(&neighbour)?;
     }
     check!(vm.try_wait().is_none(), "{}", vm.report());
     let exits = vm.stats().vcpus.iter().map(|vcpu| vcpu.mmio_exits).sum::<u64>();
@@ -72,7 +72,7 @@ fn storm(queue: u8) -> Vec<u8> {
     [parts.concat().as_slice(), &compare, &available, &[0x75, 0xee], &acknowledge, &[0xeb, 0xd6]].concat()
 }
 
-pub fn queues_where_no_memory_is() -> Outcome {
+pub fn queue_addresses_outside_memory_need_a_reset() -> Outcome {
     let neighbour = container()?;
     // Beyond memory, at its very end, wrapping around; then where the other rings are, which is no fault by itself.
     let nowhere = [0x1_0000_0000, 0x3f_fff0, u64::MAX - 15].map(|address| (address, true));
@@ -83,10 +83,10 @@ pub fn queues_where_no_memory_is() -> Outcome {
         let events = vm.events()?;
         let error = |kind: &EventKind| matches!(kind, EventKind::DeviceError { device: DeviceId::Rng, .. });
         if refused {
-            let found = std::iter::from_fn(|| events.next_timeout(PATIENCE)).find(|event| error(&event.kind));
+            let found = std::iter::from_fn(|| events.next_timeout(TEST_TIMEOUT)).find(|event| error(&event.kind));
             check!(found.is_some(), "{descriptors:#x}: {}", vm.report());
         }
-        unharmed(&neighbour)?;
+        assert_responsive(&neighbour)?;
         check!(vm.stats().vcpus[0].mmio_exits > 0 && vm.try_wait().is_none(), "{descriptors:#x}: {}", vm.report());
         vm.kill();
         check!(matches!(vm.wait(), Exit::Killed { .. }));
@@ -94,7 +94,7 @@ pub fn queues_where_no_memory_is() -> Outcome {
     Ok(())
 }
 
-pub fn descriptors_in_a_loop() -> Outcome {
+pub fn looped_descriptor_chain_needs_a_reset() -> Outcome {
     let neighbour = container()?;
     // A descriptor for sixteen bytes whose next is itself; then the ring says that it is offered.
     let table = [(0, 0x30_0000), (4, 0), (8, 16), (12, 1)].map(|(at, value)| store(RINGS[0] + at, value)).concat();
@@ -102,12 +102,12 @@ pub fn descriptors_in_a_loop() -> Outcome {
     let vm = Vm::builder(tiny_kernel(&Temp::new()?, &code)?).memory(Size::mib(4)).start()?;
     let events = vm.events()?;
     let broken = |kind: &EventKind| matches!(kind, EventKind::DeviceError { device: DeviceId::Rng, .. });
-    let found = std::iter::from_fn(|| events.next_timeout(PATIENCE)).find(|event| broken(&event.kind));
+    let found = std::iter::from_fn(|| events.next_timeout(TEST_TIMEOUT)).find(|event| broken(&event.kind));
     check!(found.is_some(), "{}", vm.report());
-    unharmed(&neighbour)
+    assert_responsive(&neighbour)
 }
 
-pub fn kicks_and_interrupts_without_end() -> Outcome {
+pub fn endless_kicks_do_not_starve_neighbors() -> Outcome {
     let neighbour = container()?;
     // The same buffer for sixteen bytes, again and again.
     let table = [(0, 0x30_0000), (8, 16), (12, 2)].map(|(at, value)| store(RINGS[0] + at, value)).concat();
@@ -115,38 +115,38 @@ pub fn kicks_and_interrupts_without_end() -> Outcome {
     let vm = Vm::builder(tiny_kernel(&Temp::new()?, &code)?).memory(Size::mib(4)).start()?;
     let end = Instant::now() + Duration::from_secs(3);
     while Instant::now() < end {
-        unharmed(&neighbour)?;
+        assert_responsive(&neighbour)?;
     }
     let rng = vm.stats().devices.into_iter().find(|d| d.device == DeviceId::Rng).ok_or("no rng")?;
     check!(rng.interrupts > 100 && rng.requests > 100, "{rng:?}");
     vm.kill();
     check!(matches!(vm.wait(), Exit::Killed { .. }));
-    unharmed(&neighbour)
+    assert_responsive(&neighbour)
 }
 
-pub fn miners_on_all_processors() -> Outcome {
+pub fn busy_vcpus_do_not_starve_neighbors() -> Outcome {
     let neighbour = container()?;
     let miners = std::thread::available_parallelism()?.get() as u32 + 1;
     let vm = Vm::builder(tiny_kernel(&Temp::new()?, &[0xeb, 0xfe])?).vcpus(miners).start()?;
     let end = Instant::now() + Duration::from_secs(3);
     while Instant::now() < end {
-        unharmed(&neighbour)?;
+        assert_responsive(&neighbour)?;
     }
     check!(vm.stats().vcpus.iter().all(|vcpu| !vcpu.cpu_time.is_zero()), "{:?}", vm.stats());
     Ok(())
 }
 
-pub fn panics_again_and_again() -> Outcome {
+pub fn repeated_panics_do_not_affect_neighbors() -> Outcome {
     let neighbour = container()?;
     for _ in 0..5 {
         let (exit, _) = run(guest("echo c > /proc/sysrq-trigger; sleep 1000"))?;
         check!(matches!(exit, Exit::Panic { .. }), "{exit}");
-        unharmed(&neighbour)?;
+        assert_responsive(&neighbour)?;
     }
     Ok(())
 }
 
-pub fn memory_and_disk_are_used_up() -> Outcome {
+pub fn exhausted_memory_and_disk_stay_in_the_guest() -> Outcome {
     let neighbour = container()?;
     let greedy = debian_container()
         .writable_layer(WritableLayer::new(Size::mib(64)).scratch_dir(std::env::temp_dir()))
@@ -157,13 +157,13 @@ pub fn memory_and_disk_are_used_up() -> Outcome {
         check!(matches!(hog, ExitStatus::OomKilled), "{hog:?}");
         let filler = greedy.exec(["dd", "if=/dev/zero", "of=/root/x", "bs=1M"]).output()?;
         check!(String::from_utf8_lossy(&filler.stderr).contains("No space left on device"), "{filler:?}");
-        unharmed(&neighbour)?;
+        assert_responsive(&neighbour)?;
         check!(greedy.exec(["rm", "/root/x"]).status()?.success());
     }
-    unharmed(&greedy)
+    assert_responsive(&greedy)
 }
 
-pub fn a_disk_reset_in_the_middle_of_requests() -> Outcome {
+pub fn disk_reset_with_requests_in_flight_is_survived() -> Outcome {
     let neighbour = container()?;
     let script = "cd /sys/bus/virtio/drivers/virtio_blk; disk=$(basename $(readlink -f /sys/block/vda/device))\n\
         for i in 1 2 3 4 5 6 7 8 9 10; do\n\
@@ -171,10 +171,10 @@ pub fn a_disk_reset_in_the_middle_of_requests() -> Outcome {
         done; dd if=/dev/vda of=/dev/null bs=1M count=1 2>/dev/null && echo whole; reboot -f";
     let (exit, text) = run(guest(script).disk(Disk::scratch(Size::mib(64))))?;
     check!(matches!(exit, Exit::Reboot { .. }) && text.contains("whole"), "{exit}");
-    unharmed(&neighbour)
+    assert_responsive(&neighbour)
 }
 
-pub fn boot_structures_written_over() -> Outcome {
+pub fn overwritten_boot_structures_end_the_guest_only() -> Outcome {
     // mov edi, 0x500; mov ecx, 0xffa80; mov al, 0xcc; rep stosb; mov rax, cr3; mov cr3, rax; jmp .: descriptor and page tables,
     // the zero page and MP tables are gone, and the processor forgets what it remembers of them.
     let wipe = [0xbf, 0, 5, 0, 0, 0xb9, 0x80, 0xfa, 0x0f, 0, 0xb0, 0xcc, 0xf3, 0xaa];
@@ -182,22 +182,22 @@ pub fn boot_structures_written_over() -> Outcome {
     let (temp, neighbour) = (Temp::new()?, container()?);
     let vm = Vm::builder(tiny_kernel(&temp, &code)?).memory(Size::mib(4)).start()?;
     // Without its page tables the guest cannot go on.
-    let exit = vm.wait_timeout(PATIENCE);
+    let exit = vm.wait_timeout(TEST_TIMEOUT);
     check!(matches!(exit, Some(Exit::TripleFault { .. } | Exit::VcpuFault { .. })), "{exit:?}");
-    unharmed(&neighbour)
+    assert_responsive(&neighbour)
 }
 
-pub fn a_flood_on_the_console() -> Outcome {
+pub fn console_flood_is_bounded() -> Outcome {
     const FLOOD: u64 = 4 << 20;
-    if !alone("hostile::a_flood_on_the_console")? {
+    if !alone("hostile::console_flood_is_bounded")? {
         return Ok(());
     }
     let script = format!("head -c {FLOOD} /dev/zero | tr '\\0' x > /dev/hvc0; echo; echo done; reboot -f");
     let (neighbour, vm) = (container()?, guest(&script).start()?);
     let (mut most, least) = (0, resident()?);
-    let deadline = Instant::now() + PATIENCE * 2;
+    let deadline = Instant::now() + TEST_TIMEOUT * 2;
     while vm.try_wait().is_none() {
-        unharmed(&neighbour)?;
+        assert_responsive(&neighbour)?;
         most = most.max(resident()?);
         check!(Instant::now() < deadline, "{}", vm.report());
     }
@@ -208,9 +208,9 @@ pub fn a_flood_on_the_console() -> Outcome {
     Ok(())
 }
 
-pub fn hundreds_of_mebibytes_on_the_console() -> Outcome {
+pub fn large_console_output_uses_bounded_memory() -> Outcome {
     let flood = soaking(4096, 256) << 20;
-    if !alone("hostile::hundreds_of_mebibytes_on_the_console")? {
+    if !alone("hostile::large_console_output_uses_bounded_memory")? {
         return Ok(());
     }
     // A driver that prints the same MiB again and again, on the second queue, which is for what the guest says.
@@ -219,9 +219,9 @@ pub fn hundreds_of_mebibytes_on_the_console() -> Outcome {
     let neighbour = container()?;
     let before = resident()?;
     let vm = Vm::builder(tiny_kernel(&Temp::new()?, &code)?).memory(Size::mib(8)).start()?;
-    let (mut most, deadline) = (0, Instant::now() + PATIENCE * 4);
+    let (mut most, deadline) = (0, Instant::now() + TEST_TIMEOUT * 4);
     while vm.stats().devices.iter().all(|device| device.bytes_from_guest < flood) {
-        unharmed(&neighbour)?;
+        assert_responsive(&neighbour)?;
         most = most.max(resident()?);
         check!(Instant::now() < deadline && vm.try_wait().is_none(), "{:?} {}", vm.stats(), vm.report());
     }
@@ -231,31 +231,31 @@ pub fn hundreds_of_mebibytes_on_the_console() -> Outcome {
     Ok(())
 }
 
-pub fn a_fork_bomb_stays_inside() -> Outcome {
+pub fn fork_bomb_stays_in_the_guest() -> Outcome {
     let (neighbour, bombed) = (container()?, container()?);
     let mut bomb = bombed.exec(["sh", "-c", "f() { f & f & wait; }; f"]).spawn()?;
     let end = Instant::now() + Duration::from_secs(3);
     while Instant::now() < end {
-        unharmed(&neighbour)?;
+        assert_responsive(&neighbour)?;
     }
     // Whatever became of the bomb, the machine ends in the time that was given.
     let begin = Instant::now();
     bombed.stop(Duration::from_secs(1))?;
     check!(begin.elapsed() < Duration::from_secs(30), "{:?}", begin.elapsed());
     check!(bomb.wait().is_ok());
-    unharmed(&neighbour)
+    assert_responsive(&neighbour)
 }
 
-pub fn a_storm_of_connections() -> Outcome {
+pub fn connection_storm_is_bounded() -> Outcome {
     let storm = soaking(100_000, 4_000);
     const WAVE: u32 = 500;
-    if !alone("hostile::a_storm_of_connections")? {
+    if !alone("hostile::connection_storm_is_bounded")? {
         return Ok(());
     }
     let (neighbour, stormy) = (container()?, container()?);
     let listener = stormy.vm().listen_vsock(77)?;
-    unharmed(&neighbour)?;
-    unharmed(&stormy)?;
+    assert_responsive(&neighbour)?;
+    assert_responsive(&stormy)?;
     let descriptors = || std::fs::read_dir("/proc/self/fd").map(Iterator::count);
     let (before, memory) = (descriptors()?, resident()?);
     // Family 40, port 77, CID 2, none waits for an answer; of each wave that has broken, every second one sends a byte.
@@ -278,7 +278,7 @@ pub fn a_storm_of_connections() -> Outcome {
             let _ = stream.set_nonblocking(true).map(|()| stream.read_to_end(&mut sent));
         }
         if looked.elapsed() > Duration::from_secs(2) {
-            unharmed(&neighbour)?;
+            assert_responsive(&neighbour)?;
             (most, looked) = (most.max(resident()?), Instant::now());
         }
     }
@@ -288,9 +288,9 @@ pub fn a_storm_of_connections() -> Outcome {
     check!(taken > 0, "{sent} sent, {taken} taken");
     check!(most < memory + (192 << 20), "{memory} {most}");
     drop(listener);
-    unharmed(&neighbour)?;
+    assert_responsive(&neighbour)?;
     check!(stormy.exec(["true"]).status()?.success());
-    let deadline = Instant::now() + PATIENCE / 4;
+    let deadline = Instant::now() + TEST_TIMEOUT / 4;
     while descriptors()? > before {
         check!(Instant::now() < deadline, "{} of {before} descriptors; {sent} sent, {taken} taken", descriptors()?);
         std::thread::sleep(Duration::from_millis(20));

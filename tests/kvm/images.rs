@@ -1,17 +1,18 @@
-//! What odd images look like from inside.
+//! Unusual files of an image, as the guest sees them.
 
 use cofferdam::{Container, Kernel};
 
 use crate::check_eq;
-use crate::fixture::{Outcome, PATIENCE, cache, distribution, kernel};
-use crate::odd::{self, HOLEY, LINKS, MANY};
+use crate::fixture::{Outcome, TEST_TIMEOUT, cache, distribution, kernel};
+use crate::unusual_image::{self, HOLEY, LINKS, MANY};
 
-/// Everything odd, as a guest with this kernel sees it.
+/// Everything unusual, as a guest with this kernel sees it.
 fn look(kernel: Kernel) -> Outcome {
-    let container = Container::builder(odd::image(&cache(), false)).kernel(kernel).start_timeout(PATIENCE).start()?;
+    let container =
+        Container::builder(unusual_image::image(&cache(), false)).kernel(kernel).start_timeout(TEST_TIMEOUT).start()?;
     let run = |command: &str| -> Result<String, Box<dyn std::error::Error>> {
         let output =
-            container.exec(["/bin/sh", "-c", command]).env("PATH", "/bin:/usr/bin").timeout(PATIENCE).output()?;
+            container.exec(["/bin/sh", "-c", command]).env("PATH", "/bin:/usr/bin").timeout(TEST_TIMEOUT).output()?;
         Ok(String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).trim().to_owned())
     };
     run("/bin/busybox --install -s /bin")?;
@@ -75,14 +76,14 @@ fn look(kernel: Kernel) -> Outcome {
     Ok(())
 }
 
-pub fn all_that_is_odd_arrives() -> Outcome {
+pub fn unusual_files_are_intact() -> Outcome {
     look(kernel())
 }
 
-pub fn all_that_is_odd_arrives_with_the_kernels_of_debian() -> Outcome {
+pub fn unusual_files_are_intact_with_debian_kernels() -> Outcome {
     look(distribution("generic")?.0)
 }
 
-pub fn all_that_is_odd_arrives_with_a_newer_kernel_of_debian() -> Outcome {
+pub fn unusual_files_are_intact_with_a_newer_debian_kernel() -> Outcome {
     look(distribution("cloud-6.12")?.0)
 }

@@ -7,7 +7,7 @@ use cofferdam::kernel::Modules;
 use cofferdam::{Disk, ErrorKind, Exit, Size, Vm};
 
 use crate::fixture::{
-    Outcome, PATIENCE, Printed, Temp, busybox, debian_container, distribution, distribution_alone,
+    Outcome, Printed, TEST_TIMEOUT, Temp, busybox, debian_container, distribution, distribution_alone,
     distribution_modules, kernel, run, system, system_disk,
 };
 use crate::{check, check_eq};
@@ -26,23 +26,23 @@ fn contains(which: &str) -> Outcome {
     check!(container.vm().report().console_lines(5).contains("spoken"));
     // Asked through the balloon, with a second for the answer.
     check!((0..10).any(|_| container.vm().memory_stats().is_ok_and(|memory| memory.guest.is_some())));
-    container.stop(PATIENCE)?;
+    container.stop(TEST_TIMEOUT)?;
     Ok(())
 }
 
-pub fn debian_6_1_cloud() -> Outcome {
+pub fn debian_6_1_cloud_kernel_runs_a_container() -> Outcome {
     contains("cloud")
 }
 
-pub fn debian_6_12_cloud() -> Outcome {
+pub fn debian_6_12_cloud_kernel_runs_a_container() -> Outcome {
     contains("cloud-6.12")
 }
 
-pub fn debian_6_1_generic() -> Outcome {
+pub fn debian_6_1_generic_kernel_runs_a_container() -> Outcome {
     contains("generic")
 }
 
-pub fn modules_lie_in_the_initramfs_in_their_order() -> Outcome {
+pub fn modules_are_loaded_in_dependency_order() -> Outcome {
     let script = "for module in /cofferdam.modules/*; do insmod $module || echo $module; done\ncat /sys/block/vda/size\n\
         ls /cofferdam.modules | sed s/....//\npoweroff -f";
     let (kernel, _) = distribution("cloud-6.12")?;
@@ -62,17 +62,17 @@ pub fn modules_lie_in_the_initramfs_in_their_order() -> Outcome {
     Ok(())
 }
 
-pub fn a_panic_is_told_though_the_kernel_would_hang() -> Outcome {
+pub fn panic_is_reported_with_panic_0() -> Outcome {
     let (kernel, _) = distribution("cloud-6.12")?;
     // Without a reset afterwards there is only the panic port.
     let container = debian_container().kernel(kernel.cmdline("panic=0")).start()?;
     let _crash = container.exec(["sh", "-c", "echo c > /proc/sysrq-trigger"]).spawn()?;
-    let exit = container.vm().wait_timeout(PATIENCE).ok_or("it hangs")?;
+    let exit = container.vm().wait_timeout(TEST_TIMEOUT).ok_or("it hangs")?;
     check!(matches!(exit, Exit::Panic { .. }), "{exit}");
     Ok(())
 }
 
-pub fn a_module_that_fails_is_named() -> Outcome {
+pub fn failing_module_is_named() -> Outcome {
     let temp = Temp::new()?;
     let built_in = ["virtio_mmio", "virtio_blk", "vmw_vsock_virtio_transport", "erofs", "ext4", "overlay"];
     std::fs::write(temp.path("modules.builtin"), built_in.map(|name| format!("kernel/{name}.ko\n")).concat())?;
@@ -86,14 +86,14 @@ pub fn a_module_that_fails_is_named() -> Outcome {
     Ok(())
 }
 
-pub fn what_a_kernel_has_in_modules_that_were_not_given_is_named() -> Outcome {
+pub fn missing_modules_are_named() -> Outcome {
     let error = debian_container().kernel(distribution_alone("generic")?).start().map(drop).expect_err("no drivers");
     check_eq!(error.kind(), ErrorKind::Unsupported);
     check!(error.to_string().contains("has virtio_mmio as a module only"), "{error}");
     Ok(())
 }
 
-pub fn modules_of_another_kernel_are_refused() -> Outcome {
+pub fn modules_of_another_kernel_are_rejected() -> Outcome {
     let (other, _) = distribution("cloud")?;
     let (_, release) = distribution("generic")?;
     let kernel = other.modules(distribution_modules("generic")?);
@@ -103,14 +103,14 @@ pub fn modules_of_another_kernel_are_refused() -> Outcome {
     Ok(())
 }
 
-pub fn a_whole_system_boots_to_its_login_and_powers_off_when_asked() -> Outcome {
+pub fn full_debian_system_boots_to_login_and_powers_off() -> Outcome {
     let printed = Printed::default();
     let vm = system(printed.console())?;
     // Emulated, it takes most of a minute.
-    printed.wait_within(4 * PATIENCE, "debian login:")?;
+    printed.wait_within(4 * TEST_TIMEOUT, "debian login:")?;
     // Its prompt comes before the rest of it, of which logind hears the power key.
     at_rest(&vm)?;
-    let exit = vm.stop(PATIENCE)?;
+    let exit = vm.stop(TEST_TIMEOUT)?;
     check!(matches!(exit, Exit::PowerOff { .. }), "{exit}");
     check!(is_clean(&system_disk())?, "its file system was not unmounted");
     Ok(())
@@ -119,7 +119,7 @@ pub fn a_whole_system_boots_to_its_login_and_powers_off_when_asked() -> Outcome 
 /// Waits until the guest takes less than a tenth of a processor for two seconds.
 fn at_rest(vm: &Vm) -> Outcome {
     let used = || vm.stats().vcpus.iter().map(|vcpu| vcpu.cpu_time).sum::<Duration>();
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + TEST_TIMEOUT;
     loop {
         let before = used();
         std::thread::sleep(Duration::from_secs(2));

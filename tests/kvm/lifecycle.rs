@@ -10,14 +10,14 @@ use cofferdam::process::Stdio;
 use cofferdam::stats::Stats;
 use cofferdam::{ErrorKind, Exit};
 
-use crate::fixture::{Outcome, PATIENCE, Printed, container, guest};
+use crate::fixture::{Outcome, Printed, TEST_TIMEOUT, container, guest};
 use crate::{check, check_eq};
 
 const MOMENT: Duration = Duration::from_millis(200);
 
 /// Waits until the guest has printed more than `n` bytes.
 fn printed_beyond(printed: &Printed, n: usize) -> Result<usize, String> {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + TEST_TIMEOUT;
     while Instant::now() < deadline {
         match printed.text().len() {
             now if now > n => return Ok(now),
@@ -27,7 +27,7 @@ fn printed_beyond(printed: &Printed, n: usize) -> Result<usize, String> {
     Err(format!("nothing printed beyond {n} bytes"))
 }
 
-pub fn a_paused_guest_stands_still_and_goes_on() -> Outcome {
+pub fn paused_guest_makes_no_progress_until_resumed() -> Outcome {
     let printed = Printed::default();
     let vm = guest("while :; do echo running; done").console(printed.console()).start()?;
     let mut seen = printed_beyond(&printed, 100)?;
@@ -51,7 +51,7 @@ pub fn a_paused_guest_stands_still_and_goes_on() -> Outcome {
     Ok(())
 }
 
-pub fn nothing_is_lost_however_often_it_is_paused() -> Outcome {
+pub fn repeated_pauses_lose_no_data() -> Outcome {
     const ROUNDS: u32 = 2000;
     let container = container()?;
     let done = AtomicBool::new(false);
@@ -99,7 +99,7 @@ pub fn nothing_is_lost_however_often_it_is_paused() -> Outcome {
     })
 }
 
-pub fn clocks_go_on_while_paused() -> Outcome {
+pub fn clocks_advance_while_paused() -> Outcome {
     let container = container()?;
     let uptime = || -> Result<f64, Box<dyn std::error::Error>> {
         let output = container.exec(["cut", "-d ", "-f1", "/proc/uptime"]).output()?;
@@ -121,7 +121,7 @@ pub fn clocks_go_on_while_paused() -> Outcome {
     Ok(())
 }
 
-pub fn a_paused_guest_ends_when_told() -> Outcome {
+pub fn paused_guest_can_be_killed() -> Outcome {
     let spinning = || guest("while :; do :; done").start();
     let vm = spinning()?;
     vm.pause()?;
@@ -142,7 +142,7 @@ pub fn a_paused_guest_ends_when_told() -> Outcome {
     Ok(())
 }
 
-pub fn pauses_and_ends_race_from_many_threads() -> Outcome {
+pub fn pause_and_kill_race_from_many_threads() -> Outcome {
     for round in 0..5 {
         let vm = guest("while :; do echo; done").start()?;
         let vm = &vm;
@@ -160,12 +160,12 @@ pub fn pauses_and_ends_race_from_many_threads() -> Outcome {
     Ok(())
 }
 
-pub fn events_tell_the_whole_life() -> Outcome {
+pub fn events_report_the_whole_lifecycle() -> Outcome {
     let vm = guest("sleep 1000").start()?;
     let mut events = vm.events()?;
     let kinds = [EventKind::Started, EventKind::DriversReady];
     for kind in kinds {
-        check_eq!(events.next_timeout(PATIENCE).map(|e| e.kind), Some(kind));
+        check_eq!(events.next_timeout(TEST_TIMEOUT).map(|e| e.kind), Some(kind));
     }
     vm.pause()?;
     vm.pause()?;
@@ -180,7 +180,7 @@ pub fn events_tell_the_whole_life() -> Outcome {
     Ok(())
 }
 
-pub fn numbers_grow_with_what_the_guest_does() -> Outcome {
+pub fn stats_grow_with_guest_activity() -> Outcome {
     let container = container()?;
     let before = container.vm().stats();
     let command = "dd if=/dev/zero of=/root/x bs=1M count=4 conv=fsync 2>/dev/null; i=0; while [ $i -lt 20000 ]; do i=$((i+1)); done";

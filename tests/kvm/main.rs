@@ -7,40 +7,40 @@
 #![allow(clippy::expect_used, reason = "a failure here is the test's")]
 
 mod boot;
-mod bounds;
 mod calls;
 mod cgroup;
 mod connect;
 mod container;
 mod cpu;
 mod disk;
-mod ends;
+mod disk_faults;
 mod exec;
-mod faults;
+mod exits;
 mod fixture;
 mod gateway;
 #[path = "../../examples/gateway/main.rs"]
 #[allow(dead_code, reason = "the program's own arguments")]
 mod gateway_example;
+mod guarantees;
 mod hostile;
 mod images;
 mod kernels;
 mod lifecycle;
-mod many;
+mod many_vms;
 mod memory;
 mod net;
-mod odd;
+mod net_backends;
 mod overlay;
 mod programs;
 #[path = "../../examples/proxy_command.rs"]
 mod proxy_command;
-mod relays;
-mod start;
+mod start_failures;
 mod storage;
 mod tally;
 #[path = "../../src/boot/tiny.rs"]
 mod tiny;
-mod wires;
+mod unusual_image;
+mod user_net;
 
 use std::collections::HashSet;
 use std::io::Write;
@@ -64,92 +64,103 @@ macro_rules! tests {
 }
 
 tests! {
-    boot: vmlinux bzimage two_processors memory_around_the_hole serial_port command_line_arguments_reach_init
-        a_timeline_is_kept what_a_kernel_lacks_is_named devices_by_acpi power_off_by_acpi reboot_by_acpi
-        two_processors_by_acpi the_keyboard_is_heard_by_acpi acpi_off_puts_devices_on_the_command_line
-        a_clock_and_a_generation by_pvh;
-    bounds: a_guest_that_halts_for_good_has_ended an_idle_guest_has_not_ended
-        a_container_whose_guest_powers_itself_off_was_not_killed
-        a_guest_that_goes_on_does_what_it_was_told_meanwhile a_start_is_cancelled a_time_out_has_one_name_however_early
-        an_end_has_one_name_whoever_waits any_duration_will_do a_programs_streams_are_its_own
-        the_files_that_programs_need_are_there_whatever_the_image_has a_child_of_fork_leaves_its_parents_guests_alone
-        want_of_descriptors_has_one_name no_guests_memory_is_in_children_or_core_files
-        a_core_file_has_nothing_of_a_guest neither_nesting_nor_counters_by_default
-        the_words_that_end_the_kernels_parameters_may_come_first;
-    calls: every_call_on_a_mute_guest_comes_back every_call_on_a_babbling_guest_comes_back
-        every_call_on_a_guest_whose_loop_is_busy_comes_back stuck_captures_are_waited_for_together;
-    connect: services_are_reached_on_any_address each_direction_ends_by_itself
-        resets_are_told_and_so_is_the_end_of_the_container whoever_does_not_read_stops_the_other_side_and_nothing_is_lost
-        many_one_after_the_other_leave_nothing many_at_once_are_bounded_and_make_room_again;
-    cpu: level_2_is_all_that_is_seen level_3_is_all_that_is_seen_or_what_lacks_is_named
-        the_hosts_processor_written_out_is_the_same masked_bits_are_gone_from_linux_too fields_are_what_they_were_set_to
-        time_never_goes_back_between_processors registers_have_their_value_or_are_hidden
-        registers_that_kvm_refuses_are_named_before_anything_starts
-        one_package_of_cores_with_one_thread_each caches_are_shared_as_told lscpu_agrees as_many_as_asked_for_are_online
-        thirty_two_are_online all_start_or_none kvms_clock_is_the_hosts the_tsc_has_the_frequency_that_is_told
-        what_others_take_is_seen_as_stolen;
-    ends: power_off reboot halt panic panic_without_a_word want_of_memory device_that_is_never_reset triple_fault init_fault killed_while_it_spins dropped_while_it_spins
-        ctrl_alt_del_asks_init_to_shut_down stops_and_signals_of_the_host_are_survived
-        nothing_is_left_when_the_process_is_killed shutdown_ends_a_guest_that_does_not_listen the_exit_descriptor_tells
-        a_stuck_console_writer_holds_nothing_up;
-    cgroup: threads_have_a_group_of_their_own_and_leave_none_behind a_limit_holds_and_is_counted
-        weights_divide_what_is_short where_there_is_none_the_reason_is_told;
-    disk: written_and_read_back order_is_meaning read_only_is_kept one_writer_or_many_readers sizes_arrive
-        serial_numbers_and_queues_arrive discards_give_space_back a_disk_grows_while_it_is_used
-        limits_hold_and_can_be_changed a_full_host_holds_the_guest_until_there_is_room a_fault_can_end_the_machine
-        pauses_find_nothing_under_way without_io_uring_there_are_threads
-        a_file_system_is_whole_after_much_at_once;
-    container: a_root_file_system_like_any_other missing_mount_points_are_made images_from_directories
-        writes_are_private_and_gone_with_the_container stops_in_good_order
-        stop_is_bounded_whatever_the_guest_does everything_ends_with_the_container memory_and_processors_arrive further_disks_are_there_by_their_numbers
-        connecting_to_nobody_is_refused a_full_host_fails_programs_and_holds_none_up the_image_is_shared_and_stays_as_it_is
-        clones_are_one_container it_pauses_and_tells_as_a_machine_does;
-    exec: output_and_codes streams_are_apart environment_and_directory standard_input_ends
-        a_process_reads_what_another_prints
-        binary_data_survives_both_ways signals_end_processes kill_takes_all_that_was_started
-        time_outs_kill_what_was_started background_processes_hold_nothing_up waiting_and_not_waiting
-        what_cannot_run_is_named output_is_bounded want_of_memory_is_told many_at_once
-        nothing_of_the_embedder_is_inherited a_reader_that_stops_breaks_the_pipe pid_1_survives_kill_all
-        orphans_are_reaped slow_readers_lose_nothing the_end_of_the_machine_is_told large_arguments
-        streams_may_be_files_and_bytes too_much_output_is_cut_off_when_asked;
-    faults: a_device_that_fails_and_comes_back after_a_failed_sync_nothing_is_promised
-        a_device_that_stands_still_for_half_a_minute a_file_system_that_becomes_read_only;
-    gateway: each_name_reaches_its_own_guest_which_starts_and_stops_as_needed;
-    hostile: queues_where_no_memory_is descriptors_in_a_loop kicks_and_interrupts_without_end miners_on_all_processors
-        panics_again_and_again memory_and_disk_are_used_up a_disk_reset_in_the_middle_of_requests registers_written_at_random boot_structures_written_over a_flood_on_the_console hundreds_of_mebibytes_on_the_console
-        a_fork_bomb_stays_inside a_storm_of_connections;
-    images: all_that_is_odd_arrives all_that_is_odd_arrives_with_the_kernels_of_debian
-        all_that_is_odd_arrives_with_a_newer_kernel_of_debian;
-    kernels: debian_6_1_cloud debian_6_12_cloud debian_6_1_generic
-        modules_lie_in_the_initramfs_in_their_order a_module_that_fails_is_named a_panic_is_told_though_the_kernel_would_hang
-        what_a_kernel_has_in_modules_that_were_not_given_is_named modules_of_another_kernel_are_refused
-        a_whole_system_boots_to_its_login_and_powers_off_when_asked;
-    lifecycle: a_paused_guest_stands_still_and_goes_on nothing_is_lost_however_often_it_is_paused
-        clocks_go_on_while_paused a_paused_guest_ends_when_told pauses_and_ends_race_from_many_threads
-        events_tell_the_whole_life numbers_grow_with_what_the_guest_does;
-    many: ten_machines_in_one_process one_machine_after_the_other_leaves_nothing_behind one_container_after_the_other_leaves_nothing_behind
-        many_machines_at_once machines_that_race_from_many_threads two_kernels_side_by_side;
-    memory: what_a_guest_frees_comes_back the_balloon_takes_what_it_is_told_and_gives_it_back
-        a_guest_short_of_memory_takes_it_from_the_balloon asked_for_in_transparent_huge_pages
-        in_a_file_that_others_may_map in_huge_pages_of_the_hosts_pool more_than_a_host_without_overcommit_promises;
-    net: a_guest_and_its_host_talk_over_a_tap a_line_that_loses_repeats_and_reorders_keeps_every_byte several_queues_are_used
-        a_tap_that_is_busy_or_missing_or_made_otherwise_is_named frames_on_a_socket_and_a_link_that_goes_down
-        a_guest_goes_where_its_policy_lets_it_and_nowhere_else a_container_has_address_route_and_names
-        published_ports_lead_into_the_guest published_ports_lead_to_services_on_any_address_but_one
-        datagrams_to_published_ports_are_answered_wherever_the_service_is large_datagrams_leave_and_come_back_whole ipv6_and_ping_reach_the_outside;
-    wires: two_containers_on_a_switch_talk_by_name a_limit_holds_and_is_changed what_a_guest_sends_is_captured
-        a_backend_of_the_embedders_own a_backend_that_panics_ends_its_machine_alone a_backend_may_hold_its_machine a_backend_may_hold_its_container;
-    overlay: three_guests_write_on_one_base_which_stays_as_it_is what_is_not_kept_is_gone_with_its_machine
-        a_snapshot_is_the_base_of_others an_overlay_that_may_take_no_more_tells_the_guest
-        qcow2_is_written_on_a_backing_file_which_stays_as_it_is past_the_page_cache_and_in_memory;
-    programs: ssh_goes_through_a_proxy_command_into_a_guest_without_a_network
-        scp_sftp_and_git_keep_every_byte_through_a_published_port clients_in_one_guest_use_servers_in_another
-        databases_are_asked_by_name_across_a_switch
-        iperf3_goes_all_its_ways short_connections_a_hundred_at_once_are_all_served;
-    relays: a_network_is_there_at_once_and_no_round_trip_waits nothing_leaves_once_the_policy_is_withdrawn;
-    start: a_guest_that_is_never_ready_names_its_stage a_guest_that_ends_first_says_how a_broken_shim_is_told
-        without_kvm_the_remedy_is_told what_may_not_be_read_is_named;
-    storage: fio_reads_what_it_wrote what_was_durable_survives_the_kill_of_its_process;
+    boot: vmlinux_boots bzimage_boots two_vcpus_are_online memory_below_and_above_the_mmio_hole_is_usable
+        serial_console_output_reaches_the_writer command_line_arguments_reach_init boot_timeline_is_recorded
+        missing_kernel_options_are_named acpi_kernel_finds_virtio_devices acpi_kernel_powers_off acpi_kernel_reboots
+        acpi_kernel_starts_two_vcpus acpi_kernel_receives_ctrl_alt_del acpi_off_puts_devices_on_the_command_line
+        guest_has_a_ptp_clock_and_a_vm_generation_id pvh_entry_point_boots;
+    guarantees: guest_halted_with_interrupts_disabled_ends idle_guest_keeps_running
+        guest_power_off_is_not_reported_as_killed request_that_timed_out_while_paused_is_not_executed
+        cancelled_start_returns early_timeouts_are_reported_as_timed_out wait_after_the_vm_ended_returns_vm_ended
+        longest_durations_are_accepted_as_timeouts programs_cannot_open_streams_of_others
+        missing_etc_files_are_created forked_child_does_not_affect_guests descriptor_exhaustion_is_resource_exhausted
+        guest_memory_is_dontfork_and_dontdump core_dump_has_no_guest_memory
+        nested_virtualization_and_pmu_are_off_by_default command_line_may_begin_with_init_arguments;
+    calls: every_call_returns_with_a_silent_guest every_call_returns_with_a_flooding_guest
+        every_call_returns_with_a_busy_device_loop blocked_capture_writers_share_one_timeout;
+    connect: connects_to_services_on_any_guest_address each_direction_shuts_down_independently
+        resets_and_the_end_of_the_container_are_reported slow_reader_blocks_the_writer_without_losing_data
+        sequential_connections_leak_nothing concurrent_connections_are_limited;
+    cpu: level_2_guest_sees_only_x86_64_v2 level_3_guest_sees_only_x86_64_v3_or_start_names_what_is_missing
+        host_profile_from_text_equals_the_host_profile masked_cpuid_bits_are_absent_in_linux
+        cpuid_fields_have_the_set_values clock_is_monotonic_across_vcpus msrs_have_the_set_value_or_are_hidden
+        msrs_refused_by_kvm_are_named_at_start topology_is_one_package_of_single_thread_cores
+        cache_sharing_matches_the_topology lscpu_reports_the_topology configured_vcpus_are_online
+        thirty_two_vcpus_are_online vcpu_threads_start_all_or_none kvm_clock_follows_the_host_clock
+        tsc_runs_at_the_reported_frequency host_contention_is_reported_as_steal_time;
+    exits: power_off_exits_with_power_off reboot_exits_with_reboot halt_exits_with_halt
+        kernel_panic_exits_with_panic_and_its_message panic_port_write_exits_with_panic_without_a_message
+        oom_of_pid_1_exits_with_panic invalid_queue_without_a_reset_exits_with_device_fault
+        triple_fault_exits_with_triple_fault exit_port_write_exits_with_init_fault kill_ends_a_spinning_guest
+        drop_ends_a_spinning_guest ctrl_alt_del_asks_init_to_shut_down
+        guest_survives_sigstop_and_signals_of_the_process sigkill_of_the_process_leaves_nothing_behind
+        shutdown_kills_an_unresponsive_guest_after_the_grace exit_descriptor_becomes_readable_at_the_end
+        blocked_console_writer_does_not_delay_the_exit;
+    cgroup: threads_run_in_a_cgroup_that_is_removed_at_the_end cpu_limit_holds_and_throttling_is_counted
+        cpu_weights_divide_a_contended_cpu missing_cgroup_controllers_are_reported;
+    disk: written_data_is_read_back disks_appear_in_the_order_of_the_builder read_only_disk_rejects_writes
+        image_is_locked_for_one_writer_or_many_readers disk_capacity_is_the_configured_size
+        serial_number_and_queue_count_are_visible discard_frees_host_space disk_grows_while_in_use
+        rate_limits_hold_and_can_be_changed full_host_pauses_the_guest_until_space_is_freed
+        error_action_stop_ends_the_vm pause_leaves_no_request_in_flight engine_falls_back_to_threads_without_io_uring
+        file_system_is_consistent_after_concurrent_load;
+    container: root_file_system_has_the_usual_mounts missing_mount_points_are_created directory_serves_as_an_image
+        writes_are_private_and_discarded stop_sends_sigterm_and_powers_off
+        stop_returns_in_time_with_an_unresponsive_guest processes_end_with_the_container
+        memory_and_vcpus_are_as_configured attached_disks_are_visible_by_number connect_without_a_listener_is_refused
+        full_host_fails_writes_without_blocking_programs image_is_shared_and_unchanged
+        clones_are_handles_of_one_container container_pauses_and_reports_stats_like_a_vm;
+    exec: output_and_exit_codes_are_returned stdout_and_stderr_are_separate environment_and_working_directory_are_set
+        output_of_one_process_is_input_of_another
+        closing_stdin_ends_the_input binary_data_is_unchanged_both_ways signal_ends_a_process
+        kill_ends_all_descendants timeout_kills_all_descendants background_process_does_not_delay_wait
+        wait_try_wait_and_wait_timeout_agree spawn_failure_names_its_cause output_beyond_the_limit_is_an_error
+        oom_kill_is_reported concurrent_processes_all_finish programs_inherit_nothing_from_the_embedder
+        closed_reader_breaks_the_pipe pid_1_survives_kill_all orphans_are_reaped_by_pid_1 slow_readers_lose_nothing
+        end_of_the_vm_is_reported_to_waiters arguments_of_the_largest_size_are_passed stdio_from_files_and_bytes
+        output_is_truncated_when_configured;
+    disk_faults: guest_sees_io_errors_until_the_device_recovers every_flush_fails_after_a_failed_sync
+        stalled_device_delays_only_its_own_guest read_only_file_system_fails_writes;
+    gateway: each_host_name_reaches_its_own_guest_started_on_demand;
+    hostile: queue_addresses_outside_memory_need_a_reset looped_descriptor_chain_needs_a_reset
+        endless_kicks_do_not_starve_neighbors busy_vcpus_do_not_starve_neighbors
+        repeated_panics_do_not_affect_neighbors exhausted_memory_and_disk_stay_in_the_guest
+        disk_reset_with_requests_in_flight_is_survived random_register_writes_are_survived
+        overwritten_boot_structures_end_the_guest_only console_flood_is_bounded
+        large_console_output_uses_bounded_memory fork_bomb_stays_in_the_guest connection_storm_is_bounded;
+    images: unusual_files_are_intact unusual_files_are_intact_with_debian_kernels
+        unusual_files_are_intact_with_a_newer_debian_kernel;
+    kernels: debian_6_1_cloud_kernel_runs_a_container debian_6_12_cloud_kernel_runs_a_container
+        debian_6_1_generic_kernel_runs_a_container modules_are_loaded_in_dependency_order failing_module_is_named
+        panic_is_reported_with_panic_0 missing_modules_are_named modules_of_another_kernel_are_rejected
+        full_debian_system_boots_to_login_and_powers_off;
+    lifecycle: paused_guest_makes_no_progress_until_resumed repeated_pauses_lose_no_data clocks_advance_while_paused
+        paused_guest_can_be_killed pause_and_kill_race_from_many_threads events_report_the_whole_lifecycle
+        stats_grow_with_guest_activity;
+    many_vms: ten_vms_run_in_one_process sequential_vms_leak_nothing sequential_containers_leak_nothing
+        concurrent_vms_all_run vms_start_and_end_from_many_threads two_kernels_run_side_by_side;
+    memory: freed_guest_memory_returns_to_the_host balloon_inflates_and_deflates_to_its_target
+        guest_under_memory_pressure_deflates_the_balloon transparent_huge_pages_are_requested
+        memfd_memory_can_be_mapped_by_others hugetlb_memory_comes_from_the_pool
+        memory_beyond_the_commit_limit_is_resource_exhausted;
+    net: tap_connects_guest_and_host tcp_keeps_every_byte_over_a_lossy_link multiple_queues_carry_traffic
+        unusable_tap_is_named socket_carries_frames_and_link_goes_down_with_it policy_limits_where_the_guest_connects
+        container_has_address_route_and_resolver published_ports_reach_the_guest
+        published_ports_reach_services_on_any_guest_address published_udp_ports_are_answered_from_any_guest_address
+        fragmented_datagrams_are_intact_both_ways ipv6_and_ping_reach_the_host;
+    net_backends: containers_on_a_switch_connect_by_name net_rate_limit_holds_and_can_be_changed
+        capture_records_guest_frames custom_backend_carries_frames panicking_backend_ends_only_its_own_vm
+        backend_may_own_its_vm backend_may_own_its_container;
+    overlay: three_guests_share_one_unchanged_base non_persistent_overlay_is_discarded
+        frozen_overlay_is_a_base_of_others overlay_at_its_max_size_fails_writes
+        qcow2_write_leaves_the_backing_file_unchanged direct_and_memory_disks_keep_data;
+    programs: ssh_proxy_command_reaches_a_guest_without_network scp_sftp_and_git_work_through_a_published_port
+        clients_and_servers_in_two_guests_work databases_are_reached_by_name_over_a_switch iperf3_runs_in_all_modes
+        hundred_concurrent_short_connections_are_served;
+    user_net: network_is_up_at_start_and_round_trips_have_no_delay withdrawn_policy_stops_all_traffic;
+    start_failures: start_timeout_names_the_boot_stage guest_exit_before_ready_is_reported shim_failure_is_reported
+        missing_kvm_error_names_the_remedy unreadable_file_is_named;
+    storage: fio_verifies_written_data flushed_data_survives_sigkill_of_the_process;
 }
 
 /// What takes longer than this is told.
@@ -206,14 +217,14 @@ fn exits() -> String {
 /// Runs a test, and writes down what became of it.
 fn tallied(name: &str, test: fn() -> Result<(), Failed>) -> Result<(), Failed> {
     let begin = Instant::now();
-    let outcome = tried(name, test);
+    let outcome = run_with_lab_retry(name, test);
     tally::write(if outcome.is_ok() { "passed" } else { "failed" }, name, begin.elapsed());
     outcome
 }
 
 /// Runs a test. In the lab, whose emulated processors may make a guest hang (lab/README.md), one that fails is run once more
 /// by itself, and both are told.
-fn tried(name: &str, test: fn() -> Result<(), Failed>) -> Result<(), Failed> {
+fn run_with_lab_retry(name: &str, test: fn() -> Result<(), Failed>) -> Result<(), Failed> {
     static ALONE: Mutex<()> = Mutex::new(());
     let begin = Instant::now();
     let first = bounded(test);
@@ -236,8 +247,8 @@ fn tried(name: &str, test: fn() -> Result<(), Failed>) -> Result<(), Failed> {
 }
 
 fn main() -> ExitCode {
-    if let Some(path) = std::env::var_os(start::REPORT) {
-        start::report(path);
+    if let Some(path) = std::env::var_os(start_failures::REPORT) {
+        start_failures::report(path);
         return ExitCode::SUCCESS;
     }
     if let Some(disk) = std::env::var_os(storage::VICTIM) {

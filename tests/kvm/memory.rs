@@ -10,14 +10,14 @@ use cofferdam::memory::Memory;
 use cofferdam::stats::MemoryStats;
 use cofferdam::{Container, ErrorKind, Exit, Size};
 
-use crate::fixture::{Outcome, PATIENCE, debian_container, guest, run as run_vm};
+use crate::fixture::{Outcome, TEST_TIMEOUT, debian_container, guest, run as run_vm};
 use crate::{check, check_eq};
 
 const MIB: u64 = 1 << 20;
 
 /// The numbers, once `enough` is true of them.
 fn wait_for(container: &Container, enough: impl Fn(&MemoryStats) -> bool) -> Result<MemoryStats, String> {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + TEST_TIMEOUT;
     loop {
         let stats = container.vm().memory_stats().map_err(|e| e.to_string())?;
         match enough(&stats) {
@@ -34,7 +34,7 @@ fn run(container: &Container, command: &str) -> Outcome {
     Ok(())
 }
 
-pub fn what_a_guest_frees_comes_back() -> Outcome {
+pub fn freed_guest_memory_returns_to_the_host() -> Outcome {
     const USED: u64 = 100 * MIB;
     let container = debian_container().memory(Size::mib(256)).start()?;
     let idle = wait_for(&container, |stats| stats.guest.is_some())?.resident.as_bytes();
@@ -53,7 +53,7 @@ pub fn what_a_guest_frees_comes_back() -> Outcome {
     run(&container, "head -c 104857600 /dev/zero | tail -c 1 > /dev/null")
 }
 
-pub fn the_balloon_takes_what_it_is_told_and_gives_it_back() -> Outcome {
+pub fn balloon_inflates_and_deflates_to_its_target() -> Outcome {
     let container = debian_container().memory(Size::mib(256)).start()?;
     let free = |stats: &MemoryStats| stats.guest.and_then(|g| g.free).map_or(0, Size::as_bytes);
     let before = free(&wait_for(&container, |stats| free(stats) > 0)?);
@@ -73,7 +73,7 @@ pub fn the_balloon_takes_what_it_is_told_and_gives_it_back() -> Outcome {
     Ok(())
 }
 
-pub fn a_guest_short_of_memory_takes_it_from_the_balloon() -> Outcome {
+pub fn guest_under_memory_pressure_deflates_the_balloon() -> Outcome {
     let container = debian_container().memory(Size::mib(192)).start()?;
     let half = container.vm().memory_stats()?.configured.as_bytes() / 2;
     container.vm().set_balloon(Size::bytes(half))?;
@@ -85,7 +85,7 @@ pub fn a_guest_short_of_memory_takes_it_from_the_balloon() -> Outcome {
     Ok(())
 }
 
-pub fn more_than_a_host_without_overcommit_promises() -> Outcome {
+pub fn memory_beyond_the_commit_limit_is_resource_exhausted() -> Outcome {
     let [mode, ratio] = ["memory", "ratio"].map(|name| format!("/proc/sys/vm/overcommit_{name}"));
     let before = [fs::read_to_string(&mode)?, fs::read_to_string(&ratio)?];
     // A hundred times what the host has, for a moment: nobody else is denied anything.
@@ -102,7 +102,7 @@ pub fn more_than_a_host_without_overcommit_promises() -> Outcome {
     Ok(())
 }
 
-pub fn asked_for_in_transparent_huge_pages() -> Outcome {
+pub fn transparent_huge_pages_are_requested() -> Outcome {
     // Bytes of the process's memory for which huge pages are asked: flag `hg` (proc_pid_smaps(5)).
     let advised = || -> Result<u64, Box<dyn std::error::Error>> {
         let (mut all, mut size) = (0, 0);
@@ -125,7 +125,7 @@ pub fn asked_for_in_transparent_huge_pages() -> Outcome {
     Ok(())
 }
 
-pub fn in_a_file_that_others_may_map() -> Outcome {
+pub fn memfd_memory_can_be_mapped_by_others() -> Outcome {
     let container = debian_container().memory(Memory::memfd(Size::mib(128))).start()?;
     let file = File::from(container.vm().memory_fd()?.ok_or("no descriptor")?);
     check_eq!(file.metadata()?.len(), 128 * MIB);
@@ -148,7 +148,7 @@ pub fn in_a_file_that_others_may_map() -> Outcome {
     Ok(())
 }
 
-pub fn in_huge_pages_of_the_hosts_pool() -> Outcome {
+pub fn hugetlb_memory_comes_from_the_pool() -> Outcome {
     const POOL: &str = "/proc/sys/vm/nr_hugepages";
     let (before, huge) = (fs::read_to_string(POOL)?, Memory::hugetlb(Size::mib(128)).page_size(Size::mib(2)));
     let builder = || guest("echo here\nreboot -f").memory(huge);

@@ -9,7 +9,7 @@ use cofferdam::net::{Cidr, Policy, PortForward, Rule};
 use cofferdam::process::Stdio;
 use cofferdam::{Container, ErrorKind, Net, Process, Size, VmBuilder};
 
-use crate::fixture::{Outcome, PATIENCE, Printed, Temp, debian_container, guest, host, run, soak};
+use crate::fixture::{Outcome, Printed, TEST_TIMEOUT, Temp, debian_container, guest, host, run, soak};
 use crate::{check, check_eq};
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
@@ -32,7 +32,7 @@ impl Drop for Tap {
     }
 }
 
-pub fn a_guest_and_its_host_talk_over_a_tap() -> Outcome {
+pub fn tap_connects_guest_and_host() -> Outcome {
     let tap = Tap::new("cd-talk", "")?;
     host("ip addr add 192.0.2.1/28 dev cd-talk")?;
     let script = "ifconfig eth0 192.0.2.2 netmask 255.255.255.240 up; cat /sys/class/net/eth0/address /sys/class/net/eth0/mtu
@@ -106,7 +106,7 @@ impl Drop for Far {
     }
 }
 
-pub fn a_line_that_loses_repeats_and_reorders_keeps_every_byte() -> Outcome {
+pub fn tcp_keeps_every_byte_over_a_lossy_link() -> Outcome {
     let _far = Far::new()?;
     for name in ["cd-line", "cd-near"] {
         host(&format!("tc qdisc add dev {name} root netem delay 50ms 10ms loss 5% duplicate 2% reorder 10% 50%"))?;
@@ -134,7 +134,7 @@ pub fn a_line_that_loses_repeats_and_reorders_keeps_every_byte() -> Outcome {
     Ok(())
 }
 
-pub fn several_queues_are_used() -> Outcome {
+pub fn multiple_queues_carry_traffic() -> Outcome {
     let _tap = Tap::new("cd-queues", " multi_queue")?;
     host("ip addr add 192.0.2.17/28 dev cd-queues")?;
     let script = "ifconfig eth0 192.0.2.18 netmask 255.255.255.240 up; ls -d /sys/class/net/eth0/queues/tx-* | wc -l
@@ -144,7 +144,7 @@ pub fn several_queues_are_used() -> Outcome {
     Ok(())
 }
 
-pub fn a_tap_that_is_busy_or_missing_or_made_otherwise_is_named() -> Outcome {
+pub fn unusable_tap_is_named() -> Outcome {
     let _tap = Tap::new("cd-busy", "")?;
     let vm = guest("sleep 1000").net(Net::tap("cd-busy")).start()?;
     let refused = |builder: VmBuilder| builder.start().map(drop).expect_err("it cannot start");
@@ -158,7 +158,7 @@ pub fn a_tap_that_is_busy_or_missing_or_made_otherwise_is_named() -> Outcome {
     Ok(())
 }
 
-pub fn frames_on_a_socket_and_a_link_that_goes_down() -> Outcome {
+pub fn socket_carries_frames_and_link_goes_down_with_it() -> Outcome {
     let (near, mut far) = UnixStream::pair()?;
     let printed = Printed::default();
     let script = "ifconfig eth0 198.51.100.2 up; ping -c 1 -W 1 198.51.100.1 > /dev/null
@@ -168,7 +168,7 @@ pub fn frames_on_a_socket_and_a_link_that_goes_down() -> Outcome {
     let vm = guest(script).net(Net::socket(near)).console(printed.console()).start()?;
     let events = vm.events()?;
     // Its first question is who has the address (RFC 826).
-    far.set_read_timeout(Some(PATIENCE))?;
+    far.set_read_timeout(Some(TEST_TIMEOUT))?;
     let frame = loop {
         let mut length = [0; 4];
         far.read_exact(&mut length)?;
@@ -222,7 +222,7 @@ pub fn host_address() -> Result<&'static str> {
     Ok("192.0.2.33")
 }
 
-pub fn a_guest_goes_where_its_policy_lets_it_and_nowhere_else() -> Outcome {
+pub fn policy_limits_where_the_guest_connects() -> Outcome {
     let ip = host_address()?;
     let (allowed, denied) = (echo(ip)?, echo(ip)?);
     let script = format!(
@@ -234,7 +234,7 @@ pub fn a_guest_goes_where_its_policy_lets_it_and_nowhere_else() -> Outcome {
     let printed = Printed::default();
     let vm = guest(&script).net(Net::user(only(allowed)?)).console(printed.console()).start()?;
     let events = vm.events()?;
-    vm.wait_timeout(PATIENCE).ok_or("it never ended")?;
+    vm.wait_timeout(TEST_TIMEOUT).ok_or("it never ended")?;
     let text = printed.text();
     let digests: Vec<&str> = text.lines().filter(|line| line.trim().ends_with("  -")).map(str::trim).collect();
     check!(digests.len() == 2 && digests[0] == digests[1], "{text}");
@@ -244,12 +244,12 @@ pub fn a_guest_goes_where_its_policy_lets_it_and_nowhere_else() -> Outcome {
     Ok(())
 }
 
-pub fn a_container_has_address_route_and_names() -> Outcome {
+pub fn container_has_address_route_and_resolver() -> Outcome {
     let ip = host_address()?;
     let server = echo(ip)?;
     let container = debian_container().net(Net::user(only(server)?)).start()?;
     let shell = |command: String| -> Result<String> {
-        let output = container.exec(["bash", "-c", &command]).timeout(PATIENCE).output()?;
+        let output = container.exec(["bash", "-c", &command]).timeout(TEST_TIMEOUT).output()?;
         Ok(String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).trim().to_owned())
     };
     check_eq!(shell("cat /etc/resolv.conf".into())?, "nameserver 10.0.2.2");
@@ -261,7 +261,7 @@ pub fn a_container_has_address_route_and_names() -> Outcome {
     Ok(())
 }
 
-pub fn published_ports_lead_into_the_guest() -> Outcome {
+pub fn published_ports_reach_the_guest() -> Outcome {
     let ports = [80, 81].map(|port| PortForward::tcp(([127, 0, 0, 1], 0), port));
     let [open, closed] = ports;
     let script = format!("{CONFIGURED}echo ready; nc -l -p 80 -e echo from the guest; echo served; sleep 1000");
@@ -276,7 +276,7 @@ pub fn published_ports_lead_into_the_guest() -> Outcome {
         std::net::TcpStream::connect(address)?.read_to_string(&mut text)?;
         Ok(text)
     };
-    let deadline = std::time::Instant::now() + PATIENCE;
+    let deadline = std::time::Instant::now() + TEST_TIMEOUT;
     while !call(open).is_ok_and(|text| text == "from the guest\n") {
         check!(std::time::Instant::now() < deadline, "{}", printed.text());
     }
@@ -312,13 +312,13 @@ fn echo_inside(container: &Container, protocol: &str, address: &str, port: u16) 
 /// What comes back from there.
 fn call(at: std::net::SocketAddr) -> std::io::Result<String> {
     let mut stream = std::net::TcpStream::connect(at)?;
-    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_read_timeout(Some(TEST_TIMEOUT))?;
     stream.write_all(b"hello")?;
     stream.shutdown(std::net::Shutdown::Write)?;
     std::io::read_to_string(stream)
 }
 
-pub fn published_ports_lead_to_services_on_any_address_but_one() -> Outcome {
+pub fn published_ports_reach_services_on_any_guest_address() -> Outcome {
     let hosts = ["127.0.0.1:0", "[::1]:0", "127.0.0.1:0", "[::1]:0"].map(|host| host.parse::<std::net::SocketAddr>());
     let mut network = Net::user(Policy::deny_all());
     for (host, guest) in hosts.into_iter().zip(80..) {
@@ -339,18 +339,18 @@ pub fn published_ports_lead_to_services_on_any_address_but_one() -> Outcome {
     // The guest has made itself an address by what the router says, and found that nobody else has it (no flag of 40).
     let address = "for n in $(seq 100); do grep -q '^fd.* 00 00 *eth0' /proc/net/if_inet6 && break; sleep 0.2; done
         grep '^fd.* 00 00 *eth0' /proc/net/if_inet6 | cut -c 1-32 | sed 's/..../&:/g; s/:$//'";
-    let output = container.exec(["sh", "-c", address]).timeout(PATIENCE).output()?;
+    let output = container.exec(["sh", "-c", address]).timeout(TEST_TIMEOUT).output()?;
     let own = String::from_utf8_lossy(&output.stdout).trim().to_owned();
     // So that the gateway has heard of it.
     let greet = format!(
         "use IO::Socket::IP; IO::Socket::IP->new(Proto => 'udp', LocalHost => '{own}', PeerHost => 'fd63:6f66:6665::2', PeerPort => 9)->send('x') or die"
     );
-    let output = container.exec(["perl", "-e", &greet]).timeout(PATIENCE).output()?;
+    let output = container.exec(["perl", "-e", &greet]).timeout(TEST_TIMEOUT).output()?;
     check!(output.status.success(), "{own}: {}", String::from_utf8_lossy(&output.stderr));
     // Only this card, and whatever else the guest's administrator likes.
     let switches = "cd /proc/sys/net/ipv4/conf; cat eth0/route_localnet all/route_localnet default/route_localnet lo/route_localnet
         for n in all eth0; do echo 1 > $n/rp_filter; done";
-    let output = container.exec(["sh", "-c", switches]).timeout(PATIENCE).output()?;
+    let output = container.exec(["sh", "-c", switches]).timeout(TEST_TIMEOUT).output()?;
     check_eq!(String::from_utf8_lossy(&output.stdout), "1\n0\n0\n0\n");
     let places = ["127.0.0.1", "10.0.2.15", own.as_str(), "::1"];
     let mut services = Vec::new();
@@ -375,7 +375,7 @@ pub fn published_ports_lead_to_services_on_any_address_but_one() -> Outcome {
     Ok(())
 }
 
-pub fn datagrams_to_published_ports_are_answered_wherever_the_service_is() -> Outcome {
+pub fn published_udp_ports_are_answered_from_any_guest_address() -> Outcome {
     let host = |ip: &str| format!("{ip}:0").parse::<std::net::SocketAddr>();
     let mut network = Net::user(Policy::deny_all());
     for (ip, guest) in [("127.0.0.1", 80), ("[::1]", 80), ("127.0.0.1", 81)] {
@@ -387,7 +387,7 @@ pub fn datagrams_to_published_ports_are_answered_wherever_the_service_is() -> Ou
     let net = container.vm().net(0)?;
     for at in net.published() {
         let caller = std::net::UdpSocket::bind((at.ip(), 0))?;
-        caller.set_read_timeout(Some(PATIENCE))?;
+        caller.set_read_timeout(Some(TEST_TIMEOUT))?;
         // The last goes in fragments, both ways.
         for data in [b"one".to_vec(), b"two".to_vec(), (0..20_000).map(|n| (n % 251) as u8).collect()] {
             caller.send_to(&data, at)?;
@@ -401,7 +401,7 @@ pub fn datagrams_to_published_ports_are_answered_wherever_the_service_is() -> Ou
     Ok(())
 }
 
-pub fn large_datagrams_leave_and_come_back_whole() -> Outcome {
+pub fn fragmented_datagrams_are_intact_both_ways() -> Outcome {
     let ip = host_address()?;
     let socket = std::net::UdpSocket::bind((ip, 0))?;
     let server = socket.local_addr()?;
@@ -418,13 +418,13 @@ pub fn large_datagrams_leave_and_come_back_whole() -> Outcome {
             $s->recv(my $came, 65536); print $came eq $sent ? 'whole ' : length($came) . ' ' }}",
         server.port()
     );
-    let output = container.exec(["perl", "-e", &ask]).timeout(PATIENCE).output()?;
+    let output = container.exec(["perl", "-e", &ask]).timeout(TEST_TIMEOUT).output()?;
     let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
     check_eq!(text, "whole whole whole whole ");
     Ok(())
 }
 
-pub fn ipv6_and_ping_reach_the_outside() -> Outcome {
+pub fn ipv6_and_ping_reach_the_host() -> Outcome {
     // The lab is this test's own machine; on another this is for whoever runs it to allow.
     let lab = std::env::var_os("COFFERDAM_IN_LAB").is_some_and(|lab| lab == "1");
     if lab {

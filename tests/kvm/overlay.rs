@@ -48,7 +48,7 @@ fn go_on(_: cofferdam::disk::Progress) -> ControlFlow<()> {
     ControlFlow::Continue(())
 }
 
-pub fn three_guests_write_on_one_base_which_stays_as_it_is() -> Outcome {
+pub fn three_guests_share_one_unchanged_base() -> Outcome {
     let temp = Temp::new()?;
     let base = base(&temp)?;
     let before = fs::read(&base)?;
@@ -74,7 +74,7 @@ pub fn three_guests_write_on_one_base_which_stays_as_it_is() -> Outcome {
     Ok(())
 }
 
-pub fn what_is_not_kept_is_gone_with_its_machine() -> Outcome {
+pub fn non_persistent_overlay_is_discarded() -> Outcome {
     let temp = Temp::new()?;
     let (base, directory) = (base(&temp)?, temp.path("overlays"));
     fs::create_dir(&directory)?;
@@ -88,7 +88,7 @@ pub fn what_is_not_kept_is_gone_with_its_machine() -> Outcome {
     Ok(())
 }
 
-pub fn a_snapshot_is_the_base_of_others() -> Outcome {
+pub fn frozen_overlay_is_a_base_of_others() -> Outcome {
     let temp = Temp::new()?;
     let base = base(&temp)?;
     let lower = Overlay::create(temp.path("lower"), &base)?;
@@ -107,7 +107,7 @@ pub fn a_snapshot_is_the_base_of_others() -> Outcome {
     Ok(())
 }
 
-pub fn an_overlay_that_may_take_no_more_tells_the_guest() -> Outcome {
+pub fn overlay_at_its_max_size_fails_writes() -> Outcome {
     let temp = Temp::new()?;
     let path = temp.path("base.img");
     fs::File::create(&path)?.set_len(64 << 20)?;
@@ -124,7 +124,7 @@ pub fn an_overlay_that_may_take_no_more_tells_the_guest() -> Outcome {
     Ok(())
 }
 
-pub fn qcow2_is_written_on_a_backing_file_which_stays_as_it_is() -> Outcome {
+pub fn qcow2_write_leaves_the_backing_file_unchanged() -> Outcome {
     let temp = Temp::new()?;
     let base = base(&temp)?;
     let (before, image, flat) = (fs::read(&base)?, temp.path("top.qcow2"), temp.path("flat.img"));
@@ -143,7 +143,7 @@ pub fn qcow2_is_written_on_a_backing_file_which_stays_as_it_is() -> Outcome {
     Ok(())
 }
 
-pub fn past_the_page_cache_and_in_memory() -> Outcome {
+pub fn direct_and_memory_disks_keep_data() -> Outcome {
     let temp = Temp::new()?;
     let path = base(&temp)?;
     // What /tmp is made of in the lab knows no direct I/O in old kernels; those say so.

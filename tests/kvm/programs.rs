@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use cofferdam::net::{Cidr, Policy, PortForward, Rule, Switch, UserNet};
 use cofferdam::{Container, Net, Process, Size};
 
-use crate::fixture::{Outcome, PATIENCE, Temp, cache, host, host_words, network_container, soak, soaking};
+use crate::fixture::{Outcome, TEST_TIMEOUT, Temp, cache, host, host_words, network_container, soak, soaking};
 use crate::{check, check_eq, gateway};
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
@@ -55,7 +55,7 @@ fn digest(path: &Path) -> Result<String> {
     Ok(line.split(' ').next().unwrap_or_default().to_owned())
 }
 
-pub fn ssh_goes_through_a_proxy_command_into_a_guest_without_a_network() -> Outcome {
+pub fn ssh_proxy_command_reaches_a_guest_without_network() -> Outcome {
     let temp = Temp::new()?;
     let script = sshd(&key(&temp)?);
     let rootfs = cache().join("images/debian-12-network.tar");
@@ -79,7 +79,7 @@ pub fn ssh_goes_through_a_proxy_command_into_a_guest_without_a_network() -> Outc
 
 /// Waits until somebody in the container listens there.
 fn wait_for(container: &Container, port: u16) -> Outcome {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + TEST_TIMEOUT;
     while let Err(error) = container.connect(port) {
         check!(Instant::now() < deadline, "{error}");
         std::thread::sleep(Duration::from_millis(50));
@@ -89,14 +89,14 @@ fn wait_for(container: &Container, port: u16) -> Outcome {
 
 /// What a shell in the container prints, which must succeed.
 fn shell(container: &Container, command: &str) -> Result<String> {
-    let limit = 2 * PATIENCE + Duration::from_secs(soak().unwrap_or(0));
+    let limit = 2 * TEST_TIMEOUT + Duration::from_secs(soak().unwrap_or(0));
     let output = container.exec(["bash", "-c", command]).timeout(limit).output()?;
     let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).trim().to_owned();
     check!(output.status.success(), "{command}: {} {text}", output.status);
     Ok(text)
 }
 
-pub fn scp_sftp_and_git_keep_every_byte_through_a_published_port() -> Outcome {
+pub fn scp_sftp_and_git_work_through_a_published_port() -> Outcome {
     let temp = Temp::new()?;
     let script = sshd(&key(&temp)?);
     let network = Net::user(Policy::deny_all()).publish(PortForward::tcp(([127, 0, 0, 1], 0), 22));
@@ -214,7 +214,7 @@ impl Servers {
     }
 }
 
-pub fn clients_in_one_guest_use_servers_in_another() -> Outcome {
+pub fn clients_and_servers_in_two_guests_work() -> Outcome {
     let servers = Servers::start(soak().unwrap_or(1).min(16) << 20)?;
     let (client, ip, digest) = (servers.client()?, servers.ip, servers.digest.as_str());
     for get in ["curl -sS http:", "curl -sSk https:", "wget -qO- http:", "wget -qO- --no-check-certificate https:"] {
@@ -237,7 +237,7 @@ pub fn clients_in_one_guest_use_servers_in_another() -> Outcome {
     Ok(())
 }
 
-pub fn databases_are_asked_by_name_across_a_switch() -> Outcome {
+pub fn databases_are_reached_by_name_over_a_switch() -> Outcome {
     let (switch, requests) = (Switch::new(), soaking(20_000, 300));
     let on = |name: &str| network_container().memory(Size::mib(384)).net(Net::switch(&switch, name)).start();
     let (data, client) = (on("data")?, on("client")?);
@@ -255,7 +255,7 @@ pub fn databases_are_asked_by_name_across_a_switch() -> Outcome {
     Ok(())
 }
 
-pub fn iperf3_goes_all_its_ways() -> Outcome {
+pub fn iperf3_runs_in_all_modes() -> Outcome {
     let servers = Servers::start(1)?;
     let (client, ip, seconds) = (servers.client()?, servers.ip, soak().unwrap_or(1));
     for how in ["", "-R", "-P 8", "-u -b 5M -l 1200", "-u -R -b 5M -l 1200"] {
@@ -274,12 +274,12 @@ pub fn iperf3_goes_all_its_ways() -> Outcome {
     Ok(())
 }
 
-pub fn short_connections_a_hundred_at_once_are_all_served() -> Outcome {
+pub fn hundred_concurrent_short_connections_are_served() -> Outcome {
     let servers = Servers::start(1)?;
     let (all, at) = (soak().map_or(200, |n| n * 1000), SocketAddr::from((servers.ip, 80)));
     let get = move || -> std::io::Result<()> {
         let mut stream = TcpStream::connect(at)?;
-        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.set_read_timeout(Some(TEST_TIMEOUT))?;
         stream.write_all(b"GET / HTTP/1.0\r\n\r\n")?;
         let mut text = String::new();
         stream.read_to_string(&mut text)?;

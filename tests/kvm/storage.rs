@@ -12,7 +12,7 @@ use cofferdam::kernel::Initramfs;
 use cofferdam::{Console, Disk, Exit, Image, Rate, Size, Vm, VmBuilder};
 
 use crate::check;
-use crate::fixture::{Outcome, PATIENCE, Printed, Temp, alone, busybox, cache, kernel, soak};
+use crate::fixture::{Outcome, Printed, TEST_TIMEOUT, Temp, alone, busybox, cache, kernel, soak};
 
 /// In the environment of a process that shall run a machine until it is killed: the machine's disk.
 pub const VICTIM: &str = "COFFERDAM_TEST_VICTIM";
@@ -71,9 +71,9 @@ fn resident() -> Result<u64, Box<dyn std::error::Error>> {
 
 /// Random writes of mixed sizes, with syncs, all of them read back and compared, while the machine is paused again and again and
 /// what the disks may do changes.
-pub fn fio_reads_what_it_wrote() -> Outcome {
+pub fn fio_verifies_written_data() -> Outcome {
     // Other tests beside this one would take memory of the same process.
-    if !alone("storage::fio_reads_what_it_wrote")? {
+    if !alone("storage::fio_verifies_written_data")? {
         return Ok(());
     }
     let (temp, seconds, printed) = (Temp::new()?, soak().unwrap_or(4), Printed::default());
@@ -92,7 +92,7 @@ pub fn fio_reads_what_it_wrote() -> Outcome {
         + "wait\n";
     let vm = disks.into_iter().fold(debian(&script)?, VmBuilder::disk).console(printed.console());
     let vm = vm.memory(Size::mib(384)).start()?;
-    let deadline = Instant::now() + PATIENCE + 10 * Duration::from_secs(seconds);
+    let deadline = Instant::now() + TEST_TIMEOUT + 10 * Duration::from_secs(seconds);
     let limits = [DiskLimit::none(), DiskLimit::none().write_operations(Rate::per_second(500)), DiskLimit::none()];
     let (mut turns, mut sizes) = (limits.iter().cycle(), Vec::new());
     while vm.try_wait().is_none() {
@@ -173,7 +173,7 @@ fn killed(disk: &Path, after: Duration) -> Result<u64, Box<dyn std::error::Error
     Ok(last)
 }
 
-pub fn what_was_durable_survives_the_kill_of_its_process() -> Outcome {
+pub fn flushed_data_survives_sigkill_of_the_process() -> Outcome {
     let temp = Temp::new()?;
     let base = file(&temp, "base.raw")?;
     check!(Command::new("/sbin/mkfs.ext4").args(["-q", "-F"]).arg(&base).status()?.success());
@@ -191,7 +191,7 @@ pub fn what_was_durable_survives_the_kill_of_its_process() -> Outcome {
                      cd / && umount /mnt && e2fsck -fn /dev/vdb > /dev/null && echo clean\n";
         let printed = Printed::default();
         let vm = debian(check)?.disk(by_name(disk)).console(printed.console()).start()?;
-        vm.wait_timeout(PATIENCE).ok_or("the check never ended")?;
+        vm.wait_timeout(TEST_TIMEOUT).ok_or("the check never ended")?;
         let text = printed.text();
         let numbers = |prefix: &str| -> Vec<u64> {
             let line = text.lines().find(|line| line.trim().starts_with(prefix)).unwrap_or_default();

@@ -10,7 +10,7 @@ use cofferdam::backend::{Frame, NetBackend, Received, RxBuffer};
 
 use super::watch::lock;
 use crate::check;
-use crate::fixture::{Outcome, PATIENCE};
+use crate::fixture::{Outcome, TEST_TIMEOUT};
 
 /// A network backend, and writers, that hang until they are let go.
 #[derive(Clone, Default)]
@@ -63,7 +63,7 @@ impl Hang {
         let (state, late) = self
             .0
             .changed
-            .wait_timeout_while(state, PATIENCE, |state| !state.reached)
+            .wait_timeout_while(state, TEST_TIMEOUT, |state| !state.reached)
             .unwrap_or_else(PoisonError::into_inner);
         check!(!late.timed_out() && state.reached, "the backend never had its turn");
         Ok(())

@@ -9,7 +9,7 @@ use cofferdam::process::{ExitStatus, Stdio};
 use cofferdam::{CancelToken, Container, ErrorKind, Exit, Image, Size};
 
 use crate::fixture::{
-    Outcome, PATIENCE, Printed, Temp, alone, busybox, container, debian_container, guest, kernel, run,
+    Outcome, Printed, TEST_TIMEOUT, Temp, alone, busybox, container, debian_container, guest, kernel, run,
 };
 use crate::{check, check_eq};
 
@@ -27,7 +27,7 @@ fn within<T>(what: &str, bound: Duration, call: impl FnOnce() -> T) -> Result<T,
 }
 
 /// Our kernel has no means to power off, so a guest that wants to stands still.
-pub fn a_guest_that_halts_for_good_has_ended() -> Outcome {
+pub fn guest_halted_with_interrupts_disabled_ends() -> Outcome {
     for script in ["poweroff -f", "halt -f"] {
         for vcpus in [1, 2] {
             let (exit, _) = run(guest(script).vcpus(vcpus))?;
@@ -38,13 +38,13 @@ pub fn a_guest_that_halts_for_good_has_ended() -> Outcome {
     Ok(())
 }
 
-pub fn an_idle_guest_has_not_ended() -> Outcome {
+pub fn idle_guest_keeps_running() -> Outcome {
     let vm = guest("sleep 1000").vcpus(2).start()?;
     check!(vm.wait_timeout(Duration::from_secs(6)).is_none());
     Ok(())
 }
 
-pub fn a_container_whose_guest_powers_itself_off_was_not_killed() -> Outcome {
+pub fn guest_power_off_is_not_reported_as_killed() -> Outcome {
     let container = container()?;
     let status = container.exec(["sh", "-c", "echo o > /proc/sysrq-trigger; sleep 1000"]).status()?;
     let ExitStatus::VmEnded { exit } = status else { return Err(format!("{status}").into()) };
@@ -52,19 +52,19 @@ pub fn a_container_whose_guest_powers_itself_off_was_not_killed() -> Outcome {
     Ok(())
 }
 
-/// What a guest does that was only slow, when it goes on.
-pub fn a_guest_that_goes_on_does_what_it_was_told_meanwhile() -> Outcome {
+/// A paused guest stands for one that is slow. It must not run afterwards what has timed out meanwhile.
+pub fn request_that_timed_out_while_paused_is_not_executed() -> Outcome {
     let container = container()?;
     container.vm().pause()?;
     let status = container.exec(["sh", "-c", "echo late > /late"]).timeout(Duration::from_millis(300)).status()?;
     check!(matches!(status, ExitStatus::TimedOut), "{status}");
     container.vm().resume()?;
-    let left = container.exec(["sh", "-c", "sleep 1; cat /late"]).timeout(PATIENCE).output()?;
+    let left = container.exec(["sh", "-c", "sleep 1; cat /late"]).timeout(TEST_TIMEOUT).output()?;
     check!(left.status.code() == Some(1), "what was given up in time did not run: {}", left.status);
     Ok(())
 }
 
-pub fn a_start_is_cancelled() -> Outcome {
+pub fn cancelled_start_returns() -> Outcome {
     let token = CancelToken::new()?;
     let theirs = token.clone();
     let cancel = std::thread::spawn(move || {
@@ -82,7 +82,7 @@ pub fn a_start_is_cancelled() -> Outcome {
     Ok(())
 }
 
-pub fn a_time_out_has_one_name_however_early() -> Outcome {
+pub fn early_timeouts_are_reported_as_timed_out() -> Outcome {
     let container = container()?;
     for millis in [0, 1, 3, 5, 8, 12, 20] {
         let output = container.exec(["sleep", "1000"]).timeout(Duration::from_millis(millis)).output()?;
@@ -92,7 +92,7 @@ pub fn a_time_out_has_one_name_however_early() -> Outcome {
     Ok(())
 }
 
-pub fn an_end_has_one_name_whoever_waits() -> Outcome {
+pub fn wait_after_the_vm_ended_returns_vm_ended() -> Outcome {
     for dropped in [false, true] {
         let container = container()?;
         let mut process = container.exec(["sleep", "1000"]).spawn()?;
@@ -106,7 +106,7 @@ pub fn an_end_has_one_name_whoever_waits() -> Outcome {
     Ok(())
 }
 
-pub fn any_duration_will_do() -> Outcome {
+pub fn longest_durations_are_accepted_as_timeouts() -> Outcome {
     let container = debian_container().start_timeout(Duration::MAX).start()?;
     let mut process = container.exec(["true"]).timeout(Duration::MAX).spawn()?;
     check!(process.wait_timeout(Duration::MAX)?.is_some_and(|status| status.success()));
@@ -124,7 +124,7 @@ pub fn any_duration_will_do() -> Outcome {
 }
 
 /// Every program in a guest can connect to the host's ports; no other but the shim gets a process's streams.
-pub fn a_programs_streams_are_its_own() -> Outcome {
+pub fn programs_cannot_open_streams_of_others() -> Outcome {
     let container = container()?;
     // Ports are given one after the other. Each connection stays open, and what it is sent is told.
     let thief = "use IO::Select; my $all = IO::Select->new; my $base = 0x40000000;
@@ -141,7 +141,7 @@ pub fn a_programs_streams_are_its_own() -> Outcome {
     check_eq!(&ready, b"ready\n");
     for n in 0..20 {
         let mut process =
-            container.exec(["cat"]).stdin(Stdio::piped()).stdout(Stdio::piped()).timeout(PATIENCE).spawn()?;
+            container.exec(["cat"]).stdin(Stdio::piped()).stdout(Stdio::piped()).timeout(TEST_TIMEOUT).spawn()?;
         write!(process.stdin.as_mut().ok_or("no input")?, "secret {n}")?;
         let output = process.wait_with_output()?;
         check_eq!(String::from_utf8_lossy(&output.stdout), format!("secret {n}"));
@@ -152,7 +152,7 @@ pub fn a_programs_streams_are_its_own() -> Outcome {
     Ok(())
 }
 
-pub fn the_files_that_programs_need_are_there_whatever_the_image_has() -> Outcome {
+pub fn missing_etc_files_are_created() -> Outcome {
     type Prepare = fn(&std::path::Path) -> std::io::Result<()>;
     let cases: [(&str, Prepare, &[&str]); 4] = [
         ("none", |_| Ok(()), &["127.0.0.1\tlocalhost box"]),
@@ -172,7 +172,8 @@ pub fn the_files_that_programs_need_are_there_whatever_the_image_has() -> Outcom
         std::fs::copy("/bin/busybox", root.join("bin/busybox"))?;
         prepare(&root.join("etc"))?;
         let image = Image::open(&root)?.cache_dir(temp.path("cache"));
-        let container = Container::builder(image).kernel(kernel()).start_timeout(PATIENCE).hostname("box").start()?;
+        let container =
+            Container::builder(image).kernel(kernel()).start_timeout(TEST_TIMEOUT).hostname("box").start()?;
         let script = "cat /etc/hosts; stat -c '%n %a %u:%g' /etc/hosts /etc/hostname /tmp";
         let output = container.exec(["/bin/busybox", "sh", "-c", script]).output()?;
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
@@ -185,7 +186,7 @@ pub fn the_files_that_programs_need_are_there_whatever_the_image_has() -> Outcom
 }
 
 #[allow(unsafe_code, reason = "forks, as a host in C or Python does")]
-pub fn a_child_of_fork_leaves_its_parents_guests_alone() -> Outcome {
+pub fn forked_child_does_not_affect_guests() -> Outcome {
     let container = container()?;
     let mut running = container.exec(["cat"]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
     // SAFETY: the child drops what it has of its parent's handles, and leaves by _exit.
@@ -211,10 +212,10 @@ pub fn a_child_of_fork_leaves_its_parents_guests_alone() -> Outcome {
     Ok(())
 }
 
-/// Whatever it is that finds no descriptor left, the embedder hears of that and of nothing else.
+/// Whichever call finds no descriptor left, the error says so.
 #[allow(unsafe_code, reason = "sets a limit of this process, as its administrator would")]
-pub fn want_of_descriptors_has_one_name() -> Outcome {
-    if !alone("bounds::want_of_descriptors_has_one_name")? {
+pub fn descriptor_exhaustion_is_resource_exhausted() -> Outcome {
+    if !alone("guarantees::descriptor_exhaustion_is_resource_exhausted")? {
         return Ok(());
     }
     let container = container()?;
@@ -229,7 +230,7 @@ pub fn want_of_descriptors_has_one_name() -> Outcome {
     let mut refused = 0;
     for more in 0..24 {
         check_eq!(set(highest + more), 0);
-        match container.exec(["cat"]).stdin(Stdio::piped()).timeout(PATIENCE).output() {
+        match container.exec(["cat"]).stdin(Stdio::piped()).timeout(TEST_TIMEOUT).output() {
             Ok(output) => check!(output.status.success(), "{more} more: {}", output.status),
             Err(error) => {
                 check!(error.kind() == ErrorKind::ResourceExhausted, "{more} more: {error:?}");
@@ -244,8 +245,8 @@ pub fn want_of_descriptors_has_one_name() -> Outcome {
 }
 
 /// Neither is a guest's memory in a child of fork, nor would it be in a core file.
-pub fn no_guests_memory_is_in_children_or_core_files() -> Outcome {
-    if !alone("bounds::no_guests_memory_is_in_children_or_core_files")? {
+pub fn guest_memory_is_dontfork_and_dontdump() -> Outcome {
+    if !alone("guarantees::guest_memory_is_dontfork_and_dontdump")? {
         return Ok(());
     }
     let _vm = guest("sleep 1000").memory(Size::mib(300)).start()?;
@@ -271,8 +272,8 @@ const CORE: &str = "COFFERDAM_TEST_CORE";
 const SECRET: &str = "in-the-guest-alone-";
 
 /// The host's kernel is told for a moment where core files go, as root may.
-pub fn a_core_file_has_nothing_of_a_guest() -> Outcome {
-    const TEST: &str = "bounds::a_core_file_has_nothing_of_a_guest";
+pub fn core_dump_has_no_guest_memory() -> Outcome {
+    const TEST: &str = "guarantees::core_dump_has_no_guest_memory";
     if let Some(directory) = std::env::var_os(CORE) {
         // The host has the word in two pieces, and a word of its own.
         let printed = Printed::default();
@@ -342,7 +343,7 @@ fn occurrences(file: std::fs::File, word: &str) -> Result<usize, Box<dyn std::er
 }
 
 /// Nothing of the processor that a guest could virtualize or count with, unless it is asked for.
-pub fn neither_nesting_nor_counters_by_default() -> Outcome {
+pub fn nested_virtualization_and_pmu_are_off_by_default() -> Outcome {
     let script = "grep -owE 'fpu|vmx|svm|arch_perfmon|perfctr_core' /proc/cpuinfo | sort -u; poweroff -f";
     let (_, text) = run(guest(script))?;
     check_eq!(text.trim(), "fpu");
@@ -350,7 +351,7 @@ pub fn neither_nesting_nor_counters_by_default() -> Outcome {
 }
 
 /// The initramfs of a VM is not the container's, so this is here to be named once.
-pub fn the_words_that_end_the_kernels_parameters_may_come_first() -> Outcome {
+pub fn command_line_may_begin_with_init_arguments() -> Outcome {
     for line in ["-- x", "--", "console=hvc0 quiet -- x y=\"b -- c\""] {
         let kernel = kernel().cmdline(line).initramfs(busybox("cat /proc/cmdline; reboot -f"));
         let vm = cofferdam::Vm::builder(kernel).memory(Size::mib(128));

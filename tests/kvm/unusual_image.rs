@@ -1,4 +1,4 @@
-//! An image with all that is odd, for the tests of guests and for the one that makes it outside the lab.
+//! An image with unusual files, for the tests of guests and for the one that makes it outside the lab.
 
 use std::fs;
 use std::path::{Path, PathBuf};

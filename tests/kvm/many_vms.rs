@@ -1,4 +1,4 @@
-//! Many machines in one process, and nothing left of them.
+//! Many VMs in one process, and that they leak nothing.
 
 use std::error::Error;
 use std::fs;
@@ -8,12 +8,12 @@ use std::time::{Duration, Instant};
 use cofferdam::{Exit, Size, Vm};
 
 use crate::fixture::{
-    Outcome, PATIENCE, Printed, Temp, alone, busybox, bzimage, container, guest, kernel, resident, run, soaking,
+    Outcome, Printed, TEST_TIMEOUT, Temp, alone, busybox, bzimage, container, guest, kernel, resident, run, soaking,
     tiny_kernel,
 };
 use crate::{check, check_eq};
 
-pub fn ten_machines_in_one_process() -> Outcome {
+pub fn ten_vms_run_in_one_process() -> Outcome {
     let ends: Vec<_> = std::thread::scope(|scope| {
         let run =
             |n| scope.spawn(move || run(guest(&format!("echo machine {n}\nreboot -f"))).map_err(|e| e.to_string()));
@@ -27,7 +27,7 @@ pub fn ten_machines_in_one_process() -> Outcome {
     Ok(())
 }
 
-pub fn two_kernels_side_by_side() -> Outcome {
+pub fn two_kernels_run_side_by_side() -> Outcome {
     let init = || busybox("echo here\nreboot -f");
     let kernels = [kernel(), bzimage()?].map(|k| k.cmdline("console=hvc0 quiet").initramfs(init()));
     for kernel in kernels {
@@ -50,7 +50,7 @@ impl Held {
     /// Waits until no more is held than this, with `room` for what allocator and runtime keep. A thread that was joined is
     /// listed until the kernel has let go of it.
     fn again(self, room: [u64; 4]) -> Outcome {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TEST_TIMEOUT;
         loop {
             let now = Self::now()?;
             if now.0.iter().zip(self.0).zip(room).all(|((now, before), room)| *now <= before + room) {
@@ -64,8 +64,8 @@ impl Held {
 
 const MIB: u64 = 1 << 20;
 
-pub fn one_machine_after_the_other_leaves_nothing_behind() -> Outcome {
-    if !alone("many::one_machine_after_the_other_leaves_nothing_behind")? {
+pub fn sequential_vms_leak_nothing() -> Outcome {
+    if !alone("many_vms::sequential_vms_leak_nothing")? {
         return Ok(());
     }
     let temp = Temp::new()?;
@@ -74,7 +74,7 @@ pub fn one_machine_after_the_other_leaves_nothing_behind() -> Outcome {
     let mut first = None;
     for _ in 0..soaking(1000, 60) {
         let vm = Vm::builder(kernel.clone()).start()?;
-        let exit = vm.wait_timeout(PATIENCE).ok_or("it never ended")?;
+        let exit = vm.wait_timeout(TEST_TIMEOUT).ok_or("it never ended")?;
         check!(matches!(exit, Exit::PowerOff { .. }), "{exit}");
         drop(vm);
         first.get_or_insert(Held::now()?).again([0, 0, 4, 4 * MIB])?;
@@ -84,8 +84,8 @@ pub fn one_machine_after_the_other_leaves_nothing_behind() -> Outcome {
     Ok(())
 }
 
-pub fn one_container_after_the_other_leaves_nothing_behind() -> Outcome {
-    if !alone("many::one_container_after_the_other_leaves_nothing_behind")? {
+pub fn sequential_containers_leak_nothing() -> Outcome {
+    if !alone("many_vms::sequential_containers_leak_nothing")? {
         return Ok(());
     }
     let mut first = None;
@@ -94,7 +94,7 @@ pub fn one_container_after_the_other_leaves_nothing_behind() -> Outcome {
         check_eq!(container.exec(["echo", "here"]).output()?.stdout, b"here\n");
         // Half of them end in good order, the others as they are.
         if n % 2 == 0 {
-            container.stop(PATIENCE)?;
+            container.stop(TEST_TIMEOUT)?;
         }
         drop(container);
         first.get_or_insert(Held::now()?).again([0, 0, 16, 8 * MIB])?;
@@ -102,8 +102,8 @@ pub fn one_container_after_the_other_leaves_nothing_behind() -> Outcome {
     Ok(())
 }
 
-pub fn many_machines_at_once() -> Outcome {
-    if !alone("many::many_machines_at_once")? {
+pub fn concurrent_vms_all_run() -> Outcome {
+    if !alone("many_vms::concurrent_vms_all_run")? {
         return Ok(());
     }
     let before = Held::now()?;
@@ -122,7 +122,7 @@ pub fn many_machines_at_once() -> Outcome {
         if now > seen {
             (seen, since) = (now, Instant::now());
         }
-        check!(since.elapsed() < PATIENCE, "{seen} have spoken, and no other");
+        check!(since.elapsed() < TEST_TIMEOUT, "{seen} have spoken, and no other");
     }
     let all = resident()?;
     // Guests' pages and all else; as many whole kernels would be more.
@@ -135,7 +135,7 @@ pub fn many_machines_at_once() -> Outcome {
     before.again([8, 0, 512, 32 * MIB])
 }
 
-pub fn machines_that_race_from_many_threads() -> Outcome {
+pub fn vms_start_and_end_from_many_threads() -> Outcome {
     // inc eax; jmp .-2
     let kernel = tiny_kernel(&Temp::new()?, &[0xff, 0xc0, 0xeb, 0xfc])?;
     for _ in 0..10 {

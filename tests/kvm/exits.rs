@@ -1,4 +1,4 @@
-//! Every way a guest can end is told apart, and none is silent.
+//! Each way in which a guest can end has its own [`Exit`](cofferdam::Exit).
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::fd::{AsFd, AsRawFd};
@@ -10,7 +10,7 @@ use cofferdam::event::DeviceId;
 use cofferdam::exit::Stage;
 use cofferdam::{Console, Disk, Exit, Size, Vm};
 
-use crate::fixture::{Outcome, PATIENCE, Printed, Temp, alone, driver, guest, run, tiny_kernel};
+use crate::fixture::{Outcome, Printed, TEST_TIMEOUT, Temp, alone, driver, guest, run, tiny_kernel};
 use crate::{check, check_eq};
 
 /// `mov dx, 0x600; mov al, N; out dx, al; hlt`
@@ -24,28 +24,28 @@ const SPIN: &[u8] = &[0xeb, 0xfe];
 fn tiny(code: &[u8]) -> Result<Exit, Box<dyn std::error::Error>> {
     let temp = Temp::new()?;
     let vm = Vm::builder(tiny_kernel(&temp, code)?).start()?;
-    Ok(vm.wait_timeout(PATIENCE).ok_or("it never ended")?)
+    Ok(vm.wait_timeout(TEST_TIMEOUT).ok_or("it never ended")?)
 }
 
-pub fn power_off() -> Outcome {
+pub fn power_off_exits_with_power_off() -> Outcome {
     let exit = tiny(&exit_port(0x34))?;
     check!(matches!(exit, Exit::PowerOff { .. }), "{exit}");
     Ok(())
 }
 
-pub fn halt() -> Outcome {
+pub fn halt_exits_with_halt() -> Outcome {
     let exit = tiny(&exit_port(0x36))?;
     check!(matches!(exit, Exit::Halt { .. }), "{exit}");
     Ok(())
 }
 
-pub fn init_fault() -> Outcome {
+pub fn exit_port_write_exits_with_init_fault() -> Outcome {
     let exit = tiny(&exit_port(0x37))?;
     check!(matches!(exit, Exit::InitFault { .. }), "{exit}");
     Ok(())
 }
 
-pub fn reboot() -> Outcome {
+pub fn reboot_exits_with_reboot() -> Outcome {
     let (exit, _) = run(guest("echo last words\nreboot -f"))?;
     check!(matches!(exit, Exit::Reboot { .. }), "{exit}");
     check!(format!("{exit:#}").contains("last words"), "{exit:#}");
@@ -53,7 +53,7 @@ pub fn reboot() -> Outcome {
     Ok(())
 }
 
-pub fn panic() -> Outcome {
+pub fn kernel_panic_exits_with_panic_and_its_message() -> Outcome {
     // PID 1 ends, which no kernel survives.
     let (exit, _) = run(guest("exit 3"))?;
     check!(matches!(exit, Exit::Panic { .. }), "{exit}");
@@ -61,14 +61,14 @@ pub fn panic() -> Outcome {
     Ok(())
 }
 
-pub fn panic_without_a_word() -> Outcome {
+pub fn panic_port_write_exits_with_panic_without_a_message() -> Outcome {
     // mov dx, 0x505; in al, dx; out dx, al; hlt
     let exit = tiny(&[0x66, 0xba, 0x05, 0x05, 0xec, 0xb0, 1, 0xee, 0xf4])?;
     check!(matches!(exit, Exit::Panic { .. }) && exit.to_string().contains("does not say why"), "{exit}");
     Ok(())
 }
 
-pub fn want_of_memory() -> Outcome {
+pub fn oom_of_pid_1_exits_with_panic() -> Outcome {
     // PID 1 itself takes all there is, and the kernel has nobody else to end.
     let (exit, _) = run(guest("exec tail /dev/zero"))?;
     check!(matches!(exit, Exit::Panic { .. }), "{exit}");
@@ -76,7 +76,7 @@ pub fn want_of_memory() -> Outcome {
     Ok(())
 }
 
-pub fn device_that_is_never_reset() -> Outcome {
+pub fn invalid_queue_without_a_reset_exits_with_device_fault() -> Outcome {
     // Starts the first device as a driver does, but for a queue of three entries.
     let exit = tiny(&[driver(0, 0, 0x3000, 3), SPIN.to_vec()].concat())?;
     check!(
@@ -87,7 +87,7 @@ pub fn device_that_is_never_reset() -> Outcome {
     Ok(())
 }
 
-pub fn triple_fault() -> Outcome {
+pub fn triple_fault_exits_with_triple_fault() -> Outcome {
     // An undefined instruction, without anybody to handle it.
     let exit = tiny(&[0x0f, 0x0b])?;
     check!(matches!(exit, Exit::TripleFault { .. }), "{exit}");
@@ -98,13 +98,13 @@ pub fn triple_fault() -> Outcome {
     Ok(())
 }
 
-pub fn killed_while_it_spins() -> Outcome {
+pub fn kill_ends_a_spinning_guest() -> Outcome {
     let temp = Temp::new()?;
     let vm = Vm::builder(tiny_kernel(&temp, SPIN)?).vcpus(2).start()?;
     check!(vm.try_wait().is_none());
     vm.kill();
     vm.kill();
-    let exit = vm.wait_timeout(PATIENCE).ok_or("kill did nothing")?;
+    let exit = vm.wait_timeout(TEST_TIMEOUT).ok_or("kill did nothing")?;
     check!(matches!(exit, Exit::Killed { .. }), "{exit}");
     // Where it was is what a person needs who ends a guest that hangs.
     let was_at = exit.report().registers.as_ref().map(|registers| registers.rip);
@@ -114,12 +114,12 @@ pub fn killed_while_it_spins() -> Outcome {
     Ok(())
 }
 
-pub fn dropped_while_it_spins() -> Outcome {
+pub fn drop_ends_a_spinning_guest() -> Outcome {
     let temp = Temp::new()?;
     let vm = Vm::builder(tiny_kernel(&temp, SPIN)?).start()?;
     let begin = Instant::now();
     drop(vm);
-    check!(begin.elapsed() < PATIENCE);
+    check!(begin.elapsed() < TEST_TIMEOUT);
     Ok(())
 }
 
@@ -135,8 +135,8 @@ pub fn ctrl_alt_del_asks_init_to_shut_down() -> Outcome {
     Ok(())
 }
 
-pub fn stops_and_signals_of_the_host_are_survived() -> Outcome {
-    if !alone("ends::stops_and_signals_of_the_host_are_survived")? {
+pub fn guest_survives_sigstop_and_signals_of_the_process() -> Outcome {
+    if !alone("exits::guest_survives_sigstop_and_signals_of_the_process")? {
         return Ok(());
     }
     let printed = Printed::default();
@@ -153,8 +153,8 @@ pub fn stops_and_signals_of_the_host_are_survived() -> Outcome {
     Ok(())
 }
 
-pub fn nothing_is_left_when_the_process_is_killed() -> Outcome {
-    const TEST: &str = "ends::nothing_is_left_when_the_process_is_killed";
+pub fn sigkill_of_the_process_leaves_nothing_behind() -> Outcome {
+    const TEST: &str = "exits::sigkill_of_the_process_leaves_nothing_behind";
     if std::env::var_os("COFFERDAM_TEST_KILLED").is_some() {
         let vm = guest("sleep 1000").disk(Disk::scratch(Size::mib(64))).start()?;
         writeln!(std::io::stdout(), "started")?;
@@ -179,7 +179,7 @@ pub fn nothing_is_left_when_the_process_is_killed() -> Outcome {
     Ok(())
 }
 
-pub fn shutdown_ends_a_guest_that_does_not_listen() -> Outcome {
+pub fn shutdown_kills_an_unresponsive_guest_after_the_grace() -> Outcome {
     let temp = Temp::new()?;
     let vm = Vm::builder(tiny_kernel(&temp, SPIN)?).start()?;
     let begin = Instant::now();
@@ -190,7 +190,7 @@ pub fn shutdown_ends_a_guest_that_does_not_listen() -> Outcome {
 }
 
 #[allow(unsafe_code, reason = "waits for a descriptor, as an embedder's event loop would")]
-pub fn the_exit_descriptor_tells() -> Outcome {
+pub fn exit_descriptor_becomes_readable_at_the_end() -> Outcome {
     let temp = Temp::new()?;
     let vm = Vm::builder(tiny_kernel(&temp, SPIN)?).start()?;
     let ready = |wait: i32| {
@@ -204,7 +204,7 @@ pub fn the_exit_descriptor_tells() -> Outcome {
     Ok(())
 }
 
-pub fn a_stuck_console_writer_holds_nothing_up() -> Outcome {
+pub fn blocked_console_writer_does_not_delay_the_exit() -> Outcome {
     struct Stuck(std::sync::mpsc::Receiver<()>);
     impl std::io::Write for Stuck {
         fn write(&mut self, _: &[u8]) -> std::io::Result<usize> {
@@ -220,7 +220,7 @@ pub fn a_stuck_console_writer_holds_nothing_up() -> Outcome {
     let vm = guest("yes | head -c 1000000").console(Console::writer(Stuck(held))).start()?;
     std::thread::sleep(Duration::from_millis(500));
     vm.kill();
-    let exit = vm.wait_timeout(PATIENCE).ok_or("the writer held the end up")?;
+    let exit = vm.wait_timeout(TEST_TIMEOUT).ok_or("the writer held the end up")?;
     check!(matches!(exit, Exit::Killed { .. }), "{exit}");
     drop((vm, hold));
     Ok(())

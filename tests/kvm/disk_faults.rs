@@ -9,7 +9,7 @@ use cofferdam::disk::{ErrorAction, IoEngine};
 use cofferdam::event::{DeviceId, EventKind, Events};
 use cofferdam::{Disk, Exit, Size, Vm};
 
-use crate::fixture::{Outcome, PATIENCE, Printed, Temp, guest, host, host_words};
+use crate::fixture::{Outcome, Printed, TEST_TIMEOUT, Temp, guest, host, host_words};
 use crate::{check, check_eq};
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
@@ -98,7 +98,7 @@ fn counts(printed: &Printed) -> (usize, usize) {
 /// Waits until it went well, or failed, three more times.
 fn more(printed: &Printed, well: bool) -> Outcome {
     let count = || if well { counts(printed).0 } else { counts(printed).1 };
-    let (before, deadline) = (count(), Instant::now() + PATIENCE);
+    let (before, deadline) = (count(), Instant::now() + TEST_TIMEOUT);
     while count() < before + 3 {
         check!(Instant::now() < deadline, "{}", printed.text());
         std::thread::sleep(Duration::from_millis(20));
@@ -109,7 +109,7 @@ fn more(printed: &Printed, well: bool) -> Outcome {
 /// The errno of the next fault that was told.
 fn fault(events: &Events) -> Result<Option<i32>> {
     loop {
-        let event = events.next_timeout(PATIENCE).ok_or("no fault was told")?;
+        let event = events.next_timeout(TEST_TIMEOUT).ok_or("no fault was told")?;
         if let EventKind::DiskError { error: fault } = event.kind {
             check!(fault.disk == DeviceId::Disk(0) && fault.action == ErrorAction::Report, "{fault}");
             return Ok(fault.errno);
@@ -117,7 +117,7 @@ fn fault(events: &Events) -> Result<Option<i32>> {
     }
 }
 
-pub fn a_device_that_fails_and_comes_back() -> Outcome {
+pub fn guest_sees_io_errors_until_the_device_recovers() -> Outcome {
     let (neighbour, untouched) = working(Disk::scratch(Size::mib(1)), true)?;
     for engine in [IoEngine::IoUring, IoEngine::Threads] {
         let temp = Temp::new()?;
@@ -138,7 +138,7 @@ pub fn a_device_that_fails_and_comes_back() -> Outcome {
     Ok(())
 }
 
-pub fn after_a_failed_sync_nothing_is_promised() -> Outcome {
+pub fn every_flush_fails_after_a_failed_sync() -> Outcome {
     let temp = Temp::new()?;
     let device = Device::new(&temp)?;
     let (vm, printed) = working(Disk::file(device.path()?), true)?;
@@ -155,7 +155,7 @@ pub fn after_a_failed_sync_nothing_is_promised() -> Outcome {
     Ok(())
 }
 
-pub fn a_device_that_stands_still_for_half_a_minute() -> Outcome {
+pub fn stalled_device_delays_only_its_own_guest() -> Outcome {
     let (neighbour, untouched) = working(Disk::scratch(Size::mib(1)), true)?;
     let (one, two) = (Temp::new()?, Temp::new()?);
     let devices = [Device::new(&one)?, Device::new(&two)?];
@@ -188,7 +188,7 @@ pub fn a_device_that_stands_still_for_half_a_minute() -> Outcome {
     Ok(())
 }
 
-pub fn a_file_system_that_becomes_read_only() -> Outcome {
+pub fn read_only_file_system_fails_writes() -> Outcome {
     let temp = Temp::new()?;
     let (device, directory) = (Device::new(&temp)?, temp.path("mounted"));
     std::fs::create_dir(&directory)?;

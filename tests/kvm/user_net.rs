@@ -1,4 +1,4 @@
-//! What goes between a guest and its host: at once, without waiting, and not when the policy has been withdrawn.
+//! The user-mode network: its latency, and what a policy that is withdrawn stops.
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream, UdpSocket};
@@ -10,7 +10,7 @@ use cofferdam::Net;
 use cofferdam::net::{Cidr, Policy, PortForward, Rule};
 use cofferdam::process::Stdio;
 
-use crate::fixture::{Outcome, PATIENCE, debian_container, host};
+use crate::fixture::{Outcome, TEST_TIMEOUT, debian_container, host};
 use crate::net::host_address;
 use crate::{check, check_eq};
 
@@ -56,7 +56,7 @@ const SERVICE: &str = "use IO::Socket::IP; $| = 1; my $l = IO::Socket::IP->new(L
 /// The same of its own streams, answers in two writes.
 const FILTER: &str = "$| = 1; while (read STDIN, my $b, 16) { print substr $b, 0, 8; print substr $b, 8 }";
 
-pub fn a_network_is_there_at_once_and_no_round_trip_waits() -> Outcome {
+pub fn network_is_up_at_start_and_round_trips_have_no_delay() -> Outcome {
     host("ip addr replace fd00:c0ff:ee::1/128 dev lo")?;
     let outside = TcpListener::bind("[fd00:c0ff:ee::1]:0")?;
     let policy = Policy::deny_all().rule(Rule::allow_range("fd00:c0ff:ee::1".parse::<Cidr>()?));
@@ -84,7 +84,7 @@ pub fn a_network_is_there_at_once_and_no_round_trip_waits() -> Outcome {
         for my $n (0 .. {ROUNDS}) {{ $n % 2 ? (syswrite($s, 'a head, '), syswrite($s, 'a body. ')) : syswrite($s, 'a head, a body. ');
             read $s, my $b, 16 or die }}"
     );
-    let output = container.exec(["perl", "-e", &client]).timeout(PATIENCE).output()?;
+    let output = container.exec(["perl", "-e", &client]).timeout(TEST_TIMEOUT).output()?;
     let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
     check!(output.status.success() && text.starts_with("fd63:6f66:6665:"), "{} {text}", output.status);
     let times = served.join().map_err(|_| "the server panicked")??;
@@ -118,7 +118,7 @@ const FLOOD: &str = r#"
     }
 "#;
 
-pub fn nothing_leaves_once_the_policy_is_withdrawn() -> Outcome {
+pub fn withdrawn_policy_stops_all_traffic() -> Outcome {
     let ip = host_address()?;
     let (datagrams, listener) = (UdpSocket::bind((ip, 0))?, TcpListener::bind((ip, 0))?);
     let ports = [datagrams.local_addr()?.port(), listener.local_addr()?.port()];
@@ -127,7 +127,7 @@ pub fn nothing_leaves_once_the_policy_is_withdrawn() -> Outcome {
     let net = container.vm().net(0)?;
     let [udp, tcp] = ports.map(|port| port.to_string());
     let _flood = container.exec(["perl", "-e", FLOOD, ip, &udp, &tcp]).spawn()?;
-    datagrams.set_read_timeout(Some(PATIENCE))?;
+    datagrams.set_read_timeout(Some(TEST_TIMEOUT))?;
     let mut buffer = [0; 65_536];
     for round in 0..2 {
         // Both come.
@@ -150,7 +150,7 @@ pub fn nothing_leaves_once_the_policy_is_withdrawn() -> Outcome {
         }
         let begin = Instant::now();
         while read.load(Ordering::Relaxed) < 100_000 {
-            check!(begin.elapsed() < PATIENCE, "round {round}: the connection carries nothing");
+            check!(begin.elapsed() < TEST_TIMEOUT, "round {round}: the connection carries nothing");
             std::thread::sleep(Duration::from_millis(1));
         }
         net.set_policy(Policy::deny_all())?;

@@ -36,7 +36,7 @@ fn reported(temp: &Temp, preparation: &str, kernel: &str) -> Result<String, Box<
     Ok(String::from_utf8(output.stdout)?)
 }
 
-pub fn without_kvm_the_remedy_is_told() -> Outcome {
+pub fn missing_kvm_error_names_the_remedy() -> Outcome {
     let temp = Temp::new()?;
     let _written = tiny_kernel(&temp, &[0xf4])?;
     let forbidden = reported(&temp, "touch kvm && chmod 0 kvm && mount --bind kvm /dev/kvm", "kernel")?;
@@ -48,7 +48,7 @@ pub fn without_kvm_the_remedy_is_told() -> Outcome {
     Ok(())
 }
 
-pub fn what_may_not_be_read_is_named() -> Outcome {
+pub fn unreadable_file_is_named() -> Outcome {
     let temp = Temp::new()?;
     let told = reported(&temp, "touch secret && chmod 0 secret", "secret")?;
     let expected = format!("PermissionDenied: opening kernel {}: Permission denied", temp.path("secret").display());
@@ -56,7 +56,7 @@ pub fn what_may_not_be_read_is_named() -> Outcome {
     Ok(())
 }
 
-pub fn a_guest_that_is_never_ready_names_its_stage() -> Outcome {
+pub fn start_timeout_names_the_boot_stage() -> Outcome {
     let temp = Temp::new()?;
     // jmp .
     let spinning = tiny_kernel(&temp, &[0xeb, 0xfe])?;
@@ -67,7 +67,7 @@ pub fn a_guest_that_is_never_ready_names_its_stage() -> Outcome {
     Ok(())
 }
 
-pub fn a_guest_that_ends_first_says_how() -> Outcome {
+pub fn guest_exit_before_ready_is_reported() -> Outcome {
     let temp = Temp::new()?;
     let dying = tiny_kernel(&temp, &[0x0f, 0x0b])?;
     let error = debian_container().kernel(dying).start().map(drop).expect_err("a triple fault");
@@ -76,7 +76,7 @@ pub fn a_guest_that_ends_first_says_how() -> Outcome {
     Ok(())
 }
 
-pub fn a_broken_shim_is_told() -> Outcome {
+pub fn shim_failure_is_reported() -> Outcome {
     // A root device that is not there, as the kernel has no driver called up for it.
     let kernel = kernel().cmdline("virtio_blk.dummy=1 initcall_blacklist=virtio_blk_init,init");
     let error = debian_container().kernel(kernel).start_timeout(Duration::from_secs(60)).start();

@@ -1,4 +1,4 @@
-//! Network cards that lead to other guests, to the embedder's own code, through limits, and into a file.
+//! Network backends: switches and custom backends, with limits and captures.
 
 use std::collections::VecDeque;
 use std::io::Read;
@@ -13,13 +13,15 @@ use cofferdam::net::{Capture, ConnectionLimit, Mac, NetLimit, Policy, PortForwar
 use cofferdam::process::ExitStatus;
 use cofferdam::{Container, ErrorKind, Exit, Net, Rate, Vm};
 
-use crate::fixture::{Outcome, PATIENCE, Printed, Temp, container, debian_container, guest, network_container, run};
+use crate::fixture::{
+    Outcome, Printed, TEST_TIMEOUT, Temp, container, debian_container, guest, network_container, run,
+};
 use crate::{check, check_eq};
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
 fn shell(container: &Container, command: &str) -> Result<String> {
-    let output = container.exec(["bash", "-c", command]).timeout(PATIENCE).output()?;
+    let output = container.exec(["bash", "-c", command]).timeout(TEST_TIMEOUT).output()?;
     Ok(String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).trim().to_owned())
 }
 
@@ -28,7 +30,7 @@ const SERVER: &str = "perl -MIO::Socket::IP -e '
     my $l = IO::Socket::IP->new(LocalHost => \"::\", LocalPort => 7000, Listen => 5) or die;
     my $c = $l->accept; open(my $m, \"|-\", \"md5sum\"); while (read $c, my $b, 65536) { print $m $b }'";
 
-pub fn two_containers_on_a_switch_talk_by_name() -> Outcome {
+pub fn containers_on_a_switch_connect_by_name() -> Outcome {
     let switch = Switch::new();
     let server = debian_container().net(Net::switch(&switch, "server")).start()?;
     let outside = Net::user(Policy::deny_all());
@@ -82,7 +84,7 @@ pub fn two_containers_on_a_switch_talk_by_name() -> Outcome {
     Ok(())
 }
 
-pub fn a_limit_holds_and_is_changed() -> Outcome {
+pub fn net_rate_limit_holds_and_can_be_changed() -> Outcome {
     let script = "ifconfig eth0 10.0.2.15 netmask 255.255.255.0 up; route add default gw 10.0.2.2; echo ready
         while true; do head -c 200000 /dev/zero | nc -l -p 80; done";
     let printed = Printed::default();
@@ -93,7 +95,7 @@ pub fn a_limit_holds_and_is_changed() -> Outcome {
     let (net, events) = (vm.net(0)?, vm.events()?);
     let address = *net.published().first().ok_or("a port was published")?;
     let fetch = || -> Result<Duration> {
-        let (start, deadline) = (Instant::now(), Instant::now() + PATIENCE);
+        let (start, deadline) = (Instant::now(), Instant::now() + TEST_TIMEOUT);
         loop {
             let mut bytes = Vec::new();
             let begin = Instant::now();
@@ -144,7 +146,7 @@ fn frames(pcap: &[u8]) -> Result<Vec<&[u8]>> {
     Ok(frames)
 }
 
-pub fn what_a_guest_sends_is_captured() -> Outcome {
+pub fn capture_records_guest_frames() -> Outcome {
     let temp = Temp::new()?;
     let path = temp.path("net0.pcap");
     let script = "ifconfig eth0 10.0.2.15 netmask 255.255.255.0 up
@@ -153,7 +155,7 @@ pub fn what_a_guest_sends_is_captured() -> Outcome {
     let printed = Printed::default();
     let vm = guest(script).net(net).console(printed.console()).start()?;
     let card = vm.net(0)?;
-    vm.wait_timeout(PATIENCE).ok_or("it never ended")?;
+    vm.wait_timeout(TEST_TIMEOUT).ok_or("it never ended")?;
     check!(printed.text().contains("2 packets received"), "{}", printed.text());
     // All is written when the VM has ended.
     let bytes = std::fs::read(&path)?;
@@ -232,7 +234,7 @@ impl NetBackend for Responder {
     }
 }
 
-pub fn a_backend_of_the_embedders_own() -> Outcome {
+pub fn custom_backend_carries_frames() -> Outcome {
     let net = Net::custom(|card| {
         Ok(Responder { mac: card.mac, pings: 0, answers: VecDeque::new(), never: UnixStream::pair()? })
     });
@@ -288,17 +290,17 @@ fn acting(act: impl Fn() + Clone + Send + Sync + 'static) -> cofferdam::Result<V
     guest(TALK).net(net).start()
 }
 
-pub fn a_backend_that_panics_ends_its_machine_alone() -> Outcome {
+pub fn panicking_backend_ends_only_its_own_vm() -> Outcome {
     let neighbour = container()?;
     // Without the panic hook, which reads all of the symbols to print where it was.
     let vm = acting(|| std::panic::resume_unwind(Box::new("a mistake of the embedder's")))?;
-    let exit = vm.wait_timeout(PATIENCE).ok_or("it has not ended")?;
+    let exit = vm.wait_timeout(TEST_TIMEOUT).ok_or("it has not ended")?;
     check!(matches!(&exit, Exit::DeviceFault { device: DeviceId::Net(0), .. }), "{exit}");
-    check!(neighbour.exec(["true"]).timeout(PATIENCE).status()?.success());
+    check!(neighbour.exec(["true"]).timeout(TEST_TIMEOUT).status()?.success());
     Ok(())
 }
 
-pub fn a_backend_may_hold_its_machine() -> Outcome {
+pub fn backend_may_own_its_vm() -> Outcome {
     let held = Arc::new(Mutex::new(None::<Vm>));
     let (tell, told) = std::sync::mpsc::sync_channel(1);
     let slot = held.clone();
@@ -321,15 +323,15 @@ pub fn a_backend_may_hold_its_machine() -> Outcome {
     })?;
     let events = vm.events()?;
     *held.lock().map_err(|_| "poisoned")? = Some(vm);
-    let (refused, paused, took) = told.recv_timeout(PATIENCE)?;
+    let (refused, paused, took) = told.recv_timeout(TEST_TIMEOUT)?;
     check_eq!((refused, paused), (Err(ErrorKind::InvalidState), Err(ErrorKind::InvalidState)));
-    check!(took < PATIENCE / 2, "{took:?}");
-    let ended = std::iter::from_fn(|| events.next_timeout(PATIENCE)).last().map(|event| event.kind);
+    check!(took < TEST_TIMEOUT / 2, "{took:?}");
+    let ended = std::iter::from_fn(|| events.next_timeout(TEST_TIMEOUT)).last().map(|event| event.kind);
     check!(matches!(ended, Some(EventKind::Ended { exit: Exit::Killed { .. } })), "{ended:?}");
     Ok(())
 }
 
-pub fn a_backend_may_hold_its_container() -> Outcome {
+pub fn backend_may_own_its_container() -> Outcome {
     let held = Arc::new(Mutex::new(None::<Container>));
     let (tell, told) = std::sync::mpsc::sync_channel(1);
     let slot = held.clone();
@@ -348,11 +350,11 @@ pub fn a_backend_may_hold_its_container() -> Outcome {
         container.exec(["sh", "-c", "sleep 2; ip addr add 192.0.2.2/24 dev eth0; ip link set eth0 up; sleep 1000"]);
     *held.lock().map_err(|_| "poisoned")? = Some(container);
     let mut process = exec.spawn()?;
-    let (was_there, took) = told.recv_timeout(PATIENCE)?;
+    let (was_there, took) = told.recv_timeout(TEST_TIMEOUT)?;
     check!(was_there && took < Duration::from_secs(10), "{was_there} {took:?}");
     let status = process.wait()?;
     check!(matches!(&status, ExitStatus::VmEnded { exit: Exit::Killed { .. } }), "{status}");
-    let ended = std::iter::from_fn(|| events.next_timeout(PATIENCE)).last().map(|event| event.kind);
+    let ended = std::iter::from_fn(|| events.next_timeout(TEST_TIMEOUT)).last().map(|event| event.kind);
     check!(matches!(ended, Some(EventKind::Ended { exit: Exit::Killed { .. } })), "{ended:?}");
     Ok(())
 }
