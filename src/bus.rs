@@ -4,6 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::error::{Error, ErrorKind, Result};
@@ -19,7 +20,7 @@ pub(crate) trait BusDevice: Send {
 /// A device, shared by all threads that may touch its registers.
 pub(crate) type Attached = Arc<Mutex<dyn BusDevice>>;
 
-struct Range {
+struct BusRange {
     len: u64,
     device: Attached,
 }
@@ -27,26 +28,24 @@ struct Range {
 /// Address ranges and the devices behind them; fixed once the VM runs.
 #[derive(Default)]
 pub(crate) struct Bus {
-    ranges: BTreeMap<u64, Range>,
+    ranges: BTreeMap<u64, BusRange>,
 }
 
 impl Bus {
-    /// Puts `device` at `base..base + len`.
+    /// Puts `device` at the addresses of `range`.
     ///
     /// # Errors
-    /// `AlreadyExists` when the range touches another, `InvalidConfig` when it is empty or beyond the address space.
-    pub(crate) fn attach(&mut self, base: u64, len: u64, device: Attached) -> Result<()> {
-        let end = base.checked_add(len).filter(|_| len > 0).ok_or_else(|| {
-            Error::new(ErrorKind::InvalidConfig, format!("bus range {base:#x}+{len:#x} is not a range"))
-        })?;
-        let before = self.ranges.range(..end).next_back();
-        if let Some((start, taken)) = before.filter(|(start, taken)| *start + taken.len > base) {
-            return Err(Error::new(
-                ErrorKind::AlreadyExists,
-                format!("bus range {base:#x}+{len:#x} meets {start:#x}+{:#x}", taken.len),
-            ));
+    /// `AlreadyExists` when the range touches another, `InvalidConfig` when it is empty.
+    pub(crate) fn attach(&mut self, range: Range<u64>, device: Attached) -> Result<()> {
+        if range.is_empty() {
+            return Err(Error::new(ErrorKind::InvalidConfig, format!("bus range {range:#x?} is empty")));
         }
-        self.ranges.insert(base, Range { len, device });
+        let before = self.ranges.range(..range.end).next_back();
+        if let Some((start, taken)) = before.filter(|(start, taken)| *start + taken.len > range.start) {
+            let other = *start..*start + taken.len;
+            return Err(Error::new(ErrorKind::AlreadyExists, format!("bus range {range:#x?} meets {other:#x?}")));
+        }
+        self.ranges.insert(range.start, BusRange { len: range.end - range.start, device });
         Ok(())
     }
 
@@ -110,7 +109,7 @@ mod tests {
     #[test]
     fn accesses_reach_the_device_with_their_offset() {
         let (mut bus, echo) = (Bus::default(), Arc::new(Mutex::new(Echo::default())));
-        bus.attach(0x1000, 0x10, echo.clone()).unwrap();
+        bus.attach(0x1000..0x1010, echo.clone()).unwrap();
         let mut data = [0; 2];
         assert!(bus.read(0x1004, &mut data));
         assert_eq!(data, [4, 4]);
@@ -119,9 +118,9 @@ mod tests {
     }
 
     #[test]
-    fn nothing_reads_as_ones() {
+    fn unmapped_addresses_read_as_ones() {
         let mut bus = Bus::default();
-        bus.attach(0x1000, 0x10, Arc::new(Mutex::new(Echo::default()))).unwrap();
+        bus.attach(0x1000..0x1010, Arc::new(Mutex::new(Echo::default()))).unwrap();
         for addr in [0, 0xfff, 0x1010, u64::MAX] {
             let mut data = [0; 4];
             assert!(!bus.read(addr, &mut data));
@@ -131,14 +130,14 @@ mod tests {
     }
 
     #[test]
-    fn ranges_do_not_meet() {
+    fn overlapping_bus_ranges_are_rejected() {
         let mut bus = Bus::default();
         let echo = || Arc::new(Mutex::new(Echo::default()));
-        bus.attach(0x1000, 0x10, echo()).unwrap();
-        for (base, len) in [(0xfff, 2), (0x1000, 1), (0x100f, 1), (0x800, 0x1000), (0, 0), (u64::MAX, 2)] {
-            assert!(bus.attach(base, len, echo()).is_err(), "{base:#x}+{len:#x}");
+        bus.attach(0x1000..0x1010, echo()).unwrap();
+        for range in [0xfff..0x1001, 0x1000..0x1001, 0x100f..0x1010, 0x800..0x1800, 0..0] {
+            assert!(bus.attach(range.clone(), echo()).is_err(), "{range:#x?}");
         }
-        bus.attach(0x1010, 0x10, echo()).unwrap();
-        bus.attach(0xff0, 0x10, echo()).unwrap();
+        bus.attach(0x1010..0x1020, echo()).unwrap();
+        bus.attach(0xff0..0x1000, echo()).unwrap();
     }
 }

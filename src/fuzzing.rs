@@ -18,7 +18,7 @@ use crate::virtio::balloon::Balloon;
 use crate::virtio::blk::{Blk, Options, RawFile};
 use crate::virtio::rng::Rng;
 use crate::virtio::testing::{Driver, WRITE};
-use crate::virtio::vsock::packet::{HEADER, Header, Op, TYPE_STREAM};
+use crate::virtio::vsock::packet::{HEADER, TYPE_STREAM, VsockHeader, VsockOp};
 use crate::virtio::vsock::{GUEST_CID, HOST_CID, Vsock, VsockListener};
 use crate::virtio::{MmioTransport, Slots, VirtioDevice};
 
@@ -52,10 +52,10 @@ pub fn queue(data: &[u8]) {
                 let len = usize::from(bytes.byte() % 32);
                 let _ = memory.write(GuestAddress(at), bytes.take(len));
             }
-            _ => driver.poke(0),
+            _ => driver.dispatch(0),
         }
     }
-    driver.poke(0);
+    driver.dispatch(0);
 }
 
 /// Reads and writes of any register at any width, on a running device.
@@ -72,7 +72,7 @@ pub fn mmio(data: &[u8]) {
         unreachable!("the harness lacks what it needs")
     };
     let (mut bus, transport) = (Bus::default(), Arc::new(Mutex::new(transport)));
-    let _ = bus.attach(0, 0x1000, transport.clone());
+    let _ = bus.attach(0..0x1000, transport.clone());
     // A driver's first steps, so that what follows meets a running device as often as an idle one.
     let mut bytes = Bytes(data);
     if bytes.byte() % 2 == 0 {
@@ -147,7 +147,7 @@ pub fn blk_request(data: &[u8]) {
     let limit = if flavour & 8 == 0 { crate::virtio::blk::DiskLimit::none() } else { limit };
     let disk = Blk::new(Box::new(disk), Options { engine, queues, limit, ..Options::new(0) });
     let (mut bytes, mut driver) = (Bytes(data), Driver::start(disk));
-    let patience = std::time::Duration::from_secs(10);
+    let timeout = std::time::Duration::from_secs(10);
     while !bytes.done() {
         let (readable, writable) = (usize::from(bytes.byte() % 6), usize::from(bytes.byte() % 6));
         let mut header = [0; 16];
@@ -177,21 +177,21 @@ pub fn blk_request(data: &[u8]) {
             (0..writable).map(|_| usize::from(u16::from_le_bytes(bytes.number()) % 2048) + 1).collect();
         let queue = usize::from(what) % usize::from(queues);
         driver.send(queue, &readable, &writable);
-        driver.poke(queue);
+        driver.dispatch(queue);
         let (disk, io) = driver.parts();
         match what >> 4 {
             0 => drop(disk.grow(Some(io), u64::from(bytes.byte()) << 9)),
             1 => disk.profile().config.set(32, &[bytes.byte() & 1]),
-            2..8 => assert!(disk.pausing(io, patience), "the disk does not come to rest"),
+            2..8 => assert!(disk.pausing(io, timeout), "the disk does not come to rest"),
             8 => disk.resumed(io),
-            _ => driver.poke_watched(0),
+            _ => driver.dispatch_watched(0),
         }
         for queue in 0..usize::from(queues) {
             while driver.receive(queue).is_some() {}
         }
     }
     let (disk, io) = driver.parts();
-    disk.finishing(io, patience);
+    disk.finishing(io, timeout);
     disk.stopping(io);
 }
 
@@ -210,10 +210,10 @@ pub fn vsock_packet(data: &[u8]) {
                     let _ = stream.set_nonblocking(true).map(|()| stream.write(&[7; 5000]));
                 }
             }
-            4 => (0..3).for_each(|number| driver.poke_watched(number)),
+            4 => (0..3).for_each(|number| driver.dispatch_watched(number)),
             _ => {
-                let op = Op::parse(u16::from(bytes.byte() % 10));
-                let header = Header {
+                let op = VsockOp::parse(u16::from(bytes.byte() % 10));
+                let header = VsockHeader {
                     len: u32::from(u16::from_le_bytes(bytes.number()) % 3000),
                     src_cid: if bytes.byte() == 0 { 99 } else { GUEST_CID },
                     dst_cid: HOST_CID,
@@ -232,7 +232,7 @@ pub fn vsock_packet(data: &[u8]) {
                 driver.send(1, &pieces, &[]);
             }
         }
-        driver.poke(1);
+        driver.dispatch(1);
         while driver.receive(0).is_some() || driver.receive(1).is_some() {}
     }
 }
@@ -262,7 +262,7 @@ pub fn balloon(data: &[u8]) {
             }
             _ => while driver.collect(queue).is_some() {},
         }
-        driver.poke(queue);
+        driver.dispatch(queue);
     }
 }
 
@@ -371,7 +371,7 @@ pub mod bench {
         pub fn run(&mut self, n: u32) {
             for _ in 0..n {
                 self.0.send(0, &[b"x"], &[]);
-                self.0.poke(0);
+                self.0.dispatch(0);
                 self.0.collect(0);
             }
         }
@@ -406,9 +406,9 @@ pub mod bench {
         pub fn run(&mut self, n: u32) {
             for _ in 0..n {
                 self.0.send(0, &[&[0; 16]], &[PAGE, 1]);
-                self.0.poke(0);
+                self.0.dispatch(0);
                 while self.0.collect(0).is_none() {
-                    self.0.poke_watched(0);
+                    self.0.dispatch_watched(0);
                 }
             }
         }
@@ -419,8 +419,8 @@ pub mod bench {
     pub struct Vsock(Driver<super::Vsock>, VsockStream);
 
     /// The guest's half of one connection.
-    fn header(op: Op, len: usize) -> [u8; HEADER] {
-        Header {
+    fn header(op: VsockOp, len: usize) -> [u8; HEADER] {
+        VsockHeader {
             src_cid: GUEST_CID,
             dst_cid: HOST_CID,
             src_port: 5,
@@ -449,8 +449,8 @@ pub mod bench {
             for _ in 0..64 {
                 driver.send(0, &[], &[PAGE]);
             }
-            driver.send(1, &[&header(Op::Request, 0)], &[]);
-            driver.poke(1);
+            driver.send(1, &[&header(VsockOp::Request, 0)], &[]);
+            driver.dispatch(1);
             let stream = listener.try_accept().unwrap().unwrap();
             Self(driver, stream)
         }
@@ -458,10 +458,10 @@ pub mod bench {
         /// `n` packets of 4 KiB, each read by the embedder at once.
         #[allow(clippy::unwrap_used, reason = "for this repository's bench alone")]
         pub fn run(&mut self, n: u32) {
-            let (header, mut page) = (header(Op::Data, PAGE), [0; PAGE]);
+            let (header, mut page) = (header(VsockOp::Data, PAGE), [0; PAGE]);
             for _ in 0..n {
                 self.0.send(1, &[&header, &page], &[]);
-                self.0.poke(1);
+                self.0.dispatch(1);
                 self.1.read_exact(&mut page).unwrap();
                 self.0.collect(1);
                 while self.0.collect(0).is_some() {
@@ -483,7 +483,7 @@ mod tests {
     use super::qcow2_open as qcow2;
 
     #[test]
-    fn no_turn_does_more_than_it_may() {
+    fn no_turn_exceeds_its_budget() {
         for device in 0..7 {
             let mut data = vec![device];
             for round in 0..6u8 {
@@ -497,7 +497,7 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(64))]
         #[test]
-        fn any_bytes_are_survived(data in proptest::collection::vec(any::<u8>(), 0..600)) {
+        fn arbitrary_bytes_never_panic(data in proptest::collection::vec(any::<u8>(), 0..600)) {
             for target in [queue, mmio, blk_request, balloon, vsock_packet, proto_frame, control_stream, kernel_image, kernel_module, image_tar, overlay, qcow2] {
                 target(&data);
             }

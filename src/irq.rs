@@ -56,7 +56,7 @@ impl Interrupt {
     }
 
     /// Whether the device waits for a reset.
-    pub(crate) fn broken(&self) -> bool {
+    pub(crate) fn needs_reset(&self) -> bool {
         self.0.registers.load(STATUS) & NEEDS_RESET != 0
     }
 
@@ -110,8 +110,8 @@ mod tests {
         interrupt.signal_used();
         assert_eq!((status(), edges.load(Ordering::Relaxed)), (3, 3));
         interrupt.signal_needs_reset();
-        assert!(interrupt.broken());
+        assert!(interrupt.needs_reset());
         interrupt.reset();
-        assert_eq!((status(), interrupt.broken()), (0, false));
+        assert_eq!((status(), interrupt.needs_reset()), (0, false));
     }
 }

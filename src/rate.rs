@@ -180,7 +180,7 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(64))]
         #[test]
-        fn a_bucket_does_what_a_naive_one_does(
+        fn token_bucket_matches_a_naive_model(
             tenth in 1u64..5_000_000,
             once in 0u64..50,
             steps in proptest::collection::vec((0u32..3000, 0u64..2000), 1..20),
@@ -211,7 +211,7 @@ mod tests {
     }
 
     #[test]
-    fn the_average_holds_whatever_the_size_of_what_is_taken() {
+    fn average_rate_holds_for_any_request_size() {
         for size in [1, 512, 4096, 1 << 20, 1 << 30] {
             let rate = Rate::per_second(10 << 20).one_time_burst(1 << 20);
             let mut buckets = Buckets::new([Some(rate), None], Duration::ZERO);
@@ -228,7 +228,7 @@ mod tests {
     }
 
     #[test]
-    fn whole_ones_come_as_often_as_they_may() {
+    fn take_whole_holds_the_rate() {
         let mut bucket = Bucket::keeping(Duration::from_secs(1), Rate::per_second(10), Duration::ZERO);
         let taken =
             |bucket: &mut Bucket, millis| (0..100).filter(|_| bucket.take_whole(Duration::from_millis(millis))).count();

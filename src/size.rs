@@ -59,7 +59,7 @@ mod tests {
     }
 
     #[test]
-    fn saturates() {
+    fn arithmetic_saturates() {
         assert_eq!(Size::gib(u64::MAX).as_bytes(), u64::MAX);
     }
 }

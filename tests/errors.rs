@@ -67,7 +67,7 @@ fn refused(builder: VmBuilder, kind: ErrorKind, word: &str) {
 
 /// One test, as descriptors are counted.
 #[test]
-fn what_cannot_work_is_refused_by_name() {
+fn invalid_configs_name_the_method() {
     let temp = Temp::new("config");
     let invalid = ErrorKind::InvalidConfig;
     refused(temp.vm().vcpus(0), invalid, "vcpus: 0");

@@ -41,7 +41,7 @@ fn server_name(text: &str) -> (u16, Vec<u8>) {
 }
 
 #[test]
-fn hosts_of_requests_are_found() {
+fn http_host_header_is_found() {
     for (host, found) in [
         ("Host: Alice.Example.test", name("alice.example.test")),
         ("hOST:alice.example.test:8080", name("alice.example.test")),
@@ -62,7 +62,7 @@ fn hosts_of_requests_are_found() {
 }
 
 #[test]
-fn server_names_are_found_in_any_records() {
+fn tls_server_name_is_found_in_any_record_split() {
     let extensions = [(10, vec![0, 2, 0, 29]), server_name("Alice.example.test"), (43, vec![2, 3, 4])];
     for piece in [1, 3, 50, 16384] {
         assert_eq!(Kind::of(22).find(&hello(&extensions, piece)), name("alice.example.test"), "{piece}");
@@ -78,7 +78,7 @@ fn server_names_are_found_in_any_records() {
 }
 
 #[test]
-fn what_never_ends_is_given_up() {
+fn unfinished_requests_time_out() {
     let endless = [b"GET / HTTP/1.1\r\nX: ".to_vec(), vec![b'a'; MAX_HEAD]].concat();
     assert_eq!(Kind::Http.find(&endless[..MAX_HEAD - 1]), Found::More);
     assert_eq!(Kind::Http.find(&endless[..MAX_HEAD]), Found::Bad);
@@ -105,7 +105,7 @@ fn say(at: SocketAddr, bytes: &[u8]) -> Vec<u8> {
 }
 
 #[test]
-fn whoever_cannot_be_served_is_told_why() {
+fn unserved_clients_get_an_error_response() {
     let at = gateway(Limits { head: Duration::from_millis(300), ..Limits::default() });
     for (host, status) in [("Host: nobody.example.test", "404"), ("Host: down.example.test", "503"), ("X: y", "400")] {
         let answer = say(at, &request(host));
@@ -119,7 +119,7 @@ fn whoever_cannot_be_served_is_told_why() {
 }
 
 #[test]
-fn too_many_callers_are_closed() {
+fn excess_clients_are_closed() {
     let at = gateway(Limits { connections: 2, head: Duration::from_millis(500), ..Limits::default() });
     let slow: Vec<_> = (0..2).map(|_| TcpStream::connect(at).unwrap()).collect();
     std::thread::sleep(Duration::from_millis(100));
@@ -132,12 +132,12 @@ fn too_many_callers_are_closed() {
 
 proptest! {
     #[test]
-    fn no_bytes_are_too_strange(bytes in proptest::collection::vec(any::<u8>(), 0..600), tls in any::<bool>()) {
+    fn gateway_survives_arbitrary_bytes(bytes in proptest::collection::vec(any::<u8>(), 0..600), tls in any::<bool>()) {
         let _ = if tls { Kind::Tls } else { Kind::Http }.find(&bytes);
     }
 
     #[test]
-    fn a_part_is_never_taken_for_the_whole(cut in 0usize..1000, change in 0usize..1000, byte in any::<u8>()) {
+    fn partial_requests_are_incomplete(cut in 0usize..1000, change in 0usize..1000, byte in any::<u8>()) {
         let whole = hello(&[server_name("alice.example.test")], 60);
         let part = &whole[..cut % whole.len()];
         prop_assert_eq!(Kind::Tls.find(part), Found::More);

@@ -9,9 +9,9 @@ use std::process::Command;
 
 use cofferdam::Image;
 
-#[path = "kvm/odd.rs"]
+#[path = "kvm/unusual_image.rs"]
 #[allow(dead_code, reason = "what the guests' tests look for")]
-mod odd;
+mod unusual_image;
 
 fn cache() -> PathBuf {
     let cache = std::env::var("XDG_CACHE_HOME").or_else(|_| std::env::var("HOME").map(|home| home + "/.cache"));
@@ -19,8 +19,8 @@ fn cache() -> PathBuf {
 }
 
 #[test]
-fn the_odd_disk_is_whole() {
-    odd::image(&cache(), true).prepare().expect("its disk");
+fn unusual_image_passes_fsck() {
+    unusual_image::image(&cache(), true).prepare().expect("its disk");
     let disks = cache().join("odd/disks").read_dir().expect("the directory").flatten().map(|entry| entry.path());
     disks.filter(|path| path.extension().is_some_and(|it| it == "erofs")).for_each(|disk| check(&disk));
 }
@@ -32,7 +32,7 @@ fn check(disk: &Path) {
 }
 
 #[test]
-fn disks_of_debian_are_whole() {
+fn debian_images_pass_fsck() {
     let directory = cache().join("images");
     for name in ["debian-12", "debian-12-network", "debian-12-storage"] {
         let image = Image::open(directory.join(format!("{name}.tar"))).expect("an image: run `make setup`");

@@ -183,7 +183,7 @@ fn files_say_what_they_are_and_hold_one_idea() {
 }
 
 #[test]
-fn nothing_behaves_like_a_process() {
+fn library_makes_no_process_wide_changes() {
     for source in sources().iter().filter(|s| s.layer != "guest") {
         for word in [
             "process::exit",

@@ -65,7 +65,7 @@ impl Vcpu {
     /// As the thread of a vCPU does.
     fn thread(&self, gate: &VcpuGate) {
         loop {
-            match gate.turn(self) {
+            match gate.next_action(self) {
                 VcpuAction::End => return,
                 VcpuAction::Enter => self.run(),
                 VcpuAction::Finish => {
@@ -109,7 +109,7 @@ impl Machine {
     }
 
     fn end(&self) {
-        self.gate.remove();
+        self.gate.shut_down();
         self.kick();
     }
 
@@ -203,7 +203,7 @@ fn run(mailbox: &Shared, looked: &AtomicUsize) -> Value {
         if !mailbox.serve(&mut value) {
             break;
         }
-        while mailbox.held() {
+        while mailbox.is_suspended() {
             mailbox.waker().wait();
             if !mailbox.serve(&mut value) {
                 break 'ended;
@@ -245,7 +245,7 @@ fn closures_are_run_or_refused_but_never_lost() {
 fn a_held_loop_runs_closures_and_looks_at_nothing_else() {
     let (mailbox, looked, owner) = start();
     let (held, wait) = mpsc::sync_channel(1);
-    if mailbox.hold(held) == Ok(true) {
+    if mailbox.suspend(held) == Ok(true) {
         wait.recv().unwrap();
     }
     let before = looked.load(Ordering::SeqCst);
@@ -253,7 +253,7 @@ fn a_held_loop_runs_closures_and_looks_at_nothing_else() {
     assert_eq!(mailbox.post(Box::new(move |_| answer.send(()).unwrap())), Ok(()));
     answered.recv().unwrap();
     assert_eq!(looked.load(Ordering::SeqCst), before, "a held loop looked at a descriptor");
-    mailbox.release();
+    mailbox.resume();
     mailbox.close();
     assert!(owner.join().unwrap().looked >= before);
 }
@@ -263,7 +263,7 @@ fn a_loop_that_ends_while_it_is_asked_to_hold_frees_who_waits() {
     let other = mailbox.clone();
     let asking = thread::spawn(move || {
         let (held, wait) = mpsc::sync_channel(1);
-        if other.hold(held) == Ok(true) {
+        if other.suspend(held) == Ok(true) {
             // Held, or let go of by the end; either way somebody answers.
             let _ = wait.recv();
         }

@@ -191,7 +191,7 @@ fn ops() -> impl Strategy<Value = Vec<(Op, usize, usize)>> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
     #[test]
-    fn whatever_a_loss_of_power_leaves_what_was_promised_is_there(ops in ops(), seed in any::<u64>()) {
+    fn flushed_data_survives_every_power_loss(ops in ops(), seed in any::<u64>()) {
         let (start, directory) = (empty(), TempDir::new());
         let file = Recorder::on(start.clone());
         let events = file.events.clone();

@@ -143,7 +143,7 @@ mod tests {
     }
 
     #[test]
-    fn the_word_that_ends_the_kernels_parameters_may_be_anywhere() {
+    fn double_dash_may_be_anywhere() {
         for (text, expected) in [
             ("-- x", "a=1 -- x"),
             ("--", "a=1"),
@@ -162,7 +162,7 @@ mod tests {
     }
 
     #[test]
-    fn the_embedders_choice_wins_over_defaults_and_conflicts_are_refused() {
+    fn embedder_parameters_override_defaults_and_conflicts_are_rejected() {
         let mut line = cmdline("panic=5 init=/bin/sh").unwrap();
         line.default("panic", "-1");
         line.require("panic", "5").unwrap();
@@ -172,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_machine_sets_may_not_be_set() {
+    fn parameters_reserved_for_the_vm_are_rejected() {
         for text in ["virtio_mmio.device=4K@0:5", "a virtio-mmio.device=1", "cofferdam.shim=1"] {
             assert!(cmdline(text).is_err(), "{text}");
         }
@@ -180,7 +180,7 @@ mod tests {
     }
 
     #[test]
-    fn text_that_cannot_be_carried_is_refused() {
+    fn invalid_command_line_characters_are_rejected() {
         for text in ["a\0b", "a\nb", "größe=1", "dyndbg=\"file x"] {
             assert!(cmdline(text).is_err(), "{text:?}");
         }
@@ -188,7 +188,7 @@ mod tests {
     }
 
     #[test]
-    fn overlong_text_is_refused_not_cut() {
+    fn overlong_command_line_is_rejected() {
         assert!(cmdline(&"x".repeat(2047)).unwrap().finish().is_ok());
         let error = cmdline(&"x".repeat(2048)).unwrap().finish().unwrap_err();
         assert!(error.to_string().contains("2048 bytes"), "{error}");

@@ -15,7 +15,7 @@ pub(crate) struct Archive {
 }
 
 /// One header's fields; what is not here is zero.
-struct Header<'a> {
+struct CpioHeader<'a> {
     name: &'a str,
     mode: u32,
     device: (u32, u32),
@@ -24,29 +24,29 @@ struct Header<'a> {
 
 impl Archive {
     pub(crate) fn directory(&mut self, name: &str, permissions: u32) -> Result<()> {
-        self.entry(&Header { name, mode: DIRECTORY | permissions, device: (0, 0), len: 0 })
+        self.entry(&CpioHeader { name, mode: DIRECTORY | permissions, device: (0, 0), len: 0 })
     }
 
     /// The header of a file whose `len` bytes follow the archive so far, padded to a multiple of four.
     pub(crate) fn file(&mut self, name: &str, permissions: u32, len: usize) -> Result<()> {
-        self.entry(&Header { name, mode: FILE | permissions, device: (0, 0), len })
+        self.entry(&CpioHeader { name, mode: FILE | permissions, device: (0, 0), len })
     }
 
     pub(crate) fn symlink(&mut self, name: &str, target: &str) -> Result<()> {
-        self.entry(&Header { name, mode: SYMLINK | 0o777, device: (0, 0), len: target.len() })?;
+        self.entry(&CpioHeader { name, mode: SYMLINK | 0o777, device: (0, 0), len: target.len() })?;
         self.bytes.extend_from_slice(target.as_bytes());
         self.pad();
         Ok(())
     }
 
     pub(crate) fn character_device(&mut self, name: &str, permissions: u32, device: (u32, u32)) -> Result<()> {
-        self.entry(&Header { name, mode: CHARACTER | permissions, device, len: 0 })
+        self.entry(&CpioHeader { name, mode: CHARACTER | permissions, device, len: 0 })
     }
 
     /// # Errors
     /// `InvalidConfig` for a name that the format or a tree cannot hold, or more data than 32 bits count.
-    fn entry(&mut self, header: &Header<'_>) -> Result<()> {
-        let Header { name, mode, device, len } = *header;
+    fn entry(&mut self, header: &CpioHeader<'_>) -> Result<()> {
+        let CpioHeader { name, mode, device, len } = *header;
         let bad = |what: &str| Err(Error::invalid("Initramfs", format!("{name:?} {what}")));
         if name.is_empty() || name.starts_with('/') || name.contains('\0') || name.len() > 4095 {
             return bad("is not a name relative to the root");
@@ -98,7 +98,7 @@ mod tests {
     use std::process::{Command, Stdio};
 
     #[test]
-    fn names_stay_inside_the_tree() {
+    fn archive_paths_stay_inside_the_root() {
         for name in ["", "/etc", "a//b", "../x", "a/../b", "a/.", "nul\0"] {
             assert!(Archive::default().file(name, 0o644, 0).is_err(), "{name:?}");
         }
@@ -114,7 +114,7 @@ mod tests {
     }
 
     #[test]
-    fn cpio_itself_reads_what_we_write() {
+    fn gnu_cpio_reads_our_archives() {
         let mut archive = Archive::default();
         archive.directory("etc", 0o755).unwrap();
         archive.file("etc/motd", 0o644, 5).unwrap();

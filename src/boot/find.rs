@@ -228,7 +228,7 @@ mod tests {
     }
 
     #[test]
-    fn the_small_kernel_goes_before_a_stock_one_and_that_before_the_hosts() {
+    fn kernel_search_prefers_small_then_stock_then_host_kernel() {
         let fake = Fake::new("order");
         fake.write("root/boot/vmlinuz-RELEASE", &bzimage(b"\xf4"));
         fake.modules("root/usr/lib/modules/RELEASE");
@@ -248,7 +248,7 @@ mod tests {
     }
 
     #[test]
-    fn a_damaged_small_kernel_is_no_reason_to_take_another() {
+    fn damaged_small_kernel_is_an_error() {
         let fake = Fake::new("damaged");
         fake.write("root/boot/vmlinuz-RELEASE", &bzimage(b"\xf4"));
         fake.modules("root/usr/lib/modules/RELEASE");

@@ -139,8 +139,8 @@ fn packed(image: &MemoryImage) -> Option<Vec<u8>> {
         image.read(GuestAddress(at), &mut bytes).ok()?;
         Some(bytes)
     };
-    for &(start, len) in image.extents() {
-        let (mut at, end) = (start, start + len);
+    for extent in image.extents() {
+        let (mut at, end) = (extent.start, extent.end);
         while at < end {
             let window = read(at, (WINDOW as u64).min(end - at))?;
             if let Some(found) = find(&window) {
@@ -240,7 +240,7 @@ mod tests {
     }
 
     #[test]
-    fn an_embedded_configuration_tells_what_is_built_in_or_a_module() {
+    fn embedded_config_says_what_is_built_in_or_a_module() {
         let config = Configuration::embedded(&image(0x10_0123, &embed(TEXT.as_bytes())));
         config.check(["CONFIG_VIRTIO", "VIRTIO_BLK", "X86_64"]).unwrap();
         config.check([""; 0]).unwrap();
@@ -263,7 +263,7 @@ mod tests {
     }
 
     #[test]
-    fn it_is_found_wherever_it_lies() {
+    fn embedded_config_is_found_at_any_offset() {
         let packed = embed(TEXT.as_bytes());
         // Around the border of two windows, and at the end of what the kernel holds.
         for at in (WINDOW - 2 * packed.len()..WINDOW + 2).step_by(3) {
@@ -278,7 +278,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_damaged_or_absurd_is_not_there() {
+    fn damaged_embedded_config_is_ignored() {
         let whole = embed(TEXT.as_bytes());
         assert!(known(&whole));
         let mut flipped = whole.clone();
@@ -294,7 +294,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_beside_the_kernel_tells_too() {
+    fn config_file_beside_the_kernel_is_read() {
         let temp = Temp::new("beside");
         let kernel = temp.put("vmlinuz-6.1.0-18-amd64", "");
         let look = |kernel: &Path| Configuration::default().or_beside(kernel);
@@ -313,7 +313,7 @@ mod tests {
     }
 
     #[test]
-    fn files_that_are_too_large_or_none_are_not_read() {
+    fn oversized_or_special_config_files_are_ignored() {
         let temp = Temp::new("large");
         let kernel = temp.put("bzImage", "");
         temp.put("config", TEXT.repeat(MAX / TEXT.len() + 1));
@@ -327,7 +327,7 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(64))]
 
         #[test]
-        fn any_bytes_are_survived(noise in proptest::collection::vec(any::<u8>(), 0..400), at in 0usize..200) {
+        fn arbitrary_bytes_never_panic(noise in proptest::collection::vec(any::<u8>(), 0..400), at in 0usize..200) {
             let mut whole = embed(TEXT.as_bytes());
             whole.iter_mut().skip(at + BEGIN.len()).zip(&noise).for_each(|(to, byte)| *to ^= byte & 0x11);
             known(&whole);
@@ -337,7 +337,7 @@ mod tests {
         }
 
         #[test]
-        fn it_is_found_as_by_looking_everywhere(text in proptest::collection::vec(proptest::sample::select(&BEGIN[..]), 0..300), at in 0usize..300, put in any::<bool>()) {
+        fn embedded_config_search_equals_exhaustive_search(text in proptest::collection::vec(proptest::sample::select(&BEGIN[..]), 0..300), at in 0usize..300, put in any::<bool>()) {
             let mut text = text;
             if put {
                 text.splice(at.min(text.len())..at.min(text.len()), *BEGIN);

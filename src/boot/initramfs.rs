@@ -24,11 +24,11 @@ pub struct Initramfs {
 #[derive(Debug, Clone)]
 enum Part {
     Archive { file: Arc<File>, path: PathBuf, len: u64 },
-    Entry(Arc<Entry>),
+    Entry(Arc<ArchiveEntry>),
 }
 
 #[derive(Debug)]
-enum Entry {
+enum ArchiveEntry {
     Directory { path: String, permissions: u32 },
     File { path: String, permissions: u32, contents: Arc<Vec<u8>> },
     Symlink { path: String, target: String },
@@ -59,7 +59,7 @@ impl Initramfs {
 
     /// Adds a directory, such as `/proc`, with permissions such as `0o755`. Parents must be there or be added before.
     pub fn directory(self, path: impl Into<String>, permissions: u32) -> Self {
-        self.entry(Entry::Directory { path: path.into(), permissions })
+        self.entry(ArchiveEntry::Directory { path: path.into(), permissions })
     }
 
     /// Adds a file. `/init` with permissions `0o755` is what the kernel runs.
@@ -69,20 +69,20 @@ impl Initramfs {
 
     /// Adds a file that others have too.
     pub(crate) fn shared_file(self, path: impl Into<String>, permissions: u32, contents: Arc<Vec<u8>>) -> Self {
-        self.entry(Entry::File { path: path.into(), permissions, contents })
+        self.entry(ArchiveEntry::File { path: path.into(), permissions, contents })
     }
 
     /// Adds a symbolic link.
     pub fn symlink(self, path: impl Into<String>, target: impl Into<String>) -> Self {
-        self.entry(Entry::Symlink { path: path.into(), target: target.into() })
+        self.entry(ArchiveEntry::Symlink { path: path.into(), target: target.into() })
     }
 
     /// Adds a character device with its major and minor number, such as `(5, 1)` for `/dev/console`.
     pub fn character_device(self, path: impl Into<String>, permissions: u32, device: (u32, u32)) -> Self {
-        self.entry(Entry::CharacterDevice { path: path.into(), permissions, device })
+        self.entry(ArchiveEntry::CharacterDevice { path: path.into(), permissions, device })
     }
 
-    fn entry(mut self, entry: Entry) -> Self {
+    fn entry(mut self, entry: ArchiveEntry) -> Self {
         self.parts.push(Part::Entry(Arc::new(entry)));
         self
     }
@@ -100,7 +100,7 @@ impl Initramfs {
                     let archive = archive.get_or_insert_default();
                     append(archive, entry)?;
                     // Contents are not copied before they are copied into the guest.
-                    if let Entry::File { contents, .. } = &**entry {
+                    if let ArchiveEntry::File { contents, .. } = &**entry {
                         pieces.extend([archive.take().into(), contents.as_slice().into()].map(Piece::Bytes));
                     }
                 }
@@ -110,11 +110,11 @@ impl Initramfs {
         Ok(pieces)
     }
 
-    /// Puts everything into guest memory as high as possible below `limit`; says where, and how many bytes.
+    /// Puts everything into guest memory as high as possible below `limit`.
     ///
     /// # Errors
     /// `InvalidConfig` when it does not fit between `floor` and `limit`, `Corrupt` when a file has shrunk.
-    pub(super) fn load(&self, memory: &GuestMemory, floor: u64, limit: u64) -> Result<(GuestAddress, u64)> {
+    pub(super) fn load(&self, memory: &GuestMemory, floor: u64, limit: u64) -> Result<LoadedInitramfs> {
         let pieces = self.pieces()?;
         let len: u64 = pieces.iter().map(|p| p.len().next_multiple_of(4)).sum();
         let start = limit.checked_sub(len).map(|at| at & !0xfff).filter(|at| *at >= floor);
@@ -132,8 +132,15 @@ impl Initramfs {
             piece.load(memory, at)?;
             at += piece.len().next_multiple_of(4);
         }
-        Ok((GuestAddress(start), len))
+        Ok(LoadedInitramfs { addr: GuestAddress(start), size: len })
     }
+}
+
+/// Where an initramfs is in guest memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct LoadedInitramfs {
+    pub addr: GuestAddress,
+    pub size: u64,
 }
 
 enum Piece<'a> {
@@ -172,13 +179,15 @@ impl Piece<'_> {
     }
 }
 
-fn append(archive: &mut Archive, entry: &Entry) -> Result<()> {
+fn append(archive: &mut Archive, entry: &ArchiveEntry) -> Result<()> {
     let name = |path: &'_ str| path.trim_start_matches('/').to_owned();
     match entry {
-        Entry::Directory { path, permissions } => archive.directory(&name(path), permissions & 0o7777),
-        Entry::File { path, permissions, contents } => archive.file(&name(path), permissions & 0o7777, contents.len()),
-        Entry::Symlink { path, target } => archive.symlink(&name(path), target),
-        Entry::CharacterDevice { path, permissions, device } => {
+        ArchiveEntry::Directory { path, permissions } => archive.directory(&name(path), permissions & 0o7777),
+        ArchiveEntry::File { path, permissions, contents } => {
+            archive.file(&name(path), permissions & 0o7777, contents.len())
+        }
+        ArchiveEntry::Symlink { path, target } => archive.symlink(&name(path), target),
+        ArchiveEntry::CharacterDevice { path, permissions, device } => {
             archive.character_device(&name(path), permissions & 0o7777, *device)
         }
     }
@@ -193,12 +202,12 @@ mod tests {
     }
 
     #[test]
-    fn archives_and_entries_lie_one_after_the_other() {
+    fn archives_and_entries_are_concatenated() {
         let path = std::env::temp_dir().join(format!("cofferdam-initramfs-{}", std::process::id()));
         std::fs::write(&path, b"070701archive").unwrap();
         let initramfs = Initramfs::open(&path).unwrap().file("/init", 0o755, "#!").directory("proc", 0o755);
         let memory = memory();
-        let (at, len) = initramfs.load(&memory, 1 << 20, 4 << 20).unwrap();
+        let LoadedInitramfs { addr: at, size: len } = initramfs.load(&memory, 1 << 20, 4 << 20).unwrap();
         assert_eq!((at.0 % 4096, at.0 + len <= 4 << 20), (0, true));
         let mut seen = vec![0; len as usize];
         memory.read(at, &mut seen).unwrap();
@@ -207,7 +216,7 @@ mod tests {
     }
 
     #[test]
-    fn what_does_not_fit_is_refused_with_the_numbers() {
+    fn oversized_initramfs_error_has_the_sizes() {
         let large = Initramfs::new().file("/x", 0o644, vec![0; 3 << 20]);
         assert!(large.load(&memory(), 1 << 19, 4 << 20).is_ok());
         let error = large.load(&memory(), 2 << 20, 4 << 20).unwrap_err();
@@ -216,7 +225,7 @@ mod tests {
     }
 
     #[test]
-    fn missing_files_and_directories_are_told_apart() {
+    fn missing_file_and_directory_errors_differ() {
         assert_eq!(Initramfs::open("/nonexistent").unwrap_err().kind(), ErrorKind::NotFound);
         assert_eq!(Initramfs::open("/tmp").unwrap_err().kind(), ErrorKind::InvalidConfig);
         assert!(Initramfs::new().file("../x", 0o644, "").load(&memory(), 0, 4 << 20).is_err());

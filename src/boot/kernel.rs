@@ -15,7 +15,7 @@ use linux_loader::loader::{BzImage, Elf, KernelLoader};
 use super::find::Places;
 use super::ikconfig::Configuration;
 use super::{Initramfs, Modules, Need, Packed};
-use crate::arch::{Entry, layout};
+use crate::arch::{EntryPoint, layout};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::memory::{GuestAddress, GuestMemory, MemoryImage};
 use crate::sys;
@@ -54,7 +54,7 @@ pub struct Kernel {
 #[derive(Debug)]
 pub(super) struct Loaded {
     pub image: MemoryImage,
-    pub entry: Entry,
+    pub entry: EntryPoint,
     /// Its PVH entry point, if it has one.
     pub pvh: Option<GuestAddress>,
     /// Where the kernel will have unpacked itself; the initramfs must lie above.
@@ -203,12 +203,12 @@ impl Kernel {
     ///
     /// # Errors
     /// `Unsupported` when it shall be entered in a way that it has not.
-    pub(super) fn entry(&self) -> Result<Entry> {
+    pub(super) fn entry(&self) -> Result<EntryPoint> {
         if !self.pvh {
             return Ok(self.loaded.entry);
         }
         let none = || Error::new(ErrorKind::Unsupported, "Kernel::pvh: this kernel has no PVH entry point");
-        self.loaded.pvh.map(Entry::Pvh).ok_or_else(none)
+        self.loaded.pvh.map(EntryPoint::Pvh).ok_or_else(none)
     }
 
     /// What is needed of its modules; nothing when it has none.
@@ -296,8 +296,8 @@ fn load_elf(file: &mut File) -> Result<Loaded> {
     };
     let at = GuestAddress(result.kernel_load.0);
     let entry = match pvh {
-        _ if inside(&at) => Entry::Linux64(at),
-        Some(pvh) => Entry::Pvh(pvh),
+        _ if inside(&at) => EntryPoint::Linux64(at),
+        Some(pvh) => EntryPoint::Pvh(pvh),
         None => return Err(corrupt(format!("its entry point {at} lies outside what it loads"))),
     };
     let end = result.kernel_end.max(image.end());
@@ -356,7 +356,7 @@ fn load_bzimage(file: &mut File) -> Result<Loaded> {
     let end = load.max(header.pref_address).saturating_add(header.init_size.into()).max(image.end());
     let configuration = Configuration::default();
     let release = release(file, header.kernel_version);
-    let entry = Entry::Linux64(GuestAddress(entry));
+    let entry = EntryPoint::Linux64(GuestAddress(entry));
     Ok(Loaded { image, entry, pvh: None, end, header: Some(header), configuration, release })
 }
 
@@ -426,7 +426,7 @@ pub(super) mod tests {
     #[test]
     fn an_elf_kernel_is_loaded_where_it_asks() {
         let kernel = open("elf", &elf(b"\xf4")).unwrap();
-        assert_eq!(kernel.loaded.entry, Entry::Linux64(GuestAddress(0x10_0000)));
+        assert_eq!(kernel.loaded.entry, EntryPoint::Linux64(GuestAddress(0x10_0000)));
         assert_eq!(kernel.loaded.image.data_len(), 4096);
         assert_eq!(kernel.loaded.image.data().0, kernel.loaded.image.end(), "no segment is writable");
         let mut writable = elf(b"\xf4");
@@ -445,7 +445,7 @@ pub(super) mod tests {
     #[test]
     fn a_bzimage_is_loaded_where_it_asks_and_keeps_room_to_unpack() {
         let kernel = open("bzimage", &bzimage(b"\xf4")).unwrap();
-        assert_eq!((kernel.loaded.entry, kernel.loaded.end), (Entry::Linux64(GuestAddress(0x10_0200)), 0x10_1000));
+        assert_eq!((kernel.loaded.entry, kernel.loaded.end), (EntryPoint::Linux64(GuestAddress(0x10_0200)), 0x10_1000));
         assert!(kernel.loaded.header.is_some());
     }
 
@@ -453,10 +453,13 @@ pub(super) mod tests {
     fn the_64_bit_entry_point_is_preferred_and_the_pvh_one_taken_where_there_is_no_other() {
         let at = GuestAddress(0x10_0000);
         let both = open("pvh", &elf_with_pvh(&[0xf4; 64])).unwrap();
-        assert_eq!((both.entry().unwrap(), both.pvh(true).entry().unwrap()), (Entry::Linux64(at), Entry::Pvh(at)));
+        assert_eq!(
+            (both.entry().unwrap(), both.pvh(true).entry().unwrap()),
+            (EntryPoint::Linux64(at), EntryPoint::Pvh(at))
+        );
         let mut virtual_entry = elf_with_pvh(&[0xf4; 64]);
         virtual_entry[24..32].copy_from_slice(&0xffff_ffff_8010_0000_u64.to_le_bytes());
-        assert_eq!(open("pvh-only", &virtual_entry).unwrap().entry().unwrap(), Entry::Pvh(at));
+        assert_eq!(open("pvh-only", &virtual_entry).unwrap().entry().unwrap(), EntryPoint::Pvh(at));
         let error = open("pvh-none", &elf(b"\xf4")).unwrap().pvh(true).entry().unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Unsupported);
         let end = virtual_entry.len();
@@ -465,7 +468,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn what_is_cut_off_or_compressed_is_named() {
+    fn truncated_or_compressed_kernel_is_named() {
         let whole = bzimage(b"\xf4");
         assert!(open("whole", &whole).is_ok());
         let mut cut = whole.clone();

@@ -2,15 +2,18 @@
 //!
 //! Linux x86 boot protocol, 1.15; the memory map is as firmware would report it (ACPI 6.5, 15).
 
+use std::ops::Range;
+
 use linux_loader::bootparam::{boot_e820_entry, boot_params, setup_header};
 use linux_loader::configurator::linux::LinuxBootConfigurator;
 use linux_loader::configurator::{BootConfigurator, BootParams};
 
+use super::initramfs::LoadedInitramfs;
 use super::kernel::Loaded;
 use super::{Initramfs, Kernel, pvh};
-use crate::arch::{self, Entry, layout};
+use crate::arch::{self, EntryPoint, layout};
 use crate::error::{Error, ErrorKind, Result};
-use crate::memory::{GuestAddress, GuestMemory};
+use crate::memory::GuestMemory;
 
 /// Usable memory, in the firmware's numbering.
 pub(super) const E820_RAM: u32 = 1;
@@ -26,7 +29,7 @@ const INITRAMFS_LIMIT: u64 = 0x7fff_ffff;
 ///
 /// # Errors
 /// `InvalidConfig` when something does not fit into the guest's memory, `Unsupported` when the kernel has no such entry.
-pub(crate) fn load(memory: &GuestMemory, kernel: &Kernel, cmdline: &str) -> Result<Entry> {
+pub(crate) fn load(memory: &GuestMemory, kernel: &Kernel, cmdline: &str) -> Result<EntryPoint> {
     let (loaded, entry) = (&*kernel.loaded, kernel.entry()?);
     let low_end = memory.regions().first().map_or(0, |r| r.addr.0 + r.len);
     if loaded.end > low_end {
@@ -43,24 +46,24 @@ pub(crate) fn load(memory: &GuestMemory, kernel: &Kernel, cmdline: &str) -> Resu
     let initramfs = kernel.initramfs.as_ref().map(|it| place(it, memory, loaded, low_end)).transpose()?;
     let map = memory_map(memory);
     match entry {
-        Entry::Linux64(_) => write_zero_page(memory, &map, header(loaded, cmdline.len(), initramfs))?,
-        Entry::Pvh(_) => pvh::write(memory, &map, initramfs)?,
+        EntryPoint::Linux64(_) => write_zero_page(memory, &map, header(loaded, cmdline.len(), initramfs))?,
+        EntryPoint::Pvh(_) => pvh::write(memory, &map, initramfs)?,
     }
     arch::write_boot_tables(memory, entry)?;
     Ok(entry)
 }
 
-/// Where there is memory to use: addresses and sizes.
-fn memory_map(memory: &GuestMemory) -> Vec<(u64, u64)> {
-    let mut map = vec![(0, layout::LOW_MEMORY_END.0)];
+/// The ranges of memory to use.
+fn memory_map(memory: &GuestMemory) -> Vec<Range<u64>> {
+    let mut map = vec![Range { start: 0, end: layout::LOW_MEMORY_END.0 }];
     for region in memory.regions() {
         let start = region.addr.0.max(layout::HIGH_MEMORY.0);
-        map.push((start, region.addr.0 + region.len - start));
+        map.push(start..region.addr.0 + region.len);
     }
     map
 }
 
-fn header(loaded: &Loaded, cmdline_len: usize, initramfs: Option<(GuestAddress, u64)>) -> setup_header {
+fn header(loaded: &Loaded, cmdline_len: usize, initramfs: Option<LoadedInitramfs>) -> setup_header {
     let mut header = loaded.header.unwrap_or(setup_header {
         boot_flag: BOOT_FLAG,
         header: HEADER_MAGIC,
@@ -70,22 +73,22 @@ fn header(loaded: &Loaded, cmdline_len: usize, initramfs: Option<(GuestAddress, 
     header.type_of_loader = LOADER_UNDEFINED;
     header.cmd_line_ptr = layout::CMDLINE.0 as u32;
     header.cmdline_size = cmdline_len as u32;
-    if let Some((at, len)) = initramfs {
-        (header.ramdisk_image, header.ramdisk_size) = (at.0 as u32, len as u32);
+    if let Some(LoadedInitramfs { addr, size }) = initramfs {
+        (header.ramdisk_image, header.ramdisk_size) = (addr.0 as u32, size as u32);
     }
     header
 }
 
-fn place(initramfs: &Initramfs, memory: &GuestMemory, loaded: &Loaded, low_end: u64) -> Result<(GuestAddress, u64)> {
+fn place(initramfs: &Initramfs, memory: &GuestMemory, loaded: &Loaded, low_end: u64) -> Result<LoadedInitramfs> {
     let limit = loaded.header.map_or(INITRAMFS_LIMIT, |h| u64::from(h.initrd_addr_max)) + 1;
     initramfs.load(memory, loaded.end.next_multiple_of(4096), limit.min(low_end) & !0xfff)
 }
 
-fn write_zero_page(memory: &GuestMemory, map: &[(u64, u64)], header: setup_header) -> Result<()> {
+fn write_zero_page(memory: &GuestMemory, map: &[Range<u64>], header: setup_header) -> Result<()> {
     // Kernels from before boot protocol 2.14 do not know the field and search for what it points at.
     let mut params = boot_params { hdr: header, acpi_rsdp_addr: layout::ACPI.0, ..Default::default() };
-    for (entry, (addr, size)) in params.e820_table.iter_mut().zip(map) {
-        *entry = boot_e820_entry { addr: *addr, size: *size, r#type: E820_RAM };
+    for (entry, range) in params.e820_table.iter_mut().zip(map) {
+        *entry = boot_e820_entry { addr: range.start, size: range.end - range.start, r#type: E820_RAM };
     }
     params.e820_entries = map.len() as u8;
     LinuxBootConfigurator::write_bootparams(&BootParams::new(&params, layout::ZERO_PAGE.inner()), memory.inner())
@@ -97,6 +100,7 @@ mod tests {
     use super::super::kernel::tests::Temp;
     use super::super::tiny::{elf, elf_with_pvh};
     use super::*;
+    use crate::memory::GuestAddress;
 
     fn guest(mib: u64) -> GuestMemory {
         GuestMemory::anonymous(&[(GuestAddress(0), mib << 20)]).unwrap()
@@ -115,7 +119,7 @@ mod tests {
     #[test]
     fn kernel_command_line_and_initramfs_are_where_the_kernel_looks() {
         let (memory, kernel) = (guest(8), kernel("load").initramfs(Initramfs::new().file("init", 0o755, "x")));
-        assert_eq!(load(&memory, &kernel, "quiet").unwrap(), Entry::Linux64(GuestAddress(0x10_0000)));
+        assert_eq!(load(&memory, &kernel, "quiet").unwrap(), EntryPoint::Linux64(GuestAddress(0x10_0000)));
         assert_eq!(byte(&memory, 0x10_0000), 0xf4);
         assert_eq!(byte(&memory, layout::CMDLINE.0 + 5), 0);
         let mut at = [0; 4];
@@ -127,10 +131,10 @@ mod tests {
     }
 
     #[test]
-    fn a_start_info_says_the_same() {
+    fn pvh_start_info_matches_boot_params() {
         let kernel = Kernel::open(&Temp::new("start-info", &elf_with_pvh(b"\xf4")).0).unwrap().pvh(true);
         let (memory, kernel) = (guest(8), kernel.initramfs(Initramfs::new().file("init", 0o755, "x")));
-        assert_eq!(load(&memory, &kernel, "quiet").unwrap(), Entry::Pvh(GuestAddress(0x10_0000)));
+        assert_eq!(load(&memory, &kernel, "quiet").unwrap(), EntryPoint::Pvh(GuestAddress(0x10_0000)));
         let number = |at: u64| {
             let mut number = [0; 8];
             memory.read(GuestAddress(at), &mut number).unwrap();

@@ -2,24 +2,30 @@
 //!
 //! It takes the place of Linux's boot parameters (Xen, public/arch-x86/hvm/start_info.h).
 
+use std::ops::Range;
+
 use linux_loader::configurator::pvh::PvhBootConfigurator;
 use linux_loader::configurator::{BootConfigurator, BootParams};
 use linux_loader::loader::elf::start_info::{hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info};
 
+use super::initramfs::LoadedInitramfs;
 use super::linux::E820_RAM;
 use crate::arch::layout;
 use crate::error::{Error, ErrorKind, Result};
-use crate::memory::{GuestAddress, GuestMemory};
+use crate::memory::GuestMemory;
 
 const MAGIC: u32 = 0x336e_c578;
 /// The version that has a memory map.
 const VERSION: u32 = 1;
 
-/// Writes it for a machine with this memory map and initramfs, each as addresses and sizes.
-pub(super) fn write(memory: &GuestMemory, map: &[(u64, u64)], initramfs: Option<(GuestAddress, u64)>) -> Result<()> {
-    let ram = |&(addr, size): &(u64, u64)| hvm_memmap_table_entry { addr, size, type_: E820_RAM, reserved: 0 };
+/// Writes it for a machine with this memory map and initramfs.
+pub(super) fn write(memory: &GuestMemory, map: &[Range<u64>], initramfs: Option<LoadedInitramfs>) -> Result<()> {
+    let ram = |range: &Range<u64>| {
+        let (addr, size) = (range.start, range.end - range.start);
+        hvm_memmap_table_entry { addr, size, type_: E820_RAM, reserved: 0 }
+    };
     let map: Vec<_> = map.iter().map(ram).collect();
-    let module = |(at, size): (GuestAddress, u64)| hvm_modlist_entry { paddr: at.0, size, ..Default::default() };
+    let module = |it: LoadedInitramfs| hvm_modlist_entry { paddr: it.addr.0, size: it.size, ..Default::default() };
     let modules: Vec<_> = initramfs.map(module).into_iter().collect();
     let info = hvm_start_info {
         magic: MAGIC,

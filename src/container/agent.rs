@@ -16,7 +16,7 @@ use std::os::fd::AsFd;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
-use entry::{Ending, Expiry, Phase, ProcessEntry, UNANSWERED_KILL};
+use entry::{Expiry, KillReason, ProcessEntry, ProcessPhase, UNANSWERED_KILL};
 pub(super) use entry::{KILL_MARGIN, START_TIMEOUT};
 #[cfg(any(test, feature = "internals"))]
 pub(crate) use fuzzing::control_stream;
@@ -24,10 +24,10 @@ pub(crate) use fuzzing::control_stream;
 use super::Startup;
 use super::cancel::CancelToken;
 use super::handshake::{self, Handshake, StartDeadline, protocol_error};
-use super::process::{ExitStatus, State};
+use super::process::{ExitStatus, ProcessShared};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::event_loop::{Handler, Interest, Loop, Remote};
-use crate::proto::{Decoder, End, FROM_GUEST_MAX, FromGuest, FromHost, Spawn, Step};
+use crate::proto::{Decoder, End, FROM_GUEST_MAX, FromGuest, FromHost, Spawn, SpawnStep};
 use crate::sys::{Timer, deadline};
 use crate::virtio::vsock::VsockStream;
 use crate::vm::{Exit, Vm, WeakVm};
@@ -44,7 +44,7 @@ const MAX_CALLS: usize = 16;
 const SHIM_GONE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Carries, once, whether a program runs.
-pub(super) type Started = mpsc::SyncSender<Result<()>>;
+pub(super) type StartReply = mpsc::SyncSender<Result<()>>;
 
 /// The way to the shim. Dropping it ends the thread.
 pub(super) struct Agent {
@@ -59,8 +59,9 @@ impl Agent {
     /// # Errors
     /// As [`handshake::handshake`].
     pub(super) fn start(vm: &Vm, begin: Instant, timeout: Duration, cancel: Option<&CancelToken>) -> Result<Self> {
-        let patience = StartDeadline { deadline: deadline(timeout), cancel };
-        let Handshake { stream, decoder, startup, version } = handshake::handshake(vm, begin, timeout, &patience)?;
+        let start_deadline = StartDeadline { deadline: deadline(timeout), cancel };
+        let Handshake { stream, decoder, startup, version } =
+            handshake::handshake(vm, begin, timeout, &start_deadline)?;
         let timer = Timer::new().doing(|| "creating a timer")?;
         let mut trouble = Ok(());
         let looped = Loop::start("agent", |sources| {
@@ -158,9 +159,9 @@ impl ControlClient {
     pub(super) fn spawn(
         &mut self,
         spawn: &Spawn<'_>,
-        state: Arc<State>,
+        state: Arc<ProcessShared>,
         deadline: Option<Instant>,
-        started: Started,
+        started: StartReply,
     ) -> u32 {
         let number = self.next_process;
         self.next_process = number.wrapping_add(1).max(1);
@@ -178,7 +179,7 @@ impl ControlClient {
     pub(super) fn kill(&mut self, process: u32) -> Result<()> {
         // Before the message to the guest, which may fail: it has ended soon after in any case.
         if let Some(entry) = self.processes.get_mut(&process) {
-            entry.killed(Ending::Killed);
+            entry.killed(KillReason::Killed);
             self.set_timer();
         }
         self.send(process, &FromHost::Kill)
@@ -240,7 +241,7 @@ impl ControlClient {
             match self.stream.read(&mut buffer) {
                 Ok(0) => return self.end("it has closed the control stream"),
                 Ok(n) => {
-                    if let Err(error) = self.understand(buffer.get(..n).unwrap_or_default()) {
+                    if let Err(error) = self.decode(buffer.get(..n).unwrap_or_default()) {
                         return self.end(&error.to_string());
                     }
                 }
@@ -252,7 +253,7 @@ impl ControlClient {
         self.again();
     }
 
-    fn understand(&mut self, mut input: &[u8]) -> Result<()> {
+    fn decode(&mut self, mut input: &[u8]) -> Result<()> {
         // The decoder lends out its buffer, so it is set aside while a message is acted on.
         let mut decoder = std::mem::replace(&mut self.decoder, Decoder::new(FROM_GUEST_MAX));
         let mut outcome = Ok(());
@@ -260,7 +261,7 @@ impl ControlClient {
             outcome = match decoder.next(&mut input) {
                 Ok(None) => break,
                 Ok(Some(frame)) => match FromGuest::parse(&frame) {
-                    Ok(Some(message)) => self.act(frame.stream, &message),
+                    Ok(Some(message)) => self.handle_message(frame.stream, &message),
                     Ok(None) => Ok(()),
                     Err(e) => Err(protocol_error(&e)),
                 },
@@ -271,16 +272,16 @@ impl ControlClient {
         outcome
     }
 
-    fn act(&mut self, process: u32, message: &FromGuest<'_>) -> Result<()> {
+    fn handle_message(&mut self, process: u32, message: &FromGuest<'_>) -> Result<()> {
         match *message {
             FromGuest::Spawned { .. } => {
                 let Some(entry) = self.processes.get_mut(&process) else { return Ok(()) };
-                if let Phase::Starting(_) = entry.phase {
-                    entry.phase = Phase::Running;
+                if let ProcessPhase::Starting(_) = entry.phase {
+                    entry.phase = ProcessPhase::Running;
                     entry.wait_for();
                 }
                 // For one that was killed before it ran, `started` gets the answer at its end.
-                if let Phase::Running = entry.phase {
+                if let ProcessPhase::Running = entry.phase {
                     match entry.started.take().map(|started| started.send(Ok(()))) {
                         Some(Ok(())) => {}
                         // The caller has given up, so it has no owner.
@@ -293,9 +294,9 @@ impl ControlClient {
             FromGuest::SpawnFailed { step, errno } => {
                 let Some(mut entry) = self.processes.remove(&process) else { return Ok(()) };
                 match entry.phase {
-                    Phase::Killed(ending) => entry.end(ending),
-                    Phase::Overdue => {}
-                    Phase::Starting(_) | Phase::Running => match entry.started.take() {
+                    ProcessPhase::Killed(ending) => entry.end(ending),
+                    ProcessPhase::Overdue => {}
+                    ProcessPhase::Starting(_) | ProcessPhase::Running => match entry.started.take() {
                         Some(started) => drop(started.send(Err(spawn_error(step, errno)))),
                         None => return Err(protocol_error(&"SpawnFailed after Spawned")),
                     },
@@ -322,7 +323,7 @@ impl ControlClient {
     fn finish(&mut self, process: u32, status: ExitStatus) {
         let Some(mut entry) = self.processes.remove(&process) else { return };
         let status = match entry.phase {
-            Phase::Killed(Ending::TimedOut) => ExitStatus::TimedOut,
+            ProcessPhase::Killed(KillReason::TimedOut) => ExitStatus::TimedOut,
             _ => status,
         };
         if let Some(started) = entry.started.take() {
@@ -446,20 +447,20 @@ impl Handler for ControlClient {
     }
 }
 
-fn spawn_error(step: Step, errno: i32) -> Error {
+fn spawn_error(step: SpawnStep, errno: i32) -> Error {
     let os = io::Error::from_raw_os_error(errno);
     let doing = match step {
-        Step::Exec => "executing it",
-        Step::Chdir => "changing into the working directory",
-        Step::Stdio => "connecting its streams",
-        Step::Cgroup => "making its cgroup",
-        Step::Fork => "making the process",
-        Step::Prepare => "preparing the process",
-        Step::Request => "asking for it",
-        Step::Other => "starting it",
+        SpawnStep::Exec => "executing it",
+        SpawnStep::Chdir => "changing into the working directory",
+        SpawnStep::Stdio => "connecting its streams",
+        SpawnStep::Cgroup => "making its cgroup",
+        SpawnStep::Fork => "making the process",
+        SpawnStep::Prepare => "preparing the process",
+        SpawnStep::Request => "asking for it",
+        SpawnStep::Other => "starting it",
     };
     let hint = match (step, errno) {
-        (Step::Exec, libc::ENOEXEC) => " (not a program, or one for another processor architecture)",
+        (SpawnStep::Exec, libc::ENOEXEC) => " (not a program, or one for another processor architecture)",
         _ => "",
     };
     let error = Error::from(os);

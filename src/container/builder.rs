@@ -4,12 +4,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::agent::Agent;
-use super::{CancelToken, Container, Image, Running, WritableLayer, shim};
+use super::{CancelToken, Container, Image, RunningContainer, WritableLayer, shim};
 use crate::boot::{Kernel, Need, Packed};
 use crate::error::{Context, Error, Result};
-use crate::proto::{BootConfig, CONTROL_PORT, Network, Networks, OPTIONAL, Root, Source, StringBuf};
+use crate::proto::{BootConfig, CONTROL_PORT, Network, Networks, OPTIONAL, Root, RootDisk, StringBuf};
 use crate::size::Size;
-use crate::vm::{Cgroup, Console, CpuProfile, Disk, Link, Memory, Net, Vm, Vsock};
+use crate::vm::{AddressConfig, Cgroup, Console, CpuProfile, Disk, Memory, Net, Vm, Vsock};
 
 /// What the root of a container needs of its kernel.
 const FILE_SYSTEMS: [Need; 3] =
@@ -213,7 +213,7 @@ impl ContainerBuilder {
         vm = self.disks.into_iter().fold(vm, |vm, disk| vm.disk(disk)).disk(lower).disk(upper);
         // What is sent to the guest's 127.0.0.1 is the shim's business.
         let reserve =
-            |(n, net): (usize, Net)| net.with_loopback().reserved().doing(|| format!("attaching network {n}"));
+            |(n, net): (usize, Net)| net.allow_loopback().reserve_address().doing(|| format!("attaching network {n}"));
         let nets: Vec<Net> = self.nets.into_iter().enumerate().map(reserve).collect::<Result<_>>()?;
         let (networks, resolver) = networks(&nets);
         vm = nets.into_iter().fold(vm, |vm, net| vm.net(net));
@@ -234,8 +234,8 @@ impl ContainerBuilder {
             hostname,
             control_port: CONTROL_PORT,
             root: Root::Overlay {
-                lower: Source { device: lower_path.as_bytes(), fs: b"erofs" },
-                upper: Source { device: upper_path.as_bytes(), fs: b"ext4" },
+                lower: RootDisk { device: lower_path.as_bytes(), fs: b"erofs" },
+                upper: RootDisk { device: upper_path.as_bytes(), fs: b"ext4" },
             },
             modules: modules.as_strings(),
             networks: Networks(&networks),
@@ -245,7 +245,7 @@ impl ContainerBuilder {
         let initramfs = shim::initramfs(kernel.initramfs_or_default(), &config)?;
         let vm = vm.kernel(kernel.initramfs(initramfs)).start()?;
         let agent = Agent::start(&vm, begin, self.start_timeout, self.cancel.as_ref())?;
-        Ok(Container { running: Arc::new(Running { vm, agent, disks }) })
+        Ok(Container { running: Arc::new(RunningContainer { vm, agent, disks }) })
     }
 }
 
@@ -289,7 +289,7 @@ fn networks(nets: &[Net]) -> (Vec<u8>, Option<[u8; 4]>) {
     let (mut list, mut resolvers) = (Vec::new(), Vec::new());
     // No machine has as many.
     for (card, net) in (0..=u8::MAX).zip(nets) {
-        let Some(Link { address, prefix, gateway, resolver }) = net.link() else { continue };
+        let Some(AddressConfig { address, prefix, gateway, resolver }) = net.link() else { continue };
         Network { card, address, prefix, gateway: gateway.unwrap_or_default() }.push(&mut list);
         resolvers.push((gateway.is_none(), resolver));
     }

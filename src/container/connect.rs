@@ -40,7 +40,7 @@ fn open(vm: &Vm, version: u32, port: u16) -> Result<VsockStream> {
         return Err(refusal(errno));
     }
     stream.set_read_timeout(None)?;
-    Ok(stream.tell_resets())
+    Ok(stream.report_resets())
 }
 
 fn check(version: u32, port: u16) -> Result<()> {
@@ -109,7 +109,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_cannot_be_asked_is_not() {
+    fn invalid_ports_are_rejected_before_a_request() {
         assert_eq!(check(VERSION_CONNECT, 0).unwrap_err().kind(), ErrorKind::InvalidConfig);
         let error = check(1, 80).unwrap_err();
         assert!(error.kind() == ErrorKind::Incompatible && error.to_string().contains("version 1"), "{error}");
@@ -117,7 +117,7 @@ mod tests {
     }
 
     #[test]
-    fn refusals_say_what_to_do() {
+    fn refusals_name_the_remedy() {
         for (errno, kind, text) in [
             (libc::ECONNREFUSED, ErrorKind::NotFound, "start the service first"),
             (libc::EAGAIN, ErrorKind::ResourceExhausted, "close some"),

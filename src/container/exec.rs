@@ -8,7 +8,7 @@ use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use super::agent::{ControlClient, KILL_MARGIN, START_TIMEOUT};
-use super::process::{ExitStatus, Output, OutputLimit, Process, ProcessReader, ProcessWriter, State};
+use super::process::{ExitStatus, Output, OutputLimit, Process, ProcessReader, ProcessShared, ProcessWriter};
 use super::redirect::SharedFile;
 use super::stdio::{Cookie, STREAM_TIMEOUT, accept, refused};
 use super::{Container, redirect};
@@ -266,7 +266,7 @@ impl Exec {
     fn start(self) -> Result<Process> {
         let deadline = self.timeout.and_then(deadline);
         let (argv, env, cwd) = (self.strings()?, self.environment()?, self.cwd()?);
-        let state = State::new()?;
+        let state = ProcessShared::new()?;
         let stdio = self.stdio.map(|it| it.unwrap_or_default().0);
         for (stream, method) in stdio.iter().skip(1).zip(["stdout", "stderr"]) {
             if matches!(stream, StdioKind::File(file) if !file.is_writable()) {

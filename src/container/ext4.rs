@@ -91,7 +91,7 @@ impl Ext4<'_> {
     }
 
     fn superblock(&self) -> Vec<u8> {
-        let mut sb = Fields(vec![0; 1024]);
+        let mut sb = FieldWriter(vec![0; 1024]);
         sb.u32(0x00, self.groups * INODES_PER_GROUP);
         sb.u32(0x04, self.groups * BLOCKS_PER_GROUP);
         sb.u32(0x0c, self.free_blocks());
@@ -143,7 +143,7 @@ impl Ext4<'_> {
             } else {
                 flags |= BLOCK_UNINIT;
             }
-            let mut descriptor = Fields(vec![0; 32]);
+            let mut descriptor = FieldWriter(vec![0; 32]);
             descriptor.u32(0x00, start);
             descriptor.u32(0x04, start + 1);
             descriptor.u32(0x08, start + 2);
@@ -179,7 +179,7 @@ impl Ext4<'_> {
     }
 
     fn write_inode(&self, number: u32, mode: u16, links: u16, block: u32) -> io::Result<()> {
-        let mut inode = Fields(vec![0; INODE as usize]);
+        let mut inode = FieldWriter(vec![0; INODE as usize]);
         inode.u16(0x00, S_IFDIR | mode);
         inode.u32(0x04, BLOCK);
         inode.u16(0x1a, links);
@@ -199,9 +199,9 @@ impl Ext4<'_> {
 }
 
 /// A structure of little-endian fields.
-struct Fields(Vec<u8>);
+struct FieldWriter(Vec<u8>);
 
-impl Fields {
+impl FieldWriter {
     fn bytes(&mut self, at: usize, bytes: &[u8]) {
         self.0.iter_mut().skip(at).zip(bytes).for_each(|(to, byte)| *to = *byte);
     }

@@ -55,14 +55,19 @@ impl StartDeadline<'_> {
 /// # Errors
 /// `TimedOut` with the last stage; `Cancelled`; `GuestFailed` when the shim or the VM has failed; `Incompatible` when no
 /// version of the protocol is common.
-pub(super) fn handshake(vm: &Vm, begin: Instant, timeout: Duration, patience: &StartDeadline<'_>) -> Result<Handshake> {
-    let greeted = connection(vm, patience).and_then(|stream| converse(stream, begin, patience));
-    greeted.map_err(|error| explain(vm, timeout, error))
+pub(super) fn handshake(
+    vm: &Vm,
+    begin: Instant,
+    timeout: Duration,
+    start_deadline: &StartDeadline<'_>,
+) -> Result<Handshake> {
+    let greeted = connection(vm, start_deadline).and_then(|stream| converse(stream, begin, start_deadline));
+    greeted.map_err(|error| startup_error(vm, timeout, error))
 }
 
-fn connection(vm: &Vm, patience: &StartDeadline<'_>) -> Result<VsockStream> {
+fn connection(vm: &Vm, start_deadline: &StartDeadline<'_>) -> Result<VsockStream> {
     let listener = vm.listen_vsock(CONTROL_PORT)?;
-    let outcome = match patience.wait(&listener)? {
+    let outcome = match start_deadline.wait(&listener)? {
         true => listener.try_accept(),
         false => Ok(None),
     };
@@ -71,12 +76,12 @@ fn connection(vm: &Vm, patience: &StartDeadline<'_>) -> Result<VsockStream> {
     outcome.and_then(|stream| stream.ok_or_else(none)).map_err(|error| listener.refused().unwrap_or(error))
 }
 
-fn converse(mut stream: VsockStream, begin: Instant, patience: &StartDeadline<'_>) -> Result<Handshake> {
+fn converse(mut stream: VsockStream, begin: Instant, start_deadline: &StartDeadline<'_>) -> Result<Handshake> {
     stream.set_nonblocking(true)?;
     let mut decoder = Decoder::new(FROM_GUEST_MAX);
     let (mut buffer, mut common, mut messages) = ([0; 4096], None, 0);
     loop {
-        if !patience.wait(&stream)? {
+        if !start_deadline.wait(&stream)? {
             return Err(Error::new(ErrorKind::TimedOut, "the shim never said that it is ready"));
         }
         let read = match stream.read(&mut buffer) {
@@ -148,7 +153,7 @@ pub(super) fn protocol_error(what: &dyn fmt::Debug) -> Error {
 }
 
 /// Why a guest did not become ready, as far as the VM knows more than the control stream does.
-fn explain(vm: &Vm, timeout: Duration, error: Error) -> Error {
+fn startup_error(vm: &Vm, timeout: Duration, error: Error) -> Error {
     match error.kind() {
         ErrorKind::Cancelled => {
             vm.kill();
@@ -193,18 +198,18 @@ mod tests {
         bytes
     }
 
-    fn greeted(near: VsockStream, patience: &StartDeadline<'_>) -> Result<Handshake> {
-        converse(near, Instant::now(), patience)
+    fn greeted(near: VsockStream, start_deadline: &StartDeadline<'_>) -> Result<Handshake> {
+        converse(near, Instant::now(), start_deadline)
     }
 
     #[test]
-    fn a_shim_that_says_nothing_is_given_up() {
+    fn silent_shim_handshake_times_out() {
         let (near, _far) = pair();
         assert_eq!(greeted(near, &soon(20)).err().unwrap().kind(), ErrorKind::TimedOut);
     }
 
     #[test]
-    fn a_shim_that_never_stops_talking_is_given_up() {
+    fn flooding_shim_handshake_times_out() {
         let (near, far) = pair();
         let talk = std::thread::spawn(move || {
             let unknown = [0u32.to_le_bytes(), 1u32.to_le_bytes(), 0xffffu32.to_le_bytes()].concat();
@@ -216,7 +221,7 @@ mod tests {
     }
 
     #[test]
-    fn a_shim_that_trickles_is_given_up_in_time() {
+    fn slow_shim_handshake_times_out() {
         let (near, far) = pair();
         let talk = std::thread::spawn(move || {
             // The beginning of a frame, byte by byte, for ever.
@@ -229,7 +234,7 @@ mod tests {
     }
 
     #[test]
-    fn a_second_hello_is_nonsense() {
+    fn second_hello_is_a_protocol_error() {
         let (near, far) = pair();
         let hello = frame(&FromGuest::Hello { min: VERSION_MIN, max: VERSION_MAX });
         (&far).write_all(&[hello.clone(), hello].concat()).unwrap();
@@ -238,7 +243,7 @@ mod tests {
     }
 
     #[test]
-    fn ready_before_hello_is_nonsense() {
+    fn ready_before_hello_is_a_protocol_error() {
         let (near, far) = pair();
         (&far).write_all(&frame(&FromGuest::Ready { user_space_ns: 1, ready_ns: 2 })).unwrap();
         assert!(greeted(near, &soon(10_000)).err().unwrap().to_string().contains("before Hello"));

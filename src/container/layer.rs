@@ -108,7 +108,7 @@ mod tests {
     use crate::error::ErrorKind;
 
     #[test]
-    fn a_directory_in_memory_is_taken_when_it_is_set() {
+    fn memory_layer_is_opt_in() {
         assert!(WritableLayer::new(Size::mib(1)).scratch_dir("/dev/shm").make().is_ok());
     }
 

@@ -51,11 +51,11 @@ const SHUTDOWN_MARGIN: Duration = Duration::from_secs(2);
 /// smol or mio.
 #[derive(Clone)]
 pub struct Container {
-    running: Arc<Running>,
+    running: Arc<RunningContainer>,
 }
 
 /// What all clones of a handle share.
-struct Running {
+struct RunningContainer {
     // The agent's thread must end after the VM, whose end is what it waits for.
     vm: Vm,
     agent: Agent,
@@ -249,7 +249,7 @@ impl AsRawFd for Container {
     }
 }
 
-impl Drop for Running {
+impl Drop for RunningContainer {
     fn drop(&mut self) {
         // A child of fork has a copy of the handle, and nothing of the container.
         if !self.vm.is_current() {

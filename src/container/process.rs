@@ -80,7 +80,7 @@ impl fmt::Display for ExitStatus {
 }
 
 /// Whether a process still runs; written once by the agent's thread.
-pub(super) struct State {
+pub(super) struct ProcessShared {
     status: Mutex<Option<Ended>>,
     changed: Condvar,
     /// Readable once it has ended.
@@ -98,7 +98,7 @@ enum Ended {
     Unknown,
 }
 
-impl State {
+impl ProcessShared {
     pub(super) fn new() -> Result<Arc<Self>> {
         let ended = eventfd().doing(|| "creating a process's descriptor")?;
         Ok(Arc::new(Self {
@@ -328,12 +328,17 @@ pub struct Process {
     cut_off: [bool; 2],
     remote: Remote<ControlClient>,
     number: u32,
-    state: Arc<State>,
+    state: Arc<ProcessShared>,
     limit: OutputLimit,
 }
 
 impl Process {
-    pub(super) fn new(remote: Remote<ControlClient>, number: u32, state: Arc<State>, limit: OutputLimit) -> Self {
+    pub(super) fn new(
+        remote: Remote<ControlClient>,
+        number: u32,
+        state: Arc<ProcessShared>,
+        limit: OutputLimit,
+    ) -> Self {
         let (stdin, stdout, stderr) = (None, None, None);
         Self { stdin, stdout, stderr, redirects: [None, None], cut_off: [false; 2], remote, number, state, limit }
     }
@@ -462,7 +467,7 @@ struct Collected {
 }
 
 /// Reads both streams to their ends as they come. What the guest owes after the process's end has a bound.
-fn read_all(streams: [Option<ProcessReader>; 2], state: &State, limit: OutputLimit) -> Result<[Collected; 2]> {
+fn read_all(streams: [Option<ProcessReader>; 2], state: &ProcessShared, limit: OutputLimit) -> Result<[Collected; 2]> {
     let mut streams = streams;
     let mut read = [Collected::default(), Collected::default()];
     let most = usize::try_from(limit.bytes.as_bytes()).unwrap_or(usize::MAX);
@@ -541,7 +546,7 @@ mod tests {
             .collect::<io::Result<Vec<_>>>()?
             .into_iter()
             .unzip();
-        let state = State::new()?;
+        let state = ProcessShared::new()?;
         std::thread::scope(|scope| {
             for (mut far, bytes) in fars.into_iter().zip(printed) {
                 scope.spawn(move || {
@@ -570,7 +575,7 @@ mod tests {
     }
 
     #[test]
-    fn a_status_says_what_it_is() {
+    fn exit_status_accessors_match_the_variant() {
         let status = ExitStatus::Exited { code: 3 };
         assert_eq!((status.code(), status.signal(), status.success()), (Some(3), None, false));
         assert_eq!(ExitStatus::Signaled { signal: 9 }.signal(), Some(9));

@@ -9,7 +9,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
-use super::process::{OutputLimit, State};
+use super::process::{OutputLimit, ProcessShared};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::sys::{left, wait_any, wait_ready};
 use crate::virtio::vsock::VsockStream;
@@ -132,7 +132,7 @@ pub(super) fn write_to(
     name: &'static str,
     file: Arc<SharedFile>,
     mut stream: VsockStream,
-    (limit, state): (Option<OutputLimit>, Arc<State>),
+    (limit, state): (Option<OutputLimit>, Arc<ProcessShared>),
 ) -> Result<Redirect> {
     let (done, wait) = mpsc::sync_channel(1);
     vm.spawn_beside(name, move || {
@@ -148,7 +148,7 @@ fn carry_output(
     stream: &mut VsockStream,
     file: &SharedFile,
     limit: Option<OutputLimit>,
-    state: &State,
+    state: &ProcessShared,
 ) -> Result<bool> {
     let (mut buffer, mut truncated, mut until) = (vec![0; CHUNK], false, None::<Instant>);
     let mut room = limit.map_or(u64::MAX, |limit| limit.bytes.as_bytes());
@@ -189,7 +189,12 @@ fn carry_output(
 }
 
 /// Gives the process what is read from `file`, on a thread of its own, until the file or the process ends.
-pub(super) fn read_from(vm: &Vm, file: Arc<SharedFile>, mut stream: VsockStream, state: Arc<State>) -> Result<()> {
+pub(super) fn read_from(
+    vm: &Vm,
+    file: Arc<SharedFile>,
+    mut stream: VsockStream,
+    state: Arc<ProcessShared>,
+) -> Result<()> {
     state.ends(&stream);
     vm.spawn_beside("stdin", move || {
         if let Err(error) = carry_input(&file, &mut stream, &state) {
@@ -198,7 +203,7 @@ pub(super) fn read_from(vm: &Vm, file: Arc<SharedFile>, mut stream: VsockStream,
     })
 }
 
-fn carry_input(file: &SharedFile, stream: &mut VsockStream, state: &State) -> io::Result<()> {
+fn carry_input(file: &SharedFile, stream: &mut VsockStream, state: &ProcessShared) -> io::Result<()> {
     let mut buffer = vec![0; CHUNK];
     loop {
         // A pipe may be silent for ever.
@@ -215,7 +220,7 @@ fn carry_input(file: &SharedFile, stream: &mut VsockStream, state: &State) -> io
 }
 
 /// Gives the process these bytes, on a thread of its own, and then the end of file.
-pub(super) fn read_bytes(vm: &Vm, bytes: Arc<[u8]>, mut stream: VsockStream, state: &State) -> Result<()> {
+pub(super) fn read_bytes(vm: &Vm, bytes: Arc<[u8]>, mut stream: VsockStream, state: &ProcessShared) -> Result<()> {
     state.ends(&stream);
     vm.spawn_beside("stdin", move || {
         if let Err(error) = stream.write_all(&bytes) {
@@ -248,7 +253,7 @@ mod tests {
                 // The reader may have had enough.
                 let _ = far.write_all(printed);
             });
-            let outcome = carry_output(&mut near, &file, limit, &State::new().unwrap());
+            let outcome = carry_output(&mut near, &file, limit, &ProcessShared::new().unwrap());
             drop(near);
             outcome
         });
@@ -258,7 +263,7 @@ mod tests {
     }
 
     #[test]
-    fn all_that_is_printed_is_written_unless_there_is_a_limit() {
+    fn output_is_written_up_to_the_limit() {
         let printed = vec![7; 3 * CHUNK + 1];
         let (outcome, written) = carried(&printed, None);
         assert!(!outcome.unwrap() && written == printed);
@@ -272,16 +277,16 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_fails_says_why() {
+    fn output_file_error_is_reported() {
         let (mut near, mut far) = pair();
         let full = SharedFile::new(File::options().write(true).open("/dev/full").unwrap());
         far.write_all(b"lost").unwrap();
-        let error = carry_output(&mut near, &full, None, &State::new().unwrap()).unwrap_err();
+        let error = carry_output(&mut near, &full, None, &ProcessShared::new().unwrap()).unwrap_err();
         assert_eq!((error.kind(), error.os_error()), (ErrorKind::ResourceExhausted, Some(libc::ENOSPC)));
     }
 
     #[test]
-    fn a_pipe_that_does_not_block_gets_everything() {
+    fn nonblocking_pipe_gets_all_output() {
         let (near, far) = pair();
         let (mut reader, writer) = pipe();
         let writer = UnixFlags::nonblocking(writer);
@@ -291,7 +296,7 @@ mod tests {
             let bytes = &printed;
             scope.spawn(move || far.write_all(bytes).unwrap());
             scope.spawn(move || {
-                let state = State::new().unwrap();
+                let state = ProcessShared::new().unwrap();
                 assert!(!carry_output(&mut near, &SharedFile::new(writer), None, &state).unwrap());
             });
             let mut all = Vec::new();
@@ -314,8 +319,8 @@ mod tests {
     }
 
     #[test]
-    fn a_guest_that_keeps_a_stream_writes_no_more_once_the_process_has_ended() {
-        let ((mut near, mut far), state) = (pair(), State::new().unwrap());
+    fn flooding_stream_is_cut_off_after_the_process_ended() {
+        let ((mut near, mut far), state) = (pair(), ProcessShared::new().unwrap());
         state.finish(ExitStatus::TimedOut);
         let file = SharedFile::new(File::options().write(true).open("/dev/null").unwrap());
         let flood = thread::spawn(move || while far.write_all(&[0; CHUNK]).is_ok() {});
@@ -327,10 +332,10 @@ mod tests {
     }
 
     #[test]
-    fn a_silent_pipe_holds_nothing_once_the_process_has_ended() {
+    fn silent_pipe_does_not_delay_the_end() {
         let (mut near, mut far) = pair();
         let (reader, mut writer) = pipe();
-        let (file, state) = (SharedFile::new(reader), State::new().unwrap());
+        let (file, state) = (SharedFile::new(reader), ProcessShared::new().unwrap());
         thread::scope(|scope| {
             let carry = scope.spawn(|| carry_input(&file, &mut near, &state));
             writer.write_all(b"first").unwrap();
@@ -344,9 +349,9 @@ mod tests {
     }
 
     #[test]
-    fn a_guest_that_does_not_read_holds_nothing_once_the_process_has_ended() {
+    fn unread_input_does_not_delay_the_end() {
         let (mut near, far) = pair();
-        let state = State::new().unwrap();
+        let state = ProcessShared::new().unwrap();
         state.ends(&near);
         thread::scope(|scope| {
             let carry = scope.spawn(move || near.write_all(&[0; 8 << 20]));
@@ -359,7 +364,7 @@ mod tests {
     #[test]
     fn the_output_of_one_process_is_the_input_of_another() {
         let ((near, mut printing), (mut stdin, mut reading)) = (pair(), pair());
-        let (output, state) = (SharedFile::of_process(near), State::new().unwrap());
+        let (output, state) = (SharedFile::of_process(near), ProcessShared::new().unwrap());
         assert!(!output.is_writable() && output.write_all(b"x").is_err());
         let read = thread::scope(|scope| {
             scope.spawn(move || carry_input(&output, &mut stdin, &state).unwrap());
@@ -375,7 +380,7 @@ mod tests {
     fn processes_that_share_a_pipe_take_its_bytes_once_and_all_end() {
         let (reader, mut writer) = pipe();
         let file = SharedFile::new(reader);
-        let states = [State::new().unwrap(), State::new().unwrap()];
+        let states = [ProcessShared::new().unwrap(), ProcessShared::new().unwrap()];
         let total: usize = thread::scope(|scope| {
             let mut readers = Vec::new();
             for state in &states {

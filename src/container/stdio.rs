@@ -7,7 +7,7 @@ use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
-use super::process::State;
+use super::process::ProcessShared;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::proto::{COOKIE_SIZE, VERSION_COOKIE};
 use crate::sys::{fill_random, left, wait_any};
@@ -78,7 +78,7 @@ impl Candidate {
 pub(super) fn accept(
     listener: &VsockListener,
     cookie: &Cookie,
-    state: &State,
+    state: &ProcessShared,
     deadline: Instant,
 ) -> Result<VsockStream> {
     let mut candidates: Vec<Candidate> = Vec::new();
@@ -114,7 +114,7 @@ pub(super) fn accept(
 }
 
 /// The next connection that is there already.
-fn next(listener: &VsockListener, state: &State, deadline: Instant) -> Result<Option<VsockStream>> {
+fn next(listener: &VsockListener, state: &ProcessShared, deadline: Instant) -> Result<Option<VsockStream>> {
     match listener.try_accept() {
         Ok(stream) => Ok(stream),
         // The VM has ended, and the process with it.
@@ -135,7 +135,7 @@ fn shims(candidates: &mut Vec<Candidate>, cookie: &Cookie) -> Option<VsockStream
     None
 }
 
-fn finished(stream: VsockStream, state: &State) -> Result<VsockStream> {
+fn finished(stream: VsockStream, state: &ProcessShared) -> Result<VsockStream> {
     stream.set_nonblocking(false)?;
     state.keep(&stream);
     Ok(stream)

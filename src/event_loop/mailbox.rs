@@ -7,7 +7,7 @@ use std::collections::VecDeque;
 
 use super::sync::{Mutex, MutexGuard, PoisonError, mpsc};
 
-pub(super) type Request<S> = Box<dyn FnOnce(&mut S) + Send>;
+pub(super) type LoopRequest<S> = Box<dyn FnOnce(&mut S) + Send>;
 
 /// How the loop's thread is woken.
 pub(super) trait Wake {
@@ -19,23 +19,23 @@ pub(super) trait Wake {
 
 /// The mailbox of one loop.
 pub(super) struct Mailbox<S, W> {
-    state: Mutex<State<S>>,
+    state: Mutex<MailboxState<S>>,
     wake: W,
 }
 
-struct State<S> {
-    requests: VecDeque<Request<S>>,
+struct MailboxState<S> {
+    requests: VecDeque<LoopRequest<S>>,
     /// The thread is gone or going: nothing will be run any more.
     closed: bool,
-    hold: Hold,
+    dispatch: Dispatch,
 }
 
 /// Whether the loop looks at its descriptors.
-enum Hold {
-    No,
+enum Dispatch {
+    Running,
     /// After those that are being looked at, it shall not look any more, and say so here.
-    Asked(mpsc::SyncSender<()>),
-    Yes,
+    Suspending(mpsc::SyncSender<()>),
+    Suspended,
 }
 
 /// The loop has ended.
@@ -44,10 +44,13 @@ pub(super) struct Closed;
 
 impl<S, W: Wake> Mailbox<S, W> {
     pub(super) fn new(wake: W) -> Self {
-        Self { state: Mutex::new(State { requests: VecDeque::new(), closed: false, hold: Hold::No }), wake }
+        Self {
+            state: Mutex::new(MailboxState { requests: VecDeque::new(), closed: false, dispatch: Dispatch::Running }),
+            wake,
+        }
     }
 
-    fn state(&self) -> MutexGuard<'_, State<S>> {
+    fn state(&self) -> MutexGuard<'_, MailboxState<S>> {
         // Poison is impossible to act on: the state is valid after every statement that holds the lock.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -56,7 +59,7 @@ impl<S, W: Wake> Mailbox<S, W> {
         &self.wake
     }
 
-    pub(super) fn post(&self, request: Request<S>) -> Result<(), Closed> {
+    pub(super) fn post(&self, request: LoopRequest<S>) -> Result<(), Closed> {
         let mut state = self.state();
         if state.closed {
             return Err(Closed);
@@ -68,20 +71,20 @@ impl<S, W: Wake> Mailbox<S, W> {
     }
 
     /// Asks the loop not to look at its descriptors; it says so by `held`. False when it does not look already.
-    pub(super) fn hold(&self, held: mpsc::SyncSender<()>) -> Result<bool, Closed> {
+    pub(super) fn suspend(&self, held: mpsc::SyncSender<()>) -> Result<bool, Closed> {
         let mut state = self.state();
-        match state.hold {
+        match state.dispatch {
             _ if state.closed => return Err(Closed),
-            Hold::Yes => return Ok(false),
-            _ => state.hold = Hold::Asked(held),
+            Dispatch::Suspended => return Ok(false),
+            _ => state.dispatch = Dispatch::Suspending(held),
         }
         drop(state);
         self.wake.wake();
         Ok(true)
     }
 
-    pub(super) fn release(&self) {
-        self.state().hold = Hold::No;
+    pub(super) fn resume(&self) {
+        self.state().dispatch = Dispatch::Running;
         self.wake.wake();
     }
 
@@ -112,21 +115,21 @@ impl<S, W: Wake> Mailbox<S, W> {
     }
 
     /// By the loop's thread: whether it shall look at its mailbox only. Tells who asked for it.
-    pub(super) fn held(&self) -> bool {
+    pub(super) fn is_suspended(&self) -> bool {
         let mut state = self.state();
-        if let Hold::Asked(held) = &state.hold {
+        if let Dispatch::Suspending(held) = &state.dispatch {
             // Who asked may have given up.
             let _ = held.try_send(());
-            state.hold = Hold::Yes;
+            state.dispatch = Dispatch::Suspended;
         }
-        matches!(state.hold, Hold::Yes)
+        matches!(state.dispatch, Dispatch::Suspended)
     }
 
     /// By the loop's thread, when it ends for whatever reason. Dropping the requests gives every waiter an error.
     pub(super) fn end(&self) {
         let mut state = self.state();
         state.closed = true;
-        state.hold = Hold::No;
+        state.dispatch = Dispatch::Running;
         let requests = std::mem::take(&mut state.requests);
         drop(state);
         // Not under the lock: dropping a closure may run anything.

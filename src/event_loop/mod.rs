@@ -50,7 +50,7 @@ impl Sources {
 
     /// Of no loop: events of what is watched are not reported.
     #[cfg(any(test, feature = "internals"))]
-    pub(crate) fn of_nobody() -> io::Result<Self> {
+    pub(crate) fn detached() -> io::Result<Self> {
         Ok(Self(Arc::new(Epoll::new()?)))
     }
 
@@ -150,22 +150,22 @@ impl<S: Handler> Remote<S> {
     }
 
     /// Keeps the loop from looking at its descriptors: when this returns, nothing happens to its value but what others ask
-    /// of it. What becomes ready meanwhile is seen after [`Remote::release`]. Idempotent; one thread asks at a time.
+    /// of it. What becomes ready meanwhile is seen after [`Remote::resume`]. Idempotent; one thread asks at a time.
     ///
     /// # Errors
-    /// `InvalidState` when the loop has ended, `TimedOut` when it is busy for longer than `limit`; then it is not held.
-    pub(crate) fn hold(&self, limit: Duration) -> Result<()> {
+    /// `InvalidState` when the loop has ended, `TimedOut` when it is busy for longer than `limit`; then it is not suspended.
+    pub(crate) fn suspend(&self, limit: Duration) -> Result<()> {
         self.check_thread()?;
         let (held, wait) = mpsc::sync_channel(1);
-        match self.0.hold(held).map_err(|Closed| Error::vm_ended())? {
-            true => answered(&wait, limit).inspect_err(|_| self.release()),
+        match self.0.suspend(held).map_err(|Closed| Error::vm_ended())? {
+            true => answered(&wait, limit).inspect_err(|_| self.resume()),
             false => Ok(()),
         }
     }
 
     /// Lets the loop look at its descriptors again. Idempotent.
-    pub(crate) fn release(&self) {
-        self.0.release();
+    pub(crate) fn resume(&self) {
+        self.0.resume();
     }
 }
 
@@ -305,7 +305,7 @@ fn run<S: Handler>(value: &mut S, epoll: &Epoll, mailbox: &Mailbox<S, EventFd>) 
             }
         }
         // Only now, as the kernel may not report again what was taken from it.
-        while asked && mailbox.held() {
+        while asked && mailbox.is_suspended() {
             if let Err(e) = wait_readable(borrow(mailbox.waker()), None) {
                 log::error!("an event loop cannot wait any more: {e}");
                 return;
@@ -345,14 +345,14 @@ mod tests {
     }
 
     #[test]
-    fn closures_run_on_the_owner_and_answer() {
+    fn posted_closures_run_on_the_loop_and_return_values() {
         let it = counter();
         let name = it.remote().with(|_| thread::current().name().map(str::to_owned)).unwrap();
         assert_eq!(name.as_deref(), Some("test"));
     }
 
     #[test]
-    fn ready_descriptors_reach_the_value_and_join_gives_it_back() {
+    fn ready_descriptors_are_dispatched_and_join_returns_the_value() {
         let it = counter();
         it.remote().with(|c| c.kicks.as_ref().unwrap().write(3)).unwrap().unwrap();
         while it.remote().with(|c| c.seen).unwrap() < 3 {}
@@ -360,22 +360,22 @@ mod tests {
     }
 
     #[test]
-    fn a_held_loop_sees_only_its_mailbox_and_loses_nothing() {
+    fn suspended_loop_serves_only_its_mailbox() {
         let (it, limit) = (counter(), Duration::from_secs(10));
         for _ in 0..100 {
-            it.remote().hold(limit).unwrap();
-            it.remote().hold(limit).unwrap();
+            it.remote().suspend(limit).unwrap();
+            it.remote().suspend(limit).unwrap();
             let before = it.remote().with(|c| (c.kicks.as_ref().unwrap().write(1), c.seen).1).unwrap();
             assert_eq!(it.remote().with(|c| c.seen).unwrap(), before);
-            it.remote().release();
+            it.remote().resume();
             while it.remote().with(|c| c.seen).unwrap() == before {}
         }
-        it.remote().hold(limit).unwrap();
+        it.remote().suspend(limit).unwrap();
         assert_eq!(it.remote().with(|c| c.seen).unwrap(), 100);
     }
 
     #[test]
-    fn a_child_of_fork_drops_its_copy_and_harms_nothing_of_its_own() {
+    fn forked_child_drops_its_copy_harmlessly() {
         let it = counter();
         let joined = crate::sys::in_a_child(|| {
             // Its stack may be where the loop's thread had its own.
@@ -387,16 +387,16 @@ mod tests {
     }
 
     #[test]
-    fn a_busy_loop_is_not_held() {
+    fn suspend_of_a_busy_loop_times_out() {
         let it = counter();
         it.remote().post(|_| thread::sleep(Duration::from_millis(300))).unwrap();
-        assert_eq!(it.remote().hold(Duration::from_millis(10)).unwrap_err().kind(), ErrorKind::TimedOut);
+        assert_eq!(it.remote().suspend(Duration::from_millis(10)).unwrap_err().kind(), ErrorKind::TimedOut);
         it.remote().with(|c| c.kicks.as_ref().unwrap().write(1)).unwrap().unwrap();
         while it.remote().with(|c| c.seen).unwrap() == 0 {}
     }
 
     #[test]
-    fn a_loop_that_hangs_holds_nobody_up() {
+    fn requests_to_a_hanging_loop_time_out() {
         let (it, (hang, come_back)) = (counter(), mpsc::channel::<()>());
         it.remote().post(move |_| assert!(come_back.recv().is_err())).unwrap();
         let outcome = it.remote().with_timeout(Duration::from_millis(10), |c| c.seen += 1);
@@ -423,7 +423,7 @@ mod tests {
     }
 
     #[test]
-    fn who_asks_waits_for_one_turn_and_not_for_all() {
+    fn request_waits_for_one_turn_only() {
         /// Many descriptors that are always ready, each of which takes its time.
         struct Busy(#[allow(dead_code, reason = "they are open")] Vec<EventFd>, u32);
         impl Handler for Busy {
@@ -452,7 +452,7 @@ mod tests {
     }
 
     #[test]
-    fn a_panic_frees_everybody_who_waits() {
+    fn panic_wakes_all_waiters() {
         let it = counter();
         let remote = it.remote();
         assert!(remote.with(|_| panic!("on purpose")).is_err());

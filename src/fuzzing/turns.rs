@@ -11,7 +11,7 @@ use crate::sys;
 use crate::virtio::VirtioDevice;
 use crate::virtio::balloon::Balloon;
 use crate::virtio::blk::{Blk, Options, RawFile};
-use crate::virtio::console::{Console, Output};
+use crate::virtio::console::{Console, ConsoleOutput};
 use crate::virtio::net::Net;
 use crate::virtio::rng::Rng;
 use crate::virtio::testing::{Driver, NEXT, WRITE};
@@ -71,7 +71,7 @@ pub fn device_turn(data: &[u8]) {
     let mut bytes = Bytes(data);
     match bytes.byte() % 7 {
         0 => flood(Driver::start(Rng), bytes),
-        1 => flood(Driver::start(Console::new(Output::default())), bytes),
+        1 => flood(Driver::start(Console::new(ConsoleOutput::default())), bytes),
         2 => flood(Driver::start_with(|memory| Balloon::new(memory.clone(), Box::new(|_| ()))), bytes),
         3 => {
             let mut vsock = Vsock::new();
@@ -111,10 +111,10 @@ fn flood<D: VirtioDevice>(mut driver: Driver<D>, mut bytes: Bytes<'_>) {
             driver.send_raw(queue, &[(TABLES, 16 * u32::from(count), INDIRECT)]);
         }
         for _ in 0..=what / 64 {
-            driver.poke(queue);
+            driver.dispatch(queue);
         }
         if what % 3 == 0 {
-            driver.poke_watched(u32::from(what % 5));
+            driver.dispatch_watched(u32::from(what % 5));
         }
         for queue in 0..queues {
             while driver.collect(queue).is_some() {}
@@ -146,7 +146,7 @@ pub mod bench {
         for _ in 0..turns {
             refill(driver);
             let begin = processor_time();
-            driver.poke(queue);
+            driver.dispatch(queue);
             longest = longest.max((processor_time() - begin).as_secs_f64() * 1000.0);
             for queue in 0..driver.device.profile().queues.len() {
                 while driver.collect(queue).is_some() {}
@@ -164,7 +164,7 @@ pub mod bench {
     pub fn longest_turns() -> Vec<(String, f64)> {
         let mut all = Vec::new();
 
-        let mut driver = Driver::start(Console::new(Output::default()));
+        let mut driver = Driver::start(Console::new(ConsoleOutput::default()));
         table(&driver, TABLES, 64, |_| (BUFFERS, 8 << 20, 0));
         all.push(("console: chains of 512 MiB".into(), longest(&mut driver, 1, 200, |driver| fill(driver, 1, 64))));
 

@@ -33,7 +33,7 @@ const LISTENER: u64 = 0;
 pub(super) struct Connections {
     epoll: Epoll,
     listener: Fd,
-    all: Vec<Connection>,
+    all: Vec<ServiceConnection>,
     last: u64,
 }
 
@@ -53,7 +53,7 @@ impl Connections {
     }
 
     /// Whether one has more to do than it got turns for.
-    pub(super) fn is_eager(&self) -> bool {
+    pub(super) fn has_backlog(&self) -> bool {
         self.all.iter().any(|connection| connection.eager)
     }
 
@@ -73,7 +73,8 @@ impl Connections {
             }
         }
         let epoll = &self.epoll;
-        self.all.retain_mut(|connection| !connection.eager || connection.advance(epoll, proc) == Progress::Going);
+        self.all
+            .retain_mut(|connection| !connection.eager || connection.advance(epoll, proc) == ConnectionProgress::Going);
     }
 
     fn accept(&mut self) {
@@ -92,7 +93,7 @@ impl Connections {
         if let Err(errno) = self.epoll.watch(&host, self.last) {
             return answer(&host, errno).unwrap_or_default();
         }
-        self.all.push(Connection::new(self.last, host));
+        self.all.push(ServiceConnection::new(self.last, host));
     }
 }
 
@@ -109,7 +110,7 @@ fn answer(host: &Fd, errno: Errno) -> Result<(), Errno> {
 
 /// Whether there is more to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Progress {
+enum ConnectionProgress {
     Going,
     /// To be dropped, which closes both sides.
     Done,
@@ -117,7 +118,7 @@ enum Progress {
 
 /// One direction.
 #[derive(Debug, Default)]
-struct Way {
+struct StreamHalf {
     /// What was read and not taken.
     waiting: Vec<u8>,
     /// Nothing more is read.
@@ -125,7 +126,7 @@ struct Way {
 }
 
 #[derive(Debug)]
-enum Life {
+enum ConnectionState {
     /// The host has not said yet to which port.
     Asked(Decoder),
     Calling(Call),
@@ -147,33 +148,41 @@ struct Call {
 }
 
 #[derive(Debug)]
-struct Connection {
+struct ServiceConnection {
     id: u64,
     host: Fd,
-    life: Life,
-    inward: Way,
-    outward: Way,
+    life: ConnectionState,
+    inward: StreamHalf,
+    outward: StreamHalf,
     /// The service takes nothing more though the host has not ended.
     reset: bool,
     /// Something has happened, or its turns were over.
     eager: bool,
 }
 
-impl Connection {
+impl ServiceConnection {
     fn new(id: u64, host: Fd) -> Self {
-        let (inward, outward) = (Way::default(), Way::default());
-        Self { id, host, life: Life::Asked(Decoder::new(FROM_GUEST_MAX)), inward, outward, reset: false, eager: true }
+        let (inward, outward) = (StreamHalf::default(), StreamHalf::default());
+        Self {
+            id,
+            host,
+            life: ConnectionState::Asked(Decoder::new(FROM_GUEST_MAX)),
+            inward,
+            outward,
+            reset: false,
+            eager: true,
+        }
     }
 
-    fn advance(&mut self, epoll: &Epoll, proc: &Fd) -> Progress {
+    fn advance(&mut self, epoll: &Epoll, proc: &Fd) -> ConnectionProgress {
         self.eager = false;
         let progress = self.ask().and_then(|()| self.call(epoll, proc)).map(|()| self.relay());
-        progress.unwrap_or(Progress::Done)
+        progress.unwrap_or(ConnectionProgress::Done)
     }
 
     /// Reads to which port, which it says once.
     fn ask(&mut self) -> Result<(), Errno> {
-        let Life::Asked(decoder) = &mut self.life else { return Ok(()) };
+        let ConnectionState::Asked(decoder) = &mut self.life else { return Ok(()) };
         let mut buffer = [0u8; 64];
         loop {
             let room = decoder.missing().min(buffer.len());
@@ -186,14 +195,14 @@ impl Connection {
             let frame = decoder.next(&mut input).map_err(|_| Errno::EPROTO)?;
             let Some(frame) = frame else { continue };
             let Ok(Some(FromHost::Connect { port })) = FromHost::parse(&frame) else { return Err(Errno::EPROTO) };
-            self.life = Life::Calling(Call::new(port));
+            self.life = ConnectionState::Calling(Call::new(port));
             return Ok(());
         }
     }
 
     /// Looks for the service, and tells the host how that ended.
     fn call(&mut self, epoll: &Epoll, proc: &Fd) -> Result<(), Errno> {
-        let Life::Calling(call) = &mut self.life else { return Ok(()) };
+        let ConnectionState::Calling(call) = &mut self.life else { return Ok(()) };
         // It says nothing before it has the answer, so this is its end.
         if sys::read(&self.host, &mut [0]) != Err(Errno::EAGAIN) {
             return Err(Errno::ECANCELED);
@@ -201,7 +210,7 @@ impl Connection {
         match call.advance(epoll, self.id, proc) {
             Ok(None) => Ok(()),
             Ok(Some(service)) => {
-                self.life = Life::Open(service);
+                self.life = ConnectionState::Open(service);
                 answer(&self.host, Errno(0))
             }
             Err(errno) => {
@@ -211,28 +220,30 @@ impl Connection {
         }
     }
 
-    fn relay(&mut self) -> Progress {
-        let Life::Open(service) = &self.life else { return Progress::Going };
+    fn relay(&mut self) -> ConnectionProgress {
+        let ConnectionState::Open(service) = &self.life else { return ConnectionProgress::Going };
         match self.inward.pump(&self.host, service) {
             Ok(Pumped::Ended) => drop(sys::shut_write(service)),
             Ok(pumped) => self.eager |= pumped == Pumped::More,
-            Err(Broken::From) => return Progress::Done,
-            Err(Broken::To) => (self.reset, self.inward) = (true, Way { ended: true, ..Way::default() }),
+            Err(BrokenSide::From) => return ConnectionProgress::Done,
+            Err(BrokenSide::To) => {
+                (self.reset, self.inward) = (true, StreamHalf { ended: true, ..StreamHalf::default() })
+            }
         }
         match self.outward.pump(service, &self.host) {
             // What it had said before its reset has been passed on.
-            Ok(Pumped::Ended) if self.reset => return Progress::Done,
+            Ok(Pumped::Ended) if self.reset => return ConnectionProgress::Done,
             Ok(Pumped::Ended) => drop(sys::shut_write(&self.host)),
             Ok(pumped) => self.eager |= pumped == Pumped::More,
-            Err(_) => return Progress::Done,
+            Err(_) => return ConnectionProgress::Done,
         }
         let over = match (self.inward.ended, self.outward.ended) {
             (true, true) => true,
             // It may have closed the stream altogether.
-            (true, false) => !sys::is_heard(&self.host),
+            (true, false) => !sys::is_writable(&self.host),
             _ => false,
         };
-        if over { Progress::Done } else { Progress::Going }
+        if over { ConnectionProgress::Done } else { ConnectionProgress::Going }
     }
 }
 
@@ -249,14 +260,14 @@ enum Pumped {
 
 /// Which side of a way is broken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Broken {
+enum BrokenSide {
     From,
     To,
 }
 
-impl Way {
+impl StreamHalf {
     /// Moves what can be moved. When it ends nothing waits.
-    fn pump(&mut self, from: &Fd, to: &Fd) -> Result<Pumped, Broken> {
+    fn pump(&mut self, from: &Fd, to: &Fd) -> Result<Pumped, BrokenSide> {
         let mut piece = [0u8; PIECE];
         for _ in 0..MAX_PIECES {
             if !self.waiting.is_empty() {
@@ -279,10 +290,10 @@ impl Way {
                 Ok(n) => piece.get(..n).unwrap_or_default(),
                 Err(Errno::EINTR) => continue,
                 Err(Errno::EAGAIN) => return Ok(Pumped::Idle),
-                Err(_) => return Err(Broken::From),
+                Err(_) => return Err(BrokenSide::From),
             };
             let rest = bytes.get(send(to, bytes)?..).unwrap_or_default();
-            self.waiting.try_reserve_exact(rest.len()).map_err(|_| Broken::From)?;
+            self.waiting.try_reserve_exact(rest.len()).map_err(|_| BrokenSide::From)?;
             self.waiting.extend_from_slice(rest);
         }
         Ok(Pumped::More)
@@ -290,14 +301,14 @@ impl Way {
 }
 
 /// Sends what is taken now; how much that was.
-fn send(to: &Fd, bytes: &[u8]) -> Result<usize, Broken> {
+fn send(to: &Fd, bytes: &[u8]) -> Result<usize, BrokenSide> {
     let mut sent = 0;
     while let Some(rest) = bytes.get(sent..).filter(|rest| !rest.is_empty()) {
         match sys::write(to, rest) {
             Ok(n) => sent += n,
             Err(Errno::EINTR) => {}
             Err(Errno::EAGAIN) => break,
-            Err(_) => return Err(Broken::To),
+            Err(_) => return Err(BrokenSide::To),
         }
     }
     Ok(sent)
@@ -392,12 +403,12 @@ mod tests {
     use super::*;
 
     /// The shim's part, with the host's ends of its streams made by hand.
-    struct Rig {
+    struct Fixture {
         connections: Connections,
         proc: Fd,
     }
 
-    impl Rig {
+    impl Fixture {
         fn new() -> Self {
             let (listener, _) = sys::pipe().unwrap();
             let connections = Connections::over(listener).unwrap();
@@ -419,9 +430,9 @@ mod tests {
         /// The loop, until nothing happens for a moment.
         fn turn(&mut self) {
             loop {
-                let wait = if self.connections.is_eager() { 0 } else { sys::now_ns() + 20_000_000 };
+                let wait = if self.connections.has_backlog() { 0 } else { sys::now_ns() + 20_000_000 };
                 let mut polls = [self.connections.poll()];
-                if sys::poll(&mut polls, Some(wait)).unwrap() == 0 && !self.connections.is_eager() {
+                if sys::poll(&mut polls, Some(wait)).unwrap() == 0 && !self.connections.has_backlog() {
                     return;
                 }
                 self.connections.serve(&self.proc);
@@ -454,8 +465,8 @@ mod tests {
     }
 
     #[test]
-    fn each_way_flows_and_ends_by_itself() {
-        let mut rig = Rig::new();
+    fn each_direction_flows_and_shuts_down_independently() {
+        let mut rig = Fixture::new();
         let (mut host, mut service) = rig.open();
         host.write_all(b"GET").unwrap();
         host.shutdown(Shutdown::Write).unwrap();
@@ -471,8 +482,8 @@ mod tests {
     }
 
     #[test]
-    fn the_services_end_leaves_the_other_way_open() {
-        let mut rig = Rig::new();
+    fn end_of_the_service_leaves_the_other_direction_open() {
+        let mut rig = Fixture::new();
         let (mut host, mut service) = rig.open();
         service.write_all(b"hello").unwrap();
         service.shutdown(Shutdown::Write).unwrap();
@@ -488,7 +499,7 @@ mod tests {
 
     #[test]
     fn services_are_found_on_any_address() {
-        let mut rig = Rig::new();
+        let mut rig = Fixture::new();
         for address in ["[::1]:0", "127.0.0.1:0", "0.0.0.0:0", "[::]:0"] {
             let listener = TcpListener::bind(address).unwrap();
             let mut host = rig.call(listener.local_addr().unwrap().port());
@@ -497,8 +508,8 @@ mod tests {
     }
 
     #[test]
-    fn nobody_listening_is_told_and_leaves_nothing() {
-        let mut rig = Rig::new();
+    fn missing_listener_is_reported_and_leaks_nothing() {
+        let mut rig = Fixture::new();
         let nobody = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         let mut host = rig.call(nobody.port());
         assert_eq!((answer_of(&mut host), rig.len()), (Errno::ECONNREFUSED.0, 0));
@@ -506,8 +517,8 @@ mod tests {
     }
 
     #[test]
-    fn who_takes_nothing_stops_the_other_side_and_nothing_is_lost() {
-        let mut rig = Rig::new();
+    fn slow_reader_stops_the_writer_and_nothing_is_lost() {
+        let mut rig = Fixture::new();
         let (host, service) = rig.open();
         let data: Vec<u8> = (0..2_000_000u32).flat_map(u32::to_le_bytes).collect();
         for (mut from, mut to) in [
@@ -521,7 +532,7 @@ mod tests {
             rig.turn();
             let ways = [&rig.connections.all[0].inward, &rig.connections.all[0].outward];
             assert!(ways.iter().any(|way| (1..=PIECE).contains(&way.waiting.len())), "nobody waits");
-            assert!(!rig.connections.is_eager() && !writer.is_finished());
+            assert!(!rig.connections.has_backlog() && !writer.is_finished());
             let reader = std::thread::spawn(move || {
                 let mut all = vec![0; len];
                 to.read_exact(&mut all).unwrap();
@@ -536,8 +547,8 @@ mod tests {
     }
 
     #[test]
-    fn a_reset_is_no_end() {
-        let mut rig = Rig::new();
+    fn reset_is_not_an_end_of_stream() {
+        let mut rig = Fixture::new();
         let (mut host, service) = rig.open();
         host.write_all(b"unread").unwrap();
         rig.turn();
@@ -550,8 +561,8 @@ mod tests {
     }
 
     #[test]
-    fn a_host_that_goes_takes_everything_with_it_also_after_its_end() {
-        let mut rig = Rig::new();
+    fn host_disconnect_closes_the_connection() {
+        let mut rig = Fixture::new();
         for ended in [false, true] {
             let (host, mut service) = rig.open();
             if ended {
@@ -567,8 +578,8 @@ mod tests {
     }
 
     #[test]
-    fn nonsense_and_hosts_that_go_early_leave_nothing() {
-        let mut rig = Rig::new();
+    fn invalid_requests_and_early_disconnects_leak_nothing() {
+        let mut rig = Fixture::new();
         let (guest, mut host) = UnixStream::pair().unwrap();
         guest.set_nonblocking(true).unwrap();
         host.write_all(&[0xff; 40]).unwrap();
@@ -584,8 +595,8 @@ mod tests {
     }
 
     #[test]
-    fn many_at_once_are_bounded() {
-        let mut rig = Rig::new();
+    fn concurrent_service_connections_are_limited() {
+        let mut rig = Fixture::new();
         let mut hosts = Vec::new();
         for _ in 0..=MAX_CONNECTIONS {
             let (guest, host) = UnixStream::pair().unwrap();
@@ -600,7 +611,7 @@ mod tests {
     }
 
     #[test]
-    fn the_kernels_list_is_understood() {
+    fn proc_net_tcp_is_parsed() {
         let line = b"   2: 0F02000A:0050 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 1234 1";
         assert_eq!(listener(line), Some("10.0.2.15:80".parse().unwrap()));
         assert_eq!(listener(&line.map(|byte| if byte == b'A' { b'1' } else { byte })), None);

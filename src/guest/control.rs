@@ -4,7 +4,7 @@
 use super::alloc::vec::Vec;
 use super::poweroff;
 use super::sys::{self, Errno, Fd, POLLHUP, POLLIN, POLLOUT, POLLRDHUP, Poll};
-use crate::proto::{Frame, FromGuest, FromHost, HOST_CID, Stage, VERSION_MAX, VERSION_MIN};
+use crate::proto::{FromGuest, FromHost, HOST_CID, MessageFrame, Stage, VERSION_MAX, VERSION_MIN};
 
 /// With so many bytes unsent, the shim reads no further requests until the host has taken some.
 const MAX_UNSENT: usize = 64 * 1024;
@@ -114,7 +114,7 @@ impl Control {
 
     /// Tells the host and the console why it ends, and ends the machine.
     pub(super) fn fail(mut self, failure: &Failure) -> ! {
-        complain(failure);
+        log_failure(failure);
         let Failure { stage, errno, text } = failure;
         self.say(0, &FromGuest::Failed { stage: *stage, errno: errno.0, text });
         self.close();
@@ -123,7 +123,7 @@ impl Control {
 }
 
 /// Writes a failure on the console.
-pub(super) fn complain(failure: &Failure) {
+pub(super) fn log_failure(failure: &Failure) {
     let errno = poweroff::Decimal::new(failure.errno.0.unsigned_abs().into());
     poweroff::say(&[&failure.text, b": error ", errno.as_bytes()]);
 }
@@ -148,7 +148,7 @@ pub(super) struct VersionGate {
 
 impl VersionGate {
     /// The message of a frame, if it is one to act on. An `Err` says what the host did wrong: the stream cannot go on.
-    pub(super) fn admit<'a>(&mut self, frame: &Frame<'a>) -> Result<Option<FromHost<'a>>, &'static [u8]> {
+    pub(super) fn admit<'a>(&mut self, frame: &MessageFrame<'a>) -> Result<Option<FromHost<'a>>, &'static [u8]> {
         let message = FromHost::parse(frame).map_err(|malformed| malformed.0.as_bytes())?;
         match (message, self.version) {
             (Some(FromHost::Hello { version }), None) => {
@@ -195,12 +195,12 @@ mod tests {
 
     #[test]
     fn unknown_kinds_are_skipped_even_before_the_version() {
-        let frame = Frame { stream: 0, kind: 77, payload: &[] };
+        let frame = MessageFrame { stream: 0, kind: 77, payload: &[] };
         assert_eq!(VersionGate::default().admit(&frame), Ok(None));
     }
 
     #[test]
-    fn what_the_host_does_not_take_stays_queued_and_stops_the_reading() {
+    fn unsent_messages_stop_reading() {
         let (_reader, writer) = sys::pipe().unwrap();
         sys::set_nonblocking(&writer).unwrap();
         let mut control = Control::over(writer);

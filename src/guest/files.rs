@@ -102,7 +102,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn numbers_are_found_in_the_kernels_texts() {
+    fn numbers_are_parsed_from_proc_files() {
         assert_eq!(number(b"32768\n"), Some(32768));
         assert_eq!(number(b"max\n"), None);
         assert_eq!(number(b"99999999999999999999999"), Some(u64::MAX));
@@ -113,7 +113,7 @@ mod tests {
     }
 
     #[test]
-    fn words_are_whole_and_no_comments() {
+    fn words_match_whole_and_outside_comments() {
         let hosts = b"127.0.0.1\tlocalhost box.lan # spare\n10.0.0.1 other\n";
         for (word, there) in [("localhost", true), ("box.lan", true), ("box", false), ("spare", false), ("other", true)]
         {
@@ -122,7 +122,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_image_says_is_kept_and_what_lacks_is_there() {
+    fn existing_etc_files_are_kept_and_missing_ones_created() {
         let dir = std::env::temp_dir().join(std::format!("cofferdam-files-{}", std::process::id()));
         std::fs::create_dir_all(&dir).unwrap();
         let c = |name: &str| CString::new(dir.join(name).into_os_string().into_encoded_bytes()).unwrap();

@@ -56,19 +56,19 @@ const FILES: (u64, u64) = (1024, 524_288);
 fn run() -> ! {
     let user_space_ns = sys::now_ns();
     preflight::check();
-    let signals = match settle_in() {
+    let signals = match setup_pid1() {
         Ok(signals) => signals,
-        Err(failure) => fail_unheard(&failure),
+        Err(failure) => fail_to_console(&failure),
     };
     let file = match read_config() {
         Ok(file) => file,
-        Err(failure) => fail_unheard(&failure),
+        Err(failure) => fail_to_console(&failure),
     };
     let config = match BootConfig::parse(&file) {
         Ok(config) => config,
         Err(malformed) => {
             let text: [&[u8]; 2] = [b"reading the boot configuration: bad ", malformed.0.as_bytes()];
-            fail_unheard(&Failure::new(Stage::BootConfig, Errno::EPROTO, &text))
+            fail_to_console(&Failure::new(Stage::BootConfig, Errno::EPROTO, &text))
         }
     };
     let modules = insert_modules(&config);
@@ -76,9 +76,9 @@ fn run() -> ! {
     let control = match (Control::dial(config.control_port), modules) {
         (Ok(control), Ok(())) => control,
         (Ok(control), Err(failure)) => control.fail(&failure),
-        (Err(_), Err(failure)) => fail_unheard(&failure),
+        (Err(_), Err(failure)) => fail_to_console(&failure),
         (Err(errno), Ok(())) => {
-            fail_unheard(&Failure::new(Stage::Control, errno, &[b"connecting to the host over vsock"]))
+            fail_to_console(&Failure::new(Stage::Control, errno, &[b"connecting to the host over vsock"]))
         }
     };
     let writable = match mount_all(&config) {
@@ -101,13 +101,13 @@ fn run() -> ! {
 }
 
 /// Reports a failure on the console alone, as the host cannot be reached.
-fn fail_unheard(failure: &Failure) -> ! {
-    control::complain(failure);
+fn fail_to_console(failure: &Failure) -> ! {
+    control::log_failure(failure);
     poweroff::fault()
 }
 
 /// What PID 1 owes itself: standard descriptors, blocked signals, a place out of the OOM killer's reach.
-fn settle_in() -> Result<Fd, Failure> {
+fn setup_pid1() -> Result<Fd, Failure> {
     let failure = |errno, what: &[u8]| Failure::new(Stage::Isolation, errno, &[what]);
     let set = sys::signal_set(&serve::SIGNALS);
     // SIGPIPE and all others too; those without a waiter stay pending forever, as ignored ones do for PID 1.

@@ -62,7 +62,7 @@ mod tests {
     use crate::proto::StringBuf;
 
     #[test]
-    fn a_dash_says_that_a_module_may_fail() {
+    fn dash_marks_an_optional_module() {
         assert_eq!(parse(c"/m/000-virtio.ko"), (c"/m/000-virtio.ko", true));
         assert_eq!(parse(c"-/m/001-virtio_rng.ko"), (c"/m/001-virtio_rng.ko", false));
         assert_eq!(parse(c"-"), (c"", false));
@@ -70,7 +70,7 @@ mod tests {
     }
 
     #[test]
-    fn the_first_that_is_required_and_fails_is_named() {
+    fn first_failing_required_module_is_named() {
         let mut list = StringBuf::new();
         for path in ["-/nowhere/optional.ko", "/nowhere/first.ko", "/nowhere/second.ko"] {
             list.push(path.as_bytes()).unwrap();

@@ -1,6 +1,6 @@
 //! The workloads' file systems. What is to be mounted is a plan that can be read and tested, and is then carried out.
 //!
-//! Runs once, on the shim's one thread, before anything of the guest's owner runs. After [`Step::Enter`] every path is
+//! Runs once, on the shim's one thread, before anything of the guest's owner runs. After [`MountStep::Enter`] every path is
 //! inside the root of the workloads, so that a link in an image leads nowhere else.
 
 use core::ffi::CStr;
@@ -11,7 +11,7 @@ use super::alloc::vec::Vec;
 use super::control::Failure;
 use super::files;
 use super::sys::{self, Errno, MS_MOVE, MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_RDONLY, MS_REMOUNT};
-use crate::proto::{Root, Source, Stage};
+use crate::proto::{Root, RootDisk, Stage};
 
 /// How long a device may take to appear. The drivers are there before the shim, so this is for devices that are probed later.
 const DEVICE_WAIT_NS: u64 = 3_000_000_000;
@@ -20,7 +20,7 @@ type Path = Cow<'static, CStr>;
 
 /// One thing to do.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Step {
+pub(super) enum MountStep {
     /// Make a directory, unless it is there.
     Dir { path: Path, mode: u32 },
     /// Wait until a device is there.
@@ -42,7 +42,7 @@ pub(super) enum Step {
 /// A step, and whether the machine is of no use without it.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Planned {
-    pub(super) step: Step,
+    pub(super) step: MountStep,
     pub(super) required: bool,
 }
 
@@ -52,14 +52,14 @@ const UPPER: &CStr = c"/upper";
 
 /// Builds the list.
 #[derive(Default)]
-struct Plan(Vec<Planned>);
+struct MountPlan(Vec<Planned>);
 
-impl Plan {
-    fn must(&mut self, step: Step) {
+impl MountPlan {
+    fn must(&mut self, step: MountStep) {
         self.0.push(Planned { step, required: true });
     }
 
-    fn may(&mut self, step: Step) {
+    fn may(&mut self, step: MountStep) {
         self.0.push(Planned { step, required: false });
     }
 
@@ -73,16 +73,21 @@ impl Plan {
         data: Option<&'static CStr>,
         required: bool,
     ) {
-        self.may(Step::Dir { path: target.into(), mode: 0o755 });
-        let step =
-            Step::Mount { source: fs.into(), target: target.into(), fs: fs.into(), flags, data: data.map(Cow::from) };
+        self.may(MountStep::Dir { path: target.into(), mode: 0o755 });
+        let step = MountStep::Mount {
+            source: fs.into(),
+            target: target.into(),
+            fs: fs.into(),
+            flags,
+            data: data.map(Cow::from),
+        };
         self.0.push(Planned { step, required });
     }
 
-    fn disk(&mut self, source: &Source<'_>, target: &'static CStr, flags: usize) {
-        self.must(Step::Dir { path: target.into(), mode: 0o755 });
-        self.must(Step::Device { path: path(source.device) });
-        self.must(Step::Mount {
+    fn disk(&mut self, source: &RootDisk<'_>, target: &'static CStr, flags: usize) {
+        self.must(MountStep::Dir { path: target.into(), mode: 0o755 });
+        self.must(MountStep::Device { path: path(source.device) });
+        self.must(MountStep::Mount {
             source: path(source.device),
             target: target.into(),
             fs: path(source.fs),
@@ -100,21 +105,21 @@ fn path(bytes: &[u8]) -> Path {
 
 /// Everything up to the root, from the initramfs.
 pub(super) fn plan(root: &Root<'_>, hostname: &[u8], resolver: Option<[u8; 4]>) -> Vec<Planned> {
-    let mut plan = Plan::default();
+    let mut plan = MountPlan::default();
     plan.api(c"devtmpfs", c"/dev", MS_NOSUID, None, true);
     match root {
         Root::Initramfs => {}
         Root::Device { source, read_only } => {
             plan.disk(source, NEWROOT, if *read_only { MS_RDONLY } else { 0 });
-            plan.must(Step::Enter { path: NEWROOT });
+            plan.must(MountStep::Enter { path: NEWROOT });
         }
         Root::Overlay { lower, upper } => {
             plan.disk(lower, LOWER, MS_RDONLY);
             plan.disk(upper, UPPER, 0);
-            plan.must(Step::Dir { path: c"/upper/upper".into(), mode: 0o755 });
-            plan.must(Step::Dir { path: c"/upper/work".into(), mode: 0o755 });
-            plan.must(Step::Dir { path: NEWROOT.into(), mode: 0o755 });
-            plan.must(Step::Mount {
+            plan.must(MountStep::Dir { path: c"/upper/upper".into(), mode: 0o755 });
+            plan.must(MountStep::Dir { path: c"/upper/work".into(), mode: 0o755 });
+            plan.must(MountStep::Dir { path: NEWROOT.into(), mode: 0o755 });
+            plan.must(MountStep::Mount {
                 source: c"overlay".into(),
                 target: NEWROOT.into(),
                 fs: c"overlay".into(),
@@ -122,14 +127,14 @@ pub(super) fn plan(root: &Root<'_>, hostname: &[u8], resolver: Option<[u8; 4]>) 
                 // Without redirect_dir a directory of the image cannot be renamed.
                 data: Some(c"lowerdir=/lower,upperdir=/upper/upper,workdir=/upper/work,redirect_dir=on".into()),
             });
-            plan.must(Step::Enter { path: NEWROOT });
+            plan.must(MountStep::Enter { path: NEWROOT });
         }
     }
     if !matches!(root, Root::Initramfs) {
         plan.api(c"devtmpfs", c"/dev", MS_NOSUID, None, true);
     }
     // The workloads' own /proc needs their pid namespace; here is only its place.
-    plan.may(Step::Dir { path: c"/proc".into(), mode: 0o555 });
+    plan.may(MountStep::Dir { path: c"/proc".into(), mode: 0o555 });
     plan.api(c"sysfs", c"/sys", MS_NOSUID | MS_NODEV | MS_NOEXEC, None, true);
     plan.api(c"cgroup2", c"/sys/fs/cgroup", MS_NOSUID | MS_NODEV | MS_NOEXEC, None, false);
     plan.api(c"devpts", c"/dev/pts", MS_NOSUID | MS_NOEXEC, Some(c"gid=5,mode=620,ptmxmode=666"), false);
@@ -141,7 +146,7 @@ pub(super) fn plan(root: &Root<'_>, hostname: &[u8], resolver: Option<[u8; 4]>) 
         (c"/proc/self/fd/1", c"/dev/stdout"),
         (c"/proc/self/fd/2", c"/dev/stderr"),
     ] {
-        plan.may(Step::Link { target, path });
+        plan.may(MountStep::Link { target, path });
     }
     if matches!(root, Root::Device { read_only: true, .. }) {
         // Hardly a program runs without these two. On a writable root they are as the image has them.
@@ -149,15 +154,19 @@ pub(super) fn plan(root: &Root<'_>, hostname: &[u8], resolver: Option<[u8; 4]>) 
         plan.api(c"tmpfs", c"/tmp", MS_NOSUID | MS_NODEV, Some(c"mode=1777"), false);
         return plan.0;
     }
-    plan.may(Step::Dir { path: c"/run".into(), mode: 0o755 });
-    plan.may(Step::Dir { path: c"/tmp".into(), mode: 0o1777 });
-    plan.may(Step::Dir { path: c"/etc".into(), mode: 0o755 });
+    plan.may(MountStep::Dir { path: c"/run".into(), mode: 0o755 });
+    plan.may(MountStep::Dir { path: c"/tmp".into(), mode: 0o1777 });
+    plan.may(MountStep::Dir { path: c"/etc".into(), mode: 0o755 });
     let own: &[u8] = if hostname.is_empty() { b"localhost" } else { hostname };
-    plan.may(Step::File { path: c"/etc/hostname", content: [own, b"\n"].concat() });
+    plan.may(MountStep::File { path: c"/etc/hostname", content: [own, b"\n"].concat() });
     let hosts = [b"127.0.0.1\tlocalhost ", own, b"\n::1\tlocalhost ip6-localhost ip6-loopback\n"].concat();
-    plan.may(Step::File { path: c"/etc/hosts", content: hosts });
+    plan.may(MountStep::File { path: c"/etc/hosts", content: hosts });
     // The image's own knows other names. Where they are two they both lead here.
-    plan.may(Step::Line { path: c"/etc/hosts", word: Vec::from(own), line: [b"127.0.0.1\t", own, b"\n"].concat() });
+    plan.may(MountStep::Line {
+        path: c"/etc/hosts",
+        word: Vec::from(own),
+        line: [b"127.0.0.1\t", own, b"\n"].concat(),
+    });
     if let Some(resolver) = resolver {
         let mut content = Vec::from(b"nameserver");
         for (part, before) in resolver.into_iter().zip(*b" ...") {
@@ -166,7 +175,7 @@ pub(super) fn plan(root: &Root<'_>, hostname: &[u8], resolver: Option<[u8; 4]>) 
         }
         content.push(b'\n');
         // The image's own is of where it was made.
-        plan.must(Step::Replace { path: c"/etc/resolv.conf", content });
+        plan.must(MountStep::Replace { path: c"/etc/resolv.conf", content });
     }
     plan.0
 }
@@ -191,7 +200,7 @@ pub(super) fn carry_out(plan: &[Planned]) -> Result<(), Failure> {
     Ok(())
 }
 
-impl Step {
+impl MountStep {
     fn carry_out(&self) -> Result<(), Errno> {
         match self {
             Self::Dir { path, mode } => there(sys::mkdir(None, path, *mode)),
@@ -267,7 +276,7 @@ fn wait_for(device: &CStr) -> Result<(), Errno> {
 pub(super) struct Writable(Option<sys::Fd>);
 
 impl Writable {
-    /// To be called after mounting and before [`Step::Enter`] hides it; so [`carry_out`] goes in two parts.
+    /// To be called after mounting and before [`MountStep::Enter`] hides it; so [`carry_out`] goes in two parts.
     pub(super) fn find(root: &Root<'_>) -> Self {
         let path = match root {
             Root::Initramfs | Root::Device { .. } => return Self(None),
@@ -289,7 +298,7 @@ impl Writable {
 
 /// Where a plan enters the root; before it [`Writable::find`] finds what it needs.
 pub(super) fn split(plan: &[Planned]) -> (&[Planned], &[Planned]) {
-    let enter = plan.iter().position(|planned| matches!(planned.step, Step::Enter { .. })).unwrap_or(0);
+    let enter = plan.iter().position(|planned| matches!(planned.step, MountStep::Enter { .. })).unwrap_or(0);
     plan.split_at(enter)
 }
 
@@ -297,14 +306,14 @@ pub(super) fn split(plan: &[Planned]) -> (&[Planned], &[Planned]) {
 mod tests {
     use super::*;
 
-    const VDA: Source<'_> = Source { device: b"/dev/vda", fs: b"ext4" };
-    const VDB: Source<'_> = Source { device: b"/dev/vdb", fs: b"ext4" };
+    const VDA: RootDisk<'_> = RootDisk { device: b"/dev/vda", fs: b"ext4" };
+    const VDB: RootDisk<'_> = RootDisk { device: b"/dev/vdb", fs: b"ext4" };
 
     fn mounts(plan: &[Planned]) -> Vec<(&str, &str)> {
         let text = |path: &'_ Path| -> &str { Box::leak(path.to_str().unwrap().to_owned().into_boxed_str()) };
         plan.iter()
             .filter_map(|planned| match &planned.step {
-                Step::Mount { target, fs, .. } => Some((text(fs), text(target))),
+                MountStep::Mount { target, fs, .. } => Some((text(fs), text(target))),
                 _ => None,
             })
             .collect()
@@ -326,7 +335,7 @@ mod tests {
     fn the_lower_device_is_never_written() {
         let plan = plan(&Root::Overlay { lower: VDA, upper: VDB }, b"", None);
         let flags = plan.iter().find_map(|planned| match &planned.step {
-            Step::Mount { source, flags, .. } if source.to_bytes() == b"/dev/vda" => Some(*flags),
+            MountStep::Mount { source, flags, .. } if source.to_bytes() == b"/dev/vda" => Some(*flags),
             _ => None,
         });
         assert_eq!(flags, Some(MS_RDONLY));
@@ -335,7 +344,7 @@ mod tests {
     #[test]
     fn the_initramfs_is_not_entered() {
         let plan = plan(&Root::Initramfs, b"", None);
-        assert!(!plan.iter().any(|planned| matches!(planned.step, Step::Enter { .. })));
+        assert!(!plan.iter().any(|planned| matches!(planned.step, MountStep::Enter { .. })));
         assert_eq!(mounts(&plan).iter().filter(|mount| mount.1 == "/dev").count(), 1);
     }
 
@@ -343,14 +352,14 @@ mod tests {
     fn a_read_only_root_gets_run_and_tmp_in_memory_and_no_files() {
         let plan = plan(&Root::Device { source: VDA, read_only: true }, b"box", Some([10, 0, 0, 2]));
         assert!(mounts(&plan).contains(&("tmpfs", "/tmp")));
-        assert!(!plan.iter().any(|planned| matches!(planned.step, Step::File { .. })));
+        assert!(!plan.iter().any(|planned| matches!(planned.step, MountStep::File { .. })));
     }
 
     #[test]
-    fn the_resolver_is_written_down() {
+    fn resolv_conf_is_written() {
         let plan = plan(&Root::Overlay { lower: VDA, upper: VDB }, b"", Some([10, 0, 205, 2]));
         let written = plan.iter().find_map(|planned| match &planned.step {
-            Step::Replace { path, content } if *path == c"/etc/resolv.conf" => Some(content.as_slice()),
+            MountStep::Replace { path, content } if *path == c"/etc/resolv.conf" => Some(content.as_slice()),
             _ => None,
         });
         assert_eq!(written, Some(&b"nameserver 10.0.205.2\n"[..]));
@@ -358,7 +367,7 @@ mod tests {
 
     #[test]
     fn a_missing_device_is_named() {
-        let failure = Step::Device { path: path(b"/dev/vdz") }.failure(Errno::ENOENT);
+        let failure = MountStep::Device { path: path(b"/dev/vdz") }.failure(Errno::ENOENT);
         assert_eq!((failure.stage, &failure.text[..]), (Stage::Device, &b"waiting for /dev/vdz"[..]));
     }
 }

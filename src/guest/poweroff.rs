@@ -85,7 +85,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn numbers_become_text() {
+    fn numbers_are_formatted_in_decimal() {
         for number in [0, 7, 10, 1_000_000_007, u64::MAX] {
             assert_eq!(Decimal::new(number).as_bytes(), number.to_string().as_bytes());
         }

@@ -72,7 +72,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_the_whole_word_is_the_marker() {
+    fn marker_matches_a_whole_word_only() {
         assert!(has_marker(b"console=hvc0 cofferdam.shim=1\n"));
         assert!(!has_marker(b"console=hvc0 cofferdam.shim=10\n"));
         assert!(!has_marker(b"xcofferdam.shim=1"));

@@ -51,7 +51,7 @@ fn run(answer: &Fd) -> i32 {
 
 /// What the end of the workloads' PID 1 means. `reboot(2)` inside a pid namespace ends its PID 1 with a signal that tells which
 /// (pid_namespaces(7)); nothing else may end it.
-pub(super) fn meaning(status: sys::Status) -> Option<End> {
+pub(super) fn end_of_status(status: sys::Status) -> Option<End> {
     match status {
         sys::Status::Signaled(sys::SIGHUP) => Some(End::Reboot),
         sys::Status::Signaled(sys::SIGINT) => Some(End::PowerOff),
@@ -64,10 +64,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_workload_that_reboots_the_machine_is_understood() {
-        assert_eq!(meaning(sys::Status::Signaled(sys::SIGHUP)), Some(End::Reboot));
-        assert_eq!(meaning(sys::Status::Signaled(sys::SIGINT)), Some(End::PowerOff));
-        assert_eq!(meaning(sys::Status::Signaled(sys::SIGKILL)), None);
-        assert_eq!(meaning(sys::Status::Exited(0)), None);
+    fn signals_of_a_rebooted_pid_namespace_are_mapped_to_ends() {
+        assert_eq!(end_of_status(sys::Status::Signaled(sys::SIGHUP)), Some(End::Reboot));
+        assert_eq!(end_of_status(sys::Status::Signaled(sys::SIGINT)), Some(End::PowerOff));
+        assert_eq!(end_of_status(sys::Status::Signaled(sys::SIGKILL)), None);
+        assert_eq!(end_of_status(sys::Status::Exited(0)), None);
     }
 }

@@ -10,11 +10,11 @@ use super::control::{Control, Failure, VersionGate};
 use super::files;
 use super::process::{Process, ProcessState};
 use super::reaper;
-use super::relay::{Progress, Relay};
-use super::shutdown::{Ending, Next};
+use super::relay::{Relay, RelayProgress};
+use super::shutdown::{GuestShutdown, Next};
 use super::spawn::{self, Report, SpawnEnv, SpawnError, StdioStreams};
 use super::sys::{self, Errno, Fd, POLLIN, Poll, SIGKILL, Status};
-use crate::proto::{Decoder, End, FROM_HOST_MAX, Frame, FromGuest, FromHost, Spawn, Stage, Step};
+use crate::proto::{Decoder, End, FROM_HOST_MAX, FromGuest, FromHost, MessageFrame, Spawn, SpawnStep, Stage};
 
 /// Programs that the shim keeps track of at the same time, with those that have exited and left something running.
 const MAX_PROCESSES: usize = 1024;
@@ -49,7 +49,7 @@ pub(super) struct Shim {
     relays: Vec<Relay>,
     /// `None` where the kernel cannot listen on vsock.
     connections: Option<Connections>,
-    ending: Option<Ending>,
+    ending: Option<GuestShutdown>,
 }
 
 /// To whom an entry of the list to poll belongs.
@@ -149,12 +149,12 @@ impl Shim {
     }
 
     fn has_eager_connections(&self) -> bool {
-        self.connections.as_ref().is_some_and(Connections::is_eager)
+        self.connections.as_ref().is_some_and(Connections::has_backlog)
     }
 
     /// Until when nothing need happen.
     fn deadline(&self) -> Option<u64> {
-        if self.has_eager_connections() { Some(0) } else { self.ending.as_ref().map(Ending::deadline) }
+        if self.has_eager_connections() { Some(0) } else { self.ending.as_ref().map(GuestShutdown::deadline) }
     }
 
     /// Lists what to wait for.
@@ -189,7 +189,7 @@ impl Shim {
     fn advance_relays(&mut self, polls: &[Poll]) {
         let mut pairs = polls.chunks_exact(2);
         self.relays.retain_mut(|relay| match pairs.next() {
-            Some([pipe, socket]) => relay.advance([pipe.happened, socket.happened]) == Progress::Going,
+            Some([pipe, socket]) => relay.advance([pipe.happened, socket.happened]) == RelayProgress::Going,
             _ => true,
         });
     }
@@ -213,13 +213,13 @@ impl Shim {
         let mut input = buffer.get(..n).unwrap_or_default();
         while let Some(frame) = decoder.next(&mut input).map_err(|_| broken(b"frame"))? {
             if let Some(message) = self.gate.admit(&frame).map_err(broken)? {
-                self.obey(&frame, &message);
+                self.handle_request(&frame, &message);
             }
         }
         Ok(())
     }
 
-    fn obey(&mut self, frame: &Frame<'_>, message: &FromHost<'_>) {
+    fn handle_request(&mut self, frame: &MessageFrame<'_>, message: &FromHost<'_>) {
         match *message {
             // The latter is said on streams of its own.
             FromHost::Hello { .. } | FromHost::Connect { .. } => {}
@@ -238,19 +238,19 @@ impl Shim {
         self.processes.iter_mut().find(|process| process.id == id && !matches!(process.life, ProcessState::Over))
     }
 
-    fn refuse(&mut self, id: u32, (step, errno): SpawnError) {
+    fn refuse(&mut self, id: u32, SpawnError { step, errno }: SpawnError) {
         self.control.say(id, &FromGuest::SpawnFailed { step, errno: errno.0 });
     }
 
-    fn spawn(&mut self, frame: &Frame<'_>, spawn: &Spawn<'_>) -> Result<(), SpawnError> {
+    fn spawn(&mut self, frame: &MessageFrame<'_>, spawn: &Spawn<'_>) -> Result<(), SpawnError> {
         if self.ending.is_some() {
-            return Err((Step::Request, Errno::ESHUTDOWN));
+            return Err(SpawnError::new(SpawnStep::Request, Errno::ESHUTDOWN));
         }
         if self.find(frame.stream).is_some() {
-            return Err((Step::Request, Errno::EEXIST));
+            return Err(SpawnError::new(SpawnStep::Request, Errno::EEXIST));
         }
         if self.processes.len() >= MAX_PROCESSES {
-            return Err((Step::Request, Errno::EAGAIN));
+            return Err(SpawnError::new(SpawnStep::Request, Errno::EAGAIN));
         }
         let streams = StdioStreams::dial(&spawn.stdio)?;
         let mut process = Process::new(frame.stream);
@@ -258,7 +258,9 @@ impl Shim {
             self.start(&mut process, spawn, streams)?;
         } else {
             let mut payload = Vec::new();
-            payload.try_reserve_exact(frame.payload.len()).map_err(|_| (Step::Request, Errno::ENOMEM))?;
+            payload
+                .try_reserve_exact(frame.payload.len())
+                .map_err(|_| SpawnError::new(SpawnStep::Request, Errno::ENOMEM))?;
             payload.extend_from_slice(frame.payload);
             process.life = ProcessState::Connecting { streams, kind: frame.kind, payload };
         }
@@ -269,7 +271,7 @@ impl Shim {
     /// Its streams are connected: fork.
     fn start(&mut self, process: &mut Process, spawn: &Spawn<'_>, streams: StdioStreams) -> Result<(), SpawnError> {
         if let Some(cgroups) = &self.cgroups {
-            process.group = Some(cgroups.group(process.id).map_err(|errno| (Step::Cgroup, errno))?);
+            process.group = Some(cgroups.group(process.id).map_err(|errno| SpawnError::new(SpawnStep::Cgroup, errno))?);
         }
         let cgroup = process.group.as_ref().map(|group| &group.dir);
         match spawn::start(process.id, spawn, streams, cgroup, &self.spawn_env) {
@@ -307,9 +309,9 @@ impl Shim {
                         return Ok(());
                     }
                     // It was understood when it came.
-                    match FromHost::parse(&Frame { stream: id, kind, payload: &payload }) {
+                    match FromHost::parse(&MessageFrame { stream: id, kind, payload: &payload }) {
                         Ok(Some(FromHost::Spawn(spawn))) => self.start(&mut process, &spawn, streams),
-                        _ => Err((Step::Request, Errno::EPROTO)),
+                        _ => Err(SpawnError::new(SpawnStep::Request, Errno::EPROTO)),
                     }
                 });
                 if let Err(refusal) = result {
@@ -366,7 +368,7 @@ impl Shim {
     fn ended(&mut self, pid: i32, status: Status) -> Result<(), Outcome> {
         if pid == self.reaper {
             // With it go all workloads. Where the machine is ending that is meant.
-            return match (&self.ending, reaper::meaning(status)) {
+            return match (&self.ending, reaper::end_of_status(status)) {
                 (Some(_), _) => Ok(()),
                 (None, Some(end)) => Err(Outcome::End(end)),
                 (None, None) => {
@@ -390,7 +392,7 @@ impl Shim {
     fn exited(&mut self, mut process: Process, status: Status) {
         // Of one that never became the program the host knows already.
         if let ProcessState::Running { .. } = process.life {
-            self.relays.retain_mut(|relay| relay.owner != process.id || relay.owner_exited() == Progress::Going);
+            self.relays.retain_mut(|relay| relay.owner != process.id || relay.owner_exited() == RelayProgress::Going);
             let message = match status {
                 Status::Exited(code) => FromGuest::Exited { code },
                 Status::Signaled(signo) => {
@@ -419,7 +421,7 @@ impl Shim {
         let Some(process) = self.find(id) else { return };
         if let ProcessState::Connecting { .. } = process.life {
             process.life = ProcessState::Over;
-            return self.refuse(id, (Step::Request, Errno::ECANCELED));
+            return self.refuse(id, SpawnError::new(SpawnStep::Request, Errno::ECANCELED));
         }
         process.kill();
     }
@@ -428,12 +430,12 @@ impl Shim {
     fn start_ending(&mut self, end: End, grace_ms: u32) {
         let deadline = sys::now_ns() + u64::from(grace_ms) * 1_000_000;
         if let Some(ending) = &mut self.ending {
-            return ending.hurry(deadline);
+            return ending.shorten_deadline(deadline);
         }
         for process in &mut self.processes {
             if let ProcessState::Connecting { .. } = process.life {
                 process.life = ProcessState::Over;
-                let (step, errno) = (Step::Request, Errno::ESHUTDOWN.0);
+                let (step, errno) = (SpawnStep::Request, Errno::ESHUTDOWN.0);
                 self.control.say(process.id, &FromGuest::SpawnFailed { step, errno });
             }
         }
@@ -441,7 +443,7 @@ impl Shim {
         // Everything but the shim, and the reaper, which lets only SIGKILL through. What is stopped must run to hear it.
         let _ = sys::kill(-1, sys::SIGTERM);
         let _ = sys::kill(-1, sys::SIGCONT);
-        self.ending = Some(Ending::new(end, deadline));
+        self.ending = Some(GuestShutdown::new(end, deadline));
     }
 
     /// Takes the end of the machine as far as it can go now.

@@ -8,14 +8,14 @@ const POWER_OFF_TIMEOUT_NS: u64 = 2_000_000_000;
 
 /// An end of the machine that has begun.
 #[derive(Debug)]
-pub(super) struct Ending {
+pub(super) struct GuestShutdown {
     end: End,
-    phase: Phase,
+    phase: ShutdownPhase,
     deadline: u64,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Phase {
+enum ShutdownPhase {
     /// SIGTERM was sent.
     Asked,
     /// SIGKILL was sent.
@@ -33,14 +33,14 @@ pub(super) enum Next {
     Leave(End),
 }
 
-impl Ending {
+impl GuestShutdown {
     /// SIGTERM was just sent; at the deadline SIGKILL will be.
     pub(super) fn new(end: End, deadline: u64) -> Self {
-        Self { end, phase: Phase::Asked, deadline }
+        Self { end, phase: ShutdownPhase::Asked, deadline }
     }
 
     /// It shall be over by then, if not sooner.
-    pub(super) fn hurry(&mut self, deadline: u64) {
+    pub(super) fn shorten_deadline(&mut self, deadline: u64) {
         self.deadline = self.deadline.min(deadline);
     }
 
@@ -52,18 +52,18 @@ impl Ending {
     /// Whether anything is `alive` or the streams are `drained` may change it, and so may the time.
     pub(super) fn step(&mut self, alive: bool, drained: bool, now: u64) -> Next {
         let over = now >= self.deadline;
-        if self.phase == Phase::Asked && alive {
+        if self.phase == ShutdownPhase::Asked && alive {
             if !over {
                 return Next::Wait;
             }
-            (self.phase, self.deadline) = (Phase::Killed, now + POWER_OFF_TIMEOUT_NS);
+            (self.phase, self.deadline) = (ShutdownPhase::Killed, now + POWER_OFF_TIMEOUT_NS);
             return Next::Kill;
         }
-        if self.phase == Phase::Killed && alive && !over {
+        if self.phase == ShutdownPhase::Killed && alive && !over {
             return Next::Wait;
         }
-        if self.phase != Phase::Draining {
-            (self.phase, self.deadline) = (Phase::Draining, now + POWER_OFF_TIMEOUT_NS);
+        if self.phase != ShutdownPhase::Draining {
+            (self.phase, self.deadline) = (ShutdownPhase::Draining, now + POWER_OFF_TIMEOUT_NS);
         } else if over {
             return Next::Leave(self.end);
         }
@@ -76,40 +76,40 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_empty_machine_leaves_at_once() {
-        assert_eq!(Ending::new(End::Reboot, 100).step(false, true, 1), Next::Leave(End::Reboot));
+    fn shutdown_without_processes_is_immediate() {
+        assert_eq!(GuestShutdown::new(End::Reboot, 100).step(false, true, 1), Next::Leave(End::Reboot));
     }
 
     #[test]
-    fn those_that_go_when_asked_are_not_killed() {
-        let mut ending = Ending::new(End::PowerOff, 100);
+    fn processes_that_exit_on_sigterm_are_not_killed() {
+        let mut ending = GuestShutdown::new(End::PowerOff, 100);
         assert_eq!(ending.step(true, false, 1), Next::Wait);
         assert_eq!(ending.step(false, false, 50), Next::Wait, "the host still reads");
         assert_eq!(ending.step(false, true, 60), Next::Leave(End::PowerOff));
     }
 
     #[test]
-    fn those_that_stay_are_killed_once_and_not_waited_for_for_ever() {
-        let mut ending = Ending::new(End::PowerOff, 100);
+    fn remaining_processes_are_killed_once_within_a_timeout() {
+        let mut ending = GuestShutdown::new(End::PowerOff, 100);
         assert_eq!(ending.step(true, true, 100), Next::Kill);
         assert_eq!(ending.step(true, true, 101), Next::Wait);
         assert_eq!(ending.step(true, true, 100 + POWER_OFF_TIMEOUT_NS), Next::Leave(End::PowerOff));
     }
 
     #[test]
-    fn a_host_that_never_reads_holds_nothing_up_for_ever() {
-        let mut ending = Ending::new(End::Halt, 100);
+    fn unread_streams_do_not_delay_shutdown_forever() {
+        let mut ending = GuestShutdown::new(End::Halt, 100);
         assert_eq!(ending.step(false, false, 1), Next::Wait);
         assert_eq!(ending.deadline(), 1 + POWER_OFF_TIMEOUT_NS);
         assert_eq!(ending.step(false, false, 1 + POWER_OFF_TIMEOUT_NS), Next::Leave(End::Halt));
     }
 
     #[test]
-    fn a_second_request_only_makes_it_sooner() {
-        let mut ending = Ending::new(End::PowerOff, 100);
-        ending.hurry(200);
+    fn second_shutdown_request_only_shortens_the_deadline() {
+        let mut ending = GuestShutdown::new(End::PowerOff, 100);
+        ending.shorten_deadline(200);
         assert_eq!(ending.deadline(), 100);
-        ending.hurry(0);
+        ending.shorten_deadline(0);
         assert_eq!(ending.step(true, true, 1), Next::Kill);
     }
 }

@@ -5,15 +5,25 @@ use core::ffi::CStr;
 
 use super::alloc::ffi::CString;
 use super::alloc::vec::Vec;
-use super::relay::{Flow, Relay};
+use super::relay::{Relay, RelayDirection};
 use super::sys::{self, Errno, Fd, POLLOUT, Poll, Vector};
-use crate::proto::{HOST_CID, Spawn, Stdio, Step};
+use crate::proto::{HOST_CID, Spawn, SpawnStep, Stdio};
 
 /// Where programs are looked for if the environment has no `PATH`.
 const DEFAULT_PATH: &[u8] = b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// A step that failed, and why.
-pub(super) type SpawnError = (Step, Errno);
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct SpawnError {
+    pub step: SpawnStep,
+    pub errno: Errno,
+}
+
+impl SpawnError {
+    pub(super) const fn new(step: SpawnStep, errno: Errno) -> Self {
+        Self { step, errno }
+    }
+}
 
 /// What every new process needs from the shim.
 #[derive(Debug)]
@@ -28,7 +38,7 @@ pub(super) struct SpawnEnv {
 
 /// One stream to the host on its way.
 #[derive(Debug)]
-struct Link {
+struct StreamLink {
     socket: Fd,
     connected: bool,
 }
@@ -36,7 +46,7 @@ struct Link {
 /// The streams of a program before it runs, by standard descriptor. Without a link it is `/dev/null`, or standard output where `joined`.
 #[derive(Debug)]
 pub(super) struct StdioStreams {
-    links: [Option<Link>; 3],
+    links: [Option<StreamLink>; 3],
     joined: bool,
 }
 
@@ -51,8 +61,8 @@ impl StdioStreams {
                     continue;
                 }
                 let dialled = sys::connect_vsock(HOST_CID, port);
-                let (socket, connected) = dialled.map_err(|errno| (Step::Stdio, errno))?;
-                *link = Some(Link { socket, connected });
+                let (socket, connected) = dialled.map_err(|errno| SpawnError::new(SpawnStep::Stdio, errno))?;
+                *link = Some(StreamLink { socket, connected });
             }
         }
         Ok(Self { links, joined })
@@ -71,7 +81,7 @@ impl StdioStreams {
     /// Something happened to the descriptor `fd` of [`StdioStreams::polls`].
     pub(super) fn advance(&mut self, fd: i32) -> Result<(), SpawnError> {
         for link in self.links.iter_mut().flatten().filter(|link| link.socket.raw() == fd) {
-            sys::connect_result(&link.socket).map_err(|errno| (Step::Stdio, errno))?;
+            sys::connect_result(&link.socket).map_err(|errno| SpawnError::new(SpawnStep::Stdio, errno))?;
             link.connected = true;
         }
         Ok(())
@@ -85,7 +95,7 @@ fn is_joined(stdio: &[Stdio; 3]) -> bool {
 
 /// A new process.
 #[derive(Debug)]
-pub(super) struct Started {
+pub(super) struct SpawnedProcess {
     /// As the shim sees it.
     pub(super) pid: i32,
     pub(super) report: Report,
@@ -99,8 +109,8 @@ pub(super) fn start(
     streams: StdioStreams,
     cgroup: Option<&Fd>,
     spawn_env: &SpawnEnv,
-) -> Result<Started, SpawnError> {
-    let no = |step| move |errno| (step, errno);
+) -> Result<SpawnedProcess, SpawnError> {
+    let no = |step| move |errno| SpawnError::new(step, errno);
     let mut relays = Vec::new();
     let mut ends: [Option<Fd>; 3] = [None, None, None];
     for ((number, link), end) in streams.links.into_iter().enumerate().zip(&mut ends) {
@@ -108,12 +118,13 @@ pub(super) fn start(
         // A new stream takes that much at once.
         match sys::write(&link.socket, spawn.cookie) {
             Ok(n) if n == spawn.cookie.len() => {}
-            Ok(_) => return Err((Step::Stdio, Errno::EAGAIN)),
-            Err(errno) => return Err((Step::Stdio, errno)),
+            Ok(_) => return Err(SpawnError::new(SpawnStep::Stdio, Errno::EAGAIN)),
+            Err(errno) => return Err(SpawnError::new(SpawnStep::Stdio, errno)),
         }
-        let (reader, writer) = sys::pipe().map_err(no(Step::Stdio))?;
-        let (flow, mine, theirs) = if number == 0 { (Flow::In, writer, reader) } else { (Flow::Out, reader, writer) };
-        sys::set_nonblocking(&mine).map_err(no(Step::Stdio))?;
+        let (reader, writer) = sys::pipe().map_err(no(SpawnStep::Stdio))?;
+        let (flow, mine, theirs) =
+            if number == 0 { (RelayDirection::In, writer, reader) } else { (RelayDirection::Out, reader, writer) };
+        sys::set_nonblocking(&mine).map_err(no(SpawnStep::Stdio))?;
         relays.push(Relay::new(id, flow, mine, link.socket));
         *end = Some(theirs);
     }
@@ -125,13 +136,13 @@ pub(super) fn start(
         spawn_env,
         cwd: spawn.cwd.unwrap_or(c"/"),
         programs: candidates(spawn),
-        argv: Vector::new(spawn.argv.iter()).map_err(no(Step::Fork))?,
-        envp: Vector::new(spawn.env.iter()).map_err(no(Step::Fork))?,
+        argv: Vector::new(spawn.argv.iter()).map_err(no(SpawnStep::Fork))?,
+        envp: Vector::new(spawn.env.iter()).map_err(no(SpawnStep::Fork))?,
     };
-    let (reader, writer) = sys::pipe().map_err(no(Step::Fork))?;
-    sys::set_nonblocking(&reader).map_err(no(Step::Fork))?;
-    let pid = sys::fork(cgroup, || plan.run(&writer)).map_err(no(Step::Fork))?;
-    Ok(Started { pid, report: Report(reader), relays })
+    let (reader, writer) = sys::pipe().map_err(no(SpawnStep::Fork))?;
+    sys::set_nonblocking(&reader).map_err(no(SpawnStep::Fork))?;
+    let pid = sys::fork(cgroup, || plan.run(&writer)).map_err(no(SpawnStep::Fork))?;
+    Ok(SpawnedProcess { pid, report: Report(reader), relays })
 }
 
 /// What the new process does until it is the program. All memory it needs was made before.
@@ -147,7 +158,7 @@ struct Child<'a> {
 impl Child<'_> {
     fn run(&self, report: &Fd) -> i32 {
         let _ = sys::write(report, &sys::getpid().to_ne_bytes());
-        let (step, errno) = self.become_the_program();
+        let SpawnError { step, errno } = self.become_the_program();
         let mut message = [0u8; 8];
         message[..4].copy_from_slice(&(step as u32).to_ne_bytes());
         message[4..].copy_from_slice(&errno.0.to_ne_bytes());
@@ -158,16 +169,16 @@ impl Child<'_> {
     /// Returns only if it could not.
     fn become_the_program(&self) -> SpawnError {
         if let Err(errno) = self.prepare() {
-            return (Step::Prepare, errno);
+            return SpawnError::new(SpawnStep::Prepare, errno);
         }
         if let Err(errno) = sys::chdir(self.cwd) {
-            return (Step::Chdir, errno);
+            return SpawnError::new(SpawnStep::Chdir, errno);
         }
         // What was sent meanwhile takes effect here, with the default actions.
         if let Err(errno) = sys::block_signals(0) {
-            return (Step::Prepare, errno);
+            return SpawnError::new(SpawnStep::Prepare, errno);
         }
-        (Step::Exec, self.execute())
+        SpawnError::new(SpawnStep::Exec, self.execute())
     }
 
     fn prepare(&self) -> Result<(), Errno> {
@@ -232,8 +243,11 @@ impl Report {
             return Ok(u32::from_ne_bytes([a, b, c, d]));
         }
         let step = u32::from_ne_bytes([e, f, g, h]);
-        let step = [Step::Chdir, Step::Exec].into_iter().find(|&known| known as u32 == step).unwrap_or(Step::Prepare);
-        Err((step, Errno(i32::from_ne_bytes([i, j, k, l]))))
+        let step = [SpawnStep::Chdir, SpawnStep::Exec]
+            .into_iter()
+            .find(|&known| known as u32 == step)
+            .unwrap_or(SpawnStep::Prepare);
+        Err(SpawnError::new(step, Errno(i32::from_ne_bytes([i, j, k, l]))))
     }
 }
 
@@ -258,7 +272,7 @@ mod tests {
     }
 
     #[test]
-    fn programs_are_looked_for_along_the_path() {
+    fn programs_are_found_in_path() {
         assert_eq!(found(&["ls"], &["HOME=/", "PATH=/a:/b/", "PATH=/c"]), ["/a/ls", "/b/ls"]);
         assert_eq!(found(&["ls"], &[]).len(), 6);
         assert_eq!(found(&["ls"], &["PATH=:/a"]), ["ls", "/a/ls"]);
@@ -297,13 +311,13 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_start_says_why() {
-        assert_eq!(try_to_start(&["/nowhere"], None), Err((Step::Exec, Errno::ENOENT)));
-        assert_eq!(try_to_start(&["no-such-program"], None), Err((Step::Exec, Errno::ENOENT)));
-        assert_eq!(try_to_start(&[""], None), Err((Step::Exec, Errno::ENOENT)));
-        assert_eq!(try_to_start(&["/etc/passwd"], None), Err((Step::Exec, Errno::EACCES)));
-        assert_eq!(try_to_start(&["/"], None), Err((Step::Exec, Errno::EACCES)));
-        assert_eq!(try_to_start(&["true"], Some(c"/nowhere")), Err((Step::Chdir, Errno::ENOENT)));
+    fn spawn_failure_has_step_and_errno() {
+        assert_eq!(try_to_start(&["/nowhere"], None), Err(SpawnError::new(SpawnStep::Exec, Errno::ENOENT)));
+        assert_eq!(try_to_start(&["no-such-program"], None), Err(SpawnError::new(SpawnStep::Exec, Errno::ENOENT)));
+        assert_eq!(try_to_start(&[""], None), Err(SpawnError::new(SpawnStep::Exec, Errno::ENOENT)));
+        assert_eq!(try_to_start(&["/etc/passwd"], None), Err(SpawnError::new(SpawnStep::Exec, Errno::EACCES)));
+        assert_eq!(try_to_start(&["/"], None), Err(SpawnError::new(SpawnStep::Exec, Errno::EACCES)));
+        assert_eq!(try_to_start(&["true"], Some(c"/nowhere")), Err(SpawnError::new(SpawnStep::Chdir, Errno::ENOENT)));
         assert!(Strings::default().is_empty());
     }
 }

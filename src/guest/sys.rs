@@ -200,7 +200,7 @@ impl From<Fd> for std::os::fd::OwnedFd {
 mod socket;
 
 pub(super) use socket::{
-    Epoll, accept_vsock, connect_result, connect_tcp, connect_vsock, is_heard, listen_vsock, shut_write,
+    Epoll, accept_vsock, connect_result, connect_tcp, connect_vsock, is_writable, listen_vsock, shut_write,
 };
 
 /// Paths relative to the current directory.

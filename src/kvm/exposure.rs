@@ -125,7 +125,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_the_kernel_says_is_told_and_judged() {
+    fn vulnerabilities_are_parsed_and_rated() {
         let sys = std::env::temp_dir().join(format!("cofferdam-exposure-{}", std::process::id()));
         let put = |path: &str, text: &str| {
             let path = sys.join(path);

@@ -175,7 +175,7 @@ mod tests {
     }
 
     #[test]
-    fn each_trouble_has_its_kind_and_remedy() {
+    fn each_kvm_problem_has_a_kind_and_a_remedy() {
         let cases = [
             (host(KvmAccess::Absent, "kvm_amd"), ErrorKind::NotFound, "firmware"),
             (host(KvmAccess::Forbidden, "kvm_amd"), ErrorKind::PermissionDenied, "group"),
@@ -202,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn files_that_are_not_kvm_are_told_apart() {
+    fn other_files_are_distinguished_from_kvm() {
         let dir = std::env::temp_dir().join(format!("cofferdam-host-{}", std::process::id()));
         fs::create_dir_all(dir.join("kvm_amd")).unwrap();
         assert_eq!(Host::examine(&dir.join("kvm"), &dir).kvm, KvmAccess::Absent);

@@ -132,7 +132,7 @@ impl VmFd {
     /// writes are exits as before (KVM API, 4.35: KVM_MEM_READONLY).
     ///
     /// They must outlive the VM's last use, as its memory must.
-    pub(crate) fn set_registers(&self, memory: &GuestMemory, addr: u64, pages: &RegisterPages) -> Result<()> {
+    pub(crate) fn map_register_pages(&self, memory: &GuestMemory, addr: u64, pages: &RegisterPages) -> Result<()> {
         let (host, len) = pages.host();
         let region = kvm_userspace_memory_region {
             slot: memory.regions().len() as u32,
@@ -148,9 +148,9 @@ impl VmFd {
 
     /// Returns a closure that raises interrupt `gsi`, as an edge, on the thread that calls it (KVM API, 4.25).
     ///
-    /// It does nothing when the VM is gone. [`VmFd::attach_irq`] would take a thread of the host's kernel for lines of
+    /// It does nothing when the VM is gone. [`VmFd::register_irqfd`] would take a thread of the host's kernel for lines of
     /// an I/O interrupt controller, and two switches to and from it.
-    pub(crate) fn edge(&self, gsi: u32) -> impl Fn() + Send + Sync + use<> {
+    pub(crate) fn pulse_irq(&self, gsi: u32) -> impl Fn() + Send + Sync + use<> {
         let (vm, turn) = (Arc::downgrade(&self.fd), Mutex::new(()));
         move || {
             let Some(vm) = vm.upgrade() else { return };
@@ -165,12 +165,12 @@ impl VmFd {
     }
 
     /// Turns signals of `fd` into edges of interrupt `gsi` (KVM API, 4.75).
-    pub(crate) fn attach_irq(&self, fd: &EventFd, gsi: u32) -> Result<()> {
+    pub(crate) fn register_irqfd(&self, fd: &EventFd, gsi: u32) -> Result<()> {
         self.fd.register_irqfd(fd, gsi).map_err(failed).doing(|| format!("attaching interrupt {gsi}"))
     }
 
     /// Turns guest writes of `value` to the 32-bit register at `addr` into signals of `fd` (KVM API, 4.59).
-    pub(crate) fn attach_kick(&self, fd: &EventFd, addr: u64, value: u32) -> Result<()> {
+    pub(crate) fn register_ioeventfd(&self, fd: &EventFd, addr: u64, value: u32) -> Result<()> {
         self.fd
             .register_ioevent(fd, &IoEventAddress::Mmio(addr), value)
             .map_err(failed)

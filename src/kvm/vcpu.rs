@@ -163,7 +163,7 @@ impl VcpuFd {
 
     /// Marks the guest's clock as paused, so its watchdogs do not complain (KVM API, 4.70). A guest that has set up no
     /// clock of KVM's cannot be notified.
-    pub(crate) fn tell_paused(&self) {
+    pub(crate) fn notify_guest_paused(&self) {
         if let Err(error) = self.fd.kvmclock_ctrl() {
             log::trace!("a vCPU has no clock of KVM's: {error}");
         }

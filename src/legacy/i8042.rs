@@ -3,6 +3,7 @@
 //! Kernels reset the machine through it, and Ctrl-Alt-Del arrives by it.
 
 use std::collections::VecDeque;
+use std::ops::Range;
 
 use crate::arch::layout::I8042_PORT;
 use crate::bus::BusDevice;
@@ -10,7 +11,7 @@ use crate::error::{Context, Result};
 use crate::sys::{EventFd, eventfd};
 
 /// Where it answers: first port, and how many.
-pub(crate) const I8042_PORTS: (u64, u64) = (I8042_PORT, 5);
+pub(crate) const I8042_PORTS: Range<u64> = I8042_PORT..I8042_PORT + 5;
 const DATA: u64 = 0;
 const COMMAND: u64 = 4;
 
@@ -192,7 +193,7 @@ mod tests {
     }
 
     #[test]
-    fn a_driver_that_set_it_up_hears_keys() {
+    fn initialized_i8042_driver_receives_keys() {
         let (mut controller, interrupt) = I8042::new(|| ()).unwrap();
         assert!(!controller.press(Keys::Power), "nobody listens yet");
         controller.write(COMMAND, &[0x60]);
@@ -206,7 +207,7 @@ mod tests {
     }
 
     #[test]
-    fn a_guest_that_never_reads_does_not_grow_it() {
+    fn unread_keys_are_bounded() {
         let (mut controller, _) = I8042::new(|| ()).unwrap();
         (0..10_000).for_each(|_| controller.write(DATA, &[0xff]));
         assert!(controller.output.len() <= MAX_OUTPUT);

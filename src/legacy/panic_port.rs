@@ -2,11 +2,13 @@
 //!
 //! It is for kernels whose console nothing reads.
 
+use std::ops::Range;
+
 use crate::arch::layout::PANIC_PORT;
 use crate::bus::BusDevice;
 
 /// Where it answers: first port, and how many.
-pub(crate) const PANIC_PORTS: (u64, u64) = (PANIC_PORT, 1);
+pub(crate) const PANIC_PORTS: Range<u64> = PANIC_PORT..PANIC_PORT + 1;
 /// The guest has panicked and will do nothing more about it.
 const PANICKED: u8 = 1 << 0;
 /// The guest has panicked and runs a crash kernel now, which will end the machine when it is done.
@@ -42,7 +44,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_panic_is_told_unless_a_crash_kernel_sees_to_it() {
+    fn panic_is_reported_unless_a_crash_kernel_handles_it() {
         let mut told = 0;
         let mut port = PanicPort::new(|| told += 1);
         let mut events = [0];

@@ -3,6 +3,7 @@
 //! It is a 16550A whose output is a console like any other.
 
 use std::io;
+use std::ops::Range;
 
 use vm_superio::{Serial, Trigger};
 
@@ -12,12 +13,12 @@ use crate::error::{Context, Result};
 use crate::sys::{EventFd, eventfd};
 
 /// Where it answers: first port, and how many.
-pub(crate) const SERIAL_PORTS: (u64, u64) = (SERIAL_PORT, 8);
+pub(crate) const SERIAL_PORTS: Range<u64> = SERIAL_PORT..SERIAL_PORT + 8;
 
 /// An interrupt line of the kind that vm-superio pulls.
-struct Line(EventFd);
+struct SerialInterrupt(EventFd);
 
-impl Trigger for Line {
+impl Trigger for SerialInterrupt {
     type E = io::Error;
 
     fn trigger(&self) -> io::Result<()> {
@@ -27,7 +28,7 @@ impl Trigger for Line {
 
 /// The device.
 pub(crate) struct SerialPort<W: io::Write> {
-    uart: Serial<Line, vm_superio::serial::NoEvents, W>,
+    uart: Serial<SerialInterrupt, vm_superio::serial::NoEvents, W>,
 }
 
 impl<W: io::Write> SerialPort<W> {
@@ -38,7 +39,7 @@ impl<W: io::Write> SerialPort<W> {
     pub(crate) fn new(output: W) -> Result<(Self, EventFd)> {
         let line = eventfd().doing(|| "creating a serial port")?;
         let theirs = line.try_clone().doing(|| "creating a serial port")?;
-        Ok((Self { uart: Serial::new(Line(line), output) }, theirs))
+        Ok((Self { uart: Serial::new(SerialInterrupt(line), output) }, theirs))
     }
 }
 

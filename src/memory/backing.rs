@@ -251,7 +251,7 @@ mod tests {
     const RANGES: [(GuestAddress, u64); 2] = [(GuestAddress(0), 2 << 20), (GuestAddress(1 << 32), 4 << 20)];
 
     #[test]
-    fn what_one_mapping_writes_another_reads_in_the_order_of_addresses() {
+    fn shared_mapping_has_guest_memory_in_address_order() {
         use std::os::unix::fs::FileExt;
         let memory = GuestMemory::new(&RANGES, Backing::Memfd).unwrap();
         memory.write(GuestAddress((1 << 32) + 5), b"there").unwrap();
@@ -262,7 +262,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_discarded_is_gone_for_all() {
+    fn discarded_memory_reads_as_zero_in_every_mapping() {
         let memory = GuestMemory::new(&RANGES, Backing::Memfd).unwrap();
         memory.write(GuestAddress(0x1000), &[7; 0x3000]).unwrap();
         let before = memory.resident().unwrap();
@@ -274,7 +274,7 @@ mod tests {
     }
 
     #[test]
-    fn huge_pages_that_are_not_there_are_named() {
+    fn missing_huge_pages_are_named() {
         let error = |page: u64, len: u64| GuestMemory::new(&[(GuestAddress(0), len)], Backing::Huge(page)).unwrap_err();
         assert_eq!(error(2 << 20, 3 << 20).to_string(), "memory: 3 MiB is not whole huge pages of 2 MiB");
         assert_eq!(error(3 << 20, 3 << 20).kind(), ErrorKind::InvalidConfig);
@@ -287,7 +287,7 @@ mod tests {
     }
 
     #[test]
-    fn more_than_there_is_room_for_is_an_error() {
+    fn memory_beyond_the_address_space_is_resource_exhausted() {
         let error = GuestMemory::new(&[(GuestAddress(0), 1 << 47)], Backing::Anonymous).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::ResourceExhausted);
         assert!(error.to_string().starts_with("memory: mapping 131072 GiB: "), "{error}");

@@ -22,11 +22,11 @@ use crate::sys;
 pub(crate) struct MemoryImage {
     file: File,
     /// Page-aligned ranges that hold data, sorted. Everything else is a hole.
-    extents: Vec<(u64, u64)>,
+    extents: Vec<Range<u64>>,
     /// Where what guests write at once begins, as far as its maker can tell; the end otherwise.
     data: u64,
     /// Ranges that guests write at once, as the first has shown.
-    pub(super) written: OnceLock<Vec<(u64, u64)>>,
+    pub(super) written: OnceLock<Vec<Range<u64>>>,
 }
 
 impl MemoryImage {
@@ -63,8 +63,8 @@ impl MemoryImage {
         end(&self.extents)
     }
 
-    /// The ranges that hold data, sorted: where they begin and how long they are.
-    pub(crate) fn extents(&self) -> &[(u64, u64)] {
+    /// The ranges that hold data, sorted.
+    pub(crate) fn extents(&self) -> &[Range<u64>] {
         &self.extents
     }
 
@@ -78,13 +78,13 @@ impl MemoryImage {
 
     /// Where the first data is.
     pub(crate) fn start(&self) -> u64 {
-        self.extents.first().map_or(0, |(start, _)| *start)
+        self.extents.first().map_or(0, |extent| extent.start)
     }
 
     /// How many bytes hold data.
     #[cfg(test)]
     pub(crate) fn data_len(&self) -> u64 {
-        self.extents.iter().map(|(_, len)| len).sum()
+        self.extents.iter().map(|extent| extent.end - extent.start).sum()
     }
 }
 
@@ -98,16 +98,16 @@ impl GuestMemory {
     /// mappings.
     pub(crate) fn map_image(&self, image: &MemoryImage) -> Result<()> {
         let data = if self.private() { image.data.next_multiple_of(sys::page_size() as u64) } else { 0 };
-        let split = |&(start, len): &(u64, u64)| {
-            let (end, middle) = (start + len, data.clamp(start, start + len));
-            [(start, middle - start), (middle, end - middle)]
+        let split = |extent: &Range<u64>| {
+            let middle = data.clamp(extent.start, extent.end);
+            [extent.start..middle, middle..extent.end]
         };
-        for (start, len) in image.extents.iter().flat_map(split).filter(|(_, len)| *len > 0) {
-            let size = usize::try_from(len).map_err(|_| Error::invalid("memory", "too large"))?;
+        for Range { start, end } in image.extents.iter().flat_map(split).filter(|part| !part.is_empty()) {
+            let size = usize::try_from(end - start).map_err(|_| Error::invalid("memory", "too large"))?;
             let small = |_| {
                 Error::invalid(
                     "memory",
-                    format!("{} bytes cannot hold the kernel, which needs {start:#x}..{:#x}", self.size(), start + len),
+                    format!("{} bytes cannot hold the kernel, which needs {start:#x}..{end:#x}", self.size()),
                 )
             };
             let segment = self.segment(GuestAddress(start), size).map_err(small)?;
@@ -152,8 +152,8 @@ impl GuestMemory {
     }
 }
 
-fn end(extents: &[(u64, u64)]) -> u64 {
-    extents.last().map_or(0, |(start, len)| start + len)
+fn end(extents: &[Range<u64>]) -> u64 {
+    extents.last().map_or(0, |extent| extent.end)
 }
 
 fn seal(file: &File) -> io::Result<()> {
@@ -165,13 +165,10 @@ fn seal(file: &File) -> io::Result<()> {
     }
 }
 
-/// The whole pages of a sparse file that hold data: where they begin, and how many bytes.
-fn extents(file: &File) -> io::Result<Vec<(u64, u64)>> {
+/// The whole pages of a sparse file that hold data.
+fn extents(file: &File) -> io::Result<Vec<Range<u64>>> {
     let page = sys::page_size() as u64;
-    let whole = |range: Range<u64>| {
-        let start = range.start / page * page;
-        (start, range.end.next_multiple_of(page) - start)
-    };
+    let whole = |range: Range<u64>| range.start / page * page..range.end.next_multiple_of(page);
     Ok(sys::data_ranges(file)?.into_iter().map(whole).collect())
 }
 
@@ -200,7 +197,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_kernel_writes_is_copied_and_the_rest_is_shared() {
+    fn written_kernel_pages_are_copied_and_the_rest_shared() {
         let bytes: Vec<u8> = (0..4 << 12).map(|at| (at % 251) as u8).collect();
         let (image, ()) =
             MemoryImage::build(1 << 30, |memory| Ok(memory.write(GuestAddress(0x10_0000), &bytes)?)).unwrap();

@@ -50,7 +50,7 @@ pub(crate) enum IoOperation<'a> {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Kind {
+enum IoKind {
     Read,
     Write,
     Zero { left: u64 },
@@ -61,11 +61,11 @@ enum Kind {
 /// An operation in flight.
 struct InFlightOperation {
     tag: usize,
-    kind: Kind,
+    kind: IoKind,
     fd: RawFd,
     offset: u64,
     /// Of guest memory, but for zeroes. The kernel may look at the array and write to the buffers while `submitted`.
-    buffers: Buffers,
+    buffers: IoVecs,
     /// So many of them are done.
     done: usize,
     tries: u8,
@@ -74,10 +74,10 @@ struct InFlightOperation {
 
 /// An array of buffers.
 #[derive(Default)]
-struct Buffers(Vec<libc::iovec>);
+struct IoVecs(Vec<libc::iovec>);
 
 // SAFETY: the raw pointers lie in mappings that the I/O queue's `memory` keeps alive, whatever thread it is on.
-unsafe impl Send for Buffers {}
+unsafe impl Send for IoVecs {}
 
 /// Operations that are in flight, and those that wait for room on the ring.
 pub(crate) struct IoQueue {
@@ -87,7 +87,7 @@ pub(crate) struct IoQueue {
     memory: Option<GuestMemory>,
     flights: Slab<InFlightOperation>,
     /// Empty arrays for flights to come.
-    spare: Vec<Buffers>,
+    spare: Vec<IoVecs>,
     waiting: VecDeque<usize>,
     submitted: usize,
     is_stuck: bool,
@@ -131,24 +131,24 @@ impl IoQueue {
     ///
     /// # Errors
     /// When segments do not exist in the memory of the first operation; nothing was taken on then.
-    pub(crate) fn take_on(&mut self, memory: &GuestMemory, tag: usize, what: IoOperation<'_>) -> io::Result<()> {
+    pub(crate) fn push(&mut self, memory: &GuestMemory, tag: usize, what: IoOperation<'_>) -> io::Result<()> {
         let memory = self.memory.get_or_insert_with(|| memory.clone());
         let mut buffers = self.spare.pop().unwrap_or_default();
         let (kind, fd, offset) = match what {
             IoOperation::Read { fd, offset, to } => {
                 memory.append_buffers(to, &mut buffers.0)?;
-                (Kind::Read, fd, offset)
+                (IoKind::Read, fd, offset)
             }
             IoOperation::Write { fd, offset, from } => {
                 memory.append_buffers(from, &mut buffers.0)?;
-                (Kind::Write, fd, offset)
+                (IoKind::Write, fd, offset)
             }
             IoOperation::Zero { fd, offset, len } => {
                 zeroes(len, &mut buffers.0);
-                (Kind::Zero { left: len }, fd, offset)
+                (IoKind::Zero { left: len }, fd, offset)
             }
-            IoOperation::Sync { fd } => (Kind::Sync, fd, 0),
-            IoOperation::Allocate { fd, mode, offset, len } => (Kind::Allocate { mode, len }, fd, offset),
+            IoOperation::Sync { fd } => (IoKind::Sync, fd, 0),
+            IoOperation::Allocate { fd, mode, offset, len } => (IoKind::Allocate { mode, len }, fd, offset),
         };
         let flight = InFlightOperation { tag, kind, fd, offset, buffers, done: 0, tries: 0, submitted: false };
         self.waiting.push_back(self.flights.insert(flight));
@@ -269,11 +269,11 @@ impl InFlightOperation {
             // SAFETY: the buffers came from `GuestMemory::buffers` of the memory that the I/O queue holds, so they lie in mappings
             // that are alive and writable. They, the array and the memory are released only after `Uring::next` gave the tag
             // back (`IoQueue::next` takes the flight then), or never (`IoQueue::drop`).
-            Kind::Read => unsafe { ring.read(tag, self.fd, self.rest(), self.offset) },
+            IoKind::Read => unsafe { ring.read(tag, self.fd, self.rest(), self.offset) },
             // SAFETY: as for reads; buffers of zeroes are a static's.
-            Kind::Write | Kind::Zero { .. } => unsafe { ring.write(tag, self.fd, self.rest(), self.offset) },
-            Kind::Sync => ring.sync(tag, self.fd),
-            Kind::Allocate { mode, len } => ring.allocate(tag, self.fd, mode, self.offset, len),
+            IoKind::Write | IoKind::Zero { .. } => unsafe { ring.write(tag, self.fd, self.rest(), self.offset) },
+            IoKind::Sync => ring.sync(tag, self.fd),
+            IoKind::Allocate { mode, len } => ring.allocate(tag, self.fd, mode, self.offset, len),
         }
     }
 
@@ -288,14 +288,14 @@ impl InFlightOperation {
         self.tries = 0;
         let moved = result.unsigned_abs();
         match &mut self.kind {
-            Kind::Sync | Kind::Allocate { .. } => return Some(Ok(())),
-            Kind::Zero { left } => {
+            IoKind::Sync | IoKind::Allocate { .. } => return Some(Ok(())),
+            IoKind::Zero { left } => {
                 *left = left.saturating_sub(moved.into());
                 self.offset = self.offset.saturating_add(moved.into());
                 self.buffers.0.clear();
                 zeroes(*left, &mut self.buffers.0);
             }
-            Kind::Read | Kind::Write => self.skip(moved as usize),
+            IoKind::Read | IoKind::Write => self.skip(moved as usize),
         }
         match self.rest().is_empty() {
             true => Some(Ok(())),
@@ -342,9 +342,9 @@ impl Drop for IoQueue {
 
 impl IoQueue {
     /// Ends everything, within the given time. False when the kernel still touches guest memory then.
-    pub(crate) fn stop(&mut self, patience: Duration) -> bool {
+    pub(crate) fn stop(&mut self, timeout: Duration) -> bool {
         self.cancel();
-        self.drain(Instant::now() + patience)
+        self.drain(Instant::now() + timeout)
     }
 
     /// Leaves what is in flight to a thread of its own. The I/O queue is of no use after that.
@@ -398,18 +398,18 @@ mod tests {
     }
 
     #[test]
-    fn more_than_there_is_room_for_is_done_all_the_same() {
+    fn operations_beyond_the_ring_size_complete() {
         let (memory, mut io_queue) = (memory(), IoQueue::new(4).unwrap());
         let file = sys::temp_file(&std::env::temp_dir()).unwrap();
         let fd = file.as_raw_fd();
         memory.write(GuestAddress(0), &[7; 0x1000]).unwrap();
         for n in 0..100 {
             let from = [memory.segment(GuestAddress(n), 100).unwrap(), memory.segment(GuestAddress(0), 28).unwrap()];
-            io_queue.take_on(&memory, n as usize, IoOperation::Write { fd, offset: n * 128, from: &from }).unwrap();
+            io_queue.push(&memory, n as usize, IoOperation::Write { fd, offset: n * 128, from: &from }).unwrap();
         }
         assert_eq!(ended(&mut io_queue, 100), (0..100).map(|n| (n, Ok(()))).collect::<Vec<_>>());
-        io_queue.take_on(&memory, 1, IoOperation::Zero { fd, offset: 10, len: 20 << 20 }).unwrap();
-        io_queue.take_on(&memory, 2, IoOperation::Sync { fd }).unwrap();
+        io_queue.push(&memory, 1, IoOperation::Zero { fd, offset: 10, len: 20 << 20 }).unwrap();
+        io_queue.push(&memory, 2, IoOperation::Sync { fd }).unwrap();
         ended(&mut io_queue, 2);
         assert_eq!((file.metadata().unwrap().len(), io_queue.busy()), ((20 << 20) + 10, false));
         let mut head = [1; 11];
@@ -423,10 +423,10 @@ mod tests {
         let to = [memory.segment(GuestAddress(0), 3).unwrap(), memory.segment(GuestAddress(100), 3).unwrap()];
         let mut flight = InFlightOperation {
             tag: 0,
-            kind: Kind::Read,
+            kind: IoKind::Read,
             fd: 0,
             offset: 1000,
-            buffers: Buffers(memory.buffers(&to).unwrap()),
+            buffers: IoVecs(memory.buffers(&to).unwrap()),
             done: 0,
             tries: 0,
             submitted: true,
@@ -441,8 +441,8 @@ mod tests {
         assert!(matches!(flight.ended(2), Some(Ok(()))));
         let file = sys::temp_file(&std::env::temp_dir()).unwrap();
         file.set_len(4).unwrap();
-        io_queue.take_on(&memory, 6, IoOperation::Read { fd: file.as_raw_fd(), offset: 0, to: &to }).unwrap();
-        io_queue.take_on(&memory, 7, IoOperation::Sync { fd: -1 }).unwrap();
+        io_queue.push(&memory, 6, IoOperation::Read { fd: file.as_raw_fd(), offset: 0, to: &to }).unwrap();
+        io_queue.push(&memory, 7, IoOperation::Sync { fd: -1 }).unwrap();
         let seen = ended(&mut io_queue, 2);
         assert!(matches!(seen[..], [(6, Err(io::ErrorKind::UnexpectedEof)), (7, Err(_))]), "{seen:?}");
     }
@@ -452,7 +452,7 @@ mod tests {
         let (memory, mut io_queue) = (memory(), IoQueue::new(4).unwrap());
         let (near, mut far) = UnixStream::pair().unwrap();
         let to = [memory.segment(GuestAddress(0), 3).unwrap()];
-        io_queue.take_on(&memory, 5, IoOperation::Read { fd: near.as_raw_fd(), offset: 0, to: &to }).unwrap();
+        io_queue.push(&memory, 5, IoOperation::Read { fd: near.as_raw_fd(), offset: 0, to: &to }).unwrap();
         io_queue.submit();
         assert!(io_queue.busy() && io_queue.next().is_none());
         let begin = Instant::now();
@@ -465,11 +465,11 @@ mod tests {
     }
 
     #[test]
-    fn what_does_not_end_is_left_with_all_that_it_touches() {
+    fn operation_that_never_ends_is_leaked_with_its_memory() {
         let (memory, mut io_queue) = (memory(), IoQueue::new(4).unwrap());
         let (near, mut far) = UnixStream::pair().unwrap();
         let to = [memory.segment(GuestAddress(0), 3).unwrap()];
-        io_queue.take_on(&memory, 5, IoOperation::Read { fd: near.as_raw_fd(), offset: 0, to: &to }).unwrap();
+        io_queue.push(&memory, 5, IoOperation::Read { fd: near.as_raw_fd(), offset: 0, to: &to }).unwrap();
         io_queue.submit();
         let weak = Arc::downgrade(&memory.inner);
         drop(memory);

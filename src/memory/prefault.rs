@@ -7,6 +7,7 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
 use vm_memory::GuestMemoryBackend;
@@ -35,15 +36,16 @@ impl GuestMemory {
         }
     }
 
-    /// The ranges of such pages: where they begin and how many bytes.
-    fn written(&self, image: &MemoryImage) -> io::Result<Vec<(u64, u64)>> {
+    /// The ranges of such pages.
+    fn written(&self, image: &MemoryImage) -> io::Result<Vec<Range<u64>>> {
         let (page, data) = (sys::page_size() as u64, image.data());
-        let (mut found, mut count): (Vec<(u64, u64)>, _) = (Vec::new(), 0);
+        let (mut found, mut count): (Vec<Range<u64>>, _) = (Vec::new(), 0);
         let pagemap = File::open("/proc/self/pagemap")?;
         let mut entries = vec![0; BATCH * 8];
-        for &(start, len) in image.extents() {
-            for at in (start..(start + len).min(data.0)).step_by(BATCH * page as usize) {
-                let pages = ((start + len).min(data.0) - at).div_ceil(page).min(BATCH as u64);
+        for extent in image.extents() {
+            let end = extent.end.min(data.0);
+            for at in (extent.start..end).step_by(BATCH * page as usize) {
+                let pages = (end - at).div_ceil(page).min(BATCH as u64);
                 let slice = self.inner.get_slice(GuestAddress(at).inner(), page as usize).map_err(io::Error::other)?;
                 let (first, room) = (slice.ptr_guard().as_ptr().addr() as u64 / page, pages as usize * 8);
                 let entries = entries.get_mut(..room).unwrap_or_default();
@@ -55,8 +57,8 @@ impl GuestMemory {
                 for (n, _) in (0..).zip(entries.chunks_exact(8)).filter(|(_, bytes)| own(bytes)) {
                     let at = at + n * page;
                     match found.last_mut() {
-                        Some((start, len)) if *start + *len == at => *len += page,
-                        _ => found.push((at, page)),
+                        Some(range) if range.end == at => range.end += page,
+                        _ => found.push(at..at + page),
                     }
                     count += 1;
                     if count == MAX_PREFAULT_PAGES {
@@ -70,12 +72,12 @@ impl GuestMemory {
 
     /// Makes those pages this guest's own, as far as the host's kernel can (Linux 5.14).
     pub(super) fn prefault_writable(&self, image: &MemoryImage) {
-        for &(start, len) in image.written.get().into_iter().flatten() {
-            let Ok(slice) = self.inner.get_slice(GuestAddress(start).inner(), len as usize) else { continue };
+        for range in image.written.get().into_iter().flatten() {
+            let len = (range.end - range.start) as usize;
+            let Ok(slice) = self.inner.get_slice(GuestAddress(range.start).inner(), len) else { continue };
             // SAFETY: the range is page-aligned and inside one mapping of this guest's memory; the advice changes no contents.
-            let advised = unsafe {
-                libc::madvise(slice.ptr_guard_mut().as_ptr().cast(), len as usize, libc::MADV_POPULATE_WRITE)
-            };
+            let advised =
+                unsafe { libc::madvise(slice.ptr_guard_mut().as_ptr().cast(), len, libc::MADV_POPULATE_WRITE) };
             if advised != 0 {
                 log::debug!("pages are copied when they are written: {}", io::Error::last_os_error());
                 return;
@@ -89,7 +91,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_the_first_guest_writes_is_the_others_own() {
+    fn dirty_pages_of_the_first_guest_are_prefaulted_in_others() {
         let (start, page) = (GuestAddress(0x10_0000), sys::page_size() as u64);
         let at = |n: u64| GuestAddress(start.0 + n * page);
         let (image, ()) =
@@ -107,7 +109,7 @@ mod tests {
             first.write(at(n), b"x").unwrap();
         }
         first.record_dirty_pages(&image);
-        let learned = vec![(at(2).0, 2 * page), (at(5).0, page)];
+        let learned = vec![at(2).0..at(4).0, at(5).0..at(6).0];
         assert_eq!(image.written.get(), Some(&learned), "those above were copied before");
 
         let second = guest();
@@ -120,7 +122,7 @@ mod tests {
     }
 
     #[test]
-    fn no_guest_makes_others_copy_much() {
+    fn prefaulted_pages_are_bounded() {
         let page = sys::page_size();
         let all = 2 * MAX_PREFAULT_PAGES * page;
         let (image, ()) =
@@ -129,6 +131,6 @@ mod tests {
         guest.map_image(&image).unwrap();
         guest.write(GuestAddress(0), &vec![8; all]).unwrap();
         guest.record_dirty_pages(&image);
-        assert_eq!(image.written.get(), Some(&vec![(0, (MAX_PREFAULT_PAGES * page) as u64)]));
+        assert_eq!(image.written.get(), Some(&vec![Range { start: 0, end: (MAX_PREFAULT_PAGES * page) as u64 }]));
     }
 }

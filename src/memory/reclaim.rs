@@ -61,7 +61,7 @@ mod tests {
     use crate::memory::GuestAddress;
 
     #[test]
-    fn whole_pages_are_given_back_and_nothing_beside_them() {
+    fn only_whole_pages_are_discarded() {
         let memory = GuestMemory::anonymous(&[(GuestAddress(0), 1 << 20), (GuestAddress(1 << 20), 1 << 20)]).unwrap();
         memory.write(GuestAddress(0), &vec![7; 2 << 20]).unwrap();
         let full = memory.resident().unwrap();

@@ -149,7 +149,7 @@ mod tests {
     use std::sync::atomic::Ordering::Relaxed;
 
     #[test]
-    fn fields_are_within_and_aligned_or_not_at_all() {
+    fn fields_must_be_inside_and_aligned() {
         let memory = GuestMemory::anonymous(&[(GuestAddress(0), 0x2000), (GuestAddress(0x2000), 0x1000)]).unwrap();
         memory.write(GuestAddress(0x1000), &(0..32).collect::<Vec<u8>>()).unwrap();
         let window = memory.window(GuestAddress(0x1000), 32).unwrap();
@@ -170,7 +170,7 @@ mod tests {
     }
 
     #[test]
-    fn a_piece_lies_in_one_range() {
+    fn slice_lies_in_one_region() {
         let memory = GuestMemory::anonymous(&[(GuestAddress(0), 0x2000), (GuestAddress(0x2000), 0x1000)]).unwrap();
         for (addr, len, there) in [
             (0, 0x2000, true),

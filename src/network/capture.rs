@@ -1,6 +1,6 @@
 //! [`Capture`]: records a card's frames, in the format of libpcap.
 //!
-//! The network device hands frames to its [`Recorder`] on the VM's loop, which keeps a bounded number of them. A thread
+//! The network device hands frames to its [`CaptureRecorder`] on the VM's loop, which keeps a bounded number of them. A thread
 //! of its own gives them to the writer, which may block. What does not fit in between is lost and counted.
 
 use std::fmt;
@@ -77,7 +77,7 @@ impl Capture {
     }
 
     /// Opens where it goes: the part that records, and the part that writes, for a thread of its own.
-    pub(crate) fn open(&self) -> Result<(Recorder, Pump)> {
+    pub(crate) fn open(&self) -> Result<(CaptureRecorder, CapturePump)> {
         let writer = match &self.sink {
             Sink::File(path) => {
                 let file = File::create(path).doing(|| format!("capture: creating {}", path.display()))?;
@@ -91,10 +91,10 @@ impl Capture {
         pending.extend([0; 8]);
         pending.extend((self.snap as u32).to_ne_bytes());
         pending.extend(ETHERNET.to_ne_bytes());
-        let state = State { total: pending.len() as u64, pending, ..State::default() };
-        let shared = Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new() });
-        let recorder = Recorder { shared: shared.clone(), snap: self.snap, max: self.max.as_bytes() };
-        Ok((recorder, Pump { shared, writer }))
+        let state = CaptureState { total: pending.len() as u64, pending, ..CaptureState::default() };
+        let shared = Arc::new(CaptureShared { state: Mutex::new(state), changed: Condvar::new() });
+        let recorder = CaptureRecorder { shared: shared.clone(), snap: self.snap, max: self.max.as_bytes() };
+        Ok((recorder, CapturePump { shared, writer }))
     }
 }
 
@@ -120,7 +120,7 @@ pub struct CaptureStats {
 }
 
 #[derive(Debug, Default)]
-struct State {
+struct CaptureState {
     pending: Vec<u8>,
     /// Frames in it.
     waiting: u64,
@@ -134,26 +134,26 @@ struct State {
 }
 
 #[derive(Debug)]
-struct Shared {
-    state: Mutex<State>,
+struct CaptureShared {
+    state: Mutex<CaptureState>,
     changed: Condvar,
 }
 
-impl Shared {
-    fn state(&self) -> MutexGuard<'_, State> {
+impl CaptureShared {
+    fn state(&self) -> MutexGuard<'_, CaptureState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// The device's part. Dropping it ends the capture.
 #[derive(Debug)]
-pub(crate) struct Recorder {
-    shared: Arc<Shared>,
+pub(crate) struct CaptureRecorder {
+    shared: Arc<CaptureShared>,
     snap: usize,
     max: u64,
 }
 
-impl Recorder {
+impl CaptureRecorder {
     /// Records the first `len` bytes of `pieces`. Never waits for the writer.
     pub(crate) fn record(&self, memory: &GuestMemory, pieces: &[Segment], len: usize) {
         let kept = len.min(self.snap);
@@ -180,7 +180,7 @@ impl Recorder {
     }
 }
 
-impl Drop for Recorder {
+impl Drop for CaptureRecorder {
     fn drop(&mut self) {
         self.shared.state().closed = true;
         self.shared.changed.notify_all();
@@ -189,12 +189,12 @@ impl Drop for Recorder {
 
 /// The writer's part.
 #[derive(Clone)]
-pub(crate) struct Pump {
-    shared: Arc<Shared>,
+pub(crate) struct CapturePump {
+    shared: Arc<CaptureShared>,
     writer: Arc<Mutex<dyn Write + Send>>,
 }
 
-impl Pump {
+impl CapturePump {
     /// Writes what is recorded until the capture ends. For a thread of its own: the writer may block.
     pub(crate) fn run(&self) {
         let mut writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
@@ -246,7 +246,7 @@ impl Pump {
 
 /// The counters of a capture, which do not keep its writer.
 #[derive(Debug, Clone)]
-pub(crate) struct CaptureCounters(Arc<Shared>);
+pub(crate) struct CaptureCounters(Arc<CaptureShared>);
 
 impl CaptureCounters {
     pub(crate) fn stats(&self) -> CaptureStats {
@@ -254,7 +254,7 @@ impl CaptureCounters {
     }
 }
 
-impl fmt::Debug for Pump {
+impl fmt::Debug for CapturePump {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Pump")
     }
@@ -309,7 +309,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_recorded_is_read_back() {
+    fn capture_round_trips() {
         let (memory, written) = (memory(), Written::default());
         let (recorder, pump) = Capture::writer(written.clone()).snap_len(100).open().unwrap();
         let thread = std::thread::spawn({
@@ -346,7 +346,7 @@ mod tests {
     }
 
     #[test]
-    fn a_slow_writer_costs_frames_of_the_capture_and_no_more() {
+    fn slow_capture_writer_only_drops_captured_frames() {
         let memory = memory();
         let ((began, begun), (go, wait)) = (mpsc::channel(), mpsc::channel());
         let (recorder, pump) = Capture::writer(Slow(began, wait)).open().unwrap();
@@ -373,7 +373,7 @@ mod tests {
     }
 
     #[test]
-    fn a_capture_is_no_larger_than_it_may_be() {
+    fn capture_stops_at_its_max_size() {
         let (memory, written) = (memory(), Written::default());
         let (recorder, pump) = Capture::writer(written.clone()).max_size(Size::bytes(24 + 3 * 116)).open().unwrap();
         let pieces = frame(&memory, &[7; 100]);

@@ -7,9 +7,9 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, U
 use std::time::Duration;
 
 use super::policy::{Cidr, Enforcer, Policy, Protocol, Rule};
-use super::switch::played::Played;
+use super::switch::played::FakeGuest;
 use super::user::{Config, UserStack};
-use super::wire::{self, Ends, Fragment, Head, Tcp};
+use super::wire::{self, AddressPair, Fragment, FrameBuilder, Tcp};
 use super::{
     Capabilities, Csum, Frame, Gso, GsoKind, HEADER_LEN, Mac, NetBackend, Offload, Offloads, RxBuffer, Switch, dns,
 };
@@ -61,7 +61,7 @@ impl<'a> Bytes<'a> {
 }
 
 /// A stack, its guest's memory, and a listener on the host: the only place where the guest may go.
-struct World {
+struct Fixture {
     net: UserStack,
     memory: GuestMemory,
     config: Config,
@@ -81,7 +81,7 @@ struct World {
 const FRAME: GuestAddress = GuestAddress(0x1000);
 const ROOM: GuestAddress = GuestAddress(0x2_0000);
 
-impl World {
+impl Fixture {
     fn new(policy: Option<Policy>) -> Option<Self> {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).ok()?;
         listener.set_nonblocking(true).ok()?;
@@ -146,9 +146,14 @@ impl World {
         assert!(self.net.next_len().is_none(), "there is always something for the guest");
     }
 
-    fn ip(&self, dst: IpAddr, protocol: u8, len: usize) -> Head {
+    fn ip(&self, dst: IpAddr, protocol: u8, len: usize) -> FrameBuilder {
         let src = if dst.is_ipv4() { self.config.guest4.into() } else { self.config.guest6.into() };
-        Head::ip((self.config.guest_mac, self.config.gateway_mac), Ends { src, dst }, protocol, len)
+        FrameBuilder::ip(
+            wire::MacPair { src: self.config.guest_mac, dst: self.config.gateway_mac },
+            AddressPair { src, dst },
+            protocol,
+            len,
+        )
     }
 
     /// One segment, near what the stack expects or anywhere.
@@ -201,8 +206,8 @@ impl World {
         let protocol = [wire::UDP, wire::ICMP, wire::ICMPV6, wire::TCP].get(usize::from(what >> 1) % 4).copied();
         let (offset, len) = (usize::from(bytes.short() % 64) * 8, usize::from(bytes.byte()));
         let fragment = Fragment { id: u32::from(what >> 5), offset, more: what & 8 != 0 };
-        let macs = (self.config.guest_mac, self.config.gateway_mac);
-        let head = Head::fragment(macs, Ends { src, dst }, protocol.unwrap_or(wire::UDP), len, fragment);
+        let macs = wire::MacPair { src: self.config.guest_mac, dst: self.config.gateway_mac };
+        let head = FrameBuilder::fragment(macs, AddressPair { src, dst }, protocol.unwrap_or(wire::UDP), len, fragment);
         self.send(&[head.as_slice(), bytes.take(len)].concat(), Offload::default());
     }
 
@@ -211,20 +216,20 @@ impl World {
         let places = [IpAddr::from(Ipv4Addr::LOCALHOST), self.config.guest4.into(), self.config.guest6.into()];
         let Some(src) = places.get(usize::from(what) % 3).copied() else { return };
         let dst = if src.is_ipv4() { IpAddr::from(self.config.gateway4) } else { self.config.gateway6.into() };
-        let macs = (self.config.guest_mac, self.config.gateway_mac);
-        let ends = Ends { src, dst };
+        let macs = wire::MacPair { src: self.config.guest_mac, dst: self.config.gateway_mac };
+        let addrs = AddressPair { src, dst };
         let port = 49152 + u16::from(what >> 4 & 3);
         if what & 4 == 0 {
-            let datagram = wire::datagram(ends, (7, port), last);
-            let head = Head::ip(macs, ends, wire::UDP, datagram.len());
+            let datagram = wire::datagram(addrs, wire::UdpPorts { src: 7, dst: port }, last);
+            let head = FrameBuilder::ip(macs, addrs, wire::UDP, datagram.len());
             return self.send(&[head.as_slice(), &datagram].concat(), Offload::default());
         }
-        let back = Ends { src: dst, dst: src };
-        let sent = wire::datagram(back, (port, 7), last);
-        let quote = Head::ip(macs, back, wire::UDP, sent.len());
+        let back = AddressPair { src: dst, dst: src };
+        let sent = wire::datagram(back, wire::UdpPorts { src: port, dst: 7 }, last);
+        let quote = FrameBuilder::ip(macs, back, wire::UDP, sent.len());
         let (protocol, told) = if src.is_ipv4() { (wire::ICMP, [3, 3]) } else { (wire::ICMPV6, [1, 4]) };
         let message = [&told[..], &[0; 6], quote.from(wire::ETHERNET), &sent].concat();
-        let head = Head::ip(macs, ends, protocol, message.len());
+        let head = FrameBuilder::ip(macs, addrs, protocol, message.len());
         let csum = Some(Csum { start: wire::ETHERNET as u16, offset: 0 });
         self.send(&[head.as_slice(), &message].concat(), Offload { csum, gso: None });
     }
@@ -300,7 +305,9 @@ impl World {
 /// The host is idle meanwhile. At most twice as many frames and four times as many bytes as it sent, and one socket for
 /// each frame. Datagrams that a frame is cut into are bounded by `Offload::check`.
 pub fn amplification(data: &[u8]) {
-    let Some(mut world) = World::new(Some(Policy::internet())) else { unreachable!("the harness lacks what it needs") };
+    let Some(mut world) = Fixture::new(Some(Policy::internet())) else {
+        unreachable!("the harness lacks what it needs")
+    };
     // Sockets are counted, and none is made. A question goes to one resolver, or to the next when that one cannot be asked.
     world.net.pretend();
     let (mut bytes, mut made) = (Bytes(data), 0);
@@ -318,7 +325,7 @@ pub fn amplification(data: &[u8]) {
 
 /// Frames of any content, while the host is active and time passes.
 pub fn user_frame(data: &[u8]) {
-    let Some(mut world) = World::new(None) else { unreachable!("the harness lacks what it needs") };
+    let Some(mut world) = Fixture::new(None) else { unreachable!("the harness lacks what it needs") };
     let mut bytes = Bytes(data);
     while !bytes.done() {
         match bytes.byte() % 12 {
@@ -348,7 +355,7 @@ pub fn user_frame(data: &[u8]) {
 
 /// Messages of any content to the DHCP server, with and without an address.
 pub fn dhcp(data: &[u8]) {
-    let Some(mut world) = World::new(None) else { unreachable!("the harness lacks what it needs") };
+    let Some(mut world) = Fixture::new(None) else { unreachable!("the harness lacks what it needs") };
     let (gateway, mac) = (world.config.gateway4, world.config.guest_mac);
     let mut message = vec![1, 1, 6, 0];
     message.resize(28, 7);
@@ -364,7 +371,9 @@ pub fn dhcp(data: &[u8]) {
 
 /// Questions of any content, and answers of any content to a good one.
 pub fn dns(data: &[u8]) {
-    let Some(mut world) = World::new(Some(Policy::internet())) else { unreachable!("the harness lacks what it needs") };
+    let Some(mut world) = Fixture::new(Some(Policy::internet())) else {
+        unreachable!("the harness lacks what it needs")
+    };
     let gateway = world.config.gateway4;
     world.net.pretend();
     let good = b"\0\x01\x01\0\0\x01\0\0\0\0\0\0\x01a\x02bc\0\0\x01\0\x01";
@@ -446,7 +455,9 @@ pub fn policy(data: &[u8]) {
         policy = policy.rule(rule);
         rules.push(Plain { allow, range, ports, protocol });
     }
-    let Some(mut world) = World::new(Some(Policy::deny_all())) else { unreachable!("the harness lacks what it needs") };
+    let Some(mut world) = Fixture::new(Some(Policy::deny_all())) else {
+        unreachable!("the harness lacks what it needs")
+    };
     world.net.pretend();
     let used = world.net.set_policy(policy.clone()).is_ok();
     let enforcer = Enforcer::new(if used { policy } else { Policy::deny_all() });
@@ -494,7 +505,7 @@ pub fn switch(data: &[u8]) {
     let mut bytes = Bytes(data);
     let (switch, agreed) = (Switch::new(), Offloads::from_bits(bytes.byte()).without(Offloads::USO));
     let agreed = if agreed.contains(Offloads::CSUM) { agreed } else { Offloads::none() };
-    let join = |name: &str, n, agreed| Played::on(&switch, name, Mac([2, 0, 0, 0, 0, n]), agreed).ok();
+    let join = |name: &str, n, agreed| FakeGuest::on(&switch, name, Mac([2, 0, 0, 0, 0, n]), agreed).ok();
     let (Some(mut a), Some(mut b)) = (join("a", 1, Offloads::all()), join("b", 2, agreed)) else {
         unreachable!("the harness lacks what it needs")
     };
@@ -529,10 +540,10 @@ pub fn switch(data: &[u8]) {
         for (frame, offload) in b.take() {
             let Ok(ethernet) = wire::Ethernet::parse(&frame) else { unreachable!("it has no header") };
             let rest = frame.get(wire::ETHERNET..).unwrap_or_default();
-            let Ok(packet) = wire::Packet::parse(ethernet.kind, rest, rest.len()) else { unreachable!("no packet") };
+            let Ok(packet) = wire::IpPacket::parse(ethernet.kind, rest, rest.len()) else { unreachable!("no packet") };
             assert!(ethernet.src == a.mac && ethernet.dst == b.mac, "between other cards");
             assert_eq!(packet.header + packet.len, rest.len(), "there is something behind the packet");
-            let own = |guest: &Played, address: IpAddr| {
+            let own = |guest: &FakeGuest, address: IpAddr| {
                 address == guest.address(packet.src.is_ipv4())
                     || matches!(address, IpAddr::V6(a) if a.is_unicast_link_local())
             };
@@ -556,7 +567,7 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(256))]
         #[test]
-        fn any_bytes_are_survived(data in proptest::collection::vec(any::<u8>(), 0..800)) {
+        fn arbitrary_bytes_never_panic(data in proptest::collection::vec(any::<u8>(), 0..800)) {
             for target in [amplification, user_frame, dhcp, dns, policy, header, switch] {
                 target(&data);
             }

@@ -260,7 +260,7 @@ mod tests {
     }
 
     #[test]
-    fn a_frame_is_not_cut_into_more_datagrams_than_a_system_would() {
+    fn uso_segment_count_is_limited() {
         let csum = Some(Csum { start: 34, offset: 6 });
         let cut = |len: usize, size: u16| {
             Offload { csum, gso: Some(Gso { kind: GsoKind::Udp, size, header_len: 42 }) }.check(len)
@@ -272,7 +272,7 @@ mod tests {
     }
 
     #[test]
-    fn headers_that_mean_nothing_are_refused() {
+    fn invalid_virtio_net_headers_are_rejected() {
         let parse = |change: fn(&mut [u8; HEADER_LEN])| {
             let mut header = [1, 1, 54, 0, 0, 5, 34, 0, 16, 0, 0, 0];
             change(&mut header);

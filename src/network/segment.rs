@@ -28,15 +28,15 @@ fn get16(bytes: &[u8], at: usize) -> u16 {
 
 /// Where the headers of a frame of TCP begin, and its payload.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Layout {
+pub(super) struct HeaderOffsets {
     pub ip: usize,
     pub tcp: usize,
     pub payload: usize,
-    pub ends: (IpAddr, IpAddr),
+    pub addrs: (IpAddr, IpAddr),
 }
 
 /// Cuts a frame into such with at most `size` bytes of payload each, with all checksums.
-pub(super) fn cut(frame: &[u8], layout: Layout, size: u16) -> impl Iterator<Item = Vec<u8>> {
+pub(super) fn cut(frame: &[u8], layout: HeaderOffsets, size: u16) -> impl Iterator<Item = Vec<u8>> {
     let (head, payload) = frame.split_at_checked(layout.payload).unwrap_or((frame, &[]));
     let chunks = payload.chunks(usize::from(size.max(1)));
     let last = chunks.len().saturating_sub(1);
@@ -56,7 +56,7 @@ pub(super) fn cut(frame: &[u8], layout: Layout, size: u16) -> impl Iterator<Item
         }
         set16(&mut bytes, layout.tcp + 16, 0);
         let covered = bytes.get(layout.tcp..).unwrap_or_default();
-        let (src, dst) = layout.ends;
+        let (src, dst) = layout.addrs;
         let check = !wire::fold(wire::pseudo(src, dst, wire::TCP, covered.len()) + wire::sum(covered));
         set16(&mut bytes, layout.tcp + 16, check);
         bytes
@@ -64,9 +64,9 @@ pub(super) fn cut(frame: &[u8], layout: Layout, size: u16) -> impl Iterator<Item
 }
 
 /// The IP header of the `n`th segment.
-fn write_ip(bytes: &mut [u8], layout: Layout, n: usize) {
+fn write_ip(bytes: &mut [u8], layout: HeaderOffsets, n: usize) {
     let after = bytes.len() - layout.ip.min(bytes.len());
-    if layout.ends.0.is_ipv6() {
+    if layout.addrs.0.is_ipv6() {
         return set16(bytes, layout.ip + 4, after.saturating_sub(40) as u16);
     }
     set16(bytes, layout.ip + 2, after as u16);
@@ -81,7 +81,7 @@ fn write_ip(bytes: &mut [u8], layout: Layout, n: usize) {
 mod tests {
     use super::*;
     use crate::network::Mac;
-    use crate::network::wire::{ACK, Ends, Ethernet, Head, Packet, Tcp};
+    use crate::network::wire::{ACK, AddressPair, Ethernet, FrameBuilder, IpPacket, Tcp};
     use proptest::prelude::*;
 
     proptest! {
@@ -95,17 +95,17 @@ mod tests {
                 ("fd63::2".parse().unwrap(), "fd63::3".parse().unwrap())
             };
             let tcp = Tcp { src: 1, dst: 2, seq, flags: ACK | PSH | FIN | CWR, window: 9, ..Tcp::default() };
-            let mut head = Head::ip((Mac([2; 6]), Mac([4; 6])), Ends { src, dst }, wire::TCP, 20 + len);
+            let mut head = FrameBuilder::ip(wire::MacPair { src: Mac([2; 6]), dst: Mac([4; 6]) }, AddressPair { src, dst }, wire::TCP, 20 + len);
             head.tcp(&tcp);
             let payload: Vec<u8> = (0..len).map(|n| (n * 7) as u8).collect();
             let frame = [head.as_slice(), &payload].concat();
             let at = wire::ETHERNET + wire::ip_header_len(src);
-            let layout = Layout { ip: wire::ETHERNET, tcp: at, payload: at + 20, ends: (src, dst) };
+            let layout = HeaderOffsets { ip: wire::ETHERNET, tcp: at, payload: at + 20, addrs: (src, dst) };
             let (mut back, mut ids, count) = (Vec::new(), Vec::new(), len.div_ceil(size.into()));
             for (n, bytes) in cut(&frame, layout, size).enumerate() {
                 let rest = &bytes[wire::ETHERNET..];
                 // Parsing looks at the IP header's checksum.
-                let packet = Packet::parse(Ethernet::parse(&bytes).unwrap().kind, rest, rest.len()).unwrap();
+                let packet = IpPacket::parse(Ethernet::parse(&bytes).unwrap().kind, rest, rest.len()).unwrap();
                 prop_assert_eq!((packet.src, packet.dst, packet.header + packet.len), (src, dst, rest.len()));
                 let inner = &rest[packet.header..];
                 prop_assert_eq!(wire::fold(wire::pseudo(src, dst, wire::TCP, inner.len()) + wire::sum(inner)), 0xffff);
@@ -123,9 +123,14 @@ mod tests {
     }
 
     #[test]
-    fn a_checksum_that_was_left_is_made() {
+    fn offloaded_checksum_is_computed() {
         let (src, dst): (IpAddr, IpAddr) = ("10.0.3.2".parse().unwrap(), "10.0.3.3".parse().unwrap());
-        let mut head = Head::ip((Mac([2; 6]), Mac([4; 6])), Ends { src, dst }, wire::UDP, 13);
+        let mut head = FrameBuilder::ip(
+            wire::MacPair { src: Mac([2; 6]), dst: Mac([4; 6]) },
+            AddressPair { src, dst },
+            wire::UDP,
+            13,
+        );
         head.udp(7, 9, 5);
         head.set16(40, wire::fold(wire::pseudo(src, dst, wire::UDP, 13)));
         let mut frame = [head.as_slice(), b"hello"].concat();

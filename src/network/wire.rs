@@ -1,9 +1,9 @@
 //! Headers of the hot path: Ethernet, IP, TCP, UDP and ICMP. They are read from a frame's first bytes and written to
 //! the guest's buffers.
 //!
-//! By hand, as the payload stays in guest memory, and because a frame may stand for many. Rarer formats are smoltcp's.
+//! By hand, as the payload stays in guest memory, and because a frame may stand for many. Tests compare with smoltcp.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use super::Mac;
 
@@ -25,28 +25,28 @@ pub(super) const TCP: u8 = 6;
 pub(super) const UDP: u8 = 17;
 pub(super) const ICMPV6: u8 = 58;
 
-/// Why a packet is none. It is dropped and counted.
+/// Why a packet is invalid. It is dropped and counted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Bad {
+pub(super) enum PacketError {
     Malformed,
     Fragment,
     Checksum,
 }
 
-fn be16(bytes: &[u8], at: usize) -> Result<u16, Bad> {
-    bytes.get(at..at + 2).and_then(|b| b.try_into().ok()).map(u16::from_be_bytes).ok_or(Bad::Malformed)
+fn be16(bytes: &[u8], at: usize) -> Result<u16, PacketError> {
+    bytes.get(at..at + 2).and_then(|b| b.try_into().ok()).map(u16::from_be_bytes).ok_or(PacketError::Malformed)
 }
 
-fn be32(bytes: &[u8], at: usize) -> Result<u32, Bad> {
-    bytes.get(at..at + 4).and_then(|b| b.try_into().ok()).map(u32::from_be_bytes).ok_or(Bad::Malformed)
+fn be32(bytes: &[u8], at: usize) -> Result<u32, PacketError> {
+    bytes.get(at..at + 4).and_then(|b| b.try_into().ok()).map(u32::from_be_bytes).ok_or(PacketError::Malformed)
 }
 
-fn byte(bytes: &[u8], at: usize) -> Result<u8, Bad> {
-    bytes.get(at).copied().ok_or(Bad::Malformed)
+fn byte(bytes: &[u8], at: usize) -> Result<u8, PacketError> {
+    bytes.get(at).copied().ok_or(PacketError::Malformed)
 }
 
-fn array<const N: usize>(bytes: &[u8], at: usize) -> Result<[u8; N], Bad> {
-    bytes.get(at..at + N).and_then(|b| b.try_into().ok()).ok_or(Bad::Malformed)
+fn array<const N: usize>(bytes: &[u8], at: usize) -> Result<[u8; N], PacketError> {
+    bytes.get(at..at + N).and_then(|b| b.try_into().ok()).ok_or(PacketError::Malformed)
 }
 
 /// Adds up 16-bit words for the Internet checksum (RFC 1071); `bytes` but the last piece must be even.
@@ -92,14 +92,14 @@ pub(super) struct Ethernet {
 }
 
 impl Ethernet {
-    pub(super) fn parse(bytes: &[u8]) -> Result<Self, Bad> {
+    pub(super) fn parse(bytes: &[u8]) -> Result<Self, PacketError> {
         Ok(Self { dst: Mac(array(bytes, 0)?), src: Mac(array(bytes, 6)?), kind: be16(bytes, 12)? })
     }
 }
 
 /// What an IP header says.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Packet {
+pub(super) struct IpPacket {
     pub src: IpAddr,
     pub dst: IpAddr,
     pub protocol: u8,
@@ -139,9 +139,9 @@ const FRAGMENT6_HEADER: usize = 8;
 /// More extension headers than anybody needs.
 const MAX_EXTENSIONS: usize = 4;
 
-impl Packet {
+impl IpPacket {
     /// Whether the checksum in `inner`, all that follows the header, is right.
-    pub(super) fn verify(&self, inner: &[u8]) -> Result<(), Bad> {
+    pub(super) fn verify(&self, inner: &[u8]) -> Result<(), PacketError> {
         // No checksum at all is fine for UDP over IPv4 (RFC 768).
         if self.protocol == UDP && self.src.is_ipv4() && inner.get(6..8) == Some(&[0, 0]) {
             return Ok(());
@@ -150,23 +150,23 @@ impl Packet {
             ICMP => 0,
             protocol => pseudo(self.src, self.dst, protocol, inner.len()),
         };
-        if fold(covered + sum(inner)) == 0xffff { Ok(()) } else { Err(Bad::Checksum) }
+        if fold(covered + sum(inner)) == 0xffff { Ok(()) } else { Err(PacketError::Checksum) }
     }
 
     /// Reads the header from the first bytes of a packet that has `available` of them.
-    pub(super) fn parse(kind: u16, bytes: &[u8], available: usize) -> Result<Self, Bad> {
+    pub(super) fn parse(kind: u16, bytes: &[u8], available: usize) -> Result<Self, PacketError> {
         if kind == IPV4 { Self::parse4(bytes, available) } else { Self::parse6(bytes, available) }
     }
 
     /// RFC 791, 3.1.
-    fn parse4(bytes: &[u8], available: usize) -> Result<Self, Bad> {
+    fn parse4(bytes: &[u8], available: usize) -> Result<Self, PacketError> {
         let first = byte(bytes, 0)?;
         let (header, total) = (usize::from(first & 15) * 4, usize::from(be16(bytes, 2)?));
         if first >> 4 != 4 || header < 20 || total < header || total > available {
-            return Err(Bad::Malformed);
+            return Err(PacketError::Malformed);
         }
-        if fold(sum(bytes.get(..header).ok_or(Bad::Malformed)?)) != 0xffff {
-            return Err(Bad::Checksum);
+        if fold(sum(bytes.get(..header).ok_or(PacketError::Malformed)?)) != 0xffff {
+            return Err(PacketError::Checksum);
         }
         // Two flags, more to come the last of them, and 13 bits of offset.
         let word = be16(bytes, 6)?;
@@ -183,10 +183,10 @@ impl Packet {
     }
 
     /// RFC 8200, 3 and 4.
-    fn parse6(bytes: &[u8], available: usize) -> Result<Self, Bad> {
+    fn parse6(bytes: &[u8], available: usize) -> Result<Self, PacketError> {
         let total = 40 + usize::from(be16(bytes, 4)?);
         if byte(bytes, 0)? >> 4 != 6 || total > available {
-            return Err(Bad::Malformed);
+            return Err(PacketError::Malformed);
         }
         let (mut next, mut header, mut fragment) = (byte(bytes, 6)?, 40, None);
         for _ in 0..MAX_EXTENSIONS {
@@ -214,7 +214,7 @@ impl Packet {
             protocol: next,
             hops: byte(bytes, 7)?,
             header,
-            len: total.checked_sub(header).ok_or(Bad::Malformed)?,
+            len: total.checked_sub(header).ok_or(PacketError::Malformed)?,
             fragment,
         })
     }
@@ -245,10 +245,10 @@ pub(super) struct Tcp {
 
 impl Tcp {
     /// Reads the header of a segment of `len` bytes from its first.
-    pub(super) fn parse(bytes: &[u8], len: usize) -> Result<Self, Bad> {
+    pub(super) fn parse(bytes: &[u8], len: usize) -> Result<Self, PacketError> {
         let header = usize::from(byte(bytes, 12)? >> 4) * 4;
         if header < 20 || header > len {
-            return Err(Bad::Malformed);
+            return Err(PacketError::Malformed);
         }
         let mut tcp = Self {
             src: be16(bytes, 0)?,
@@ -261,7 +261,7 @@ impl Tcp {
             ..Self::default()
         };
         if tcp.flags & SYN != 0 {
-            tcp.options(bytes.get(20..header).ok_or(Bad::Malformed)?);
+            tcp.options(bytes.get(20..header).ok_or(PacketError::Malformed)?);
         }
         Ok(tcp)
     }
@@ -301,23 +301,23 @@ pub(super) const UDP_HEADER: usize = 8;
 
 impl Udp {
     /// Reads the header of a datagram of `len` bytes. One that stands for several may say anything about its length.
-    pub(super) fn parse(bytes: &[u8], len: usize, cut: bool) -> Result<Self, Bad> {
+    pub(super) fn parse(bytes: &[u8], len: usize, cut: bool) -> Result<Self, PacketError> {
         let said = usize::from(be16(bytes, 4)?);
         let said = if cut { len } else { said };
         if said < UDP_HEADER || said > len {
-            return Err(Bad::Malformed);
+            return Err(PacketError::Malformed);
         }
         Ok(Self { src: be16(bytes, 0)?, dst: be16(bytes, 2)?, len: said })
     }
 }
 
 /// A datagram with its header and checksum.
-pub(super) fn datagram(ends: Ends, (src, dst): (u16, u16), payload: &[u8]) -> Vec<u8> {
+pub(super) fn datagram(addrs: AddressPair, UdpPorts { src, dst }: UdpPorts, payload: &[u8]) -> Vec<u8> {
     let len = UDP_HEADER + payload.len();
     let mut bytes = Vec::with_capacity(len);
     [src, dst, len as u16, 0].iter().for_each(|field| bytes.extend(field.to_be_bytes()));
     bytes.extend_from_slice(payload);
-    let check = udp_check(pseudo(ends.src, ends.dst, UDP, len) + sum(&bytes));
+    let check = udp_check(pseudo(addrs.src, addrs.dst, UDP, len) + sum(&bytes));
     if let Some(place) = bytes.get_mut(6..UDP_HEADER) {
         place.copy_from_slice(&check.to_be_bytes());
     }
@@ -326,26 +326,59 @@ pub(super) fn datagram(ends: Ends, (src, dst): (u16, u16), payload: &[u8]) -> Ve
 
 /// The headers of a frame that is being made.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Head {
+pub(super) struct FrameBuilder {
     bytes: [u8; 96],
     len: usize,
 }
 
 /// Both ends of a packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Ends {
+pub(super) struct AddressPair {
     pub src: IpAddr,
     pub dst: IpAddr,
 }
 
-impl Head {
+/// Source and destination of an Ethernet frame.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct MacPair {
+    pub src: Mac,
+    pub dst: Mac,
+}
+
+/// Source and destination port of a UDP datagram.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct UdpPorts {
+    pub src: u16,
+    pub dst: u16,
+}
+
+/// An address and a port. Unlike [`SocketAddr`], it has no flow label and no scope to compare.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct IpEndpoint {
+    pub addr: IpAddr,
+    pub port: u16,
+}
+
+impl IpEndpoint {
+    pub(super) fn new(addr: IpAddr, port: u16) -> Self {
+        Self { addr, port }
+    }
+}
+
+impl From<IpEndpoint> for SocketAddr {
+    fn from(endpoint: IpEndpoint) -> Self {
+        Self::new(endpoint.addr, endpoint.port)
+    }
+}
+
+impl FrameBuilder {
     /// An Ethernet and an IP header; `len` bytes of `protocol` follow.
-    pub(super) fn ip(macs: (Mac, Mac), ends: Ends, protocol: u8, len: usize) -> Self {
+    pub(super) fn ip(macs: MacPair, addrs: AddressPair, protocol: u8, len: usize) -> Self {
         let mut head = Self { bytes: [0; 96], len: 0 };
-        let (Mac(src), Mac(dst)) = macs;
+        let MacPair { src: Mac(src), dst: Mac(dst) } = macs;
         head.push(&dst);
         head.push(&src);
-        match (ends.src, ends.dst) {
+        match (addrs.src, addrs.dst) {
             (IpAddr::V4(src), IpAddr::V4(dst)) => {
                 head.push(&IPV4.to_be_bytes());
                 let total = (20 + len) as u16;
@@ -375,17 +408,17 @@ impl Head {
     }
 
     /// An Ethernet and an IP header of a fragment; `len` bytes of it follow.
-    pub(super) fn fragment(macs: (Mac, Mac), ends: Ends, protocol: u8, len: usize, fragment: Fragment) -> Self {
+    pub(super) fn fragment(macs: MacPair, addrs: AddressPair, protocol: u8, len: usize, fragment: Fragment) -> Self {
         let Fragment { id, offset, more } = fragment;
-        if ends.src.is_ipv4() {
-            let mut head = Self::ip(macs, ends, protocol, len);
+        if addrs.src.is_ipv4() {
+            let mut head = Self::ip(macs, addrs, protocol, len);
             head.set16(ETHERNET + 4, id as u16);
             head.set16(ETHERNET + 6, (offset / 8) as u16 | u16::from(more) << 13);
             head.set16(ETHERNET + 10, 0);
             head.set16(ETHERNET + 10, !fold(sum(head.from(ETHERNET))));
             return head;
         }
-        let mut head = Self::ip(macs, ends, FRAGMENT6, FRAGMENT6_HEADER + len);
+        let mut head = Self::ip(macs, addrs, FRAGMENT6, FRAGMENT6_HEADER + len);
         head.push(&[protocol, 0]);
         head.push(&(offset as u16 | u16::from(more)).to_be_bytes());
         head.push(&id.to_be_bytes());
@@ -457,7 +490,7 @@ pub(super) fn fragment_header_len(address: IpAddr) -> usize {
     ip_header_len(address) + if address.is_ipv4() { 0 } else { FRAGMENT6_HEADER }
 }
 
-/// Bytes that [`Head::tcp`] writes.
+/// Bytes that [`FrameBuilder::tcp`] writes.
 pub(super) fn tcp_header_len(tcp: &Tcp) -> usize {
     20 + if tcp.mss.is_some() { 4 } else { 0 } + if tcp.shift.is_some() { 4 } else { 0 }
 }
@@ -470,17 +503,17 @@ mod tests {
     #[test]
     fn headers_are_read_back_as_written() {
         for (src, dst) in [("10.0.2.2", "10.0.2.15"), ("fd00::1", "fd00::2")] {
-            let ends = Ends { src: src.parse().unwrap(), dst: dst.parse().unwrap() };
+            let addrs = AddressPair { src: src.parse().unwrap(), dst: dst.parse().unwrap() };
             let tcp = Tcp { src: 80, dst: 4000, seq: 7, ack: 9, flags: SYN | ACK, window: 512, ..Tcp::default() };
             let tcp = Tcp { mss: Some(1460), shift: Some(7), ..tcp };
             let len = tcp_header_len(&tcp);
-            let mut head = Head::ip((Mac([2; 6]), Mac([4; 6])), ends, TCP, len);
+            let mut head = FrameBuilder::ip(MacPair { src: Mac([2; 6]), dst: Mac([4; 6]) }, addrs, TCP, len);
             head.tcp(&tcp);
             let bytes = head.as_slice();
             let ethernet = Ethernet::parse(bytes).unwrap();
             assert_eq!(ethernet.src, Mac([2; 6]));
-            let packet = Packet::parse(ethernet.kind, &bytes[ETHERNET..], bytes.len() - ETHERNET).unwrap();
-            assert_eq!((packet.src, packet.dst, packet.len), (ends.src, ends.dst, len));
+            let packet = IpPacket::parse(ethernet.kind, &bytes[ETHERNET..], bytes.len() - ETHERNET).unwrap();
+            assert_eq!((packet.src, packet.dst, packet.len), (addrs.src, addrs.dst, len));
             let back = Tcp::parse(&bytes[ETHERNET + packet.header..], packet.len).unwrap();
             assert_eq!((back.seq, back.ack, back.mss, back.shift), (7, 9, Some(1460), Some(7)));
             assert_eq!(back.header, len);
@@ -488,7 +521,7 @@ mod tests {
     }
 
     #[test]
-    fn sums_are_those_of_the_specification() {
+    fn checksums_match_rfc_1071() {
         // RFC 1071, 3.
         assert_eq!(fold(sum(&[0x00, 0x01, 0xf2, 0x03, 0xf4, 0xf5, 0xf6, 0xf7])), 0xddf2);
         assert_eq!(fold(sum(&[1, 2, 3])), 0x0402);
@@ -496,9 +529,9 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_bytes_are_survived(bytes in proptest::collection::vec(any::<u8>(), 0..120), len in 0usize..70000) {
+        fn arbitrary_bytes_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..120), len in 0usize..70000) {
             for kind in [IPV4, IPV6] {
-                let _ = Packet::parse(kind, &bytes, len);
+                let _ = IpPacket::parse(kind, &bytes, len);
             }
             let _ = (Ethernet::parse(&bytes).is_ok(), Tcp::parse(&bytes, len).is_ok());
             let _ = Udp::parse(&bytes, len, len % 2 == 0);

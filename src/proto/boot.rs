@@ -107,22 +107,22 @@ pub(crate) enum Root<'a> {
     /// One device.
     Device {
         /// The device.
-        source: Source<'a>,
+        source: RootDisk<'a>,
         /// Mounted read-only; `/run` and `/tmp` are in memory then.
         read_only: bool,
     },
     /// A shared device below, only read, and a private one on top.
     Overlay {
         /// The device below.
-        lower: Source<'a>,
+        lower: RootDisk<'a>,
         /// The device on top.
-        upper: Source<'a>,
+        upper: RootDisk<'a>,
     },
 }
 
 /// A block device and the file system on it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Source<'a> {
+pub(crate) struct RootDisk<'a> {
     /// Path of the device in the guest, such as `/dev/vda`.
     pub(crate) device: &'a [u8],
     /// The kernel's name of the file system, such as `ext4`.
@@ -174,7 +174,7 @@ impl<'a> BootConfig<'a> {
         let payload = file.strip_prefix(MAGIC).ok_or(Malformed("first line of the boot configuration"))?;
         let fields = Fields::parse(payload)?;
         let source = |device, fs| {
-            Ok(Source { device: text(&fields, device, "root device")?, fs: text(&fields, fs, "root file system")? })
+            Ok(RootDisk { device: text(&fields, device, "root device")?, fs: text(&fields, fs, "root file system")? })
         };
         let root = match fields.u8(ROOT, "root")?.unwrap_or(ROOT_INITRAMFS) {
             ROOT_INITRAMFS => Root::Initramfs,

@@ -10,7 +10,7 @@ const KEEP: usize = 16 * 1024;
 
 /// One message as it was framed, not yet understood.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Frame<'a> {
+pub(crate) struct MessageFrame<'a> {
     /// Whom it is about: 0 is the VM, all others are process ids of the host's choice.
     pub(crate) stream: u32,
     /// Which message it is. Unknown kinds are to be skipped.
@@ -47,7 +47,7 @@ impl Decoder {
     }
 
     /// Takes bytes from the front of `input` up to the end of one frame. `None`: all of `input` was taken, and the frame is not yet whole.
-    pub(crate) fn next<'a>(&'a mut self, input: &mut &[u8]) -> Result<Option<Frame<'a>>, FrameError> {
+    pub(crate) fn next<'a>(&'a mut self, input: &mut &[u8]) -> Result<Option<MessageFrame<'a>>, FrameError> {
         if let Some(error) = self.failed {
             return Err(error);
         }
@@ -65,7 +65,7 @@ impl Decoder {
         }
         Ok(self.buffer.split_first_chunk::<HEADER_SIZE>().map(|(header, payload)| {
             let [_, stream, kind] = words(*header);
-            Frame { stream, kind, payload }
+            MessageFrame { stream, kind, payload }
         }))
     }
 

@@ -4,7 +4,7 @@ use core::ffi::CStr;
 
 use super::alloc::vec::Vec;
 use super::field::{Fields, Malformed, Writer};
-use super::frame::{self, Frame, FrameError};
+use super::frame::{self, FrameError, MessageFrame};
 use super::strings::Strings;
 use super::{COOKIE_SIZE, FROM_GUEST_MAX, FROM_HOST_MAX};
 
@@ -122,7 +122,7 @@ byte_enum! {
 
 byte_enum! {
     /// Which step of starting a program failed. `Other` also stands for a step that a newer guest knows.
-    Step { /// A step without a name of its own.
+    SpawnStep { /// A step without a name of its own.
         Other = 0,
         /// The request itself: a process of that number exists, or the guest is going down.
         Request = 1,
@@ -235,7 +235,7 @@ pub(crate) enum FromGuest<'a> {
     /// The program does not run.
     SpawnFailed {
         /// Which step failed.
-        step: Step,
+        step: SpawnStep,
         /// The guest's `errno`.
         errno: i32,
     },
@@ -296,7 +296,7 @@ impl<'a> FromHost<'a> {
     }
 
     /// Understands a frame; `None` if it is of a kind that this build does not know and skips.
-    pub(crate) fn parse(frame: &Frame<'a>) -> Result<Option<Self>, Malformed> {
+    pub(crate) fn parse(frame: &MessageFrame<'a>) -> Result<Option<Self>, Malformed> {
         let fields = Fields::parse(frame.payload)?;
         Ok(Some(match frame.kind {
             HOST_HELLO => Self::Hello { version: fields.u32(tag::VERSION, "version")?.ok_or(Malformed("version"))? },
@@ -411,7 +411,7 @@ impl<'a> FromGuest<'a> {
     }
 
     /// Understands a frame; `None` if it is of a kind that this build does not know and skips.
-    pub(crate) fn parse(frame: &Frame<'a>) -> Result<Option<Self>, Malformed> {
+    pub(crate) fn parse(frame: &MessageFrame<'a>) -> Result<Option<Self>, Malformed> {
         let fields = Fields::parse(frame.payload)?;
         let errno = || Ok(fields.u32(tag::ERRNO, "errno")?.unwrap_or(0) as i32);
         Ok(Some(match frame.kind {
@@ -430,7 +430,7 @@ impl<'a> FromGuest<'a> {
             },
             SPAWNED => Self::Spawned { pid: fields.u32(tag::PID, "pid")?.unwrap_or(0) },
             SPAWN_FAILED => Self::SpawnFailed {
-                step: Step::parse(fields.u8(tag::STEP, "step")?.unwrap_or(0)).unwrap_or(Step::Other),
+                step: SpawnStep::parse(fields.u8(tag::STEP, "step")?.unwrap_or(0)).unwrap_or(SpawnStep::Other),
                 errno: errno()?,
             },
             EXITED => match (fields.u8(tag::CODE, "exit code")?, fields.u8(tag::BY_SIGNAL, "signal")?) {

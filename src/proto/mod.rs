@@ -44,10 +44,10 @@ mod tests;
 
 #[allow(unused_imports, reason = "each side names only what it uses")]
 pub(crate) use {
-    boot::{BootConfig, Network, Networks, OPTIONAL, Root, Source},
+    boot::{BootConfig, Network, Networks, OPTIONAL, Root, RootDisk},
     field::Malformed,
-    frame::{Decoder, Frame, FrameError, HEADER_SIZE},
-    message::{End, FromGuest, FromHost, Spawn, Stage, Stdio, Step},
+    frame::{Decoder, FrameError, HEADER_SIZE, MessageFrame},
+    message::{End, FromGuest, FromHost, Spawn, SpawnStep, Stage, Stdio},
     strings::{Nul, StringBuf, Strings},
 };
 

@@ -16,8 +16,8 @@ struct Owned {
     payload: Vec<u8>,
 }
 
-impl From<Frame<'_>> for Owned {
-    fn from(frame: Frame<'_>) -> Self {
+impl From<MessageFrame<'_>> for Owned {
+    fn from(frame: MessageFrame<'_>) -> Self {
         Self { stream: frame.stream, kind: frame.kind, payload: frame.payload.to_vec() }
     }
 }
@@ -42,8 +42,8 @@ fn only_frame(bytes: &[u8]) -> Owned {
     frames.remove(0)
 }
 
-fn view(frame: &Owned) -> Frame<'_> {
-    Frame { stream: frame.stream, kind: frame.kind, payload: &frame.payload }
+fn view(frame: &Owned) -> MessageFrame<'_> {
+    MessageFrame { stream: frame.stream, kind: frame.kind, payload: &frame.payload }
 }
 
 fn list(strings: &[Vec<u8>]) -> StringBuf {
@@ -83,7 +83,7 @@ proptest! {
     }
 
     #[test]
-    fn garbage_neither_panics_nor_is_kept(bytes in vec(any::<u8>(), 0..4000), pieces in vec(0usize..100, 0..40)) {
+    fn garbage_never_panics_or_accumulates(bytes in vec(any::<u8>(), 0..4000), pieces in vec(0usize..100, 0..40)) {
         let mut decoder = Decoder::new(FROM_GUEST_MAX);
         if let Ok(frames) = decode(&mut decoder, &bytes, &pieces) {
             for frame in &frames {
@@ -94,7 +94,7 @@ proptest! {
 
     #[test]
     fn garbage_in_known_kinds_never_panics(kind in 0u32..16, guest in any::<bool>(), payload in vec(any::<u8>(), 0..200)) {
-        let frame = Frame { stream: 1, kind: kind | if guest { 0x100 } else { 0 }, payload: &payload };
+        let frame = MessageFrame { stream: 1, kind: kind | if guest { 0x100 } else { 0 }, payload: &payload };
         let _ = FromHost::parse(&frame);
         let _ = FromGuest::parse(&frame);
         let _ = BootConfig::parse(&payload);
@@ -109,7 +109,7 @@ proptest! {
             payload.extend_from_slice(&u32::try_from(value.len()).unwrap().to_le_bytes());
             payload.extend_from_slice(value);
         }
-        let frame = Frame { stream: 1, kind: kind | if guest { 0x100 } else { 0 }, payload: &payload };
+        let frame = MessageFrame { stream: 1, kind: kind | if guest { 0x100 } else { 0 }, payload: &payload };
         if let Ok(Some(message)) = FromHost::parse(&frame) {
             let mut again = Vec::new();
             message.encode(1, &mut again).unwrap();
@@ -150,8 +150,8 @@ proptest! {
         let [a, b, c, d] = names.each_ref().map(|name| name.as_slice());
         let root = match kind {
             0 => Root::Initramfs,
-            1 => Root::Device { source: Source { device: a, fs: b }, read_only },
-            _ => Root::Overlay { lower: Source { device: a, fs: b }, upper: Source { device: c, fs: d } },
+            1 => Root::Device { source: RootDisk { device: a, fs: b }, read_only },
+            _ => Root::Overlay { lower: RootDisk { device: a, fs: b }, upper: RootDisk { device: c, fs: d } },
         };
         let modules = list(&modules);
         let mut networks = Vec::new();
@@ -201,7 +201,7 @@ fn every_other_message_round_trips() {
     ];
     guest.extend(End::ALL.iter().map(|&end| FromGuest::Ending { end }));
     guest.extend(Stage::ALL.iter().map(|&stage| FromGuest::Failed { stage, errno: -1, text: b"/dev/vda" }));
-    guest.extend(Step::ALL.iter().map(|&step| FromGuest::SpawnFailed { step, errno: 2 }));
+    guest.extend(SpawnStep::ALL.iter().map(|&step| FromGuest::SpawnFailed { step, errno: 2 }));
     for message in guest {
         let mut bytes = Vec::new();
         message.encode(3, &mut bytes).unwrap();
@@ -210,7 +210,7 @@ fn every_other_message_round_trips() {
 }
 
 #[test]
-fn the_announced_length_reserves_nothing() {
+fn announced_length_allocates_nothing() {
     let mut decoder = Decoder::new(FROM_HOST_MAX);
     let header = [u32::try_from(FROM_HOST_MAX).unwrap().to_le_bytes(), [0; 4], [0; 4]];
     assert_eq!(decode(&mut decoder, header.as_flattened(), &[]), Ok(vec![]));
@@ -219,7 +219,7 @@ fn the_announced_length_reserves_nothing() {
 }
 
 #[test]
-fn a_reader_who_takes_what_is_missing_takes_one_frame_and_no_more() {
+fn reading_the_missing_bytes_ends_at_the_frame() {
     let mut bytes = Vec::new();
     FromGuest::Connected { errno: 7 }.encode(0, &mut bytes).unwrap();
     let len = bytes.len();
@@ -239,7 +239,7 @@ fn a_reader_who_takes_what_is_missing_takes_one_frame_and_no_more() {
 }
 
 #[test]
-fn port_0_is_nobodys() {
+fn port_0_is_rejected() {
     for port in [0u32, 65536] {
         let mut bytes = Vec::new();
         append(&mut bytes, 0, 6, 100, |out| field::Writer(out).u32(1, port)).unwrap();
@@ -257,8 +257,8 @@ fn a_frame_beyond_the_limit_ends_the_stream() {
 
 #[test]
 fn unknown_kinds_and_fields_are_skipped() {
-    assert_eq!(FromHost::parse(&Frame { stream: 0, kind: 99, payload: &[] }), Ok(None));
-    assert_eq!(FromGuest::parse(&Frame { stream: 0, kind: 1, payload: &[] }), Ok(None));
+    assert_eq!(FromHost::parse(&MessageFrame { stream: 0, kind: 99, payload: &[] }), Ok(None));
+    assert_eq!(FromGuest::parse(&MessageFrame { stream: 0, kind: 1, payload: &[] }), Ok(None));
     let mut bytes = Vec::new();
     append(&mut bytes, 0, 1, 100, |out| {
         let mut fields = field::Writer(out);

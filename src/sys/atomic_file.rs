@@ -163,7 +163,7 @@ mod tests {
     use std::time::SystemTime;
 
     #[test]
-    fn a_draft_takes_a_place_whole_or_leaves_nothing() {
+    fn atomic_file_is_complete_or_absent() {
         let directory = std::env::temp_dir().join(format!("cofferdam-draft-{}", std::process::id()));
         fs::create_dir_all(&directory).unwrap();
         let names = || fs::read_dir(&directory).unwrap().count();
@@ -193,7 +193,7 @@ mod tests {
     }
 
     #[test]
-    fn what_killed_processes_left_is_removed_when_it_is_old() {
+    fn stale_temporary_files_are_removed() {
         let directory = std::env::temp_dir().join(format!("cofferdam-abandoned-{}", std::process::id()));
         fs::create_dir_all(&directory).unwrap();
         let long_ago = SystemTime::now() - Duration::from_secs(7200);

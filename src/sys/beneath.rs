@@ -135,7 +135,7 @@ mod tests {
     use std::time::{Duration, Instant};
 
     #[test]
-    fn nothing_leads_out_and_nothing_is_waited_for() {
+    fn paths_stay_beneath_and_opens_do_not_block() {
         let temp = std::env::temp_dir().join(format!("cofferdam-beneath-{}", std::process::id()));
         fs::create_dir_all(temp.join("in/sub")).unwrap();
         fs::write(temp.join("secret"), "secret").unwrap();
@@ -167,7 +167,7 @@ mod tests {
     }
 
     #[test]
-    fn what_others_can_write_is_not_private() {
+    fn files_writable_by_others_are_not_private() {
         let file = crate::sys::temp_file(&std::env::temp_dir()).unwrap();
         let mode = |mode| file.set_permissions(std::os::unix::fs::PermissionsExt::from_mode(mode)).unwrap();
         mode(0o644);

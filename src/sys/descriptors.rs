@@ -151,7 +151,7 @@ mod tests {
     }
 
     #[test]
-    fn a_part_is_kept_of_any_number() {
+    fn descriptor_reserve_is_kept_for_any_limit() {
         let kept = [0, 64, 256, 1024, 4096, 1 << 20].map(default_reserve);
         assert_eq!(kept, [0, 32, 128, 256, 1024, 1 << 18]);
     }

@@ -252,7 +252,7 @@ mod tests {
     }
 
     #[test]
-    fn a_child_knows_that_it_is_one() {
+    fn forked_child_is_detected() {
         let file = File::open("/dev/zero").unwrap();
         let _guard = ForkGuard::new(&file);
         let origin = ProcessGeneration::current();

@@ -26,10 +26,10 @@ const FIELDS: (u64, u64) = (0, 72);
 
 /// What is in flight, as only the caller of the crate can know it. Clones are the same.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct WriteOrder(Arc<Mutex<State>>);
+pub(crate) struct WriteOrder(Arc<Mutex<WriteOrderState>>);
 
 #[derive(Debug, Default)]
-struct State {
+struct WriteOrderState {
     /// Where the bytes that are written for the guest lie in this process.
     guest: Range<usize>,
     /// The crate writes all that it has in memory, and everything that this speaks of is on stable storage.
@@ -43,7 +43,7 @@ struct State {
 }
 
 impl WriteOrder {
-    fn state<R>(&self, f: impl FnOnce(&mut State) -> R) -> R {
+    fn state<R>(&self, f: impl FnOnce(&mut WriteOrderState) -> R) -> R {
         f(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
@@ -222,7 +222,7 @@ mod tests {
     use std::fs::OpenOptions;
 
     #[test]
-    fn no_sync_is_believed_after_one_that_failed() {
+    fn syncs_fail_after_a_failed_sync() {
         // Which cannot be synced (fsync(2), EINVAL).
         let file = OpenOptions::new().read(true).write(true).open("/proc/self/comm").unwrap();
         let file = OrderedFile::new(file, true, 512, WriteOrder::default()).unwrap();

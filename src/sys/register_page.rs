@@ -158,7 +158,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn devices_have_their_own_and_nothing_lies_beyond() {
+    fn devices_have_separate_register_pages() {
         let pages = RegisterPages::new(2).unwrap();
         let [one, two] = [0, 1].map(|n| pages.device(n).unwrap());
         assert!(pages.device(2).is_none() && pages.device(usize::MAX).is_none());

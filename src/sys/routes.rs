@@ -143,7 +143,7 @@ mod tests {
     }
 
     #[test]
-    fn own_addresses_are_known() {
+    fn host_addresses_are_local_routes() {
         for own in ["127.0.0.1", "127.9.9.9"] {
             assert_eq!(Routes::new().unwrap().lookup(own.parse().unwrap()).unwrap(), Route::Own, "{own}");
         }
@@ -155,7 +155,7 @@ mod tests {
     }
 
     #[test]
-    fn nonsense_is_no_answer() {
+    fn malformed_netlink_messages_are_errors() {
         for answer in [&[][..], &[0; 3], &[0; 64], &[0xff; 64]] {
             assert!(parse(answer).is_err());
         }

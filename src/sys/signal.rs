@@ -150,7 +150,7 @@ mod tests {
     }
 
     #[test]
-    fn installs_once_and_again_but_not_over_somebody() {
+    fn handler_installs_twice_but_not_over_another() {
         assert_eq!(KickSignal::install(3).unwrap(), KickSignal::install(3).unwrap());
         extern "C" fn theirs(_: libc::c_int) {}
         // SAFETY: a zeroed sigaction with a harmless handler; the signal is used by this test only.

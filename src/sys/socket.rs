@@ -197,7 +197,7 @@ mod tests {
     }
 
     #[test]
-    fn streams_connect_tell_what_they_hold_and_discard() {
+    fn streams_connect_report_unread_bytes_and_discard() {
         let (near, mut far) = pair();
         far.write_all(b"hello, world").unwrap();
         super::super::wait_readable(near.as_fd(), None).unwrap();
@@ -213,7 +213,7 @@ mod tests {
     }
 
     #[test]
-    fn refusals_and_resets_are_told() {
+    fn refusals_and_resets_are_reported() {
         let (near, mut far) = pair();
         near.reset_on_close().unwrap();
         drop(near);

@@ -48,7 +48,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_was_used_of_a_stack_counts() {
+    fn used_stack_is_measured() {
         let used = std::thread::Builder::new()
             .stack_size(super::super::STACK)
             .spawn(|| {

@@ -62,7 +62,7 @@ mod tests {
     use crate::sys::wait_readable;
 
     #[test]
-    fn one_that_was_set_again_holds_nobody_up() {
+    fn rearmed_timer_does_not_block_clear() {
         let mut timer = Timer::new().unwrap();
         timer.set(Some(Instant::now())).unwrap();
         assert!(wait_readable(timer.as_fd(), Some(Duration::from_secs(10))).unwrap());

@@ -8,7 +8,7 @@ use std::sync::mpsc::SyncSender;
 use std::time::{Duration, Instant};
 
 use super::config_space::ConfigSpace;
-use super::{Chain, DeviceIo, DeviceType, Profile, Source, VirtioDevice, Work};
+use super::{Chain, DeviceIo, DeviceType, EventSource, Profile, VirtioDevice, Work};
 use crate::memory::{GuestAddress, GuestMemory};
 use crate::rate::{Bucket, Rate};
 use crate::size::Size;
@@ -231,7 +231,7 @@ impl Balloon {
                 io.fail(&why);
             } else if chain.readable_len() >= 4 {
                 self.inflating = Some(chain);
-                io.kick_self(queue);
+                io.reschedule(queue);
                 break;
             }
             io.complete(queue, chain);
@@ -254,7 +254,7 @@ impl Balloon {
             }
             if chain.writable_len() > 0 {
                 self.reporting = Some(chain);
-                io.kick_self(queue);
+                io.reschedule(queue);
                 break;
             }
             io.complete(queue, chain);
@@ -313,8 +313,8 @@ impl VirtioDevice for Balloon {
         Ok(())
     }
 
-    fn ready(&mut self, io: &mut DeviceIo, source: Source) {
-        let Source::Queue(queue) = source else { return };
+    fn ready(&mut self, io: &mut DeviceIo, source: EventSource) {
+        let EventSource::Queue(queue) = source else { return };
         match self.roles.get(queue).copied() {
             Some(Role::Inflate) => self.take_pages(io, queue),
             // What the guest takes back is there again as soon as it touches it.

@@ -38,7 +38,7 @@ pub(crate) struct Span {
 
 /// Buffers of one direction, used up from the front.
 #[derive(Debug, Default)]
-struct Buffers {
+struct ChainBuffers {
     segments: Vec<Segment>,
     /// The first that is not used up. What was taken lies before it and stays what it is.
     next: usize,
@@ -46,7 +46,7 @@ struct Buffers {
     len: usize,
 }
 
-impl Buffers {
+impl ChainBuffers {
     fn clear(&mut self) {
         self.segments.clear();
         (self.next, self.len) = (0, 0);
@@ -112,8 +112,8 @@ pub(crate) struct Chain(Box<Body>);
 struct Body {
     head: u16,
     memory: GuestMemory,
-    readable: Buffers,
-    writable: Buffers,
+    readable: ChainBuffers,
+    writable: ChainBuffers,
     /// Bytes of the writable part that hold an answer, reported to the driver.
     written: u32,
     /// Descriptors, those of empty buffers included.
@@ -150,7 +150,7 @@ impl Chain {
     }
 
     /// To be filled again, unless the driver has made it large.
-    pub(super) fn emptied(mut self) -> Option<Self> {
+    pub(super) fn recycle(mut self) -> Option<Self> {
         let Body { readable, writable, written, descriptors, .. } = &mut *self.0;
         readable.clear();
         writable.clear();
@@ -324,7 +324,7 @@ mod tests {
     }
 
     #[test]
-    fn mistakes_of_the_driver_are_told_apart() {
+    fn driver_errors_are_distinguished() {
         let memory = memory();
         let collect = |descriptors: &[(u64, u32, u16)]| {
             let all = descriptors.iter().map(|(addr, len, flags)| Descriptor::new(*addr, *len, *flags));
@@ -343,7 +343,7 @@ mod tests {
     proptest! {
         /// However the driver splits its buffers and the device its accesses, the bytes are those of one long buffer.
         #[test]
-        fn splits_do_not_matter(
+        fn descriptor_splits_do_not_matter(
             readable in proptest::collection::vec(0usize..300, 1..6),
             writable in proptest::collection::vec(0usize..300, 1..6),
             steps in proptest::collection::vec(0usize..200, 1..20),

@@ -103,7 +103,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn drivers_write_what_they_may_and_see_that_something_changed() {
+    fn config_writes_are_masked_and_change_the_generation() {
         let space = ConfigSpace::new([1, 0, 0, 0, 2, 0, 0, 0]).writable(4..8);
         let registers = RegisterPage::alone().unwrap();
         space.show_in(registers.clone());

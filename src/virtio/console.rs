@@ -6,7 +6,7 @@ use std::io::Write;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::{Chain, DeviceIo, DeviceType, Profile, Source, VirtioDevice, Work};
+use super::{Chain, DeviceIo, DeviceType, EventSource, Profile, VirtioDevice, Work};
 
 /// How much of the console is remembered for the report of a VM's end.
 const TAIL: usize = 64 * 1024;
@@ -20,7 +20,7 @@ const TRANSMIT: usize = 1;
 const AT_ONCE: usize = 4096;
 
 #[derive(Debug, Default)]
-struct State {
+struct ConsoleState {
     tail: VecDeque<u8>,
     pending: VecDeque<u8>,
     /// The pump takes what is pending.
@@ -35,16 +35,16 @@ struct State {
 
 /// What a guest printed, from all its consoles: a bounded tail, and on its way to the embedder's writer.
 #[derive(Clone, Default)]
-pub(crate) struct Output(Arc<Inner>);
+pub(crate) struct ConsoleOutput(Arc<ConsoleShared>);
 
 #[derive(Default)]
-struct Inner {
-    state: Mutex<State>,
+struct ConsoleShared {
+    state: Mutex<ConsoleState>,
     changed: Condvar,
 }
 
-impl Output {
-    fn state(&self) -> MutexGuard<'_, State> {
+impl ConsoleOutput {
+    fn state(&self) -> MutexGuard<'_, ConsoleState> {
         self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -80,7 +80,7 @@ impl Output {
         state.tail.capacity() + state.pending.capacity()
     }
 
-    /// From now on everything printed waits for [`Output::pump`].
+    /// From now on everything printed waits for [`ConsoleOutput::pump`].
     pub(crate) fn expect_pump(&self) {
         self.state().pumped = true;
     }
@@ -136,14 +136,14 @@ impl Output {
     }
 }
 
-impl fmt::Debug for Output {
+impl fmt::Debug for ConsoleOutput {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Output({} bytes)", self.state().tail.len())
     }
 }
 
 /// Serial ports print too, from a vCPU's thread, which must not wait.
-impl Write for Output {
+impl Write for ConsoleOutput {
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
         self.print(bytes);
         Ok(bytes.len())
@@ -157,13 +157,13 @@ impl Write for Output {
 /// The device: output only. Buffers offered for input stay with the driver's queue until there is input.
 #[derive(Debug)]
 pub(crate) struct Console {
-    output: Output,
+    output: ConsoleOutput,
     /// Printed in part: the turn was over.
     half_done: Option<Chain>,
 }
 
 impl Console {
-    pub(crate) fn new(output: Output) -> Self {
+    pub(crate) fn new(output: ConsoleOutput) -> Self {
         Self { output, half_done: None }
     }
 
@@ -191,7 +191,7 @@ impl Console {
                 Some(mut chain) => {
                     if !self.print(io, &mut chain) {
                         self.half_done = Some(chain);
-                        io.kick_self(TRANSMIT);
+                        io.reschedule(TRANSMIT);
                         break;
                     }
                     io.complete(TRANSMIT, chain);
@@ -210,7 +210,7 @@ impl VirtioDevice for Console {
         Profile::new(DeviceType::Console).queue(64).queue(64).config([0; 12])
     }
 
-    fn ready(&mut self, io: &mut DeviceIo, _: Source) {
+    fn ready(&mut self, io: &mut DeviceIo, _: EventSource) {
         self.transmit(io);
     }
 
@@ -228,11 +228,11 @@ mod tests {
 
     #[test]
     fn what_the_guest_prints_is_remembered_up_to_a_bound() {
-        let output = Output::default();
+        let output = ConsoleOutput::default();
         let mut driver = Driver::start(Console::new(output.clone()));
         for round in 0..100u8 {
             driver.send(TRANSMIT, &[&[round; 1000], b"\n"], &[]);
-            driver.poke(TRANSMIT);
+            driver.dispatch(TRANSMIT);
             assert!(driver.receive(TRANSMIT).is_some());
         }
         let tail = output.tail();
@@ -240,7 +240,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stuck_writer_stops_nobody_and_what_it_misses_is_counted() {
+    fn blocked_console_writer_drops_and_counts_output() {
         struct Stuck(std::sync::mpsc::Receiver<()>, Arc<Mutex<Vec<u8>>>);
         impl Write for Stuck {
             fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
@@ -252,7 +252,7 @@ mod tests {
                 Ok(())
             }
         }
-        let (output, written) = (Output::default(), Arc::default());
+        let (output, written) = (ConsoleOutput::default(), Arc::default());
         let (go_on, stuck) = std::sync::mpsc::channel();
         output.expect_pump();
         let pump = {
@@ -263,7 +263,7 @@ mod tests {
         let printed = PENDING + 3 * TAIL;
         for n in 0..printed / 1024 {
             driver.send(TRANSMIT, &[&[n as u8; 1024]], &[]);
-            driver.poke(TRANSMIT);
+            driver.dispatch(TRANSMIT);
             assert!(driver.receive(TRANSMIT).is_some(), "the guest waits for the writer");
         }
         assert_eq!((output.dropped(), output.tail().len()), ((printed - PENDING) as u64, TAIL));
@@ -278,14 +278,14 @@ mod tests {
 
     #[test]
     fn much_output_takes_many_turns_and_none_is_lost() {
-        let output = Output::default();
+        let output = ConsoleOutput::default();
         let mut driver = Driver::start(Console::new(output.clone()));
         // As many buffers as the queue has, all of them the same 16 MiB: 1 GiB in one chain.
         let all = [(0x80_0000, 16 << 20, 0); 64];
         assert!(driver.send_raw(TRANSMIT, &all));
         let mut turns = 0;
         while driver.receive(TRANSMIT).is_none() {
-            driver.poke(TRANSMIT);
+            driver.dispatch(TRANSMIT);
             turns += 1;
         }
         assert!(turns > 50, "{turns}");
@@ -303,7 +303,7 @@ mod tests {
                 Ok(())
             }
         }
-        let output = Output::default();
+        let output = ConsoleOutput::default();
         output.expect_pump();
         output.print(b"x");
         output.pump(&mut Broken);
@@ -313,7 +313,7 @@ mod tests {
     }
 
     #[test]
-    fn a_writer_that_has_not_begun_is_waited_for_and_one_that_hangs_is_not() {
+    fn console_drain_waits_for_progress_only() {
         struct Hanging(std::sync::mpsc::Receiver<()>);
         impl Write for Hanging {
             fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
@@ -325,9 +325,9 @@ mod tests {
             }
         }
         let bound = Duration::from_millis(20);
-        let (late, hung) = (Output::default(), Output::default());
+        let (late, hung) = (ConsoleOutput::default(), ConsoleOutput::default());
         let (done, hangs) = std::sync::mpsc::channel();
-        let begin = |output: &Output, mut writer: Box<dyn Write + Send>| {
+        let begin = |output: &ConsoleOutput, mut writer: Box<dyn Write + Send>| {
             output.expect_pump();
             output.print(b"x");
             let output = output.clone();

@@ -1,6 +1,6 @@
 //! An echo device: answers each request with the request's own bytes. The example of ARCHITECTURE.md.
 
-use super::{DeviceIo, DeviceType, Profile, Source, VirtioDevice, Work};
+use super::{DeviceIo, DeviceType, EventSource, Profile, VirtioDevice, Work};
 
 /// The largest request that is answered, in bytes.
 const MAX_REQUEST: usize = 4096;
@@ -14,7 +14,7 @@ impl VirtioDevice for Echo {
         Profile::new(DeviceType::Entropy).queue(16)
     }
 
-    fn ready(&mut self, io: &mut DeviceIo, _: Source) {
+    fn ready(&mut self, io: &mut DeviceIo, _: EventSource) {
         io.drain(0, |chain| {
             let mut bytes = vec![0; chain.readable_len().min(MAX_REQUEST)];
             // A request whose answer does not fit is given back empty.
@@ -30,7 +30,7 @@ impl VirtioDevice for Echo {
 fn a_request_is_answered_with_its_own_bytes() {
     let mut driver = super::testing::Driver::start(Echo);
     driver.send(0, &[b"hello"], &[5]);
-    driver.poke(0);
+    driver.dispatch(0);
     assert_eq!(driver.receive(0).unwrap(), (b"hello".to_vec(), 5));
     assert!(driver.interrupted());
 }

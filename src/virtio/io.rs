@@ -52,13 +52,19 @@ pub(super) fn slot_token(slot: usize) -> u64 {
 }
 
 /// A token's parts: a slot, and what of the device's is ready; `None` when the time for a reset is over.
-pub(super) fn split_token(token: u64, events: Interest) -> (usize, Option<super::Source>) {
+pub(super) fn split_token(token: u64, events: Interest) -> (usize, Option<super::EventSource>) {
     let (slot, code) = ((token >> TOKEN_BITS) as usize, token as u32);
     match code.checked_sub(QUEUE_TOKENS) {
-        Some(queue) => (slot, Some(super::Source::Queue(queue as usize))),
+        Some(queue) => (slot, Some(super::EventSource::Queue(queue as usize))),
         None if code == OVERDUE_TOKEN => (slot, None),
-        None => (slot, Some(super::Source::Watched { number: code, events })),
+        None => (slot, Some(super::EventSource::Watched { number: code, events })),
     }
+}
+
+/// Why a device needs a reset, and the timer of the driver's deadline.
+pub(super) struct PendingReset {
+    why: String,
+    timer: Option<Timer>,
 }
 
 /// Called with the reason why a device needs a reset.
@@ -74,9 +80,9 @@ pub(crate) struct DeviceIo {
     pub(super) features: u64,
     pub(super) sources: Sources,
     pub(super) slot: usize,
-    pub(super) on_broken: OnNeedsReset,
-    /// Why the device needs a reset, and the moment by which it must have come. Reported once a start.
-    pub(super) broken: Option<(String, Option<Timer>)>,
+    pub(super) on_needs_reset: OnNeedsReset,
+    /// The reset that the device waits for. Reported once a start.
+    pub(super) pending_reset: Option<PendingReset>,
     /// What the device had in flight when it was stopped.
     pub(super) left: Option<IoQueue>,
     /// What the device has done since the loop came to it.
@@ -116,7 +122,7 @@ impl DeviceIo {
         self.turn.charge(work);
     }
 
-    /// Whether others must get their turn: then the device keeps what is half done, says [`DeviceIo::kick_self`], and returns.
+    /// Whether others must get their turn: then the device keeps what is half done, says [`DeviceIo::reschedule`], and returns.
     #[inline]
     pub(crate) fn turn_over(&self) -> bool {
         self.turn.over()
@@ -154,7 +160,7 @@ impl DeviceIo {
     /// over; then the device is called for this queue again.
     pub(crate) fn pop(&mut self, queue: usize) -> Option<Chain> {
         if self.turn.over() {
-            self.kick_self(queue);
+            self.reschedule(queue);
             return None;
         }
         let popped = self.queues.get_mut(queue).and_then(|q| {
@@ -188,7 +194,7 @@ impl DeviceIo {
     /// Wants to be kicked again. True when something came in between, which must be looked at now; never when the turn is over.
     pub(crate) fn rearm(&mut self, queue: usize) -> bool {
         if self.turn.over() {
-            self.kick_self(queue);
+            self.reschedule(queue);
             return false;
         }
         let more = self.queues.get_mut(queue).is_some_and(Queue::enable_kicks);
@@ -206,14 +212,14 @@ impl DeviceIo {
     }
 
     /// Makes `ready` be called for `queue` once more after others had their turn.
-    pub(crate) fn kick_self(&self, queue: usize) {
+    pub(crate) fn reschedule(&self, queue: usize) {
         if let Some(kick) = self.kicks.get(queue) {
             // A full counter is readable, which is all that is wanted.
             let _ = kick.write(1);
         }
     }
 
-    /// Reports `fd` as `Source::Watched` from now on; numbers below 4,294,901,759 are free to use.
+    /// Reports `fd` as `EventSource::Watched` from now on; numbers below 4,294,901,759 are free to use.
     pub(crate) fn watch(&self, fd: BorrowedFd<'_>, number: u32, interest: Interest) -> io::Result<()> {
         debug_assert!(number < OVERDUE_TOKEN);
         self.sources.watch(fd, self.token(number), interest)
@@ -228,13 +234,13 @@ impl DeviceIo {
 
     /// The device cannot go on: the driver sees DEVICE_NEEDS_RESET (Virtio 1.3, 2.1.2), and has a while to reset it.
     pub(crate) fn fail(&mut self, why: &dyn std::fmt::Display) {
-        if self.broken.is_none() {
+        if self.pending_reset.is_none() {
             let why = why.to_string();
             self.counters.driver_errors.fetch_add(1, Ordering::Relaxed);
-            (self.on_broken)(&why);
-            let overdue = self.start_grace();
-            let overdue = overdue.inspect_err(|e| log::warn!("nobody will see whether it comes: {e}")).ok();
-            self.broken = Some((why, overdue));
+            (self.on_needs_reset)(&why);
+            let timer = self.start_grace();
+            let timer = timer.inspect_err(|e| log::warn!("a reset that does not come goes unseen: {e}")).ok();
+            self.pending_reset = Some(PendingReset { why, timer });
         }
         self.interrupt.signal_needs_reset();
     }
@@ -247,8 +253,8 @@ impl DeviceIo {
     }
 
     /// The reset has not come in time: what to tell of it, once.
-    pub(super) fn overdue(&mut self) -> Option<String> {
-        let (why, timer) = self.broken.as_mut()?;
+    pub(super) fn reset_deadline_passed(&mut self) -> Option<String> {
+        let PendingReset { why, timer } = self.pending_reset.as_mut()?;
         // Closing it ends its reports.
         timer.take()?;
         Some(format!("{why}; the guest's driver did not reset it within {} s", RESET_GRACE.as_secs()))
@@ -260,7 +266,7 @@ impl DeviceIo {
 
     fn check(&mut self, queue: usize) {
         if let Some(error) = self.queues.get(queue).and_then(Queue::broken)
-            && self.broken.is_none()
+            && self.pending_reset.is_none()
         {
             self.fail(&error);
         }
@@ -281,7 +287,7 @@ impl DeviceIo {
     }
 
     /// Takes a queue's kick: the counter is cleared before the queue is looked at.
-    pub(super) fn heard(&self, queue: usize) {
+    pub(super) fn ack_kick(&self, queue: usize) {
         if let Some(kick) = self.kicks.get(queue) {
             let count = kick.read().unwrap_or(0);
             add(&self.counters.kicks, count);

@@ -77,7 +77,7 @@ pub(crate) struct MmioTransport {
     counters: Arc<Counters>,
     /// Called when a driver has made the device run.
     on_ready: Box<dyn Fn() + Send>,
-    on_broken: OnNeedsReset,
+    on_needs_reset: OnNeedsReset,
 
     /// What the device had in flight when it was reset, and the host has not ended yet.
     left: Option<IoQueue>,
@@ -108,7 +108,7 @@ impl MmioTransport {
             interrupt,
             counters: Arc::default(),
             on_ready: Box::new(|| ()),
-            on_broken: Arc::new(|_| ()),
+            on_needs_reset: Arc::new(|_| ()),
             profile,
             memory,
             devices,
@@ -133,10 +133,10 @@ impl MmioTransport {
 
     /// Calls `f`, on a vCPU's thread or the device's loop, when a reset is needed. The log says so, too. Of a flood
     /// only some are reported: a driver that resets the device may break it again at once.
-    pub(crate) fn on_broken(mut self, f: impl Fn(&str) + Send + Sync + 'static) -> Self {
+    pub(crate) fn on_needs_reset(mut self, f: impl Fn(&str) + Send + Sync + 'static) -> Self {
         let (slot, epoch) = (self.slot, Instant::now());
         let reports = Mutex::new((Bucket::new(REPORTS, Duration::ZERO), 0u64));
-        self.on_broken = Arc::new(move |why| {
+        self.on_needs_reset = Arc::new(move |why| {
             let mut reports = reports.lock().unwrap_or_else(PoisonError::into_inner);
             let (bucket, suppressed) = &mut *reports;
             if !bucket.take_whole(epoch.elapsed()) {
@@ -283,7 +283,7 @@ impl MmioTransport {
             self.add_status(status::FEATURES_OK);
         }
         // A device that needs a reset is not started before it had one, however often the driver asks.
-        let may_start = self.status & status::FEATURES_OK != 0 && !self.interrupt.broken();
+        let may_start = self.status & status::FEATURES_OK != 0 && !self.interrupt.needs_reset();
         if added & status::DRIVER_OK != 0 && may_start {
             match self.start() {
                 Ok(true) => {
@@ -294,7 +294,7 @@ impl MmioTransport {
                 Ok(false) => {}
                 Err(error) => {
                     self.counters.driver_errors.fetch_add(1, Ordering::Relaxed);
-                    (self.on_broken)(&format!("it cannot start: {error}"));
+                    (self.on_needs_reset)(&format!("it cannot start: {error}"));
                     self.interrupt.signal_needs_reset();
                 }
             }
@@ -330,7 +330,7 @@ impl MmioTransport {
     fn start(&mut self) -> Result<bool> {
         let (made, features) = (self.make_queues(), self.driver_features);
         let (kicks, interrupt) = (self.kicks.clone(), self.interrupt.clone());
-        let (counters, slot, on_broken) = (self.counters.clone(), self.slot, self.on_broken.clone());
+        let (counters, slot, on_needs_reset) = (self.counters.clone(), self.slot, self.on_needs_reset.clone());
         self.devices.with_timeout(START_STOP_TIMEOUT, move |slots| {
             let sources = slots.sources();
             let io = |queues| DeviceIo {
@@ -341,8 +341,8 @@ impl MmioTransport {
                 features,
                 sources,
                 slot,
-                on_broken,
-                broken: None,
+                on_needs_reset,
+                pending_reset: None,
                 left: None,
                 turn: Turn::default(),
             };
@@ -373,8 +373,8 @@ impl MmioTransport {
             left => self.left = left.unwrap_or_default(),
         }
         // This vCPU waits for it, and no other device.
-        let patience = deadline.saturating_duration_since(Instant::now());
-        if self.left.as_mut().is_some_and(|io_queue| !io_queue.stop(patience)) {
+        let timeout = deadline.saturating_duration_since(Instant::now());
+        if self.left.as_mut().is_some_and(|io_queue| !io_queue.stop(timeout)) {
             log::warn!("device {slot} was not reset: the host still moves bytes from or to guest memory");
             return;
         }

@@ -88,7 +88,7 @@ impl Profile {
 
 /// What made a device look.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Source {
+pub(crate) enum EventSource {
     /// The driver may have put something into this queue.
     Queue(usize),
     /// A descriptor that the device watches is ready.
@@ -124,12 +124,12 @@ pub(crate) trait VirtioDevice: Any + Send {
     }
 
     /// Something happened at `source`. Spurious calls are normal.
-    fn ready(&mut self, io: &mut DeviceIo, source: Source);
+    fn ready(&mut self, io: &mut DeviceIo, source: EventSource);
 
     /// Brings what is in flight to its end, for a pause of the VM. Begins nothing, so that guest memory stands still.
     /// May block for the given time at most. False when something is still in flight then.
-    fn pausing(&mut self, io: &mut DeviceIo, patience: Duration) -> bool {
-        let _ = (io, patience);
+    fn pausing(&mut self, io: &mut DeviceIo, timeout: Duration) -> bool {
+        let _ = (io, timeout);
         true
     }
 
@@ -139,8 +139,8 @@ pub(crate) trait VirtioDevice: Any + Send {
     }
 
     /// Serves what is left, within the given time. The VM has ended, and every queue was looked at for the last time.
-    fn finishing(&mut self, io: &mut DeviceIo, patience: Duration) {
-        let _ = (io, patience);
+    fn finishing(&mut self, io: &mut DeviceIo, timeout: Duration) {
+        let _ = (io, timeout);
     }
 
     /// The VM has ended, whether the device ran or not; it is dropped soon.

@@ -99,7 +99,7 @@ impl Queue {
     pub(crate) fn complete(&mut self, chain: Chain) {
         self.with(|ring| ring.push(chain.head(), chain.written()));
         if self.spare.len() < MAX_SPARE_CHAINS {
-            self.spare.extend(chain.emptied());
+            self.spare.extend(chain.recycle());
         }
     }
 

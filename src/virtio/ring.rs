@@ -136,7 +136,7 @@ impl Ring {
         })
     }
 
-    fn place(&self, index: u16, width: usize) -> usize {
+    fn entry_offset(&self, index: u16, width: usize) -> usize {
         ELEMENTS + width * usize::from(index & (self.size - 1))
     }
 
@@ -160,7 +160,7 @@ impl Ring {
         if self.next.wrapping_sub(self.used_next) >= self.size {
             return Err(QueueError::AvailableRing);
         }
-        let at = self.place(self.next, 2);
+        let at = self.entry_offset(self.next, 2);
         let head = self.available.view().load_u16(at, Relaxed).ok_or(QueueError::AvailableRing)?;
         self.next = self.next.wrapping_add(1);
         Ok(Some(head))
@@ -175,7 +175,7 @@ impl Ring {
 
     /// Gives the chain of `head` back, with so many bytes written.
     pub(super) fn push(&mut self, head: u16, written: u32) -> Result<(), QueueError> {
-        let (used, at) = (self.used.view(), self.place(self.used_next, 8));
+        let (used, at) = (self.used.view(), self.entry_offset(self.used_next, 8));
         self.used_next = self.used_next.wrapping_add(1);
         used.store_u32(at, head.into(), Relaxed)
             .and_then(|()| used.store_u32(at + 4, written, Relaxed))
@@ -187,7 +187,7 @@ impl Ring {
     pub(super) fn enable_kicks(&self) -> Result<bool, QueueError> {
         let used = self.used.view();
         let asked = match self.event_idx {
-            true => used.store_u16(self.place_end(8), self.next, Relaxed),
+            true => used.store_u16(self.event_offset(8), self.next, Relaxed),
             false => used.store_u16(FLAGS, 0, Relaxed),
         };
         asked.ok_or(QueueError::UsedRing)?;
@@ -216,14 +216,14 @@ impl Ring {
         match self.event_idx {
             // Virtio 1.3, 2.7.7.2: when the index that it waits for is among those that came.
             true => available
-                .load_u16(self.place_end(2), Relaxed)
+                .load_u16(self.event_offset(2), Relaxed)
                 .is_some_and(|event| new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(told)),
             false => available.load_u16(FLAGS, Relaxed).is_some_and(|flags| flags & NO_INTERRUPT == 0),
         }
     }
 
     /// Behind the last element.
-    fn place_end(&self, width: usize) -> usize {
+    fn event_offset(&self, width: usize) -> usize {
         ELEMENTS + width * usize::from(self.size)
     }
 }
@@ -297,7 +297,7 @@ mod tests {
     proptest! {
         /// Whatever the driver writes, chains, used ring and notifications are those of the crate virtio-queue.
         #[test]
-        fn does_what_another_ring_does(
+        fn ring_matches_rust_vmm_virtio_queue(
             event_idx: bool,
             tables in proptest::collection::vec(any::<[u16; 4]>(), 32),
             steps in proptest::collection::vec(step(), 1..60),
@@ -365,7 +365,7 @@ mod tests {
     }
 
     #[test]
-    fn a_driver_that_wants_no_interrupts_gets_none() {
+    fn suppressed_interrupts_are_not_sent() {
         let memory = GuestMemory::anonymous(&[(GuestAddress(0), 0x4000)]).unwrap();
         let mut ring = Ring::new(&CONFIG, false, &memory).unwrap();
         memory.write(GuestAddress(0x1200), &[1]).unwrap();
@@ -377,7 +377,7 @@ mod tests {
     }
 
     #[test]
-    fn indices_go_round_and_nonsense_is_noticed() {
+    fn indices_wrap_and_invalid_ones_are_detected() {
         let memory = GuestMemory::anonymous(&[(GuestAddress(0), 0x4000)]).unwrap();
         let mut ring = Ring::new(&CONFIG, true, &memory).unwrap();
         for n in 1..=70_000u32 {
@@ -416,7 +416,7 @@ mod tests {
     }
 
     #[test]
-    fn no_more_chains_are_under_way_than_there_are_descriptors() {
+    fn chains_in_flight_are_limited_by_the_queue_size() {
         let memory = GuestMemory::anonymous(&[(GuestAddress(0), 0x4000)]).unwrap();
         let mut ring = Ring::new(&CONFIG, false, &memory).unwrap();
         memory.write(GuestAddress(0x1202), &SIZE.to_le_bytes()).unwrap();

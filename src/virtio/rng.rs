@@ -1,7 +1,7 @@
 //! Entropy device (Virtio 1.3, 5.4): fills what the driver offers with the host's random bytes. Runs on the VM's loop.
 
 use super::spec::DeviceType;
-use super::{DeviceIo, Profile, Source, VirtioDevice, Work};
+use super::{DeviceIo, EventSource, Profile, VirtioDevice, Work};
 use crate::sys;
 
 /// Served per request at most, so that a guest cannot keep the loop busy with one descriptor.
@@ -15,7 +15,7 @@ impl VirtioDevice for Rng {
         Profile::new(DeviceType::Entropy).queue(64)
     }
 
-    fn ready(&mut self, io: &mut DeviceIo, _: Source) {
+    fn ready(&mut self, io: &mut DeviceIo, _: EventSource) {
         io.drain(0, |chain| {
             let asked = chain.writable_len().min(MAX_REQUEST);
             chain.fill_with(MAX_REQUEST, sys::fill_random);
@@ -31,10 +31,10 @@ mod tests {
     use crate::virtio::turn::{MAX_PIECE, MAX_TURN};
 
     #[test]
-    fn fills_every_buffer_and_says_how_much() {
+    fn rng_fills_every_buffer() {
         let mut driver = Driver::start(Rng);
         driver.send(0, &[], &[16, 5000]);
-        driver.poke(0);
+        driver.dispatch(0);
         let (answer, written) = driver.receive(0).unwrap();
         assert_eq!((answer.len(), written), (5016, 5016));
         assert!(answer.iter().any(|b| *b != 0));
@@ -47,7 +47,7 @@ mod tests {
         (0..64).for_each(|_| assert!(driver.send_raw(0, &[(0x100_0000, 1 << 20, WRITE)])));
         let (mut turns, mut back) = (0, 0);
         while back < 64 {
-            driver.poke(0);
+            driver.dispatch(0);
             turns += 1;
             while driver.collect(0).is_some() {
                 back += 1;
@@ -58,10 +58,10 @@ mod tests {
     }
 
     #[test]
-    fn large_requests_are_cut() {
+    fn large_rng_requests_are_truncated() {
         let mut driver = Driver::start(Rng);
         driver.send(0, &[], &[MAX_REQUEST + 1]);
-        driver.poke(0);
+        driver.dispatch(0);
         assert_eq!(driver.receive(0).unwrap().1 as usize, MAX_REQUEST);
     }
 }

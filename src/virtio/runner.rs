@@ -9,12 +9,12 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
 
 use super::io::{slot_token, split_token};
-use super::{DeviceIo, Source, VirtioDevice};
+use super::{DeviceIo, EventSource, VirtioDevice};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event_loop::{Handler, Interest, Remote, Sources};
 
 /// Called with a device's slot when it has panicked, our own mistake, or has waited in vain for its driver's reset.
-pub(crate) type OnFault = Box<dyn Fn(usize, &str) + Send>;
+pub(crate) type OnDeviceFault = Box<dyn Fn(usize, &str) + Send>;
 
 /// How a device's turn ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,7 +25,7 @@ enum TurnEnd {
     Over,
 }
 
-struct Slot {
+struct DeviceSlot {
     device: Box<dyn VirtioDevice>,
     running: Option<DeviceIo>,
     /// What a driver set up so that the device could not start; it waits for a reset.
@@ -34,15 +34,18 @@ struct Slot {
 
 /// What an event loop owns.
 pub(crate) struct Slots {
-    slots: Vec<Slot>,
+    slots: Vec<DeviceSlot>,
     sources: Sources,
-    on_fault: OnFault,
+    on_fault: OnDeviceFault,
     /// What else is watched on this loop. Its slots are behind those of the devices.
     extra_sources: Vec<ExtraSource>,
 }
 
 /// A file of no device, and what is done when it is ready.
-type ExtraSource = (File, Box<dyn FnMut() + Send>);
+struct ExtraSource {
+    file: File,
+    on_ready: Box<dyn FnMut() + Send>,
+}
 
 impl fmt::Debug for Slots {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -51,8 +54,8 @@ impl fmt::Debug for Slots {
 }
 
 impl Slots {
-    pub(crate) fn new(devices: Vec<Box<dyn VirtioDevice>>, sources: Sources, on_fault: OnFault) -> Self {
-        let slots = devices.into_iter().map(|device| Slot { device, running: None, refused: None }).collect();
+    pub(crate) fn new(devices: Vec<Box<dyn VirtioDevice>>, sources: Sources, on_fault: OnDeviceFault) -> Self {
+        let slots = devices.into_iter().map(|device| DeviceSlot { device, running: None, refused: None }).collect();
         Self { slots, sources, on_fault, extra_sources: Vec::new() }
     }
 
@@ -60,12 +63,14 @@ impl Slots {
     pub(crate) fn watch_urgent(&mut self, file: File, f: impl FnMut() + Send + 'static) -> std::io::Result<()> {
         let slot = self.slots.len() + self.extra_sources.len();
         self.sources.watch(file.as_fd(), slot_token(slot), Interest::PRIORITY)?;
-        self.extra_sources.push((file, Box::new(f)));
+        self.extra_sources.push(ExtraSource { file, on_ready: Box::new(f) });
         Ok(())
     }
 
     fn urgent(&mut self, slot: usize, events: Interest) {
-        let Some((file, f)) = slot.checked_sub(self.slots.len()).and_then(|n| self.extra_sources.get_mut(n)) else {
+        let Some(ExtraSource { file, on_ready }) =
+            slot.checked_sub(self.slots.len()).and_then(|n| self.extra_sources.get_mut(n))
+        else {
             return;
         };
         if events.contains(Interest::ERROR) {
@@ -73,7 +78,7 @@ impl Slots {
             let _ = self.sources.unwatch(file.as_fd());
             return;
         }
-        f();
+        on_ready();
     }
 
     /// Where this loop's descriptors are registered.
@@ -96,7 +101,7 @@ impl Slots {
         let queues = io.queues.len();
         it.running = Some(io);
         // One turn for all: those for which it is too short are looked at in the next.
-        self.call(slot, |device, io| (0..queues).for_each(|queue| look_on(device, io, Source::Queue(queue))));
+        self.call(slot, |device, io| (0..queues).for_each(|queue| look_on(device, io, EventSource::Queue(queue))));
         true
     }
 
@@ -111,18 +116,20 @@ impl Slots {
 
     /// The device becomes idle; its queues come back. Idle ones stay idle.
     pub(super) fn stop(&mut self, slot: usize) -> Option<DeviceIo> {
-        self.slots.get_mut(slot).and_then(Slot::stop)
+        self.slots.get_mut(slot).and_then(DeviceSlot::stop)
     }
 
     /// Serves what the driver has handed over at the VM's end; then stops every device. Waiting takes the given time at
     /// most.
-    pub(crate) fn finish(&mut self, patience: Duration) {
-        let deadline = Instant::now() + patience;
+    pub(crate) fn finish(&mut self, timeout: Duration) {
+        let deadline = Instant::now() + timeout;
         for slot in 0..self.slots.len() {
             let queues = self.slots.get(slot).and_then(|s| s.running.as_ref()).map_or(0, |io| io.queues.len());
             for queue in 0..queues {
                 // What was handed over by a guest that runs no more takes a bounded number of turns.
-                while self.dispatch(slot, Source::Queue(queue)) == Some(TurnEnd::Over) && !left(deadline).is_zero() {}
+                while self.dispatch(slot, EventSource::Queue(queue)) == Some(TurnEnd::Over) && !left(deadline).is_zero()
+                {
+                }
             }
             self.call(slot, |device, io| device.finishing(io, left(deadline)));
             self.stop(slot);
@@ -133,8 +140,8 @@ impl Slots {
     }
 
     /// Ends what devices have in flight, within the given time. False when something is still in flight then.
-    pub(crate) fn pause(&mut self, patience: Duration) -> bool {
-        let (deadline, slots) = (Instant::now() + patience, self.slots.len());
+    pub(crate) fn pause(&mut self, timeout: Duration) -> bool {
+        let (deadline, slots) = (Instant::now() + timeout, self.slots.len());
         let mut pause = |slot| self.call(slot, |device, io| device.pausing(io, left(deadline)));
         (0..slots).filter_map(&mut pause).all(|quiet| quiet)
     }
@@ -147,7 +154,7 @@ impl Slots {
     }
 
     /// Gives a device its turn. `None` for one that does not run.
-    fn dispatch(&mut self, slot: usize, source: Source) -> Option<TurnEnd> {
+    fn dispatch(&mut self, slot: usize, source: EventSource) -> Option<TurnEnd> {
         self.call(slot, |device, io| {
             look(device, io, source);
             if io.turn_over() { TurnEnd::Over } else { TurnEnd::Done }
@@ -156,7 +163,7 @@ impl Slots {
 
     /// Asks something of a device that runs. One that panics, our own mistake, does not run any more.
     fn call<R>(&mut self, slot: usize, f: impl FnOnce(&mut dyn VirtioDevice, &mut DeviceIo) -> R) -> Option<R> {
-        let Some(Slot { device, running: Some(io), .. }) = self.slots.get_mut(slot) else {
+        let Some(DeviceSlot { device, running: Some(io), .. }) = self.slots.get_mut(slot) else {
             return None;
         };
         io.turn.begin();
@@ -168,7 +175,7 @@ impl Slots {
         let why = why.or_else(|| panic.downcast_ref::<&str>().map(|s| (*s).to_owned())).unwrap_or_default();
         io.fail(&why);
         io.unwatch_kicks();
-        if let Some(Slot { running, .. }) = self.slots.get_mut(slot) {
+        if let Some(DeviceSlot { running, .. }) = self.slots.get_mut(slot) {
             *running = None;
         }
         (self.on_fault)(slot, &format!("it panicked: {why}"));
@@ -176,9 +183,9 @@ impl Slots {
     }
 
     /// The driver has not reset the device in time.
-    fn overdue(&mut self, slot: usize) {
+    fn reset_deadline_passed(&mut self, slot: usize) {
         let io = self.slots.get_mut(slot).and_then(|it| it.running.as_mut().or(it.refused.as_mut()));
-        if let Some(why) = io.and_then(DeviceIo::overdue) {
+        if let Some(why) = io.and_then(DeviceIo::reset_deadline_passed) {
             (self.on_fault)(slot, &why);
         }
     }
@@ -186,15 +193,15 @@ impl Slots {
 
 /// Lets a device look at what is ready: all that happens between the driver's kick and its interrupt, but for the loop.
 #[inline(never)]
-pub(super) fn look(device: &mut dyn VirtioDevice, io: &mut DeviceIo, source: Source) {
+pub(super) fn look(device: &mut dyn VirtioDevice, io: &mut DeviceIo, source: EventSource) {
     io.turn.begin();
     look_on(device, io, source);
 }
 
 /// The same within a turn that has begun.
-fn look_on(device: &mut dyn VirtioDevice, io: &mut DeviceIo, source: Source) {
-    if let Source::Queue(queue) = source {
-        io.heard(queue);
+fn look_on(device: &mut dyn VirtioDevice, io: &mut DeviceIo, source: EventSource) {
+    if let EventSource::Queue(queue) = source {
+        io.ack_kick(queue);
     }
     device.ready(io, source);
 }
@@ -203,7 +210,7 @@ fn left(deadline: Instant) -> Duration {
     deadline.saturating_duration_since(Instant::now())
 }
 
-impl Slot {
+impl DeviceSlot {
     fn stop(&mut self) -> Option<DeviceIo> {
         self.refused = None;
         let mut io = self.running.take()?;
@@ -218,7 +225,7 @@ impl Handler for Slots {
         match split_token(token, events) {
             (slot, _) if slot >= self.slots.len() => self.urgent(slot, events),
             (slot, Some(source)) => drop(self.dispatch(slot, source)),
-            (slot, None) => self.overdue(slot),
+            (slot, None) => self.reset_deadline_passed(slot),
         }
     }
 }
@@ -265,7 +272,7 @@ impl<D: VirtioDevice> DeviceHandle<D> {
     ) -> Result<R> {
         let slot = self.slot;
         let answer = self.remote.with(move |slots| {
-            let Slot { device, running, .. } = slots.slots.get_mut(slot)?;
+            let DeviceSlot { device, running, .. } = slots.slots.get_mut(slot)?;
             // What is asked for is a turn of its own.
             running.iter_mut().for_each(DeviceIo::begin_turn);
             (&mut **device as &mut dyn Any).downcast_mut::<D>().map(|device| f(device, running.as_mut()))

@@ -8,7 +8,7 @@ use super::io::{Counters, DeviceIo};
 use super::queue::{Queue, QueueConfig};
 use super::runner::look;
 use super::turn::Turn;
-use super::{Source, VirtioDevice};
+use super::{EventSource, VirtioDevice};
 use crate::event_loop::Sources;
 use crate::irq::Interrupt;
 use crate::memory::{GuestAddress, GuestMemory};
@@ -29,7 +29,7 @@ pub(crate) const WRITE: u16 = 2;
 /// A chain that the device has: its head, all its descriptors, and its writable buffers.
 type Flight = (u16, Vec<u16>, Vec<(u64, usize)>);
 
-struct Ring {
+struct DriverRing {
     size: u16,
     base: u64,
     /// Free descriptors.
@@ -46,7 +46,7 @@ pub(crate) struct Driver<D> {
     pub(crate) device: D,
     io: DeviceIo,
     memory: GuestMemory,
-    rings: Vec<Ring>,
+    rings: Vec<DriverRing>,
     next_buffer: u64,
     /// Interrupts that were asked about.
     #[cfg(test)]
@@ -82,7 +82,7 @@ impl<D: VirtioDevice> Driver<D> {
                 used: base + 0xc000,
             };
             queues.push(Queue::new(&config, *size, false, &memory).unwrap());
-            rings.push(Ring {
+            rings.push(DriverRing {
                 size: *size,
                 base,
                 free: (0..*size).rev().collect(),
@@ -100,11 +100,11 @@ impl<D: VirtioDevice> Driver<D> {
                 Interrupt::new(RegisterPage::alone().unwrap(), move || edge.write(1).unwrap())
             },
             counters: Arc::<Counters>::default(),
-            on_broken: Arc::new(|_| ()),
+            on_needs_reset: Arc::new(|_| ()),
             features: profile.features,
-            sources: Sources::of_nobody().unwrap(),
+            sources: Sources::detached().unwrap(),
             slot: 0,
-            broken: None,
+            pending_reset: None,
             left: None,
             turn: Turn::default(),
         };
@@ -199,15 +199,15 @@ impl<D: VirtioDevice> Driver<D> {
     }
 
     /// Makes the device look at `queue`.
-    pub(crate) fn poke(&mut self, queue: usize) {
-        self.io.kick_self(queue);
-        look(&mut self.device, &mut self.io, Source::Queue(queue));
+    pub(crate) fn dispatch(&mut self, queue: usize) {
+        self.io.reschedule(queue);
+        look(&mut self.device, &mut self.io, EventSource::Queue(queue));
     }
 
     /// Makes the device look at its descriptor `number`.
-    pub(crate) fn poke_watched(&mut self, number: u32) {
+    pub(crate) fn dispatch_watched(&mut self, number: u32) {
         let events = crate::event_loop::Interest::IN | crate::event_loop::Interest::OUT;
-        look(&mut self.device, &mut self.io, Source::Watched { number, events });
+        look(&mut self.device, &mut self.io, EventSource::Watched { number, events });
     }
 
     /// The device and what it is given, for calls that its handle would make.
@@ -260,8 +260,8 @@ impl<D: VirtioDevice> Driver<D> {
 
     /// Whether the device asks for a reset.
     #[cfg(test)]
-    pub(crate) fn broken(&self) -> bool {
-        self.io.interrupt.broken()
+    pub(crate) fn needs_reset(&self) -> bool {
+        self.io.interrupt.needs_reset()
     }
 
     /// The most units of work that a turn of the device has cost.

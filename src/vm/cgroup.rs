@@ -284,7 +284,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn numbers_that_cannot_be_are_refused_by_name() {
+    fn invalid_cgroup_values_name_the_method() {
         for (cgroup, method) in [
             (Cgroup::new().weight(0), "Cgroup::weight: "),
             (Cgroup::new().weight(10_001).optional(true), "Cgroup::weight: "),
@@ -298,7 +298,7 @@ mod tests {
     }
 
     #[test]
-    fn a_directory_that_is_no_group_is_refused_unless_that_does_not_matter() {
+    fn non_cgroup_directory_is_an_error_unless_optional() {
         let directory = std::env::temp_dir();
         let error = Cgroup::under(&directory).make().unwrap_err();
         assert_eq!(error.kind(), ErrorKind::NotFound);
@@ -308,7 +308,7 @@ mod tests {
     }
 
     #[test]
-    fn a_groups_numbers_are_read() {
+    fn cgroup_stats_are_parsed() {
         let stats = parse("usage_usec 1500\nuser_usec 1\nnr_periods 9\nnr_throttled 4\nthrottled_usec 2000000\nodd\n");
         assert_eq!(stats.throttled_periods, 4);
         assert_eq!((stats.cpu_time, stats.throttled_time), (Duration::from_micros(1500), Duration::from_secs(2)));

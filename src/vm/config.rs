@@ -7,7 +7,8 @@ use std::sync::{Arc, Mutex};
 use super::cgroup::Cgroup;
 use super::disk::{Disk, check_serials};
 use super::net::Net;
-use crate::arch::{CpuProfile, MAX_VCPUS, Tables, layout};
+use crate::arch::layout::{self, MmioSlot};
+use crate::arch::{CpuProfile, FirmwareTables, MAX_VCPUS};
 use crate::boot::{Cmdline, Kernel, Need};
 use crate::error::{Error, Result};
 use crate::memory::Memory;
@@ -149,7 +150,7 @@ impl VmConfig {
     ///
     /// # Errors
     /// `InvalidConfig` names what in the kernel's command line cannot be.
-    pub(super) fn cmdline(&self, slots: &[(u64, u32)]) -> Result<(String, Tables)> {
+    pub(super) fn cmdline(&self, slots: &[MmioSlot]) -> Result<(String, FirmwareTables)> {
         let mut cmdline = Cmdline::new(self.kernel.text(), layout::CMDLINE_MAX)?;
         for (key, value) in &self.parameters {
             cmdline.require(key, value)?;
@@ -173,11 +174,11 @@ impl VmConfig {
         if !by_acpi {
             // Nothing else is in the tables, and looking for them takes time.
             cmdline.default("acpi", "off");
-            for (addr, irq) in slots {
+            for MmioSlot { addr, irq } in slots {
                 cmdline.push("virtio_mmio.device", &format!("4K@{addr:#x}:{irq}"));
             }
         }
-        Ok((cmdline.finish()?, if by_acpi { Tables::Acpi } else { Tables::MultiProcessor }))
+        Ok((cmdline.finish()?, if by_acpi { FirmwareTables::Acpi } else { FirmwareTables::MultiProcessor }))
     }
 }
 
@@ -188,7 +189,7 @@ mod tests {
     use crate::size::Size;
 
     /// The command line, with one device, of a kernel with this configuration beside it.
-    fn finished(test: &str, configuration: &str, text: &str) -> (String, Tables) {
+    fn finished(test: &str, configuration: &str, text: &str) -> (String, FirmwareTables) {
         let directory = std::env::temp_dir().join(format!("cofferdam-config-{test}-{}", std::process::id()));
         std::fs::create_dir_all(&directory).unwrap();
         std::fs::write(directory.join("bzImage"), tiny::bzimage(b"\xf4")).unwrap();
@@ -209,7 +210,7 @@ mod tests {
             descriptors: None,
             parameters: vec![],
         };
-        config.cmdline(&[(0xd000_0000, 5)]).unwrap()
+        config.cmdline(&[MmioSlot { addr: 0xd000_0000, irq: 5 }]).unwrap()
     }
 
     const DEVICE: &str = "virtio_mmio.device=4K@0xd0000000:5";
@@ -218,23 +219,23 @@ mod tests {
     fn kernels_that_take_devices_from_the_command_line_get_them_there() {
         let ours = "CONFIG_X86_64=y\nCONFIG_ACPI=y\nCONFIG_VIRTIO_MMIO_CMDLINE_DEVICES=y\n";
         let (line, tables) = finished("ours", ours, "quiet");
-        assert_eq!(tables, Tables::MultiProcessor);
+        assert_eq!(tables, FirmwareTables::MultiProcessor);
         assert!(line.starts_with("quiet reboot=k panic=-1 ") && line.contains(" pci=off acpi=off "), "{line}");
         assert!(line.ends_with(DEVICE), "{line}");
         let (line, tables) = finished("forced", ours, "acpi=force");
-        assert_eq!(tables, Tables::Acpi);
+        assert_eq!(tables, FirmwareTables::Acpi);
         assert!(!line.contains("virtio_mmio") && !line.contains("acpi=off"), "{line}");
     }
 
     #[test]
-    fn other_kernels_get_them_by_acpi_alone_unless_that_is_off() {
+    fn other_kernels_get_devices_by_acpi_unless_off() {
         for (n, theirs) in ["CONFIG_X86_64=y\nCONFIG_VIRTIO_MMIO=m\n", ""].iter().enumerate() {
             let (line, tables) = finished(&format!("theirs-{n}"), theirs, "quiet");
-            assert_eq!(tables, Tables::Acpi);
+            assert_eq!(tables, FirmwareTables::Acpi);
             assert!(line.starts_with("quiet reboot=k panic=-1 noreplace-smp i8042.noaux=1"), "{line}");
             assert!(!line.contains("virtio_mmio") && !line.contains("acpi=off"), "{line}");
             let (line, tables) = finished(&format!("off-{n}"), theirs, "acpi=off");
-            assert_eq!(tables, Tables::MultiProcessor);
+            assert_eq!(tables, FirmwareTables::MultiProcessor);
             assert!(line.ends_with(DEVICE) && line.contains("pci=off"), "{line}");
         }
     }

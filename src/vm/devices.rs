@@ -8,9 +8,10 @@ use super::config::VmConfig;
 use super::disk::{DiskError, DiskHandle, ErrorAction, IoEngine};
 use super::events::{EventKind, EventLog, PauseCause, Throttled};
 use super::exit::Reason;
-use super::machine::Shared;
+use super::machine::VmShared;
 use super::net::{AttachedNet, Net, NetHandle, check_addresses};
-use crate::arch::layout;
+use super::vcpu::LastExit;
+use crate::arch::layout::{self, MmioSlot};
 use crate::boot::Kernel;
 use crate::bus::Bus;
 use crate::error::{Error, Result};
@@ -18,11 +19,11 @@ use crate::event_loop::{Loop, Remote};
 use crate::irq::Interrupt;
 use crate::kvm::VmFd;
 use crate::memory::GuestMemory;
-use crate::network::{CaptureCounters, Pump};
+use crate::network::{CaptureCounters, CapturePump};
 use crate::size::Size;
 use crate::sys::set_sched_batch;
 use crate::virtio::balloon::Balloon;
-use crate::virtio::console::{Console, Output};
+use crate::virtio::console::{Console, ConsoleOutput};
 use crate::virtio::rng::Rng;
 use crate::virtio::vsock::{self, VsockListener};
 use crate::virtio::{Counters, DeviceHandle, DeviceId, MmioTransport, NOTIFY_OFFSET, Profile, Slots, VirtioDevice};
@@ -46,10 +47,10 @@ pub(super) struct Attachment {
 }
 
 /// Where a disk's faults go, once the machine is there: the disk is made before it.
-pub(super) type MachineRef = Arc<OnceLock<Weak<Shared>>>;
+pub(super) type MachineRef = Arc<OnceLock<Weak<VmShared>>>;
 
 /// Carries out what is to be done about a host's error. On the disk's loop.
-fn on_disk_error(shared: &Shared, error: DiskError) {
+fn on_disk_error(shared: &VmShared, error: DiskError) {
     shared.log.push(EventKind::DiskError { error: error.clone() });
     match error.action {
         ErrorAction::Pause => {
@@ -57,7 +58,7 @@ fn on_disk_error(shared: &Shared, error: DiskError) {
             shared.kick();
             shared.log.push(EventKind::Paused { cause: PauseCause::Disk(error.disk) });
         }
-        ErrorAction::Stop => shared.stop(Reason::Disk(error), (None, None)),
+        ErrorAction::Stop => shared.stop(Reason::Disk(error), LastExit::default()),
         _ => {}
     }
 }
@@ -69,12 +70,12 @@ pub(super) struct Attachments {
     /// Of each network, where its ports are.
     pub published: Vec<Vec<SocketAddr>>,
     /// Of each, what writes its capture.
-    pub pumps: Vec<Option<Pump>>,
+    pub pumps: Vec<Option<CapturePump>>,
 }
 
 pub(super) fn attachments(
     config: &VmConfig,
-    output: &Output,
+    output: &ConsoleOutput,
     memory: &GuestMemory,
     log: &Arc<EventLog>,
     faults: &MachineRef,
@@ -136,8 +137,8 @@ pub(super) fn attachments(
     Ok(Attachments { devices: all, listeners, published, pumps })
 }
 
-/// Windows and interrupt lines for `n` devices, in order.
-pub(super) fn slots(n: usize) -> Result<Vec<(u64, u32)>> {
+/// Registers and interrupt lines for `n` devices, in order.
+pub(super) fn mmio_slots(n: usize) -> Result<Vec<MmioSlot>> {
     let lines: Vec<u32> = layout::DEVICE_IRQS.filter(|irq| !layout::RESERVED_IRQS.contains(irq)).collect();
     if n > lines.len() {
         return Err(Error::invalid(
@@ -145,7 +146,8 @@ pub(super) fn slots(n: usize) -> Result<Vec<(u64, u32)>> {
             format!("{n} devices, but the machine has interrupt lines for {}", lines.len()),
         ));
     }
-    Ok((0..n as u64).map(|slot| layout::MMIO.0 + slot * layout::MMIO_WINDOW).zip(lines).collect())
+    let addrs = (0..n as u64).map(|n| layout::MMIO.0 + n * layout::MMIO_WINDOW);
+    Ok(addrs.zip(lines).map(|(addr, irq)| MmioSlot { addr, irq }).collect())
 }
 
 /// The machine while devices are attached.
@@ -153,18 +155,18 @@ pub(super) struct Attacher<'a> {
     pub vm: &'a VmFd,
     pub memory: &'a GuestMemory,
     pub kernel: &'a Kernel,
-    pub shared: &'a Arc<Shared>,
+    pub shared: &'a Arc<VmShared>,
     pub mmio: Bus,
     pub loops: Vec<Loop<Slots>>,
     /// Where each device lives.
     pub slots: BTreeMap<DeviceId, DeviceRef>,
 }
 
-/// A device as the bus sees it: its window and interrupt line are the last.
+/// A device as the bus sees it.
 struct TransportConfig {
     profile: Profile,
     engine: Option<IoEngine>,
-    window: (u64, u32),
+    slot: MmioSlot,
 }
 
 /// Devices of one loop.
@@ -175,10 +177,13 @@ struct LoopGroup {
 }
 
 /// A device's loop, and its slot there.
-pub(super) type DeviceRef = (Remote<Slots>, usize);
+pub(super) struct DeviceRef {
+    remote: Remote<Slots>,
+    slot: usize,
+}
 
-pub(super) fn handle<D: VirtioDevice>((remote, slot): &DeviceRef) -> DeviceHandle<D> {
-    DeviceHandle::new(remote.clone(), *slot)
+pub(super) fn handle<D: VirtioDevice>(device: &DeviceRef) -> DeviceHandle<D> {
+    DeviceHandle::new(device.remote.clone(), device.slot)
 }
 
 pub(super) fn disk_handle(n: usize, slots: &BTreeMap<DeviceId, DeviceRef>) -> Option<DiskHandle> {
@@ -200,15 +205,15 @@ pub(super) fn net_handle(
 
 impl Attacher<'_> {
     /// Puts every device onto a loop and the bus: what blocks on one of its own, disks on one, all others on the last.
-    pub(super) fn attach(&mut self, attachments: Vec<Attachment>, slots: &[(u64, u32)]) -> Result<()> {
+    pub(super) fn attach(&mut self, attachments: Vec<Attachment>, slots: &[MmioSlot]) -> Result<()> {
         let (mut disks, mut others) = (BTreeMap::<String, LoopGroup>::new(), LoopGroup::default());
-        for (Attachment { id, device, blocking, engine }, window) in attachments.into_iter().zip(slots) {
+        for (Attachment { id, device, blocking, engine }, slot) in attachments.into_iter().zip(slots) {
             let group = match engine {
                 Some(_) if blocking => disks.entry(id.to_string()).or_default(),
                 Some(_) => disks.entry("disks".into()).or_default(),
                 None => &mut others,
             };
-            group.places.push((id, TransportConfig { profile: device.profile(), engine, window: *window }));
+            group.places.push((id, TransportConfig { profile: device.profile(), engine, slot: *slot }));
             group.devices.push(device);
         }
         for (name, group) in disks {
@@ -226,7 +231,7 @@ impl Attacher<'_> {
         let ids = places.iter().map(|(id, _)| *id).collect();
         let remote = self.start_loop(name, ids, devices)?;
         for (n, (id, on_bus)) in places.into_iter().enumerate() {
-            self.connect(id, (remote.clone(), n), on_bus)?;
+            self.connect(id, DeviceRef { remote: remote.clone(), slot: n }, on_bus)?;
         }
         Ok(remote)
     }
@@ -241,7 +246,7 @@ impl Attacher<'_> {
         let shared = Arc::downgrade(self.shared);
         let on_fault = Box::new(move |slot: usize, why: &str| {
             if let (Some(shared), Some(id)) = (shared.upgrade(), ids.get(slot)) {
-                shared.stop(Reason::Device(*id, why.to_owned()), (None, None));
+                shared.stop(Reason::Device(*id, why.to_owned()), LastExit::default());
             }
         });
         let it = Loop::start(name, |sources| Slots::new(devices, sources, on_fault))?;
@@ -250,31 +255,32 @@ impl Attacher<'_> {
         Ok(remote)
     }
 
-    fn connect(&mut self, id: DeviceId, (remote, slot): DeviceRef, on_bus: TransportConfig) -> Result<()> {
-        let TransportConfig { profile, engine, window: (addr, irq) } = on_bus;
-        self.slots.insert(id, (remote.clone(), slot));
+    fn connect(&mut self, id: DeviceId, device: DeviceRef, on_bus: TransportConfig) -> Result<()> {
+        let TransportConfig { profile, engine, slot: MmioSlot { addr, irq } } = on_bus;
+        let device_on_loop = (device.remote.clone(), device.slot);
+        self.slots.insert(id, device);
         let [ready, broken] = [(); 2].map(|()| self.shared.clone());
         let (record_dirty_pages, memory) = (self.kernel.dirty_page_recorder(), self.memory.clone());
         let window = addr.saturating_sub(layout::MMIO.0) / layout::MMIO_WINDOW;
         let registers = usize::try_from(window).ok().and_then(|n| self.shared.registers.device(n));
         let registers = registers.ok_or_else(|| Error::invalid("disk", "there are more devices than windows"))?;
-        let interrupt = Interrupt::new(registers, self.vm.edge(irq));
-        let transport = MmioTransport::new(profile, self.memory.clone(), (remote, slot), interrupt)?
+        let interrupt = Interrupt::new(registers, self.vm.pulse_irq(irq));
+        let transport = MmioTransport::new(profile, self.memory.clone(), device_on_loop, interrupt)?
             .on_ready(move || {
                 if ready.marks.drivers_ready() {
                     record_dirty_pages(&memory);
                     ready.log.push(EventKind::DriversReady);
                 }
             })
-            .on_broken(move |why| {
+            .on_needs_reset(move |why| {
                 broken.log.push(EventKind::DeviceError { device: id, message: why.to_owned() });
             });
         for (queue, kick) in (0..).zip(transport.kicks().iter()) {
-            self.vm.attach_kick(kick, addr + NOTIFY_OFFSET, queue)?;
+            self.vm.register_ioeventfd(kick, addr + NOTIFY_OFFSET, queue)?;
         }
         let (counters, interrupt) = (transport.counters().clone(), transport.interrupt().clone());
         let info = DeviceInfo { id, counters, interrupt, engine };
         self.shared.devices.lock().unwrap_or_else(PoisonError::into_inner).push(info);
-        self.mmio.attach(addr, layout::MMIO_WINDOW, Arc::new(Mutex::new(transport)))
+        self.mmio.attach(addr..addr + layout::MMIO_WINDOW, Arc::new(Mutex::new(transport)))
     }
 }

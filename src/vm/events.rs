@@ -170,12 +170,12 @@ impl fmt::Display for Event {
 #[derive(Debug)]
 pub(super) struct EventLog {
     start: Instant,
-    state: Mutex<State>,
+    state: Mutex<EventLogState>,
     changed: Condvar,
 }
 
 #[derive(Debug, Default)]
-struct State {
+struct EventLogState {
     /// With their numbers, which ascend. The last event is always among them.
     kept: VecDeque<(u64, Event)>,
     /// How many there were.
@@ -184,7 +184,7 @@ struct State {
     readers: Vec<Weak<EventFd>>,
 }
 
-impl State {
+impl EventLogState {
     /// Forgets the oldest event of the kind of which there are most.
     fn drop_one(&mut self) {
         let mut counts = HashMap::new();
@@ -205,7 +205,7 @@ impl EventLog {
         Arc::new(Self { start, state: Mutex::default(), changed: Condvar::new() })
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, EventLogState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -284,7 +284,7 @@ impl Events {
         }
     }
 
-    fn read(&self, state: &mut State) -> Option<Event> {
+    fn read(&self, state: &mut EventLogState) -> Option<Event> {
         let mut next = self.next.lock().unwrap_or_else(PoisonError::into_inner);
         let at = state.kept.partition_point(|(number, _)| number < &*next);
         let (number, event) = state.kept.get(at)?;
@@ -347,7 +347,7 @@ mod tests {
     }
 
     #[test]
-    fn every_reader_sees_everything_from_the_start_to_the_end() {
+    fn every_event_reader_sees_all_events() {
         let log = EventLog::new(Instant::now());
         log.push(EventKind::Started);
         let [early, late] = [(); 2].map(|()| log.reader().unwrap());
@@ -363,7 +363,7 @@ mod tests {
     }
 
     #[test]
-    fn slow_readers_are_told_what_they_missed_and_cost_nothing() {
+    fn slow_event_readers_get_a_count_of_missed_events() {
         let log = EventLog::new(Instant::now());
         let mut events = log.reader().unwrap();
         (0..1000).for_each(|_| log.push(PAUSED));
@@ -378,7 +378,7 @@ mod tests {
     }
 
     #[test]
-    fn a_flood_of_one_kind_pushes_out_no_other() {
+    fn flood_of_one_event_kind_evicts_no_other() {
         let log = EventLog::new(Instant::now());
         let events = log.reader().unwrap();
         let flood = |n| {

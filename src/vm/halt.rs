@@ -45,7 +45,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn all_must_be_dead_at_one_moment() {
+    fn halt_needs_all_vcpus_dead_at_once() {
         let vcpus = [HaltRecord::default(), HaltRecord::default()];
         let start = Instant::now();
         let at = |seconds| start + Duration::from_secs(seconds);
@@ -66,7 +66,7 @@ mod tests {
     }
 
     #[test]
-    fn one_is_seen_dead_twice() {
+    fn halt_needs_two_observations() {
         let (vcpu, now) = (HaltRecord::default(), Instant::now());
         vcpu.record(true, now);
         assert!(!all_halted_for_good([&vcpu].into_iter()));

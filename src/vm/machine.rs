@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use super::cgroup::{CgroupGuard, CgroupHandle};
 use super::config::VmConfig;
 use super::devices::{
-    Attacher, Attachments, DeviceInfo, MachineRef, attachments, disk_handle, handle, net_handle, slots,
+    Attacher, Attachments, DeviceInfo, MachineRef, attachments, disk_handle, handle, mmio_slots, net_handle,
 };
 use super::events::{EventKind, EventLog, Throttled};
 use super::exit::{BootMarks, Exit, ExitReport, Reason};
@@ -21,19 +21,19 @@ use super::stats::DeviceStats;
 use super::vcpu::{self, LastExit, VcpuControl};
 use super::vcpu_gate::{Parked, VcpuGate};
 use super::{Handles, Keyboard, Vm};
-use crate::arch::{self, Cpu, Entry, layout};
+use crate::arch::{self, Cpu, EntryPoint, layout};
 use crate::boot;
 use crate::bus::{Attached, Bus};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::event_loop::{LOOP_END_TIMEOUT, Loop};
 use crate::kvm::{Kvm, VmFd};
 use crate::legacy::{
-    EXIT_PORTS, ExitPort, I8042, I8042_PORTS, PANIC_PORTS, PanicPort, Request, SERIAL_PORTS, SerialPort,
+    EXIT_PORTS, ExitPort, ExitPortRequest, I8042, I8042_PORTS, PANIC_PORTS, PanicPort, SERIAL_PORTS, SerialPort,
 };
 use crate::memory::GuestMemory;
-use crate::network::Pump;
+use crate::network::CapturePump;
 use crate::sys::{self, EventFd, KickSignal, PeriodicKick, ProcessGeneration, RegisterPages, STACK, Stack, eventfd};
-use crate::virtio::console::Output;
+use crate::virtio::console::ConsoleOutput;
 use crate::virtio::{DeviceId, Slots};
 
 /// How long the end of a VM waits for what its guest has asked of devices last: disks on files that answer late.
@@ -42,7 +42,7 @@ const DEVICE_DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
 const CONSOLE_DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// What every thread of a VM sees of its end.
-pub(super) struct Shared {
+pub(super) struct VmShared {
     end: Mutex<End>,
     ended: Condvar,
     /// Readable once the VM has ended.
@@ -53,7 +53,7 @@ pub(super) struct Shared {
     signal: KickSignal,
     pub marks: BootMarks,
     pub log: Arc<EventLog>,
-    pub output: Output,
+    pub output: ConsoleOutput,
     pub devices: Mutex<Vec<DeviceInfo>>,
     threads: Mutex<Vec<ThreadId>>,
     /// Of the VM's threads.
@@ -64,19 +64,26 @@ pub(super) struct Shared {
     pub origin: ProcessGeneration,
 }
 
+/// Why the VM ends, and where its guest was.
+#[derive(Clone)]
+struct EndReason {
+    reason: Reason,
+    last: LastExit,
+}
+
 #[derive(Default)]
 struct End {
-    reason: Option<(Reason, LastExit)>,
+    reason: Option<EndReason>,
     exit: Option<Exit>,
 }
 
-impl Shared {
+impl VmShared {
     fn end(&self) -> MutexGuard<'_, End> {
         self.end.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn stopping(&self) -> bool {
-        self.gate.gone()
+        self.gate.is_shut_down()
     }
 
     /// Makes all vCPUs stop. The first reason is the one that is reported.
@@ -84,21 +91,25 @@ impl Shared {
         if !self.origin.is_current() {
             return;
         }
-        self.end().reason.get_or_insert((reason, last));
+        self.end().reason.get_or_insert(EndReason { reason, last });
         self.marks.ended();
-        self.gate.remove();
+        self.gate.shut_down();
         self.kick();
     }
 
     /// Whether the VM was ended by us, so that nothing tells yet where its guest was.
     pub(super) fn ended_without_reason(&self) -> bool {
-        matches!(self.end().reason, Some((Reason::Killed | Reason::Unresponsive(_), (None, None))))
+        let ended = |it: &EndReason| {
+            let unknown = it.last.vcpu_exit.is_none() && it.last.registers.is_none();
+            matches!(it.reason, Reason::Killed | Reason::Unresponsive(_)) && unknown
+        };
+        self.end().reason.as_ref().is_some_and(ended)
     }
 
     /// Says where the guest was when it was ended.
     pub(super) fn set_last_exit(&self, last: LastExit) {
-        if let Some((_, it)) = &mut self.end().reason {
-            *it = last;
+        if let Some(it) = &mut self.end().reason {
+            it.last = last;
         }
     }
 
@@ -166,11 +177,11 @@ impl Shared {
     pub(super) fn report(&self) -> ExitReport {
         match &self.end().exit {
             Some(exit) => exit.report().clone(),
-            None => self.take_report((None, None)),
+            None => self.take_report(LastExit::default()),
         }
     }
 
-    fn take_report(&self, (vcpu_exit, registers): LastExit) -> ExitReport {
+    fn take_report(&self, LastExit { vcpu_exit, registers }: LastExit) -> ExitReport {
         let devices = self.device_stats();
         ExitReport { stage: self.marks.stage(), console: self.output.tail(), vcpu_exit, registers, devices }
     }
@@ -195,15 +206,15 @@ impl Shared {
     }
 
     /// Notifies all waiters: all vCPUs have stopped and all devices are at rest.
-    fn publish(&self) {
+    fn finish(&self) {
         let mut end = self.end();
-        let (reason, last) = end.reason.clone().unwrap_or((Reason::Killed, (None, None)));
+        let unknown = || EndReason { reason: Reason::Killed, last: LastExit::default() };
+        let EndReason { reason, last } = end.reason.clone().unwrap_or_else(unknown);
         let exit = reason.exit(Arc::new(self.take_report(last)));
         end.exit = Some(exit.clone());
         drop(end);
         self.log.push(EventKind::Ended { exit });
         self.ended.notify_all();
-        // A full counter is readable, which is all that is wanted.
         let _ = self.exit_fd.write(1);
     }
 
@@ -229,8 +240,8 @@ pub(super) struct Machine {
     pub mmio: Bus,
     pub ports: Bus,
     loops: Vec<Loop<Slots>>,
-    captures: Vec<Pump>,
-    pub shared: Arc<Shared>,
+    captures: Vec<CapturePump>,
+    pub shared: Arc<VmShared>,
     _memory: GuestMemory,
 }
 
@@ -271,7 +282,7 @@ impl Machine {
         let deadline = Instant::now() + CONSOLE_DRAIN_TIMEOUT;
         self.captures.iter().for_each(|pump| pump.close(Duration::ZERO));
         self.captures.iter().for_each(|pump| pump.close(sys::left(deadline)));
-        self.shared.publish();
+        self.shared.finish();
     }
 }
 
@@ -287,12 +298,12 @@ pub(super) fn start(config: &VmConfig) -> Result<Vm> {
         made.map_err(degraded).ok()
     });
     let ranges = layout::memory_ranges(config.memory.size())?;
-    let output = Output::default();
+    let output = ConsoleOutput::default();
     let memory = GuestMemory::new(&ranges, config.memory.backing())?;
     let faults = MachineRef::default();
     let attachments = attachments(config, &output, &memory, &log, &faults)?;
     let Attachments { devices: attachments, listeners, published, pumps } = attachments;
-    let slots = slots(attachments.len())?;
+    let slots = mmio_slots(attachments.len())?;
     let (cmdline, tables) = config.cmdline(&slots)?;
     let kernel = config.packed_kernel()?;
     let entry = boot::load(&memory, &kernel, &cmdline)?;
@@ -310,8 +321,8 @@ pub(super) fn start(config: &VmConfig) -> Result<Vm> {
     cpu.restrict(&vm)?;
     vm.set_memory(&memory)?;
     let registers = RegisterPages::new(slots.len()).doing(|| "making the devices' registers")?;
-    vm.set_registers(&memory, layout::MMIO.0, &registers)?;
-    let shared = Arc::new(Shared {
+    vm.map_register_pages(&memory, layout::MMIO.0, &registers)?;
+    let shared = Arc::new(VmShared {
         end: Mutex::default(),
         ended: Condvar::new(),
         exit_fd: eventfd().doing(|| "creating the exit descriptor")?,
@@ -349,7 +360,7 @@ pub(super) fn start(config: &VmConfig) -> Result<Vm> {
         disks: (0..config.disks.len()).filter_map(|n| disk_handle(n, &slots)).collect(),
         nets: (0..)
             .zip(published.iter().zip(&pumps))
-            .filter_map(|(n, (ports, pump))| net_handle(n, &slots, ports, pump.as_ref().map(Pump::counters)))
+            .filter_map(|(n, (ports, pump))| net_handle(n, &slots, ports, pump.as_ref().map(CapturePump::counters)))
             .collect(),
         keyboard,
     };
@@ -376,7 +387,7 @@ pub(super) fn start(config: &VmConfig) -> Result<Vm> {
         }
     }
     start_captures(&machine.captures, &shared, member.as_ref())?;
-    let pump = start_pump(config, &shared, member.clone())?;
+    let pump = start_console_writer(config, &shared, member.clone())?;
     let threads = start_vcpus(&machine, &cpu, vcpus, entry, member);
     let vm = Vm::new(shared, threads.threads, pump, listeners, handles, cgroup);
     // A thread that could not start is an error; those that could are ended by dropping `vm`.
@@ -384,41 +395,47 @@ pub(super) fn start(config: &VmConfig) -> Result<Vm> {
 }
 
 /// The port bus, and the keyboard by which the guest can be asked to shut down.
-fn ports(vm: &VmFd, shared: &Arc<Shared>) -> Result<(Bus, Keyboard)> {
+fn ports(vm: &VmFd, shared: &Arc<VmShared>) -> Result<(Bus, Keyboard)> {
     let mut ports = Bus::default();
-    let stop = |shared: &Arc<Shared>| {
+    let stop = |shared: &Arc<VmShared>| {
         let shared = shared.clone();
-        move |reason| shared.stop(reason, (Some("the guest asked for it".into()), None))
+        move |reason| {
+            shared.stop(reason, LastExit { vcpu_exit: Some("the guest asked for it".into()), registers: None })
+        }
     };
     let (serial, line) = SerialPort::new(shared.output.clone())?;
-    vm.attach_irq(&line, layout::SERIAL_IRQ)?;
-    ports.attach(SERIAL_PORTS.0, SERIAL_PORTS.1, Arc::new(Mutex::new(serial)))?;
+    vm.register_irqfd(&line, layout::SERIAL_IRQ)?;
+    ports.attach(SERIAL_PORTS, Arc::new(Mutex::new(serial)))?;
 
     let on_reset = stop(shared);
     let (controller, line) = I8042::new(Box::new(move || on_reset(Reason::Reset)) as Box<dyn FnMut() + Send>)?;
-    vm.attach_irq(&line, layout::I8042_IRQ)?;
+    vm.register_irqfd(&line, layout::I8042_IRQ)?;
     let keyboard: Keyboard = Arc::new(Mutex::new(controller));
-    ports.attach(I8042_PORTS.0, I8042_PORTS.1, keyboard.clone())?;
+    ports.attach(I8042_PORTS, keyboard.clone())?;
 
     let on_panic = stop(shared);
     let panic: Attached = Arc::new(Mutex::new(PanicPort::new(move || on_panic(Reason::Panic))));
-    ports.attach(PANIC_PORTS.0, PANIC_PORTS.1, panic)?;
+    ports.attach(PANIC_PORTS, panic)?;
 
     let on_request = stop(shared);
     let exit_port: Attached = Arc::new(Mutex::new(ExitPort::new(move |request| {
         on_request(match request {
-            Request::PowerOff => Reason::PowerOff,
-            Request::Reboot => Reason::Reset,
-            Request::Halt => Reason::Halt,
-            Request::Fault => Reason::InitFault,
+            ExitPortRequest::PowerOff => Reason::PowerOff,
+            ExitPortRequest::Reboot => Reason::Reset,
+            ExitPortRequest::Halt => Reason::Halt,
+            ExitPortRequest::Fault => Reason::InitFault,
         });
     })));
-    ports.attach(EXIT_PORTS.0, EXIT_PORTS.1, exit_port)?;
+    ports.attach(EXIT_PORTS, exit_port)?;
     Ok((ports, keyboard))
 }
 
 /// The thread that gives the console to the embedder's writer, which may block.
-fn start_pump(config: &VmConfig, shared: &Arc<Shared>, member: Option<CgroupHandle>) -> Result<Option<JoinHandle<()>>> {
+fn start_console_writer(
+    config: &VmConfig,
+    shared: &Arc<VmShared>,
+    member: Option<CgroupHandle>,
+) -> Result<Option<JoinHandle<()>>> {
     let Some(writer) = config.console.writer.clone() else {
         return Ok(None);
     };
@@ -441,7 +458,7 @@ fn start_pump(config: &VmConfig, shared: &Arc<Shared>, member: Option<CgroupHand
 }
 
 /// Starts the threads that give captures to their writers, which may block. The wait for them has a bound.
-fn start_captures(captures: &[Pump], shared: &Arc<Shared>, member: Option<&CgroupHandle>) -> Result<()> {
+fn start_captures(captures: &[CapturePump], shared: &Arc<VmShared>, member: Option<&CgroupHandle>) -> Result<()> {
     for pump in captures {
         let (shared, member, pump) = (Arc::downgrade(shared), member.cloned(), pump.clone());
         let body = move || {
@@ -458,13 +475,19 @@ fn start_captures(captures: &[Pump], shared: &Arc<Shared>, member: Option<&Cgrou
     Ok(())
 }
 
-struct Started {
+struct VcpuThreads {
     threads: Vec<JoinHandle<()>>,
     outcome: Result<()>,
 }
 
 /// Starts the vCPU threads; each makes its vCPU, as KVM wants, and runs it once all are made.
-fn start_vcpus(machine: &Arc<Machine>, cpu: &Cpu, vcpus: u8, entry: Entry, member: Option<CgroupHandle>) -> Started {
+fn start_vcpus(
+    machine: &Arc<Machine>,
+    cpu: &Cpu,
+    vcpus: u8,
+    entry: EntryPoint,
+    member: Option<CgroupHandle>,
+) -> VcpuThreads {
     let (ready, answers) = mpsc::channel::<Result<()>>();
     let (mut threads, mut outcome, mut gates) = (Vec::new(), Ok(()), Vec::new());
     for id in 0..vcpus {
@@ -510,10 +533,10 @@ fn start_vcpus(machine: &Arc<Machine>, cpu: &Cpu, vcpus: u8, entry: Entry, membe
             let _ = gate.send(());
         }
     }
-    Started { threads, outcome }
+    VcpuThreads { threads, outcome }
 }
 
-fn make_vcpu(machine: &Machine, cpu: &Cpu, id: u8, entry: Entry) -> Result<crate::kvm::VcpuFd> {
+fn make_vcpu(machine: &Machine, cpu: &Cpu, id: u8, entry: EntryPoint) -> Result<crate::kvm::VcpuFd> {
     machine.shared.signal.unblock().doing(|| "unblocking the kick signal")?;
     let vcpu = machine.vm.create_vcpu(id)?;
     cpu.apply(&vcpu, id)?;

@@ -33,7 +33,7 @@ pub use config::{Console, Vsock};
 pub use disk::Disk;
 pub use exit::{Exit, ExitReport, Timeline};
 #[cfg(feature = "container")]
-pub(crate) use net::Link;
+pub(crate) use net::AddressConfig;
 pub use net::Net;
 pub use stats::{MemoryStats, Stats};
 
@@ -52,7 +52,8 @@ use crate::virtio::vsock::{VsockListener, VsockStream};
 use crate::virtio::{DeviceHandle, Slots};
 use cgroup::CgroupGuard;
 use exit::Reason;
-use machine::Shared;
+use machine::VmShared;
+use vcpu::LastExit;
 
 type Keyboard = Arc<Mutex<I8042<Box<dyn FnMut() + Send>>>>;
 
@@ -84,14 +85,14 @@ const END_TIMEOUT: Duration = Duration::from_secs(15);
 /// mio.
 #[derive(Clone)]
 pub struct Vm {
-    running: Arc<Running>,
+    running: Arc<RunningVm>,
 }
 
 /// What all clones of a handle share.
-struct Running {
-    shared: Arc<Shared>,
+struct RunningVm {
+    shared: Arc<VmShared>,
     threads: Vec<JoinHandle<()>>,
-    /// The console's thread. Its writer may block forever, so [`Shared`] bounds the wait for it.
+    /// The console's thread. Its writer may block forever, so [`VmShared`] bounds the wait for it.
     pump: Option<JoinHandle<()>>,
     /// Whether the VM is paused; locked while that changes.
     paused: Mutex<bool>,
@@ -124,7 +125,7 @@ impl Vm {
     }
 
     fn new(
-        shared: Arc<Shared>,
+        shared: Arc<VmShared>,
         threads: Vec<JoinHandle<()>>,
         pump: Option<JoinHandle<()>>,
         listeners: Vec<VsockListener>,
@@ -133,7 +134,7 @@ impl Vm {
     ) -> Self {
         let (paused, listeners) = (Mutex::default(), Mutex::new(listeners));
         let left_behind = AtomicBool::new(false);
-        let running = Running { shared, threads, pump, paused, listeners, handles, left_behind, cgroup };
+        let running = RunningVm { shared, threads, pump, paused, listeners, handles, left_behind, cgroup };
         Self { running: Arc::new(running) }
     }
 
@@ -244,7 +245,7 @@ impl Vm {
         let quiet = || {
             let deadline = Instant::now() + PAUSE_TIMEOUT;
             self.running.shared.park_vcpus(PAUSE_TIMEOUT)?;
-            self.running.handles.loops.iter().try_for_each(|it| it.hold(left(deadline)))?;
+            self.running.handles.loops.iter().try_for_each(|it| it.suspend(left(deadline)))?;
             // No loop looks at anything any more, and what its devices have in flight with the host comes to its end.
             let calm =
                 |it: &Remote<Slots>| it.with_timeout(left(deadline) + PAUSE_MARGIN, move |it| it.pause(left(deadline)));
@@ -290,7 +291,7 @@ impl Vm {
 
     fn go_on(&self) {
         for it in &self.running.handles.loops {
-            it.release();
+            it.resume();
             // One that has ended has nothing to go on with.
             let _ = it.post(Slots::resume);
         }
@@ -301,7 +302,7 @@ impl Vm {
     ///
     /// Does not wait; [`Vm::wait`] returns when the VM has ended.
     pub fn kill(&self) {
-        self.running.shared.stop(Reason::Killed, (None, None));
+        self.running.shared.stop(Reason::Killed, LastExit::default());
     }
 
     /// Whether this process runs it, and is no child of fork that has a copy of the handle.
@@ -476,7 +477,7 @@ pub(crate) fn no_such(what: &str, n: usize, all: usize) -> Error {
 
 /// A handle that does not keep the VM, and whose drop waits for nothing.
 #[cfg(feature = "container")]
-pub(crate) struct WeakVm(Weak<Shared>);
+pub(crate) struct WeakVm(Weak<VmShared>);
 
 #[cfg(feature = "container")]
 impl WeakVm {
@@ -489,7 +490,7 @@ impl WeakVm {
     pub(crate) fn give_up(&self, why: String) {
         log::warn!("ending a VM whose guest does not answer: {why}");
         if let Some(shared) = self.0.upgrade() {
-            shared.stop(Reason::Unresponsive(why), (None, None));
+            shared.stop(Reason::Unresponsive(why), LastExit::default());
         }
     }
 
@@ -517,7 +518,7 @@ impl AsRawFd for Vm {
     }
 }
 
-impl Running {
+impl RunningVm {
     /// Whether this process runs it, and is no child of fork that has a copy of the handle.
     fn is_current(&self) -> bool {
         self.shared.origin.is_current()
@@ -525,7 +526,7 @@ impl Running {
 
     /// Kills it and waits for its end, which has a bound.
     fn end(&self) -> Result<Exit> {
-        self.shared.stop(Reason::Killed, (None, None));
+        self.shared.stop(Reason::Killed, LastExit::default());
         self.shared.wait(deadline(END_TIMEOUT)).ok_or_else(|| {
             self.left_behind.store(true, Ordering::SeqCst);
             Error::new(
@@ -538,7 +539,7 @@ impl Running {
     }
 }
 
-impl Drop for Running {
+impl Drop for RunningVm {
     fn drop(&mut self) {
         // A child of fork has a copy of the handle, and nothing of the VM.
         if !self.is_current() {
@@ -550,7 +551,7 @@ impl Drop for Running {
         }
         // A thread cannot wait for its own end, so another one does.
         if self.shared.is_own_thread() {
-            self.shared.stop(Reason::Killed, (None, None));
+            self.shared.stop(Reason::Killed, LastExit::default());
             let (threads, cgroup, shared) =
                 (std::mem::take(&mut self.threads), self.cgroup.take(), self.shared.clone());
             let wait = move || {

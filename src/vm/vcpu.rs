@@ -80,8 +80,12 @@ impl ExitRequest for VcpuFd {
     }
 }
 
-/// Why a vCPU left the guest for good, in words, and its registers where they matter.
-pub(super) type LastExit = (Option<String>, Option<Registers>);
+/// The last exit of a vCPU: why it left the guest for good, and its registers where they matter.
+#[derive(Debug, Clone, Default)]
+pub(super) struct LastExit {
+    pub vcpu_exit: Option<String>,
+    pub registers: Option<Registers>,
+}
 
 /// Runs `vcpu` until the machine stops. On its own thread.
 pub(super) fn run(machine: &Machine, id: u8, mut vcpu: VcpuFd) {
@@ -94,10 +98,10 @@ pub(super) fn run(machine: &Machine, id: u8, mut vcpu: VcpuFd) {
     if machine.shared.marks.running() {
         machine.shared.log.push(EventKind::Started);
     }
-    let mut told_entered = false;
+    let mut entered = false;
     loop {
-        let turn = machine.shared.gate.turn(&vcpu);
-        if turn == VcpuAction::End {
+        let action = machine.shared.gate.next_action(&vcpu);
+        if action == VcpuAction::End {
             break;
         }
         let exit = vcpu.run();
@@ -107,14 +111,14 @@ pub(super) fn run(machine: &Machine, id: u8, mut vcpu: VcpuFd) {
             Ok(VcpuExit::Interrupted) => &control.exits.interrupted,
             _ => &control.exits.other,
         });
-        if turn == VcpuAction::Finish && matches!(exit, Ok(VcpuExit::Interrupted)) {
+        if action == VcpuAction::Finish && matches!(exit, Ok(VcpuExit::Interrupted)) {
             if machine.shared.gate.park() {
-                vcpu.tell_paused();
+                vcpu.notify_guest_paused();
             }
             continue;
         }
-        if !told_entered && !matches!(exit, Ok(VcpuExit::Interrupted)) {
-            told_entered = true;
+        if !entered && !matches!(exit, Ok(VcpuExit::Interrupted)) {
+            entered = true;
             machine.shared.marks.kernel_entered();
         }
         let reason = match exit {
@@ -126,13 +130,14 @@ pub(super) fn run(machine: &Machine, id: u8, mut vcpu: VcpuFd) {
         if let Some((reason, words)) = reason {
             let registers = (reason != Reason::PowerOff).then(|| Registers::of(&vcpu).ok()).flatten();
             let registers = registers.filter(|r| reason != Reason::TripleFault || r.rip != RESET_VECTOR);
-            machine.shared.stop(reason, (Some(words), registers));
+            machine.shared.stop(reason, LastExit { vcpu_exit: Some(words), registers });
         }
     }
     if id == 0 && machine.shared.ended_without_reason() {
         let VcpuStats { cpu_time, port_exits, mmio_exits, .. } = control.stats();
         let did = format!("{cpu_time:?} on a processor, {port_exits} accesses to ports, {mmio_exits} to devices");
-        machine.shared.set_last_exit((Some(format!("ended from outside after {did}")), Registers::of(&vcpu).ok()));
+        let vcpu_exit = Some(format!("ended from outside after {did}"));
+        machine.shared.set_last_exit(LastExit { vcpu_exit, registers: Registers::of(&vcpu).ok() });
     }
     control.leave();
 }

@@ -58,13 +58,13 @@ impl VcpuGate {
     /// vCPUs that come by from now on wait. They must be kicked after this.
     pub(super) fn close(&self) {
         let _parked = self.parked();
-        self.closed.store(!self.gone(), Ordering::SeqCst);
+        self.closed.store(!self.is_shut_down(), Ordering::SeqCst);
     }
 
-    /// As [`VcpuGate::close`], by a device; only [`VcpuGate::release`] ends it. Never waits for anybody.
+    /// As [`VcpuGate::close`], by a device; only [`VcpuGate::release`] ends it. Never waits.
     pub(super) fn hold(&self) {
         let _parked = self.parked();
-        self.held.store(!self.gone(), Ordering::SeqCst);
+        self.held.store(!self.is_shut_down(), Ordering::SeqCst);
     }
 
     /// No device holds the vCPUs any more. True when one did. They go on with [`VcpuGate::open`].
@@ -81,7 +81,7 @@ impl VcpuGate {
     }
 
     /// The VM ends. vCPUs must be kicked after this.
-    pub(super) fn remove(&self) {
+    pub(super) fn shut_down(&self) {
         let _parked = self.parked();
         self.gone.store(true, Ordering::SeqCst);
         self.closed.store(false, Ordering::SeqCst);
@@ -90,7 +90,7 @@ impl VcpuGate {
     }
 
     /// Whether the VM ends.
-    pub(super) fn gone(&self) -> bool {
+    pub(super) fn is_shut_down(&self) -> bool {
         self.gone.load(Ordering::SeqCst)
     }
 
@@ -99,11 +99,11 @@ impl VcpuGate {
     }
 
     /// What the thread of `vcpu` does next.
-    pub(super) fn turn(&self, vcpu: &impl ExitRequest) -> VcpuAction {
+    pub(super) fn next_action(&self, vcpu: &impl ExitRequest) -> VcpuAction {
         // Cleared before the checks: an end or a pause that comes later makes a new request.
         vcpu.clear_exit_request();
         match () {
-            () if self.gone() => VcpuAction::End,
+            () if self.is_shut_down() => VcpuAction::End,
             () if self.closed() => {
                 vcpu.request_exit();
                 VcpuAction::Finish
@@ -133,7 +133,7 @@ impl VcpuGate {
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             match () {
-                () if self.gone() => return Parked::Gone,
+                () if self.is_shut_down() => return Parked::Gone,
                 () if *parked >= vcpus => return Parked::All,
                 () if left.is_zero() => return Parked::Busy(vcpus - *parked),
                 () => parked = self.changed.wait_timeout(parked, left).unwrap_or_else(PoisonError::into_inner).0,
@@ -154,7 +154,7 @@ mod tests {
     }
 
     #[test]
-    fn all_come_wait_and_go_on() {
+    fn vcpus_park_wait_and_resume() {
         let gate = Arc::new(VcpuGate::default());
         assert!(!gate.park(), "an open gate stops nobody");
         gate.close();
@@ -169,13 +169,13 @@ mod tests {
     }
 
     #[test]
-    fn the_end_frees_those_who_wait_and_stops_nobody_more() {
+    fn shutdown_releases_waiters_and_parks_no_more() {
         let gate = Arc::new(VcpuGate::default());
         gate.close();
         let theirs = gate.clone();
         let parked = thread::spawn(move || theirs.park());
         assert_eq!(gate.wait_parked(1, Instant::now() + Duration::from_secs(60)), Parked::All);
-        gate.remove();
+        gate.shut_down();
         assert!(parked.join().unwrap());
         assert!(!gate.park() && !gate.closed());
         assert_eq!(gate.wait_parked(1, soon()), Parked::Gone);

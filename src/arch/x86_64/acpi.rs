@@ -13,7 +13,7 @@ use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
 use acpi_tables::{Aml, aml};
 
-use super::layout;
+use super::layout::{self, MmioSlot};
 use crate::error::{Error, Result};
 use crate::memory::{GuestAddress, GuestMemory};
 
@@ -43,7 +43,7 @@ const PCAT_COMPAT: u32 = 1;
 ///
 /// # Errors
 /// `InvalidConfig` when the tables do not fit their area.
-pub(super) fn write(memory: &GuestMemory, vcpus: u8, devices: &[(u64, u32)]) -> Result<()> {
+pub(super) fn write(memory: &GuestMemory, vcpus: u8, devices: &[MmioSlot]) -> Result<()> {
     let mut next = (layout::ACPI.0 + Rsdp::len() as u64).next_multiple_of(ALIGNMENT);
     let mut place = |table: &[u8]| -> Result<u64> {
         let (at, end) = (next, next + table.len() as u64);
@@ -131,10 +131,10 @@ fn nmi() -> [u8; 6] {
 }
 
 /// The devices, and the one state of sleep that there is (ACPI 6.5, 5.2.11.1 and 7.4.2).
-fn dsdt(devices: &[(u64, u32)]) -> Sdt {
+fn dsdt(devices: &[MmioSlot]) -> Sdt {
     let mut all = Vec::new();
-    for (n, (addr, irq)) in devices.iter().enumerate() {
-        virtio(n, *addr, *irq, &mut all);
+    for (n, slot) in devices.iter().enumerate() {
+        virtio(n, *slot, &mut all);
     }
     serial(&mut all);
     keyboard(&mut all);
@@ -158,9 +158,9 @@ fn ports(at: u64, len: u8) -> aml::IO {
 }
 
 /// The `n`th virtio-mmio window. By this name, which QEMU gave such devices, drivers know them.
-fn virtio(n: usize, addr: u64, irq: u32, to: &mut Vec<u8>) {
-    let window = aml::Memory32Fixed::new(true, addr as u32, layout::MMIO_WINDOW as u32);
-    device(&format!("V{n:03X}"), &"LNRO0005", n, vec![&window, &line(irq)], to);
+fn virtio(n: usize, slot: MmioSlot, to: &mut Vec<u8>) {
+    let window = aml::Memory32Fixed::new(true, slot.addr as u32, layout::MMIO_WINDOW as u32);
+    device(&format!("V{n:03X}"), &"LNRO0005", n, vec![&window, &line(slot.irq)], to);
 }
 
 /// A 16550A serial port.
@@ -205,9 +205,13 @@ fn device(name: &str, kind: &dyn Aml, n: usize, resources: Vec<&dyn Aml>, to: &m
 mod tests {
     use super::*;
 
-    const DEVICES: [(u64, u32); 3] = [(0xd000_0000, 5), (0xd000_1000, 6), (0xd000_2000, 7)];
+    const DEVICES: [MmioSlot; 3] = [
+        MmioSlot { addr: 0xd000_0000, irq: 5 },
+        MmioSlot { addr: 0xd000_1000, irq: 6 },
+        MmioSlot { addr: 0xd000_2000, irq: 7 },
+    ];
 
-    fn machine(vcpus: u8, devices: &[(u64, u32)]) -> GuestMemory {
+    fn machine(vcpus: u8, devices: &[MmioSlot]) -> GuestMemory {
         let memory = GuestMemory::anonymous(&[(GuestAddress(0), 2 << 20)]).unwrap();
         write(&memory, vcpus, devices).unwrap();
         memory
@@ -266,7 +270,7 @@ mod tests {
     }
 
     #[test]
-    fn the_machine_is_reset_and_switched_off_by_ports() {
+    fn fadt_names_reset_and_power_off_ports() {
         let [fadt, ..] = tables(&machine(1, &[]));
         assert_eq!(u32_at(&fadt, 112) & (1 << 20 | 1 << 10), 1 << 20 | 1 << 10, "hardware-reduced, with a reset");
         // Port I/O, 8 bits, byte access.
@@ -276,7 +280,7 @@ mod tests {
     }
 
     #[test]
-    fn processors_are_those_of_the_multiprocessor_table() {
+    fn madt_lists_the_same_processors_as_the_mp_table() {
         let [_, madt, _] = tables(&machine(3, &[]));
         assert_eq!(u32_at(&madt, 36), layout::LOCAL_APIC);
         let processors: Vec<_> = madt[44..68].chunks(8).map(|p| (p[0], p[1], p[2], p[3], p[4])).collect();
@@ -286,9 +290,9 @@ mod tests {
     }
 
     #[test]
-    fn devices_have_their_windows_and_lines_in_order() {
+    fn dsdt_has_mmio_windows_and_interrupts_in_device_order() {
         let [.., dsdt] = tables(&machine(1, &DEVICES));
-        for (n, (addr, irq)) in DEVICES.iter().enumerate() {
+        for (n, MmioSlot { addr, irq }) in DEVICES.iter().enumerate() {
             let (name, mut resources) = (format!("V{n:03X}"), vec![0x86, 9, 0, 1]);
             resources.extend_from_slice(&(*addr as u32).to_le_bytes());
             resources.extend_from_slice(&[0, 0x10, 0, 0, 0x89, 6, 0, 0b0011, 1]);
@@ -301,7 +305,7 @@ mod tests {
     }
 
     #[test]
-    fn the_generation_lies_where_nothing_else_does() {
+    fn vm_generation_id_has_a_page_of_its_own() {
         let [.., dsdt] = tables(&machine(1, &[]));
         assert_eq!((count(&dsdt, b"VM_Gen_Counter\0"), count(&dsdt, b"VMGENCTR\0")), (2, 1));
         // A package of two: the address in 32 bits, and zero.
@@ -311,8 +315,9 @@ mod tests {
     }
 
     #[test]
-    fn the_largest_machine_fits() {
-        let devices: Vec<_> = (0..24).map(|n| (layout::MMIO.0 + n * layout::MMIO_WINDOW, 23)).collect();
+    fn tables_of_the_largest_machine_fit() {
+        let devices: Vec<_> =
+            (0..24).map(|n| MmioSlot { addr: layout::MMIO.0 + n * layout::MMIO_WINDOW, irq: 23 }).collect();
         tables(&machine(super::super::MAX_VCPUS, &devices));
     }
 }

@@ -2,8 +2,8 @@
 
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 
-use super::boot_msrs;
 use super::profile::CpuProfile;
+use super::{MsrValue, boot_msrs};
 use crate::error::{Error, Result};
 use crate::kvm::{Kvm, VcpuFd, VmFd};
 
@@ -13,7 +13,7 @@ pub(crate) struct Cpu {
     cpuid: CpuId,
     address_bits: u32,
     /// Set before the first instruction.
-    msrs: Vec<(u32, u64)>,
+    msrs: Vec<MsrValue>,
     hidden: Vec<u32>,
     /// Whether it shows counters of its own.
     counts: bool,
@@ -167,7 +167,7 @@ mod tests {
     }
 
     #[test]
-    fn cores_are_numbered_with_the_fewest_bits() {
+    fn apic_ids_use_the_fewest_bits() {
         assert_eq!([1, 2, 3, 4, 5, 254].map(core_bits), [0, 1, 2, 2, 3, 8]);
     }
 

@@ -14,6 +14,13 @@ use crate::error::{Error, Result};
 use crate::memory::GuestAddress;
 use crate::size::Size;
 
+/// Where a virtio-mmio device is: the address of its registers, and its interrupt line.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct MmioSlot {
+    pub addr: u64,
+    pub irq: u32,
+}
+
 /// Global descriptor table of the boot vCPU.
 pub(crate) const GDT: GuestAddress = GuestAddress(0x500);
 /// Empty interrupt descriptor table.
@@ -124,7 +131,7 @@ mod tests {
     }
 
     #[test]
-    fn absurd_sizes_are_refused_by_name() {
+    fn invalid_memory_sizes_name_the_method() {
         for size in [Size::bytes(0), Size::kib(64), Size::bytes((4 << 20) + 1), Size::gib(1 << 30)] {
             let error = memory_ranges(size).unwrap_err();
             assert!(error.to_string().starts_with("memory: "), "{error}");

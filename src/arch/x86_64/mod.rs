@@ -12,7 +12,7 @@ use kvm_bindings::{Msrs, kvm_msr_entry};
 pub(crate) use cpuid::Cpu;
 pub use profile::{CpuProfile, CpuidBits, CpuidRegister};
 pub use regs::Registers;
-pub(crate) use regs::{Entry, boot_vcpu, write_boot_tables};
+pub(crate) use regs::{EntryPoint, boot_vcpu, write_boot_tables};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::memory::GuestMemory;
@@ -27,7 +27,7 @@ const MSR_MTRR_DEF_TYPE: u32 = 0x2ff;
 
 /// By what a kernel learns of the machine. One is enough: there is nothing that only the other says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Tables {
+pub(crate) enum FirmwareTables {
     /// ACPI tables: what every distribution's kernel reads.
     Acpi,
     /// Intel's MultiProcessor specification 1.4: for kernels that read ACPI late or not at all, and get their devices elsewhere.
@@ -41,24 +41,33 @@ pub(crate) enum Tables {
 /// `InvalidConfig` when the tables do not fit their areas.
 pub(crate) fn write_tables(
     memory: &GuestMemory,
-    tables: Tables,
+    tables: FirmwareTables,
     vcpus: u8,
-    devices: &[(u64, u32)],
+    devices: &[layout::MmioSlot],
     generation: [u8; 16],
 ) -> Result<()> {
     match tables {
-        Tables::Acpi => {
+        FirmwareTables::Acpi => {
             acpi::write(memory, vcpus, devices)?;
             Ok(memory.write(layout::VM_GENERATION, &generation)?)
         }
-        Tables::MultiProcessor => mptable::write(memory, vcpus),
+        FirmwareTables::MultiProcessor => mptable::write(memory, vcpus),
     }
 }
 
+/// A model-specific register and its value.
+#[derive(Debug, Clone, Copy)]
+struct MsrValue {
+    index: u32,
+    data: u64,
+}
+
 /// The MSRs that firmware would have set, and then these.
-fn boot_msrs(more: &[(u32, u64)]) -> Result<Msrs> {
+fn boot_msrs(more: &[MsrValue]) -> Result<Msrs> {
     let own = [(MSR_IA32_MISC_ENABLE, 1), (MSR_MTRR_DEF_TYPE, 1 << 11 | 6)];
-    let all = own.iter().chain(more).map(|&(index, data)| kvm_msr_entry { index, data, ..Default::default() });
+    let own = own.map(|(index, data)| MsrValue { index, data });
+    let all =
+        own.iter().chain(more).map(|&MsrValue { index, data }| kvm_msr_entry { index, data, ..Default::default() });
     let entries: Vec<_> = all.collect();
     Msrs::from_entries(&entries).map_err(|e| Error::new(ErrorKind::ResourceExhausted, format!("building MSRs: {e:?}")))
 }

@@ -87,7 +87,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn everything_adds_up_to_zero() {
+    fn mp_table_checksums_are_zero() {
         let sum = |bytes: &[u8]| bytes.iter().fold(0u8, |a, b| a.wrapping_add(*b));
         assert_eq!(sum(&floating_pointer(GuestAddress(0xf0010))), 0);
         for vcpus in [1, 2, 254] {
@@ -100,7 +100,7 @@ mod tests {
     }
 
     #[test]
-    fn the_largest_machine_fits() {
+    fn tables_of_the_largest_machine_fit() {
         let memory = GuestMemory::anonymous(&[(GuestAddress(0), 2 << 20)]).unwrap();
         write(&memory, super::super::MAX_VCPUS).unwrap();
     }

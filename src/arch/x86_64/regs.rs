@@ -15,7 +15,7 @@ use crate::memory::{GuestAddress, GuestMemory};
 
 /// Where and how a kernel is entered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Entry {
+pub(crate) enum EntryPoint {
     /// In 64-bit mode, with Linux's boot parameters.
     Linux64(GuestAddress),
     /// In 32-bit mode, with a start info.
@@ -73,10 +73,10 @@ const CR4: u64 = 1 << 5;
 const EFER: u64 = 1 << 8 | 1 << 10;
 
 /// Writes the descriptor tables and page tables that [`boot_vcpu`] points at: the first GiB, mapped onto itself.
-pub(crate) fn write_boot_tables(memory: &GuestMemory, entry: Entry) -> Result<()> {
+pub(crate) fn write_boot_tables(memory: &GuestMemory, entry: EntryPoint) -> Result<()> {
     let gdt = match entry {
-        Entry::Linux64(_) => gdt(CODE_64, (TASK, 0xf_ffff)),
-        Entry::Pvh(_) => gdt(CODE_32, SMALL_TASK),
+        EntryPoint::Linux64(_) => gdt(CODE_64, (TASK, 0xf_ffff)),
+        EntryPoint::Pvh(_) => gdt(CODE_32, SMALL_TASK),
     };
     for (n, entry) in (0..).zip(gdt) {
         memory.write(GuestAddress(layout::GDT.0 + 8 * n), &entry.to_le_bytes())?;
@@ -92,7 +92,7 @@ pub(crate) fn write_boot_tables(memory: &GuestMemory, entry: Entry) -> Result<()
 }
 
 /// Makes the next instruction of `vcpu` the kernel's `entry`. Only for the first vCPU: the others wait for it.
-pub(crate) fn boot_vcpu(vcpu: &VcpuFd, entry: Entry) -> Result<()> {
+pub(crate) fn boot_vcpu(vcpu: &VcpuFd, entry: EntryPoint) -> Result<()> {
     let mut sregs: kvm_sregs = vcpu.sregs()?;
     let data = segment(0x18, DATA);
     (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
@@ -102,12 +102,12 @@ pub(crate) fn boot_vcpu(vcpu: &VcpuFd, entry: Entry) -> Result<()> {
     let stack = layout::PAGE_TABLES.0 - 16;
     let mut regs = kvm_regs { rsp: stack, rbp: stack, rflags: 2, ..Default::default() };
     match entry {
-        Entry::Linux64(at) => {
+        EntryPoint::Linux64(at) => {
             (sregs.cs, sregs.tr) = (segment(0x10, CODE_64), segment(0x20, TASK));
             (sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer) = (CR0, layout::PAGE_TABLES.0, CR4, EFER);
             (regs.rip, regs.rsi) = (at.0, layout::ZERO_PAGE.0);
         }
-        Entry::Pvh(at) => {
+        EntryPoint::Pvh(at) => {
             (sregs.cs, sregs.tr) = (segment(0x10, CODE_32), segment(0x20, SMALL_TASK.0));
             sregs.tr.limit = SMALL_TASK.1;
             (sregs.cr0, sregs.cr4, sregs.efer) = (CR0_PROTECTED, 0, 0);
@@ -207,9 +207,9 @@ mod tests {
     }
 
     #[test]
-    fn the_direct_boot_abi_wants_code_of_32_bits() {
+    fn pvh_entry_has_a_32_bit_code_segment() {
         let memory = GuestMemory::anonymous(&[(GuestAddress(0), 1 << 20)]).unwrap();
-        write_boot_tables(&memory, Entry::Pvh(GuestAddress(0x10_0000))).unwrap();
+        write_boot_tables(&memory, EntryPoint::Pvh(GuestAddress(0x10_0000))).unwrap();
         let mut gdt = [0; 40];
         memory.read(layout::GDT, &mut gdt).unwrap();
         assert_eq!(gdt[16..24], 0x00cf_9b00_0000_ffff_u64.to_le_bytes());
@@ -219,9 +219,9 @@ mod tests {
     }
 
     #[test]
-    fn the_first_gibibyte_is_mapped_onto_itself() {
+    fn first_gibibyte_is_identity_mapped() {
         let memory = GuestMemory::anonymous(&[(GuestAddress(0), 1 << 20)]).unwrap();
-        write_boot_tables(&memory, Entry::Linux64(GuestAddress(0x10_0000))).unwrap();
+        write_boot_tables(&memory, EntryPoint::Linux64(GuestAddress(0x10_0000))).unwrap();
         let entry = |at: u64| {
             let mut bytes = [0; 8];
             memory.read(GuestAddress(at), &mut bytes).unwrap();

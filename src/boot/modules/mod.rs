@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use super::Initramfs;
 use crate::error::{Context, Error, ErrorKind, Result};
-use tree::Tree;
+use tree::ModuleTree;
 
 /// Where packed modules lie in an initramfs.
 pub(crate) const MODULES_DIRECTORY: &str = "/cofferdam.modules";
@@ -39,7 +39,7 @@ const MAX_SIZE: usize = 256 << 20;
 #[derive(Debug, Clone)]
 #[must_use = "a config value does nothing by itself"]
 pub struct Modules {
-    tree: Arc<Tree>,
+    tree: Arc<ModuleTree>,
     also: Vec<String>,
 }
 
@@ -57,7 +57,7 @@ impl Modules {
     /// - `Corrupt` when a list is damaged, too large or names files outside.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        let tree = Tree::open(path).doing(|| format!("opening modules {}", path.display()))?;
+        let tree = ModuleTree::open(path).doing(|| format!("opening modules {}", path.display()))?;
         Ok(Self { tree: Arc::new(tree), also: Vec::new() })
     }
 
@@ -119,7 +119,7 @@ fn same_release(kernel: Option<&str>, modules: Option<&str>) -> Result<()> {
 #[cfg(any(test, feature = "internals"))]
 pub(crate) fn read(module: Vec<u8>, [dep, softdep, alias]: [&str; 3]) {
     let _ = packing::unpacked(module).map(|module| packing::release(&module).map(str::len));
-    if let Ok(tree) = Tree::parse(Default::default(), dep, "", softdep, alias) {
+    if let Ok(tree) = ModuleTree::parse(Default::default(), dep, "", softdep, alias) {
         let _ = tree.order(&[("a", true), ("b", false), ("c", true)]);
     }
 }

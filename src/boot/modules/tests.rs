@@ -73,7 +73,7 @@ const ZST: &[u8] = b"(\xb5/\xfd$\x1a\xd1\0\0\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\
 const MMIO: &str = "kernel/virtio-mmio.ko: kernel/virtio.ko\nkernel/virtio.ko:\n";
 
 #[test]
-fn each_comes_after_what_it_needs_and_what_is_built_in_does_not_come() {
+fn modules_follow_their_dependencies_without_built_in_ones() {
     let dep = "kernel/ext4.ko: kernel/jbd2.ko kernel/crc16.ko\nkernel/jbd2.ko:\nkernel/crc16.ko:\n\
         kernel/virtio-blk.ko: kernel/virtio.ko kernel/virtio_ring.ko\n";
     let directory = TempDir::new("order").with(&(dep.to_owned() + MMIO));
@@ -86,7 +86,7 @@ fn each_comes_after_what_it_needs_and_what_is_built_in_does_not_come() {
 }
 
 #[test]
-fn what_is_required_is_named_and_what_is_nice_to_have_is_not_missed() {
+fn missing_required_modules_are_named_and_optional_ones_skipped() {
     let directory = TempDir::new("missing").with(MMIO);
     directory.refused("virtio_blk", ErrorKind::Unsupported, "no module virtio_blk");
     let packed =
@@ -97,7 +97,7 @@ fn what_is_required_is_named_and_what_is_nice_to_have_is_not_missed() {
 }
 
 #[test]
-fn what_should_come_before_does_if_it_is_there() {
+fn soft_dependencies_come_first_if_present() {
     let directory = TempDir::new("soft")
         .with("kernel/ext4.ko:\nkernel/crc32c_generic.ko:\nkernel/crc32c-intel.ko:\nkernel/other.ko:\n")
         .put("modules.softdep", "softdep ext4 pre: crc32c nothing ext4 post: other\n# a comment\n")
@@ -111,7 +111,7 @@ fn what_should_come_before_does_if_it_is_there() {
 }
 
 #[test]
-fn packed_modules_are_unpacked_whatever_their_names_end_with() {
+fn compressed_modules_are_unpacked_by_content() {
     for (n, bytes) in [&module("packed"), &gzip(&module("packed")), XZ, ZST].into_iter().enumerate() {
         let directory = TempDir::new(&format!("packed-{n}")).with("kernel/one.ko.xz:\n").put("kernel/one.ko.xz", bytes);
         let modules = directory.open().unwrap();
@@ -125,7 +125,7 @@ fn packed_modules_are_unpacked_whatever_their_names_end_with() {
 }
 
 #[test]
-fn folders_without_their_lists_are_refused() {
+fn module_directory_without_its_lists_is_rejected() {
     let directory = TempDir::new("lists");
     let error = directory.open().unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NotFound);
@@ -155,7 +155,7 @@ fn damaged_lists_are_refused_by_line() {
 }
 
 #[test]
-fn circles_and_endless_chains_end() {
+fn dependency_cycles_and_long_chains_end() {
     let circle = "kernel/a.ko: kernel/b.ko\nkernel/b.ko: kernel/c.ko\nkernel/c.ko: kernel/a.ko\n";
     TempDir::new("circle").with(circle).refused("a", ErrorKind::Corrupt, "a needs b needs c needs a, a circle");
     let chain: String = (0..10_000).map(|n| format!("kernel/m{n}.ko: kernel/m{}.ko\n", n + 1)).collect();
@@ -166,7 +166,7 @@ fn circles_and_endless_chains_end() {
 }
 
 #[test]
-fn nothing_outside_the_directory_is_read() {
+fn module_paths_outside_the_directory_are_not_read() {
     let directory = TempDir::new("outside").with(MMIO);
     std::fs::remove_file(directory.0.join("kernel/virtio.ko")).unwrap();
     symlink("/proc/self/exe", directory.0.join("kernel/virtio.ko")).unwrap();
@@ -219,7 +219,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
     #[test]
-    fn any_lists_and_modules_are_survived(
+    fn arbitrary_module_lists_never_panic(
         dep in "(kernel/[a-c]\\.ko: ?(kernel/[a-d]\\.ko ?){0,3}\n){0,5}.{0,20}",
         soft in "(softdep [a-c] pre: ?([a-d] ?){0,3}\n){0,3}", noise in proptest::collection::vec(any::<u8>(), 0..200), kind in 0usize..4,
     ) {

@@ -18,7 +18,7 @@ const MAX_ORDER: usize = 256;
 
 /// Everything that is known of a directory.
 #[derive(Debug)]
-pub(super) struct Tree {
+pub(super) struct ModuleTree {
     /// Without symbolic links.
     root: PathBuf,
     modules: BTreeMap<String, Module>,
@@ -41,13 +41,13 @@ pub(super) struct Module {
 
 /// A module in its place.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Step<'a> {
+pub(super) struct LoadStep<'a> {
     pub(super) name: &'a str,
     pub(super) module: &'a Module,
     pub(super) required: bool,
 }
 
-impl Tree {
+impl ModuleTree {
     pub(super) fn open(path: &Path) -> Result<Self> {
         let root = path.canonicalize()?;
         if !root.is_dir() {
@@ -80,8 +80,8 @@ impl Tree {
     ///
     /// # Errors
     /// `Unsupported` names one that is required and neither there nor built in, `Corrupt` what depends on itself.
-    pub(super) fn order(&self, wanted: &[(&str, bool)]) -> Result<Vec<Step<'_>>> {
-        let mut order = Order { tree: self, steps: Vec::new(), path: Vec::new() };
+    pub(super) fn order(&self, wanted: &[(&str, bool)]) -> Result<Vec<LoadStep<'_>>> {
+        let mut order = LoadOrder { tree: self, steps: Vec::new(), path: Vec::new() };
         for &(name, required) in wanted {
             let name = normal(name);
             match self.modules.get_key_value(&name) {
@@ -101,14 +101,14 @@ impl Tree {
 }
 
 /// An order in the making.
-struct Order<'a> {
-    tree: &'a Tree,
-    steps: Vec<Step<'a>>,
+struct LoadOrder<'a> {
+    tree: &'a ModuleTree,
+    steps: Vec<LoadStep<'a>>,
     /// From what was asked for to what is looked at now.
     path: Vec<&'a str>,
 }
 
-impl<'a> Order<'a> {
+impl<'a> LoadOrder<'a> {
     /// Its depth is bounded like the number of modules.
     fn visit(&mut self, name: &'a str, module: &'a Module, required: bool) -> Result<()> {
         if self.steps.iter().any(|step| step.name == name) {
@@ -137,7 +137,7 @@ impl<'a> Order<'a> {
             self.visit_by_any_name(before)?;
         }
         self.path.pop();
-        self.steps.push(Step { name, module, required });
+        self.steps.push(LoadStep { name, module, required });
         Ok(())
     }
 

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::Started;
-use crate::container::process::{ExitStatus, State};
+use super::StartReply;
+use crate::container::process::{ExitStatus, ProcessShared};
 use crate::error::{Error, ErrorKind};
 
 /// How long the guest may take to start a program before it is given up.
@@ -16,29 +16,29 @@ pub(super) const UNANSWERED_KILL: Duration = Duration::from_secs(30);
 
 /// One process that was asked for.
 pub(super) struct ProcessEntry {
-    pub(super) state: Arc<State>,
-    pub(super) started: Option<Started>,
+    pub(super) state: Arc<ProcessShared>,
+    pub(super) started: Option<StartReply>,
     /// When its own time is over.
     pub(super) deadline: Option<Instant>,
-    pub(super) phase: Phase,
+    pub(super) phase: ProcessPhase,
     /// When the next thing happens by time alone.
     pub(super) due: Option<Instant>,
 }
 
 /// How far a process has come, as the host sees it.
-pub(super) enum Phase {
+pub(super) enum ProcessPhase {
     /// The guest has not said yet whether it runs; it must by this moment.
     Starting(Instant),
     Running,
     /// The guest was asked to kill it. It has ended so, whatever the guest says of it.
-    Killed(Ending),
+    Killed(KillReason),
     /// It has ended for all on the host. The guest still owes the answer.
     Overdue,
 }
 
 /// How the host ended a process.
 #[derive(Clone, Copy)]
-pub(super) enum Ending {
+pub(super) enum KillReason {
     TimedOut,
     /// By [`Process::kill`](super::Process::kill).
     Killed,
@@ -46,7 +46,7 @@ pub(super) enum Ending {
     GivenUp,
 }
 
-impl Ending {
+impl KillReason {
     fn status(self) -> ExitStatus {
         match self {
             Self::TimedOut => ExitStatus::TimedOut,
@@ -59,10 +59,15 @@ impl Ending {
 const SIGKILL: u8 = 9;
 
 impl ProcessEntry {
-    pub(super) fn new(state: Arc<State>, started: Started, deadline: Option<Instant>) -> Self {
+    pub(super) fn new(state: Arc<ProcessShared>, started: StartReply, deadline: Option<Instant>) -> Self {
         let now = Instant::now();
-        let mut entry =
-            Self { state, started: Some(started), deadline, phase: Phase::Starting(now + START_TIMEOUT), due: None };
+        let mut entry = Self {
+            state,
+            started: Some(started),
+            deadline,
+            phase: ProcessPhase::Starting(now + START_TIMEOUT),
+            due: None,
+        };
         entry.wait_for();
         entry
     }
@@ -70,30 +75,30 @@ impl ProcessEntry {
     /// Sets what it waits for next.
     pub(super) fn wait_for(&mut self) {
         self.due = match self.phase {
-            Phase::Starting(by) => Some(self.deadline.map_or(by, |deadline| deadline.min(by))),
-            Phase::Running => self.deadline,
+            ProcessPhase::Starting(by) => Some(self.deadline.map_or(by, |deadline| deadline.min(by))),
+            ProcessPhase::Running => self.deadline,
             // Set by who killed it.
-            Phase::Killed(_) | Phase::Overdue => self.due,
+            ProcessPhase::Killed(_) | ProcessPhase::Overdue => self.due,
         };
     }
 
-    pub(super) fn killed(&mut self, ending: Ending) {
+    pub(super) fn killed(&mut self, ending: KillReason) {
         // A second one does not give it more time.
-        if let Phase::Starting(_) | Phase::Running = self.phase {
-            self.phase = Phase::Killed(ending);
+        if let ProcessPhase::Starting(_) | ProcessPhase::Running = self.phase {
+            self.phase = ProcessPhase::Killed(ending);
             self.due = Some(Instant::now() + KILL_MARGIN);
         }
     }
 
     /// Notifies all waiters on the host that it has ended by what the host did.
-    pub(super) fn end(&mut self, ending: Ending) {
+    pub(super) fn end(&mut self, ending: KillReason) {
         if let Some(started) = self.started.take() {
             // Who asked may have given up.
             let _ = started.send(match ending {
-                Ending::GivenUp => {
+                KillReason::GivenUp => {
                     Err(Error::new(ErrorKind::TimedOut, format!("the guest did not start it within {START_TIMEOUT:?}")))
                 }
-                Ending::TimedOut | Ending::Killed => Ok(()),
+                KillReason::TimedOut | KillReason::Killed => Ok(()),
             });
         }
         self.state.finish(ending.status());
@@ -122,18 +127,18 @@ impl ProcessEntry {
     /// Something it waited for is due.
     pub(super) fn expire(&mut self, now: Instant) -> Expiry {
         match self.phase {
-            Phase::Starting(_) | Phase::Running => {
+            ProcessPhase::Starting(_) | ProcessPhase::Running => {
                 let timed_out = self.deadline.is_some_and(|deadline| deadline <= now);
-                self.killed(if timed_out { Ending::TimedOut } else { Ending::GivenUp });
+                self.killed(if timed_out { KillReason::TimedOut } else { KillReason::GivenUp });
                 Expiry::Kill
             }
-            Phase::Killed(ending) => {
+            ProcessPhase::Killed(ending) => {
                 self.end(ending);
-                self.phase = Phase::Overdue;
+                self.phase = ProcessPhase::Overdue;
                 self.due = Some(now + UNANSWERED_KILL);
                 Expiry::Ended
             }
-            Phase::Overdue => Expiry::Unanswered,
+            ProcessPhase::Overdue => Expiry::Unanswered,
         }
     }
 }

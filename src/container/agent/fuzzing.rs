@@ -25,7 +25,7 @@ impl Script<'_> {
         let text = [value; 5];
         let message = match self.next() % 9 {
             0 => FromGuest::Spawned { pid: value.into() },
-            1 => FromGuest::SpawnFailed { step: Step::Exec, errno: value.into() },
+            1 => FromGuest::SpawnFailed { step: SpawnStep::Exec, errno: value.into() },
             2 => FromGuest::Exited { code: value },
             3 => FromGuest::Signaled { signo: value, oom: value % 2 == 0 },
             4 => FromGuest::Hello { min: u32::from(value) % 4, max: value.into() },
@@ -40,10 +40,10 @@ impl Script<'_> {
 }
 
 /// A waiter for a program, and one for its start.
-type Waiting = (Arc<State>, mpsc::Receiver<Result<()>>);
+type PendingStart = (Arc<ProcessShared>, mpsc::Receiver<Result<()>>);
 
-fn ask(client: &mut ControlClient, script: &mut Script<'_>) -> Result<Waiting> {
-    let state = State::new()?;
+fn ask(client: &mut ControlClient, script: &mut Script<'_>) -> Result<PendingStart> {
+    let state = ProcessShared::new()?;
     let (started, answer) = mpsc::sync_channel(1);
     let mut argv = StringBuf::new();
     argv.push(b"program").map_err(|e| protocol_error(&e))?;
@@ -71,7 +71,7 @@ fn play(data: &[u8]) -> Result<()> {
     stream.set_nonblocking(true)?;
     shim = theirs;
     let mut client = ControlClient::new(stream, Decoder::new(FROM_GUEST_MAX), Timer::new()?, WeakVm::dangling());
-    let (mut script, mut waiting) = (Script(data.iter()), Vec::<Waiting>::new());
+    let (mut script, mut waiting) = (Script(data.iter()), Vec::<PendingStart>::new());
     while script.0.len() > 0 {
         match script.next() % 8 {
             0 if waiting.len() < PROGRAMS => waiting.push(ask(&mut client, &mut script)?),

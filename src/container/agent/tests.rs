@@ -13,8 +13,11 @@ fn client() -> (ControlClient, UnixStream) {
 }
 
 /// Asks for a program whose time is over after `timeout`.
-fn spawn(client: &mut ControlClient, timeout: Option<Duration>) -> (u32, Arc<State>, mpsc::Receiver<Result<()>>) {
-    let state = State::new().unwrap();
+fn spawn(
+    client: &mut ControlClient,
+    timeout: Option<Duration>,
+) -> (u32, Arc<ProcessShared>, mpsc::Receiver<Result<()>>) {
+    let state = ProcessShared::new().unwrap();
     let (started, answer) = mpsc::sync_channel(1);
     let mut argv = StringBuf::new();
     argv.push(b"x").unwrap();
@@ -33,26 +36,26 @@ fn pass(client: &mut ControlClient, until: Duration) {
     client.expire();
 }
 
-fn now(state: &State) -> Option<ExitStatus> {
+fn now(state: &ProcessShared) -> Option<ExitStatus> {
     state.wait(Some(Instant::now())).unwrap()
 }
 
 #[test]
-fn spawn_failed_after_spawned_ends_the_conversation_and_leaves_nobody_waiting() {
+fn spawn_failed_after_spawned_closes_the_session_and_wakes_all_waiters() {
     let (mut client, _far) = client();
     let (number, state, answer) = spawn(&mut client, None);
-    client.act(number, &FromGuest::Spawned { pid: 5 }).unwrap();
+    client.handle_message(number, &FromGuest::Spawned { pid: 5 }).unwrap();
     answer.recv().unwrap().unwrap();
-    let outcome = client.act(number, &FromGuest::SpawnFailed { step: Step::Other, errno: 1 });
+    let outcome = client.handle_message(number, &FromGuest::SpawnFailed { step: SpawnStep::Other, errno: 1 });
     assert_eq!(outcome.unwrap_err().kind(), ErrorKind::GuestFailed);
     assert!(state.has_ended(), "whoever waits is told");
 }
 
 #[test]
-fn a_guest_that_ignores_a_kill_does_not_hold_up_the_time_out() {
+fn ignored_kill_does_not_delay_the_timeout() {
     let (mut client, _far) = client();
     let (number, state, answer) = spawn(&mut client, Some(Duration::from_secs(5)));
-    client.act(number, &FromGuest::Spawned { pid: 5 }).unwrap();
+    client.handle_message(number, &FromGuest::Spawned { pid: 5 }).unwrap();
     answer.recv().unwrap().unwrap();
     let (near, _theirs, _) = VsockStream::pair().unwrap();
     state.keep(&near);
@@ -63,30 +66,30 @@ fn a_guest_that_ignores_a_kill_does_not_hold_up_the_time_out() {
     assert_eq!((&near).read(&mut [0; 8]).unwrap(), 0, "its streams have ended");
     // The guest owes the answer for so long, and then is ended, if it still exists.
     assert_eq!(client.processes.len(), 1);
-    client.act(number, &FromGuest::Exited { code: 0 }).unwrap();
+    client.handle_message(number, &FromGuest::Exited { code: 0 }).unwrap();
     assert!(client.processes.is_empty() && matches!(now(&state), Some(ExitStatus::TimedOut)));
 }
 
 #[test]
-fn what_the_guest_says_of_a_killed_process_counts_when_it_comes_in_time() {
+fn exit_status_after_a_kill_counts_if_it_arrives_in_time() {
     for (kill, expected) in [(true, ExitStatus::Signaled { signal: 9 }), (false, ExitStatus::TimedOut)] {
         let (mut client, _far) = client();
         let (number, state, _answer) = spawn(&mut client, Some(Duration::from_secs(5)));
-        client.act(number, &FromGuest::Spawned { pid: 5 }).unwrap();
+        client.handle_message(number, &FromGuest::Spawned { pid: 5 }).unwrap();
         match kill {
             true => client.kill(number).unwrap(),
             false => pass(&mut client, Duration::from_secs(5)),
         }
-        client.act(number, &FromGuest::Signaled { signo: 9, oom: false }).unwrap();
+        client.handle_message(number, &FromGuest::Signaled { signo: 9, oom: false }).unwrap();
         assert_eq!(now(&state).unwrap().to_string(), expected.to_string());
     }
 }
 
 #[test]
-fn a_kill_that_is_not_answered_is_the_end_all_the_same() {
+fn unanswered_kill_still_ends_the_process() {
     let (mut client, _far) = client();
     let (number, state, _answer) = spawn(&mut client, None);
-    client.act(number, &FromGuest::Spawned { pid: 5 }).unwrap();
+    client.handle_message(number, &FromGuest::Spawned { pid: 5 }).unwrap();
     client.kill(number).unwrap();
     pass(&mut client, KILL_MARGIN);
     assert_eq!(now(&state).unwrap().signal(), Some(9));
@@ -96,16 +99,16 @@ fn a_kill_that_is_not_answered_is_the_end_all_the_same() {
 }
 
 #[test]
-fn a_time_that_is_over_before_the_start_is_a_time_out() {
+fn timeout_before_the_start_is_timed_out() {
     // The guest refuses it then, has killed it meanwhile, or says nothing.
-    let refused = FromGuest::SpawnFailed { step: Step::Request, errno: libc::ECANCELED };
+    let refused = FromGuest::SpawnFailed { step: SpawnStep::Request, errno: libc::ECANCELED };
     for said in [Some(refused), Some(FromGuest::Signaled { signo: 9, oom: false }), None] {
         let (mut client, _far) = client();
         let (number, state, answer) = spawn(&mut client, Some(Duration::from_millis(1)));
         pass(&mut client, Duration::from_millis(1));
         assert!(answer.try_recv().is_err() && now(&state).is_none());
         match said {
-            Some(message) => client.act(number, &message).unwrap(),
+            Some(message) => client.handle_message(number, &message).unwrap(),
             None => pass(&mut client, KILL_MARGIN),
         }
         answer.recv().unwrap().unwrap();
@@ -118,7 +121,7 @@ fn a_program_that_starts_late_is_killed() {
     let (mut client, far) = client();
     let (number, state, answer) = spawn(&mut client, None);
     pass(&mut client, START_TIMEOUT);
-    client.act(number, &FromGuest::Spawned { pid: 5 }).unwrap();
+    client.handle_message(number, &FromGuest::Spawned { pid: 5 }).unwrap();
     pass(&mut client, KILL_MARGIN);
     assert_eq!(answer.recv().unwrap().unwrap_err().kind(), ErrorKind::TimedOut);
     assert!(now(&state).is_some());
@@ -134,11 +137,11 @@ fn a_program_that_starts_late_is_killed() {
 }
 
 #[test]
-fn a_program_that_nobody_waits_for_any_more_is_killed() {
+fn program_without_a_waiter_is_killed() {
     let (mut client, far) = client();
     let (number, state, answer) = spawn(&mut client, None);
     drop(answer);
-    client.act(number, &FromGuest::Spawned { pid: 5 }).unwrap();
+    client.handle_message(number, &FromGuest::Spawned { pid: 5 }).unwrap();
     pass(&mut client, KILL_MARGIN);
     assert_eq!(now(&state).unwrap().signal(), Some(9));
     drop(client);
@@ -150,7 +153,7 @@ fn a_program_that_nobody_waits_for_any_more_is_killed() {
 }
 
 #[test]
-fn a_failure_of_the_shim_is_told_once() {
+fn shim_failure_is_reported_once() {
     let (mut client, far) = client();
     let mut failed = Vec::new();
     FromGuest::Failed { stage: crate::proto::Stage::Loop, errno: 0, text: b"x" }.encode(0, &mut failed).unwrap();
@@ -160,7 +163,7 @@ fn a_failure_of_the_shim_is_told_once() {
 }
 
 #[test]
-fn whoever_asks_during_a_flood_is_answered() {
+fn requests_are_served_during_a_message_flood() {
     let (near, far, _tail) = VsockStream::pair().unwrap();
     near.set_nonblocking(true).unwrap();
     far.set_nonblocking(false).unwrap();
@@ -191,7 +194,7 @@ fn whoever_asks_during_a_flood_is_answered() {
 }
 
 #[test]
-fn one_turn_reads_so_much_and_no_more() {
+fn one_turn_reads_a_bounded_amount() {
     let (mut client, far) = client();
     far.set_nonblocking(true).unwrap();
     let frame = [0u32.to_le_bytes(), 1u32.to_le_bytes(), 0xffffu32.to_le_bytes()].concat();

@@ -160,7 +160,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn text_becomes_what_system_calls_have() {
+    fn acl_text_becomes_the_xattr_format() {
         let forms = [
             "user::rwx\nuser:1000:r-x\ngroup::r-x\ngroup:7:---\nmask::r-x\nother::---\n",
             "u::rwx,u:joe:rx:1000,g::r-x,g:staff:-:7,m:rx,o::-",
@@ -178,7 +178,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_list_is_refused() {
+    fn invalid_acl_is_rejected() {
         let without_number = Acl::parse(b"user::rwx\nuser:joe:rwx\ngroup::---\nmask::rwx\nother::---").unwrap_err();
         assert_eq!(without_number.kind(), ErrorKind::Unsupported);
         for text in

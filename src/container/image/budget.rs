@@ -13,7 +13,7 @@ const HEADERS_PER_ENTRY: u64 = 4;
 
 /// How long a preparation may take, and who can end it.
 #[derive(Debug, Clone)]
-pub(super) struct Patience {
+pub(super) struct PrepareDeadline {
     timeout: Duration,
     /// How its error begins when the time is over.
     late: &'static str,
@@ -23,7 +23,7 @@ pub(super) struct Patience {
     cancel: Vec<CancelToken>,
 }
 
-impl Patience {
+impl PrepareDeadline {
     pub(super) fn new<'a>(timeout: Duration, cancel: impl IntoIterator<Item = &'a CancelToken>) -> Self {
         let cancel = cancel.into_iter().cloned().collect();
         Self {
@@ -85,11 +85,11 @@ pub(super) struct Budget {
     names: Account,
     xattrs: Account,
     space: Account,
-    patience: Patience,
+    deadline: PrepareDeadline,
 }
 
 impl Budget {
-    pub(super) fn new(limits: &ImageLimits, max_size: Size, patience: &Patience) -> Self {
+    pub(super) fn new(limits: &ImageLimits, max_size: Size, deadline: &PrepareDeadline) -> Self {
         Self {
             entries: Account::new(limits.entries, "ImageLimits::max_entries"),
             headers: Account::new(limits.entries.saturating_mul(HEADERS_PER_ENTRY), "ImageLimits::max_entries"),
@@ -98,7 +98,7 @@ impl Budget {
             space: Account::new(max_size.as_bytes(), "Image::max_size"),
             limits: limits.clone(),
             max_size,
-            patience: patience.clone(),
+            deadline: deadline.clone(),
         }
     }
 
@@ -107,7 +107,7 @@ impl Budget {
     /// # Errors
     /// `TimedOut` and `Cancelled`.
     pub(super) fn check(&self) -> Result<()> {
-        self.patience.check()
+        self.deadline.check()
     }
 
     /// One more entry read, or inode made.

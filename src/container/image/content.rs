@@ -11,11 +11,18 @@ pub(super) trait Content {
     fn next(&mut self, most: u64) -> Result<&[u8]>;
 }
 
-/// The pieces of a file that are not holes: offset and length of each, in order, apart from each other, none empty.
+/// A piece of a file that is not a hole.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct SparseExtent {
+    pub offset: u64,
+    pub len: u64,
+}
+
+/// The pieces of a file that are not holes, in order, apart from each other, none empty.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct SparseMap {
     pub size: u64,
-    pub pieces: Vec<(u64, u64)>,
+    pub pieces: Vec<SparseExtent>,
 }
 
 /// Pieces that one file may have.
@@ -36,21 +43,21 @@ impl SparseMap {
 
     /// # Errors
     /// `Corrupt` for pieces that overlap, go back, or go beyond `size`.
-    pub(super) fn new(size: u64, mut pieces: Vec<(u64, u64)>) -> Result<Self> {
+    pub(super) fn new(size: u64, mut pieces: Vec<SparseExtent>) -> Result<Self> {
         // The last one often is empty, at the end of the file.
         let mut end = 0;
-        for (offset, len) in &pieces {
+        for SparseExtent { offset, len } in &pieces {
             match offset.checked_add(*len) {
                 Some(next) if *offset >= end && next <= size => end = next,
                 _ => return Err(Error::new(ErrorKind::Corrupt, "its sparse map is damaged")),
             }
         }
-        pieces.retain(|(_, len)| *len > 0);
+        pieces.retain(|piece| piece.len > 0);
         Ok(Self { size, pieces })
     }
 
     /// How much of it is not holes.
     pub(super) fn stored(&self) -> u64 {
-        self.pieces.iter().map(|(_, len)| len).sum()
+        self.pieces.iter().map(|piece| piece.len).sum()
     }
 }

@@ -16,10 +16,10 @@ use std::rc::Rc;
 use sha2::{Digest, Sha256};
 
 use super::budget::Budget;
-use super::content::{Content, SparseMap};
+use super::content::{Content, SparseExtent, SparseMap};
 use super::path::{EntryPath, symlink_target};
 use super::recognize;
-use super::tar::Target;
+use super::tar::ImageBuilder;
 use super::tree::{FileData, InodeKind, Metadata};
 use super::xattr::{self, Holder};
 use crate::error::{Context, Error, ErrorKind, Result};
@@ -96,7 +96,7 @@ pub(super) fn fingerprint(root: &Beneath, budget: &Budget, hash: &mut Sha256) ->
 ///
 /// # Errors
 /// `PermissionDenied` for what may not be read, `Unsupported` for what cannot be kept, `InvalidState` for what changes meanwhile.
-pub(super) fn read(root: &Beneath, to: &mut Target<'_, '_>, hash: &mut Sha256) -> Result<()> {
+pub(super) fn read(root: &Beneath, to: &mut ImageBuilder<'_, '_>, hash: &mut Sha256) -> Result<()> {
     // Files with several names, by device and inode.
     let mut linked: HashMap<(u64, u64), EntryPath> = HashMap::new();
     let budget = to.budget;
@@ -158,7 +158,7 @@ fn metadata(found: &Found<'_>, holder: Holder, budget: &Budget) -> Result<Metada
     Ok(Metadata { mode, uid: stat.uid(), gid: stat.gid(), mtime: stat.mtime(), mtime_nsec, xattrs })
 }
 
-fn content(root: &Beneath, found: &Found<'_>, to: &mut Target<'_, '_>) -> Result<FileData> {
+fn content(root: &Beneath, found: &Found<'_>, to: &mut ImageBuilder<'_, '_>) -> Result<FileData> {
     let file = root.open_regular(found.path)?;
     same(found.stat, &file.metadata()?)?;
     let size = found.stat.len();
@@ -173,13 +173,13 @@ fn content(root: &Beneath, found: &Found<'_>, to: &mut Target<'_, '_>) -> Result
     to.disk.write_sparse(&map, &mut source)
 }
 
-/// The pieces of a file that are not holes: offset and length of each.
-fn pieces(file: &File, size: u64, budget: &Budget) -> Result<Vec<(u64, u64)>> {
+/// The pieces of a file that are not holes.
+fn pieces(file: &File, size: u64, budget: &Budget) -> Result<Vec<SparseExtent>> {
     let (mut pieces, mut at) = (Vec::new(), 0);
     while let Some(start) = sys::next_data(file, at)?.filter(|start| *start < size) {
         budget.check()?;
         at = sys::next_hole(file, start)?.unwrap_or(size).min(size);
-        pieces.push((start, at.saturating_sub(start)));
+        pieces.push(SparseExtent { offset: start, len: at.saturating_sub(start) });
         SparseMap::check(pieces.len())?;
     }
     Ok(pieces)
@@ -208,7 +208,7 @@ impl Content for Reading<'_> {
 /// The same of a file with holes, which it jumps over.
 struct Pieces<'a, 'p> {
     source: Reading<'a>,
-    pieces: std::slice::Iter<'p, (u64, u64)>,
+    pieces: std::slice::Iter<'p, SparseExtent>,
     /// Of the piece that it is in.
     left: u64,
 }
@@ -217,7 +217,7 @@ impl Content for Pieces<'_, '_> {
     fn next(&mut self, most: u64) -> Result<&[u8]> {
         use std::io::{Seek, SeekFrom};
         if self.left == 0
-            && let Some((offset, len)) = self.pieces.next()
+            && let Some(SparseExtent { offset, len }) = self.pieces.next()
         {
             self.source.file.seek(SeekFrom::Start(*offset))?;
             self.left = *len;
@@ -235,17 +235,17 @@ mod tests {
 
     use super::*;
     use crate::container::CancelToken;
-    use crate::container::image::budget::Patience;
+    use crate::container::image::budget::PrepareDeadline;
     use crate::container::image::limits::ImageLimits;
     use crate::size::Size;
 
     fn budget(limits: &ImageLimits, cancel: &CancelToken) -> Budget {
-        Budget::new(limits, Size::mib(1), &Patience::new(Duration::MAX, [cancel]))
+        Budget::new(limits, Size::mib(1), &PrepareDeadline::new(Duration::MAX, [cancel]))
     }
 
     /// A directory of any number of names once took all of them into memory before the first was counted.
     #[test]
-    fn names_are_counted_before_they_are_kept() {
+    fn name_bytes_are_charged_before_allocation() {
         let directory = std::env::temp_dir().join(format!("cofferdam-names-{}", std::process::id()));
         fs::create_dir_all(&directory).unwrap();
         (0..20).for_each(|n| fs::write(directory.join(n.to_string()), "").unwrap());
@@ -265,16 +265,17 @@ mod tests {
     }
 
     #[test]
-    fn looking_for_holes_ends_when_it_is_cancelled() {
+    fn hole_search_ends_when_cancelled() {
         let file = sys::temp_file(&std::env::temp_dir()).unwrap();
         file.set_len(4 << 20).unwrap();
         file.write_all_at(&[1; 4096], 1 << 20).unwrap();
         file.write_all_at(&[1; 4096], 3 << 20).unwrap();
         let (limits, cancel) = (ImageLimits::new(), CancelToken::new().unwrap());
         let found = pieces(&file, 4 << 20, &budget(&limits, &cancel)).unwrap();
-        assert_eq!(found, [(1 << 20, 4096), (3 << 20, 4096)]);
+        let extent = |offset| SparseExtent { offset, len: 4096 };
+        assert_eq!(found, [extent(1 << 20), extent(3 << 20)]);
         // What was added behind its end is no part of it.
-        assert_eq!(pieces(&file, 2 << 20, &budget(&limits, &cancel)).unwrap(), [(1 << 20, 4096)]);
+        assert_eq!(pieces(&file, 2 << 20, &budget(&limits, &cancel)).unwrap(), [extent(1 << 20)]);
         cancel.cancel();
         assert_eq!(pieces(&file, 4 << 20, &budget(&limits, &cancel)).unwrap_err().kind(), ErrorKind::Cancelled);
     }

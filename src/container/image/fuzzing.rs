@@ -3,7 +3,7 @@
 use std::io::{Cursor, Read};
 use std::time::Duration;
 
-use super::budget::{Budget, Patience};
+use super::budget::{Budget, PrepareDeadline};
 use super::erofs::reader::Reader;
 use super::{ImageLimits, write_archive};
 use crate::size::Size;
@@ -17,8 +17,8 @@ pub(crate) fn read_archive(source: &mut (dyn Read + Send)) {
         ImageLimits::new().max_entries(4096).max_names(Size::mib(1)).xattrs(Size::mib(1)).header(Size::kib(64));
     let read = || {
         let file = sys::temp_file(&std::env::temp_dir()).ok()?;
-        let patience = Patience::new(Duration::from_secs(60), None);
-        let outcome = write_archive(source, &file, &Budget::new(&limits, size, &patience));
+        let deadline = PrepareDeadline::new(Duration::from_secs(60), None);
+        let outcome = write_archive(source, &file, &Budget::new(&limits, size, &deadline));
         let written = std::os::unix::fs::MetadataExt::blocks(&file.metadata().ok()?) * 512;
         assert!(written <= size.as_bytes() + (1 << 20), "more was written than allowed");
         if outcome.is_ok() {

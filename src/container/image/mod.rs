@@ -31,13 +31,13 @@ use super::CancelToken;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::size::Size;
 use crate::sys::Beneath;
-use budget::{Budget, Patience};
+use budget::{Budget, PrepareDeadline};
 #[cfg(any(test, feature = "internals"))]
 pub(crate) use fuzzing::image_tar;
 pub use limits::ImageLimits;
-use store::{Identity, Store};
-use tar::{Stream, Target};
-use tree::Tree;
+use store::{FileIdentity, Store};
+use tar::{ImageBuilder, Stream};
+use tree::InodeTree;
 
 /// How disks are written: what hashes and seals begin with, so that disks that another release wrote otherwise are other disks.
 const DISK_VERSION: [u8; 16] = *b"cofferdam disk 2";
@@ -72,7 +72,7 @@ const OPEN_TIMEOUT: Duration = Duration::from_secs(10);
 #[must_use = "a config value does nothing by itself"]
 pub struct Image {
     path: PathBuf,
-    kind: Kind,
+    kind: ImageKind,
     cache: Option<PathBuf>,
     max_size: Size,
     limits: ImageLimits,
@@ -81,7 +81,7 @@ pub struct Image {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Kind {
+enum ImageKind {
     Tar,
     Directory,
 }
@@ -101,11 +101,11 @@ impl Image {
         let path = path.as_ref();
         let doing = || format!("opening image {}", path.display());
         let asked = path.to_path_buf();
-        let patience = Patience::fixed(OPEN_TIMEOUT, "its file system has not answered");
-        let metadata = worker::run(&patience, Duration::ZERO, move |_| Ok(std::fs::metadata(asked)?)).doing(doing)?;
+        let deadline = PrepareDeadline::fixed(OPEN_TIMEOUT, "its file system has not answered");
+        let metadata = worker::run(&deadline, Duration::ZERO, move |_| Ok(std::fs::metadata(asked)?)).doing(doing)?;
         let kind = match () {
-            () if metadata.is_dir() => Kind::Directory,
-            () if metadata.is_file() => Kind::Tar,
+            () if metadata.is_dir() => ImageKind::Directory,
+            () if metadata.is_file() => ImageKind::Tar,
             () => {
                 return Err(Error::new(ErrorKind::InvalidConfig, "neither a file nor a directory").doing(doing()));
             }
@@ -186,47 +186,47 @@ impl Image {
     /// The disk, open for reading. Its own token ends what is done for it, and so does `cancel`.
     pub(super) fn disk(&self, cancel: Option<&CancelToken>) -> Result<File> {
         let image = self.clone();
-        let patience = Patience::new(self.prepare_timeout, self.cancel.iter().chain(cancel));
-        worker::run(&patience, worker::GRACE, move |patience| image.made(patience))
+        let deadline = PrepareDeadline::new(self.prepare_timeout, self.cancel.iter().chain(cancel));
+        worker::run(&deadline, worker::GRACE, move |deadline| image.made(deadline))
             .doing(|| format!("preparing image {}", self.path.display()))
     }
 
-    fn made(&self, patience: &Patience) -> Result<File> {
+    fn made(&self, deadline: &PrepareDeadline) -> Result<File> {
         let store = Store::open(self.cache.clone())?;
         match self.kind {
-            Kind::Tar => self.made_of_archive(&store, patience),
-            Kind::Directory => self.made_of_directory(&store, patience),
+            ImageKind::Tar => self.made_of_archive(&store, deadline),
+            ImageKind::Directory => self.made_of_directory(&store, deadline),
         }
     }
 
-    fn budget(&self, patience: &Patience) -> Budget {
-        Budget::new(&self.limits, self.max_size, patience)
+    fn budget(&self, deadline: &PrepareDeadline) -> Budget {
+        Budget::new(&self.limits, self.max_size, deadline)
     }
 
     /// The archive is opened once. What is written was read by the same descriptor, and is kept under the digest of just that.
-    fn made_of_archive(&self, store: &Store, patience: &Patience) -> Result<File> {
+    fn made_of_archive(&self, store: &Store, deadline: &PrepareDeadline) -> Result<File> {
         let mut file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(&self.path)?;
         if !file.metadata()?.is_file() {
             return Err(Error::new(ErrorKind::InvalidState, "it is no file any more"));
         }
-        let identity = Identity::of(&file)?.name();
+        let identity = FileIdentity::of(&file)?.name();
         let changed = || Error::new(ErrorKind::InvalidState, "the archive was written to while it was read");
         let digest = match store.remembered(&identity) {
             Some(digest) => digest,
             None => {
                 let mut hash = begin();
-                read_into(&mut file, &mut hash, patience)?;
+                read_into(&mut file, &mut hash, deadline)?;
                 let digest = hex(&hash.finalize());
-                if Identity::of(&file)?.name() != identity {
+                if FileIdentity::of(&file)?.name() != identity {
                     return Err(changed());
                 }
                 store.remember(&identity, &digest);
                 digest
             }
         };
-        store.get_or_make(&digest, patience, |disk| {
+        store.get_or_make(&digest, deadline, |disk| {
             file.seek(SeekFrom::Start(0))?;
-            let read = write_archive(&mut file, disk, &self.budget(patience))?;
+            let read = write_archive(&mut file, disk, &self.budget(deadline))?;
             if hex(&read.finalize()) == digest {
                 return Ok(());
             }
@@ -235,16 +235,16 @@ impl Image {
         })
     }
 
-    fn made_of_directory(&self, store: &Store, patience: &Patience) -> Result<File> {
+    fn made_of_directory(&self, store: &Store, deadline: &PrepareDeadline) -> Result<File> {
         let root = Beneath::open(&self.path)?;
         let mut hash = begin();
-        directory::fingerprint(&root, &self.budget(patience), &mut hash)?;
+        directory::fingerprint(&root, &self.budget(deadline), &mut hash)?;
         let digest = hex(&hash.finalize());
-        store.get_or_make(&digest, patience, |disk| {
-            let budget = self.budget(patience);
-            let (mut tree, mut hash) = (Tree::new(), begin());
+        store.get_or_make(&digest, deadline, |disk| {
+            let budget = self.budget(deadline);
+            let (mut tree, mut hash) = (InodeTree::new(), begin());
             let mut to = erofs::Disk::new(disk, &budget)?;
-            directory::read(&root, &mut Target { tree: &mut tree, disk: &mut to, budget: &budget }, &mut hash)?;
+            directory::read(&root, &mut ImageBuilder { tree: &mut tree, disk: &mut to, budget: &budget }, &mut hash)?;
             erofs::finish(&tree, to)?;
             if hex(&hash.finalize()) == digest {
                 return Ok(());
@@ -256,10 +256,10 @@ impl Image {
 
 /// Writes the disk of an archive, and returns the hash of all that was read of it.
 fn write_archive(source: &mut dyn Read, disk: &File, budget: &Budget) -> Result<Sha256> {
-    let mut tree = Tree::new();
+    let mut tree = InodeTree::new();
     let mut to = erofs::Disk::new(disk, budget)?;
     let mut stream = Stream::new(source, begin(), budget);
-    tar::read(&mut stream, &mut Target { tree: &mut tree, disk: &mut to, budget })?;
+    tar::read(&mut stream, &mut ImageBuilder { tree: &mut tree, disk: &mut to, budget })?;
     erofs::finish(&tree, to)?;
     stream.finish()
 }
@@ -269,10 +269,10 @@ fn begin() -> Sha256 {
     Sha256::new_with_prefix(DISK_VERSION).chain_update(b"\n")
 }
 
-fn read_into(file: &mut File, hash: &mut Sha256, patience: &Patience) -> Result<()> {
+fn read_into(file: &mut File, hash: &mut Sha256, deadline: &PrepareDeadline) -> Result<()> {
     let mut buffer = vec![0; 1 << 20];
     loop {
-        patience.check()?;
+        deadline.check()?;
         match file.read(&mut buffer) {
             Ok(0) => return Ok(()),
             Ok(n) => hash.update(buffer.get(..n).unwrap_or_default()),

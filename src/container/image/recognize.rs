@@ -1,6 +1,6 @@
 //! Recognizes content that is mistaken for a root file system. The error says what to do about it.
 
-use super::tree::{InodeKind, Tree};
+use super::tree::{InodeKind, InodeTree};
 use crate::error::{Error, ErrorKind, Result};
 
 /// How compressed files begin, and what they are called.
@@ -25,7 +25,7 @@ pub(super) fn no_other_format(begin: &[u8]) -> Result<()> {
 
 /// # Errors
 /// `Unsupported` for what holds an image in layers instead of a root file system.
-pub(super) fn no_other_image(tree: &Tree) -> Result<()> {
+pub(super) fn no_other_image(tree: &InodeTree) -> Result<()> {
     let file = |name: &[u8]| tree.at_top(name).is_some_and(|inode| matches!(inode.kind, InodeKind::File(_)));
     let unsupported = |what| Err(Error::new(ErrorKind::Unsupported, what));
     // Programs have files of that name too, but then there is something to run them with.

@@ -10,7 +10,7 @@ use std::os::unix::fs::FileExt;
 use flate2::Crc;
 
 use super::DISK_VERSION;
-use super::budget::Patience;
+use super::budget::PrepareDeadline;
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys;
 
@@ -27,9 +27,9 @@ pub(super) struct Seal {
 
 impl Seal {
     /// Of a disk that has none yet.
-    pub(super) fn of(file: &File, patience: &Patience) -> Result<Self> {
+    pub(super) fn of(file: &File, deadline: &PrepareDeadline) -> Result<Self> {
         let len = file.metadata()?.len();
-        Ok(Self { len, sum: sum(file, len, patience)? })
+        Ok(Self { len, sum: sum(file, len, deadline)? })
     }
 
     fn to_bytes(self) -> Vec<u8> {
@@ -47,7 +47,7 @@ impl Seal {
 }
 
 /// Whether a disk is as it was when it was sealed. Reads all of it.
-pub(super) fn holds(file: &File, patience: &Patience) -> Result<bool> {
+pub(super) fn holds(file: &File, deadline: &PrepareDeadline) -> Result<bool> {
     let Some(len) = file.metadata()?.len().checked_sub(LEN) else {
         return Ok(false);
     };
@@ -55,7 +55,7 @@ pub(super) fn holds(file: &File, patience: &Patience) -> Result<bool> {
     if file.read_exact_at(&mut found, len).is_err() || !found.starts_with(&DISK_VERSION) {
         return Ok(false);
     }
-    match sum(file, len, patience) {
+    match sum(file, len, deadline) {
         Ok(sum) => Ok(Seal { len, sum }.to_bytes() == found),
         // A block that storage cannot read is damage too.
         Err(error) if matches!(error.kind(), ErrorKind::Io | ErrorKind::Corrupt) => Ok(false),
@@ -64,7 +64,7 @@ pub(super) fn holds(file: &File, patience: &Patience) -> Result<bool> {
 }
 
 /// The sum of all blocks that are not zeros and of where they are. That a file system keeps some as holes makes no difference.
-fn sum(file: &File, len: u64, patience: &Patience) -> Result<u32> {
+fn sum(file: &File, len: u64, deadline: &PrepareDeadline) -> Result<u32> {
     const ZEROS: [u8; BLOCK] = [0; BLOCK];
     let mut crc = Crc::new();
     let mut buffer = vec![0; BUFFER];
@@ -72,7 +72,7 @@ fn sum(file: &File, len: u64, patience: &Patience) -> Result<u32> {
     while let Some(extent) = next_extent(file, end, len)? {
         end = extent.end;
         for at in extent.step_by(BUFFER) {
-            patience.check()?;
+            deadline.check()?;
             let room = usize::try_from(end - at).unwrap_or(BUFFER).min(BUFFER);
             let piece = buffer.get_mut(..room).unwrap_or_default();
             file.read_exact_at(piece, at).map_err(Error::from)?;

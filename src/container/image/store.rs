@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use sha2::Digest;
 
-use super::budget::Patience;
+use super::budget::PrepareDeadline;
 use super::seal::{self, Seal};
 use super::{begin, hex};
 use crate::error::{Context, Error, ErrorKind, Result};
@@ -28,9 +28,9 @@ const MAX_PAUSE: Duration = Duration::from_millis(50);
 
 /// What changes with any write to a file: device, inode, length, and both times of change.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) struct Identity([u64; 7]);
+pub(super) struct FileIdentity([u64; 7]);
 
-impl Identity {
+impl FileIdentity {
     pub(super) fn of(file: &File) -> io::Result<Self> {
         let m = file.metadata()?;
         let [mtime, mtime_nsec, ctime, ctime_nsec] =
@@ -47,7 +47,7 @@ impl Identity {
 }
 
 /// Disks that this process has read through.
-static VERIFIED: Mutex<BTreeSet<Identity>> = Mutex::new(BTreeSet::new());
+static VERIFIED: Mutex<BTreeSet<FileIdentity>> = Mutex::new(BTreeSet::new());
 const MAX_VERIFIED: usize = 4096;
 
 /// A directory of disks. Several processes may use one.
@@ -113,23 +113,23 @@ impl Store {
     pub(super) fn get_or_make(
         &self,
         digest: &str,
-        patience: &Patience,
+        deadline: &PrepareDeadline,
         make: impl FnOnce(&File) -> Result<()>,
     ) -> Result<File> {
         let name = format!("{digest}.erofs");
-        if let Some(file) = self.get(&name, patience)? {
+        if let Some(file) = self.get(&name, deadline)? {
             return Ok(file);
         }
-        let _lock = self.lock(digest, patience)?;
+        let _lock = self.lock(digest, deadline)?;
         // Another thread or process may have made it while this one waited.
-        if let Some(file) = self.get(&name, patience)? {
+        if let Some(file) = self.get(&name, deadline)? {
             return Ok(file);
         }
         let writing = || format!("writing to {}", self.dir.display());
         let directory = sys::path_of(self.directory.as_fd());
         let draft = AtomicFile::new(&directory, FILE_MODE).doing(writing)?;
         make(draft.file())?;
-        let seal = Seal::of(draft.file(), patience)?;
+        let seal = Seal::of(draft.file(), deadline)?;
         seal.write(draft.file()).doing(writing)?;
         draft.file().sync_all().doing(writing)?;
         let inode = draft.file().metadata()?.ino();
@@ -148,26 +148,26 @@ impl Store {
             private_file(&self.directory, &name).doing(|| format!("opening {}", self.dir.join(&name).display()))?;
         if made.metadata()?.ino() == inode {
             // It was read through just now.
-            remember_verified(Identity::of(&made)?);
+            remember_verified(FileIdentity::of(&made)?);
             return Ok(made);
         }
-        let made = self.get(&name, patience)?;
+        let made = self.get(&name, deadline)?;
         made.ok_or_else(|| Error::new(ErrorKind::Corrupt, format!("{} is damaged", self.dir.join(name).display())))
     }
 
     /// A disk that is there and whole.
-    fn get(&self, name: &str, patience: &Patience) -> Result<Option<File>> {
+    fn get(&self, name: &str, deadline: &PrepareDeadline) -> Result<Option<File>> {
         let path = self.dir.join(name);
         let file = match private_file(&self.directory, name) {
             Ok(file) => file,
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(error.doing(format!("opening {}", path.display()))),
         };
-        let identity = Identity::of(&file)?;
+        let identity = FileIdentity::of(&file)?;
         if verified().is_some_and(|verified| verified.contains(&identity)) {
             return Ok(Some(file));
         }
-        if !seal::holds(&file, patience).doing(|| format!("reading {}", path.display()))? {
+        if !seal::holds(&file, deadline).doing(|| format!("reading {}", path.display()))? {
             log::warn!("{} is damaged, and will be made anew", path.display());
             return Ok(None);
         }
@@ -177,7 +177,7 @@ impl Store {
 
     /// Waits for another thread or process that makes the same image. One file for all digests: each has a byte of its
     /// own in it, so no lock is ever removed. It is not to be opened by other users, who could hold it.
-    fn lock(&self, digest: &str, patience: &Patience) -> Result<CloseOnFork<File>> {
+    fn lock(&self, digest: &str, deadline: &PrepareDeadline) -> Result<CloseOnFork<File>> {
         let doing = || format!("locking {}", self.dir.join("lock").display());
         let path = sys::path_of(self.directory.as_fd()).join("lock");
         let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
@@ -192,7 +192,7 @@ impl Store {
         let byte = digest.get(..15).and_then(|d| u64::from_str_radix(d, 16).ok()).unwrap_or(0);
         let mut pause = MIN_PAUSE;
         while !sys::try_lock_byte(&lock, byte).doing(doing)? {
-            patience.check().doing(|| "waiting for somebody else who prepares the same image")?;
+            deadline.check().doing(|| "waiting for somebody else who prepares the same image")?;
             std::thread::sleep(pause);
             pause = (pause * 2).min(MAX_PAUSE);
         }
@@ -202,7 +202,7 @@ impl Store {
 
 /// Returns the list, unless another thread holds it. In a child of fork that thread may not exist. A caller that misses
 /// the list reads a disk once more.
-fn verified() -> Option<MutexGuard<'static, BTreeSet<Identity>>> {
+fn verified() -> Option<MutexGuard<'static, BTreeSet<FileIdentity>>> {
     match VERIFIED.try_lock() {
         Ok(verified) => Some(verified),
         Err(TryLockError::Poisoned(verified)) => Some(verified.into_inner()),
@@ -210,7 +210,7 @@ fn verified() -> Option<MutexGuard<'static, BTreeSet<Identity>>> {
     }
 }
 
-fn remember_verified(identity: Identity) {
+fn remember_verified(identity: FileIdentity) {
     let Some(mut verified) = verified() else { return };
     if verified.len() >= MAX_VERIFIED {
         verified.clear();
@@ -256,15 +256,15 @@ mod tests {
 
     /// In a child of fork it stays so.
     #[test]
-    fn a_list_that_somebody_holds_is_not_waited_for() {
+    fn locked_store_index_is_not_waited_for() {
         let dir = std::env::temp_dir().join(format!("cofferdam-verified-{}", std::process::id()));
         let _held = VERIFIED.lock();
         let store = Store::open(Some(dir.clone())).unwrap();
-        let patience = Patience::new(Duration::from_secs(60), None);
+        let deadline = PrepareDeadline::new(Duration::from_secs(60), None);
         let digest = "2".repeat(64);
-        let made = store.get_or_make(&digest, &patience, |file| Ok((&*file).write_all(b"disk")?)).unwrap();
-        let found = store.get_or_make(&digest, &patience, |_| panic!("it is there")).unwrap();
-        assert_eq!(Identity::of(&made).unwrap(), Identity::of(&found).unwrap());
+        let made = store.get_or_make(&digest, &deadline, |file| Ok((&*file).write_all(b"disk")?)).unwrap();
+        let found = store.get_or_make(&digest, &deadline, |_| panic!("it is there")).unwrap();
+        assert_eq!(FileIdentity::of(&made).unwrap(), FileIdentity::of(&found).unwrap());
         fs::remove_dir_all(dir).unwrap();
     }
 }

@@ -1,4 +1,4 @@
-//! [`Tree`]: an image in memory, and how entries change it. They change it as `tar -x` of GNU tar changes a file
+//! [`InodeTree`]: an image in memory, and how entries change it. They change it as `tar -x` of GNU tar changes a file
 //! system.
 //!
 //! Nothing here recurses: directories name their children by numbers.
@@ -10,7 +10,7 @@ use super::budget::Budget;
 use super::path::{EntryPath, shown};
 use crate::error::{Error, ErrorKind, Result};
 
-/// The number of an inode in [`Tree::inodes`].
+/// The number of an inode in [`InodeTree::inodes`].
 pub(super) type InodeIndex = u32;
 
 pub(super) const ROOT: InodeIndex = 0;
@@ -92,7 +92,7 @@ pub(super) struct Chunks {
 
 /// All inodes and names. It always has a root.
 #[derive(Debug)]
-pub(super) struct Tree {
+pub(super) struct InodeTree {
     inodes: Vec<Inode>,
 }
 
@@ -107,7 +107,7 @@ fn corrupt(what: impl Into<Cow<'static, str>>) -> Error {
     Error::new(ErrorKind::Corrupt, what)
 }
 
-impl Tree {
+impl InodeTree {
     pub(super) fn new() -> Self {
         let root = Directory { children: BTreeMap::new(), parent: ROOT, depth: 0 };
         Self { inodes: vec![Inode { kind: InodeKind::Directory(root), metadata: Metadata::of_made(), nlink: 1 }] }
@@ -168,7 +168,7 @@ impl Tree {
     /// Adds anything that is no directory. What is there gives way, but not a directory that is not empty.
     ///
     /// # Errors
-    /// As [`Tree::add_directory`].
+    /// As [`InodeTree::add_directory`].
     pub(super) fn add(&mut self, path: &EntryPath, kind: InodeKind, metadata: Metadata, budget: &Budget) -> Result<()> {
         let (above, Some(name)) = path.split() else {
             return Err(corrupt("the root is not a directory"));
@@ -184,7 +184,7 @@ impl Tree {
     /// Adds one more name of what is at `target` already.
     ///
     /// # Errors
-    /// As [`Tree::add_directory`]; `Corrupt` for a target that is not there, or is a directory.
+    /// As [`InodeTree::add_directory`]; `Corrupt` for a target that is not there, or is a directory.
     pub(super) fn add_link(&mut self, path: &EntryPath, target: &EntryPath, budget: &Budget) -> Result<()> {
         let to = shown(target.as_bytes());
         let missing = || corrupt(format!("a hard link to {to}, which is not in the image before it"));

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
-use super::budget::Patience;
+use super::budget::PrepareDeadline;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::sys::{self, ProcessGeneration};
 
@@ -82,12 +82,12 @@ impl Parting {
 }
 
 /// Says that the thread ends, also when it panics.
-struct Ending {
+struct EndOnDrop {
     parting: Parting,
     left: &'static LeftBehind,
 }
 
-impl Drop for Ending {
+impl Drop for EndOnDrop {
     fn drop(&mut self) {
         self.parting.end(self.left);
     }
@@ -101,18 +101,18 @@ impl Drop for Ending {
 /// # Errors
 /// What `f` fails with; `TimedOut` and `Cancelled`; `ResourceExhausted` where too many threads were left behind.
 pub(super) fn run<T: Send + 'static>(
-    patience: &Patience,
+    deadline: &PrepareDeadline,
     grace: Duration,
-    f: impl FnOnce(&Patience) -> Result<T> + Send + 'static,
+    f: impl FnOnce(&PrepareDeadline) -> Result<T> + Send + 'static,
 ) -> Result<T> {
-    run_beside(&LEFT, patience, grace, f)
+    run_beside(&LEFT, deadline, grace, f)
 }
 
 fn run_beside<T: Send + 'static>(
     left: &'static LeftBehind,
-    patience: &Patience,
+    deadline: &PrepareDeadline,
     grace: Duration,
-    f: impl FnOnce(&Patience) -> Result<T> + Send + 'static,
+    f: impl FnOnce(&PrepareDeadline) -> Result<T> + Send + 'static,
 ) -> Result<T> {
     let count = left.count();
     if count >= MAX_LEFT {
@@ -123,8 +123,8 @@ fn run_beside<T: Send + 'static>(
         return Err(Error::new(ErrorKind::ResourceExhausted, problem));
     }
     let (done, answer) = mpsc::sync_channel(1);
-    let (own, parting) = (patience.clone(), Parting::default());
-    let ending = Ending { parting: parting.clone(), left };
+    let (own, parting) = (deadline.clone(), Parting::default());
+    let ending = EndOnDrop { parting: parting.clone(), left };
     let body = move || {
         let _ending = ending;
         drop(done.send(f(&own)));
@@ -141,7 +141,7 @@ fn run_beside<T: Send + 'static>(
                 return answer.unwrap_or_else(panicked);
             }
         }
-        if let Err(reason) = patience.check()
+        if let Err(reason) = deadline.check()
             && over.get_or_insert_with(Instant::now).elapsed() >= grace
         {
             parting.leave(left);
@@ -157,7 +157,7 @@ mod tests {
     use crate::container::CancelToken;
 
     #[test]
-    fn a_host_that_does_not_answer_is_not_waited_for() {
+    fn unresponsive_host_file_system_times_out() {
         let cancelled = CancelToken::new().unwrap();
         cancelled.cancel();
         let cases = [
@@ -167,8 +167,8 @@ mod tests {
         for (timeout, cancel, kind) in cases {
             let (host, answer) = mpsc::channel::<()>();
             let (ended, end) = mpsc::channel();
-            let patience = Patience::new(timeout, [&cancel]);
-            let outcome: Result<()> = run(&patience, Duration::from_millis(100), move |_| {
+            let deadline = PrepareDeadline::new(timeout, [&cancel]);
+            let outcome: Result<()> = run(&deadline, Duration::from_millis(100), move |_| {
                 let _ = answer.recv();
                 let _ = ended.send(());
                 Ok(())
@@ -181,9 +181,9 @@ mod tests {
     }
 
     #[test]
-    fn threads_that_are_left_behind_are_counted_until_they_end() {
+    fn abandoned_threads_are_counted_until_they_end() {
         static LEFT: LeftBehind = LeftBehind::new();
-        let brief = || Patience::new(Duration::ZERO, None);
+        let brief = || PrepareDeadline::new(Duration::ZERO, None);
         let mut hosts = Vec::new();
         for n in 0..MAX_LEFT {
             let (host, answer) = mpsc::channel::<()>();
@@ -196,7 +196,7 @@ mod tests {
             });
             assert_eq!(outcome.unwrap_err().kind(), ErrorKind::TimedOut);
         }
-        let begin = || run_beside(&LEFT, &Patience::new(Duration::from_secs(60), None), GRACE, |_| Ok(7));
+        let begin = || run_beside(&LEFT, &PrepareDeadline::new(Duration::from_secs(60), None), GRACE, |_| Ok(7));
         let error = begin().unwrap_err();
         assert!(error.kind() == ErrorKind::ResourceExhausted && error.to_string().contains("16 threads"), "{error}");
         drop(hosts);
@@ -209,7 +209,7 @@ mod tests {
     }
 
     #[test]
-    fn a_thread_counts_only_while_it_is_left_behind() {
+    fn thread_counts_only_while_abandoned() {
         let left = LeftBehind::new();
         let count = || left.count();
         let (first, second) = (Parting::default(), Parting::default());
@@ -224,7 +224,7 @@ mod tests {
     }
 
     #[test]
-    fn a_child_has_no_threads_left_behind() {
+    fn forked_child_has_no_abandoned_threads() {
         let left = LeftBehind::new();
         for _ in 0..MAX_LEFT {
             left.add();
@@ -241,10 +241,10 @@ mod tests {
     }
 
     #[test]
-    fn what_is_done_in_time_is_given_back() {
-        let patience = Patience::new(Duration::MAX, None);
-        assert_eq!(run(&patience, GRACE, |_| Ok(7)).unwrap(), 7);
-        let panicked: Result<()> = run(&patience, GRACE, |_| panic!("on purpose"));
+    fn work_done_in_time_is_returned() {
+        let deadline = PrepareDeadline::new(Duration::MAX, None);
+        assert_eq!(run(&deadline, GRACE, |_| Ok(7)).unwrap(), 7);
+        let panicked: Result<()> = run(&deadline, GRACE, |_| panic!("on purpose"));
         assert_eq!(panicked.unwrap_err().kind(), ErrorKind::Io);
     }
 }

@@ -123,7 +123,7 @@ pub(in super::super) fn shut_write(socket: &Fd) -> Result<()> {
 }
 
 /// Whether the other side still takes what is sent to it. Nothing is.
-pub(in super::super) fn is_heard(socket: &Fd) -> bool {
+pub(in super::super) fn is_writable(socket: &Fd) -> bool {
     write(socket, &[]).is_ok()
 }
 

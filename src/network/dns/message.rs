@@ -296,7 +296,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_of_an_answer_stays_but_what_was_asked_and_edns() {
+    fn filtered_answer_keeps_only_the_question_and_edns() {
         let asked = query("example.com", 15);
         let question = Question::parse(&asked).unwrap();
         let record = |name: &[u8], kind: u16, data: &[u8]| {
@@ -327,7 +327,7 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_without_the_question_is_a_format_error_alone() {
+    fn answer_without_the_question_is_a_format_error() {
         let query = query("example.com", A);
         let question = Question::parse(&query).unwrap();
         let bare = |code: u8| {
@@ -351,7 +351,7 @@ mod tests {
     }
 
     #[test]
-    fn questions_are_understood_or_refused() {
+    fn questions_are_parsed_or_rejected() {
         let question = Question::parse(&query("WWW.Example.com", A)).unwrap();
         assert_eq!((question.name.as_str(), question.kind, question.id), ("www.example.com", A, 0x1234));
         assert_eq!(Question::parse(&query("", A)).unwrap().name, "");
@@ -371,7 +371,7 @@ mod tests {
     }
 
     #[test]
-    fn answers_are_looked_through() {
+    fn answer_records_are_parsed() {
         let query = query("example.com", A);
         let question = Question::parse(&query).unwrap();
         let mut answer = query.clone();
@@ -395,7 +395,7 @@ mod tests {
     }
 
     #[test]
-    fn names_of_addresses_are_read() {
+    fn reverse_names_are_parsed() {
         let read = |name: &str| reverse(name).map(|address| address.to_string());
         assert_eq!(read("4.3.2.1.in-addr.arpa").as_deref(), Some("1.2.3.4"));
         let six = "8.b.d.0.1.0.0.2.ip6.arpa";
@@ -418,7 +418,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_bytes_are_survived(bytes in proptest::collection::vec(any::<u8>(), 0..200), prefix in any::<bool>()) {
+        fn arbitrary_bytes_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200), prefix in any::<bool>()) {
             let mut message = if prefix { query("example.com", A) } else { Vec::new() };
             message.extend(&bytes);
             let _ = (reply(&message, Code::ServFail), truncated(&message));

@@ -168,7 +168,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ranges_are_read_or_refused_with_a_remedy() {
+    fn cidr_parses_or_names_the_remedy() {
         for good in ["10.0.0.0/8", "0.0.0.0/0", "::/0", "192.0.2.7/32", "fd00::/8"] {
             assert_eq!(good.parse::<Cidr>().unwrap().to_string(), good);
         }
@@ -181,7 +181,7 @@ mod tests {
     }
 
     #[test]
-    fn ranges_contain_what_begins_alike() {
+    fn cidr_contains_addresses_with_its_prefix() {
         let range: Cidr = "10.64.0.0/10".parse().unwrap();
         assert!(range.contains("10.127.255.255".parse().unwrap()) && !range.contains("10.128.0.0".parse().unwrap()));
         assert!(!range.contains("::a40:0".parse().unwrap()));
@@ -190,7 +190,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_public_has_a_name() {
+    fn special_purpose_ranges_have_names() {
         let name = |text: &str| special_purpose_range(text.parse().unwrap()).map(|(_, name)| name);
         for (address, expected) in [
             ("169.254.169.254", "metadata"),

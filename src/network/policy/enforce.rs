@@ -6,7 +6,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::{Cidr, Name, Policy, Protocol, Rule, Target, cidr::special_purpose_range};
+use super::{Cidr, DomainName, Policy, Protocol, Rule, RuleTarget, cidr::special_purpose_range};
 use crate::network::dns;
 use crate::sys::{Route, Routes, SocketKind};
 
@@ -122,7 +122,7 @@ struct ResolvedName {
 #[derive(Debug)]
 struct Ready {
     rule: Rule,
-    name: Option<Name>,
+    name: Option<DomainName>,
 }
 
 /// A policy at work.
@@ -173,7 +173,7 @@ impl Enforcer {
     pub(crate) fn change(&mut self, policy: Policy) {
         let ready = |rule: Rule| {
             let name = match &rule.target {
-                Target::Name(text) => Name::parse_pattern(text).ok(),
+                RuleTarget::Name(text) => DomainName::parse_pattern(text).ok(),
                 _ => None,
             };
             Ready { rule, name }
@@ -234,10 +234,10 @@ impl Enforcer {
                 continue;
             }
             let (hit, public) = match (&rule.target, name) {
-                (Target::Anywhere, _) => (true, true),
-                (Target::Range(range), _) => (range.contains(address), !names(*range)),
-                (Target::Name(_), Some(name)) => (self.is_bound(address, name, now), true),
-                (Target::Name(_), None) => (false, true),
+                (RuleTarget::Anywhere, _) => (true, true),
+                (RuleTarget::Range(range), _) => (range.contains(address), !names(*range)),
+                (RuleTarget::Name(_), Some(name)) => (self.is_bound(address, name, now), true),
+                (RuleTarget::Name(_), None) => (false, true),
             };
             match (hit, rule.allow, special) {
                 (false, ..) => {}
@@ -262,11 +262,11 @@ impl Enforcer {
     /// Whether `rule` is of a name, and another one allows the range that the name leads into; or it is such itself.
     fn range_allows(&self, names: impl Fn(Cidr) -> bool, protocol: Protocol, port: u16, rule: &Rule) -> bool {
         let range = |rule: &Rule| match rule.target {
-            Target::Range(range) => rule.allow && names(range),
+            RuleTarget::Range(range) => rule.allow && names(range),
             _ => false,
         };
         match rule.target {
-            Target::Name(_) => self.rules.iter().any(|r| range(&r.rule) && r.rule.fits(protocol, port)),
+            RuleTarget::Name(_) => self.rules.iter().any(|r| range(&r.rule) && r.rule.fits(protocol, port)),
             _ => range(rule),
         }
     }
@@ -295,7 +295,7 @@ impl Enforcer {
         self.pretended = Some(routes);
     }
 
-    fn is_bound(&self, address: IpAddr, name: &Name, now: Option<Instant>) -> bool {
+    fn is_bound(&self, address: IpAddr, name: &DomainName, now: Option<Instant>) -> bool {
         let valid = |bound: &&ResolvedName| now.is_none_or(|now| bound.until > now);
         self.names.get(&address).is_some_and(|all| all.iter().filter(valid).any(|bound| name.matches(&bound.name)))
     }
@@ -336,10 +336,10 @@ impl Enforcer {
     /// Whether the guest may ask for `name`, which is in lower case and has no last dot; tells of the denial.
     pub(crate) fn may_ask(&mut self, name: &str, now: Instant) -> bool {
         let decision = self.rules.iter().enumerate().find_map(|(n, Ready { rule, name: pattern })| match rule.target {
-            Target::Anywhere if rule.allow || rule.ports.is_empty() && rule.protocols.is_empty() => {
+            RuleTarget::Anywhere if rule.allow || rule.ports.is_empty() && rule.protocols.is_empty() => {
                 Some((n, rule.allow))
             }
-            Target::Name(_) if pattern.as_ref().is_some_and(|p| p.matches(name)) => {
+            RuleTarget::Name(_) if pattern.as_ref().is_some_and(|p| p.matches(name)) => {
                 // Denying a port of a name does not deny the name.
                 (rule.allow || rule.ports.is_empty() && rule.protocols.is_empty()).then_some((n, rule.allow))
             }
@@ -358,7 +358,7 @@ impl Enforcer {
     pub(crate) fn may_lead(&mut self, name: &str, address: IpAddr, now: Instant) -> bool {
         let Some((block, what)) = special_purpose_range(address) else { return true };
         let named = |ready: &Ready| match ready.rule.target {
-            Target::Range(range) => ready.rule.allow && range.contains(address) && block.covers(range),
+            RuleTarget::Range(range) => ready.rule.allow && range.contains(address) && block.covers(range),
             _ => false,
         };
         if self.rules.iter().any(named) {
@@ -393,9 +393,9 @@ impl Enforcer {
 
     /// Makes room: what is not valid any more goes, and the eighth that is valid for the shortest time.
     fn forget(&mut self, now: Instant) {
-        let mut ends: Vec<Instant> = self.names.values().flatten().map(|bound| bound.until).collect();
-        let eighth = ends.len() / 8;
-        let limit = if ends.is_empty() { now } else { (*ends.select_nth_unstable(eighth).1).max(now) };
+        let mut addrs: Vec<Instant> = self.names.values().flatten().map(|bound| bound.until).collect();
+        let eighth = addrs.len() / 8;
+        let limit = if addrs.is_empty() { now } else { (*addrs.select_nth_unstable(eighth).1).max(now) };
         self.names.retain(|_, all| {
             all.retain(|bound| bound.until > limit);
             !all.is_empty()

@@ -14,7 +14,7 @@ pub use self::cidr::Cidr;
 pub(crate) use self::cidr::special_purpose_range;
 pub(crate) use self::enforce::{Admitted, Asking, Enforcer};
 pub use self::enforce::{Denial, DenyReason};
-pub(crate) use self::name::Name;
+pub(crate) use self::name::DomainName;
 
 use std::fmt;
 
@@ -44,7 +44,7 @@ impl fmt::Display for Protocol {
 
 /// What a rule is about.
 #[derive(Debug, Clone, PartialEq, Eq)]
-enum Target {
+enum RuleTarget {
     /// Allowed: all public addresses. Denied: all addresses.
     Anywhere,
     Range(Cidr),
@@ -58,13 +58,13 @@ enum Target {
 #[must_use = "a config value does nothing by itself"]
 pub struct Rule {
     allow: bool,
-    target: Target,
+    target: RuleTarget,
     ports: Vec<RangeInclusive<u16>>,
     protocols: Vec<Protocol>,
 }
 
 impl Rule {
-    fn new(allow: bool, target: Target) -> Self {
+    fn new(allow: bool, target: RuleTarget) -> Self {
         Self { allow, target, ports: Vec::new(), protocols: Vec::new() }
     }
 
@@ -74,7 +74,7 @@ impl Rule {
     /// their range. The host's own addresses, and metadata services of clouds and clusters, need a rule of exactly
     /// their address.
     pub fn allow_public() -> Self {
-        Self::new(true, Target::Anywhere)
+        Self::new(true, RuleTarget::Anywhere)
     }
 
     /// Allows a range of addresses.
@@ -85,7 +85,7 @@ impl Rule {
     /// The host's own addresses, however they were configured, need a rule of that address alone; only those of
     /// loopback do not. So do metadata services, as 169.254.169.254.
     pub fn allow_range(range: impl Into<Cidr>) -> Self {
-        Self::new(true, Target::Range(range.into()))
+        Self::new(true, RuleTarget::Range(range.into()))
     }
 
     /// Allows a name as `example.com`, or all names below one as `*.example.com`.
@@ -93,17 +93,17 @@ impl Rule {
     /// The guest may ask for it, and go to the addresses of the answer for as long as that is valid. An address that is
     /// not public needs a rule of its range too.
     pub fn allow_name(name: impl Into<String>) -> Self {
-        Self::new(true, Target::Name(name.into()))
+        Self::new(true, RuleTarget::Name(name.into()))
     }
 
     /// Denies everything.
     pub fn deny_all() -> Self {
-        Self::new(false, Target::Anywhere)
+        Self::new(false, RuleTarget::Anywhere)
     }
 
     /// Denies a range of addresses.
     pub fn deny_range(range: impl Into<Cidr>) -> Self {
-        Self::new(false, Target::Range(range.into()))
+        Self::new(false, RuleTarget::Range(range.into()))
     }
 
     /// Refuses to resolve a name: `example.com`, or `*.example.com` for all below it.
@@ -113,7 +113,7 @@ impl Rule {
     /// This denies no address: a guest that has one from elsewhere goes there if another rule allows it. To keep it
     /// from a service, deny the service's range, or allow only what it needs.
     pub fn deny_name(name: impl Into<String>) -> Self {
-        Self::new(false, Target::Name(name.into()))
+        Self::new(false, RuleTarget::Name(name.into()))
     }
 
     /// Restricts the rule to this port. Call repeatedly to add ports.
@@ -152,7 +152,7 @@ impl Rule {
             return Err("an echo has no port, so that it can never match: leave the port or the protocol out".into());
         }
         match &self.target {
-            Target::Name(name) => Name::parse_pattern(name).map(drop),
+            RuleTarget::Name(name) => DomainName::parse_pattern(name).map(drop),
             _ => Ok(()),
         }
     }
@@ -160,14 +160,14 @@ impl Rule {
     /// Whether nothing is left for `later`.
     fn covers(&self, later: &Self) -> bool {
         let targets = match (&self.target, &later.target) {
-            (Target::Anywhere, _) => !self.allow || later.target == Target::Anywhere && later.allow,
-            (Target::Range(ours), Target::Range(theirs)) => {
+            (RuleTarget::Anywhere, _) => !self.allow || later.target == RuleTarget::Anywhere && later.allow,
+            (RuleTarget::Range(ours), RuleTarget::Range(theirs)) => {
                 // A rule of one address allows what a range around it does not: the host's own, and metadata services.
                 let alone = later.allow && theirs.is_one() && ours != theirs;
                 ours.covers(*theirs) && (!self.allow || special_alike(*ours, *theirs) && !alone)
             }
-            (Target::Name(ours), Target::Name(theirs)) => {
-                match (Name::parse_pattern(ours), Name::parse_pattern(theirs)) {
+            (RuleTarget::Name(ours), RuleTarget::Name(theirs)) => {
+                match (DomainName::parse_pattern(ours), DomainName::parse_pattern(theirs)) {
                     (Ok(ours), Ok(theirs)) => ours.covers(&theirs),
                     _ => false,
                 }
@@ -256,7 +256,7 @@ mod tests {
     }
 
     #[test]
-    fn rules_that_say_nothing_are_refused_with_a_remedy() {
+    fn empty_rules_are_rejected_with_a_remedy() {
         for (rule, word) in [
             (Rule::allow_public().port(0), "port 0"),
             (Rule::allow_public().ports(RangeInclusive::new(9, 3)), "lower one first"),

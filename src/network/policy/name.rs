@@ -1,4 +1,4 @@
-//! [`Name`]: a name of the DNS, or all names below one.
+//! [`DomainName`]: a name of the DNS, or all names below one.
 
 use std::net::IpAddr;
 
@@ -8,13 +8,13 @@ const MAX_LABEL: usize = 63;
 
 /// A name in lower case without the last dot.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub(crate) struct Name {
+pub(crate) struct DomainName {
     text: String,
     /// All below it, and not itself.
     below: bool,
 }
 
-impl Name {
+impl DomainName {
     /// Reads `example.com` or `*.example.com`.
     pub(crate) fn parse_pattern(text: &str) -> Result<Self, String> {
         if text == "*" || text == "*." {
@@ -82,7 +82,7 @@ mod tests {
 
     #[test]
     fn suffixes_match_whole_labels() {
-        let name = |text| Name::parse_pattern(text).unwrap();
+        let name = |text| DomainName::parse_pattern(text).unwrap();
         let (one, all) = (name("Example.COM."), name("*.example.com"));
         assert!(one.matches("example.com") && !one.matches("www.example.com") && !one.matches("ample.com"));
         assert!(all.matches("www.example.com") && all.matches("a.b.example.com"));

@@ -18,7 +18,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 pub(crate) use self::port::SwitchPort;
-use self::queue::Queue;
+use self::queue::PacketQueue;
 use super::Mac;
 use super::dns::{self, Code, Question};
 use crate::error::{Context, Error, ErrorKind, Result};
@@ -132,13 +132,13 @@ impl Switch {
     /// # Errors
     /// `InvalidConfig` for a name that is none; `AlreadyExists` when the name or the address is taken; `ResourceExhausted` when no
     /// address or descriptor is left.
-    pub(crate) fn join(&self, name: &str, mac: Mac, mtu: u16) -> Result<Place> {
+    pub(crate) fn join(&self, name: &str, mac: Mac, mtu: u16) -> Result<AddressLease> {
         let doing = || format!("joining the switch as {name:?}");
         let name = label(name).ok_or_else(|| {
             Error::invalid("switch", "a name has 1 to 63 letters, digits and hyphens, the latter not at its ends")
         });
         let name = name.doing(doing)?;
-        let queue = Queue::new().doing(doing)?;
+        let queue = PacketQueue::new().doing(doing)?;
         let mut table = self.0.write();
         let taken = |what: String| Err(Error::new(ErrorKind::AlreadyExists, what)).doing(doing);
         if table.by_name.contains_key(&name) {
@@ -164,7 +164,7 @@ impl Switch {
         table.by_mac.insert(mac.0, peer.clone());
         table.by_number.insert(number, peer.clone());
         drop(table);
-        Ok(Place { switch: self.clone(), peer })
+        Ok(AddressLease { switch: self.clone(), peer })
     }
 }
 
@@ -191,7 +191,7 @@ struct Peer {
     mtu: u16,
     address4: Ipv4Addr,
     address6: Ipv6Addr,
-    queue: Queue,
+    queue: PacketQueue,
 }
 
 impl Hub {
@@ -246,12 +246,12 @@ impl Peer {
 
 /// A place on a switch. Given back when dropped, or earlier.
 #[derive(Debug)]
-pub(crate) struct Place {
+pub(crate) struct AddressLease {
     switch: Switch,
     peer: Arc<Peer>,
 }
 
-impl Place {
+impl AddressLease {
     pub(crate) fn address(&self) -> Ipv4Addr {
         self.peer.address4
     }
@@ -275,7 +275,7 @@ impl Place {
     }
 }
 
-impl Drop for Place {
+impl Drop for AddressLease {
     fn drop(&mut self) {
         self.leave();
     }

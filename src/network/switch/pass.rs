@@ -2,9 +2,9 @@
 
 use std::net::IpAddr;
 
-use super::queue::Packet;
-use crate::network::segment::{self, Layout};
-use crate::network::wire::{self, Bad, Tcp, Udp};
+use super::queue::QueuedPacket;
+use crate::network::segment::{self, HeaderOffsets};
+use crate::network::wire::{self, PacketError, Tcp, Udp};
 use crate::network::{Csum, Frame, Gso, GsoKind, Offload, Offloads};
 
 /// The least payload of a segment: smaller ones are no system's, but cost as much as whole ones (Linux, TCP_MIN_SND_MSS).
@@ -31,22 +31,22 @@ const WHOLE: usize = 65550;
 /// Why a packet is not passed on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Kept {
-    Bad(Bad),
+    PacketError(PacketError),
     /// Only the network itself may say this.
     Forbidden,
     TooLarge,
 }
 
-impl From<Bad> for Kept {
-    fn from(bad: Bad) -> Self {
-        Self::Bad(bad)
+impl From<PacketError> for Kept {
+    fn from(bad: PacketError) -> Self {
+        Self::PacketError(bad)
     }
 }
 
 /// What is known of a packet for another guest.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Passing {
-    pub packet: wire::Packet,
+    pub packet: wire::IpPacket,
     /// What the other may be left to do, and the largest packet it takes.
     pub agreed: Offloads,
     pub mtu: u16,
@@ -54,7 +54,7 @@ pub(super) struct Passing {
 
 impl Passing {
     /// What the other gets of `frame`, whose first bytes are `head`: one packet, or several.
-    pub(super) fn packets(&self, frame: Frame<'_>, head: &[u8]) -> Result<Vec<Packet>, Kept> {
+    pub(super) fn packets(&self, frame: Frame<'_>, head: &[u8]) -> Result<Vec<QueuedPacket>, Kept> {
         let packet = self.packet;
         let at = wire::ETHERNET + packet.header;
         let inner = head.get(at..).unwrap_or_default();
@@ -65,7 +65,7 @@ impl Passing {
             wire::UDP | wire::ICMP | wire::ICMPV6 if packet.fragment.is_some_and(|fragment| fragment.offset > 0) => {
                 (0, at)
             }
-            _ if packet.fragment.is_some() && packet.protocol == wire::TCP => return Err(Bad::Fragment.into()),
+            _ if packet.fragment.is_some() && packet.protocol == wire::TCP => return Err(PacketError::Fragment.into()),
             wire::TCP => (16, at + Tcp::parse(inner, packet.len)?.header),
             wire::UDP => {
                 let udp = Udp::parse(inner, packet.len, packet.fragment.is_some())?;
@@ -75,7 +75,7 @@ impl Passing {
                 (6, at + wire::UDP_HEADER)
             }
             wire::ICMP | wire::ICMPV6 => {
-                let kind = *inner.first().ok_or(Bad::Malformed)?;
+                let kind = *inner.first().ok_or(PacketError::Malformed)?;
                 let forbidden = match packet.src {
                     IpAddr::V4(_) => kind == REDIRECT || kind == ADVERTISEMENT,
                     IpAddr::V6(_) => [DISCOVERY, GROUPS, LINK].iter().any(|kinds| kinds.contains(&kind)),
@@ -96,7 +96,7 @@ impl Passing {
         }
         let mut bytes = vec![0; total];
         if frame.read_at(0, &mut bytes) < total {
-            return Err(Bad::Malformed.into());
+            return Err(PacketError::Malformed.into());
         }
         // The guest may have changed it since it was looked at: what was checked is what is passed on.
         let kept = head.len().min(total);
@@ -104,16 +104,16 @@ impl Passing {
             to.copy_from_slice(from);
         }
         if self.agreed.contains(offload.needed()) {
-            return Ok(vec![Packet { bytes, offload }]);
+            return Ok(vec![QueuedPacket { bytes, offload }]);
         }
         let Some(gso) = offload.gso else {
             if let Some(csum) = offload.csum {
                 segment::finish_checksum(&mut bytes, csum, packet.protocol == wire::UDP);
             }
-            return Ok(vec![Packet { bytes, offload: Offload::default() }]);
+            return Ok(vec![QueuedPacket { bytes, offload: Offload::default() }]);
         };
-        let layout = Layout { ip: wire::ETHERNET, tcp: at, payload: headers, ends: (packet.src, packet.dst) };
-        let plain = |bytes| Packet { bytes, offload: Offload::default() };
+        let layout = HeaderOffsets { ip: wire::ETHERNET, tcp: at, payload: headers, addrs: (packet.src, packet.dst) };
+        let plain = |bytes| QueuedPacket { bytes, offload: Offload::default() };
         Ok(segment::cut(&bytes, layout, gso.size).map(plain).collect())
     }
 
@@ -130,14 +130,14 @@ impl Passing {
             || !matches!(packet.protocol, wire::TCP | wire::UDP)
             || headers > at + packet.len
         {
-            return Err(Bad::Malformed.into());
+            return Err(PacketError::Malformed.into());
         }
         let (size, gso) = match said.gso {
             None => (at + packet.len, None),
             Some(gso) => {
                 let kind = if packet.src.is_ipv4() { GsoKind::Tcp4 } else { GsoKind::Tcp6 };
                 if gso.kind != kind || packet.protocol != wire::TCP || gso.size < MSS_MIN {
-                    return Err(Bad::Malformed.into());
+                    return Err(PacketError::Malformed.into());
                 }
                 let header_len = headers as u16;
                 (headers + usize::from(gso.size), Some(Gso { header_len, ..gso }))

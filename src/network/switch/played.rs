@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::{Switch, SwitchPort};
 use crate::error::Result;
 use crate::memory::{GuestAddress, GuestMemory};
-use crate::network::wire::{self, Ends, Head, Tcp};
+use crate::network::wire::{self, AddressPair, FrameBuilder, Tcp};
 use crate::network::{Capabilities, Csum, Frame, Gso, GsoKind, Mac, NetBackend, NetStats, Offload, Offloads, RxBuffer};
 
 const FRAME: GuestAddress = GuestAddress(0);
@@ -16,7 +16,7 @@ const FRAMES: usize = 100_000;
 
 /// A guest whose driver agreed to something.
 #[derive(Debug)]
-pub(in crate::network) struct Played {
+pub(in crate::network) struct FakeGuest {
     pub mac: Mac,
     pub four: Ipv4Addr,
     pub six: Ipv6Addr,
@@ -24,7 +24,7 @@ pub(in crate::network) struct Played {
     memory: GuestMemory,
 }
 
-impl Played {
+impl FakeGuest {
     /// # Errors
     /// As [`Switch::join`].
     pub(in crate::network) fn on(switch: &Switch, name: &str, mac: Mac, agreed: Offloads) -> Result<Self> {
@@ -80,8 +80,13 @@ impl Played {
     }
 
     /// The headers of a packet of this guest.
-    pub(in crate::network) fn ip(&self, to: Mac, dst: IpAddr, protocol: u8, len: usize) -> Head {
-        Head::ip((self.mac, to), Ends { src: self.address(dst.is_ipv4()), dst }, protocol, len)
+    pub(in crate::network) fn ip(&self, to: Mac, dst: IpAddr, protocol: u8, len: usize) -> FrameBuilder {
+        FrameBuilder::ip(
+            wire::MacPair { src: self.mac, dst: to },
+            AddressPair { src: self.address(dst.is_ipv4()), dst },
+            protocol,
+            len,
+        )
     }
 
     /// A segment of this guest that stands for several, and what is left to do to it.
@@ -107,8 +112,8 @@ impl Played {
 
     /// A datagram of this guest with its checksum.
     pub(in crate::network) fn udp(&self, to: Mac, dst: IpAddr, ports: (u16, u16), payload: &[u8]) -> Vec<u8> {
-        let ends = Ends { src: self.address(dst.is_ipv4()), dst };
-        let datagram = wire::datagram(ends, ports, payload);
+        let addrs = AddressPair { src: self.address(dst.is_ipv4()), dst };
+        let datagram = wire::datagram(addrs, wire::UdpPorts { src: ports.0, dst: ports.1 }, payload);
         [self.ip(to, dst, wire::UDP, datagram.len()).as_slice(), &datagram].concat()
     }
 }

@@ -7,15 +7,15 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use super::pass::{DISCOVERY, Kept, Passing};
-use super::queue::Packet;
-use super::{ITSELF, PREFIX, Peer, Place};
+use super::queue::QueuedPacket;
+use super::{AddressLease, ITSELF, PREFIX, Peer};
 use crate::error::{Context, Result};
 use crate::network::policy::Policy;
 use crate::network::user::core::Core;
 use crate::network::user::generational::Owner;
 use crate::network::user::neighbour::{self, Router};
 use crate::network::user::{Config, NetStats, dhcp, icmp};
-use crate::network::wire::{self, Bad, Ends};
+use crate::network::wire::{self, AddressPair, PacketError};
 use crate::network::{Capabilities, Frame, Mac, NetBackend, Offloads, Received, RxBuffer};
 use crate::sys::EpollEvent;
 
@@ -25,18 +25,18 @@ const BATCH: usize = 16;
 
 #[derive(Debug)]
 pub(crate) struct SwitchPort {
-    place: Arc<Place>,
+    place: Arc<AddressLease>,
     /// What the switch itself says to this guest.
     core: Core,
     router: Router,
     /// Frames of others that were taken out of the queue.
-    inbox: VecDeque<Packet>,
+    inbox: VecDeque<QueuedPacket>,
 }
 
 impl SwitchPort {
     /// # Errors
     /// `ResourceExhausted` when the host has no more descriptors.
-    pub(crate) fn new(place: Arc<Place>) -> Result<Self> {
+    pub(crate) fn new(place: Arc<AddressLease>) -> Result<Self> {
         let (hub, peer) = (&place.switch.0, &place.peer);
         let config = Config {
             guest_mac: peer.mac,
@@ -66,13 +66,13 @@ impl SwitchPort {
         self.place.leave();
     }
 
-    fn take(&mut self, frame: Frame<'_>) -> Result<(), Bad> {
+    fn take(&mut self, frame: Frame<'_>) -> Result<(), PacketError> {
         let mut head = [0; wire::HEADERS];
         let Some((ethernet, head)) = self.core.open(frame.memory(), frame.pieces(), &mut head)? else { return Ok(()) };
         let bytes = head.get(wire::ETHERNET..).unwrap_or_default();
         match ethernet.kind {
             wire::IPV4 | wire::IPV6 => {
-                let packet = wire::Packet::parse(ethernet.kind, bytes, frame.len() - wire::ETHERNET)?;
+                let packet = wire::IpPacket::parse(ethernet.kind, bytes, frame.len() - wire::ETHERNET)?;
                 self.packet(frame, head, ethernet.dst, packet)
             }
             wire::ARP => {
@@ -88,7 +88,7 @@ impl SwitchPort {
         }
     }
 
-    fn packet(&mut self, frame: Frame<'_>, head: &[u8], to: Mac, packet: wire::Packet) -> Result<(), Bad> {
+    fn packet(&mut self, frame: Frame<'_>, head: &[u8], to: Mac, packet: wire::IpPacket) -> Result<(), PacketError> {
         let inner = head.get(wire::ETHERNET + packet.header..).unwrap_or_default();
         let unspecified = packet.src.is_unspecified();
         if !unspecified && !self.place.peer.has(packet.src) {
@@ -109,12 +109,12 @@ impl SwitchPort {
     }
 
     /// Passes a packet on to another guest.
-    fn pass(&mut self, frame: Frame<'_>, head: &[u8], packet: wire::Packet, peer: &Peer) -> Result<(), Bad> {
+    fn pass(&mut self, frame: Frame<'_>, head: &[u8], packet: wire::IpPacket, peer: &Peer) -> Result<(), PacketError> {
         // For one whose card does not run it is no work but counted there.
         let agreed = peer.queue.agreed().unwrap_or_default();
         match (Passing { packet, agreed, mtu: peer.mtu }).packets(frame, head) {
             Ok(packets) => peer.queue.push(self.place.peer.number, packets),
-            Err(Kept::Bad(bad)) => return Err(bad),
+            Err(Kept::PacketError(bad)) => return Err(bad),
             Err(Kept::Forbidden) => self.core.stats.spoofed += 1,
             Err(Kept::TooLarge) => self.core.stats.too_large += 1,
         }
@@ -127,16 +127,16 @@ impl SwitchPort {
     }
 
     /// Something for the switch itself.
-    fn ask(&mut self, frame: Frame<'_>, packet: wire::Packet, inner: &[u8]) -> Result<(), Bad> {
+    fn ask(&mut self, frame: Frame<'_>, packet: wire::IpPacket, inner: &[u8]) -> Result<(), PacketError> {
         if packet.fragment.is_some() {
-            return Err(Bad::Fragment);
+            return Err(PacketError::Fragment);
         }
         let at = wire::ETHERNET + packet.header;
         let known = matches!(packet.protocol, wire::UDP | wire::ICMP | wire::ICMPV6);
         if known && frame.offload().csum.is_none() {
             self.core.verify(frame.memory(), frame.pieces(), at, packet)?;
         }
-        let ends = Ends { src: packet.src, dst: packet.dst };
+        let addrs = AddressPair { src: packet.src, dst: packet.dst };
         let six = packet.src.is_ipv6();
         match packet.protocol {
             wire::UDP => {
@@ -144,12 +144,16 @@ impl SwitchPort {
                 let (at, len) = (at + wire::UDP_HEADER, udp.len - wire::UDP_HEADER);
                 let bytes = self.core.copy(frame.memory(), frame.pieces(), at, len)?.to_vec();
                 match udp.dst {
-                    dhcp::SERVER if self.core.config.is_server(ends.dst) => dhcp::message(&mut self.core, &bytes),
-                    DNS if self.core.config.is_gateway(ends.dst) && !ends.src.is_unspecified() => {
+                    dhcp::SERVER if self.core.config.is_server(addrs.dst) => dhcp::message(&mut self.core, &bytes),
+                    DNS if self.core.config.is_gateway(addrs.dst) && !addrs.src.is_unspecified() => {
                         self.core.stats.questions += 1;
                         let reply = self.place.switch.resolve(&bytes);
-                        let Some(reply) = reply else { return Err(Bad::Malformed) };
-                        self.core.send_udp(Ends { src: ends.dst, dst: ends.src }, (DNS, udp.src), &reply);
+                        let Some(reply) = reply else { return Err(PacketError::Malformed) };
+                        self.core.send_udp(
+                            AddressPair { src: addrs.dst, dst: addrs.src },
+                            wire::UdpPorts { src: DNS, dst: udp.src },
+                            &reply,
+                        );
                     }
                     _ => self.core.stats.unserved += 1,
                 }
@@ -161,13 +165,13 @@ impl SwitchPort {
                     return Ok(());
                 }
                 let echo = if six { icmp::ECHO6 } else { icmp::ECHO };
-                let mine = self.core.config.is_gateway(ends.dst) && !ends.src.is_unspecified();
+                let mine = self.core.config.is_gateway(addrs.dst) && !addrs.src.is_unspecified();
                 if inner.first() != Some(&echo) || !mine {
                     self.core.stats.unserved += 1;
                     return Ok(());
                 }
                 let mut message = self.core.copy(frame.memory(), frame.pieces(), at, packet.len)?.to_vec();
-                icmp::echo(&mut self.core, ends, &mut message);
+                icmp::echo(&mut self.core, addrs, &mut message);
             }
             _ => self.core.stats.unserved += 1,
         }
@@ -180,7 +184,7 @@ impl SwitchPort {
             if self.inbox.is_empty() {
                 self.inbox = self.place.peer.queue.take();
             }
-            let Packet { bytes, offload } = self.inbox.front()?;
+            let QueuedPacket { bytes, offload } = self.inbox.front()?;
             if self.core.agreed.to_guest.contains(offload.needed()) {
                 return Some(bytes.len());
             }
@@ -229,13 +233,13 @@ impl NetBackend for SwitchPort {
         let count = self.core.host.events(&mut events);
         for event in events.iter().take(count) {
             match Owner::of(event.data()) {
-                Some(Owner::Timer) => self.core.host.rang(),
-                Some(Owner::Queue) => self.place.peer.queue.heard(),
+                Some(Owner::Timer) => self.core.host.clear_timer(),
+                Some(Owner::Queue) => self.place.peer.queue.clear(),
                 _ => {}
             }
         }
         while self.core.host.due().is_some() {
-            self.router.rang(&mut self.core);
+            self.router.on_timer(&mut self.core);
         }
         self.core.host.arm();
     }
@@ -257,7 +261,8 @@ impl NetBackend for SwitchPort {
             Some(_) => self.core.receive(buffer.memory(), buffer.pieces()),
             None => {
                 let packet = self.look().and_then(|_| self.inbox.pop_front());
-                packet.and_then(|Packet { bytes, offload }| Some(Received { offload, ..buffer.copy_from(&bytes)? }))
+                packet
+                    .and_then(|QueuedPacket { bytes, offload }| Some(Received { offload, ..buffer.copy_from(&bytes)? }))
             }
         };
         if let Some(received) = received {

@@ -1,4 +1,4 @@
-//! [`Queue`]: frames for one guest of a switch. The loops of others put them in, and its own takes them out.
+//! [`PacketQueue`]: frames for one guest of a switch. The loops of others put them in, and its own takes them out.
 //!
 //! No loop waits: a sender drops what does not fit. The lock is held for as long as a frame's place in a list takes;
 //! bytes are copied outside.
@@ -18,16 +18,16 @@ const OVERHEAD: usize = 128;
 
 /// A frame on its way.
 #[derive(Debug)]
-pub(super) struct Packet {
+pub(super) struct QueuedPacket {
     pub bytes: Vec<u8>,
     pub offload: Offload,
 }
 
 #[derive(Debug, Default)]
-struct State {
+struct PacketQueueState {
     /// What the guest agreed to do itself; `None`: its card does not run.
     agreed: Option<Offloads>,
-    packets: VecDeque<Packet>,
+    packets: VecDeque<QueuedPacket>,
     size: usize,
     /// What of that came from each of the others, by their numbers.
     shares: Vec<usize>,
@@ -37,22 +37,22 @@ struct State {
 }
 
 #[derive(Debug)]
-pub(super) struct Queue {
-    state: Mutex<State>,
-    bell: EventFd,
+pub(super) struct PacketQueue {
+    state: Mutex<PacketQueueState>,
+    event: EventFd,
 }
 
-fn size(packet: &Packet) -> usize {
+fn size(packet: &QueuedPacket) -> usize {
     packet.bytes.capacity() + OVERHEAD
 }
 
-impl Queue {
+impl PacketQueue {
     pub(super) fn new() -> io::Result<Self> {
-        let state = State { shares: vec![0; 256], ..State::default() };
-        Ok(Self { state: Mutex::new(state), bell: eventfd()? })
+        let state = PacketQueueState { shares: vec![0; 256], ..PacketQueueState::default() };
+        Ok(Self { state: Mutex::new(state), event: eventfd()? })
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, PacketQueueState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -68,16 +68,16 @@ impl Queue {
 
     /// Nothing is taken any more.
     pub(super) fn close(&self) {
-        *self.state() = State { shares: vec![0; 256], ..State::default() };
+        *self.state() = PacketQueueState { shares: vec![0; 256], ..PacketQueueState::default() };
     }
 
-    /// Puts packets in, as many as fit; rings when the guest's loop sleeps.
+    /// Puts packets in, as many as fit, and wakes the loop of the guest when it sleeps.
     ///
     /// One sender has at most as much in here as is free, so that all get their share (dynamic thresholds).
-    pub(super) fn push(&self, from: u8, packets: impl IntoIterator<Item = Packet>) {
+    pub(super) fn push(&self, from: u8, packets: impl IntoIterator<Item = QueuedPacket>) {
         let mut ring = false;
         let mut state = self.state();
-        let State { agreed, packets: queued, size: all, shares, awake, dropped } = &mut *state;
+        let PacketQueueState { agreed, packets: queued, size: all, shares, awake, dropped } = &mut *state;
         let Some(share) = shares.get_mut(usize::from(from)) else { return };
         for packet in packets {
             let size = size(&packet);
@@ -93,12 +93,12 @@ impl Queue {
         drop(state);
         if ring {
             // A full counter is readable, which is all that is wanted.
-            let _ = self.bell.write(1);
+            let _ = self.event.write(1);
         }
     }
 
-    /// Takes everything. Nothing: the bell rings for the next.
-    pub(super) fn take(&self) -> VecDeque<Packet> {
+    /// Takes everything. When there is nothing, the next packet signals the event.
+    pub(super) fn take(&self) -> VecDeque<QueuedPacket> {
         let mut state = self.state();
         state.awake = !state.packets.is_empty();
         if state.awake {
@@ -115,12 +115,12 @@ impl Queue {
 
     /// Readable when packets have come after there were none.
     pub(super) fn fd(&self) -> BorrowedFd<'_> {
-        borrow(&self.bell)
+        borrow(&self.event)
     }
 
-    /// Clears the bell, once it has woken the loop.
-    pub(super) fn heard(&self) {
-        let _ = self.bell.read();
+    /// Clears the event, once it has woken the loop.
+    pub(super) fn clear(&self) {
+        let _ = self.event.read();
     }
 }
 
@@ -129,36 +129,36 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn packet(len: usize) -> Packet {
-        Packet { bytes: vec![0; len], offload: Offload::default() }
+    fn packet(len: usize) -> QueuedPacket {
+        QueuedPacket { bytes: vec![0; len], offload: Offload::default() }
     }
 
-    fn rings(queue: &Queue) -> bool {
-        queue.bell.read().is_ok()
+    fn is_signaled(queue: &PacketQueue) -> bool {
+        queue.event.read().is_ok()
     }
 
     #[test]
-    fn the_bell_rings_once_for_many() {
-        let queue = Queue::new().unwrap();
+    fn queue_signals_once_for_many_packets() {
+        let queue = PacketQueue::new().unwrap();
         queue.push(2, [packet(100)]);
-        assert!(!rings(&queue) && queue.dropped() == 1, "its card does not run");
+        assert!(!is_signaled(&queue) && queue.dropped() == 1, "its card does not run");
         queue.agree(Offloads::none());
         queue.push(2, [packet(100), packet(100)]);
         queue.push(3, [packet(100)]);
-        assert!(rings(&queue) && !rings(&queue));
+        assert!(is_signaled(&queue) && !is_signaled(&queue));
         assert_eq!(queue.take().len(), 3);
         queue.push(3, [packet(100)]);
-        assert!(!rings(&queue), "it has not seen that there is nothing");
+        assert!(!is_signaled(&queue), "it has not seen that there is nothing");
         assert_eq!((queue.take().len(), queue.take().len()), (1, 0));
         queue.push(3, [packet(100)]);
-        assert!(rings(&queue));
+        assert!(is_signaled(&queue));
         queue.close();
         assert!(queue.take().is_empty() && queue.agreed().is_none());
     }
 
     #[test]
-    fn one_sender_leaves_room_for_others() {
-        let queue = Queue::new().unwrap();
+    fn one_sender_cannot_fill_the_queue() {
+        let queue = PacketQueue::new().unwrap();
         queue.agree(Offloads::none());
         queue.push(2, (0..10_000).map(|_| packet(1500)));
         let dropped = queue.dropped();
@@ -169,10 +169,10 @@ mod tests {
 
     proptest! {
         #[test]
-        fn there_is_never_more_than_there_may_be(
+        fn queue_length_is_bounded(
             steps in proptest::collection::vec((any::<u8>(), 0usize..70_000, 1usize..60, 0u8..30), 1..60),
         ) {
-            let queue = Queue::new().unwrap();
+            let queue = PacketQueue::new().unwrap();
             queue.agree(Offloads::none());
             let (mut sent, mut came) = (0, 0);
             for (from, len, n, take) in steps {

@@ -1,8 +1,8 @@
 //! A switch and its guests, played.
 
-use super::played::Played;
+use super::played::FakeGuest;
 use super::*;
-use crate::network::wire::{self, Ethernet, Packet, Tcp};
+use crate::network::wire::{self, Ethernet, IpPacket, Tcp};
 use crate::network::{Offload, Offloads};
 
 const TSO: Offloads = Offloads::CSUM.union(Offloads::TSO4).union(Offloads::TSO6);
@@ -11,9 +11,9 @@ fn mac(n: u8) -> Mac {
     Mac([2, 0, 0, 0, 0, n])
 }
 
-fn two() -> (Switch, Played, Played) {
+fn two() -> (Switch, FakeGuest, FakeGuest) {
     let switch = Switch::new();
-    let [a, b] = [("a", 1), ("b", 2)].map(|(name, n)| Played::on(&switch, name, mac(n), TSO).unwrap());
+    let [a, b] = [("a", 1), ("b", 2)].map(|(name, n)| FakeGuest::on(&switch, name, mac(n), TSO).unwrap());
     (switch, a, b)
 }
 
@@ -22,9 +22,9 @@ fn itself(switch: &Switch) -> (Mac, IpAddr, IpAddr) {
 }
 
 #[test]
-fn who_cannot_join_is_told_why_and_who_leaves_makes_room() {
+fn failed_join_names_its_cause_and_leaving_frees_the_name() {
     let switch = Switch::new();
-    let join = |name: &str, n| Played::on(&switch, name, mac(n), TSO);
+    let join = |name: &str, n| FakeGuest::on(&switch, name, mac(n), TSO);
     let error = |name: &str, n| join(name, n).unwrap_err();
     for bad in ["", "-a", "a-", "a.b", "a b", "\u{e4}", &"x".repeat(64)] {
         assert_eq!(error(bad, 1).kind(), ErrorKind::InvalidConfig, "{bad}");
@@ -51,7 +51,7 @@ fn who_cannot_join_is_told_why_and_who_leaves_makes_room() {
 #[test]
 fn packets_pass_whole_or_cut_as_the_other_agreed() {
     let (switch, mut a, mut b) = two();
-    let mut plain = Played::on(&switch, "plain", mac(3), Offloads::none()).unwrap();
+    let mut plain = FakeGuest::on(&switch, "plain", mac(3), Offloads::none()).unwrap();
     let payload: Vec<u8> = (0..20_000u32).map(|n| (n * 7) as u8).collect();
     for four in [true, false] {
         let (frame, offload) = a.tcp(&b, four, &payload, Some(1400));
@@ -65,7 +65,8 @@ fn packets_pass_whole_or_cut_as_the_other_agreed() {
         let mut back = Vec::new();
         for (bytes, offload) in came {
             assert_eq!(offload, Offload::default());
-            let packet = Packet::parse(Ethernet::parse(&bytes).unwrap().kind, &bytes[14..], bytes.len() - 14).unwrap();
+            let packet =
+                IpPacket::parse(Ethernet::parse(&bytes).unwrap().kind, &bytes[14..], bytes.len() - 14).unwrap();
             let sum = wire::pseudo(packet.src, packet.dst, wire::TCP, packet.len) + wire::sum(&bytes[start..]);
             assert_eq!(wire::fold(sum), 0xffff);
             back.extend_from_slice(&bytes[start + 20..]);
@@ -83,7 +84,7 @@ fn packets_pass_whole_or_cut_as_the_other_agreed() {
 }
 
 #[test]
-fn nobody_speaks_for_another() {
+fn spoofed_sources_are_dropped() {
     let (switch, mut a, mut b) = two();
     let (its_mac, ..) = itself(&switch);
     let mut send = |frame: &[u8]| {
@@ -95,8 +96,8 @@ fn nobody_speaks_for_another() {
         assert_eq!((dropped, a.take().len()), (1, 0));
     };
     let (four, six) = (IpAddr::from(b.four), IpAddr::from(b.six));
-    let other = Played::on(&switch, "other", mac(9), TSO).unwrap();
-    let good = |to, dst| Played::udp(&other, to, dst, (5, 5), b"x");
+    let other = FakeGuest::on(&switch, "other", mac(9), TSO).unwrap();
+    let good = |to, dst| FakeGuest::udp(&other, to, dst, (5, 5), b"x");
     // The card of another, and the address of another.
     send(&good(b.mac, four));
     for dst in [four, six] {
@@ -105,7 +106,7 @@ fn nobody_speaks_for_another() {
         send(&frame);
     }
     // The same guest, to make frames of.
-    let a_says = Played::on(&Switch::new(), "a", mac(1), TSO).unwrap();
+    let a_says = FakeGuest::on(&Switch::new(), "a", mac(1), TSO).unwrap();
     // To another's card with an address that no guest has, and the other way round.
     send(&a_says.udp(b.mac, [10, 0, 3, 200].into(), (5, 5), b"x"));
     send(&a_says.udp(mac(77), four, (5, 5), b"x"));
@@ -160,17 +161,22 @@ fn fragments_of_datagrams_pass_as_they_are() {
 }
 
 /// A fragment, not the last.
-fn fragment(from: &Played, to: Mac, dst: IpAddr, protocol: u8, offset: usize, bytes: &[u8]) -> Vec<u8> {
-    let ends = wire::Ends { src: from.address(dst.is_ipv4()), dst };
+fn fragment(from: &FakeGuest, to: Mac, dst: IpAddr, protocol: u8, offset: usize, bytes: &[u8]) -> Vec<u8> {
+    let addrs = wire::AddressPair { src: from.address(dst.is_ipv4()), dst };
     let fragment = wire::Fragment { id: 3, offset, more: true };
-    [wire::Head::fragment((from.mac, to), ends, protocol, bytes.len(), fragment).as_slice(), bytes].concat()
+    [
+        wire::FrameBuilder::fragment(wire::MacPair { src: from.mac, dst: to }, addrs, protocol, bytes.len(), fragment)
+            .as_slice(),
+        bytes,
+    ]
+    .concat()
 }
 
 fn icmp_of(dst: IpAddr) -> u8 {
     if dst.is_ipv4() { wire::ICMP } else { wire::ICMPV6 }
 }
 
-fn six_of(guest: &Played) -> IpAddr {
+fn six_of(guest: &FakeGuest) -> IpAddr {
     guest.address(false)
 }
 
@@ -269,9 +275,9 @@ fn the_switch_leases_advertises_and_answers() {
 }
 
 #[test]
-fn a_flood_shuts_nobody_out() {
+fn flood_by_one_guest_does_not_block_others() {
     let (switch, mut a, mut b) = two();
-    let mut c = Played::on(&switch, "c", mac(3), TSO).unwrap();
+    let mut c = FakeGuest::on(&switch, "c", mac(3), TSO).unwrap();
     let (frame, offload) = a.tcp(&b, true, &[7; 60_000], Some(1400));
     (0..200).for_each(|_| a.send(&frame, offload));
     let (late, late_offload) = c.tcp(&b, true, b"c", None);
@@ -289,14 +295,14 @@ fn a_flood_shuts_nobody_out() {
 }
 
 /// A message of ICMPv6 behind one more header of this kind.
-fn hidden(guest: &Played, to: &Played, extension: u8, message: &[u8]) -> Vec<u8> {
+fn hidden(guest: &FakeGuest, to: &FakeGuest, extension: u8, message: &[u8]) -> Vec<u8> {
     let header = [wire::ICMPV6, 0, 0, 0, 0, 0, 0, 0];
     let head = guest.ip(to.mac, to.six.into(), extension, header.len() + message.len());
     [head.as_slice(), &header, message].concat()
 }
 
 #[test]
-fn nothing_is_hidden_behind_headers_that_are_not_looked_through() {
+fn unparsed_extension_headers_are_dropped() {
     let (_switch, mut a, mut b) = two();
     let advertisement = [136, 0, 0, 0, 0x20, 0, 0, 0, 1, 2, 3, 4];
     // Routing, authentication, mobility, host identity, shim6.
@@ -318,7 +324,7 @@ fn nothing_is_hidden_behind_headers_that_are_not_looked_through() {
 }
 
 #[test]
-fn what_was_checked_is_what_is_passed_on() {
+fn forwarded_bytes_are_the_checked_bytes() {
     let (_switch, a, b) = two();
     let memory = crate::memory::GuestMemory::anonymous(&[(crate::memory::GuestAddress(0), 0x1000)]).unwrap();
     let head = a.ip(b.mac, b.four.into(), wire::ICMP, 8);
@@ -329,7 +335,7 @@ fn what_was_checked_is_what_is_passed_on() {
     memory.write(crate::memory::GuestAddress(0), &changed).unwrap();
     let pieces = [memory.segment(crate::memory::GuestAddress(0), changed.len()).unwrap()];
     let frame = crate::network::Frame::new(&memory, &pieces, Offload::default());
-    let packet = Packet::parse(wire::IPV4, &checked[14..], checked.len() - 14).unwrap();
+    let packet = IpPacket::parse(wire::IPV4, &checked[14..], checked.len() - 14).unwrap();
     let passing = super::pass::Passing { packet, agreed: TSO, mtu: 1500 };
     let Ok(packets) = passing.packets(frame, &checked) else { panic!("an echo request passes") };
     assert!(packets[0].bytes == checked);

@@ -7,11 +7,13 @@ use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use super::config::{Config, NetStats};
-use super::host::Host;
+use super::host::HostSockets;
 use crate::memory::{GuestMemory, Segment};
 use crate::network::policy::{Admitted, Enforcer, Protocol};
-use crate::network::wire::{self, Bad, Ends, Ethernet, Fragment, Head, Packet};
-use crate::network::{Capabilities, Mac, Offload, Received};
+use crate::network::wire::{
+    self, AddressPair, Ethernet, Fragment, FrameBuilder, IpPacket, MacPair, PacketError, UdpPorts,
+};
+use crate::network::{Capabilities, Offload, Received};
 use crate::rate::{Bucket, Rate};
 
 /// Frames that may wait for the guest: answers to what it sent, which it can ask for again.
@@ -25,11 +27,11 @@ pub(in crate::network) const ROUTE_CALLS: usize = 2;
 /// Questions for names that are passed on, at most: 200 at once, and 100 in each second.
 const QUESTIONS: Rate = Rate::per_second(100);
 
-/// Who has begun a connection or a flow.
+/// The party that has opened a connection or a flow: the guest, or a client of a published port.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(in crate::network) enum Begun {
-    ByGuest,
-    ByCaller,
+pub(in crate::network) enum Initiator {
+    Guest,
+    Client,
 }
 
 #[derive(Debug)]
@@ -38,11 +40,11 @@ pub(in crate::network) struct Core {
     pub agreed: Capabilities,
     pub stats: NetStats,
     pub policy: Enforcer,
-    pub host: Host,
+    pub host: HostSockets,
     /// The address of the guest's own choice that it sent from last.
     pub guest6: Option<Ipv6Addr>,
     /// New connections, counted from `start` on.
-    calls: Bucket,
+    connects: Bucket,
     /// Questions for names, likewise.
     questions: Bucket,
     start: Instant,
@@ -59,7 +61,7 @@ impl Core {
     pub(in crate::network) fn new(config: Config) -> io::Result<Self> {
         let policy = Enforcer::new(config.policy.clone());
         let (agreed, stats, host) =
-            (Capabilities::default(), NetStats::default(), Host::new(config.descriptors.network())?);
+            (Capabilities::default(), NetStats::default(), HostSockets::new(config.descriptors.network())?);
         let start = host.now;
         let mut core = Self {
             config,
@@ -68,7 +70,7 @@ impl Core {
             policy,
             host,
             guest6: None,
-            calls: Bucket::new(NEW_CONNECTIONS, Duration::ZERO),
+            connects: Bucket::new(NEW_CONNECTIONS, Duration::ZERO),
             questions: Bucket::keeping(Duration::from_secs(2), QUESTIONS, Duration::ZERO),
             start,
             waiting: VecDeque::new(),
@@ -76,24 +78,24 @@ impl Core {
             fragmented: 0,
             buffer: Vec::new(),
         };
-        core.limit_calls(core.config.limits.new_connections);
+        core.limit_connects(core.config.limits.new_connections);
         Ok(core)
     }
 
-    /// From now on the guest may open so many connections in a second; `None` is what there is by default.
-    pub(in crate::network) fn limit_calls(&mut self, rate: Option<Rate>) {
+    /// Limits the connections that the guest opens in a second. `None` is the default limit.
+    pub(in crate::network) fn limit_connects(&mut self, rate: Option<Rate>) {
         let now = self.host.now.saturating_duration_since(self.start);
         self.config.limits.new_connections = rate;
-        self.calls = match rate {
+        self.connects = match rate {
             Some(rate) => Bucket::keeping(Duration::from_secs(1), rate, now),
             None => Bucket::keeping(Duration::from_secs(10), NEW_CONNECTIONS, now),
         };
     }
 
     /// Whether the guest may open one more connection now.
-    pub(in crate::network) fn may_call(&mut self) -> bool {
+    pub(in crate::network) fn may_connect(&mut self) -> bool {
         let now = self.host.now.saturating_duration_since(self.start);
-        self.calls.take_whole(now)
+        self.connects.take_whole(now)
     }
 
     /// Whether the guest may ask for one more name now.
@@ -108,10 +110,10 @@ impl Core {
         memory: &GuestMemory,
         frame: &[Segment],
         head: &'h mut [u8; wire::HEADERS],
-    ) -> Result<Option<(Ethernet, &'h [u8])>, Bad> {
+    ) -> Result<Option<(Ethernet, &'h [u8])>, PacketError> {
         self.stats.sent_frames += 1;
         self.stats.sent_bytes += frame.iter().map(|s| s.len() as u64).sum::<u64>();
-        let filled = memory.gather(frame, 0, head).map_err(|_| Bad::Malformed)?;
+        let filled = memory.gather(frame, 0, head).map_err(|_| PacketError::Malformed)?;
         let head = head.get(..filled).unwrap_or_default();
         let ethernet = Ethernet::parse(head)?;
         if ethernet.src != self.config.guest_mac {
@@ -122,18 +124,18 @@ impl Core {
     }
 
     /// Counts what became of a frame of the guest.
-    pub(in crate::network) fn count(&mut self, taken: Result<(), Bad>) {
+    pub(in crate::network) fn count(&mut self, taken: Result<(), PacketError>) {
         match taken {
             Ok(()) => {}
-            Err(Bad::Malformed) => self.stats.malformed += 1,
-            Err(Bad::Fragment) => self.stats.fragments += 1,
-            Err(Bad::Checksum) => self.stats.bad_checksums += 1,
+            Err(PacketError::Malformed) => self.stats.malformed += 1,
+            Err(PacketError::Fragment) => self.stats.fragments += 1,
+            Err(PacketError::Checksum) => self.stats.bad_checksums += 1,
         }
     }
 
     /// Asks the policy; whatever goes out of the host needs its answer.
     pub(in crate::network) fn admit(&mut self, protocol: Protocol, to: SocketAddr) -> Option<Admitted> {
-        self.host.calls += ROUTE_CALLS;
+        self.host.syscalls += ROUTE_CALLS;
         let admitted = self.policy.admit(protocol, to, self.host.now);
         self.stats.denied += u64::from(admitted.is_none());
         admitted
@@ -154,8 +156,8 @@ impl Core {
     }
 
     /// From the gateway's card to the guest's.
-    pub(in crate::network) fn macs(&self) -> (Mac, Mac) {
-        (self.config.gateway_mac, self.config.guest_mac)
+    pub(in crate::network) fn macs(&self) -> MacPair {
+        MacPair { src: self.config.gateway_mac, dst: self.config.guest_mac }
     }
 
     /// The `len` bytes of `frame` from `skip` on.
@@ -165,10 +167,10 @@ impl Core {
         frame: &[Segment],
         skip: usize,
         len: usize,
-    ) -> Result<&[u8], Bad> {
+    ) -> Result<&[u8], PacketError> {
         self.buffer.resize(wire::MAX_PACKET, 0);
-        let to = self.buffer.get_mut(..len).ok_or(Bad::Malformed)?;
-        memory.gather(frame, skip, to).map_err(|_| Bad::Malformed)?;
+        let to = self.buffer.get_mut(..len).ok_or(PacketError::Malformed)?;
+        memory.gather(frame, skip, to).map_err(|_| PacketError::Malformed)?;
         Ok(self.buffer.get(..len).unwrap_or_default())
     }
 
@@ -178,8 +180,8 @@ impl Core {
         memory: &GuestMemory,
         frame: &[Segment],
         at: usize,
-        packet: Packet,
-    ) -> Result<(), Bad> {
+        packet: IpPacket,
+    ) -> Result<(), PacketError> {
         packet.verify(self.copy(memory, frame, at, packet.len)?)
     }
 
@@ -193,20 +195,26 @@ impl Core {
     }
 
     /// Sends headers that are a whole packet, with the checksum of the innermost put at `check` bytes after the IP header.
-    pub(in crate::network) fn send_head(&mut self, mut head: Head, ends: Ends, protocol: u8, check: usize) {
-        let at = wire::ETHERNET + wire::ip_header_len(ends.src);
+    pub(in crate::network) fn send_headers(
+        &mut self,
+        mut head: FrameBuilder,
+        addrs: AddressPair,
+        protocol: u8,
+        check: usize,
+    ) {
+        let at = wire::ETHERNET + wire::ip_header_len(addrs.src);
         let inner = head.from(at);
-        let sum = wire::pseudo(ends.src, ends.dst, protocol, inner.len()) + wire::sum(inner);
+        let sum = wire::pseudo(addrs.src, addrs.dst, protocol, inner.len()) + wire::sum(inner);
         head.set16(at + check, !wire::fold(sum));
         self.send(head.as_slice().to_vec());
     }
 
     /// Sends an ICMP message of the gateway or of who it speaks for.
-    pub(in crate::network) fn send_icmp(&mut self, ends: Ends, message: &mut [u8]) {
-        let protocol = if ends.src.is_ipv4() { wire::ICMP } else { wire::ICMPV6 };
-        let covered = match ends.src {
+    pub(in crate::network) fn send_icmp(&mut self, addrs: AddressPair, message: &mut [u8]) {
+        let protocol = if addrs.src.is_ipv4() { wire::ICMP } else { wire::ICMPV6 };
+        let covered = match addrs.src {
             IpAddr::V4(_) => 0,
-            IpAddr::V6(_) => wire::pseudo(ends.src, ends.dst, protocol, message.len()),
+            IpAddr::V6(_) => wire::pseudo(addrs.src, addrs.dst, protocol, message.len()),
         };
         if let Some(check) = message.get_mut(2..4) {
             check.copy_from_slice(&[0, 0]);
@@ -215,24 +223,24 @@ impl Core {
         if let Some(place) = message.get_mut(2..4) {
             place.copy_from_slice(&check.to_be_bytes());
         }
-        self.send_packet(ends, protocol, message);
+        self.send_packet(addrs, protocol, message);
     }
 
     /// Sends a datagram of the gateway, or of who it speaks for.
-    pub(in crate::network) fn send_udp(&mut self, ends: Ends, ports: (u16, u16), payload: &[u8]) {
-        self.send_packet(ends, wire::UDP, &wire::datagram(ends, ports, payload));
+    pub(in crate::network) fn send_udp(&mut self, addrs: AddressPair, ports: UdpPorts, payload: &[u8]) {
+        self.send_packet(addrs, wire::UDP, &wire::datagram(addrs, ports, payload));
     }
 
     /// Sends a packet to the guest some time soon, in fragments where it is larger than the guest takes.
-    pub(in crate::network) fn send_packet(&mut self, ends: Ends, protocol: u8, body: &[u8]) {
+    pub(in crate::network) fn send_packet(&mut self, addrs: AddressPair, protocol: u8, body: &[u8]) {
         let (macs, mtu) = (self.macs(), usize::from(self.config.mtu));
-        let frame = |head: Head, part: &[u8]| [head.as_slice(), part].concat();
-        if wire::ip_header_len(ends.src) + body.len() <= mtu {
-            return self.send(frame(Head::ip(macs, ends, protocol, body.len()), body));
+        let frame = |head: FrameBuilder, part: &[u8]| [head.as_slice(), part].concat();
+        if wire::ip_header_len(addrs.src) + body.len() <= mtu {
+            return self.send(frame(FrameBuilder::ip(macs, addrs, protocol, body.len()), body));
         }
         self.fragmented = self.fragmented.wrapping_add(1);
         // All but the last are of whole units (RFC 791, 3.2; RFC 8200, 4.5).
-        let size = mtu.saturating_sub(wire::fragment_header_len(ends.src)).max(8) & !7;
+        let size = mtu.saturating_sub(wire::fragment_header_len(addrs.src)).max(8) & !7;
         let count = body.len().div_ceil(size);
         if self.waiting.len() + count > WAITING {
             self.stats.overflowed += 1;
@@ -240,7 +248,7 @@ impl Core {
         }
         for (n, part) in body.chunks(size).enumerate() {
             let fragment = Fragment { id: self.fragmented, offset: n * size, more: n + 1 < count };
-            self.send(frame(Head::fragment(macs, ends, protocol, part.len(), fragment), part));
+            self.send(frame(FrameBuilder::fragment(macs, addrs, protocol, part.len(), fragment), part));
         }
     }
 

@@ -7,24 +7,24 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::fd::AsFd;
 use std::time::Instant;
 
-use super::core::{Begun, Core, put};
+use super::core::{Core, Initiator, put};
 use super::generational::{GenerationalMap, Id, Owner};
-use super::host::{Alarm, exhausted};
+use super::host::{TimerEntry, exhausted};
 use super::icmp::{self, Unreachable};
 use super::port_forward::PortForwards;
-use super::tcp::{Tried, gateway_of};
+use super::tcp::{TriedAddresses, gateway_of};
 use crate::memory::{GuestMemory, Segment};
 use crate::network::policy::Protocol;
-use crate::network::wire::{self, Bad, Ends, Head, Packet};
+use crate::network::wire::{self, AddressPair, FrameBuilder, IpEndpoint, IpPacket, PacketError};
 use crate::network::{Csum, MAX_UDP_SEGMENTS, Offload, Offloads, Received};
 use crate::sys::Socket;
 
 /// What a flow is found by. A ping's ports are its identifier and nothing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-struct Key {
+struct DatagramKey {
     protocol: Protocol,
-    guest: (IpAddr, u16),
-    remote: (IpAddr, u16),
+    guest: IpEndpoint,
+    remote: IpEndpoint,
 }
 
 /// How a flow leaves.
@@ -35,27 +35,27 @@ enum Via {
     Port {
         port: Id,
         client: SocketAddr,
-        tried: Tried,
+        tried: TriedAddresses,
     },
 }
 
 #[derive(Debug)]
-struct Flow {
-    key: Key,
+struct DatagramFlow {
+    key: DatagramKey,
     via: Via,
     active: Instant,
-    /// When it was active, as far as its [`Order`] knows: not later.
+    /// When it was active, as far as its [`IdleOrder`] knows: not later.
     listed: Instant,
-    alarm: Alarm,
+    timer: TimerEntry,
     queued: bool,
 }
 
 /// Flows by when they were active, or earlier: what moves on with every packet is written down when it matters.
-type Order = BTreeSet<(Instant, Id)>;
+type IdleOrder = BTreeSet<(Instant, Id)>;
 
-/// Where something may be for the guest.
+/// Where a datagram for the guest may have arrived.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Source {
+enum DatagramSource {
     Flow(Id),
     Port(Id),
 }
@@ -70,13 +70,13 @@ struct Staged {
 
 #[derive(Debug, Default)]
 pub(super) struct Datagrams {
-    flows: GenerationalMap<Flow>,
-    names: HashMap<Key, Id>,
+    flows: GenerationalMap<DatagramFlow>,
+    names: HashMap<DatagramKey, Id>,
     /// Flows of published ports, by port and client.
     clients: HashMap<(Id, SocketAddr), Id>,
-    /// Of those that the guest has begun, and of the callers'.
-    idle: [Order; 2],
-    ready: VecDeque<Source>,
+    /// Of those that the guest has begun, and of the clients'.
+    idle: [IdleOrder; 2],
+    ready: VecDeque<DatagramSource>,
     staged: Staged,
     port: u16,
 }
@@ -84,7 +84,7 @@ pub(super) struct Datagrams {
 /// A datagram of the guest.
 #[derive(Debug)]
 pub(super) struct Datagram<'a> {
-    pub ends: Ends,
+    pub addrs: AddressPair,
     pub udp: wire::Udp,
     /// Bytes of each, where it stands for several.
     pub cut: Option<usize>,
@@ -109,11 +109,11 @@ pub(super) fn ephemeral(port: &mut u16) -> u16 {
     *port
 }
 
-impl Flow {
-    fn begun(&self) -> Begun {
+impl DatagramFlow {
+    fn initiator(&self) -> Initiator {
         match self.via {
-            Via::Socket(_) => Begun::ByGuest,
-            Via::Port { .. } => Begun::ByCaller,
+            Via::Socket(_) => Initiator::Guest,
+            Via::Port { .. } => Initiator::Client,
         }
     }
 }
@@ -128,19 +128,19 @@ impl Datagrams {
         self.flows.len().saturating_sub(self.clients.len())
     }
 
-    fn order(&mut self, begun: Begun) -> &mut Order {
-        let [guests, callers] = &mut self.idle;
-        if begun == Begun::ByGuest { guests } else { callers }
+    fn idle_order(&mut self, initiator: Initiator) -> &mut IdleOrder {
+        let [guests, clients] = &mut self.idle;
+        if initiator == Initiator::Guest { guests } else { clients }
     }
 
     /// The one that was idle for longest. Amortized over the packets since: each flow moves once for those it had.
-    fn idlest(&mut self, begun: Begun) -> Option<Id> {
+    fn idlest(&mut self, initiator: Initiator) -> Option<Id> {
         loop {
-            let (listed, id) = self.order(begun).pop_first()?;
+            let (listed, id) = self.idle_order(initiator).pop_first()?;
             let Some(flow) = self.flows.get_mut(id) else { continue };
             let active = flow.active;
             flow.listed = active;
-            self.order(begun).insert((active, id));
+            self.idle_order(initiator).insert((active, id));
             if active == listed {
                 return Some(id);
             }
@@ -148,23 +148,28 @@ impl Datagrams {
     }
 
     /// Takes a datagram of the guest.
-    pub(super) fn datagram(&mut self, core: &mut Core, ports: &mut PortForwards, it: &Datagram<'_>) -> Result<(), Bad> {
-        let (guest, remote) = ((it.ends.src, it.udp.src), (it.ends.dst, it.udp.dst));
-        let key = Key { protocol: Protocol::Udp, guest, remote };
+    pub(super) fn datagram(
+        &mut self,
+        core: &mut Core,
+        ports: &mut PortForwards,
+        it: &Datagram<'_>,
+    ) -> Result<(), PacketError> {
+        let (guest, remote) = (IpEndpoint::new(it.addrs.src, it.udp.src), IpEndpoint::new(it.addrs.dst, it.udp.dst));
+        let key = DatagramKey { protocol: Protocol::Udp, guest, remote };
         // From its loopback it answers, and nothing else.
-        if core.config.is_loopback(guest.0) && !self.names.contains_key(&key) {
+        if core.config.is_loopback(guest.addr) && !self.names.contains_key(&key) {
             core.stats.spoofed += 1;
             return Ok(());
         }
         let Some(id) = self.flow(core, key) else { return Ok(()) };
         let Some(flow) = self.flows.get_mut(id) else { return Ok(()) };
         if let Via::Port { port, .. } = flow.via {
-            ports.reached(port, guest.0);
+            ports.remember_address(port, guest.addr);
         }
         let len = it.udp.len - wire::UDP_HEADER;
         let size = it.cut.unwrap_or(len).max(1);
         if len.div_ceil(size) > MAX_UDP_SEGMENTS {
-            return Err(Bad::Malformed);
+            return Err(PacketError::Malformed);
         }
         let (mut at, mut piece) = (0, Vec::new());
         loop {
@@ -202,11 +207,12 @@ impl Datagrams {
     }
 
     /// Takes an echo request of the guest to a host outside.
-    pub(super) fn ping(&mut self, core: &mut Core, ends: Ends, message: &mut [u8]) {
+    pub(super) fn ping(&mut self, core: &mut Core, addrs: AddressPair, message: &mut [u8]) {
         let Some([_, _, _, _, a, b]) = message.first_chunk::<6>() else { return };
-        let guest = (ends.src, u16::from_be_bytes([*a, *b]));
-        let Some(id) = self.flow(core, Key { protocol: Protocol::Ping, guest, remote: (ends.dst, 0) }) else { return };
-        if let Some(Flow { via: Via::Socket(socket), key, .. }) = self.flows.get_mut(id)
+        let guest = IpEndpoint::new(addrs.src, u16::from_be_bytes([*a, *b]));
+        let key = DatagramKey { protocol: Protocol::Ping, guest, remote: IpEndpoint::new(addrs.dst, 0) };
+        let Some(id) = self.flow(core, key) else { return };
+        if let Some(DatagramFlow { via: Via::Socket(socket), key, .. }) = self.flows.get_mut(id)
             && let Err(error) = socket.send(message)
         {
             failed(core, key, &error);
@@ -214,14 +220,14 @@ impl Datagrams {
     }
 
     /// The flow of that name, which is made if the policy admits it.
-    fn flow(&mut self, core: &mut Core, key: Key) -> Option<Id> {
+    fn flow(&mut self, core: &mut Core, key: DatagramKey) -> Option<Id> {
         let now = core.host.now;
         if let Some(flow) = self.names.get(&key).and_then(|id| self.flows.get_mut(*id)) {
             flow.active = now;
             return self.names.get(&key).copied();
         }
-        let to = SocketAddr::new(key.remote.0, key.remote.1);
-        if core.config.is_gateway(to.ip()) || key.protocol == Protocol::Udp && (to.port() == 0 || key.guest.1 == 0) {
+        let to = SocketAddr::from(key.remote);
+        if core.config.is_gateway(to.ip()) || key.protocol == Protocol::Udp && (to.port() == 0 || key.guest.port == 0) {
             failed(core, &key, &io::ErrorKind::ConnectionRefused.into());
             return None;
         }
@@ -229,7 +235,7 @@ impl Datagrams {
             failed(core, &key, &io::ErrorKind::PermissionDenied.into());
             return None;
         };
-        self.make_room(core, Begun::ByGuest);
+        self.make_room(core, Initiator::Guest);
         match core.host.connect(&admitted) {
             Ok(socket) => self.insert(core, key, Via::Socket(socket)),
             Err(error) if exhausted(&error) => {
@@ -246,19 +252,19 @@ impl Datagrams {
         }
     }
 
-    /// The one that was idle for longest makes room: of those that the guest has begun, or of the callers of published ports.
-    /// So callers, who cost nothing but an address, end nothing of the guest's.
-    fn make_room(&mut self, core: &mut Core, begun: Begun) {
-        if self.order(begun).len() >= core.config.limits.datagram_flows.max(1)
-            && let Some(id) = self.idlest(begun)
+    /// The one that was idle for longest makes room: of those that the guest has begun, or of the clients of published ports.
+    /// So clients, who cost nothing but an address, end nothing of the guest's.
+    fn make_room(&mut self, core: &mut Core, initiator: Initiator) {
+        if self.idle_order(initiator).len() >= core.config.limits.datagram_flows.max(1)
+            && let Some(id) = self.idlest(initiator)
         {
             self.remove(core, id);
         }
     }
 
-    fn insert(&mut self, core: &mut Core, key: Key, via: Via) -> Option<Id> {
-        let (now, alarm) = (core.host.now, Alarm::default());
-        let id = self.flows.insert(Flow { key, via, active: now, listed: now, alarm, queued: false });
+    fn insert(&mut self, core: &mut Core, key: DatagramKey, via: Via) -> Option<Id> {
+        let (now, timer) = (core.host.now, TimerEntry::default());
+        let id = self.flows.insert(DatagramFlow { key, via, active: now, listed: now, timer, queued: false });
         let flow = self.flows.get_mut(id)?;
         if let Via::Socket(socket) = &flow.via
             && let Err(error) = core.host.watch(socket.as_fd(), Owner::Udp(id))
@@ -268,39 +274,39 @@ impl Datagrams {
             self.flows.remove(id);
             return None;
         }
-        core.host.alarm(&mut flow.alarm, Owner::Udp(id), Some(now + core.config.limits.datagram_idle));
-        let begun = flow.begun();
+        core.host.set_timer(&mut flow.timer, Owner::Udp(id), Some(now + core.config.limits.datagram_idle));
+        let initiator = flow.initiator();
         self.names.insert(key, id);
-        self.order(begun).insert((now, id));
+        self.idle_order(initiator).insert((now, id));
         Some(id)
     }
 
     fn remove(&mut self, core: &mut Core, id: Id) {
         let Some(mut flow) = self.flows.remove(id) else { return };
-        core.host.cancel(&mut flow.alarm, Owner::Udp(id));
+        core.host.cancel_timer(&mut flow.timer, Owner::Udp(id));
         self.names.remove(&flow.key);
-        self.order(flow.begun()).remove(&(flow.listed, id));
+        self.idle_order(flow.initiator()).remove(&(flow.listed, id));
         if let Via::Port { port, client, .. } = flow.via {
             self.clients.remove(&(port, client));
         }
     }
 
-    /// An alarm rang.
-    pub(super) fn rang(&mut self, core: &mut Core, id: Id) {
+    /// A flow's timer has fired.
+    pub(super) fn on_timer(&mut self, core: &mut Core, id: Id) {
         let Some(flow) = self.flows.get_mut(id) else { return };
-        flow.alarm.rang();
+        flow.timer.fired();
         let end = flow.active + core.config.limits.datagram_idle;
         if end <= core.host.now {
             core.stats.timed_out += 1;
             return self.remove(core, id);
         }
-        core.host.alarm(&mut flow.alarm, Owner::Udp(id), Some(end));
+        core.host.set_timer(&mut flow.timer, Owner::Udp(id), Some(end));
     }
 
     /// Forgets what the policy no longer allows.
-    pub(super) fn review(&mut self, core: &mut Core) {
-        let denied = |flow: &Flow| {
-            let to = SocketAddr::new(flow.key.remote.0, flow.key.remote.1);
+    pub(super) fn recheck_policy(&mut self, core: &mut Core) {
+        let denied = |flow: &DatagramFlow| {
+            let to = SocketAddr::from(flow.key.remote);
             matches!(flow.via, Via::Socket(_)) && !core.allows(flow.key.protocol, to)
         };
         let gone: Vec<Id> = self.flows.iter().filter(|(_, flow)| denied(flow)).map(|(id, _)| id).collect();
@@ -312,7 +318,7 @@ impl Datagrams {
 
     /// A published port is gone.
     pub(super) fn unpublished(&mut self, core: &mut Core, port: Id) {
-        let of = |flow: &Flow| matches!(flow.via, Via::Port { port: its, .. } if its == port);
+        let of = |flow: &DatagramFlow| matches!(flow.via, Via::Port { port: its, .. } if its == port);
         let gone: Vec<Id> = self.flows.iter().filter(|(_, flow)| of(flow)).map(|(id, _)| id).collect();
         for id in gone {
             self.remove(core, id);
@@ -323,14 +329,14 @@ impl Datagrams {
     pub(super) fn ready(&mut self, id: Id) {
         if let Some(flow) = self.flows.get_mut(id).filter(|flow| !flow.queued) {
             flow.queued = true;
-            self.ready.push_back(Source::Flow(id));
+            self.ready.push_back(DatagramSource::Flow(id));
         }
     }
 
     /// Something may have come to a published port.
     pub(super) fn ready_port(&mut self, id: Id) {
-        if !self.ready.contains(&Source::Port(id)) {
-            self.ready.push_back(Source::Port(id));
+        if !self.ready.contains(&DatagramSource::Port(id)) {
+            self.ready.push_back(DatagramSource::Port(id));
         }
     }
 
@@ -341,19 +347,19 @@ impl Datagrams {
         while let Some(&source) = self.ready.front().filter(|_| !self.staged.full && core.waiting().is_none()) {
             buffer.resize(wire::MAX_PACKET, 0);
             let more = match source {
-                Source::Flow(id) => self.take_of_flow(core, id, &mut buffer),
-                Source::Port(id) => self.take_of_port(core, ports, id, &mut buffer),
+                DatagramSource::Flow(id) => self.take_of_flow(core, id, &mut buffer),
+                DatagramSource::Port(id) => self.take_of_port(core, ports, id, &mut buffer),
             };
             self.ready.pop_front();
             match (more, source) {
                 // Each in its turn.
                 (true, source) => self.ready.push_back(source),
-                (false, Source::Flow(id)) => {
+                (false, DatagramSource::Flow(id)) => {
                     if let Some(flow) = self.flows.get_mut(id) {
                         flow.queued = false;
                     }
                 }
-                (false, Source::Port(_)) => {}
+                (false, DatagramSource::Port(_)) => {}
             }
         }
         core.buffer = buffer;
@@ -388,12 +394,13 @@ impl Datagrams {
         };
         let known = self.clients.get(&(id, client)).copied();
         let flow = known.or_else(|| {
-            self.make_room(core, Begun::ByCaller);
-            let mut tried = Tried::default();
-            let place = ports.place(core, id, &mut tried)?;
-            let (guest, gateway) = ((place, guest_port), gateway_of(core, place));
+            self.make_room(core, Initiator::Client);
+            let mut tried = TriedAddresses::default();
+            let address = ports.next_address(core, id, &mut tried)?;
+            let (guest, gateway) = (IpEndpoint::new(address, guest_port), gateway_of(core, address));
             let free = (0..=u16::MAX - EPHEMERAL).find_map(|_| {
-                let key = Key { protocol: Protocol::Udp, guest, remote: (gateway, ephemeral(&mut self.port)) };
+                let remote = IpEndpoint::new(gateway, ephemeral(&mut self.port));
+                let key = DatagramKey { protocol: Protocol::Udp, guest, remote };
                 (!self.names.contains_key(&key)).then_some(key)
             })?;
             let it = self.insert(core, free, Via::Port { port: id, client, tried })?;
@@ -408,26 +415,31 @@ impl Datagrams {
         true
     }
 
-    /// Leads a datagram to the next place, after the guest has reported no listener. `packet` is what was sent, or its
+    /// Sends a datagram to the next address, after the guest has reported no listener. `packet` is what was sent, or its
     /// front.
-    pub(super) fn refused(&mut self, core: &mut Core, ports: &mut PortForwards, packet: &[u8]) -> Result<(), Bad> {
+    pub(super) fn refused(
+        &mut self,
+        core: &mut Core,
+        ports: &mut PortForwards,
+        packet: &[u8],
+    ) -> Result<(), PacketError> {
         let kind = if packet.first().is_some_and(|byte| byte >> 4 == 6) { wire::IPV6 } else { wire::IPV4 };
-        let parsed = Packet::parse(kind, packet, usize::MAX)?;
+        let parsed = IpPacket::parse(kind, packet, usize::MAX)?;
         let inner = packet.get(parsed.header..).unwrap_or_default();
         let udp = wire::Udp::parse(inner, parsed.len, false)?;
-        let guest = (parsed.dst, udp.dst);
-        let key = Key { protocol: Protocol::Udp, guest, remote: (parsed.src, udp.src) };
+        let (guest, remote) = (IpEndpoint::new(parsed.dst, udp.dst), IpEndpoint::new(parsed.src, udp.src));
+        let key = DatagramKey { protocol: Protocol::Udp, guest, remote };
         let id = self.names.get(&key).copied().filter(|_| parsed.protocol == wire::UDP && parsed.fragment.is_none());
         let Some((id, flow)) = id.and_then(|id| Some((id, self.flows.get_mut(id)?))) else { return Ok(()) };
         let Via::Port { port, tried, .. } = &mut flow.via else { return Ok(()) };
-        let next = ports.place(core, *port, tried).map(|place| Key {
-            guest: (place, key.guest.1),
-            remote: (gateway_of(core, place), key.remote.1),
+        let next = ports.next_address(core, *port, tried).map(|address| DatagramKey {
+            guest: IpEndpoint::new(address, key.guest.port),
+            remote: IpEndpoint::new(gateway_of(core, address), key.remote.port),
             ..key
         });
         let Some(next) = next.filter(|next| !self.names.contains_key(next)) else {
             core.stats.unconnected += 1;
-            ports.silence(*port);
+            ports.forget_address(*port);
             self.remove(core, id);
             return Ok(());
         };
@@ -436,31 +448,31 @@ impl Datagrams {
         self.names.insert(next, id);
         // The guest sends back as much as would fit into the smallest packet; more is lost, as datagrams may be.
         if let Some(payload) = inner.get(wire::UDP_HEADER..udp.len) {
-            let ends = Ends { src: next.remote.0, dst: next.guest.0 };
-            core.send_udp(ends, (next.remote.1, next.guest.1), payload);
+            let addrs = AddressPair { src: next.remote.addr, dst: next.guest.addr };
+            core.send_udp(addrs, wire::UdpPorts { src: next.remote.port, dst: next.guest.port }, payload);
         }
         Ok(())
     }
 
     /// Makes a frame of what came; several, among those that wait for the guest, of what is too large for one.
-    fn stage(&mut self, core: &mut Core, key: &Key, payload: &mut [u8]) {
+    fn stage(&mut self, core: &mut Core, key: &DatagramKey, payload: &mut [u8]) {
         let n = payload.len();
-        let ends = Ends { src: key.remote.0, dst: key.guest.0 };
+        let addrs = AddressPair { src: key.remote.addr, dst: key.guest.addr };
         if key.protocol != Protocol::Udp {
             // The host's number of the socket takes the place of the guest's.
             let Some(number) = payload.get_mut(4..6) else { return };
-            number.copy_from_slice(&key.guest.1.to_be_bytes());
-            return core.send_icmp(ends, payload);
+            number.copy_from_slice(&key.guest.port.to_be_bytes());
+            return core.send_icmp(addrs, payload);
         }
-        let (header, len) = (wire::ip_header_len(ends.src), wire::UDP_HEADER + n);
+        let (header, len) = (wire::ip_header_len(addrs.src), wire::UDP_HEADER + n);
         if header + len > usize::from(core.config.mtu) {
-            return core.send_udp(ends, (key.remote.1, key.guest.1), payload);
+            return core.send_udp(addrs, wire::UdpPorts { src: key.remote.port, dst: key.guest.port }, payload);
         }
         let inner = wire::ETHERNET + header;
-        let mut head = Head::ip(core.macs(), ends, wire::UDP, len);
+        let mut head = FrameBuilder::ip(core.macs(), addrs, wire::UDP, len);
         let mut offload = Offload::default();
-        head.udp(key.remote.1, key.guest.1, n);
-        let sum = wire::pseudo(ends.src, ends.dst, wire::UDP, len);
+        head.udp(key.remote.port, key.guest.port, n);
+        let sum = wire::pseudo(addrs.src, addrs.dst, wire::UDP, len);
         if core.agreed.to_guest.contains(Offloads::CSUM) {
             head.set16(inner + 6, wire::fold(sum));
             offload.csum = Some(Csum { start: inner as u16, offset: 6 });
@@ -485,28 +497,28 @@ impl Datagrams {
 }
 
 /// Tells the guest what became of its datagram, where a network would.
-fn failed(core: &mut Core, key: &Key, error: &io::Error) {
+fn failed(core: &mut Core, key: &DatagramKey, error: &io::Error) {
     let why = match (error.kind(), error.raw_os_error()) {
         (io::ErrorKind::WouldBlock, _) => return,
         (_, Some(libc::EMSGSIZE)) => Unreachable::TooBig(core.config.mtu.min(1500)),
         (kind, _) => Unreachable::of(kind),
     };
-    let ends = Ends { src: key.guest.0, dst: key.remote.0 };
+    let addrs = AddressPair { src: key.guest.addr, dst: key.remote.addr };
     // Never about what went to many (RFC 1122, 3.2.2; RFC 4443, 2.4).
-    if ends.dst.is_multicast() || ends.dst == IpAddr::V4(Ipv4Addr::BROADCAST) {
+    if addrs.dst.is_multicast() || addrs.dst == IpAddr::V4(Ipv4Addr::BROADCAST) {
         return;
     }
-    let mut head = Head::ip(core.macs(), ends, wire::UDP, wire::UDP_HEADER);
+    let mut head = FrameBuilder::ip(core.macs(), addrs, wire::UDP, wire::UDP_HEADER);
     match key.protocol {
         Protocol::Ping => {
             let (protocol, echo) =
-                if ends.src.is_ipv4() { (wire::ICMP, icmp::ECHO) } else { (wire::ICMPV6, icmp::ECHO6) };
-            head = Head::ip(core.macs(), ends, protocol, 8);
+                if addrs.src.is_ipv4() { (wire::ICMP, icmp::ECHO) } else { (wire::ICMPV6, icmp::ECHO6) };
+            head = FrameBuilder::ip(core.macs(), addrs, protocol, 8);
             // Type, code and checksum; the number of the one who asked.
             head.udp(u16::from(echo) << 8, 0, 0);
-            head.set16(head.len() - 4, key.guest.1);
+            head.set16(head.len() - 4, key.guest.port);
         }
-        _ => head.udp(key.guest.1, key.remote.1, 0),
+        _ => head.udp(key.guest.port, key.remote.port, 0),
     }
-    icmp::unreachable(core, why, ends, head.from(wire::ETHERNET));
+    icmp::unreachable(core, why, addrs, head.from(wire::ETHERNET));
 }

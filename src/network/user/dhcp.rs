@@ -5,7 +5,7 @@
 use std::net::{IpAddr, Ipv4Addr};
 
 use super::core::Core;
-use crate::network::wire::Ends;
+use crate::network::wire::{AddressPair, UdpPorts};
 
 pub(in crate::network) const SERVER: u16 = 67;
 const CLIENT: u16 = 68;
@@ -154,5 +154,9 @@ pub(in crate::network) fn message(core: &mut Core, bytes: &[u8]) {
         _ if broadcast => Ipv4Addr::BROADCAST,
         _ => theirs,
     };
-    core.send_udp(Ends { src: IpAddr::V4(ours), dst: IpAddr::V4(dst) }, (SERVER, CLIENT), &reply);
+    core.send_udp(
+        AddressPair { src: IpAddr::V4(ours), dst: IpAddr::V4(dst) },
+        UdpPorts { src: SERVER, dst: CLIENT },
+        &reply,
+    );
 }

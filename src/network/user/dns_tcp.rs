@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use super::core::Core;
 use super::generational::{GenerationalMap, Id, Owner};
-use super::host::Alarm;
+use super::host::TimerEntry;
 use super::resolver::{Requester, Resolver};
 use crate::network::dns;
 use crate::sys::{Socket, is_spare};
@@ -26,7 +26,7 @@ struct Client {
     query: Vec<u8>,
     answers: VecDeque<u8>,
     active: Instant,
-    alarm: Alarm,
+    timer: TimerEntry,
 }
 
 #[derive(Debug, Default)]
@@ -39,7 +39,7 @@ impl DnsTcpClients {
 
     /// One more: its other end, for a flow.
     pub(super) fn open(&mut self, core: &mut Core) -> io::Result<Socket> {
-        core.host.calls += 6;
+        core.host.syscalls += 6;
         let none = || io::Error::from_raw_os_error(libc::EMFILE);
         if !core.host.held.has_room(2) {
             return Err(none());
@@ -53,15 +53,15 @@ impl DnsTcpClients {
         }
         near.set_nonblocking(true)?;
         far.set_nonblocking(true)?;
-        let (active, alarm) = (core.host.now, Alarm::default());
-        let client = Client { socket: Socket::new(near), query: Vec::new(), answers: VecDeque::new(), active, alarm };
+        let (active, timer) = (core.host.now, TimerEntry::default());
+        let client = Client { socket: Socket::new(near), query: Vec::new(), answers: VecDeque::new(), active, timer };
         let id = self.0.insert(client);
         let Some(client) = self.0.get_mut(id) else { return Err(io::ErrorKind::NotFound.into()) };
         if let Err(error) = core.host.watch(client.socket.as_fd(), Owner::Client(id)) {
             self.0.remove(id);
             return Err(error);
         }
-        core.host.alarm(&mut client.alarm, Owner::Client(id), Some(active + IDLE));
+        core.host.set_timer(&mut client.timer, Owner::Client(id), Some(active + IDLE));
         Ok(Socket::new(far))
     }
 
@@ -87,18 +87,18 @@ impl DnsTcpClients {
         }
     }
 
-    pub(super) fn rang(&mut self, core: &mut Core, id: Id) {
+    pub(super) fn on_timer(&mut self, core: &mut Core, id: Id) {
         let Some(client) = self.0.get_mut(id) else { return };
-        client.alarm.rang();
+        client.timer.fired();
         if client.active + IDLE <= core.host.now {
             return self.remove(core, id);
         }
-        core.host.alarm(&mut client.alarm, Owner::Client(id), Some(client.active + IDLE));
+        core.host.set_timer(&mut client.timer, Owner::Client(id), Some(client.active + IDLE));
     }
 
     fn remove(&mut self, core: &mut Core, id: Id) {
         if let Some(mut client) = self.0.remove(id) {
-            core.host.cancel(&mut client.alarm, Owner::Client(id));
+            core.host.cancel_timer(&mut client.timer, Owner::Client(id));
         }
     }
 }

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use super::core::Core;
 use super::generational::Owner;
-use super::host::Alarm;
-use crate::network::wire::{Bad, Fragment, MAX_PACKET, Packet};
+use super::host::TimerEntry;
+use crate::network::wire::{Fragment, IpPacket, MAX_PACKET, PacketError};
 
 /// Packets that are put together at once. The oldest makes room.
 const AT_ONCE: usize = 4;
@@ -20,7 +20,7 @@ const REASSEMBLY_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// What all fragments of a packet have in common.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Name {
+struct FragmentKey {
     src: IpAddr,
     dst: IpAddr,
     protocol: u8,
@@ -30,7 +30,7 @@ struct Name {
 /// A packet that is not whole yet.
 #[derive(Debug)]
 struct Partial {
-    name: Name,
+    name: FragmentKey,
     begun: Instant,
     bytes: Vec<u8>,
     /// Where what has come begins and ends, in order.
@@ -40,16 +40,16 @@ struct Partial {
 }
 
 impl Partial {
-    fn new(name: Name, begun: Instant) -> Self {
+    fn new(name: FragmentKey, begun: Instant) -> Self {
         Self { name, begun, bytes: Vec::new(), come: Vec::new(), len: None }
     }
 
     /// Adds a fragment. Fails when the packet cannot become whole any more.
-    fn add(&mut self, Fragment { offset, more, .. }: Fragment, bytes: &[u8]) -> Result<(), Bad> {
+    fn add(&mut self, Fragment { offset, more, .. }: Fragment, bytes: &[u8]) -> Result<(), PacketError> {
         let end = offset + bytes.len();
         // Only the last may end within a unit of offsets.
         if bytes.is_empty() || end > MAX_PACKET || more && !bytes.len().is_multiple_of(8) {
-            return Err(Bad::Malformed);
+            return Err(PacketError::Malformed);
         }
         if self.come.contains(&(offset, end)) {
             return Ok(());
@@ -60,7 +60,7 @@ impl Partial {
         let fits = self.len.is_none_or(|len| if more { end < len } else { end == len });
         let is_end = more || self.come.last().is_none_or(|(_, last)| *last <= offset);
         if overlaps || !fits || !is_end || self.come.len() >= MAX_FRAGMENTS {
-            return Err(Bad::Fragment);
+            return Err(PacketError::Fragment);
         }
         self.come.insert(at, (offset, end));
         if !more {
@@ -69,7 +69,7 @@ impl Partial {
         if self.bytes.len() < end {
             self.bytes.resize(end, 0);
         }
-        self.bytes.get_mut(offset..end).ok_or(Bad::Malformed)?.copy_from_slice(bytes);
+        self.bytes.get_mut(offset..end).ok_or(PacketError::Malformed)?.copy_from_slice(bytes);
         Ok(())
     }
 
@@ -83,16 +83,21 @@ impl Partial {
 #[derive(Debug, Default)]
 pub(super) struct Fragments {
     all: Vec<Partial>,
-    alarm: Alarm,
+    timer: TimerEntry,
     /// Packets that never became whole, and are not counted yet.
     dropped: u64,
 }
 
 impl Fragments {
     /// Adds a fragment of `packet`. When that makes it whole, all that follows its header comes back.
-    pub(super) fn add(&mut self, now: Instant, packet: &Packet, bytes: &[u8]) -> Result<Option<Vec<u8>>, Bad> {
-        let fragment = packet.fragment.ok_or(Bad::Malformed)?;
-        let name = Name { src: packet.src, dst: packet.dst, protocol: packet.protocol, id: fragment.id };
+    pub(super) fn add(
+        &mut self,
+        now: Instant,
+        packet: &IpPacket,
+        bytes: &[u8],
+    ) -> Result<Option<Vec<u8>>, PacketError> {
+        let fragment = packet.fragment.ok_or(PacketError::Malformed)?;
+        let name = FragmentKey { src: packet.src, dst: packet.dst, protocol: packet.protocol, id: fragment.id };
         let at = self.all.iter().position(|partial| partial.name == name).unwrap_or_else(|| {
             if self.all.len() >= AT_ONCE {
                 self.all.remove(0);
@@ -101,7 +106,7 @@ impl Fragments {
             self.all.push(Partial::new(name, now));
             self.all.len() - 1
         });
-        let partial = self.all.get_mut(at).ok_or(Bad::Malformed)?;
+        let partial = self.all.get_mut(at).ok_or(PacketError::Malformed)?;
         let added = partial.add(fragment, bytes);
         let whole = partial.is_whole();
         if added.is_err() || whole {
@@ -111,16 +116,16 @@ impl Fragments {
         Ok(None)
     }
 
-    /// Counts what was dropped, and sets the alarm to when the oldest has waited for long enough.
+    /// Counts what was dropped, and sets the timer to when the oldest has waited for long enough.
     pub(super) fn arm(&mut self, core: &mut Core) {
         core.stats.fragments += std::mem::take(&mut self.dropped);
         let at = self.all.first().map(|partial| partial.begun + REASSEMBLY_TIMEOUT);
-        core.host.alarm(&mut self.alarm, Owner::Fragments, at);
+        core.host.set_timer(&mut self.timer, Owner::Fragments, at);
     }
 
-    /// The alarm rang.
-    pub(super) fn rang(&mut self, core: &mut Core) {
-        self.alarm.rang();
+    /// The timer has fired.
+    pub(super) fn on_timer(&mut self, core: &mut Core) {
+        self.timer.fired();
         let now = core.host.now;
         let before = self.all.len();
         self.all.retain(|partial| partial.begun + REASSEMBLY_TIMEOUT > now);
@@ -135,14 +140,14 @@ mod tests {
     use crate::network::wire::UDP;
     use proptest::prelude::*;
 
-    fn fragment(id: u32, offset: usize, more: bool) -> Packet {
+    fn fragment(id: u32, offset: usize, more: bool) -> IpPacket {
         let fragment = Some(Fragment { id, offset, more });
         let (src, dst) = ("10.0.2.15".parse().unwrap(), "192.0.2.1".parse().unwrap());
-        Packet { src, dst, protocol: UDP, hops: 64, header: 20, len: 0, fragment }
+        IpPacket { src, dst, protocol: UDP, hops: 64, header: 20, len: 0, fragment }
     }
 
     /// Adds these fragments: what came of each.
-    fn added(fragments: &[(usize, usize, bool)]) -> Vec<Result<Option<Vec<u8>>, Bad>> {
+    fn added(fragments: &[(usize, usize, bool)]) -> Vec<Result<Option<Vec<u8>>, PacketError>> {
         let (mut all, now) = (Fragments::default(), Instant::now());
         let bytes: Vec<u8> = (0..MAX_PACKET + 64).map(|n| n as u8).collect();
         let mut add = |&(offset, len, more): &(usize, usize, bool)| {
@@ -152,19 +157,19 @@ mod tests {
     }
 
     #[test]
-    fn what_overlaps_or_contradicts_itself_is_dropped() {
+    fn overlapping_fragments_are_dropped() {
         let nothing = Ok(None);
         for (fragments, outcome) in [
             // The same again is no contradiction.
             (&[(0, 16, true), (0, 16, true)][..], &nothing),
-            (&[(0, 16, true), (8, 16, true)], &Err(Bad::Fragment)),
-            (&[(8, 16, true), (0, 16, true)], &Err(Bad::Fragment)),
-            (&[(16, 8, false), (8, 8, false)], &Err(Bad::Fragment)),
-            (&[(16, 8, false), (24, 8, true)], &Err(Bad::Fragment)),
-            (&[(24, 8, true), (16, 4, false)], &Err(Bad::Fragment)),
-            (&[(0, 12, true)], &Err(Bad::Malformed)),
-            (&[(8, 0, false)], &Err(Bad::Malformed)),
-            (&[(65_528, 8, false)], &Err(Bad::Malformed)),
+            (&[(0, 16, true), (8, 16, true)], &Err(PacketError::Fragment)),
+            (&[(8, 16, true), (0, 16, true)], &Err(PacketError::Fragment)),
+            (&[(16, 8, false), (8, 8, false)], &Err(PacketError::Fragment)),
+            (&[(16, 8, false), (24, 8, true)], &Err(PacketError::Fragment)),
+            (&[(24, 8, true), (16, 4, false)], &Err(PacketError::Fragment)),
+            (&[(0, 12, true)], &Err(PacketError::Malformed)),
+            (&[(8, 0, false)], &Err(PacketError::Malformed)),
+            (&[(65_528, 8, false)], &Err(PacketError::Malformed)),
             (&[(65_528, 7, false)], &nothing),
         ] {
             assert_eq!(added(fragments).last(), Some(outcome), "{fragments:?}");
@@ -172,7 +177,7 @@ mod tests {
     }
 
     #[test]
-    fn there_are_never_too_many() {
+    fn partial_packets_are_bounded() {
         let (mut all, now) = (Fragments::default(), Instant::now());
         for id in 0..100 {
             assert_eq!(all.add(now, &fragment(id, 65_520, true), &[0; 8]), Ok(None));
@@ -184,7 +189,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_order_makes_it_whole_once(len in 1usize..4000, size in 1usize..100, keys in prop::collection::vec(any::<u32>(), 64)) {
+        fn fragments_in_any_order_reassemble_once(len in 1usize..4000, size in 1usize..100, keys in prop::collection::vec(any::<u32>(), 64)) {
             let size = (size * 8).max(len.div_ceil(MAX_FRAGMENTS).next_multiple_of(8));
             let mut fragments: Vec<_> = (0..len).step_by(size).map(|at| (at, size.min(len - at), at + size < len)).collect();
             // The order of their keys; some come twice.

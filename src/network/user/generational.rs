@@ -131,7 +131,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_go_stale_with_their_values() {
+    fn keys_of_removed_values_are_stale() {
         let mut table = GenerationalMap::default();
         let (a, b) = (table.insert('a'), table.insert('b'));
         assert_eq!(table.remove(a), Some('a'));

@@ -1,4 +1,4 @@
-//! [`Host`]: the host's side of the stack. Sockets are made here alone, and here are their events and the clock.
+//! [`HostSockets`]: the host's side of the stack. Sockets are made here alone, and here are their events and the clock.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -9,26 +9,26 @@ use super::generational::Owner;
 use crate::network::policy::Admitted;
 use crate::sys::{ControlOperation, Epoll, EpollEvent, EventSet, HeldDescriptors, Socket, SocketKind, Timer};
 
-/// When an owner is called; it has at most one alarm, so there are never more than owners. An alarm may come too early:
+/// When an owner is called. It has at most one timer, so there are never more than owners. A timer may fire too early:
 /// what moves on with every packet is not written down each time.
 #[derive(Debug, Default, Clone, Copy)]
-pub(in crate::network) struct Alarm(Option<Instant>);
+pub(in crate::network) struct TimerEntry(Option<Instant>);
 
-/// Sockets, alarms and the time.
-pub(in crate::network) struct Host {
+/// Sockets, timers and the time.
+pub(in crate::network) struct HostSockets {
     epoll: Epoll,
     timer: Timer,
     /// What the timer is set to.
     set: Option<Instant>,
-    alarms: BTreeSet<(Instant, Owner)>,
-    /// The time, as of the last [`Host::tick`].
+    timers: BTreeSet<(Instant, Owner)>,
+    /// The time, as of the last [`HostSockets::tick`].
     pub now: Instant,
     /// Tests are ahead of their time.
     skew: Duration,
     /// How many sockets were made to go out; each was admitted by the policy.
     pub made: u64,
-    /// Expensive system calls since [`Host::take_calls`] last took them.
-    pub calls: usize,
+    /// Expensive system calls since [`HostSockets::take_calls`] last took them.
+    pub syscalls: usize,
     /// This network's share of its guest's descriptors, as last counted. They count against its guest's share.
     pub held: HeldDescriptors,
     /// Where sockets would have gone, when none are to be made.
@@ -36,13 +36,13 @@ pub(in crate::network) struct Host {
     pub pretended: Option<Vec<(crate::sys::SocketKind, std::net::SocketAddr)>>,
 }
 
-impl std::fmt::Debug for Host {
+impl std::fmt::Debug for HostSockets {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Host").field("alarms", &self.alarms.len()).field("made", &self.made).finish_non_exhaustive()
+        f.debug_struct("Host").field("timers", &self.timers.len()).field("made", &self.made).finish_non_exhaustive()
     }
 }
 
-impl Host {
+impl HostSockets {
     pub(in crate::network) fn new(held: HeldDescriptors) -> io::Result<Self> {
         let (epoll, timer) = (Epoll::new()?, Timer::new()?);
         let event = EpollEvent::new(EventSet::IN, Owner::Timer.token());
@@ -52,11 +52,11 @@ impl Host {
             epoll,
             timer,
             set: None,
-            alarms: BTreeSet::new(),
+            timers: BTreeSet::new(),
             now,
             skew,
             made: 0,
-            calls: 0,
+            syscalls: 0,
             held,
             #[cfg(any(test, feature = "internals"))]
             pretended: None,
@@ -71,7 +71,7 @@ impl Host {
     pub(in crate::network) fn connect(&mut self, to: &Admitted) -> io::Result<Socket> {
         self.made += 1;
         // socket(2), connect(2), what watches it, and close(2); a stream has two options.
-        self.calls += if to.kind() == SocketKind::Stream { 6 } else { 4 };
+        self.syscalls += if to.kind() == SocketKind::Stream { 6 } else { 4 };
         #[cfg(any(test, feature = "internals"))]
         if let Some(made) = &mut self.pretended {
             made.push((to.kind(), to.address()));
@@ -90,7 +90,7 @@ impl Host {
 
     /// System calls that the device has not charged yet.
     pub(in crate::network) fn take_calls(&mut self) -> usize {
-        std::mem::take(&mut self.calls)
+        std::mem::take(&mut self.syscalls)
     }
 
     /// Tells its owner what happens to a descriptor, each time it happens.
@@ -99,7 +99,7 @@ impl Host {
         self.epoll.ctl(ControlOperation::Add, fd.as_raw_fd(), EpollEvent::new(interest, owner.token()))
     }
 
-    /// As [`Host::watch`], but only that there is something to read, for as long as there is.
+    /// As [`HostSockets::watch`], but only that there is something to read, for as long as there is.
     pub(in crate::network) fn watch_level(&self, fd: BorrowedFd<'_>, owner: Owner) -> io::Result<()> {
         self.epoll.ctl(ControlOperation::Add, fd.as_raw_fd(), EpollEvent::new(EventSet::IN, owner.token()))
     }
@@ -134,37 +134,37 @@ impl Host {
     }
 
     /// Calls `owner` at `at`, or earlier.
-    pub(in crate::network) fn alarm(&mut self, alarm: &mut Alarm, owner: Owner, at: Option<Instant>) {
+    pub(in crate::network) fn set_timer(&mut self, timer: &mut TimerEntry, owner: Owner, at: Option<Instant>) {
         let Some(at) = at else { return };
-        if alarm.0.is_some_and(|set| set <= at) {
+        if timer.0.is_some_and(|set| set <= at) {
             return;
         }
-        self.cancel(alarm, owner);
-        self.alarms.insert((at, owner));
-        alarm.0 = Some(at);
+        self.cancel_timer(timer, owner);
+        self.timers.insert((at, owner));
+        timer.0 = Some(at);
     }
 
     /// The owner is going.
-    pub(in crate::network) fn cancel(&mut self, alarm: &mut Alarm, owner: Owner) {
-        if let Some(set) = alarm.0.take() {
-            self.alarms.remove(&(set, owner));
+    pub(in crate::network) fn cancel_timer(&mut self, timer: &mut TimerEntry, owner: Owner) {
+        if let Some(set) = timer.0.take() {
+            self.timers.remove(&(set, owner));
         }
     }
 
-    /// Whose moment has come. The owner must [`Alarm::rang`] and set its next.
+    /// Returns an owner whose time has come. It must call [`TimerEntry::fired`] and set its next.
     pub(in crate::network) fn due(&mut self) -> Option<Owner> {
-        let (at, owner) = *self.alarms.first()?;
+        let (at, owner) = *self.timers.first()?;
         if at > self.now {
             return None;
         }
-        self.alarms.pop_first();
+        self.timers.pop_first();
         Some(owner)
     }
 
-    /// Sets the timer to the first alarm.
+    /// Sets the timer to the earliest entry.
     pub(in crate::network) fn arm(&mut self) {
-        let first = self.alarms.first().map(|(at, _)| *at);
-        // One that is too early costs less than a system call each time that the first alarm moves.
+        let first = self.timers.first().map(|(at, _)| *at);
+        // One that is too early costs less than a system call each time that the earliest entry moves.
         if first.is_none_or(|first| self.set.is_some_and(|set| set <= first)) {
             return;
         }
@@ -174,16 +174,16 @@ impl Host {
         self.set = first;
     }
 
-    /// The timer rang.
-    pub(in crate::network) fn rang(&mut self) {
+    /// Clears the timer, which has fired.
+    pub(in crate::network) fn clear_timer(&mut self) {
         self.timer.clear();
         self.set = None;
     }
 }
 
-impl Alarm {
-    /// [`Host::due`] named its owner.
-    pub(in crate::network) fn rang(&mut self) {
+impl TimerEntry {
+    /// [`HostSockets::due`] named its owner.
+    pub(in crate::network) fn fired(&mut self) {
         self.0 = None;
     }
 }

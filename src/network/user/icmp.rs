@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use super::core::Core;
 use super::tcp::gateway_of;
-use crate::network::wire::Ends;
+use crate::network::wire::AddressPair;
 
 /// Why a packet did not arrive.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -50,7 +50,7 @@ impl Unreachable {
 }
 
 /// Returns the packet that a guest's "port unreachable" quotes (RFC 792; RFC 4443, 3.1).
-pub(in crate::network) fn nobody_there(six: bool, message: &[u8]) -> Option<&[u8]> {
+pub(in crate::network) fn port_unreachable(six: bool, message: &[u8]) -> Option<&[u8]> {
     let (kind, code, _) = Unreachable::Port.number(!six);
     message.strip_prefix(&[kind, code]).and_then(|rest| rest.get(6..))
 }
@@ -62,24 +62,24 @@ const ECHO_REPLY: u8 = 0;
 const ECHO6_REPLY: u8 = 129;
 
 /// Answers an echo request to the gateway.
-pub(in crate::network) fn echo(core: &mut Core, ends: Ends, message: &mut [u8]) {
-    let reply = if ends.src.is_ipv4() { ECHO_REPLY } else { ECHO6_REPLY };
+pub(in crate::network) fn echo(core: &mut Core, addrs: AddressPair, message: &mut [u8]) {
+    let reply = if addrs.src.is_ipv4() { ECHO_REPLY } else { ECHO6_REPLY };
     if let Some(kind) = message.first_mut() {
         *kind = reply;
     }
-    core.send_icmp(Ends { src: ends.dst, dst: ends.src }, message);
+    core.send_icmp(AddressPair { src: addrs.dst, dst: addrs.src }, message);
 }
 
 /// As much of a packet as is sent back: its IP header, without options, and the ports.
 const QUOTE: usize = 8;
 
 /// Tells the guest that its packet between `ends`, which begins with `packet`, did not arrive.
-pub(in crate::network) fn unreachable(core: &mut Core, why: Unreachable, ends: Ends, packet: &[u8]) {
-    let (kind, code, last) = why.number(ends.src.is_ipv4());
+pub(in crate::network) fn unreachable(core: &mut Core, why: Unreachable, addrs: AddressPair, packet: &[u8]) {
+    let (kind, code, last) = why.number(addrs.src.is_ipv4());
     let [a, b] = last.to_be_bytes();
     let mut message = vec![kind, code, 0, 0, 0, 0, a, b];
-    let header = if ends.src.is_ipv4() { 20 } else { 40 };
+    let header = if addrs.src.is_ipv4() { 20 } else { 40 };
     message.extend_from_slice(packet.get(..header + QUOTE).unwrap_or(packet));
-    let from: IpAddr = gateway_of(core, ends.src);
-    core.send_icmp(Ends { src: from, dst: ends.src }, &mut message);
+    let from: IpAddr = gateway_of(core, addrs.src);
+    core.send_icmp(AddressPair { src: from, dst: addrs.src }, &mut message);
 }

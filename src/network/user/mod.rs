@@ -41,9 +41,9 @@ use self::neighbour::Router;
 use self::port_forward::PortForwards;
 pub(crate) use self::port_forward::Published;
 use self::resolver::{Requester, Resolver};
-use self::tcp::{Segment as TcpSegment, TcpFlows};
+use self::tcp::{TcpFlows, TcpSegment};
 use super::policy::{Cidr, Denial, Policy};
-use super::wire::{self, Bad, Ends, Packet};
+use super::wire::{self, AddressPair, IpPacket, PacketError};
 use super::{Capabilities, Frame, NetBackend, Offload, Offloads, Received, RxBuffer};
 use crate::error::{Context, Result};
 use crate::memory::{GuestMemory, Segment};
@@ -57,7 +57,7 @@ const CALLS: usize = 2000;
 
 /// Where frames to the guest come from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Lane {
+enum TxLane {
     Answers,
     Tcp,
     Datagrams,
@@ -121,7 +121,7 @@ impl UserStack {
         let new_connections = limit.new;
         let default = Limits::default();
         self.core.config.limits.connections = connections.unwrap_or(default.connections);
-        self.core.limit_calls(new_connections);
+        self.core.limit_connects(new_connections);
     }
 
     /// Another policy from now on. Connections that it denies are reset.
@@ -131,8 +131,8 @@ impl UserStack {
     pub(crate) fn set_policy(&mut self, policy: Policy) -> Result<()> {
         policy.check()?;
         self.core.policy.change(policy);
-        self.tcp.review(&mut self.core);
-        self.datagrams.review(&mut self.core);
+        self.tcp.recheck_policy(&mut self.core);
+        self.datagrams.recheck_policy(&mut self.core);
         self.count_held();
         Ok(())
     }
@@ -193,14 +193,14 @@ impl UserStack {
         self.core.host.held.set(held);
     }
 
-    fn take(&mut self, memory: &GuestMemory, frame: &[Segment], offload: Offload) -> Result<(), Bad> {
+    fn take(&mut self, memory: &GuestMemory, frame: &[Segment], offload: Offload) -> Result<(), PacketError> {
         let mut head = [0; wire::HEADERS];
         let Some((ethernet, head)) = self.core.open(memory, frame, &mut head)? else { return Ok(()) };
         let len = frame.iter().map(|s| s.len()).sum::<usize>();
         let bytes = head.get(wire::ETHERNET..).unwrap_or_default();
         match ethernet.kind {
             wire::IPV4 | wire::IPV6 => {
-                let packet = Packet::parse(ethernet.kind, bytes, len - wire::ETHERNET)?;
+                let packet = IpPacket::parse(ethernet.kind, bytes, len - wire::ETHERNET)?;
                 self.packet(memory, frame, bytes, packet, offload)
             }
             wire::ARP => {
@@ -220,12 +220,12 @@ impl UserStack {
         memory: &GuestMemory,
         frame: &[Segment],
         bytes: &[u8],
-        packet: Packet,
+        packet: IpPacket,
         offload: Offload,
-    ) -> Result<(), Bad> {
+    ) -> Result<(), PacketError> {
         let inner = bytes.get(packet.header..).unwrap_or_default();
         let at = wire::ETHERNET + packet.header;
-        let ends = Ends { src: packet.src, dst: packet.dst };
+        let addrs = AddressPair { src: packet.src, dst: packet.dst };
         if packet.fragment.is_some() {
             return self.fragment(memory, frame, at, packet);
         }
@@ -235,7 +235,7 @@ impl UserStack {
         }
         if !self.core.config.is_guest(packet.src) {
             // Who has no address yet, and what stays on the link.
-            return self.stranger(memory, frame, at, packet, inner);
+            return self.unmatched(memory, frame, at, packet, inner);
         }
         if let IpAddr::V6(own) = packet.src {
             self.core.guest6 = Some(own);
@@ -248,7 +248,7 @@ impl UserStack {
             wire::UDP => {
                 let cut_up = offload.gso.map(|gso| usize::from(gso.size));
                 let udp = wire::Udp::parse(inner, packet.len, cut_up.is_some())?;
-                self.datagram(memory, frame, at, ends, udp, cut_up)?;
+                self.datagram(memory, frame, at, addrs, udp, cut_up)?;
             }
             wire::ICMP | wire::ICMPV6 => self.message(memory, frame, at, packet, inner)?,
             _ => self.core.stats.unserved += 1,
@@ -257,27 +257,33 @@ impl UserStack {
     }
 
     /// A fragment, which is `at` in the frame.
-    fn fragment(&mut self, memory: &GuestMemory, frame: &[Segment], at: usize, packet: Packet) -> Result<(), Bad> {
+    fn fragment(
+        &mut self,
+        memory: &GuestMemory,
+        frame: &[Segment],
+        at: usize,
+        packet: IpPacket,
+    ) -> Result<(), PacketError> {
         if !self.core.config.is_guest(packet.src) && !self.core.config.is_loopback(packet.src) {
             self.core.stats.spoofed += 1;
             return Ok(());
         }
         // TCP makes its segments as small as is needed.
         if !matches!(packet.protocol, wire::UDP | wire::ICMP | wire::ICMPV6) {
-            return Err(Bad::Fragment);
+            return Err(PacketError::Fragment);
         }
         let now = self.core.host.now;
         let added = self.fragments.add(now, &packet, self.core.copy(memory, frame, at, packet.len)?);
         self.fragments.arm(&mut self.core);
         let Some(mut whole) = added? else { return Ok(()) };
         packet.verify(&whole)?;
-        let ends = Ends { src: packet.src, dst: packet.dst };
+        let addrs = AddressPair { src: packet.src, dst: packet.dst };
         if packet.protocol != wire::UDP {
-            return self.told(ends, packet.protocol, &mut whole);
+            return self.icmp_message(addrs, packet.protocol, &mut whole);
         }
         let udp = wire::Udp::parse(&whole, whole.len(), false)?;
         let payload = Payload::Whole(whole.get(wire::UDP_HEADER..udp.len).unwrap_or_default());
-        self.datagrams.datagram(&mut self.core, &mut self.ports, &Datagram { ends, udp, cut: None, payload })
+        self.datagrams.datagram(&mut self.core, &mut self.ports, &Datagram { addrs, udp, cut: None, payload })
     }
 
     /// A segment of TCP, which is `at` in the frame.
@@ -286,28 +292,28 @@ impl UserStack {
         memory: &GuestMemory,
         frame: &[Segment],
         at: usize,
-        packet: Packet,
+        packet: IpPacket,
         tcp: wire::Tcp,
-    ) -> Result<(), Bad> {
-        let ends = Ends { src: packet.src, dst: packet.dst };
+    ) -> Result<(), PacketError> {
+        let addrs = AddressPair { src: packet.src, dst: packet.dst };
         cut(frame, at + tcp.header, packet.len - tcp.header, &mut self.payload);
-        let segment = TcpSegment { ends, tcp, len: packet.len - tcp.header, memory };
-        if tcp.dst == resolver::PORT && self.core.config.is_gateway(ends.dst) && self.tcp.is_call(&segment) {
-            return self.call_resolver(&segment);
+        let segment = TcpSegment { addrs, tcp, len: packet.len - tcp.header, memory };
+        if tcp.dst == resolver::PORT && self.core.config.is_gateway(addrs.dst) && self.tcp.opens_connection(&segment) {
+            return self.connect_to_resolver(&segment);
         }
         self.tcp.segment(&mut self.core, &segment, &mut self.payload);
-        self.ports.called(&mut self.core, &mut self.tcp);
+        self.ports.handle_inbound(&mut self.core, &mut self.tcp);
         Ok(())
     }
 
-    fn stranger(
+    fn unmatched(
         &mut self,
         memory: &GuestMemory,
         frame: &[Segment],
         at: usize,
-        packet: Packet,
+        packet: IpPacket,
         inner: &[u8],
-    ) -> Result<(), Bad> {
+    ) -> Result<(), PacketError> {
         match (packet.src, packet.protocol) {
             (IpAddr::V4(src), wire::UDP) if src.is_unspecified() => {
                 let udp = wire::Udp::parse(inner, packet.len, false)?;
@@ -319,15 +325,15 @@ impl UserStack {
             // What answers callers of published ports, and nothing else.
             (IpAddr::V4(src), wire::TCP) if src.is_loopback() => {
                 let tcp = wire::Tcp::parse(inner, packet.len)?;
-                if self.tcp.knows(Ends { src: packet.src, dst: packet.dst }, &tcp) {
+                if self.tcp.contains(AddressPair { src: packet.src, dst: packet.dst }, &tcp) {
                     return self.segment(memory, frame, at, packet, tcp);
                 }
                 self.core.stats.spoofed += 1;
             }
             (src, wire::UDP) if self.core.config.is_loopback(src) => {
                 let udp = wire::Udp::parse(inner, packet.len, false)?;
-                let ends = Ends { src, dst: packet.dst };
-                self.datagram(memory, frame, at, ends, udp, None)?;
+                let addrs = AddressPair { src, dst: packet.dst };
+                self.datagram(memory, frame, at, addrs, udp, None)?;
             }
             (src, wire::ICMP) if self.core.config.is_loopback(src) => {
                 return self.message(memory, frame, at, packet, inner);
@@ -340,8 +346,8 @@ impl UserStack {
                 self.core.stats.unserved += 1;
                 let len = (at - wire::ETHERNET + packet.len).min(48);
                 let quoted = self.core.copy(memory, frame, wire::ETHERNET, len)?.to_vec();
-                let ends = Ends { src: packet.src, dst: packet.dst };
-                icmp::unreachable(&mut self.core, icmp::Unreachable::BeyondScope, ends, &quoted);
+                let addrs = AddressPair { src: packet.src, dst: packet.dst };
+                icmp::unreachable(&mut self.core, icmp::Unreachable::BeyondScope, addrs, &quoted);
             }
             (IpAddr::V6(src), _) if src.is_unspecified() || src.is_unicast_link_local() => {
                 self.core.stats.unserved += 1;
@@ -352,7 +358,7 @@ impl UserStack {
     }
 
     /// A message to the DHCP server, whose UDP header is `at` in the frame.
-    fn lease(&mut self, memory: &GuestMemory, frame: &[Segment], at: usize, udp: wire::Udp) -> Result<(), Bad> {
+    fn lease(&mut self, memory: &GuestMemory, frame: &[Segment], at: usize, udp: wire::Udp) -> Result<(), PacketError> {
         let len = udp.len - wire::UDP_HEADER;
         let bytes = self.core.copy(memory, frame, at + wire::UDP_HEADER, len)?.to_vec();
         dhcp::message(&mut self.core, &bytes);
@@ -365,9 +371,9 @@ impl UserStack {
         memory: &GuestMemory,
         frame: &[Segment],
         at: usize,
-        packet: Packet,
+        packet: IpPacket,
         inner: &[u8],
-    ) -> Result<(), Bad> {
+    ) -> Result<(), PacketError> {
         if packet.src.is_ipv6() && packet.protocol == wire::ICMPV6 {
             let config = &self.core.config;
             let (gateways, mac) = ([config.gateway6, config.gateway_local()], config.gateway_mac);
@@ -377,27 +383,27 @@ impl UserStack {
             }
         }
         let mut message = self.core.copy(memory, frame, at, packet.len)?.to_vec();
-        self.told(Ends { src: packet.src, dst: packet.dst }, packet.protocol, &mut message)
+        self.icmp_message(AddressPair { src: packet.src, dst: packet.dst }, packet.protocol, &mut message)
     }
 
     /// Takes a message that asks for an echo, or reports a port without a listener.
-    fn told(&mut self, ends: Ends, protocol: u8, message: &mut [u8]) -> Result<(), Bad> {
-        let six = ends.src.is_ipv6();
+    fn icmp_message(&mut self, addrs: AddressPair, protocol: u8, message: &mut [u8]) -> Result<(), PacketError> {
+        let six = addrs.src.is_ipv6();
         if six != (protocol == wire::ICMPV6) {
-            return Err(Bad::Malformed);
+            return Err(PacketError::Malformed);
         }
         let echo = if six { icmp::ECHO6 } else { icmp::ECHO };
-        if let Some(sent) = icmp::nobody_there(six, message) {
+        if let Some(sent) = icmp::port_unreachable(six, message) {
             return self.datagrams.refused(&mut self.core, &mut self.ports, sent);
         }
         match message.first() {
-            Some(_) if self.core.config.is_loopback(ends.src) => self.core.stats.spoofed += 1,
-            Some(kind) if *kind == echo && self.core.config.is_gateway(ends.dst) => {
-                icmp::echo(&mut self.core, ends, message);
+            Some(_) if self.core.config.is_loopback(addrs.src) => self.core.stats.spoofed += 1,
+            Some(kind) if *kind == echo && self.core.config.is_gateway(addrs.dst) => {
+                icmp::echo(&mut self.core, addrs, message);
             }
             // Only from an address that others can answer.
-            Some(kind) if *kind == echo && self.core.config.is_guest(ends.src) => {
-                self.datagrams.ping(&mut self.core, ends, message);
+            Some(kind) if *kind == echo && self.core.config.is_guest(addrs.src) => {
+                self.datagrams.ping(&mut self.core, addrs, message);
             }
             _ => self.core.stats.unserved += 1,
         }
@@ -409,51 +415,52 @@ impl UserStack {
         memory: &GuestMemory,
         frame: &[Segment],
         at: usize,
-        ends: Ends,
+        addrs: AddressPair,
         udp: wire::Udp,
         cut_up: Option<usize>,
-    ) -> Result<(), Bad> {
-        let guest = self.core.config.is_guest(ends.src);
-        if guest && udp.dst == dhcp::SERVER && self.core.config.is_server(ends.dst) {
+    ) -> Result<(), PacketError> {
+        let guest = self.core.config.is_guest(addrs.src);
+        if guest && udp.dst == dhcp::SERVER && self.core.config.is_server(addrs.dst) {
             return self.lease(memory, frame, at, udp);
         }
         let at = at + wire::UDP_HEADER;
         let len = udp.len - wire::UDP_HEADER;
-        if guest && udp.dst == resolver::PORT && self.core.config.is_gateway(ends.dst) {
+        if guest && udp.dst == resolver::PORT && self.core.config.is_gateway(addrs.dst) {
             let query = self.core.copy(memory, frame, at, len)?.to_vec();
-            self.resolver.query(&mut self.core, Requester::Udp(ends, udp.src), &query);
+            self.resolver.query(&mut self.core, Requester::Udp(addrs, udp.src), &query);
             return Ok(());
         }
         cut(frame, at, len, &mut self.payload);
         let payload = Payload::Guest(memory, &self.payload);
-        let datagram = Datagram { ends, udp, cut: cut_up, payload };
+        let datagram = Datagram { addrs, udp, cut: cut_up, payload };
         self.datagrams.datagram(&mut self.core, &mut self.ports, &datagram)
     }
 
     /// The guest calls the gateway's resolver over TCP.
-    fn call_resolver(&mut self, segment: &TcpSegment<'_>) -> Result<(), Bad> {
+    fn connect_to_resolver(&mut self, segment: &TcpSegment<'_>) -> Result<(), PacketError> {
         let opened = self.clients.open(&mut self.core);
-        self.tcp.call_local(&mut self.core, segment, opened);
+        self.tcp.connect_local(&mut self.core, segment, opened);
         Ok(())
     }
 
     /// Where the next frame to the guest comes from.
-    fn lane(&mut self) -> Option<Lane> {
+    fn tx_lane(&mut self) -> Option<TxLane> {
         if self.core.waiting().is_some() {
-            return Some(Lane::Answers);
+            return Some(TxLane::Answers);
         }
-        let lanes = if self.datagrams_first { [Lane::Datagrams, Lane::Tcp] } else { [Lane::Tcp, Lane::Datagrams] };
+        let lanes =
+            if self.datagrams_first { [TxLane::Datagrams, TxLane::Tcp] } else { [TxLane::Tcp, TxLane::Datagrams] };
         let found = lanes.into_iter().find(|lane| match lane {
-            Lane::Datagrams => self.datagrams.next(&mut self.core, &self.ports).is_some(),
+            TxLane::Datagrams => self.datagrams.next(&mut self.core, &self.ports).is_some(),
             _ => self.tcp.next(&mut self.core).is_some(),
         });
-        found.or_else(|| self.core.waiting().map(|_| Lane::Answers))
+        found.or_else(|| self.core.waiting().map(|_| TxLane::Answers))
     }
 
-    fn called(&mut self, owner: Owner, events: crate::sys::EventSet) {
+    fn on_event(&mut self, owner: Owner, events: crate::sys::EventSet) {
         self.count_held();
         match owner {
-            Owner::Timer => self.core.host.rang(),
+            Owner::Timer => self.core.host.clear_timer(),
             Owner::Tcp(id) => self.tcp.ready(&mut self.core, id, events),
             Owner::Resolver(id) => self.resolver.ready(&mut self.core, id, events),
             Owner::Client(id) => self.clients.ready(&mut self.core, &mut self.resolver, id),
@@ -500,30 +507,30 @@ impl NetBackend for UserStack {
             let count = self.core.host.events(&mut events);
             for event in events.iter().take(count) {
                 if let Some(owner) = Owner::of(event.data()) {
-                    self.called(owner, event.event_set());
+                    self.on_event(owner, event.event_set());
                 }
             }
-            if count < BATCH || self.core.host.calls > CALLS {
+            if count < BATCH || self.core.host.syscalls > CALLS {
                 break;
             }
         }
         for _ in 0..BATCH * BATCHES {
             match self.core.host.due() {
-                Some(Owner::Tcp(id)) => self.tcp.rang(&mut self.core, id),
-                Some(Owner::Router) => self.router.rang(&mut self.core),
-                Some(Owner::Fragments) => self.fragments.rang(&mut self.core),
+                Some(Owner::Tcp(id)) => self.tcp.on_timer(&mut self.core, id),
+                Some(Owner::Router) => self.router.on_timer(&mut self.core),
+                Some(Owner::Fragments) => self.fragments.on_timer(&mut self.core),
                 Some(Owner::Resolver(id)) => {
                     self.count_held();
-                    self.resolver.rang(&mut self.core, id);
+                    self.resolver.on_timer(&mut self.core, id);
                 }
-                Some(Owner::Client(id)) => self.clients.rang(&mut self.core, id),
-                Some(Owner::Udp(id)) => self.datagrams.rang(&mut self.core, id),
-                Some(Owner::Listener(id)) => self.ports.rang(&mut self.core, id),
+                Some(Owner::Client(id)) => self.clients.on_timer(&mut self.core, id),
+                Some(Owner::Udp(id)) => self.datagrams.on_timer(&mut self.core, id),
+                Some(Owner::Listener(id)) => self.ports.on_timer(&mut self.core, id),
                 Some(Owner::Timer | Owner::Queue) => {}
                 None => break,
             }
         }
-        self.ports.called(&mut self.core, &mut self.tcp);
+        self.ports.handle_inbound(&mut self.core, &mut self.tcp);
         self.clients.answered(&mut self.core, &mut self.resolver);
         // What was closed is another device's from now on.
         self.count_held();
@@ -541,25 +548,25 @@ impl NetBackend for UserStack {
     }
 
     fn next_len(&mut self) -> Option<usize> {
-        let lane = self.lane();
+        let lane = self.tx_lane();
         // Looking for one may have made an answer to the guest, which goes before it.
         self.core.waiting().or(match lane? {
-            Lane::Answers => None,
-            Lane::Datagrams => self.datagrams.next(&mut self.core, &self.ports),
-            Lane::Tcp => self.tcp.next(&mut self.core),
+            TxLane::Answers => None,
+            TxLane::Datagrams => self.datagrams.next(&mut self.core, &self.ports),
+            TxLane::Tcp => self.tcp.next(&mut self.core),
         })
     }
 
     fn receive(&mut self, buffer: &mut RxBuffer<'_>) -> io::Result<Option<Received>> {
         let (memory, room) = (buffer.memory(), buffer.pieces());
-        let lane = self.lane();
-        let received = match if self.core.waiting().is_some() { Some(Lane::Answers) } else { lane } {
-            Some(Lane::Answers) => self.core.receive(memory, room),
-            Some(Lane::Datagrams) => self.datagrams.receive(memory, room),
-            Some(Lane::Tcp) => self.tcp.receive(&mut self.core, memory, room),
+        let lane = self.tx_lane();
+        let received = match if self.core.waiting().is_some() { Some(TxLane::Answers) } else { lane } {
+            Some(TxLane::Answers) => self.core.receive(memory, room),
+            Some(TxLane::Datagrams) => self.datagrams.receive(memory, room),
+            Some(TxLane::Tcp) => self.tcp.receive(&mut self.core, memory, room),
             None => None,
         };
-        self.datagrams_first = lane == Some(Lane::Tcp);
+        self.datagrams_first = lane == Some(TxLane::Tcp);
         if let Some(received) = received {
             self.core.stats.received_frames += 1;
             self.core.stats.received_bytes += received.len as u64;

@@ -7,9 +7,9 @@ use std::time::Duration;
 
 use super::core::Core;
 use super::generational::Owner;
-use super::host::Alarm;
+use super::host::TimerEntry;
 use crate::network::Mac;
-use crate::network::wire::{self, Ends, Packet};
+use crate::network::wire::{self, AddressPair, IpPacket};
 
 /// Messages (RFC 4861, 4).
 const ROUTER_SOLICITATION: u8 = 133;
@@ -30,7 +30,7 @@ const AGAIN: Duration = Duration::from_secs(1800);
 /// The router, which says again and again that it is one.
 #[derive(Debug, Default)]
 pub(in crate::network) struct Router {
-    alarm: Alarm,
+    timer: TimerEntry,
 }
 
 impl Router {
@@ -38,11 +38,11 @@ impl Router {
     fn asked(&mut self, core: &mut Core) {
         advertise(core);
         let at = core.host.now + AGAIN;
-        core.host.alarm(&mut self.alarm, Owner::Router, Some(at));
+        core.host.set_timer(&mut self.timer, Owner::Router, Some(at));
     }
 
-    pub(in crate::network) fn rang(&mut self, core: &mut Core) {
-        self.alarm.rang();
+    pub(in crate::network) fn on_timer(&mut self, core: &mut Core) {
+        self.timer.fired();
         self.asked(core);
     }
 
@@ -50,7 +50,7 @@ impl Router {
     pub(in crate::network) fn message(
         &mut self,
         core: &mut Core,
-        packet: Packet,
+        packet: IpPacket,
         bytes: &[u8],
         who: impl FnOnce(Ipv6Addr) -> Option<Mac>,
     ) -> bool {
@@ -102,7 +102,7 @@ pub(in crate::network) fn arp(core: &mut Core, bytes: &[u8], who: impl FnOnce(Ip
 }
 
 /// RFC 4861, 7.2.3 and 7.2.4.
-fn solicited(core: &mut Core, packet: Packet, rest: &[u8], who: impl FnOnce(Ipv6Addr) -> Option<Mac>) {
+fn solicited(core: &mut Core, packet: IpPacket, rest: &[u8], who: impl FnOnce(Ipv6Addr) -> Option<Mac>) {
     let Some(target) = rest.first_chunk::<16>().map(|bytes| Ipv6Addr::from(*bytes)) else {
         core.stats.malformed += 1;
         return;
@@ -118,7 +118,7 @@ fn solicited(core: &mut Core, packet: Packet, rest: &[u8], who: impl FnOnce(Ipv6
     message.extend(target.octets());
     message.extend([2, 1]);
     message.extend(mac.0);
-    core.send_icmp(Ends { src: target.into(), dst: to }, &mut message);
+    core.send_icmp(AddressPair { src: target.into(), dst: to }, &mut message);
 }
 
 /// RFC 4861, 4.2 and 4.6; RFC 8106, 5.1.
@@ -143,5 +143,5 @@ fn advertise(core: &mut Core) {
     message.extend([25, 3, 0, 0, 0, 0, l0, l1]);
     message.extend(core.config.gateway6.octets());
     let src = core.config.gateway_local().into();
-    core.send_icmp(Ends { src, dst: ALL_NODES.into() }, &mut message);
+    core.send_icmp(AddressPair { src, dst: ALL_NODES.into() }, &mut message);
 }

@@ -14,21 +14,22 @@ use std::time::Duration;
 use super::core::Core;
 use super::datagrams::ephemeral;
 use super::generational::{GenerationalMap, Id, Owner};
-use super::host::{Alarm, exhausted};
-use super::tcp::{Called, Caller, FlowKey, TcpFlows, Tried, gateway_of};
+use super::host::{TimerEntry, exhausted};
+use super::tcp::{FlowKey, InboundConn, InboundPort, InboundResult, TcpFlows, TriedAddresses, gateway_of};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::network::policy::Cidr;
+use crate::network::wire::IpEndpoint;
 use crate::sys::{CloseOnFork, Socket, is_spare};
 
 /// Connections that are accepted in one turn.
-const BATCH: usize = 32;
+const MAX_ACCEPTS: usize = 32;
 /// System calls of each: accept(2), three options, what watches it, and close(2).
 const ACCEPT_CALLS: usize = 6;
 /// How long no caller is accepted when the host has no more descriptors.
-const PAUSE: Duration = Duration::from_millis(250);
+const ACCEPT_PAUSE: Duration = Duration::from_millis(250);
 
 #[derive(Debug)]
-enum Kind {
+enum PortSocket {
     Tcp(CloseOnFork<TcpListener>),
     Udp(CloseOnFork<UdpSocket>),
 }
@@ -36,38 +37,39 @@ enum Kind {
 /// A published port.
 #[derive(Debug)]
 struct Port {
-    kind: Kind,
+    socket: PortSocket,
     guest: u16,
     /// Which callers are accepted. Empty: all.
     callers: Vec<Cidr>,
     /// Where a listener was found last.
     found: Option<IpAddr>,
-    alarm: Alarm,
+    timer: TimerEntry,
 }
 
-/// Where in the guest a service may be.
-fn places(core: &Core) -> [Option<IpAddr>; 3] {
+/// The guest's addresses where a service may listen.
+fn candidate_addresses(core: &Core) -> [Option<IpAddr>; 3] {
     let loopback = core.config.loopback.then_some(Ipv4Addr::LOCALHOST.into());
     [Some(core.config.guest4.into()), loopback, core.guest6.map(IpAddr::from)]
 }
 
 impl Port {
-    /// Where to look next, which is added to what was tried.
-    fn place(&self, core: &Core, tried: &mut Tried) -> Option<IpAddr> {
-        let untried = || (0..).zip(places(core)).filter(|(n, place)| place.is_some() && *tried & 1 << n == 0);
-        let (n, place) = untried().find(|(_, place)| *place == self.found).or_else(|| untried().next())?;
-        *tried |= 1 << n;
-        place
+    /// Returns the next address to try, and adds it to those that were tried.
+    fn next_address(&self, core: &Core, tried: &mut TriedAddresses) -> Option<IpAddr> {
+        let untried =
+            || (0..).zip(candidate_addresses(core)).filter(|(n, address)| address.is_some() && !tried.contains(*n));
+        let (n, address) = untried().find(|(_, address)| *address == self.found).or_else(|| untried().next())?;
+        tried.insert(n);
+        address
     }
 
     fn fd(&self) -> BorrowedFd<'_> {
-        match &self.kind {
-            Kind::Tcp(listener) => listener.as_fd(),
-            Kind::Udp(socket) => socket.as_fd(),
+        match &self.socket {
+            PortSocket::Tcp(listener) => listener.as_fd(),
+            PortSocket::Udp(socket) => socket.as_fd(),
         }
     }
 
-    fn hears(&self, caller: SocketAddr) -> bool {
+    fn accepts(&self, caller: SocketAddr) -> bool {
         // One that listens on `::` sees IPv4 inside.
         let address = caller.ip().to_canonical();
         self.callers.is_empty() || self.callers.iter().any(|range| range.contains(address))
@@ -104,21 +106,21 @@ impl PortForwards {
         if guest == 0 {
             return Err(Error::invalid(method, "port 0 of the guest is nobody's: say 1 or higher"));
         }
-        let bind = || -> io::Result<(Kind, SocketAddr)> {
+        let bind = || -> io::Result<(PortSocket, SocketAddr)> {
             if tcp {
                 let listener = TcpListener::bind(host)?;
                 listener.set_nonblocking(true)?;
                 let at = listener.local_addr()?;
-                Ok((Kind::Tcp(CloseOnFork::new(listener)), at))
+                Ok((PortSocket::Tcp(CloseOnFork::new(listener)), at))
             } else {
                 let socket = UdpSocket::bind(host)?;
                 socket.set_nonblocking(true)?;
                 let at = socket.local_addr()?;
-                Ok((Kind::Udp(CloseOnFork::new(socket)), at))
+                Ok((PortSocket::Udp(CloseOnFork::new(socket)), at))
             }
         };
-        let (kind, at) = bind().map_err(|error| explain(error, method, host))?;
-        let id = self.all.insert(Port { kind, guest, callers, found: None, alarm: Alarm::default() });
+        let (socket, at) = bind().map_err(|error| bind_error(error, method, host))?;
+        let id = self.all.insert(Port { socket, guest, callers, found: None, timer: TimerEntry::default() });
         if let Err(error) = self.watch(core, id) {
             self.all.remove(id);
             return Err(error).doing(|| format!("{method}: watching {at}"));
@@ -128,7 +130,9 @@ impl PortForwards {
 
     fn watch(&mut self, core: &Core, id: Id) -> io::Result<()> {
         match self.all.get_mut(id) {
-            Some(port) if matches!(port.kind, Kind::Tcp(_)) => core.host.watch_level(port.fd(), Owner::Listener(id)),
+            Some(port) if matches!(port.socket, PortSocket::Tcp(_)) => {
+                core.host.watch_level(port.fd(), Owner::Listener(id))
+            }
             Some(port) => core.host.watch(port.fd(), Owner::Listener(id)),
             None => Ok(()),
         }
@@ -137,12 +141,12 @@ impl PortForwards {
     /// Closes the port to new callers; existing connections stay. False: it was gone.
     pub(super) fn unpublish(&mut self, core: &mut Core, Published(id): Published) -> bool {
         let Some(mut port) = self.all.remove(id) else { return false };
-        core.host.cancel(&mut port.alarm, Owner::Listener(id));
+        core.host.cancel_timer(&mut port.timer, Owner::Listener(id));
         true
     }
 
     pub(super) fn is_datagram(&self, id: Id) -> bool {
-        self.all.get(id).is_some_and(|port| matches!(port.kind, Kind::Udp(_)))
+        self.all.get(id).is_some_and(|port| matches!(port.socket, PortSocket::Udp(_)))
     }
 
     pub(super) fn is_there(&self, id: Id) -> bool {
@@ -152,9 +156,9 @@ impl PortForwards {
     /// Accepts callers, a batch at most.
     pub(super) fn accept(&mut self, core: &mut Core, tcp: &mut TcpFlows, id: Id) {
         let Some(port) = self.all.get_mut(id) else { return };
-        let Kind::Tcp(listener) = &port.kind else { return };
-        for _ in 0..BATCH {
-            core.host.calls += ACCEPT_CALLS;
+        let PortSocket::Tcp(listener) = &port.socket else { return };
+        for _ in 0..MAX_ACCEPTS {
+            core.host.syscalls += ACCEPT_CALLS;
             let may_hold = core.host.may_hold();
             let accepted = listener.accept().and_then(|(stream, caller)| match may_hold && is_spare(&stream) {
                 true => Ok((stream, caller)),
@@ -166,44 +170,50 @@ impl PortForwards {
                     // It would be readable again at once.
                     core.stats.limited += 1;
                     core.host.unwatch(listener.as_fd());
-                    let at = core.host.now + PAUSE;
-                    core.host.alarm(&mut port.alarm, Owner::Listener(id), Some(at));
+                    let at = core.host.now + ACCEPT_PAUSE;
+                    core.host.set_timer(&mut port.timer, Owner::Listener(id), Some(at));
                     return;
                 }
                 // No caller any more, or gone again already (accept(2)).
                 Err(_) => return,
             };
-            let heard = port.hears(caller);
+            let accepted_source = port.accepts(caller);
             let nonblocking = stream.set_nonblocking(true);
             let socket = Socket::new(stream);
             if let Err(error) = nonblocking.and_then(|()| socket.relay()) {
                 log::debug!("a caller of a published port is gone: {error}");
                 continue;
             }
-            if !heard {
+            if !accepted_source {
                 core.stats.denied += 1;
                 reset(&socket);
                 continue;
             }
             core.host.held.add(1);
-            call(core, tcp, &mut self.next, port, Caller { port: id, tried: 0, socket });
+            connect_next(
+                core,
+                tcp,
+                &mut self.next,
+                port,
+                InboundConn { port: InboundPort { id, tried: TriedAddresses::default() }, socket },
+            );
         }
     }
 
-    /// Where to look next for who takes datagrams, which is added to what was tried.
-    pub(super) fn place(&self, core: &Core, id: Id, tried: &mut Tried) -> Option<IpAddr> {
-        self.all.get(id)?.place(core, tried)
+    /// Returns the next address of the guest to send datagrams to, and adds it to those that were tried.
+    pub(super) fn next_address(&self, core: &Core, id: Id, tried: &mut TriedAddresses) -> Option<IpAddr> {
+        self.all.get(id)?.next_address(core, tried)
     }
 
-    /// Remembers a place that had a listener.
-    pub(super) fn reached(&mut self, id: Id, place: IpAddr) {
+    /// Remembers an address that had a listener.
+    pub(super) fn remember_address(&mut self, id: Id, address: IpAddr) {
         if let Some(port) = self.all.get_mut(id) {
-            port.found = Some(place);
+            port.found = Some(address);
         }
     }
 
-    /// Forgets the place: none had a listener.
-    pub(super) fn silence(&mut self, id: Id) {
+    /// Forgets the address: none had a listener.
+    pub(super) fn forget_address(&mut self, id: Id) {
         if let Some(port) = self.all.get_mut(id) {
             port.found = None;
         }
@@ -215,38 +225,38 @@ impl PortForwards {
         self.all.get(id)?.found
     }
 
-    /// Takes what became of calls: whom the guest refuses at one place is led to the next.
-    pub(super) fn called(&mut self, core: &mut Core, tcp: &mut TcpFlows) {
-        while let Some(called) = tcp.called.pop() {
+    /// Handles the results of connecting. A client that the guest refuses at one address is connected to the next.
+    pub(super) fn handle_inbound(&mut self, core: &mut Core, tcp: &mut TcpFlows) {
+        while let Some(called) = tcp.inbound_results.pop() {
             match called {
-                Called::Reached(id, place) => self.reached(id, place),
-                Called::Silence(id) => self.silence(id),
-                Called::Refused(caller) => match self.all.get(caller.port) {
-                    Some(port) => call(core, tcp, &mut self.next, port, caller),
-                    None => reset(&caller.socket),
+                InboundResult::Connected(id, address) => self.remember_address(id, address),
+                InboundResult::TimedOut(id) => self.forget_address(id),
+                InboundResult::Refused(conn) => match self.all.get(conn.port.id) {
+                    Some(port) => connect_next(core, tcp, &mut self.next, port, conn),
+                    None => reset(&conn.socket),
                 },
             }
         }
     }
 
-    /// The pause is over.
-    pub(super) fn rang(&mut self, core: &mut Core, id: Id) {
+    /// The pause of accepting has ended.
+    pub(super) fn on_timer(&mut self, core: &mut Core, id: Id) {
         let Some(port) = self.all.get_mut(id) else { return };
-        port.alarm.rang();
+        port.timer.fired();
         if let Err(error) = self.watch(core, id) {
             log::debug!("a published port is not watched yet: {error}");
-            let at = core.host.now + PAUSE;
+            let at = core.host.now + ACCEPT_PAUSE;
             if let Some(port) = self.all.get_mut(id) {
-                core.host.alarm(&mut port.alarm, Owner::Listener(id), Some(at));
+                core.host.set_timer(&mut port.timer, Owner::Listener(id), Some(at));
             }
         }
     }
 
     fn datagrams(&self, id: Id) -> io::Result<(&Port, &UdpSocket)> {
         let port = self.all.get(id).ok_or(io::ErrorKind::NotFound)?;
-        match &port.kind {
-            Kind::Udp(socket) => Ok((port, socket)),
-            Kind::Tcp(_) => Err(io::ErrorKind::NotFound.into()),
+        match &port.socket {
+            PortSocket::Udp(socket) => Ok((port, socket)),
+            PortSocket::Tcp(_) => Err(io::ErrorKind::NotFound.into()),
         }
     }
 
@@ -255,7 +265,7 @@ impl PortForwards {
     pub(super) fn receive(&self, id: Id, buffer: &mut [u8]) -> io::Result<Option<(usize, SocketAddr, u16)>> {
         let (port, socket) = self.datagrams(id)?;
         let (n, caller) = socket.recv_from(buffer)?;
-        Ok(port.hears(caller).then_some((n, caller, port.guest)))
+        Ok(port.accepts(caller).then_some((n, caller, port.guest)))
     }
 
     /// Sends the guest's answer to a client of a published port.
@@ -264,19 +274,20 @@ impl PortForwards {
     }
 }
 
-/// Leads a caller to the next place that may have a listener.
-fn call(core: &mut Core, tcp: &mut TcpFlows, next: &mut u16, port: &Port, mut caller: Caller) {
-    let Some(place) = port.place(core, &mut caller.tried) else {
+/// Connects a client to the next address that may have a listener.
+fn connect_next(core: &mut Core, tcp: &mut TcpFlows, next: &mut u16, port: &Port, mut conn: InboundConn) {
+    let Some(address) = port.next_address(core, &mut conn.port.tried) else {
         core.stats.unconnected += 1;
-        return reset(&caller.socket);
+        return reset(&conn.socket);
     };
-    let remote = (gateway_of(core, place), ephemeral(next));
-    if let Err(socket) = tcp.call_guest(core, FlowKey { guest: (place, port.guest), remote }, caller) {
+    let guest = IpEndpoint::new(address, port.guest);
+    let remote = IpEndpoint::new(gateway_of(core, address), ephemeral(next));
+    if let Err(socket) = tcp.connect_to_guest(core, FlowKey { guest, remote }, conn) {
         reset(&socket);
     }
 }
 
-/// Resets the caller's connection when the socket is dropped.
+/// Resets the client's connection when the socket is dropped.
 fn reset(socket: &Socket) {
     if let Err(error) = socket.reset_on_close() {
         log::debug!("a caller of a published port is gone: {error}");
@@ -284,7 +295,7 @@ fn reset(socket: &Socket) {
 }
 
 /// What an embedder can do about a port that cannot be had.
-fn explain(error: io::Error, method: &str, host: SocketAddr) -> Error {
+fn bind_error(error: io::Error, method: &str, host: SocketAddr) -> Error {
     let (remedy, kind) = match error.kind() {
         io::ErrorKind::AddrInUse => ("another listens there; port 0 takes any that is free", ErrorKind::ResourceBusy),
         io::ErrorKind::PermissionDenied => {

@@ -11,10 +11,10 @@ use std::time::Duration;
 
 use super::core::{Core, ROUTE_CALLS};
 use super::generational::{GenerationalMap, Id, Owner};
-use super::host::Alarm;
+use super::host::TimerEntry;
 use crate::network::dns::{self, Code, Question, Servers};
 use crate::network::policy::Asking;
-use crate::network::wire::{self, Ends};
+use crate::network::wire::{self, AddressPair};
 use crate::sys::{self, EventSet, Socket, SocketKind};
 
 pub(super) const PORT: u16 = 53;
@@ -34,7 +34,7 @@ const MAX_ANSWER: usize = 4096;
 /// Who wants to know.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Requester {
-    Udp(Ends, u16),
+    Udp(AddressPair, u16),
     /// A connection's other end.
     Tcp(Id),
 }
@@ -54,7 +54,7 @@ struct PendingQuery {
     /// Over TCP: what is still to be sent, and what has come.
     rest: Vec<u8>,
     answer: Vec<u8>,
-    alarm: Alarm,
+    timer: TimerEntry,
 }
 
 /// The pending questions, and answers for those who asked over TCP.
@@ -151,16 +151,16 @@ impl Resolver {
         }
         let (until, question) = (core.host.now + RESOLVER_TIMEOUT, question.clone());
         let query = query.to_vec();
-        let alarm = Alarm::default();
+        let timer = TimerEntry::default();
         let asked =
-            PendingQuery { requester, question, query, id, tried, wrong: 0, socket, rest, answer: Vec::new(), alarm };
+            PendingQuery { requester, question, query, id, tried, wrong: 0, socket, rest, answer: Vec::new(), timer };
         let it = self.asked.insert(asked);
         let Some(asked) = self.asked.get_mut(it) else { return Ok(()) };
         if let Err(error) = core.host.watch(asked.socket.as_fd(), Owner::Resolver(it)) {
             self.asked.remove(it);
             return Err(error);
         }
-        core.host.alarm(&mut asked.alarm, Owner::Resolver(it), Some(until));
+        core.host.set_timer(&mut asked.timer, Owner::Resolver(it), Some(until));
         Ok(())
     }
 
@@ -179,16 +179,16 @@ impl Resolver {
     }
 
     /// Goes on to the next try, as no answer has come in time.
-    pub(super) fn rang(&mut self, core: &mut Core, id: Id) {
+    pub(super) fn on_timer(&mut self, core: &mut Core, id: Id) {
         if let Some(asked) = self.asked.get_mut(id) {
-            asked.alarm.rang();
+            asked.timer.fired();
             self.next(core, id);
         }
     }
 
     fn remove(&mut self, core: &mut Core, id: Id) -> Option<PendingQuery> {
         let mut asked = self.asked.remove(id)?;
-        core.host.cancel(&mut asked.alarm, Owner::Resolver(id));
+        core.host.cancel_timer(&mut asked.timer, Owner::Resolver(id));
         Some(asked)
     }
 
@@ -222,7 +222,7 @@ impl Resolver {
         told.retain(|address| core.policy.may_lead(name, *address, now));
         core.stats.denied_names += u64::from(told.len() < all.min(MAX_ADDRESSES));
         // Each by its own route: some hosts reach private ranges alone by one of the families.
-        core.host.calls += if way_out { told.len() * ROUTE_CALLS } else { 0 };
+        core.host.syscalls += if way_out { told.len() * ROUTE_CALLS } else { 0 };
         told.retain(|address| !way_out || core.policy.is_routed(*address));
         core.policy.resolved(name, &told, found.valid, now);
         if told.len() < all {
@@ -243,8 +243,12 @@ impl Resolver {
 
     fn answer(&mut self, core: &mut Core, requester: Requester, answer: &[u8]) {
         match requester {
-            Requester::Udp(ends, port) => {
-                core.send_udp(Ends { src: ends.dst, dst: ends.src }, (PORT, port), answer);
+            Requester::Udp(addrs, port) => {
+                core.send_udp(
+                    AddressPair { src: addrs.dst, dst: addrs.src },
+                    wire::UdpPorts { src: PORT, dst: port },
+                    answer,
+                );
             }
             Requester::Tcp(id) => self.answers.push((id, answer.to_vec())),
         }

@@ -28,14 +28,14 @@ fn inflated_pages_are_discarded_and_others_are_not() {
     (0x400..0x405).for_each(|page| memory.write(GuestAddress(page * PAGE), &[7]).unwrap());
     let numbers: Vec<u8> = pages.iter().flat_map(|n| n.to_le_bytes()).collect();
     driver.send(INFLATE, &[&numbers[..6], &numbers[6..]], &[]);
-    driver.poke(INFLATE);
+    driver.dispatch(INFLATE);
     assert!(driver.receive(INFLATE).is_some());
     let left: Vec<u8> = (0x400..0x405).map(|page| byte(&memory, page * PAGE)).collect();
     assert_eq!(left, [0, 0, 7, 0, 7]);
 }
 
 #[test]
-fn who_asked_is_told_when_it_is_done_and_when_the_guest_takes_some_back() {
+fn balloon_reports_when_settled_and_when_the_guest_deflates() {
     let (tell, told) = mpsc::channel();
     let mut driver =
         Driver::start_with(|memory| Balloon::new(memory.clone(), Box::new(move |held| tell.send(held).unwrap())));
@@ -43,7 +43,7 @@ fn who_asked_is_told_when_it_is_done_and_when_the_guest_takes_some_back() {
     device.set_target(3 * PAGE, Some(io));
     for (queue, pages) in [(INFLATE, 2), (INFLATE, 1), (DEFLATE, 1), (DEFLATE, 1)] {
         driver.send(queue, &[&vec![0; pages * 4]], &[]);
-        driver.poke(queue);
+        driver.dispatch(queue);
     }
     assert_eq!(told.try_iter().collect::<Vec<_>>(), [3 * PAGE, 2 * PAGE]);
 }
@@ -56,7 +56,7 @@ fn a_guest_that_fills_and_empties_it_without_pause_is_reported_at_a_bounded_rate
     for _ in 0..500 {
         for queue in [INFLATE, DEFLATE] {
             driver.send(queue, &[&[0; 4]], &[]);
-            driver.poke(queue);
+            driver.dispatch(queue);
             assert!(driver.receive(queue).is_some());
         }
     }
@@ -68,8 +68,8 @@ fn a_guest_that_fills_and_empties_it_without_pause_is_reported_at_a_bounded_rate
 fn absurd_requests_need_a_reset() {
     let mut driver = rig();
     driver.send(INFLATE, &[&vec![0; (MAX_PAGES + 1) * 4]], &[]);
-    driver.poke(INFLATE);
-    assert!(driver.broken());
+    driver.dispatch(INFLATE);
+    assert!(driver.needs_reset());
 }
 
 #[test]
@@ -79,7 +79,7 @@ fn reported_memory_is_discarded_and_counted() {
     let (free, written) = (0x40_0000, 0x40_3000);
     memory.write(GuestAddress(written), &[7]).unwrap();
     driver.send_raw(REPORTING, &[(free, 16 * PAGE as u32, WRITE)]);
-    driver.poke(REPORTING);
+    driver.dispatch(REPORTING);
     assert!(driver.receive(REPORTING).is_some());
     assert_eq!((byte(&memory, written), driver.device.reported()), (0, 16 * PAGE));
 }
@@ -102,7 +102,7 @@ fn reports_take_as_many_turns_as_they_need() {
     let (mut turns, mut back) = (0, 0);
     while back < 1000 {
         while driver.send_raw(REPORTING, &[(0x100_0000, 64 * 16, 4)]) {}
-        driver.poke(REPORTING);
+        driver.dispatch(REPORTING);
         turns += 1;
         while driver.receive(REPORTING).is_some() {
             back += 1;
@@ -114,8 +114,8 @@ fn reports_take_as_many_turns_as_they_need() {
     // A table of more is no chain of this queue.
     driver.send_raw(REPORTING, &[(0x100_0000, 65 * 16, 4)]);
     memory.write(GuestAddress(0x100_0000 + 16 * 63 + 12), &[3, 0, 64, 0]).unwrap();
-    driver.poke(REPORTING);
-    assert!(driver.broken());
+    driver.dispatch(REPORTING);
+    assert!(driver.needs_reset());
 }
 
 #[test]
@@ -126,7 +126,7 @@ fn one_large_report_is_given_back_in_pieces() {
     }
     let (mut turns, mut back) = (0, 0);
     while back < 64 {
-        driver.poke(REPORTING);
+        driver.dispatch(REPORTING);
         turns += 1;
         while driver.collect(REPORTING).is_some() {
             back += 1;
@@ -143,7 +143,7 @@ fn scattered_pages_take_as_many_turns_as_they_need() {
     (0..64).for_each(|_| assert!(driver.send(INFLATE, &[&numbers], &[])));
     let (mut turns, mut back) = (0, 0);
     while back < 64 {
-        driver.poke(INFLATE);
+        driver.dispatch(INFLATE);
         turns += 1;
         while driver.receive(INFLATE).is_some() {
             back += 1;
@@ -172,7 +172,7 @@ fn statistics_that_are_offered_again_and_again_end_the_turn() {
             memory.write(GuestAddress(ring + 0x8002), &next.to_le_bytes()).unwrap();
         }
     });
-    (0..50).for_each(|_| driver.poke(STATS));
+    (0..50).for_each(|_| driver.dispatch(STATS));
     stop.store(true, Ordering::Relaxed);
     guest.join().unwrap();
     bounded(&driver);
@@ -190,11 +190,11 @@ fn statistics_are_asked_for_and_come_back() {
     assert!(told.try_recv().is_err(), "the driver has not sent its buffer yet");
     let entry = |tag: u16, value: u64| [tag.to_le_bytes().as_slice(), &value.to_le_bytes()].concat();
     driver.send(STATS, &[&entry(9, 1)], &[]);
-    driver.poke(STATS);
+    driver.dispatch(STATS);
     ask(&mut driver);
     assert!(driver.receive(STATS).is_some(), "the buffer comes back to be filled");
     driver.send(STATS, &[&[entry(4, 1 << 20), entry(5, 1 << 30), vec![1]].concat()], &[]);
-    driver.poke(STATS);
+    driver.dispatch(STATS);
     let expected =
         GuestMemoryStats { free: Some(Size::mib(1)), total: Some(Size::gib(1)), ..GuestMemoryStats::default() };
     assert_eq!(told.try_recv(), Ok(expected));

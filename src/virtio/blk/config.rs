@@ -2,7 +2,7 @@
 
 use super::backend::Geometry;
 use super::limit::DiskLimit;
-use super::policy::Policy;
+use super::policy::ErrorPolicy;
 use super::request::{ID_LEN, MAX_DISCARD, MAX_RANGES, MAX_ZEROES};
 use super::reserve::Reserve;
 use super::{QUEUE_SIZE, SECTOR};
@@ -46,7 +46,7 @@ pub(crate) struct Options {
     pub queues: u16,
     pub engine: IoEngine,
     pub cache: CacheMode,
-    pub policy: Policy,
+    pub policy: ErrorPolicy,
     pub limit: DiskLimit,
     /// With less space than this left on the host, in bytes, the embedder is warned.
     pub min_free_space: Option<u64>,
@@ -81,7 +81,7 @@ impl Options {
             queues: 1,
             engine: IoEngine::Auto,
             cache: CacheMode::Durable,
-            policy: Policy::default(),
+            policy: ErrorPolicy::default(),
             limit: DiskLimit::none(),
             min_free_space: None,
             reserve: Reserve::Nothing,

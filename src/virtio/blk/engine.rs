@@ -5,14 +5,14 @@ use std::io;
 
 use super::backend::{BlockBackend, Extent, front, zeroes_to_guest};
 use super::config::{CacheMode, IoEngine, Options};
-use super::request::{Range, Work};
-use super::requests::InFlight;
+use super::request::{BlkRequest, DiskRange};
+use super::requests::InFlightRequest;
 use super::{RING, SECTOR};
 use crate::memory::{IoOperation, IoQueue, Segment};
 use crate::virtio::Chain;
 
 /// What became of a stage of a request.
-pub(super) enum Progress {
+pub(super) enum RequestProgress {
     /// The I/O queue has it.
     UnderWay,
     /// It is over.
@@ -47,7 +47,7 @@ impl Engine {
         if options.engine == IoEngine::Threads {
             return engine;
         }
-        let len = engine.backend.shape().len;
+        let len = engine.backend.geometry().len;
         // If one sector and the whole range each lie in one file, the disk is that file.
         let mut whole = |len| {
             let mut found = Vec::new();
@@ -71,34 +71,34 @@ impl Engine {
     }
 
     /// Whether this is done by a call of the backend's that may give away places which the I/O queue reads from or writes to.
-    pub(super) fn needs_rest(&self, flight: &InFlight) -> bool {
+    pub(super) fn needs_rest(&self, flight: &InFlightRequest) -> bool {
         !flight.syncing
-            && matches!(flight.work, Work::Discard(_) | Work::WriteZeroes(_))
+            && matches!(flight.work, BlkRequest::Discard(_) | BlkRequest::WriteZeroes(_))
             && !(self.single_file && self.io_queue.is_some())
     }
 
     /// Begins the stage at which the request in `slot` stands.
-    pub(super) fn begin(&mut self, slot: usize, flight: &mut InFlight) -> Progress {
+    pub(super) fn begin(&mut self, slot: usize, flight: &mut InFlightRequest) -> RequestProgress {
         match self.step(slot, flight) {
             // What is in flight must end before the request does.
             outcome if flight.moves > 0 => {
                 flight.error = outcome.err();
-                Progress::UnderWay
+                RequestProgress::UnderWay
             }
-            outcome => Progress::Ended(outcome),
+            outcome => RequestProgress::Ended(outcome),
         }
     }
 
-    fn step(&mut self, slot: usize, flight: &mut InFlight) -> io::Result<()> {
+    fn step(&mut self, slot: usize, flight: &mut InFlightRequest) -> io::Result<()> {
         let (stage, from) = (flight.stage(), usize::try_from(flight.done).unwrap_or(usize::MAX));
-        let Range { offset, len, .. } = stage;
-        let InFlight { chain, work, moves, .. } = flight;
+        let DiskRange { offset, len, .. } = stage;
+        let InFlightRequest { chain, work, moves, .. } = flight;
         match work {
             _ if flight.syncing => self.sync(slot, flight),
-            Work::Flush => self.sync(slot, flight),
-            Work::GetId => Ok(()),
+            BlkRequest::Flush => self.sync(slot, flight),
+            BlkRequest::GetId => Ok(()),
             _ if len == 0 => Ok(()),
-            Work::Read { to, len: all, .. } => {
+            BlkRequest::Read { to, len: all, .. } => {
                 let mut piece = Vec::new();
                 let to = part(chain.writable(*to), from, len, *all, &mut piece);
                 match self.locate(false, offset, len) {
@@ -106,7 +106,7 @@ impl Engine {
                     None => self.backend.read(chain.memory(), to, offset),
                 }
             }
-            Work::Write { from: data, len: all, .. } => {
+            BlkRequest::Write { from: data, len: all, .. } => {
                 let mut piece = Vec::new();
                 let data = part(chain.readable(*data), from, len, *all, &mut piece);
                 match self.locate(true, offset, len) {
@@ -121,9 +121,9 @@ impl Engine {
                     }
                 }
             }
-            Work::Discard(_) => self.range(slot, chain, moves, stage, Ranges::Discard),
-            Work::WriteZeroes(_) if flight.plain => self.range(slot, chain, moves, stage, Ranges::PlainZeroes),
-            Work::WriteZeroes(_) => self.range(slot, chain, moves, stage, Ranges::Zeroes),
+            BlkRequest::Discard(_) => self.range(slot, chain, moves, stage, Ranges::Discard),
+            BlkRequest::WriteZeroes(_) if flight.plain => self.range(slot, chain, moves, stage, Ranges::PlainZeroes),
+            BlkRequest::WriteZeroes(_) => self.range(slot, chain, moves, stage, Ranges::Zeroes),
         }
     }
 
@@ -165,7 +165,7 @@ impl Engine {
                     continue;
                 }
             };
-            io_queue.take_on(chain.memory(), slot, what)?;
+            io_queue.push(chain.memory(), slot, what)?;
             *moves += 1;
         }
         debug_assert!(rest.is_empty(), "the backend did not tell all places");
@@ -173,7 +173,7 @@ impl Engine {
     }
 
     /// Discards a range, or makes zeroes of it.
-    fn range(&mut self, slot: usize, chain: &Chain, moves: &mut u32, range: Range, what: Ranges) -> io::Result<()> {
+    fn range(&mut self, slot: usize, chain: &Chain, moves: &mut u32, range: DiskRange, what: Ranges) -> io::Result<()> {
         if self.io_queue.is_none() || !self.single_file {
             self.called = true;
             return match what {
@@ -192,13 +192,13 @@ impl Engine {
             (Ranges::Zeroes, false) => IoOperation::Allocate { fd, mode: zero, offset, len },
             _ => IoOperation::Allocate { fd, mode: hole, offset, len },
         };
-        self.io_queue.as_mut().ok_or_else(no_io_queue)?.take_on(chain.memory(), slot, what)?;
+        self.io_queue.as_mut().ok_or_else(no_io_queue)?.push(chain.memory(), slot, what)?;
         *moves += 1;
         Ok(())
     }
 
     /// Brings everything that was answered to stable storage.
-    fn sync(&mut self, slot: usize, flight: &mut InFlight) -> io::Result<()> {
+    fn sync(&mut self, slot: usize, flight: &mut InFlightRequest) -> io::Result<()> {
         if self.cache == CacheMode::Unsafe {
             return Ok(());
         }
@@ -208,7 +208,7 @@ impl Engine {
         // What the I/O queue can sync instead of the backend.
         let fd = if self.called { None } else { self.backend.sync_fd() };
         if let (Some(io_queue), Some(fd)) = (&mut self.io_queue, fd) {
-            io_queue.take_on(flight.chain.memory(), slot, IoOperation::Sync { fd })?;
+            io_queue.push(flight.chain.memory(), slot, IoOperation::Sync { fd })?;
             flight.moves += 1;
             return Ok(());
         }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::request::Direction;
+use super::request::IoDirection;
 use crate::error::Result;
 use crate::rate::{self, Rate};
 
@@ -61,36 +61,36 @@ impl DiskLimit {
 
 /// The buckets of one disk.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Buckets {
+pub(super) struct DiskBuckets {
     reads: rate::Buckets,
     writes: rate::Buckets,
 }
 
-impl Buckets {
+impl DiskBuckets {
     pub(super) fn new(limit: &DiskLimit, now: Duration) -> Self {
         let [read_bytes, reads, write_bytes, writes] = limit.rates;
         let reads = rate::Buckets::new([read_bytes, reads], now);
         Self { reads, writes: rate::Buckets::new([write_bytes, writes], now) }
     }
 
-    fn of(&mut self, direction: Direction) -> &mut rate::Buckets {
+    fn of(&mut self, direction: IoDirection) -> &mut rate::Buckets {
         match direction {
-            Direction::Read => &mut self.reads,
-            Direction::Write => &mut self.writes,
+            IoDirection::Read => &mut self.reads,
+            IoDirection::Write => &mut self.writes,
         }
     }
 
-    pub(super) fn limited(&mut self, direction: Direction) -> bool {
+    pub(super) fn limited(&mut self, direction: IoDirection) -> bool {
         self.of(direction).limited()
     }
 
     /// How long the next request must wait.
-    pub(super) fn wait(&mut self, direction: Direction, now: Duration) -> Duration {
+    pub(super) fn wait(&mut self, direction: IoDirection, now: Duration) -> Duration {
         self.of(direction).wait(now)
     }
 
     /// Takes what one request of `bytes` costs when it may go now; else how long it waits.
-    pub(super) fn admit(&mut self, direction: Direction, bytes: u64, now: Duration) -> Result<(), Duration> {
+    pub(super) fn admit(&mut self, direction: IoDirection, bytes: u64, now: Duration) -> Result<(), Duration> {
         self.of(direction).admit([bytes, 1], now)
     }
 }
@@ -100,17 +100,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn directions_have_nothing_in_common() {
+    fn read_and_write_limits_are_independent() {
         let limit = DiskLimit::none().write_bytes(Rate::per_second(1000)).read_operations(Rate::per_second(10));
-        let (mut buckets, now) = (Buckets::new(&limit, Duration::ZERO), Duration::ZERO);
-        assert_eq!(buckets.admit(Direction::Write, 5000, now), Ok(()));
-        assert_eq!(buckets.admit(Direction::Write, 1, now), Err(Duration::from_nanos(4_900_000_001)));
-        assert_eq!(buckets.admit(Direction::Read, u64::MAX, now), Ok(()));
-        assert!(buckets.admit(Direction::Read, 1, now).is_err());
+        let (mut buckets, now) = (DiskBuckets::new(&limit, Duration::ZERO), Duration::ZERO);
+        assert_eq!(buckets.admit(IoDirection::Write, 5000, now), Ok(()));
+        assert_eq!(buckets.admit(IoDirection::Write, 1, now), Err(Duration::from_nanos(4_900_000_001)));
+        assert_eq!(buckets.admit(IoDirection::Read, u64::MAX, now), Ok(()));
+        assert!(buckets.admit(IoDirection::Read, 1, now).is_err());
     }
 
     #[test]
-    fn nothing_at_all_is_no_limit() {
+    fn empty_limit_does_not_limit() {
         let error = DiskLimit::none().read_operations(Rate::per_second(0)).check().unwrap_err();
         assert!(error.to_string().contains("read_operations"), "{error}");
         assert!(DiskLimit::none().read_bytes(Rate::per_second(1)).check().is_ok());

@@ -33,12 +33,12 @@ pub use config::{CacheMode, IoEngine};
 pub use limit::DiskLimit;
 pub use policy::{DiskError, DiskOperation, ErrorAction, ErrorClass};
 
-use super::{ConfigSpace, DeviceIo, DeviceType, Profile, Source, VirtioDevice};
+use super::{ConfigSpace, DeviceIo, DeviceType, EventSource, Profile, VirtioDevice};
 use crate::memory::IoQueue;
 use crate::sys::Timer;
 pub(crate) use config::Options;
 use engine::Engine;
-use limit::Buckets;
+use limit::DiskBuckets;
 use policy::FaultThrottle;
 use requests::RequestTable;
 pub(crate) use reserve::Reserve;
@@ -72,27 +72,34 @@ const SPACE_CHECK_INTERVAL: Duration = Duration::from_secs(1);
 /// How long a stop waits for what is in flight and cannot be cancelled.
 const STOP_TIMEOUT: Duration = Duration::from_secs(4);
 
+/// Bytes that a disk takes up on the host, and bytes that the guest sees.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct BlkUsage {
+    pub allocated: u64,
+    pub size: u64,
+}
+
 /// Called with every fault but those that come too fast. It must carry out the fault's action.
-pub(crate) type OnFault = Arc<dyn Fn(DiskError) + Send + Sync>;
+pub(crate) type OnDiskError = Arc<dyn Fn(DiskError) + Send + Sync>;
 
 /// Called with the bytes that are left when that becomes less than its `min_free_space`.
 pub(crate) type OnLowSpace = Arc<dyn Fn(u64) + Send + Sync>;
 
 /// Called when a request has to wait for the disk's limit.
-pub(crate) type OnThrottled = Arc<dyn Fn() + Send + Sync>;
+pub(crate) type OnDiskThrottled = Arc<dyn Fn() + Send + Sync>;
 
 /// A disk.
 pub(crate) struct Blk {
     engine: Engine,
     options: Options,
     config: ConfigSpace,
-    on_fault: OnFault,
+    on_fault: OnDiskError,
     on_low_space: OnLowSpace,
-    on_throttled: OnThrottled,
+    on_throttled: OnDiskThrottled,
     table: RequestTable,
     /// Requests that wait for a limit: reads and writes.
     waiting: [VecDeque<usize>; 2],
-    buckets: Buckets,
+    buckets: DiskBuckets,
     timer: Option<Timer>,
     /// Requests that failed and will be tried again when the VM goes on, or never.
     held: Vec<usize>,
@@ -124,8 +131,8 @@ impl Blk {
     /// A disk on `backend`.
     pub(crate) fn new(backend: Box<dyn BlockBackend>, options: Options) -> Self {
         Self {
-            config: options.config_space(&backend.shape()),
-            buckets: Buckets::new(&options.limit, Duration::ZERO),
+            config: options.config_space(&backend.geometry()),
+            buckets: DiskBuckets::new(&options.limit, Duration::ZERO),
             engine: Engine::new(backend, &options),
             options,
             on_fault: Arc::new(|_| ()),
@@ -184,7 +191,7 @@ impl Blk {
     /// Changes the limits. What waits is looked at anew at once.
     pub(crate) fn set_limit(&mut self, limit: &DiskLimit) {
         self.options.limit = *limit;
-        self.buckets = Buckets::new(limit, self.now());
+        self.buckets = DiskBuckets::new(limit, self.now());
         self.arm(Duration::ZERO);
     }
 
@@ -193,23 +200,23 @@ impl Blk {
     /// # Errors
     /// The backend's; `EINVAL` for what is smaller than it is, or not whole sectors.
     pub(crate) fn grow(&mut self, io: Option<&mut DeviceIo>, len: u64) -> io::Result<()> {
-        if len < self.engine.backend.shape().len || !len.is_multiple_of(SECTOR) {
+        if len < self.engine.backend.geometry().len || !len.is_multiple_of(SECTOR) {
             return Err(io::Error::from_raw_os_error(libc::EINVAL));
         }
         self.engine.backend.grow(len)?;
-        self.config.set(config::CAPACITY, &(self.engine.backend.shape().len / SECTOR).to_le_bytes());
+        self.config.set(config::CAPACITY, &(self.engine.backend.geometry().len / SECTOR).to_le_bytes());
         if let Some(io) = io {
             io.config_changed();
         }
         Ok(())
     }
 
-    /// Bytes that it takes up on the host, and bytes that the guest sees.
+    /// Returns the size of the disk, on the host and in the guest.
     ///
     /// # Errors
     /// The host's.
-    pub(crate) fn usage(&self) -> io::Result<(u64, u64)> {
-        Ok((self.engine.backend.allocated()?, self.engine.backend.shape().len))
+    pub(crate) fn usage(&self) -> io::Result<BlkUsage> {
+        Ok(BlkUsage { allocated: self.engine.backend.allocated()?, size: self.engine.backend.geometry().len })
     }
 
     fn now(&self) -> Duration {
@@ -228,7 +235,7 @@ impl Blk {
 
 impl VirtioDevice for Blk {
     fn profile(&self) -> Profile {
-        let profile = Profile::new(DeviceType::Block).features(self.options.features(&self.engine.backend.shape()));
+        let profile = Profile::new(DeviceType::Block).features(self.options.features(&self.engine.backend.geometry()));
         let profile = (0..self.options.queues).fold(profile, |profile, _| profile.queue(QUEUE_SIZE));
         profile.config_space(self.config.clone())
     }
@@ -245,41 +252,41 @@ impl VirtioDevice for Blk {
         io.watch(timer.as_fd(), TIMER, crate::event_loop::Interest::IN)
     }
 
-    fn ready(&mut self, io: &mut DeviceIo, source: Source) {
+    fn ready(&mut self, io: &mut DeviceIo, source: EventSource) {
         self.go_on(io);
         match source {
-            Source::Queue(queue) => self.take(io, queue),
-            Source::Watched { number: TIMER, .. } => {
+            EventSource::Queue(queue) => self.take(io, queue),
+            EventSource::Watched { number: TIMER, .. } => {
                 if let Some(timer) = &mut self.timer {
                     timer.clear();
                 }
                 self.release(io);
             }
-            Source::Watched { .. } => {}
+            EventSource::Watched { .. } => {}
         }
-        self.settle(io);
+        self.reap(io);
         // What is in flight wakes the loop when it ends.
         if self.moving < MOVING && !self.unfinished.is_empty() {
-            io.kick_self(0);
+            io.reschedule(0);
         }
     }
 
-    fn pausing(&mut self, io: &mut DeviceIo, patience: Duration) -> bool {
-        self.finish(io, patience)
+    fn pausing(&mut self, io: &mut DeviceIo, timeout: Duration) -> bool {
+        self.finish(io, timeout)
     }
 
     fn resumed(&mut self, io: &mut DeviceIo) {
         for slot in std::mem::take(&mut self.held) {
-            self.drive(io, slot);
+            self.advance(io, slot);
         }
-        self.settle(io);
+        self.reap(io);
     }
 
-    fn finishing(&mut self, io: &mut DeviceIo, patience: Duration) {
+    fn finishing(&mut self, io: &mut DeviceIo, timeout: Duration) {
         // No limit keeps back what is the last.
-        self.buckets = Buckets::default();
+        self.buckets = DiskBuckets::default();
         self.release(io);
-        if !self.finish(io, patience) {
+        if !self.finish(io, timeout) {
             log::warn!("{}: requests are dropped, because the host does not answer", self.options.device);
         }
     }
@@ -293,9 +300,9 @@ impl VirtioDevice for Blk {
                 io.unwatch(fd);
             }
             // The loop of several disks waits for none.
-            let patience = if self.engine.single_file { Duration::ZERO } else { STOP_TIMEOUT };
-            if io_queue.stop(patience) {
-                self.table.placed().for_each(|(offset, len)| self.engine.backend.abandoned(offset, len));
+            let timeout = if self.engine.single_file { Duration::ZERO } else { STOP_TIMEOUT };
+            if io_queue.stop(timeout) {
+                self.table.placed().for_each(|(offset, len)| self.engine.backend.write_failed(offset, len));
                 self.engine.io_queue = Some(io_queue);
             } else {
                 // Places stay taken where the kernel may still write to them.

@@ -104,13 +104,13 @@ impl fmt::Display for DiskError {
 
 /// Which action each class has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Policy {
+pub(crate) struct ErrorPolicy {
     read: ErrorAction,
     write: ErrorAction,
     no_space: ErrorAction,
 }
 
-impl Default for Policy {
+impl Default for ErrorPolicy {
     /// Errors of the medium are the guest's to handle, as on a real disk. For a lack of room it can do nothing. A guest
     /// that gets such an error makes its file system read-only for good.
     fn default() -> Self {
@@ -118,7 +118,7 @@ impl Default for Policy {
     }
 }
 
-impl Policy {
+impl ErrorPolicy {
     pub(crate) fn set(&mut self, class: ErrorClass, action: ErrorAction) {
         match class {
             ErrorClass::Read => self.read = action,
@@ -178,7 +178,7 @@ mod tests {
 
     #[test]
     fn classes_have_their_own_actions() {
-        let mut policy = Policy::default();
+        let mut policy = ErrorPolicy::default();
         let [eio, enospc, edquot] = [libc::EIO, libc::ENOSPC, libc::EDQUOT].map(io::Error::from_raw_os_error);
         assert_eq!(policy.action(DiskOperation::Read, &eio, true), ErrorAction::Report);
         assert_eq!(policy.action(DiskOperation::WriteZeroes, &enospc, true), ErrorAction::Pause);
@@ -189,7 +189,7 @@ mod tests {
     }
 
     #[test]
-    fn a_flood_of_faults_is_counted_and_not_told() {
+    fn repeated_errors_are_counted_and_suppressed() {
         let mut telling = FaultThrottle::new();
         let told = (0..100_000).filter(|_| telling.tell(false, Duration::from_millis(1)).is_some()).count();
         assert!((50..60).contains(&told), "{told}");

@@ -1,4 +1,4 @@
-//! Requests of the driver (Virtio 1.3, 5.2.6). A descriptor chain becomes [`Work`] whose every range exists.
+//! Requests of the driver (Virtio 1.3, 5.2.6). A descriptor chain becomes [`BlkRequest`] whose every range exists.
 
 use super::SECTOR;
 use super::backend::Geometry;
@@ -31,14 +31,14 @@ const UNMAP: u32 = 1;
 
 /// What is limited apart.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Direction {
+pub(super) enum IoDirection {
     Read,
     Write,
 }
 
 /// A part of the disk, in bytes, which exists.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Range {
+pub(super) struct DiskRange {
     pub offset: u64,
     pub len: u64,
     /// For zeroes: the space may go.
@@ -47,12 +47,12 @@ pub(super) struct Range {
 
 /// What is to be done; the data's place in the request's chain included.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Work {
+pub(super) enum BlkRequest {
     Read { offset: u64, to: Span, len: usize },
     Write { offset: u64, from: Span, len: usize },
     Flush,
-    Discard(Vec<Range>),
-    WriteZeroes(Vec<Range>),
+    Discard(Vec<DiskRange>),
+    WriteZeroes(Vec<DiskRange>),
     GetId,
 }
 
@@ -71,7 +71,15 @@ impl From<TooShort> for Refused {
     }
 }
 
-impl Work {
+/// What a request does, and to which bytes of the disk.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct RequestSummary {
+    pub operation: DiskOperation,
+    pub offset: u64,
+    pub len: u64,
+}
+
+impl BlkRequest {
     /// Takes a request apart. `data` is the number of writable bytes before the status.
     pub(super) fn parse(chain: &mut Chain, data: usize, shape: &Geometry) -> Result<Self, Refused> {
         let [a, b, c, d, _, _, _, _, sector @ ..] = chain.read::<16>()?;
@@ -95,17 +103,17 @@ impl Work {
         };
         // "VIRTIO_BLK_S_IOERR … for a write request if the VIRTIO_BLK_F_RO feature is offered, and MUST NOT write any data"
         // (Virtio 1.3, 5.2.6.2).
-        match shape.read_only && work.direction() == Some(Direction::Write) {
+        match shape.read_only && work.direction() == Some(IoDirection::Write) {
             true => Err(Refused::Malformed),
             false => Ok(work),
         }
     }
 
     /// Which limits apply; `None` for what is never held back.
-    pub(super) fn direction(&self) -> Option<Direction> {
+    pub(super) fn direction(&self) -> Option<IoDirection> {
         match self {
-            Self::Read { .. } => Some(Direction::Read),
-            Self::Write { .. } | Self::Discard(_) | Self::WriteZeroes(_) => Some(Direction::Write),
+            Self::Read { .. } => Some(IoDirection::Read),
+            Self::Write { .. } | Self::Discard(_) | Self::WriteZeroes(_) => Some(IoDirection::Write),
             Self::Flush | Self::GetId => None,
         }
     }
@@ -120,10 +128,10 @@ impl Work {
     }
 
     /// What is done at once when so many bytes are done: a piece of the data, or of a range; `plain` zeroes are written.
-    pub(super) fn stage(&self, done: u64, plain: bool) -> Range {
+    pub(super) fn stage(&self, done: u64, plain: bool) -> DiskRange {
         match self {
             Self::Read { offset, len, .. } | Self::Write { offset, len, .. } => {
-                Range { offset: offset + done, len: (*len as u64 - done).min(STAGE), unmap: false }
+                DiskRange { offset: offset + done, len: (*len as u64 - done).min(STAGE), unmap: false }
             }
             Self::Discard(ranges) | Self::WriteZeroes(ranges) => {
                 let mut before = 0;
@@ -131,33 +139,36 @@ impl Work {
                     before += range.len;
                     done < before
                 });
-                let Some(range) = this else { return Range { offset: 0, len: 0, unmap: false } };
+                let Some(range) = this else { return DiskRange { offset: 0, len: 0, unmap: false } };
                 let left = before - done;
                 let len = if plain { left.min(STAGE) } else { left };
-                Range { offset: range.offset + range.len - left, len, unmap: range.unmap }
+                DiskRange { offset: range.offset + range.len - left, len, unmap: range.unmap }
             }
-            Self::Flush | Self::GetId => Range { offset: 0, len: 0, unmap: false },
+            Self::Flush | Self::GetId => DiskRange { offset: 0, len: 0, unmap: false },
         }
     }
 
     /// Bytes that move.
-    pub(super) fn moved(&self) -> u64 {
+    pub(super) fn data_len(&self) -> u64 {
         match self {
             Self::Read { len, .. } | Self::Write { len, .. } => *len as u64,
             _ => 0,
         }
     }
 
-    /// What it is called, where it begins and how long it is, in bytes, for people.
-    pub(super) fn describe(&self) -> (DiskOperation, u64, u64) {
-        let all = |ranges: &[Range]| (ranges.first().map_or(0, |r| r.offset), ranges.iter().map(|r| r.len).sum());
+    /// Returns what an error message says of the request.
+    pub(super) fn describe(&self) -> RequestSummary {
+        let summary = |operation, offset, len| RequestSummary { operation, offset, len };
+        let all = |operation, ranges: &[DiskRange]| {
+            summary(operation, ranges.first().map_or(0, |r| r.offset), ranges.iter().map(|r| r.len).sum())
+        };
         match self {
-            Self::Read { offset, len, .. } => (DiskOperation::Read, *offset, *len as u64),
-            Self::Write { offset, len, .. } => (DiskOperation::Write, *offset, *len as u64),
-            Self::Flush => (DiskOperation::Flush, 0, 0),
-            Self::GetId => (DiskOperation::Read, 0, 0),
-            Self::Discard(ranges) => (DiskOperation::Discard, all(ranges).0, all(ranges).1),
-            Self::WriteZeroes(ranges) => (DiskOperation::WriteZeroes, all(ranges).0, all(ranges).1),
+            Self::Read { offset, len, .. } => summary(DiskOperation::Read, *offset, *len as u64),
+            Self::Write { offset, len, .. } => summary(DiskOperation::Write, *offset, *len as u64),
+            Self::Flush => summary(DiskOperation::Flush, 0, 0),
+            Self::GetId => summary(DiskOperation::Read, 0, 0),
+            Self::Discard(ranges) => all(DiskOperation::Discard, ranges),
+            Self::WriteZeroes(ranges) => all(DiskOperation::WriteZeroes, ranges),
         }
     }
 }
@@ -171,7 +182,7 @@ fn locate(shape: &Geometry, sector: u64, len: u64) -> Result<u64, Refused> {
 
 /// The ranges that a discard or a request for zeroes consists of (Virtio 1.3, 5.2.6, virtio_blk_discard_write_zeroes). All
 /// are looked at before anything is done.
-fn ranges(chain: &mut Chain, shape: &Geometry, max: u32, known: u32) -> Result<Vec<Range>, Refused> {
+fn ranges(chain: &mut Chain, shape: &Geometry, max: u32, known: u32) -> Result<Vec<DiskRange>, Refused> {
     let len = chain.readable_len();
     if len == 0 || !len.is_multiple_of(16) || len / 16 > MAX_RANGES as usize {
         return Err(Refused::Malformed);
@@ -190,7 +201,7 @@ fn ranges(chain: &mut Chain, shape: &Geometry, max: u32, known: u32) -> Result<V
             return Err(Refused::Malformed);
         }
         let len = u64::from(count) * SECTOR;
-        found.push(Range { offset: locate(shape, sector, len)?, len, unmap: flags & UNMAP != 0 });
+        found.push(DiskRange { offset: locate(shape, sector, len)?, len, unmap: flags & UNMAP != 0 });
     }
     Ok(found)
 }

@@ -6,15 +6,15 @@ use std::time::Duration;
 use slab::Slab;
 
 use super::IN_FLIGHT;
-use super::request::{Range, Work};
+use super::request::{BlkRequest, DiskRange};
 use crate::virtio::Chain;
 
 /// A request in flight.
 #[derive(Debug)]
-pub(super) struct InFlight {
+pub(super) struct InFlightRequest {
     pub queue: usize,
     pub chain: Chain,
-    pub work: Work,
+    pub work: BlkRequest,
     /// The bytes have arrived, and are being brought to stable storage.
     pub syncing: bool,
     /// The I/O queue writes it to places that the backend gave.
@@ -33,8 +33,8 @@ pub(super) struct InFlight {
     pub done: u64,
 }
 
-impl InFlight {
-    pub(super) fn new(queue: usize, chain: Chain, work: Work) -> Self {
+impl InFlightRequest {
+    pub(super) fn new(queue: usize, chain: Chain, work: BlkRequest) -> Self {
         Self {
             queue,
             chain,
@@ -53,8 +53,8 @@ impl InFlight {
     /// Whether its next stage needs a place for what it writes.
     pub(super) fn writes(&self) -> bool {
         match &self.work {
-            Work::Write { .. } => true,
-            Work::WriteZeroes(_) => self.plain || !self.stage().unmap,
+            BlkRequest::Write { .. } => true,
+            BlkRequest::WriteZeroes(_) => self.plain || !self.stage().unmap,
             _ => false,
         }
     }
@@ -62,8 +62,8 @@ impl InFlight {
     /// Bytes that its next stage moves.
     pub(super) fn moves_next(&self) -> u64 {
         let moves = match self.work {
-            Work::Read { .. } | Work::Write { .. } => !self.syncing,
-            Work::WriteZeroes(_) => self.plain && !self.syncing,
+            BlkRequest::Read { .. } | BlkRequest::Write { .. } => !self.syncing,
+            BlkRequest::WriteZeroes(_) => self.plain && !self.syncing,
             _ => false,
         };
         if moves { self.stage().len } else { 0 }
@@ -71,30 +71,30 @@ impl InFlight {
 
     /// What its next stage costs the loop.
     pub(super) fn cost(&self) -> crate::virtio::Work {
-        use crate::virtio::Work as Cost;
+        use crate::virtio::Work;
         match &self.work {
-            _ if self.syncing => Cost::Calls(1),
-            Work::Read { .. } | Work::Write { .. } => {
-                Cost::FileBytes(usize::try_from(self.stage().len).unwrap_or(usize::MAX))
+            _ if self.syncing => Work::Calls(1),
+            BlkRequest::Read { .. } | BlkRequest::Write { .. } => {
+                Work::FileBytes(usize::try_from(self.stage().len).unwrap_or(usize::MAX))
             }
             // Written zeroes cost what other bytes do; files with holes take a call.
-            Work::WriteZeroes(_) if self.plain => {
-                Cost::FileBytes(usize::try_from(self.stage().len).unwrap_or(usize::MAX))
+            BlkRequest::WriteZeroes(_) if self.plain => {
+                Work::FileBytes(usize::try_from(self.stage().len).unwrap_or(usize::MAX))
             }
-            Work::WriteZeroes(_) | Work::Discard(_) | Work::Flush => Cost::Calls(10),
-            Work::GetId => Cost::Chain,
+            BlkRequest::WriteZeroes(_) | BlkRequest::Discard(_) | BlkRequest::Flush => Work::Calls(10),
+            BlkRequest::GetId => Work::Chain,
         }
     }
 
     /// What is done of it at once, from where it stands.
-    pub(super) fn stage(&self) -> Range {
+    pub(super) fn stage(&self) -> DiskRange {
         self.work.stage(self.done, self.plain)
     }
 }
 
 /// Requests in flight, by slot.
 #[derive(Debug, Default)]
-pub(super) struct RequestTable(Slab<InFlight>);
+pub(super) struct RequestTable(Slab<InFlightRequest>);
 
 impl RequestTable {
     pub(super) fn full(&self) -> bool {
@@ -106,23 +106,23 @@ impl RequestTable {
         self.0.len()
     }
 
-    pub(super) fn put(&mut self, flight: InFlight) -> usize {
+    pub(super) fn put(&mut self, flight: InFlightRequest) -> usize {
         self.0.insert(flight)
     }
 
-    pub(super) fn get(&mut self, slot: usize) -> Option<&mut InFlight> {
+    pub(super) fn get(&mut self, slot: usize) -> Option<&mut InFlightRequest> {
         self.0.get_mut(slot)
     }
 
-    pub(super) fn take(&mut self, slot: usize) -> Option<InFlight> {
+    pub(super) fn take(&mut self, slot: usize) -> Option<InFlightRequest> {
         self.0.try_remove(slot)
     }
 
     /// Writes whose bytes were on their way to places that the backend gave.
     pub(super) fn placed(&self) -> impl Iterator<Item = (u64, u64)> {
         let placed = self.0.iter().filter(|(_, flight)| flight.placed && !flight.syncing);
-        placed.filter(|(_, flight)| matches!(flight.work, Work::Write { .. })).map(|(_, flight)| {
-            let Range { offset, len, .. } = flight.stage();
+        placed.filter(|(_, flight)| matches!(flight.work, BlkRequest::Write { .. })).map(|(_, flight)| {
+            let DiskRange { offset, len, .. } = flight.stage();
             (offset, len)
         })
     }

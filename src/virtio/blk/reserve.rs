@@ -193,9 +193,9 @@ mod tests {
 
     /// A disk on a file system of which so much is free.
     #[derive(Debug, Clone)]
-    struct Played(Arc<Mutex<Space>>);
+    struct MockBackend(Arc<Mutex<Space>>);
 
-    impl Played {
+    impl MockBackend {
         fn new(device: u64, free: u64, total: u64) -> Self {
             Self(Arc::new(Mutex::new(Space { free, total, device })))
         }
@@ -209,8 +209,8 @@ mod tests {
         }
     }
 
-    impl BlockBackend for Played {
-        fn shape(&self) -> Geometry {
+    impl BlockBackend for MockBackend {
+        fn geometry(&self) -> Geometry {
             Geometry { len: 1 << 40, read_only: false, discard: 0 }
         }
         fn read(&mut self, _: &GuestMemory, _: &[Segment], _: u64) -> io::Result<()> {
@@ -237,7 +237,7 @@ mod tests {
         fn extents(&mut self, _: bool, _: u64, _: u64, _: &mut Vec<Extent>) -> Option<io::Result<()>> {
             None
         }
-        fn written(&mut self, _: u64, _: u64) -> io::Result<()> {
+        fn write_done(&mut self, _: u64, _: u64) -> io::Result<()> {
             Ok(())
         }
         fn sync_fd(&self) -> Option<RawFd> {
@@ -249,8 +249,8 @@ mod tests {
     }
 
     #[test]
-    fn what_is_larger_than_the_credit_is_taken_where_there_is_space() {
-        let mut disk = Played::new(u64::MAX, 1 << 40, 1 << 40);
+    fn large_writes_are_admitted_while_space_is_left() {
+        let mut disk = MockBackend::new(u64::MAX, 1 << 40, 1 << 40);
         let (mut room, now) = (Room::default(), Instant::now());
         for len in [4096, 128 * MIB, 128 * MIB, 4096, 1 << 38] {
             room.take(Reserve::Share, &mut disk, (0, len), || 0, now).unwrap();
@@ -260,10 +260,10 @@ mod tests {
     }
 
     #[test]
-    fn the_reserve_holds_however_many_disks_there_are() {
+    fn reserve_is_shared_by_all_disks() {
         // What was taken arrives at once, late, or when nothing else fits.
         for delay in [0, 7, usize::MAX] {
-            let mut disk = Played::new(u64::MAX - 1, 3000 * MIB, 100 << 30);
+            let mut disk = MockBackend::new(u64::MAX - 1, 3000 * MIB, 100 << 30);
             let now = Instant::now();
             let mut rooms: Vec<_> = (0..100).map(|_| (Room::default(), Vec::new())).collect();
             let mut taken = 0;
@@ -291,21 +291,21 @@ mod tests {
     }
 
     #[test]
-    fn what_touches_a_block_takes_it() {
+    fn partial_blocks_are_charged_whole() {
         let spans =
             [(0, 512), (512, 512), (3584, 1024), (4096, 4096), (512, 8192)].map(|(at, len)| whole_blocks(at, len));
         assert_eq!(spans, [4096, 4096, 8192, 4096, 12_288]);
-        let mut disk = Played::new(u64::MAX - 3, 1001 * MIB, 100 << 30);
+        let mut disk = MockBackend::new(u64::MAX - 3, 1001 * MIB, 100 << 30);
         let (mut room, now) = (Room::default(), Instant::now());
         let mut take = |n: u64| room.take(Reserve::Bytes(1000 * MIB), &mut disk, (n * BLOCK, 512), || n * BLOCK, now);
         assert_eq!((0..1000).filter(|n| take(*n).is_ok()).count(), 256);
     }
 
     #[test]
-    fn what_others_take_is_seen_within_a_second() {
-        let mut disk = Played::new(u64::MAX - 2, 2000 * MIB, 100 << 30);
+    fn external_space_use_is_seen_within_a_second() {
+        let mut disk = MockBackend::new(u64::MAX - 2, 2000 * MIB, 100 << 30);
         let (mut room, now) = (Room::default(), Instant::now());
-        let mut take = |disk: &mut Played, after| {
+        let mut take = |disk: &mut MockBackend, after| {
             room.take(Reserve::Bytes(1000 * MIB), disk, (0, 4096), || 0, now + after).map_err(|e| e.raw_os_error())
         };
         take(&mut disk, Duration::ZERO).unwrap();

@@ -6,10 +6,10 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::config::{F_CONFIG_WCE, F_FLUSH, WRITEBACK};
-use super::engine::Progress;
-use super::policy::{DiskError, DiskOperation, ErrorAction};
-use super::request::{Direction, Refused, Work};
-use super::requests::InFlight;
+use super::engine::RequestProgress;
+use super::policy::{DiskError, ErrorAction};
+use super::request::{BlkRequest, IoDirection, Refused, RequestSummary};
+use super::requests::InFlightRequest;
 use super::{Blk, CacheMode, MOVING, Reserve, S_IOERR, S_OK, S_UNSUPP, SPACE_CHECK_INTERVAL};
 use crate::sys::Space;
 use crate::virtio::{Chain, DeviceIo};
@@ -40,13 +40,13 @@ impl Blk {
         let Some(data) = chain.writable_len().checked_sub(1) else {
             return self.give_back(io, queue, chain);
         };
-        match Work::parse(&mut chain, data, &self.engine.backend.shape()) {
-            Ok(Work::GetId) => {
+        match BlkRequest::parse(&mut chain, data, &self.engine.backend.geometry()) {
+            Ok(BlkRequest::GetId) => {
                 let status = if chain.write(&self.options.serial_bytes()).is_ok() { S_OK } else { S_IOERR };
                 self.answer(io, queue, chain, status);
             }
             Ok(work) => {
-                let slot = self.table.put(InFlight::new(queue, chain, work));
+                let slot = self.table.put(InFlightRequest::new(queue, chain, work));
                 self.admit(io, slot);
             }
             Err(Refused::Malformed) => self.answer(io, queue, chain, S_IOERR),
@@ -59,17 +59,17 @@ impl Blk {
         let Some(flight) = self.table.get(slot) else { return };
         let direction = flight.work.direction().filter(|direction| self.buckets.limited(*direction));
         let Some(direction) = direction else {
-            return self.drive(io, slot);
+            return self.advance(io, slot);
         };
         let now = self.epoch.elapsed();
         let [reads, writes] = &mut self.waiting;
-        let waiting = if direction == Direction::Read { reads } else { writes };
+        let waiting = if direction == IoDirection::Read { reads } else { writes };
         let admitted = match waiting.is_empty() {
-            true => self.buckets.admit(direction, flight.work.moved(), now),
+            true => self.buckets.admit(direction, flight.work.data_len(), now),
             false => Err(Duration::MAX),
         };
         match admitted {
-            Ok(()) => self.drive(io, slot),
+            Ok(()) => self.advance(io, slot),
             Err(wait) => {
                 flight.since = now;
                 waiting.push_back(slot);
@@ -88,20 +88,20 @@ impl Blk {
 
     /// Begins what waits and may go now.
     pub(super) fn release(&mut self, io: &mut DeviceIo) {
-        for direction in [Direction::Read, Direction::Write] {
+        for direction in [IoDirection::Read, IoDirection::Write] {
             loop {
                 let now = self.now();
                 let [reads, writes] = &mut self.waiting;
-                let waiting = if direction == Direction::Read { reads } else { writes };
+                let waiting = if direction == IoDirection::Read { reads } else { writes };
                 let Some(slot) = waiting.front().copied() else { break };
                 let Some(flight) = self.table.get(slot) else { break };
-                if self.buckets.admit(direction, flight.work.moved(), now).is_err() {
+                if self.buckets.admit(direction, flight.work.data_len(), now).is_err() {
                     break;
                 }
                 let waited = u64::try_from(now.saturating_sub(flight.since).as_nanos()).unwrap_or(u64::MAX);
                 io.counters().throttled_nanos.fetch_add(waited, Ordering::Relaxed);
                 waiting.pop_front();
-                self.drive(io, slot);
+                self.advance(io, slot);
             }
         }
         self.rearm();
@@ -111,7 +111,7 @@ impl Blk {
     fn rearm(&mut self) {
         let now = self.now();
         let [reads, writes] = &self.waiting;
-        let waits = [(Direction::Read, reads.is_empty()), (Direction::Write, writes.is_empty())];
+        let waits = [(IoDirection::Read, reads.is_empty()), (IoDirection::Write, writes.is_empty())];
         let some = waits.into_iter().filter(|(_, empty)| !empty);
         if let Some(wait) = some.map(|(direction, _)| self.buckets.wait(direction, now)).min() {
             self.arm(wait);
@@ -119,26 +119,26 @@ impl Blk {
     }
 
     /// Does a request from where it stands, stage by stage, until it is over or in flight.
-    pub(super) fn drive(&mut self, io: &mut DeviceIo, slot: usize) {
+    pub(super) fn advance(&mut self, io: &mut DeviceIo, slot: usize) {
         loop {
             let Some(flight) = self.table.get(slot) else { return };
             let next = flight.moves_next();
             if io.turn_over() {
-                io.kick_self(flight.queue);
+                io.reschedule(flight.queue);
                 return self.unfinished.push_back(slot);
             }
             if next > 0 && self.moving >= MOVING {
                 return self.unfinished.push_back(slot);
             }
             io.charge(flight.cost());
-            let Progress::Ended(result) = self.begin(io, slot) else {
+            let RequestProgress::Ended(result) = self.begin(io, slot) else {
                 if let Some(flight) = self.table.get(slot) {
                     flight.moving = next;
                     self.moving += next;
                 }
                 return;
             };
-            if !self.over(io, slot, result) {
+            if !self.on_stage_done(io, slot, result) {
                 return;
             }
         }
@@ -147,16 +147,16 @@ impl Blk {
     /// Goes on with requests for which a turn was too short.
     pub(super) fn go_on(&mut self, io: &mut DeviceIo) {
         for slot in std::mem::take(&mut self.unfinished) {
-            self.drive(io, slot);
+            self.advance(io, slot);
         }
     }
 
     /// Brings everything that was begun to its end, within the given time.
-    pub(super) fn finish(&mut self, io: &mut DeviceIo, patience: Duration) -> bool {
-        let deadline = Instant::now() + patience;
+    pub(super) fn finish(&mut self, io: &mut DeviceIo, timeout: Duration) -> bool {
+        let deadline = Instant::now() + timeout;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
-            if !self.come_to_rest(io, left) {
+            if !self.drain(io, left) {
                 return false;
             }
             if self.unfinished.is_empty() {
@@ -170,15 +170,15 @@ impl Blk {
         }
     }
 
-    fn begin(&mut self, io: &mut DeviceIo, slot: usize) -> Progress {
-        let Some(flight) = self.table.get(slot) else { return Progress::UnderWay };
-        if self.engine.needs_rest(flight) && !self.come_to_rest(io, BARRIER) {
-            return Progress::Ended(Err(io::Error::from_raw_os_error(libc::ETIMEDOUT)));
+    fn begin(&mut self, io: &mut DeviceIo, slot: usize) -> RequestProgress {
+        let Some(flight) = self.table.get(slot) else { return RequestProgress::UnderWay };
+        if self.engine.needs_rest(flight) && !self.drain(io, BARRIER) {
+            return RequestProgress::Ended(Err(io::Error::from_raw_os_error(libc::ETIMEDOUT)));
         }
         if let Err(full) = self.take_room(slot) {
-            return Progress::Ended(Err(full));
+            return RequestProgress::Ended(Err(full));
         }
-        self.table.get(slot).map_or(Progress::UnderWay, |flight| self.engine.begin(slot, flight))
+        self.table.get(slot).map_or(RequestProgress::UnderWay, |flight| self.engine.begin(slot, flight))
     }
 
     /// Sees to it that what is about to be written leaves the host its reserve.
@@ -194,10 +194,10 @@ impl Blk {
     }
 
     /// Takes what the I/O queue has done until there is nothing more, and tells the driver. After everything else.
-    pub(super) fn settle(&mut self, io: &mut DeviceIo) {
+    pub(super) fn reap(&mut self, io: &mut DeviceIo) {
         loop {
             match self.engine.io_queue.as_mut().and_then(|io_queue| io_queue.next()) {
-                Some((slot, result)) => self.moved(io, slot, result),
+                Some((slot, result)) => self.on_io_done(io, slot, result),
                 None if self.engine.io_queue.as_mut().is_some_and(|io_queue| io_queue.submit()) => {}
                 None => break,
             }
@@ -212,25 +212,25 @@ impl Blk {
         self.dirty.clear();
         if !self.table.full() {
             // Those that found no room are looked at again.
-            self.full.drain(..).for_each(|queue| io.kick_self(queue));
+            self.full.drain(..).for_each(|queue| io.reschedule(queue));
         }
     }
 
     /// Waits until nothing is in flight, within the given time. Begins nothing new.
-    pub(super) fn come_to_rest(&mut self, io: &mut DeviceIo, patience: Duration) -> bool {
-        let deadline = Instant::now() + patience;
-        self.settle(io);
+    pub(super) fn drain(&mut self, io: &mut DeviceIo, timeout: Duration) -> bool {
+        let deadline = Instant::now() + timeout;
+        self.reap(io);
         while let Some(io_queue) = self.engine.io_queue.as_mut().filter(|io_queue| io_queue.busy()) {
             if !io_queue.wait(deadline) {
                 return false;
             }
-            self.settle(io);
+            self.reap(io);
         }
         true
     }
 
     /// One of the I/O queue's operations for a request has ended.
-    fn moved(&mut self, io: &mut DeviceIo, slot: usize, result: io::Result<()>) {
+    fn on_io_done(&mut self, io: &mut DeviceIo, slot: usize, result: io::Result<()>) {
         let Some(flight) = self.table.get(slot) else { return };
         flight.moves = flight.moves.saturating_sub(1);
         if let Err(error) = result {
@@ -239,28 +239,28 @@ impl Blk {
         if flight.moves == 0 {
             self.moving = self.moving.saturating_sub(std::mem::take(&mut flight.moving));
             let result = flight.error.take().map_or(Ok(()), Err);
-            if self.over(io, slot, result) {
-                self.drive(io, slot);
+            if self.on_stage_done(io, slot, result) {
+                self.advance(io, slot);
             }
         }
     }
 
     /// A stage of a request is over. True when another follows.
-    fn over(&mut self, io: &mut DeviceIo, slot: usize, mut result: io::Result<()>) -> bool {
+    fn on_stage_done(&mut self, io: &mut DeviceIo, slot: usize, mut result: io::Result<()>) -> bool {
         let through = self.writes_through(io);
         let Some(flight) = self.table.get(slot) else { return false };
-        let sync = flight.syncing || flight.work == Work::Flush;
+        let sync = flight.syncing || flight.work == BlkRequest::Flush;
         let stage = flight.stage();
-        let write = matches!(flight.work, Work::Write { .. });
+        let write = matches!(flight.work, BlkRequest::Write { .. });
         if write && flight.placed && result.is_err() && !sync {
-            self.engine.backend.abandoned(stage.offset, stage.len);
+            self.engine.backend.write_failed(stage.offset, stage.len);
             flight.placed = false;
         }
         if sync {
             self.engine.undurable |= result.is_err();
         } else if result.is_ok() {
             if write && flight.placed {
-                result = self.engine.backend.written(stage.offset, stage.len);
+                result = self.engine.backend.write_done(stage.offset, stage.len);
             }
             if result.is_ok() {
                 flight.done += stage.len;
@@ -269,15 +269,15 @@ impl Blk {
                     return true;
                 }
             }
-            if result.is_ok() && through && flight.work.direction() == Some(Direction::Write) {
+            if result.is_ok() && through && flight.work.direction() == Some(IoDirection::Write) {
                 flight.syncing = true;
                 return true;
             }
         } else if result.as_ref().is_err_and(|e| e.raw_os_error() == Some(libc::EOPNOTSUPP)) {
             match flight.work {
                 // The file system knows no holes, and the space is kept.
-                Work::Discard(_) => result = Ok(()),
-                Work::WriteZeroes(_) if !flight.plain => {
+                BlkRequest::Discard(_) => result = Ok(()),
+                BlkRequest::WriteZeroes(_) if !flight.plain => {
                     flight.plain = true;
                     return true;
                 }
@@ -286,11 +286,11 @@ impl Blk {
         }
         match result {
             Ok(()) => {
-                if flight.work.direction() == Some(Direction::Write) {
-                    self.look_at_space();
+                if flight.work.direction() == Some(IoDirection::Write) {
+                    self.check_free_space();
                 }
-                if let Some(InFlight { queue, mut chain, work, .. }) = self.table.take(slot) {
-                    if let Work::Read { len, .. } = work {
+                if let Some(InFlightRequest { queue, mut chain, work, .. }) = self.table.take(slot) {
+                    if let BlkRequest::Read { len, .. } = work {
                         chain.wrote(len);
                     }
                     self.answer(io, queue, chain, S_OK);
@@ -302,7 +302,7 @@ impl Blk {
     }
 
     /// Warns when the host has little space left, while there is some.
-    fn look_at_space(&mut self) {
+    fn check_free_space(&mut self) {
         let Some(min_free_space) = self.options.min_free_space else { return };
         let now = self.epoch.elapsed();
         if now < self.looked + SPACE_CHECK_INTERVAL {
@@ -324,16 +324,14 @@ impl Blk {
     fn fail(&mut self, io: &mut DeviceIo, slot: usize, error: &io::Error, again: bool) {
         let Some(flight) = self.table.get(slot) else { return };
         io.counters().io_errors.fetch_add(1, Ordering::Relaxed);
-        let (operation, offset, bytes) = match flight.syncing {
-            true => (DiskOperation::Flush, 0, 0),
-            false => flight.work.describe(),
-        };
+        let RequestSummary { operation, offset, len } =
+            if flight.syncing { BlkRequest::Flush.describe() } else { flight.work.describe() };
         let action = self.options.policy.action(operation, error, again);
         // The first that holds the machine up must be reported; those behind it need not.
         let must = action != ErrorAction::Report && self.held.is_empty();
         let now = self.epoch.elapsed();
         if action == ErrorAction::Report {
-            if let Some(InFlight { queue, chain, .. }) = self.table.take(slot) {
+            if let Some(InFlightRequest { queue, chain, .. }) = self.table.take(slot) {
                 self.answer(io, queue, chain, S_IOERR);
             }
         } else {
@@ -344,7 +342,7 @@ impl Blk {
                 disk: self.options.device,
                 operation,
                 sector: offset / super::SECTOR,
-                bytes,
+                bytes: len,
                 errno: error.raw_os_error(),
                 error: error.to_string(),
                 action,

@@ -59,7 +59,7 @@ fn answer_on(driver: &mut Driver<Blk>, queue: usize) -> (Vec<u8>, u32) {
         if let Some(answer) = driver.receive(queue) {
             return answer;
         }
-        driver.poke_watched(RING_READY);
+        driver.dispatch_watched(RING_READY);
         std::thread::sleep(Duration::from_micros(50));
     }
     panic!("no answer");
@@ -72,7 +72,7 @@ fn status(driver: &mut Driver<Blk>) -> u8 {
 /// Sends a request and returns the data that came back and the status.
 fn request(driver: &mut Driver<Blk>, readable: &[&[u8]], writable: &[usize]) -> (Vec<u8>, u8) {
     assert!(driver.send(0, readable, writable));
-    driver.poke(0);
+    driver.dispatch(0);
     let (mut bytes, written) = answer_on(driver, 0);
     let status = bytes.pop().unwrap();
     assert_eq!(written, if status == S_OK { bytes.len() as u32 + 1 } else { 1 });
@@ -104,7 +104,7 @@ fn writes_reach_the_file_and_flush_is_answered() {
 }
 
 #[test]
-fn what_does_not_exist_is_an_io_error() {
+fn requests_beyond_the_disk_are_io_errors() {
     for (mut driver, _) in disks(8) {
         for (sector, len) in [(8, 512), (7, 1024), (u64::MAX, 512), (u64::MAX / 512, 512), (0, 100)] {
             assert_eq!(request(&mut driver, &[&header(READ, sector)], &[len, 1]).1, S_IOERR, "{sector} {len}");
@@ -138,7 +138,7 @@ fn discards_and_zeroes_give_space_back() {
 }
 
 #[test]
-fn ranges_that_cannot_be_change_nothing() {
+fn invalid_ranges_change_nothing() {
     for (mut driver, file) in disks(8) {
         file.write_all_at(&[7; 4096], 0).unwrap();
         let (fine, beyond) = (range(0, 8, 0), range(1, 8, 0));
@@ -184,12 +184,12 @@ fn a_read_only_disk_refuses_writes_and_says_so() {
 }
 
 #[test]
-fn a_request_without_room_for_a_status_is_given_back() {
+fn request_without_a_status_buffer_is_returned() {
     for (mut driver, _) in disks(1) {
         driver.send(0, &[&header(FLUSH, 0)], &[]);
-        driver.poke(0);
+        driver.dispatch(0);
         assert_eq!(driver.receive(0), Some((vec![], 0)));
-        assert!(!driver.broken());
+        assert!(!driver.needs_reset());
     }
 }
 
@@ -212,9 +212,9 @@ fn a_request_has_as_many_pieces_as_its_queue_and_no_more() {
                 memory.write(crate::memory::GuestAddress(TABLE + n * 16), &bytes).unwrap();
             }
             driver.send_raw(0, &[(TABLE, (data as u32 + 2) * 16, INDIRECT)]);
-            driver.poke(0);
+            driver.dispatch(0);
             if data > 254 {
-                assert!(driver.broken());
+                assert!(driver.needs_reset());
                 continue;
             }
             answer_on(&mut driver, 0);
@@ -229,8 +229,8 @@ fn a_request_has_as_many_pieces_as_its_queue_and_no_more() {
 fn addresses_outside_memory_need_a_reset() {
     for (mut driver, _) in disks(1) {
         driver.send_raw(0, &[(u64::MAX - 4, 16, 0), (0, 1, WRITE)]);
-        driver.poke(0);
-        assert!(driver.broken());
+        driver.dispatch(0);
+        assert!(driver.needs_reset());
         assert_eq!(driver.receive(0), None);
     }
 }
@@ -257,7 +257,7 @@ fn many_requests_on_many_queues_are_in_flight_together() {
         for n in 0..320u64 {
             assert!(driver.send((n % 4) as usize, &[&header(READ, n * 7)], &[512, 1]));
         }
-        (0..4).for_each(|queue| driver.poke(queue));
+        (0..4).for_each(|queue| driver.dispatch(queue));
         let mut seen = Vec::new();
         for n in 0..320 {
             let (bytes, _) = answer_on(&mut driver, n % 4);
@@ -270,7 +270,7 @@ fn many_requests_on_many_queues_are_in_flight_together() {
 }
 
 #[test]
-fn a_disk_grows_and_the_driver_is_told() {
+fn grown_disk_signals_a_config_change() {
     for (mut driver, file) in disks(8) {
         let (disk, io) = driver.parts();
         assert_eq!(disk.grow(Some(io), 4 * 512).unwrap_err().raw_os_error(), Some(libc::EINVAL));
@@ -300,8 +300,8 @@ fn large_requests_take_many_turns() {
             assert!(huge(&mut driver, what, 0x180_0000));
             let mut turns = 0;
             while driver.collect(0).is_none() {
-                driver.poke(0);
-                driver.poke_watched(RING_READY);
+                driver.dispatch(0);
+                driver.dispatch_watched(RING_READY);
                 turns += 1;
                 assert!(turns < 1_000_000, "no answer");
             }
@@ -315,7 +315,7 @@ fn large_requests_take_many_turns() {
             assert_eq!(last[0], if what == WRITES { 9 } else { 0 });
             // In a pause nothing is left half done.
             assert!(huge(&mut driver, what, 0x180_0000));
-            driver.poke(0);
+            driver.dispatch(0);
             let (disk, io) = driver.parts();
             assert!(disk.pausing(io, Duration::from_secs(60)));
             assert!(driver.collect(0).is_some());
@@ -342,9 +342,9 @@ fn a_limit_holds_for_what_is_in_flight() {
         sent.push(status);
     }
     // All are done, or held by the policy for a lack of space.
-    driver.poke(0);
+    driver.dispatch(0);
     while driver.device.table.len() > driver.device.held.len() {
-        driver.poke_watched(RING_READY);
+        driver.dispatch_watched(RING_READY);
         std::thread::sleep(Duration::from_millis(1));
     }
     let status = |at: &u64| {
@@ -353,7 +353,7 @@ fn a_limit_holds_for_what_is_in_flight() {
         byte[0]
     };
     let done = sent.iter().filter(|at| status(at) == S_OK).count();
-    let taken = driver.device.usage().unwrap().0;
+    let taken = driver.device.usage().unwrap().allocated;
     assert!(done >= 1 && taken <= limit.as_bytes() + (256 << 10), "{done} writes took {taken} bytes");
 }
 
@@ -387,7 +387,7 @@ fn a_child_of_fork_keeps_no_disk() {
 }
 
 #[test]
-fn a_guest_leaves_the_host_its_reserve() {
+fn guest_writes_leave_the_host_reserve() {
     for engine in ENGINES {
         let file = scratch(4096);
         file.write_all_at(&[1; 65_536], 0).unwrap();
@@ -410,7 +410,7 @@ fn a_guest_leaves_the_host_its_reserve() {
             assert_eq!(write(&mut driver, 3072), S_IOERR);
             assert_eq!(request(&mut driver, &[&header(ZEROES, 0), &range(3072, 8, 0)], &[1]).1, S_IOERR);
             assert_eq!(request(&mut driver, &[&header(READ, 3072)], &[512, 1]).1, S_OK);
-            assert!(kept || driver.device.usage().unwrap().0 < 2 << 20);
+            assert!(kept || driver.device.usage().unwrap().allocated < 2 << 20);
         }
     }
 }

@@ -9,13 +9,13 @@ use crate::virtio::rng::Rng;
 use std::sync::atomic::AtomicU32;
 
 /// A transport with its device on a loop; the registers as a driver uses them.
-struct Rig {
+struct Fixture {
     transport: MmioTransport,
     memory: GuestMemory,
     _devices: Loop<Slots>,
 }
 
-impl Rig {
+impl Fixture {
     fn new() -> Self {
         let devices = Loop::start("test", |s| Slots::new(vec![Box::new(Rng)], s, Box::new(|_, _| ()))).unwrap();
         let memory = GuestMemory::anonymous(&[(GuestAddress(0), 1 << 20)]).unwrap();
@@ -48,8 +48,8 @@ impl Rig {
 }
 
 #[test]
-fn says_what_it_is() {
-    let mut rig = Rig::new();
+fn magic_version_and_ids_are_readable() {
+    let mut rig = Fixture::new();
     let read = [0x00, 0x04, 0x08, 0x34].map(|at| rig.get(at));
     assert_eq!(read, [0x7472_6976, 2, 4, 64]);
     rig.set(0x14, 1);
@@ -62,7 +62,7 @@ fn says_what_it_is() {
 
 #[test]
 fn the_status_write_completes_when_the_device_runs() {
-    let (mut rig, told) = (Rig::new(), Arc::new(AtomicU32::new(0)));
+    let (mut rig, told) = (Fixture::new(), Arc::new(AtomicU32::new(0)));
     let counter = told.clone();
     rig.transport = rig.transport.on_ready(move || {
         counter.fetch_add(1, Ordering::SeqCst);
@@ -87,18 +87,18 @@ fn the_status_write_completes_when_the_device_runs() {
 #[test]
 fn drivers_that_refuse_version_1_or_invent_features_get_no_device() {
     for features in [0, 0x8000_0001] {
-        let mut rig = Rig::new();
+        let mut rig = Fixture::new();
         rig.drive(features, 8);
         assert_eq!(rig.get(0x70), 3, "neither FEATURES_OK nor DRIVER_OK");
     }
 }
 
 #[test]
-fn queues_that_make_no_sense_need_a_reset() {
+fn invalid_queue_configs_need_a_reset() {
     for size in [0, 3, 128, u32::MAX] {
-        let (mut rig, told) = (Rig::new(), Arc::new(AtomicU32::new(0)));
+        let (mut rig, told) = (Fixture::new(), Arc::new(AtomicU32::new(0)));
         let counter = told.clone();
-        rig.transport = rig.transport.on_broken(move |why| {
+        rig.transport = rig.transport.on_needs_reset(move |why| {
             assert!(why.starts_with("queue 0: "), "{why}");
             counter.fetch_add(1, Ordering::SeqCst);
         });
@@ -113,10 +113,10 @@ fn queues_that_make_no_sense_need_a_reset() {
 }
 
 #[test]
-fn who_asks_is_answered_while_a_driver_floods_the_device() {
+fn requests_are_served_while_a_driver_floods_the_device() {
     use crate::virtio::DeviceHandle;
     use std::sync::atomic::AtomicBool;
-    let mut rig = Rig::new();
+    let mut rig = Fixture::new();
     let buffer = [0x8_0000u64.to_le_bytes().as_slice(), &0x1_0000u32.to_le_bytes(), &[2, 0, 0, 0]].concat();
     rig.memory.write(GuestAddress(0x1000), &buffer).unwrap();
     rig.drive(1, 8);
@@ -145,10 +145,10 @@ fn who_asks_is_answered_while_a_driver_floods_the_device() {
 }
 
 #[test]
-fn a_flood_of_status_writes_is_told_once() {
-    let (mut rig, told) = (Rig::new(), Arc::new(AtomicU32::new(0)));
+fn repeated_status_writes_are_reported_once() {
+    let (mut rig, told) = (Fixture::new(), Arc::new(AtomicU32::new(0)));
     let counter = told.clone();
-    rig.transport = rig.transport.on_broken(move |_| {
+    rig.transport = rig.transport.on_needs_reset(move |_| {
         counter.fetch_add(1, Ordering::SeqCst);
     });
     rig.drive(1, 3);
@@ -172,8 +172,8 @@ fn a_flood_of_status_writes_is_told_once() {
 }
 
 #[test]
-fn accesses_of_other_widths_and_places_do_nothing() {
-    let mut rig = Rig::new();
+fn accesses_of_invalid_width_or_offset_are_ignored() {
+    let mut rig = Fixture::new();
     rig.transport.write(0x70, &[1]);
     rig.transport.write(0x71, &[1, 0, 0, 0]);
     rig.transport.write(0x70, &[1; 8]);
@@ -186,7 +186,7 @@ fn accesses_of_other_widths_and_places_do_nothing() {
 
 #[test]
 fn status_bits_are_only_added_and_in_their_order() {
-    let mut rig = Rig::new();
+    let mut rig = Fixture::new();
     rig.set(0x70, 1);
     // DRIVER_OK before FEATURES_OK starts nothing (Virtio 1.3, 3.1.1).
     rig.set(0x70, 1 | 2 | 4);
@@ -207,7 +207,7 @@ fn status_bits_are_only_added_and_in_their_order() {
 
 #[test]
 fn features_are_accepted_before_features_ok_alone_and_words_beyond_the_second_are_none() {
-    let mut rig = Rig::new();
+    let mut rig = Fixture::new();
     // Without DRIVER nothing is accepted.
     [(0x24, 1), (0x20, 1)].into_iter().for_each(|(at, value)| rig.set(at, value));
     rig.set(0x70, 3);
@@ -226,7 +226,7 @@ fn features_are_accepted_before_features_ok_alone_and_words_beyond_the_second_ar
 
 #[test]
 fn a_running_devices_queues_are_not_changed() {
-    let mut rig = Rig::new();
+    let mut rig = Fixture::new();
     rig.drive(1, 8);
     let before = format!("{:?}", rig.transport.queues);
     [(0x38, 16), (0x80, 0x9000), (0x94, 7), (0x44, 0)].into_iter().for_each(|(at, value)| rig.set(at, value));
@@ -235,7 +235,7 @@ fn a_running_devices_queues_are_not_changed() {
 }
 
 /// Keeps the device's loop busy until what this returns is dropped.
-fn busy(rig: &Rig) -> std::sync::mpsc::Sender<()> {
+fn busy(rig: &Fixture) -> std::sync::mpsc::Sender<()> {
     let (free, wait) = std::sync::mpsc::channel::<()>();
     let (begun, hangs) = std::sync::mpsc::channel();
     let hang = move |_: &mut Slots| {
@@ -248,8 +248,8 @@ fn busy(rig: &Rig) -> std::sync::mpsc::Sender<()> {
 }
 
 #[test]
-fn a_loop_that_hangs_starts_no_device_and_the_driver_is_told() {
-    let mut rig = Rig::new();
+fn driver_ok_with_a_hanging_loop_sets_needs_reset() {
+    let mut rig = Fixture::new();
     let (hang, begin) = (busy(&rig), Instant::now());
     rig.drive(1, 8);
     assert!(begin.elapsed() >= START_STOP_TIMEOUT);
@@ -258,8 +258,8 @@ fn a_loop_that_hangs_starts_no_device_and_the_driver_is_told() {
 }
 
 #[test]
-fn a_loop_that_hangs_resets_no_device_and_the_driver_sees_that_it_was_not() {
-    let mut rig = Rig::new();
+fn reset_with_a_hanging_loop_stays_pending() {
+    let mut rig = Fixture::new();
     rig.drive(1, 8);
     let (hang, begin) = (busy(&rig), Instant::now());
     rig.set(0x70, 0);

@@ -186,7 +186,7 @@ mod tests {
     use crate::network::{Csum, Gso, GsoKind};
 
     #[test]
-    fn limits_that_mean_nothing_name_their_method() {
+    fn invalid_limits_name_their_method() {
         let none = NetLimit::none;
         for (limit, method) in [
             (none().sent_bytes(Rate::per_second(0)), "sent_bytes"),
@@ -198,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn a_frame_that_stands_for_several_costs_as_many() {
+    fn gso_frame_is_charged_per_segment() {
         assert_eq!(cost(60, Offload::default()), [60, 1]);
         let gso = Some(Gso { kind: GsoKind::Tcp4, size: 1000, header_len: 54 });
         assert_eq!(cost(9054, Offload { csum: Some(Csum { start: 34, offset: 16 }), gso }), [9054, 10]);

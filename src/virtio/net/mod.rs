@@ -14,13 +14,13 @@ use std::io;
 use std::time::Duration;
 
 use crate::network::{
-    BackendKind, Capabilities, FRAME_MAX, Frame, Gso, GsoKind, HEADER_LEN, Mac, NetStats, Offload, Offloads, Recorder,
-    UserStack,
+    BackendKind, Capabilities, CaptureRecorder, FRAME_MAX, Frame, Gso, GsoKind, HEADER_LEN, Mac, NetStats, Offload,
+    Offloads, UserStack,
 };
 use crate::sys::Timer;
 
 use super::chain::Span;
-use super::{Chain, ConfigSpace, DeviceIo, DeviceType, Profile, Source, VirtioDevice, Work};
+use super::{Chain, ConfigSpace, DeviceIo, DeviceType, EventSource, Profile, VirtioDevice, Work};
 pub use limit::NetLimit;
 use limit::{Direction, RateLimiters, cost};
 use rx::{RxDone, RxFill, RxQueue, RxSpace};
@@ -118,7 +118,7 @@ pub(crate) struct Net {
     on_lost: OnLost,
     limiters: RateLimiters,
     on_throttled: OnThrottled,
-    capture: Option<Recorder>,
+    capture: Option<CaptureRecorder>,
 }
 
 impl std::fmt::Debug for Net {
@@ -167,7 +167,7 @@ impl Net {
     }
 
     /// Records what is sent and received.
-    pub(crate) fn captured_by(mut self, recorder: Option<Recorder>) -> Self {
+    pub(crate) fn captured_by(mut self, recorder: Option<CaptureRecorder>) -> Self {
         self.capture = recorder;
         self
     }
@@ -300,7 +300,7 @@ impl Net {
         let outcome = loop {
             let Some(len) = pair.backend.next_len().map(|len| len.min(FRAME_MAX)) else { break Ok(()) };
             if io.turn_over() {
-                io.kick_self(queue);
+                io.reschedule(queue);
                 break Ok(());
             }
             match waiting.gather(io, queue, HEADER_LEN + len, mergeable) {
@@ -389,22 +389,22 @@ impl VirtioDevice for Net {
         io.watch(timer.as_fd(), TIMER, crate::event_loop::Interest::IN)
     }
 
-    fn ready(&mut self, io: &mut DeviceIo, source: Source) {
+    fn ready(&mut self, io: &mut DeviceIo, source: EventSource) {
         match source {
-            Source::Queue(queue) if queue == self.control_queue(io) => self.control(io, queue),
-            Source::Queue(queue) if queue % 2 == 1 => self.exchange(io, queue / 2),
-            Source::Queue(queue) => {
+            EventSource::Queue(queue) if queue == self.control_queue(io) => self.control(io, queue),
+            EventSource::Queue(queue) if queue % 2 == 1 => self.exchange(io, queue / 2),
+            EventSource::Queue(queue) => {
                 // Those of pairs that are not used arrive there too.
                 let numbers = (queue / 2..self.pairs.len()).step_by(self.active.max(1));
                 numbers.for_each(|number| self.exchange(io, number));
             }
-            Source::Watched { number: TIMER, .. } => {
+            EventSource::Watched { number: TIMER, .. } => {
                 if let Some(timer) = &mut self.limiters.timer {
                     timer.clear();
                 }
                 (0..self.pairs.len()).for_each(|number| self.exchange(io, number));
             }
-            Source::Watched { number, .. } => {
+            EventSource::Watched { number, .. } => {
                 let number = number as usize;
                 let Some(pair) = self.pairs.get_mut(number) else { return };
                 io.charge(Work::Calls(1));

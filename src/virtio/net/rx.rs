@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::io;
 
 use crate::memory::Segment;
-use crate::network::{BackendKind, HEADER_LEN, Offloads, Received, Recorder, RxBuffer};
+use crate::network::{BackendKind, CaptureRecorder, HEADER_LEN, Offloads, Received, RxBuffer};
 use crate::virtio::{Chain, DeviceIo, Work};
 
 /// Buffers that the guest has offered.
@@ -35,7 +35,7 @@ pub(super) struct RxFill<'a> {
     pub len: usize,
     pub mergeable: bool,
     pub agreed: Offloads,
-    pub capture: Option<&'a Recorder>,
+    pub capture: Option<&'a CaptureRecorder>,
 }
 
 pub(super) enum RxDone {

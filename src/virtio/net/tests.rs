@@ -48,7 +48,7 @@ fn frames_go_out_in_any_split() {
     for at in [0, 1, 11, 12, 13, 500, whole.len()] {
         let (one, two) = whole.split_at(at);
         assert!(driver.send(TX, &[one, two], &[]));
-        driver.poke(TX);
+        driver.dispatch(TX);
         assert_eq!(driver.receive(TX).unwrap().1, 0);
         let mut came = vec![0; 4 + sent.len()];
         far.read_exact(&mut came).unwrap();
@@ -61,13 +61,13 @@ fn frames_come_in_over_as_many_buffers_as_they_need() {
     let (mut driver, mut far, _) = stream();
     let frames = [frame(60, 1), frame(1514, 2), frame(5000, 3), frame(1, 4)];
     far.write_all(&frames.iter().flat_map(|it| framed(it)).collect::<Vec<_>>()).unwrap();
-    driver.poke_watched(0);
+    driver.dispatch_watched(0);
     assert!(driver.receive(RX).is_none(), "there are no buffers yet");
     // The header ends at the end of a piece, within one, and one behind the first.
     for split in [&[700, 836][..], &[12, 1524], &[5, 3, 4, 1524], &[1, 1535]].into_iter().cycle().take(8) {
         driver.send(RX, &[], split);
     }
-    driver.poke(RX);
+    driver.dispatch(RX);
     for sent in &frames {
         let (first, written) = driver.receive(RX).unwrap();
         let buffers = usize::from(u16::from_le_bytes([first[10], first[11]]));
@@ -93,8 +93,8 @@ fn a_slow_peer_holds_the_guest_and_loses_nothing() {
         while sent < frames.len() && driver.send(TX, &[&HEADER, &frames[sent]], &[]) {
             sent += 1;
         }
-        driver.poke(TX);
-        driver.poke_watched(0);
+        driver.dispatch(TX);
+        driver.dispatch_watched(0);
         while driver.receive(TX).is_some() {
             done += 1;
         }
@@ -109,54 +109,54 @@ fn a_slow_peer_holds_the_guest_and_loses_nothing() {
 }
 
 #[test]
-fn datagrams_are_frames() {
+fn datagram_sockets_carry_one_frame_each() {
     let (near, far) = UnixDatagram::pair().unwrap();
     let (mut driver, _) = device(vec![SocketBackend::new(near.into()).unwrap()]);
     driver.send(TX, &[&HEADER, &frame(100, 1)], &[]);
-    driver.poke(TX);
+    driver.dispatch(TX);
     let mut came = [0; 2000];
     assert_eq!(far.recv(&mut came).unwrap(), 100);
     for n in 0..50 {
         driver.send(RX, &[], &[1536 + n]);
     }
     far.send(&frame(77, 5)).unwrap();
-    driver.poke_watched(0);
+    driver.dispatch_watched(0);
     let (bytes, written) = driver.receive(RX).unwrap();
     assert_eq!((written as usize, &bytes[HEADER_LEN..HEADER_LEN + 77]), (HEADER_LEN + 77, &frame(77, 5)[..]));
     assert_eq!(bytes[10..12], [1, 0]);
 }
 
 #[test]
-fn nobody_gives_more_buffers_than_the_queue_has() {
+fn rx_buffers_are_limited_by_the_queue_size() {
     let (mut driver, mut far, _) = stream();
     far.write_all(&framed(&frame(60, 1))).unwrap();
-    driver.poke_watched(0);
+    driver.dispatch_watched(0);
     // They have no room, so that they would be gathered for ever.
     for _ in 0..10 {
         driver.claim(RX, QUEUE_SIZE);
-        driver.poke(RX);
+        driver.dispatch(RX);
     }
-    assert!(driver.broken());
+    assert!(driver.needs_reset());
     assert_eq!(driver.device.pairs[0].waiting.chains.len(), usize::from(QUEUE_SIZE));
 }
 
 #[test]
-fn without_mergeable_buffers_one_must_do() {
+fn frames_fit_one_buffer_without_mrg_rxbuf() {
     let (mut driver, mut far, _) = stream();
     driver.set_features(0);
     driver.send(RX, &[], &[1526]);
-    driver.poke(RX);
+    driver.dispatch(RX);
     far.write_all(&framed(&frame(1514, 9))).unwrap();
-    driver.poke_watched(0);
+    driver.dispatch_watched(0);
     assert_eq!(driver.receive(RX).unwrap().1, 1526);
     driver.send(RX, &[], &[100]);
     far.write_all(&framed(&frame(1514, 9))).unwrap();
-    driver.poke_watched(0);
-    assert!(driver.broken());
+    driver.dispatch_watched(0);
+    assert!(driver.needs_reset());
 }
 
 #[test]
-fn what_makes_no_sense_is_dropped_and_counted() {
+fn malformed_frames_are_dropped_and_counted() {
     let (mut driver, mut far, _) = stream();
     // Too short for a header, work that was not agreed to, an unknown kind.
     let bad: [&[u8]; 3] =
@@ -165,7 +165,7 @@ fn what_makes_no_sense_is_dropped_and_counted() {
         driver.send(TX, &[bytes], &[]);
     }
     driver.send(TX, &[&HEADER, b"good"], &[]);
-    driver.poke(TX);
+    driver.dispatch(TX);
     let mut came = [0; 8];
     far.read_exact(&mut came).unwrap();
     assert_eq!(came, *framed(b"good"));
@@ -178,27 +178,27 @@ fn a_peer_that_goes_away_takes_the_link_down() {
     let (mut driver, far, lost) = stream();
     driver.send(RX, &[], &[1536]);
     drop(far);
-    driver.poke_watched(0);
+    driver.dispatch_watched(0);
     assert_eq!(lost.lock().unwrap().len(), 1);
     assert_eq!(driver.device.space.word(4) >> 16, 0, "the link is down");
     driver.send(TX, &[&HEADER, b"lost"], &[]);
-    driver.poke(TX);
-    assert!(driver.receive(TX).is_some() && !driver.broken());
+    driver.dispatch(TX);
+    assert!(driver.receive(TX).is_some() && !driver.needs_reset());
     driver.device.set_link(None, true);
     assert_eq!(driver.device.space.word(4) >> 16, 0, "and stays so");
 }
 
 #[test]
-fn a_frame_that_cannot_be_ends_the_network() {
+fn oversized_frame_length_ends_the_stream() {
     let (mut driver, mut far, lost) = stream();
     driver.send(RX, &[], &[1536]);
     far.write_all(&[0xff; 100]).unwrap();
-    driver.poke_watched(0);
+    driver.dispatch_watched(0);
     assert!(lost.lock().unwrap()[0].contains("cannot be"));
 }
 
 #[test]
-fn the_cable_can_be_pulled() {
+fn link_state_can_be_changed() {
     let (mut driver, mut far, _) = stream();
     driver.send(RX, &[], &[1536]);
     {
@@ -206,7 +206,7 @@ fn the_cable_can_be_pulled() {
         device.set_link(Some(io), false);
     }
     far.write_all(&framed(b"hello")).unwrap();
-    driver.poke_watched(0);
+    driver.dispatch_watched(0);
     assert!(driver.receive(RX).is_none());
     let (device, io) = driver.parts();
     device.set_link(Some(io), true);
@@ -225,25 +225,25 @@ fn several_pairs_are_used_as_the_driver_says() {
     }
     let mut set = |pairs: u16| {
         driver.send(6, &[&[4, 0], &pairs.to_le_bytes()], &[1]);
-        driver.poke(6);
+        driver.dispatch(6);
         driver.receive(6).unwrap().0[0]
     };
     assert_eq!([set(0), set(4), set(2)], [1, 1, 0]);
     for (n, far) in (0..).zip(&mut far) {
         far.write_all(&framed(&[n; 20])).unwrap();
-        driver.poke_watched(n.into());
+        driver.dispatch_watched(n.into());
     }
     let mut came = |queue| std::iter::from_fn(|| driver.receive(queue)).map(|(bytes, _)| bytes[12]).collect::<Vec<_>>();
     assert_eq!([came(0), came(2), came(4)], [vec![0, 2], vec![1], vec![]]);
     driver.send(3, &[&HEADER, b"second"], &[]);
-    driver.poke(3);
+    driver.dispatch(3);
     let mut bytes = [0; 10];
     far[1].read_exact(&mut bytes).unwrap();
     assert_eq!(bytes, *framed(b"second"));
 }
 
 #[test]
-fn commands_that_are_none_are_refused() {
+fn unknown_control_commands_are_rejected() {
     let (mut driver, _far, _) = stream();
     for bytes in [
         &[4, 0, 1, 0][..],
@@ -254,26 +254,26 @@ fn commands_that_are_none_are_refused() {
         &[5, 0, 255, 255, 255, 255, 255, 255, 255, 255],
     ] {
         driver.send(CONTROL, &[bytes], &[1]);
-        driver.poke(CONTROL);
+        driver.dispatch(CONTROL);
         assert_eq!(driver.receive(CONTROL).unwrap().0, [1], "{bytes:?}");
     }
     driver.send(CONTROL, &[&[5, 0], &[0; 8]], &[1]);
-    driver.poke(CONTROL);
+    driver.dispatch(CONTROL);
     assert_eq!(driver.receive(CONTROL).unwrap().0, [0]);
 }
 
 /// A backend that follows a script.
 #[derive(Default)]
-struct Told {
+struct BackendLog {
     sent: Vec<Vec<u8>>,
     busy: bool,
     waiting: VecDeque<(Vec<u8>, Offload)>,
 }
 
 #[derive(Clone)]
-struct Played(Arc<Mutex<Told>>, Arc<UnixStream>);
+struct MockBackend(Arc<Mutex<BackendLog>>, Arc<UnixStream>);
 
-impl crate::network::NetBackend for Played {
+impl crate::network::NetBackend for MockBackend {
     fn capabilities(&self) -> Capabilities {
         Capabilities { to_host: Offloads::all(), to_guest: Offloads::CSUM }
     }
@@ -303,9 +303,9 @@ impl crate::network::NetBackend for Played {
     }
 }
 
-fn played(limit: NetLimit) -> (Driver<Net>, Arc<Mutex<Told>>, Arc<Mutex<u32>>) {
-    let (told, throttled) = (Arc::<Mutex<Told>>::default(), Arc::<Mutex<u32>>::default());
-    let backend = Played(told.clone(), Arc::new(UnixStream::pair().unwrap().0));
+fn played(limit: NetLimit) -> (Driver<Net>, Arc<Mutex<BackendLog>>, Arc<Mutex<u32>>) {
+    let (told, throttled) = (Arc::<Mutex<BackendLog>>::default(), Arc::<Mutex<u32>>::default());
+    let backend = MockBackend(told.clone(), Arc::new(UnixStream::pair().unwrap().0));
     let count = throttled.clone();
     let mut device = Net::new(vec![BackendKind::other(backend)], OURS, 1500, Box::new(|_| ()))
         .on_throttled(move || *count.lock().unwrap() += 1);
@@ -320,7 +320,7 @@ fn until(driver: &mut Driver<Net>, mut done: impl FnMut(&mut Driver<Net>) -> boo
         assert!(start.elapsed() < Duration::from_secs(20), "it is held back for ever");
         let timer = driver.device.limiters.timer.as_ref().unwrap();
         if crate::sys::wait_readable(timer.as_fd(), Some(Duration::from_millis(20))).unwrap() {
-            driver.poke_watched(TIMER);
+            driver.dispatch_watched(TIMER);
         }
     }
     start.elapsed()
@@ -333,12 +333,12 @@ fn waited(driver: &mut Driver<Net>) -> (u64, Duration) {
 }
 
 #[test]
-fn what_the_guest_sends_too_fast_waits_in_its_queue() {
+fn tx_limit_leaves_frames_in_the_queue() {
     let (mut driver, told, throttled) = played(NetLimit::none().sent_bytes(crate::rate::Rate::per_second(100_000)));
     for n in 0..60 {
         assert!(driver.send(TX, &[&HEADER, &frame(1000, n)], &[]));
     }
-    driver.poke(TX);
+    driver.dispatch(TX);
     let at_once = told.lock().unwrap().sent.len();
     assert!((10..=13).contains(&at_once), "{at_once}: a tenth of a second's worth");
     assert_eq!(std::iter::from_fn(|| driver.receive(TX)).count(), at_once);
@@ -346,7 +346,7 @@ fn what_the_guest_sends_too_fast_waits_in_its_queue() {
     told.lock().unwrap().busy = true;
     until(&mut driver, |driver| driver.device.pairs[0].held.as_ref().is_some_and(|held| held.paid));
     told.lock().unwrap().busy = false;
-    driver.poke_watched(0);
+    driver.dispatch_watched(0);
     let time = until(&mut driver, |_| told.lock().unwrap().sent.len() == 60);
     assert!(time > Duration::from_millis(350), "{time:?}");
     let expected: Vec<_> = (0..60).map(|n| frame(1000, n)).collect();
@@ -357,13 +357,13 @@ fn what_the_guest_sends_too_fast_waits_in_its_queue() {
 }
 
 #[test]
-fn what_comes_too_fast_stays_with_the_backend() {
+fn rx_limit_leaves_frames_with_the_backend() {
     let (mut driver, told, _) = played(NetLimit::none().received_packets(crate::rate::Rate::per_second(100)));
     told.lock().unwrap().waiting = (0..40).map(|n| (frame(60, n), Offload::default())).collect();
     for _ in 0..40 {
         driver.send(RX, &[], &[1536]);
     }
-    driver.poke(RX);
+    driver.dispatch(RX);
     let left = told.lock().unwrap().waiting.len();
     assert!((26..=30).contains(&left), "{left}");
     // A change takes effect at once.
@@ -375,12 +375,12 @@ fn what_comes_too_fast_stays_with_the_backend() {
 }
 
 #[test]
-fn a_limit_keeps_nothing_back_at_the_end() {
+fn stop_delivers_frames_despite_a_limit() {
     let (mut driver, told, _) = played(NetLimit::none().sent_packets(crate::rate::Rate::per_second(1)));
     for n in 0..20 {
         driver.send(TX, &[&HEADER, &frame(100, n)], &[]);
     }
-    driver.poke(TX);
+    driver.dispatch(TX);
     assert!(told.lock().unwrap().sent.len() <= 2);
     let (device, io) = driver.parts();
     device.finishing(io, Duration::ZERO);
@@ -388,7 +388,7 @@ fn a_limit_keeps_nothing_back_at_the_end() {
 }
 
 #[test]
-fn the_guest_is_left_no_more_than_it_agreed_to() {
+fn offloads_not_negotiated_are_not_used() {
     let (mut driver, told, _) = played(NetLimit::none());
     let csum = |start| Offload { csum: Some(crate::network::Csum { start, offset: 16 }), gso: None };
     let gso = crate::network::Gso { kind: crate::network::GsoKind::Tcp4, size: 1000, header_len: 54 };
@@ -397,13 +397,13 @@ fn the_guest_is_left_no_more_than_it_agreed_to() {
     for _ in 0..4 {
         driver.send(RX, &[], &[1536]);
     }
-    driver.poke(RX);
+    driver.dispatch(RX);
     let came: Vec<u8> = std::iter::from_fn(|| driver.receive(RX)).map(|(bytes, _)| bytes[0]).collect();
     assert_eq!((came, driver.device.dropped()), (vec![1, 0], 2));
 }
 
 #[test]
-fn frames_of_both_ways_are_captured() {
+fn both_directions_are_captured() {
     let path = std::env::temp_dir().join(format!("cofferdam-card-{}.pcap", std::process::id()));
     let (recorder, pump) = crate::network::Capture::file(&path).open().unwrap();
     let (near, mut far) = UnixStream::pair().unwrap();
@@ -411,12 +411,12 @@ fn frames_of_both_ways_are_captured() {
         Net::new(vec![BackendKind::other(SocketBackend::new(near.into()).unwrap())], OURS, 1500, Box::new(|_| ()));
     let mut driver = Driver::start(net.captured_by(Some(recorder)));
     driver.send(TX, &[&HEADER, &frame(100, 1)], &[]);
-    driver.poke(TX);
+    driver.dispatch(TX);
     for _ in 0..8 {
         driver.send(RX, &[], &[100, 60]);
     }
     far.write_all(&framed(&frame(300, 2))).unwrap();
-    driver.poke_watched(0);
+    driver.dispatch_watched(0);
     let stats = pump.counters().stats();
     assert_eq!((stats.frames, stats.lost), (2, 0));
     drop(driver);
@@ -474,7 +474,7 @@ fn a_turn_of_frames_is_bounded_each_way() {
         if round % 2 == 0 {
             while driver.send_raw(RX, &[(0x140_0000, 1, WRITE), (0x140_0000, 1499, WRITE)]) {}
         }
-        driver.poke(TX);
+        driver.dispatch(TX);
         while driver.collect(TX).is_some() || driver.collect(RX).is_some() {}
         rejected = driver.device.dropped();
     }
@@ -484,7 +484,7 @@ fn a_turn_of_frames_is_bounded_each_way() {
 }
 
 #[test]
-fn new_flows_cost_a_turn_what_they_cost_the_host() {
+fn new_flows_charge_their_system_calls() {
     let (net, _socket, frame) = crate::network::fuzzing::new_flows().unwrap();
     let mut driver = Driver::start(Net::new(vec![BackendKind::User(Box::new(net))], OURS, 1500, Box::new(|_| ())));
     let memory = driver.memory();
@@ -493,7 +493,7 @@ fn new_flows_cost_a_turn_what_they_cost_the_host() {
         memory.write(GuestAddress(at), &frame).unwrap();
         assert!(driver.send_raw(TX, &[(at, frame.len() as u32, 0)]));
     }
-    driver.poke(TX);
+    driver.dispatch(TX);
     let done = std::iter::from_fn(|| driver.collect(TX)).count() as u64;
     // A packet, a route, and a socket from its making to its end.
     assert_eq!(driver.device.stats().map(|stats| stats.datagram_flows), Some(done));

@@ -15,8 +15,12 @@ use crate::error::Result;
 use crate::memory::{GuestMemory, Segment};
 use crate::sys::{self, CloseOnFork, HeldDescriptors};
 
-/// A connection's name: the host's port and the guest's.
-pub(super) type Ports = (u32, u32);
+/// The ports of a connection, which identify it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct PortPair {
+    pub host: u32,
+    pub guest: u32,
+}
 
 /// Gives the outcome to the thread that waits in `connect`.
 pub(super) type Answer = SyncSender<Result<VsockStream>>;
@@ -34,8 +38,8 @@ pub(super) enum PendingControl {
 
 /// A connection, from the first packet to the last.
 #[derive(Debug)]
-pub(super) struct Connection {
-    pub ports: Ports,
+pub(super) struct VsockConnection {
+    pub ports: PortPair,
     pub credit: Credit,
     /// It is in the list of those that may have something to say.
     pub queued: bool,
@@ -59,13 +63,13 @@ pub(super) struct Connection {
     _held: Option<HeldDescriptors>,
 }
 
-impl Connection {
-    pub(super) fn accepted(ports: Ports, socket: UnixStream, tail: SharedTail, held: HeldDescriptors) -> Self {
+impl VsockConnection {
+    pub(super) fn accepted(ports: PortPair, socket: UnixStream, tail: SharedTail, held: HeldDescriptors) -> Self {
         Self { _held: Some(held), ..Self::new(ports, socket, tail, PendingControl::Response, None) }
     }
 
     pub(super) fn connecting(
-        ports: Ports,
+        ports: PortPair,
         socket: UnixStream,
         tail: SharedTail,
         answer: Answer,
@@ -75,7 +79,7 @@ impl Connection {
     }
 
     fn new(
-        ports: Ports,
+        ports: PortPair,
         socket: UnixStream,
         tail: SharedTail,
         greet: PendingControl,

@@ -2,6 +2,8 @@
 //!
 //! Pure arithmetic. All counters wrap at 32 bits, as the specification says.
 
+use super::packet::VsockHeader;
+
 /// What we hold for the embedder at most, per connection.
 pub(super) const BUFFER: u32 = 256 * 1024;
 
@@ -13,7 +15,7 @@ pub(super) struct Credit {
     /// Bytes of those that left our buffer.
     forwarded: u32,
     /// What the peer knows of that.
-    told: u32,
+    advertised: u32,
     /// Bytes sent to the peer.
     sent: u32,
     /// The peer's buffer, and what it says it has forwarded.
@@ -21,10 +23,23 @@ pub(super) struct Credit {
     peer_forwarded: u32,
 }
 
+/// Credit that a packet carries (Virtio 1.3, 5.10.6.3): the size of our buffer, and bytes forwarded from it.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct CreditUpdate {
+    pub buf_alloc: u32,
+    pub fwd_cnt: u32,
+}
+
+impl CreditUpdate {
+    pub(super) fn of(header: &VsockHeader) -> Self {
+        Self { buf_alloc: header.buf_alloc, fwd_cnt: header.fwd_cnt }
+    }
+}
+
 impl Credit {
-    /// Every packet of the peer carries its side.
-    pub(super) fn heard(&mut self, buffer: u32, forwarded: u32) {
-        (self.peer_buffer, self.peer_forwarded) = (buffer, forwarded);
+    /// Takes the peer's side, which every packet of it carries.
+    pub(super) fn update(&mut self, peer: CreditUpdate) {
+        (self.peer_buffer, self.peer_forwarded) = (peer.buf_alloc, peer.fwd_cnt);
     }
 
     /// How many bytes may be sent. A peer that contradicts itself may get nothing, never too much.
@@ -52,14 +67,14 @@ impl Credit {
 
     /// Returns whether the peer needs credit without having asked: it may be about to stop.
     pub(super) fn needs_credit_update(&self) -> bool {
-        let believed = BUFFER.saturating_sub(self.received.wrapping_sub(self.told));
-        believed < BUFFER / 2 && self.forwarded != self.told
+        let believed = BUFFER.saturating_sub(self.received.wrapping_sub(self.advertised));
+        believed < BUFFER / 2 && self.forwarded != self.advertised
     }
 
-    /// What every packet to the peer carries: our buffer, and what was forwarded.
-    pub(super) fn tell(&mut self) -> (u32, u32) {
-        self.told = self.forwarded;
-        (BUFFER, self.forwarded)
+    /// Returns what every packet to the peer carries, and remembers that the peer knows it.
+    pub(super) fn advertise(&mut self) -> CreditUpdate {
+        self.advertised = self.forwarded;
+        CreditUpdate { buf_alloc: BUFFER, fwd_cnt: self.forwarded }
     }
 }
 
@@ -69,21 +84,21 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn a_peer_that_contradicts_itself_gets_nothing() {
+    fn inconsistent_peer_credit_allows_no_sending() {
         let mut credit = Credit::default();
-        credit.heard(100, 50);
+        credit.update(CreditUpdate { buf_alloc: 100, fwd_cnt: 50 });
         assert_eq!(credit.may_send(), 0);
     }
 
     proptest! {
         /// Two sides that speak through this arithmetic, against a naive model of two buffers.
         #[test]
-        fn nobody_overruns_and_everybody_gets_on(steps in proptest::collection::vec((0u8..3, 1u32..200_000), 1..300)) {
+        fn no_buffer_overruns_and_neither_side_stalls(steps in proptest::collection::vec((0u8..3, 1u32..200_000), 1..300)) {
             let (mut us, mut peer) = (Credit::default(), Credit::default());
             let start = u32::MAX - 100_000;
             for side in [&mut us, &mut peer] {
-                (side.received, side.forwarded, side.told, side.sent) = (start, start, start, start);
-                side.heard(BUFFER, start);
+                (side.received, side.forwarded, side.advertised, side.sent) = (start, start, start, start);
+                side.update(CreditUpdate { buf_alloc: BUFFER, fwd_cnt: start });
             }
             let mut buffered = 0u32;
             for (what, amount) in steps {
@@ -103,8 +118,8 @@ mod tests {
                     _ => {}
                 }
                 if us.needs_credit_update() {
-                    let (buffer, forwarded) = us.tell();
-                    peer.heard(buffer, forwarded);
+                    let credit = us.advertise();
+                    peer.update(credit);
                 }
                 if buffered == 0 {
                     prop_assert!(peer.may_send() >= BUFFER / 2, "an empty buffer must not stop the peer");

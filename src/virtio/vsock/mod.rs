@@ -15,14 +15,15 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use connection::{Answer, Connection, PendingControl, Ports};
-use packet::{HEADER, Header, Op, TYPE_STREAM};
+use connection::{Answer, PendingControl, PortPair, VsockConnection};
+use credit::CreditUpdate;
+use packet::{HEADER, TYPE_STREAM, VsockHeader, VsockOp};
 use stream::AcceptQueue;
 #[cfg(feature = "container")]
 pub(crate) use stream::StreamBreaker;
 pub use stream::{VsockListener, VsockStream};
 
-use super::{Chain, DeviceIo, DeviceType, Profile, Source, VirtioDevice, Work};
+use super::{Chain, DeviceIo, DeviceType, EventSource, Profile, VirtioDevice, Work};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::event_loop::Interest;
 use crate::sys::{DescriptorShare, Timer, is_spare};
@@ -56,18 +57,18 @@ const EPHEMERAL: u32 = 1 << 30;
 
 /// The device and all its connections.
 pub(crate) struct Vsock {
-    connections: HashMap<u32, Connection>,
-    names: HashMap<Ports, u32>,
+    connections: HashMap<u32, VsockConnection>,
+    names: HashMap<PortPair, u32>,
     listeners: HashMap<u32, Arc<AcceptQueue>>,
     /// Connections that may have something to say, each at most once.
     talkative: VecDeque<u32>,
-    resets: VecDeque<Ports>,
+    resets: VecDeque<PortPair>,
     /// A buffer of the guest that was taken and not filled.
     spare: Option<Chain>,
     next_number: u32,
     next_port: u32,
     /// Connections that wait for the guest's answer, or have got it, and until when: the oldest first.
-    connecting: VecDeque<(Instant, Ports)>,
+    connecting: VecDeque<(Instant, PortPair)>,
     connect_timeout: Duration,
     timer: Option<Timer>,
     /// Descriptors that the guest may hold.
@@ -147,27 +148,28 @@ impl Vsock {
             Err(error) => return refuse(Error::from(error).doing("connecting over vsock")),
         };
         let mut host_port = self.next_port;
-        while self.names.contains_key(&(host_port, port)) {
+        while self.names.contains_key(&PortPair { host: host_port, guest: port }) {
             host_port = host_port.wrapping_add(1).max(EPHEMERAL);
         }
         self.next_port = host_port.wrapping_add(1).max(EPHEMERAL);
-        let connection = Connection::connecting((host_port, port), socket, tail, answer, stream);
+        let ports = PortPair { host: host_port, guest: port };
+        let connection = VsockConnection::connecting(ports, socket, tail, answer, stream);
         if let Err(connection) = self.add(io, connection) {
             return connection.end(|| Error::new(ErrorKind::ResourceExhausted, "the connection cannot be watched"));
         }
-        self.connecting.push_back((Instant::now() + self.connect_timeout, (host_port, port)));
+        self.connecting.push_back((Instant::now() + self.connect_timeout, ports));
         self.arm();
         self.service_rx_queue(io);
     }
 
     /// Those connections of the embedder that the guest has not answered.
-    fn connecting(&self) -> impl Iterator<Item = &(Instant, Ports)> {
+    fn connecting(&self) -> impl Iterator<Item = &(Instant, PortPair)> {
         self.connecting.iter().filter(|(_, ports)| self.is_connecting(*ports))
     }
 
-    fn is_connecting(&self, ports: Ports) -> bool {
+    fn is_connecting(&self, ports: PortPair) -> bool {
         let connection = self.names.get(&ports).and_then(|number| self.connections.get(number));
-        connection.is_some_and(Connection::is_connecting)
+        connection.is_some_and(VsockConnection::is_connecting)
     }
 
     /// Rings when the first of those that wait has waited for too long.
@@ -195,7 +197,7 @@ impl Vsock {
     }
 
     /// Registers a connection. Gives it back when its socket cannot be watched.
-    fn add(&mut self, io: &DeviceIo, connection: Connection) -> Result<(), Box<Connection>> {
+    fn add(&mut self, io: &DeviceIo, connection: VsockConnection) -> Result<(), Box<VsockConnection>> {
         let mut number = self.next_number;
         while self.connections.contains_key(&number) {
             number = next(number);
@@ -212,19 +214,19 @@ impl Vsock {
     }
 
     /// Forgets a connection; its socket closes.
-    fn remove(&mut self, ports: Ports, kind: ErrorKind, refusal: &str) {
+    fn remove(&mut self, ports: PortPair, kind: ErrorKind, refusal: &str) {
         if let Some(connection) = self.names.remove(&ports).and_then(|number| self.connections.remove(&number)) {
-            connection.end(|| Error::new(kind, format!("vsock port {}: {refusal}", ports.1)));
+            connection.end(|| Error::new(kind, format!("vsock port {}: {refusal}", ports.guest)));
         }
     }
 
-    fn reset(&mut self, ports: Ports) {
+    fn reset(&mut self, ports: PortPair) {
         self.remove(ports, ErrorKind::NotFound, "the connection was reset");
         self.refuse(ports);
     }
 
     /// Queues a reset: the guest learns that there is no such connection.
-    fn refuse(&mut self, ports: Ports) {
+    fn refuse(&mut self, ports: PortPair) {
         if self.resets.len() < MAX_RESETS {
             self.resets.push_back(ports);
         }
@@ -233,8 +235,8 @@ impl Vsock {
     /// The driver sent a packet.
     fn handle_packet(&mut self, io: &mut DeviceIo, chain: &mut Chain) {
         let Ok(bytes) = chain.read() else { return };
-        let header = Header::parse(&bytes);
-        let ports = (header.dst_port, header.src_port);
+        let header = VsockHeader::parse(&bytes);
+        let ports = PortPair { host: header.dst_port, guest: header.src_port };
         if header.src_cid != GUEST_CID || header.dst_cid != HOST_CID {
             // The address does not exist; a reset could not be addressed either.
             return;
@@ -244,16 +246,18 @@ impl Vsock {
             return self.reset(ports);
         }
         match (header.op, self.names.get(&ports).copied()) {
-            (Op::Reset, _) => self.remove(ports, ErrorKind::NotFound, "nobody listens there"),
-            (Op::Request, None) => self.accept(io, ports, &header),
-            (_, Some(number)) if header.op != Op::Request => self.service_connection(io, number, ports, &header, chain),
+            (VsockOp::Reset, _) => self.remove(ports, ErrorKind::NotFound, "nobody listens there"),
+            (VsockOp::Request, None) => self.accept(io, ports, &header),
+            (_, Some(number)) if header.op != VsockOp::Request => {
+                self.service_connection(io, number, ports, &header, chain)
+            }
             _ => self.reset(ports),
         }
     }
 
-    fn accept(&mut self, io: &mut DeviceIo, ports: Ports, header: &Header) {
+    fn accept(&mut self, io: &mut DeviceIo, ports: PortPair, header: &VsockHeader) {
         let full = self.connections.len() >= MAX_CONNECTIONS;
-        let Some(arrivals) = self.listeners.get(&ports.0).filter(|a| a.has_room() && !full).cloned() else {
+        let Some(arrivals) = self.listeners.get(&ports.host).filter(|a| a.has_room() && !full).cloned() else {
             return self.reset(ports);
         };
         io.charge(Work::Calls(4));
@@ -269,8 +273,8 @@ impl Vsock {
             }
         };
         let stream = stream.holding(near);
-        let mut connection = Connection::accepted(ports, socket, tail, far);
-        connection.credit.heard(header.buf_alloc, header.fwd_cnt);
+        let mut connection = VsockConnection::accepted(ports, socket, tail, far);
+        connection.credit.update(CreditUpdate::of(header));
         match self.add(io, connection) {
             Ok(()) => arrivals.push(stream),
             Err(_) => self.refuse(ports),
@@ -278,19 +282,26 @@ impl Vsock {
     }
 
     /// A packet for a connection that exists.
-    fn service_connection(&mut self, io: &mut DeviceIo, number: u32, ports: Ports, header: &Header, chain: &mut Chain) {
+    fn service_connection(
+        &mut self,
+        io: &mut DeviceIo,
+        number: u32,
+        ports: PortPair,
+        header: &VsockHeader,
+        chain: &mut Chain,
+    ) {
         let Some(connection) = self.connections.get_mut(&number) else {
             return;
         };
-        connection.credit.heard(header.buf_alloc, header.fwd_cnt);
+        connection.credit.update(CreditUpdate::of(header));
         let sound = match header.op {
-            Op::Response if connection.is_connecting() => {
+            VsockOp::Response if connection.is_connecting() => {
                 connection.established();
                 true
             }
             // Anything else before the answer, and a second answer, is out of turn.
             _ if connection.is_connecting() => false,
-            Op::Data => {
+            VsockOp::Data => {
                 let len = header.len as usize;
                 // More than a connection's buffer is refused before it is copied.
                 io.charge(Work::Bytes(len.min(credit::BUFFER as usize)));
@@ -299,12 +310,12 @@ impl Vsock {
                     connection.send_from(chain.memory(), chain.readable(segments))
                 }
             }
-            Op::Shutdown => {
+            VsockOp::Shutdown => {
                 connection.guest_closes(header.flags);
                 true
             }
-            Op::CreditUpdate => true,
-            Op::CreditRequest => {
+            VsockOp::CreditUpdate => true,
+            VsockOp::CreditRequest => {
                 connection.ask_credit();
                 true
             }
@@ -371,7 +382,7 @@ impl Vsock {
     /// Puts the next packet into `chain`. False when there was none after all.
     fn fill(&mut self, io: &mut DeviceIo, chain: &mut Chain) -> bool {
         if let Some(ports) = self.resets.pop_front() {
-            let header = header(ports, Op::Reset, 0, (0, 0));
+            let header = header(ports, VsockOp::Reset, 0, CreditUpdate::default());
             return chain.write(&header.to_bytes()).is_ok();
         }
         while let Some(number) = self.talkative.pop_front() {
@@ -411,18 +422,18 @@ impl Vsock {
 }
 
 /// Puts what is due into `chain`, which has room for a header. False when it was data and there is none after all.
-fn write_packet(io: &mut DeviceIo, connection: &mut Connection, chain: &mut Chain) -> bool {
+fn write_packet(io: &mut DeviceIo, connection: &mut VsockConnection, chain: &mut Chain) -> bool {
     let Some(due) = connection.due() else {
         return false;
     };
     let (op, flags, mut len) = match due {
-        PendingControl::Request => (Op::Request, 0, 0),
-        PendingControl::Response => (Op::Response, 0, 0),
-        PendingControl::Shutdown(flags) => (Op::Shutdown, flags, 0),
-        PendingControl::CreditUpdate => (Op::CreditUpdate, 0, 0),
-        PendingControl::Data(max) => (Op::Data, 0, max.min(MAX_DATA)),
+        PendingControl::Request => (VsockOp::Request, 0, 0),
+        PendingControl::Response => (VsockOp::Response, 0, 0),
+        PendingControl::Shutdown(flags) => (VsockOp::Shutdown, flags, 0),
+        PendingControl::CreditUpdate => (VsockOp::CreditUpdate, 0, 0),
+        PendingControl::Data(max) => (VsockOp::Data, 0, max.min(MAX_DATA)),
     };
-    if op == Op::Data {
+    if op == VsockOp::Data {
         let space: Vec<_> = chain.writable_after(HEADER, len as usize).collect();
         io.charge(Work::Calls(1));
         match connection.receive_into(chain.memory(), &space) {
@@ -434,7 +445,7 @@ fn write_packet(io: &mut DeviceIo, connection: &mut Connection, chain: &mut Chai
         }
     }
     connection.said(due);
-    let header = Header { flags, ..header(connection.ports, op, len, connection.credit.tell()) };
+    let header = VsockHeader { flags, ..header(connection.ports, op, len, connection.credit.advertise()) };
     let written = chain.write(&header.to_bytes()).is_ok();
     chain.wrote(len as usize);
     written
@@ -455,18 +466,18 @@ impl VirtioDevice for Vsock {
         io.watch(timer.as_fd(), TIMER, Interest::IN)
     }
 
-    fn ready(&mut self, io: &mut DeviceIo, source: Source) {
+    fn ready(&mut self, io: &mut DeviceIo, source: EventSource) {
         match source {
-            Source::Watched { number: TIMER, .. } => {
+            EventSource::Watched { number: TIMER, .. } => {
                 if let Some(timer) = &mut self.timer {
                     timer.clear();
                 }
                 self.expire();
             }
-            Source::Queue(TX) => self.service_tx_queue(io),
+            EventSource::Queue(TX) => self.service_tx_queue(io),
             // Buffers for what is due, or for events, of which there are none.
-            Source::Queue(_) => {}
-            Source::Watched { number, events } => self.socket_ready(number, events),
+            EventSource::Queue(_) => {}
+            EventSource::Watched { number, events } => self.socket_ready(number, events),
         }
         self.service_rx_queue(io);
     }
@@ -498,18 +509,18 @@ fn next(number: u32) -> u32 {
 }
 
 /// A header from the host to the guest.
-fn header(ports: Ports, op: Op, len: u32, (buf_alloc, fwd_cnt): (u32, u32)) -> Header {
-    Header {
+fn header(ports: PortPair, op: VsockOp, len: u32, credit: CreditUpdate) -> VsockHeader {
+    VsockHeader {
         src_cid: HOST_CID,
         dst_cid: GUEST_CID,
-        src_port: ports.0,
-        dst_port: ports.1,
+        src_port: ports.host,
+        dst_port: ports.guest,
         len,
         kind: TYPE_STREAM,
         op,
         flags: 0,
-        buf_alloc,
-        fwd_cnt,
+        buf_alloc: credit.buf_alloc,
+        fwd_cnt: credit.fwd_cnt,
     }
 }
 

@@ -7,7 +7,7 @@ pub(crate) const TYPE_STREAM: u16 = 1;
 
 /// What a packet is for (Virtio 1.3, 5.10.6).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Op {
+pub(crate) enum VsockOp {
     Request,
     Response,
     Reset,
@@ -18,7 +18,7 @@ pub(crate) enum Op {
     Unknown(u16),
 }
 
-impl Op {
+impl VsockOp {
     pub(crate) fn parse(number: u16) -> Self {
         match number {
             1 => Self::Request,
@@ -53,20 +53,20 @@ pub(crate) const SHUTDOWN_SEND: u32 = 2;
 
 /// A header's fields; no combination is trusted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Header {
+pub(crate) struct VsockHeader {
     pub src_cid: u64,
     pub dst_cid: u64,
     pub src_port: u32,
     pub dst_port: u32,
     pub len: u32,
     pub kind: u16,
-    pub op: Op,
+    pub op: VsockOp,
     pub flags: u32,
     pub buf_alloc: u32,
     pub fwd_cnt: u32,
 }
 
-impl Header {
+impl VsockHeader {
     pub(crate) fn parse(bytes: &[u8; HEADER]) -> Self {
         let mut rest = bytes.as_slice();
         Self {
@@ -76,7 +76,7 @@ impl Header {
             dst_port: u32::from_le_bytes(take(&mut rest)),
             len: u32::from_le_bytes(take(&mut rest)),
             kind: u16::from_le_bytes(take(&mut rest)),
-            op: Op::parse(u16::from_le_bytes(take(&mut rest))),
+            op: VsockOp::parse(u16::from_le_bytes(take(&mut rest))),
             flags: u32::from_le_bytes(take(&mut rest)),
             buf_alloc: u32::from_le_bytes(take(&mut rest)),
             fwd_cnt: u32::from_le_bytes(take(&mut rest)),
@@ -127,9 +127,9 @@ mod tests {
     fn headers_are_written_as_they_are_read() {
         let mut bytes = [0; HEADER];
         bytes.iter_mut().enumerate().for_each(|(n, byte)| *byte = n as u8 + 1);
-        let header = Header::parse(&bytes);
+        let header = VsockHeader::parse(&bytes);
         assert_eq!(header.to_bytes(), bytes);
         assert_eq!((header.src_cid, header.fwd_cnt), (0x0807_0605_0403_0201, 0x2c2b_2a29));
-        assert!((0..=u16::MAX).all(|n| Op::parse(n).number() == n));
+        assert!((0..=u16::MAX).all(|n| VsockOp::parse(n).number() == n));
     }
 }

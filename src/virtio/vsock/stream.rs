@@ -85,7 +85,7 @@ impl VsockStream {
     }
 
     /// From now on reads tell by `ConnectionReset` that the guest's end has not ended its direction but closed everything.
-    pub(crate) fn tell_resets(mut self) -> Self {
+    pub(crate) fn report_resets(mut self) -> Self {
         self.tells_resets = true;
         self
     }
@@ -204,7 +204,7 @@ impl fmt::Debug for VsockStream {
 pub(super) const BACKLOG: usize = 32;
 
 #[derive(Debug, Default)]
-struct Queue {
+struct PendingStreams {
     waiting: VecDeque<VsockStream>,
     closed: bool,
     /// The `errno` with which the host could not make the last connection that was refused for want of something.
@@ -213,7 +213,7 @@ struct Queue {
 
 /// Where the device puts what arrives. Shared with the listener.
 pub(super) struct AcceptQueue {
-    queue: Mutex<Queue>,
+    queue: Mutex<PendingStreams>,
     ready: EventFd,
 }
 
@@ -222,7 +222,7 @@ impl AcceptQueue {
         Ok(Arc::new(Self { queue: Mutex::default(), ready: eventfd()? }))
     }
 
-    fn queue(&self) -> MutexGuard<'_, Queue> {
+    fn queue(&self) -> MutexGuard<'_, PendingStreams> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

@@ -53,7 +53,7 @@ impl DiskHandle {
     /// - `InvalidState` when the VM has ended.
     pub fn grow(&self, size: Size) -> Result<()> {
         let grown = self.device.with(move |disk, io| {
-            let (_, now) = disk.usage()?;
+            let now = disk.usage()?.size;
             if size.as_bytes() < now || !size.as_bytes().is_multiple_of(512) {
                 let now = Size::bytes(now);
                 return Err(Error::invalid(
@@ -72,9 +72,8 @@ impl DiskHandle {
     /// `InvalidState` when the VM has ended, `Io` when the host cannot tell.
     pub fn usage(&self) -> Result<DiskUsage> {
         let usage = self.device.with(|disk, _| disk.usage().map_err(Error::from));
-        let (allocated, capacity) =
-            usage.and_then(|outcome| outcome).map_err(|e| self.doing(e, "looking at its size"))?;
-        Ok(DiskUsage { allocated: Size::bytes(allocated), capacity: Size::bytes(capacity) })
+        let usage = usage.and_then(|outcome| outcome).map_err(|e| self.doing(e, "looking at its size"))?;
+        Ok(DiskUsage { allocated: Size::bytes(usage.allocated), capacity: Size::bytes(usage.size) })
     }
 
     fn doing(&self, error: Error, what: &str) -> Error {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 #[cfg(feature = "qcow2")]
 use super::Qcow2Source;
-use super::{Disk, OverlaySource, Settings, Source};
+use super::{Disk, DiskSettings, DiskSource, OverlaySource};
 use crate::size::Size;
 use crate::virtio::blk::{CacheMode, DiskLimit, ErrorAction, ErrorClass, IoEngine, Reserve};
 
@@ -56,7 +56,7 @@ macro_rules! common_settings {
 
         impl From<$kind> for Disk {
             fn from($kind { settings, source }: $kind) -> Self {
-                Self { settings, source: Source::$variant(source) }
+                Self { settings, source: DiskSource::$variant(source) }
             }
         }
     };
@@ -132,7 +132,7 @@ macro_rules! read_only_setting {
 #[derive(Debug, Clone)]
 #[must_use = "a config value does nothing by itself"]
 pub struct FileDisk {
-    pub(super) settings: Settings,
+    pub(super) settings: DiskSettings,
     pub(super) source: FileSource,
 }
 
@@ -167,7 +167,7 @@ impl FileDisk {
 #[derive(Debug, Clone)]
 #[must_use = "a config value does nothing by itself"]
 pub struct OpenFileDisk {
-    pub(super) settings: Settings,
+    pub(super) settings: DiskSettings,
     pub(super) source: Arc<File>,
 }
 
@@ -175,7 +175,7 @@ pub struct OpenFileDisk {
 #[derive(Debug, Clone)]
 #[must_use = "a config value does nothing by itself"]
 pub struct ScratchDisk {
-    pub(super) settings: Settings,
+    pub(super) settings: DiskSettings,
     pub(super) source: ScratchSource,
 }
 
@@ -201,7 +201,7 @@ impl ScratchDisk {
 #[derive(Debug, Clone)]
 #[must_use = "a config value does nothing by itself"]
 pub struct MemoryDisk {
-    pub(super) settings: Settings,
+    pub(super) settings: DiskSettings,
     pub(super) source: Size,
 }
 
@@ -209,7 +209,7 @@ pub struct MemoryDisk {
 #[derive(Debug, Clone)]
 #[must_use = "a config value does nothing by itself"]
 pub struct OverlayDisk {
-    pub(super) settings: Settings,
+    pub(super) settings: DiskSettings,
     pub(super) source: OverlaySource,
 }
 
@@ -251,7 +251,7 @@ impl OverlayDisk {
 #[derive(Debug, Clone)]
 #[must_use = "a config value does nothing by itself"]
 pub struct Qcow2Disk {
-    pub(super) settings: Settings,
+    pub(super) settings: DiskSettings,
     pub(super) source: Qcow2Source,
 }
 

@@ -35,13 +35,13 @@ const MAX_QUEUES: u32 = 64;
 #[derive(Debug, Clone)]
 #[must_use = "a config value does nothing by itself"]
 pub struct Disk {
-    settings: Settings,
-    source: Source,
+    settings: DiskSettings,
+    source: DiskSource,
 }
 
 /// The settings of all kinds. Kinds without a method for a setting leave it as it is.
 #[derive(Debug, Clone)]
-struct Settings {
+struct DiskSettings {
     read_only: bool,
     serial: Option<String>,
     queues: u32,
@@ -51,7 +51,7 @@ struct Settings {
 
 /// Where a disk's bytes are.
 #[derive(Debug, Clone)]
-enum Source {
+enum DiskSource {
     Path(FileSource),
     File(Arc<File>),
     Scratch(ScratchSource),
@@ -79,7 +79,7 @@ struct Qcow2Source {
     backing_dir: Option<PathBuf>,
 }
 
-impl Settings {
+impl DiskSettings {
     fn new() -> Self {
         Self { read_only: false, serial: None, queues: 1, options: Options::new(0) }
     }
@@ -96,7 +96,7 @@ impl Disk {
     /// Returns a disk of a file that has no name and that is gone with the VM.
     #[cfg(feature = "container")]
     pub(crate) fn private(file: File) -> OpenFileDisk {
-        OpenFileDisk { settings: Settings::sharing(), source: Arc::new(file) }
+        OpenFileDisk { settings: DiskSettings::sharing(), source: Arc::new(file) }
     }
 
     /// Uses a raw image file or a block device of the host, in place.
@@ -104,28 +104,31 @@ impl Disk {
     /// While a VM runs the file is locked: many may read an image at once, and a writer has it alone. A flush of the
     /// guest is answered when the data is on stable storage.
     pub fn file(path: impl Into<PathBuf>) -> FileDisk {
-        FileDisk { settings: Settings::new(), source: FileSource { path: path.into(), locked: true, direct: false } }
+        FileDisk {
+            settings: DiskSettings::new(),
+            source: FileSource { path: path.into(), locked: true, direct: false },
+        }
     }
 
     /// Uses a raw image that is open already.
     ///
     /// It must be open for writing too, unless [`OpenFileDisk::read_only`] follows. It is not locked: the caller knows who else uses it.
     pub fn from_file(file: File) -> OpenFileDisk {
-        OpenFileDisk { settings: Settings::new(), source: Arc::new(file) }
+        OpenFileDisk { settings: DiskSettings::new(), source: Arc::new(file) }
     }
 
     /// Makes an empty disk of `size` that is gone with the VM.
     ///
     /// It lies in the directory of [`ScratchDisk::scratch_dir`], and takes space there as the guest writes.
     pub fn scratch(size: Size) -> ScratchDisk {
-        ScratchDisk { settings: Settings::sharing(), source: ScratchSource { size, dir: None } }
+        ScratchDisk { settings: DiskSettings::sharing(), source: ScratchSource { size, dir: None } }
     }
 
     /// Makes an empty disk of `size` in the host's memory.
     ///
     /// It takes memory as the guest writes, and gives it back as the guest discards.
     pub fn memory(size: Size) -> MemoryDisk {
-        MemoryDisk { settings: Settings::new(), source: size }
+        MemoryDisk { settings: DiskSettings::new(), source: size }
     }
 
     /// Makes a private, copy-on-write copy of `base`.
@@ -136,7 +139,7 @@ impl Disk {
     pub fn overlay(base: impl Into<BaseImage>) -> OverlayDisk {
         let base = base.into();
         let source = OverlaySource { base, persist_at: None, scratch_dir: None, size: None, max_size: None };
-        OverlayDisk { settings: Settings::sharing(), source }
+        OverlayDisk { settings: DiskSettings::sharing(), source }
     }
 
     /// Uses an image in QEMU's format qcow2.
@@ -161,7 +164,7 @@ impl Disk {
     /// or as a backing file. Overlays need no such thing, and are faster.
     #[cfg(feature = "qcow2")]
     pub fn qcow2(path: impl Into<PathBuf>) -> Qcow2Disk {
-        Qcow2Disk { settings: Settings::new(), source: Qcow2Source { path: path.into(), backing_dir: None } }
+        Qcow2Disk { settings: DiskSettings::new(), source: Qcow2Source { path: path.into(), backing_dir: None } }
     }
 
     /// Opens the disk, which is the `n`th of its VM.
@@ -171,7 +174,7 @@ impl Disk {
             let why = format!("{serial:?}: 1 to {MAX_SERIAL} visible ASCII characters are needed");
             return Err(Error::invalid("serial", why));
         }
-        let Settings { queues, options, .. } = &self.settings;
+        let DiskSettings { queues, options, .. } = &self.settings;
         let queues = u16::try_from(*queues).ok().filter(|_| (1..=MAX_QUEUES).contains(queues));
         let queues =
             queues.ok_or_else(|| Error::invalid("queues", format!("{}: 1 to {MAX_QUEUES}", self.settings.queues)))?;
@@ -203,24 +206,24 @@ impl Disk {
         let read_only = self.settings.read_only;
         let raw = |file| -> Result<Box<dyn BlockBackend>> { Ok(Box::new(RawFile::from_file(file, read_only)?)) };
         match &self.source {
-            Source::Path(FileSource { path, locked, direct: true }) => {
+            DiskSource::Path(FileSource { path, locked, direct: true }) => {
                 Ok(Box::new(DirectFile::open(path, read_only, *locked)?))
             }
-            Source::Path(FileSource { path, locked, direct: false }) => {
+            DiskSource::Path(FileSource { path, locked, direct: false }) => {
                 Ok(Box::new(RawFile::open(path, read_only, *locked)?))
             }
-            Source::File(file) => raw(file.try_clone()?),
-            Source::Scratch(ScratchSource { size, dir }) => {
+            DiskSource::File(file) => raw(file.try_clone()?),
+            DiskSource::Scratch(ScratchSource { size, dir }) => {
                 let dir = scratch_dir(dir.as_deref())?;
                 let doing = || format!("making a scratch disk of {size} in {}", dir.display());
                 raw(sys::scratch_file(&dir, *size).doing(doing)?)
             }
-            Source::Memory(size) => {
+            DiskSource::Memory(size) => {
                 raw(sys::memory_file(*size).doing(|| format!("making a disk of {size} in memory"))?)
             }
-            Source::Overlay(it) => Ok(Box::new(it.open(read_only)?)),
+            DiskSource::Overlay(it) => Ok(Box::new(it.open(read_only)?)),
             #[cfg(feature = "qcow2")]
-            Source::Qcow2(it) => Ok(Box::new(blk::Qcow2::open(&it.path, it.backing_dir.as_deref(), read_only)?)),
+            DiskSource::Qcow2(it) => Ok(Box::new(blk::Qcow2::open(&it.path, it.backing_dir.as_deref(), read_only)?)),
         }
     }
 }
@@ -286,7 +289,7 @@ mod tests {
         assert!(error.kind() == ErrorKind::InvalidConfig && error.to_string().starts_with("scratch_dir: "), "{error}");
         assert_eq!(open(Disk::scratch(Size::bytes(0))).unwrap_err().kind(), ErrorKind::InvalidConfig);
         assert_eq!(open(Disk::scratch(Size::bytes(1000))).unwrap_err().kind(), ErrorKind::InvalidConfig);
-        assert_eq!(open(Disk::scratch(Size::gib(100))).unwrap().shape().len, 100 << 30);
+        assert_eq!(open(Disk::scratch(Size::gib(100))).unwrap().geometry().len, 100 << 30);
         assert_eq!(open(Disk::memory(Size::gib(100))).unwrap().allocated().unwrap(), 0);
     }
 
@@ -301,9 +304,9 @@ mod tests {
             Disk::overlay(path.as_path()).read_only(true).into(),
         ];
         for disk in disks {
-            assert!(disk.open().unwrap().shape().read_only, "{disk:?}");
+            assert!(disk.open().unwrap().geometry().read_only, "{disk:?}");
         }
-        assert!(!open(Disk::overlay(path.as_path())).unwrap().shape().read_only);
+        assert!(!open(Disk::overlay(path.as_path())).unwrap().geometry().read_only);
         std::fs::remove_file(path).unwrap();
     }
 
@@ -316,7 +319,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_names_its_method() {
+    fn invalid_settings_name_their_method() {
         let disk = || Disk::scratch(Size::mib(1));
         for (disk, method) in [
             (disk().serial(""), "serial"),

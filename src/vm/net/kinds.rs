@@ -7,8 +7,8 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use super::ports::PortForward;
-use super::{Net, Settings, Source};
-use crate::network::{BackendKind, Capture, ConnectionLimit, Mac, NicConfig, Place, Policy, Switch};
+use super::{Net, NetSettings, NetSource};
+use crate::network::{AddressLease, BackendKind, Capture, ConnectionLimit, Mac, NicConfig, Policy, Switch};
 use crate::virtio::net::NetLimit;
 
 /// The settings of every card.
@@ -49,7 +49,7 @@ macro_rules! common_settings {
 
         impl From<$kind> for Net {
             fn from($kind { settings, source }: $kind) -> Self {
-                Self { settings, source: Source::$variant(source) }
+                Self { settings, source: NetSource::$variant(source) }
             }
         }
     };
@@ -74,7 +74,7 @@ macro_rules! queues_setting {
 #[derive(Debug, Clone)]
 #[must_use = "a config value does nothing by itself"]
 pub struct UserNet {
-    pub(super) settings: Settings,
+    pub(super) settings: NetSettings,
     pub(super) source: Box<UserSource>,
 }
 
@@ -116,7 +116,7 @@ impl UserNet {
 #[derive(Debug, Clone)]
 #[must_use = "a config value does nothing by itself"]
 pub struct TapNet {
-    pub(super) settings: Settings,
+    pub(super) settings: NetSettings,
     /// The device's name.
     pub(super) source: String,
 }
@@ -125,7 +125,7 @@ pub struct TapNet {
 #[derive(Debug, Clone)]
 #[must_use = "a config value does nothing by itself"]
 pub struct TapFilesNet {
-    pub(super) settings: Settings,
+    pub(super) settings: NetSettings,
     /// One for each pair of queues.
     pub(super) source: Vec<Arc<File>>,
 }
@@ -134,7 +134,7 @@ pub struct TapFilesNet {
 #[derive(Debug, Clone)]
 #[must_use = "a config value does nothing by itself"]
 pub struct SocketNet {
-    pub(super) settings: Settings,
+    pub(super) settings: NetSettings,
     pub(super) source: Arc<OwnedFd>,
 }
 
@@ -142,7 +142,7 @@ pub struct SocketNet {
 #[derive(Debug, Clone)]
 #[must_use = "a config value does nothing by itself"]
 pub struct SwitchNet {
-    pub(super) settings: Settings,
+    pub(super) settings: NetSettings,
     pub(super) source: SwitchAttachment,
 }
 
@@ -152,14 +152,14 @@ pub(super) struct SwitchAttachment {
     pub switch: Switch,
     pub name: String,
     /// It was taken before the VM is started.
-    pub place: Option<Arc<Place>>,
+    pub place: Option<Arc<AddressLease>>,
 }
 
 /// A card on a [`NetBackend`](crate::backend::NetBackend) of the embedder's; see [`Net::custom`].
 #[derive(Debug, Clone)]
 #[must_use = "a config value does nothing by itself"]
 pub struct CustomNet {
-    pub(super) settings: Settings,
+    pub(super) settings: NetSettings,
     pub(super) source: Custom,
 }
 

@@ -18,7 +18,7 @@ use ports::check_ports;
 
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::network::{
-    BackendKind, Config, NetBackend, NicConfig, Pump, SocketBackend, SwitchPort, TapBackend, UserStack,
+    BackendKind, CapturePump, Config, NetBackend, NicConfig, SocketBackend, SwitchPort, TapBackend, UserStack,
 };
 pub use crate::network::{
     Capture, CaptureStats, Cidr, ConnectionLimit, Denial, DenyReason, Mac, NetStats, Policy, Protocol, Rule, Switch,
@@ -37,13 +37,13 @@ const MTU: std::ops::RangeInclusive<u32> = 576..=65535;
 #[derive(Debug, Clone)]
 #[must_use = "a config value does nothing by itself"]
 pub struct Net {
-    settings: Settings,
-    source: Source,
+    settings: NetSettings,
+    source: NetSource,
 }
 
 /// The settings of all kinds. Kinds without a method for a setting leave it as it is.
 #[derive(Debug, Clone)]
-struct Settings {
+struct NetSettings {
     mac: Option<Mac>,
     mtu: u32,
     queues: u32,
@@ -51,7 +51,7 @@ struct Settings {
     capture: Option<Capture>,
 }
 
-impl Settings {
+impl NetSettings {
     fn new() -> Self {
         Self { mac: None, mtu: 1500, queues: 1, limit: NetLimit::none(), capture: None }
     }
@@ -70,12 +70,12 @@ pub(super) struct AttachedNet {
     /// Where its published ports are.
     pub published: Vec<SocketAddr>,
     /// What writes its capture, for a thread of its own.
-    pub pump: Option<Pump>,
+    pub pump: Option<CapturePump>,
 }
 
 /// What carries a card's frames.
 #[derive(Debug, Clone)]
-enum Source {
+enum NetSource {
     User(Box<UserSource>),
     Tap(String),
     TapFiles(Vec<Arc<File>>),
@@ -100,7 +100,7 @@ impl Net {
             connection_limit: ConnectionLimit::new(),
             loopback: false,
         });
-        UserNet { settings: Settings::new(), source }
+        UserNet { settings: NetSettings::new(), source }
     }
 
     /// Connects the card to a tap device of the host.
@@ -109,7 +109,7 @@ impl Net {
     /// privileges to open. For several [`TapNet::queues`] add `multi_queue`. Its addresses, and the bridge that it is in,
     /// are the caller's.
     pub fn tap(name: impl Into<String>) -> TapNet {
-        TapNet { settings: Settings::new(), source: name.into() }
+        TapNet { settings: NetSettings::new(), source: name.into() }
     }
 
     /// Connects the card to taps that are open already.
@@ -118,7 +118,7 @@ impl Net {
     pub fn tap_files(files: impl IntoIterator<Item = File>) -> TapFilesNet {
         let source: Vec<_> = files.into_iter().map(Arc::new).collect();
         let queues = u32::try_from(source.len()).unwrap_or(u32::MAX);
-        TapFilesNet { settings: Settings { queues, ..Settings::new() }, source }
+        TapFilesNet { settings: NetSettings { queues, ..NetSettings::new() }, source }
     }
 
     /// Connects the card to a socket whose peer carries the frames.
@@ -127,7 +127,7 @@ impl Net {
     /// stream`. On a socket of datagrams each is a frame. When the peer closes it, the guest sees its link go down, and
     /// that is an [`EventKind::Degraded`](crate::event::EventKind::Degraded).
     pub fn socket(socket: impl Into<OwnedFd>) -> SocketNet {
-        SocketNet { settings: Settings::new(), source: Arc::new(socket.into()) }
+        SocketNet { settings: NetSettings::new(), source: Arc::new(socket.into()) }
     }
 
     /// Connects the card to `switch`, where other guests find this one by `name`.
@@ -139,7 +139,7 @@ impl Net {
     /// All guests of a switch should have the same MTU: packets that are larger than a guest's are dropped.
     pub fn switch(switch: &Switch, name: impl Into<String>) -> SwitchNet {
         let source = SwitchAttachment { switch: switch.clone(), name: name.into(), place: None };
-        SwitchNet { settings: Settings::new(), source }
+        SwitchNet { settings: NetSettings::new(), source }
     }
 
     /// Connects the card to a [`NetBackend`](crate::backend::NetBackend) of the embedder's.
@@ -150,18 +150,18 @@ impl Net {
         make: impl Fn(NicConfig) -> io::Result<B> + Send + Sync + 'static,
     ) -> CustomNet {
         let source = Custom(Arc::new(move |card| make(card).map(BackendKind::other)));
-        CustomNet { settings: Settings::new(), source }
+        CustomNet { settings: NetSettings::new(), source }
     }
 
     /// The card's address, if it was set.
-    pub(super) fn wanted_mac(&self) -> Option<Mac> {
+    pub(super) fn configured_mac(&self) -> Option<Mac> {
         self.settings.mac
     }
 
     /// The switch that it is on.
     pub(super) fn attached_switch(&self) -> Option<&Switch> {
         match &self.source {
-            Source::Switch(plug) => Some(&plug.switch),
+            NetSource::Switch(plug) => Some(&plug.switch),
             _ => None,
         }
     }
@@ -169,8 +169,8 @@ impl Net {
     /// The network that it gives its guest an address of.
     fn network(&self) -> Option<std::net::Ipv4Addr> {
         match &self.source {
-            Source::User(_) => Some(Config::new(Policy::deny_all()).guest4),
-            Source::Switch(plug) => Some([10, 0, plug.switch.number(), 0].into()),
+            NetSource::User(_) => Some(Config::new(Policy::deny_all()).guest4),
+            NetSource::Switch(plug) => Some([10, 0, plug.switch.number(), 0].into()),
             _ => None,
         }
         .map(|address| (u32::from(address) >> 8 << 8).into())
@@ -178,11 +178,11 @@ impl Net {
 
     /// Takes its place on a switch now, so that its address is known before the VM starts.
     #[cfg(feature = "container")]
-    pub(crate) fn reserved(mut self) -> Result<Self> {
+    pub(crate) fn reserve_address(mut self) -> Result<Self> {
         if self.attached_switch().is_some() {
             self.settings.mac = Some(self.checked_mac()?);
         }
-        if let (Source::Switch(plug), Some(mac)) = (&mut self.source, self.settings.mac) {
+        if let (NetSource::Switch(plug), Some(mac)) = (&mut self.source, self.settings.mac) {
             plug.place = Some(Arc::new(plug.switch.join(&plug.name, mac, checked_mtu(self.settings.mtu)?)?));
         }
         Ok(self)
@@ -190,17 +190,17 @@ impl Net {
 
     /// Returns what a guest needs to know of its address, where that is known.
     #[cfg(feature = "container")]
-    pub(crate) fn link(&self) -> Option<Link> {
+    pub(crate) fn link(&self) -> Option<AddressConfig> {
         match &self.source {
-            Source::User(_) => {
+            NetSource::User(_) => {
                 let config = Config::new(Policy::deny_all());
                 let gateway = config.gateway4.octets();
                 let (address, prefix) = (config.guest4.octets(), config.prefix4);
-                Some(Link { address, prefix, gateway: Some(gateway), resolver: gateway })
+                Some(AddressConfig { address, prefix, gateway: Some(gateway), resolver: gateway })
             }
-            Source::Switch(SwitchAttachment { place: Some(place), .. }) => {
+            NetSource::Switch(SwitchAttachment { place: Some(place), .. }) => {
                 let (address, resolver) = (place.address().octets(), place.resolver().octets());
-                Some(Link { address, prefix: crate::network::SWITCH_PREFIX, gateway: None, resolver })
+                Some(AddressConfig { address, prefix: crate::network::SWITCH_PREFIX, gateway: None, resolver })
             }
             _ => None,
         }
@@ -208,8 +208,8 @@ impl Net {
 
     /// The guest will take what is sent to its 127.0.0.1.
     #[cfg(feature = "container")]
-    pub(crate) fn with_loopback(mut self) -> Self {
-        if let Source::User(user) = &mut self.source {
+    pub(crate) fn allow_loopback(mut self) -> Self {
+        if let NetSource::User(user) = &mut self.source {
             user.loopback = true;
         }
         self
@@ -236,7 +236,7 @@ impl Net {
         match self.settings.mac {
             Some(mac) if mac.is_unicast() => Ok(mac),
             Some(mac) => Err(Error::invalid("mac", format!("{mac} does not name one card"))),
-            None => made_up(),
+            None => random_mac(),
         }
     }
 
@@ -258,35 +258,35 @@ impl Net {
         self.settings.limit.check().map_err(|e| e.doing("limit"))?;
         let mut published = Vec::new();
         let backends = match &self.source {
-            Source::User(_) | Source::Socket(_) | Source::Switch(_) if queues > 1 => {
+            NetSource::User(_) | NetSource::Socket(_) | NetSource::Switch(_) if queues > 1 => {
                 return Err(Error::invalid("queues", "this kind of network has one pair of queues"));
             }
-            Source::User(user) => {
+            NetSource::User(user) => {
                 let (stack, ports) = Self::user_net(user, (mac, mtu), (switches, descriptors), told.denied)?;
                 published = ports;
                 vec![BackendKind::User(Box::new(stack))]
             }
-            Source::Tap(name) => TapBackend::open(name, queues, mtu)?.into_iter().map(BackendKind::other).collect(),
-            Source::TapFiles(files) if files.len() == queues => {
+            NetSource::Tap(name) => TapBackend::open(name, queues, mtu)?.into_iter().map(BackendKind::other).collect(),
+            NetSource::TapFiles(files) if files.len() == queues => {
                 let open =
                     |file: &Arc<File>| TapBackend::from_file(file.try_clone().doing(|| "copying a descriptor")?, mtu);
                 files.iter().map(|file| open(file).map(BackendKind::other)).collect::<Result<_>>()?
             }
-            Source::TapFiles(files) => {
+            NetSource::TapFiles(files) => {
                 let why = format!("{queues}, but {} descriptors were given", files.len());
                 return Err(Error::invalid("queues", why));
             }
-            Source::Socket(fd) => {
+            NetSource::Socket(fd) => {
                 vec![BackendKind::other(SocketBackend::new(fd.try_clone().doing(|| "copying a descriptor")?)?)]
             }
-            Source::Switch(SwitchAttachment { switch, name, place }) => {
+            NetSource::Switch(SwitchAttachment { switch, name, place }) => {
                 let place = match place {
                     Some(place) => place.clone(),
                     None => Arc::new(switch.join(name, mac, mtu)?),
                 };
                 vec![BackendKind::Switch(Box::new(SwitchPort::new(place)?))]
             }
-            Source::Custom(Custom(make)) => {
+            NetSource::Custom(Custom(make)) => {
                 let backend = || make(NicConfig { mac, mtu }).doing(|| "making a custom backend");
                 (0..queues).map(|_| backend()).collect::<Result<_>>()?
             }
@@ -301,7 +301,7 @@ impl Net {
 /// What a guest needs to know of the address of one of its cards.
 #[cfg(feature = "container")]
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Link {
+pub(crate) struct AddressConfig {
     pub address: [u8; 4],
     /// Bits of the network.
     pub prefix: u8,
@@ -316,7 +316,7 @@ fn checked_mtu(bytes: u32) -> Result<u16> {
 }
 
 /// Makes up an address that no vendor assigns (IEEE 802, 8.2: locally administered).
-fn made_up() -> Result<Mac> {
+fn random_mac() -> Result<Mac> {
     let mut bytes = [0; 6];
     sys::fill_random(&mut bytes).doing(|| "making up a card's address")?;
     bytes[0] = bytes[0] & 0xfc | 2;
@@ -335,7 +335,7 @@ pub(super) fn check_addresses(nets: &[Net]) -> Result<()> {
         ));
     }
     let mut seen = std::collections::BTreeSet::new();
-    let clash = nets.iter().filter_map(Net::wanted_mac).find(|mac| !seen.insert(mac.0));
+    let clash = nets.iter().filter_map(Net::configured_mac).find(|mac| !seen.insert(mac.0));
     clash.map_or(Ok(()), |mac| {
         Err(Error::new(ErrorKind::InvalidConfig, format!("mac: two cards have the address {mac}")))
     })
@@ -355,7 +355,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_names_its_method() {
+    fn invalid_settings_name_their_method() {
         let net = || Net::socket(UnixStream::pair().unwrap().0);
         for (bad, method) in [
             (Net::from(net().mtu(575)), "mtu: "),
@@ -376,7 +376,7 @@ mod tests {
     }
 
     #[test]
-    fn ports_that_are_taken_are_refused_before_anything_starts() {
+    fn ports_in_use_are_rejected_before_the_start() {
         let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         let listener = std::net::TcpListener::bind(taken).unwrap();
         let user = Net::user(Policy::deny_all());
@@ -390,7 +390,7 @@ mod tests {
     }
 
     #[test]
-    fn ports_that_cannot_be_are_refused_before_anything_starts() {
+    fn invalid_ports_are_rejected_before_the_start() {
         let publish =
             |ports: &[PortForward]| ports.iter().cloned().fold(Net::user(Policy::deny_all()), UserNet::publish);
         let fixed = |port| std::net::SocketAddr::from(([127, 0, 0, 1], port));
@@ -421,7 +421,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_network_is_refused_with_the_remedy() {
+    fn invalid_network_sources_are_rejected_with_a_remedy() {
         let missing = error(Net::tap("no-such-tap"));
         assert_eq!(missing.kind(), ErrorKind::NotFound, "{missing}");
         assert!(missing.to_string().contains("ip tuntap add dev no-such-tap mode tap vnet_hdr user"), "{missing}");

@@ -116,7 +116,7 @@ mod tests {
     use CpuidRegister::{Ebx, Ecx};
 
     #[test]
-    fn bits_have_names_and_places() {
+    fn cpuid_bits_have_names_and_positions() {
         assert_eq!("avx2".parse::<CpuidBits>().unwrap(), CpuidBits::bit(7, 0, Ebx, 5));
         assert_eq!(CpuidBits::bit(7, 0, Ebx, 5).to_string(), "avx2 (leaf 7.0 EBX bit 5)");
         assert_eq!(
@@ -129,7 +129,7 @@ mod tests {
     }
 
     #[test]
-    fn every_name_means_one_bit() {
+    fn cpuid_bit_names_are_unique() {
         let names: Vec<_> = NAMES.iter().flat_map(|row| row.3.iter().map(|(_, name)| *name)).collect();
         let mut unique = names.clone();
         unique.sort_unstable();

@@ -337,7 +337,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_host_lacks_is_named_bit_by_bit() {
+    fn missing_host_features_are_named() {
         let (wanted, host) = (with(&["avx2", "bmi2", "sse3"]), with(&["sse3", "rdrand"]));
         assert_eq!(wanted.lacking(&host), ["avx2 (leaf 7.0 EBX bit 5), bmi2 (leaf 7.0 EBX bit 8)"]);
         let mut larger = wanted.clone();
@@ -349,7 +349,7 @@ mod tests {
     }
 
     #[test]
-    fn what_needs_something_goes_with_it() {
+    fn dependent_features_are_removed_too() {
         let mut leaves = with(&["xsave", "xcr0_x87", "xcr0_sse", "xcr0_avx", "avx", "avx2", "fma", "sse4_2"]);
         assert_eq!(leaves.orphan(), None);
         leaves.set(bits("xsave"), 0);
@@ -361,7 +361,7 @@ mod tests {
     }
 
     #[test]
-    fn two_processors_have_in_common_what_both_have() {
+    fn intersection_has_the_features_of_both_profiles() {
         let mut one = with(&["sse3", "avx512f", "rdrand"]);
         one.put(1, 0, [0x5_0654, 0, one.registers(1, 0)[2], 0]);
         one.put(0x8000_0008, 0, [0x30_302e, 0, 0, 0]);
@@ -378,7 +378,7 @@ mod tests {
     }
 
     #[test]
-    fn sizes_follow_from_what_is_shown() {
+    fn xsave_sizes_follow_from_visible_features() {
         let mut leaves = with(&["xsave", "xcr0_x87", "xcr0_sse", "xcr0_avx", "avx"]);
         leaves.put(0xd, 2, [0x100, 0x240, 0, 0]);
         leaves.put(0xd, 9, [8, 0xa80, 0, 0]);

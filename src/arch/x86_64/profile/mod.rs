@@ -14,6 +14,7 @@ pub(super) use leaves::Leaves;
 
 use grants::OptionalFeatures;
 
+use super::MsrValue;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::kvm::Kvm;
 
@@ -305,10 +306,11 @@ impl CpuProfile {
     ///
     /// # Errors
     /// `Unsupported` naming the bits of IA32_ARCH_CAPABILITIES that this host lacks.
-    pub(super) fn values(&self, kvm: &Kvm) -> Result<Vec<(u32, u64)>> {
-        let values: Vec<_> = self.msrs.iter().filter_map(|msr| Some((msr.index, msr.value?))).collect();
-        for (index, value) in values.iter().filter(|(index, _)| *index == ARCH_CAPABILITIES) {
-            let lacking = value & !WEAKNESSES & !kvm.feature_msr(*index)?.unwrap_or(0);
+    pub(super) fn values(&self, kvm: &Kvm) -> Result<Vec<MsrValue>> {
+        let values = self.msrs.iter().filter_map(|msr| Some(MsrValue { index: msr.index, data: msr.value? }));
+        let values: Vec<_> = values.collect();
+        for MsrValue { index, data } in values.iter().filter(|msr| msr.index == ARCH_CAPABILITIES) {
+            let lacking = data & !WEAKNESSES & !kvm.feature_msr(*index)?.unwrap_or(0);
             if lacking != 0 {
                 let bits = (0..u64::BITS).filter(|bit| lacking >> bit & 1 == 1).map(|bit| format!("bit {bit}"));
                 let bits = bits.collect::<Vec<_>>().join(", ");
@@ -396,7 +398,7 @@ mod tests {
     }
 
     #[test]
-    fn a_level_is_the_same_on_every_host_of_a_maker() {
+    fn level_is_the_same_on_every_host_of_a_vendor() {
         let level = CpuProfile::x86_64_v2();
         let old = host("GenuineIntel", &level, &["rdrand", "pcid"]);
         let mut new = host("GenuineIntel", &CpuProfile::x86_64_v3(), &["avx512f", "sha_ni", "invtsc"]);
@@ -411,7 +413,7 @@ mod tests {
     }
 
     #[test]
-    fn a_host_without_a_level_is_told_what_it_lacks() {
+    fn missing_features_of_a_level_are_named() {
         let here = host("AuthenticAMD", &CpuProfile::x86_64_v2(), &["bmi1"]);
         let error = CpuProfile::x86_64_v3().among(&here).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Unsupported);
@@ -425,7 +427,7 @@ mod tests {
     }
 
     #[test]
-    fn masks_are_applied_and_what_hangs_on_them() {
+    fn masks_also_remove_dependent_features() {
         let here = host("GenuineIntel", &CpuProfile::x86_64_v3(), &["rdrand"]);
         let seen = CpuProfile::host().without(bits("xsave")).without(bits("rdrand")).among(&here).unwrap();
         assert_eq!(seen.get(bits("avx2")) | seen.get(bits("rdrand")) | seen.get(bits("fma")), 0);
@@ -440,7 +442,7 @@ mod tests {
     }
 
     #[test]
-    fn a_fleet_has_one_processor() {
+    fn common_profile_of_a_fleet_fits_every_host() {
         let fixed = |vendor: &str, names: &[&str], msrs: &[(u32, u64)]| CpuProfile {
             base: Base::Fixed { vendor: Some(vendor.into()), leaves: host(vendor, &CpuProfile::x86_64_v2(), names) },
             msrs: msrs.iter().map(|(index, value)| Msr { index: *index, value: Some(*value) }).collect(),
@@ -466,7 +468,7 @@ mod tests {
     }
 
     #[test]
-    fn nesting_and_counters_are_shown_only_when_asked_for() {
+    fn nested_virtualization_and_pmu_are_opt_in() {
         let names = ["vmx", "svm", "pdcm", "perfctr_core", "irperf"];
         let mut here = host("AuthenticAMD", &CpuProfile::x86_64_v3(), &names);
         here.put(0x8000_000a, 0, [1, 8, 0, 0xffff]);
@@ -486,7 +488,7 @@ mod tests {
     }
 
     #[test]
-    fn hidden_registers_are_kept_in_order() {
+    fn hidden_msrs_are_sorted() {
         let profile = CpuProfile::host().without_msr(0x345).without_msr(0x10).msr(0x345, 1).without_msr(0x8b);
         assert_eq!(profile.hidden().unwrap(), [0x10, 0x8b]);
         assert!(CpuProfile::host().without_msr(0x808).hidden().is_err());
@@ -495,7 +497,7 @@ mod tests {
     proptest::proptest! {
         /// Tables may come from files: whatever is in them, the answer is an error or what the host can show.
         #[test]
-        fn any_table_is_refused_or_within_the_host(
+        fn arbitrary_cpuid_tables_are_rejected_or_subsets_of_the_host(
             tables in proptest::array::uniform2(proptest::collection::vec(
                 (proptest::sample::select(vec![0u32, 1, 6, 7, 0xd, 0x14, 0x8000_0001, 0x8000_0008, u32::MAX]), 0u32..70, proptest::array::uniform4(proptest::num::u32::ANY)),
                 0..12,
@@ -518,7 +520,7 @@ mod tests {
 
     #[cfg(feature = "serde")]
     #[test]
-    fn profiles_are_kept_as_text() {
+    fn profiles_round_trip_as_text() {
         let profiles = [
             CpuProfile::host().without(bits("avx512f")).msr(0x10a, u64::MAX).without_msr(0x345),
             CpuProfile::x86_64_v3(),

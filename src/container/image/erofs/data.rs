@@ -5,7 +5,7 @@ use std::os::unix::fs::FileExt;
 
 use super::BLOCK;
 use crate::container::image::budget::Budget;
-use crate::container::image::content::{Content, SparseMap};
+use crate::container::image::content::{Content, SparseExtent, SparseMap};
 use crate::container::image::tree::{Chunks, FileData, FileLayout};
 use crate::error::{Context, Error, ErrorKind, Result};
 
@@ -145,7 +145,9 @@ impl<'f> Disk<'f> {
     /// # Errors
     /// As [`Disk::write_file`].
     pub(in super::super) fn write_sparse(&mut self, map: &SparseMap, content: &mut dyn Content) -> Result<FileData> {
-        if map.pieces.iter().all(|piece| *piece == (0, map.size)) && map.size <= map.stored() {
+        if map.pieces.iter().all(|piece| *piece == SparseExtent { offset: 0, len: map.size })
+            && map.size <= map.stored()
+        {
             return self.write_file(map.size, content);
         }
         self.budget.file_size(map.size)?;
@@ -155,7 +157,7 @@ impl<'f> Disk<'f> {
         // Where the last chunk begins and ends.
         let (mut base, mut end) = (self.position(), self.position());
         let too_large = || Error::new(ErrorKind::Unsupported, "a file with holes that is too large");
-        for (offset, len) in &map.pieces {
+        for SparseExtent { offset, len } in &map.pieces {
             let (mut at, mut left) = (*offset, *len);
             while left > 0 {
                 let number = u32::try_from(at / chunk).map_err(|_| too_large())?;

@@ -1,9 +1,9 @@
-//! [`Layout`]: the place of every inode and directory, decided before any is written.
+//! [`ImageLayout`]: the place of every inode and directory, decided before any is written.
 
 use std::collections::VecDeque;
 
 use super::{BLOCK, DIRENT, Disk, INODE, SLOT, SLOT_BITS, XATTR_HEADER};
-use crate::container::image::tree::{Directory, FileLayout, InodeIndex, InodeKind, ROOT, Tree};
+use crate::container::image::tree::{Directory, FileLayout, InodeIndex, InodeKind, InodeTree, ROOT};
 use crate::error::{Error, ErrorKind, Result};
 
 /// How much of a disk one number of an inode can reach.
@@ -11,7 +11,7 @@ const MAX_NID: u64 = u32::MAX as u64;
 
 /// Where what belongs to an inode lies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Tail {
+pub(super) enum InodeTail {
     /// Behind the inode.
     Inline,
     /// In blocks of its own.
@@ -22,18 +22,18 @@ pub(super) enum Tail {
 
 /// Where an inode goes, and what only the whole tree tells of it.
 #[derive(Debug)]
-pub(super) struct Place {
+pub(super) struct InodeLayout {
     pub nid: u32,
-    pub tail: Tail,
+    pub tail: InodeTail,
     /// The first of its own blocks.
     pub block: u32,
     pub size: u64,
     pub nlink: u32,
 }
 
-pub(super) struct Layout {
+pub(super) struct ImageLayout {
     /// In the order in which they are written.
-    places: Vec<(InodeIndex, Place)>,
+    places: Vec<(InodeIndex, InodeLayout)>,
     /// The numbers of inodes on the disk, by those in the tree. 0: none yet; no inode has it.
     nids: Vec<u32>,
     meta_block: u32,
@@ -46,12 +46,12 @@ struct Cursor {
     meta: u64,
 }
 
-impl Layout {
+impl ImageLayout {
     /// Directories before what is in them, and all of one directory together.
     ///
     /// # Errors
     /// `Unsupported` beyond what the format can number.
-    pub(super) fn of(tree: &Tree, disk: &Disk<'_>) -> Result<Self> {
+    pub(super) fn of(tree: &InodeTree, disk: &Disk<'_>) -> Result<Self> {
         let start = u64::from(disk.block()?);
         let mut layout = Self { places: Vec::new(), nids: vec![0; tree.len()], meta_block: 0, bytes: 0 };
         // No inode has the number 0, which some programs take for none.
@@ -74,7 +74,7 @@ impl Layout {
         Ok(layout)
     }
 
-    fn place(&mut self, tree: &Tree, index: InodeIndex, cursor: &mut Cursor) -> Result<()> {
+    fn place(&mut self, tree: &InodeTree, index: InodeIndex, cursor: &mut Cursor) -> Result<()> {
         let inode = tree.get(index).ok_or_else(too_large)?;
         let head = match inode.metadata.xattrs.len() as u64 {
             0 => INODE,
@@ -87,38 +87,38 @@ impl Layout {
                     matches!(tree.get(**child).map(|inode| &inode.kind), Some(InodeKind::Directory(_)))
                 });
                 let nlink = u32::try_from(subdirectories.count()).unwrap_or(u32::MAX).saturating_add(2);
-                (size, Tail::Inline, size, nlink)
+                (size, InodeTail::Inline, size, nlink)
             }
-            InodeKind::Symlink(target) => (target.len() as u64, Tail::Inline, target.len() as u64, inode.nlink),
+            InodeKind::Symlink(target) => (target.len() as u64, InodeTail::Inline, target.len() as u64, inode.nlink),
             InodeKind::File(data) => match &data.layout {
-                FileLayout::Flat(_) => (data.size, Tail::None, 0, inode.nlink),
+                FileLayout::Flat(_) => (data.size, InodeTail::None, 0, inode.nlink),
                 FileLayout::Chunks(chunks) => {
                     let map = 4 * data.size.div_ceil(BLOCK << chunks.bits);
-                    (data.size, Tail::Inline, map, inode.nlink)
+                    (data.size, InodeTail::Inline, map, inode.nlink)
                 }
             },
-            _ => (0, Tail::None, 0, inode.nlink),
+            _ => (0, InodeTail::None, 0, inode.nlink),
         };
         // What is inline must be in the inode's own block, but for a map of chunks.
         let is_file = matches!(inode.kind, InodeKind::File(_));
-        if !is_file && tail == Tail::Inline && head + len > BLOCK {
-            tail = Tail::Blocks;
+        if !is_file && tail == InodeTail::Inline && head + len > BLOCK {
+            tail = InodeTail::Blocks;
         }
         let mut block = 0;
         let mut room = head;
         match tail {
-            Tail::Inline => {
+            InodeTail::Inline => {
                 room += len;
                 let left = BLOCK - cursor.meta % BLOCK;
                 if !is_file && room > left {
                     cursor.meta += left;
                 }
             }
-            Tail::Blocks => {
+            InodeTail::Blocks => {
                 block = u32::try_from(cursor.blocks).map_err(|_| too_large())?;
                 cursor.blocks += len.div_ceil(BLOCK);
             }
-            Tail::None => {}
+            InodeTail::None => {}
         }
         let nid = cursor.meta >> SLOT_BITS;
         if nid > MAX_NID {
@@ -129,7 +129,7 @@ impl Layout {
         if let Some(slot) = usize::try_from(index).ok().and_then(|n| self.nids.get_mut(n)) {
             *slot = nid;
         }
-        self.places.push((index, Place { nid, tail, block, size, nlink }));
+        self.places.push((index, InodeLayout { nid, tail, block, size, nlink }));
         Ok(())
     }
 
@@ -137,7 +137,7 @@ impl Layout {
         usize::try_from(index).ok().and_then(|n| self.nids.get(n)).copied().unwrap_or(0)
     }
 
-    pub(super) fn places(&self) -> &[(InodeIndex, Place)] {
+    pub(super) fn places(&self) -> &[(InodeIndex, InodeLayout)] {
         &self.places
     }
 
@@ -164,7 +164,7 @@ impl Layout {
     /// Gives all blocks of a directory: of each the entries, and then their names. The last one ends with its last name.
     pub(super) fn write_directory(
         &self,
-        tree: &Tree,
+        tree: &InodeTree,
         index: InodeIndex,
         to: &mut dyn FnMut(&[u8]) -> Result<()>,
     ) -> Result<()> {
@@ -186,7 +186,7 @@ impl Layout {
         to(&self.directory_block(tree, &block))
     }
 
-    fn directory_block(&self, tree: &Tree, entries: &[(&[u8], InodeIndex)]) -> Vec<u8> {
+    fn directory_block(&self, tree: &InodeTree, entries: &[(&[u8], InodeIndex)]) -> Vec<u8> {
         let mut bytes = Vec::with_capacity(BLOCK as usize);
         let mut name_offset = entries.len() * DIRENT;
         for (name, index) in entries {

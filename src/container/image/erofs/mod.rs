@@ -8,10 +8,10 @@ mod layout;
 #[cfg(any(test, feature = "internals"))]
 pub(super) mod reader;
 
-use super::tree::{FileLayout, InodeIndex, InodeKind, Metadata, Tree};
+use super::tree::{FileLayout, InodeIndex, InodeKind, InodeTree, Metadata};
 use crate::error::Result;
 pub(super) use data::Disk;
-use layout::{Layout, Tail};
+use layout::{ImageLayout, InodeTail};
 
 /// The only block size that is written.
 pub(super) const BLOCK: u64 = 4096;
@@ -52,12 +52,12 @@ const S_IFREG: u16 = 0o100_000;
 const S_IFLNK: u16 = 0o120_000;
 
 /// Writes everything but the content, which is on the disk already.
-pub(super) fn finish(tree: &Tree, mut disk: Disk<'_>) -> Result<()> {
-    let layout = Layout::of(tree, &disk)?;
+pub(super) fn finish(tree: &InodeTree, mut disk: Disk<'_>) -> Result<()> {
+    let layout = ImageLayout::of(tree, &disk)?;
     disk.reserve_metadata(layout.bytes())?;
     let mut chunked = false;
     for (index, place) in layout.places() {
-        if place.tail == Tail::Blocks {
+        if place.tail == InodeTail::Blocks {
             disk.budget().check()?;
             disk.pad(BLOCK)?;
             write_tail(tree, &layout, *index, &mut disk)?;
@@ -79,7 +79,7 @@ pub(super) fn finish(tree: &Tree, mut disk: Disk<'_>) -> Result<()> {
         chunked |= matches!(&inode.kind, InodeKind::File(data) if matches!(data.layout, FileLayout::Chunks(_)));
         disk.append(&inode_bytes(n, &inode.kind, &inode.metadata, place))?;
         write_xattrs(&inode.metadata, &mut disk)?;
-        if place.tail == Tail::Inline {
+        if place.tail == InodeTail::Inline {
             write_tail(tree, &layout, *index, &mut disk)?;
         }
     }
@@ -119,8 +119,8 @@ fn crc32c(bytes: &[u8]) -> u32 {
 }
 
 /// `struct erofs_inode_extended`.
-fn inode_bytes(number: usize, kind: &InodeKind, metadata: &Metadata, place: &layout::Place) -> Vec<u8> {
-    let flat = if place.tail == Tail::Inline { FLAT_INLINE } else { FLAT_PLAIN };
+fn inode_bytes(number: usize, kind: &InodeKind, metadata: &Metadata, place: &layout::InodeLayout) -> Vec<u8> {
+    let flat = if place.tail == InodeTail::Inline { FLAT_INLINE } else { FLAT_PLAIN };
     let (format, kind_bits, union) = match kind {
         InodeKind::Directory(_) => (flat, S_IFDIR, place.block),
         InodeKind::Symlink(_) => (flat, S_IFLNK, place.block),
@@ -166,7 +166,7 @@ fn write_xattrs(metadata: &Metadata, disk: &mut Disk<'_>) -> Result<()> {
 }
 
 /// What stands behind an inode, or in blocks of its own: entries, a link's target, a map of chunks.
-fn write_tail(tree: &Tree, layout: &Layout, index: InodeIndex, disk: &mut Disk<'_>) -> Result<()> {
+fn write_tail(tree: &InodeTree, layout: &ImageLayout, index: InodeIndex, disk: &mut Disk<'_>) -> Result<()> {
     match tree.get(index).map(|inode| &inode.kind) {
         Some(InodeKind::Directory(_)) => layout.write_directory(tree, index, &mut |bytes| disk.append(bytes)),
         Some(InodeKind::Symlink(target)) => disk.append(target),

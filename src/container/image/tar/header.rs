@@ -1,6 +1,7 @@
 //! The header block of an entry. See POSIX.1-2024, pax, ustar interchange format, and the GNU tar manual, basic tar
 //! format.
 
+use crate::container::image::content::SparseExtent;
 use crate::error::{Error, ErrorKind, Result};
 
 pub(super) const BLOCK: usize = 512;
@@ -30,9 +31,9 @@ const EXTENSION_PIECES: Field = (0, 21 * PIECE);
 const EXTENSION_IS_EXTENDED: usize = 504;
 
 /// One header block with a right checksum.
-pub(super) struct Header<'a>(&'a Block);
+pub(super) struct TarHeader<'a>(&'a Block);
 
-impl<'a> Header<'a> {
+impl<'a> TarHeader<'a> {
     /// None when the checksum is wrong, so that it is no header.
     pub(super) fn parse(block: &'a Block) -> Option<Self> {
         let header = Self(block);
@@ -101,9 +102,10 @@ impl<'a> Header<'a> {
         Ok((self.number(DEVMAJOR, "device number")?, self.number(DEVMINOR, "device number")?))
     }
 
-    /// The pieces in the header of GNU's old sparse format, and whether a block with more follows.
-    pub(super) fn sparse(&self) -> Result<(Vec<(u64, u64)>, bool)> {
-        Ok((pieces(self.field(SPARSE))?, self.0.get(IS_EXTENDED).is_some_and(|flag| *flag != 0)))
+    /// The pieces in the header of GNU's old sparse format.
+    pub(super) fn sparse(&self) -> Result<SparseBlock> {
+        let more = self.0.get(IS_EXTENDED).is_some_and(|flag| *flag != 0);
+        Ok(SparseBlock { pieces: pieces(self.field(SPARSE))?, more })
     }
 
     pub(super) fn real_size(&self) -> Result<u64> {
@@ -111,15 +113,21 @@ impl<'a> Header<'a> {
     }
 }
 
-/// The same of a block that extends such a header.
-pub(super) fn sparse_extension(block: &Block) -> Result<(Vec<(u64, u64)>, bool)> {
-    let (start, len) = EXTENSION_PIECES;
-    let more = block.get(EXTENSION_IS_EXTENDED).is_some_and(|flag| *flag != 0);
-    Ok((pieces(block.get(start..start + len).unwrap_or_default())?, more))
+/// What one block says of a sparse file: some of its pieces, and whether a block with more follows.
+pub(super) struct SparseBlock {
+    pub pieces: Vec<SparseExtent>,
+    pub more: bool,
 }
 
-/// Offset and length of each, up to the first that is empty.
-fn pieces(bytes: &[u8]) -> Result<Vec<(u64, u64)>> {
+/// The same of a block that extends such a header.
+pub(super) fn sparse_extension(block: &Block) -> Result<SparseBlock> {
+    let (start, len) = EXTENSION_PIECES;
+    let more = block.get(EXTENSION_IS_EXTENDED).is_some_and(|flag| *flag != 0);
+    Ok(SparseBlock { pieces: pieces(block.get(start..start + len).unwrap_or_default())?, more })
+}
+
+/// All pieces up to the first that is empty.
+fn pieces(bytes: &[u8]) -> Result<Vec<SparseExtent>> {
     let mut found = Vec::new();
     for piece in bytes.chunks_exact(PIECE) {
         let (offset, len) = piece.split_at(PIECE / 2);
@@ -127,7 +135,10 @@ fn pieces(bytes: &[u8]) -> Result<Vec<(u64, u64)>> {
             break;
         }
         let read = |field| number(field).ok_or_else(|| Error::new(ErrorKind::Corrupt, "its sparse map is damaged"));
-        found.push((unsigned(read(offset)?, "sparse map")?, unsigned(read(len)?, "sparse map")?));
+        found.push(SparseExtent {
+            offset: unsigned(read(offset)?, "sparse map")?,
+            len: unsigned(read(len)?, "sparse map")?,
+        });
     }
     Ok(found)
 }

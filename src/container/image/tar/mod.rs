@@ -6,14 +6,14 @@ mod sparse;
 mod stream;
 
 use super::budget::Budget;
-use super::content::SparseMap;
+use super::content::{SparseExtent, SparseMap};
 use super::erofs::Disk;
 use super::path::{EntryPath, shown, symlink_target};
 use super::recognize;
-use super::tree::{FileData, InodeKind, Metadata, Tree};
+use super::tree::{FileData, InodeKind, InodeTree, Metadata};
 use super::xattr::{self, Holder};
 use crate::error::{Context, Error, ErrorKind, Result};
-use header::{Header, text};
+use header::{TarHeader, text};
 use pax::Pax;
 pub(super) use stream::Stream;
 
@@ -33,8 +33,8 @@ impl Pending {
 }
 
 /// Where everything of an archive goes.
-pub(super) struct Target<'a, 'f> {
-    pub tree: &'a mut Tree,
+pub(super) struct ImageBuilder<'a, 'f> {
+    pub tree: &'a mut InodeTree,
     pub disk: &'a mut Disk<'f>,
     pub budget: &'a Budget,
 }
@@ -51,7 +51,7 @@ fn unsupported(what: impl Into<std::borrow::Cow<'static, str>>) -> Error {
 ///
 /// # Errors
 /// `Corrupt` for what is no archive, or is cut off; `Unsupported` for what cannot be kept.
-pub(super) fn read(stream: &mut Stream<'_>, to: &mut Target<'_, '_>) -> Result<()> {
+pub(super) fn read(stream: &mut Stream<'_>, to: &mut ImageBuilder<'_, '_>) -> Result<()> {
     recognize::no_other_format(stream.peek()?)?;
     let (mut entries, mut global, mut pending) = (0u64, Pax::default(), Pending::default());
     loop {
@@ -68,7 +68,7 @@ pub(super) fn read(stream: &mut Stream<'_>, to: &mut Target<'_, '_>) -> Result<(
         if block.iter().all(|byte| *byte == 0) {
             break;
         }
-        let Some(header) = Header::parse(&block) else {
+        let Some(header) = TarHeader::parse(&block) else {
             return Err(match entries {
                 0 if pending.is_empty() => corrupt("not a tar archive: it begins with no header of one"),
                 n => corrupt(format!("the archive is damaged after {n} entries: no header is where one belongs")),
@@ -126,7 +126,7 @@ pub(super) fn read(stream: &mut Stream<'_>, to: &mut Target<'_, '_>) -> Result<(
 }
 
 /// The data of a header that extends others.
-fn extension(stream: &mut Stream<'_>, header: &Header<'_>, budget: &Budget) -> Result<Vec<u8>> {
+fn extension(stream: &mut Stream<'_>, header: &TarHeader<'_>, budget: &Budget) -> Result<Vec<u8>> {
     let (size, limit) = (header.size()?, budget.limits.header);
     if size > limit.as_bytes() {
         let what = format!("an extended header or a long name has {size} bytes: more than {limit}");
@@ -135,7 +135,7 @@ fn extension(stream: &mut Stream<'_>, header: &Header<'_>, budget: &Budget) -> R
     stream.data(size)
 }
 
-fn long_text(stream: &mut Stream<'_>, header: &Header<'_>, budget: &Budget) -> Result<Vec<u8>> {
+fn long_text(stream: &mut Stream<'_>, header: &TarHeader<'_>, budget: &Budget) -> Result<Vec<u8>> {
     Ok(text(&extension(stream, header, budget)?).to_vec())
 }
 
@@ -144,7 +144,7 @@ struct RawEntry<'a> {
     path: Vec<u8>,
     link_path: Vec<u8>,
     pax: &'a Pax,
-    header: &'a Header<'a>,
+    header: &'a TarHeader<'a>,
 }
 
 impl RawEntry<'_> {
@@ -161,8 +161,8 @@ impl RawEntry<'_> {
         self.pax.size.map_or_else(|| self.header.size(), Ok)
     }
 
-    fn add(&self, stream: &mut Stream<'_>, to: &mut Target<'_, '_>) -> Result<()> {
-        let Target { tree, disk, budget } = to;
+    fn add(&self, stream: &mut Stream<'_>, to: &mut ImageBuilder<'_, '_>) -> Result<()> {
+        let ImageBuilder { tree, disk, budget } = to;
         // As old archives mark directories.
         let slash = self.path().ends_with(b"/");
         let path = match self.header.typeflag() {

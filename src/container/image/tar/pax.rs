@@ -4,6 +4,7 @@ use std::rc::Rc;
 
 use super::header::unsigned;
 use crate::container::image::acl::Acl;
+use crate::container::image::content::SparseExtent;
 use crate::container::image::path::{PATH_MAX, shown};
 use crate::container::image::xattr::Xattrs;
 use crate::error::{Context, Error, ErrorKind, Result};
@@ -33,8 +34,7 @@ pub(super) struct SparseRecords {
     pub minor: Option<u64>,
     pub name: Option<Vec<u8>>,
     pub real_size: Option<u64>,
-    /// Offset and length of each piece.
-    pub map: Vec<(u64, u64)>,
+    pub map: Vec<SparseExtent>,
     /// Of version 0.0, of which the length is still to come.
     offset: Option<u64>,
 }
@@ -132,14 +132,14 @@ impl SparseRecords {
             b"offset" => self.offset = Some(size(value)?),
             b"numbytes" => {
                 let offset = self.offset.take().ok_or_else(|| corrupt("its sparse map is damaged"))?;
-                self.map.push((offset, size(value)?));
+                self.map.push(SparseExtent { offset, len: size(value)? });
             }
             b"map" => {
                 self.map.clear();
                 let mut numbers = value.split(|byte| *byte == b',');
                 while let Some(offset) = numbers.next() {
                     let len = numbers.next().ok_or_else(|| corrupt("its sparse map is damaged"))?;
-                    self.map.push((size(offset)?, size(len)?));
+                    self.map.push(SparseExtent { offset: size(offset)?, len: size(len)? });
                 }
             }
             _ => {
@@ -263,7 +263,7 @@ mod tests {
     }
 
     #[test]
-    fn records_are_as_long_as_they_say() {
+    fn pax_records_have_their_stated_length() {
         let mut pax = Pax::default();
         let data = [
             record("comment", b"two\nlines"),
@@ -278,7 +278,10 @@ mod tests {
         pax.read(&data).unwrap();
         assert_eq!(pax.xattrs[&b"user.note"[..]], b"a=b\n7 x=y\n");
         assert_eq!(pax.xattrs[&b"user.a=b"[..]], [0, 255, 10]);
-        assert_eq!((pax.path, pax.sparse.map), (None, vec![(0, 1), (512, 3)]));
+        assert_eq!(
+            (pax.path, pax.sparse.map),
+            (None, vec![SparseExtent { offset: 0, len: 1 }, SparseExtent { offset: 512, len: 3 }])
+        );
         for bad in
             [&b"5 a=b\n"[..], b"x a=b\n", b"7 a=bc", b"99999999999999999999999 a=b\n", b"6 ab\n\n", b"0 a=b\n", b"2 \n"]
         {

@@ -1,22 +1,22 @@
 //! Files with holes, in the four forms that GNU tar writes. See the GNU tar manual, storing sparse files.
 
-use super::header::{BLOCK, Header, sparse_extension};
+use super::header::{BLOCK, SparseBlock, TarHeader, sparse_extension};
 use super::pax::{SparseRecords, decimal};
-use super::{SparseMap, Stream, corrupt, unsupported};
+use super::{SparseExtent, SparseMap, Stream, corrupt, unsupported};
 use crate::error::Result;
 
 /// Numbers of more digits than these are none.
 const MAX_DIGITS: usize = 20;
 
 /// A map in the header itself and in the blocks that follow it.
-pub(super) fn old_gnu(stream: &mut Stream<'_>, header: &Header<'_>) -> Result<SparseMap> {
-    let (mut pieces, mut more) = header.sparse()?;
+pub(super) fn old_gnu(stream: &mut Stream<'_>, header: &TarHeader<'_>) -> Result<SparseMap> {
+    let SparseBlock { mut pieces, mut more } = header.sparse()?;
     while more {
         let block = stream.block()?.ok_or_else(|| corrupt("its sparse map is cut off"))?;
-        let (next, further) = sparse_extension(&block)?;
-        pieces.extend(next);
+        let next = sparse_extension(&block)?;
+        pieces.extend(next.pieces);
         SparseMap::check(pieces.len())?;
-        more = further;
+        more = next.more;
     }
     SparseMap::new(header.real_size()?, pieces)
 }
@@ -33,7 +33,7 @@ pub(super) fn pax(stream: &mut Stream<'_>, records: &SparseRecords, stored: &mut
             SparseMap::check(count)?;
             let mut pieces = Vec::new();
             for _ in 0..count {
-                pieces.push((numbers.next()?, numbers.next()?));
+                pieces.push(SparseExtent { offset: numbers.next()?, len: numbers.next()? });
             }
             SparseMap::new(size, pieces)
         }

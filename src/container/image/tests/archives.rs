@@ -6,7 +6,7 @@ use super::maker::{V7, record};
 use super::*;
 
 #[test]
-fn everything_an_archive_says_is_on_the_disk() {
+fn archive_metadata_is_on_the_disk() {
     let tree = tree(&[
         Made::directory("./").mode(0o711),
         Made::directory("./etc/"),
@@ -77,7 +77,7 @@ fn damaged_or_hostile_archives_are_refused_with_the_entry() {
 }
 
 #[test]
-fn what_holds_an_image_in_layers_is_told_from_one() {
+fn layered_image_archives_are_recognized() {
     let saved = [Made::file("./manifest.json", "[]"), Made::file("./c.json", "{}"), Made::file("l/layer.tar", "x")];
     let layout = [Made::file("oci-layout", "{}"), Made::file("index.json", "{}"), Made::directory("blobs")];
     for entries in [&saved[..], &layout[..]] {
@@ -150,7 +150,7 @@ fn damaged_maps_of_holes_are_refused() {
 }
 
 #[test]
-fn zeros_take_no_space_and_count_all_the_same() {
+fn zeros_take_no_space_but_count_against_limits() {
     let entries = [Made::file("zeros", vec![0; 8 << 20]), Made::file("end", "end")];
     let (_temp, disk) = prepare(&archive(&entries)).unwrap();
     assert!(fs::metadata(&disk).unwrap().blocks() * 512 < 1 << 20);
@@ -189,7 +189,7 @@ fn extended_attributes_and_lists_are_kept() {
 }
 
 #[test]
-fn attributes_that_cannot_be_kept_are_named() {
+fn unsupported_xattrs_are_named() {
     let cases = [
         (Made::file("e", "").pax("SCHILY.xattr.foo.bar", "x"), "foo.bar"),
         (Made::file("e", "").pax("SCHILY.xattr.trusted.overlay.opaque", "y"), "overlay"),
@@ -259,7 +259,7 @@ fn old_archives_mark_directories_with_a_slash() {
 }
 
 #[test]
-fn the_same_content_gives_the_same_bytes() {
+fn image_is_reproducible() {
     let (pieces, size, data) = holey();
     let bytes = archive(&[
         Made::file("a", "1").pax("SCHILY.xattr.user.x", "x"),
@@ -272,7 +272,7 @@ fn the_same_content_gives_the_same_bytes() {
 }
 
 #[test]
-fn what_is_no_image_is_refused() {
+fn non_images_are_rejected() {
     assert_eq!(Image::open("/nonexistent.tar").unwrap_err().kind(), ErrorKind::NotFound);
     assert_eq!(Image::open("/dev/null").unwrap_err().kind(), ErrorKind::InvalidConfig);
 }

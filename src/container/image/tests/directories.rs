@@ -46,7 +46,7 @@ fn a_directory_becomes_the_same_disk_with_links_and_attributes() {
 }
 
 #[test]
-fn what_is_no_root_file_system_is_told() {
+fn missing_root_file_system_is_reported() {
     let temp = Temp::new();
     let root = temp.0.join("root");
     fs::create_dir(&root).unwrap();
@@ -61,7 +61,7 @@ fn what_is_no_root_file_system_is_told() {
 
 /// Files and directories are swapped while read, for pipes and links into the embedder's files.
 #[test]
-fn what_is_swapped_in_meanwhile_is_never_followed() {
+fn links_swapped_in_during_reading_are_not_followed() {
     use std::sync::atomic::AtomicBool;
     let temp = Temp::new();
     let (root, secret) = (temp.0.join("root"), temp.0.join("secret"));

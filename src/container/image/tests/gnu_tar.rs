@@ -135,7 +135,7 @@ fn compare(entries: &[Made]) {
 }
 
 #[test]
-fn archives_that_are_known_to_be_odd() {
+fn unusual_archives_match_gnu_tar() {
     must_be_root();
     let f = Made::file;
     let d = Made::directory;
@@ -194,7 +194,7 @@ fn archives_that_are_known_to_be_odd() {
 
 /// All forms of sparse files, as GNU tar itself writes them.
 #[test]
-fn archives_that_gnu_tar_makes() {
+fn archives_made_by_gnu_tar_match() {
     must_be_root();
     let temp = Temp::new();
     let source = temp.0.join("source");
@@ -256,7 +256,7 @@ fn entry() -> impl Strategy<Value = Made> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(200))]
     #[test]
-    fn archives_of_any_entries(entries in prop::collection::vec(entry(), 1..10), dot in any::<bool>()) {
+    fn random_archives_match_gnu_tar(entries in prop::collection::vec(entry(), 1..10), dot in any::<bool>()) {
         must_be_root();
         let dotted = |entry: Made| Made { path: [b"./", &*entry.path].concat(), ..entry };
         let entries: Vec<Made> = if dot { entries.into_iter().map(dotted).collect() } else { entries };

@@ -15,7 +15,7 @@ fn names(error: &Error, method: &str) {
 }
 
 #[test]
-fn every_limit_is_told_by_its_method() {
+fn limit_errors_name_the_method() {
     let limits = ImageLimits::new;
     let entries: Vec<Made> = (0..100).map(|n| Made::file(format!("d{n}/f"), "x")).collect();
     names(&limited(&entries, limits().max_entries(150)), "ImageLimits::max_entries");
@@ -91,9 +91,9 @@ fn headers_that_are_no_entries_are_counted_too() {
     let limits = || ImageLimits::new().max_entries(100);
     let read = |bytes: &[u8], cancel: &CancelToken, cancelled: bool| {
         let file = crate::sys::temp_file(&std::env::temp_dir()).unwrap();
-        let patience = Patience::new(Duration::MAX, [cancel]);
+        let deadline = PrepareDeadline::new(Duration::MAX, [cancel]);
         let mut source = Canceling { bytes, cancel: cancelled.then_some(cancel) };
-        write_archive(&mut source, &file, &Budget::new(&limits(), Size::mib(1), &patience)).map(drop).unwrap_err()
+        write_archive(&mut source, &file, &Budget::new(&limits(), Size::mib(1), &deadline)).map(drop).unwrap_err()
     };
     let never = CancelToken::new().unwrap();
     assert_eq!(read(&extended(400), &never, false).kind(), ErrorKind::Corrupt);
@@ -122,7 +122,7 @@ impl Read for Canceling<'_> {
 
 /// Each of these once took time by the square, or wrapped a counter. What memory they take, `tests/image_memory.rs` measures.
 #[test]
-fn wide_images_are_whole_and_take_time_by_their_size() {
+fn wide_images_take_linear_time() {
     const N: usize = 100_000;
     const SMALLER: usize = 20;
     let files: Vec<Made> = (0..N).map(|n| Made::file(format!("d/entry-{n:07}"), "")).collect();
@@ -134,9 +134,9 @@ fn wide_images_are_whole_and_take_time_by_their_size() {
         let written = |entries: &[Made]| {
             let bytes = archive(entries);
             let file = crate::sys::temp_file(&std::env::temp_dir()).unwrap();
-            let patience = Patience::new(Duration::MAX, None);
+            let deadline = PrepareDeadline::new(Duration::MAX, None);
             let begin = crate::sys::processor_time();
-            let budget = Budget::new(&ImageLimits::new(), Size::gib(1), &patience);
+            let budget = Budget::new(&ImageLimits::new(), Size::gib(1), &deadline);
             write_archive(&mut &bytes[..], &file, &budget).unwrap();
             (file, crate::sys::processor_time() - begin)
         };

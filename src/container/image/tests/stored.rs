@@ -21,7 +21,7 @@ fn disk(image: &Image) -> Result<File> {
 }
 
 #[test]
-fn nobody_else_reads_or_holds_what_is_in_it() {
+fn store_files_are_private_to_the_user() {
     let temp = Temp::new();
     let image = image(&temp, "a.tar", "secret");
     disk(&image).unwrap();
@@ -42,7 +42,7 @@ fn nobody_else_reads_or_holds_what_is_in_it() {
 }
 
 #[test]
-fn a_lock_that_somebody_holds_is_waited_for_as_long_as_allowed() {
+fn held_lock_is_waited_for_until_the_timeout() {
     let temp = Temp::new();
     let image = image(&temp, "a.tar", "x").prepare_timeout(Duration::from_millis(300));
     fs::create_dir(temp.0.join("cache")).unwrap();
@@ -78,7 +78,7 @@ fn a_directory_that_others_can_write_to_is_refused() {
 }
 
 #[test]
-fn files_that_others_may_have_put_there_are_refused() {
+fn foreign_files_in_the_store_are_rejected() {
     let temp = Temp::new();
     let image = image(&temp, "a.tar", "x");
     disk(&image).unwrap();
@@ -103,7 +103,7 @@ fn files_that_others_may_have_put_there_are_refused() {
 }
 
 #[test]
-fn damaged_disks_are_made_anew() {
+fn damaged_disks_are_rebuilt() {
     let temp = Temp::new();
     let image = image(&temp, "a.tar", "whole");
     disk(&image).unwrap();
@@ -123,13 +123,13 @@ fn damaged_disks_are_made_anew() {
 
 /// Who can write to an archive while it is prepared must not choose what others get for another one.
 #[test]
-fn a_disk_is_of_the_bytes_that_its_digest_says() {
+fn disk_content_matches_its_digest() {
     let temp = Temp::new();
     let (good, evil) = (image(&temp, "good.tar", "good"), image(&temp, "evil.tar", "evil"));
     let digest = hex(&begin().chain_update(fs::read(temp.0.join("good.tar")).unwrap()).finalize());
     // As if the archive had been the good one when it was hashed.
     let store = store::Store::open(Some(temp.0.join("cache"))).unwrap();
-    store.remember(&Identity::of(&File::open(temp.0.join("evil.tar")).unwrap()).unwrap().name(), &digest);
+    store.remember(&FileIdentity::of(&File::open(temp.0.join("evil.tar")).unwrap()).unwrap().name(), &digest);
     let error = disk(&evil).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::InvalidState, "{error}");
     assert!(disks(&temp).is_empty());
@@ -139,7 +139,7 @@ fn a_disk_is_of_the_bytes_that_its_digest_says() {
 }
 
 #[test]
-fn many_who_ask_at_once_get_one_disk_made_once() {
+fn concurrent_requests_build_one_disk() {
     let temp = Temp::new();
     let image = image(&temp, "a.tar", &"x".repeat(100_000));
     let inodes: Vec<u64> = std::thread::scope(|scope| {
@@ -152,29 +152,29 @@ fn many_who_ask_at_once_get_one_disk_made_once() {
 }
 
 #[test]
-fn makers_that_know_nothing_of_each_other_are_not_in_each_others_way() {
+fn independent_builders_do_not_conflict() {
     use std::os::unix::fs::FileExt;
     let temp = Temp::new();
     let dir = temp.0.join("cache");
     let store = store::Store::open(Some(dir.clone())).unwrap();
-    let patience = Patience::new(Duration::from_secs(60), None);
+    let deadline = PrepareDeadline::new(Duration::from_secs(60), None);
     let (digest, other) = ("0".repeat(64), "1".repeat(64));
     let write = |file: &File, text: &str| Ok(file.write_all_at(text.as_bytes(), 0)?);
-    let failed = store.get_or_make(&digest, &patience, |file| {
+    let failed = store.get_or_make(&digest, &deadline, |file| {
         write(file, "half")?;
         Err(Error::new(ErrorKind::Corrupt, "on purpose"))
     });
     assert_eq!(failed.unwrap_err().kind(), ErrorKind::Corrupt);
-    let made = store.get_or_make(&digest, &patience, |file| write(file, "disk")).unwrap();
+    let made = store.get_or_make(&digest, &deadline, |file| write(file, "disk")).unwrap();
     assert_eq!(made.metadata().unwrap().len(), 4 + seal::LEN);
-    store.get_or_make(&digest, &patience, |_| panic!("it is there")).unwrap();
-    store.get_or_make(&other, &patience, |file| write(file, "other")).unwrap();
+    store.get_or_make(&digest, &deadline, |_| panic!("it is there")).unwrap();
+    store.get_or_make(&other, &deadline, |file| write(file, "other")).unwrap();
     let names = fs::read_dir(&dir).unwrap().count();
     assert_eq!(names, 4, "two disks, the lock, what is known, and nothing else");
 }
 
 #[test]
-fn what_is_known_is_found_again_and_what_is_damaged_is_replaced() {
+fn index_entries_are_found_and_damaged_ones_replaced() {
     let temp = Temp::new();
     let store = store::Store::open(Some(temp.0.join("cache"))).unwrap();
     assert_eq!(store.remembered("it"), None);

@@ -18,7 +18,7 @@ fn allowed(policy: &Policy, protocol: Protocol, address: &str) -> bool {
 }
 
 #[test]
-fn the_first_rule_decides_and_none_denies() {
+fn first_matching_rule_decides_and_default_is_deny() {
     let policy = Policy::default()
         .rule(Rule::deny_range(range("9.9.0.0/16")).port(25))
         .rule(Rule::allow_range(range("9.0.0.0/8")).ports(20..=30).protocol(Protocol::Tcp));
@@ -111,11 +111,11 @@ fn own_addresses_are_denied_unless_named_alone() {
 }
 
 #[test]
-fn own_addresses_are_own_however_they_were_configured() {
+fn host_addresses_are_recognized_however_configured() {
     // In a network namespace of its own, where this process may make one.
     const CHILD: &str = "COFFERDAM_TEST_NAMESPACE";
     if std::env::var_os(CHILD).is_none() {
-        let name = "network::policy::enforce::tests::own_addresses_are_own_however_they_were_configured";
+        let name = "network::policy::enforce::tests::host_addresses_are_recognized_however_configured";
         let set_up = "ip link set lo up && ip addr add 9.9.9.9/32 dev lo && ip addr add 10.9.9.9/32 dev lo && \
             ip -6 addr add 2606::9/128 dev lo nodad && ip route add local 8.8.0.0/16 dev lo && \
             ip route add 7.0.0.0/8 dev lo && ip route add 10.0.0.0/8 dev lo && { echo 1 >/proc/sys/net/ipv4/ip_nonlocal_bind || true; }";
@@ -191,7 +191,7 @@ fn names_admit_what_they_were_resolved_to_for_as_long_as_it_is_valid() {
 }
 
 #[test]
-fn names_that_lead_inside_need_the_range_as_well() {
+fn names_with_private_addresses_need_a_range_rule_too() {
     let names = Policy::default().rule(Rule::allow_name("rebind.example.com"));
     let (now, valid, inside) = (Instant::now(), Duration::from_secs(60), to("127.0.0.1:80"));
     let mut it = Enforcer::new(names.clone());
@@ -218,7 +218,7 @@ fn the_table_of_names_is_bounded() {
 }
 
 #[test]
-fn denials_are_told_but_not_too_many() {
+fn denials_are_reported_at_a_limited_rate() {
     let told = Arc::new(Mutex::new(Vec::new()));
     let (mut it, now, tell) = (Enforcer::new(Policy::internet()), Instant::now(), told.clone());
     it.report_to(Box::new(move |denial| tell.lock().unwrap().push(denial)));
@@ -238,7 +238,7 @@ fn denials_are_told_but_not_too_many() {
 proptest! {
     /// Whatever the rules are, an address that no range names is admitted only if it is public.
     #[test]
-    fn inside_is_never_reached_by_accident(address in any::<[u8; 4]>(), port in 1u16.., bits in 0u8..8) {
+    fn special_purpose_addresses_are_never_admitted_by_wide_rules(address in any::<[u8; 4]>(), port in 1u16.., bits in 0u8..8) {
         let wide = Cidr::new(IpAddr::from([0; 4]), 0).unwrap();
         let part = Cidr::new(IpAddr::from((u32::from_be_bytes(address) & !(u32::MAX >> bits)).to_be_bytes()), bits);
         let policy = Policy::internet().rule(Rule::allow_range(wide)).rule(Rule::allow_range(part.unwrap_or(wide)));

@@ -4,7 +4,7 @@ use std::net::UdpSocket;
 use std::time::Duration;
 
 use super::*;
-use crate::network::wire::{Ends, Fragment, Head};
+use crate::network::wire::{AddressPair, Fragment, FrameBuilder};
 use crate::network::{Gso, GsoKind};
 
 fn server() -> (UdpSocket, SocketAddr) {
@@ -37,8 +37,9 @@ fn datagrams_that_stand_for_many_are_cut() {
     let mut guest = Guest::new();
     let config = guest.net.core.config.clone();
     let (server, to) = server();
-    let ends = Ends { src: config.guest4.into(), dst: to.ip() };
-    let mut head = Head::ip((config.guest_mac, config.gateway_mac), ends, wire::UDP, 8 + 2500);
+    let addrs = AddressPair { src: config.guest4.into(), dst: to.ip() };
+    let mut head =
+        FrameBuilder::ip(wire::MacPair { src: config.guest_mac, dst: config.gateway_mac }, addrs, wire::UDP, 8 + 2500);
     head.udp(7, to.port(), 2500);
     let mut frame = head.as_slice().to_vec();
     frame.extend((0..2500u32).map(|n| n as u8));
@@ -51,7 +52,7 @@ fn datagrams_that_stand_for_many_are_cut() {
 }
 
 #[test]
-fn nobody_there_and_the_forbidden_are_told_at_once() {
+fn closed_ports_and_denied_peers_are_reported_at_once() {
     let mut guest = Guest::new();
     let (server, to) = server();
     drop(server);
@@ -89,7 +90,7 @@ fn nobody_there_and_the_forbidden_are_told_at_once() {
 }
 
 #[test]
-fn idle_flows_are_forgotten_and_there_are_never_too_many() {
+fn idle_udp_flows_expire_and_are_bounded() {
     let limits = Limits { datagram_flows: 8, ..Limits::default() };
     let mut guest = Guest::of(Config { limits, ..Config::new(local()) }, Offloads::all());
     let (server, to) = server();
@@ -114,7 +115,7 @@ fn idle_flows_are_forgotten_and_there_are_never_too_many() {
 }
 
 #[test]
-fn only_who_was_asked_is_heard() {
+fn datagrams_from_other_peers_are_dropped() {
     let mut guest = Guest::new();
     let ((server, to), (stranger, _), handle) = (server(), server(), guest.udp(5000));
     guest.datagram(handle, b"x", to);
@@ -126,7 +127,7 @@ fn only_who_was_asked_is_heard() {
 }
 
 #[test]
-fn what_is_larger_than_the_link_goes_in_fragments_both_ways() {
+fn datagrams_beyond_the_mtu_are_fragmented_both_ways() {
     for agreed in [Offloads::none(), Offloads::all()] {
         let mut guest = Guest::of(Config::new(local()), agreed);
         // smoltcp leaves a checksum that it is set to leave out of the first fragment as well.
@@ -151,12 +152,18 @@ fn what_is_larger_than_the_link_goes_in_fragments_both_ways() {
 /// The fragments of a datagram of the guest's over IPv6, to the host's `::1`.
 fn fragments6(guest: &Guest, port: u16, payload: &[u8]) -> Vec<Vec<u8>> {
     let config = &guest.net.core.config;
-    let ends = Ends { src: config.guest6.into(), dst: Ipv6Addr::LOCALHOST.into() };
-    let whole = wire::datagram(ends, (5000, port), payload);
+    let addrs = AddressPair { src: config.guest6.into(), dst: Ipv6Addr::LOCALHOST.into() };
+    let whole = wire::datagram(addrs, wire::UdpPorts { src: 5000, dst: port }, payload);
     let count = whole.chunks(1000).count();
     let fragment = |(n, part): (usize, &[u8])| {
         let fragment = Fragment { id: 7, offset: n * 1000, more: n + 1 < count };
-        let head = Head::fragment((config.guest_mac, config.gateway_mac), ends, wire::UDP, part.len(), fragment);
+        let head = FrameBuilder::fragment(
+            wire::MacPair { src: config.guest_mac, dst: config.gateway_mac },
+            addrs,
+            wire::UDP,
+            part.len(),
+            fragment,
+        );
         [head.as_slice(), part].concat()
     };
     whole.chunks(1000).enumerate().map(fragment).collect()
@@ -211,14 +218,20 @@ fn fragments_that_never_become_whole_are_forgotten_and_counted() {
 fn large_pings_of_the_gateway_are_answered_in_fragments() {
     let mut guest = Guest::new();
     let config = guest.net.core.config.clone();
-    let ends = Ends { src: config.guest4.into(), dst: config.gateway4.into() };
+    let addrs = AddressPair { src: config.guest4.into(), dst: config.gateway4.into() };
     let mut message = vec![8, 0, 0, 0, 0, 1, 0, 1];
     message.resize(4000, 5);
     let check = !wire::fold(wire::sum(&message));
     message[2..4].copy_from_slice(&check.to_be_bytes());
     for (n, part) in message.chunks(1480).enumerate() {
         let fragment = Fragment { id: 9, offset: n * 1480, more: n < 2 };
-        let head = Head::fragment((config.guest_mac, config.gateway_mac), ends, wire::ICMP, part.len(), fragment);
+        let head = FrameBuilder::fragment(
+            wire::MacPair { src: config.guest_mac, dst: config.gateway_mac },
+            addrs,
+            wire::ICMP,
+            part.len(),
+            fragment,
+        );
         guest.send(&[head.as_slice(), part].concat(), Offload::default());
     }
     let answers: Vec<_> = std::iter::from_fn(|| guest.take()).map(|(frame, _)| frame).collect();
@@ -320,16 +333,17 @@ fn a_guest_leaves_descriptors_to_its_embedder() {
 }
 
 #[test]
-fn a_call_from_an_address_of_the_link_is_refused_at_once() {
-    use crate::network::wire::{self, Ends, Head};
+fn connection_from_a_link_local_address_is_refused_at_once() {
+    use crate::network::wire::{self, AddressPair, FrameBuilder};
     let mut guest = Guest::new();
     let config = guest.net.core.config.clone();
     let src: std::net::Ipv6Addr = "fe80::1234".parse().unwrap();
     let call = |guest: &mut Guest, dst: &str| {
-        let ends = Ends { src: src.into(), dst: dst.parse().unwrap() };
-        let mut head = Head::ip((config.guest_mac, config.gateway_mac), ends, wire::UDP, 8);
+        let addrs = AddressPair { src: src.into(), dst: dst.parse().unwrap() };
+        let mut head =
+            FrameBuilder::ip(wire::MacPair { src: config.guest_mac, dst: config.gateway_mac }, addrs, wire::UDP, 8);
         head.udp(4000, 7, 0);
-        let check = wire::udp_check(wire::pseudo(ends.src, ends.dst, wire::UDP, 8) + wire::sum(head.from(54)));
+        let check = wire::udp_check(wire::pseudo(addrs.src, addrs.dst, wire::UDP, 8) + wire::sum(head.from(54)));
         head.set16(60, check);
         guest.send(head.as_slice(), Offload::default());
         std::iter::from_fn(|| guest.take()).map(|(frame, _)| frame).collect::<Vec<_>>()

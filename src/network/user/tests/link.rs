@@ -3,7 +3,7 @@
 use std::net::{IpAddr, Ipv6Addr};
 
 use super::*;
-use crate::network::wire::{self, Ends, Ethernet, Head, Packet};
+use crate::network::wire::{self, AddressPair, Ethernet, FrameBuilder, IpPacket};
 use crate::network::{Mac, NetStats};
 use smoltcp::socket::dhcpv4;
 
@@ -64,10 +64,11 @@ fn foreign_sources_are_dropped_and_counted() {
     foreign[11] ^= 1;
     guest.send(&foreign, offload);
     // 127.0.0.1 is accepted when it answers, and not when it calls.
-    let (ends, port) = (Ends { src: Ipv4Addr::LOCALHOST.into(), dst: guest.net.core.config.gateway4.into() }, 80);
-    let macs = (guest.net.core.config.guest_mac, guest.net.core.config.gateway_mac);
+    let (addrs, port) =
+        (AddressPair { src: Ipv4Addr::LOCALHOST.into(), dst: guest.net.core.config.gateway4.into() }, 80);
+    let macs = wire::MacPair { src: guest.net.core.config.guest_mac, dst: guest.net.core.config.gateway_mac };
     for flags in [wire::SYN, wire::SYN | wire::ACK, wire::RST] {
-        let mut head = Head::ip(macs, ends, wire::TCP, 20);
+        let mut head = FrameBuilder::ip(macs, addrs, wire::TCP, 20);
         head.tcp(&wire::Tcp { src: port, dst: 50_000, flags, ..wire::Tcp::default() });
         let before = guest.net.stats().spoofed;
         guest.send(head.as_slice(), offload);
@@ -128,8 +129,13 @@ fn leases_cannot_be_used_up() {
         message.extend(mac.0);
         message.resize(236, 0);
         message.extend([99, 130, 83, 99, 53, 1, 1, 255]);
-        let ends = Ends { src: Ipv4Addr::UNSPECIFIED.into(), dst: Ipv4Addr::BROADCAST.into() };
-        let mut head = Head::ip((config.guest_mac, Mac::BROADCAST), ends, wire::UDP, 8 + message.len());
+        let addrs = AddressPair { src: Ipv4Addr::UNSPECIFIED.into(), dst: Ipv4Addr::BROADCAST.into() };
+        let mut head = FrameBuilder::ip(
+            wire::MacPair { src: config.guest_mac, dst: Mac::BROADCAST },
+            addrs,
+            wire::UDP,
+            8 + message.len(),
+        );
         head.udp(68, 67, message.len());
         let mut frame = head.as_slice().to_vec();
         frame.extend(message);
@@ -146,10 +152,15 @@ fn leases_cannot_be_used_up() {
 }
 
 fn icmp6(config: &Config, src: Ipv6Addr, dst: Ipv6Addr, mut message: Vec<u8>) -> Vec<u8> {
-    let ends = Ends { src: src.into(), dst: dst.into() };
-    let sum = wire::pseudo(ends.src, ends.dst, wire::ICMPV6, message.len()) + wire::sum(&message);
+    let addrs = AddressPair { src: src.into(), dst: dst.into() };
+    let sum = wire::pseudo(addrs.src, addrs.dst, wire::ICMPV6, message.len()) + wire::sum(&message);
     message[2..4].copy_from_slice(&(!wire::fold(sum)).to_be_bytes());
-    let head = Head::ip((config.guest_mac, Mac([0x33, 0x33, 0, 0, 0, 2])), ends, wire::ICMPV6, message.len());
+    let head = FrameBuilder::ip(
+        wire::MacPair { src: config.guest_mac, dst: Mac([0x33, 0x33, 0, 0, 0, 2]) },
+        addrs,
+        wire::ICMPV6,
+        message.len(),
+    );
     let mut frame = head.as_slice().to_vec();
     frame.extend(message);
     frame
@@ -162,7 +173,7 @@ fn a_router_is_advertised_now_and_later() {
     let (me, routers) = ("fe80::5".parse().unwrap(), "ff02::2".parse().unwrap());
     guest.send(&icmp6(&config, me, routers, vec![133, 0, 0, 0, 0, 0, 0, 0]), Offload::default());
     let (frame, _) = guest.take().unwrap();
-    let packet = Packet::parse(Ethernet::parse(&frame).unwrap().kind, &frame[14..], frame.len() - 14).unwrap();
+    let packet = IpPacket::parse(Ethernet::parse(&frame).unwrap().kind, &frame[14..], frame.len() - 14).unwrap();
     assert_eq!((packet.src, packet.hops), (IpAddr::from(config.gateway_local()), 255));
     let sum = wire::pseudo(packet.src, packet.dst, wire::ICMPV6, packet.len) + wire::sum(&frame[54..]);
     assert_eq!(wire::fold(sum), 0xffff);
@@ -179,7 +190,7 @@ fn a_router_is_advertised_now_and_later() {
 }
 
 #[test]
-fn neighbours_of_the_guest_are_nobody_but_the_gateway() {
+fn neighbor_discovery_answers_for_the_gateway_only() {
     let mut guest = Guest::new();
     let config = guest.net.core.config.clone();
     let mut ask = |target: Ipv6Addr, src: Ipv6Addr| {

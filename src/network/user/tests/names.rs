@@ -30,7 +30,7 @@ fn answer(query: &[u8], address: &[u8]) -> Vec<u8> {
     bytes
 }
 
-struct World {
+struct Fixture {
     guest: Guest,
     server: UdpSocket,
     at: SocketAddr,
@@ -39,7 +39,7 @@ struct World {
 
 const GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 2);
 
-impl World {
+impl Fixture {
     fn new(policy: Policy) -> Self {
         let server = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         let at = server.local_addr().unwrap();
@@ -88,15 +88,15 @@ fn names(name: &str) -> Policy {
 }
 
 #[test]
-fn what_is_allowed_is_asked_answered_and_admitted() {
-    let mut world = World::new(names("*.example.com"));
+fn allowed_names_are_resolved_and_admitted() {
+    let mut world = Fixture::new(names("*.example.com"));
     world.ask(&query("www.Example.com", 1));
     let (asked, from) = world.asked();
     assert_ne!(asked[..2], [0xab, 0xcd], "the number can be guessed");
     world.server.send_to(&answer(&asked, &[9, 9, 9, 9]), from).unwrap();
     assert_eq!(world.answered(), answer(&query("www.Example.com", 1), &[9, 9, 9, 9]));
     let now = world.guest.net.core.host.now;
-    let admitted = |world: &mut World, after| {
+    let admitted = |world: &mut Fixture, after| {
         let to = "9.9.9.9:443".parse().unwrap();
         let policy = &mut world.guest.net.core.policy;
         policy.admit(crate::network::policy::Protocol::Tcp, to, now + Duration::from_secs(after)).is_some()
@@ -105,8 +105,8 @@ fn what_is_allowed_is_asked_answered_and_admitted() {
 }
 
 #[test]
-fn who_else_was_asked_and_where_they_are_is_not_told() {
-    let mut world = World::new(names("example.com"));
+fn answers_lose_records_that_were_not_asked_for() {
+    let mut world = Fixture::new(names("example.com"));
     world.ask(&query("example.com", 1));
     let (asked, from) = world.asked();
     let mut whole = answer(&asked, &[9, 9, 9, 9]);
@@ -118,9 +118,9 @@ fn who_else_was_asked_and_where_they_are_is_not_told() {
 }
 
 #[test]
-fn what_is_denied_does_not_exist_and_is_not_asked() {
+fn denied_names_are_nxdomain_without_a_query() {
     let told: Arc<Mutex<Vec<Denial>>> = Arc::default();
-    let (mut world, tell) = (World::new(names("example.com")), told.clone());
+    let (mut world, tell) = (Fixture::new(names("example.com")), told.clone());
     world.guest.net.on_denial(move |denial| tell.lock().unwrap().push(denial));
     for name in ["www.example.com", "secret.evil.org"] {
         world.ask(&query(name, 1));
@@ -133,12 +133,12 @@ fn what_is_denied_does_not_exist_and_is_not_asked() {
 }
 
 #[test]
-fn names_that_lead_inside_have_no_such_records() {
+fn private_addresses_are_removed_from_answers() {
     for (policy, count) in [
         (Policy::internet(), 0),
         (Policy::internet().rule(Rule::allow_range("10.0.0.0/8".parse::<crate::network::policy::Cidr>().unwrap())), 1),
     ] {
-        let mut world = World::new(policy);
+        let mut world = Fixture::new(policy);
         world.ask(&query("rebind.example.com", 1));
         let (asked, from) = world.asked();
         world.server.send_to(&answer(&asked, &[10, 0, 0, 1]), from).unwrap();
@@ -149,8 +149,8 @@ fn names_that_lead_inside_have_no_such_records() {
 }
 
 #[test]
-fn of_mixed_answers_only_what_is_admitted_is_told() {
-    let mut world = World::new(Policy::internet());
+fn mixed_answers_keep_only_admitted_addresses() {
+    let mut world = Fixture::new(Policy::internet());
     world.ask(&query("mixed.example.com", 1));
     let (asked, from) = world.asked();
     let mut mixed = answer(&asked, &[10, 0, 0, 1]);
@@ -163,9 +163,9 @@ fn of_mixed_answers_only_what_is_admitted_is_told() {
 #[test]
 fn records_of_other_types_need_a_rule_of_the_name() {
     let passed = |policy: &Policy, name: &str, kind: u8| {
-        let mut world = World::new(policy.clone());
+        let mut world = Fixture::new(policy.clone());
         world.ask(&query(name, kind));
-        let made = |world: &World| world.guest.net.core.host.made;
+        let made = |world: &Fixture| world.guest.net.core.host.made;
         let reply = if made(&world) == 0 { Some(world.answered()) } else { None };
         (made(&world) > 0, reply.map(|reply| reply[3] & 15))
     };
@@ -199,8 +199,8 @@ fn records_of_other_types_need_a_rule_of_the_name() {
 }
 
 #[test]
-fn a_guest_asks_only_so_often() {
-    let mut world = World::new(Policy::internet());
+fn guest_queries_are_rate_limited() {
+    let mut world = Fixture::new(Policy::internet());
     let (mut failed, handle) = (0, world.handle);
     for n in 0..400 {
         world.ask(&query(&format!("n{n}.example.com"), 1));
@@ -216,7 +216,7 @@ fn a_guest_asks_only_so_often() {
 fn addresses_without_a_route_are_not_offered() {
     let range: crate::network::policy::Cidr = "fd12::/16".parse().unwrap();
     for (address, offered) in [("2606::1", 0), ("fd12::1", 1)] {
-        let mut world = World::new(Policy::internet().rule(Rule::allow_range(range)));
+        let mut world = Fixture::new(Policy::internet().rule(Rule::allow_range(range)));
         world.ask(&query("example.com", 28));
         let (asked, from) = world.asked();
         let address: std::net::Ipv6Addr = address.parse().unwrap();
@@ -233,8 +233,8 @@ fn addresses_without_a_route_are_not_offered() {
 }
 
 #[test]
-fn wrong_answers_are_not_believed() {
-    let mut world = World::new(Policy::internet());
+fn mismatched_answers_are_ignored() {
+    let mut world = Fixture::new(Policy::internet());
     world.ask(&query("example.com", 1));
     let (asked, from) = world.asked();
     let mut other = answer(&asked, &[6, 6, 6, 6]);
@@ -251,7 +251,7 @@ fn wrong_answers_are_not_believed() {
 
 #[test]
 fn after_many_wrong_answers_the_next_resolver_is_asked() {
-    let mut world = World::new(Policy::internet());
+    let mut world = Fixture::new(Policy::internet());
     let second = world.second_resolver();
     world.ask(&query("example.com", 1));
     let (asked, from) = world.asked();
@@ -275,9 +275,9 @@ fn addresses(asked: &[u8]) -> Vec<u8> {
 }
 
 #[test]
-fn answers_that_come_together_take_more_than_one_turn() {
+fn burst_of_answers_takes_several_turns() {
     const QUESTIONS: usize = 160;
-    let mut world = World::new(Policy::internet());
+    let mut world = Fixture::new(Policy::internet());
     for n in 0..QUESTIONS {
         world.ask(&query(&format!("n{n}.example.com"), 1));
     }
@@ -288,10 +288,10 @@ fn answers_that_come_together_take_more_than_one_turn() {
     let net = &mut world.guest.net;
     let mut turns = 0;
     while net.resolver.len() > 0 {
-        net.core.host.calls = 0;
+        net.core.host.syscalls = 0;
         crate::network::NetBackend::poll(net);
         // Two calls for each of 32 addresses, and a batch that has begun is ended.
-        assert!(net.core.host.calls < 5000, "{}", net.core.host.calls);
+        assert!(net.core.host.syscalls < 5000, "{}", net.core.host.syscalls);
         turns += 1;
     }
     assert!(turns > 1);
@@ -299,8 +299,8 @@ fn answers_that_come_together_take_more_than_one_turn() {
 
 /// Each address costs the loop a question to the kernel.
 #[test]
-fn an_answer_has_so_many_addresses_and_no_more() {
-    let mut world = World::new(names("example.com"));
+fn addresses_per_answer_are_limited() {
+    let mut world = Fixture::new(names("example.com"));
     world.ask(&query("example.com", 1));
     let (asked, from) = world.asked();
     world.server.send_to(&addresses(&asked), from).unwrap();
@@ -315,8 +315,8 @@ fn an_answer_has_so_many_addresses_and_no_more() {
 }
 
 #[test]
-fn the_next_resolver_is_asked_and_at_last_failure_told() {
-    let mut world = World::new(Policy::internet());
+fn resolvers_are_tried_in_turn_then_servfail() {
+    let mut world = Fixture::new(Policy::internet());
     let second = world.second_resolver();
     world.ask(&query("example.com", 1));
     let (mut asked, from) = world.asked();
@@ -338,7 +338,7 @@ fn the_next_resolver_is_asked_and_at_last_failure_told() {
 fn a_resolver_that_refuses_is_followed_by_the_next() {
     // SERVFAIL, NOTIMP, REFUSED.
     for code in [2, 4, 5] {
-        let mut world = World::new(names("example.com"));
+        let mut world = Fixture::new(names("example.com"));
         let second = world.second_resolver();
         world.ask(&query("example.com", 1));
         let (mut asked, from) = world.asked();
@@ -354,7 +354,7 @@ fn a_resolver_that_refuses_is_followed_by_the_next() {
 
 /// What they do not understand they do not repeat, so that nothing but its number tells what such an answer belongs to.
 #[test]
-fn resolvers_without_edns_are_told_from_silent_ones() {
+fn resolvers_without_edns_are_distinguished_from_silent_ones() {
     // An OPT record: 1,232 bytes, nothing else.
     let with_edns = |mut query: Vec<u8>| {
         query[11] = 1;
@@ -363,7 +363,7 @@ fn resolvers_without_edns_are_told_from_silent_ones() {
     };
     let plain = query("example.com", 1);
     for bare in [true, false] {
-        let mut world = World::new(names("example.com"));
+        let mut world = Fixture::new(names("example.com"));
         world.ask(&with_edns(plain.clone()));
         let (asked, from) = world.asked();
         assert_eq!(asked[2..], with_edns(plain.clone())[2..]);
@@ -393,9 +393,9 @@ fn resolvers_without_edns_are_told_from_silent_ones() {
 }
 
 #[test]
-fn what_is_cut_off_is_asked_for_again_over_tcp_and_admitted() {
+fn truncated_answers_are_retried_over_tcp() {
     const ADDRESSES: u8 = 32;
-    let mut world = World::new(names("example.com"));
+    let mut world = Fixture::new(names("example.com"));
     let listener = TcpListener::bind(world.at).unwrap();
     let asked = query("example.com", 1);
     let all = |query: &[u8]| {
@@ -441,8 +441,8 @@ fn what_is_cut_off_is_asked_for_again_over_tcp_and_admitted() {
 }
 
 #[test]
-fn there_are_never_too_many_questions_len() {
-    let mut world = World::new(Policy::internet());
+fn pending_queries_are_bounded() {
+    let mut world = Fixture::new(Policy::internet());
     for n in 0..2000 {
         world.ask(&query(&format!("n{n}.example.com"), 1));
         assert!(world.guest.net.resolver.len() <= 256);
@@ -453,7 +453,7 @@ fn there_are_never_too_many_questions_len() {
 
 #[test]
 fn long_answers_come_over_tcp() {
-    let mut world = World::new(Policy::internet().all_records(true));
+    let mut world = Fixture::new(Policy::internet().all_records(true));
     let listener = TcpListener::bind(world.at).unwrap();
     world.ask(&query("example.com", 16));
     let (mut asked, from) = world.asked();
@@ -497,7 +497,7 @@ fn long_answers_come_over_tcp() {
 
 #[test]
 fn names_that_are_denied_are_denied_over_tcp_too() {
-    let mut world = World::new(Policy::deny_all());
+    let mut world = Fixture::new(Policy::deny_all());
     let handle = world.guest.connected((GATEWAY, 53).into());
     let asked = query("example.com", 1);
     world.guest.tcp(handle).send_slice(&[0, asked.len() as u8]).unwrap();

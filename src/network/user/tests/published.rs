@@ -18,7 +18,7 @@ fn listening(guest: &mut Guest, port: u16) -> SocketHandle {
 }
 
 #[test]
-fn callers_reach_the_guest_and_are_answered() {
+fn clients_reach_the_guest_through_published_ports() {
     let mut guest = Guest::of(Config::new(Policy::deny_all()), Offloads::all());
     let (published, at) = guest.net.publish_tcp(ANY, 80, Vec::new()).unwrap();
     let handle = listening(&mut guest, 80);
@@ -42,7 +42,7 @@ fn callers_reach_the_guest_and_are_answered() {
 }
 
 #[test]
-fn nobody_listening_is_a_reset() {
+fn missing_listener_is_a_reset() {
     let mut guest = Guest::new();
     let (_, at) = guest.net.publish_tcp(ANY, 80, Vec::new()).unwrap();
     let mut caller = TcpStream::connect(at).unwrap();
@@ -111,7 +111,7 @@ fn services_on_ipv6_alone_are_found_once_the_guest_has_an_address() {
 }
 
 #[test]
-fn nobody_listening_anywhere_is_one_reset() {
+fn missing_listener_on_all_addresses_is_one_reset() {
     let (mut guest, _) = inside(&[]);
     guest.net.core.guest6 = Some(guest.net.core.config.guest6);
     let (published, at) = guest.net.publish_tcp(ANY, 80, Vec::new()).unwrap();
@@ -127,11 +127,11 @@ fn nobody_listening_anywhere_is_one_reset() {
     guest.faults.lost = 0;
     guest.until(|g| (g.net.stats().connections == 0).then_some(()));
     drop(late);
-    assert_eq!((guest.net.stats().unconnected, guest.net.tcp.called.len()), (3, 0));
+    assert_eq!((guest.net.stats().unconnected, guest.net.tcp.inbound_results.len()), (3, 0));
 }
 
 #[test]
-fn a_guest_that_does_not_answer_is_a_reset_in_the_end() {
+fn unanswered_syn_ends_in_a_reset() {
     let mut guest = Guest::new();
     guest.faults = Faults { lost: 100, ..Faults::default() };
     let (_, at) = guest.net.publish_tcp(ANY, 80, Vec::new()).unwrap();
@@ -145,7 +145,7 @@ fn a_guest_that_does_not_answer_is_a_reset_in_the_end() {
 }
 
 #[test]
-fn only_those_who_may_call_are_heard() {
+fn clients_outside_the_allowed_ranges_are_reset() {
     let mut guest = Guest::new();
     let callers = vec!["192.0.2.0/24".parse::<Cidr>().unwrap()];
     let (_, at) = guest.net.publish_tcp(ANY, 80, callers.clone()).unwrap();
@@ -162,7 +162,7 @@ fn only_those_who_may_call_are_heard() {
 }
 
 #[test]
-fn callers_over_ipv6_are_as_others() {
+fn ipv6_clients_reach_published_ports() {
     let mut guest = Guest::new();
     let loopback: SocketAddr = "[::1]:0".parse().unwrap();
     let (_, at) = guest.net.publish_tcp(loopback, 80, vec!["::1".parse().unwrap()]).unwrap();
@@ -239,7 +239,7 @@ fn exchange(guest: &mut Guest, at: SocketAddr, handle: SocketHandle) {
 }
 
 #[test]
-fn datagrams_find_services_wherever_they_are_and_remember() {
+fn datagrams_find_services_on_any_address_and_remember_it() {
     let (mut guest, _) = inside(&[]);
     introduce(&mut guest);
     let own6 = guest.net.core.config.guest6;
@@ -259,7 +259,7 @@ fn datagrams_find_services_wherever_they_are_and_remember() {
 }
 
 #[test]
-fn datagrams_that_nobody_takes_are_counted_and_tried_anew() {
+fn unanswered_datagrams_are_counted_and_retried() {
     let (mut guest, _) = inside(&[]);
     introduce(&mut guest);
     let (published, at) = guest.net.publish_udp(ANY, 80, Vec::new()).unwrap();
@@ -273,16 +273,16 @@ fn datagrams_that_nobody_takes_are_counted_and_tried_anew() {
     exchange(&mut guest, at, handle);
     // The guest does not speak from there, or report a missing listener, without having been asked.
     let gateway = guest.net.core.config.gateway4;
-    let ends = crate::network::wire::Ends { src: Ipv4Addr::LOCALHOST.into(), dst: gateway.into() };
-    let macs = (guest.net.core.config.guest_mac, guest.net.core.config.gateway_mac);
-    let stray = wire::datagram(ends, (80, 9), b"x");
-    let head = wire::Head::ip(macs, ends, wire::UDP, stray.len());
+    let addrs = crate::network::wire::AddressPair { src: Ipv4Addr::LOCALHOST.into(), dst: gateway.into() };
+    let macs = wire::MacPair { src: guest.net.core.config.guest_mac, dst: guest.net.core.config.gateway_mac };
+    let stray = wire::datagram(addrs, wire::UdpPorts { src: 80, dst: 9 }, b"x");
+    let head = wire::FrameBuilder::ip(macs, addrs, wire::UDP, stray.len());
     let before = guest.net.stats();
     guest.send(&[head.as_slice(), &stray].concat(), Offload::default());
     let mut message = [&[3, 3, 0, 0, 0, 0, 0, 0][..], head.from(14), &stray].concat();
     let check = !wire::fold(wire::sum(&message));
     message[2..4].copy_from_slice(&check.to_be_bytes());
-    let head = wire::Head::ip(macs, ends, wire::ICMP, message.len());
+    let head = wire::FrameBuilder::ip(macs, addrs, wire::ICMP, message.len());
     guest.send(&[head.as_slice(), &message].concat(), Offload::default());
     let after = guest.net.stats();
     assert_eq!((after.spoofed, after.datagram_flows), (before.spoofed + 1, before.datagram_flows));
@@ -290,7 +290,7 @@ fn datagrams_that_nobody_takes_are_counted_and_tried_anew() {
 }
 
 #[test]
-fn ports_that_cannot_be_had_are_told_with_a_remedy() {
+fn unavailable_ports_are_reported_with_a_remedy() {
     let mut guest = Guest::new();
     let (_taken, at) = listener();
     let error = guest.net.publish_tcp(at, 80, Vec::new()).unwrap_err();
@@ -305,7 +305,7 @@ fn ports_that_cannot_be_had_are_told_with_a_remedy() {
 }
 
 #[test]
-fn callers_end_nothing_that_the_guest_has_begun() {
+fn clients_evict_no_flow_of_the_guest() {
     let limits = super::super::config::Limits { datagram_flows: 8, ..Default::default() };
     let mut guest = Guest::of(Config { limits, ..Config::new(local()) }, Offloads::all());
     let server = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
@@ -325,7 +325,7 @@ fn callers_end_nothing_that_the_guest_has_begun() {
 }
 
 #[test]
-fn callers_take_no_connection_that_the_guest_may_have() {
+fn clients_use_none_of_the_guests_connection_limit() {
     let limits = super::super::config::Limits { connections: 3, ..Default::default() };
     let mut guest = Guest::of(Config { limits, ..Config::new(local()) }, Offloads::all());
     let (_listener, to) = listener();

@@ -73,21 +73,21 @@ fn a_mebibyte_comes_back_whole() {
 }
 
 #[test]
-fn nothing_needs_to_be_agreed() {
+fn transfer_works_without_offloads() {
     let mut guest = Guest::of(Config::new(local()), Offloads::none());
     echo_over(&mut guest, 300_000, 64 << 10);
     assert_eq!((guest.largest, guest.net.stats().bad_checksums), (1514, 0));
 }
 
 #[test]
-fn a_host_that_cannot_peek_at_an_offset_serves_as_well() {
+fn transfer_works_without_so_peek_off() {
     let mut guest = Guest::new();
-    guest.net.tcp.old_host = true;
+    guest.net.tcp.without_peek_off = true;
     echo_over(&mut guest, 1 << 20, 256 << 10);
 }
 
 #[test]
-fn any_mtu_will_do() {
+fn transfer_works_with_any_mtu() {
     for mtu in [576, 1280, 9000, 65535] {
         for agreed in [Offloads::none(), Offloads::all()] {
             let mut guest = Guest::of(Config { mtu, ..Config::new(local()) }, agreed);
@@ -98,7 +98,7 @@ fn any_mtu_will_do() {
 }
 
 #[test]
-fn ipv6_is_as_good() {
+fn transfer_works_over_ipv6() {
     let Ok(listener) = TcpListener::bind("[::1]:0") else { return crate::sys::skip("the host has no IPv6") };
     let (to, data, mut guest) = (listener.local_addr().unwrap(), pattern(300_000), Guest::new());
     let echo = echo(listener);
@@ -107,11 +107,11 @@ fn ipv6_is_as_good() {
 }
 
 #[test]
-fn a_bad_link_only_takes_longer() {
+fn lossy_link_loses_no_data() {
     for seed in 1..4 {
-        for old_host in [false, true] {
+        for without_peek_off in [false, true] {
             let mut guest = Guest::of(Config::new(local()), Offloads::CSUM);
-            guest.net.tcp.old_host = old_host;
+            guest.net.tcp.without_peek_off = without_peek_off;
             guest.faults = Faults { lost: 5, twice: 5, late: 5, seed };
             let (listener, to) = listener();
             let (echo, data) = (echo(listener), pattern(200_000));
@@ -204,7 +204,7 @@ fn a_reset_by_the_host_is_one_for_the_guest() {
 }
 
 #[test]
-fn nobody_there_is_a_refusal() {
+fn closed_port_is_refused() {
     let (listener, to) = listener();
     drop(listener);
     let mut guest = Guest::new();
@@ -214,7 +214,7 @@ fn nobody_there_is_a_refusal() {
 }
 
 #[test]
-fn what_the_policy_denies_is_refused_at_once_and_never_tried() {
+fn denied_destination_is_reset_without_a_connect() {
     let mut guest = Guest::of(Config::new(Policy::internet()), Offloads::all());
     let (listener, to) = listener();
     for to in [to, "169.254.169.254:80".parse().unwrap(), "10.1.2.3:80".parse().unwrap()] {
@@ -235,7 +235,7 @@ fn a_changed_policy_resets_what_it_denies() {
 }
 
 #[test]
-fn the_guest_is_called_back_only_when_the_host_is_connected() {
+fn syn_ack_is_sent_after_the_host_has_connected() {
     // This queue is never emptied, so that the connection hangs when it is full.
     let (listener, to) = listener();
     let mut guest = Guest::new();

@@ -9,7 +9,7 @@ use crate::network::ConnectionLimit;
 use smoltcp::socket::tcp::State;
 
 #[test]
-fn a_slow_reader_on_the_host_grows_nothing() {
+fn slow_host_reader_keeps_memory_bounded() {
     let mut guest = Guest::new();
     let (listener, to) = listener();
     let handle = guest.connected(to);
@@ -46,7 +46,7 @@ fn a_slow_reader_on_the_host_grows_nothing() {
 }
 
 #[test]
-fn a_slow_reader_in_the_guest_stops_the_host() {
+fn slow_guest_reader_stops_the_host() {
     let mut guest = Guest::new();
     let (listener, to) = listener();
     let handle = guest.connected(to);
@@ -102,7 +102,7 @@ fn a_thousand_connections_are_open_at_once() {
 }
 
 #[test]
-fn many_short_connections_leave_nothing_behind() {
+fn short_connections_leak_nothing() {
     let mut guest = Guest::new();
     let (listener, to) = listener();
     for n in 0..20_000u32 {
@@ -150,7 +150,7 @@ fn idle_connections_end_and_half_open_ones_sooner() {
 }
 
 #[test]
-fn a_guest_that_vanishes_is_forgotten() {
+fn vanished_guest_connections_time_out() {
     let mut guest = Guest::new();
     let (listener, to) = listener();
     let handle = guest.connected(to);
@@ -165,7 +165,7 @@ fn a_guest_that_vanishes_is_forgotten() {
 }
 
 #[test]
-fn there_are_never_more_connections_than_allowed() {
+fn connections_are_limited() {
     let limits = Limits { connections: 3, ..Limits::default() };
     let mut guest = Guest::of(Config { limits, ..Config::new(local()) }, Offloads::all());
     let (listener, to) = listener();

@@ -41,7 +41,7 @@ impl DirectFile {
         let file = file.doing(doing)?;
         let alignment = Alignment::of(&file).doing(doing)?;
         let raw = RawFile::from_file(file.try_clone().doing(doing)?, read_only).doing(doing)?;
-        let len = raw.shape().len;
+        let len = raw.geometry().len;
         if len % alignment.offset != 0 {
             return Err(Error::invalid(
                 "direct",
@@ -92,8 +92,8 @@ fn total(segments: &[Segment]) -> u64 {
 }
 
 impl BlockBackend for DirectFile {
-    fn shape(&self) -> Geometry {
-        self.raw.shape()
+    fn geometry(&self) -> Geometry {
+        self.raw.geometry()
     }
 
     fn read(&mut self, memory: &GuestMemory, segments: &[Segment], offset: u64) -> io::Result<()> {
@@ -109,7 +109,7 @@ impl BlockBackend for DirectFile {
     }
 
     fn write(&mut self, memory: &GuestMemory, segments: &[Segment], offset: u64) -> io::Result<()> {
-        if self.shape().read_only {
+        if self.geometry().read_only {
             return Err(io::Error::from_raw_os_error(libc::EROFS));
         }
         if self.aligned(segments, offset) {
@@ -135,7 +135,7 @@ impl BlockBackend for DirectFile {
     }
 
     fn write_zeroes(&mut self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
-        if self.shape().read_only {
+        if self.geometry().read_only {
             return Err(io::Error::from_raw_os_error(libc::EROFS));
         }
         if sys::zero_range(&self.file, offset, len, unmap)? {
@@ -165,7 +165,7 @@ impl BlockBackend for DirectFile {
         None
     }
 
-    fn written(&mut self, _: u64, _: u64) -> io::Result<()> {
+    fn write_done(&mut self, _: u64, _: u64) -> io::Result<()> {
         Ok(())
     }
 
@@ -188,7 +188,7 @@ mod tests {
     use crate::memory::GuestAddress;
 
     #[test]
-    fn requests_in_any_alignment_are_what_a_vector_does() {
+    fn direct_io_of_any_alignment_matches_a_vector() {
         let path = std::env::temp_dir().join(format!("cofferdam-direct-{}", std::process::id()));
         let mut model: Vec<u8> = (0..1 << 20).map(|n| (n / 512 * 3 + n % 7) as u8).collect();
         std::fs::write(&path, &model).unwrap();

@@ -60,7 +60,7 @@ fn use_disk(disk: &mut dyn BlockBackend, mut bytes: &[u8]) {
     let Ok(memory) = GuestMemory::anonymous(&[(GuestAddress(0), 1 << 20)]) else {
         unreachable!("the harness lacks what it needs")
     };
-    let size = disk.shape().len;
+    let size = disk.geometry().len;
     for _ in 0..32 {
         let [what, sector, high, count] = take(&mut bytes);
         let sectors = size / 512;
@@ -115,10 +115,10 @@ pub(crate) fn overlay(data: &[u8]) {
 
 /// A qcow2 image that is changed where its tables are.
 #[cfg(feature = "qcow2")]
-struct Tables(Vec<u8>);
+struct ForgedTables(Vec<u8>);
 
 #[cfg(feature = "qcow2")]
-impl Tables {
+impl ForgedTables {
     fn number(&self, at: usize, len: usize) -> usize {
         let bytes = at.checked_add(len).and_then(|end| self.0.get(at..end)).unwrap_or_default();
         bytes.iter().fold(0, |number, byte| number << 8 | usize::from(*byte))
@@ -215,16 +215,16 @@ pub(crate) fn qcow2_open(data: &[u8]) {
     let small = super::qcow2::small;
     let make = || {
         let (narrow, wide) = (small(4096, 1, None), small(2048, 64, None));
-        let Tables(full) = Tables(small(512, 64, None)).full();
+        let ForgedTables(full) = ForgedTables(small(512, 64, None)).full();
         [small(512, 16, None), small(512, 64, None), narrow, wide, small(512, 16, Some("base")), full]
     };
     let Some(directory) = TempDir::new() else { unreachable!("the harness lacks what it needs") };
     let (mut bytes, path) = (data, directory.0.join("image"));
     let [how, which, changes] = take(&mut bytes);
     let images = IMAGES.get_or_init(make);
-    let mut image = Tables(images.get(usize::from(which) % images.len()).cloned().unwrap_or_default());
+    let mut image = ForgedTables(images.get(usize::from(which) % images.len()).cloned().unwrap_or_default());
     (0..changes % 16).for_each(|_| image.change(&mut bytes));
-    let Tables(mut image) = image;
+    let ForgedTables(mut image) = image;
     let len = image.len();
     if how & 8 == 0 {
         patch(&mut image, if how & 1 == 0 { 112 } else { len }, &mut bytes);
@@ -241,7 +241,7 @@ pub(crate) fn qcow2_open(data: &[u8]) {
         let (now, later) = bytes.split_at(bytes.len().min(128));
         use_disk(&mut disk, now);
         if how & 16 != 0 {
-            let _ = disk.grow(disk.shape().len.saturating_add(u64::from(how) << 12));
+            let _ = disk.grow(disk.geometry().len.saturating_add(u64::from(how) << 12));
         }
         bytes = later;
     }
@@ -252,7 +252,7 @@ pub(crate) fn qcow2_open(data: &[u8]) {
 #[cfg(feature = "qcow2")]
 pub(crate) fn qcow2_found(path: &std::path::Path, step: u64, byte: u8) -> crate::error::Result<[Vec<u8>; 2]> {
     let mut disk = super::Qcow2::open(path, path.parent(), false)?;
-    let size = disk.shape().len;
+    let size = disk.geometry().len;
     let memory = GuestMemory::anonymous(&[(GuestAddress(0), size)])?;
     let all = [memory.segment(GuestAddress(0), size as usize).map_err(std::io::Error::other)?];
     let contents = |disk: &mut super::Qcow2| -> crate::error::Result<Vec<u8>> {
@@ -280,8 +280,8 @@ mod tests {
     fn refcount_table_of_the_fuzz_image_grows() {
         let directory = TempDir::new().unwrap();
         let path = directory.0.join("image");
-        let Tables(image) = Tables(super::super::qcow2::small(512, 64, None)).full();
-        let clusters = |image: Vec<u8>| Tables(image).number(56, 4);
+        let ForgedTables(image) = ForgedTables(super::super::qcow2::small(512, 64, None)).full();
+        let clusters = |image: Vec<u8>| ForgedTables(image).number(56, 4);
         assert_eq!(clusters(image.clone()), 1);
         fs::write(&path, image).unwrap();
         let memory = GuestMemory::anonymous(&[(GuestAddress(0), 64 << 10)]).unwrap();

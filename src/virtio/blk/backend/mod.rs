@@ -48,7 +48,7 @@ pub(crate) enum Extent {
 /// What a call has written is durable when a later [`BlockBackend::flush`] has returned `Ok`, not before. A failed call says
 /// so with the host's error and leaves every other byte as it was.
 pub(crate) trait BlockBackend: Send + fmt::Debug {
-    fn shape(&self) -> Geometry;
+    fn geometry(&self) -> Geometry;
 
     /// Fills all of `segments`, which lie in `memory`.
     fn read(&mut self, memory: &GuestMemory, segments: &[Segment], offset: u64) -> io::Result<()>;
@@ -79,10 +79,10 @@ pub(crate) trait BlockBackend: Send + fmt::Debug {
     fn extents(&mut self, write: bool, offset: u64, len: u64, found: &mut Vec<Extent>) -> Option<io::Result<()>>;
 
     /// The bytes of a range that was asked for with `write` have arrived at its places.
-    fn written(&mut self, offset: u64, len: u64) -> io::Result<()>;
+    fn write_done(&mut self, offset: u64, len: u64) -> io::Result<()>;
 
     /// The bytes of a range that was asked for with `write` will not arrive, or not all of them.
-    fn abandoned(&mut self, _offset: u64, _len: u64) {}
+    fn write_failed(&mut self, _offset: u64, _len: u64) {}
 
     /// Everything that was written through [`BlockBackend::extents`] is made durable by a sync of this descriptor alone.
     /// `None` when it takes [`BlockBackend::flush`].

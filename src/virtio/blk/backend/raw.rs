@@ -113,7 +113,7 @@ impl RawFile {
 }
 
 impl BlockBackend for RawFile {
-    fn shape(&self) -> Geometry {
+    fn geometry(&self) -> Geometry {
         Geometry { len: self.len, read_only: self.read_only, discard: if self.read_only { 0 } else { 4096 } }
     }
 
@@ -164,7 +164,7 @@ impl BlockBackend for RawFile {
         Some(file.map(|file| found.push(Extent::File { fd: file.as_raw_fd(), offset, len })))
     }
 
-    fn written(&mut self, _: u64, _: u64) -> io::Result<()> {
+    fn write_done(&mut self, _: u64, _: u64) -> io::Result<()> {
         Ok(())
     }
 
@@ -224,14 +224,14 @@ mod tests {
     }
 
     #[test]
-    fn what_space_is_left_is_told_for_disks_that_may_grow() {
+    fn free_space_is_reported_for_sparse_images() {
         let temp = Temp::new("space", 1 << 20);
         assert!(RawFile::open(&temp.0, false, true).unwrap().space().unwrap().is_some_and(|space| space.free > 0));
         assert_eq!(RawFile::open(&temp.0, true, true).unwrap().space().unwrap(), None);
     }
 
     #[test]
-    fn what_is_no_disk_is_refused() {
+    fn non_disk_files_are_rejected() {
         for len in [0, 1, 511, 513] {
             let error = RawFile::open(&Temp::new(&format!("odd{len}"), len).0, true, true).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::InvalidConfig, "{error}");

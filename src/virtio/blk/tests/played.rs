@@ -25,9 +25,9 @@ struct Script {
 
 /// A backend that follows a script.
 #[derive(Debug)]
-struct Played(Arc<Mutex<Script>>);
+struct MockBackend(Arc<Mutex<Script>>);
 
-impl Played {
+impl MockBackend {
     fn call(&self, name: &str) -> io::Result<()> {
         let mut script = self.0.lock().unwrap();
         script.log.push(name.into());
@@ -35,8 +35,8 @@ impl Played {
     }
 }
 
-impl BlockBackend for Played {
-    fn shape(&self) -> Geometry {
+impl BlockBackend for MockBackend {
+    fn geometry(&self) -> Geometry {
         Geometry { len: 1 << 20, read_only: false, discard: 512 }
     }
     fn read(&mut self, _: &GuestMemory, _: &[Segment], _: u64) -> io::Result<()> {
@@ -76,10 +76,10 @@ impl BlockBackend for Played {
         found.extend([first, Extent::File { fd, offset: offset + half, len: len - half }]);
         Some(Ok(()))
     }
-    fn written(&mut self, offset: u64, len: u64) -> io::Result<()> {
+    fn write_done(&mut self, offset: u64, len: u64) -> io::Result<()> {
         self.call(&format!("written {offset} {len}"))
     }
-    fn abandoned(&mut self, offset: u64, len: u64) {
+    fn write_failed(&mut self, offset: u64, len: u64) {
         self.0.lock().unwrap().log.push(format!("abandoned {offset} {len}"));
     }
     fn sync_fd(&self) -> Option<RawFd> {
@@ -95,7 +95,7 @@ type Faults = Arc<Mutex<Vec<DiskError>>>;
 fn played(options: Options, script: Script) -> (Driver<Blk>, Arc<Mutex<Script>>, Faults) {
     let (script, faults) = (Arc::new(Mutex::new(script)), Faults::default());
     let told = faults.clone();
-    let disk = Blk::new(Box::new(Played(script.clone())), options).on_fault(move |f| told.lock().unwrap().push(f));
+    let disk = Blk::new(Box::new(MockBackend(script.clone())), options).on_fault(move |f| told.lock().unwrap().push(f));
     (Driver::start(disk), script, faults)
 }
 
@@ -133,7 +133,7 @@ fn a_sync_comes_before_the_status_that_promises_it() {
 }
 
 #[test]
-fn nothing_is_durable_any_more_after_a_sync_has_failed() {
+fn every_flush_fails_after_a_sync_has_failed() {
     let script = Script { fail: [libc::EIO].into(), ..Script::default() };
     let mut options = options(IoEngine::Auto);
     options.policy.set(ErrorClass::Write, ErrorAction::Pause);
@@ -151,7 +151,7 @@ fn nothing_is_durable_any_more_after_a_sync_has_failed() {
 }
 
 #[test]
-fn a_sync_that_fails_on_the_ring_is_told() {
+fn failed_io_uring_sync_is_reported() {
     let (file, socket) = (scratch(2048), std::os::unix::net::UnixStream::pair().unwrap().0);
     // A socket cannot be synced.
     let script = Script { places: Some(file.as_raw_fd()), sync: Some(socket.as_raw_fd()), ..Script::default() };
@@ -163,7 +163,7 @@ fn a_sync_that_fails_on_the_ring_is_told() {
 }
 
 #[test]
-fn places_that_a_backend_tells_are_read_and_written_by_the_ring() {
+fn extents_of_a_backend_are_served_by_io_uring() {
     let file = scratch(2048);
     let script = Script { places: Some(file.as_raw_fd()), sync: Some(file.as_raw_fd()), ..Script::default() };
     let (mut driver, script, _) = played(options(IoEngine::IoUring), script);
@@ -188,7 +188,7 @@ fn places_that_a_backend_tells_are_read_and_written_by_the_ring() {
 }
 
 #[test]
-fn errors_are_the_guests_or_the_embedders() {
+fn error_actions_report_pause_or_stop() {
     let mut options = options(IoEngine::Auto);
     options.policy.set(ErrorClass::Write, ErrorAction::Stop);
     let (mut driver, script, faults) = played(options, Script { fail: [libc::EIO].into(), ..Script::default() });
@@ -199,7 +199,7 @@ fn errors_are_the_guests_or_the_embedders() {
     for _ in 0..2 {
         next(&[libc::ENOSPC]);
         driver.send(0, &[&write], &[1]);
-        driver.poke(0);
+        driver.dispatch(0);
         assert_eq!(driver.receive(0), None);
         let (disk, io) = driver.parts();
         disk.resumed(io);
@@ -207,7 +207,7 @@ fn errors_are_the_guests_or_the_embedders() {
     }
     next(&[libc::EIO]);
     driver.send(0, &[&write], &[1]);
-    driver.poke(0);
+    driver.dispatch(0);
     assert_eq!(driver.receive(0), None);
     let told: Vec<_> = faults.lock().unwrap().iter().map(|f| (f.sector, f.bytes, f.errno, f.action)).collect();
     assert_eq!(
@@ -227,7 +227,7 @@ fn errors_are_the_guests_or_the_embedders() {
 fn tick(driver: &mut Driver<Blk>) {
     let timer = driver.device.timer.as_ref().unwrap();
     assert!(sys::wait_readable(timer.as_fd(), Some(Duration::from_secs(20))).unwrap());
-    driver.poke_watched(TIMER);
+    driver.dispatch_watched(TIMER);
 }
 
 #[test]
@@ -243,7 +243,7 @@ fn requests_wait_for_their_limit_in_order_and_flushes_do_not() {
         }
         driver.send(0, &[&header(FLUSH, 0)], &[1]);
         driver.send(0, &[&header(READ, 0)], &[512, 1]);
-        driver.poke(0);
+        driver.dispatch(0);
         assert!(driver.device.waiting[0].is_empty() && (4..=5).contains(&driver.device.waiting[1].len()));
         let mut answers = 0;
         while answers < 14 {
@@ -252,7 +252,7 @@ fn requests_wait_for_their_limit_in_order_and_flushes_do_not() {
                     assert_eq!(bytes.last(), Some(&S_OK));
                     answers += 1;
                 }
-                None if driver.device.waiting[1].is_empty() => driver.poke_watched(RING_READY),
+                None if driver.device.waiting[1].is_empty() => driver.dispatch_watched(RING_READY),
                 None => tick(&mut driver),
             }
         }
@@ -268,13 +268,13 @@ fn requests_wait_for_their_limit_in_order_and_flushes_do_not() {
 }
 
 #[test]
-fn a_limit_that_goes_away_lets_everybody_through() {
+fn removed_limit_admits_waiting_requests() {
     let limit = DiskLimit::none().read_bytes(Rate::per_second(1));
     let mut driver = Driver::start(Blk::new(raw(&scratch(8), false), Options { limit, ..options(IoEngine::Auto) }));
     for _ in 0..3 {
         driver.send(0, &[&header(READ, 0)], &[512, 1]);
     }
-    driver.poke(0);
+    driver.dispatch(0);
     answer_on(&mut driver, 0);
     assert_eq!(driver.receive(0), None);
     driver.device.set_limit(&DiskLimit::none());
@@ -284,13 +284,13 @@ fn a_limit_that_goes_away_lets_everybody_through() {
 }
 
 #[test]
-fn a_stop_waits_until_guest_memory_stands_still_and_a_pause_too() {
+fn stop_and_pause_wait_for_requests_in_flight() {
     let (near, far) = std::os::unix::net::UnixStream::pair().unwrap();
     // Reads of an empty socket are in flight for as long as one likes.
     let script = Script { places: Some(near.as_raw_fd()), ..Script::default() };
     let (mut driver, script, _) = played(options(IoEngine::IoUring), script);
     driver.send(0, &[&header(READ, 0)], &[512, 1]);
-    driver.poke(0);
+    driver.dispatch(0);
     assert_eq!(driver.receive(0), None);
     let (disk, io) = driver.parts();
     assert!(!disk.pausing(io, Duration::from_millis(20)));
@@ -300,7 +300,7 @@ fn a_stop_waits_until_guest_memory_stands_still_and_a_pause_too() {
     assert_eq!((bytes[0], bytes[511], bytes[512]), (3, 3, S_OK));
 
     driver.send(0, &[&header(READ, 0)], &[512, 1]);
-    driver.poke(0);
+    driver.dispatch(0);
     let memory = driver.memory();
     let disk = driver.stop();
     assert!(!disk.engine.io_queue.as_ref().unwrap().busy());
@@ -312,14 +312,14 @@ fn a_stop_waits_until_guest_memory_stands_still_and_a_pause_too() {
 }
 
 #[test]
-fn a_disk_that_shares_its_loop_leaves_what_is_under_way_to_who_stops_it() {
+fn disk_on_a_shared_loop_hands_over_requests_in_flight() {
     let (near, _far) = std::os::unix::net::UnixStream::pair().unwrap();
     let fd = Some(near.as_raw_fd());
     let script = Script { places: fd, sync: fd, whole: true, ..Script::default() };
     let (mut driver, ..) = played(options(IoEngine::IoUring), script);
     assert!(!driver.device.blocks());
     driver.send(0, &[&header(READ, 0)], &[512, 1]);
-    driver.poke(0);
+    driver.dispatch(0);
     let (disk, io) = driver.parts();
     let begin = Instant::now();
     disk.stopping(io);
@@ -341,7 +341,7 @@ fn the_last_requests_are_served_whatever_their_limit() {
         for n in 0..8 {
             driver.send(0, &[&header(WRITES, n), &[9; 512]], &[1]);
         }
-        driver.poke(0);
+        driver.dispatch(0);
         let (disk, io) = driver.parts();
         disk.finishing(io, Duration::from_secs(20));
         let mut back = [0; 4096];
@@ -351,18 +351,19 @@ fn the_last_requests_are_served_whatever_their_limit() {
 }
 
 #[test]
-fn a_ring_that_was_asked_for_and_is_of_no_use_is_told() {
-    let disk = Blk::new(Box::new(Played(Arc::default())), options(IoEngine::IoUring));
+fn unusable_io_uring_is_reported() {
+    let disk = Blk::new(Box::new(MockBackend(Arc::default())), options(IoEngine::IoUring));
     assert!(disk.refused().is_some() && disk.engine() == IoEngine::Threads && disk.blocks());
-    assert!(Blk::new(Box::new(Played(Arc::default())), options(IoEngine::Auto)).refused().is_none());
+    assert!(Blk::new(Box::new(MockBackend(Arc::default())), options(IoEngine::Auto)).refused().is_none());
 }
 
 #[test]
-fn little_space_is_told_once_each_time() {
+fn low_space_is_reported_once_each_time() {
     let (script, told) = (Arc::<Mutex<Script>>::default(), Arc::<Mutex<Vec<u64>>>::default());
     let options = Options { min_free_space: Some(1000), ..Options::new(0) };
     let hears = told.clone();
-    let disk = Blk::new(Box::new(Played(script.clone())), options).on_low_space(move |n| hears.lock().unwrap().push(n));
+    let disk =
+        Blk::new(Box::new(MockBackend(script.clone())), options).on_low_space(move |n| hears.lock().unwrap().push(n));
     let mut driver = Driver::start(disk);
     for (n, free) in [1000, 999, 998, 2000, 5].into_iter().enumerate() {
         script.lock().unwrap().free = Some(free);

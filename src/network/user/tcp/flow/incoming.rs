@@ -6,48 +6,48 @@ use std::io;
 use std::net::Shutdown;
 use std::os::fd::AsFd;
 
-use super::{Flow, Segment};
+use super::{TcpFlow, TcpSegment};
 use crate::memory::{GuestMemory, Segment as Piece};
 use crate::network::user::core::Core;
 use crate::network::wire::{ACK, FIN};
 
-impl Flow {
+impl TcpFlow {
     /// RFC 9293, 3.10.7.4, "seventh, process the segment text" and "eighth, check the FIN bit".
-    pub(super) fn data(
+    pub(super) fn process_text(
         &mut self,
         core: &mut Core,
-        segment: &Segment<'_>,
+        segment: &TcpSegment<'_>,
         payload: &mut Vec<Piece>,
         budget: usize,
     ) -> io::Result<()> {
         let (tcp, mut fin) = (&segment.tcp, segment.tcp.flags & FIN != 0);
-        let ahead = tcp.seq.wrapping_sub(self.received) as i32;
+        let ahead = tcp.seq.wrapping_sub(self.rcv_nxt) as i32;
         if ahead > 0 {
             // The guest counts these answers, so that none may be left out (RFC 5681, 3.2).
             core.stats.out_of_order += 1;
-            self.answer(core, ACK);
+            self.send_control(core, ACK);
             return Ok(());
         }
         let old = ahead.unsigned_abs() as usize;
         self.ack_due |= segment.len > 0 || fin || old > 0;
-        if self.guest_fin || old > segment.len || segment.len + usize::from(fin) == old {
+        if self.fin_received || old > segment.len || segment.len + usize::from(fin) == old {
             return Ok(());
         }
-        let room = self.edge.wrapping_sub(self.received) as usize;
+        let room = self.rcv_wnd_edge.wrapping_sub(self.rcv_nxt) as usize;
         let len = (segment.len - old).min(room);
         fin &= len == segment.len - old;
-        let taken = if len > 0 { self.hand_over(segment.memory, payload, (old, len), budget)? } else { 0 };
-        self.received = self.received.wrapping_add(taken as u32);
+        let taken = if len > 0 { self.send_to_host(segment.memory, payload, (old, len), budget)? } else { 0 };
+        self.rcv_nxt = self.rcv_nxt.wrapping_add(taken as u32);
         if fin && taken == len {
-            self.received = self.received.wrapping_add(1);
-            self.guest_fin = true;
-            self.shut_down();
+            self.rcv_nxt = self.rcv_nxt.wrapping_add(1);
+            self.fin_received = true;
+            self.shut_down_host();
         }
         Ok(())
     }
 
     /// Sends the `len` bytes after the first `skip` of `payload`; true to how many the host's socket or the backlog took.
-    fn hand_over(
+    fn send_to_host(
         &mut self,
         memory: &GuestMemory,
         payload: &mut Vec<Piece>,
@@ -93,7 +93,7 @@ impl Flow {
     }
 
     /// Sends what waited. True: there is nothing left.
-    pub(super) fn drain(&mut self) -> io::Result<bool> {
+    pub(super) fn flush_backlog(&mut self) -> io::Result<bool> {
         let Some(socket) = &self.socket else { return Ok(true) };
         while !self.backlog.is_empty() {
             match socket.send(self.backlog.as_slices().0) {
@@ -107,14 +107,14 @@ impl Flow {
             // The window opens again.
             self.ack_due = true;
         }
-        self.shut_down();
+        self.shut_down_host();
         Ok(true)
     }
 
     /// Closes the host's direction when the guest has closed its own and nothing waits.
-    pub(super) fn shut_down(&mut self) {
-        if self.guest_fin && self.backlog.is_empty() && !self.shut {
-            self.shut = true;
+    pub(super) fn shut_down_host(&mut self) {
+        if self.fin_received && self.backlog.is_empty() && !self.host_shut_down {
+            self.host_shut_down = true;
             if let Some(Err(error)) = self.socket.as_ref().map(|s| s.shutdown(Shutdown::Write)) {
                 log::debug!("a connection was closed by both sides at once: {error}");
             }

@@ -45,7 +45,7 @@ const MAX_PATH: usize = 4096;
 
 /// What a base is known by.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Identity {
+pub(super) enum BaseIdentity {
     /// A raw image that has not changed since.
     Raw { len: u64, changed: i64, inode: u64 },
     /// A frozen overlay, wherever it is.
@@ -54,21 +54,21 @@ pub(super) enum Identity {
 
 /// What an overlay says of itself.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Header {
+pub(super) struct OverlayHeader {
     pub frozen: bool,
     /// Bytes of the disk: whole sectors.
     pub size: u64,
     /// Where the first cluster is.
     pub data: u64,
     pub id: [u8; 16],
-    pub base: Identity,
+    pub base: BaseIdentity,
     pub path: PathBuf,
 }
 
-impl Header {
+impl OverlayHeader {
     /// # Errors
     /// `InvalidConfig` when the disk is too large or no whole sectors, or the base's path too long.
-    pub(super) fn new(size: u64, id: [u8; 16], base: Identity, path: &Path) -> Result<Self> {
+    pub(super) fn new(size: u64, id: [u8; 16], base: BaseIdentity, path: &Path) -> Result<Self> {
         let bad = |problem: String| Err(Error::new(ErrorKind::InvalidConfig, problem));
         if size == 0 || !size.is_multiple_of(SECTOR as u64) || size > MAX_SIZE {
             return bad(format!(
@@ -98,8 +98,8 @@ impl Header {
     pub(super) fn sector(&self) -> [u8; SECTOR] {
         let path = self.path.as_os_str().as_bytes();
         let (kind, id, len, changed, inode) = match self.base {
-            Identity::Raw { len, changed, inode } => (1u32, [0; 16], len, changed, inode),
-            Identity::Overlay { id, len } => (2, id, len, 0, 0),
+            BaseIdentity::Raw { len, changed, inode } => (1u32, [0; 16], len, changed, inode),
+            BaseIdentity::Overlay { id, len } => (2, id, len, 0, 0),
         };
         let mut bytes = Vec::with_capacity(SECTOR);
         bytes.extend_from_slice(MAGIC);
@@ -133,7 +133,7 @@ impl Header {
     /// `Corrupt` when it is no overlay or a damaged one, `Incompatible` when it is one of another version.
     pub(super) fn parse(bytes: &[u8]) -> Result<Self> {
         let corrupt = |problem: &'static str| Error::new(ErrorKind::Corrupt, problem);
-        let mut rest = Fields(bytes);
+        let mut rest = HeaderFields(bytes);
         let cut = || corrupt("the file is too short for an overlay");
         if &rest.take::<8>().ok_or_else(cut)? != MAGIC {
             return Err(corrupt("not an overlay"));
@@ -162,8 +162,8 @@ impl Header {
         }
         header.frozen = flags & FROZEN != 0;
         header.base = match (kind, header.base) {
-            (1, Identity::Raw { .. }) => header.base,
-            (2, Identity::Raw { len, .. }) => Identity::Overlay { id: Self::base_id(bytes), len },
+            (1, BaseIdentity::Raw { .. }) => header.base,
+            (2, BaseIdentity::Raw { len, .. }) => BaseIdentity::Overlay { id: Self::base_id(bytes), len },
             _ => return Err(corrupt("the overlay's header is damaged: the kind of its base is none")),
         };
         let path_len = usize::try_from(path_len).unwrap_or(usize::MAX);
@@ -183,12 +183,12 @@ impl Header {
     }
 
     /// What is between version and checksum: flags, cluster, kind, length and checksum of the path, and the rest.
-    fn fields(rest: &mut Fields<'_>) -> Option<(u32, u32, u32, u32, u64, Self)> {
+    fn fields(rest: &mut HeaderFields<'_>) -> Option<(u32, u32, u32, u32, u64, Self)> {
         let (flags, size, cluster, kind) = (rest.u32()?, rest.u64()?, rest.u32()?, rest.u32()?);
         let (data, id, _base_id) = (rest.u64()?, rest.take()?, rest.take::<16>()?);
         let (len, changed, inode) = (rest.u64()?, i64::from_le_bytes(rest.take()?), rest.u64()?);
         let (path_len, path_sum) = (rest.u32()?, rest.u64()?);
-        let base = Identity::Raw { len, changed, inode };
+        let base = BaseIdentity::Raw { len, changed, inode };
         Some((
             flags,
             cluster,
@@ -205,9 +205,9 @@ impl Header {
 }
 
 /// Takes numbers off the front.
-struct Fields<'a>(&'a [u8]);
+struct HeaderFields<'a>(&'a [u8]);
 
-impl Fields<'_> {
+impl HeaderFields<'_> {
     fn take<const N: usize>(&mut self) -> Option<[u8; N]> {
         let (now, later) = self.0.split_first_chunk()?;
         self.0 = later;
@@ -251,40 +251,43 @@ fn fnv(bytes: &[u8]) -> u64 {
 mod tests {
     use super::*;
 
-    fn header(base: Identity) -> Header {
-        Header::new(10 << 30, [7; 16], base, Path::new("/images/base.img")).unwrap()
+    fn header(base: BaseIdentity) -> OverlayHeader {
+        OverlayHeader::new(10 << 30, [7; 16], base, Path::new("/images/base.img")).unwrap()
     }
 
     #[test]
     fn headers_are_read_as_they_were_written() {
-        let raw = Identity::Raw { len: 5 << 30, changed: -3, inode: 9 };
-        for base in [raw, Identity::Overlay { id: [3; 16], len: 4096 }] {
+        let raw = BaseIdentity::Raw { len: 5 << 30, changed: -3, inode: 9 };
+        for base in [raw, BaseIdentity::Overlay { id: [3; 16], len: 4096 }] {
             let mut wanted = header(base);
             wanted.frozen = true;
-            assert_eq!(Header::parse(&wanted.bytes()).unwrap(), wanted);
+            assert_eq!(OverlayHeader::parse(&wanted.bytes()).unwrap(), wanted);
         }
         assert!(header(raw).most() >= 1 << 40);
     }
 
     #[test]
-    fn any_changed_byte_of_a_header_is_seen() {
-        let bytes = header(Identity::Raw { len: 512, changed: 1, inode: 2 }).bytes();
+    fn changed_header_bytes_are_detected() {
+        let bytes = header(BaseIdentity::Raw { len: 512, changed: 1, inode: 2 }).bytes();
         for n in (0..116).chain(512..bytes.len()) {
             let mut bad = bytes.clone();
             bad[n] ^= 1;
-            let error = Header::parse(&bad).unwrap_err();
+            let error = OverlayHeader::parse(&bad).unwrap_err();
             assert!(matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Incompatible), "{n}: {error}");
         }
         for len in [0, 7, 11, 100, 115, 520] {
-            assert_eq!(Header::parse(&bytes[..len]).unwrap_err().kind(), ErrorKind::Corrupt, "{len}");
+            assert_eq!(OverlayHeader::parse(&bytes[..len]).unwrap_err().kind(), ErrorKind::Corrupt, "{len}");
         }
     }
 
     #[test]
-    fn what_cannot_be_an_overlay_is_refused() {
-        let base = Identity::Raw { len: 512, changed: 1, inode: 2 };
+    fn invalid_overlay_headers_are_rejected() {
+        let base = BaseIdentity::Raw { len: 512, changed: 1, inode: 2 };
         for size in [0, 100, 16 << 40] {
-            assert_eq!(Header::new(size, [0; 16], base, Path::new("/")).unwrap_err().kind(), ErrorKind::InvalidConfig);
+            assert_eq!(
+                OverlayHeader::new(size, [0; 16], base, Path::new("/")).unwrap_err().kind(),
+                ErrorKind::InvalidConfig
+            );
         }
     }
 }

@@ -23,12 +23,12 @@ use super::{BlockBackend, Extent, Geometry, front};
 
 use crate::memory::{GuestMemory, Segment};
 use crate::sys::{ForkGuard, Space};
-use format::{CLUSTER, Header};
+use format::{CLUSTER, OverlayHeader};
 #[cfg(any(test, feature = "internals"))]
 pub(super) use format::{STATES, reseal};
 pub(crate) use open::{BasePath, create};
 pub(crate) use rewrite::{compact, flatten, freeze, rebase};
-use states::{State, States};
+use states::{ClusterState, States};
 
 /// Clusters that are given up at once: their states fit into memory.
 const AT_ONCE: u64 = 64 * format::PER_PAGE;
@@ -37,7 +37,7 @@ const IN_FLIGHT: usize = 4096;
 
 /// A write that the caller does itself, in places that it was given.
 #[derive(Debug)]
-struct InFlight {
+struct InFlightWrite {
     offset: u64,
     len: u64,
     /// Clusters that it writes whole.
@@ -52,11 +52,11 @@ pub(crate) struct OverlayFile {
     /// Goes before the file.
     _guard: Option<ForkGuard>,
     file: Box<dyn Storage>,
-    header: Header,
+    header: OverlayHeader,
     base: Box<dyn Layer>,
     states: States,
     /// Writes in flight to clusters that were not here.
-    in_flight: Vec<InFlight>,
+    in_flight: Vec<InFlightWrite>,
     read_only: bool,
     /// Whether the file has a name, and can be read after a loss of power.
     durable: bool,
@@ -71,7 +71,7 @@ pub(crate) struct OverlayFile {
 }
 
 impl OverlayFile {
-    fn new(file: Box<dyn Storage>, header: Header, base: Box<dyn Layer>) -> io::Result<Self> {
+    fn new(file: Box<dyn Storage>, header: OverlayHeader, base: Box<dyn Layer>) -> io::Result<Self> {
         let allocated = file.allocated()?;
         Ok(Self {
             _guard: file.fd().map(|fd| ForkGuard::new(&fd)),
@@ -111,7 +111,7 @@ impl OverlayFile {
     }
 
     /// The state of the first bytes of a range, and how many they are.
-    fn run(&mut self, offset: u64, len: u64) -> io::Result<(State, u64)> {
+    fn run(&mut self, offset: u64, len: u64) -> io::Result<(ClusterState, u64)> {
         let (state, count) = self.states.run(&*self.file, Self::touched(offset, len))?;
         Ok((state, ((offset / CLUSTER + count) * CLUSTER - offset).min(len)))
     }
@@ -121,7 +121,7 @@ impl OverlayFile {
         &mut self,
         offset: u64,
         len: u64,
-        mut each: impl FnMut(&mut Self, State, u64, u64) -> io::Result<()>,
+        mut each: impl FnMut(&mut Self, ClusterState, u64, u64) -> io::Result<()>,
     ) -> io::Result<()> {
         let (mut at, end) = (offset, offset + len);
         while at < end {
@@ -141,9 +141,9 @@ impl OverlayFile {
             let (now, later) = std::mem::take(&mut rest).split_at_mut(usize::try_from(len).unwrap_or(usize::MAX));
             rest = later;
             match state {
-                State::Here => disk.file.read(now, disk.place(at)),
-                State::Base => disk.base.read(now, at),
-                State::Zero => {
+                ClusterState::Here => disk.file.read(now, disk.place(at)),
+                ClusterState::Base => disk.base.read(now, at),
+                ClusterState::Zero => {
                     now.fill(0);
                     Ok(())
                 }
@@ -164,25 +164,25 @@ impl OverlayFile {
         let whole = self.whole(offset, len);
         for cluster in [touched.start, touched.end - 1] {
             if !whole.contains(&cluster) {
-                self.bring(cluster)?;
+                self.copy_up(cluster)?;
             }
         }
         Ok(missing * CLUSTER)
     }
 
     /// Copies a cluster here, unless a write in flight covers all of it.
-    fn bring(&mut self, cluster: u64) -> io::Result<()> {
+    fn copy_up(&mut self, cluster: u64) -> io::Result<()> {
         let this = cluster..cluster + 1;
         let (state, _) = self.states.run(&*self.file, this.clone())?;
-        if state == State::Here || self.in_flight.iter().any(|it| it.whole.contains(&cluster)) {
+        if state == ClusterState::Here || self.in_flight.iter().any(|it| it.whole.contains(&cluster)) {
             return Ok(());
         }
         let mut bytes = [0; CLUSTER as usize];
-        if state == State::Base {
+        if state == ClusterState::Base {
             self.base.read(&mut bytes, cluster * CLUSTER)?;
         }
         self.file.write(&bytes, self.place(cluster * CLUSTER))?;
-        self.states.set(&*self.file, this, State::Here)
+        self.states.set(&*self.file, this, ClusterState::Here)
     }
 
     /// Fails when so many bytes more are too many. What is in flight counts as if nothing of it had arrived.
@@ -231,14 +231,14 @@ impl OverlayFile {
             let (state, count) = self.states.run(&*self.file, at..clusters.end.min(at + AT_ONCE))?;
             let (place, len) = (self.place(at * CLUSTER), count * CLUSTER);
             match state {
-                State::Zero => {}
-                State::Here if keep => self.file.zero(place, len)?,
-                State::Here => {
+                ClusterState::Zero => {}
+                ClusterState::Here if keep => self.file.zero(place, len)?,
+                ClusterState::Here => {
                     self.file.punch(place, len)?;
-                    self.states.set(&*self.file, at..at + count, State::Zero)?;
+                    self.states.set(&*self.file, at..at + count, ClusterState::Zero)?;
                     self.allocated = self.allocated.saturating_sub(len);
                 }
-                State::Base => self.states.set(&*self.file, at..at + count, State::Zero)?,
+                ClusterState::Base => self.states.set(&*self.file, at..at + count, ClusterState::Zero)?,
             }
             at += count;
             self.trim()?;
@@ -249,7 +249,7 @@ impl OverlayFile {
     /// Zeroes in a piece of one cluster.
     fn zero_piece(&mut self, piece: Range<u64>) -> io::Result<()> {
         let len = piece.end - piece.start;
-        if self.run(piece.start, len)?.0 == State::Zero {
+        if self.run(piece.start, len)?.0 == ClusterState::Zero {
             return Ok(());
         }
         self.allocated += self.prepare(piece.start, len)?;
@@ -260,7 +260,7 @@ impl OverlayFile {
 }
 
 impl BlockBackend for OverlayFile {
-    fn shape(&self) -> Geometry {
+    fn geometry(&self) -> Geometry {
         let discard = if self.read_only { 0 } else { CLUSTER as u32 };
         Geometry { len: self.header.size, read_only: self.read_only, discard }
     }
@@ -271,9 +271,9 @@ impl BlockBackend for OverlayFile {
         self.runs(offset, len, |disk, state, at, len| {
             let now = front(&mut rest, usize::try_from(len).unwrap_or(usize::MAX));
             match state {
-                State::Here => disk.file.read_guest(memory, &now, disk.place(at)),
-                State::Base => disk.base.read_guest(memory, &now, at),
-                State::Zero => zeroes_to_guest(memory, &now),
+                ClusterState::Here => disk.file.read_guest(memory, &now, disk.place(at)),
+                ClusterState::Base => disk.base.read_guest(memory, &now, at),
+                ClusterState::Zero => zeroes_to_guest(memory, &now),
             }
         })
     }
@@ -285,7 +285,7 @@ impl BlockBackend for OverlayFile {
         }
         self.allocated += self.prepare(offset, len)?;
         self.file.write_guest(memory, segments, self.place(offset))?;
-        self.states.set(&*self.file, Self::touched(offset, len), State::Here)?;
+        self.states.set(&*self.file, Self::touched(offset, len), ClusterState::Here)?;
         self.trim()
     }
 
@@ -324,7 +324,7 @@ impl BlockBackend for OverlayFile {
         if len < self.header.size || len > self.header.most() || !len.is_multiple_of(512) {
             return Err(io::Error::from_raw_os_error(libc::EINVAL));
         }
-        let larger = Header { size: len, ..self.header.clone() };
+        let larger = OverlayHeader { size: len, ..self.header.clone() };
         self.file.set_len(larger.file_len())?;
         self.sync()?;
         self.file.write(&larger.sector(), 0)?;
@@ -347,7 +347,7 @@ impl BlockBackend for OverlayFile {
                     return Err(io::Error::from_raw_os_error(libc::EAGAIN));
                 }
                 self.reserved += reserved;
-                self.in_flight.push(InFlight { offset, len, whole: self.whole(offset, len), reserved });
+                self.in_flight.push(InFlightWrite { offset, len, whole: self.whole(offset, len), reserved });
             }
             found.push(Extent::File { fd, offset: self.place(offset), len });
             Ok(())
@@ -355,14 +355,14 @@ impl BlockBackend for OverlayFile {
         Some(prepared)
     }
 
-    fn written(&mut self, offset: u64, len: u64) -> io::Result<()> {
-        self.abandoned(offset, len);
+    fn write_done(&mut self, offset: u64, len: u64) -> io::Result<()> {
+        self.write_failed(offset, len);
         // What is beside the range in its clusters was copied before, or is being written by a request that this one overlaps.
-        self.states.set(&*self.file, Self::touched(offset, len), State::Here)?;
+        self.states.set(&*self.file, Self::touched(offset, len), ClusterState::Here)?;
         self.trim()
     }
 
-    fn abandoned(&mut self, offset: u64, len: u64) {
+    fn write_failed(&mut self, offset: u64, len: u64) {
         if let Some(n) = self.in_flight.iter().position(|it| (it.offset, it.len) == (offset, len)) {
             let ended = self.in_flight.swap_remove(n);
             self.reserved = self.reserved.saturating_sub(ended.reserved);
@@ -388,12 +388,12 @@ impl OverlayFile {
     fn list(&mut self, offset: u64, len: u64, found: &mut Vec<Extent>) -> io::Result<()> {
         let fd = self.file.fd().ok_or(io::ErrorKind::Unsupported)?;
         self.runs(offset, len, |disk, state, at, len| match state {
-            State::Base => disk.base.extents(at, len, found),
-            State::Here => {
+            ClusterState::Base => disk.base.extents(at, len, found),
+            ClusterState::Here => {
                 push(found, Extent::File { fd, offset: disk.place(at), len });
                 Ok(())
             }
-            State::Zero => {
+            ClusterState::Zero => {
                 push(found, Extent::Zeroes { len });
                 Ok(())
             }

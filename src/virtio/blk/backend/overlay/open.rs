@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use super::super::layer::{Layer, RawLayer};
 use super::super::raw::{length, lock_or_name_holder};
 use super::OverlayFile;
-use super::format::{Header, Identity, STATES};
+use super::format::{BaseIdentity, OverlayHeader, STATES};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::size::Size;
 use crate::sys::{self, LockKind};
@@ -43,9 +43,9 @@ pub(crate) struct About {
 
 /// The overlays that were opened on the way down.
 #[derive(Default)]
-struct Chain(Vec<(u64, u64)>);
+struct BaseChain(Vec<(u64, u64)>);
 
-impl Chain {
+impl BaseChain {
     /// # Errors
     /// `Corrupt` when this file was met before or there are too many.
     fn add(&mut self, file: &File) -> Result<()> {
@@ -66,7 +66,7 @@ impl Chain {
 }
 
 /// Opens the base that `path` names.
-fn open_base(base: &BasePath, chain: &mut Chain) -> Result<(Box<dyn Layer>, Identity)> {
+fn open_base(base: &BasePath, chain: &mut BaseChain) -> Result<(Box<dyn Layer>, BaseIdentity)> {
     let doing = || format!("opening base {}", base.path().display());
     match base {
         BasePath::Raw(path) => open_raw(path).doing(doing),
@@ -79,7 +79,7 @@ fn open_base(base: &BasePath, chain: &mut Chain) -> Result<(Box<dyn Layer>, Iden
                 )
                 .doing(doing()));
             }
-            let identity = Identity::Overlay { id: header.id, len: header.size };
+            let identity = BaseIdentity::Overlay { id: header.id, len: header.size };
             let mut disk = assemble(file, header, None, chain).doing(doing)?;
             disk.read_only = true;
             Ok((Box::new(disk), identity))
@@ -87,22 +87,22 @@ fn open_base(base: &BasePath, chain: &mut Chain) -> Result<(Box<dyn Layer>, Iden
     }
 }
 
-fn open_raw(path: &Path) -> Result<(Box<dyn Layer>, Identity)> {
+fn open_raw(path: &Path) -> Result<(Box<dyn Layer>, BaseIdentity)> {
     let file = File::open(path)?;
     let len = length(&file)?;
     lock_or_name_holder(&file, LockKind::Shared)?;
     let metadata = file.metadata()?;
     let identity = if metadata.file_type().is_block_device() {
-        Identity::Raw { len, changed: 0, inode: metadata.rdev() }
+        BaseIdentity::Raw { len, changed: 0, inode: metadata.rdev() }
     } else {
         let changed = metadata.mtime().saturating_mul(1_000_000_000).saturating_add(metadata.mtime_nsec());
-        Identity::Raw { len, changed, inode: metadata.ino() }
+        BaseIdentity::Raw { len, changed, inode: metadata.ino() }
     };
     Ok((Box::new(RawLayer::new(file, len)), identity))
 }
 
 /// Opens and locks an overlay's file and reads its header.
-fn open_file(path: &Path, lock: LockKind) -> Result<(File, Header)> {
+fn open_file(path: &Path, lock: LockKind) -> Result<(File, OverlayHeader)> {
     loop {
         let file = OpenOptions::new().read(true).write(lock == LockKind::Exclusive).open(path)?;
         if !file.metadata()?.is_file() {
@@ -118,7 +118,7 @@ fn open_file(path: &Path, lock: LockKind) -> Result<(File, Header)> {
     }
 }
 
-fn read_header(file: &File) -> Result<Header> {
+fn read_header(file: &File) -> Result<OverlayHeader> {
     use std::os::unix::fs::FileExt;
     let (mut bytes, mut len) = (vec![0; STATES as usize], 0);
     while let Some(rest) = bytes.get_mut(len..).filter(|rest| !rest.is_empty()) {
@@ -129,7 +129,7 @@ fn read_header(file: &File) -> Result<Header> {
             Err(e) => return Err(e.into()),
         }
     }
-    let header = Header::parse(bytes.get(..len).unwrap_or_default())?;
+    let header = OverlayHeader::parse(bytes.get(..len).unwrap_or_default())?;
     let (is, needed) = (file.metadata()?.len(), header.file_len());
     if is < needed {
         return Err(Error::new(ErrorKind::Corrupt, format!("the overlay was cut: {is} of {needed} bytes are left")));
@@ -138,7 +138,7 @@ fn read_header(file: &File) -> Result<Header> {
 }
 
 /// Puts an overlay on its base: on the one that is `named`, if any, else on the one that it names itself.
-fn assemble(file: File, header: Header, named: Option<&BasePath>, chain: &mut Chain) -> Result<OverlayFile> {
+fn assemble(file: File, header: OverlayHeader, named: Option<&BasePath>, chain: &mut BaseChain) -> Result<OverlayFile> {
     chain.add(&file)?;
     let own = header.base_path();
     let path = named.unwrap_or(&own);
@@ -150,16 +150,16 @@ fn assemble(file: File, header: Header, named: Option<&BasePath>, chain: &mut Ch
 }
 
 /// Why this is not the base that it was.
-fn changed(path: &BasePath, was: Identity, is: Identity) -> Error {
+fn changed(path: &BasePath, was: BaseIdentity, is: BaseIdentity) -> Error {
     let show = |identity| match identity {
-        Identity::Raw { len, changed, inode } => {
+        BaseIdentity::Raw { len, changed, inode } => {
             format!(
                 "a raw image of {len} bytes, inode {inode}, changed {}.{:09} s after 1970",
                 changed.div_euclid(1_000_000_000),
                 changed.rem_euclid(1_000_000_000)
             )
         }
-        Identity::Overlay { id, len } => format!("overlay {:032x} of {len} bytes", u128::from_be_bytes(id)),
+        BaseIdentity::Overlay { id, len } => format!("overlay {:032x} of {len} bytes", u128::from_be_bytes(id)),
     };
     let path = path.path().display();
     Error::new(
@@ -173,11 +173,11 @@ fn changed(path: &BasePath, was: Identity, is: Identity) -> Error {
     )
 }
 
-impl Header {
+impl OverlayHeader {
     fn base_path(&self) -> BasePath {
         match self.base {
-            Identity::Raw { .. } => BasePath::Raw(self.path.clone()),
-            Identity::Overlay { .. } => BasePath::Overlay(self.path.clone()),
+            BaseIdentity::Raw { .. } => BasePath::Raw(self.path.clone()),
+            BaseIdentity::Overlay { .. } => BasePath::Overlay(self.path.clone()),
         }
     }
 }
@@ -204,7 +204,7 @@ impl OverlayFile {
             )
             .doing(doing()));
         }
-        let mut disk = assemble(file, header, named, &mut Chain::default()).doing(doing)?;
+        let mut disk = assemble(file, header, named, &mut BaseChain::default()).doing(doing)?;
         disk.read_only = read_only;
         Ok(disk)
     }
@@ -232,14 +232,14 @@ impl OverlayFile {
 
     pub(crate) fn about(&self) -> Result<About> {
         let allocated = self.file.allocated()?;
-        let Header { size, frozen, .. } = self.header;
+        let OverlayHeader { size, frozen, .. } = self.header;
         Ok(About { size, allocated, frozen, base: self.header.base_path() })
     }
 }
 
 /// The header of a new overlay, and its base.
-fn plan(base: &BasePath, size: Option<Size>) -> Result<(Header, Box<dyn Layer>)> {
-    let (layer, identity) = open_base(base, &mut Chain::default())?;
+fn plan(base: &BasePath, size: Option<Size>) -> Result<(OverlayHeader, Box<dyn Layer>)> {
+    let (layer, identity) = open_base(base, &mut BaseChain::default())?;
     let size = size.map_or(layer.len(), Size::as_bytes);
     if size < layer.len() {
         return Err(Error::new(
@@ -250,10 +250,10 @@ fn plan(base: &BasePath, size: Option<Size>) -> Result<(Header, Box<dyn Layer>)>
     let mut id = [0; 16];
     sys::fill_random(&mut id)?;
     let path = fs::canonicalize(base.path())?;
-    Ok((Header::new(size, id, identity, &path)?, layer))
+    Ok((OverlayHeader::new(size, id, identity, &path)?, layer))
 }
 
-fn write_new(file: &File, header: &Header) -> io::Result<()> {
+fn write_new(file: &File, header: &OverlayHeader) -> io::Result<()> {
     use std::os::unix::fs::FileExt;
     file.set_len(header.file_len())?;
     file.write_all_at(&header.bytes(), 0)
@@ -270,7 +270,7 @@ pub(crate) fn create(path: &Path, base: &BasePath, size: Option<Size>) -> Result
 }
 
 /// The parts that rewriting needs: the overlay, alone, and what a new one on `base` would begin with.
-pub(super) fn plan_again(disk: &OverlayFile, base: &BasePath) -> Result<(Header, Box<dyn Layer>)> {
+pub(super) fn plan_again(disk: &OverlayFile, base: &BasePath) -> Result<(OverlayHeader, Box<dyn Layer>)> {
     let (mut header, layer) = plan(base, Some(Size::bytes(disk.header.size)))?;
     header.id = disk.header.id;
     header.frozen = disk.header.frozen;
@@ -282,7 +282,7 @@ pub(super) fn own_base(disk: &OverlayFile) -> BasePath {
 }
 
 /// Makes an overlay of a file whose header was written.
-pub(super) fn on(file: File, header: Header, base: Box<dyn Layer>) -> Result<OverlayFile> {
+pub(super) fn on(file: File, header: OverlayHeader, base: Box<dyn Layer>) -> Result<OverlayFile> {
     write_new(&file, &header)?;
     Ok(OverlayFile::new(Box::new(file), header, base)?)
 }
@@ -290,13 +290,13 @@ pub(super) fn on(file: File, header: Header, base: Box<dyn Layer>) -> Result<Ove
 /// Opens an overlay to be rewritten. It has no other user, and may be frozen.
 pub(super) fn open_alone(path: &Path) -> Result<OverlayFile> {
     let (file, header) = open_file(path, LockKind::Exclusive)?;
-    assemble(file, header, None, &mut Chain::default())
+    assemble(file, header, None, &mut BaseChain::default())
 }
 
 /// Opens an overlay whose base may have been changed, on what the base is now.
 pub(super) fn open_on_changed(path: &Path, named: &BasePath) -> Result<OverlayFile> {
     let (file, header) = open_file(path, LockKind::Exclusive)?;
-    let mut chain = Chain::default();
+    let mut chain = BaseChain::default();
     chain.add(&file)?;
     let (base, _) = open_base(named, &mut chain)?;
     Ok(OverlayFile::new(Box::new(file), header, base)?)

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use proptest::prelude::*;
 
 use super::super::storage::{from_guest, to_guest};
-use super::format::{Header, Identity};
+use super::format::{BaseIdentity, OverlayHeader};
 use super::tests::memory;
 use super::*;
 use crate::memory::GuestAddress;
@@ -124,8 +124,8 @@ impl Layer for Base {
 }
 
 fn open(file: Recorder) -> OverlayFile {
-    let base = Identity::Raw { len: 16 * SECTOR, changed: 0, inode: 0 };
-    let header = Header::new(SECTORS * SECTOR, [0; 16], base, std::path::Path::new("/base")).unwrap();
+    let base = BaseIdentity::Raw { len: 16 * SECTOR, changed: 0, inode: 0 };
+    let header = OverlayHeader::new(SECTORS * SECTOR, [0; 16], base, std::path::Path::new("/base")).unwrap();
     OverlayFile::new(Box::new(file), header, Box::new(Base)).unwrap()
 }
 
@@ -212,7 +212,7 @@ fn found(events: &[Event], end: usize, mut kept: impl FnMut() -> bool) -> Sector
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(48))]
     #[test]
-    fn whatever_a_loss_of_power_leaves_what_was_promised_is_there(ops in ops(), seed in any::<u64>()) {
+    fn flushed_data_survives_every_power_loss(ops in ops(), seed in any::<u64>()) {
         let (events, promises) = record(&ops);
         let mut random = seed | 1;
         for end in 0..=events.len() {
@@ -240,7 +240,7 @@ proptest! {
 
 /// The model can fail: states that are written before their bytes are found out.
 #[test]
-fn a_flush_in_the_wrong_order_is_found_out() {
+fn model_detects_a_wrong_flush_order() {
     let (file, memory) = (Recorder::default(), memory());
     let mut disk = open(file.clone());
     memory.write(GuestAddress(0), &[7; 4096]).unwrap();
@@ -257,7 +257,7 @@ fn a_flush_in_the_wrong_order_is_found_out() {
 
 /// Once a sync has failed, the host may have forgotten what it could not write.
 #[test]
-fn after_a_failed_sync_nothing_is_promised_any_more() {
+fn flushes_fail_after_a_failed_sync() {
     #[derive(Debug, Default)]
     struct Failing(Recorder, Arc<Mutex<bool>>);
     impl Storage for Failing {

@@ -8,9 +8,9 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use super::OverlayFile;
-use super::format::{CLUSTER, Header};
+use super::format::{CLUSTER, OverlayHeader};
 use super::open::{BasePath, on, open_alone, open_on_changed, own_base, plan_again};
-use super::states::State;
+use super::states::ClusterState;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::sys;
 
@@ -18,7 +18,7 @@ use crate::sys;
 const STEP: u64 = 1 << 20;
 
 /// How far it is: bytes of the disk that are done, and how many there are. `Break` ends it.
-pub(crate) type Step<'a> = &'a mut dyn FnMut(u64, u64) -> ControlFlow<()>;
+pub(crate) type OnStep<'a> = &'a mut dyn FnMut(u64, u64) -> ControlFlow<()>;
 
 /// From now on it is only read, and may be a base. One sector is replaced, so it is frozen or it is not.
 ///
@@ -33,7 +33,7 @@ pub(crate) fn freeze(path: &Path) -> Result<()> {
 }
 
 /// Writes the whole disk as a raw image into a new file.
-pub(crate) fn flatten(path: &Path, to: &Path, step: Step<'_>) -> Result<()> {
+pub(crate) fn flatten(path: &Path, to: &Path, step: OnStep<'_>) -> Result<()> {
     let mut disk = OverlayFile::open(path, None, true)?;
     let size = disk.header.size;
     publish(to, false, |file| {
@@ -55,12 +55,12 @@ pub(crate) fn flatten(path: &Path, to: &Path, step: Step<'_>) -> Result<()> {
 ///
 /// With `same`, the new base is taken to have the content of the old one. The old one need not be there any more, and
 /// only the overlay's own clusters are copied.
-pub(crate) fn rebase(path: &Path, base: &BasePath, same: bool, step: Step<'_>) -> Result<()> {
+pub(crate) fn rebase(path: &Path, base: &BasePath, same: bool, step: OnStep<'_>) -> Result<()> {
     let mut disk = if same { open_on_changed(path, base) } else { open_alone(path) }?;
     let (header, layer) = plan_again(&disk, base)?;
     replace(path, header, layer, |new| {
         copy(&mut disk, new, step, |state| match (same, state) {
-            (true, State::Base) => Look::Skip,
+            (true, ClusterState::Base) => Look::Skip,
             (true, _) => Look::Copy,
             (false, _) => Look::Compare,
         })
@@ -68,11 +68,11 @@ pub(crate) fn rebase(path: &Path, base: &BasePath, same: bool, step: Step<'_>) -
 }
 
 /// Writes it again without what is the same as in its base.
-pub(crate) fn compact(path: &Path, step: Step<'_>) -> Result<()> {
+pub(crate) fn compact(path: &Path, step: OnStep<'_>) -> Result<()> {
     let mut disk = open_alone(path)?;
     let (header, layer) = plan_again(&disk, &own_base(&disk))?;
     replace(path, header, layer, |new| {
-        copy(&mut disk, new, step, |state| if state == State::Base { Look::Skip } else { Look::Compare })
+        copy(&mut disk, new, step, |state| if state == ClusterState::Base { Look::Skip } else { Look::Compare })
     })
 }
 
@@ -88,7 +88,12 @@ enum Look {
 }
 
 /// Copies clusters by their state, as data or as zeroes.
-fn copy(disk: &mut OverlayFile, new: &mut OverlayFile, step: Step<'_>, look_at: impl Fn(State) -> Look) -> Result<()> {
+fn copy(
+    disk: &mut OverlayFile,
+    new: &mut OverlayFile,
+    step: OnStep<'_>,
+    look_at: impl Fn(ClusterState) -> Look,
+) -> Result<()> {
     let mut theirs = [0; CLUSTER as usize];
     each_piece(disk.header.size, step, |at, bytes| {
         for (n, cluster) in bytes.chunks_mut(CLUSTER as usize).enumerate() {
@@ -108,10 +113,10 @@ fn copy(disk: &mut OverlayFile, new: &mut OverlayFile, step: Step<'_>, look_at: 
             }
             let this = at / CLUSTER..at / CLUSTER + 1;
             if cluster.iter().all(|byte| *byte == 0) {
-                new.states.set(&*new.file, this, State::Zero)?;
+                new.states.set(&*new.file, this, ClusterState::Zero)?;
             } else {
                 new.file.write(cluster, new.place(at))?;
-                new.states.set(&*new.file, this, State::Here)?;
+                new.states.set(&*new.file, this, ClusterState::Here)?;
             }
         }
         new.trim()
@@ -120,7 +125,7 @@ fn copy(disk: &mut OverlayFile, new: &mut OverlayFile, step: Step<'_>, look_at: 
 }
 
 /// Calls `each` with a buffer for every piece of the disk.
-fn each_piece(size: u64, step: Step<'_>, mut each: impl FnMut(u64, &mut [u8]) -> io::Result<()>) -> Result<()> {
+fn each_piece(size: u64, step: OnStep<'_>, mut each: impl FnMut(u64, &mut [u8]) -> io::Result<()>) -> Result<()> {
     let mut bytes = vec![0; STEP as usize];
     for at in (0..size).step_by(STEP as usize) {
         if step(at, size).is_break() {
@@ -136,7 +141,7 @@ fn each_piece(size: u64, step: Step<'_>, mut each: impl FnMut(u64, &mut [u8]) ->
 /// Lets `fill` write a new overlay, which then takes the place of the one at `path`.
 fn replace(
     path: &Path,
-    header: Header,
+    header: OverlayHeader,
     base: Box<dyn super::Layer>,
     fill: impl FnOnce(&mut OverlayFile) -> Result<()>,
 ) -> Result<()> {

@@ -14,7 +14,7 @@ const MANY: usize = MAX_STATE_PAGES / 2;
 
 /// Where a cluster's bytes are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum State {
+pub(super) enum ClusterState {
     /// In the base.
     Base = 0,
     /// Here.
@@ -23,7 +23,7 @@ pub(super) enum State {
     Zero = 2,
 }
 
-impl State {
+impl ClusterState {
     fn of(bits: u8) -> io::Result<Self> {
         match bits & 3 {
             0 => Ok(Self::Base),
@@ -62,7 +62,7 @@ impl States {
     }
 
     /// The state of the first cluster, and how many of them have it from there on; at least one.
-    pub(super) fn run(&mut self, file: &dyn Storage, clusters: Range<u64>) -> io::Result<(State, u64)> {
+    pub(super) fn run(&mut self, file: &dyn Storage, clusters: Range<u64>) -> io::Result<(ClusterState, u64)> {
         let (mut at, mut found) = (clusters.start, None);
         while at < clusters.end {
             let page = self.page(file, at / PER_PAGE)?;
@@ -70,7 +70,7 @@ impl States {
             while at < end {
                 let n = at % PER_PAGE;
                 let byte = page.bytes.get(n as usize / 4).copied().unwrap_or_default();
-                let state = State::of(byte >> (n % 4 * 2))?;
+                let state = ClusterState::of(byte >> (n % 4 * 2))?;
                 match found {
                     Some(found) if found != state => return Ok((found, at - clusters.start)),
                     _ => found = Some(state),
@@ -78,7 +78,7 @@ impl States {
                 at += 1;
             }
         }
-        Ok((found.unwrap_or(State::Base), (at - clusters.start).max(1)))
+        Ok((found.unwrap_or(ClusterState::Base), (at - clusters.start).max(1)))
     }
 
     /// How many of these are not here.
@@ -86,14 +86,14 @@ impl States {
         let (mut at, mut missing) = (clusters.start, 0);
         while at < clusters.end {
             let (state, count) = self.run(file, at..clusters.end)?;
-            missing += if state == State::Here { 0 } else { count };
+            missing += if state == ClusterState::Here { 0 } else { count };
             at += count;
         }
         Ok(missing)
     }
 
     /// Sets the states of these, in memory.
-    pub(super) fn set(&mut self, file: &dyn Storage, clusters: Range<u64>, state: State) -> io::Result<()> {
+    pub(super) fn set(&mut self, file: &dyn Storage, clusters: Range<u64>, state: ClusterState) -> io::Result<()> {
         let mut at = clusters.start;
         while at < clusters.end {
             let page = self.page(file, at / PER_PAGE)?;

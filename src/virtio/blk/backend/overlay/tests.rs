@@ -104,7 +104,7 @@ fn write_extents(disk: &mut OverlayFile, bytes: &[u8], offset: u64) {
         file.write_all_at(now, offset).unwrap();
         rest = later;
     }
-    disk.written(offset, bytes.len() as u64).unwrap();
+    disk.write_done(offset, bytes.len() as u64).unwrap();
 }
 
 #[derive(Debug, Clone)]
@@ -137,7 +137,7 @@ const SECTORS: u64 = 203;
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
     #[test]
-    fn it_is_what_a_vector_is(ops in ops(), short in 1..SECTORS as usize) {
+    fn overlay_matches_a_vector(ops in ops(), short in 1..SECTORS as usize) {
         let (temp, memory) = (Temp::new(), memory());
         let base = pattern(short * 512);
         let mut model = base.clone();
@@ -189,7 +189,7 @@ fn fails(path: &std::path::Path) -> Error {
 }
 
 #[test]
-fn a_base_that_was_changed_is_refused_and_nothing_is_touched() {
+fn changed_base_is_rejected_without_a_write() {
     let temp = Temp::new();
     let base = temp.raw("base", &pattern(8192));
     let path = temp.overlay("overlay", &base);
@@ -209,7 +209,7 @@ fn a_base_that_was_changed_is_refused_and_nothing_is_touched() {
 }
 
 #[test]
-fn what_is_no_overlay_is_refused() {
+fn non_overlays_are_rejected() {
     let temp = Temp::new();
     let base = temp.raw("base", &pattern(8192));
     let path = temp.overlay("overlay", &base);
@@ -235,7 +235,7 @@ fn what_is_no_overlay_is_refused() {
 }
 
 #[test]
-fn states_that_cannot_be_are_io_errors() {
+fn invalid_cluster_states_are_io_errors() {
     let temp = Temp::new();
     let path = temp.overlay("overlay", &temp.raw("base", &pattern(8192)));
     fs::OpenOptions::new().write(true).open(&path).unwrap().write_all_at(&[0xff], format::STATES).unwrap();
@@ -246,7 +246,7 @@ fn states_that_cannot_be_are_io_errors() {
 }
 
 #[test]
-fn one_writer_or_many_readers_and_any_number_on_one_base() {
+fn overlay_locks_allow_one_writer_and_share_the_base() {
     let temp = Temp::new();
     let base = temp.raw("base", &pattern(8192));
     let path = temp.overlay("overlay", &base);
@@ -261,7 +261,7 @@ fn one_writer_or_many_readers_and_any_number_on_one_base() {
 }
 
 #[test]
-fn a_frozen_one_is_a_base_and_is_never_written() {
+fn frozen_overlay_is_a_read_only_base() {
     let (temp, memory) = (Temp::new(), memory());
     let base = temp.raw("base", &pattern(16384));
     let lower = temp.overlay("lower", &base);
@@ -302,7 +302,7 @@ fn a_frozen_one_is_a_base_and_is_never_written() {
 }
 
 #[test]
-fn a_base_that_was_moved_is_found_again_when_it_is_told() {
+fn moved_base_is_found_after_rebase() {
     let (temp, memory) = (Temp::new(), memory());
     let base = temp.raw("base", &pattern(8192));
     let path = temp.overlay("overlay", &base);
@@ -319,7 +319,7 @@ fn a_base_that_was_moved_is_found_again_when_it_is_told() {
 }
 
 #[test]
-fn told_to_stop_everything_is_as_it_was() {
+fn cancelled_rewrite_changes_nothing() {
     let (temp, memory) = (Temp::new(), memory());
     let base = temp.raw("base", &pattern(8 << 20));
     let path = temp.overlay("overlay", &base);
@@ -343,7 +343,7 @@ fn told_to_stop_everything_is_as_it_was() {
 }
 
 #[test]
-fn compacting_gives_back_what_is_the_same_as_below() {
+fn compact_frees_clusters_equal_to_the_base() {
     let (temp, memory) = (Temp::new(), memory());
     let base = temp.raw("base", &pattern(4 << 20));
     let path = temp.overlay("overlay", &base);
@@ -361,7 +361,7 @@ fn compacting_gives_back_what_is_the_same_as_below() {
 }
 
 #[test]
-fn a_chain_that_comes_back_or_is_too_long_is_refused() {
+fn cyclic_or_long_base_chains_are_rejected() {
     let temp = Temp::new();
     let base = temp.raw("base", &pattern(4096));
     let mut below = base.clone();
@@ -374,9 +374,9 @@ fn a_chain_that_comes_back_or_is_too_long_is_refused() {
     assert_eq!(error.unwrap_err().kind(), ErrorKind::InvalidConfig);
     // The lowest of two is replaced by one that lies on the upper: only a hand can do that.
     let second = fs::read(temp.path("1")).unwrap();
-    let mut header = Header::parse(&second).unwrap();
-    let lowest = Header::parse(&fs::read(temp.path("0")).unwrap()).unwrap();
-    header.base = format::Identity::Overlay { id: header.id, len: header.size };
+    let mut header = OverlayHeader::parse(&second).unwrap();
+    let lowest = OverlayHeader::parse(&fs::read(temp.path("0")).unwrap()).unwrap();
+    header.base = format::BaseIdentity::Overlay { id: header.id, len: header.size };
     header.path = temp.path("1");
     header.id = lowest.id;
     let file = fs::OpenOptions::new().write(true).open(temp.path("0")).unwrap();
@@ -387,7 +387,7 @@ fn a_chain_that_comes_back_or_is_too_long_is_refused() {
 }
 
 #[test]
-fn it_takes_no_more_space_than_it_may_and_gives_back_what_is_discarded() {
+fn overlay_respects_max_size_and_frees_discarded_space() {
     let (temp, memory) = (Temp::new(), memory());
     let base = temp.raw("base", &[0; 512]);
     let mut disk = OverlayFile::private(&temp.0, &base, Some(Size::mib(64)), false).unwrap().limited(Size::mib(1));
@@ -410,7 +410,7 @@ fn it_takes_no_more_space_than_it_may_and_gives_back_what_is_discarded() {
 }
 
 #[test]
-fn it_grows_and_never_shrinks() {
+fn overlay_grows_and_never_shrinks() {
     let (temp, memory) = (Temp::new(), memory());
     let path = temp.overlay("overlay", &temp.raw("base", &pattern(8192 + 512)));
     let mut disk = OverlayFile::open(&path, None, false).unwrap();
@@ -420,12 +420,12 @@ fn it_grows_and_never_shrinks() {
     disk.flush().unwrap();
     drop(disk);
     let mut disk = OverlayFile::open(&path, None, false).unwrap();
-    assert_eq!(disk.shape().len, 16384);
+    assert_eq!(disk.geometry().len, 16384);
     assert_eq!(read(&mut disk, &memory, 8192, 8192), [vec![1; 512], vec![0; 8192 - 512]].concat());
 }
 
 #[test]
-fn writes_under_way_in_one_cluster_do_not_undo_each_other() {
+fn concurrent_writes_to_one_cluster_are_kept() {
     let (temp, memory) = (Temp::new(), memory());
     let path = temp.overlay("overlay", &temp.raw("base", &pattern(16384)));
     let mut disk = OverlayFile::open(&path, None, false).unwrap();
@@ -441,15 +441,15 @@ fn writes_under_way_in_one_cluster_do_not_undo_each_other() {
     assert_eq!(read(&mut disk, &memory, 0, 4096), pattern(4096), "not before it is done");
     let (file, at) = place(&mut disk, 512, 512);
     file.write_all_at(&[2; 512], at).unwrap();
-    disk.written(0, 4096).unwrap();
-    disk.written(512, 512).unwrap();
+    disk.write_done(0, 4096).unwrap();
+    disk.write_done(512, 512).unwrap();
     assert_eq!(read(&mut disk, &memory, 0, 4096), [vec![1; 512], vec![2; 512], vec![1; 3072]].concat());
     // One that never arrives leaves what was there.
     place(&mut disk, 4096, 8192);
-    disk.abandoned(4096, 8192);
+    disk.write_failed(4096, 8192);
     let (file, at) = place(&mut disk, 8192 + 512, 512);
     file.write_all_at(&[3; 512], at).unwrap();
-    disk.written(8192 + 512, 512).unwrap();
+    disk.write_done(8192 + 512, 512).unwrap();
     let mut wanted = pattern(16384)[4096..12288].to_vec();
     wanted[4096 + 512..4096 + 1024].fill(3);
     assert_eq!(read(&mut disk, &memory, 4096, 8192), wanted);

@@ -8,8 +8,8 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
-use super::header::Header;
-use super::recount::big_endian;
+use super::header::Qcow2Header;
+use super::rebuild::big_endian;
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::next_data;
 
@@ -27,7 +27,7 @@ fn corrupt(problem: impl std::fmt::Display) -> Error {
 ///
 /// # Errors
 /// `Corrupt` says what is wrong; as the host when the file cannot be read.
-pub(super) fn check(file: &File, header: &Header, len: u64) -> Result<()> {
+pub(super) fn check(file: &File, header: &Qcow2Header, len: u64) -> Result<()> {
     let cluster = u64::from(header.cluster);
     let bytes = u64::from(header.counts.clusters) * cluster;
     // What is cut off by the file's end reads as zeroes.
@@ -102,7 +102,7 @@ fn in_use(bytes: &[u8], order: u32) -> u64 {
 }
 
 /// Checks that the first cluster, which is the header's, is counted in the block at `at`.
-fn check_first(file: &File, header: &Header, at: u64) -> Result<()> {
+fn check_first(file: &File, header: &Qcow2Header, at: u64) -> Result<()> {
     let width = 1u32 << header.counts.order;
     let mut bytes = [0; 8];
     let (count, _) = bytes.split_at_mut(width.div_ceil(8) as usize);
@@ -131,7 +131,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn counts_of_every_width_are_in_use_unless_they_are_0() {
+    fn refcounts_of_every_width_are_read() {
         let bytes = [0b1000_0001, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0b0100_0000, 1, 1, 0];
         let used = [0, 1, 2, 3, 4, 5, 6].map(|order| in_use(&bytes, order));
         assert_eq!(used, [5, 5, 5, 4, 3, 2, 2]);

@@ -26,18 +26,31 @@ const FEATURES: [&str; 5] =
 
 /// What of a header is of use before the image is open.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Header {
+pub(super) struct Qcow2Header {
     /// Bytes of the disk.
     pub size: u64,
     /// Bytes of a cluster.
     pub cluster: u32,
-    /// Where its table of tables (L1) is, and its bytes.
-    pub l1: (u64, u64),
+    /// Its table of tables (L1).
+    pub l1: L1Table,
     pub counts: Counts,
     /// Its last writer did not close it: its reference counts may be wrong.
     pub dirty: bool,
-    /// The name of the backing file as the image has it, and its format.
-    pub backing: Option<(String, Format)>,
+    pub backing: Option<BackingName>,
+}
+
+/// Where the L1 table is, and its bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct L1Table {
+    pub offset: u64,
+    pub len: u64,
+}
+
+/// The name of a backing file as the image has it, and its format.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct BackingName {
+    pub name: String,
+    pub format: Format,
 }
 
 /// Where its table of reference counts is.
@@ -78,7 +91,7 @@ fn unsupported(problem: impl std::fmt::Display) -> Error {
     Error::new(ErrorKind::Unsupported, format!("qcow2: {problem}"))
 }
 
-impl Header {
+impl Qcow2Header {
     /// Reads the first bytes of a file of `len` bytes that is to be written, or not.
     ///
     /// # Errors
@@ -149,14 +162,14 @@ impl Header {
         }
         let backing = Self::backing(bytes, u64_at(8)?, u32_at(16)?, header_len)?;
         let counts = Counts { at: refcounts_at, clusters: (refcounts / cluster) as u32, order };
-        Ok(Self { size, cluster: cluster as u32, l1: (l1_at, l1), counts, dirty, backing })
+        Ok(Self { size, cluster: cluster as u32, l1: L1Table { offset: l1_at, len: l1 }, counts, dirty, backing })
     }
 
     /// Bytes of tables that are kept in memory at most while the image is open.
     pub(super) fn tables(&self, write: bool) -> u64 {
         let cluster = u64::from(self.cluster);
         let counts = u64::from(self.counts.clusters) * cluster;
-        let read = self.l1.1 + (self.l1.1 / 8).min(MAX_L2_TABLES) * cluster;
+        let read = self.l1.len + (self.l1.len / 8).min(MAX_L2_TABLES) * cluster;
         if write { read + counts + (counts / 8).min(MAX_BLOCKS) * cluster } else { read }
     }
 
@@ -182,7 +195,7 @@ impl Header {
         Ok((len as usize, order, incompatible & 1 != 0))
     }
 
-    fn backing(bytes: &[u8], at: u64, len: u32, header_len: usize) -> Result<Option<(String, Format)>> {
+    fn backing(bytes: &[u8], at: u64, len: u32, header_len: usize) -> Result<Option<BackingName>> {
         if at == 0 {
             return Ok(None);
         }
@@ -192,8 +205,8 @@ impl Header {
         let name =
             String::from_utf8(name.to_vec()).map_err(|_| unsupported("a backing file whose name is not UTF-8"))?;
         match extension(bytes, header_len, BACKING_FORMAT) {
-            Some(b"raw") => Ok(Some((name, Format::Raw))),
-            Some(b"qcow2") => Ok(Some((name, Format::Qcow2))),
+            Some(b"raw") => Ok(Some(BackingName { name, format: Format::Raw })),
+            Some(b"qcow2") => Ok(Some(BackingName { name, format: Format::Qcow2 })),
             Some(other) => {
                 let other = String::from_utf8_lossy(other).into_owned();
                 Err(unsupported(format!("backing file {name:?} is in format {other:?}; raw and qcow2 are known")))

@@ -6,7 +6,7 @@ mod counts;
 mod header;
 #[cfg(test)]
 mod power;
-mod recount;
+mod rebuild;
 #[cfg(test)]
 mod tests;
 
@@ -25,7 +25,7 @@ use super::{BlockBackend, Extent, Geometry};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::memory::{GuestMemory, Segment};
 use crate::sys::{self, Beneath, CloseOnFork, LockKind, OrderedFile, WriteOrder};
-use header::{Format, Header};
+use header::{BackingName, Format, Qcow2Header};
 
 type Access = FormatAccess<OrderedFile>;
 
@@ -53,7 +53,7 @@ pub(crate) struct Qcow2 {
 }
 
 /// The files that were opened on the way down, and the directory that they must be in.
-struct Chain {
+struct BackingChain {
     directory: Option<BackingDirectory>,
     files: Vec<(u64, u64)>,
     /// Bytes of tables that they keep in memory at most.
@@ -66,7 +66,7 @@ struct BackingDirectory {
     beneath: Beneath,
 }
 
-impl Chain {
+impl BackingChain {
     fn add(&mut self, file: &File) -> Result<()> {
         let metadata = file.metadata()?;
         let this = (metadata.dev(), metadata.ino());
@@ -148,8 +148,8 @@ fn open_image(
     file: File,
     write: bool,
     order: WriteOrder,
-    chain: &mut Chain,
-) -> Result<(Access, File, Header)> {
+    chain: &mut BackingChain,
+) -> Result<(Access, File, Qcow2Header)> {
     lock_or_name_holder(&file, if write { LockKind::Exclusive } else { LockKind::Shared })?;
     if !file.metadata()?.is_file() {
         return Err(Error::new(ErrorKind::InvalidConfig, "not a regular file"));
@@ -158,10 +158,10 @@ fn open_image(
     let len = file.metadata()?.len();
     let mut bytes = vec![0; usize::try_from(len).unwrap_or(usize::MAX).min(header::MAX_READ)];
     file.read_exact_at(&mut bytes, 0)?;
-    let header = Header::parse(&bytes, len, write)?;
+    let header = Qcow2Header::parse(&bytes, len, write)?;
     chain.keep(header.tables(write))?;
     if header.dirty {
-        let used = recount::recount(&file, &header)?;
+        let used = rebuild::rebuild_refcounts(&file, &header)?;
         mark(&file, 0)?;
         counts::check_used(used)?;
     } else if write {
@@ -169,7 +169,7 @@ fn open_image(
     }
     let backing = match &header.backing {
         None => None,
-        Some((name, format)) => {
+        Some(BackingName { name, format }) => {
             let (below, file) = chain.open_backing(path, name)?;
             let doing = || format!("opening backing file {}", below.display());
             Some(open_backing(&below, file, *format, chain).doing(doing)?)
@@ -188,7 +188,7 @@ fn open_image(
     Ok((FormatAccess::new(image), file, header))
 }
 
-fn open_backing(path: &Path, file: File, format: Format, chain: &mut Chain) -> Result<Access> {
+fn open_backing(path: &Path, file: File, format: Format, chain: &mut BackingChain) -> Result<Access> {
     if format == Format::Qcow2 {
         return Ok(open_image(path, file, false, WriteOrder::default(), chain)?.0);
     }
@@ -219,12 +219,12 @@ impl Qcow2 {
         };
         let named =
             |directory: &Path| open_directory(directory).doing(|| format!("backing_dir: {}", directory.display()));
-        let mut chain = Chain { directory: directory.map(named).transpose()?, files: Vec::new(), tables: 0 };
+        let mut chain = BackingChain { directory: directory.map(named).transpose()?, files: Vec::new(), tables: 0 };
         let order = WriteOrder::default();
         let opened = open(&path, read_only, false, libc::O_NONBLOCK)
             .and_then(|file| open_image(&path, file, !read_only, order.clone(), &mut chain))
             .doing(doing)?;
-        let (access, file, Header { size, cluster, .. }) = opened;
+        let (access, file, Qcow2Header { size, cluster, .. }) = opened;
         Ok(Self {
             access: Some(access),
             order,
@@ -379,7 +379,7 @@ impl Drop for Qcow2 {
 }
 
 impl BlockBackend for Qcow2 {
-    fn shape(&self) -> Geometry {
+    fn geometry(&self) -> Geometry {
         let discard = if self.read_only { 0 } else { self.cluster };
         Geometry { len: self.size, read_only: self.read_only, discard }
     }
@@ -445,7 +445,7 @@ impl BlockBackend for Qcow2 {
         None
     }
 
-    fn written(&mut self, _: u64, _: u64) -> io::Result<()> {
+    fn write_done(&mut self, _: u64, _: u64) -> io::Result<()> {
         Ok(())
     }
 

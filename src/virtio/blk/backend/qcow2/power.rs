@@ -7,7 +7,7 @@ use proptest::prelude::*;
 
 use super::tests::{Temp, read, write};
 use super::*;
-use crate::sys::record::{self, Event};
+use crate::sys::record::{self, WriteEvent};
 
 const SECTOR: u64 = 512;
 /// Groups of sectors that are far apart, so that they are not in one table where clusters are small.
@@ -51,7 +51,7 @@ fn ops() -> impl Strategy<Value = Vec<(Op, u64, u64)>> {
 type Allowed = Vec<Vec<u8>>;
 
 /// Does all of it, and says for each point of the record what was promised there.
-fn record(disk: &mut Qcow2, ops: &[(Op, u64, u64)]) -> (Vec<Event>, Vec<(usize, Allowed)>) {
+fn record(disk: &mut Qcow2, ops: &[(Op, u64, u64)]) -> (Vec<WriteEvent>, Vec<(usize, Allowed)>) {
     let mut allowed: Allowed = contents(disk).into_iter().map(|byte| vec![byte]).collect();
     let (mut events, mut promises) = (record::taken(), vec![(0, allowed.clone())]);
     for &(op, sector, count) in ops {
@@ -84,11 +84,11 @@ fn record(disk: &mut Qcow2, ops: &[(Op, u64, u64)]) -> (Vec<Event>, Vec<(usize, 
 
 /// The file after the power went at `end`: all up to the last sync is there, of what came later what `kept` says. It may be
 /// as long as all of it already.
-fn found(before: &[u8], events: &[Event], end: usize, long: bool, mut kept: impl FnMut() -> bool) -> Vec<u8> {
-    let synced = events[..end].iter().rposition(|e| matches!(e, Event::Synced)).unwrap_or(0);
+fn found(before: &[u8], events: &[WriteEvent], end: usize, long: bool, mut kept: impl FnMut() -> bool) -> Vec<u8> {
+    let synced = events[..end].iter().rposition(|e| matches!(e, WriteEvent::Synced)).unwrap_or(0);
     let mut file = before.to_vec();
     for (n, event) in events[..end].iter().enumerate() {
-        if let Event::Wrote(offset, bytes) = event {
+        if let WriteEvent::Wrote(offset, bytes) = event {
             let (at, len) = (*offset as usize, bytes.len());
             let keep = n < synced || kept();
             if keep || long {
@@ -154,7 +154,7 @@ fn check(temp: &Temp, ops: &[(Op, u64, u64)], cluster: u64, compressed: bool, se
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(16))]
     #[test]
-    fn whatever_a_loss_of_power_leaves_what_was_promised_is_there(
+    fn flushed_data_survives_every_power_loss(
         ops in ops(), cluster in prop_oneof![Just(512u64), Just(2048), Just(65536)], compressed in any::<bool>(),
         seed in any::<u64>(),
     ) {
@@ -171,7 +171,7 @@ fn zeroes_that_have_a_cluster_are_overwritten_where_they_are() {
 
 /// The model can fail: tables that are written before what they speak of are found out.
 #[test]
-fn a_flush_in_the_wrong_order_is_found_out() {
+fn model_detects_a_wrong_flush_order() {
     let temp = Temp::new("order");
     let path = image(&temp, 2048, false);
     let (before, state) = (fs::read(&path).unwrap(), temp.path("state"));
@@ -182,11 +182,12 @@ fn a_flush_in_the_wrong_order_is_found_out() {
     disk.call(|image| order.flushing(|| image.flush())).unwrap();
     let events = record::taken();
     let mut data = events.iter().filter_map(|event| match event {
-        Event::Wrote(_, bytes) => Some(bytes.iter().any(|byte| *byte != 7)),
-        Event::Synced => None,
+        WriteEvent::Wrote(_, bytes) => Some(bytes.iter().any(|byte| *byte != 7)),
+        WriteEvent::Synced => None,
     });
     // As if the only sync had been the one of the mark.
-    let events: Vec<Event> = events.iter().filter(|event| matches!(event, Event::Wrote(..))).cloned().collect();
+    let events: Vec<WriteEvent> =
+        events.iter().filter(|event| matches!(event, WriteEvent::Wrote(..))).cloned().collect();
     fs::write(&state, found(&before, &events, events.len(), true, || data.next().unwrap())).unwrap();
     let after = contents(&mut Qcow2::open(&state, state.parent(), false).unwrap());
     assert_eq!(after[0], 0, "neither the base's 200 nor 7");

@@ -51,11 +51,11 @@ pub(super) fn read(disk: &mut Qcow2, offset: u64, len: usize) -> Vec<u8> {
 }
 
 #[test]
-fn what_is_written_is_there_and_qemu_finds_nothing_wrong() {
+fn qemu_img_check_passes_after_writes() {
     let temp = Temp::new("written");
     temp.qemu_img("create -q -f qcow2 a.qcow2 64M");
     let mut disk = Qcow2::open(&temp.path("a.qcow2"), None, false).unwrap();
-    assert_eq!(disk.shape(), Geometry { len: 64 << 20, read_only: false, discard: 64 << 10 });
+    assert_eq!(disk.geometry(), Geometry { len: 64 << 20, read_only: false, discard: 64 << 10 });
     write(&mut disk, &[1; 100 * 512], 3 * 512);
     write(&mut disk, &[2; 1 << 20], 10 << 20);
     disk.write_zeroes(4096, 8192, true).unwrap();
@@ -131,7 +131,7 @@ fn backing_files_elsewhere_and_circles_are_refused() {
 }
 
 #[test]
-fn what_is_damaged_or_unknown_is_named_and_not_touched() {
+fn damaged_images_are_rejected_without_a_write() {
     let temp = Temp::new("damaged");
     temp.qemu_img("create -q -f qcow2 a.qcow2 64M");
     let (path, good) = (temp.path("a.qcow2"), fs::read(temp.path("a.qcow2")).unwrap());
@@ -218,7 +218,7 @@ fn header_extensions_are_whole_and_end_in_the_header() {
 }
 
 #[test]
-fn counts_that_would_keep_a_writer_looking_are_refused() {
+fn refcounts_that_stall_allocation_are_rejected() {
     let temp = Temp::new("looking");
     let path = temp.path("a.qcow2");
     fs::write(temp.path("a.raw"), vec![1; 1 << 20]).unwrap();
@@ -264,7 +264,7 @@ fn counts_that_would_keep_a_writer_looking_are_refused() {
 }
 
 #[test]
-fn counts_too_narrow_for_their_table_are_read_and_not_written() {
+fn narrow_refcounts_are_opened_read_only() {
     let temp = Temp::new("narrow");
     let path = temp.path("a.qcow2");
     let cases = [(512, 1, false), (512, 4, false), (2048, 2, false), (2048, 4, false), (4096, 1, true), (512, 8, true)];
@@ -317,7 +317,7 @@ fn left_open(path: &Path) {
 }
 
 #[test]
-fn counts_are_made_again_of_every_width_and_of_compressed_data() {
+fn refcounts_are_rebuilt_for_every_width() {
     let temp = Temp::new("recount");
     let raw: Vec<u8> = (0..4u32 << 20).map(|n| (n / 5000) as u8).collect();
     fs::write(temp.path("a.raw"), &raw).unwrap();
@@ -346,7 +346,7 @@ fn check_again(temp: &Temp, raw: &[u8], what: &str) {
 }
 
 #[test]
-fn tables_that_cannot_be_are_not_counted_and_not_touched() {
+fn invalid_tables_are_not_counted_or_written() {
     let temp = Temp::new("uncountable");
     fs::write(temp.path("a.raw"), vec![1; 1 << 20]).unwrap();
     temp.qemu_img("convert -f raw -O qcow2 a.raw a.qcow2");
@@ -428,7 +428,7 @@ fn images_of_any_shape_that_qemu_makes_are_written() {
 }
 
 #[test]
-fn more_clusters_than_a_writer_may_go_past_are_read_and_not_written() {
+fn fragmented_refcounts_are_opened_read_only() {
     let temp = Temp::new("used");
     let path = temp.path("a.qcow2");
     temp.qemu_img("create -q -f qcow2 -o cluster_size=4k,refcount_bits=1 a.qcow2 1M");
@@ -480,7 +480,7 @@ fn map(path: &Path, entries: &[u64]) {
 }
 
 #[test]
-fn a_header_that_is_named_as_data_is_not_written_over() {
+fn header_cluster_named_as_data_is_not_overwritten() {
     let temp = Temp::new("itself");
     fs::write(temp.path("a.raw"), vec![1; 1 << 20]).unwrap();
     let path = temp.path("a.qcow2");

@@ -7,7 +7,7 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
-use super::header::{Counts, Header};
+use super::header::{Counts, L1Table, Qcow2Header};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::sys::next_data;
 
@@ -35,7 +35,7 @@ struct Uses {
 
 impl Uses {
     /// Counts one use of every cluster of these bytes, which are in the file.
-    fn count(&mut self, place: &Place) -> Result<()> {
+    fn count(&mut self, place: &TableExtent) -> Result<()> {
         for cluster in place.offset / self.cluster..(place.offset + place.len).div_ceil(self.cluster) {
             let count = usize::try_from(cluster).ok().and_then(|n| self.counts.get_mut(n));
             // Behind the end is only the rest of the last cluster.
@@ -55,13 +55,13 @@ impl Uses {
 }
 
 /// What an entry of a table points to.
-struct Place {
+struct TableExtent {
     offset: u64,
     len: u64,
     compressed: bool,
 }
 
-impl Place {
+impl TableExtent {
     /// By an entry of an L2 table (docs/interop/qcow2.txt, "Standard" and "Compressed Cluster Descriptor"), or one of L1, which
     /// looks the same. `None` for one that points nowhere.
     fn of(entry: u64, cluster: u64, l2: bool) -> Result<Option<Self>> {
@@ -83,7 +83,7 @@ impl Place {
 ///
 /// # Errors
 /// `Corrupt` when its tables cannot be right, and the file is untouched; as the host when it cannot be read or written.
-pub(super) fn recount(file: &File, header: &Header) -> Result<u64> {
+pub(super) fn rebuild_refcounts(file: &File, header: &Qcow2Header) -> Result<u64> {
     let cluster = u64::from(header.cluster);
     let len = file.metadata()?.len();
     let clusters = len.div_ceil(cluster);
@@ -94,8 +94,8 @@ pub(super) fn recount(file: &File, header: &Header) -> Result<u64> {
         return Err(Error::new(ErrorKind::Unsupported, problem));
     }
     let mut uses = Uses { cluster, clusters, counts: vec![0; usize::try_from(clusters).unwrap_or(usize::MAX)] };
-    for (offset, len) in [(0, cluster), header.l1] {
-        uses.count(&Place { offset, len, compressed: false })?;
+    for (offset, len) in [(0, cluster), (header.l1.offset, header.l1.len)] {
+        uses.count(&TableExtent { offset, len, compressed: false })?;
     }
     let mut lost = false;
     walk(file, header, len, |place| {
@@ -121,14 +121,14 @@ enum Keep {
 }
 
 /// Calls `each` with what every entry points to that points somewhere. A table is written once, when some are not kept.
-fn walk(file: &File, header: &Header, len: u64, mut each: impl FnMut(&Place) -> Result<Keep>) -> Result<()> {
+fn walk(file: &File, header: &Qcow2Header, len: u64, mut each: impl FnMut(&TableExtent) -> Result<Keep>) -> Result<()> {
     let cluster = u64::from(header.cluster);
-    let (l1_at, l1_len) = header.l1;
+    let L1Table { offset: l1_at, len: l1_len } = header.l1;
     let mut l1 = vec![0; usize::try_from(l1_len).unwrap_or(usize::MAX)];
     file.read_exact_at(&mut l1, l1_at)?;
     let (mut l2, mut l1_changed) = (vec![0; header.cluster as usize], false);
     for entry in l1.chunks_exact_mut(8) {
-        let Some(table) = Place::of(big_endian(entry), cluster, false)? else { continue };
+        let Some(table) = TableExtent::of(big_endian(entry), cluster, false)? else { continue };
         if each(&table)? == Keep::No {
             entry.fill(0);
             l1_changed = true;
@@ -144,7 +144,7 @@ fn walk(file: &File, header: &Header, len: u64, mut each: impl FnMut(&Place) -> 
         cut.fill(0);
         let mut changed = false;
         for entry in l2.chunks_exact_mut(8) {
-            let Some(place) = Place::of(big_endian(entry), cluster, true)? else { continue };
+            let Some(place) = TableExtent::of(big_endian(entry), cluster, true)? else { continue };
             if each(&place)? == Keep::No {
                 entry.fill(0);
                 changed = true;
@@ -161,7 +161,7 @@ fn walk(file: &File, header: &Header, len: u64, mut each: impl FnMut(&Place) -> 
 }
 
 /// Entries that point behind the file's end were written when what they point to was not yet: it never was durable.
-fn forget(file: &File, header: &Header, len: u64) -> Result<()> {
+fn forget(file: &File, header: &Qcow2Header, len: u64) -> Result<()> {
     walk(file, header, len, |place| Ok(if place.offset < len { Keep::Yes } else { Keep::No }))?;
     Ok(file.sync_data()?)
 }
@@ -171,7 +171,7 @@ pub(super) fn big_endian(bytes: &[u8]) -> u64 {
 }
 
 /// Writes the counts behind all else, and points to them.
-fn write(file: &File, header: &Header, uses: &Uses) -> Result<()> {
+fn write(file: &File, header: &Qcow2Header, uses: &Uses) -> Result<()> {
     let (cluster, width) = (uses.cluster, 1u64 << header.counts.order);
     let a_block = cluster * 8 / width;
     // The blocks and their table are counted themselves.
