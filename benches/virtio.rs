@@ -24,7 +24,7 @@ use common::figure;
 
 /// Nanoseconds for one of `n`.
 fn each(n: u32, mut f: impl FnMut()) -> f64 {
-    // For the caches, and until every page of the played guest was touched.
+    // For the caches, and until every page of the fake guest was touched.
     (0..5).for_each(|_| f());
     let begin = Instant::now();
     f();

@@ -7,7 +7,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, U
 use std::time::Duration;
 
 use super::policy::{Cidr, Enforcer, Policy, Protocol, Rule};
-use super::switch::played::FakeGuest;
+use super::switch::fake_guest::FakeGuest;
 use super::user::{Config, UserStack};
 use super::wire::{self, AddressPair, Fragment, FrameBuilder, Tcp};
 use super::{

@@ -40,7 +40,7 @@ pub(super) enum ProcessPhase {
 #[derive(Clone, Copy)]
 pub(super) enum KillReason {
     TimedOut,
-    /// By [`Process::kill`](super::Process::kill).
+    /// By [`Process::kill`](crate::Process::kill).
     Killed,
     /// It did not start in time; the caller gets an error.
     GivenUp,

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use crate::error::Result;
 use crate::network::policy::{Policy, Rule};
 #[cfg(feature = "internals")]
-use crate::network::switch::{Switch, SwitchPort, played::FakeGuest};
+use crate::network::switch::{Switch, SwitchPort, fake_guest::FakeGuest};
 use crate::network::user::{Config, UserStack};
 #[cfg(feature = "internals")]
 use crate::network::wire::Tcp;

@@ -4,9 +4,9 @@
 //! questions for addresses and names itself. It passes packets from the card that has their source address to the one
 //! that has their destination, and drops the rest. No frame of a guest ever reaches more than one other.
 
-mod pass;
 #[cfg(any(test, feature = "internals"))]
-pub(super) mod played;
+pub(super) mod fake_guest;
+mod pass;
 mod port;
 mod queue;
 #[cfg(test)]

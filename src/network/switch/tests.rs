@@ -1,6 +1,6 @@
-//! A switch and its guests, played.
+//! A switch with fake guests.
 
-use super::played::FakeGuest;
+use super::fake_guest::FakeGuest;
 use super::*;
 use crate::network::wire::{self, Ethernet, IpPacket, Tcp};
 use crate::network::{Offload, Offloads};

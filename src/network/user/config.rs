@@ -1,4 +1,4 @@
-//! [`Config`]: addresses and bounds of a user-mode network; [`Stats`]: what it has done.
+//! [`Config`]: addresses and bounds of a user-mode network; [`NetStats`]: what it has done.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;

@@ -1,4 +1,4 @@
-//! The device against a driver that is played.
+//! The device against a fake driver.
 
 use super::*;
 use crate::virtio::testing::{Driver, WRITE};

@@ -1,6 +1,6 @@
-//! The disk under a driver that is played, over both engines.
+//! The disk under a fake driver, over both engines.
 
-mod played;
+mod mock;
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;

@@ -303,7 +303,7 @@ impl crate::network::NetBackend for MockBackend {
     }
 }
 
-fn played(limit: NetLimit) -> (Driver<Net>, Arc<Mutex<BackendLog>>, Arc<Mutex<u32>>) {
+fn with_mock(limit: NetLimit) -> (Driver<Net>, Arc<Mutex<BackendLog>>, Arc<Mutex<u32>>) {
     let (told, throttled) = (Arc::<Mutex<BackendLog>>::default(), Arc::<Mutex<u32>>::default());
     let backend = MockBackend(told.clone(), Arc::new(UnixStream::pair().unwrap().0));
     let count = throttled.clone();
@@ -334,7 +334,7 @@ fn waited(driver: &mut Driver<Net>) -> (u64, Duration) {
 
 #[test]
 fn tx_limit_leaves_frames_in_the_queue() {
-    let (mut driver, told, throttled) = played(NetLimit::none().sent_bytes(crate::rate::Rate::per_second(100_000)));
+    let (mut driver, told, throttled) = with_mock(NetLimit::none().sent_bytes(crate::rate::Rate::per_second(100_000)));
     for n in 0..60 {
         assert!(driver.send(TX, &[&HEADER, &frame(1000, n)], &[]));
     }
@@ -358,7 +358,7 @@ fn tx_limit_leaves_frames_in_the_queue() {
 
 #[test]
 fn rx_limit_leaves_frames_with_the_backend() {
-    let (mut driver, told, _) = played(NetLimit::none().received_packets(crate::rate::Rate::per_second(100)));
+    let (mut driver, told, _) = with_mock(NetLimit::none().received_packets(crate::rate::Rate::per_second(100)));
     told.lock().unwrap().waiting = (0..40).map(|n| (frame(60, n), Offload::default())).collect();
     for _ in 0..40 {
         driver.send(RX, &[], &[1536]);
@@ -376,7 +376,7 @@ fn rx_limit_leaves_frames_with_the_backend() {
 
 #[test]
 fn stop_delivers_frames_despite_a_limit() {
-    let (mut driver, told, _) = played(NetLimit::none().sent_packets(crate::rate::Rate::per_second(1)));
+    let (mut driver, told, _) = with_mock(NetLimit::none().sent_packets(crate::rate::Rate::per_second(1)));
     for n in 0..20 {
         driver.send(TX, &[&HEADER, &frame(100, n)], &[]);
     }
@@ -389,7 +389,7 @@ fn stop_delivers_frames_despite_a_limit() {
 
 #[test]
 fn offloads_not_negotiated_are_not_used() {
-    let (mut driver, told, _) = played(NetLimit::none());
+    let (mut driver, told, _) = with_mock(NetLimit::none());
     let csum = |start| Offload { csum: Some(crate::network::Csum { start, offset: 16 }), gso: None };
     let gso = crate::network::Gso { kind: crate::network::GsoKind::Tcp4, size: 1000, header_len: 54 };
     let all = [csum(34), csum(90), Offload { gso: Some(gso), ..csum(34) }, Offload::default()];

@@ -1,4 +1,4 @@
-//! The device against a driver that is played by hand.
+//! The device against a fake driver, packet by packet.
 
 use std::io::{self, Read, Write};
 use std::net::Shutdown;

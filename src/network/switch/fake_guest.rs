@@ -1,4 +1,4 @@
-//! A guest on a switch, played: frames in, frames out. For tests and fuzzing.
+//! A fake guest on a switch: frames in, frames out. For tests and fuzzing.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;

@@ -9,7 +9,7 @@ use super::*;
 use crate::memory::{GuestMemory, Segment};
 use crate::rate::Rate;
 
-/// What a played backend did, in its order, and what it shall do.
+/// What a mock backend did, in its order, and what it shall do.
 #[derive(Debug, Default)]
 struct Script {
     log: Vec<String>,
@@ -92,7 +92,7 @@ impl BlockBackend for MockBackend {
 
 type Faults = Arc<Mutex<Vec<DiskError>>>;
 
-fn played(options: Options, script: Script) -> (Driver<Blk>, Arc<Mutex<Script>>, Faults) {
+fn with_mock(options: Options, script: Script) -> (Driver<Blk>, Arc<Mutex<Script>>, Faults) {
     let (script, faults) = (Arc::new(Mutex::new(script)), Faults::default());
     let told = faults.clone();
     let disk = Blk::new(Box::new(MockBackend(script.clone())), options).on_fault(move |f| told.lock().unwrap().push(f));
@@ -106,7 +106,7 @@ fn write_through(driver: &mut Driver<Blk>) {
 
 #[test]
 fn a_sync_comes_before_the_status_that_promises_it() {
-    let (mut driver, script, _) = played(options(IoEngine::Auto), Script::default());
+    let (mut driver, script, _) = with_mock(options(IoEngine::Auto), Script::default());
     assert_eq!(driver.device.engine(), IoEngine::Threads);
     let log = || std::mem::take(&mut script.lock().unwrap().log);
     let write = [header(WRITES, 0), vec![1; 512]].concat();
@@ -120,12 +120,12 @@ fn a_sync_comes_before_the_status_that_promises_it() {
     request(&mut driver, &[&header(DISCARD, 0), &range(0, 1, 0)], &[1]);
     assert_eq!(log(), ["discard", "flush"]);
     // A driver that knows no flushes gets every write on stable storage.
-    let mut driver = played(options(IoEngine::Auto), Script::default());
+    let mut driver = with_mock(options(IoEngine::Auto), Script::default());
     driver.0.set_features(0);
     request(&mut driver.0, &[&write], &[1]);
     assert_eq!(driver.1.lock().unwrap().log, ["write", "flush"]);
     // Unless the cache mode is unsafe.
-    let (mut driver, script, _) = played(Options { cache: CacheMode::Unsafe, ..Options::new(0) }, Script::default());
+    let (mut driver, script, _) = with_mock(Options { cache: CacheMode::Unsafe, ..Options::new(0) }, Script::default());
     write_through(&mut driver);
     request(&mut driver, &[&write], &[1]);
     request(&mut driver, &[&header(FLUSH, 0)], &[1]);
@@ -137,7 +137,7 @@ fn every_flush_fails_after_a_sync_has_failed() {
     let script = Script { fail: [libc::EIO].into(), ..Script::default() };
     let mut options = options(IoEngine::Auto);
     options.policy.set(ErrorClass::Write, ErrorAction::Pause);
-    let (mut driver, script, faults) = played(options, script);
+    let (mut driver, script, faults) = with_mock(options, script);
     // It cannot be tried again, so the guest gets the error at once.
     assert_eq!(request(&mut driver, &[&header(FLUSH, 0)], &[1]).1, S_IOERR);
     assert_eq!(request(&mut driver, &[&header(FLUSH, 0)], &[1]).1, S_IOERR);
@@ -155,7 +155,7 @@ fn failed_io_uring_sync_is_reported() {
     let (file, socket) = (scratch(2048), std::os::unix::net::UnixStream::pair().unwrap().0);
     // A socket cannot be synced.
     let script = Script { places: Some(file.as_raw_fd()), sync: Some(socket.as_raw_fd()), ..Script::default() };
-    let (mut driver, script, faults) = played(options(IoEngine::IoUring), script);
+    let (mut driver, script, faults) = with_mock(options(IoEngine::IoUring), script);
     assert_eq!(request(&mut driver, &[&header(FLUSH, 0)], &[1]).1, S_IOERR);
     script.lock().unwrap().sync = Some(file.as_raw_fd());
     assert_eq!(request(&mut driver, &[&header(FLUSH, 0)], &[1]).1, S_IOERR);
@@ -166,7 +166,7 @@ fn failed_io_uring_sync_is_reported() {
 fn extents_of_a_backend_are_served_by_io_uring() {
     let file = scratch(2048);
     let script = Script { places: Some(file.as_raw_fd()), sync: Some(file.as_raw_fd()), ..Script::default() };
-    let (mut driver, script, _) = played(options(IoEngine::IoUring), script);
+    let (mut driver, script, _) = with_mock(options(IoEngine::IoUring), script);
     assert_eq!((driver.device.engine(), driver.device.blocks()), (IoEngine::IoUring, true));
     let pieces: [&[u8]; 3] = [&header(WRITES, 2), &[5; 700], &[6; 836]];
     assert_eq!(request(&mut driver, &pieces, &[1]).1, S_OK);
@@ -191,7 +191,7 @@ fn extents_of_a_backend_are_served_by_io_uring() {
 fn error_actions_report_pause_or_stop() {
     let mut options = options(IoEngine::Auto);
     options.policy.set(ErrorClass::Write, ErrorAction::Stop);
-    let (mut driver, script, faults) = played(options, Script { fail: [libc::EIO].into(), ..Script::default() });
+    let (mut driver, script, faults) = with_mock(options, Script { fail: [libc::EIO].into(), ..Script::default() });
     let next = |fail: &[i32]| script.lock().unwrap().fail = fail.to_vec().into();
     assert_eq!(request(&mut driver, &[&header(READ, 3)], &[512, 1]).1, S_IOERR);
     // Held until the machine goes on, and then again.
@@ -288,7 +288,7 @@ fn stop_and_pause_wait_for_requests_in_flight() {
     let (near, far) = std::os::unix::net::UnixStream::pair().unwrap();
     // Reads of an empty socket are in flight for as long as one likes.
     let script = Script { places: Some(near.as_raw_fd()), ..Script::default() };
-    let (mut driver, script, _) = played(options(IoEngine::IoUring), script);
+    let (mut driver, script, _) = with_mock(options(IoEngine::IoUring), script);
     driver.send(0, &[&header(READ, 0)], &[512, 1]);
     driver.dispatch(0);
     assert_eq!(driver.receive(0), None);
@@ -316,7 +316,7 @@ fn disk_on_a_shared_loop_hands_over_requests_in_flight() {
     let (near, _far) = std::os::unix::net::UnixStream::pair().unwrap();
     let fd = Some(near.as_raw_fd());
     let script = Script { places: fd, sync: fd, whole: true, ..Script::default() };
-    let (mut driver, ..) = played(options(IoEngine::IoUring), script);
+    let (mut driver, ..) = with_mock(options(IoEngine::IoUring), script);
     assert!(!driver.device.blocks());
     driver.send(0, &[&header(READ, 0)], &[512, 1]);
     driver.dispatch(0);
