@@ -9,7 +9,7 @@ use cofferdam::disk::{ErrorAction, IoEngine};
 use cofferdam::event::{DeviceId, EventKind, Events};
 use cofferdam::{Disk, Exit, Size, Vm};
 
-use crate::fixture::{Outcome, Printed, TEST_TIMEOUT, Temp, guest, host, host_words};
+use crate::fixture::{Outcome, Printed, TEST_TIMEOUT, Temp, guest, host, host_words, soak};
 use crate::{check, check_eq};
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
@@ -166,7 +166,7 @@ pub fn stalled_device_delays_only_its_own_guest() -> Outcome {
         device.stall()?;
     }
     let (begin, mut before) = (Instant::now(), 0);
-    while begin.elapsed() < Duration::from_secs(30) {
+    while begin.elapsed() < Duration::from_secs(soak().map_or(10, |_| 30)) {
         more(&untouched, true)?;
         let now: usize = guests.iter().map(|(_, printed)| counts(printed).0).sum();
         if begin.elapsed() > Duration::from_secs(5) && before == 0 {

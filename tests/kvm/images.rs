@@ -3,11 +3,11 @@
 use cofferdam::{Container, Kernel};
 
 use crate::check_eq;
-use crate::fixture::{Outcome, TEST_TIMEOUT, cache, distribution, kernel};
+use crate::fixture::{Outcome, TEST_TIMEOUT, cache, distribution, kernel, soak};
 use crate::unusual_image::{self, HOLEY, LINKS, MANY};
 
 /// Everything unusual, as a guest with this kernel sees it.
-fn look(kernel: Kernel) -> Outcome {
+fn look(kernel: Kernel, whole: bool) -> Outcome {
     let container =
         Container::builder(unusual_image::image(&cache(), false)).kernel(kernel).start_timeout(TEST_TIMEOUT).start()?;
     let run = |command: &str| -> Result<String, Box<dyn std::error::Error>> {
@@ -57,11 +57,12 @@ fn look(kernel: Kernel) -> Outcome {
     check_eq!(run("tail -c 8 /odd/holey | od -An -tu1")?.split_whitespace().collect::<String>(), "02222222");
     check_eq!(run("tr -d '\\000' < /odd/zeros | wc -c; wc -c < /odd/zeros")?, "0\n1048576");
 
-    check_eq!(run("ls /odd/many | wc -l; test -e /odd/many/49999 && echo last")?, format!("{MANY}\nlast"));
-    check_eq!(
-        run("ls /odd/links | wc -l; stat -c %h /odd/links/first; cat /odd/links/65999")?,
-        format!("{LINKS}\n{LINKS}\nlinked")
-    );
+    // To read a directory of so many takes half a minute in the lab: once is enough, and soak does it with each kernel.
+    if whole {
+        check_eq!(run("ls /odd/many | wc -l; ls /odd/links | wc -l")?, format!("{MANY}\n{LINKS}"));
+    }
+    check_eq!(run("test -e /odd/many/49999 && echo last")?, "last");
+    check_eq!(run("stat -c %h /odd/links/first; cat /odd/links/65999")?, format!("{LINKS}\nlinked"));
     // All of it can be written to.
     check_eq!(
         run(
@@ -77,13 +78,13 @@ fn look(kernel: Kernel) -> Outcome {
 }
 
 pub fn unusual_files_are_intact() -> Outcome {
-    look(kernel())
+    look(kernel(), true)
 }
 
 pub fn unusual_files_are_intact_with_debian_kernels() -> Outcome {
-    look(distribution("generic")?.0)
+    look(distribution("generic")?.0, soak().is_some())
 }
 
 pub fn unusual_files_are_intact_with_a_newer_debian_kernel() -> Outcome {
-    look(distribution("cloud-6.12")?.0)
+    look(distribution("cloud-6.12")?.0, soak().is_some())
 }

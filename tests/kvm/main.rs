@@ -150,6 +150,7 @@ tests! {
         fragmented_datagrams_are_intact_both_ways ipv6_and_ping_reach_the_host;
     net_backends: containers_on_a_switch_connect_by_name net_rate_limit_holds_and_can_be_changed
         capture_records_guest_frames custom_backend_carries_frames panicking_backend_ends_only_its_own_vm
+        backend_whose_drop_hangs_does_not_delay_its_vm
         backend_may_own_its_vm backend_may_own_its_container;
     overlay: three_guests_share_one_unchanged_base non_persistent_overlay_is_discarded
         frozen_overlay_is_a_base_of_others overlay_at_its_max_size_fails_writes

@@ -300,6 +300,48 @@ pub fn panicking_backend_ends_only_its_own_vm() -> Outcome {
     Ok(())
 }
 
+/// Its drop waits until the peer of its socket goes.
+struct HangsAtDrop(UnixStream);
+
+impl Drop for HangsAtDrop {
+    fn drop(&mut self) {
+        let _ = self.0.read(&mut [0]);
+    }
+}
+
+impl NetBackend for HangsAtDrop {
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+
+    fn poll(&mut self) {}
+
+    fn send(&mut self, _: Frame<'_>) -> std::io::Result<()> {
+        Ok(())
+    }
+
+    fn next_len(&mut self) -> Option<usize> {
+        None
+    }
+
+    fn receive(&mut self, _: &mut RxBuffer<'_>) -> std::io::Result<Option<Received>> {
+        Ok(None)
+    }
+}
+
+pub fn backend_whose_drop_hangs_does_not_delay_its_vm() -> Outcome {
+    let (peer, socket) = UnixStream::pair()?;
+    let vm = guest("sleep 1000").net(Net::custom(move |_| Ok(HangsAtDrop(socket.try_clone()?)))).start()?;
+    vm.kill();
+    check!(vm.wait_timeout(TEST_TIMEOUT).is_some());
+    let begin = Instant::now();
+    drop(vm);
+    // The documented bound, and time for a busy host.
+    check!(begin.elapsed() < Duration::from_secs(15) + TEST_TIMEOUT / 2, "{:?}", begin.elapsed());
+    drop(peer);
+    Ok(())
+}
+
 pub fn backend_may_own_its_vm() -> Outcome {
     let held = Arc::new(Mutex::new(None::<Vm>));
     let (tell, told) = std::sync::mpsc::sync_channel(1);
