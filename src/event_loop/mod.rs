@@ -178,8 +178,9 @@ fn answered<R>(wait: &mpsc::Receiver<R>, limit: Duration) -> Result<R> {
     })
 }
 
-/// How long a drop of a loop waits for its thread, on which what the loop owns is dropped.
-pub(crate) const LOOP_END_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long a drop of a loop waits for its thread, on which what the loop owns is dropped. That may be a disk whose last
+/// blocks are written then.
+pub(crate) const LOOP_END_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A running loop. Dropping it stops the thread, which drops the value, and waits [`LOOP_END_TIMEOUT`] at most.
 pub(crate) struct Loop<S: Handler> {
@@ -257,11 +258,39 @@ impl<S: Handler> Loop<S> {
         let ended = self.ended.get_mut().unwrap_or_else(PoisonError::into_inner);
         match ended.recv_timeout(left(deadline)) {
             Err(mpsc::RecvTimeoutError::Timeout) => {
-                log::warn!("a thread of a VM hangs while it drops what it owns, and is left behind");
+                log::warn!(
+                    "a thread of a VM still drops what it owns, and is left behind: it ends when that has ended"
+                );
             }
             // The thread's panic was its own; the hook and every failing `with` reported it.
             _ => drop(thread.join()),
         }
+    }
+}
+
+/// Loops that end together: a thread that hangs takes nothing of the others' time.
+#[derive(Debug)]
+pub(crate) struct Loops<S: Handler>(Vec<Loop<S>>);
+
+impl<S: Handler> Loops<S> {
+    pub(crate) fn new() -> Self {
+        Self(Vec::new())
+    }
+
+    pub(crate) fn push(&mut self, it: Loop<S>) {
+        self.0.push(it);
+    }
+
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &Loop<S>> {
+        self.0.iter()
+    }
+}
+
+impl<S: Handler> Drop for Loops<S> {
+    fn drop(&mut self) {
+        self.0.iter().for_each(Loop::close);
+        let deadline = Instant::now() + LOOP_END_TIMEOUT;
+        self.0.iter_mut().for_each(|it| it.end(deadline));
     }
 }
 

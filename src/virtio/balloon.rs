@@ -83,7 +83,7 @@ enum Role {
     Reporting,
 }
 
-/// Reports that the balloon became what was asked for, or is so no more: ten at once, then one a second.
+/// Reports beyond the answers to the embedder: that the balloon has left its size, or has it again.
 const REPORTS: Rate = Rate::per_second(1).one_time_burst(10);
 
 /// Called with the number of bytes that the balloon holds.
@@ -96,6 +96,8 @@ pub(crate) struct Balloon {
     on_settled: OnSettled,
     /// Pages that went in, less those that came out.
     held: u64,
+    /// The embedder has asked for a size that the balloon has not had since.
+    asked: bool,
     /// As was last reported.
     settled: bool,
     /// Bounds what a guest reports that fills and empties the balloon without pause.
@@ -120,6 +122,7 @@ impl Balloon {
             memory,
             on_settled,
             held: 0,
+            asked: false,
             settled: true,
             reports: Bucket::new(REPORTS, Duration::ZERO),
             epoch: Instant::now(),
@@ -138,6 +141,7 @@ impl Balloon {
         let pages = u32::try_from(bytes / PAGE).unwrap_or(u32::MAX);
         self.config.set(TARGET, &pages.to_le_bytes());
         self.settled = self.held == u64::from(pages);
+        self.asked = !self.settled;
         if let Some(io) = io {
             io.config_changed();
         }
@@ -173,7 +177,9 @@ impl Balloon {
     /// Tells of what the last requests have made of the balloon.
     fn settle(&mut self) {
         let settled = self.held == u64::from(self.config.word(TARGET));
-        if settled != self.settled && self.reports.take_whole(self.epoch.elapsed()) {
+        // What the embedder has asked for is reported in any case, once for each time.
+        let answers = settled && std::mem::take(&mut self.asked);
+        if answers || settled != self.settled && self.reports.take_whole(self.epoch.elapsed()) {
             self.settled = settled;
             (self.on_settled)(self.held * PAGE);
         }

@@ -145,7 +145,8 @@ impl VmBuilder {
     /// - `InvalidConfig` names the method and the value that cannot work.
     /// - `NotFound`, `PermissionDenied` and `Unsupported` say what this host lacks (see [`Host`](crate::Host)).
     /// - `Unsupported` and `Incompatible` also say what of a [`CpuProfile`] it cannot show.
-    /// - `ResourceExhausted` says which limit was met, or which disk another VM holds.
+    /// - `ResourceExhausted` says which limit was met.
+    /// - `ResourceBusy` says which disk or device another VM or process holds.
     ///
     /// Nothing is left behind.
     pub fn start(self) -> Result<Vm> {

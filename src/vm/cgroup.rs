@@ -6,7 +6,7 @@
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
@@ -235,7 +235,7 @@ impl Drop for CgroupGuard {
     }
 }
 
-/// A thread that hangs in the host's kernel keeps its group; the next VM of another process removes it.
+/// A thread that hangs in the host's kernel keeps its group; a later VM removes it.
 fn remove(path: &Path) {
     let step = Duration::from_millis(1);
     for _ in 0..LEAVING.as_millis() {
@@ -246,10 +246,24 @@ fn remove(path: &Path) {
         }
     }
     log::warn!("{} still has threads and is left behind", path.display());
+    let mut left = left_behind();
+    if left.len() < MAX_LEFT_BEHIND {
+        left.push(path.to_owned());
+    }
 }
 
-/// Removes groups of processes that were killed and could not.
+/// Groups of this process that still had threads when their VM had gone; the next VM removes those that are empty.
+static LEFT_BEHIND: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
+/// More are not remembered: each has a thread that hangs.
+const MAX_LEFT_BEHIND: usize = 1024;
+
+fn left_behind() -> MutexGuard<'static, Vec<PathBuf>> {
+    LEFT_BEHIND.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Removes groups that were left behind: by threads of this process, and by processes that were killed.
 fn sweep(parent: &Path) {
+    left_behind().retain(|path| fs::remove_dir(path).is_err_and(|e| e.raw_os_error() == Some(libc::EBUSY)));
     let Ok(entries) = fs::read_dir(parent) else { return };
     for name in entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()) {
         let process = name.strip_prefix(PREFIX).and_then(|rest| rest.split('-').next()?.parse::<u32>().ok());

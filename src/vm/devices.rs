@@ -15,7 +15,7 @@ use crate::arch::layout::{self, MmioSlot};
 use crate::boot::Kernel;
 use crate::bus::Bus;
 use crate::error::{Error, Result};
-use crate::event_loop::{Loop, Remote};
+use crate::event_loop::{Loop, Loops, Remote};
 use crate::irq::Interrupt;
 use crate::kvm::VmFd;
 use crate::memory::GuestMemory;
@@ -157,7 +157,7 @@ pub(super) struct Attacher<'a> {
     pub kernel: &'a Kernel,
     pub shared: &'a Arc<VmShared>,
     pub mmio: Bus,
-    pub loops: Vec<Loop<Slots>>,
+    pub loops: Loops<Slots>,
     /// Where each device lives.
     pub slots: BTreeMap<DeviceId, DeviceRef>,
 }

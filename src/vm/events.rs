@@ -60,7 +60,9 @@ pub enum EventKind {
     /// The balloon has become what [`Vm::set_balloon`](crate::Vm::set_balloon) asked for, or less again because the guest
     /// runs short of memory.
     ///
-    /// There are ten at once, then at most one a second: what changes faster is seen at the next change.
+    /// Each size that was asked for is reported when the balloon first has it. What the guest changes afterwards is
+    /// reported ten times at once, then at most once a second: [`Vm::memory_stats`](crate::Vm::memory_stats) has the
+    /// size of the moment.
     Balloon {
         /// What is in it.
         size: Size,

@@ -25,7 +25,7 @@ use crate::arch::{self, Cpu, EntryPoint, layout};
 use crate::boot;
 use crate::bus::{Attached, Bus};
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::event_loop::{LOOP_END_TIMEOUT, Loop};
+use crate::event_loop::{Loop, Loops};
 use crate::kvm::{Kvm, VmFd};
 use crate::legacy::{
     EXIT_PORTS, ExitPort, ExitPortRequest, I8042, I8042_PORTS, PANIC_PORTS, PanicPort, SERIAL_PORTS, SerialPort,
@@ -239,7 +239,7 @@ pub(super) struct Machine {
     vm: VmFd,
     pub mmio: Bus,
     pub ports: Bus,
-    loops: Vec<Loop<Slots>>,
+    loops: Loops<Slots>,
     captures: Vec<CapturePump>,
     pub shared: Arc<VmShared>,
     _memory: GuestMemory,
@@ -251,15 +251,6 @@ impl fmt::Debug for Machine {
     }
 }
 
-impl Drop for Machine {
-    /// The loops end side by side: one in which a backend of the embedder's hangs takes nothing of the others' time.
-    fn drop(&mut self) {
-        self.loops.iter().for_each(Loop::close);
-        let deadline = Instant::now() + LOOP_END_TIMEOUT;
-        self.loops.iter_mut().for_each(|it| it.end(deadline));
-    }
-}
-
 impl Machine {
     /// The last vCPU's thread brings everything to rest: what the guest handed over is served, streams end, the
     /// console's last words are written.
@@ -268,7 +259,7 @@ impl Machine {
             return;
         }
         let deadline = Instant::now() + DEVICE_DRAIN_TIMEOUT;
-        for it in &self.loops {
+        for it in self.loops.iter() {
             let left = deadline.saturating_duration_since(Instant::now());
             // Devices get less than we wait, to stop what does not end, and to say what they leave behind.
             let theirs = left / 2;
@@ -348,7 +339,7 @@ pub(super) fn start(config: &VmConfig) -> Result<Vm> {
         kernel: &kernel,
         shared: &shared,
         mmio: Bus::default(),
-        loops: Vec::new(),
+        loops: Loops::new(),
         slots: BTreeMap::new(),
     };
     parts.attach(attachments, &slots)?;

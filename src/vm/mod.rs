@@ -78,8 +78,9 @@ const END_TIMEOUT: Duration = Duration::from_secs(15);
 /// Each has its own threads. The [crate's documentation](crate) lists what guests of one process share all the same.
 ///
 /// The handle is cheap to clone and may be used from any thread. Dropping the last clone kills the guest and waits until
-/// its threads have ended, at most 15 seconds. A thread that hangs in a file of the host's is left behind then. On a
-/// thread of the VM's own, such as one that calls a backend of the embedder's, it does not wait.
+/// its threads have ended. That takes milliseconds, and at most 26 seconds where a file of the host's does not answer or
+/// the drop of an embedder's backend hangs. Such a thread is left behind then. On a thread of the VM's own, such as one
+/// that calls a backend of the embedder's, it does not wait.
 ///
 /// The descriptor behind [`AsFd`] and [`AsRawFd`] becomes readable when the VM has ended, for poll, epoll, tokio, smol or
 /// mio.

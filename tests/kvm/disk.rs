@@ -61,7 +61,7 @@ pub fn image_is_locked_for_one_writer_or_many_readers() -> Outcome {
     let readers = [guest(spin), guest(spin)].map(|g| g.disk(Disk::file(&path).read_only(true)).start());
     check!(readers.iter().all(Result::is_ok), "{readers:?}");
     let error = guest(spin).disk(Disk::file(&path)).start().expect_err("a writer beside readers");
-    check_eq!(error.kind(), ErrorKind::ResourceExhausted);
+    check_eq!(error.kind(), ErrorKind::ResourceBusy);
     check!(error.to_string().contains("attaching disk 0") && error.to_string().contains("a.img"), "{error}");
     drop(readers);
     guest(spin).disk(Disk::file(&path)).start()?;

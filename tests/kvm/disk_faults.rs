@@ -166,7 +166,7 @@ pub fn stalled_device_delays_only_its_own_guest() -> Outcome {
         device.stall()?;
     }
     let (begin, mut before) = (Instant::now(), 0);
-    while begin.elapsed() < Duration::from_secs(soak().map_or(10, |_| 30)) {
+    while begin.elapsed() < Duration::from_secs(soak().map_or(13, |_| 30)) {
         more(&untouched, true)?;
         let now: usize = guests.iter().map(|(_, printed)| counts(printed).0).sum();
         if begin.elapsed() > Duration::from_secs(5) && before == 0 {

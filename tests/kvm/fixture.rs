@@ -100,7 +100,7 @@ pub fn system(console: Console) -> Result<Vm, Box<dyn Error>> {
     loop {
         match vm.clone().start() {
             // Tests of another checkout have it.
-            Err(e) if e.kind() == ErrorKind::ResourceExhausted && std::time::Instant::now() < deadline => {
+            Err(e) if e.kind() == ErrorKind::ResourceBusy && std::time::Instant::now() < deadline => {
                 std::thread::sleep(Duration::from_millis(100));
             }
             outcome => return Ok(outcome?),

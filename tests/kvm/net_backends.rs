@@ -336,8 +336,8 @@ pub fn backend_whose_drop_hangs_does_not_delay_its_vm() -> Outcome {
     check!(vm.wait_timeout(TEST_TIMEOUT).is_some());
     let begin = Instant::now();
     drop(vm);
-    // The documented bound, and time for a busy host.
-    check!(begin.elapsed() < Duration::from_secs(15) + TEST_TIMEOUT / 2, "{:?}", begin.elapsed());
+    // As documented.
+    check!(begin.elapsed() < Duration::from_secs(26), "{:?}", begin.elapsed());
     drop(peer);
     Ok(())
 }

@@ -189,7 +189,8 @@ asyncio.run(main())
 "#;
 
 impl Servers {
-    fn start(size: u64) -> Result<Self> {
+    /// Starts those that listen on these TCP ports, with a file of this size among what they serve.
+    fn start(listening: &[u16], size: Option<u64>) -> Result<Self> {
         static LAST: AtomicU8 = AtomicU8::new(33);
         let ip = Ipv4Addr::new(192, 0, 2, LAST.fetch_add(1, Ordering::Relaxed) + 1);
         host(&format!("ip addr replace {ip}/32 dev lo"))?;
@@ -197,14 +198,17 @@ impl Servers {
         let ports = ports.into_iter().chain([5201, 53].map(|port| PortForward::udp((ip, port), port)));
         let network = ports.fold(Net::user(Policy::deny_all()), UserNet::publish);
         let container = network_container().memory(Size::mib(384)).net(network).start()?;
-        let digest = shell(&container, &format!("set -- {size}; {FILES}"))?;
-        let nginx = container.exec(["sh", "-c", gateway::SERVER]).env("NAME", "servers.example.test").spawn()?;
-        let iperf = container.exec(["iperf3", "-s"]).spawn()?;
-        let python = container.exec(["python3", "-c", PYTHON]).spawn()?;
-        for port in [80, 443, 5201, 8765] {
-            wait_for(&container, port).map_err(|e| format!("port {port}: {e}"))?;
+        let files = size.map(|size| shell(&container, &format!("set -- {size}; {FILES}"))).transpose()?;
+        let programs: [(u16, &[&str]); 3] =
+            [(80, &["sh", "-c", gateway::SERVER]), (5201, &["iperf3", "-s"]), (8765, &["python3", "-c", PYTHON])];
+        let mut running = Vec::new();
+        for (_, program) in programs.into_iter().filter(|(port, _)| listening.contains(port)) {
+            running.push(container.exec(program.iter().copied()).env("NAME", "servers.example.test").spawn()?);
         }
-        Ok(Self { container, ip, digest, _running: vec![nginx, iperf, python] })
+        for port in listening {
+            wait_for(&container, *port).map_err(|e| format!("port {port}: {e}"))?;
+        }
+        Ok(Self { container, ip, digest: files.unwrap_or_default(), _running: running })
     }
 
     /// A guest that may go to these servers and nowhere else.
@@ -215,7 +219,7 @@ impl Servers {
 }
 
 pub fn clients_and_servers_in_two_guests_work() -> Outcome {
-    let servers = Servers::start(soak().unwrap_or(1).min(16) << 20)?;
+    let servers = Servers::start(&[80, 443, 8765], Some(soak().unwrap_or(1).min(16) << 20))?;
     let (client, ip, digest) = (servers.client()?, servers.ip, servers.digest.as_str());
     for get in ["curl -sS http:", "curl -sSk https:", "wget -qO- http:", "wget -qO- --no-check-certificate https:"] {
         let came = shell(&client, &format!("{get}//{ip}/big | sha256sum"));
@@ -256,7 +260,7 @@ pub fn databases_are_reached_by_name_over_a_switch() -> Outcome {
 }
 
 pub fn iperf3_runs_in_all_modes() -> Outcome {
-    let servers = Servers::start(1)?;
+    let servers = Servers::start(&[5201], None)?;
     let (client, ip, seconds) = (servers.client()?, servers.ip, soak().unwrap_or(1));
     for how in ["", "-R", "-P 8", "-u -b 5M -l 1200", "-u -R -b 5M -l 1200"] {
         let end = if how.contains("-P") { "SUM.*receiver" } else { "receiver" };
@@ -275,7 +279,7 @@ pub fn iperf3_runs_in_all_modes() -> Outcome {
 }
 
 pub fn hundred_concurrent_short_connections_are_served() -> Outcome {
-    let servers = Servers::start(1)?;
+    let servers = Servers::start(&[80], None)?;
     let (all, at) = (soak().map_or(200, |n| n * 1000), SocketAddr::from((servers.ip, 80)));
     let get = move || -> std::io::Result<()> {
         let mut stream = TcpStream::connect(at)?;

@@ -62,6 +62,15 @@ fn a_guest_that_fills_and_empties_it_without_pause_is_reported_at_a_bounded_rate
     }
     let count = reports.try_iter().count();
     assert!((11..=100).contains(&count), "{count} reports of 1000 changes");
+    // The embedder's next size is reported all the same.
+    for pages in [3, 2] {
+        let (device, io) = driver.parts();
+        device.set_target(pages * PAGE, Some(io));
+        let (queue, moved) = if pages == 3 { (INFLATE, 3) } else { (DEFLATE, 1) };
+        driver.send(queue, &[&vec![0; moved * 4]], &[]);
+        driver.dispatch(queue);
+        assert_eq!(reports.try_recv(), Ok(pages * PAGE));
+    }
 }
 
 #[test]

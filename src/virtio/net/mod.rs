@@ -11,6 +11,7 @@ mod rx;
 mod tests;
 
 use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Duration;
 
 use crate::network::{
@@ -361,6 +362,15 @@ fn charge(io: &mut DeviceIo, len: usize, offload: Offload) {
 
 fn frame_len(held: &Held) -> usize {
     held.chain.readable(held.frame).iter().map(|piece| piece.len()).sum()
+}
+
+impl Drop for Net {
+    /// Each backend may be an embedder's, whose drop may panic: two panics at once would end the process.
+    fn drop(&mut self) {
+        for pair in self.pairs.drain(..) {
+            let _ = catch_unwind(AssertUnwindSafe(move || drop(pair)));
+        }
+    }
 }
 
 impl VirtioDevice for Net {

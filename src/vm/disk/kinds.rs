@@ -156,7 +156,7 @@ impl FileDisk {
 
     /// Sets whether reads and writes go past the host's page cache (`O_DIRECT`).
     ///
-    /// They do not by default.     /// Requests that are not aligned as the host needs it go through a buffer, which is slow.
+    /// They do not by default. Requests that are not aligned as the host needs it go through a buffer, which is slow.
     pub fn direct(mut self, direct: bool) -> Self {
         self.source.direct = direct;
         self

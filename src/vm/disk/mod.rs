@@ -236,8 +236,12 @@ impl OverlaySource {
                 return Err(Error::invalid("scratch_dir", problem));
             }
             (Some(path), None) => self.open_persistent(path, read_only)?,
-            (None, _) => {
-                let dir = scratch_dir(self.scratch_dir.as_deref())?;
+            // Nothing but a header is written for a guest that only reads.
+            (None, None) if read_only => {
+                OverlayFile::private(&std::env::temp_dir(), &self.base.0, self.size, read_only)?
+            }
+            (None, dir) => {
+                let dir = scratch_dir(dir.as_deref())?;
                 OverlayFile::private(&dir, &self.base.0, self.size, read_only)?
             }
         };

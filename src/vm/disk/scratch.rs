@@ -10,11 +10,11 @@ use crate::sys;
 /// The default is the directory for temporary files (`TMPDIR`, else `/tmp`), or `/var/tmp` where that is memory.
 ///
 /// # Errors
-/// `InvalidConfig` when both are memory of the host, which a guest's writes would take.
+/// `InvalidConfig` when both are memory of the host, which a guest's writes would take, or are no directories.
 pub(crate) fn scratch_dir(set: Option<&Path>) -> Result<PathBuf> {
     match set {
         Some(dir) => Ok(dir.to_path_buf()),
-        None => default_dir([std::env::temp_dir(), "/var/tmp".into()], is_memory),
+        None => default_dir([std::env::temp_dir(), "/var/tmp".into()], |dir| dir.is_dir() && !is_memory(dir)),
     }
 }
 
@@ -23,15 +23,15 @@ fn is_memory(dir: &Path) -> bool {
     sys::is_memory(dir).unwrap_or(false)
 }
 
-/// Returns the first of the directories that is not memory.
-fn default_dir(dirs: [PathBuf; 2], is_memory: impl Fn(&Path) -> bool) -> Result<PathBuf> {
+/// Returns the first of the directories that will do.
+fn default_dir(dirs: [PathBuf; 2], will_do: impl Fn(&Path) -> bool) -> Result<PathBuf> {
     let [first, second] = &dirs;
     let problem = format!(
-        "scratch_dir: {} and {} are memory of the host, which the disk would take; name a directory on a disk",
+        "scratch_dir: {} and {} are memory of the host, which the disk would take, or are missing; name a directory on a disk",
         first.display(),
         second.display()
     );
-    dirs.into_iter().find(|dir| !is_memory(dir)).ok_or_else(|| Error::new(ErrorKind::InvalidConfig, problem))
+    dirs.into_iter().find(|dir| will_do(dir)).ok_or_else(|| Error::new(ErrorKind::InvalidConfig, problem))
 }
 
 #[cfg(test)]
@@ -42,7 +42,7 @@ mod tests {
     fn a_directory_in_memory_is_taken_only_when_it_is_set() {
         let dirs = || [PathBuf::from("/a"), PathBuf::from("/b")];
         let chosen = |memory: &'static [&'static str]| {
-            default_dir(dirs(), move |dir| memory.iter().any(|it| Path::new(it) == dir))
+            default_dir(dirs(), move |dir| memory.iter().all(|it| Path::new(it) != dir))
         };
         assert_eq!(chosen(&[]).unwrap(), Path::new("/a"));
         assert_eq!(chosen(&["/a"]).unwrap(), Path::new("/b"));
