@@ -35,7 +35,7 @@ const JOBS: [(&str, &str); 9] = [
 ];
 const DATA: u64 = 128 << 20;
 /// Longer than any job takes in the lab.
-const PATIENCE: Duration = Duration::from_secs(15);
+const WAIT_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// Processor time that a process has used, all its threads together, those that have ended too.
 fn used(process: &str) -> Duration {
@@ -196,7 +196,7 @@ impl Bench {
             .console(Console::writer(Lines(Vec::new(), to)))
             .start()
             .expect("the guest starts");
-        let all = outcomes(std::iter::from_fn(|| from.recv_timeout(PATIENCE).ok()));
+        let all = outcomes(std::iter::from_fn(|| from.recv_timeout(WAIT_TIMEOUT).ok()));
         drop(vm);
         fs::remove_file(data).expect("the disk goes");
         all
@@ -223,7 +223,7 @@ impl Bench {
         let lines = BufReader::new(machine.0.stdout.take()?).lines().map_while(Result::ok);
         let (to, from) = mpsc::channel();
         let reader = thread::spawn(move || lines.for_each(|line| drop(to.send((line, used(&pid))))));
-        let all = outcomes(std::iter::from_fn(|| from.recv_timeout(PATIENCE).ok()));
+        let all = outcomes(std::iter::from_fn(|| from.recv_timeout(WAIT_TIMEOUT).ok()));
         drop(machine);
         let _ = reader.join();
         fs::remove_file(data).ok()?;

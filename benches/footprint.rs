@@ -12,7 +12,7 @@ use cofferdam::{Console, Kernel, Size, Vm};
 use common::{Running, figure, kernel, microvm};
 
 const MEMORY: u64 = 64;
-/// Nothing is reserved for guests' memory in this process, which is how it is told from all else.
+/// Nothing is reserved for guests' memory in this process, so the flag of such mappings marks guests' memory alone.
 const OURS: Option<&str> = Some("nr");
 
 /// The guest prints a word when it has nothing left to do.

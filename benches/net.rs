@@ -43,7 +43,7 @@ const IDLE: usize = 128;
 /// Until what was begun is done.
 const REST: Duration = Duration::from_millis(100);
 /// Longer than anything takes that ends at all.
-const PATIENCE: Duration = Duration::from_secs(20);
+const WAIT_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// An address of the host's, on a tap of its own; the guest there.
 const HOST: &str = "192.0.2.1";
@@ -52,14 +52,14 @@ const TAP: &str = "cd-bench";
 const IPERF_PORT: &str = "5201";
 
 fn connect(host: SocketAddr) -> io::Result<TcpStream> {
-    let stream = TcpStream::connect_timeout(&host, PATIENCE)?;
+    let stream = TcpStream::connect_timeout(&host, WAIT_TIMEOUT)?;
     patient(&stream)?;
     Ok(stream)
 }
 
 fn patient(stream: &TcpStream) -> io::Result<()> {
-    stream.set_read_timeout(Some(PATIENCE))?;
-    stream.set_write_timeout(Some(PATIENCE))?;
+    stream.set_read_timeout(Some(WAIT_TIMEOUT))?;
+    stream.set_write_timeout(Some(WAIT_TIMEOUT))?;
     stream.set_nodelay(true)
 }
 
@@ -157,11 +157,11 @@ fn transfer(stream: &mut TcpStream, processes: &[u32]) -> io::Result<Rate> {
     Ok(Rate::new(bytes / 1e6, seconds, cpu))
 }
 
-/// Where the guest calls; nobody waits for it for ever.
+/// Where the guest connects to; accepting times out.
 fn listen() -> io::Result<TcpListener> {
     let listener = TcpListener::bind((HOST, 0))?;
     // An option of sockets, which only streams have a method for.
-    TcpStream::from(OwnedFd::from(listener.try_clone()?)).set_read_timeout(Some(PATIENCE))?;
+    TcpStream::from(OwnedFd::from(listener.try_clone()?)).set_read_timeout(Some(WAIT_TIMEOUT))?;
     Ok(listener)
 }
 
@@ -248,7 +248,7 @@ impl Bench {
         bench
     }
 
-    /// What the kernel is told; what it does not know, it gives to the guest's script.
+    /// The kernel's command line. What the kernel does not know, it gives to the guest's script.
     fn cmdline(&self, place: Place, host: Option<SocketAddr>) -> String {
         let (guest, gateway, mtu) = place;
         let host = host.map(|host| format!(" BENCH_HOST={host}")).unwrap_or_default();
@@ -269,7 +269,7 @@ impl Bench {
         let mut processes = vec![std::process::id()];
         processes.extend(helper.map(|helper| helper.0.id()));
         let outcome = serve(&listener, &processes);
-        vm.wait_timeout(PATIENCE).expect("the guest's end");
+        vm.wait_timeout(WAIT_TIMEOUT).expect("the guest's end");
         outcome
     }
 
@@ -294,7 +294,7 @@ impl Bench {
 
     /// passt, and the socket on which it waits for a machine. `None` where it is not installed.
     fn passt(&self) -> Option<(Running, PathBuf)> {
-        // It becomes nobody, who may not write to our directory.
+        // passt switches to an unprivileged user, who may not write to our directory.
         let path = std::env::temp_dir().join(format!("cofferdam-passt-{}", std::process::id()));
         let _ = fs::remove_file(&path);
         let child = Command::new("passt")
@@ -351,10 +351,10 @@ impl Bench {
     fn heap_without(&self) -> usize {
         let (to, from) = mpsc::channel();
         let before = heap();
-        let vm = self.start(None, &self.cmdline(USER, None), Console::writer(Told(to)));
+        let vm = self.start(None, &self.cmdline(USER, None), Console::writer(PrintedTo(to)));
         let mut text = Vec::new();
         while !text.windows(4).any(|word| word == b"idle") {
-            text.extend(from.recv_timeout(PATIENCE).expect("the guest says that it is idle"));
+            text.extend(from.recv_timeout(WAIT_TIMEOUT).expect("the guest says that it is idle"));
         }
         std::thread::sleep(REST);
         let kept = heap() - before;
@@ -363,10 +363,10 @@ impl Bench {
     }
 }
 
-/// A console that passes on what it is told.
-struct Told(mpsc::Sender<Vec<u8>>);
+/// A console that sends what the guest prints.
+struct PrintedTo(mpsc::Sender<Vec<u8>>);
 
-impl Write for Told {
+impl Write for PrintedTo {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let _ = self.0.send(bytes.to_vec());
         Ok(bytes.len())

@@ -22,7 +22,7 @@ use cofferdam::vsock::VsockStream;
 use cofferdam::{Container, ErrorKind, Image};
 
 /// How long the service may take until it listens.
-const PATIENCE: Duration = Duration::from_secs(60);
+const SERVICE_TIMEOUT: Duration = Duration::from_secs(60);
 
 pub(crate) fn main() -> ExitCode {
     match arguments().map_err(Into::into).and_then(|(rootfs, port, command)| proxy(rootfs, port, command)) {
@@ -36,7 +36,7 @@ pub(crate) fn main() -> ExitCode {
 
 fn proxy(rootfs: OsString, port: u16, command: Vec<OsString>) -> Result<(), Box<dyn std::error::Error>> {
     let container = Container::builder(Image::open(rootfs)?).start()?;
-    // What it says is for whoever sits at the terminal; standard output is the connection's.
+    // Standard error of the service goes to the user's terminal; standard output carries the connection.
     let mut service = container.exec(command).stderr(Stdio::piped()).spawn()?;
     if let Some(mut said) = service.stderr.take() {
         thread::spawn(move || copy(&mut said, &mut io::stderr()));
@@ -45,7 +45,7 @@ fn proxy(rootfs: OsString, port: u16, command: Vec<OsString>) -> Result<(), Box<
     let mut to_guest = stream.try_clone()?;
     thread::spawn(move || {
         let _ = copy(&mut io::stdin().lock(), &mut to_guest);
-        // The service has heard all; what it still says comes back.
+        // Standard input is passed on completely; output of the service still comes back.
         let _ = to_guest.shutdown(Shutdown::Write);
     });
     // Not the buffered one, which would keep what has no end of line.
@@ -53,9 +53,9 @@ fn proxy(rootfs: OsString, port: u16, command: Vec<OsString>) -> Result<(), Box<
     Ok(())
 }
 
-/// Connects as soon as somebody listens.
+/// Connects as soon as the service listens.
 fn connect(container: &Container, port: u16) -> cofferdam::Result<VsockStream> {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + SERVICE_TIMEOUT;
     loop {
         match container.connect(port) {
             Err(error) if error.kind() == ErrorKind::NotFound && Instant::now() < deadline => {

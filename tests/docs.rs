@@ -1,4 +1,4 @@
-//! The documentation, enforced: sentences stay short, the device of ARCHITECTURE.md is the one that runs, files it names are there.
+//! The documentation, enforced: short sentences, no words of [`PRIVATE_WORDS`], an example device and file names that are current.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a failure here is the test's")]
 
@@ -21,7 +21,7 @@ const PAGES: &[&str] = &[
     "lab/README.md",
 ];
 
-/// Words that leave the party or the mechanism unnamed. No documentation has them.
+/// Words that leave the party or the mechanism unnamed. No page, no comment and no message of the library has them.
 const PRIVATE_WORDS: &[&str] = &[
     "nobody",
     "everybody",
@@ -43,7 +43,16 @@ fn root() -> &'static Path {
 
 /// All files of the library, beneath `src`.
 fn sources() -> Vec<PathBuf> {
-    let (mut found, mut directories) = (Vec::new(), vec![root().join("src")]);
+    let found = rust_files(&["src"]);
+    assert!(found.len() > 40, "the sources were not found");
+    found
+}
+
+/// All Rust files beneath these directories of the repository.
+fn rust_files(directories: &[&str]) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    let mut directories: Vec<_> =
+        directories.iter().map(|name| root().join(name)).filter(|path| path.exists()).collect();
     while let Some(directory) = directories.pop() {
         for entry in fs::read_dir(directory).unwrap() {
             let path = entry.unwrap().path();
@@ -54,7 +63,6 @@ fn sources() -> Vec<PathBuf> {
             }
         }
     }
-    assert!(found.len() > 40, "the sources were not found");
     found
 }
 
@@ -150,6 +158,100 @@ fn private_words(lines: &[Option<&str>]) -> Vec<(usize, &'static str)> {
     found
 }
 
+/// What each line of a Rust file has of comments of all kinds, and of string literals.
+fn comments_and_strings(text: &str) -> (Vec<String>, Vec<String>) {
+    enum State {
+        Code,
+        Comment,
+        /// As deep as block comments are nested.
+        Block(usize),
+        String,
+        /// Ends with a quote and as many `#`.
+        Raw(usize),
+    }
+    let (mut comments, mut strings, mut state) = (Vec::new(), Vec::new(), State::Code);
+    for line in text.lines() {
+        let (mut comment, mut string, mut rest, mut before) = (String::new(), String::new(), line, ' ');
+        if matches!(state, State::Comment) {
+            state = State::Code;
+        }
+        while let Some(c) = rest.chars().next() {
+            let hashes = |text: &str| text.len() - text.trim_start_matches('#').len();
+            let mut len = c.len_utf8();
+            match &mut state {
+                State::Code if rest.starts_with("//") => (state, len) = (State::Comment, 2),
+                State::Code if rest.starts_with("/*") => (state, len) = (State::Block(1), 2),
+                State::Code if c == 'r' && !before.is_alphanumeric() && before != '_' || c == 'r' && before == 'b' => {
+                    let count = hashes(&rest[1..]);
+                    if rest[1 + count..].starts_with('"') {
+                        (state, len) = (State::Raw(count), count + 2);
+                    }
+                }
+                State::Code if c == '"' => state = State::String,
+                // A quote begins a literal of one character, or a lifetime, whose rest is code.
+                State::Code if c == '\'' => {
+                    let character = rest[1..].chars().next().map_or(0, char::len_utf8);
+                    len = match rest[1..].strip_prefix('\\') {
+                        Some(escaped) => escaped[1..].find('\'').map_or(rest.len(), |end| end + 4),
+                        None if rest[1 + character..].starts_with('\'') => character + 2,
+                        None => 1,
+                    };
+                }
+                State::Code => {}
+                State::Block(depth) if rest.starts_with("*/") => {
+                    (*depth, len) = (*depth - 1, 2);
+                    if *depth == 0 {
+                        state = State::Code;
+                    }
+                }
+                State::Block(depth) if rest.starts_with("/*") => (*depth, len) = (*depth + 1, 2),
+                State::String if c == '\\' => {
+                    len += rest[1..].chars().next().map_or(0, char::len_utf8);
+                    string.push(' ');
+                }
+                State::Raw(count) if c == '"' && hashes(&rest[1..]) >= *count => {
+                    len += *count;
+                    state = State::Code;
+                    string.push(' ');
+                }
+                State::String if c == '"' => {
+                    state = State::Code;
+                    string.push(' ');
+                }
+                State::Comment | State::Block(_) => comment.push(c),
+                State::String | State::Raw(_) => string.push(c),
+            }
+            before = c;
+            rest = &rest[len..];
+        }
+        comments.push(comment);
+        strings.push(string);
+    }
+    (comments, strings)
+}
+
+/// Which lines are items that only tests have, in code that is formatted.
+fn test_lines(text: &str) -> Vec<bool> {
+    let (mut all, mut indent) = (Vec::new(), None);
+    for line in text.lines() {
+        let own = line.len() - line.trim_start().len();
+        if indent.is_none() && line.trim() == "#[cfg(test)]" {
+            indent = Some(own);
+        }
+        all.push(indent.is_some());
+        if indent == Some(own) && line.ends_with(['}', ';', ',']) {
+            indent = None;
+        }
+    }
+    all
+}
+
+/// Whether the whole file is tests'.
+fn is_test(path: &Path) -> bool {
+    path.components()
+        .any(|part| matches!(part.as_os_str().to_str(), Some("tests" | "tests.rs" | "fuzzing" | "fuzzing.rs")))
+}
+
 /// The first sentences of files and of public items, with their lines.
 fn first_sentences(text: &str) -> Vec<(usize, String)> {
     let lines: Vec<&str> = text.lines().collect();
@@ -213,21 +315,46 @@ fn a_long_sentence_is_found() {
 }
 
 #[test]
-fn no_private_words_in_documentation() {
+fn no_private_words_in_pages_comments_and_messages() {
     let mut problems = Vec::new();
     let mut look = |path: &Path, lines: Vec<Option<&str>>| {
-        let found = private_words(&lines);
-        problems.extend(found.iter().map(|(number, word)| format!("{}:{}: {word}", path.display(), number + 1)));
+        let path = path.strip_prefix(root()).unwrap_or(path).display();
+        problems.extend(private_words(&lines).iter().map(|(number, word)| format!("{path}:{}: {word}", number + 1)));
     };
-    for path in sources() {
+    for path in rust_files(&["src", "tests", "benches", "examples", "fuzz/fuzz_targets", "guest"]) {
         let text = fs::read_to_string(&path).unwrap();
-        look(&path, text.lines().map(documentation).collect());
+        let (comments, strings) = comments_and_strings(&text);
+        look(&path, comments.iter().map(|comment| Some(comment.as_str())).collect());
+        if path.starts_with(root().join("src")) && !is_test(path.strip_prefix(root()).unwrap()) {
+            let lines = strings.iter().zip(test_lines(&text));
+            look(&path, lines.map(|(string, test)| (!test).then_some(string.as_str())).collect());
+        }
     }
     for page in PAGES {
         let text = fs::read_to_string(root().join(page)).unwrap();
         look(Path::new(page), text.lines().map(Some).collect());
     }
     assert!(problems.is_empty(), "name the party or the mechanism:\n{}", problems.join("\n"));
+}
+
+#[test]
+fn comments_and_strings_are_separated_from_code() {
+    let text = r##"
+let told = '"'; // One. "Two"
+let a: &'static str = "three // four \" five"; /* six
+seven */ call(r#"eight " nine"#, b"ten", '\'', r"c:\", 'x'); //! Eleven
+let b = "twelve \
+    thirteen"; // fourteen
+"##;
+    let (comments, strings) = comments_and_strings(text);
+    let join = |all: Vec<String>| all.join(" ").split_whitespace().collect::<Vec<_>>().join(" ");
+    assert_eq!(join(comments), "One. \"Two\" six seven ! Eleven fourteen");
+    assert_eq!(join(strings), "three // four five eight \" nine ten c:\\ twelve thirteen");
+    let text = "a();\n#[cfg(test)]\nmod tests {\n    b();\n}\n#[cfg(test)]\nmod more;\nc();";
+    assert_eq!(test_lines(text), [false, true, true, true, true, true, true, false]);
+    assert!(
+        is_test(Path::new("src/a/tests/b.rs")) && is_test(Path::new("src/tests.rs")) && !is_test(Path::new("src/a.rs"))
+    );
 }
 
 #[test]

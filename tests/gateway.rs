@@ -46,7 +46,7 @@ fn http_host_header_is_found() {
         ("Host: Alice.Example.test", name("alice.example.test")),
         ("hOST:alice.example.test:8080", name("alice.example.test")),
         ("Host: alice.example.test.", name("alice.example.test")),
-        ("X: y", Found::Nobody),
+        ("X: y", Found::Unnamed),
         ("Host: a\r\nHost: b", Found::Bad),
         ("Host: ", Found::Bad),
         ("Host: a..b", Found::Bad),
@@ -67,7 +67,7 @@ fn tls_server_name_is_found_in_any_record_split() {
     for piece in [1, 3, 50, 16384] {
         assert_eq!(Kind::of(22).find(&hello(&extensions, piece)), name("alice.example.test"), "{piece}");
     }
-    assert_eq!(Kind::Tls.find(&hello(&extensions[..1], 100)), Found::Nobody);
+    assert_eq!(Kind::Tls.find(&hello(&extensions[..1], 100)), Found::Unnamed);
     let twice = [server_name("a"), server_name("b")];
     assert_eq!(Kind::Tls.find(&hello(&twice, 100)), Found::Bad);
     assert_eq!(Kind::Tls.find(&hello(&[server_name("a b")], 100)), Found::Bad);

@@ -38,7 +38,7 @@ struct Vcpu {
 }
 
 impl Vcpu {
-    /// Comes back only when it is told to.
+    /// Returns only after a signal.
     fn run(&self) {
         let mut inside = self.inside.lock().unwrap();
         if self.immediate_exit.load(Ordering::SeqCst) {
@@ -230,7 +230,7 @@ fn closures_are_run_or_refused_but_never_lost() {
                 let _ = answer.send(());
             };
             match mailbox.post(Box::new(request)) {
-                // Taken: it is run, whoever closes the mailbox meanwhile.
+                // Taken: it is run, even if another thread closes the mailbox meanwhile.
                 Ok(()) => wait.recv().map(|()| 1).unwrap(),
                 Err(mailbox::Closed) => 0,
             }
@@ -264,7 +264,7 @@ fn a_loop_that_ends_while_it_is_asked_to_hold_frees_who_waits() {
     let asking = thread::spawn(move || {
         let (held, wait) = mpsc::sync_channel(1);
         if other.suspend(held) == Ok(true) {
-            // Held, or let go of by the end; either way somebody answers.
+            // The owner answers when it holds, or drops the sender when it ends.
             let _ = wait.recv();
         }
     });

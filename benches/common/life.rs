@@ -15,7 +15,7 @@ use super::common::{median, microvm};
 /// Lives that are counted; one before them is for the caches.
 const ROUNDS: usize = 3;
 /// Longer than any guest that ends at all.
-const PATIENCE: Duration = Duration::from_secs(20);
+const WAIT_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// PID 1 in 70 bytes: writes its clock to standard output, then resets the machine.
 const INIT: [u8; 68] = [
@@ -101,7 +101,7 @@ pub(crate) fn lives(kernel: &Kernel, vcpus: u32) -> Lives {
         let begin = Instant::now();
         let builder = Vm::builder(kernel).vcpus(vcpus).memory(Size::mib(128)).console(Console::writer(clock.clone()));
         let vm = builder.start().expect("the guest starts");
-        vm.wait_timeout(PATIENCE).expect("the guest ends");
+        vm.wait_timeout(WAIT_TIMEOUT).expect("the guest ends");
         let end = begin.elapsed();
         let line = vm.timeline();
         if round == 0 {
@@ -135,7 +135,7 @@ pub(crate) fn qemu(kernel: &Path, cmdline: &str, (vcpus, mib): (u32, u64), round
         let (ended, end) = mpsc::channel::<()>();
         // A peer may hang, and has no figure then.
         let watch = std::thread::spawn(move || {
-            if end.recv_timeout(PATIENCE) == Err(mpsc::RecvTimeoutError::Timeout) {
+            if end.recv_timeout(WAIT_TIMEOUT) == Err(mpsc::RecvTimeoutError::Timeout) {
                 let _ = Command::new("kill").args(["-KILL", &pid]).status();
             }
         });

@@ -1,4 +1,4 @@
-//! Guests by name: started when they are first wanted, stopped when nobody has wanted them for a while.
+//! Guests by name: started for their first caller, stopped when they have had no caller for a while.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -24,7 +24,7 @@ pub(crate) struct Guests {
     idle: Duration,
 }
 
-/// One name's. Whoever holds the lock starts or stops its guest, and all others who want it wait for that.
+/// The guest of one name. The thread that holds the lock starts or stops the guest; other threads wait for it.
 struct Place(Mutex<State>);
 
 struct State {
@@ -41,7 +41,7 @@ impl Place {
     }
 }
 
-/// Somebody uses a guest; while that is so it is not stopped.
+/// A caller's use of a guest. The guest is not stopped while there is one.
 pub(crate) struct Visit {
     place: Arc<Place>,
     pub(crate) guest: Arc<Guest>,
@@ -85,7 +85,7 @@ impl Guests {
         Some(Ok(Visit { place: place.clone(), guest }))
     }
 
-    /// Stops those that nobody has used for long enough; to be called now and then.
+    /// Stops guests that have had no caller for the idle time; to be called now and then.
     pub(crate) fn stop_idle(&self) {
         for (name, place) in &self.places {
             // One that starts is wanted.

@@ -1,5 +1,5 @@
 //! Whom a connection is for: the host of a first HTTP request (RFC 9112), or the server name of a TLS ClientHello (RFC 8446,
-//! RFC 6066). Whoever calls may send anything.
+//! RFC 6066). A caller may send anything.
 
 /// What the first bytes of a connection are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -15,8 +15,8 @@ pub(crate) enum Found {
     More,
     /// The name, in small letters.
     Name(String),
-    /// It names nobody.
-    Nobody,
+    /// It is complete and has no name.
+    Unnamed,
     /// It is not what it should be.
     Bad,
 }
@@ -62,7 +62,7 @@ fn http(bytes: &[u8]) -> Found {
             }
             name_of(name.strip_suffix('.').unwrap_or(name).as_bytes())
         }
-        (None, _) => Found::Nobody,
+        (None, _) => Found::Unnamed,
         _ => Found::Bad,
     }
 }
@@ -138,10 +138,10 @@ fn server_name(mut hello: Reader<'_>) -> Option<Found> {
     hello.take(2 + 32)?;
     let (_session, _suites, _compression) = (hello.vector(1)?, hello.vector(2)?, hello.vector(1)?);
     if hello.0.is_empty() {
-        return Some(Found::Nobody);
+        return Some(Found::Unnamed);
     }
     let mut extensions = hello.vector(2)?;
-    let mut found = Found::Nobody;
+    let mut found = Found::Unnamed;
     while !extensions.0.is_empty() {
         let (kind, mut extension) = (extensions.number(2)?, extensions.vector(2)?);
         if kind != usize::from(SERVER_NAME) {
@@ -150,7 +150,7 @@ fn server_name(mut hello: Reader<'_>) -> Option<Found> {
         let mut list = extension.vector(2)?;
         let (kind, name) = (list.number(1)?, list.vector(2)?);
         // One name, once.
-        if kind != usize::from(HOST_NAME) || !list.0.is_empty() || !extension.0.is_empty() || found != Found::Nobody {
+        if kind != usize::from(HOST_NAME) || !list.0.is_empty() || !extension.0.is_empty() || found != Found::Unnamed {
             return None;
         }
         found = name_of(name.0);

@@ -4,8 +4,8 @@
 //!         --name bob.example.test -- sh -c 'echo "I am $NAME" > /var/www/html/index.html; exec nginx -g "daemon off;"'
 //!     curl --resolve alice.example.test:8080:127.0.0.1 http://alice.example.test:8080/
 //!
-//! A guest starts when somebody first wants it, once however many do, and stops when nobody has used it for a while. What
-//! comes in over TLS is passed on as it is: the guest has the certificate. Guests need no network.
+//! The first caller of a name starts its guest, and callers at the same time share that one start. A guest without
+//! connections for a while is stopped. TLS is passed on unchanged: the guest has the certificate. Guests need no network.
 
 #![allow(clippy::print_stdout, clippy::print_stderr, clippy::expect_used, reason = "a program may")]
 

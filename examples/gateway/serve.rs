@@ -23,7 +23,7 @@ pub(crate) struct Limits {
     pub(crate) server: Duration,
     /// A connection on which nothing moves is closed after this.
     pub(crate) idle_connection: Duration,
-    /// A guest that nobody uses is stopped after this.
+    /// A guest without connections is stopped after this.
     pub(crate) idle_guest: Duration,
 }
 
@@ -65,7 +65,7 @@ pub(crate) fn run(listener: &TcpListener, guests: &Arc<Guests>, limits: &Limits)
         }
         let (one, guests, limits) = (open.clone(), guests.clone(), limits.clone());
         let served = thread::Builder::new().name("caller".into()).spawn(move || {
-            // A caller who breaks off is nobody's failure.
+            // A caller may close its connection at any time; the gateway has not failed then.
             let _ = serve(stream, &guests, &limits);
             drop(one);
         });
@@ -83,7 +83,7 @@ fn serve(mut caller: TcpStream, guests: &Guests, limits: &Limits) -> io::Result<
     let name = match found {
         Found::Name(name) => name,
         Found::More => return refuse(&mut caller, kind, Refusal::Slow),
-        Found::Nobody | Found::Bad => return refuse(&mut caller, kind, Refusal::Bad),
+        Found::Unnamed | Found::Bad => return refuse(&mut caller, kind, Refusal::Bad),
     };
     let Some(visit) = guests.visit(&name) else { return refuse(&mut caller, kind, Refusal::Unknown) };
     let port = if kind == Kind::Tls { 443 } else { 80 };
@@ -129,8 +129,8 @@ fn read_head(caller: &mut TcpStream, deadline: Instant) -> io::Result<(Kind, Fou
 type Failure = Box<dyn std::error::Error>;
 
 /// Connects as soon as the guest's server listens.
-fn connect(guest: &Guest, port: u16, patience: Duration) -> Result<VsockStream, Failure> {
-    let deadline = Instant::now() + patience;
+fn connect(guest: &Guest, port: u16, timeout: Duration) -> Result<VsockStream, Failure> {
+    let deadline = Instant::now() + timeout;
     loop {
         match guest.container.connect(port) {
             Err(error) if error.kind() == ErrorKind::NotFound && Instant::now() < deadline => {
@@ -144,7 +144,7 @@ fn connect(guest: &Guest, port: u16, patience: Duration) -> Result<VsockStream, 
     }
 }
 
-/// Why somebody is not served.
+/// Why a caller is not served.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Refusal {
     Bad,

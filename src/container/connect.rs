@@ -45,7 +45,7 @@ fn open(vm: &Vm, version: u32, port: u16) -> Result<VsockStream> {
 
 fn check(version: u32, port: u16) -> Result<()> {
     if port == 0 {
-        return Err(Error::invalid("connect", "port 0 is nobody's: say 1 or higher"));
+        return Err(Error::invalid("connect", "a port of the container is 1 or higher, not 0"));
     }
     if version < VERSION_CONNECT {
         let why = format!("the guest's shim speaks protocol version {version}, connections need {VERSION_CONNECT}");
@@ -94,7 +94,7 @@ fn refusal(errno: i32) -> Error {
     let (kind, why) = match errno {
         libc::ECONNREFUSED => (
             ErrorKind::NotFound,
-            "nobody listens there, on no address of the container: start the service first, or try again when it is ready",
+            "no service listens there, on any address of the container: start the service first, or try again when it is ready",
         ),
         libc::EAGAIN => {
             (ErrorKind::ResourceExhausted, "there are 512 connections to services already: close some of them first")

@@ -454,7 +454,7 @@ impl Process {
     /// Kills it: its streams could not be had, so it has no owner.
     pub(super) fn give_up(&self) {
         if let Err(error) = self.kill() {
-            log::debug!("a process that nobody holds is not killed: {error}");
+            log::debug!("a process without an owner was not killed: {error}");
         }
     }
 }

@@ -363,8 +363,8 @@ fn listening(proc: &Fd, port: u16) -> Vec<IpAddr> {
     // Of the reaper, whose network all programs share.
     for path in [c"1/net/tcp6", c"1/net/tcp"] {
         let list = files::read(Some(proc), path, LIST_MAX).unwrap_or_default();
-        let heard = list.split(|&byte| byte == b'\n').filter_map(listener).filter(|at| at.port() == port);
-        found.extend(heard.map(|at| at.ip()).filter(|ip| !ip.is_unspecified() && !ip.is_loopback()));
+        let listeners = list.split(|&byte| byte == b'\n').filter_map(listener).filter(|at| at.port() == port);
+        found.extend(listeners.map(|at| at.ip()).filter(|ip| !ip.is_unspecified() && !ip.is_loopback()));
     }
     found
 }
@@ -510,8 +510,8 @@ mod tests {
     #[test]
     fn missing_listener_is_reported_and_leaks_nothing() {
         let mut rig = Fixture::new();
-        let nobody = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-        let mut host = rig.call(nobody.port());
+        let unused = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let mut host = rig.call(unused.port());
         assert_eq!((answer_of(&mut host), rig.len()), (Errno::ECONNREFUSED.0, 0));
         assert_eq!(host.read(&mut [0]).unwrap(), 0);
     }
@@ -531,7 +531,7 @@ mod tests {
             let writer = std::thread::spawn(move || from.write_all(&sent).unwrap());
             rig.turn();
             let ways = [&rig.connections.all[0].inward, &rig.connections.all[0].outward];
-            assert!(ways.iter().any(|way| (1..=PIECE).contains(&way.waiting.len())), "nobody waits");
+            assert!(ways.iter().any(|way| (1..=PIECE).contains(&way.waiting.len())), "no data waits");
             assert!(!rig.connections.has_backlog() && !writer.is_finished());
             let reader = std::thread::spawn(move || {
                 let mut all = vec![0; len];

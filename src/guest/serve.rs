@@ -44,7 +44,7 @@ pub(super) struct Shim {
     spawn_env: SpawnEnv,
     cgroups: Option<Cgroups>,
     /// All workloads, watched while the machine ends.
-    everybody: Option<Watch>,
+    workloads: Option<Watch>,
     processes: Vec<Process>,
     relays: Vec<Relay>,
     /// `None` where the kernel cannot listen on vsock.
@@ -57,7 +57,7 @@ pub(super) struct Shim {
 enum PollTarget {
     Control,
     Signals,
-    Everybody,
+    Workloads,
     Process(u32),
     Connections,
 }
@@ -77,7 +77,7 @@ impl Shim {
             reaper,
             spawn_env,
             cgroups,
-            everybody: None,
+            workloads: None,
             processes: Vec::new(),
             relays: Vec::new(),
             connections: Connections::listen().ok(),
@@ -124,7 +124,7 @@ impl Shim {
                 let result = match owner {
                     PollTarget::Control => self.serve_host(poll.happened, &mut decoder),
                     PollTarget::Signals => self.serve_signals(),
-                    PollTarget::Everybody => Ok(()),
+                    PollTarget::Workloads => Ok(()),
                     PollTarget::Connections => {
                         self.serve_connections();
                         Ok(())
@@ -176,8 +176,8 @@ impl Shim {
                 ProcessState::Running { .. } | ProcessState::Refused { .. } | ProcessState::Over => {}
             }
         }
-        if let Some(watch) = &self.everybody {
-            add(watch.poll(), PollTarget::Everybody);
+        if let Some(watch) = &self.workloads {
+            add(watch.poll(), PollTarget::Workloads);
         }
         if let Some(connections) = &self.connections {
             add(connections.poll(), PollTarget::Connections);
@@ -439,8 +439,8 @@ impl Shim {
                 self.control.say(process.id, &FromGuest::SpawnFailed { step, errno });
             }
         }
-        self.everybody = self.cgroups.as_ref().and_then(|cgroups| cgroups.watch().ok());
-        // Everything but the shim, and the reaper, which lets only SIGKILL through. What is stopped must run to hear it.
+        self.workloads = self.cgroups.as_ref().and_then(|cgroups| cgroups.watch().ok());
+        // Everything but the shim, and the reaper, which lets only SIGKILL through. A stopped process must run to receive SIGTERM.
         let _ = sys::kill(-1, sys::SIGTERM);
         let _ = sys::kill(-1, sys::SIGCONT);
         self.ending = Some(GuestShutdown::new(end, deadline));
@@ -449,7 +449,7 @@ impl Shim {
     /// Takes the end of the machine as far as it can go now.
     fn ending_over(&mut self) -> Option<End> {
         let ending = self.ending.as_mut()?;
-        let populated = self.everybody.as_ref().is_some_and(Watch::is_populated);
+        let populated = self.workloads.as_ref().is_some_and(Watch::is_populated);
         let alive = populated || self.processes.iter().any(|process| process.life.pid().is_some());
         let drained = self.relays.is_empty() && self.connections.as_ref().is_none_or(Connections::is_drained);
         match ending.step(alive, drained, sys::now_ns()) {

@@ -195,7 +195,7 @@ mod tests {
     #[test]
     fn initialized_i8042_driver_receives_keys() {
         let (mut controller, interrupt) = I8042::new(|| ()).unwrap();
-        assert!(!controller.press(Keys::Power), "nobody listens yet");
+        assert!(!controller.press(Keys::Power), "the driver does not listen yet");
         controller.write(COMMAND, &[0x60]);
         controller.write(DATA, &[KEYBOARD_INTERRUPT]);
         assert!(controller.press(Keys::Power) && controller.press(Keys::CtrlAltDel));

@@ -45,12 +45,12 @@ mod tests {
 
     #[test]
     fn panic_is_reported_unless_a_crash_kernel_handles_it() {
-        let mut told = 0;
-        let mut port = PanicPort::new(|| told += 1);
+        let mut reports = 0;
+        let mut port = PanicPort::new(|| reports += 1);
         let mut events = [0];
         port.read(0, &mut events);
         assert_eq!(events, [3]);
         [&[][..], &[0], &[2], &[4], &[1]].into_iter().for_each(|data| port.write(0, data));
-        assert_eq!(told, 1);
+        assert_eq!(reports, 1);
     }
 }

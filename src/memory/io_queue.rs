@@ -368,7 +368,7 @@ impl IoQueue {
             drop(std::mem::ManuallyDrop::into_inner(left));
         };
         if let Err(error) = sys::spawn("left-behind".into(), sys::STACK, wait) {
-            log::warn!("nobody waits for them: {error}");
+            log::warn!("no thread waits for the requests in flight: starting it failed: {error}");
         }
     }
 }

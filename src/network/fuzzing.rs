@@ -397,7 +397,7 @@ pub fn dns(data: &[u8]) {
             }
         }
     }
-    assert!(world.net.pretended().is_empty(), "somebody was asked, and there is nobody to ask");
+    assert!(world.net.pretended().is_empty(), "a resolver was asked, and there is none");
 }
 
 /// A rule, as plain as can be.
@@ -489,7 +489,7 @@ pub fn header(data: &[u8]) {
         let (agreed, len) = (Offloads::from_bits(bytes.byte()), usize::from(bytes.short()));
         let header: [u8; HEADER_LEN] = bytes.number();
         let Ok(offload) = Offload::parse(&header, len, agreed) else { continue };
-        assert!(agreed.contains(offload.needed()), "nobody agreed to it");
+        assert!(agreed.contains(offload.needed()), "the peer did not agree to it");
         let end = |csum: Csum| usize::from(csum.start) + usize::from(csum.offset) + 2;
         assert!(offload.csum.is_none_or(|csum| end(csum) <= len), "the checksum is elsewhere");
         assert!(offload.gso.is_none_or(|gso| gso.size > 0 && offload.csum.is_some()), "it cannot be cut");
@@ -548,7 +548,10 @@ pub fn switch(data: &[u8]) {
                     || matches!(address, IpAddr::V6(a) if a.is_unicast_link_local())
             };
             assert!(own(&a, packet.src) && own(&b, packet.dst), "between other addresses");
-            assert!(agreed.contains(offload.needed()) && offload.check(frame.len()).is_ok(), "nobody agreed to it");
+            assert!(
+                agreed.contains(offload.needed()) && offload.check(frame.len()).is_ok(),
+                "the peer did not agree to it"
+            );
             let cut = offload.gso.map(|gso| usize::from(gso.header_len) + usize::from(gso.size));
             assert!(cut.unwrap_or(frame.len()) <= 1514, "it is too large");
         }
@@ -556,7 +559,7 @@ pub fn switch(data: &[u8]) {
     let (one, offload) = a.tcp(&b, true, b"x", None);
     b.leave();
     a.send(&one, offload);
-    assert!(b.take().is_empty() && a.stats().unserved > 0, "who has left still hears something");
+    assert!(b.take().is_empty() && a.stats().unserved > 0, "a guest that has left still receives frames");
 }
 
 #[cfg(test)]

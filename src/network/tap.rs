@@ -35,7 +35,7 @@ impl TapBackend {
     /// Opens `queues` queues of the tap of this name, which must be there.
     ///
     /// # Errors
-    /// `NotFound` without it or without the host's driver, `PermissionDenied`. `ResourceExhausted` when another process
+    /// `NotFound` without it or without the host's driver, `PermissionDenied`. `ResourceBusy` when another process
     /// has it open, `InvalidConfig` when it was made for another number of queues.
     pub(crate) fn open(name: &str, queues: usize, mtu: u16) -> Result<Vec<Self>> {
         let doing = || format!("opening tap {name}");
@@ -54,7 +54,7 @@ impl TapBackend {
                 ErrorKind::PermissionDenied,
                 format!("it is another user's, or none that may be opened: {remedy}"),
             ),
-            Some(libc::EBUSY) => Error::new(ErrorKind::ResourceExhausted, "somebody has it open"),
+            Some(libc::EBUSY) => Error::new(ErrorKind::ResourceBusy, "another process has it open"),
             Some(libc::EINVAL) => {
                 let how = if queues > 1 { "without multi_queue" } else { "with multi_queue, or is no tap" };
                 Error::new(ErrorKind::InvalidConfig, format!("it was made {how}: {remedy}"))
@@ -132,7 +132,7 @@ impl NetBackend for TapBackend {
                 return Ok(None);
             }
         };
-        // What the host's kernel says of its own frames is right; what it would not be, the guest must not hear.
+        // What the host's kernel says of its own frames is right; a flag that would be wrong must not reach the guest.
         let offload = Offload::parse(&header, len, Offloads::all()).unwrap_or_default();
         Ok((len > 0).then_some(Received { len, offload }))
     }

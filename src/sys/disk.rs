@@ -84,8 +84,8 @@ impl Alignment {
         let (flags, mask) = (libc::AT_EMPTY_PATH, libc::STATX_DIOALIGN);
         // SAFETY: the path is a NUL-terminated literal; statx writes one statx, which lives on this stack across the call.
         let outcome = unsafe { libc::statx(file.as_raw_fd(), c"".as_ptr(), flags, mask, &mut found) };
-        let told = outcome == 0 && found.stx_mask & libc::STATX_DIOALIGN != 0;
-        if told && found.stx_dio_offset_align != 0 && found.stx_dio_mem_align != 0 {
+        let reported = outcome == 0 && found.stx_mask & libc::STATX_DIOALIGN != 0;
+        if reported && found.stx_dio_offset_align != 0 && found.stx_dio_mem_align != 0 {
             let memory = usize::try_from(found.stx_dio_mem_align).unwrap_or(4096);
             return Ok(Self { memory, offset: found.stx_dio_offset_align.into() });
         }

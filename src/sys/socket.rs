@@ -218,8 +218,8 @@ mod tests {
         near.reset_on_close().unwrap();
         drop(near);
         assert_eq!(far.read(&mut [0]).unwrap_err().kind(), io::ErrorKind::ConnectionReset);
-        let nobody = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-        let outcome = Socket::connect(SocketKind::Stream, nobody);
+        let unused = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let outcome = Socket::connect(SocketKind::Stream, unused);
         let error = outcome.map_or_else(Some, |socket| socket.error()).unwrap();
         assert_eq!(error.kind(), io::ErrorKind::ConnectionRefused);
     }

@@ -273,10 +273,10 @@ impl Balloon {
         while let Some(mut chain) = next(io, queue, &mut None) {
             let mut bytes = vec![0; chain.readable_len().min(1024)];
             if chain.read_into(&mut bytes).is_ok() {
-                let told = GuestMemoryStats::parse(&bytes);
+                let stats = GuestMemoryStats::parse(&bytes);
                 for answer in self.waiting.drain(..) {
                     // Who asked may have given up.
-                    let _ = answer.try_send(told);
+                    let _ = answer.try_send(stats);
                 }
             }
             // One buffer is kept; a driver that sends another gets the first back.

@@ -308,7 +308,7 @@ mod tests {
         output.print(b"x");
         output.pump(&mut Broken);
         output.print(&[0; PENDING * 2]);
-        assert_eq!(output.dropped(), 0, "nobody is there who could miss it");
+        assert_eq!(output.dropped(), 0, "no reader is left that could miss it");
         output.close(Duration::from_secs(10));
     }
 

@@ -111,7 +111,7 @@ pub(super) struct Ring {
     /// The next element of the used ring to be written.
     used_next: u16,
     /// Up to where the driver was considered for an interrupt.
-    told: u16,
+    considered: u16,
 }
 
 impl Ring {
@@ -132,7 +132,7 @@ impl Ring {
             next: 0,
             filled: 0,
             used_next: 0,
-            told: 0,
+            considered: 0,
         })
     }
 
@@ -206,8 +206,8 @@ impl Ring {
 
     /// Whether the driver wants an interrupt for what was given back since this was last asked.
     pub(super) fn wants_interrupt(&mut self) -> bool {
-        let (new, told) = (self.used_next, std::mem::replace(&mut self.told, self.used_next));
-        if new == told {
+        let (new, considered) = (self.used_next, std::mem::replace(&mut self.considered, self.used_next));
+        if new == considered {
             return false;
         }
         // Given back before asking, as the driver asks before it looks: one of the two sees the other.
@@ -217,7 +217,7 @@ impl Ring {
             // Virtio 1.3, 2.7.7.2: when the index that it waits for is among those that came.
             true => available
                 .load_u16(self.event_offset(2), Relaxed)
-                .is_some_and(|event| new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(told)),
+                .is_some_and(|event| new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(considered)),
             false => available.load_u16(FLAGS, Relaxed).is_some_and(|flags| flags & NO_INTERRUPT == 0),
         }
     }

@@ -50,7 +50,7 @@ pub(crate) struct Driver<D> {
     next_buffer: u64,
     /// Interrupts that were asked about.
     #[cfg(test)]
-    heard: u64,
+    seen_interrupts: u64,
 }
 
 impl<D> std::fmt::Debug for Driver<D> {
@@ -115,7 +115,7 @@ impl<D: VirtioDevice> Driver<D> {
             rings,
             next_buffer: BUFFERS,
             #[cfg(test)]
-            heard: 0,
+            seen_interrupts: 0,
         };
         driver.device.started(&mut driver.io).unwrap();
         driver
@@ -255,7 +255,7 @@ impl<D: VirtioDevice> Driver<D> {
     pub(crate) fn interrupted(&mut self) -> bool {
         self.io.interrupt.acknowledge(u32::MAX);
         let raised = self.io.interrupt.raised();
-        std::mem::replace(&mut self.heard, raised) != raised
+        std::mem::replace(&mut self.seen_interrupts, raised) != raised
     }
 
     /// Whether the device asks for a reset.

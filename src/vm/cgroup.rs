@@ -216,7 +216,7 @@ impl CgroupGuard {
         }
         let open = fs::OpenOptions::new().read(true).write(true).open(self.path.join("cpu.pressure"));
         let set = |mut file: File| file.write_all(PRESSURE).map(|()| file);
-        let file = open.and_then(set).inspect_err(|e| log::debug!("throttling of vCPUs is not told: {e}")).ok()?;
+        let file = open.and_then(set).inspect_err(|e| log::debug!("throttling of vCPUs is not reported: {e}")).ok()?;
         let (path, mut seen) = (self.path.clone(), 0);
         let throttled = move || {
             let now = stats(&path).throttled_periods;

@@ -368,13 +368,13 @@ pub(super) fn start(config: &VmConfig) -> Result<Vm> {
     })?;
     if let Some((file, mut throttled)) = cgroup.as_ref().and_then(CgroupGuard::pressure) {
         let log = shared.log.clone();
-        let tell = move || {
+        let notify = move || {
             if throttled() {
                 log.push(EventKind::Throttled { what: Throttled::Vcpus });
             }
         };
         if let Some(it) = handles.loops.last() {
-            it.with(move |slots| slots.watch_urgent(file, tell))?.doing(|| "watching the VM's cgroup")?;
+            it.with(move |slots| slots.watch_urgent(file, notify))?.doing(|| "watching the VM's cgroup")?;
         }
     }
     start_captures(&machine.captures, &shared, member.as_ref())?;

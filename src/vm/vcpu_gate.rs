@@ -156,7 +156,7 @@ mod tests {
     #[test]
     fn vcpus_park_wait_and_resume() {
         let gate = Arc::new(VcpuGate::default());
-        assert!(!gate.park(), "an open gate stops nobody");
+        assert!(!gate.park(), "an open gate stops no vCPU");
         gate.close();
         assert_eq!(gate.wait_parked(2, soon()), Parked::Busy(2));
         let threads = [(); 2].map(|()| {

@@ -73,7 +73,7 @@ pub fn missing_kernel_options_are_named() -> Outcome {
         check_eq!(error.kind(), ErrorKind::Unsupported);
         check!(error.to_string().ends_with("CONFIG_NO_SUCH"), "{error}");
     }
-    let error = fixture::stock_kernel(&Temp::new()?)?.check(["CONFIG_ACPI"]).err().ok_or("nobody told")?;
+    let error = fixture::stock_kernel(&Temp::new()?)?.check(["CONFIG_ACPI"]).err().ok_or("no error")?;
     check_eq!(error.kind(), ErrorKind::NotFound);
     Ok(())
 }

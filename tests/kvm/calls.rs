@@ -44,7 +44,7 @@ struct Begun {
     timed: Process,
     printing: Process,
     killed: Process,
-    told: Process,
+    signaled: Process,
     input: VsockStream,
     output: VsockStream,
 }
@@ -55,7 +55,7 @@ fn begin(container: &Container, watch: &Watch) -> Result<Begun, Box<dyn Error>> 
     let (input, output) = (cat.stdin.take().ok_or("no input")?, cat.stdout.take().ok_or("no output")?);
     Ok(Begun {
         killed: sleeper().spawn()?,
-        told: sleeper().spawn()?,
+        signaled: sleeper().spawn()?,
         input: watch.at_once("ProcessWriter::into_stream", || input.into_stream()),
         output: watch.at_once("ProcessReader::into_stream", || output.into_stream()),
         printing: sleeper().stdout(Stdio::piped()).timeout(TIME).spawn()?,
@@ -78,7 +78,7 @@ fn babble(container: &Container) -> Result<Vec<Process>, Box<dyn Error>> {
     Ok(programs.into_iter().map(|program| container.exec(program).spawn()).collect::<cofferdam::Result<_>>()?)
 }
 
-/// Where the loop hangs, what asks it is told so in time; elsewhere it has what it asked for.
+/// Where the loop hangs, a call to it fails with `TimedOut`; elsewhere it returns what was asked for.
 fn fine<T>(guest: Guest, answer: cofferdam::Result<T>) -> Answer {
     match answer {
         Ok(_) => Ok(()),
@@ -87,7 +87,7 @@ fn fine<T>(guest: Guest, answer: cofferdam::Result<T>) -> Answer {
     }
 }
 
-/// Nobody is there to connect to. Only a guest that says something can say so.
+/// No program listens at the port. Only a guest that answers can refuse the connection; other calls time out.
 fn silent(guest: Guest, connected: cofferdam::Result<VsockStream>) -> Answer {
     let kind = connected.err().map(|error| error.kind());
     check!(kind.is_some() && (guest == Guest::Babbling || kind == Some(ErrorKind::TimedOut)), "{kind:?}");
@@ -108,7 +108,7 @@ fn drive(guest: Guest) -> Outcome {
     let port = net.publish(PortForward::tcp(([127, 0, 0, 1], 0), 80))?;
     let listeners = [container.vm().listen_vsock(9998)?, container.vm().listen_vsock(9999)?];
     let events = [container.vm().events()?, container.vm().events()?];
-    let Begun { mut timed, printing, killed, told, mut input, mut output } = begin(&container, &watch)?;
+    let Begun { mut timed, printing, killed, signaled, mut input, mut output } = begin(&container, &watch)?;
     let mut noise = Vec::new();
     match guest {
         Guest::Mute => container.vm().pause()?,
@@ -136,7 +136,7 @@ fn drive(guest: Guest) -> Outcome {
     let [accepting, accepted] = listeners;
     let [all_events, events] = events;
     let at_end = ended.clone();
-    let told_end = move |watch: &Watch, name: &'static str| {
+    let reported_end = move |watch: &Watch, name: &'static str| {
         let end = *lock(&at_end);
         lock(&watch.made).insert(name);
         match end {
@@ -144,7 +144,7 @@ fn drive(guest: Guest) -> Outcome {
             None => lock(&watch.wrong).push(format!("{name} came back before the end")),
         }
     };
-    let tell = told_end.clone();
+    let tell = reported_end.clone();
     let mut acceptor = Callers::new(&watch);
     acceptor.spawn("accept", move |watch| {
         let accepted = accepting.accept();
@@ -152,13 +152,13 @@ fn drive(guest: Guest) -> Outcome {
         check!(accepted.as_ref().is_err_and(|e| e.kind() == ErrorKind::InvalidState), "{accepted:?}");
         Ok(())
     });
-    let tell = told_end.clone();
+    let tell = reported_end.clone();
     with!(until_end, "Vm::wait", |watch, vm| {
         vm.wait();
         tell(watch, "Vm::wait");
         Ok(())
     });
-    let tell = told_end.clone();
+    let tell = reported_end.clone();
     let waiting = container.clone();
     until_end.spawn("Container::wait", move |watch| {
         waiting.wait();
@@ -249,7 +249,7 @@ fn drive(guest: Guest) -> Outcome {
         check_eq!(status.and_then(|status| status.signal()), Some(9));
         Ok(())
     });
-    callers.spawn("signal", move |watch| Ok(watch.call("Process::signal", host, || told.signal(15))?));
+    callers.spawn("signal", move |watch| Ok(watch.call("Process::signal", host, || signaled.signal(15))?));
 
     // Connections.
     let itself = container.clone();

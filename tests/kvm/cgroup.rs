@@ -59,9 +59,9 @@ pub fn cpu_limit_holds_and_throttling_is_counted() -> Outcome {
     };
     check!(stats.cpu_time < begin.elapsed().mul_f64(0.3) + Duration::from_millis(100), "{stats:?}");
     check!(!stats.throttled_time.is_zero(), "{stats:?}");
-    let told = |event: &cofferdam::event::Event| event.kind == EventKind::Throttled { what: Throttled::Vcpus };
+    let is_throttled = |event: &cofferdam::event::Event| event.kind == EventKind::Throttled { what: Throttled::Vcpus };
     let events = vm.events()?;
-    while !told(&events.next_timeout(TEST_TIMEOUT).ok_or("it was never told")?) {}
+    while !is_throttled(&events.next_timeout(TEST_TIMEOUT).ok_or("it was never reported")?) {}
     Ok(())
 }
 

@@ -56,9 +56,12 @@ pub fn connects_to_services_on_any_guest_address() -> Outcome {
     let places =
         [(&alone, "127.0.0.1"), (&alone, "::1"), (&alone, "0.0.0.0"), (&with_card, "10.0.2.15"), (&with_card, "::")];
     for (port, (container, address)) in (80..).zip(places) {
-        let error = container.connect(port).map(drop).expect_err("nobody listens yet");
+        let error = container.connect(port).map(drop).expect_err("no service listens yet");
         check!(error.kind() == ErrorKind::NotFound, "{error}");
-        check!(error.to_string().contains(&format!("port {port} of the container: nobody listens there")), "{error}");
+        check!(
+            error.to_string().contains(&format!("port {port} of the container: no service listens there")),
+            "{error}"
+        );
         let _server = serve(container, address, port, "echo")?;
         let mut stream = container.connect(port).map_err(|e| format!("{address}: {e}"))?;
         stream.write_all(address.as_bytes())?;
@@ -120,7 +123,7 @@ pub fn slow_reader_blocks_the_writer_without_losing_data() -> Outcome {
         writing.write_all(&sent)?;
         writing.shutdown(Shutdown::Write).map_err(std::io::Error::other)
     });
-    // Nobody reads yet, so that it cannot all be under way.
+    // The service does not read yet, so the buffers between host and service fill up and the writer blocks.
     std::thread::sleep(Duration::from_millis(700));
     check!(!writer.is_finished(), "6 MB went somewhere");
     let (mut reading, mut came) = (stream, Vec::new());

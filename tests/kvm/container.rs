@@ -200,7 +200,7 @@ pub fn container_pauses_and_reports_stats_like_a_vm() -> Outcome {
 
 pub fn connect_without_a_listener_is_refused() -> Outcome {
     let container = container()?;
-    let error = container.vm().connect_vsock(9999).expect_err("nobody listens");
+    let error = container.vm().connect_vsock(9999).expect_err("no program listens");
     check_eq!(error.kind(), ErrorKind::NotFound);
     Ok(())
 }
@@ -225,7 +225,7 @@ pub fn full_host_fails_writes_without_blocking_programs() -> Outcome {
     check!(written.status.code() == Some(1) && said.contains("Input/output error"), "{} {said}", written.status);
     let fault = loop {
         if let EventKind::DiskError { error: fault } =
-            events.next_timeout(TEST_TIMEOUT).ok_or("no fault was told")?.kind
+            events.next_timeout(TEST_TIMEOUT).ok_or("no fault was reported")?.kind
         {
             break fault;
         }

@@ -305,7 +305,7 @@ pub fn vcpu_threads_start_all_or_none() -> Outcome {
 }
 
 /// Words that follow `name` on their line.
-fn told<'a>(printed: &'a str, name: &str) -> Result<Vec<&'a str>> {
+fn words_after<'a>(printed: &'a str, name: &str) -> Result<Vec<&'a str>> {
     let line = printed.lines().find_map(|line| line.strip_prefix(name));
     Ok(line.ok_or_else(|| format!("no {name} in {printed}"))?.split_whitespace().collect())
 }
@@ -319,7 +319,7 @@ fn clocked(clock: &str, script: &str) -> VmBuilder {
 
 /// What a guest said of its time, in seconds, and what this host's clock was before it was asked and after it had answered.
 #[derive(Debug)]
-struct Told {
+struct ClockReading {
     before: f64,
     after: f64,
     uptime: f64,
@@ -339,8 +339,8 @@ fn time_by(clock: &str) -> Outcome {
     let now = || SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map(|since| since.as_secs_f64());
     let begin = Instant::now();
     // The quickest of several answers says most.
-    let ask = || -> Result<Told> {
-        let mut best = None::<Told>;
+    let ask = || -> Result<ClockReading> {
+        let mut best = None::<ClockReading>;
         for _ in 0..5 {
             let (dated, before) = (now()?, begin.elapsed().as_secs_f64());
             let text = shell("date +%s.%N; cut -d' ' -f1 /proc/uptime")?;
@@ -351,7 +351,7 @@ fn time_by(clock: &str) -> Outcome {
             let bounds = dated - 1.5 - booting..dated_after + 0.5;
             check!(bounds.contains(&date), "the guest's date is {date}, and not in {bounds:?}");
             if best.as_ref().is_none_or(|best| after - before < best.after - best.before) {
-                best = Some(Told { before, after, uptime, date });
+                best = Some(ClockReading { before, after, uptime, date });
             }
         }
         Ok(best.ok_or("nothing was asked")?)
@@ -403,7 +403,7 @@ pub fn host_contention_is_reported_as_steal_time() -> Outcome {
         outcome
     })?;
     check!(matches!(exit, Exit::Reboot { .. }), "{exit}");
-    let stolen: u64 = told(&printed, "stolen")?.first().ok_or("no number")?.parse()?;
+    let stolen: u64 = words_after(&printed, "stolen")?.first().ok_or("no number")?.parse()?;
     check!(stolen >= 5, "{stolen} hundredths of a second");
     Ok(())
 }

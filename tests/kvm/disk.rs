@@ -149,11 +149,11 @@ pub fn rate_limits_hold_and_can_be_changed() -> Outcome {
         check!(begin.elapsed() > Duration::from_millis(900), "{:?}", begin.elapsed());
         let stats = vm.stats().devices[0].clone();
         check!(stats.throttled > 0 && stats.throttled_time > Duration::from_millis(500), "{stats:?}");
-        let told = |event: cofferdam::event::Event| {
+        let is_throttled = |event: cofferdam::event::Event| {
             event.kind == EventKind::Throttled { what: Throttled::Device(DeviceId::Disk(0)) }
         };
         let events = vm.events()?;
-        check!(std::iter::from_fn(|| events.next_timeout(Duration::ZERO)).any(told));
+        check!(std::iter::from_fn(|| events.next_timeout(Duration::ZERO)).any(is_throttled));
         vm.disk(0)?.set_limit(DiskLimit::none())?;
         let begin = Instant::now();
         printed.wait_for("fast")?;
@@ -178,7 +178,7 @@ pub fn full_host_pauses_the_guest_until_space_is_freed() -> Outcome {
         let events = vm.events()?;
         let fault = loop {
             if let EventKind::DiskError { error: fault } =
-                events.next_timeout(TEST_TIMEOUT).ok_or("no fault was told")?.kind
+                events.next_timeout(TEST_TIMEOUT).ok_or("no fault was reported")?.kind
             {
                 break fault;
             }
@@ -273,12 +273,12 @@ pub fn engine_falls_back_to_threads_without_io_uring() -> Outcome {
         check!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
         return Ok(());
     }
-    for (engine, told) in [(IoEngine::Auto, false), (IoEngine::IoUring, true)] {
+    for (engine, warned) in [(IoEngine::Auto, false), (IoEngine::IoUring, true)] {
         let script = "echo x | dd of=/dev/vda bs=512 conv=sync,fsync 2>/dev/null && echo written\nreboot -f";
         let (vm, printed) = started(guest(script).disk(Disk::scratch(Size::mib(1)).engine(engine)))?;
         check_eq!(engine_of(&vm), Some(IoEngine::Threads));
         let events: Vec<_> = vm.events()?.map(|e| e.to_string()).collect();
-        check_eq!(events.iter().any(|e| e.contains("without io_uring for disk0")), told);
+        check_eq!(events.iter().any(|e| e.contains("without io_uring for disk0")), warned);
         check!(printed.text().contains("written"), "{}", printed.text());
     }
     Ok(())

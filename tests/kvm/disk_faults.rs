@@ -16,7 +16,7 @@ type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
 const SECTORS: u64 = (16 << 20) / 512;
 
-/// A block device that does what it is told. Without udev, which is not in the lab, its node is the kernel's.
+/// A block device that fails or stalls at the test's command. Without udev, which is not in the lab, its node is the kernel's.
 struct Device {
     name: String,
     below: String,
@@ -106,10 +106,10 @@ fn more(printed: &Printed, well: bool) -> Outcome {
     Ok(())
 }
 
-/// The errno of the next fault that was told.
+/// The errno of the next fault that was reported.
 fn fault(events: &Events) -> Result<Option<i32>> {
     loop {
-        let event = events.next_timeout(TEST_TIMEOUT).ok_or("no fault was told")?;
+        let event = events.next_timeout(TEST_TIMEOUT).ok_or("no fault was reported")?;
         if let EventKind::DiskError { error: fault } = event.kind {
             check!(fault.disk == DeviceId::Disk(0) && fault.action == ErrorAction::Report, "{fault}");
             return Ok(fault.errno);

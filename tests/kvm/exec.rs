@@ -95,7 +95,7 @@ pub fn stdio_from_files_and_bytes() -> Outcome {
     let script = ["sh", "-c", "(sleep 1000; echo late) & echo mine"];
     check!(container.exec(script).stdout(File::create(temp.path("out"))?).status()?.success());
     check_eq!(fs::read_to_string(temp.path("out"))?, "mine\n");
-    // A pipe that nobody writes to holds nothing.
+    // A pipe without written data does not delay the end of a process.
     let (reader, _writer) = std::io::pipe()?;
     check!(container.exec(["true"]).stdin(OwnedFd::from(reader)).timeout(TEST_TIMEOUT).status()?.success());
     Ok(())
@@ -144,7 +144,7 @@ pub fn binary_data_is_unchanged_both_ways() -> Outcome {
 pub fn slow_readers_lose_nothing() -> Outcome {
     let container = container()?;
     let mut process = container.exec(["seq", "200000"]).stdout(Stdio::piped()).spawn()?;
-    // The process cannot end before somebody reads; what it wrote last is there after its end.
+    // The process cannot end before the test reads its output; its last output is there after its end.
     check!(process.wait_timeout(Duration::from_millis(500))?.is_none(), "1.3 MB fit nowhere");
     let mut printed = String::new();
     process.stdout.take().ok_or("no stdout")?.read_to_string(&mut printed)?;
@@ -186,7 +186,7 @@ pub fn timeout_kills_all_descendants() -> Outcome {
     check!(matches!(output.status, ExitStatus::TimedOut), "{}", output.status);
     check_eq!(output.stdout, b"begun\n");
     check!(begin.elapsed() < TEST_TIMEOUT);
-    // Nobody has to wait for it to be kept.
+    // The timeout is kept without a call that waits for the process.
     let process = container.exec(["sleep", "4321"]).timeout(Duration::from_millis(100)).spawn()?;
     let status = process.wait_timeout(TEST_TIMEOUT)?.ok_or("it runs on")?;
     check!(matches!(status, ExitStatus::TimedOut), "{status}");

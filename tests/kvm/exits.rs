@@ -69,7 +69,7 @@ pub fn panic_port_write_exits_with_panic_without_a_message() -> Outcome {
 }
 
 pub fn oom_of_pid_1_exits_with_panic() -> Outcome {
-    // PID 1 itself takes all there is, and the kernel has nobody else to end.
+    // PID 1 itself takes all there is, and the kernel has no other process to end.
     let (exit, _) = run(guest("exec tail /dev/zero"))?;
     check!(matches!(exit, Exit::Panic { .. }), "{exit}");
     check!(format!("{exit:#}").contains("memory") || format!("{exit:#}").contains("Attempted to kill init"), "{exit}");
@@ -170,8 +170,8 @@ pub fn sigkill_of_the_process_leaves_nothing_behind() -> Outcome {
             .stdout(std::process::Stdio::piped())
             .spawn()?;
         let output = child.stdout.take().ok_or("no output")?;
-        let told = BufReader::new(output).lines().map_while(Result::ok).find(|line| line.contains("started"));
-        check!(told.is_some());
+        let started = BufReader::new(output).lines().map_while(Result::ok).find(|line| line.contains("started"));
+        check!(started.is_some());
         check!(Command::new("kill").args([signal, &child.id().to_string()]).status()?.success());
         check!(child.wait()?.signal().is_some());
         check_eq!(std::fs::read_dir(temp.path(""))?.count(), 0);

@@ -82,7 +82,7 @@ pub fn each_host_name_reaches_its_own_guest_started_on_demand() -> Outcome {
         }
     }
 
-    // Whoever is used stays, and the other goes.
+    // The guest with a connection keeps running, and the idle one is stopped.
     let deadline = Instant::now() + TEST_TIMEOUT;
     while guests.seen(ALICE).is_some_and(|(_, runs)| runs) {
         check!(Instant::now() < deadline, "alice still runs");

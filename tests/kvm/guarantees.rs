@@ -74,7 +74,7 @@ pub fn cancelled_start_returns() -> Outcome {
     let started = within("start", Duration::from_secs(3), || debian_container().cancel(&token).start())?;
     check_eq!(started.err().map(|e| e.kind()), Some(ErrorKind::Cancelled));
     cancel.join().map_err(|_| "the thread panicked")?;
-    // Whoever is late does no harm.
+    // A token that is canceled after the start has no effect.
     let token = CancelToken::new()?;
     let container = debian_container().cancel(&token).start()?;
     token.cancel();
@@ -126,7 +126,7 @@ pub fn longest_durations_are_accepted_as_timeouts() -> Outcome {
 /// Every program in a guest can connect to the host's ports; no other but the shim gets a process's streams.
 pub fn programs_cannot_open_streams_of_others() -> Outcome {
     let container = container()?;
-    // Ports are given one after the other. Each connection stays open, and what it is sent is told.
+    // Ports are given one after the other. Each connection stays open, and the program prints what it receives.
     let thief = "use IO::Select; my $all = IO::Select->new; my $base = 0x40000000;
         $| = 1; print qq(ready\\n);
         for (;;) { for my $port (1 .. 150) {
@@ -147,8 +147,8 @@ pub fn programs_cannot_open_streams_of_others() -> Outcome {
         check_eq!(String::from_utf8_lossy(&output.stdout), format!("secret {n}"));
     }
     stealing.kill()?;
-    let told = stealing.wait_with_output()?;
-    check!(told.stdout.is_empty(), "{}", String::from_utf8_lossy(&told.stdout));
+    let output = stealing.wait_with_output()?;
+    check!(output.stdout.is_empty(), "{}", String::from_utf8_lossy(&output.stdout));
     Ok(())
 }
 
@@ -271,7 +271,7 @@ pub fn guest_memory_is_dontfork_and_dontdump() -> Outcome {
 const CORE: &str = "COFFERDAM_TEST_CORE";
 const SECRET: &str = "in-the-guest-alone-";
 
-/// The host's kernel is told for a moment where core files go, as root may.
+/// Sets the path of the host's core files for a moment, which needs root.
 pub fn core_dump_has_no_guest_memory() -> Outcome {
     const TEST: &str = "guarantees::core_dump_has_no_guest_memory";
     if let Some(directory) = std::env::var_os(CORE) {
@@ -320,7 +320,7 @@ pub fn core_dump_has_no_guest_memory() -> Outcome {
         String::from_utf8_lossy(&child.stderr)
     );
     check_eq!(child.status.signal(), Some(libc::SIGABRT));
-    // Some kernels are told to add the process's number.
+    // A setting of some kernels adds the process's number.
     let all: Vec<_> = std::fs::read_dir(temp.path(""))?.flatten().map(|entry| entry.path()).collect();
     let is_core =
         |path: &&std::path::PathBuf| path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"core"));

@@ -108,7 +108,7 @@ pub fn full_debian_system_boots_to_login_and_powers_off() -> Outcome {
     let vm = system(printed.console())?;
     // Emulated, it takes most of a minute.
     printed.wait_within(4 * TEST_TIMEOUT, "debian login:")?;
-    // Its prompt comes before the rest of it, of which logind hears the power key.
+    // The prompt comes before the rest of the boot; logind, which handles the power key, starts later.
     at_rest(&vm)?;
     let exit = vm.stop(TEST_TIMEOUT)?;
     check!(matches!(exit, Exit::PowerOff { .. }), "{exit}");

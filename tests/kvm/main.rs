@@ -164,7 +164,7 @@ tests! {
     storage: fio_verifies_written_data flushed_data_survives_sigkill_of_the_process;
 }
 
-/// What takes longer than this is told.
+/// A test that takes longer than this is reported.
 const SLOW: Duration = Duration::from_secs(20);
 
 fn in_lab() -> bool {
@@ -224,7 +224,7 @@ fn tallied(name: &str, test: fn() -> Result<(), Failed>) -> Result<(), Failed> {
 }
 
 /// Runs a test. In the lab, whose emulated processors may make a guest hang (lab/README.md), one that fails is run once more
-/// by itself, and both are told.
+/// by itself, and both runs are reported.
 fn run_with_lab_retry(name: &str, test: fn() -> Result<(), Failed>) -> Result<(), Failed> {
     static ALONE: Mutex<()> = Mutex::new(());
     let begin = Instant::now();
@@ -238,7 +238,7 @@ fn run_with_lab_retry(name: &str, test: fn() -> Result<(), Failed>) -> Result<()
     };
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let why = failed.message().unwrap_or("no message");
-    // Nobody may be there to read it.
+    // Standard error may be closed.
     let _ = writeln!(std::io::stderr(), "{name} FAILED in the lab and is run once more: {why}");
     let second = bounded(test);
     if second.is_ok() {

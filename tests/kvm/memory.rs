@@ -61,11 +61,11 @@ pub fn balloon_inflates_and_deflates_to_its_target() -> Outcome {
     container.vm().set_balloon(Size::mib(64))?;
     let full = wait_for(&container, |stats| stats.balloon == Size::mib(64))?;
     check!(free(&full) < before - 48 * MIB, "{before} {full:?}");
-    let told = events.find_map(|event| match event.kind {
+    let held = events.find_map(|event| match event.kind {
         EventKind::Balloon { size } => Some(size),
         _ => None,
     });
-    check_eq!(told, Some(Size::mib(64)));
+    check_eq!(held, Some(Size::mib(64)));
     container.vm().set_balloon(Size::bytes(0))?;
     wait_for(&container, |stats| stats.balloon == Size::bytes(0) && free(stats) > before - 16 * MIB)?;
     let refused = container.vm().set_balloon(Size::mib(257)).map_err(|e| e.kind());
@@ -88,7 +88,7 @@ pub fn guest_under_memory_pressure_deflates_the_balloon() -> Outcome {
 pub fn memory_beyond_the_commit_limit_is_resource_exhausted() -> Outcome {
     let [mode, ratio] = ["memory", "ratio"].map(|name| format!("/proc/sys/vm/overcommit_{name}"));
     let before = [fs::read_to_string(&mode)?, fs::read_to_string(&ratio)?];
-    // A hundred times what the host has, for a moment: nobody else is denied anything.
+    // A hundred times what the host has, for a moment: no other process is refused memory.
     fs::write(&ratio, "10000")?;
     fs::write(&mode, "2")?;
     let refused = guest("true").memory(Size::gib(60_000)).start().map(drop);
@@ -152,7 +152,7 @@ pub fn hugetlb_memory_comes_from_the_pool() -> Outcome {
     const POOL: &str = "/proc/sys/vm/nr_hugepages";
     let (before, huge) = (fs::read_to_string(POOL)?, Memory::hugetlb(Size::mib(128)).page_size(Size::mib(2)));
     let builder = || guest("echo here\nreboot -f").memory(huge);
-    // Only root makes a pool; where there is none, the reason is told.
+    // Only root makes a pool; without one the error names the reason.
     let made = fs::write(POOL, "64").is_ok();
     let outcome = run_vm(builder());
     // Whatever is in use now stays until it is given back.

@@ -1,4 +1,4 @@
-//! Network cards: on taps of the host, and on sockets of whoever wants a guest's frames.
+//! Network cards: on taps of the host, and on sockets of processes that want a guest's frames.
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
@@ -14,7 +14,7 @@ use crate::{check, check_eq};
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
-/// A tap of the host, with an address of a network that nobody else has.
+/// A tap of the host, with an address of a network that is used nowhere else.
 struct Tap(String);
 
 impl Tap {
@@ -149,8 +149,11 @@ pub fn unusable_tap_is_named() -> Outcome {
     let vm = guest("sleep 1000").net(Net::tap("cd-busy")).start()?;
     let refused = |builder: VmBuilder| builder.start().map(drop).expect_err("it cannot start");
     let error = refused(guest("").net(Net::tap("cd-busy")));
-    check_eq!(error.kind(), ErrorKind::ResourceExhausted);
-    check!(error.to_string().contains("attaching network 0: opening tap cd-busy: somebody has it open"), "{error}");
+    check_eq!(error.kind(), ErrorKind::ResourceBusy);
+    check!(
+        error.to_string().contains("attaching network 0: opening tap cd-busy: another process has it open"),
+        "{error}"
+    );
     check_eq!(refused(guest("").net(Net::tap("cd-none"))).kind(), ErrorKind::NotFound);
     drop(vm);
     let error = refused(guest("").vcpus(2).net(Net::tap("cd-busy").queues(2)));
@@ -186,9 +189,9 @@ pub fn socket_carries_frames_and_link_goes_down_with_it() -> Outcome {
     printed.wait_for("in again")?;
     drop(far);
     printed.wait_for("gone")?;
-    let told: Vec<_> = events.map(|event| event.kind).collect();
+    let kinds: Vec<_> = events.map(|event| event.kind).collect();
     let lost = |kind: &EventKind| matches!(kind, EventKind::Degraded { what } if what.contains("net0: the other end"));
-    check!(told.iter().any(lost), "{told:?}");
+    check!(kinds.iter().any(lost), "{kinds:?}");
     Ok(())
 }
 
@@ -280,7 +283,7 @@ pub fn published_ports_reach_the_guest() -> Outcome {
     while !call(open).is_ok_and(|text| text == "from the guest\n") {
         check!(std::time::Instant::now() < deadline, "{}", printed.text());
     }
-    check!(call(closed).is_err(), "nobody listens there");
+    check!(call(closed).is_err(), "no program listens there");
     let port = net.publish(PortForward::tcp(([127, 0, 0, 1], 0), 80))?;
     port.close()?;
     check!(call(&port.address()).is_err());
@@ -333,15 +336,15 @@ pub fn published_ports_reach_services_on_any_guest_address() -> Outcome {
     };
     let before = net.stats()?.unconnected;
     for at in net.published() {
-        check!(refused(*at), "nobody listens yet");
+        check!(refused(*at), "no program listens yet");
     }
     check_eq!(net.stats()?.unconnected, before + 4);
-    // The guest has made itself an address by what the router says, and found that nobody else has it (no flag of 40).
+    // The guest makes its address from the router's prefix. Without flag 40 it has found that no other host has the address.
     let address = "for n in $(seq 100); do grep -q '^fd.* 00 00 *eth0' /proc/net/if_inet6 && break; sleep 0.2; done
         grep '^fd.* 00 00 *eth0' /proc/net/if_inet6 | cut -c 1-32 | sed 's/..../&:/g; s/:$//'";
     let output = container.exec(["sh", "-c", address]).timeout(TEST_TIMEOUT).output()?;
     let own = String::from_utf8_lossy(&output.stdout).trim().to_owned();
-    // So that the gateway has heard of it.
+    // A datagram from this address makes the gateway know it.
     let greet = format!(
         "use IO::Socket::IP; IO::Socket::IP->new(Proto => 'udp', LocalHost => '{own}', PeerHost => 'fd63:6f66:6665::2', PeerPort => 9)->send('x') or die"
     );
@@ -363,7 +366,7 @@ pub fn published_ports_reach_services_on_any_guest_address() -> Outcome {
         }
     }
     // What it cannot reach, `connect` does.
-    check!(net.published().get(3).is_some_and(|at| refused(*at)), "::1 of a guest is nobody else's");
+    check!(net.published().get(3).is_some_and(|at| refused(*at)), "::1 of a guest is reached by the guest alone");
     check!(container.connect(83).is_ok());
     // A service that moves is found again.
     let mut moved = services.remove(0);
@@ -425,7 +428,7 @@ pub fn fragmented_datagrams_are_intact_both_ways() -> Outcome {
 }
 
 pub fn ipv6_and_ping_reach_the_host() -> Outcome {
-    // The lab is this test's own machine; on another this is for whoever runs it to allow.
+    // The lab is this test's own machine, so the test allows ping there. On another machine its administrator decides.
     let lab = std::env::var_os("COFFERDAM_IN_LAB").is_some_and(|lab| lab == "1");
     if lab {
         std::fs::write("/proc/sys/net/ipv4/ping_group_range", "0 2147483647")?;

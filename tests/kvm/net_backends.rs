@@ -173,7 +173,7 @@ pub fn capture_records_guest_frames() -> Outcome {
             .count()
     };
     check_eq!([count(8, true), count(0, false)], [2, 2]);
-    check!(frames.iter().any(|frame| frame.get(12..14) == Some(&[8, 6])), "nobody asked who has the address");
+    check!(frames.iter().any(|frame| frame.get(12..14) == Some(&[8, 6])), "the guest sent no ARP request");
     Ok(())
 }
 

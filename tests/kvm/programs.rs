@@ -27,14 +27,14 @@ fn key(temp: &Temp) -> Result<String> {
     Ok(std::fs::read_to_string(path.with_extension("pub"))?.trim().to_owned())
 }
 
-/// Starts sshd for whoever has the key, on 127.0.0.1 alone.
+/// Starts sshd for clients with the key, on 127.0.0.1 alone.
 fn sshd(key: &str) -> String {
     format!(
         "mkdir -p /run/sshd ~/.ssh; echo {key} > ~/.ssh/authorized_keys; exec /usr/sbin/sshd -D -o ListenAddress=127.0.0.1"
     )
 }
 
-/// What every client of ssh is told: the key, and that nobody knows the host.
+/// The options of every client of ssh: the key, and no check of the host's key.
 fn client(temp: &Temp) -> Vec<String> {
     let key = format!("IdentityFile={}", temp.path("key").display());
     let options = [
@@ -77,7 +77,7 @@ pub fn ssh_proxy_command_reaches_a_guest_without_network() -> Outcome {
     Ok(())
 }
 
-/// Waits until somebody in the container listens there.
+/// Waits until a program in the container listens there.
 fn wait_for(container: &Container, port: u16) -> Outcome {
     let deadline = Instant::now() + TEST_TIMEOUT;
     while let Err(error) = container.connect(port) {
@@ -251,8 +251,8 @@ pub fn databases_are_reached_by_name_over_a_switch() -> Outcome {
                     echo 'host all all all trust' >> pg_hba.conf && pg_ctlcluster $(basename $(dirname $PWD)) main start";
     shell(&data, postgres)?;
     [6379, 5432].into_iter().try_for_each(|port| wait_for(&data, port))?;
-    let told = shell(&client, &format!("redis-benchmark -h data -n {requests} -c 10 -q -t set,get"))?;
-    check_eq!(told.matches("requests per second").count(), 2);
+    let report = shell(&client, &format!("redis-benchmark -h data -n {requests} -c 10 -q -t set,get"))?;
+    check_eq!(report.matches("requests per second").count(), 2);
     let sql = format!("create table t as select generate_series(1, {requests}) n; select sum(n) from t");
     let sum = shell(&client, &format!("psql -h data -U postgres -Atqc '{sql}'"))?;
     check_eq!(sum, (requests * (requests + 1) / 2).to_string());

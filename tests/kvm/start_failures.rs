@@ -15,12 +15,12 @@ pub const REPORT: &str = "COFFERDAM_TEST_REPORT";
 /// Prints what stands in the way of booting the kernel at `path`: the probe's words, then those of starting it.
 #[allow(clippy::print_stdout, reason = "the test that runs this program again reads it")]
 pub fn report(path: OsString) {
-    let told = |outcome: cofferdam::Result<()>| match outcome {
+    let report_text = |outcome: cofferdam::Result<()>| match outcome {
         Ok(()) => "nothing".to_owned(),
         Err(error) => format!("{:?}: {error}", error.kind()),
     };
-    println!("{}", told(Host::probe().ready()));
-    println!("{}", told(Kernel::open(path).and_then(|kernel| Vm::builder(kernel).start().map(drop))));
+    println!("{}", report_text(Host::probe().ready()));
+    println!("{}", report_text(Kernel::open(path).and_then(|kernel| Vm::builder(kernel).start().map(drop))));
 }
 
 /// The report of this program where `preparation` has changed what is mounted, without any capability.
@@ -50,9 +50,9 @@ pub fn missing_kvm_error_names_the_remedy() -> Outcome {
 
 pub fn unreadable_file_is_named() -> Outcome {
     let temp = Temp::new()?;
-    let told = reported(&temp, "touch secret && chmod 0 secret", "secret")?;
+    let report_text = reported(&temp, "touch secret && chmod 0 secret", "secret")?;
     let expected = format!("PermissionDenied: opening kernel {}: Permission denied", temp.path("secret").display());
-    check!(told.contains(&expected), "{told}");
+    check!(report_text.contains(&expected), "{report_text}");
     Ok(())
 }
 

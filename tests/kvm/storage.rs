@@ -130,7 +130,7 @@ pub fn fio_verifies_written_data() -> Outcome {
     Ok(())
 }
 
-/// Numbers in a file and in a database, each told on the console once it is durable. With less than "extra" a commit of SQLite's
+/// Numbers in a file and in a database, each printed on the console once it is durable. With less than "extra" a commit of SQLite's
 /// may be undone after a loss of power: the directory without the journal is not synced.
 const WORKLOAD: &str = "mount -t ext4 /dev/vdb /mnt && cd /mnt && echo ready\n\
     n=$(cat log 2>/dev/null | wc -l)\n\
@@ -147,14 +147,14 @@ fn by_name(path: &Path) -> Disk {
     }
 }
 
-/// Runs the machine whose disk is at `path`, until somebody kills this process.
+/// Runs the machine whose disk is at `path`, until the test kills this process.
 pub fn victim(path: &Path) -> Outcome {
     let vm = debian(WORKLOAD)?.disk(by_name(path)).console(Console::writer(std::io::stdout())).start()?;
     let exit = vm.wait();
     Err(format!("the machine was not to end: {exit}").into())
 }
 
-/// What the guest was told to be durable when its process was killed, `after` the first of it.
+/// Kills the VM's process `after` the first number. Returns the last number that the guest has printed as durable.
 fn killed(disk: &Path, after: Duration) -> Result<u64, Box<dyn std::error::Error>> {
     let mut child = Command::new(std::env::current_exe()?).env(VICTIM, disk).stdout(Stdio::piped()).spawn()?;
     let mut lines = BufReader::new(child.stdout.take().ok_or("no output")?).lines().map_while(Result::ok);

@@ -192,7 +192,7 @@ impl Store {
         let byte = digest.get(..15).and_then(|d| u64::from_str_radix(d, 16).ok()).unwrap_or(0);
         let mut pause = MIN_PAUSE;
         while !sys::try_lock_byte(&lock, byte).doing(doing)? {
-            deadline.check().doing(|| "waiting for somebody else who prepares the same image")?;
+            deadline.check().doing(|| "waiting for another process or thread that prepares the same image")?;
             std::thread::sleep(pause);
             pause = (pause * 2).min(MAX_PAUSE);
         }
@@ -226,7 +226,8 @@ fn open_directory(path: &Path, shown: &Path) -> Result<Beneath> {
     let directory = Beneath::open(path).doing(doing)?;
     let itself = directory.open_at(Path::new(""), libc::O_RDONLY | libc::O_DIRECTORY).doing(doing)?;
     if link || !sys::is_private(&itself).doing(doing)? {
-        let what = "it must be a directory, no link to one, owned by this user or root, that nobody else can write to";
+        let what =
+            "it must be a directory, no link to one, owned by this user or root, that no other user can write to";
         return Err(Error::new(ErrorKind::PermissionDenied, what).doing(doing()));
     }
     Ok(directory)
@@ -246,7 +247,7 @@ fn check_private(file: &File) -> Result<()> {
     if file.metadata()?.is_file() && sys::is_private(file)? {
         return Ok(());
     }
-    let what = "it must be a file owned by this user or root, that nobody else can write to";
+    let what = "it must be a file owned by this user or root, that no other user can write to";
     Err(Error::new(ErrorKind::PermissionDenied, what))
 }
 

@@ -133,8 +133,8 @@ pub(crate) struct Enforcer {
     names: HashMap<IpAddr, Vec<ResolvedName>>,
     bound: usize,
     reporter: Option<Reporter>,
-    told: u32,
-    told_since: Option<Instant>,
+    reports: u32,
+    reports_since: Option<Instant>,
     suppressed: u64,
     /// `None` until the process has a descriptor for it; then everything is taken for the host's own.
     routes: Option<Routes>,
@@ -158,8 +158,8 @@ impl Enforcer {
             names: HashMap::new(),
             bound: 0,
             reporter: None,
-            told: 0,
-            told_since: None,
+            reports: 0,
+            reports_since: None,
             suppressed: 0,
             routes: routes(),
             #[cfg(test)]
@@ -404,14 +404,14 @@ impl Enforcer {
     }
 
     fn report(&mut self, denial: Denial, now: Instant) {
-        if self.told_since.is_none_or(|since| now.saturating_duration_since(since) >= Duration::from_secs(1)) {
-            (self.told, self.told_since) = (0, Some(now));
+        if self.reports_since.is_none_or(|since| now.saturating_duration_since(since) >= Duration::from_secs(1)) {
+            (self.reports, self.reports_since) = (0, Some(now));
         }
-        if self.told >= MAX_REPORTS {
+        if self.reports >= MAX_REPORTS {
             self.suppressed += 1;
             return;
         }
-        self.told += 1;
+        self.reports += 1;
         log::debug!("a guest may not go there: {denial}");
         if let Some(reporter) = &mut self.reporter {
             reporter(Denial { suppressed: std::mem::take(&mut self.suppressed), ..denial });
@@ -425,7 +425,9 @@ fn names_own(address: IpAddr) -> impl Fn(Cidr) -> bool {
 }
 
 fn routes() -> Option<Routes> {
-    Routes::new().inspect_err(|e| log::warn!("no address can be told from the host's own: {e}")).ok()
+    Routes::new()
+        .inspect_err(|e| log::warn!("the host's routes cannot be read, so every address counts as the host's own: {e}"))
+        .ok()
 }
 
 #[cfg(test)]

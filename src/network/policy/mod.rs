@@ -142,7 +142,7 @@ impl Rule {
     fn check(&self) -> Result<(), String> {
         for ports in &self.ports {
             if *ports.start() == 0 {
-                return Err("port 0 is nobody's: say 1 or higher".into());
+                return Err("a port is 1 or higher, not 0".into());
             }
             if ports.is_empty() {
                 return Err(format!("no port is in {}..={}: say the lower one first", ports.start(), ports.end()));
@@ -258,7 +258,7 @@ mod tests {
     #[test]
     fn empty_rules_are_rejected_with_a_remedy() {
         for (rule, word) in [
-            (Rule::allow_public().port(0), "port 0"),
+            (Rule::allow_public().port(0), "not 0"),
             (Rule::allow_public().ports(RangeInclusive::new(9, 3)), "lower one first"),
             (Rule::allow_public().port(80).protocol(Protocol::Ping), "no port"),
             (Rule::allow_name("*"), "allow_public"),

@@ -50,7 +50,7 @@ pub(in crate::network) struct Core {
     start: Instant,
     waiting: VecDeque<Vec<u8>>,
     /// When the lack of descriptors was reported last.
-    told_refused: Option<Instant>,
+    refusal_reported: Option<Instant>,
     /// How many packets went in fragments, which identifies those of each.
     fragmented: u32,
     /// Room for a whole packet, for those that must be looked at.
@@ -74,7 +74,7 @@ impl Core {
             questions: Bucket::keeping(Duration::from_secs(2), QUESTIONS, Duration::ZERO),
             start,
             waiting: VecDeque::new(),
-            told_refused: None,
+            refusal_reported: None,
             fragmented: 0,
             buffer: Vec::new(),
         };
@@ -144,8 +144,8 @@ impl Core {
     /// Reports a lack of descriptors for what was admitted, at most once a second.
     pub(in crate::network) fn refused(&mut self, protocol: Protocol, to: SocketAddr) {
         let now = self.host.now;
-        if self.told_refused.is_none_or(|told| now >= told + Duration::from_secs(1)) {
-            self.told_refused = Some(now);
+        if self.refusal_reported.is_none_or(|last| now >= last + Duration::from_secs(1)) {
+            self.refusal_reported = Some(now);
             self.policy.refused(protocol, to, now);
         }
     }

@@ -104,7 +104,7 @@ impl PortForwards {
     ) -> Result<(Published, SocketAddr)> {
         let method = "publish";
         if guest == 0 {
-            return Err(Error::invalid(method, "port 0 of the guest is nobody's: say 1 or higher"));
+            return Err(Error::invalid(method, "a guest's port is 1 or higher, not 0"));
         }
         let bind = || -> io::Result<(PortSocket, SocketAddr)> {
             if tcp {

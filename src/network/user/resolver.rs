@@ -217,18 +217,18 @@ impl Resolver {
         }
         let (now, name) = (core.host.now, &asked.question.name);
         let (all, way_out) = (found.addresses.len(), self.servers.way_out(now));
-        let mut told = found.addresses;
-        told.truncate(MAX_ADDRESSES);
-        told.retain(|address| core.policy.may_lead(name, *address, now));
-        core.stats.denied_names += u64::from(told.len() < all.min(MAX_ADDRESSES));
+        let mut allowed = found.addresses;
+        allowed.truncate(MAX_ADDRESSES);
+        allowed.retain(|address| core.policy.may_lead(name, *address, now));
+        core.stats.denied_names += u64::from(allowed.len() < all.min(MAX_ADDRESSES));
         // Each by its own route: some hosts reach private ranges alone by one of the families.
-        core.host.syscalls += if way_out { told.len() * ROUTE_CALLS } else { 0 };
-        told.retain(|address| !way_out || core.policy.is_routed(*address));
-        core.policy.resolved(name, &told, found.valid, now);
-        if told.len() < all {
+        core.host.syscalls += if way_out { allowed.len() * ROUTE_CALLS } else { 0 };
+        allowed.retain(|address| !way_out || core.policy.is_routed(*address));
+        core.policy.resolved(name, &allowed, found.valid, now);
+        if allowed.len() < all {
             // The name is there, whatever is withheld of it: "no such name" would end the search for the other family.
             let ttl = u32::try_from(found.valid.as_secs()).unwrap_or(u32::MAX);
-            answer = dns::found(&asked.query, &asked.question, told, ttl);
+            answer = dns::found(&asked.query, &asked.question, allowed, ttl);
         } else if dns::strip(&asked.question, &mut answer) {
             dns::set_id(&mut answer, asked.question.id);
         } else {

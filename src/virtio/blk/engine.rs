@@ -51,8 +51,8 @@ impl Engine {
         // If one sector and the whole range each lie in one file, the disk is that file.
         let mut whole = |len| {
             let mut found = Vec::new();
-            let told = engine.backend.extents(false, 0, len, &mut found)?;
-            Some(told.is_ok() && matches!(found[..], [Extent::File { len: found, .. }] if found == len))
+            let outcome = engine.backend.extents(false, 0, len, &mut found)?;
+            Some(outcome.is_ok() && matches!(found[..], [Extent::File { len: found, .. }] if found == len))
         };
         let (sector, all) = (whole(SECTOR), whole(len));
         let made = match sector {

@@ -111,13 +111,13 @@ pub(crate) struct Blk {
     full: Vec<usize>,
     /// Queues with completions of which the driver was not notified yet.
     dirty: Vec<usize>,
-    telling: FaultThrottle,
+    fault_throttle: FaultThrottle,
     room: Room,
     /// When the space that is left was looked at last, and whether it was too little.
     looked: Duration,
     low: bool,
     /// When waiting requests were reported last.
-    told_throttled: Option<Duration>,
+    throttled_reported: Option<Duration>,
     epoch: Instant,
 }
 
@@ -146,11 +146,11 @@ impl Blk {
             moving: 0,
             full: Vec::new(),
             dirty: Vec::new(),
-            telling: FaultThrottle::new(),
+            fault_throttle: FaultThrottle::new(),
             room: Room::default(),
             looked: Duration::ZERO,
             low: false,
-            told_throttled: None,
+            throttled_reported: None,
             epoch: Instant::now(),
         }
     }

@@ -91,7 +91,7 @@ impl fmt::Display for DiskError {
             _ => write!(f, "{disk}: {operation} {bytes} bytes at sector {sector}: {error}")?,
         }
         f.write_str(match self.action {
-            ErrorAction::Report => "; the guest was told",
+            ErrorAction::Report => "; the guest gets the error",
             ErrorAction::Pause => "; the guest waits",
             ErrorAction::Stop => "; the machine ends",
         })?;
@@ -160,7 +160,7 @@ impl FaultThrottle {
     }
 
     /// Returns whether a fault at `now` is reported, and how many were not before it. One that `must` be always is.
-    pub(super) fn tell(&mut self, must: bool, now: Duration) -> Option<u64> {
+    pub(super) fn admit(&mut self, must: bool, now: Duration) -> Option<u64> {
         if !must && !self.bucket.wait(now).is_zero() {
             self.suppressed += 1;
             return None;
@@ -190,10 +190,10 @@ mod tests {
 
     #[test]
     fn repeated_errors_are_counted_and_suppressed() {
-        let mut telling = FaultThrottle::new();
-        let told = (0..100_000).filter(|_| telling.tell(false, Duration::from_millis(1)).is_some()).count();
-        assert!((50..60).contains(&told), "{told}");
-        assert_eq!(telling.tell(true, Duration::from_millis(1)), Some(100_000 - told as u64));
-        assert_eq!(telling.tell(false, Duration::from_secs(1)), Some(0));
+        let mut throttle = FaultThrottle::new();
+        let reported = (0..100_000).filter(|_| throttle.admit(false, Duration::from_millis(1)).is_some()).count();
+        assert!((50..60).contains(&reported), "{reported}");
+        assert_eq!(throttle.admit(true, Duration::from_millis(1)), Some(100_000 - reported as u64));
+        assert_eq!(throttle.admit(false, Duration::from_secs(1)), Some(0));
     }
 }

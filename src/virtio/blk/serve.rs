@@ -74,8 +74,8 @@ impl Blk {
                 flight.since = now;
                 waiting.push_back(slot);
                 io.counters().throttled.fetch_add(1, Ordering::Relaxed);
-                if self.told_throttled.is_none_or(|told| now >= told + SPACE_CHECK_INTERVAL) {
-                    self.told_throttled = Some(now);
+                if self.throttled_reported.is_none_or(|last| now >= last + SPACE_CHECK_INTERVAL) {
+                    self.throttled_reported = Some(now);
                     (self.on_throttled)();
                 }
                 // One that waits behind others needs no moment of its own.
@@ -337,7 +337,7 @@ impl Blk {
         } else {
             self.held.push(slot);
         }
-        if let Some(suppressed) = self.telling.tell(must, now) {
+        if let Some(suppressed) = self.fault_throttle.admit(must, now) {
             let fault = DiskError {
                 disk: self.options.device,
                 operation,

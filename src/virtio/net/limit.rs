@@ -95,7 +95,7 @@ pub(super) struct RateLimiters {
     received: RateLimiter,
     epoch: Instant,
     pub(super) timer: Option<Timer>,
-    told: Option<Duration>,
+    reported: Option<Duration>,
 }
 
 impl RateLimiters {
@@ -105,7 +105,7 @@ impl RateLimiters {
             received: RateLimiter::default(),
             epoch: Instant::now(),
             timer: None,
-            told: None,
+            reported: None,
         }
     }
 
@@ -125,8 +125,8 @@ impl RateLimiters {
         }
     }
 
-    /// Whether one more may go now. If not, the timer rings when it may; `tell` is called, but not often.
-    pub(super) fn open(&mut self, io: &DeviceIo, way: Direction, tell: &mut dyn FnMut()) -> bool {
+    /// Whether one more may go now. If not, the timer rings when it may; `notify` is called, at most once a second.
+    pub(super) fn open(&mut self, io: &DeviceIo, way: Direction, notify: &mut dyn FnMut()) -> bool {
         let gate = self.gate(way);
         if !gate.buckets.limited() && gate.since.is_none() {
             return true;
@@ -143,9 +143,9 @@ impl RateLimiters {
         if gate.since.is_none() {
             gate.since = Some(now);
             io.counters().throttled.fetch_add(1, Ordering::Relaxed);
-            if self.told.is_none_or(|told| now >= told + THROTTLED_INTERVAL) {
-                self.told = Some(now);
-                tell();
+            if self.reported.is_none_or(|last| now >= last + THROTTLED_INTERVAL) {
+                self.reported = Some(now);
+                notify();
             }
         }
         self.rearm(now);

@@ -55,7 +55,7 @@ pub(super) struct VsockConnection {
     readable: bool,
     /// Directions that the embedder has closed, as flags of a shutdown packet, and those that were sent.
     closed: u32,
-    told_closed: u32,
+    closed_sent: u32,
     /// Which directions the guest has closed.
     guest_closed: u32,
     credit_asked: bool,
@@ -96,7 +96,7 @@ impl VsockConnection {
             greet: Some(greet),
             readable: false,
             closed: 0,
-            told_closed: 0,
+            closed_sent: 0,
             guest_closed: 0,
             credit_asked: false,
             _held: None,
@@ -168,7 +168,7 @@ impl VsockConnection {
         // when the guest would not take more anyway.
         let deaf = self.guest_closed & SHUTDOWN_RECEIVE;
         let closed = if self.closed & deaf != 0 { SHUTDOWN_RECEIVE | SHUTDOWN_SEND } else { self.closed };
-        let suppressed = closed & !self.told_closed;
+        let suppressed = closed & !self.closed_sent;
         if suppressed & SHUTDOWN_SEND != 0 || suppressed != 0 && !self.readable {
             return Some(PendingControl::Shutdown(closed));
         }
@@ -179,7 +179,7 @@ impl VsockConnection {
     pub(super) fn said(&mut self, due: PendingControl) {
         match due {
             PendingControl::Request | PendingControl::Response => self.greet = None,
-            PendingControl::Shutdown(flags) => self.told_closed |= flags,
+            PendingControl::Shutdown(flags) => self.closed_sent |= flags,
             PendingControl::Data(_) | PendingControl::CreditUpdate => {}
         }
         self.credit_asked = false;

@@ -118,7 +118,7 @@ impl Vsock {
     pub(crate) fn listen(&mut self, port: u32) -> Result<VsockListener> {
         self.listeners.retain(|_, arrivals| !arrivals.closed());
         if self.listeners.contains_key(&port) {
-            return Err(Error::new(ErrorKind::AlreadyExists, format!("somebody listens on vsock port {port} already")));
+            return Err(Error::new(ErrorKind::AlreadyExists, format!("vsock port {port} has a listener already")));
         }
         let arrivals = AcceptQueue::new().doing(|| format!("listening on vsock port {port}"))?;
         self.listeners.insert(port, arrivals.clone());
@@ -246,7 +246,7 @@ impl Vsock {
             return self.reset(ports);
         }
         match (header.op, self.names.get(&ports).copied()) {
-            (VsockOp::Reset, _) => self.remove(ports, ErrorKind::NotFound, "nobody listens there"),
+            (VsockOp::Reset, _) => self.remove(ports, ErrorKind::NotFound, "no program in the guest listens there"),
             (VsockOp::Request, None) => self.accept(io, ports, &header),
             (_, Some(number)) if header.op != VsockOp::Request => {
                 self.service_connection(io, number, ports, &header, chain)

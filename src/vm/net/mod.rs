@@ -246,7 +246,7 @@ impl Net {
         vcpus: u8,
         switches: Vec<Switch>,
         descriptors: DescriptorShare,
-        told: NetCallbacks,
+        callbacks: NetCallbacks,
     ) -> Result<AttachedNet> {
         let (mac, mtu) = (self.checked_mac()?, checked_mtu(self.settings.mtu)?);
         let queues = usize::try_from(self.settings.queues).unwrap_or(usize::MAX);
@@ -262,7 +262,7 @@ impl Net {
                 return Err(Error::invalid("queues", "this kind of network has one pair of queues"));
             }
             NetSource::User(user) => {
-                let (stack, ports) = Self::user_net(user, (mac, mtu), (switches, descriptors), told.denied)?;
+                let (stack, ports) = Self::user_net(user, (mac, mtu), (switches, descriptors), callbacks.denied)?;
                 published = ports;
                 vec![BackendKind::User(Box::new(stack))]
             }
@@ -292,7 +292,8 @@ impl Net {
             }
         };
         let (recorder, pump) = self.settings.capture.as_ref().map(Capture::open).transpose()?.unzip();
-        let mut card = net::Net::new(backends, mac, mtu, told.lost).on_throttled(told.throttled).captured_by(recorder);
+        let mut card =
+            net::Net::new(backends, mac, mtu, callbacks.lost).on_throttled(callbacks.throttled).captured_by(recorder);
         card.set_limit(&self.settings.limit);
         Ok(AttachedNet { card, published, pump })
     }
@@ -346,12 +347,12 @@ mod tests {
     use super::*;
     use std::os::unix::net::{UnixDatagram, UnixStream};
 
-    fn nobody() -> NetCallbacks {
+    fn no_callbacks() -> NetCallbacks {
         NetCallbacks { lost: Box::new(|_| ()), denied: Box::new(|_| ()), throttled: Box::new(|| ()) }
     }
 
     fn error(net: impl Into<Net>) -> Error {
-        net.into().attach(2, Vec::new(), DescriptorShare::default(), nobody()).map(drop).unwrap_err()
+        net.into().attach(2, Vec::new(), DescriptorShare::default(), no_callbacks()).map(drop).unwrap_err()
     }
 
     #[test]
@@ -385,7 +386,7 @@ mod tests {
         drop(listener);
         let user = user.publish(PortForward::tcp(([127, 0, 0, 1], 0), 80));
         let AttachedNet { published, .. } =
-            Net::from(user).attach(1, Vec::new(), DescriptorShare::default(), nobody()).unwrap();
+            Net::from(user).attach(1, Vec::new(), DescriptorShare::default(), no_callbacks()).unwrap();
         assert!(published[0].ip().is_loopback() && published[0].port() > 0);
     }
 
@@ -401,7 +402,7 @@ mod tests {
         ];
         for (ports, text) in [
             (&twice[..], "publish: 127.0.0.1:40123 is published twice over TCP"),
-            (&[PortForward::udp(fixed(0), 0)], "publish: port 0 of the guest is nobody's"),
+            (&[PortForward::udp(fixed(0), 0)], "publish: a guest's port is 1 or higher, not 0"),
             (&[PortForward::tcp(([192, 0, 2, 9], 8080), 80)], "the host has no such address"),
             (
                 &["[2001:db8::9]:80".parse().map(|host: SocketAddr| PortForward::udp(host, 80)).unwrap()],
@@ -415,7 +416,7 @@ mod tests {
         let any =
             publish(&[PortForward::tcp(fixed(0), 80), PortForward::tcp(fixed(0), 80), PortForward::udp(fixed(0), 80)]);
         assert_eq!(
-            Net::from(any).attach(1, Vec::new(), DescriptorShare::default(), nobody()).unwrap().published.len(),
+            Net::from(any).attach(1, Vec::new(), DescriptorShare::default(), no_callbacks()).unwrap().published.len(),
             3
         );
     }
@@ -429,7 +430,7 @@ mod tests {
         assert_eq!(error(Net::socket(File::open("/dev/null").unwrap())).kind(), ErrorKind::InvalidConfig);
         assert_eq!(error(Net::tap_files([File::open("/dev/null").unwrap()])).kind(), ErrorKind::InvalidConfig);
         Net::from(Net::socket(UnixDatagram::pair().unwrap().0))
-            .attach(1, Vec::new(), DescriptorShare::default(), nobody())
+            .attach(1, Vec::new(), DescriptorShare::default(), no_callbacks())
             .unwrap();
     }
 }

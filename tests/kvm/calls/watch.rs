@@ -21,7 +21,7 @@ pub fn lock<T>(it: &Mutex<T>) -> MutexGuard<'_, T> {
     it.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Which calls were made, which are under way, and what was wrong with them.
+/// Which calls were made, which have not returned, and what was wrong with them.
 #[derive(Default)]
 pub struct Watch {
     pub made: Mutex<BTreeSet<&'static str>>,

@@ -53,7 +53,7 @@ fn held_lock_is_waited_for_until_the_timeout() {
     assert!(crate::sys::try_lock(&lock, crate::sys::LockKind::Exclusive).unwrap());
     let error = disk(&image).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::TimedOut);
-    assert!(error.to_string().contains("somebody else"), "{error}");
+    assert!(error.to_string().contains("another process or thread"), "{error}");
     drop(lock);
     disk(&image).unwrap();
 }

@@ -129,7 +129,7 @@ fn each_piece(size: u64, step: OnStep<'_>, mut each: impl FnMut(u64, &mut [u8]) 
     let mut bytes = vec![0; STEP as usize];
     for at in (0..size).step_by(STEP as usize) {
         if step(at, size).is_break() {
-            return Err(Error::new(ErrorKind::Cancelled, format!("told to stop after {at} of {size} bytes")));
+            return Err(Error::new(ErrorKind::Cancelled, format!("the caller stopped it after {at} of {size} bytes")));
         }
         let len = usize::try_from((size - at).min(STEP)).unwrap_or(0);
         each(at, bytes.get_mut(..len).unwrap_or_default())?;
