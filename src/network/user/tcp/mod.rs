@@ -8,7 +8,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::os::fd::AsFd;
 
 pub(super) use self::flow::FlowKey;
-use self::flow::{SegmentOutcome, TcpFlow, TcpState, Transmit};
+use self::flow::{FlowOutcome, TcpFlow, TcpState, Transmit};
 use super::core::{Core, Initiator, put};
 use super::generational::{GenerationalMap, Id, Owner};
 use super::host::exhausted;
@@ -272,7 +272,7 @@ impl TcpFlows {
         }
         self.inbound += usize::from(flow.initiator() == Initiator::Client);
         self.by_key.insert(key, id);
-        self.apply(core, id, SegmentOutcome::Live);
+        self.apply(core, id, FlowOutcome::Live);
         Ok(())
     }
 
@@ -299,18 +299,18 @@ impl TcpFlows {
         self.planned = None;
         let denied = |flow: &TcpFlow| {
             let to = SocketAddr::from(flow.key.remote);
-            flow.outgoing && !core.config.is_gateway(to.ip()) && !core.allows(Protocol::Tcp, to)
+            flow.opened_by_guest && !core.config.is_gateway(to.ip()) && !core.allows(Protocol::Tcp, to)
         };
         let gone: Vec<Id> = self.flows.iter().filter(|(_, flow)| denied(flow)).map(|(id, _)| id).collect();
         for id in gone {
-            self.apply(core, id, SegmentOutcome::Reset);
+            self.apply(core, id, FlowOutcome::Reset);
         }
     }
 
-    fn apply(&mut self, core: &mut Core, id: Id, outcome: SegmentOutcome) {
+    fn apply(&mut self, core: &mut Core, id: Id, outcome: FlowOutcome) {
         let Some(flow) = self.flows.get_mut(id) else { return };
         match outcome {
-            SegmentOutcome::Live => {
+            FlowOutcome::Live => {
                 if !flow.queued {
                     flow.queued = true;
                     self.ready.push_back(id);
@@ -318,23 +318,23 @@ impl TcpFlows {
                 let at = flow.deadline(core);
                 core.host.set_timer(&mut flow.timer, Owner::Tcp(id), at);
             }
-            SegmentOutcome::TimeWait => {
+            FlowOutcome::TimeWait => {
                 flow.enter_time_wait(core.host.now);
                 let [guests, clients] = &mut self.time_wait;
                 let list = if flow.initiator() == Initiator::Guest { guests } else { clients };
                 list.push_back(id);
-                self.apply(core, id, SegmentOutcome::Live);
+                self.apply(core, id, FlowOutcome::Live);
             }
-            SegmentOutcome::Closed => {
+            FlowOutcome::Closed => {
                 core.stats.resets += u64::from(flow.state != TcpState::TimeWait);
                 self.remove(core, id);
             }
-            SegmentOutcome::Reset => {
+            FlowOutcome::Reset => {
                 core.stats.resets += 1;
                 flow.reset(core);
                 self.remove(core, id);
             }
-            SegmentOutcome::ConnectFailed(error) => {
+            FlowOutcome::ConnectFailed(error) => {
                 let refused = error.kind() == io::ErrorKind::ConnectionRefused;
                 match flow.inbound {
                     Some(port) if refused => {
@@ -410,7 +410,7 @@ impl TcpFlows {
             Ok(received) => received,
             Err(error) => {
                 log::debug!("a connection's socket fails: {error}");
-                self.apply(core, id, SegmentOutcome::Reset);
+                self.apply(core, id, FlowOutcome::Reset);
                 None
             }
         }

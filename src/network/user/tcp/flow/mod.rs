@@ -3,8 +3,8 @@
 //! What goes to the guest stays in the socket until it is acknowledged, so sending it again is peeking at it again.
 //! There is no congestion control: the link is memory, and what is lost on it was dropped by ourselves.
 
-mod incoming;
-mod outgoing;
+mod to_guest;
+mod to_host;
 
 use std::collections::VecDeque;
 use std::io;
@@ -50,7 +50,7 @@ pub(super) enum TcpState {
 
 /// What an event does to a flow.
 #[derive(Debug)]
-pub(super) enum SegmentOutcome {
+pub(super) enum FlowOutcome {
     Live,
     /// Both sides have closed.
     TimeWait,
@@ -95,7 +95,7 @@ pub(super) struct TcpFlow {
     /// The other end is in this process, on a socket that cannot discard.
     pub local: bool,
     /// The guest has opened the connection.
-    pub outgoing: bool,
+    pub opened_by_guest: bool,
     /// The published port that it came through.
     pub inbound: Option<InboundPort>,
 
@@ -157,7 +157,7 @@ impl TcpFlow {
             state,
             socket: Some(socket),
             local: false,
-            outgoing: false,
+            opened_by_guest: false,
             inbound: None,
             snd_una: iss,
             snd_nxt: iss,
@@ -207,7 +207,7 @@ impl TcpFlow {
     }
 
     pub(super) fn initiator(&self) -> Initiator {
-        if self.outgoing { Initiator::Guest } else { Initiator::Client }
+        if self.opened_by_guest { Initiator::Guest } else { Initiator::Client }
     }
 
     pub(super) fn watch(&self, core: &Core) -> io::Result<()> {
@@ -216,7 +216,7 @@ impl TcpFlow {
 
     /// Takes the options and the window of the guest's SYN.
     pub(super) fn take_syn(&mut self, syn: &Tcp, mtu: u16) {
-        self.outgoing |= self.state != TcpState::SynSent;
+        self.opened_by_guest |= self.state != TcpState::SynSent;
         let headers = wire::ip_header_len(self.key.guest.addr) as u16 + 20;
         // Less than the minimum of IPv4 would only make small segments.
         self.mss = syn.mss.unwrap_or(self.mss).clamp(88, mtu.max(576) - headers);
@@ -238,27 +238,27 @@ impl TcpFlow {
         segment: &TcpSegment<'_>,
         payload: &mut Vec<Piece>,
         budget: usize,
-    ) -> SegmentOutcome {
+    ) -> FlowOutcome {
         let tcp = &segment.tcp;
         self.last_activity = core.host.now;
         match self.state {
             TcpState::HostConnecting => {
-                return if tcp.flags & RST != 0 { SegmentOutcome::Closed } else { SegmentOutcome::Live };
+                return if tcp.flags & RST != 0 { FlowOutcome::Closed } else { FlowOutcome::Live };
             }
             TcpState::SynSent => return self.process_syn_sent(core, tcp),
             TcpState::TimeWait => {
                 self.ack_due = tcp.flags & RST == 0;
-                return SegmentOutcome::Live;
+                return FlowOutcome::Live;
             }
             TcpState::SynReceived | TcpState::Established => {}
         }
         if tcp.flags & RST != 0 {
             // Only the exact number is believed (RFC 5961, 3.2).
             if tcp.seq == self.rcv_nxt {
-                return SegmentOutcome::Closed;
+                return FlowOutcome::Closed;
             }
             self.ack_due |= !seq_gt(self.rcv_nxt, tcp.seq) && !seq_gt(tcp.seq, self.rcv_wnd_edge);
-            return SegmentOutcome::Live;
+            return FlowOutcome::Live;
         }
         if tcp.flags & SYN != 0 {
             if self.state == TcpState::SynReceived && tcp.seq.wrapping_add(1) == self.rcv_nxt {
@@ -267,10 +267,10 @@ impl TcpFlow {
                 // RFC 5961, 4.2.
                 self.ack_due = true;
             }
-            return SegmentOutcome::Live;
+            return FlowOutcome::Live;
         }
         if tcp.flags & ACK == 0 {
-            return SegmentOutcome::Live;
+            return FlowOutcome::Live;
         }
         if let Err(outcome) = self.process_ack(core, tcp, segment.len) {
             return outcome;
@@ -279,28 +279,28 @@ impl TcpFlow {
             && let Err(error) = self.process_text(core, segment, payload, budget)
         {
             log::debug!("a connection of the guest ends: {error}");
-            return SegmentOutcome::Reset;
+            return FlowOutcome::Reset;
         }
         self.outcome()
     }
 
     /// TIME-WAIT when both sides have closed and know it.
-    fn outcome(&self) -> SegmentOutcome {
+    fn outcome(&self) -> FlowOutcome {
         if self.fin_received && self.fin_acked && self.host_shut_down {
-            SegmentOutcome::TimeWait
+            FlowOutcome::TimeWait
         } else {
-            SegmentOutcome::Live
+            FlowOutcome::Live
         }
     }
 
     /// Takes a segment in SYN-SENT (RFC 9293, 3.10.7.3).
-    fn process_syn_sent(&mut self, core: &mut Core, tcp: &Tcp) -> SegmentOutcome {
+    fn process_syn_sent(&mut self, core: &mut Core, tcp: &Tcp) -> FlowOutcome {
         let ours = tcp.flags & ACK != 0 && tcp.ack == self.snd_una.wrapping_add(1) && self.snd_max == tcp.ack;
         if !ours {
-            return SegmentOutcome::Live;
+            return FlowOutcome::Live;
         }
         if tcp.flags & RST != 0 {
-            return SegmentOutcome::ConnectFailed(io::ErrorKind::ConnectionRefused.into());
+            return FlowOutcome::ConnectFailed(io::ErrorKind::ConnectionRefused.into());
         }
         if tcp.flags & SYN != 0 {
             self.take_syn(tcp, core.config.mtu);
@@ -308,11 +308,11 @@ impl TcpFlow {
             (self.snd_una, self.snd_nxt) = (tcp.ack, tcp.ack);
             (self.state, self.ack_due, self.retransmit_at, self.retries) = (TcpState::Established, true, None, 0);
         }
-        SegmentOutcome::Live
+        FlowOutcome::Live
     }
 
     /// RFC 9293, 3.10.7.4, "fifth, check the ACK field".
-    fn process_ack(&mut self, core: &mut Core, tcp: &Tcp, len: usize) -> Result<(), SegmentOutcome> {
+    fn process_ack(&mut self, core: &mut Core, tcp: &Tcp, len: usize) -> Result<(), FlowOutcome> {
         if seq_gt(tcp.ack, self.snd_max) || seq_gt(self.snd_una, tcp.ack) {
             // Of something that was never sent, or old.
             self.ack_due |= seq_gt(tcp.ack, self.snd_max) && self.state == TcpState::Established;
@@ -332,7 +332,7 @@ impl TcpFlow {
             if seq_gt(self.snd_una, self.snd_nxt) {
                 self.snd_nxt = self.snd_una;
             }
-            self.discard_acked(n, &mut core.buffer).map_err(|_| SegmentOutcome::Reset)?;
+            self.discard_acked(n, &mut core.buffer).map_err(|_| FlowOutcome::Reset)?;
             (self.dup_acks, self.retries) = (0, 0);
             self.retransmit_at = (self.snd_una != self.snd_max).then(|| core.host.now + INITIAL_RTO);
         } else {
@@ -383,30 +383,30 @@ impl TcpFlow {
     }
 
     /// Something has happened to the socket.
-    pub(super) fn ready(&mut self, core: &mut Core, events: EventSet) -> SegmentOutcome {
+    pub(super) fn ready(&mut self, core: &mut Core, events: EventSet) -> FlowOutcome {
         let failed = EventSet::ERROR | EventSet::HANG_UP;
-        let Some(socket) = &self.socket else { return SegmentOutcome::Live };
+        let Some(socket) = &self.socket else { return FlowOutcome::Live };
         if self.state == TcpState::HostConnecting {
             if !events.intersects(failed | EventSet::OUT) {
-                return SegmentOutcome::Live;
+                return FlowOutcome::Live;
             }
             if let Some(error) = socket.error() {
-                return SegmentOutcome::ConnectFailed(error);
+                return FlowOutcome::ConnectFailed(error);
             }
             (self.state, self.last_activity) = (TcpState::SynReceived, core.host.now);
         }
         if events.intersects(failed) && socket.error().is_some() {
-            return SegmentOutcome::Reset;
+            return FlowOutcome::Reset;
         }
         self.readable |= events.intersects(EventSet::IN | EventSet::READ_HANG_UP | failed);
         self.peer_closed |= events.intersects(EventSet::READ_HANG_UP | EventSet::HANG_UP);
         if events.contains(EventSet::OUT) && self.state == TcpState::Established {
             match self.flush_backlog() {
                 Ok(_) => return self.outcome(),
-                Err(_) => return SegmentOutcome::Reset,
+                Err(_) => return FlowOutcome::Reset,
             }
         }
-        SegmentOutcome::Live
+        FlowOutcome::Live
     }
 
     /// When the timer must fire.
@@ -426,24 +426,24 @@ impl TcpFlow {
     }
 
     /// The flow's timer has fired.
-    pub(super) fn on_timer(&mut self, core: &mut Core) -> SegmentOutcome {
+    pub(super) fn on_timer(&mut self, core: &mut Core) -> FlowOutcome {
         self.timer.fired();
         let now = core.host.now;
         if self.last_activity + self.timeout(core) <= now {
             core.stats.timed_out += u64::from(self.state != TcpState::TimeWait);
             return match self.state {
                 TcpState::HostConnecting | TcpState::SynSent => {
-                    SegmentOutcome::ConnectFailed(io::ErrorKind::TimedOut.into())
+                    FlowOutcome::ConnectFailed(io::ErrorKind::TimedOut.into())
                 }
-                TcpState::TimeWait => SegmentOutcome::Closed,
-                _ => SegmentOutcome::Reset,
+                TcpState::TimeWait => FlowOutcome::Closed,
+                _ => FlowOutcome::Reset,
             };
         }
         if self.retransmit_at.is_some_and(|at| at <= now) {
             self.retries += 1;
             if self.retries > MAX_RETRIES {
                 core.stats.timed_out += 1;
-                return SegmentOutcome::Reset;
+                return FlowOutcome::Reset;
             }
             self.retransmit_at = Some(now + (INITIAL_RTO * 2u32.pow(u32::from(self.retries))).min(MAX_RTO));
             self.readable = true;
@@ -454,7 +454,7 @@ impl TcpFlow {
             self.recover = self.snd_max;
             self.retransmit(core);
         }
-        SegmentOutcome::Live
+        FlowOutcome::Live
     }
 
     /// Closes the socket. Only the guest's last FIN may come now.
