@@ -84,7 +84,7 @@ pub(crate) struct DeviceIo {
     /// The reset that the device waits for. Reported once a start.
     pub(super) pending_reset: Option<PendingReset>,
     /// What the device had in flight when it was stopped.
-    pub(super) left: Option<IoQueue>,
+    pub(super) unfinished_io: Option<IoQueue>,
     /// What the device has done since the loop came to it.
     pub(super) turn: Turn,
 }
@@ -107,8 +107,8 @@ impl DeviceIo {
     }
 
     /// Keeps, while stopping, what still moves bytes from or to guest memory. The transport waits until it is idle.
-    pub(crate) fn leave(&mut self, io_queue: IoQueue) {
-        self.left = Some(io_queue);
+    pub(crate) fn hand_over(&mut self, io_queue: IoQueue) {
+        self.unfinished_io = Some(io_queue);
     }
 
     /// Tells the driver that configuration space has changed.

@@ -5,7 +5,7 @@
 //! returns after that loop has started the device.
 
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::io::{Counters, DeviceIo, OnNeedsReset};
@@ -57,7 +57,7 @@ const VERSION: u32 = 2;
 const VENDOR: u32 = 0x4646_4f43;
 
 /// How long a vCPU waits in all for a device that starts or stops. A device on a file that does not answer would never
-/// do so. Only that vCPU waits. A request to it, such as to end, waits as long.
+/// do so. Only that vCPU waits. To pause or end the VM waits for this vCPU as long.
 const START_STOP_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Reports that a device needs a reset: ten at once, then one a second.
@@ -79,8 +79,9 @@ pub(crate) struct MmioTransport {
     on_ready: Box<dyn Fn() + Send>,
     on_needs_reset: OnNeedsReset,
 
-    /// What the device had in flight when it was reset, and the host has not ended yet.
-    left: Option<IoQueue>,
+    /// What the device had in flight when it was reset, and the host has not ended yet. Its loop puts it here, so that it
+    /// is kept when the reset has given up meanwhile.
+    unfinished_io: Arc<Mutex<Option<IoQueue>>>,
     status: u32,
     device_features_sel: u32,
     driver_features_sel: u32,
@@ -113,7 +114,7 @@ impl MmioTransport {
             memory,
             devices,
             slot,
-            left: None,
+            unfinished_io: Arc::default(),
             status: 0,
             device_features_sel: 0,
             driver_features_sel: 0,
@@ -275,7 +276,7 @@ impl MmioTransport {
         }
         let added = value & !self.status;
         // Bits are never taken away but by a reset.
-        if self.status & !value & !status::NEEDS_RESET != 0 {
+        if self.status & !value != 0 {
             return;
         }
         self.add_status(added & !(status::FEATURES_OK | status::DRIVER_OK | status::NEEDS_RESET));
@@ -343,7 +344,7 @@ impl MmioTransport {
                 slot,
                 on_needs_reset,
                 pending_reset: None,
-                left: None,
+                unfinished_io: None,
                 turn: Turn::default(),
             };
             match made {
@@ -356,29 +357,38 @@ impl MmioTransport {
         })
     }
 
+    fn unfinished_io(&self) -> MutexGuard<'_, Option<IoQueue>> {
+        self.unfinished_io.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn reset(&mut self) {
         let (slot, deadline) = (self.slot, Instant::now() + START_STOP_TIMEOUT);
-        // The queues that come back are let go: the driver will set up new ones.
-        match self
-            .devices
-            .with_timeout(START_STOP_TIMEOUT, move |slots| slots.stop(slot).and_then(|mut io| io.left.take()))
-        {
+        let unfinished = self.unfinished_io.clone();
+        // The queues are let go: the driver will set up new ones.
+        let stop = move |slots: &mut Slots| {
+            if let Some(io_queue) = slots.stop(slot).and_then(|mut io| io.unfinished_io.take()) {
+                *unfinished.lock().unwrap_or_else(PoisonError::into_inner) = Some(io_queue);
+            }
+        };
+        match self.devices.with_timeout(START_STOP_TIMEOUT, stop) {
             // The device may still use its queues, so the driver does not see a status of 0 (Virtio 1.3, 2.4.2).
             Err(error) if error.kind() == ErrorKind::TimedOut => {
                 log::warn!("device {slot} was not reset: {error}");
                 return;
             }
             Err(error) => log::debug!("device {slot} was reset after its loop had ended: {error}"),
-            Ok(None) => {}
-            left => self.left = left.unwrap_or_default(),
+            Ok(()) => {}
         }
         // This vCPU waits for it, and no other device.
         let timeout = deadline.saturating_duration_since(Instant::now());
-        if self.left.as_mut().is_some_and(|io_queue| !io_queue.stop(timeout)) {
+        let unfinished = self.unfinished_io().take();
+        if let Some(mut io_queue) = unfinished
+            && !io_queue.stop(timeout)
+        {
+            *self.unfinished_io() = Some(io_queue);
             log::warn!("device {slot} was not reset: the host still moves bytes from or to guest memory");
             return;
         }
-        self.left = None;
         self.interrupt.reset();
         self.status = 0;
         (self.device_features_sel, self.driver_features_sel, self.driver_features, self.queue_sel) = (0, 0, 0, 0);

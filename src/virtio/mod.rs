@@ -100,7 +100,7 @@ pub(crate) enum EventSource {
     },
 }
 
-/// A device: what it offers, and what it does when poked.
+/// A device: what it offers, and what it does when it is dispatched.
 ///
 /// ```text
 ///            start                      stop
@@ -147,7 +147,7 @@ pub(crate) trait VirtioDevice: Any + Send {
     fn ended(&mut self) {}
 
     /// About to become idle: stop watching, let go of every chain. The device touches guest memory no more when this
-    /// returns, but for what it gives to [`DeviceIo::leave`].
+    /// returns, but for what it gives to [`DeviceIo::hand_over`].
     fn stopping(&mut self, io: &mut DeviceIo) {
         let _ = io;
     }

@@ -1,4 +1,4 @@
-//! [`Slots`]: the devices of one event loop, each idle or running. Starts, pokes and stops them.
+//! [`Slots`]: the devices of one event loop, each idle or running. Starts, dispatches and stops them.
 
 use std::any::Any;
 use std::fmt;
@@ -12,6 +12,7 @@ use super::io::{slot_token, split_token};
 use super::{DeviceIo, EventSource, VirtioDevice};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event_loop::{Handler, Interest, Remote, Sources};
+use crate::sys::left;
 
 /// Called with a device's slot when it has panicked, our own mistake, or has waited in vain for its driver's reset.
 pub(crate) type OnDeviceFault = Box<dyn Fn(usize, &str) + Send>;
@@ -204,10 +205,6 @@ fn look_on(device: &mut dyn VirtioDevice, io: &mut DeviceIo, source: EventSource
         io.ack_kick(queue);
     }
     device.ready(io, source);
-}
-
-fn left(deadline: Instant) -> Duration {
-    deadline.saturating_duration_since(Instant::now())
 }
 
 impl DeviceSlot {

@@ -1,6 +1,6 @@
 //! [`Driver`]: plays the guest's driver on real guest memory. The only fake, for tests, fuzzing and benches.
 //!
-//! Everything happens on the calling thread: the device is a plain value, `poke` is a plain call.
+//! Everything happens on the calling thread: the device is a plain value, `dispatch` is a plain call.
 
 use std::sync::Arc;
 
@@ -105,7 +105,7 @@ impl<D: VirtioDevice> Driver<D> {
             sources: Sources::detached().unwrap(),
             slot: 0,
             pending_reset: None,
-            left: None,
+            unfinished_io: None,
             turn: Turn::default(),
         };
         let mut driver = Self {

@@ -306,7 +306,7 @@ impl VirtioDevice for Blk {
                 self.engine.io_queue = Some(io_queue);
             } else {
                 // Places stay taken where the kernel may still write to them.
-                io.leave(io_queue);
+                io.hand_over(io_queue);
             }
         }
         // The driver takes its requests back with the reset.

@@ -2,10 +2,12 @@
 
 use super::*;
 use crate::event_loop::Loop;
-use crate::memory::GuestAddress;
+use crate::memory::{GuestAddress, IoOperation};
 use crate::sys::RegisterPage;
-use crate::virtio::VirtioDevice;
 use crate::virtio::rng::Rng;
+use crate::virtio::{EventSource, VirtioDevice};
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
 use std::sync::atomic::AtomicU32;
 
 /// A transport with its device on a loop; the registers as a driver uses them.
@@ -17,8 +19,11 @@ struct Fixture {
 
 impl Fixture {
     fn new() -> Self {
-        let devices = Loop::start("test", |s| Slots::new(vec![Box::new(Rng)], s, Box::new(|_, _| ()))).unwrap();
-        let memory = GuestMemory::anonymous(&[(GuestAddress(0), 1 << 20)]).unwrap();
+        Self::of(Box::new(Rng), GuestMemory::anonymous(&[(GuestAddress(0), 1 << 20)]).unwrap())
+    }
+
+    fn of(device: Box<dyn VirtioDevice>, memory: GuestMemory) -> Self {
+        let devices = Loop::start("test", |s| Slots::new(vec![device], s, Box::new(|_, _| ()))).unwrap();
         let transport = MmioTransport::new(
             Rng.profile(),
             memory.clone(),
@@ -268,4 +273,51 @@ fn reset_with_a_hanging_loop_stays_pending() {
     drop(hang);
     rig.set(0x70, 0);
     assert_eq!(rig.get(0x70), 0, "a driver that asks again gets its reset");
+}
+
+/// A device with a read in flight that it hands over when it is stopped.
+struct Reader {
+    memory: GuestMemory,
+    socket: UnixStream,
+    io_queue: Option<IoQueue>,
+}
+
+impl VirtioDevice for Reader {
+    fn profile(&self) -> Profile {
+        Rng.profile()
+    }
+
+    fn started(&mut self, _: &mut DeviceIo) -> std::io::Result<()> {
+        let mut io_queue = IoQueue::new(4)?;
+        let to = [self.memory.segment(GuestAddress(0x8_0000), 3).unwrap()];
+        let read = IoOperation::Read { fd: self.socket.as_raw_fd(), offset: 0, to: &to };
+        io_queue.push(&self.memory, 0, read)?;
+        io_queue.submit();
+        self.io_queue = Some(io_queue);
+        Ok(())
+    }
+
+    fn ready(&mut self, _: &mut DeviceIo, _: EventSource) {}
+
+    fn stopping(&mut self, io: &mut DeviceIo) {
+        io.hand_over(self.io_queue.take().unwrap());
+    }
+}
+
+#[test]
+fn reset_that_gave_up_keeps_what_is_in_flight_for_the_next_one() {
+    let memory = GuestMemory::anonymous(&[(GuestAddress(0), 1 << 20)]).unwrap();
+    let (socket, _peer) = UnixStream::pair().unwrap();
+    let mut rig = Fixture::of(Box::new(Reader { memory: memory.clone(), socket, io_queue: None }), memory);
+    rig.drive(1, 8);
+    let hang = busy(&rig);
+    rig.set(0x70, 0);
+    assert_eq!(rig.get(0x70), 15);
+    drop(hang);
+    // The loop has stopped the device by now, for a reset that waits no more.
+    rig._devices.remote().with(|_| ()).unwrap();
+    assert!(rig.transport.unfinished_io().as_ref().is_some_and(|io_queue| io_queue.busy()));
+    rig.set(0x70, 0);
+    assert!(rig.transport.unfinished_io().is_none());
+    assert_eq!(rig.get(0x70), 0, "nothing is in flight any more");
 }

@@ -216,7 +216,7 @@ fn dropping_the_stream_tells_the_guest_after_all_data() {
     let (mut rig, mut stream) = Fixture::connected();
     stream.write_all(b"last words").unwrap();
     drop(stream);
-    // A socket pair that was closed reports a hang-up; the test's poke does not, so it is said by hand.
+    // A socket pair that was closed reports a hang-up; the test's dispatch does not, so it is said by hand.
     rig.driver.parts().0.connections.values_mut().for_each(VsockConnection::socket_hung_up);
     rig.sockets();
     assert_eq!(rig.receive().unwrap().1, b"last words");

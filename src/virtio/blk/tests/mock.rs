@@ -325,8 +325,8 @@ fn disk_on_a_shared_loop_hands_over_requests_in_flight() {
     disk.stopping(io);
     assert!(begin.elapsed() < Duration::from_secs(1), "no other disk of the loop waits");
     // It may have been quick enough.
-    assert_eq!(disk.engine.io_queue.is_none(), io.left.is_some());
-    assert!(io.left.take().is_none_or(|mut io_queue| io_queue.stop(Duration::from_secs(20))));
+    assert_eq!(disk.engine.io_queue.is_none(), io.unfinished_io.is_some());
+    assert!(io.unfinished_io.take().is_none_or(|mut io_queue| io_queue.stop(Duration::from_secs(20))));
     disk.started(io).unwrap();
     assert!(disk.engine.io_queue.as_ref().is_some_and(|io_queue| !io_queue.busy()));
     disk.stopping(io);
