@@ -484,7 +484,7 @@ mod tests {
 
     #[test]
     fn no_turn_exceeds_its_budget() {
-        for device in 0..7 {
+        for device in 0..turns::DEVICES {
             let mut data = vec![device];
             for round in 0..6u8 {
                 data.extend([round.wrapping_mul(47), round, 255, round + 3, 2, round.wrapping_mul(80)]);

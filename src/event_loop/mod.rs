@@ -1,6 +1,6 @@
 //! [`Loop`]: a thread that owns one value. It waits for descriptors, and runs what other threads ask of it.
 //!
-//! The value never leaves its thread while the loop lives, so it needs no lock. Others say `handle.with(|it| …)`; the
+//! The value never leaves its thread while the loop lives, so it needs no lock. Others call [`Remote::with`]; the
 //! closure runs on the owner and its answer comes back.
 
 mod mailbox;
@@ -381,7 +381,7 @@ mod tests {
     }
 
     #[test]
-    fn ready_descriptors_are_dispatched_and_join_returns_the_value() {
+    fn ready_descriptors_are_dispatched() {
         let it = counter();
         it.remote().with(|c| c.kicks.as_ref().unwrap().write(3)).unwrap().unwrap();
         while it.remote().with(|c| c.seen).unwrap() < 3 {}

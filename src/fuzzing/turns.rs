@@ -64,12 +64,15 @@ fn table<D: VirtioDevice>(driver: &Driver<D>, at: u64, n: u16, mut each: impl Fn
     let _ = driver.memory().write(GuestAddress(at), &bytes);
 }
 
+/// Kinds of devices in [`device_turn`].
+pub(super) const DEVICES: u8 = 7;
+
 /// Chains of any shape and size to any device.
 ///
 /// No turn does more work than it may.
 pub fn device_turn(data: &[u8]) {
     let mut bytes = Bytes(data);
-    match bytes.byte() % 7 {
+    match bytes.byte() % DEVICES {
         0 => flood(Driver::start(Rng), bytes),
         1 => flood(Driver::start(Console::new(ConsoleOutput::default())), bytes),
         2 => flood(Driver::start_with(|memory| Balloon::new(memory.clone(), Box::new(|_| ()))), bytes),

@@ -1,6 +1,6 @@
-//! The one assembly: from config to running threads. It knows all modules; only [`Vm`](super::Vm) knows it.
+//! The one assembly: from config to running threads. It knows all modules.
 //!
-//! All threads of a VM are made here, named `vcpu0`, `io`, `disk0`, `console`, `capture`.
+//! The threads `vcpuN`, `console` and `capture` start here, and the loops `io`, `disks` and `diskN` in [`devices`](super::devices).
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -234,7 +234,8 @@ impl VmShared {
     }
 }
 
-/// The assembled parts that vCPU threads need. Field order is the order of release: descriptors before memory.
+/// The assembled parts that vCPU threads need. Field order is the order of release: descriptors before memory. A loop that is
+/// left behind keeps its own share of both.
 pub(super) struct Machine {
     vm: VmFd,
     pub mmio: Bus,
