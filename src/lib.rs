@@ -102,7 +102,7 @@
 //! | `Container::stop`, [`Vm::stop`] | the grace and 2 s; 15 s more where a file of the host's, or a writer or network of the embedder's, hangs |
 //! | `Container::kill`, [`Vm::kill`] | does not wait |
 //! | `Container::resume`, [`Vm::resume`] | 11 s, for each pause that another thread has begun |
-//! | dropping the last handle of a `Container` or a [`Vm`] | milliseconds; 26 s where a file of the host's, or a writer or network of the embedder's, hangs |
+//! | dropping the last handle of a `Container` or a [`Vm`] | milliseconds; 26 s where a host's file, or an embedder's writer or network, hangs |
 //! | `Container::wait`, [`Vm::wait`] | as long as the machine runs |
 //! | [`VsockListener::accept`](vsock::VsockListener::accept), the iterator of [`Events`](event::Events) | until something comes, or the machine ends |
 //! | reads and writes of a [`VsockStream`](vsock::VsockStream), `ProcessReader` or `ProcessWriter` | as the stream's timeouts say; without: until the guest goes on, or the machine ends |

@@ -47,8 +47,8 @@ fn qemu() -> &'static [String] {
     })
 }
 
-/// QEMU's machine for short lives: one processor, so many MiB of memory, a kernel and its command line. With ACPI, QEMU 10
-/// would need its option ROMs and be slower.
+/// Returns the command of QEMU's microvm with one processor and `mib` of memory. With ACPI, QEMU 10 would need its option
+/// ROMs and be slower.
 pub(crate) fn microvm(mib: u64, kernel: &Path, cmdline: &str) -> Command {
     let (program, words) = qemu().split_first().expect("a word");
     let mut qemu = Command::new(program);

@@ -214,7 +214,8 @@ impl Exec {
 
     /// Sets whether a program goes on that prints more than [`Exec::output_limit`].
     ///
-    /// By default it is killed. If it goes on, what is beyond is read and thrown away, and [`Output::stdout_truncated`] or [`Output::stderr_truncated`] is set.
+    /// By default it is killed. If it goes on, output beyond the limit is discarded. [`Output::stdout_truncated`] or
+    /// [`Output::stderr_truncated`] is set then.
     pub fn truncate_output(mut self, truncate: bool) -> Self {
         self.limit.truncate = truncate;
         self

@@ -238,14 +238,14 @@ impl<S: Handler> Loop<S> {
         self.abandoned.store(true, Ordering::SeqCst);
     }
 
-    /// Has the thread end after what is in the mailbox. Does not wait for it.
+    /// Asks the thread to end after the requests in its mailbox. Does not wait.
     pub(crate) fn close(&self) {
         if self.origin.is_current() {
             self.mailbox.close();
         }
     }
 
-    /// Has the thread end, and waits until it has dropped everything, but not beyond `deadline`. Idempotent.
+    /// Asks the thread to end, and waits until it has dropped its value, but not beyond `deadline`. Idempotent.
     pub(crate) fn end(&mut self, deadline: Instant) {
         if !self.origin.is_current() {
             leak(self.thread.take());

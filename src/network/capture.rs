@@ -223,7 +223,7 @@ impl CapturePump {
         }
     }
 
-    /// What is left of it when the writer is let go.
+    /// Returns the counters, which keep no writer.
     pub(crate) fn counters(&self) -> CaptureCounters {
         CaptureCounters(self.shared.clone())
     }

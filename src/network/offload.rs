@@ -35,12 +35,12 @@ impl Offloads {
         Self(bits & Self::all().0)
     }
 
-    /// Returns what is in either set.
+    /// Returns the union of both sets.
     pub const fn union(self, other: Self) -> Self {
         Self(self.0 | other.0)
     }
 
-    /// Returns what is in both sets.
+    /// Returns the intersection of both sets.
     pub const fn intersection(self, other: Self) -> Self {
         Self(self.0 & other.0)
     }
@@ -50,7 +50,7 @@ impl Offloads {
         self.0 & other.0 == other.0
     }
 
-    /// Returns this set without what is in `other`.
+    /// Returns the difference of this set and `other`.
     pub const fn without(self, other: Self) -> Self {
         Self(self.0 & !other.0)
     }
@@ -59,7 +59,7 @@ impl Offloads {
 impl BitOr for Offloads {
     type Output = Self;
 
-    /// Returns what is in either set.
+    /// Returns the union of both sets.
     fn bitor(self, other: Self) -> Self {
         self.union(other)
     }

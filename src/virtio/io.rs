@@ -122,7 +122,8 @@ impl DeviceIo {
         self.turn.charge(work);
     }
 
-    /// Whether others must get their turn: then the device keeps what is half done, says [`DeviceIo::reschedule`], and returns.
+    /// Returns whether the device's turn is over. It then keeps its half-done request, calls [`DeviceIo::reschedule`] and
+    /// returns.
     #[inline]
     pub(crate) fn turn_over(&self) -> bool {
         self.turn.over()

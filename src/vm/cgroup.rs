@@ -246,7 +246,10 @@ fn remove(path: &Path) {
         }
     }
     log::warn!("{} still has threads and is left behind", path.display());
-    let mut left = left_behind();
+    remember(&mut left_behind(), path);
+}
+
+fn remember(left: &mut Vec<PathBuf>, path: &Path) {
     if left.len() < MAX_LEFT_BEHIND {
         left.push(path.to_owned());
     }
@@ -319,6 +322,18 @@ mod tests {
         assert!(error.to_string().starts_with("cgroup: reading the controllers of "), "{error}");
         let why = Cgroup::under(&directory).optional(true).make().unwrap().unwrap_err();
         assert!(why.contains("Delegate=yes"), "{why}");
+    }
+
+    #[test]
+    fn groups_left_behind_are_bounded_and_removed_by_a_later_vm() {
+        let mut left = Vec::new();
+        (0..2 * MAX_LEFT_BEHIND).for_each(|_| remember(&mut left, Path::new("/group")));
+        assert_eq!(left.len(), MAX_LEFT_BEHIND);
+        let group = std::env::temp_dir().join(format!("cofferdam-left-behind-{}", std::process::id()));
+        fs::create_dir(&group).unwrap();
+        remember(&mut left_behind(), &group);
+        sweep(Path::new("/nonexistent"));
+        assert!(!group.exists() && !left_behind().contains(&group));
     }
 
     #[test]

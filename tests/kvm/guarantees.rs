@@ -212,7 +212,7 @@ pub fn forked_child_does_not_affect_guests() -> Outcome {
     Ok(())
 }
 
-/// Whichever call finds no descriptor left, the error says so.
+/// Each call that gets no descriptor fails with `ResourceExhausted`.
 #[allow(unsafe_code, reason = "sets a limit of this process, as its administrator would")]
 pub fn descriptor_exhaustion_is_resource_exhausted() -> Outcome {
     if !alone("guarantees::descriptor_exhaustion_is_resource_exhausted")? {

@@ -303,6 +303,42 @@ impl crate::network::NetBackend for MockBackend {
     }
 }
 
+/// A backend whose drop panics.
+struct PanicsAtDrop(UnixStream);
+
+impl Drop for PanicsAtDrop {
+    fn drop(&mut self) {
+        // Without the panic hook.
+        std::panic::resume_unwind(Box::new("a mistake of the embedder's"));
+    }
+}
+
+impl crate::network::NetBackend for PanicsAtDrop {
+    fn fd(&self) -> std::os::fd::BorrowedFd<'_> {
+        std::os::fd::AsFd::as_fd(&self.0)
+    }
+
+    fn poll(&mut self) {}
+
+    fn send(&mut self, _: Frame<'_>) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn next_len(&mut self) -> Option<usize> {
+        None
+    }
+
+    fn receive(&mut self, _: &mut RxBuffer<'_>) -> io::Result<Option<Received>> {
+        Ok(None)
+    }
+}
+
+#[test]
+fn panicking_drops_of_several_backends_end_nothing_else() {
+    let backend = || BackendKind::other(PanicsAtDrop(UnixStream::pair().unwrap().0));
+    drop(Net::new(vec![backend(), backend()], OURS, 1500, Box::new(|_| ())));
+}
+
 fn with_mock(limit: NetLimit) -> (Driver<Net>, Arc<Mutex<BackendLog>>, Arc<Mutex<u32>>) {
     let (told, throttled) = (Arc::<Mutex<BackendLog>>::default(), Arc::<Mutex<u32>>::default());
     let backend = MockBackend(told.clone(), Arc::new(UnixStream::pair().unwrap().0));

@@ -14,24 +14,30 @@ use crate::sys;
 pub(crate) fn scratch_dir(set: Option<&Path>) -> Result<PathBuf> {
     match set {
         Some(dir) => Ok(dir.to_path_buf()),
-        None => default_dir([std::env::temp_dir(), "/var/tmp".into()], |dir| dir.is_dir() && !is_memory(dir)),
+        None => default_dir([std::env::temp_dir(), "/var/tmp".into()], is_usable),
     }
 }
 
-/// One that cannot be asked is no memory: making the file there says what is wrong with it.
+/// Returns whether a disk may lie there by default.
+fn is_usable(dir: &Path) -> bool {
+    dir.is_dir() && !is_memory(dir)
+}
+
+/// Returns whether the directory is in memory. Where the host does not say, it is not: making the file there then fails with
+/// the reason.
 fn is_memory(dir: &Path) -> bool {
     sys::is_memory(dir).unwrap_or(false)
 }
 
-/// Returns the first of the directories that will do.
-fn default_dir(dirs: [PathBuf; 2], will_do: impl Fn(&Path) -> bool) -> Result<PathBuf> {
+/// Returns the first of the directories that is accepted.
+fn default_dir(dirs: [PathBuf; 2], accepts: impl Fn(&Path) -> bool) -> Result<PathBuf> {
     let [first, second] = &dirs;
     let problem = format!(
         "scratch_dir: {} and {} are memory of the host, which the disk would take, or are missing; name a directory on a disk",
         first.display(),
         second.display()
     );
-    dirs.into_iter().find(|dir| will_do(dir)).ok_or_else(|| Error::new(ErrorKind::InvalidConfig, problem))
+    dirs.into_iter().find(|dir| accepts(dir)).ok_or_else(|| Error::new(ErrorKind::InvalidConfig, problem))
 }
 
 #[cfg(test)]
@@ -48,6 +54,9 @@ mod tests {
         assert_eq!(chosen(&["/a"]).unwrap(), Path::new("/b"));
         let error = chosen(&["/a", "/b"]).unwrap_err();
         assert!(error.kind() == ErrorKind::InvalidConfig && error.to_string().contains("scratch_dir"), "{error}");
+        assert!(
+            is_usable(Path::new("/proc")) && !is_usable(Path::new("/dev/shm")) && !is_usable(Path::new("/nonexistent"))
+        );
         assert!(is_memory(Path::new("/dev/shm")) && !is_memory(Path::new("/proc")));
         assert_eq!(scratch_dir(Some(Path::new("/dev/shm"))).unwrap(), Path::new("/dev/shm"));
     }

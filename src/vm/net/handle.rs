@@ -62,7 +62,8 @@ impl NetHandle {
     /// # Errors
     /// - `Unsupported` unless it is a [`Net::user`](crate::Net::user).
     /// - `InvalidConfig` when the address is none of the host's.
-    /// - `ResourceBusy` when another listens there, `PermissionDenied` for a port below 1024 without the privilege.
+    /// - `ResourceBusy` when another listens there.
+    /// - `PermissionDenied` for a port below 1024 without the privilege.
     /// - `InvalidState` when the VM has ended.
     pub fn publish(&self, port: PortForward) -> Result<PublishedPort> {
         let (port, address) = self.user("publishing", move |user| port.publish(user))??;

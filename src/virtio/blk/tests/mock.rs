@@ -9,7 +9,7 @@ use super::*;
 use crate::memory::{GuestMemory, Segment};
 use crate::rate::Rate;
 
-/// What a mock backend did, in its order, and what it shall do.
+/// The calls that a mock backend got, in their order, and the answers that it gives.
 #[derive(Debug, Default)]
 struct Script {
     log: Vec<String>,

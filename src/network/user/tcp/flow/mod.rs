@@ -99,7 +99,7 @@ pub(super) struct TcpFlow {
     /// The published port that it came through.
     pub inbound: Option<InboundPort>,
 
-    // Send sequence variables, to the guest (RFC 9293, 3.3.1). From `snd_nxt` to `snd_max` lies what is sent again.
+    // Send sequence variables, to the guest (RFC 9293, 3.3.1). The bytes from `snd_nxt` to `snd_max` are sent again.
     snd_una: u32,
     snd_nxt: u32,
     snd_max: u32,

@@ -60,7 +60,7 @@ impl TcpFlow {
         core.agreed.to_guest.contains(tso | Offloads::CSUM)
     }
 
-    /// Bytes of the headers of what is sent next.
+    /// Returns the bytes of headers that this segment has.
     pub(in crate::network::user::tcp) fn header_len(&self, transmit: Transmit) -> usize {
         let options = match (transmit, self.rcv_wscale) {
             (Transmit::Syn, Some(_)) => 8,
