@@ -106,8 +106,8 @@ impl ContainerBuilder {
 
     /// Adds a network card: `eth0`, then `eth1` and so on; none by default.
     ///
-    /// Cards of [`Net::user`](crate::Net::user) and [`Net::switch`](crate::Net::switch) have their address, and the
-    /// default route of the former, before the first program starts. `/etc/resolv.conf` then names one resolver: that
+    /// Cards of [`Net::user`](crate::Net::user) and [`Net::switch`](crate::Net::switch) have their IPv4 and IPv6
+    /// addresses, and the default routes of the former, before the first program starts. `/etc/resolv.conf` then names one resolver: that
     /// of the user-mode network, which knows the switches' names too, or else that of the first switch. Other cards are
     /// set up by programs in the container. [`Container::net`] returns the cards' handles.
     pub fn net(mut self, net: impl Into<Net>) -> Self {
@@ -289,9 +289,17 @@ fn networks(nets: &[Net]) -> (Vec<u8>, Option<[u8; 4]>) {
     let (mut list, mut resolvers) = (Vec::new(), Vec::new());
     // No machine has as many.
     for (card, net) in (0..=u8::MAX).zip(nets) {
-        let Some(AddressConfig { address, prefix, gateway, resolver }) = net.link() else { continue };
-        Network { card, address, prefix, gateway: gateway.unwrap_or_default() }.push(&mut list);
-        resolvers.push((gateway.is_none(), resolver));
+        let Some(AddressConfig { address4, prefix4, address6, gateways, resolver }) = net.link() else { continue };
+        let network = Network {
+            card,
+            address4: address4.octets(),
+            prefix4,
+            gateway4: gateways.map_or([0; 4], |(gateway4, _)| gateway4.octets()),
+            address6: address6.octets(),
+            gateway6: gateways.map_or([0; 16], |(_, gateway6)| gateway6.octets()),
+        };
+        network.push(&mut list);
+        resolvers.push((gateways.is_none(), resolver.octets()));
     }
     // One with a way out knows all names.
     resolvers.sort_by_key(|(inside, _)| *inside);

@@ -1,14 +1,13 @@
 //! The shim: PID 1 of the guest. One static program without libc and crates, one thread around one poll loop.
 //!
 //! ```text
-//!  guard        refuses unless it is PID 1 of a machine that asked for it
-//!  files        small files whole            sys     raw system calls      rt   what libc would be
-//!  modules      the kernel's drivers          end     how the machine ends
-//!  control      the stream to the host
-//!  mount        the workloads' root          reaper  their PID 1           cgroup  their groups
-//!  serve        the loop                  process  one program             spawn, relay  its start, its streams
-//!  connect      the host's connections to services
-//!  ending       the order of the machine's end
+//!  preflight  refuses unless it is PID 1 of a machine that asked for it
+//!  runtime    what libc would be            sys       raw system calls       files         small files whole
+//!  modules    the kernel's drivers          network   cards and their routes poweroff      how the machine ends
+//!  control    the stream to the host        mount     the workloads' root    reaper        their PID 1
+//!  serve      the loop                      process   one program            spawn, relay  its start, its streams
+//!  cgroup     the programs' groups          connect   the host's connections to services
+//!  shutdown   the order of the machine's end
 //! ```
 //! `build.rs` compiles this file alone into the program that the library embeds; as a module of the library it is compiled for tests only.
 #![cfg_attr(guest_bin, no_std, no_main)]
@@ -26,6 +25,7 @@ mod control;
 mod files;
 mod modules;
 mod mount;
+mod network;
 mod poweroff;
 mod preflight;
 mod process;
@@ -38,7 +38,6 @@ mod shutdown;
 mod spawn;
 mod sys;
 
-use alloc::ffi::CString;
 use alloc::vec::Vec;
 
 use cgroup::Cgroups;
@@ -47,7 +46,7 @@ use mount::Writable;
 use serve::{Outcome, Shim};
 use sys::{Errno, Fd};
 
-use crate::proto::{BOOT_CONFIG_MAX, BootConfig, End, FromGuest, Network, Stage};
+use crate::proto::{BOOT_CONFIG_MAX, BootConfig, End, FromGuest, Stage};
 
 /// Files a program may open, and how far it may raise that: what most expect, and what systemd gives.
 const FILES: (u64, u64) = (1024, 524_288);
@@ -89,11 +88,6 @@ fn run() -> ! {
         Ok(shim) => shim,
         Err((control, failure)) => control.fail(&failure),
     };
-    config
-        .networks
-        .iter()
-        .filter(|network| network.gateway != [0; 4])
-        .for_each(|network| shim.open_loopback(network.card));
     drop(file);
     shim.control.say(0, &FromGuest::Ready { user_space_ns, ready_ns: sys::now_ns() });
     let outcome = shim.serve();
@@ -146,57 +140,15 @@ fn mount_all(config: &BootConfig<'_>) -> Result<Writable, Failure> {
     let (before, after) = mount::split(&plan);
     mount::carry_out(before)?;
     let writable = Writable::find(&config.root);
-    config
-        .networks
-        .iter()
-        .filter(|network| network.gateway != [0; 4])
-        .for_each(|network| trust_addresses(network.card));
+    network::set_switches(config);
     // This one shows the shim's pid namespace; the workloads get their own.
     let _ = sys::unmount(c"/proc");
     mount::carry_out(after)?;
     if !config.hostname.is_empty() {
         let _ = sys::set_hostname(config.hostname);
     }
-    set_up_network(config)?;
+    network::set_up(config)?;
     Ok(writable)
-}
-
-/// The loopback interface, and the cards that the host names.
-fn set_up_network(config: &BootConfig<'_>) -> Result<(), Failure> {
-    let failure = |errno| Failure::new(Stage::Other, errno, &[b"setting up the network"]);
-    let socket = match sys::interface_socket() {
-        Ok(socket) => socket,
-        // A kernel without internet sockets, which only a machine with a network needs.
-        Err(errno) => return if config.networks.is_empty() { Ok(()) } else { Err(failure(errno)) },
-    };
-    let _ = sys::interface_up(&socket, b"lo");
-    config.networks.iter().try_for_each(|network| set_up_card(&socket, network)).map_err(failure)
-}
-
-fn set_up_card(socket: &Fd, Network { card, address, prefix, gateway }: Network) -> Result<(), sys::Errno> {
-    let mask = u32::MAX.checked_shl(32 - u32::from(prefix)).unwrap_or(0).to_be_bytes();
-    let mut name = Vec::new();
-    card_name(card, &mut name);
-    sys::set_address(socket, &name, address, mask)?;
-    sys::interface_up(socket, &name)?;
-    if gateway == [0; 4] { Ok(()) } else { sys::set_gateway(socket, gateway) }
-}
-
-/// Uses addresses at once, without asking the link for duplicates (RFC 4862, 5.4). Its only other host is the gateway.
-fn trust_addresses(card: u8) {
-    let mut path = Vec::from(b"/proc/sys/net/ipv6/conf/");
-    card_name(card, &mut path);
-    path.extend_from_slice(b"/accept_dad");
-    // A kernel without IPv6 has no such switch.
-    if let Ok(path) = CString::new(path) {
-        let _ = files::write(None, &path, b"0");
-    }
-}
-
-/// What the kernel calls a card.
-fn card_name(card: u8, name: &mut Vec<u8>) {
-    name.extend_from_slice(b"eth");
-    mount::decimal(card, name);
 }
 
 /// Makes everything that the workloads need around them.

@@ -1,13 +1,10 @@
 //! The loop: requests of the host, streams, ends of processes, the end of the machine. The shim's one thread stays here; it waits for
 //! events only, and by time only where something must end by then.
 
-use super::alloc::ffi::CString;
 use super::alloc::vec::Vec;
-use super::card_name;
 use super::cgroup::{Cgroups, Group, Watch};
 use super::connect::Connections;
 use super::control::{Control, Failure, VersionGate};
-use super::files;
 use super::process::{Process, ProcessState};
 use super::reaper;
 use super::relay::{Relay, RelayProgress};
@@ -82,17 +79,6 @@ impl Shim {
             relays: Vec::new(),
             connections: Connections::listen().ok(),
             ending: None,
-        }
-    }
-
-    /// Lets the gateway, which alone is at the card's other end, reach services on 127.0.0.1: published ports lead to them too.
-    pub(super) fn open_loopback(&self, card: u8) {
-        let mut path = Vec::from(b"sys/net/ipv4/conf/");
-        card_name(card, &mut path);
-        path.extend_from_slice(b"/route_localnet");
-        // A kernel without the switch has services on other addresses all the same.
-        if let Ok(path) = CString::new(path) {
-            let _ = files::write(Some(&self.spawn_env.proc), &path, b"1");
         }
     }
 

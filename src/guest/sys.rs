@@ -197,8 +197,13 @@ impl From<Fd> for std::os::fd::OwnedFd {
     }
 }
 
+mod interface;
 mod socket;
 
+pub(super) use interface::{
+    interface_index, interface_socket, interface_socket6, interface_up, set_address, set_address6, set_gateway,
+    set_gateway6,
+};
 pub(super) use socket::{
     Epoll, accept_vsock, connect_result, connect_tcp, connect_vsock, is_writable, listen_vsock, shut_write,
 };
@@ -404,70 +409,8 @@ pub(super) fn splice(from: &Fd, to: &Fd, max: usize) -> Result<usize> {
     unsafe { call!(nr::SPLICE, from.arg(), 0, to.arg(), 0, max, SPLICE_F_MOVE | SPLICE_F_NONBLOCK) }
 }
 
-/// A socket by which interfaces are set up (netdevice(7)).
-pub(super) fn interface_socket() -> Result<Fd> {
-    const SOCK_DGRAM: usize = 2;
-    // SAFETY: takes plain numbers.
-    unsafe { call!(nr::SOCKET, AF_INET, SOCK_DGRAM | O_CLOEXEC) }.map(Fd::new)
-}
-
 const AF_INET: usize = 2;
-
-/// struct ifreq (Linux, include/uapi/linux/if.h)
-#[repr(C)]
-struct InterfaceRequest {
-    name: [u8; 16],
-    value: [u8; 24],
-}
-
-fn set_interface(socket: &Fd, command: usize, name: &[u8], value: &[u8]) -> Result<()> {
-    let mut request = InterfaceRequest { name: [0; 16], value: [0; 24] };
-    request.name.iter_mut().zip(name).for_each(|(to, byte)| *to = *byte);
-    request.value.iter_mut().zip(value).for_each(|(to, byte)| *to = *byte);
-    // SAFETY: the kernel reads and writes one request of 40 bytes.
-    unsafe { call!(nr::IOCTL, socket.arg(), command, &raw mut request as usize) }.map(drop)
-}
-
-/// struct sockaddr_in without a port (ip(7)).
-fn socket_address(address: [u8; 4]) -> [u8; 16] {
-    let ([f, g], [a, b, c, d]) = ((AF_INET as u16).to_ne_bytes(), address);
-    [f, g, 0, 0, a, b, c, d, 0, 0, 0, 0, 0, 0, 0, 0]
-}
-
-/// Switches an interface on.
-pub(super) fn interface_up(socket: &Fd, name: &[u8]) -> Result<()> {
-    const SIOCSIFFLAGS: usize = 0x8914;
-    const IFF_UP: u16 = 1;
-    set_interface(socket, SIOCSIFFLAGS, name, &IFF_UP.to_ne_bytes())
-}
-
-/// Gives an interface its IPv4 address and network.
-pub(super) fn set_address(socket: &Fd, name: &[u8], address: [u8; 4], mask: [u8; 4]) -> Result<()> {
-    const SIOCSIFADDR: usize = 0x8916;
-    const SIOCSIFNETMASK: usize = 0x891c;
-    set_interface(socket, SIOCSIFADDR, name, &socket_address(address))?;
-    set_interface(socket, SIOCSIFNETMASK, name, &socket_address(mask))
-}
-
-/// Sends everything that is for no network of its own to this router.
-pub(super) fn set_gateway(socket: &Fd, gateway: [u8; 4]) -> Result<()> {
-    const SIOCADDRT: usize = 0x890b;
-    const RTF_UP_GATEWAY: u16 = 3;
-    /// struct rtentry (Linux, include/uapi/linux/route.h)
-    #[repr(C)]
-    struct Route {
-        pad1: usize,
-        destination: [u8; 16],
-        gateway: [u8; 16],
-        mask: [u8; 16],
-        flags: u16,
-        rest: [u8; 54],
-    }
-    let [any, gateway] = [[0; 4], gateway].map(socket_address);
-    let route = Route { pad1: 0, destination: any, gateway, mask: any, flags: RTF_UP_GATEWAY, rest: [0; 54] };
-    // SAFETY: the kernel reads one entry of 120 bytes.
-    unsafe { call!(nr::IOCTL, socket.arg(), SIOCADDRT, &raw const route as usize) }.map(drop)
-}
+const AF_INET6: usize = 10;
 
 pub(super) const POLLIN: i16 = 1;
 pub(super) const POLLPRI: i16 = 2;

@@ -43,36 +43,53 @@ pub(crate) struct BootConfig<'a> {
     pub(crate) resolver: Option<[u8; 4]>,
 }
 
-/// IPv4 on one card. IPv6 comes by router advertisements.
+/// The addresses of one card.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Network {
     /// The card: `eth0` is number 0.
     pub(crate) card: u8,
-    /// The guest's address.
-    pub(crate) address: [u8; 4],
-    /// Bits of the network, at most 32.
-    pub(crate) prefix: u8,
+    /// The guest's IPv4 address.
+    pub(crate) address4: [u8; 4],
+    /// Bits of the IPv4 network, at most 32.
+    pub(crate) prefix4: u8,
     /// The router; zeroes where there is none.
-    pub(crate) gateway: [u8; 4],
+    pub(crate) gateway4: [u8; 4],
+    /// The guest's IPv6 address; its network has 64 bits.
+    pub(crate) address6: [u8; 16],
+    /// The router; zeroes where there is none.
+    pub(crate) gateway6: [u8; 16],
 }
 
-/// Bytes of one [`Network`]: card, address, prefix, gateway.
-const NETWORK_SIZE: usize = 10;
+/// Bytes of one [`Network`], whose fields stand in their order.
+const NETWORK_SIZE: usize = 42;
 
 impl Network {
     fn parse(bytes: &[u8]) -> Option<Self> {
-        match *bytes {
-            [card, a, b, c, d, prefix, e, f, g, h] if prefix <= 32 => {
-                Some(Self { card, address: [a, b, c, d], prefix, gateway: [e, f, g, h] })
-            }
-            _ => None,
-        }
+        let ([card], rest) = bytes.split_first_chunk()?;
+        let (address4, rest) = rest.split_first_chunk()?;
+        let ([prefix4], rest) = rest.split_first_chunk()?;
+        let (gateway4, rest) = rest.split_first_chunk()?;
+        let (address6, rest) = rest.split_first_chunk()?;
+        let gateway6 = rest.try_into().ok()?;
+        let (card, prefix4) = (*card, *prefix4);
+        (prefix4 <= 32).then_some(Self {
+            card,
+            address4: *address4,
+            prefix4,
+            gateway4: *gateway4,
+            address6: *address6,
+            gateway6,
+        })
     }
 
     /// Appends it to a list.
     pub(crate) fn push(&self, to: &mut Vec<u8>) {
-        let Self { card, address: [a, b, c, d], prefix, gateway: [e, f, g, h] } = *self;
-        to.extend_from_slice(&[card, a, b, c, d, prefix, e, f, g, h]);
+        to.push(self.card);
+        to.extend_from_slice(&self.address4);
+        to.push(self.prefix4);
+        to.extend_from_slice(&self.gateway4);
+        to.extend_from_slice(&self.address6);
+        to.extend_from_slice(&self.gateway6);
     }
 }
 

@@ -157,12 +157,14 @@ proptest! {
         let mut networks = Vec::new();
         let made: Vec<_> = (0..(control_port % 4) as u8).map(|card| Network {
             card,
-            address: control_port.to_be_bytes(),
-            prefix: (control_port % 33) as u8,
-            gateway: [1, 2, 3, 4],
+            address4: control_port.to_be_bytes(),
+            prefix4: (control_port % 33) as u8,
+            gateway4: [1, 2, 3, 4],
+            address6: [card; 16],
+            gateway6: [control_port as u8; 16],
         }).collect();
         made.iter().for_each(|network| network.push(&mut networks));
-        let resolver = made.first().map(|network| network.gateway);
+        let resolver = made.first().map(|network| network.gateway4);
         let networks = Networks(&networks);
         prop_assert!(networks.iter().eq(made));
         let modules = modules.as_strings();

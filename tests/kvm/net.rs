@@ -339,9 +339,8 @@ pub fn published_ports_reach_services_on_any_guest_address() -> Outcome {
         check!(refused(*at), "no program listens yet");
     }
     check_eq!(net.stats()?.unconnected, before + 4);
-    // The guest makes its address from the router's prefix. Without flag 40 it has found that no other host has the address.
-    let address = "for n in $(seq 100); do grep -q '^fd.* 00 00 *eth0' /proc/net/if_inet6 && break; sleep 0.2; done
-        grep '^fd.* 00 00 *eth0' /proc/net/if_inet6 | cut -c 1-32 | sed 's/..../&:/g; s/:$//'";
+    // Flags 80: permanent, and not tentative.
+    let address = "grep '^fd.* 00 80 *eth0' /proc/net/if_inet6 | cut -c 1-32 | sed 's/..../&:/g; s/:$//'";
     let output = container.exec(["sh", "-c", address]).timeout(TEST_TIMEOUT).output()?;
     let own = String::from_utf8_lossy(&output.stdout).trim().to_owned();
     // A datagram from this address makes the gateway know it.

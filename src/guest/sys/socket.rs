@@ -2,9 +2,10 @@
 
 use core::net::SocketAddr;
 
-use super::{AF_INET, Errno, Fd, O_CLOEXEC, O_NONBLOCK, POLLIN, POLLOUT, POLLRDHUP, Result, nr, syscall, write};
+use super::{
+    AF_INET, AF_INET6, Errno, Fd, O_CLOEXEC, O_NONBLOCK, POLLIN, POLLOUT, POLLRDHUP, Result, nr, syscall, write,
+};
 
-const AF_INET6: usize = 10;
 const AF_VSOCK: u16 = 40;
 const SOCK_STREAM: usize = 1;
 

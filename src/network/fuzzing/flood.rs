@@ -68,7 +68,7 @@ pub(crate) fn switched() -> Result<(SwitchPort, [Vec<u8>; 2], impl FnMut())> {
     let macs = wire::MacPair { src: Mac([2, 0, 0, 0, 0, 1]), dst: Mac([2, 0, 0, 0, 0, 2]) };
     let mut other = FakeGuest::on(&switch, "other", macs.dst, Offloads::none())?;
     let place = switch.join("one", macs.src, 1500)?;
-    let addrs = AddressPair { src: place.address().into(), dst: other.four.into() };
+    let addrs = AddressPair { src: place.address4().into(), dst: other.four.into() };
     let payload = vec![0; 65_000];
     let mut head = FrameBuilder::ip(macs, addrs, wire::TCP, 20 + payload.len());
     head.tcp(&Tcp { src: 4000, dst: 80, flags: wire::ACK, window: 512, ..Tcp::default() });

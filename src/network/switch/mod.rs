@@ -252,8 +252,13 @@ pub(crate) struct AddressLease {
 }
 
 impl AddressLease {
-    pub(crate) fn address(&self) -> Ipv4Addr {
+    pub(crate) fn address4(&self) -> Ipv4Addr {
         self.peer.address4
+    }
+
+    /// The address that follows from the card's.
+    pub(crate) fn address6(&self) -> Ipv6Addr {
+        self.peer.address6
     }
 
     /// The switch's own address: its guests' resolver.

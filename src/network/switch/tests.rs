@@ -44,8 +44,8 @@ fn failed_join_names_its_cause_and_leaving_frees_the_name() {
     assert!(switch.names().is_empty());
     let mut places: Vec<_> = GUESTS.map(|n| switch.join(&format!("g{n}"), mac(n), 1500).unwrap()).collect();
     assert_eq!(switch.join("late", mac(255), 1500).unwrap_err().kind(), ErrorKind::ResourceExhausted);
-    let free = places.remove(77).address();
-    assert_eq!(switch.join("late", mac(255), 1500).unwrap().address(), free);
+    let free = places.remove(77).address4();
+    assert_eq!(switch.join("late", mac(255), 1500).unwrap().address4(), free);
 }
 
 #[test]

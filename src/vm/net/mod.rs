@@ -7,6 +7,8 @@ mod ports;
 use std::fs::File;
 use std::io;
 use std::net::SocketAddr;
+#[cfg(feature = "container")]
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
@@ -194,14 +196,21 @@ impl Net {
         match &self.source {
             NetSource::User(_) => {
                 let config = Config::new(Policy::deny_all());
-                let gateway = config.gateway4.octets();
-                let (address, prefix) = (config.guest4.octets(), config.prefix4);
-                Some(AddressConfig { address, prefix, gateway: Some(gateway), resolver: gateway })
+                Some(AddressConfig {
+                    address4: config.guest4,
+                    prefix4: config.prefix4,
+                    address6: config.guest6,
+                    gateways: Some((config.gateway4, config.gateway6)),
+                    resolver: config.gateway4,
+                })
             }
-            NetSource::Switch(SwitchAttachment { place: Some(place), .. }) => {
-                let (address, resolver) = (place.address().octets(), place.resolver().octets());
-                Some(AddressConfig { address, prefix: crate::network::SWITCH_PREFIX, gateway: None, resolver })
-            }
+            NetSource::Switch(SwitchAttachment { place: Some(place), .. }) => Some(AddressConfig {
+                address4: place.address4(),
+                prefix4: crate::network::SWITCH_PREFIX,
+                address6: place.address6(),
+                gateways: None,
+                resolver: place.resolver(),
+            }),
             _ => None,
         }
     }
@@ -299,16 +308,18 @@ impl Net {
     }
 }
 
-/// What a guest needs to know of the address of one of its cards.
+/// The addresses of one of a guest's cards.
 #[cfg(feature = "container")]
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct AddressConfig {
-    pub address: [u8; 4],
-    /// Bits of the network.
-    pub prefix: u8,
-    /// The way out, if there is one.
-    pub gateway: Option<[u8; 4]>,
-    pub resolver: [u8; 4],
+    pub address4: Ipv4Addr,
+    /// Bits of the IPv4 network.
+    pub prefix4: u8,
+    /// Its network has 64 bits.
+    pub address6: Ipv6Addr,
+    /// The routers that lead out, if there are any.
+    pub gateways: Option<(Ipv4Addr, Ipv6Addr)>,
+    pub resolver: Ipv4Addr,
 }
 
 fn checked_mtu(bytes: u32) -> Result<u16> {
