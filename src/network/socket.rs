@@ -58,13 +58,13 @@ impl Inbox {
             self.bytes.resize(self.end + CHUNK, 0);
         }
         match sys::receive(fd, self.bytes.get_mut(self.end..).unwrap_or_default()) {
-            Ok(0) => Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the other end was closed")),
+            Ok(0) => Err(peer_closed()),
             Ok(count) => {
                 self.end += count;
                 Ok(true)
             }
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(false),
-            Err(e) => Err(e),
+            Err(e) => Err(stream_error(e)),
         }
     }
 }
@@ -99,10 +99,22 @@ impl SocketBackend {
             match sys::send(self.fd.as_fd(), &self.outbox, false) {
                 Ok(n) => drop(self.outbox.drain(..n)),
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(false),
-                Err(e) => return Err(e),
+                Err(e) => return Err(stream_error(e)),
             }
         }
         Ok(true)
+    }
+}
+
+fn peer_closed() -> io::Error {
+    io::Error::new(io::ErrorKind::UnexpectedEof, "the other end was closed")
+}
+
+/// Returns the same error for a closed peer, whether sending or receiving has met it first.
+fn stream_error(error: io::Error) -> io::Error {
+    match error.kind() {
+        io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => peer_closed(),
+        _ => error,
     }
 }
 
@@ -133,7 +145,7 @@ impl NetBackend for SocketBackend {
             return Err(io::ErrorKind::WouldBlock.into());
         }
         let length = (len as u32).to_be_bytes();
-        let sent = memory.send_behind(&length, frame, self.fd.as_fd())?;
+        let sent = memory.send_behind(&length, frame, self.fd.as_fd()).map_err(stream_error)?;
         if sent < LENGTH {
             self.outbox.extend(length.get(sent..).unwrap_or_default());
         }
@@ -162,7 +174,7 @@ impl NetBackend for SocketBackend {
         let plain = |len| Some(Received { len, offload: Offload::default() });
         let Some(inbox) = &mut self.inbox else {
             return match buffer.memory().receive(buffer.pieces(), self.fd.as_fd()) {
-                Ok(0) => Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the other end was closed")),
+                Ok(0) => Err(peer_closed()),
                 Ok(len) => Ok(plain(len)),
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
                     self.edges.readable = false;

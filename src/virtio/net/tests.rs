@@ -189,6 +189,29 @@ fn a_peer_that_goes_away_takes_the_link_down() {
 }
 
 #[test]
+fn closed_peer_is_reported_alike_by_sending_and_receiving() {
+    for unread in [false, true] {
+        for sends_first in [true, false] {
+            let (mut driver, far, lost) = stream();
+            // Linux resets a stream that is closed with something unread in it.
+            if unread {
+                driver.send(TX, &[&HEADER, b"unread"], &[]);
+                driver.dispatch(TX);
+            }
+            drop(far);
+            if sends_first {
+                driver.send(TX, &[&HEADER, b"lost"], &[]);
+                driver.dispatch(TX);
+            } else {
+                driver.send(RX, &[], &[1536]);
+                driver.dispatch_watched(0);
+            }
+            assert_eq!(*lost.lock().unwrap(), ["the other end was closed"], "{unread} {sends_first}");
+        }
+    }
+}
+
+#[test]
 fn oversized_frame_length_ends_the_stream() {
     let (mut driver, mut far, lost) = stream();
     driver.send(RX, &[], &[1536]);
