@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 use crate::boot::{Kernel, read_modules, tiny};
 use crate::bus::{Bus, BusDevice};
 use crate::event_loop::Loop;
-use crate::irq::Interrupt;
+use crate::irq::IrqLine;
 use crate::memory::{GuestAddress, GuestMemory};
 use crate::sys::{self, RegisterPage};
 use crate::virtio::balloon::Balloon;
@@ -20,7 +20,7 @@ use crate::virtio::rng::Rng;
 use crate::virtio::testing::{Driver, WRITE};
 use crate::virtio::vsock::packet::{HEADER, TYPE_STREAM, VsockHeader, VsockOp};
 use crate::virtio::vsock::{GUEST_CID, HOST_CID, Vsock, VsockListener};
-use crate::virtio::{MmioTransport, Slots, VirtioDevice};
+use crate::virtio::{DrainCause, EventSource, LoopDevice, MmioTransport, Slots, VirtioDevice};
 
 use crate::network::fuzzing::Bytes;
 pub use crate::network::fuzzing::{
@@ -67,8 +67,8 @@ pub fn mmio(data: &[u8]) {
         unreachable!("the harness lacks what it needs")
     };
     let Ok(registers) = RegisterPage::alone() else { unreachable!("the harness lacks what it needs") };
-    let interrupt = Interrupt::new(registers, || ());
-    let Ok(transport) = MmioTransport::new(Rng.profile(), memory, (devices.remote(), 0), interrupt) else {
+    let host = LoopDevice { remote: devices.remote(), slot: 0 };
+    let Ok(transport) = MmioTransport::new(Rng.profile(), memory, host, registers, IrqLine::new(|| ())) else {
         unreachable!("the harness lacks what it needs")
     };
     let (mut bus, transport) = (Bus::default(), Arc::new(Mutex::new(transport)));
@@ -182,8 +182,8 @@ pub fn blk_request(data: &[u8]) {
         match what >> 4 {
             0 => drop(disk.grow(Some(io), u64::from(bytes.byte()) << 9)),
             1 => disk.profile().config.set(32, &[bytes.byte() & 1]),
-            2..8 => assert!(disk.pausing(io, timeout), "the disk does not come to rest"),
-            8 => disk.resumed(io),
+            2..8 => assert!(disk.drain(io, timeout, DrainCause::Pause), "the disk does not come to rest"),
+            8 => disk.ready(io, EventSource::Resumed),
             _ => driver.dispatch_watched(0),
         }
         for queue in 0..usize::from(queues) {
@@ -191,8 +191,8 @@ pub fn blk_request(data: &[u8]) {
         }
     }
     let (disk, io) = driver.parts();
-    disk.finishing(io, timeout);
-    disk.stopping(io);
+    disk.drain(io, timeout, DrainCause::End);
+    disk.stop(io);
 }
 
 /// Packets of any header in any split, while an embedder reads, writes and hangs up.

@@ -8,10 +8,11 @@ use std::sync::mpsc::SyncSender;
 use std::time::{Duration, Instant};
 
 use super::config_space::ConfigSpace;
-use super::{Chain, DeviceIo, DeviceType, EventSource, Profile, VirtioDevice, Work};
+use super::{Chain, DeviceIo, DeviceState, DeviceType, DrainCause, EventSource, Profile, VirtioDevice, Work};
 use crate::memory::{GuestAddress, GuestMemory};
 use crate::rate::{Bucket, Rate};
 use crate::size::Size;
+use crate::sys::left;
 
 /// The guest says how it uses its memory (Virtio 1.3, 5.5.3, VIRTIO_BALLOON_F_STATS_VQ).
 const F_STATS: u64 = 1 << 1;
@@ -86,6 +87,14 @@ enum Role {
 /// Reports beyond the answers to the embedder: that the balloon has left its size, or has it again.
 const REPORTS: Rate = Rate::per_second(1).one_time_burst(10);
 
+/// What a guest has put into a balloon.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+pub(crate) struct BalloonState {
+    /// In pages of 4 KiB.
+    pub held: u64,
+}
+
 /// Called with the number of bytes that the balloon holds.
 pub(crate) type OnSettled = Box<dyn Fn(u64) + Send>;
 
@@ -155,6 +164,12 @@ impl Balloon {
     /// Bytes in the balloon, as the guest says.
     pub(crate) fn actual(&self) -> u64 {
         u64::from(self.config.word(ACTUAL)) * PAGE
+    }
+
+    /// Pages in the balloon, as the device has counted them.
+    #[cfg(test)]
+    pub(crate) fn held(&self) -> u64 {
+        self.held
     }
 
     /// Bytes that the guest has reported as free so far.
@@ -232,40 +247,56 @@ impl Balloon {
 
     /// Takes what the driver wants to be in the balloon.
     fn take_pages(&mut self, io: &mut DeviceIo, queue: usize) {
-        while let Some(mut chain) = next(io, queue, &mut self.inflating) {
-            if let Err(why) = self.inflate(io, &mut chain) {
-                io.fail(&why);
-            } else if chain.readable_len() >= 4 {
-                self.inflating = Some(chain);
-                io.reschedule(queue);
+        while let Some(chain) = next(io, queue, &mut self.inflating) {
+            if !self.inflate_or_keep(io, queue, chain) {
                 break;
             }
-            io.complete(queue, chain);
         }
         io.flush(&[queue]);
         self.settle();
     }
 
+    /// Takes a request's pages as far as the turn lasts. True when that is all of it.
+    fn inflate_or_keep(&mut self, io: &mut DeviceIo, queue: usize, mut chain: Chain) -> bool {
+        if let Err(why) = self.inflate(io, &mut chain) {
+            io.fail(&why);
+        } else if chain.readable_len() >= 4 {
+            self.inflating = Some(chain);
+            io.reschedule(queue);
+            return false;
+        }
+        io.complete(queue, chain);
+        true
+    }
+
     /// Takes what the driver reports as free.
     fn take_reports(&mut self, io: &mut DeviceIo, queue: usize) {
-        while let Some(mut chain) = next(io, queue, &mut self.reporting) {
-            while chain.writable_len() > 0 && !io.turn_over() {
-                let piece = chain.take_writable(DISCARD_AT_ONCE);
-                for &segment in chain.writable(piece) {
-                    io.charge(Work::Calls(1));
-                    io.charge(Work::Discarded(segment.len()));
-                    self.reported += segment.len() as u64;
-                    self.memory.discard(segment);
-                }
-            }
-            if chain.writable_len() > 0 {
-                self.reporting = Some(chain);
-                io.reschedule(queue);
+        while let Some(chain) = next(io, queue, &mut self.reporting) {
+            if !self.discard_or_keep(io, queue, chain) {
                 break;
             }
-            io.complete(queue, chain);
         }
         io.flush(&[queue]);
+    }
+
+    /// Discards what a request reports as far as the turn lasts. True when that is all of it.
+    fn discard_or_keep(&mut self, io: &mut DeviceIo, queue: usize, mut chain: Chain) -> bool {
+        while chain.writable_len() > 0 && !io.turn_over() {
+            let piece = chain.take_writable(DISCARD_AT_ONCE);
+            for &segment in chain.writable(piece) {
+                io.charge(Work::Calls(1));
+                io.charge(Work::Discarded(segment.len()));
+                self.reported += segment.len() as u64;
+                self.memory.discard(segment);
+            }
+        }
+        if chain.writable_len() > 0 {
+            self.reporting = Some(chain);
+            io.reschedule(queue);
+            return false;
+        }
+        io.complete(queue, chain);
+        true
     }
 
     /// Takes how the guest uses its memory.
@@ -312,7 +343,13 @@ impl VirtioDevice for Balloon {
             .config_space(self.config.clone())
     }
 
-    fn started(&mut self, io: &mut DeviceIo) -> std::io::Result<()> {
+    fn start(&mut self, io: &mut DeviceIo, state: Option<&DeviceState>) -> std::io::Result<()> {
+        match state {
+            None => {}
+            // No more than there is memory, whatever the state says.
+            Some(DeviceState::Balloon(state)) => self.held = state.held.min(self.memory.size() / PAGE),
+            Some(other) => return Err(other.mismatch()),
+        }
         let optional = [(F_STATS, Role::Stats), (F_REPORTING, Role::Reporting)];
         self.roles = vec![Role::Inflate, Role::Deflate];
         self.roles.extend(optional.into_iter().filter(|(bit, _)| io.features() & bit != 0).map(|(_, role)| role));
@@ -325,7 +362,7 @@ impl VirtioDevice for Balloon {
             Some(Role::Inflate) => self.take_pages(io, queue),
             // What the guest takes back is there again as soon as it touches it.
             Some(Role::Deflate) => {
-                io.drain(queue, |chain| {
+                io.for_each_request(queue, |chain| {
                     self.held = self.held.saturating_sub(chain.readable_len() as u64 / 4);
                     Work::Chain
                 });
@@ -337,8 +374,42 @@ impl VirtioDevice for Balloon {
         }
     }
 
-    fn stopping(&mut self, _: &mut DeviceIo) {
-        (self.stats, self.inflating, self.reporting) = (None, None, None);
+    /// Ends requests that are half done, which would not be the same a second time.
+    fn drain(&mut self, io: &mut DeviceIo, timeout: Duration, _: DrainCause) -> bool {
+        let deadline = Instant::now() + timeout;
+        let queue = |role| self.roles.iter().position(|it| *it == role).unwrap_or(usize::MAX);
+        let (inflate, reporting) = (queue(Role::Inflate), queue(Role::Reporting));
+        while self.inflating.is_some() || self.reporting.is_some() {
+            if left(deadline).is_zero() {
+                return false;
+            }
+            io.begin_turn();
+            if let Some(chain) = self.inflating.take() {
+                self.inflate_or_keep(io, inflate, chain);
+            } else if let Some(chain) = self.reporting.take() {
+                self.discard_or_keep(io, reporting, chain);
+            }
+        }
+        io.flush(&[inflate, reporting]);
+        self.settle();
+        true
+    }
+
+    fn stop(&mut self, io: &mut DeviceIo) -> DeviceState {
+        let taken = [
+            (Role::Stats, self.stats.take()),
+            (Role::Inflate, self.inflating.take()),
+            (Role::Reporting, self.reporting.take()),
+        ];
+        for (role, chain) in taken {
+            if let (Some(chain), Some(queue)) = (chain, self.roles.iter().position(|it| *it == role)) {
+                io.put_back(queue, chain);
+            }
+        }
+        DeviceState::Balloon(BalloonState { held: self.held })
+    }
+
+    fn reset(&mut self) {
         self.waiting.clear();
         self.held = 0;
         self.config.set(ACTUAL, &[0; 4]);

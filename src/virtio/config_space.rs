@@ -2,35 +2,39 @@
 //!
 //! Shared by the device, on its loop, and its transport, on vCPU threads.
 
+use std::fmt;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use crate::sys::RegisterPage;
-
-/// Where the driver reads it, and how often it has changed (Virtio 1.3, 4.2.2).
-const AT: usize = 0x100;
-const GENERATION: usize = 0x0fc;
+use super::transport::ConfigView;
 
 /// Clones are the same space.
-#[derive(Debug, Clone, Default)]
+#[derive(Clone, Default)]
 pub(crate) struct ConfigSpace(Arc<Mutex<Inner>>);
 
-#[derive(Debug, Default)]
+#[derive(Default)]
 struct Inner {
     bytes: Vec<u8>,
     /// What the driver may write.
     writable: Range<usize>,
-    /// Changes with the contents, so that a driver can tell a torn read (Virtio 1.3, 4.2.2, ConfigGeneration).
+    /// Changes with the contents, so that a driver can tell a torn read (Virtio 1.3, 2.5.3).
     generation: u32,
     /// Where the driver reads it.
-    shown: Option<RegisterPage>,
+    view: Option<Box<dyn ConfigView>>,
+}
+
+impl fmt::Debug for ConfigSpace {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let inner = self.inner();
+        write!(f, "ConfigSpace({} bytes, generation {})", inner.bytes.len(), inner.generation)
+    }
 }
 
 impl Inner {
     fn show(&self) {
-        if let Some(registers) = &self.shown {
-            registers.write(AT, &self.bytes);
-            registers.store(GENERATION, self.generation);
+        if let Some(view) = &self.view {
+            view.show(&self.bytes);
+            view.show_generation(self.generation);
         }
     }
 
@@ -38,8 +42,8 @@ impl Inner {
     /// neither reads once more when the interrupt comes that follows.
     fn next_generation(&mut self) {
         self.generation = self.generation.wrapping_add(1);
-        if let Some(registers) = &self.shown {
-            registers.store(GENERATION, self.generation);
+        if let Some(view) = &self.view {
+            view.show_generation(self.generation);
         }
     }
 }
@@ -56,10 +60,33 @@ impl ConfigSpace {
         self
     }
 
-    /// From now on it is in these registers, whatever becomes of it.
-    pub(super) fn show_in(&self, registers: RegisterPage) {
+    /// Shows it to the driver from now on, with every change.
+    pub(super) fn show_in(&self, view: impl ConfigView + 'static) {
         let mut inner = self.inner();
-        inner.shown = Some(registers);
+        inner.view = Some(Box::new(view));
+        inner.show();
+    }
+
+    /// Returns how often it has changed.
+    #[cfg_attr(not(test), allow(dead_code, reason = "so far tests alone save a device"))]
+    pub(super) fn generation(&self) -> u32 {
+        self.inner().generation
+    }
+
+    /// Returns the part that the driver may write.
+    #[cfg_attr(not(test), allow(dead_code, reason = "so far tests alone save a device"))]
+    pub(super) fn written(&self) -> Vec<u8> {
+        let inner = self.inner();
+        inner.bytes.get(inner.writable.clone()).unwrap_or_default().to_vec()
+    }
+
+    /// Takes what a driver has written, and goes on counting changes from `generation`.
+    #[cfg_attr(not(test), allow(dead_code, reason = "so far tests alone save a device"))]
+    pub(super) fn restore(&self, written: &[u8], generation: u32) {
+        let start = self.inner().writable.start;
+        self.write(start, written);
+        let mut inner = self.inner();
+        inner.generation = generation;
         inner.show();
     }
 
@@ -102,19 +129,38 @@ impl ConfigSpace {
 mod tests {
     use super::*;
 
+    /// Shows what the driver last read.
+    #[derive(Clone, Default)]
+    struct Shown(Arc<Mutex<(Vec<u8>, u32)>>);
+
+    impl ConfigView for Shown {
+        fn show_generation(&self, generation: u32) {
+            self.0.lock().unwrap().1 = generation;
+        }
+
+        fn show(&self, bytes: &[u8]) {
+            self.0.lock().unwrap().0 = bytes.to_vec();
+        }
+    }
+
     #[test]
     fn config_writes_are_masked_and_change_the_generation() {
         let space = ConfigSpace::new([1, 0, 0, 0, 2, 0, 0, 0]).writable(4..8);
-        let registers = RegisterPage::alone().unwrap();
-        space.show_in(registers.clone());
+        let shown = Shown::default();
+        let seen = || shown.0.lock().unwrap().clone();
+        space.show_in(shown.clone());
         space.write(2, &[9; 100]);
-        assert_eq!((space.word(0), space.word(4), registers.load(GENERATION)), (1, 0x0909_0909, 0));
-        assert_eq!((registers.load(AT), registers.load(AT + 4), registers.load(AT + 8)), (1, 0x0909_0909, 0));
+        assert_eq!((space.word(0), space.word(4)), (1, 0x0909_0909));
+        assert_eq!(seen(), (vec![1, 0, 0, 0, 9, 9, 9, 9], 0));
         space.set(0, &7u32.to_le_bytes());
-        let one = registers.load(GENERATION);
+        let one = seen().1;
         space.set(usize::MAX, &[1]);
-        assert_eq!((space.word(0), registers.load(AT)), (7, 7));
-        assert!(one != 0 && registers.load(GENERATION) != one);
+        assert_eq!((space.word(0), seen().0[0]), (7, 7));
+        assert!(one != 0 && seen().1 != one);
         assert_eq!((space.word(6), space.word(8)), (0x0909, 0));
+        assert_eq!(space.written(), [9, 9, 9, 9]);
+        space.restore(&[1, 2, 3, 4, 5, 6], 5);
+        assert_eq!(seen(), (vec![7, 0, 0, 0, 1, 2, 3, 4], 5));
+        assert_eq!(space.generation(), 5);
     }
 }

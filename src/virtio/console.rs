@@ -6,7 +6,8 @@ use std::io::Write;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::{Chain, DeviceIo, DeviceType, EventSource, Profile, VirtioDevice, Work};
+use super::{Chain, DeviceIo, DeviceState, DeviceType, DrainCause, EventSource, Profile, VirtioDevice, Work};
+use crate::sys::left;
 
 /// How much of the console is remembered for the report of a VM's end.
 const TAIL: usize = 64 * 1024;
@@ -214,8 +215,29 @@ impl VirtioDevice for Console {
         self.transmit(io);
     }
 
-    fn stopping(&mut self, _: &mut DeviceIo) {
-        self.half_done = None;
+    /// Prints the rest of what is half done: a second time it would be printed whole.
+    fn drain(&mut self, io: &mut DeviceIo, timeout: Duration, _: DrainCause) -> bool {
+        let deadline = Instant::now() + timeout;
+        while let Some(mut chain) = self.half_done.take() {
+            io.begin_turn();
+            if self.print(io, &mut chain) {
+                io.complete(TRANSMIT, chain);
+                io.flush(&[TRANSMIT]);
+            } else {
+                self.half_done = Some(chain);
+                if left(deadline).is_zero() {
+                    return false;
+                }
+            }
+        }
+        true
+    }
+
+    fn stop(&mut self, io: &mut DeviceIo) -> DeviceState {
+        if let Some(chain) = self.half_done.take() {
+            io.put_back(TRANSMIT, chain);
+        }
+        DeviceState::Stateless
     }
 }
 

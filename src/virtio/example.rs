@@ -15,7 +15,7 @@ impl VirtioDevice for Echo {
     }
 
     fn ready(&mut self, io: &mut DeviceIo, _: EventSource) {
-        io.drain(0, |chain| {
+        io.for_each_request(0, |chain| {
             let mut bytes = vec![0; chain.readable_len().min(MAX_REQUEST)];
             // A request whose answer does not fit is given back empty.
             if chain.read_into(&mut bytes).is_ok() && chain.write(&bytes).is_err() {

@@ -9,9 +9,10 @@ use std::time::{Duration, Instant};
 
 use super::chain::Chain;
 use super::queue::Queue;
+use super::state::DeviceState;
+use super::transport::{DeviceSetup, Interrupt};
 use super::turn::{Turn, Work};
 use crate::event_loop::{Interest, Sources};
-use crate::irq::Interrupt;
 use crate::memory::IoQueue;
 use crate::sys::{EventFd, Timer, borrow};
 
@@ -96,6 +97,33 @@ impl fmt::Debug for DeviceIo {
 }
 
 impl DeviceIo {
+    /// Makes what a device gets, and where it goes on; or why its driver's queues make no sense.
+    pub(super) fn new(
+        setup: DeviceSetup,
+        sources: Sources,
+        slot: usize,
+    ) -> (Self, Result<Option<DeviceState>, String>) {
+        let DeviceSetup { queues, kicks, interrupt, counters, features, on_needs_reset, state } = setup;
+        let (queues, state) = match queues {
+            Ok(queues) => (queues, Ok(state)),
+            Err(why) => (Vec::new(), Err(why)),
+        };
+        let io = Self {
+            queues,
+            kicks,
+            interrupt,
+            counters,
+            features,
+            sources,
+            slot,
+            on_needs_reset,
+            pending_reset: None,
+            unfinished_io: None,
+            turn: Turn::default(),
+        };
+        (io, state)
+    }
+
     /// What driver and device have agreed on.
     pub(crate) fn features(&self) -> u64 {
         self.features
@@ -142,7 +170,7 @@ impl DeviceIo {
 
     /// Hands every request in `queue` to `f`, completes each with what was written to its chain, and interrupts the
     /// driver at most once. Ends when the queue is empty, or the turn is over. `f` says what its work was, beside the chain.
-    pub(crate) fn drain(&mut self, queue: usize, mut f: impl FnMut(&mut Chain) -> Work) {
+    pub(crate) fn for_each_request(&mut self, queue: usize, mut f: impl FnMut(&mut Chain) -> Work) {
         loop {
             match self.pop(queue) {
                 Some(mut chain) => {
@@ -164,16 +192,21 @@ impl DeviceIo {
             self.reschedule(queue);
             return None;
         }
-        let popped = self.queues.get_mut(queue).and_then(|q| {
+        let (mut again, mut popped) = (false, None);
+        if let Some(q) = self.queues.get_mut(queue) {
             q.disable_kicks();
-            q.pop()
-        });
+            again = q.has_returned();
+            popped = q.pop();
+        }
         match popped {
             Some(chain) => {
                 self.turn.charge(Work::Chain);
                 self.turn.charge(Work::Descriptors(chain.descriptors()));
-                add(&self.counters.requests, 1);
-                add(&self.counters.bytes_from_guest, chain.readable_len() as u64);
+                // What was put back has been counted.
+                if !again {
+                    add(&self.counters.requests, 1);
+                    add(&self.counters.bytes_from_guest, chain.readable_len() as u64);
+                }
                 Some(chain)
             }
             None => {
@@ -192,6 +225,13 @@ impl DeviceIo {
         self.check(queue);
     }
 
+    /// Puts a request back while stopping: it will be popped again, before all others.
+    pub(crate) fn put_back(&mut self, queue: usize, chain: Chain) {
+        if let Some(q) = self.queues.get_mut(queue) {
+            q.put_back(chain);
+        }
+    }
+
     /// Wants to be kicked again. True when something came in between, which must be looked at now; never when the turn is over.
     pub(crate) fn rearm(&mut self, queue: usize) -> bool {
         if self.turn.over() {
@@ -203,12 +243,13 @@ impl DeviceIo {
         more
     }
 
-    /// Interrupts the driver, once, if it wants to hear of what was completed in any of `queues`.
+    /// Interrupts the driver if it wants to hear of what was completed in any of `queues`. Where they share an interrupt, that
+    /// is one.
     pub(crate) fn flush(&mut self, queues: &[usize]) {
-        // All are asked, as each remembers what it was asked about.
-        let wanted = queues.iter().filter(|queue| self.queues.get_mut(**queue).is_some_and(Queue::wants_interrupt));
-        if wanted.count() > 0 {
-            self.interrupt.signal_used();
+        for queue in queues {
+            if self.queues.get_mut(*queue).is_some_and(Queue::wants_interrupt) {
+                self.interrupt.signal_used(*queue);
+            }
         }
     }
 

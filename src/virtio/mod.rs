@@ -2,9 +2,9 @@
 //!
 //! ```text
 //!  vCPU thread                            event loop
-//!  MmioTransport -- with(start/stop) -->  Slots: device + DeviceIo (queues, memory, interrupt)
+//!  transport   -- with(start/reset) -->  Slots: device + DeviceIo (queues, memory, interrupt)
 //!  driver's kick == ioeventfd =========>  VirtioDevice::ready
-//!  driver        <== interrupt =========  DeviceIo::drain / complete
+//!  driver        <== interrupt =========  DeviceIo::for_each_request / complete
 //! ```
 //! This directory never sees KVM: devices get memory, an interrupt and descriptors, so all of it runs in plain tests.
 
@@ -17,15 +17,18 @@ mod device_id;
 #[cfg(test)]
 mod example;
 mod io;
-mod mmio;
 pub(crate) mod net;
 mod queue;
+#[cfg(test)]
+mod restart_tests;
 mod ring;
 pub(crate) mod rng;
 mod runner;
 mod spec;
+pub(crate) mod state;
 #[cfg(any(test, feature = "internals"))]
 pub(crate) mod testing;
+mod transport;
 pub(crate) mod turn;
 pub(crate) mod vsock;
 
@@ -36,9 +39,10 @@ pub(crate) use chain::{Chain, Span, TooShort};
 pub(crate) use config_space::ConfigSpace;
 pub use device_id::DeviceId;
 pub(crate) use io::{Counters, DeviceIo};
-pub(crate) use mmio::{MmioTransport, NOTIFY_OFFSET};
 pub(crate) use runner::{DeviceHandle, Slots};
 pub(crate) use spec::DeviceType;
+pub(crate) use state::DeviceState;
+pub(crate) use transport::{Interrupt, LoopDevice, MmioTransport, NOTIFY_OFFSET};
 pub(crate) use turn::Work;
 
 use crate::event_loop::Interest;
@@ -98,15 +102,29 @@ pub(crate) enum EventSource {
         /// What it is ready for.
         events: Interest,
     },
+    /// The embedder lets the VM go on, which a fault of this device may have stopped.
+    Resumed,
+}
+
+/// Why a device brings what it has in flight to its end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum DrainCause {
+    /// The VM pauses: nothing new is begun, so that guest memory stands still.
+    Pause,
+    /// The VM has ended: what the guest handed over last is served.
+    End,
 }
 
 /// A device: what it offers, and what it does when it is dispatched.
 ///
 /// ```text
-///            start                      stop
-///   idle ------------> running --------------------> idle
-///        DRIVER_OK                reset by the driver
-///                                 end of the VM, drop
+///            start(None)
+///   idle -------------------> running <------------------+
+///    ^       DRIVER_OK           |                       |
+///    |                           | stop -> state         | start(Some(state))
+///    +-------- reset ---------- stopped -----------------+
+///       reset by the driver,     pause, save     resume, restore
+///       end of the VM, drop
 /// ```
 /// All methods run on the loop that owns the device. Nothing here may panic on what the guest wrote, and nothing may
 /// block, but for a device that was given a loop of its own.
@@ -114,41 +132,40 @@ pub(crate) trait VirtioDevice: Any + Send {
     /// What never changes: type, features, queue sizes, configuration space.
     fn profile(&self) -> Profile;
 
-    /// Became running: watch host descriptors with `io`. The queues are looked at right after this.
+    /// Runs from now on: watches host descriptors with `io`. The queues are looked at right after this.
+    ///
+    /// `state` is where the device goes on; `None` after a reset. It may come from a file, so it is checked.
     ///
     /// # Errors
     /// A failure leaves the device idle; the driver sees DEVICE_NEEDS_RESET.
-    fn started(&mut self, io: &mut DeviceIo) -> std::io::Result<()> {
-        let _ = io;
+    fn start(&mut self, io: &mut DeviceIo, state: Option<&DeviceState>) -> std::io::Result<()> {
+        let _ = (io, state);
         Ok(())
     }
 
     /// Something happened at `source`. Spurious calls are normal.
     fn ready(&mut self, io: &mut DeviceIo, source: EventSource);
 
-    /// Brings what is in flight to its end, for a pause of the VM. Begins nothing, so that guest memory stands still.
-    /// May block for the given time at most. False when something is still in flight then.
-    fn pausing(&mut self, io: &mut DeviceIo, timeout: Duration) -> bool {
-        let _ = (io, timeout);
+    /// Brings what is in flight to its end, and waits for the host at most as long as given.
+    ///
+    /// False when something is in flight still.
+    fn drain(&mut self, io: &mut DeviceIo, timeout: Duration, cause: DrainCause) -> bool {
+        let _ = (io, timeout, cause);
         true
     }
 
-    /// The VM goes on after a pause.
-    fn resumed(&mut self, io: &mut DeviceIo) {
+    /// Stops: watches nothing, puts every chain back, and returns where it stands.
+    ///
+    /// The device touches guest memory no more when this returns, but for what it gives to [`DeviceIo::hand_over`]. What it
+    /// has on the host, such as connections, stays for the next start.
+    fn stop(&mut self, io: &mut DeviceIo) -> DeviceState {
         let _ = io;
+        DeviceState::Stateless
     }
 
-    /// Serves what is left, within the given time. The VM has ended, and every queue was looked at for the last time.
-    fn finishing(&mut self, io: &mut DeviceIo, timeout: Duration) {
-        let _ = (io, timeout);
-    }
+    /// Forgets what a driver has made of it, after it was stopped.
+    fn reset(&mut self) {}
 
     /// The VM has ended, whether the device ran or not; it is dropped soon.
     fn ended(&mut self) {}
-
-    /// About to become idle: stop watching, let go of every chain. The device touches guest memory no more when this
-    /// returns, but for what it gives to [`DeviceIo::hand_over`].
-    fn stopping(&mut self, io: &mut DeviceIo) {
-        let _ = io;
-    }
 }

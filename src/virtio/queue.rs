@@ -2,6 +2,8 @@
 //!
 //! Virtio 1.3, 2.7 (split virtqueues). The transport owns the registers; the loop owns the live queue.
 
+use std::collections::VecDeque;
+
 use super::chain::{Chain, ChainError};
 use super::ring::Ring;
 use crate::memory::GuestMemory;
@@ -11,12 +13,25 @@ const MAX_SPARE_CHAINS: usize = 256;
 
 /// What the driver wrote about one queue. Plain data, not trusted.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub(crate) struct QueueConfig {
     pub size: u16,
     pub ready: bool,
     pub descriptors: u64,
     pub available: u64,
     pub used: u64,
+}
+
+/// How far a device has come in one queue. Plain data, not trusted when it is loaded.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+pub(crate) struct QueuePositions {
+    /// The next element of the available ring to be looked at.
+    pub next_available: u16,
+    /// The next element of the used ring to be written.
+    pub next_used: u16,
+    /// Heads of chains that the device has taken and not given back. It takes them again first.
+    pub in_flight: Vec<u16>,
 }
 
 /// Why a queue cannot be used, now or any more. The guest's mistake; the device must be reset.
@@ -26,6 +41,8 @@ pub(crate) enum QueueError {
     Size { size: u16, max: u16 },
     #[error("queue addresses are misaligned or outside guest memory")]
     Addresses,
+    #[error("the positions in the queue make no sense")]
+    Positions,
     #[error("the available ring's index makes no sense")]
     AvailableRing,
     #[error("the used ring cannot be written")]
@@ -46,6 +63,8 @@ pub(crate) struct Queue {
     quiet: bool,
     /// Chains that were given back, to be filled again.
     spare: Vec<Chain>,
+    /// Heads of chains to be taken before those in the available ring.
+    returned: VecDeque<u16>,
 }
 
 impl Queue {
@@ -70,7 +89,67 @@ impl Queue {
 
     /// Stands for a queue that the driver left out.
     pub(crate) fn unused(memory: &GuestMemory) -> Self {
-        Self { ring: None, memory: memory.clone(), broken: None, quiet: false, spare: Vec::new() }
+        Self {
+            ring: None,
+            memory: memory.clone(),
+            broken: None,
+            quiet: false,
+            spare: Vec::new(),
+            returned: VecDeque::new(),
+        }
+    }
+
+    /// Goes on where a device has stopped.
+    ///
+    /// # Errors
+    /// When no device can have stopped there.
+    pub(crate) fn at(mut self, positions: QueuePositions) -> Result<Self, QueueError> {
+        let QueuePositions { next_available, next_used, in_flight } = positions;
+        let Some(ring) = &mut self.ring else { return Ok(self) };
+        let taken = usize::from(next_available.wrapping_sub(next_used));
+        let heads = in_flight.iter().all(|head| *head < ring.size());
+        if taken > usize::from(ring.size()) || taken != in_flight.len() || !heads {
+            return Err(QueueError::Positions);
+        }
+        ring.set_positions(next_available, next_used);
+        self.returned = in_flight.into();
+        Ok(self)
+    }
+
+    /// Returns whether the next chain was taken before.
+    #[inline]
+    pub(crate) fn has_returned(&self) -> bool {
+        !self.returned.is_empty()
+    }
+
+    /// Returns how far the device has come. What it has not given back counts as lost, unless it was put back.
+    pub(crate) fn positions(&self) -> QueuePositions {
+        let Some(ring) = &self.ring else { return QueuePositions::default() };
+        let (next_available, next_used) = ring.positions();
+        QueuePositions { next_available, next_used, in_flight: self.returned.iter().copied().collect() }
+    }
+
+    /// Goes on where it has stopped, as one does that is loaded.
+    ///
+    /// # Errors
+    /// When the device has neither given back nor put back what it took.
+    pub(crate) fn restarted(mut self) -> Result<Self, QueueError> {
+        self.quiet = false;
+        let positions = self.positions();
+        // A broken one stays so; the chain that broke it is in no list.
+        if self.broken.is_some() { Ok(self) } else { self.at(positions) }
+    }
+
+    /// Takes a chain back that the device has not begun, or will do all over again.
+    pub(crate) fn put_back(&mut self, chain: Chain) {
+        self.returned.push_back(chain.head());
+        self.keep(chain);
+    }
+
+    fn keep(&mut self, chain: Chain) {
+        if self.spare.len() < MAX_SPARE_CHAINS {
+            self.spare.extend(chain.recycle());
+        }
     }
 
     /// Does something with the ring unless it is broken, which a mistake makes it.
@@ -84,7 +163,11 @@ impl Queue {
 
     /// The next request, or `None` when there is none or the driver broke the queue.
     pub(crate) fn pop(&mut self) -> Option<Chain> {
-        let head = self.with(Ring::pop)??;
+        let head = match self.returned.pop_front() {
+            Some(head) if self.broken.is_none() => head,
+            Some(_) => return None,
+            None => self.with(Ring::pop)??,
+        };
         let mut chain = self.spare.pop().unwrap_or_else(|| Chain::new(&self.memory));
         match chain.fill(head, self.ring.as_ref()?.chain(head)) {
             Ok(()) => Some(chain),
@@ -98,15 +181,13 @@ impl Queue {
     /// Gives a chain back to the driver.
     pub(crate) fn complete(&mut self, chain: Chain) {
         self.with(|ring| ring.push(chain.head(), chain.written()));
-        if self.spare.len() < MAX_SPARE_CHAINS {
-            self.spare.extend(chain.recycle());
-        }
+        self.keep(chain);
     }
 
     /// Asks for kicks again. True when something came in between, which must be looked at.
     pub(crate) fn enable_kicks(&mut self) -> bool {
         self.quiet = false;
-        self.with(|ring| ring.enable_kicks()).unwrap_or(false)
+        self.with(|ring| ring.enable_kicks()).unwrap_or(false) || !self.returned.is_empty()
     }
 
     /// No kicks needed: the queue is being looked at.

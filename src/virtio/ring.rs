@@ -136,6 +136,22 @@ impl Ring {
         })
     }
 
+    /// Goes on where another ring has stopped.
+    pub(super) fn set_positions(&mut self, next_available: u16, next_used: u16) {
+        (self.next, self.filled) = (next_available, next_available);
+        (self.used_next, self.considered) = (next_used, next_used);
+    }
+
+    /// The next elements of the available and of the used ring.
+    pub(super) fn positions(&self) -> (u16, u16) {
+        (self.next, self.used_next)
+    }
+
+    /// Descriptors.
+    pub(super) fn size(&self) -> u16 {
+        self.size
+    }
+
     fn entry_offset(&self, index: u16, width: usize) -> usize {
         ELEMENTS + width * usize::from(index & (self.size - 1))
     }

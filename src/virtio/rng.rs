@@ -16,7 +16,7 @@ impl VirtioDevice for Rng {
     }
 
     fn ready(&mut self, io: &mut DeviceIo, _: EventSource) {
-        io.drain(0, |chain| {
+        io.for_each_request(0, |chain| {
             let asked = chain.writable_len().min(MAX_REQUEST);
             chain.fill_with(MAX_REQUEST, sys::fill_random);
             Work::RandomBytes(asked)

@@ -9,9 +9,12 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
 
 use super::io::{slot_token, split_token};
-use super::{DeviceIo, EventSource, VirtioDevice};
+use super::queue::{Queue, QueueError};
+use super::transport::{DeviceSetup, StoppedDevice};
+use super::{DeviceIo, DeviceState, DrainCause, EventSource, VirtioDevice};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event_loop::{Handler, Interest, Remote, Sources};
+use crate::memory::IoQueue;
 use crate::sys::left;
 
 /// Called with a device's slot when it has panicked, our own mistake, or has waited in vain for its driver's reset.
@@ -28,9 +31,18 @@ enum TurnEnd {
 
 struct DeviceSlot {
     device: Box<dyn VirtioDevice>,
-    running: Option<DeviceIo>,
-    /// What a driver set up so that the device could not start; it waits for a reset.
-    refused: Option<DeviceIo>,
+    phase: DevicePhase,
+}
+
+/// Where a device is in its life.
+enum DevicePhase {
+    /// No driver has set it up.
+    Idle,
+    Running(DeviceIo),
+    /// A pause has stopped it.
+    Paused(DeviceIo, StoppedDevice),
+    /// A driver has set it up so that it could not start; it waits for a reset.
+    Refused(DeviceIo),
 }
 
 /// What an event loop owns.
@@ -56,7 +68,7 @@ impl fmt::Debug for Slots {
 
 impl Slots {
     pub(crate) fn new(devices: Vec<Box<dyn VirtioDevice>>, sources: Sources, on_fault: OnDeviceFault) -> Self {
-        let slots = devices.into_iter().map(|device| DeviceSlot { device, running: None, refused: None }).collect();
+        let slots = devices.into_iter().map(|device| DeviceSlot { device, phase: DevicePhase::Idle }).collect();
         Self { slots, sources, on_fault, extra_sources: Vec::new() }
     }
 
@@ -82,75 +94,128 @@ impl Slots {
         on_ready();
     }
 
-    /// Where this loop's descriptors are registered.
-    pub(super) fn sources(&self) -> Sources {
-        self.sources.clone()
+    /// Starts a device: it runs, and has looked at its queues once when this returns. One that cannot run waits for its
+    /// driver's reset; then this is false.
+    pub(super) fn start(&mut self, slot: usize, setup: DeviceSetup) -> bool {
+        let (io, state) = DeviceIo::new(setup, self.sources.clone(), slot);
+        self.reset(slot);
+        match state {
+            Ok(state) => self.run(slot, io, state.as_ref()),
+            Err(why) => {
+                self.refuse(slot, io, &why);
+                false
+            }
+        }
     }
 
-    /// The driver is ready: the device runs, and has looked at its queues once when this returns. One that cannot run waits
-    /// for its driver's reset; then this is false.
-    pub(super) fn start(&mut self, slot: usize, mut io: DeviceIo) -> bool {
+    /// Lets a stopped device run, from where it stands.
+    fn run(&mut self, slot: usize, mut io: DeviceIo, state: Option<&DeviceState>) -> bool {
         let Some(it) = self.slots.get_mut(slot) else {
             return false;
         };
-        it.stop();
-        if let Err(error) = io.watch_kicks().and_then(|()| it.device.started(&mut io)) {
+        if let Err(error) = io.watch_kicks().and_then(|()| it.device.start(&mut io, state)) {
             io.unwatch_kicks();
             self.refuse(slot, io, &error.to_string());
             return false;
         }
         let queues = io.queues.len();
-        it.running = Some(io);
+        it.phase = DevicePhase::Running(io);
         // One turn for all: those for which it is too short are looked at in the next.
         self.call(slot, |device, io| (0..queues).for_each(|queue| look_on(device, io, EventSource::Queue(queue))));
         true
     }
 
     /// The driver has set the device up so that it cannot run: it waits for a reset.
-    pub(super) fn refuse(&mut self, slot: usize, mut io: DeviceIo, why: &str) {
+    fn refuse(&mut self, slot: usize, mut io: DeviceIo, why: &str) {
         io.fail(&why);
         if let Some(it) = self.slots.get_mut(slot) {
-            it.stop();
-            it.refused = Some(io);
+            it.phase = DevicePhase::Refused(io);
         }
     }
 
-    /// The device becomes idle; its queues come back. Idle ones stay idle.
-    pub(super) fn stop(&mut self, slot: usize) -> Option<DeviceIo> {
-        self.slots.get_mut(slot).and_then(DeviceSlot::stop)
+    /// Makes the device idle, and lets its queues go. Returns what the host still moves for it.
+    pub(super) fn reset(&mut self, slot: usize) -> Option<IoQueue> {
+        self.slots.get_mut(slot).and_then(DeviceSlot::reset)
+    }
+
+    /// Returns where a paused device stands; `None` for one that no driver has started.
+    ///
+    /// # Errors
+    /// `InvalidState` for one that runs.
+    #[cfg_attr(not(test), allow(dead_code, reason = "so far tests alone save a device"))]
+    pub(super) fn save(&self, slot: usize) -> Result<Option<StoppedDevice>> {
+        match self.slots.get(slot).map(|it| &it.phase) {
+            Some(DevicePhase::Paused(_, stopped)) => Ok(Some(stopped.clone())),
+            Some(DevicePhase::Running(_)) => {
+                Err(Error::new(ErrorKind::InvalidState, format!("device {slot} runs; pause the VM first")))
+            }
+            _ => Ok(None),
+        }
     }
 
     /// Serves what the driver has handed over at the VM's end; then stops every device. Waiting takes the given time at
     /// most.
     pub(crate) fn finish(&mut self, timeout: Duration) {
         let deadline = Instant::now() + timeout;
+        self.resume();
         for slot in 0..self.slots.len() {
-            let queues = self.slots.get(slot).and_then(|s| s.running.as_ref()).map_or(0, |io| io.queues.len());
+            let queues = self.call(slot, |_, io| io.queues.len()).unwrap_or(0);
             for queue in 0..queues {
                 // What was handed over by a guest that runs no more takes a bounded number of turns.
                 while self.dispatch(slot, EventSource::Queue(queue)) == Some(TurnEnd::Over) && !left(deadline).is_zero()
                 {
                 }
             }
-            self.call(slot, |device, io| device.finishing(io, left(deadline)));
-            self.stop(slot);
+            self.call(slot, |device, io| device.drain(io, left(deadline), DrainCause::End));
+            self.reset(slot);
             if let Some(it) = self.slots.get_mut(slot) {
                 it.device.ended();
             }
         }
     }
 
-    /// Ends what devices have in flight, within the given time. False when something is still in flight then.
+    /// Stops all devices for a pause, when what they have in flight ends within the given time. False when it does not:
+    /// then all go on.
     pub(crate) fn pause(&mut self, timeout: Duration) -> bool {
         let (deadline, slots) = (Instant::now() + timeout, self.slots.len());
-        let mut pause = |slot| self.call(slot, |device, io| device.pausing(io, left(deadline)));
-        (0..slots).filter_map(&mut pause).all(|quiet| quiet)
+        let mut drain = |slot| self.call(slot, |device, io| device.drain(io, left(deadline), DrainCause::Pause));
+        let quiet = (0..slots).filter_map(&mut drain).all(|quiet| quiet);
+        if quiet {
+            for it in &mut self.slots {
+                it.phase = match std::mem::replace(&mut it.phase, DevicePhase::Idle) {
+                    DevicePhase::Running(mut io) => {
+                        let state = it.stop(&mut io);
+                        let positions = io.queues.iter().map(Queue::positions).collect();
+                        DevicePhase::Paused(io, StoppedDevice { positions, state })
+                    }
+                    other => other,
+                };
+            }
+        }
+        quiet
     }
 
-    /// Devices go on after a pause.
+    /// Lets devices go on after a pause, or after a fault that the embedder has seen to.
     pub(crate) fn resume(&mut self) {
         for slot in 0..self.slots.len() {
-            self.call(slot, |device, io| device.resumed(io));
+            let Some(it) = self.slots.get_mut(slot) else { continue };
+            match std::mem::replace(&mut it.phase, DevicePhase::Idle) {
+                DevicePhase::Paused(mut io, stopped) => match io.queues.drain(..).map(Queue::restarted).collect() {
+                    Ok(queues) => {
+                        io.queues = queues;
+                        self.run(slot, io, Some(&stopped.state));
+                    }
+                    Err(error) => {
+                        let error: QueueError = error;
+                        debug_assert!(false, "device {slot} has lost a chain: {error}");
+                        self.refuse(slot, io, &error.to_string());
+                    }
+                },
+                other => {
+                    it.phase = other;
+                    self.call(slot, |device, io| device.ready(io, EventSource::Resumed));
+                }
+            }
         }
     }
 
@@ -164,7 +229,7 @@ impl Slots {
 
     /// Asks something of a device that runs. One that panics, our own mistake, does not run any more.
     fn call<R>(&mut self, slot: usize, f: impl FnOnce(&mut dyn VirtioDevice, &mut DeviceIo) -> R) -> Option<R> {
-        let Some(DeviceSlot { device, running: Some(io), .. }) = self.slots.get_mut(slot) else {
+        let Some(DeviceSlot { device, phase: DevicePhase::Running(io) }) = self.slots.get_mut(slot) else {
             return None;
         };
         io.turn.begin();
@@ -176,8 +241,8 @@ impl Slots {
         let why = why.or_else(|| panic.downcast_ref::<&str>().map(|s| (*s).to_owned())).unwrap_or_default();
         io.fail(&why);
         io.unwatch_kicks();
-        if let Some(DeviceSlot { running, .. }) = self.slots.get_mut(slot) {
-            *running = None;
+        if let Some(it) = self.slots.get_mut(slot) {
+            it.phase = DevicePhase::Idle;
         }
         (self.on_fault)(slot, &format!("it panicked: {why}"));
         None
@@ -185,8 +250,11 @@ impl Slots {
 
     /// The driver has not reset the device in time.
     fn reset_deadline_passed(&mut self, slot: usize) {
-        let io = self.slots.get_mut(slot).and_then(|it| it.running.as_mut().or(it.refused.as_mut()));
-        if let Some(why) = io.and_then(DeviceIo::reset_deadline_passed) {
+        let io = match self.slots.get_mut(slot).map(|it| &mut it.phase) {
+            Some(DevicePhase::Running(io) | DevicePhase::Paused(io, _) | DevicePhase::Refused(io)) => io,
+            _ => return,
+        };
+        if let Some(why) = io.reset_deadline_passed() {
             (self.on_fault)(slot, &why);
         }
     }
@@ -208,12 +276,22 @@ fn look_on(device: &mut dyn VirtioDevice, io: &mut DeviceIo, source: EventSource
 }
 
 impl DeviceSlot {
-    fn stop(&mut self) -> Option<DeviceIo> {
-        self.refused = None;
-        let mut io = self.running.take()?;
+    fn stop(&mut self, io: &mut DeviceIo) -> DeviceState {
         io.unwatch_kicks();
-        self.device.stopping(&mut io);
-        Some(io)
+        self.device.stop(io)
+    }
+
+    fn reset(&mut self) -> Option<IoQueue> {
+        let mut io = match std::mem::replace(&mut self.phase, DevicePhase::Idle) {
+            DevicePhase::Running(mut io) => {
+                self.stop(&mut io);
+                io
+            }
+            DevicePhase::Paused(io, _) => io,
+            DevicePhase::Idle | DevicePhase::Refused(_) => return None,
+        };
+        self.device.reset();
+        io.unfinished_io.take()
     }
 }
 
@@ -229,7 +307,7 @@ impl Handler for Slots {
 
 impl Drop for Slots {
     fn drop(&mut self) {
-        (0..self.slots.len()).for_each(|slot| drop(self.stop(slot)));
+        (0..self.slots.len()).for_each(|slot| drop(self.reset(slot)));
     }
 }
 
@@ -269,10 +347,14 @@ impl<D: VirtioDevice> DeviceHandle<D> {
     ) -> Result<R> {
         let slot = self.slot;
         let answer = self.remote.with(move |slots| {
-            let DeviceSlot { device, running, .. } = slots.slots.get_mut(slot)?;
+            let DeviceSlot { device, phase } = slots.slots.get_mut(slot)?;
+            let mut io = match phase {
+                DevicePhase::Running(io) | DevicePhase::Paused(io, _) => Some(io),
+                DevicePhase::Idle | DevicePhase::Refused(_) => None,
+            };
             // What is asked for is a turn of its own.
-            running.iter_mut().for_each(DeviceIo::begin_turn);
-            (&mut **device as &mut dyn Any).downcast_mut::<D>().map(|device| f(device, running.as_mut()))
+            io.iter_mut().for_each(|io| io.begin_turn());
+            (&mut **device as &mut dyn Any).downcast_mut::<D>().map(|device| f(device, io))
         })?;
         answer.ok_or_else(|| Error::new(ErrorKind::InvalidState, format!("device {slot} is of another type")))
     }

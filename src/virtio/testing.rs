@@ -1,16 +1,19 @@
 //! [`Driver`]: plays the guest's driver on real guest memory. The only fake, for tests, fuzzing and benches.
 //!
-//! Everything happens on the calling thread: the device is a plain value, `dispatch` is a plain call.
+//! It sets the device up by the registers of the real transport. Everything happens on the calling thread: the device is
+//! a plain value, `dispatch` is a plain call.
 
-use std::sync::Arc;
+use std::cell::RefCell;
+use std::rc::Rc;
 
-use super::io::{Counters, DeviceIo};
-use super::queue::{Queue, QueueConfig};
+use super::io::DeviceIo;
 use super::runner::look;
-use super::turn::Turn;
-use super::{EventSource, VirtioDevice};
+use super::spec::{F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1};
+use super::transport::{DeviceHost, DeviceSetup, StoppedDevice, UnfinishedIo};
+use super::{EventSource, MmioTransport, VirtioDevice};
+use crate::error::Result;
 use crate::event_loop::Sources;
-use crate::irq::Interrupt;
+use crate::irq::IrqLine;
 use crate::memory::{GuestAddress, GuestMemory};
 use crate::sys::{RegisterPage, eventfd};
 
@@ -25,6 +28,45 @@ const MEMORY: u64 = 0x200_0000;
 pub(crate) const NEXT: u16 = 1;
 /// A descriptor flag: the device writes.
 pub(crate) const WRITE: u16 = 2;
+
+/// A descriptor flag: it leads to a table of descriptors.
+const INDIRECT: u16 = 4;
+
+/// The device's thread, which is the driver's: what the transport asks for is done by [`Driver`].
+#[derive(Clone, Default)]
+struct SameThread(Rc<RefCell<Asked>>);
+
+#[derive(Default)]
+struct Asked {
+    setup: Option<DeviceSetup>,
+    #[cfg_attr(not(test), allow(dead_code, reason = "so far tests alone save a device"))]
+    stopped: Option<StoppedDevice>,
+}
+
+impl DeviceHost for SameThread {
+    fn start(&self, setup: DeviceSetup) -> Result<bool> {
+        let makes_sense = setup.queues.is_ok();
+        self.0.borrow_mut().setup = Some(setup);
+        Ok(makes_sense)
+    }
+
+    fn reset(&self, _: UnfinishedIo) -> Result<()> {
+        Ok(())
+    }
+
+    fn save(&self) -> Result<Option<StoppedDevice>> {
+        Ok(self.0.borrow().stopped.clone())
+    }
+}
+
+/// What a driver uses of the transport's features.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct RingFeatures {
+    /// Chains of more than one descriptor are in tables of their own.
+    pub indirect: bool,
+    /// Notifications are asked for by ring index.
+    pub event_idx: bool,
+}
 
 /// A chain that the device has: its head, all its descriptors, and its writable buffers.
 type Flight = (u16, Vec<u16>, Vec<(u64, usize)>);
@@ -45,6 +87,11 @@ pub(crate) struct Driver<D> {
     /// The device, to look into.
     pub(crate) device: D,
     io: DeviceIo,
+    #[cfg_attr(not(test), allow(dead_code, reason = "benches and fuzzing do without what happens after the start"))]
+    transport: MmioTransport<SameThread>,
+    #[cfg_attr(not(test), allow(dead_code, reason = "so far tests alone save a device"))]
+    host: SameThread,
+    ring_features: RingFeatures,
     memory: GuestMemory,
     rings: Vec<DriverRing>,
     next_buffer: u64,
@@ -68,20 +115,31 @@ impl<D: VirtioDevice> Driver<D> {
 
     /// The same for a device that is made with the guest's memory.
     pub(crate) fn start_with(make: impl FnOnce(&GuestMemory) -> D) -> Self {
+        Self::start_using(RingFeatures::default(), make)
+    }
+
+    /// The same for a driver that uses these features.
+    pub(crate) fn start_using(ring_features: RingFeatures, make: impl FnOnce(&GuestMemory) -> D) -> Self {
         let memory = GuestMemory::anonymous(&[(GuestAddress(0), MEMORY)]).unwrap();
         let device = make(&memory);
         let profile = device.profile();
-        let (mut queues, mut rings) = (Vec::new(), Vec::new());
+        let (host, mut transport) = Self::transport(&device, &memory);
+        let mut set = |at: u64, value: u32| transport.write_register_bytes(at, &value.to_le_bytes());
+        let mut features = profile.features | F_VERSION_1;
+        features |= if ring_features.indirect { F_INDIRECT_DESC } else { 0 };
+        features |= if ring_features.event_idx { F_EVENT_IDX } else { 0 };
+        // ACKNOWLEDGE, DRIVER, features, FEATURES_OK (Virtio 1.3, 3.1.1).
+        let steps =
+            [(0x70, 1), (0x70, 3), (0x24, 0), (0x20, features as u32), (0x24, 1), (0x20, (features >> 32) as u32)];
+        steps.into_iter().chain([(0x70, 11)]).for_each(|(at, value)| set(at, value));
+        let mut rings = Vec::new();
         for (n, size) in (0..).zip(&profile.queues) {
-            let base = RINGS + n * BLOCK;
-            let config = QueueConfig {
-                size: *size,
-                ready: true,
-                descriptors: base,
-                available: base + 0x8000,
-                used: base + 0xc000,
-            };
-            queues.push(Queue::new(&config, *size, false, &memory).unwrap());
+            let base = RINGS + u64::from(n) * BLOCK;
+            let addresses = [(0x80, base), (0x90, base + 0x8000), (0xa0, base + 0xc000)];
+            set(0x30, n);
+            set(0x38, (*size).into());
+            addresses.into_iter().for_each(|(at, address)| set(at, address as u32));
+            set(0x44, 1);
             rings.push(DriverRing {
                 size: *size,
                 base,
@@ -91,34 +149,40 @@ impl<D: VirtioDevice> Driver<D> {
                 flight: vec![],
             });
         }
-        let io = DeviceIo {
-            kicks: profile.queues.iter().map(|_| eventfd().unwrap()).collect(),
-            queues,
-            interrupt: {
-                // A system call, as where it leads to a guest.
-                let edge = eventfd().unwrap();
-                Interrupt::new(RegisterPage::alone().unwrap(), move || edge.write(1).unwrap())
-            },
-            counters: Arc::<Counters>::default(),
-            on_needs_reset: Arc::new(|_| ()),
-            features: profile.features,
-            sources: Sources::detached().unwrap(),
-            slot: 0,
-            pending_reset: None,
-            unfinished_io: None,
-            turn: Turn::default(),
-        };
-        let mut driver = Self {
+        set(0x70, 15);
+        let (mut device, io) = (device, Self::started(&host));
+        let mut io = io;
+        device.start(&mut io, None).unwrap();
+        Self {
             device,
             io,
+            transport,
+            host,
+            ring_features,
             memory,
             rings,
             next_buffer: BUFFERS,
             #[cfg(test)]
             seen_interrupts: 0,
-        };
-        driver.device.started(&mut driver.io).unwrap();
-        driver
+        }
+    }
+
+    fn transport(device: &D, memory: &GuestMemory) -> (SameThread, MmioTransport<SameThread>) {
+        let host = SameThread::default();
+        // A system call, as where it leads to a guest.
+        let edge = eventfd().unwrap();
+        let line = IrqLine::new(move || edge.write(1).unwrap());
+        let page = RegisterPage::alone().unwrap();
+        let transport = MmioTransport::new(device.profile(), memory.clone(), host.clone(), page, line).unwrap();
+        (host, transport)
+    }
+
+    /// What the transport has made for the device.
+    fn started(host: &SameThread) -> DeviceIo {
+        let setup = host.0.borrow_mut().setup.take().unwrap();
+        let (io, state) = DeviceIo::new(setup, Sources::detached().unwrap(), 0);
+        state.unwrap();
+        io
     }
 
     /// The guest's memory.
@@ -135,14 +199,13 @@ impl<D: VirtioDevice> Driver<D> {
         at
     }
 
-    fn write_descriptor(&self, queue: usize, n: u16, addr: u64, len: u32, flags: u16, next: u16) {
+    fn write_descriptor(&self, table: u64, n: u16, addr: u64, len: u32, flags: u16, next: u16) {
         let mut bytes = Vec::with_capacity(16);
         bytes.extend_from_slice(&addr.to_le_bytes());
         bytes.extend_from_slice(&len.to_le_bytes());
         bytes.extend_from_slice(&flags.to_le_bytes());
         bytes.extend_from_slice(&next.to_le_bytes());
-        let at = self.rings.get(queue).unwrap().base + 16 * u64::from(n);
-        self.memory.write(GuestAddress(at), &bytes).unwrap();
+        self.memory.write(GuestAddress(table + 16 * u64::from(n)), &bytes).unwrap();
     }
 
     /// Puts a chain into `queue`: one descriptor for each piece to be read, then one for each to be written.
@@ -162,15 +225,26 @@ impl<D: VirtioDevice> Driver<D> {
 
     /// Puts a chain of these addresses, lengths and flags into `queue`, whatever they are.
     pub(crate) fn send_raw(&mut self, queue: usize, pieces: &[(u64, u32, u16)]) -> bool {
+        let table = self.ring_features.indirect && pieces.len() > 1;
         let ring = self.rings.get_mut(queue).unwrap();
-        if ring.free.len() < pieces.len() || pieces.is_empty() {
+        let needed = if table { 1 } else { pieces.len() };
+        if ring.free.len() < needed || pieces.is_empty() {
             return false;
         }
-        let taken: Vec<u16> = pieces.iter().map(|_| ring.free.pop().unwrap()).collect();
-        let head = *taken.first().unwrap();
-        for (i, ((addr, len, flags), n)) in pieces.iter().zip(&taken).enumerate() {
-            let next = taken.get(i + 1);
-            self.write_descriptor(queue, *n, *addr, *len, flags | next.map_or(0, |_| NEXT), next.copied().unwrap_or(0));
+        let taken: Vec<u16> = (0..needed).map(|_| ring.free.pop().unwrap()).collect();
+        let (head, base) = (*taken.first().unwrap(), ring.base);
+        let (places, base): (Vec<u16>, u64) = match table {
+            true => ((0..pieces.len() as u16).collect(), self.buffer(16 * pieces.len())),
+            false => (taken.clone(), base),
+        };
+        for (i, ((addr, len, flags), n)) in pieces.iter().zip(&places).enumerate() {
+            let next = places.get(i + 1);
+            let flags = flags | next.map_or(0, |_| NEXT);
+            self.write_descriptor(base, *n, *addr, *len, flags, next.copied().unwrap_or(0));
+        }
+        if table {
+            let ring_base = self.rings.get(queue).unwrap().base;
+            self.write_descriptor(ring_base, head, base, 16 * pieces.len() as u32, INDIRECT, 0);
         }
         let writable = pieces.iter().filter(|p| p.2 & WRITE != 0).map(|p| (p.0, p.1 as usize)).collect();
         let memory = self.memory.clone();
@@ -241,6 +315,11 @@ impl<D: VirtioDevice> Driver<D> {
         let mut element = [0; 8];
         memory.read(GuestAddress(used + 4 + 8 * u64::from(ring.used % ring.size)), &mut element).unwrap();
         ring.used = ring.used.wrapping_add(1);
+        if self.ring_features.event_idx {
+            // It wants an interrupt for the next one (Virtio 1.3, 2.7.7).
+            let used_event = ring.base + 0x8004 + 2 * u64::from(ring.size);
+            memory.write(GuestAddress(used_event), &ring.used.to_le_bytes()).unwrap();
+        }
         let [a, b, c, d, e, f, g, h] = element;
         let (head, written) = (u32::from_le_bytes([a, b, c, d]), u32::from_le_bytes([e, f, g, h]));
         // A ring that was given away with a balloon says anything.
@@ -253,7 +332,7 @@ impl<D: VirtioDevice> Driver<D> {
     /// Whether the device interrupted since it was asked last.
     #[cfg(test)]
     pub(crate) fn interrupted(&mut self) -> bool {
-        self.io.interrupt.acknowledge(u32::MAX);
+        self.transport.write_register_bytes(0x64, &u32::MAX.to_le_bytes());
         let raised = self.io.interrupt.raised();
         std::mem::replace(&mut self.seen_interrupts, raised) != raised
     }
@@ -270,10 +349,48 @@ impl<D: VirtioDevice> Driver<D> {
         self.io.turn().most()
     }
 
-    /// Stops the device and gives it back.
+    /// Stops the device as a pause does, and lets the one that `next` makes go on from its state, with a transport of its own.
+    #[cfg(test)]
+    pub(crate) fn restart(mut self, next: impl FnOnce(D, &GuestMemory) -> D) -> Self {
+        let timeout = std::time::Duration::from_secs(20);
+        assert!(self.device.drain(&mut self.io, timeout, super::DrainCause::Pause), "it does not come to rest");
+        let state = self.device.stop(&mut self.io);
+        let positions = self.io.queues.iter().map(super::queue::Queue::positions).collect();
+        self.host.0.borrow_mut().stopped = Some(StoppedDevice { positions, state });
+        let state = self.transport.save().unwrap();
+        // What is kept is the same as what was saved.
+        #[cfg(feature = "serde")]
+        let state = serde_json::from_slice(&serde_json::to_vec(&state).unwrap()).unwrap();
+        self.restore(&state, next)
+    }
+
+    /// Lets the device that `next` makes go on from this state, with a transport of its own.
+    #[cfg(test)]
+    pub(crate) fn restore(
+        mut self,
+        state: &super::transport::TransportState,
+        next: impl FnOnce(D, &GuestMemory) -> D,
+    ) -> Self {
+        self.device = next(self.device, &self.memory);
+        (self.host, self.transport) = Self::transport(&self.device, &self.memory);
+        self.transport.restore(state).unwrap();
+        let setup = self.host.0.borrow_mut().setup.take().unwrap();
+        let (io, state) = DeviceIo::new(setup, Sources::detached().unwrap(), 0);
+        self.io = io;
+        self.seen_interrupts = 0;
+        self.device.start(&mut self.io, state.unwrap().as_ref()).unwrap();
+        for queue in 0..self.rings.len() {
+            look(&mut self.device, &mut self.io, EventSource::Queue(queue));
+        }
+        self
+    }
+
+    /// Resets the device by its registers, and gives it back.
     #[cfg(test)]
     pub(crate) fn stop(mut self) -> D {
-        self.device.stopping(&mut self.io);
+        self.device.stop(&mut self.io);
+        self.device.reset();
+        self.transport.write_register_bytes(0x70, &[0; 4]);
         self.device
     }
 }

@@ -16,7 +16,7 @@ use crate::boot::Kernel;
 use crate::bus::Bus;
 use crate::error::{Error, Result};
 use crate::event_loop::{Loop, Loops, Remote};
-use crate::irq::Interrupt;
+use crate::irq::IrqLine;
 use crate::kvm::VmFd;
 use crate::memory::GuestMemory;
 use crate::network::{CaptureCounters, CapturePump};
@@ -26,7 +26,9 @@ use crate::virtio::balloon::Balloon;
 use crate::virtio::console::{Console, ConsoleOutput};
 use crate::virtio::rng::Rng;
 use crate::virtio::vsock::{self, VsockListener};
-use crate::virtio::{Counters, DeviceHandle, DeviceId, MmioTransport, NOTIFY_OFFSET, Profile, Slots, VirtioDevice};
+use crate::virtio::{
+    Counters, DeviceHandle, DeviceId, Interrupt, LoopDevice, MmioTransport, NOTIFY_OFFSET, Profile, Slots, VirtioDevice,
+};
 
 /// What is known of a device without asking it.
 pub(super) struct DeviceInfo {
@@ -257,22 +259,22 @@ impl Attacher<'_> {
 
     fn connect(&mut self, id: DeviceId, device: DeviceRef, on_bus: TransportConfig) -> Result<()> {
         let TransportConfig { profile, engine, slot: MmioSlot { addr, irq } } = on_bus;
-        let device_on_loop = (device.remote.clone(), device.slot);
+        let host = LoopDevice { remote: device.remote.clone(), slot: device.slot };
         self.slots.insert(id, device);
         let [ready, broken] = [(); 2].map(|()| self.shared.clone());
         let (record_dirty_pages, memory) = (self.kernel.dirty_page_recorder(), self.memory.clone());
         let window = addr.saturating_sub(layout::MMIO.0) / layout::MMIO_WINDOW;
         let registers = usize::try_from(window).ok().and_then(|n| self.shared.registers.device(n));
         let registers = registers.ok_or_else(|| Error::invalid("disk", "there are more devices than windows"))?;
-        let interrupt = Interrupt::new(registers, self.vm.pulse_irq(irq));
-        let transport = MmioTransport::new(profile, self.memory.clone(), device_on_loop, interrupt)?
+        let line = IrqLine::new(self.vm.pulse_irq(irq));
+        let transport = MmioTransport::new(profile, self.memory.clone(), host, registers, line)?
             .on_ready(move || {
                 if ready.marks.drivers_ready() {
                     record_dirty_pages(&memory);
                     ready.log.push(EventKind::DriversReady);
                 }
             })
-            .on_needs_reset(move |why| {
+            .on_needs_reset(id, move |why| {
                 broken.log.push(EventKind::DeviceError { device: id, message: why.to_owned() });
             });
         for (queue, kick) in (0..).zip(transport.kicks().iter()) {

@@ -33,14 +33,14 @@ pub use config::{CacheMode, IoEngine};
 pub use limit::DiskLimit;
 pub use policy::{DiskError, DiskOperation, ErrorAction, ErrorClass};
 
-use super::{ConfigSpace, DeviceIo, DeviceType, EventSource, Profile, VirtioDevice};
+use super::{ConfigSpace, DeviceIo, DeviceState, DeviceType, DrainCause, EventSource, Profile, VirtioDevice};
 use crate::memory::IoQueue;
 use crate::sys::Timer;
 pub(crate) use config::Options;
 use engine::Engine;
 use limit::DiskBuckets;
 use policy::FaultThrottle;
-use requests::RequestTable;
+use requests::{InFlightRequest, RequestTable};
 pub(crate) use reserve::Reserve;
 use reserve::Room;
 
@@ -240,7 +240,10 @@ impl VirtioDevice for Blk {
         profile.config_space(self.config.clone())
     }
 
-    fn started(&mut self, io: &mut DeviceIo) -> io::Result<()> {
+    fn start(&mut self, io: &mut DeviceIo, state: Option<&DeviceState>) -> io::Result<()> {
+        if let Some(other) = state.filter(|state| **state != DeviceState::Stateless) {
+            return Err(other.mismatch());
+        }
         if self.engine.single_file && self.engine.io_queue.is_none() {
             // The last one was left with a file that did not answer.
             self.engine.io_queue = Some(IoQueue::new(RING)?);
@@ -248,8 +251,12 @@ impl VirtioDevice for Blk {
         if let Some(fd) = self.engine.io_queue.as_ref().and_then(IoQueue::as_fd) {
             io.watch(fd, RING_READY, crate::event_loop::Interest::IN)?;
         }
-        let timer = self.timer.insert(Timer::new()?);
-        io.watch(timer.as_fd(), TIMER, crate::event_loop::Interest::IN)
+        // One that was made before a pause is there still, however few descriptors are left now.
+        let timer = match self.timer.take() {
+            Some(timer) => timer,
+            None => Timer::new()?,
+        };
+        io.watch(self.timer.insert(timer).as_fd(), TIMER, crate::event_loop::Interest::IN)
     }
 
     fn ready(&mut self, io: &mut DeviceIo, source: EventSource) {
@@ -263,6 +270,11 @@ impl VirtioDevice for Blk {
                 self.release(io);
             }
             EventSource::Watched { .. } => {}
+            EventSource::Resumed => {
+                for slot in std::mem::take(&mut self.held) {
+                    self.advance(io, slot);
+                }
+            }
         }
         self.reap(io);
         // What is in flight wakes the loop when it ends.
@@ -271,28 +283,21 @@ impl VirtioDevice for Blk {
         }
     }
 
-    fn pausing(&mut self, io: &mut DeviceIo, timeout: Duration) -> bool {
-        self.finish(io, timeout)
-    }
-
-    fn resumed(&mut self, io: &mut DeviceIo) {
-        for slot in std::mem::take(&mut self.held) {
-            self.advance(io, slot);
+    fn drain(&mut self, io: &mut DeviceIo, timeout: Duration, cause: DrainCause) -> bool {
+        if cause == DrainCause::End {
+            // No limit keeps back what is the last.
+            self.buckets = DiskBuckets::default();
+            self.release(io);
         }
-        self.reap(io);
-    }
-
-    fn finishing(&mut self, io: &mut DeviceIo, timeout: Duration) {
-        // No limit keeps back what is the last.
-        self.buckets = DiskBuckets::default();
-        self.release(io);
-        if !self.finish(io, timeout) {
+        let quiet = self.finish(io, timeout);
+        if !quiet && cause == DrainCause::End {
             log::warn!("{}: requests are dropped, because the host does not answer", self.options.device);
         }
+        quiet
     }
 
-    fn stopping(&mut self, io: &mut DeviceIo) {
-        if let Some(timer) = self.timer.take() {
+    fn stop(&mut self, io: &mut DeviceIo) -> DeviceState {
+        if let Some(timer) = &self.timer {
             io.unwatch(timer.as_fd());
         }
         if let Some(mut io_queue) = self.engine.io_queue.take() {
@@ -309,14 +314,21 @@ impl VirtioDevice for Blk {
                 io.hand_over(io_queue);
             }
         }
-        // The driver takes its requests back with the reset.
-        self.table = RequestTable::default();
+        // Those that wait for a limit or for the embedder are taken again at the next start, and done all over.
+        for InFlightRequest { queue, chain, .. } in self.table.take_all() {
+            io.put_back(queue, chain);
+        }
         self.waiting = Default::default();
         self.held.clear();
         self.unfinished.clear();
         self.moving = 0;
         self.full.clear();
-        self.dirty.clear();
+        io.flush(&std::mem::take(&mut self.dirty));
+        DeviceState::Stateless
+    }
+
+    fn reset(&mut self) {
+        self.timer = None;
         self.config.set(config::WRITEBACK, &[1]);
     }
 }

@@ -118,6 +118,11 @@ impl RequestTable {
         self.0.try_remove(slot)
     }
 
+    /// Takes all requests, in the order of their slots.
+    pub(super) fn take_all(&mut self) -> impl Iterator<Item = InFlightRequest> {
+        std::mem::take(&mut self.0).into_iter().map(|(_, flight)| flight)
+    }
+
     /// Writes whose bytes were on their way to places that the backend gave.
     pub(super) fn placed(&self) -> impl Iterator<Item = (u64, u64)> {
         let placed = self.0.iter().filter(|(_, flight)| flight.placed && !flight.syncing);

@@ -156,7 +156,7 @@ impl Blk {
         let deadline = Instant::now() + timeout;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
-            if !self.drain(io, left) {
+            if !self.wait_in_flight(io, left) {
                 return false;
             }
             if self.unfinished.is_empty() {
@@ -172,7 +172,7 @@ impl Blk {
 
     fn begin(&mut self, io: &mut DeviceIo, slot: usize) -> RequestProgress {
         let Some(flight) = self.table.get(slot) else { return RequestProgress::UnderWay };
-        if self.engine.needs_rest(flight) && !self.drain(io, BARRIER) {
+        if self.engine.needs_rest(flight) && !self.wait_in_flight(io, BARRIER) {
             return RequestProgress::Ended(Err(io::Error::from_raw_os_error(libc::ETIMEDOUT)));
         }
         if let Err(full) = self.take_room(slot) {
@@ -217,7 +217,7 @@ impl Blk {
     }
 
     /// Waits until nothing is in flight, within the given time. Begins nothing new.
-    pub(super) fn drain(&mut self, io: &mut DeviceIo, timeout: Duration) -> bool {
+    pub(super) fn wait_in_flight(&mut self, io: &mut DeviceIo, timeout: Duration) -> bool {
         let deadline = Instant::now() + timeout;
         self.reap(io);
         while let Some(io_queue) = self.engine.io_queue.as_mut().filter(|io_queue| io_queue.busy()) {

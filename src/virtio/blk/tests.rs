@@ -317,7 +317,7 @@ fn large_requests_take_many_turns() {
             assert!(huge(&mut driver, what, 0x180_0000));
             driver.dispatch(0);
             let (disk, io) = driver.parts();
-            assert!(disk.pausing(io, Duration::from_secs(60)));
+            assert!(disk.drain(io, Duration::from_secs(60), DrainCause::Pause));
             assert!(driver.collect(0).is_some());
         }
     }

@@ -14,7 +14,7 @@ const ERR: u8 = 1;
 impl Net {
     pub(super) fn control(&mut self, io: &mut DeviceIo, queue: usize) {
         let features = io.features();
-        io.drain(queue, |chain| {
+        io.for_each_request(queue, |chain| {
             let answer = if self.command(features, chain).is_some() { OK } else { ERR };
             // A chain without room for an answer gets none.
             let _ = chain.write(&[answer]);
@@ -36,10 +36,48 @@ impl Net {
                 if wanted & !features != 0 {
                     return None;
                 }
+                self.guest_offloads = wanted;
                 self.agree(Capabilities { to_guest: whole(offloads(wanted, &TO_GUEST)), ..self.agreed });
                 Some(())
             }
             _ => None,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+    use std::os::unix::net::UnixStream;
+
+    use crate::network::{BackendKind, Mac, SocketBackend};
+    use crate::virtio::net::{Net, NetState};
+    use crate::virtio::testing::Driver;
+    use crate::virtio::{DeviceState, VirtioDevice};
+
+    #[test]
+    fn choices_of_the_control_queue_are_kept_by_a_fresh_device() {
+        let nets = || {
+            let backend = || BackendKind::other(SocketBackend::new(UnixStream::pair().unwrap().0.into()).unwrap());
+            Net::new(vec![backend(), backend()], Mac([2, 0, 0, 0, 0, 1]), 1500, Box::new(|_| ()))
+        };
+        let mut driver = Driver::start(nets());
+        // Class 4, command 0: two pairs (Virtio 1.3, 5.1.6.5.5).
+        let control = 2 * 2;
+        driver.send(control, &[&[4, 0, 2, 0]], &[1]);
+        driver.dispatch(control);
+        assert_eq!(driver.receive(control).unwrap().0, [0]);
+        assert_eq!(driver.device.active, 2);
+        let mut driver = driver.restart(|_, _| nets());
+        assert_eq!(driver.device.active, 2);
+        let state = |active_pairs| DeviceState::Net(NetState { active_pairs, guest_offloads: u64::MAX });
+        for state in [state(0), state(3), DeviceState::Stateless] {
+            let (device, io) = driver.parts();
+            device.stop(io);
+            assert_eq!(device.start(io, Some(&state)).unwrap_err().kind(), io::ErrorKind::InvalidData);
+        }
+        let (device, io) = driver.parts();
+        device.start(io, Some(&state(1))).unwrap();
+        assert_eq!(device.guest_offloads, io.features(), "no offload that the driver has not accepted");
     }
 }

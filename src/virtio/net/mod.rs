@@ -21,7 +21,9 @@ use crate::network::{
 use crate::sys::Timer;
 
 use super::chain::Span;
-use super::{Chain, ConfigSpace, DeviceIo, DeviceType, EventSource, Profile, VirtioDevice, Work};
+use super::{
+    Chain, ConfigSpace, DeviceIo, DeviceState, DeviceType, DrainCause, EventSource, Profile, VirtioDevice, Work,
+};
 pub use limit::NetLimit;
 use limit::{Direction, RateLimiters, cost};
 use rx::{RxDone, RxFill, RxQueue, RxSpace};
@@ -103,6 +105,15 @@ struct Pair {
     waiting: RxQueue,
 }
 
+/// What a driver has chosen by the control queue.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+pub(crate) struct NetState {
+    pub active_pairs: u16,
+    /// Bits of features: the offloads that it takes.
+    pub guest_offloads: u64,
+}
+
 /// The device.
 pub(crate) struct Net {
     pairs: Vec<Pair>,
@@ -111,6 +122,8 @@ pub(crate) struct Net {
     /// So many of the pairs the driver uses.
     active: usize,
     agreed: Capabilities,
+    /// Bits of features: the offloads that the driver takes now (Virtio 1.3, 5.1.6.5.6).
+    guest_offloads: u64,
     up: bool,
     /// A backend is at its end, so that the cable stays out.
     gone: bool,
@@ -151,6 +164,7 @@ impl Net {
             capabilities,
             active: 1,
             agreed: Capabilities::default(),
+            guest_offloads: 0,
             up: true,
             gone: false,
             dropped: 0,
@@ -386,17 +400,31 @@ impl VirtioDevice for Net {
         if self.pairs.len() > 1 { profile.features(MQ) } else { profile }
     }
 
-    fn started(&mut self, io: &mut DeviceIo) -> io::Result<()> {
-        self.active = 1;
+    fn start(&mut self, io: &mut DeviceIo, state: Option<&DeviceState>) -> io::Result<()> {
+        let NetState { active_pairs, guest_offloads } = match state {
+            None => NetState { active_pairs: 1, guest_offloads: io.features() },
+            Some(DeviceState::Net(state)) => state.clone(),
+            Some(other) => return Err(other.mismatch()),
+        };
+        self.active = usize::from(active_pairs);
+        if !(1..=self.pairs.len()).contains(&self.active) {
+            let what = format!("{active_pairs} pairs of queues, of {}", self.pairs.len());
+            return Err(io::Error::new(io::ErrorKind::InvalidData, what));
+        }
         self.agree(Capabilities {
             to_host: whole(offloads(io.features(), &TO_HOST)),
-            to_guest: whole(offloads(io.features(), &TO_GUEST)),
+            to_guest: whole(offloads(guest_offloads & io.features(), &TO_GUEST)),
         });
+        self.guest_offloads = guest_offloads & io.features();
         for (number, pair) in (0..).zip(&self.pairs) {
             io.watch(pair.backend.fd(), number, crate::event_loop::Interest::IN)?;
         }
-        let timer = self.limiters.timer.insert(Timer::new()?);
-        io.watch(timer.as_fd(), TIMER, crate::event_loop::Interest::IN)
+        // One that was made before a pause is there still, however few descriptors are left now.
+        let timer = match self.limiters.timer.take() {
+            Some(timer) => timer,
+            None => Timer::new()?,
+        };
+        io.watch(self.limiters.timer.insert(timer).as_fd(), TIMER, crate::event_loop::Interest::IN)
     }
 
     fn ready(&mut self, io: &mut DeviceIo, source: EventSource) {
@@ -422,10 +450,15 @@ impl VirtioDevice for Net {
                 io.charge(Work::Calls(pair.backend.take_calls()));
                 self.exchange(io, number);
             }
+            EventSource::Resumed => {}
         }
     }
 
-    fn finishing(&mut self, io: &mut DeviceIo, _: Duration) {
+    fn drain(&mut self, io: &mut DeviceIo, _: Duration, cause: DrainCause) -> bool {
+        if cause == DrainCause::Pause {
+            // What waits is put back: nothing of it has begun.
+            return true;
+        }
         // No limit keeps back what is the last.
         self.limiters.set(&NetLimit::none());
         for number in 0..self.pairs.len() {
@@ -433,21 +466,32 @@ impl VirtioDevice for Net {
             self.transmit(io, number);
             io.flush(&[2 * number + 1]);
         }
+        true
     }
 
     fn ended(&mut self) {
         self.pairs.iter_mut().for_each(|pair| pair.backend.ended());
     }
 
-    fn stopping(&mut self, io: &mut DeviceIo) {
-        if let Some(timer) = self.limiters.timer.take() {
+    fn stop(&mut self, io: &mut DeviceIo) -> DeviceState {
+        if let Some(timer) = &self.limiters.timer {
             io.unwatch(timer.as_fd());
         }
         self.limiters.forget();
-        for pair in &mut self.pairs {
+        for (number, pair) in self.pairs.iter_mut().enumerate() {
             io.unwatch(pair.backend.fd());
-            pair.held = None;
-            pair.waiting.clear();
+            if let Some(held) = pair.held.take() {
+                io.put_back(2 * number + 1, held.chain);
+            }
+            for (chain, _) in std::mem::take(&mut pair.waiting).chains {
+                io.put_back(2 * number, chain);
+            }
         }
+        let active_pairs = u16::try_from(self.active).unwrap_or(u16::MAX);
+        DeviceState::Net(NetState { active_pairs, guest_offloads: self.guest_offloads })
+    }
+
+    fn reset(&mut self) {
+        self.limiters.timer = None;
     }
 }

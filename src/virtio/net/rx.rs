@@ -47,10 +47,6 @@ pub(super) enum RxDone {
 }
 
 impl RxQueue {
-    pub(super) fn clear(&mut self) {
-        *self = Self::default();
-    }
-
     /// Takes buffers out of `queue` until there is room for `wanted` bytes.
     pub(super) fn gather(&mut self, io: &mut DeviceIo, queue: usize, wanted: usize, mergeable: bool) -> RxSpace {
         loop {

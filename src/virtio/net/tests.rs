@@ -442,7 +442,7 @@ fn stop_delivers_frames_despite_a_limit() {
     driver.dispatch(TX);
     assert!(told.lock().unwrap().sent.len() <= 2);
     let (device, io) = driver.parts();
-    device.finishing(io, Duration::ZERO);
+    device.drain(io, Duration::ZERO, DrainCause::End);
     assert_eq!(told.lock().unwrap().sent.len(), 20);
 }
 

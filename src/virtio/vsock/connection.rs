@@ -16,8 +16,9 @@ use crate::memory::{GuestMemory, Segment};
 use crate::sys::{self, CloseOnFork, HeldDescriptors};
 
 /// The ports of a connection, which identify it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(super) struct PortPair {
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+pub(crate) struct PortPair {
     pub host: u32,
     pub guest: u32,
 }
@@ -43,6 +44,8 @@ pub(super) struct VsockConnection {
     pub credit: Credit,
     /// It is in the list of those that may have something to say.
     pub queued: bool,
+    /// Its socket is watched.
+    pub watched: bool,
     socket: CloseOnFork<UnixStream>,
     tail: SharedTail,
     /// Data of the guest that the embedder has not taken; bounded by [`super::credit::BUFFER`].
@@ -89,6 +92,7 @@ impl VsockConnection {
             ports,
             credit: Credit::default(),
             queued: false,
+            watched: true,
             socket: CloseOnFork::new(socket),
             tail,
             backlog: VecDeque::new(),

@@ -23,7 +23,7 @@ use stream::AcceptQueue;
 pub(crate) use stream::StreamBreaker;
 pub use stream::{VsockListener, VsockStream};
 
-use super::{Chain, DeviceIo, DeviceType, EventSource, Profile, VirtioDevice, Work};
+use super::{Chain, DeviceIo, DeviceState, DeviceType, EventSource, Profile, VirtioDevice, Work};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::event_loop::Interest;
 use crate::sys::{DescriptorShare, Timer, is_spare};
@@ -85,6 +85,14 @@ impl std::fmt::Debug for AcceptQueue {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("Arrivals")
     }
+}
+
+/// What a guest believes to be connected.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+pub(crate) struct VsockState {
+    /// In order, each once.
+    pub connections: Vec<PortPair>,
 }
 
 impl Vsock {
@@ -203,8 +211,7 @@ impl Vsock {
             number = next(number);
         }
         self.next_number = next(number);
-        let edges = Interest::IN | Interest::OUT | Interest::READ_HANG_UP | Interest::EDGE_TRIGGERED;
-        if io.watch(connection.socket().as_fd(), number, edges).is_err() {
+        if io.watch(connection.socket().as_fd(), number, SOCKET_EDGES).is_err() {
             return Err(Box::new(connection));
         }
         self.names.insert(connection.ports, number);
@@ -421,6 +428,10 @@ impl Vsock {
     }
 }
 
+/// What a connection's socket is watched for.
+const SOCKET_EDGES: Interest =
+    Interest::IN.union(Interest::OUT).union(Interest::READ_HANG_UP).union(Interest::EDGE_TRIGGERED);
+
 /// Puts what is due into `chain`, which has room for a header. False when it was data and there is none after all.
 fn write_packet(io: &mut DeviceIo, connection: &mut VsockConnection, chain: &mut Chain) -> bool {
     let Some(due) = connection.due() else {
@@ -461,9 +472,32 @@ impl VirtioDevice for Vsock {
             .config(GUEST_CID.to_le_bytes())
     }
 
-    fn started(&mut self, io: &mut DeviceIo) -> std::io::Result<()> {
-        let timer = self.timer.insert(Timer::new()?);
-        io.watch(timer.as_fd(), TIMER, Interest::IN)
+    fn start(&mut self, io: &mut DeviceIo, state: Option<&DeviceState>) -> std::io::Result<()> {
+        let known = match state {
+            None => &[][..],
+            Some(DeviceState::Vsock(state)) => &state.connections,
+            Some(other) => return Err(other.mismatch()),
+        };
+        if known.len() > MAX_CONNECTIONS {
+            let what = format!("{} vsock connections", known.len());
+            return Err(io::Error::new(io::ErrorKind::InvalidData, what));
+        }
+        // What the guest believes to be connected, and is not here, it learns to be reset.
+        let lost = known.iter().filter(|ports| !self.names.contains_key(ports));
+        self.resets.extend(lost);
+        for (number, connection) in &mut self.connections {
+            if !std::mem::replace(&mut connection.watched, true) {
+                io.watch(connection.socket().as_fd(), *number, SOCKET_EDGES)?;
+            }
+        }
+        // One that was made before a pause is there still, however few descriptors are left now.
+        let timer = match self.timer.take() {
+            Some(timer) => timer,
+            None => Timer::new()?,
+        };
+        io.watch(self.timer.insert(timer).as_fd(), TIMER, Interest::IN)?;
+        self.arm();
+        Ok(())
     }
 
     fn ready(&mut self, io: &mut DeviceIo, source: EventSource) {
@@ -476,16 +510,31 @@ impl VirtioDevice for Vsock {
             }
             EventSource::Queue(TX) => self.service_tx_queue(io),
             // Buffers for what is due, or for events, of which there are none.
-            EventSource::Queue(_) => {}
+            EventSource::Queue(_) | EventSource::Resumed => {}
             EventSource::Watched { number, events } => self.socket_ready(number, events),
         }
         self.service_rx_queue(io);
     }
 
-    fn stopping(&mut self, io: &mut DeviceIo) {
-        if let Some(timer) = self.timer.take() {
+    fn stop(&mut self, io: &mut DeviceIo) -> DeviceState {
+        if let Some(timer) = &self.timer {
             io.unwatch(timer.as_fd());
         }
+        for connection in self.connections.values_mut() {
+            if std::mem::take(&mut connection.watched) {
+                io.unwatch(connection.socket().as_fd());
+            }
+        }
+        if let Some(chain) = self.spare.take() {
+            io.put_back(RX, chain);
+        }
+        let mut connections: Vec<_> = self.names.keys().copied().collect();
+        connections.sort_unstable();
+        DeviceState::Vsock(VsockState { connections })
+    }
+
+    fn reset(&mut self) {
+        self.timer = None;
         self.connecting.clear();
         // Sockets are closed with their connections, which ends the watching too.
         self.names.clear();
@@ -494,7 +543,6 @@ impl VirtioDevice for Vsock {
         }
         self.talkative.clear();
         self.resets.clear();
-        self.spare = None;
     }
 }
 

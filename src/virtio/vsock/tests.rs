@@ -445,3 +445,43 @@ fn a_child_of_fork_keeps_no_stream_open() {
         assert_eq!(all, "hello");
     });
 }
+
+#[test]
+fn connections_go_on_after_a_stop() {
+    let (mut rig, mut stream) = Fixture::connected();
+    // On its way both ways, and not taken yet.
+    rig.send(guest(VsockOp::Data, 5), b"hello", &[]);
+    stream.write_all(b"world").unwrap();
+    rig.driver = rig.driver.restart(|device, _| device);
+    let mut came = [0; 5];
+    stream.read_exact(&mut came).unwrap();
+    assert_eq!(&came, b"hello");
+    rig.sockets();
+    let (header, data) = std::iter::from_fn(|| rig.receive()).find(|(header, _)| header.op == VsockOp::Data).unwrap();
+    assert_eq!((header.src_port, data.as_slice()), (PORT, b"world".as_slice()));
+    // And everything after that.
+    rig.send(guest(VsockOp::Data, 5), b"again", &[]);
+    stream.read_exact(&mut came).unwrap();
+    assert_eq!(&came, b"again");
+}
+
+#[test]
+fn connections_that_the_host_has_lost_are_reset_after_a_restore() {
+    let (mut rig, _stream) = Fixture::connected();
+    rig.driver = rig.driver.restart(|_, _| Vsock::new());
+    let (header, _) = rig.receive().expect("the guest learns of it at once");
+    assert_eq!((header.op, header.src_port, header.dst_port), (VsockOp::Reset, PORT, GUEST_PORT));
+    assert!(rig.receive().is_none());
+}
+
+#[test]
+fn states_with_too_many_connections_or_of_other_devices_are_refused() {
+    let mut driver = Driver::start(Vsock::new());
+    let ports = |n| PortPair { host: n, guest: n };
+    let many = VsockState { connections: (0..=MAX_CONNECTIONS as u32).map(ports).collect() };
+    for state in [DeviceState::Vsock(many), DeviceState::Stateless] {
+        let (device, io) = driver.parts();
+        device.stop(io);
+        assert_eq!(device.start(io, Some(&state)).unwrap_err().kind(), io::ErrorKind::InvalidData);
+    }
+}

@@ -202,7 +202,7 @@ fn error_actions_report_pause_or_stop() {
         driver.dispatch(0);
         assert_eq!(driver.receive(0), None);
         let (disk, io) = driver.parts();
-        disk.resumed(io);
+        disk.ready(io, EventSource::Resumed);
         assert_eq!(status(&mut driver), S_OK);
     }
     next(&[libc::EIO]);
@@ -293,9 +293,9 @@ fn stop_and_pause_wait_for_requests_in_flight() {
     driver.dispatch(0);
     assert_eq!(driver.receive(0), None);
     let (disk, io) = driver.parts();
-    assert!(!disk.pausing(io, Duration::from_millis(20)));
+    assert!(!disk.drain(io, Duration::from_millis(20), DrainCause::Pause));
     std::io::Write::write_all(&mut &far, &[3; 512]).unwrap();
-    assert!(disk.pausing(io, Duration::from_secs(20)));
+    assert!(disk.drain(io, Duration::from_secs(20), DrainCause::Pause));
     let (bytes, _) = driver.receive(0).unwrap();
     assert_eq!((bytes[0], bytes[511], bytes[512]), (3, 3, S_OK));
 
@@ -322,14 +322,14 @@ fn disk_on_a_shared_loop_hands_over_requests_in_flight() {
     driver.dispatch(0);
     let (disk, io) = driver.parts();
     let begin = Instant::now();
-    disk.stopping(io);
+    disk.stop(io);
     assert!(begin.elapsed() < Duration::from_secs(1), "no other disk of the loop waits");
     // It may have been quick enough.
     assert_eq!(disk.engine.io_queue.is_none(), io.unfinished_io.is_some());
     assert!(io.unfinished_io.take().is_none_or(|mut io_queue| io_queue.stop(Duration::from_secs(20))));
-    disk.started(io).unwrap();
+    disk.start(io, None).unwrap();
     assert!(disk.engine.io_queue.as_ref().is_some_and(|io_queue| !io_queue.busy()));
-    disk.stopping(io);
+    disk.stop(io);
 }
 
 #[test]
@@ -343,7 +343,7 @@ fn the_last_requests_are_served_whatever_their_limit() {
         }
         driver.dispatch(0);
         let (disk, io) = driver.parts();
-        disk.finishing(io, Duration::from_secs(20));
+        disk.drain(io, Duration::from_secs(20), DrainCause::End);
         let mut back = [0; 4096];
         file.read_exact_at(&mut back, 0).unwrap();
         assert!(back.iter().all(|b| *b == 9));

@@ -2,13 +2,15 @@
 
 use super::*;
 use crate::event_loop::Loop;
-use crate::memory::{GuestAddress, IoOperation};
-use crate::sys::RegisterPage;
+use crate::memory::{GuestAddress, IoOperation, IoQueue};
+use crate::virtio::queue::QueueConfig;
 use crate::virtio::rng::Rng;
-use crate::virtio::{EventSource, VirtioDevice};
+use crate::virtio::transport::{START_STOP_TIMEOUT, TransportState};
+use crate::virtio::{DeviceIo, DeviceState, EventSource, Slots, VirtioDevice};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::AtomicU32;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
 
 /// A transport with its device on a loop; the registers as a driver uses them.
 struct Fixture {
@@ -27,8 +29,9 @@ impl Fixture {
         let transport = MmioTransport::new(
             Rng.profile(),
             memory.clone(),
-            (devices.remote(), 0),
-            Interrupt::new(RegisterPage::alone().unwrap(), || ()),
+            LoopDevice { remote: devices.remote(), slot: 0 },
+            RegisterPage::alone().unwrap(),
+            IrqLine::new(|| ()),
         )
         .unwrap();
         Self { transport, memory, _devices: devices }
@@ -103,7 +106,7 @@ fn invalid_queue_configs_need_a_reset() {
     for size in [0, 3, 128, u32::MAX] {
         let (mut rig, told) = (Fixture::new(), Arc::new(AtomicU32::new(0)));
         let counter = told.clone();
-        rig.transport = rig.transport.on_needs_reset(move |why| {
+        rig.transport = rig.transport.on_needs_reset("rng", move |why| {
             assert!(why.starts_with("queue 0: "), "{why}");
             counter.fetch_add(1, Ordering::SeqCst);
         });
@@ -153,7 +156,7 @@ fn requests_are_served_while_a_driver_floods_the_device() {
 fn repeated_status_writes_are_reported_once() {
     let (mut rig, told) = (Fixture::new(), Arc::new(AtomicU32::new(0)));
     let counter = told.clone();
-    rig.transport = rig.transport.on_needs_reset(move |_| {
+    rig.transport = rig.transport.on_needs_reset("rng", move |_| {
         counter.fetch_add(1, Ordering::SeqCst);
     });
     rig.drive(1, 3);
@@ -226,16 +229,16 @@ fn features_are_accepted_before_features_ok_alone_and_words_beyond_the_second_ar
     assert_eq!(rig.get(0x70), 11);
     // Too late, and so it changes nothing.
     [(0x24, 0), (0x20, u32::MAX), (0x24, 1), (0x20, u32::MAX)].into_iter().for_each(|(at, value)| rig.set(at, value));
-    assert_eq!(rig.transport.driver_features, 1 << 32);
+    assert_eq!(rig.transport.core.driver_features, 1 << 32);
 }
 
 #[test]
 fn a_running_devices_queues_are_not_changed() {
     let mut rig = Fixture::new();
     rig.drive(1, 8);
-    let before = format!("{:?}", rig.transport.queues);
+    let before = format!("{:?}", rig.transport.core.queues);
     [(0x38, 16), (0x80, 0x9000), (0x94, 7), (0x44, 0)].into_iter().for_each(|(at, value)| rig.set(at, value));
-    assert_eq!(format!("{:?}", rig.transport.queues), before);
+    assert_eq!(format!("{:?}", rig.transport.core.queues), before);
     assert_eq!((rig.get(0x70), rig.get(0x44)), (15, 1));
 }
 
@@ -287,7 +290,7 @@ impl VirtioDevice for Reader {
         Rng.profile()
     }
 
-    fn started(&mut self, _: &mut DeviceIo) -> std::io::Result<()> {
+    fn start(&mut self, _: &mut DeviceIo, _: Option<&DeviceState>) -> std::io::Result<()> {
         let mut io_queue = IoQueue::new(4)?;
         let to = [self.memory.segment(GuestAddress(0x8_0000), 3).unwrap()];
         let read = IoOperation::Read { fd: self.socket.as_raw_fd(), offset: 0, to: &to };
@@ -299,8 +302,9 @@ impl VirtioDevice for Reader {
 
     fn ready(&mut self, _: &mut DeviceIo, _: EventSource) {}
 
-    fn stopping(&mut self, io: &mut DeviceIo) {
+    fn stop(&mut self, io: &mut DeviceIo) -> DeviceState {
         io.hand_over(self.io_queue.take().unwrap());
+        DeviceState::Stateless
     }
 }
 
@@ -316,8 +320,102 @@ fn reset_that_gave_up_keeps_what_is_in_flight_for_the_next_one() {
     drop(hang);
     // The loop has stopped the device by now, for a reset that waits no more.
     rig._devices.remote().with(|_| ()).unwrap();
-    assert!(rig.transport.unfinished_io().as_ref().is_some_and(|io_queue| io_queue.busy()));
+    assert!(rig.transport.core.unfinished_io().get().as_ref().is_some_and(|io_queue| io_queue.busy()));
     rig.set(0x70, 0);
-    assert!(rig.transport.unfinished_io().is_none());
+    assert!(rig.transport.core.unfinished_io().get().is_none());
     assert_eq!(rig.get(0x70), 0, "nothing is in flight any more");
+}
+
+/// The state of a device that runs, with one buffer in its queue.
+fn saved() -> (Fixture, TransportState) {
+    let mut rig = Fixture::new();
+    let descriptor = [0x5000u64.to_le_bytes().as_slice(), &16u32.to_le_bytes(), &[2, 0, 0, 0]].concat();
+    rig.memory.write(GuestAddress(0x1000), &descriptor).unwrap();
+    rig.memory.write(GuestAddress(0x2002), &[1, 0, 0, 0]).unwrap();
+    rig.drive(1, 8);
+    assert_eq!(rig.transport.save().unwrap_err().kind(), crate::ErrorKind::InvalidState, "the device runs");
+    assert!(rig._devices.remote().with(|slots| slots.pause(Duration::from_secs(10))).unwrap());
+    let state = rig.transport.save().unwrap();
+    (rig, state)
+}
+
+#[test]
+fn a_paused_device_goes_on_here_and_from_its_state_elsewhere() {
+    let (mut rig, state) = saved();
+    let used = |memory: &GuestMemory| {
+        let mut used = [0; 2];
+        memory.read(GuestAddress(0x3002), &mut used).unwrap();
+        u16::from_le_bytes(used)
+    };
+    assert_eq!((state.status, state.pending_interrupts, state.queues[0].size), (15, 1, 8));
+    let device = state.device.as_ref().unwrap();
+    assert_eq!((device.positions[0].next_available, device.positions[0].next_used), (1, 1));
+    // A second buffer, for a kick that comes while it is paused.
+    rig.memory.write(GuestAddress(0x2002), &[2, 0, 0, 0]).unwrap();
+    rig.set(0x50, 0);
+    rig._devices.remote().with(|_| ()).unwrap();
+    assert_eq!(used(&rig.memory), 1, "guest memory stands still");
+    let mut other = Fixture::of(Box::new(Rng), rig.memory.clone());
+    other.transport.restore(&state).unwrap();
+    assert_eq!((used(&rig.memory), other.get(0x70), other.get(0x60)), (2, 15, 1));
+    other.set(0x70, 0);
+    assert_eq!(other.get(0x70), 0);
+    // The first has its own positions, and meets the same buffer.
+    rig.memory.write(GuestAddress(0x3002), &[1, 0]).unwrap();
+    rig._devices.remote().with(Slots::resume).unwrap();
+    assert_eq!((used(&rig.memory), rig.get(0x70)), (2, 15));
+}
+
+#[test]
+fn states_that_make_no_sense_are_refused() {
+    let (rig, good) = saved();
+    let broken: [fn(&mut TransportState); 11] = [
+        |it| it.queues.clear(),
+        |it| it.queues.push(QueueConfig::default()),
+        |it| it.queues[0].size = 3,
+        |it| it.queues[0].used = u64::MAX - 3,
+        |it| it.driver_features = u64::MAX,
+        |it| it.device = None,
+        |it| it.status = 11,
+        |it| it.device.as_mut().unwrap().positions.clear(),
+        |it| it.device.as_mut().unwrap().positions[0].next_available = 9,
+        |it| it.device.as_mut().unwrap().positions[0].in_flight = vec![0],
+        |it| {
+            let positions = &mut it.device.as_mut().unwrap().positions[0];
+            (positions.next_available, positions.in_flight) = (2, vec![8]);
+        },
+    ];
+    for (n, break_it) in broken.into_iter().enumerate() {
+        let mut state = good.clone();
+        break_it(&mut state);
+        let mut other = Fixture::of(Box::new(Rng), rig.memory.clone());
+        assert_eq!(other.transport.restore(&state).unwrap_err().kind(), crate::ErrorKind::Corrupt, "{n}");
+        other.set(0x70, 0);
+        assert_eq!(other.get(0x70), 0, "{n}: a reset makes it a device like any other");
+    }
+}
+
+#[test]
+fn interrupts_are_raised_once_until_acknowledged() {
+    let edges = Arc::new(AtomicU32::new(0));
+    let (counted, page) = (edges.clone(), RegisterPage::alone().unwrap());
+    let line = IrqLine::new(move || _ = counted.fetch_add(1, Ordering::Relaxed));
+    let registers = MmioRegisters { page, line };
+    let interrupt = Interrupt::new(registers.clone());
+    // All queues share the line.
+    interrupt.signal_used(0);
+    interrupt.signal_used(1);
+    interrupt.signal_config();
+    assert_eq!((registers.pending(), interrupt.raised(), edges.load(Ordering::Relaxed)), (3, 2, 2));
+    registers.acknowledge(1);
+    assert_eq!(registers.pending(), 2);
+    interrupt.signal_used(0);
+    assert_eq!((registers.pending(), edges.load(Ordering::Relaxed)), (3, 3));
+    interrupt.signal_needs_reset();
+    assert!(interrupt.needs_reset());
+    interrupt.reset();
+    assert_eq!((registers.pending(), interrupt.needs_reset()), (0, false));
+    // What a restored device has pending is raised again.
+    interrupt.set_pending(0xff);
+    assert_eq!((registers.pending(), edges.load(Ordering::Relaxed)), (3, 4));
 }
