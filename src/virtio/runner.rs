@@ -114,7 +114,9 @@ impl Slots {
             return false;
         };
         if let Err(error) = io.watch_kicks().and_then(|()| it.device.start(&mut io, state)) {
-            io.unwatch_kicks();
+            // What it watches already would be in the way of the next start.
+            it.stop(&mut io);
+            it.device.reset();
             self.refuse(slot, io, &error.to_string());
             return false;
         }
@@ -157,7 +159,7 @@ impl Slots {
     /// most.
     pub(crate) fn finish(&mut self, timeout: Duration) {
         let deadline = Instant::now() + timeout;
-        self.resume();
+        (0..self.slots.len()).for_each(|slot| self.unpause(slot));
         for slot in 0..self.slots.len() {
             let queues = self.call(slot, |_, io| io.queues.len()).unwrap_or(0);
             for queue in 0..queues {
@@ -186,6 +188,8 @@ impl Slots {
                     DevicePhase::Running(mut io) => {
                         let state = it.stop(&mut io);
                         let positions = io.queues.iter().map(Queue::positions).collect();
+                        // Calls of the embedder take nothing from queues meanwhile, so that guest memory stands still.
+                        io.turn.end();
                         DevicePhase::Paused(io, StoppedDevice { positions, state })
                     }
                     other => other,
@@ -198,23 +202,29 @@ impl Slots {
     /// Lets devices go on after a pause, or after a fault that the embedder has seen to.
     pub(crate) fn resume(&mut self) {
         for slot in 0..self.slots.len() {
-            let Some(it) = self.slots.get_mut(slot) else { continue };
-            match std::mem::replace(&mut it.phase, DevicePhase::Idle) {
-                DevicePhase::Paused(mut io, stopped) => match io.queues.drain(..).map(Queue::restarted).collect() {
-                    Ok(queues) => {
-                        io.queues = queues;
-                        self.run(slot, io, Some(&stopped.state));
-                    }
-                    Err(error) => {
-                        let error: QueueError = error;
-                        debug_assert!(false, "device {slot} has lost a chain: {error}");
-                        self.refuse(slot, io, &error.to_string());
-                    }
-                },
-                other => {
-                    it.phase = other;
-                    self.call(slot, |device, io| device.ready(io, EventSource::Resumed));
-                }
+            self.unpause(slot);
+            self.call(slot, |device, io| device.ready(io, EventSource::Resumed));
+        }
+    }
+
+    fn unpause(&mut self, slot: usize) {
+        let Some(it) = self.slots.get_mut(slot) else { return };
+        let (mut io, stopped) = match std::mem::replace(&mut it.phase, DevicePhase::Idle) {
+            DevicePhase::Paused(io, stopped) => (io, stopped),
+            other => {
+                it.phase = other;
+                return;
+            }
+        };
+        let queues: std::result::Result<_, QueueError> = io.queues.drain(..).map(Queue::restarted).collect();
+        match queues {
+            Ok(queues) => {
+                io.queues = queues;
+                self.run(slot, io, Some(&stopped.state));
+            }
+            Err(error) => {
+                debug_assert!(false, "device {slot} has lost a chain: {error}");
+                self.refuse(slot, io, &error.to_string());
             }
         }
     }
@@ -348,12 +358,15 @@ impl<D: VirtioDevice> DeviceHandle<D> {
         let slot = self.slot;
         let answer = self.remote.with(move |slots| {
             let DeviceSlot { device, phase } = slots.slots.get_mut(slot)?;
-            let mut io = match phase {
-                DevicePhase::Running(io) | DevicePhase::Paused(io, _) => Some(io),
+            let io = match phase {
+                DevicePhase::Running(io) => {
+                    // What is asked for is a turn of its own.
+                    io.begin_turn();
+                    Some(io)
+                }
+                DevicePhase::Paused(io, _) => Some(io),
                 DevicePhase::Idle | DevicePhase::Refused(_) => None,
             };
-            // What is asked for is a turn of its own.
-            io.iter_mut().for_each(|io| io.begin_turn());
             (&mut **device as &mut dyn Any).downcast_mut::<D>().map(|device| f(device, io))
         })?;
         answer.ok_or_else(|| Error::new(ErrorKind::InvalidState, format!("device {slot} is of another type")))

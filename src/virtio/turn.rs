@@ -69,6 +69,11 @@ impl Turn {
         self.spent = 0;
     }
 
+    /// Ends the turn before its time: nothing more is taken from a queue.
+    pub(super) fn end(&mut self) {
+        self.spent = MAX_TURN;
+    }
+
     /// Charges work that is done or about to be done.
     #[inline]
     pub(super) fn charge(&mut self, work: Work) {

@@ -1,16 +1,18 @@
 //! Pausing and going on.
 
-use std::io::Write;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use cofferdam::event::{DeviceId, EventKind, PauseCause};
+use cofferdam::net::{NetLimit, Policy, PortForward};
 use cofferdam::process::Stdio;
 use cofferdam::stats::Stats;
-use cofferdam::{ErrorKind, Exit};
+use cofferdam::{ErrorKind, Exit, Net};
 
-use crate::fixture::{Outcome, Printed, TEST_TIMEOUT, container, guest};
+use crate::fixture::{Outcome, Printed, TEST_TIMEOUT, container, debian_container, guest};
 use crate::{check, check_eq};
 
 const MOMENT: Duration = Duration::from_millis(200);
@@ -48,6 +50,48 @@ pub fn paused_guest_makes_no_progress_until_resumed() -> Outcome {
     vm.wait();
     check_eq!(vm.pause().map_err(|e| e.kind()), Err(ErrorKind::InvalidState));
     check_eq!(vm.resume().map_err(|e| e.kind()), Err(ErrorKind::InvalidState));
+    Ok(())
+}
+
+/// A program talks to the host's end of a published port, all the while.
+pub fn devices_of_a_paused_vm_take_calls_and_go_on() -> Outcome {
+    let net = Net::user(Policy::deny_all()).publish(PortForward::tcp(([127, 0, 0, 1], 0), 7000));
+    let container = debian_container().net(net).start()?;
+    let (vm, net) = (container.vm(), container.net(0)?);
+    let script = "my $l = IO::Socket::IP->new(LocalHost => '0.0.0.0', LocalPort => 7000, Listen => 5) or die;
+        $| = 1; print 'ready'; my $c = $l->accept; while (<$c>) { syswrite $c, $_ }";
+    let mut echo = container.exec(["perl", "-MIO::Socket::IP", "-e", script]).stdout(Stdio::piped()).spawn()?;
+    echo.stdout.as_mut().ok_or("no output")?.read_exact(&mut [0; 5])?;
+    let mut caller = TcpStream::connect(*net.published().first().ok_or("a port was published")?)?;
+    caller.set_read_timeout(Some(TEST_TIMEOUT))?;
+    let mut answers = BufReader::new(caller.try_clone()?);
+    for round in 0..20 {
+        let mut line = String::new();
+        writeln!(caller, "before {round}")?;
+        vm.pause()?;
+        // Each of these looks at the device, and what the guest has put into its queues.
+        net.set_policy(Policy::deny_all())?;
+        net.set_limit(NetLimit::none())?;
+        net.set_link(true)?;
+        check!(net.stats()?.malformed == 0);
+        writeln!(caller, "while {round}")?;
+        vm.resume()?;
+        for when in ["before", "while"] {
+            line.clear();
+            answers.read_line(&mut line)?;
+            check_eq!(line, format!("{when} {round}\n"));
+        }
+    }
+    // What was asked for while it was paused is done.
+    vm.pause()?;
+    let asking = thread::spawn({
+        let container = container.clone();
+        move || container.exec(["echo", "on"]).timeout(TEST_TIMEOUT).output()
+    });
+    thread::sleep(MOMENT);
+    vm.resume()?;
+    check_eq!(asking.join().map_err(|_| "the caller panicked")??.stdout, b"on\n");
+    check!(vm.stats().devices.iter().all(|it| it.driver_errors == 0), "{:?}", vm.stats());
     Ok(())
 }
 

@@ -135,7 +135,7 @@ tests! {
         panic_is_reported_with_panic_0 missing_modules_are_named modules_of_another_kernel_are_rejected
         full_debian_system_boots_to_login_and_powers_off;
     lifecycle: paused_guest_makes_no_progress_until_resumed repeated_pauses_lose_no_data clocks_advance_while_paused
-        paused_guest_can_be_killed pause_and_kill_race_from_many_threads events_report_the_whole_lifecycle
+        devices_of_a_paused_vm_take_calls_and_go_on paused_guest_can_be_killed pause_and_kill_race_from_many_threads events_report_the_whole_lifecycle
         stats_grow_with_guest_activity;
     many_vms: ten_vms_run_in_one_process sequential_vms_leak_nothing sequential_containers_leak_nothing
         concurrent_vms_all_run vms_start_and_end_from_many_threads two_kernels_run_side_by_side;

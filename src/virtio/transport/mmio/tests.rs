@@ -419,3 +419,54 @@ fn interrupts_are_raised_once_until_acknowledged() {
     interrupt.set_pending(0xff);
     assert_eq!((registers.pending(), edges.load(Ordering::Relaxed)), (3, 4));
 }
+
+/// A device that fails to start at its first try, when it watches a descriptor already.
+struct Stumbling {
+    socket: UnixStream,
+    tries: u32,
+}
+
+impl VirtioDevice for Stumbling {
+    fn profile(&self) -> Profile {
+        Rng.profile()
+    }
+
+    fn start(&mut self, io: &mut DeviceIo, _: Option<&DeviceState>) -> std::io::Result<()> {
+        io.watch(std::os::fd::AsFd::as_fd(&self.socket), 0, crate::event_loop::Interest::IN)?;
+        self.tries += 1;
+        if self.tries == 1 { Err(std::io::ErrorKind::OutOfMemory.into()) } else { Ok(()) }
+    }
+
+    fn ready(&mut self, _: &mut DeviceIo, _: EventSource) {}
+
+    fn stop(&mut self, io: &mut DeviceIo) -> DeviceState {
+        io.unwatch(std::os::fd::AsFd::as_fd(&self.socket));
+        DeviceState::Stateless
+    }
+}
+
+#[test]
+fn a_device_whose_start_failed_halfway_starts_after_a_reset() {
+    let memory = GuestMemory::anonymous(&[(GuestAddress(0), 1 << 20)]).unwrap();
+    let (socket, _peer) = UnixStream::pair().unwrap();
+    let mut rig = Fixture::of(Box::new(Stumbling { socket, tries: 0 }), memory);
+    rig.drive(1, 8);
+    assert_eq!(rig.get(0x70), 11 | 64);
+    rig.set(0x70, 0);
+    rig.drive(1, 8);
+    assert_eq!(rig.get(0x70), 15);
+}
+
+#[test]
+fn calls_to_a_paused_device_take_nothing_from_its_queues() {
+    use crate::virtio::DeviceHandle;
+    let (mut rig, _) = saved();
+    rig.memory.write(GuestAddress(0x2002), &[2, 0, 0, 0]).unwrap();
+    let device = DeviceHandle::<Rng>::new(rig._devices.remote(), 0);
+    let popped = device.with(|_, io| io.is_some_and(|io| io.pop(0).is_some() || io.rearm(0))).unwrap();
+    assert!(!popped);
+    rig._devices.remote().with(Slots::resume).unwrap();
+    let mut used = [0; 2];
+    rig.memory.read(GuestAddress(0x3002), &mut used).unwrap();
+    assert_eq!((used, rig.get(0x70)), ([2, 0], 15), "it goes on with what came meanwhile");
+}
