@@ -199,6 +199,15 @@ impl<D: VirtioDevice> Driver<D> {
         at
     }
 
+    /// Writes a chain into these places of a table.
+    fn write_chain(&self, table: u64, places: &[u16], pieces: &[(u64, u32, u16)]) {
+        for (i, ((addr, len, flags), n)) in pieces.iter().zip(places).enumerate() {
+            let next = places.get(i + 1);
+            let flags = flags | next.map_or(0, |_| NEXT);
+            self.write_descriptor(table, *n, *addr, *len, flags, next.copied().unwrap_or(0));
+        }
+    }
+
     fn write_descriptor(&self, table: u64, n: u16, addr: u64, len: u32, flags: u16, next: u16) {
         let mut bytes = Vec::with_capacity(16);
         bytes.extend_from_slice(&addr.to_le_bytes());
@@ -233,18 +242,12 @@ impl<D: VirtioDevice> Driver<D> {
         }
         let taken: Vec<u16> = (0..needed).map(|_| ring.free.pop().unwrap()).collect();
         let (head, base) = (*taken.first().unwrap(), ring.base);
-        let (places, base): (Vec<u16>, u64) = match table {
-            true => ((0..pieces.len() as u16).collect(), self.buffer(16 * pieces.len())),
-            false => (taken.clone(), base),
-        };
-        for (i, ((addr, len, flags), n)) in pieces.iter().zip(&places).enumerate() {
-            let next = places.get(i + 1);
-            let flags = flags | next.map_or(0, |_| NEXT);
-            self.write_descriptor(base, *n, *addr, *len, flags, next.copied().unwrap_or(0));
-        }
         if table {
-            let ring_base = self.rings.get(queue).unwrap().base;
-            self.write_descriptor(ring_base, head, base, 16 * pieces.len() as u32, INDIRECT, 0);
+            let (at, places) = (self.buffer(16 * pieces.len()), (0..pieces.len() as u16).collect::<Vec<_>>());
+            self.write_chain(at, &places, pieces);
+            self.write_descriptor(base, head, at, 16 * pieces.len() as u32, INDIRECT, 0);
+        } else {
+            self.write_chain(base, &taken, pieces);
         }
         let writable = pieces.iter().filter(|p| p.2 & WRITE != 0).map(|p| (p.0, p.1 as usize)).collect();
         let memory = self.memory.clone();
