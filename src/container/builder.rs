@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::agent::Agent;
+use super::control::Agent;
 use super::{CancelToken, Container, Image, RunningContainer, WritableLayer, shim};
 use crate::boot::{Kernel, Need, Packed};
 use crate::error::{Context, Error, Result};

@@ -4,17 +4,16 @@ use std::ffi::{CString, OsString};
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStringExt;
-use std::sync::{Arc, mpsc};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::agent::{ControlClient, KILL_MARGIN, START_TIMEOUT};
+use super::control::{StartRequest, start_program};
 use super::process::{ExitStatus, Output, OutputLimit, Process, ProcessReader, ProcessShared, ProcessWriter};
 use super::redirect::SharedFile;
 use super::stdio::{Cookie, STREAM_TIMEOUT, accept, refused};
 use super::{Container, redirect};
-use crate::error::{Context, Error, ErrorKind, Result};
-use crate::event_loop::REQUEST_TIMEOUT;
-use crate::proto::{self, Spawn, StringBuf};
+use crate::error::{Context, Error, Result};
+use crate::proto::StringBuf;
 use crate::size::Size;
 use crate::sys::deadline;
 use crate::virtio::vsock::{VsockListener, VsockStream};
@@ -277,33 +276,15 @@ impl Exec {
         let connected = stdio.each_ref().map(|it| !matches!(it, StdioKind::Null));
         let (vm, agent) = (self.container.vm(), self.container.agent());
         let remote = agent.remote();
-        let new_ports = move |client: &mut ControlClient| connected.map(|it| it.then(|| client.new_port()));
-        let ports = remote.with(new_ports)?;
+        let ports = connected.map(|it| it.then(|| agent.new_port()));
         let mut listeners: [Option<VsockListener>; 3] = [None, None, None];
         for (listener, port) in listeners.iter_mut().zip(ports) {
             *listener = port.map(|port| vm.listen_vsock(port)).transpose()?;
         }
         let cookie = Cookie::new(agent.version())?;
-        let sent = cookie.as_bytes().to_vec();
-        let (started, answer) = mpsc::sync_channel(1);
-        let its_state = state.clone();
-        let ask = move |client: &mut ControlClient| {
-            let stdio = ports.map(|port| port.map_or(proto::Stdio::Null, proto::Stdio::Port));
-            let (argv, env, cwd) = (argv.as_strings(), env.as_strings(), cwd.as_deref());
-            let spawn = Spawn { argv, env, cwd, stdio, cookie: &sent };
-            client.spawn(&spawn, its_state, deadline, started)
-        };
-        let number = remote.with(ask)?;
-        // The agent answers by then, whatever the guest does.
-        match answer.recv_timeout(START_TIMEOUT + KILL_MARGIN + REQUEST_TIMEOUT) {
-            Ok(outcome) => outcome.map_err(|error| refused(&listeners).unwrap_or(error))?,
-            Err(mpsc::RecvTimeoutError::Timeout) => {
-                return Err(Error::new(ErrorKind::TimedOut, "the host was too busy to start it"));
-            }
-            Err(mpsc::RecvTimeoutError::Disconnected) => {
-                return Err(Error::new(ErrorKind::InvalidState, "the container has ended"));
-            }
-        }
+        let (sent, its_state) = (cookie.as_bytes().to_vec(), state.clone());
+        let request = StartRequest { argv, env, cwd, ports, cookie: sent, deadline, state: its_state };
+        let number = start_program(&remote, request, None).map_err(|error| refused(&listeners).unwrap_or(error))?;
         let until = Instant::now() + STREAM_TIMEOUT;
         let accept = |it: Option<VsockListener>| it.map(|it| accept(&it, &cookie, &state, until)).transpose();
         let limit = self.file_limit.then_some(self.limit);

@@ -1,12 +1,10 @@
 //! The container layer: runs [`Process`]es in a [`Container`] made of an [`Image`].
 
-mod agent;
 mod builder;
 mod cancel;
-mod connect;
+mod control;
 mod exec;
 mod ext4;
-mod handshake;
 mod image;
 mod layer;
 mod process;
@@ -19,10 +17,10 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-#[cfg(any(test, feature = "internals"))]
-pub(crate) use agent::control_stream;
 pub use builder::ContainerBuilder;
 pub use cancel::CancelToken;
+#[cfg(any(test, feature = "internals"))]
+pub(crate) use control::control_stream;
 pub use exec::{Exec, Stdio};
 #[cfg(any(test, feature = "internals"))]
 pub(crate) use image::image_tar;
@@ -37,7 +35,7 @@ use crate::vm::disk::DiskHandle;
 use crate::vm::events::Events;
 use crate::vm::net::NetHandle;
 use crate::vm::{Exit, ExitReport, MemoryStats, Stats, Timeline, Vm, no_such};
-use agent::Agent;
+use control::Agent;
 
 /// How much longer than its grace a shutdown may take before it is cut short.
 const SHUTDOWN_MARGIN: Duration = Duration::from_secs(2);
@@ -92,7 +90,7 @@ impl Container {
     /// - `TimedOut` when the service or the guest does not answer.
     /// - `InvalidState` when the container has ended.
     pub fn connect(&self, port: u16) -> Result<VsockStream> {
-        connect::connect(self.vm(), self.agent().version(), port)
+        control::connect(self.vm(), self.agent().version(), port)
     }
 
     /// Ends the container in good order.

@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::agent::{ControlClient, KILL_MARGIN};
+use super::control::{ControlClient, KILL_MARGIN};
 use super::redirect::Redirect;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::event_loop::Remote;

@@ -18,8 +18,8 @@ use std::time::{Duration, Instant};
 use self::mailbox::{Closed, Mailbox, Wake};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::sys::{
-    ControlOperation, Epoll, EpollEvent, EventFd, EventSet, ProcessGeneration, STACK, borrow, eventfd, leak, left,
-    spawn, wait_readable,
+    ControlOperation, Epoll, EpollEvent, EventFd, EventSet, ProcessGeneration, STACK, borrow, deadline, eventfd, leak,
+    left, spawn, wait_readable,
 };
 
 pub(crate) use crate::sys::EventSet as Interest;
@@ -82,6 +82,12 @@ thread_local! {
     static OWN_LOOP: Cell<usize> = const { Cell::new(0) };
 }
 
+#[cfg(test)]
+thread_local! {
+    /// Requests to loops for whose answers this thread has waited.
+    pub(crate) static ROUND_TRIPS: Cell<usize> = const { Cell::new(0) };
+}
+
 /// A way to reach the value from other threads. Cheap to clone; outliving the loop is harmless.
 pub(crate) struct Remote<S>(Arc<Mailbox<S, EventFd>>);
 
@@ -94,6 +100,38 @@ impl<S> Clone for Remote<S> {
 impl<S> fmt::Debug for Remote<S> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Remote")
+    }
+}
+
+/// Where the answer to one request goes. Dropping it gives the asker an error.
+pub(crate) struct Reply<R> {
+    answer: mpsc::SyncSender<R>,
+    deadline: Option<Instant>,
+}
+
+impl<R> Reply<R> {
+    /// Answers. False when the asker has given up. Never waits.
+    pub(crate) fn send(self, answer: R) -> bool {
+        // There is one answer, and a place for it.
+        self.answer.try_send(answer).is_ok()
+    }
+
+    /// Until when the asker waits; `None` for ever.
+    pub(crate) fn deadline(&self) -> Option<Instant> {
+        self.deadline
+    }
+
+    /// A reply, and where its answer arrives.
+    #[cfg(any(test, feature = "internals"))]
+    pub(crate) fn detached(limit: Duration) -> (Self, mpsc::Receiver<R>) {
+        let (answer, wait) = mpsc::sync_channel(1);
+        (Self { answer, deadline: deadline(limit) }, wait)
+    }
+}
+
+impl<R> fmt::Debug for Reply<R> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Reply")
     }
 }
 
@@ -116,8 +154,28 @@ impl<S: Handler> Remote<S> {
         limit: Duration,
         f: impl FnOnce(&mut S) -> R + Send + 'static,
     ) -> Result<R> {
+        self.with_reply(limit, move |s, reply| {
+            // The asker may be gone; the answer is dropped then.
+            let _ = reply.send(f(s));
+        })
+    }
+
+    /// As [`Remote::with_timeout`], but `f` may answer later than it returns: it is given where the answer goes.
+    ///
+    /// # Errors
+    /// As [`Remote::with_timeout`]. `InvalidState` also when the [`Reply`] is dropped without an answer.
+    pub(crate) fn with_reply<R: Send + 'static>(
+        &self,
+        limit: Duration,
+        f: impl FnOnce(&mut S, Reply<R>) + Send + 'static,
+    ) -> Result<R> {
         self.check_thread()?;
-        answered(&self.ask(f)?, limit)
+        #[cfg(test)]
+        ROUND_TRIPS.set(ROUND_TRIPS.get() + 1);
+        let (answer, wait) = mpsc::sync_channel(1);
+        let reply = Reply { answer, deadline: deadline(limit) };
+        self.post(move |s| f(s, reply))?;
+        answered(&wait, limit)
     }
 
     /// # Errors
@@ -130,15 +188,6 @@ impl<S: Handler> Remote<S> {
             )),
             false => Ok(()),
         }
-    }
-
-    fn ask<R: Send + 'static>(&self, f: impl FnOnce(&mut S) -> R + Send + 'static) -> Result<mpsc::Receiver<R>> {
-        let (answer, wait) = mpsc::sync_channel(1);
-        self.post(move |s| {
-            // The asker may be gone; the answer is dropped then.
-            let _ = answer.send(f(s));
-        })?;
-        Ok(wait)
     }
 
     /// Runs `f` on the owner some time soon.
@@ -435,6 +484,55 @@ mod tests {
         drop(it);
         assert_eq!(remote.with(|_| ()).unwrap_err().kind(), ErrorKind::InvalidState);
         drop(hang);
+    }
+
+    #[test]
+    fn requests_on_the_loops_own_thread_fail_at_once() {
+        let (it, other) = (counter(), counter());
+        let (own, others) = (it.remote(), other.remote());
+        let begin = Instant::now();
+        let (kinds, seen) = it
+            .remote()
+            .with(move |_| {
+                let (reply, limit) = (|_: &mut Counter, _: Reply<()>| {}, Duration::from_secs(10));
+                let outcomes = [own.with(|_| ()), own.with_reply(limit, reply), own.suspend(limit)];
+                // Another loop can be asked, and its own can be given work.
+                own.post(|c| c.seen += 1).unwrap();
+                (outcomes.map(|it| it.unwrap_err().kind()), others.with(|c| c.seen).unwrap())
+            })
+            .unwrap();
+        assert!(begin.elapsed() < Duration::from_secs(5), "{:?}", begin.elapsed());
+        assert_eq!((kinds, seen), ([ErrorKind::InvalidState; 3], 0));
+        assert_eq!(it.remote().with(|c| c.seen).unwrap(), 1, "and the loop goes on");
+    }
+
+    #[test]
+    fn answers_that_come_later_than_the_closure_are_waited_for() {
+        /// Keeps what asks until a descriptor is ready.
+        struct Later(EventFd, Option<Reply<u32>>);
+        impl Handler for Later {
+            fn ready(&mut self, _: u64, _: EventSet) {
+                let _ = self.0.read();
+                assert!(self.1.take().unwrap().send(5));
+            }
+        }
+        let it = Loop::start("later", |sources| {
+            let kick = eventfd().unwrap();
+            sources.watch(borrow(&kick), 7, Interest::IN).unwrap();
+            Later(kick, None)
+        })
+        .unwrap();
+        let answered = it.remote().with_reply(REQUEST_TIMEOUT, |later, reply| {
+            later.1 = Some(reply);
+            later.0.write(1).unwrap();
+        });
+        assert_eq!(answered.unwrap(), 5);
+        // One that is dropped is an error, and one that comes too late has no receiver.
+        let dropped = it.remote().with_reply(REQUEST_TIMEOUT, |_, reply: Reply<()>| drop(reply));
+        assert_eq!(dropped.unwrap_err().kind(), ErrorKind::InvalidState);
+        let late = it.remote().with_reply(Duration::from_millis(1), |later, reply| later.1 = Some(reply));
+        assert_eq!(late.unwrap_err().kind(), ErrorKind::TimedOut);
+        assert!(!it.remote().with(|later| later.1.take().unwrap().send(1)).unwrap());
     }
 
     #[test]

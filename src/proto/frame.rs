@@ -48,6 +48,11 @@ impl Decoder {
 
     /// Takes bytes from the front of `input` up to the end of one frame. `None`: all of `input` was taken, and the frame is not yet whole.
     pub(crate) fn next<'a>(&'a mut self, input: &mut &[u8]) -> Result<Option<MessageFrame<'a>>, FrameError> {
+        Ok(if self.advance(input)? { self.frame() } else { None })
+    }
+
+    /// As [`Decoder::next`], but only says whether the frame is whole: [`Decoder::frame`] returns it then.
+    pub(crate) fn advance(&mut self, input: &mut &[u8]) -> Result<bool, FrameError> {
         if let Some(error) = self.failed {
             return Err(error);
         }
@@ -60,13 +65,14 @@ impl Decoder {
             self.failed = Some(error);
             return Err(error);
         }
-        if !self.complete {
-            return Ok(None);
-        }
-        Ok(self.buffer.split_first_chunk::<HEADER_SIZE>().map(|(header, payload)| {
-            let [_, stream, kind] = words(*header);
-            MessageFrame { stream, kind, payload }
-        }))
+        Ok(self.complete)
+    }
+
+    /// The frame that is whole, until the next call.
+    pub(crate) fn frame(&self) -> Option<MessageFrame<'_>> {
+        let (header, payload) = self.buffer.split_first_chunk::<HEADER_SIZE>().filter(|_| self.complete)?;
+        let [_, stream, kind] = words(*header);
+        Some(MessageFrame { stream, kind, payload })
     }
 
     /// Whether a frame has begun and not ended: the end of the stream here cuts it off.
@@ -81,6 +87,11 @@ impl Decoder {
         let have = if self.complete { 0 } else { self.buffer.len() };
         let whole = self.buffer.first_chunk().filter(|_| have > 0).map_or(HEADER_SIZE, |h| HEADER_SIZE + payload(h));
         whole.saturating_sub(have)
+    }
+
+    /// How many bytes are kept.
+    pub(crate) fn kept(&self) -> usize {
+        self.buffer.len()
     }
 
     fn fill(&mut self, input: &mut &[u8]) -> Result<(), FrameError> {

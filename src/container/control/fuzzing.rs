@@ -2,11 +2,23 @@
 //!
 //! The shim sends any messages in any order, at any time, while programs are asked for.
 
+use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
+use std::sync::{Arc, mpsc};
+use std::time::{Duration, Instant};
 
-use super::*;
-use crate::container::handshake;
-use crate::proto::{Stage, Stdio, StringBuf, Strings};
+use super::client::{ControlClient, STREAM, TIMER, VM_ENDED};
+use super::outbox::MAX_UNSENT;
+use super::session::Session;
+use super::stream::{ControlStream, READ_SIZE, ReadExtent};
+use super::{KILL_MARGIN, SPAWN_TIMEOUT, START_TIMEOUT, StartRequest, handshake};
+use crate::container::process::ProcessShared;
+use crate::error::{Error, Result};
+use crate::event_loop::{Handler, Interest, Reply};
+use crate::proto::{End, FROM_GUEST_MAX, FromGuest, HEADER_SIZE, SpawnStep, Stage, StringBuf};
+use crate::sys::Timer;
+use crate::virtio::vsock::VsockStream;
+use crate::vm::WeakVm;
 
 /// Programs that are asked for at once, at most.
 const PROGRAMS: usize = 16;
@@ -40,18 +52,44 @@ impl Script<'_> {
 }
 
 /// A waiter for a program, and one for its start.
-type PendingStart = (Arc<ProcessShared>, mpsc::Receiver<Result<()>>);
+type PendingStart = (Arc<ProcessShared>, mpsc::Receiver<Result<u32>>);
 
 fn ask(client: &mut ControlClient, script: &mut Script<'_>) -> Result<PendingStart> {
-    let state = ProcessShared::new()?;
-    let (started, answer) = mpsc::sync_channel(1);
-    let mut argv = StringBuf::new();
-    argv.push(b"program").map_err(|e| protocol_error(&e))?;
-    let (env, stdio) = (Strings::default(), [Stdio::Null; 3]);
-    let spawn = Spawn { argv: argv.as_strings(), env, cwd: None, stdio, cookie: &[] };
-    let timeout = Some(script.next()).filter(|it| *it > 0).map(|it| Instant::now() + Duration::from_secs(it.into()));
-    client.spawn(&spawn, state.clone(), timeout, started);
+    let timeout = Some(script.next()).filter(|it| *it > 0).map(|it| Duration::from_secs(it.into()));
+    // A caller that has as good as given up is one that this starts no program for.
+    let limit = match script.next() % 8 {
+        0 => KILL_MARGIN,
+        _ => SPAWN_TIMEOUT,
+    };
+    let (request, state) = program(timeout)?;
+    let (reply, answer) = Reply::detached(limit);
+    client.start(&request, reply);
     Ok((state, answer))
+}
+
+/// A program without streams, whose time is over after `timeout`.
+pub(super) fn program(timeout: Option<Duration>) -> Result<(StartRequest, Arc<ProcessShared>)> {
+    let state = ProcessShared::new()?;
+    let mut argv = StringBuf::new();
+    argv.push(b"program").map_err(|_| Error::invalid("exec", "a NUL"))?;
+    let deadline = timeout.and_then(crate::sys::deadline);
+    let request = StartRequest {
+        argv,
+        env: StringBuf::new(),
+        cwd: None,
+        ports: [None; 3],
+        cookie: Vec::new(),
+        deadline,
+        state: state.clone(),
+    };
+    Ok((request, state))
+}
+
+/// The agent's part of a conversation after the handshake, and the shim's end of its stream.
+pub(super) fn conversation() -> Result<(ControlClient, UnixStream)> {
+    let (near, far, _tail) = VsockStream::pair()?;
+    let stream = ControlStream::new(near, ReadExtent::Ahead)?;
+    Ok((ControlClient::new(stream, Timer::new()?, WeakVm::dangling())?, far))
 }
 
 /// Plays the script against the agent. Whatever it says: every turn ends, nothing grows without bound, and in the end
@@ -63,14 +101,9 @@ pub(crate) fn control_stream(data: &[u8]) {
 }
 
 fn play(data: &[u8]) -> Result<()> {
-    let (stream, mut shim, _tail) = VsockStream::pair()?;
-    stream.set_nonblocking(true)?;
-    shim.set_nonblocking(true)?;
-    greeted(data, &stream, &shim);
-    let (stream, theirs, _tail) = VsockStream::pair()?;
-    stream.set_nonblocking(true)?;
-    shim = theirs;
-    let mut client = ControlClient::new(stream, Decoder::new(FROM_GUEST_MAX), Timer::new()?, WeakVm::dangling());
+    let (near, far, _tail) = VsockStream::pair()?;
+    greeted(data, &near, &far);
+    let (mut client, shim) = conversation()?;
     let (mut script, mut waiting) = (Script(data.iter()), Vec::<PendingStart>::new());
     while script.0.len() > 0 {
         match script.next() % 8 {
@@ -86,7 +119,7 @@ fn play(data: &[u8]) -> Result<()> {
                 let _ = (&shim).write(&raw);
             }
             4 => drop((&shim).read(&mut [0; 4096])),
-            5 => client.ready(TIMER_OR_STREAM[usize::from(script.next() % 2)], Interest::IN),
+            5 => client.ready(SOURCES[usize::from(script.next() % 3)], Interest::IN),
             _ => {
                 let mut said = Vec::new();
                 for _ in 0..=script.next() % 64 {
@@ -96,31 +129,50 @@ fn play(data: &[u8]) -> Result<()> {
                 client.ready(STREAM, Interest::IN);
             }
         }
-        assert!(client.processes.len() <= PROGRAMS, "only the host makes processes");
-        assert!(client.unsent.len() - client.sent <= MAX_UNSENT + 4096, "what the shim does not read is bounded");
+        assert_bounded(&client, PROGRAMS);
     }
     // A process whose guest never answers has ended for the host by then.
     for _ in 0..2 {
         pass(&mut client, START_TIMEOUT + Duration::from_secs(256));
     }
-    assert!(client.processes.values().all(|it| it.state.has_ended() || it.deadline.is_none()), "time-outs are kept");
+    assert!(
+        client.session.processes.values().all(|it| it.state.has_ended() || it.deadline.is_none()),
+        "time-outs are kept"
+    );
     drop(client);
-    // A waiter that got a refusal waits for nothing.
-    let refused = |answer: &mpsc::Receiver<Result<()>>| matches!(answer.try_recv(), Ok(Err(_)));
-    assert!(waiting.iter().all(|(state, answer)| state.has_ended() || refused(answer)), "nobody waits for ever");
+    assert!(waiting.iter().all(|(state, answer)| is_answered(state, answer)), "every waiter has an answer");
     Ok(())
 }
 
-const TIMER_OR_STREAM: [u64; 2] = [STREAM, VM_ENDED];
+/// Whatever the shim says: what the host keeps for it has bounds.
+pub(super) fn assert_bounded(client: &ControlClient, programs: usize) {
+    let Session { processes, outbox, .. } = &client.session;
+    assert!(processes.len() <= programs, "only the host makes processes");
+    // What cleans up is a message of a header for each process.
+    assert!(outbox.len() <= MAX_UNSENT + programs * HEADER_SIZE, "what the shim does not read is bounded");
+    assert!(client.stream.undecoded() <= READ_SIZE + FROM_GUEST_MAX + HEADER_SIZE, "what was read is bounded");
+}
+
+/// Whether the two waiters for a program wait no more: that for its start, and that for its end.
+pub(super) fn is_answered(state: &ProcessShared, answer: &mpsc::Receiver<Result<u32>>) -> bool {
+    // One whose start was refused, or given up, waits for no end.
+    match answer.try_recv() {
+        Ok(Ok(_)) => state.has_ended(),
+        Ok(Err(_)) | Err(mpsc::TryRecvError::Disconnected) => true,
+        Err(mpsc::TryRecvError::Empty) => false,
+    }
+}
+
+const SOURCES: [u64; 3] = [STREAM, TIMER, VM_ENDED];
 
 /// All that is due until `time` from now happens at once.
-fn pass(client: &mut ControlClient, time: Duration) {
+pub(super) fn pass(client: &mut ControlClient, time: Duration) {
     let ago = |at: Instant| at.checked_sub(time).unwrap_or(at);
-    for entry in client.processes.values_mut() {
+    for entry in client.session.processes.values_mut() {
         entry.due = entry.due.map(ago);
         entry.deadline = entry.deadline.map(ago);
     }
-    client.expire();
+    client.session.expire();
 }
 
 /// The same bytes as the first words of a shim.

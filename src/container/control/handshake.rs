@@ -2,15 +2,14 @@
 //!
 //! It runs on the thread that starts the container, with the first minute as its bound.
 
-use std::fmt;
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
-use super::Startup;
-use super::cancel::CancelToken;
+use super::stream::{ControlStream, ReadExtent, protocol_error};
+use crate::container::{CancelToken, Startup};
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::proto::{CONTROL_PORT, Decoder, FROM_GUEST_MAX, FromGuest, FromHost, VERSION_MAX, VERSION_MIN, negotiate};
+use crate::proto::{CONTROL_PORT, FromGuest, FromHost, VERSION_MAX, VERSION_MIN, negotiate};
 use crate::sys::{left, wait_any};
 use crate::virtio::vsock::VsockStream;
 use crate::vm::Vm;
@@ -22,8 +21,8 @@ const MAX_MESSAGES: usize = 64;
 
 /// What a shim that is ready has said.
 pub(super) struct Handshake {
-    pub stream: VsockStream,
-    pub decoder: Decoder,
+    /// With what came behind its last message.
+    pub stream: ControlStream,
     pub startup: Startup,
     /// The version of the protocol that both speak.
     pub version: u32,
@@ -76,27 +75,20 @@ fn connection(vm: &Vm, start_deadline: &StartDeadline<'_>) -> Result<VsockStream
     outcome.and_then(|stream| stream.ok_or_else(none)).map_err(|error| listener.refused().unwrap_or(error))
 }
 
-fn converse(mut stream: VsockStream, begin: Instant, start_deadline: &StartDeadline<'_>) -> Result<Handshake> {
-    stream.set_nonblocking(true)?;
-    let mut decoder = Decoder::new(FROM_GUEST_MAX);
-    let (mut buffer, mut common, mut messages) = ([0; 4096], None, 0);
+pub(super) fn converse(stream: VsockStream, begin: Instant, start_deadline: &StartDeadline<'_>) -> Result<Handshake> {
+    let mut stream = ControlStream::new(stream, ReadExtent::Ahead)?;
+    let (mut common, mut messages) = (None, 0);
     loop {
         if !start_deadline.wait(&stream)? {
             return Err(Error::new(ErrorKind::TimedOut, "the shim never said that it is ready"));
         }
-        let read = match stream.read(&mut buffer) {
-            Ok(0) => return Err(Error::new(ErrorKind::GuestFailed, "the shim closed its connection")),
-            Ok(n) => n,
-            Err(e) if matches!(e.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock) => continue,
-            Err(e) => return Err(e).doing(|| "reading the control stream"),
-        };
-        let mut input = buffer.get(..read).unwrap_or_default();
-        while let Some(frame) = decoder.next(&mut input).map_err(|e| protocol_error(&e))? {
+        let mut reads = 1;
+        while let Some(received) = stream.next(&mut reads)? {
             messages += 1;
             if messages > MAX_MESSAGES {
                 return Err(protocol_error(&format_args!("more than {MAX_MESSAGES} messages before it was ready")));
             }
-            match FromGuest::parse(&frame).map_err(|e| protocol_error(&e))? {
+            match received.message {
                 Some(FromGuest::Hello { .. }) if common.is_some() => return Err(protocol_error(&"a second Hello")),
                 Some(FromGuest::Hello { min, max }) => {
                     let version = negotiate(min, max).ok_or_else(|| strangers(min, max))?;
@@ -104,16 +96,12 @@ fn converse(mut stream: VsockStream, begin: Instant, start_deadline: &StartDeadl
                     let mut hello = Vec::new();
                     FromHost::Hello { version }.encode(0, &mut hello).map_err(|e| protocol_error(&e))?;
                     // The stream is new, so it has room for the few bytes of this.
-                    stream.write_all(&hello).doing(|| "greeting the shim")?;
+                    stream.connection().write_all(&hello).doing(|| "greeting the shim")?;
                 }
                 Some(FromGuest::Ready { user_space_ns, ready_ns }) => {
-                    let ready = begin.elapsed();
-                    let since = Duration::from_nanos(ready_ns.saturating_sub(user_space_ns));
-                    let user_space_started = ready.saturating_sub(since);
-                    let startup =
-                        Startup { user_space_started, ready, kernel_uptime: Duration::from_nanos(user_space_ns) };
+                    let startup = startup(begin.elapsed(), user_space_ns, ready_ns);
                     let version = common.ok_or_else(|| protocol_error(&"Ready before Hello"))?;
-                    return Ok(Handshake { stream, decoder, startup, version });
+                    return Ok(Handshake { stream, startup, version });
                 }
                 Some(FromGuest::Failed { stage, errno, text }) => {
                     let os =
@@ -127,6 +115,13 @@ fn converse(mut stream: VsockStream, begin: Instant, start_deadline: &StartDeadl
             }
         }
     }
+}
+
+/// The guest's times, on the host's clock: it says at `ready` that it is.
+fn startup(ready: Duration, user_space_ns: u64, ready_ns: u64) -> Startup {
+    let since = Duration::from_nanos(ready_ns.saturating_sub(user_space_ns));
+    let user_space_started = ready.saturating_sub(since);
+    Startup { user_space_started, ready, kernel_uptime: Duration::from_nanos(user_space_ns) }
 }
 
 /// Converses with whatever is behind the stream, at most for a moment.
@@ -145,11 +140,6 @@ fn strangers(min: u32, max: u32) -> Error {
             "the guest's shim speaks protocol versions {min} to {max}, this library {VERSION_MIN} to {VERSION_MAX}"
         ),
     )
-}
-
-/// The guest's shim does not keep to the protocol.
-pub(super) fn protocol_error(what: &dyn fmt::Debug) -> Error {
-    Error::new(ErrorKind::GuestFailed, format!("the guest's shim speaks nonsense: {what:?}"))
 }
 
 /// Why a guest did not become ready, as far as the VM knows more than the control stream does.
@@ -187,6 +177,7 @@ fn startup_error(vm: &Vm, timeout: Duration, error: Error) -> Error {
 mod tests {
     use super::*;
     use crate::container::pair;
+    use std::io::Write;
 
     fn soon(millis: u64) -> StartDeadline<'static> {
         StartDeadline { deadline: Some(Instant::now() + Duration::from_millis(millis)), cancel: None }

@@ -3,12 +3,14 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::StartReply;
+use super::session::StartReply;
+use super::stream::protocol_error;
 use crate::container::process::{ExitStatus, ProcessShared};
-use crate::error::{Error, ErrorKind};
+use crate::error::{Error, ErrorKind, Result};
+use crate::vm::Exit;
 
 /// How long the guest may take to start a program before it is given up.
-pub(in crate::container) const START_TIMEOUT: Duration = Duration::from_secs(60);
+pub(super) const START_TIMEOUT: Duration = Duration::from_secs(60);
 /// A process that was killed and whose end the guest does not tell has ended for the host after this.
 pub(in crate::container) const KILL_MARGIN: Duration = Duration::from_secs(2);
 /// How long a running guest may owe the end of a killed process. Then the VM is ended.
@@ -16,8 +18,11 @@ pub(super) const UNANSWERED_KILL: Duration = Duration::from_secs(30);
 
 /// One process that was asked for.
 pub(super) struct ProcessEntry {
+    /// Its number, by which host and guest know it.
+    number: u32,
     pub(super) state: Arc<ProcessShared>,
-    pub(super) started: Option<StartReply>,
+    /// Who waits for its start, until it is answered.
+    started: Option<StartReply>,
     /// When its own time is over.
     pub(super) deadline: Option<Instant>,
     pub(super) phase: ProcessPhase,
@@ -59,17 +64,46 @@ impl KillReason {
 const SIGKILL: u8 = 9;
 
 impl ProcessEntry {
-    pub(super) fn new(state: Arc<ProcessShared>, started: StartReply, deadline: Option<Instant>) -> Self {
-        let now = Instant::now();
-        let mut entry = Self {
-            state,
-            started: Some(started),
-            deadline,
-            phase: ProcessPhase::Starting(now + START_TIMEOUT),
-            due: None,
-        };
+    /// One that the guest has to start by `by`.
+    pub(super) fn new(
+        number: u32,
+        state: Arc<ProcessShared>,
+        started: StartReply,
+        deadline: Option<Instant>,
+        by: Instant,
+    ) -> Self {
+        let phase = ProcessPhase::Starting(by);
+        let mut entry = Self { number, state, started: Some(started), deadline, phase, due: None };
         entry.wait_for();
         entry
+    }
+
+    /// The guest answers the request. False when its caller has given up.
+    ///
+    /// # Errors
+    /// `GuestFailed` when it has answered before.
+    pub(super) fn answer(&mut self, outcome: Result<u32>) -> Result<bool> {
+        match self.started.take() {
+            Some(started) => Ok(started.send(outcome)),
+            None => Err(protocol_error(&"a second answer to the same request")),
+        }
+    }
+
+    /// Answers a caller that still waits; one that has given up misses nothing.
+    fn answer_if_asked(&mut self, outcome: Result<u32>) {
+        if let Some(started) = self.started.take() {
+            let _ = started.send(outcome);
+        }
+    }
+
+    /// It has ended, so it did start.
+    pub(super) fn has_run(&mut self) {
+        self.answer_if_asked(Ok(self.number));
+    }
+
+    /// Its VM has ended.
+    pub(super) fn vm_ended(&mut self, exit: &Exit) {
+        self.answer_if_asked(Err(Error::new(ErrorKind::GuestFailed, exit.to_string())));
     }
 
     /// Sets what it waits for next.
@@ -92,15 +126,12 @@ impl ProcessEntry {
 
     /// Notifies all waiters on the host that it has ended by what the host did.
     pub(super) fn end(&mut self, ending: KillReason) {
-        if let Some(started) = self.started.take() {
-            // Who asked may have given up.
-            let _ = started.send(match ending {
-                KillReason::GivenUp => {
-                    Err(Error::new(ErrorKind::TimedOut, format!("the guest did not start it within {START_TIMEOUT:?}")))
-                }
-                KillReason::TimedOut | KillReason::Killed => Ok(()),
-            });
-        }
+        self.answer_if_asked(match ending {
+            KillReason::GivenUp => {
+                Err(Error::new(ErrorKind::TimedOut, format!("the guest did not start it within {START_TIMEOUT:?}")))
+            }
+            KillReason::TimedOut | KillReason::Killed => Ok(self.number),
+        });
         self.state.finish(ending.status());
         self.state.break_streams();
     }

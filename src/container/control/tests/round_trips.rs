@@ -1,0 +1,113 @@
+//! A caller that starts a program asks the channel's thread once, and has a deadline.
+
+use super::*;
+use crate::event_loop::ROUND_TRIPS;
+use std::thread;
+
+/// The agent's thread, and the shim's end of its stream.
+fn agent() -> (Loop<ControlClient>, UnixStream) {
+    let (client, far) = client();
+    let looped = Loop::start("agent", |sources| {
+        client.watch(&sources).unwrap();
+        client
+    });
+    (looped.unwrap(), far)
+}
+
+/// A shim that starts each program that it is asked for, with this number of its own. Returns how many.
+fn obliging(mut far: UnixStream) -> thread::JoinHandle<usize> {
+    thread::spawn(move || {
+        let (mut decoder, mut buffer, mut count) = (Decoder::new(crate::proto::FROM_HOST_MAX), [0; 512], 0);
+        while let Ok(n @ 1..) = far.read(&mut buffer) {
+            let mut input = &buffer[..n];
+            while let Some(request) = decoder.next(&mut input).unwrap() {
+                if let Some(FromHost::Spawn(_)) = FromHost::parse(&request).unwrap() {
+                    count += 1;
+                    far.write_all(&frame(request.stream, &FromGuest::Spawned { pid: 7 })).unwrap();
+                }
+            }
+        }
+        count
+    })
+}
+
+#[test]
+fn a_start_is_one_round_trip() {
+    let (agent, far) = agent();
+    let shim = obliging(far);
+    for number in 1..=3 {
+        let before = ROUND_TRIPS.get();
+        assert_eq!(start_program(&agent.remote(), program(None).unwrap().0, None).unwrap(), number);
+        assert_eq!(ROUND_TRIPS.get() - before, 1);
+    }
+    drop(agent);
+    assert_eq!(shim.join().unwrap(), 3);
+}
+
+#[test]
+fn a_caller_that_gives_up_owns_nothing() {
+    let (agent, far) = agent();
+    let (request, state) = program(None).unwrap();
+    // The shim says nothing for so long.
+    let begin = Instant::now();
+    let limit = KILL_MARGIN + Duration::from_millis(100);
+    let error = start_program(&agent.remote(), request, Some(limit)).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::TimedOut);
+    assert!(begin.elapsed() < limit + Duration::from_secs(5), "{:?}", begin.elapsed());
+    agent.remote().with(|client| assert!(client.session.processes.len() <= 1)).unwrap();
+    // It starts all the same.
+    (&far).write_all(&frame(1, &FromGuest::Spawned { pid: 7 })).unwrap();
+    drop(agent);
+    assert!(state.has_ended());
+    assert!(kills(&sent_to(&far), 1) >= 1, "it was killed by its number");
+}
+
+#[test]
+fn a_start_that_the_thread_comes_to_too_late_is_not_asked_for() {
+    let (agent, far) = agent();
+    let (hang, come_back) = mpsc::channel::<()>();
+    agent.remote().post(move |_| assert!(come_back.recv().is_err())).unwrap();
+    let (request, _state) = program(None).unwrap();
+    let error = start_program(&agent.remote(), request, Some(Duration::from_millis(20))).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::TimedOut);
+    drop(hang);
+    agent.remote().with(|client| assert!(client.session.processes.is_empty())).unwrap();
+    drop(agent);
+    assert!(sent_to(&far).is_empty(), "the shim has no such request");
+}
+
+#[test]
+fn an_answer_between_the_deadline_and_the_callers_leaving_is_cleaned_up() {
+    // Taken by the channel, but not by its caller: what follows the time-out finds the program by its state.
+    let (mut client, far) = client();
+    let (number, state, answer) = spawn(&mut client, None);
+    client.session.handle_message(number, &FromGuest::Spawned { pid: 5 }).unwrap();
+    drop(answer);
+    client.disown(&state);
+    // Again, and for one that the channel does not know: nothing happens.
+    client.disown(&ProcessShared::new().unwrap());
+    pass(&mut client, KILL_MARGIN);
+    assert_eq!(now(&state).unwrap().signal(), Some(9));
+    drop(client);
+    assert_eq!(kills(&sent_to(&far), number), 1);
+}
+
+#[test]
+fn a_channel_that_has_ended_refuses_starts_at_once() {
+    let (agent, far) = agent();
+    drop(far);
+    let begin = Instant::now();
+    let refused = loop {
+        // Its thread learns of the end some time soon.
+        match start_program(&agent.remote(), program(None).unwrap().0, Some(KILL_MARGIN * 2)) {
+            Err(error) if error.kind() == ErrorKind::InvalidState => break true,
+            _ if begin.elapsed() > Duration::from_secs(20) => break false,
+            _ => {}
+        }
+    };
+    assert!(refused);
+    let remote = agent.remote();
+    drop(agent);
+    let error = start_program(&remote, program(None).unwrap().0, None).unwrap_err();
+    assert!(error.kind() == ErrorKind::InvalidState && error.to_string().contains("container has ended"), "{error}");
+}
