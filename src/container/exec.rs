@@ -5,18 +5,19 @@ use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStringExt;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::control::{StartRequest, start_program};
 use super::process::{ExitStatus, Output, OutputLimit, Process, ProcessReader, ProcessShared, ProcessWriter};
 use super::redirect::SharedFile;
-use super::stdio::{Cookie, STREAM_TIMEOUT, accept, refused};
+use super::stdio::StdioListeners;
 use super::{Container, redirect};
 use crate::error::{Context, Error, Result};
 use crate::proto::StringBuf;
 use crate::size::Size;
 use crate::sys::deadline;
-use crate::virtio::vsock::{VsockListener, VsockStream};
+use crate::virtio::vsock::VsockStream;
+use crate::vm::Vm;
 
 /// The environment of a program, unless [`Exec::env_clear`] is called.
 const ENVIRONMENT: [(&str, &str); 2] =
@@ -268,48 +269,17 @@ impl Exec {
         let (argv, env, cwd) = (self.strings()?, self.environment()?, self.cwd()?);
         let state = ProcessShared::new()?;
         let stdio = self.stdio.map(|it| it.unwrap_or_default().0);
-        for (stream, method) in stdio.iter().skip(1).zip(["stdout", "stderr"]) {
-            if matches!(stream, StdioKind::File(file) if !file.is_writable()) {
-                return Err(Error::invalid(method, "what another process prints can only be a standard input"));
-            }
-        }
-        let connected = stdio.each_ref().map(|it| !matches!(it, StdioKind::Null));
+        check_outputs(&stdio)?;
         let (vm, agent) = (self.container.vm(), self.container.agent());
-        let remote = agent.remote();
-        let ports = connected.map(|it| it.then(|| agent.new_port()));
-        let mut listeners: [Option<VsockListener>; 3] = [None, None, None];
-        for (listener, port) in listeners.iter_mut().zip(ports) {
-            *listener = port.map(|port| vm.listen_vsock(port)).transpose()?;
-        }
-        let cookie = Cookie::new(agent.version())?;
-        let (sent, its_state) = (cookie.as_bytes().to_vec(), state.clone());
-        let request = StartRequest { argv, env, cwd, ports, cookie: sent, deadline, state: its_state };
-        let number = start_program(&remote, request, None).map_err(|error| refused(&listeners).unwrap_or(error))?;
-        let until = Instant::now() + STREAM_TIMEOUT;
-        let accept = |it: Option<VsockListener>| it.map(|it| accept(&it, &cookie, &state, until)).transpose();
+        let listeners = StdioListeners::listen(vm, agent, stdio.each_ref().map(|it| !matches!(it, StdioKind::Null)))?;
+        let (ports, cookie, shared) = (listeners.ports(), listeners.cookie(), state.clone());
+        let request = StartRequest { argv, env, cwd, ports, cookie, deadline, state: shared };
+        let number =
+            start_program(&agent.remote(), request, None).map_err(|error| listeners.refused().unwrap_or(error))?;
+        let mut process = Process::new(agent.remote(), number, state.clone(), self.limit);
         let limit = self.file_limit.then_some(self.limit);
-        let mut process = Process::new(remote, number, state.clone(), self.limit);
-        let connect = |process: &mut Process| -> Result<()> {
-            let ([stdin, stdout, stderr], [input, output, error]) = (listeners, stdio);
-            match (accept(stdin)?, input) {
-                (Some(stream), StdioKind::File(file)) => redirect::read_from(vm, file, stream, state.clone())?,
-                (Some(stream), StdioKind::Bytes(bytes)) => redirect::read_bytes(vm, bytes, stream, &state)?,
-                (stream, _) => process.stdin = stream.map(ProcessWriter),
-            }
-            let carry = |name, stream: Option<VsockStream>, to| -> Result<_> {
-                Ok(match (stream, to) {
-                    (Some(stream), StdioKind::File(file)) => {
-                        (None, Some(redirect::write_to(vm, name, file, stream, (limit, state.clone()))?))
-                    }
-                    (stream, _) => (stream.map(ProcessReader), None),
-                })
-            };
-            (process.stdout, process.redirects[0]) = carry("stdout", accept(stdout)?, output)?;
-            (process.stderr, process.redirects[1]) = carry("stderr", accept(stderr)?, error)?;
-            Ok(())
-        };
         // A stream that fails is the end of the process.
-        connect(&mut process).inspect_err(|_| process.give_up())?;
+        connect(vm, &mut process, listeners, stdio, (limit, &state)).inspect_err(|_| process.give_up())?;
         Ok(process)
     }
 
@@ -342,4 +312,41 @@ impl Exec {
         let dir = self.current_dir.clone().map(OsString::into_vec);
         dir.map(CString::new).transpose().map_err(|_| Error::invalid("current_dir", "the path has a NUL"))
     }
+}
+
+/// What another process prints can only be read.
+fn check_outputs(stdio: &[StdioKind; 3]) -> Result<()> {
+    for (stream, method) in stdio.iter().skip(1).zip(["stdout", "stderr"]) {
+        if matches!(stream, StdioKind::File(file) if !file.is_writable()) {
+            return Err(Error::invalid(method, "what another process prints can only be a standard input"));
+        }
+    }
+    Ok(())
+}
+
+/// Takes the process's streams. Each is the handle's, or has a thread that carries its bytes.
+fn connect(
+    vm: &Vm,
+    process: &mut Process,
+    listeners: StdioListeners,
+    [input, output, error]: [StdioKind; 3],
+    (limit, state): (Option<OutputLimit>, &Arc<ProcessShared>),
+) -> Result<()> {
+    let [stdin, stdout, stderr] = listeners.into_streams();
+    match (stdin.accept(state)?, input) {
+        (Some(stream), StdioKind::File(file)) => redirect::read_from(vm, file, stream, state.clone())?,
+        (Some(stream), StdioKind::Bytes(bytes)) => redirect::read_bytes(vm, bytes, stream, state)?,
+        (stream, _) => process.stdin = stream.map(ProcessWriter),
+    }
+    let carry = |name, stream: Option<VsockStream>, to| -> Result<_> {
+        Ok(match (stream, to) {
+            (Some(stream), StdioKind::File(file)) => {
+                (None, Some(redirect::write_to(vm, name, file, stream, (limit, state.clone()))?))
+            }
+            (stream, _) => (stream.map(ProcessReader), None),
+        })
+    };
+    (process.stdout, process.redirects[0]) = carry("stdout", stdout.accept(state)?, output)?;
+    (process.stderr, process.redirects[1]) = carry("stderr", stderr.accept(state)?, error)?;
+    Ok(())
 }

@@ -7,31 +7,85 @@ use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
+use super::control::Agent;
 use super::process::ProcessShared;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::proto::{COOKIE_SIZE, VERSION_COOKIE};
 use crate::sys::{fill_random, left, wait_any};
 use crate::virtio::vsock::{VsockListener, VsockStream};
+use crate::vm::Vm;
 
 /// How long the shim may take to connect all streams of a process. It has done so before it says that the program runs, so
 /// they are here already.
-pub(super) const STREAM_TIMEOUT: Duration = Duration::from_secs(10);
+const STREAM_TIMEOUT: Duration = Duration::from_secs(10);
 /// Connections whose first bytes have not all arrived, at once. The oldest are hung up for newer ones.
 const MAX_CANDIDATES: usize = 32;
 
 /// What the streams of one process begin with.
-pub(super) struct Cookie(Vec<u8>);
+#[derive(Clone)]
+struct Cookie(Vec<u8>);
 
 impl Cookie {
     /// Returns a random one. It is empty for a shim of a version that knows of none.
-    pub(super) fn new(version: u32) -> Result<Self> {
+    fn new(version: u32) -> Result<Self> {
         let mut bytes = vec![0; if version < VERSION_COOKIE { 0 } else { COOKIE_SIZE }];
         fill_random(&mut bytes).doing(|| "making the streams' cookie")?;
         Ok(Self(bytes))
     }
+}
 
-    pub(super) fn as_bytes(&self) -> &[u8] {
-        &self.0
+/// Where the shim connects the standard streams of one process.
+pub(super) struct StdioListeners {
+    /// `None` where it is `/dev/null`.
+    listeners: [Option<VsockListener>; 3],
+    cookie: Cookie,
+}
+
+impl StdioListeners {
+    /// Listens on a new port for each stream that is `connected`.
+    pub(super) fn listen(vm: &Vm, agent: &Agent, connected: [bool; 3]) -> Result<Self> {
+        let mut listeners = [None, None, None];
+        for (listener, _) in listeners.iter_mut().zip(connected).filter(|(_, connected)| *connected) {
+            *listener = Some(vm.listen_vsock(agent.new_port())?);
+        }
+        Ok(Self { listeners, cookie: Cookie::new(agent.version())? })
+    }
+
+    pub(super) fn ports(&self) -> [Option<u32>; 3] {
+        self.listeners.each_ref().map(|it| it.as_ref().map(VsockListener::port))
+    }
+
+    pub(super) fn cookie(&self) -> Vec<u8> {
+        self.cookie.0.clone()
+    }
+
+    /// The error of the first listener that could not take a connection for want of something of the host's.
+    pub(super) fn refused(&self) -> Option<Error> {
+        self.listeners.iter().flatten().find_map(VsockListener::refused)
+    }
+
+    /// The streams to come, which have [`STREAM_TIMEOUT`] together.
+    pub(super) fn into_streams(self) -> [PendingStream; 3] {
+        let (deadline, cookie) = (Instant::now() + STREAM_TIMEOUT, self.cookie);
+        self.listeners.map(|listener| PendingStream { listener, cookie: cookie.clone(), deadline })
+    }
+}
+
+/// One of them.
+pub(super) struct PendingStream {
+    listener: Option<VsockListener>,
+    cookie: Cookie,
+    deadline: Instant,
+}
+
+impl PendingStream {
+    /// Takes the shim's connection; `None` where the stream is `/dev/null`.
+    ///
+    /// # Errors
+    /// `TimedOut` when the guest has not connected within ten seconds; `ResourceExhausted` when its connection was
+    /// refused for want of descriptors.
+    pub(super) fn accept(self, state: &ProcessShared) -> Result<Option<VsockStream>> {
+        self.listener.map(|it| accept(&it, &self.cookie, state, self.deadline)).transpose()
     }
 }
 
@@ -71,16 +125,7 @@ impl Candidate {
 
 /// Takes the shim's connection for one stream of the process. One that has ended already may have none: its stream is at its
 /// end then.
-///
-/// # Errors
-/// `TimedOut` when the guest has not connected within ten seconds; `ResourceExhausted` when its connection was refused for
-/// want of descriptors.
-pub(super) fn accept(
-    listener: &VsockListener,
-    cookie: &Cookie,
-    state: &ProcessShared,
-    deadline: Instant,
-) -> Result<VsockStream> {
+fn accept(listener: &VsockListener, cookie: &Cookie, state: &ProcessShared, deadline: Instant) -> Result<VsockStream> {
     let mut candidates: Vec<Candidate> = Vec::new();
     loop {
         // Looked at first: what the shim connected before the end is here by then.
@@ -139,9 +184,4 @@ fn finished(stream: VsockStream, state: &ProcessShared) -> Result<VsockStream> {
     stream.set_nonblocking(false)?;
     state.keep(&stream);
     Ok(stream)
-}
-
-/// The error of the first listener that could not take a connection for want of something of the host's.
-pub(super) fn refused(listeners: &[Option<VsockListener>; 3]) -> Option<Error> {
-    listeners.iter().flatten().find_map(|listener| listener.refused())
 }

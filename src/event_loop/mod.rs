@@ -121,6 +121,11 @@ impl<R> Reply<R> {
         self.deadline
     }
 
+    /// Whether the asker has given up, or is about to: what it asked for is not to be begun any more.
+    pub(crate) fn is_late(&self) -> bool {
+        self.deadline.is_some_and(|deadline| left(deadline).is_zero())
+    }
+
     /// A reply, and where its answer arrives.
     #[cfg(any(test, feature = "internals"))]
     pub(crate) fn detached(limit: Duration) -> (Self, mpsc::Receiver<R>) {

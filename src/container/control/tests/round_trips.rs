@@ -77,6 +77,26 @@ fn a_start_that_the_thread_comes_to_too_late_is_not_asked_for() {
 }
 
 #[test]
+fn a_signal_that_the_thread_comes_to_too_late_is_not_sent() {
+    let (it, far) = agent();
+    let limit = Duration::from_millis(20);
+    let (hang, come_back) = mpsc::channel::<()>();
+    it.remote().post(move |_| assert!(come_back.recv().is_err())).unwrap();
+    let signal = |client: &mut ControlClient, reply: Reply<Result<()>>| {
+        if !reply.is_late() {
+            let _ = reply.send(client.send(1, &FromHost::Signal { signo: 1, group: false }));
+        }
+    };
+    assert_eq!(it.remote().with_reply(limit, signal).unwrap_err().kind(), ErrorKind::TimedOut);
+    drop(hang);
+    it.remote().with_reply(START_TIMEOUT, signal).unwrap().unwrap();
+    drop(it);
+    let mut one = Vec::new();
+    FromHost::Signal { signo: 1, group: false }.encode(1, &mut one).unwrap();
+    assert_eq!(sent_to(&far), one, "the second alone");
+}
+
+#[test]
 fn an_answer_between_the_deadline_and_the_callers_leaving_is_cleaned_up() {
     // Taken by the channel, but not by its caller: what follows the time-out finds the program by its state.
     let (mut client, far) = client();

@@ -1,15 +1,20 @@
 //! [`ContainerBuilder`]: what a container shall be, until `start`.
 
+mod boot_config;
+mod disks;
+
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::control::Agent;
-use super::{CancelToken, Container, Image, RunningContainer, WritableLayer, shim};
-use crate::boot::{Kernel, Need, Packed};
-use crate::error::{Context, Error, Result};
-use crate::proto::{BootConfig, CONTROL_PORT, Network, Networks, OPTIONAL, Root, RootDisk, StringBuf};
+use super::{CancelToken, Container, Image, RunningContainer, WritableLayer};
+use crate::boot::{Kernel, Need};
+use crate::error::{Context, Result};
+use crate::proto::CONTROL_PORT;
 use crate::size::Size;
-use crate::vm::{AddressConfig, Cgroup, Console, CpuProfile, Disk, Memory, Net, Vm, Vsock};
+use crate::vm::{Cgroup, Console, CpuProfile, Disk, Memory, Net, Vm, VmBuilder, Vsock};
+use boot_config::ShimConfig;
+use disks::RootDisks;
 
 /// What the root of a container needs of its kernel.
 const FILE_SYSTEMS: [Need; 3] =
@@ -193,11 +198,25 @@ impl ContainerBuilder {
         self.run(begin).doing(|| "starting container")
     }
 
-    fn run(self, begin: Instant) -> Result<Container> {
-        let hostname = check_hostname(&self.hostname)?;
-        let kernel = self.kernel.clone().map_or_else(Kernel::find, Ok)?;
-        let lower = Disk::from_file(self.image.disk(self.cancel.as_ref())?).read_only(true).serial("cofferdam-image");
-        let upper = self.writable_layer.make()?;
+    fn run(mut self, begin: Instant) -> Result<Container> {
+        boot_config::check_hostname(&self.hostname)?;
+        let kernel = self.kernel.take().map_or_else(Kernel::find, Ok)?;
+        let disks = self.disks.len();
+        let root = RootDisks::make(&self.image, &self.writable_layer, self.cancel.as_ref(), disks)?;
+        let nets = boot_config::reserve_addresses(std::mem::take(&mut self.nets))?;
+        let shim = ShimConfig::new(&self.hostname, &root, &nets);
+        let (start_timeout, cancel) = (self.start_timeout, self.cancel.take());
+        let vm = self.machine(&kernel, root, nets);
+        let needs = [vm.needs().as_slice(), &FILE_SYSTEMS].concat();
+        kernel.check_drivers(&needs)?;
+        let packed = kernel.pack_modules(&needs)?;
+        let vm = vm.kernel(shim.add_to(kernel, &packed)?).start()?;
+        let agent = Agent::start(&vm, begin, start_timeout, cancel.as_ref())?;
+        Ok(Container { running: Arc::new(RunningContainer { vm, agent, disks }) })
+    }
+
+    /// The machine, whose kernel has no initramfs with the shim yet.
+    fn machine(self, kernel: &Kernel, root: RootDisks, nets: Vec<Net>) -> VmBuilder {
         let mut vm = Vm::builder(kernel.clone())
             .vcpus(self.vcpus)
             .cpu(self.cpu)
@@ -208,15 +227,8 @@ impl ContainerBuilder {
             .parameter("quiet", "")
             .parameter("rdinit", "/init")
             .parameter("cofferdam.shim", "1");
-        let disks = self.disks.len();
-        let [lower_path, upper_path] = [disks, disks + 1].map(disk_path);
-        vm = self.disks.into_iter().fold(vm, |vm, disk| vm.disk(disk)).disk(lower).disk(upper);
-        // What is sent to the guest's 127.0.0.1 is the shim's business.
-        let reserve =
-            |(n, net): (usize, Net)| net.allow_loopback().reserve_address().doing(|| format!("attaching network {n}"));
-        let nets: Vec<Net> = self.nets.into_iter().enumerate().map(reserve).collect::<Result<_>>()?;
-        let (networks, resolver) = networks(&nets);
-        vm = nets.into_iter().fold(vm, |vm, net| vm.net(net));
+        vm = self.disks.into_iter().chain(root.into_disks()).fold(vm, VmBuilder::disk);
+        vm = nets.into_iter().fold(vm, VmBuilder::net);
         if let Some(cgroup) = self.cgroup {
             vm = vm.cgroup(cgroup);
         }
@@ -226,119 +238,6 @@ impl ContainerBuilder {
         if let Some(offset) = self.kick_signal {
             vm = vm.kick_signal(offset);
         }
-        let needs = [vm.needs().as_slice(), &FILE_SYSTEMS].concat();
-        kernel.check_drivers(&needs)?;
-        let packed = kernel.pack_modules(&needs)?;
-        let modules = modules(&packed)?;
-        let config = BootConfig {
-            hostname,
-            control_port: CONTROL_PORT,
-            root: Root::Overlay {
-                lower: RootDisk { device: lower_path.as_bytes(), fs: b"erofs" },
-                upper: RootDisk { device: upper_path.as_bytes(), fs: b"ext4" },
-            },
-            modules: modules.as_strings(),
-            networks: Networks(&networks),
-            resolver,
-        };
-        let kernel = kernel.with_packed(&packed);
-        let initramfs = shim::initramfs(kernel.initramfs_or_default(), &config)?;
-        let vm = vm.kernel(kernel.initramfs(initramfs)).start()?;
-        let agent = Agent::start(&vm, begin, self.start_timeout, self.cancel.as_ref())?;
-        Ok(Container { running: Arc::new(RunningContainer { vm, agent, disks }) })
-    }
-}
-
-/// Returns the path of the `n`th disk in the guest, counted from 0.
-///
-/// Linux names them as spreadsheets name columns: `vda` to `vdz`, then `vdaa`.
-fn disk_path(mut n: usize) -> String {
-    let mut letters = Vec::new();
-    loop {
-        letters.insert(0, char::from(b"abcdefghijklmnopqrstuvwxyz"[n % 26]));
-        match (n / 26).checked_sub(1) {
-            Some(rest) => n = rest,
-            None => return format!("/dev/vd{}", letters.into_iter().collect::<String>()),
-        }
-    }
-}
-
-/// Linux keeps host names of at most so many bytes (hostname(7)).
-const HOST_NAME_MAX: usize = 64;
-
-/// What Linux and resolvers take for a host's name (hostname(7)), and underscores, which Docker takes too. It is written
-/// into files of the guest.
-fn check_hostname(name: &str) -> Result<&[u8]> {
-    let ends = |c: char| c.is_ascii_alphanumeric() || c == '_';
-    let fits = name.len() <= HOST_NAME_MAX
-        && name.chars().all(|c| ends(c) || matches!(c, '-' | '.'))
-        && name.split('.').all(|label| label.starts_with(ends) && label.ends_with(ends));
-    match fits {
-        true => Ok(name.as_bytes()),
-        false => Err(Error::invalid(
-            "hostname",
-            format!(
-                "{name:?}: 1 to {HOST_NAME_MAX} letters, digits, `-`, `_` and `.` are needed, without `-` and `.` at the ends of a part"
-            ),
-        )),
-    }
-}
-
-/// Returns what the shim needs to know of the cards, and the resolver's address.
-fn networks(nets: &[Net]) -> (Vec<u8>, Option<[u8; 4]>) {
-    let (mut list, mut resolvers) = (Vec::new(), Vec::new());
-    // No machine has as many.
-    for (card, net) in (0..=u8::MAX).zip(nets) {
-        let Some(AddressConfig { address4, prefix4, address6, gateways, resolver }) = net.link() else { continue };
-        let network = Network {
-            card,
-            address4: address4.octets(),
-            prefix4,
-            gateway4: gateways.map_or([0; 4], |(gateway4, _)| gateway4.octets()),
-            address6: address6.octets(),
-            gateway6: gateways.map_or([0; 16], |(_, gateway6)| gateway6.octets()),
-        };
-        network.push(&mut list);
-        resolvers.push((gateways.is_none(), resolver.octets()));
-    }
-    // One with a way out knows all names.
-    resolvers.sort_by_key(|(inside, _)| *inside);
-    (list, resolvers.first().map(|(_, resolver)| *resolver))
-}
-
-/// The list by which the shim inserts them.
-fn modules(packed: &Packed) -> Result<StringBuf> {
-    let mut list = StringBuf::new();
-    for (path, required) in packed.paths() {
-        let entry = if required { path } else { format!("{}{path}", char::from(OPTIONAL)) };
-        list.push(entry.as_bytes()).map_err(|_| Error::invalid("Kernel::modules", format!("{entry:?} has a NUL")))?;
-    }
-    Ok(list)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::error::ErrorKind;
-
-    #[test]
-    fn disks_have_the_names_that_linux_gives_them() {
-        for (n, path) in [(0, "/dev/vda"), (25, "/dev/vdz"), (26, "/dev/vdaa"), (701, "/dev/vdzz"), (702, "/dev/vdaaa")]
-        {
-            assert_eq!(disk_path(n), path);
-        }
-    }
-
-    #[test]
-    fn host_names_that_linux_and_resolvers_do_not_take_are_refused() {
-        let longest = "x".repeat(HOST_NAME_MAX);
-        for name in ["box", "a_b", "0", "one.two-three", &longest] {
-            assert_eq!(check_hostname(name).unwrap(), name.as_bytes());
-        }
-        let longer = "x".repeat(HOST_NAME_MAX + 1);
-        for name in ["", "-a", "a-", ".a", "a.", "a..b", "a.-b", "a b", "a\nb", "a\0", "ä", "127.0.0.1 a", &longer] {
-            let error = check_hostname(name).unwrap_err();
-            assert!(error.kind() == ErrorKind::InvalidConfig && error.to_string().contains("hostname"), "{error}");
-        }
+        vm
     }
 }
