@@ -83,7 +83,7 @@
 //!
 //! Guests may be silent, hostile, paused or hung, and files of the host may not answer. These bounds hold all the same, on a
 //! host that gives the process its processors. Each call's own documentation says more. Where the threads of a VM are too busy to
-//! answer, a call fails with `TimedOut` after ten seconds. `Exec` asks them up to five times.
+//! answer, a call fails with `TimedOut` after ten seconds. `Exec` asks them up to four times.
 //!
 //! | call | waits at most |
 //! | --- | --- |
