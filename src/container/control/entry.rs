@@ -116,12 +116,15 @@ impl ProcessEntry {
         };
     }
 
-    pub(super) fn killed(&mut self, ending: KillReason) {
+    /// The guest is asked to kill it. False when it was asked before.
+    pub(super) fn killed(&mut self, ending: KillReason) -> bool {
         // A second one does not give it more time.
-        if let ProcessPhase::Starting(_) | ProcessPhase::Running = self.phase {
+        let first = matches!(self.phase, ProcessPhase::Starting(_) | ProcessPhase::Running);
+        if first {
             self.phase = ProcessPhase::Killed(ending);
             self.due = Some(Instant::now() + KILL_MARGIN);
         }
+        first
     }
 
     /// Notifies all waiters on the host that it has ended by what the host did.

@@ -125,19 +125,17 @@ impl Session {
 
     /// Kills a process and all that it started. It has ended soon after, whatever the guest does.
     pub(super) fn kill(&mut self, process: u32) -> Result<()> {
-        // Before the message to the guest, which may fail: it has ended soon after in any case.
-        if let Some(entry) = self.processes.get_mut(&process) {
-            entry.killed(KillReason::Killed);
-        }
-        self.send(process, &FromHost::Kill)
+        // The first kill of a process always finds room. Without it the guest would owe an end that it is not asked for.
+        let first = self.processes.get_mut(&process).is_some_and(|entry| entry.killed(KillReason::Killed));
+        self.request(process, &FromHost::Kill, if first { Urgency::Cleanup } else { Urgency::Ordinary })
     }
 
     /// Kills a process whose caller has given up.
     fn kill_unowned(&mut self, process: u32) {
-        if let Some(entry) = self.processes.get_mut(&process) {
-            entry.killed(KillReason::Killed);
+        let unkilled = self.processes.get_mut(&process).is_some_and(|entry| entry.killed(KillReason::Killed));
+        if unkilled {
+            self.clean_up(process);
         }
-        self.clean_up(process);
     }
 
     /// Asks the shim to kill a process that the host has given up, however much waits to be sent.

@@ -115,7 +115,7 @@ impl Process {
     /// # Errors
     /// - `InvalidState` when the container has ended.
     /// - `TimedOut` when the host is too busy for ten seconds.
-    /// - `ResourceExhausted` when 16 MiB of requests wait for a guest that does not read.
+    /// - `ResourceExhausted` when 16 MiB of requests wait for a guest that does not read, and it was killed before or has ended.
     ///
     /// In each case but the first the process has ended for the host two seconds later.
     pub fn kill(&self) -> Result<()> {
