@@ -178,6 +178,24 @@ pub(super) fn start_program(
     })
 }
 
+/// Sends a signal to a process. The caller waits `limit` at most, and nothing is sent when it has given up.
+///
+/// # Errors
+/// As [`Process::signal`](super::Process::signal).
+pub(super) fn signal_process(
+    remote: &Remote<ControlClient>,
+    process: u32,
+    signo: u8,
+    limit: Option<Duration>,
+) -> Result<()> {
+    remote.with_reply(limit.unwrap_or(REQUEST_TIMEOUT), move |client, reply| {
+        if !reply.is_late() {
+            // A caller that gives up now has a signal that it knows nothing of, and it asked for it.
+            let _ = reply.send(client.send(process, &FromHost::Signal { signo, group: false }));
+        }
+    })?
+}
+
 /// What is asked of a container that has ended.
 fn ended() -> Error {
     Error::new(ErrorKind::InvalidState, "the container has ended")

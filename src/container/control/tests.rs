@@ -15,7 +15,7 @@ use super::client::{ControlClient, MAX_READS};
 use super::entry::{KILL_MARGIN, START_TIMEOUT, UNANSWERED_KILL};
 use super::fuzzing::{conversation, pass, program};
 use super::stream::READ_SIZE;
-use super::{SPAWN_TIMEOUT, start_program};
+use super::{SPAWN_TIMEOUT, signal_process, start_program};
 use crate::container::process::{ExitStatus, ProcessShared};
 use crate::error::{ErrorKind, Result};
 use crate::event_loop::{Loop, Reply};

@@ -17,11 +17,10 @@ use output::read_all;
 pub use pipes::{ProcessReader, ProcessWriter};
 pub(super) use shared::{OUTPUT_TIMEOUT, ProcessShared};
 
-use super::control::{ControlClient, KILL_MARGIN};
+use super::control::{ControlClient, KILL_MARGIN, signal_process};
 use super::redirect::Redirect;
 use crate::error::{Error, ErrorKind, Result};
-use crate::event_loop::{REQUEST_TIMEOUT, Remote};
-use crate::proto::FromHost;
+use crate::event_loop::Remote;
 use crate::sys::{deadline, left};
 
 /// A program that runs in a container; made by [`Exec::spawn`](super::Exec::spawn).
@@ -131,12 +130,7 @@ impl Process {
     pub fn signal(&self, signal: i32) -> Result<()> {
         let signo = u8::try_from(signal).ok().filter(|it| (1..=64).contains(it));
         let signo = signo.ok_or_else(|| Error::invalid("signal", format!("{signal} is not a signal (1 to 64)")))?;
-        let (number, message) = (self.number, FromHost::Signal { signo, group: false });
-        self.remote.with_reply(REQUEST_TIMEOUT, move |client, reply| {
-            if !reply.is_late() {
-                let _ = reply.send(client.send(number, &message));
-            }
-        })?
+        signal_process(&self.remote, self.number, signo, None)
     }
 
     /// Closes standard input, reads all output, and waits for the end.

@@ -82,17 +82,13 @@ fn a_signal_that_the_thread_comes_to_too_late_is_not_sent() {
     let limit = Duration::from_millis(20);
     let (hang, come_back) = mpsc::channel::<()>();
     it.remote().post(move |_| assert!(come_back.recv().is_err())).unwrap();
-    let signal = |client: &mut ControlClient, reply: Reply<Result<()>>| {
-        if !reply.is_late() {
-            let _ = reply.send(client.send(1, &FromHost::Signal { signo: 1, group: false }));
-        }
-    };
-    assert_eq!(it.remote().with_reply(limit, signal).unwrap_err().kind(), ErrorKind::TimedOut);
+    let error = signal_process(&it.remote(), 1, 1, Some(limit)).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::TimedOut);
     drop(hang);
-    it.remote().with_reply(START_TIMEOUT, signal).unwrap().unwrap();
+    signal_process(&it.remote(), 1, 15, None).unwrap();
     drop(it);
     let mut one = Vec::new();
-    FromHost::Signal { signo: 1, group: false }.encode(1, &mut one).unwrap();
+    FromHost::Signal { signo: 15, group: false }.encode(1, &mut one).unwrap();
     assert_eq!(sent_to(&far), one, "the second alone");
 }
 
