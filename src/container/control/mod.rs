@@ -171,7 +171,7 @@ pub(super) fn start_program(
         // Behind the request itself, so that it finds what has come of it. A loop that has ended runs nothing.
         let _ = remote.post(move |client| client.disown(&state));
         Err(match error.kind() {
-            ErrorKind::TimedOut => Error::new(ErrorKind::TimedOut, "the host was too busy to start it"),
+            ErrorKind::TimedOut => too_busy(),
             ErrorKind::InvalidState => ended(),
             _ => error,
         })
@@ -194,6 +194,11 @@ pub(super) fn signal_process(
             let _ = reply.send(client.send(process, &FromHost::Signal { signo, group: false }));
         }
     })?
+}
+
+/// A program that the agent's thread has not come to in time.
+fn too_busy() -> Error {
+    Error::new(ErrorKind::TimedOut, "the host was too busy to start it")
 }
 
 /// What is asked of a container that has ended.

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use super::entry::{Expiry, KILL_MARGIN, KillReason, ProcessEntry, ProcessPhase, START_TIMEOUT, UNANSWERED_KILL};
 use super::outbox::{Outbox, Urgency};
 use super::refusal::spawn_error;
-use super::{StartRequest, ended};
+use super::{StartRequest, ended, too_busy};
 use crate::container::process::{ExitStatus, ProcessShared};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event_loop::Reply;
@@ -91,8 +91,9 @@ impl Session {
         let by = reply.deadline().map(|it| it.checked_sub(KILL_MARGIN).unwrap_or(now));
         let by = by.map_or(now + START_TIMEOUT, |by| by.min(now + START_TIMEOUT));
         if by <= now {
-            // Its caller learns so by the reply that is dropped.
-            return log::debug!("a program was not started, as its caller has given up");
+            // Its caller has given up, or is about to.
+            let _ = reply.send(Err(too_busy()));
+            return;
         }
         let number = self.new_number();
         match self.send(number, &request.message()) {
@@ -100,7 +101,9 @@ impl Session {
                 let entry = ProcessEntry::new(number, request.state.clone(), reply, request.deadline, by);
                 self.processes.insert(number, entry);
             }
-            Err(error) => drop(reply.send(Err(error))),
+            Err(error) => {
+                let _ = reply.send(Err(error));
+            }
         }
     }
 

@@ -77,6 +77,23 @@ fn a_start_that_the_thread_comes_to_too_late_is_not_asked_for() {
 }
 
 #[test]
+fn a_start_with_too_little_time_left_is_refused() {
+    let (mut client, far) = client();
+    let (reply, answer) = Reply::detached(KILL_MARGIN);
+    client.start(&program(None).unwrap().0, reply);
+    assert_eq!(answer.recv().unwrap().unwrap_err().kind(), ErrorKind::TimedOut);
+    // One that a busy thread comes to late has less time than others.
+    let (reply, answer) = Reply::detached(KILL_MARGIN + Duration::from_secs(5));
+    client.start(&program(None).unwrap().0, reply);
+    pass(&mut client, Duration::from_secs(5));
+    assert!(matches!(answer.try_recv(), Err(mpsc::TryRecvError::Empty)), "it is killed, and that has its own time");
+    pass(&mut client, KILL_MARGIN);
+    assert_eq!(answer.recv().unwrap().unwrap_err().kind(), ErrorKind::TimedOut);
+    drop(client);
+    assert_eq!(kills(&sent_to(&far), 1), 1);
+}
+
+#[test]
 fn a_signal_that_the_thread_comes_to_too_late_is_not_sent() {
     let (it, far) = agent();
     let limit = Duration::from_millis(20);

@@ -94,8 +94,6 @@ struct Caller {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 300, ..ProptestConfig::default() })]
-
     #[test]
     fn every_waiter_gets_an_answer_or_a_time_out(steps in prop::collection::vec(step(), 1..40)) {
         let (mut client, mut far) = conversation().unwrap();
