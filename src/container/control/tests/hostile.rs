@@ -110,12 +110,20 @@ fn a_process_that_starts_after_its_host_gave_it_up_answers_no_request() {
     assert_eq!(kills(&sent_to(&far), number), 1);
 }
 
+/// Sends large requests, as long as they are taken.
+fn fill(mut send: impl FnMut(&FromHost<'_>) -> Result<()>) {
+    let (mut request, _state) = program(None).unwrap();
+    request.argv.push(&[b'x'; 512 * 1024]).unwrap();
+    while send(&request.message()).is_ok() {}
+}
+
 #[test]
 fn a_shim_that_does_not_read_gets_a_bounded_amount_and_all_kills() {
     let (mut client, far) = client();
     let (number, state, _answer) = spawn(&mut client, Some(Duration::from_secs(5)));
     receive(&mut client, &far, &frame(number, &FromGuest::Spawned { pid: 1 }));
     let signal = FromHost::Signal { signo: 1, group: false };
+    fill(|message| client.send(number, message));
     let refused = loop {
         if let Err(error) = client.send(number, &signal) {
             break error;
@@ -146,6 +154,7 @@ fn a_shim_that_does_not_read_gets_a_bounded_amount_and_all_kills() {
 fn kills_of_given_up_programs_go_beyond_the_bound() {
     let (mut client, far) = client();
     let (number, _state, _answer) = spawn(&mut client, None);
+    fill(|message| client.send(number, message));
     while client.send(number, &FromHost::Signal { signo: 1, group: false }).is_ok() {}
     let full = client.session.outbox.len();
     pass(&mut client, START_TIMEOUT);
@@ -232,6 +241,7 @@ fn an_outbox_keeps_less_than_twice_its_bound() {
     let signal = FromHost::Signal { signo: 1, group: false };
     let mut buffer = vec![0; 1 << 16];
     for _ in 0..4 {
+        fill(|message| outbox.push(1, message, Urgency::Ordinary));
         while outbox.push(1, &signal, Urgency::Ordinary).is_ok() {}
         assert!(outbox.push(1, &request.message(), Urgency::Ordinary).is_err());
         let before = outbox.len();
