@@ -156,6 +156,12 @@ mod event_loop;
 #[cfg(any(test, feature = "internals"))]
 #[doc(hidden)]
 pub mod fuzzing;
+/// What only this repository's tests ask of machines.
+#[cfg(any(test, feature = "internals"))]
+#[doc(hidden)]
+pub mod internals {
+    pub use crate::vm::rebuild;
+}
 #[cfg(test)]
 #[path = "guest/main.rs"]
 mod guest;

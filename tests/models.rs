@@ -70,7 +70,7 @@ impl Vcpu {
                 VcpuAction::Enter => self.run(),
                 VcpuAction::Finish => {
                     self.run();
-                    gate.park();
+                    gate.park(|| ());
                 }
             }
         }

@@ -5,11 +5,13 @@
 
 mod exposure;
 mod host;
+#[cfg(any(test, feature = "internals"))]
+pub(crate) mod state;
 mod vcpu;
 
 use std::fmt;
 use std::os::fd::AsRawFd;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 
 use kvm_bindings::{
     CpuId, KVM_CAP_PMU_CAPABILITY, KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY, KVM_PMU_CAP_DISABLE, Msrs, kvm_enable_cap,
@@ -81,7 +83,9 @@ impl Kvm {
                 Err(e) => return Err(failed(e)).doing(|| "creating a VM"),
             }
         };
-        let vm = VmFd { _guard: ForkGuard::new(&fd), fd: Arc::new(fd) };
+        let (guard, fd) = (ForkGuard::new(&fd), Arc::new(fd));
+        let interrupted = Arc::new(RwLock::new(Arc::downgrade(&fd)));
+        let vm = VmFd { _guard: guard, fd, interrupted };
         // Three pages that Intel hosts need below 4 GiB, outside guest memory (KVM API, 4.37).
         vm.fd.set_tss_address(TSS_ADDRESS).map_err(failed).doing(|| "reserving the TSS pages")?;
         vm.fd.create_irq_chip().map_err(failed).doing(|| "creating the interrupt controllers")?;
@@ -104,9 +108,24 @@ impl fmt::Debug for Kvm {
 pub(crate) struct VmFd {
     _guard: ForkGuard,
     fd: Arc<kvm_ioctls::VmFd>,
+    /// The VM whose interrupts are raised by what [`VmFd::pulse_irq`] returned.
+    interrupted: Arc<RwLock<Weak<kvm_ioctls::VmFd>>>,
 }
 
 impl VmFd {
+    /// Shares closures that raise interrupts with `other`. They raise those of the VM that has claimed them last.
+    #[cfg(any(test, feature = "internals"))]
+    pub(crate) fn share_interrupts(mut self, other: &Self) -> Self {
+        self.interrupted = other.interrupted.clone();
+        self
+    }
+
+    /// From now on closures of [`VmFd::pulse_irq`] raise interrupts of this VM.
+    #[cfg(any(test, feature = "internals"))]
+    pub(crate) fn claim_interrupts(&self) {
+        *self.interrupted.write().unwrap_or_else(PoisonError::into_inner) = Arc::downgrade(&self.fd);
+    }
+
     /// Makes `memory` the guest's memory.
     ///
     /// The memory must outlive the VM's last use; the machine keeps both together.
@@ -151,9 +170,9 @@ impl VmFd {
     /// It does nothing when the VM is gone. [`VmFd::register_irqfd`] would take a thread of the host's kernel for lines of
     /// an I/O interrupt controller, and two switches to and from it.
     pub(crate) fn pulse_irq(&self, gsi: u32) -> impl Fn() + Send + Sync + use<> {
-        let (vm, turn) = (Arc::downgrade(&self.fd), Mutex::new(()));
+        let (vm, turn) = (self.interrupted.clone(), Mutex::new(()));
         move || {
-            let Some(vm) = vm.upgrade() else { return };
+            let Some(vm) = vm.read().unwrap_or_else(PoisonError::into_inner).upgrade() else { return };
             // Two threads' edges at the same time could be one, seen before the second had anything to tell.
             let _turn = turn.lock().unwrap_or_else(PoisonError::into_inner);
             for level in [true, false] {
@@ -167,6 +186,12 @@ impl VmFd {
     /// Turns signals of `fd` into edges of interrupt `gsi` (KVM API, 4.75).
     pub(crate) fn register_irqfd(&self, fd: &EventFd, gsi: u32) -> Result<()> {
         self.fd.register_irqfd(fd, gsi).map_err(failed).doing(|| format!("attaching interrupt {gsi}"))
+    }
+
+    /// Undoes [`VmFd::register_irqfd`]. What was signaled before has reached the interrupt controllers when this returns.
+    #[cfg(any(test, feature = "internals"))]
+    pub(crate) fn unregister_irqfd(&self, fd: &EventFd, gsi: u32) -> Result<()> {
+        self.fd.unregister_irqfd(fd, gsi).map_err(failed).doing(|| format!("detaching interrupt {gsi}"))
     }
 
     /// Turns guest writes of `value` to the 32-bit register at `addr` into signals of `fd` (KVM API, 4.59).

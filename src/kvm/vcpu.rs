@@ -142,7 +142,7 @@ impl fmt::Debug for Kicker {
 /// One vCPU, owned by the thread that runs it.
 pub(crate) struct VcpuFd {
     _guard: ForkGuard,
-    fd: kvm_ioctls::VcpuFd,
+    pub(super) fd: kvm_ioctls::VcpuFd,
     page: Arc<RunPage>,
 }
 

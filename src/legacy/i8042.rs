@@ -4,6 +4,7 @@
 
 use std::collections::VecDeque;
 use std::ops::Range;
+use std::sync::Arc;
 
 use crate::arch::layout::I8042_PORT;
 use crate::bus::BusDevice;
@@ -61,7 +62,7 @@ enum Expect {
 /// The device. `on_reset` is called on the vCPU's thread.
 pub(crate) struct I8042<F> {
     on_reset: F,
-    interrupt: EventFd,
+    interrupt: Arc<EventFd>,
     output: VecDeque<u8>,
     command_byte: u8,
     expect: Expect,
@@ -72,17 +73,16 @@ impl<F: FnMut() + Send> I8042<F> {
     ///
     /// # Errors
     /// `ResourceExhausted` when the process has no descriptors left.
-    pub(crate) fn new(on_reset: F) -> Result<(Self, EventFd)> {
-        let interrupt = eventfd().doing(|| "creating a keyboard controller")?;
-        let theirs = interrupt.try_clone().doing(|| "creating a keyboard controller")?;
+    pub(crate) fn new(on_reset: F) -> Result<(Self, Arc<EventFd>)> {
+        let interrupt = Arc::new(eventfd().doing(|| "creating a keyboard controller")?);
         let controller = Self {
             on_reset,
-            interrupt,
+            interrupt: interrupt.clone(),
             output: VecDeque::new(),
             command_byte: KEYBOARD_OFF | TRANSLATE,
             expect: Expect::Keyboard,
         };
-        Ok((controller, theirs))
+        Ok((controller, interrupt))
     }
 
     /// Presses keys. False when the guest has no keyboard driver to hear it.

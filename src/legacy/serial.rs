@@ -4,6 +4,7 @@
 
 use std::io;
 use std::ops::Range;
+use std::sync::Arc;
 
 use vm_superio::{Serial, Trigger};
 
@@ -16,7 +17,7 @@ use crate::sys::{EventFd, eventfd};
 pub(crate) const SERIAL_PORTS: Range<u64> = SERIAL_PORT..SERIAL_PORT + 8;
 
 /// An interrupt line of the kind that vm-superio pulls.
-struct SerialInterrupt(EventFd);
+struct SerialInterrupt(Arc<EventFd>);
 
 impl Trigger for SerialInterrupt {
     type E = io::Error;
@@ -36,10 +37,9 @@ impl<W: io::Write> SerialPort<W> {
     ///
     /// # Errors
     /// `ResourceExhausted` when the process has no descriptors left.
-    pub(crate) fn new(output: W) -> Result<(Self, EventFd)> {
-        let line = eventfd().doing(|| "creating a serial port")?;
-        let theirs = line.try_clone().doing(|| "creating a serial port")?;
-        Ok((Self { uart: Serial::new(SerialInterrupt(line), output) }, theirs))
+    pub(crate) fn new(output: W) -> Result<(Self, Arc<EventFd>)> {
+        let line = Arc::new(eventfd().doing(|| "creating a serial port")?);
+        Ok((Self { uart: Serial::new(SerialInterrupt(line.clone()), output) }, line))
     }
 }
 

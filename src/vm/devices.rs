@@ -21,7 +21,7 @@ use crate::kvm::VmFd;
 use crate::memory::GuestMemory;
 use crate::network::{CaptureCounters, CapturePump};
 use crate::size::Size;
-use crate::sys::set_sched_batch;
+use crate::sys::{EventFd, set_sched_batch};
 use crate::virtio::balloon::Balloon;
 use crate::virtio::console::{Console, ConsoleOutput};
 use crate::virtio::rng::Rng;
@@ -36,6 +36,19 @@ pub(super) struct DeviceInfo {
     pub counters: Arc<Counters>,
     pub interrupt: Interrupt,
     pub engine: Option<IoEngine>,
+    /// What the driver's notifications signal, by queue.
+    pub kicks: Arc<[EventFd]>,
+    /// Where the driver notifies it.
+    pub notify_address: u64,
+}
+
+impl DeviceInfo {
+    /// Turns the driver's notifications into kicks.
+    pub(super) fn connect_kicks(&self, vm: &VmFd) -> Result<()> {
+        (0..)
+            .zip(self.kicks.iter())
+            .try_for_each(|(queue, kick)| vm.register_ioeventfd(kick, self.notify_address, queue))
+    }
 }
 
 /// A device on its way into the machine.
@@ -277,11 +290,10 @@ impl Attacher<'_> {
             .on_needs_reset(id, move |why| {
                 broken.log.push(EventKind::DeviceError { device: id, message: why.to_owned() });
             });
-        for (queue, kick) in (0..).zip(transport.kicks().iter()) {
-            self.vm.register_ioeventfd(kick, addr + NOTIFY_OFFSET, queue)?;
-        }
         let (counters, interrupt) = (transport.counters().clone(), transport.interrupt().clone());
-        let info = DeviceInfo { id, counters, interrupt, engine };
+        let (kicks, notify_address) = (transport.kicks().clone(), addr + NOTIFY_OFFSET);
+        let info = DeviceInfo { id, counters, interrupt, engine, kicks, notify_address };
+        info.connect_kicks(self.vm)?;
         self.shared.devices.lock().unwrap_or_else(PoisonError::into_inner).push(info);
         self.mmio.attach(addr..addr + layout::MMIO_WINDOW, Arc::new(Mutex::new(transport)))
     }

@@ -17,6 +17,7 @@ use super::devices::{
 };
 use super::events::{EventKind, EventLog, Throttled};
 use super::exit::{BootMarks, Exit, ExitReport, Reason};
+use super::kvm_objects::{IrqLine, KvmObjects, make_vm};
 use super::stats::DeviceStats;
 use super::vcpu::{self, LastExit, VcpuControl};
 use super::vcpu_gate::{Parked, VcpuGate};
@@ -26,7 +27,7 @@ use crate::boot;
 use crate::bus::{Attached, Bus};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::event_loop::{Loop, Loops};
-use crate::kvm::{Kvm, VmFd};
+use crate::kvm::Kvm;
 use crate::legacy::{
     EXIT_PORTS, ExitPort, ExitPortRequest, I8042, I8042_PORTS, PANIC_PORTS, PanicPort, SERIAL_PORTS, SerialPort,
 };
@@ -188,7 +189,7 @@ impl VmShared {
 
     pub(super) fn device_stats(&self) -> Vec<DeviceStats> {
         let devices = self.devices.lock().unwrap_or_else(PoisonError::into_inner);
-        let stats = |DeviceInfo { id, counters, interrupt, engine }: &DeviceInfo| DeviceStats {
+        let stats = |DeviceInfo { id, counters, interrupt, engine, .. }: &DeviceInfo| DeviceStats {
             device: *id,
             kicks: counters.kicks.load(Ordering::Relaxed),
             requests: counters.requests.load(Ordering::Relaxed),
@@ -237,18 +238,17 @@ impl VmShared {
 /// The assembled parts that vCPU threads need. Field order is the order of release: descriptors before memory. A loop that is
 /// left behind keeps its own share of both.
 pub(super) struct Machine {
-    vm: VmFd,
+    kvm: Arc<KvmObjects>,
     pub mmio: Bus,
     pub ports: Bus,
     loops: Loops<Slots>,
     captures: Vec<CapturePump>,
     pub shared: Arc<VmShared>,
-    _memory: GuestMemory,
 }
 
 impl fmt::Debug for Machine {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Machine({:?}, {:?})", self.vm, self.mmio)
+        write!(f, "Machine({:?}, {:?})", self.kvm, self.mmio)
     }
 }
 
@@ -309,11 +309,8 @@ pub(super) fn start(config: &VmConfig) -> Result<Vm> {
     }
     let cpu = Cpu::new(&kvm, &config.cpu, vcpus)?;
     ranges.iter().try_for_each(|(start, len)| cpu.addresses(start.0 + len))?;
-    let vm = kvm.create_vm()?;
-    cpu.restrict(&vm)?;
-    vm.set_memory(&memory)?;
     let registers = RegisterPages::new(slots.len()).doing(|| "making the devices' registers")?;
-    vm.map_register_pages(&memory, layout::MMIO.0, &registers)?;
+    let vm = make_vm(&kvm, &cpu, &memory, &registers)?;
     let shared = Arc::new(VmShared {
         end: Mutex::default(),
         ended: Condvar::new(),
@@ -328,12 +325,13 @@ pub(super) fn start(config: &VmConfig) -> Result<Vm> {
         devices: Mutex::default(),
         threads: Mutex::default(),
         stacks: Mutex::default(),
-        registers,
+        registers: registers.clone(),
         origin: ProcessGeneration::current(),
     });
     // It was not set before.
     let _ = faults.set(Arc::downgrade(&shared));
-    let (ports, keyboard) = ports(&vm, &shared)?;
+    let Ports { bus: ports, keyboard, lines } = ports(&shared)?;
+    lines.iter().try_for_each(|line| line.connect(&vm))?;
     let mut parts = Attacher {
         vm: &vm,
         memory: &memory,
@@ -345,6 +343,7 @@ pub(super) fn start(config: &VmConfig) -> Result<Vm> {
     };
     parts.attach(attachments, &slots)?;
     let Attacher { mmio, loops, slots, .. } = parts;
+    let kvm = Arc::new(KvmObjects::new(vm, cpu, lines, registers, memory));
     let handles = Handles {
         loops: loops.iter().map(Loop::remote).collect(),
         vsock: slots.get(&DeviceId::Vsock).map(handle),
@@ -355,9 +354,11 @@ pub(super) fn start(config: &VmConfig) -> Result<Vm> {
             .filter_map(|(n, (ports, pump))| net_handle(n, &slots, ports, pump.as_ref().map(CapturePump::counters)))
             .collect(),
         keyboard,
+        #[cfg(any(test, feature = "internals"))]
+        kvm: Arc::downgrade(&kvm),
     };
     let captures = pumps.into_iter().flatten().collect();
-    let machine = Arc::new(Machine { vm, mmio, ports, loops, captures, shared: shared.clone(), _memory: memory });
+    let machine = Arc::new(Machine { kvm, mmio, ports, loops, captures, shared: shared.clone() });
 
     let member = cgroup.as_ref().map(CgroupGuard::member);
     handles.loops.iter().try_for_each(|it| {
@@ -380,14 +381,21 @@ pub(super) fn start(config: &VmConfig) -> Result<Vm> {
     }
     start_captures(&machine.captures, &shared, member.as_ref())?;
     let pump = start_console_writer(config, &shared, member.clone())?;
-    let threads = start_vcpus(&machine, &cpu, vcpus, entry, member);
+    let threads = start_vcpus(&machine, vcpus, entry, member);
     let vm = Vm::new(shared, threads.threads, pump, listeners, handles, cgroup);
     // A thread that could not start is an error; those that could are ended by dropping `vm`.
     threads.outcome.map(|()| vm)
 }
 
-/// The port bus, and the keyboard by which the guest can be asked to shut down.
-fn ports(vm: &VmFd, shared: &Arc<VmShared>) -> Result<(Bus, Keyboard)> {
+/// What answers at ports.
+struct Ports {
+    bus: Bus,
+    /// By which the guest can be asked to shut down.
+    keyboard: Keyboard,
+    lines: Vec<IrqLine>,
+}
+
+fn ports(shared: &Arc<VmShared>) -> Result<Ports> {
     let mut ports = Bus::default();
     let stop = |shared: &Arc<VmShared>| {
         let shared = shared.clone();
@@ -395,13 +403,13 @@ fn ports(vm: &VmFd, shared: &Arc<VmShared>) -> Result<(Bus, Keyboard)> {
             shared.stop(reason, LastExit { vcpu_exit: Some("the guest asked for it".into()), registers: None })
         }
     };
-    let (serial, line) = SerialPort::new(shared.output.clone())?;
-    vm.register_irqfd(&line, layout::SERIAL_IRQ)?;
+    let (serial, fd) = SerialPort::new(shared.output.clone())?;
+    let serial_line = IrqLine { fd, gsi: layout::SERIAL_IRQ };
     ports.attach(SERIAL_PORTS, Arc::new(Mutex::new(serial)))?;
 
     let on_reset = stop(shared);
-    let (controller, line) = I8042::new(Box::new(move || on_reset(Reason::Reset)) as Box<dyn FnMut() + Send>)?;
-    vm.register_irqfd(&line, layout::I8042_IRQ)?;
+    let (controller, fd) = I8042::new(Box::new(move || on_reset(Reason::Reset)) as Box<dyn FnMut() + Send>)?;
+    let keyboard_line = IrqLine { fd, gsi: layout::I8042_IRQ };
     let keyboard: Keyboard = Arc::new(Mutex::new(controller));
     ports.attach(I8042_PORTS, keyboard.clone())?;
 
@@ -419,7 +427,7 @@ fn ports(vm: &VmFd, shared: &Arc<VmShared>) -> Result<(Bus, Keyboard)> {
         });
     })));
     ports.attach(EXIT_PORTS, exit_port)?;
-    Ok((ports, keyboard))
+    Ok(Ports { bus: ports, keyboard, lines: vec![serial_line, keyboard_line] })
 }
 
 /// The thread that gives the console to the embedder's writer, which may block.
@@ -473,23 +481,17 @@ struct VcpuThreads {
 }
 
 /// Starts the vCPU threads; each makes its vCPU, as KVM wants, and runs it once all are made.
-fn start_vcpus(
-    machine: &Arc<Machine>,
-    cpu: &Cpu,
-    vcpus: u8,
-    entry: EntryPoint,
-    member: Option<CgroupHandle>,
-) -> VcpuThreads {
+fn start_vcpus(machine: &Arc<Machine>, vcpus: u8, entry: EntryPoint, member: Option<CgroupHandle>) -> VcpuThreads {
     let (ready, answers) = mpsc::channel::<Result<()>>();
     let (mut threads, mut outcome, mut gates) = (Vec::new(), Ok(()), Vec::new());
     for id in 0..vcpus {
         let (gate, open) = mpsc::sync_channel::<()>(1);
-        let (its_machine, cpu, ready, member) = (machine.clone(), cpu.clone(), ready.clone(), member.clone());
+        let (its_machine, ready, member) = (machine.clone(), ready.clone(), member.clone());
         let body = move || {
             let machine = its_machine;
             machine.shared.register_thread();
             let joined = member.map_or(Ok(()), |member| member.join());
-            let made = joined.and_then(|()| make_vcpu(&machine, &cpu, id, entry));
+            let made = joined.and_then(|()| make_vcpu(&machine, id, entry));
             let (vcpu, answer) = match made {
                 Ok(vcpu) => (Some(vcpu), Ok(())),
                 Err(error) => (None, Err(error.doing(format!("making vCPU {id}")))),
@@ -528,10 +530,9 @@ fn start_vcpus(
     VcpuThreads { threads, outcome }
 }
 
-fn make_vcpu(machine: &Machine, cpu: &Cpu, id: u8, entry: EntryPoint) -> Result<crate::kvm::VcpuFd> {
+fn make_vcpu(machine: &Machine, id: u8, entry: EntryPoint) -> Result<crate::kvm::VcpuFd> {
     machine.shared.signal.unblock().doing(|| "unblocking the kick signal")?;
-    let vcpu = machine.vm.create_vcpu(id)?;
-    cpu.apply(&vcpu, id)?;
+    let vcpu = machine.kvm.make_vcpu(&machine.kvm.vm(), id)?;
     if id == 0 {
         arch::boot_vcpu(&vcpu, entry)?;
     }

@@ -8,9 +8,12 @@ pub(crate) mod disk;
 pub(crate) mod events;
 pub(crate) mod exit;
 mod halt;
+mod kvm_objects;
 mod machine;
 pub(crate) mod net;
 pub(crate) mod overlay;
+#[cfg(any(test, feature = "internals"))]
+mod rebuild;
 pub(crate) mod stats;
 mod vcpu;
 mod vcpu_gate;
@@ -18,7 +21,7 @@ mod vcpu_gate;
 use std::fmt;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync;
-#[cfg(feature = "container")]
+#[cfg(any(feature = "container", test, feature = "internals"))]
 use std::sync::Weak;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
@@ -35,6 +38,8 @@ pub use exit::{Exit, ExitReport, Timeline};
 #[cfg(feature = "container")]
 pub(crate) use net::AddressConfig;
 pub use net::Net;
+#[cfg(any(test, feature = "internals"))]
+pub use rebuild::rebuild;
 pub use stats::{MemoryStats, Stats};
 
 use disk::DiskHandle;
@@ -114,6 +119,8 @@ struct Handles {
     disks: Vec<DiskHandle>,
     nets: Vec<NetHandle>,
     keyboard: Keyboard,
+    #[cfg(any(test, feature = "internals"))]
+    kvm: Weak<kvm_objects::KvmObjects>,
 }
 
 impl Vm {
@@ -243,22 +250,8 @@ impl Vm {
     /// not answer; then the guest goes on.
     pub fn pause(&self) -> Result<()> {
         let mut paused = self.running.paused.lock().unwrap_or_else(PoisonError::into_inner);
-        let quiet = || {
-            let deadline = Instant::now() + PAUSE_TIMEOUT;
-            self.running.shared.park_vcpus(PAUSE_TIMEOUT)?;
-            self.running.handles.loops.iter().try_for_each(|it| it.suspend(left(deadline)))?;
-            // No loop looks at anything any more, and what its devices have in flight with the host comes to its end.
-            let calm =
-                |it: &Remote<Slots>| it.with_timeout(left(deadline) + PAUSE_MARGIN, move |it| it.pause(left(deadline)));
-            match self.running.handles.loops.iter().map(calm).collect::<Result<Vec<_>>>()?.contains(&false) {
-                true => {
-                    Err(Error::new(ErrorKind::TimedOut, format!("a disk was busy for longer than {PAUSE_TIMEOUT:?}")))
-                }
-                false => Ok(()),
-            }
-        };
         if !*paused {
-            if let Err(error) = quiet() {
+            if let Err(error) = self.quiesce() {
                 self.go_on();
                 return Err(error.doing("pausing the VM"));
             }
@@ -266,6 +259,20 @@ impl Vm {
             self.running.shared.log.push(EventKind::Paused { cause: PauseCause::Embedder });
         }
         Ok(())
+    }
+
+    /// Parks all vCPUs, and ends what devices have in flight. [`Vm::go_on`] undoes it, also where it fails.
+    fn quiesce(&self) -> Result<()> {
+        let deadline = Instant::now() + PAUSE_TIMEOUT;
+        self.running.shared.park_vcpus(PAUSE_TIMEOUT)?;
+        self.running.handles.loops.iter().try_for_each(|it| it.suspend(left(deadline)))?;
+        // No loop looks at anything any more, and what its devices have in flight with the host comes to its end.
+        let calm =
+            |it: &Remote<Slots>| it.with_timeout(left(deadline) + PAUSE_MARGIN, move |it| it.pause(left(deadline)));
+        match self.running.handles.loops.iter().map(calm).collect::<Result<Vec<_>>>()?.contains(&false) {
+            true => Err(Error::new(ErrorKind::TimedOut, format!("a disk was busy for longer than {PAUSE_TIMEOUT:?}"))),
+            false => Ok(()),
+        }
     }
 
     /// Lets a paused guest go on. Idempotent.

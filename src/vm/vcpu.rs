@@ -2,6 +2,7 @@
 //!
 //! It runs the guest, takes its exits to the buses, and stops when asked to.
 
+use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -13,6 +14,8 @@ use super::machine::Machine;
 use super::stats::{ExitCounts, VcpuStats, count};
 use super::vcpu_gate::{ExitRequest, VcpuAction};
 use crate::bus::Bus;
+#[cfg(any(test, feature = "internals"))]
+use crate::error::{Error, Result};
 use crate::kvm::{Kicker, VcpuExit, VcpuFd};
 use crate::sys::{KickSignal, ThreadId};
 
@@ -20,7 +23,7 @@ use crate::sys::{KickSignal, ThreadId};
 #[derive(Debug, Default)]
 pub(super) struct VcpuControl {
     /// How they reach it. `None` before it runs and after it has ended.
-    thread: Mutex<Option<(Kicker, ThreadId)>>,
+    thread: Mutex<Option<VcpuThread>>,
     exits: ExitCounts,
     /// In nanoseconds, once its thread has ended.
     cpu_time: AtomicU64,
@@ -28,31 +31,74 @@ pub(super) struct VcpuControl {
     pub halt: HaltRecord,
 }
 
+/// A thread that runs a vCPU.
+struct VcpuThread {
+    kicker: Kicker,
+    id: ThreadId,
+    request: Option<VcpuRequest>,
+}
+
+/// What another thread asks of a vCPU that is parked, done by the vCPU's own thread.
+pub(super) type VcpuRequest = Box<dyn FnOnce(&mut VcpuFd) + Send>;
+
+impl fmt::Debug for VcpuThread {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "VcpuThread({:?})", self.id)
+    }
+}
+
 impl VcpuControl {
-    fn thread(&self) -> MutexGuard<'_, Option<(Kicker, ThreadId)>> {
+    fn thread(&self) -> MutexGuard<'_, Option<VcpuThread>> {
         self.thread.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn stats(&self) -> VcpuStats {
-        let running = self.thread().as_ref().map(|(_, thread)| thread.cpu_time());
+        let running = self.thread().as_ref().map(|thread| thread.id.cpu_time());
         self.exits.stats(running.unwrap_or_else(|| Duration::from_nanos(self.cpu_time.load(Ordering::Relaxed))))
     }
 
     /// Bytes of memory that the vCPU takes beside its thread's stack.
     pub(super) fn held(&self) -> usize {
-        self.thread().as_ref().map_or(0, |(kicker, _)| kicker.held())
+        self.thread().as_ref().map_or(0, |thread| thread.kicker.held())
     }
 
     /// The calling thread will run the vCPU.
     fn enter(&self, kicker: Kicker) {
-        *self.thread() = Some((kicker, ThreadId::current()));
+        *self.thread() = Some(VcpuThread { kicker, id: ThreadId::current(), request: None });
     }
 
     /// The calling thread will not run it any more, so it must not be signaled.
     fn leave(&self) {
         let mut thread = self.thread();
-        let used = thread.take().map_or(Duration::ZERO, |(_, thread)| thread.cpu_time());
+        let used = thread.take().map_or(Duration::ZERO, |thread| thread.id.cpu_time());
         self.cpu_time.store(u64::try_from(used.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
+    }
+
+    /// Leaves a request for the vCPU's thread, which serves it at the gate ([`VcpuGate::request`](super::vcpu_gate::VcpuGate)).
+    /// When the thread ends, the request is dropped.
+    ///
+    /// # Errors
+    /// `InvalidState` when the thread has ended.
+    #[cfg(any(test, feature = "internals"))]
+    pub(super) fn ask(&self, request: VcpuRequest) -> Result<()> {
+        match &mut *self.thread() {
+            Some(thread) => {
+                thread.request = Some(request);
+                Ok(())
+            }
+            None => Err(Error::vm_ended()),
+        }
+    }
+
+    /// Does what is asked of the vCPU, which may be another one afterwards. On its own thread.
+    fn serve(&self, vcpu: &mut VcpuFd) {
+        let request = self.thread().as_mut().and_then(|thread| thread.request.take());
+        if let Some(request) = request {
+            request(vcpu);
+            if let Some(thread) = &mut *self.thread() {
+                thread.kicker = vcpu.kicker();
+            }
+        }
     }
 
     /// Gets the vCPU out of the guest, or keeps it from entering. Idempotent; does not wait for the guest.
@@ -61,9 +107,9 @@ impl VcpuControl {
     /// so either KVM_RUN sees it on entry or the signal interrupts it.
     pub(super) fn kick(&self, signal: KickSignal) {
         // The thread cannot end while this lock is held, so the signal reaches no other thread.
-        if let Some((kicker, thread)) = &*self.thread() {
+        if let Some(VcpuThread { kicker, id, .. }) = &*self.thread() {
             kicker.request_exit();
-            if let Err(error) = signal.send(*thread) {
+            if let Err(error) = signal.send(*id) {
                 log::error!("a vCPU cannot be kicked: {error}");
             }
         }
@@ -112,7 +158,8 @@ pub(super) fn run(machine: &Machine, id: u8, mut vcpu: VcpuFd) {
             _ => &control.exits.other,
         });
         if action == VcpuAction::Finish && matches!(exit, Ok(VcpuExit::Interrupted)) {
-            if machine.shared.gate.park() {
+            if machine.shared.gate.park(|| control.serve(&mut vcpu)) {
+                // Right before the guest goes on: a flag that was set earlier may not be in its page yet.
                 vcpu.notify_guest_paused();
             }
             continue;

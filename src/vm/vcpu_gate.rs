@@ -16,9 +16,16 @@ pub(super) struct VcpuGate {
     held: AtomicBool,
     /// The VM ends: no thread waits here any more, and no vCPU runs.
     gone: AtomicBool,
-    /// How many vCPU threads wait here.
-    parked: Mutex<usize>,
+    parked: Mutex<ParkedVcpus>,
     changed: Condvar,
+}
+
+/// The vCPU threads that wait at the gate.
+#[derive(Debug, Default)]
+struct ParkedVcpus {
+    count: usize,
+    /// How often something was asked of them.
+    requests: usize,
 }
 
 /// How a vCPU's thread asks its own vCPU to come back.
@@ -51,7 +58,7 @@ pub(super) enum Parked {
 }
 
 impl VcpuGate {
-    fn parked(&self) -> MutexGuard<'_, usize> {
+    fn parked(&self) -> MutexGuard<'_, ParkedVcpus> {
         self.parked.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -113,18 +120,35 @@ impl VcpuGate {
     }
 
     /// A vCPU's thread waits until it may go on. True when it had to.
-    pub(super) fn park(&self) -> bool {
+    ///
+    /// Meanwhile `serve` is called when something may be asked of it: at most once more than [`VcpuGate::request`].
+    pub(super) fn park(&self, mut serve: impl FnMut()) -> bool {
         let mut parked = self.parked();
         if !self.closed() {
             return false;
         }
-        *parked += 1;
+        parked.count += 1;
         self.changed.notify_all();
+        let mut served = 0;
         while self.closed() {
-            parked = self.changed.wait(parked).unwrap_or_else(PoisonError::into_inner);
+            if parked.requests != served {
+                served = parked.requests;
+                drop(parked);
+                serve();
+                parked = self.parked();
+            } else {
+                parked = self.changed.wait(parked).unwrap_or_else(PoisonError::into_inner);
+            }
         }
-        *parked -= 1;
+        parked.count -= 1;
         true
+    }
+
+    /// Tells the threads that wait here that something is asked of them.
+    #[cfg(any(test, feature = "internals"))]
+    pub(super) fn request(&self) {
+        self.parked().requests += 1;
+        self.changed.notify_all();
     }
 
     /// Waits until `vcpus` threads are here.
@@ -134,8 +158,8 @@ impl VcpuGate {
             let left = deadline.saturating_duration_since(Instant::now());
             match () {
                 () if self.is_shut_down() => return Parked::Gone,
-                () if *parked >= vcpus => return Parked::All,
-                () if left.is_zero() => return Parked::Busy(vcpus - *parked),
+                () if parked.count >= vcpus => return Parked::All,
+                () if left.is_zero() => return Parked::Busy(vcpus - parked.count),
                 () => parked = self.changed.wait_timeout(parked, left).unwrap_or_else(PoisonError::into_inner).0,
             }
         }
@@ -156,12 +180,12 @@ mod tests {
     #[test]
     fn vcpus_park_wait_and_resume() {
         let gate = Arc::new(VcpuGate::default());
-        assert!(!gate.park(), "an open gate stops no vCPU");
+        assert!(!gate.park(|| ()), "an open gate stops no vCPU");
         gate.close();
         assert_eq!(gate.wait_parked(2, soon()), Parked::Busy(2));
         let threads = [(); 2].map(|()| {
             let gate = gate.clone();
-            thread::spawn(move || gate.park())
+            thread::spawn(move || gate.park(|| ()))
         });
         assert_eq!(gate.wait_parked(2, Instant::now() + Duration::from_secs(60)), Parked::All);
         gate.open();
@@ -169,15 +193,31 @@ mod tests {
     }
 
     #[test]
+    fn parked_vcpus_serve_each_request() {
+        let gate = Arc::new(VcpuGate::default());
+        gate.close();
+        let (served, seen) = std::sync::mpsc::channel();
+        let theirs = gate.clone();
+        let parked = thread::spawn(move || theirs.park(|| served.send(()).unwrap()));
+        for _ in 0..3 {
+            gate.request();
+            seen.recv_timeout(Duration::from_secs(60)).unwrap();
+        }
+        assert_eq!(gate.wait_parked(1, Instant::now() + Duration::from_secs(60)), Parked::All);
+        gate.open();
+        assert!(parked.join().unwrap());
+    }
+
+    #[test]
     fn shutdown_releases_waiters_and_parks_no_more() {
         let gate = Arc::new(VcpuGate::default());
         gate.close();
         let theirs = gate.clone();
-        let parked = thread::spawn(move || theirs.park());
+        let parked = thread::spawn(move || theirs.park(|| ()));
         assert_eq!(gate.wait_parked(1, Instant::now() + Duration::from_secs(60)), Parked::All);
         gate.shut_down();
         assert!(parked.join().unwrap());
-        assert!(!gate.park() && !gate.closed());
+        assert!(!gate.park(|| ()) && !gate.closed());
         assert_eq!(gate.wait_parked(1, soon()), Parked::Gone);
     }
 }

@@ -34,6 +34,7 @@ mod overlay;
 mod programs;
 #[path = "../../examples/proxy_command.rs"]
 mod proxy_command;
+mod rebuild;
 mod start_failures;
 mod storage;
 mod tally;
@@ -158,6 +159,10 @@ tests! {
     programs: ssh_proxy_command_reaches_a_guest_without_network scp_sftp_and_git_work_through_a_published_port
         clients_and_servers_in_two_guests_work databases_are_reached_by_name_over_a_switch iperf3_runs_in_all_modes
         hundred_concurrent_short_connections_are_served;
+    rebuild: rebuilt_guest_keeps_its_data_and_clocks rebuilt_guest_of_four_vcpus_keeps_its_data_and_clocks
+        rebuilt_debian_kernel_keeps_its_data_and_clocks rebuilt_debian_kernel_of_four_vcpus_keeps_its_data_and_clocks
+        rebuilds_during_boot_do_not_disturb_it rebuilt_vm_stays_paused_until_resumed
+        rebuild_and_kill_race_from_many_threads rebuilds_leak_no_descriptors;
     user_net: network_is_up_at_start_and_round_trips_have_no_delay withdrawn_policy_stops_all_traffic;
     start_failures: start_timeout_names_the_boot_stage guest_exit_before_ready_is_reported shim_failure_is_reported
         missing_kvm_error_names_the_remedy unreadable_file_is_named;

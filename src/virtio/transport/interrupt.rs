@@ -26,7 +26,7 @@ pub(crate) trait TransportOps: Send + Sync {
     fn pending(&self) -> u32;
 
     /// Shows these interrupts again after the state was restored, and raises them.
-    #[cfg_attr(not(test), allow(dead_code, reason = "so far tests alone save a device"))]
+    #[cfg_attr(not(any(test, feature = "internals")), allow(dead_code, reason = "so far tests alone restore"))]
     fn set_pending(&self, pending: u32);
 
     /// Returns how often the driver was interrupted.
@@ -98,11 +98,17 @@ impl Interrupt {
         self.0.status.store(0, Ordering::SeqCst);
     }
 
+    /// Raises it once more where the driver has not acknowledged everything: its last edge may have been lost.
+    #[cfg(any(test, feature = "internals"))]
+    pub(crate) fn raise_pending(&self) {
+        self.set_pending(self.pending());
+    }
+
     pub(super) fn pending(&self) -> u32 {
         self.0.ops.pending()
     }
 
-    #[cfg_attr(not(test), allow(dead_code, reason = "so far tests alone save a device"))]
+    #[cfg_attr(not(any(test, feature = "internals")), allow(dead_code, reason = "so far tests alone restore"))]
     pub(super) fn set_pending(&self, pending: u32) {
         self.0.ops.set_pending(pending);
     }
