@@ -35,6 +35,17 @@ struct Vcpu {
     signalled: Condvar,
     /// How often the guest really ran.
     entries: AtomicUsize,
+    request: Mutex<Request>,
+}
+
+/// What another thread asks of a vCPU's: an answer by this way.
+#[derive(Default)]
+enum Request {
+    #[default]
+    Nothing,
+    Answer(mpsc::Sender<()>),
+    /// The thread has ended.
+    Refused,
 }
 
 impl Vcpu {
@@ -66,14 +77,34 @@ impl Vcpu {
     fn thread(&self, gate: &VcpuGate) {
         loop {
             match gate.next_action(self) {
-                VcpuAction::End => return,
+                VcpuAction::End => {
+                    *self.request.lock().unwrap() = Request::Refused;
+                    return;
+                }
                 VcpuAction::Enter => self.run(),
                 VcpuAction::Finish => {
                     self.run();
-                    gate.park(|| ());
+                    gate.park(|| self.serve());
                 }
             }
         }
+    }
+
+    /// As `VcpuControl::serve` does.
+    fn serve(&self) {
+        let request = std::mem::take(&mut *self.request.lock().unwrap());
+        if let Request::Answer(answer) = request {
+            answer.send(()).unwrap();
+        }
+    }
+
+    /// As `VcpuControl::ask` does; `None` when the thread has ended.
+    fn ask(&self) -> Option<mpsc::Receiver<()>> {
+        let mut request = self.request.lock().unwrap();
+        let Request::Nothing = &*request else { return None };
+        let (answer, wait) = mpsc::channel();
+        *request = Request::Answer(answer);
+        Some(wait)
     }
 }
 
@@ -155,6 +186,24 @@ fn an_end_during_a_pause_frees_everybody() {
     machine.end();
     threads.into_iter().chain([pausing]).for_each(|thread| thread.join().unwrap());
     assert_eq!(machine.pause(), Parked::Gone);
+}
+
+fn parked_vcpus_answer_each_request_or_have_ended() {
+    let (machine, threads) = Machine::start(2);
+    assert_eq!(machine.pause(), Parked::All);
+    let ask = |machine: &Machine| -> Vec<_> {
+        let waits: Vec<_> = machine.vcpus.iter().filter_map(Vcpu::ask).collect();
+        machine.gate.request();
+        waits
+    };
+    for _ in 0..2 {
+        ask(&machine).into_iter().for_each(|wait| wait.recv().unwrap());
+    }
+    let other = machine.clone();
+    let ending = thread::spawn(move || other.end());
+    // A request that is not served is dropped: a wait without an end is a deadlock, which shuttle reports.
+    ask(&machine).into_iter().for_each(|wait| _ = wait.recv());
+    threads.into_iter().chain([ending]).for_each(|thread| thread.join().unwrap());
 }
 
 /// An eventfd: a counter that the loop's thread waits for.
@@ -274,10 +323,11 @@ fn a_loop_that_ends_while_it_is_asked_to_hold_frees_who_waits() {
 }
 
 fn main() -> ExitCode {
-    let models: [(&str, fn()); 6] = [
+    let models: [(&str, fn()); 7] = [
         ("an_end_reaches_every_vcpu", an_end_reaches_every_vcpu),
         ("a_paused_machine_stands_still_and_goes_on", a_paused_machine_stands_still_and_goes_on),
         ("an_end_during_a_pause_frees_everybody", an_end_during_a_pause_frees_everybody),
+        ("parked_vcpus_answer_each_request_or_have_ended", parked_vcpus_answer_each_request_or_have_ended),
         ("closures_are_run_or_refused_but_never_lost", closures_are_run_or_refused_but_never_lost),
         ("a_held_loop_runs_closures_and_looks_at_nothing_else", a_held_loop_runs_closures_and_looks_at_nothing_else),
         (

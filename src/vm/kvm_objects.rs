@@ -31,6 +31,9 @@ pub(super) struct KvmObjects {
     vm: Mutex<Arc<VmFd>>,
     cpu: Cpu,
     pub lines: Vec<IrqLine>,
+    /// What states of its vCPUs have in common, once it was asked for.
+    #[cfg(any(test, feature = "internals"))]
+    pub format: std::sync::OnceLock<crate::kvm::state::VcpuFormat>,
     registers: RegisterPages,
     memory: GuestMemory,
 }
@@ -46,7 +49,15 @@ pub(super) fn make_vm(kvm: &Kvm, cpu: &Cpu, memory: &GuestMemory, registers: &Re
 
 impl KvmObjects {
     pub(super) fn new(vm: VmFd, cpu: Cpu, lines: Vec<IrqLine>, registers: RegisterPages, memory: GuestMemory) -> Self {
-        Self { vm: Mutex::new(Arc::new(vm)), cpu, lines, registers, memory }
+        Self {
+            vm: Mutex::new(Arc::new(vm)),
+            cpu,
+            lines,
+            #[cfg(any(test, feature = "internals"))]
+            format: std::sync::OnceLock::new(),
+            registers,
+            memory,
+        }
     }
 
     /// The VM as it is now.

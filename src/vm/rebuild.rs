@@ -33,7 +33,7 @@ pub fn rebuild(vm: &Vm) -> Result<()> {
     vm.check_thread()?;
     let paused = vm.running.paused.lock().unwrap_or_else(PoisonError::into_inner);
     let outcome = match *paused {
-        true => Ok(()),
+        true => vm.running.shared.park_vcpus(REBUILD_TIMEOUT),
         false => vm.quiesce(),
     };
     let outcome = outcome.and_then(|()| {
@@ -79,11 +79,7 @@ impl Rebuild<'_> {
     /// Makes new objects with the state of the old ones, which stay as they are.
     fn make(&self, old: &Arc<VmFd>) -> Result<Replacement> {
         let kvm = Arc::new(Kvm::open()?);
-        let probe = {
-            let (kvm, old) = (kvm.clone(), old.clone());
-            move |vcpu: &mut VcpuFd| VcpuFormat::probe(&kvm, &old, vcpu)
-        };
-        let format = self.ask([probe])?.pop().ok_or_else(Error::vm_ended)?;
+        let format = self.format(&kvm, old)?;
         let saved = self.ask(self.ids().map(|_| {
             let format = format.clone();
             move |vcpu: &mut VcpuFd| VcpuState::save(vcpu, &format)
@@ -111,6 +107,17 @@ impl Rebuild<'_> {
             move |_: &mut VcpuFd| saved.restore_counter(&vcpu, offset).map(|()| vcpu)
         }))?;
         Ok(Replacement { vm, vcpus })
+    }
+
+    /// How the vCPUs' states look, of which KVM is asked once.
+    fn format(&self, kvm: &Arc<Kvm>, old: &Arc<VmFd>) -> Result<VcpuFormat> {
+        if let Some(format) = self.objects.format.get() {
+            return Ok(format.clone());
+        }
+        let (kvm, old) = (kvm.clone(), old.clone());
+        let probe = move |vcpu: &mut VcpuFd| VcpuFormat::probe(&kvm, &old, vcpu);
+        let format = self.ask([probe])?.pop().ok_or_else(Error::vm_ended)?;
+        Ok(self.objects.format.get_or_init(|| format).clone())
     }
 
     /// Puts the new objects in the place of the old ones, which are closed. There is no way back.

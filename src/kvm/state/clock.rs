@@ -57,7 +57,7 @@ impl ClockState {
     /// Returns what makes counters go on with the clock, where it is added to all their offsets. The clock, which has gone on
     /// from what it said here, says `now` at present.
     ///
-    /// It is the same for all vCPUs, so that they differ by what they differed by.
+    /// It is the same for all vCPUs, so that they differ by what they differed by. The counters go at the host's pace.
     pub(crate) fn tsc_shift(&self, now: &Self, tsc_khz: u32) -> u64 {
         let ran = u128::from(now.clock.saturating_sub(self.clock)) * u128::from(tsc_khz) / 1_000_000;
         self.host_tsc.wrapping_sub(now.host_tsc).wrapping_add(ran as u64)
