@@ -132,13 +132,14 @@ fn guest_survives(kernel: Kernel, vcpus: u32) -> Outcome {
         while failed.is_none() && soak().map_or(begin.elapsed() < USUAL, |thousands| rounds < thousands * 1000) {
             let gap = Instant::now();
             failed = rebuild(container.vm()).err();
-            gaps += gap.elapsed();
+            let took = gap.elapsed();
+            gaps += took;
             rounds += 1;
             if loads.iter().any(|load| load.is_finished()) {
                 break;
             }
-            // The guest shall come to do something in between.
-            thread::sleep(Duration::from_millis(rounds % 50));
+            // The guest shall come to do something in between, however long a rebuild takes here.
+            thread::sleep(took * (rounds % 4) as u32 / 2);
         }
         done.store(true, Ordering::SeqCst);
         for load in loads {
