@@ -11,12 +11,12 @@ use crate::sys::{EventFd, RegisterPages};
 
 /// An interrupt that is raised by a signal to a descriptor.
 #[derive(Debug, Clone)]
-pub(super) struct IrqLine {
+pub(super) struct Irqfd {
     pub fd: Arc<EventFd>,
     pub gsi: u32,
 }
 
-impl IrqLine {
+impl Irqfd {
     pub(super) fn connect(&self, vm: &VmFd) -> Result<()> {
         vm.register_irqfd(&self.fd, self.gsi)
     }
@@ -30,7 +30,7 @@ impl IrqLine {
 pub(super) struct KvmObjects {
     vm: Mutex<Arc<VmFd>>,
     cpu: Cpu,
-    pub lines: Vec<IrqLine>,
+    pub lines: Vec<Irqfd>,
     /// What states of its vCPUs have in common, once it was asked for.
     #[cfg(any(test, feature = "internals"))]
     pub format: std::sync::OnceLock<crate::kvm::state::VcpuFormat>,
@@ -48,7 +48,7 @@ pub(super) fn make_vm(kvm: &Kvm, cpu: &Cpu, memory: &GuestMemory, registers: &Re
 }
 
 impl KvmObjects {
-    pub(super) fn new(vm: VmFd, cpu: Cpu, lines: Vec<IrqLine>, registers: RegisterPages, memory: GuestMemory) -> Self {
+    pub(super) fn new(vm: VmFd, cpu: Cpu, lines: Vec<Irqfd>, registers: RegisterPages, memory: GuestMemory) -> Self {
         Self {
             vm: Mutex::new(Arc::new(vm)),
             cpu,

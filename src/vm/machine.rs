@@ -17,7 +17,7 @@ use super::devices::{
 };
 use super::events::{EventKind, EventLog, Throttled};
 use super::exit::{BootMarks, Exit, ExitReport, Reason};
-use super::kvm_objects::{IrqLine, KvmObjects, make_vm};
+use super::kvm_objects::{Irqfd, KvmObjects, make_vm};
 use super::stats::DeviceStats;
 use super::vcpu::{self, LastExit, VcpuControl};
 use super::vcpu_gate::{Parked, VcpuGate};
@@ -392,7 +392,7 @@ struct Ports {
     bus: Bus,
     /// By which the guest can be asked to shut down.
     keyboard: Keyboard,
-    lines: Vec<IrqLine>,
+    lines: Vec<Irqfd>,
 }
 
 fn ports(shared: &Arc<VmShared>) -> Result<Ports> {
@@ -404,12 +404,12 @@ fn ports(shared: &Arc<VmShared>) -> Result<Ports> {
         }
     };
     let (serial, fd) = SerialPort::new(shared.output.clone())?;
-    let serial_line = IrqLine { fd, gsi: layout::SERIAL_IRQ };
+    let serial_line = Irqfd { fd, gsi: layout::SERIAL_IRQ };
     ports.attach(SERIAL_PORTS, Arc::new(Mutex::new(serial)))?;
 
     let on_reset = stop(shared);
     let (controller, fd) = I8042::new(Box::new(move || on_reset(Reason::Reset)) as Box<dyn FnMut() + Send>)?;
-    let keyboard_line = IrqLine { fd, gsi: layout::I8042_IRQ };
+    let keyboard_line = Irqfd { fd, gsi: layout::I8042_IRQ };
     let keyboard: Keyboard = Arc::new(Mutex::new(controller));
     ports.attach(I8042_PORTS, keyboard.clone())?;
 

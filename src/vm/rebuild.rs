@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use super::Vm;
 use super::exit::Reason;
-use super::kvm_objects::{IrqLine, KvmObjects};
+use super::kvm_objects::{Irqfd, KvmObjects};
 use super::machine::VmShared;
 use super::vcpu::LastExit;
 use crate::error::{Context, Error, ErrorKind, Result};
@@ -189,7 +189,7 @@ impl Rebuild<'_> {
     }
 }
 
-fn disconnect(line: &IrqLine, vm: &VmFd) {
+fn disconnect(line: &Irqfd, vm: &VmFd) {
     // It fails for one that is not connected only.
     if let Err(error) = vm.unregister_irqfd(&line.fd, line.gsi) {
         log::debug!("{error}");

@@ -20,7 +20,7 @@ use crate::{check, check_eq};
 type Result<T, E = Box<dyn std::error::Error>> = std::result::Result<T, E>;
 
 /// How long the rebuilds of one test go on, unless `COFFERDAM_SOAK` says how many thousands there shall be.
-const USUAL: Duration = Duration::from_secs(20);
+const USUAL: Duration = Duration::from_secs(8);
 
 /// Gives back what it gets on port 80.
 const ECHO: &str = "use IO::Socket::IP; $| = 1; my $l = IO::Socket::IP->new(LocalHost => '0.0.0.0', LocalPort => 80, Listen => 5) or die $@;
@@ -148,7 +148,7 @@ fn guest_survives(kernel: Kernel, vcpus: u32) -> Outcome {
         }
         failed.map_or(Ok((rounds, gaps)), |error| Err(error.into()))
     })?;
-    check!(rounds > 20, "{rounds} rebuilds took {gaps:?}");
+    check!(rounds > 8, "{rounds} rebuilds took {gaps:?}");
     // Clocks stood still while the guest could not run, and no longer than that.
     let passed = uptime(&container)? - before;
     let bounds = (begin.elapsed() - gaps).as_secs_f64() - 0.5..begin.elapsed().as_secs_f64() + 0.1;
