@@ -294,6 +294,24 @@ impl DeviceIo {
         Ok(timer)
     }
 
+    /// Stops the time that the driver has for a reset: it cannot do that while the VM is paused.
+    pub(super) fn stop_reset_deadline(&mut self) {
+        self.set_reset_deadline(None);
+    }
+
+    /// Gives the driver the whole time for a reset, from now on.
+    pub(super) fn start_reset_deadline(&mut self) {
+        self.set_reset_deadline(Some(Instant::now() + RESET_GRACE));
+    }
+
+    fn set_reset_deadline(&mut self, deadline: Option<Instant>) {
+        if let Some(PendingReset { timer: Some(timer), .. }) = &mut self.pending_reset
+            && let Err(error) = timer.set(deadline)
+        {
+            log::warn!("the time of a reset that does not come: {error}");
+        }
+    }
+
     /// The reset has not come in time: what to tell of it, once.
     pub(super) fn reset_deadline_passed(&mut self) -> Option<String> {
         let PendingReset { why, timer } = self.pending_reset.as_mut()?;

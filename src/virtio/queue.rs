@@ -32,6 +32,8 @@ pub(crate) struct QueuePositions {
     pub next_used: u16,
     /// Heads of chains that the device has taken and not given back. It takes them again first.
     pub in_flight: Vec<u16>,
+    /// The driver has made a mistake. Nothing is taken from or given to it any more.
+    pub broken: bool,
 }
 
 /// Why a queue cannot be used, now or any more. The guest's mistake; the device must be reset.
@@ -104,8 +106,12 @@ impl Queue {
     /// # Errors
     /// When no device can have stopped there.
     pub(crate) fn at(mut self, positions: QueuePositions) -> Result<Self, QueueError> {
-        let QueuePositions { next_available, next_used, in_flight } = positions;
+        let QueuePositions { next_available, next_used, in_flight, broken } = positions;
         let Some(ring) = &mut self.ring else { return Ok(self) };
+        if broken {
+            self.broken.get_or_insert(QueueError::Positions);
+            return Ok(self);
+        }
         let taken = usize::from(next_available.wrapping_sub(next_used));
         let heads = in_flight.iter().all(|head| *head < ring.size());
         if taken > usize::from(ring.size()) || taken != in_flight.len() || !heads {
@@ -126,7 +132,8 @@ impl Queue {
     pub(crate) fn positions(&self) -> QueuePositions {
         let Some(ring) = &self.ring else { return QueuePositions::default() };
         let (next_available, next_used) = ring.positions();
-        QueuePositions { next_available, next_used, in_flight: self.returned.iter().copied().collect() }
+        let in_flight = self.returned.iter().copied().collect();
+        QueuePositions { next_available, next_used, in_flight, broken: self.broken.is_some() }
     }
 
     /// Goes on where it has stopped, as one does that is loaded.
@@ -136,8 +143,7 @@ impl Queue {
     pub(crate) fn restarted(mut self) -> Result<Self, QueueError> {
         self.quiet = false;
         let positions = self.positions();
-        // A broken one stays so; the chain that broke it is in no list.
-        if self.broken.is_some() { Ok(self) } else { self.at(positions) }
+        self.at(positions)
     }
 
     /// Takes a chain back that the device has not begun, or will do all over again.

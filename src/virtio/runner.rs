@@ -110,18 +110,32 @@ impl Slots {
 
     /// Lets a stopped device run, from where it stands.
     fn run(&mut self, slot: usize, mut io: DeviceIo, state: Option<&DeviceState>) -> bool {
-        let Some(it) = self.slots.get_mut(slot) else {
-            return false;
-        };
-        if let Err(error) = io.watch_kicks().and_then(|()| it.device.start(&mut io, state)) {
-            // What it watches already would be in the way of the next start.
-            it.stop(&mut io);
-            it.device.reset();
-            self.refuse(slot, io, &error.to_string());
-            return false;
+        let started = self.caught(slot, |it| {
+            let started = io.watch_kicks().and_then(|()| it.device.start(&mut io, state));
+            if started.is_err() {
+                // What it watches already would be in the way of the next start.
+                it.stop(&mut io);
+                it.device.reset();
+            }
+            started
+        });
+        match started {
+            Some(Ok(())) => {}
+            Some(Err(error)) => {
+                self.refuse(slot, io, &error.to_string());
+                return false;
+            }
+            // It panicked, which ends the VM.
+            None => return false,
+        }
+        // One that comes from a state that was saved in need of a reset.
+        if io.interrupt.needs_reset() && io.pending_reset.is_none() {
+            io.fail(&"it needed a reset when its state was saved");
         }
         let queues = io.queues.len();
-        it.phase = DevicePhase::Running(io);
+        if let Some(it) = self.slots.get_mut(slot) {
+            it.phase = DevicePhase::Running(io);
+        }
         // One turn for all: those for which it is too short are looked at in the next.
         self.call(slot, |device, io| (0..queues).for_each(|queue| look_on(device, io, EventSource::Queue(queue))));
         true
@@ -137,7 +151,7 @@ impl Slots {
 
     /// Makes the device idle, and lets its queues go. Returns what the host still moves for it.
     pub(super) fn reset(&mut self, slot: usize) -> Option<IoQueue> {
-        self.slots.get_mut(slot).and_then(DeviceSlot::reset)
+        self.caught(slot, DeviceSlot::reset).flatten()
     }
 
     /// Returns where a paused device stands; `None` for one that no driver has started.
@@ -159,7 +173,8 @@ impl Slots {
     /// most.
     pub(crate) fn finish(&mut self, timeout: Duration) {
         let deadline = Instant::now() + timeout;
-        (0..self.slots.len()).for_each(|slot| self.unpause(slot));
+        // Also what a limit or a fault kept back before a pause is served, or fails once more.
+        (0..self.slots.len()).for_each(|slot| _ = self.unpause(slot));
         for slot in 0..self.slots.len() {
             let queues = self.call(slot, |_, io| io.queues.len()).unwrap_or(0);
             for queue in 0..queues {
@@ -183,18 +198,7 @@ impl Slots {
         let mut drain = |slot| self.call(slot, |device, io| device.drain(io, left(deadline), DrainCause::Pause));
         let quiet = (0..slots).filter_map(&mut drain).all(|quiet| quiet);
         if quiet {
-            for it in &mut self.slots {
-                it.phase = match std::mem::replace(&mut it.phase, DevicePhase::Idle) {
-                    DevicePhase::Running(mut io) => {
-                        let state = it.stop(&mut io);
-                        let positions = io.queues.iter().map(Queue::positions).collect();
-                        // Calls of the embedder take nothing from queues meanwhile, so that guest memory stands still.
-                        io.turn.end();
-                        DevicePhase::Paused(io, StoppedDevice { positions, state })
-                    }
-                    other => other,
-                };
-            }
+            (0..slots).for_each(|slot| _ = self.caught(slot, DeviceSlot::pause));
         }
         quiet
     }
@@ -202,20 +206,27 @@ impl Slots {
     /// Lets devices go on after a pause, or after a fault that the embedder has seen to.
     pub(crate) fn resume(&mut self) {
         for slot in 0..self.slots.len() {
-            self.unpause(slot);
-            self.call(slot, |device, io| device.ready(io, EventSource::Resumed));
+            // One that starts takes everything again anyway.
+            if !self.unpause(slot) {
+                self.call(slot, |device, io| device.ready(io, EventSource::Resumed));
+            }
         }
     }
 
-    fn unpause(&mut self, slot: usize) {
-        let Some(it) = self.slots.get_mut(slot) else { return };
+    /// Starts a device that a pause has stopped; false for others.
+    fn unpause(&mut self, slot: usize) -> bool {
+        let Some(it) = self.slots.get_mut(slot) else { return false };
         let (mut io, stopped) = match std::mem::replace(&mut it.phase, DevicePhase::Idle) {
             DevicePhase::Paused(io, stopped) => (io, stopped),
-            other => {
+            mut other => {
+                if let DevicePhase::Running(io) | DevicePhase::Refused(io) = &mut other {
+                    io.start_reset_deadline();
+                }
                 it.phase = other;
-                return;
+                return false;
             }
         };
+        io.start_reset_deadline();
         let queues: std::result::Result<_, QueueError> = io.queues.drain(..).map(Queue::restarted).collect();
         match queues {
             Ok(queues) => {
@@ -224,9 +235,11 @@ impl Slots {
             }
             Err(error) => {
                 debug_assert!(false, "device {slot} has lost a chain: {error}");
+                it.device.reset();
                 self.refuse(slot, io, &error.to_string());
             }
         }
+        true
     }
 
     /// Gives a device its turn. `None` for one that does not run.
@@ -247,15 +260,30 @@ impl Slots {
             Ok(answer) => return Some(answer),
             Err(panic) => panic,
         };
-        let why = panic.downcast_ref::<String>().cloned();
-        let why = why.or_else(|| panic.downcast_ref::<&str>().map(|s| (*s).to_owned())).unwrap_or_default();
+        let why = panic_text(&*panic);
         io.fail(&why);
         io.unwatch_kicks();
+        self.panicked(slot, &why);
+        None
+    }
+
+    /// Starts, stops or resets a device, which may panic at that too.
+    fn caught<R>(&mut self, slot: usize, f: impl FnOnce(&mut DeviceSlot) -> R) -> Option<R> {
+        let it = self.slots.get_mut(slot)?;
+        match catch_unwind(AssertUnwindSafe(|| f(it))) {
+            Ok(answer) => Some(answer),
+            Err(panic) => {
+                self.panicked(slot, &panic_text(&*panic));
+                None
+            }
+        }
+    }
+
+    fn panicked(&mut self, slot: usize, why: &str) {
         if let Some(it) = self.slots.get_mut(slot) {
             it.phase = DevicePhase::Idle;
         }
         (self.on_fault)(slot, &format!("it panicked: {why}"));
-        None
     }
 
     /// The driver has not reset the device in time.
@@ -268,6 +296,12 @@ impl Slots {
             (self.on_fault)(slot, &why);
         }
     }
+}
+
+/// Returns what a panic said.
+fn panic_text(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<String>().cloned();
+    text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned())).unwrap_or_default()
 }
 
 /// Lets a device look at what is ready: all that happens between the driver's kick and its interrupt, but for the loop.
@@ -286,6 +320,24 @@ fn look_on(device: &mut dyn VirtioDevice, io: &mut DeviceIo, source: EventSource
 }
 
 impl DeviceSlot {
+    fn pause(&mut self) {
+        self.phase = match std::mem::replace(&mut self.phase, DevicePhase::Idle) {
+            DevicePhase::Running(mut io) => {
+                let state = self.stop(&mut io);
+                let positions = io.queues.iter().map(Queue::positions).collect();
+                // Calls of the embedder take nothing from queues meanwhile, so that guest memory stands still.
+                io.turn.end();
+                io.stop_reset_deadline();
+                DevicePhase::Paused(io, StoppedDevice { positions, state })
+            }
+            DevicePhase::Refused(mut io) => {
+                io.stop_reset_deadline();
+                DevicePhase::Refused(io)
+            }
+            other => other,
+        };
+    }
+
     fn stop(&mut self, io: &mut DeviceIo) -> DeviceState {
         io.unwatch_kicks();
         self.device.stop(io)

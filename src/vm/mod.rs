@@ -270,7 +270,9 @@ impl Vm {
         let calm =
             |it: &Remote<Slots>| it.with_timeout(left(deadline) + PAUSE_MARGIN, move |it| it.pause(left(deadline)));
         match self.running.handles.loops.iter().map(calm).collect::<Result<Vec<_>>>()?.contains(&false) {
-            true => Err(Error::new(ErrorKind::TimedOut, format!("a disk was busy for longer than {PAUSE_TIMEOUT:?}"))),
+            true => {
+                Err(Error::new(ErrorKind::TimedOut, format!("a device was busy for longer than {PAUSE_TIMEOUT:?}")))
+            }
             false => Ok(()),
         }
     }

@@ -189,10 +189,12 @@ pub(super) fn signal_process(
     limit: Option<Duration>,
 ) -> Result<()> {
     remote.with_reply(limit.unwrap_or(REQUEST_TIMEOUT), move |client, reply| {
-        if !reply.is_late() {
-            // A caller that gives up now has a signal that it knows nothing of, and it asked for it.
-            let _ = reply.send(client.send(process, &FromHost::Signal { signo, group: false }));
-        }
+        // A caller that gives up now has a signal that it knows nothing of, and it asked for it.
+        let answer = match reply.is_late() {
+            true => Err(Error::new(ErrorKind::TimedOut, "the host was too busy to send it")),
+            false => client.send(process, &FromHost::Signal { signo, group: false }),
+        };
+        let _ = reply.send(answer);
     })?
 }
 

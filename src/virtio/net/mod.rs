@@ -103,6 +103,8 @@ struct Pair {
     backend: BackendKind,
     held: Option<Held>,
     waiting: RxQueue,
+    /// The backend is at its end, and not asked any more.
+    lost: bool,
 }
 
 /// What a driver has chosen by the control queue.
@@ -153,7 +155,8 @@ impl Net {
         let capabilities = backends.first().map(|backend| backend.capabilities()).unwrap_or_default();
         let Capabilities { to_host, to_guest } = capabilities;
         let capabilities = Capabilities { to_host: whole(to_host), to_guest: whole(to_guest) };
-        let pairs = backends.into_iter().map(|backend| Pair { backend, held: None, waiting: RxQueue::default() });
+        let pairs =
+            backends.into_iter().map(|backend| Pair { backend, held: None, waiting: RxQueue::default(), lost: false });
         let pairs: Vec<_> = pairs.collect();
         let count = pairs.len() as u16;
         let fields = [mac.0.to_vec(), LINK_UP.to_le_bytes().to_vec(), count.to_le_bytes().to_vec()];
@@ -354,7 +357,8 @@ impl Net {
 
     /// A backend is at its end: it is not asked any more, and the guest sees a cable that is out.
     fn lost(&mut self, io: &mut DeviceIo, number: usize, error: &io::Error) {
-        let Some(pair) = self.pairs.get(number) else { return };
+        let Some(pair) = self.pairs.get_mut(number) else { return };
+        pair.lost = true;
         io.unwatch(pair.backend.fd());
         (self.on_lost)(error);
         self.gone = true;
@@ -407,8 +411,9 @@ impl VirtioDevice for Net {
             Some(other) => return Err(other.mismatch()),
         };
         self.active = usize::from(active_pairs);
-        if !(1..=self.pairs.len()).contains(&self.active) {
-            let what = format!("{active_pairs} pairs of queues, of {}", self.pairs.len());
+        let most = if io.features() & feature::MQ != 0 { self.pairs.len() } else { 1 };
+        if !(1..=most).contains(&self.active) {
+            let what = format!("{active_pairs} pairs of queues, of {most}");
             return Err(io::Error::new(io::ErrorKind::InvalidData, what));
         }
         self.agree(Capabilities {
@@ -416,7 +421,7 @@ impl VirtioDevice for Net {
             to_guest: whole(offloads(guest_offloads & io.features(), &TO_GUEST)),
         });
         self.guest_offloads = guest_offloads & io.features();
-        for (number, pair) in (0..).zip(&self.pairs) {
+        for (number, pair) in (0..).zip(&self.pairs).filter(|(_, pair)| !pair.lost) {
             io.watch(pair.backend.fd(), number, crate::event_loop::Interest::IN)?;
         }
         // One that was made before a pause is there still, however few descriptors are left now.
@@ -479,7 +484,9 @@ impl VirtioDevice for Net {
         }
         self.limiters.forget();
         for (number, pair) in self.pairs.iter_mut().enumerate() {
-            io.unwatch(pair.backend.fd());
+            if !pair.lost {
+                io.unwatch(pair.backend.fd());
+            }
             if let Some(held) = pair.held.take() {
                 io.put_back(2 * number + 1, held.chain);
             }

@@ -41,7 +41,9 @@ impl TransportState {
         let runs = self.status & status::DRIVER_OK != 0;
         let needs_reset = self.status & status::NEEDS_RESET != 0;
         match &self.device {
-            Some(_) if !runs => Err("a device that runs without its driver".into()),
+            Some(_) if self.status & status::FEATURES_OK == 0 => Err("a device that runs without features".into()),
+            // One whose thread was busy for too long may run without DRIVER_OK, and needs a reset then.
+            Some(_) if !runs && !needs_reset => Err("a device that runs without its driver".into()),
             None if runs && !needs_reset => Err("a driver whose device does not run".into()),
             Some(device) if device.positions.len() != profile.queues.len() => {
                 Err(format!("positions in {} queues, not {}", device.positions.len(), profile.queues.len()))

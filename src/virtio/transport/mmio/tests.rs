@@ -16,6 +16,8 @@ use std::time::{Duration, Instant};
 struct Fixture {
     transport: MmioTransport,
     memory: GuestMemory,
+    /// What was said of devices that ended the VM.
+    faults: Arc<std::sync::Mutex<Vec<String>>>,
     _devices: Loop<Slots>,
 }
 
@@ -25,7 +27,10 @@ impl Fixture {
     }
 
     fn of(device: Box<dyn VirtioDevice>, memory: GuestMemory) -> Self {
-        let devices = Loop::start("test", |s| Slots::new(vec![device], s, Box::new(|_, _| ()))).unwrap();
+        let faults = Arc::new(std::sync::Mutex::new(Vec::new()));
+        let told = faults.clone();
+        let on_fault = Box::new(move |_, why: &str| told.lock().unwrap().push(why.to_owned()));
+        let devices = Loop::start("test", |s| Slots::new(vec![device], s, on_fault)).unwrap();
         let transport = MmioTransport::new(
             Rng.profile(),
             memory.clone(),
@@ -34,7 +39,7 @@ impl Fixture {
             IrqLine::new(|| ()),
         )
         .unwrap();
-        Self { transport, memory, _devices: devices }
+        Self { transport, memory, faults, _devices: devices }
     }
 
     fn get(&mut self, offset: u64) -> u32 {
@@ -369,7 +374,7 @@ fn a_paused_device_goes_on_here_and_from_its_state_elsewhere() {
 #[test]
 fn states_that_make_no_sense_are_refused() {
     let (rig, good) = saved();
-    let broken: [fn(&mut TransportState); 11] = [
+    let broken: [fn(&mut TransportState); 12] = [
         |it| it.queues.clear(),
         |it| it.queues.push(QueueConfig::default()),
         |it| it.queues[0].size = 3,
@@ -377,6 +382,7 @@ fn states_that_make_no_sense_are_refused() {
         |it| it.driver_features = u64::MAX,
         |it| it.device = None,
         |it| it.status = 11,
+        |it| it.status = 7,
         |it| it.device.as_mut().unwrap().positions.clear(),
         |it| it.device.as_mut().unwrap().positions[0].next_available = 9,
         |it| it.device.as_mut().unwrap().positions[0].in_flight = vec![0],
@@ -469,4 +475,74 @@ fn calls_to_a_paused_device_take_nothing_from_its_queues() {
     let mut used = [0; 2];
     rig.memory.read(GuestAddress(0x3002), &mut used).unwrap();
     assert_eq!((used, rig.get(0x70)), ([2, 0], 15), "it goes on with what came meanwhile");
+}
+
+/// A device that panics when it is stopped, or started from a state.
+struct Panicking {
+    at_stop: bool,
+}
+
+impl VirtioDevice for Panicking {
+    fn profile(&self) -> Profile {
+        Rng.profile()
+    }
+
+    fn start(&mut self, _: &mut DeviceIo, state: Option<&DeviceState>) -> std::io::Result<()> {
+        assert!(state.is_none(), "no way back");
+        Ok(())
+    }
+
+    fn ready(&mut self, _: &mut DeviceIo, _: EventSource) {}
+
+    fn stop(&mut self, _: &mut DeviceIo) -> DeviceState {
+        assert!(!self.at_stop, "no end");
+        DeviceState::Stateless
+    }
+}
+
+#[test]
+fn devices_that_panic_at_a_pause_or_resume_are_reported_and_their_loop_goes_on() {
+    for (at_stop, why) in [(true, "no end"), (false, "no way back")] {
+        let memory = GuestMemory::anonymous(&[(GuestAddress(0), 1 << 20)]).unwrap();
+        let mut rig = Fixture::of(Box::new(Panicking { at_stop }), memory);
+        rig.drive(1, 8);
+        rig._devices.remote().with(|slots| slots.pause(Duration::from_secs(10))).unwrap();
+        rig._devices.remote().with(Slots::resume).unwrap();
+        let faults = rig.faults.lock().unwrap().clone();
+        assert!(faults.len() == 1 && faults[0].contains(why), "{faults:?}");
+        rig.set(0x70, 0);
+        assert_eq!(rig.get(0x70), 0);
+    }
+}
+
+/// A device with a request that it holds until the embedder lets the VM go on.
+struct Holding {
+    resumed: Arc<AtomicU32>,
+}
+
+impl VirtioDevice for Holding {
+    fn profile(&self) -> Profile {
+        Rng.profile()
+    }
+
+    fn ready(&mut self, _: &mut DeviceIo, source: EventSource) {
+        if source == EventSource::Resumed {
+            self.resumed.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+}
+
+#[test]
+fn what_a_device_holds_is_tried_once_by_a_resume() {
+    let memory = GuestMemory::anonymous(&[(GuestAddress(0), 1 << 20)]).unwrap();
+    let resumed = Arc::new(AtomicU32::new(0));
+    let mut rig = Fixture::of(Box::new(Holding { resumed: resumed.clone() }), memory);
+    rig.drive(1, 8);
+    // Held by the device itself, which runs.
+    rig._devices.remote().with(Slots::resume).unwrap();
+    assert_eq!(resumed.load(Ordering::SeqCst), 1);
+    // A pause of the embedder stops it: then the start is the second try.
+    rig._devices.remote().with(|slots| slots.pause(Duration::from_secs(10))).unwrap();
+    rig._devices.remote().with(Slots::resume).unwrap();
+    assert_eq!(resumed.load(Ordering::SeqCst), 1);
 }
