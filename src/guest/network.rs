@@ -49,8 +49,8 @@ fn set_up_card(socket: &Fd, socket6: Option<&Fd>, network: &Network) -> Result<(
     let Some(socket6) = socket6 else { return Ok(()) };
     let index = sys::interface_index(socket, &name)?;
     match sys::set_address6(socket6, index, network.address6) {
-        // IPv6 is switched off, by `ipv6.disable_ipv6=1` for instance.
-        Err(Errno::EACCES) => return Ok(()),
+        // IPv6 is switched off, by `ipv6.disable_ipv6=1` for instance, or the card's MTU is below 1280 (RFC 8200, 5).
+        Err(Errno::EACCES | Errno::EINVAL) => return Ok(()),
         outcome => outcome?,
     }
     if network.gateway6 == [0; 16] { Ok(()) } else { sys::set_gateway6(socket6, index, network.gateway6) }

@@ -138,6 +138,7 @@ impl Errno {
     pub(super) const EEXIST: Self = Self(17);
     pub(super) const ENODEV: Self = Self(19);
     pub(super) const ENOTDIR: Self = Self(20);
+    pub(super) const EINVAL: Self = Self(22);
     pub(super) const ENOSYS: Self = Self(38);
     pub(super) const EPROTO: Self = Self(71);
     pub(super) const ECANCELED: Self = Self(125);

@@ -18,9 +18,9 @@ const FS: u8 = 6;
 const UPPER_DEVICE: u8 = 7;
 const UPPER_FS: u8 = 8;
 const MODULES: u8 = 9;
-/// 10 was the one network that there could be.
-const NETWORKS: u8 = 11;
 const RESOLVER: u8 = 12;
+/// 10 was the one network that there could be, 11 networks without IPv6.
+const NETWORKS: u8 = 13;
 
 const ROOT_INITRAMFS: u8 = 0;
 const ROOT_DEVICE: u8 = 1;

@@ -139,8 +139,11 @@ pub(crate) trait VirtioDevice: Any + Send {
     /// # Errors
     /// A failure leaves the device idle; the driver sees DEVICE_NEEDS_RESET.
     fn start(&mut self, io: &mut DeviceIo, state: Option<&DeviceState>) -> std::io::Result<()> {
-        let _ = (io, state);
-        Ok(())
+        let _ = io;
+        match state {
+            None | Some(DeviceState::Stateless) => Ok(()),
+            Some(other) => Err(other.mismatch()),
+        }
     }
 
     /// Something happened at `source`. Spurious calls are normal.
@@ -166,6 +169,6 @@ pub(crate) trait VirtioDevice: Any + Send {
     /// Forgets what a driver has made of it, after it was stopped.
     fn reset(&mut self) {}
 
-    /// The VM has ended, whether the device ran or not; it is dropped soon.
+    /// The VM has ended, whether the device ran or not; it is dropped soon. Called once at most.
     fn ended(&mut self) {}
 }

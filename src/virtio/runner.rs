@@ -126,7 +126,10 @@ impl Slots {
                 return false;
             }
             // It panicked, which ends the VM.
-            None => return false,
+            None => {
+                io.unwatch_kicks();
+                return false;
+            }
         }
         // One that comes from a state that was saved in need of a reset.
         if io.interrupt.needs_reset() && io.pending_reset.is_none() {

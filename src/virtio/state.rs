@@ -24,6 +24,12 @@ pub(crate) enum DeviceState {
 impl DeviceState {
     /// Returns the error of a device that was given another device's state.
     pub(super) fn mismatch(&self) -> io::Error {
-        io::Error::new(io::ErrorKind::InvalidData, format!("the state is another device's: {self:?}"))
+        let device = match self {
+            Self::Stateless => "a device without one",
+            Self::Net(_) => "a network card",
+            Self::Balloon(_) => "a balloon",
+            Self::Vsock(_) => "a vsock device",
+        };
+        io::Error::new(io::ErrorKind::InvalidData, format!("the state is that of {device}"))
     }
 }

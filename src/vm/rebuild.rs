@@ -10,7 +10,7 @@ use super::Vm;
 use super::exit::Reason;
 use super::kvm_objects::{Irqfd, KvmObjects};
 use super::machine::VmShared;
-use super::vcpu::LastExit;
+use super::vcpu::{LastExit, VcpuControl};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::kvm::state::{ClockState, VcpuFormat, VcpuState, VmState};
 use crate::kvm::{Kvm, VcpuFd, VmFd};
@@ -18,17 +18,20 @@ use crate::sys::left;
 
 /// How long a rebuild may take beside the pause before it.
 const REBUILD_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long the vCPUs' threads have to take their new vCPUs, from which there is no way back.
+const COMMIT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Makes all KVM objects of `vm` anew, with the same state.
 ///
 /// The guest does not run meanwhile, and its clocks stand still. They go on where they stopped.
 ///
-/// Waits for requests in flight as [`Vm::pause`] does, and ten seconds more at most. A paused VM stays paused.
+/// Waits for requests in flight as [`Vm::pause`] does, and for the vCPUs' threads twenty seconds more at most. A paused VM
+/// stays paused.
 ///
 /// # Errors
-/// `InvalidState` when the VM has ended, `TimedOut` when it is busy for too long, `Unsupported` and `Incompatible` for
-/// what KVM does not keep. The guest goes on with what it had. Where it cannot, the VM ends, with an [`Exit`](crate::Exit)
-/// that says why.
+/// `InvalidState` when the VM has ended, `TimedOut` when it is busy for too long, `ResourceExhausted` without descriptors.
+/// `Unsupported` and `Incompatible` for what KVM does not keep. The guest goes on with what it had. Where it cannot, the
+/// VM ends, with an [`Exit`](crate::Exit) that says why.
 pub fn rebuild(vm: &Vm) -> Result<()> {
     vm.check_thread()?;
     let paused = vm.running.paused.lock().unwrap_or_else(PoisonError::into_inner);
@@ -129,7 +132,9 @@ impl Rebuild<'_> {
                 Ok(())
             }
         };
-        self.ask(vcpus.into_iter().map(swap)).inspect_err(|error| {
+        // However late it is, what is made is taken.
+        let late = Self { deadline: Instant::now() + COMMIT_TIMEOUT, ..*self };
+        late.ask(vcpus.into_iter().map(swap)).inspect_err(|error| {
             self.end(&format!("a rebuild replaced some of its vCPUs only: {error}"));
         })?;
         self.objects.replace(vm);
@@ -177,10 +182,15 @@ impl Rebuild<'_> {
             Ok(answer) => answer,
             Err(mpsc::RecvTimeoutError::Disconnected) => Err(Error::vm_ended()),
             Err(mpsc::RecvTimeoutError::Timeout) => {
-                Err(Error::new(ErrorKind::TimedOut, format!("a vCPU was busy for longer than {REBUILD_TIMEOUT:?}")))
+                Err(Error::new(ErrorKind::TimedOut, "a vCPU did not answer in the time of a rebuild"))
             }
         };
-        waits.into_iter().map(answered).collect()
+        let answers = waits.into_iter().map(answered).collect();
+        if Result::<Vec<R>>::is_err(&answers) {
+            // What no caller waits for any more would be served at the next pause.
+            self.shared.vcpus.iter().for_each(VcpuControl::withdraw);
+        }
+        answers
     }
 
     /// The guest cannot go on.

@@ -90,6 +90,14 @@ impl VcpuControl {
         }
     }
 
+    /// Takes back what was asked and not begun.
+    #[cfg(any(test, feature = "internals"))]
+    pub(super) fn withdraw(&self) {
+        if let Some(thread) = &mut *self.thread() {
+            thread.request = None;
+        }
+    }
+
     /// Does what is asked of the vCPU, which may be another one afterwards. On its own thread.
     fn serve(&self, vcpu: &mut VcpuFd) {
         let request = self.thread().as_mut().and_then(|thread| thread.request.take());

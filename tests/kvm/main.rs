@@ -145,6 +145,7 @@ tests! {
         memfd_memory_can_be_mapped_by_others hugetlb_memory_comes_from_the_pool
         memory_beyond_the_commit_limit_is_resource_exhausted;
     net: tap_connects_guest_and_host tcp_keeps_every_byte_over_a_lossy_link multiple_queues_carry_traffic
+        container_with_a_small_mtu_runs_on_ipv4
         unusable_tap_is_named socket_carries_frames_and_link_goes_down_with_it policy_limits_where_the_guest_connects
         container_has_address_route_and_resolver published_ports_reach_the_guest
         published_ports_reach_services_on_any_guest_address published_udp_ports_are_answered_from_any_guest_address

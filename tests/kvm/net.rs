@@ -134,6 +134,17 @@ pub fn tcp_keeps_every_byte_over_a_lossy_link() -> Outcome {
     Ok(())
 }
 
+/// IPv6 has no links of less than 1280 bytes (RFC 8200, 5).
+pub fn container_with_a_small_mtu_runs_on_ipv4() -> Outcome {
+    let container = debian_container().net(Net::user(Policy::deny_all()).mtu(1000)).start()?;
+    let output =
+        container.exec(["cat", "/sys/class/net/eth0/mtu", "/proc/net/route", "/proc/net/if_inet6"]).output()?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    check!(text.starts_with("1000\n") && text.contains("eth0\t00000000\t0202000A"), "{text}");
+    check!(!text.contains("fd63"), "{text}");
+    Ok(())
+}
+
 pub fn multiple_queues_carry_traffic() -> Outcome {
     let _tap = Tap::new("cd-queues", " multi_queue")?;
     host("ip addr add 192.0.2.17/28 dev cd-queues")?;

@@ -249,13 +249,24 @@ pub fn rebuild_and_kill_race_from_many_threads() -> Outcome {
         let vm = &vm;
         let begin = Instant::now();
         thread::scope(|scope| {
-            scope.spawn(|| while rebuild(vm).is_ok() {});
+            let rebuilding = scope.spawn(|| {
+                let mut rebuilds = 0;
+                loop {
+                    match rebuild(vm) {
+                        Ok(()) => rebuilds += 1,
+                        Err(error) => break (rebuilds, error.kind()),
+                    }
+                }
+            });
             scope.spawn(|| while vm.pause().is_ok() && vm.resume().is_ok() {});
             scope.spawn(move || {
-                thread::sleep(Duration::from_millis(300 + 37 * round));
+                thread::sleep(Duration::from_millis(2000 + 37 * round));
                 vm.kill();
             });
-        });
+            let (rebuilds, kind) = rebuilding.join().map_err(|_| "the rebuilds panicked")?;
+            check!(rebuilds > 0 && kind == ErrorKind::InvalidState, "{rebuilds} rebuilds, then {kind:?}");
+            Outcome::Ok(())
+        })?;
         let exit = vm.wait();
         check!(matches!(exit, Exit::Killed { .. }), "{exit}");
         check!(begin.elapsed() < TEST_TIMEOUT);

@@ -41,7 +41,7 @@ pub(super) fn indices(kvm: &Kvm) -> Result<Vec<u32>> {
     let mut all: Vec<u32> = listed.as_slice().iter().copied().chain(unlisted).collect();
     all.sort_unstable();
     all.dedup();
-    all.retain(|index| ![TSC, APIC_BASE].contains(index) && !WALL_CLOCK.contains(index));
+    all.retain(|index| !kept_elsewhere(*index));
     Ok(all)
 }
 
@@ -59,10 +59,19 @@ pub(super) fn readable(vcpu: &VcpuFd, indices: Vec<u32>) -> Result<Vec<u32>> {
     Ok(found)
 }
 
+/// Whether a register is no part of the list, so that a state that has it was not made here.
+fn kept_elsewhere(index: u32) -> bool {
+    [TSC, APIC_BASE].contains(&index) || WALL_CLOCK.contains(&index)
+}
+
 /// # Errors
-/// `Corrupt` for more than there are.
+/// `Corrupt` for more than there are, and for those that are never in the list.
 pub(super) fn check(msrs: &[MsrState]) -> Result<()> {
-    check_count("MSRs", msrs.len(), MAX_MSRS)
+    check_count("MSRs", msrs.len(), MAX_MSRS)?;
+    match msrs.iter().find(|msr| kept_elsewhere(msr.index)) {
+        Some(msr) => Err(Error::new(ErrorKind::Corrupt, format!("MSR {:#x} in a vCPU's state", msr.index))),
+        None => Ok(()),
+    }
 }
 
 fn list(entries: impl Iterator<Item = MsrState>) -> Result<Msrs> {

@@ -60,8 +60,6 @@ pub(crate) struct VcpuState {
 pub(crate) struct VcpuFormat {
     msrs: Vec<u32>,
     xsave: usize,
-    /// Whether KVM can make a guest's counter run at another pace than the host's.
-    scales_tsc: bool,
 }
 
 impl VcpuFormat {
@@ -69,11 +67,7 @@ impl VcpuFormat {
     pub(crate) fn probe(kvm: &Kvm, vm: &VmFd, vcpu: &VcpuFd) -> Result<Self> {
         // The VM is asked, as the size depends on what this process has permission for (KVM API, 4.134).
         let xsave = usize::try_from(vm.fd.check_extension_int(Cap::Xsave2)).unwrap_or_default();
-        Ok(Self {
-            msrs: msrs::readable(vcpu, msrs::indices(kvm)?)?,
-            xsave: xsave.max(size_of::<kvm_xsave>()),
-            scales_tsc: vm.fd.check_extension(Cap::TscControl),
-        })
+        Ok(Self { msrs: msrs::readable(vcpu, msrs::indices(kvm)?)?, xsave: xsave.max(size_of::<kvm_xsave>()) })
     }
 }
 
@@ -144,7 +138,7 @@ impl VcpuState {
         let cpuid = CpuId::from_entries(&cpuid)
             .map_err(|e| Error::new(ErrorKind::Corrupt, format!("leaves of CPUID: {e:?}")))?;
         vcpu.set_cpuid(&cpuid)?;
-        self.restore_tsc_khz(vcpu, format)?;
+        self.restore_tsc_khz(vcpu)?;
         let mp_state = kvm_mp_state { mp_state: self.mp_state };
         vcpu.fd.set_mp_state(mp_state).map_err(failed).doing(|| "setting a vCPU's state")?;
         // Before the interrupt controller, whose mode is part of it.
@@ -182,7 +176,7 @@ impl VcpuState {
         vcpu.fd.set_vcpu_events(&(&self.events).into()).map_err(failed).doing(|| "setting a vCPU's events")
     }
 
-    fn restore_tsc_khz(&self, vcpu: &VcpuFd, format: &VcpuFormat) -> Result<()> {
+    fn restore_tsc_khz(&self, vcpu: &VcpuFd) -> Result<()> {
         let (saved, host) = (u64::from(self.tsc_khz), u64::from(tsc_khz(vcpu)?));
         if saved.abs_diff(host) * 1_000_000 <= host * TSC_TOLERANCE {
             return Ok(());
@@ -191,10 +185,8 @@ impl VcpuState {
             let text = format!("the guest's time stamp counter runs at {saved} kHz, this host's at {host} kHz");
             Error::new(ErrorKind::Incompatible, text)
         };
-        if !format.scales_tsc {
-            return Err(refused());
-        }
-        vcpu.fd.set_tsc_khz(self.tsc_khz).map_err(|_| refused())
+        // A counter that KVM scales would need another offset than the one that is kept.
+        Err(refused())
     }
 
     fn restore_xcrs(&self, vcpu: &VcpuFd) -> Result<()> {
@@ -229,7 +221,7 @@ const GET_DEVICE_ATTR: libc::c_ulong = 0x4018_aee2;
 /// kvm-ioctls has this call for other processors only.
 fn offset_call(vcpu: &VcpuFd, request: libc::c_ulong, value: &mut u64) -> Result<()> {
     let (group, attr) = (KVM_VCPU_TSC_CTRL, u64::from(KVM_VCPU_TSC_OFFSET));
-    let attr = kvm_device_attr { group, attr, addr: std::ptr::from_mut(value).addr() as u64, flags: 0 };
+    let attr = kvm_device_attr { group, attr, addr: std::ptr::from_mut(value).expose_provenance() as u64, flags: 0 };
     // SAFETY: KVM reads the structure, whose size is part of the request, and reads or writes the eight bytes of `value`.
     // Both outlive the call.
     match unsafe { libc::ioctl(vcpu.fd.as_raw_fd(), request, &raw const attr) } {
@@ -292,6 +284,6 @@ fn set_xsave(vcpu: &VcpuFd, bytes: &[u8]) -> Result<()> {
 impl VcpuFormat {
     /// Of no host, for tests.
     pub(super) fn plain() -> Self {
-        Self { msrs: Vec::new(), xsave: size_of::<kvm_xsave>(), scales_tsc: false }
+        Self { msrs: Vec::new(), xsave: size_of::<kvm_xsave>() }
     }
 }

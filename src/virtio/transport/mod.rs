@@ -1,7 +1,7 @@
 //! Transports, by which a driver sets up its device and is interrupted (Virtio 1.3, 4).
 //!
 //! ```text
-//!  driver --registers--> mmio: Registers ----> core: Transport --> host: DeviceHost (the device's loop)
+//!  driver --registers--> mmio: MmioTransport -> core: Transport --> host: DeviceHost (the device's loop)
 //!  driver <--interrupt-- mmio: MmioRegisters <---- Interrupt <------- DeviceIo (the device)
 //! ```
 //! `core` has what every transport has: status, features, queues, start and reset. `mmio` has registers and one interrupt
