@@ -1,7 +1,10 @@
 //! KVM, thinly: open it, make a VM, give it memory, interrupts and vCPUs. No policy.
 //!
 //! kvm-ioctls and kvm-bindings live here and in `arch`, which fills in KVM's register structures.
-#![allow(unsafe_code, reason = "memory slots and the kvm_run page; kvm/ is one of the directories that may")]
+#![allow(
+    unsafe_code,
+    reason = "memory slots, the kvm_run page, and what kvm-ioctls lacks; kvm/ is one of the directories that may"
+)]
 
 mod exposure;
 mod host;

@@ -290,6 +290,21 @@ fn balloon_contents_survive_stops() {
     survives_stops(Ballooning::default);
 }
 
+#[test]
+fn a_balloon_request_that_takes_several_turns_is_ended_before_a_stop() {
+    const PAGES: u32 = 2000;
+    let guest = Ballooning::default();
+    let mut driver = Driver::start_with(|memory| guest.device(memory));
+    // No two of them follow each other, so each is a system call.
+    let numbers: Vec<u8> = (0..PAGES).flat_map(|n| (0x1800 + 2 * (n % 1000) + n / 1000).to_le_bytes()).collect();
+    assert!(driver.send(0, &[&numbers], &[]));
+    driver.dispatch(0);
+    assert!(driver.receive(0).is_none(), "one turn is not enough");
+    let mut driver = driver.restart(|device, memory| guest.next(device, memory));
+    assert!(driver.receive(0).is_some());
+    assert_eq!(driver.device.held(), u64::from(PAGES), "each is counted once");
+}
+
 /// Sends frames to an echo on the host, and takes them back.
 struct Echoing {
     near: std::cell::RefCell<Option<UnixStream>>,

@@ -150,8 +150,7 @@ impl<D: VirtioDevice> Driver<D> {
             });
         }
         set(0x70, 15);
-        let (mut device, io) = (device, Self::started(&host));
-        let mut io = io;
+        let (mut device, mut io) = (device, Self::started(&host));
         device.start(&mut io, None).unwrap();
         Self {
             device,

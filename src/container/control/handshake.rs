@@ -1,6 +1,6 @@
 //! The handshake with the shim, from its first connection to its "ready".
 //!
-//! It runs on the thread that starts the container, with the first minute as its bound.
+//! It runs on the thread that starts the container, with the time-out of the start as its bound.
 
 use std::io::{self, Write};
 use std::os::fd::AsFd;

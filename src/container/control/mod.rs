@@ -9,6 +9,7 @@
 //! | `outbox` | requests that the shim has not taken yet |
 //! | `handshake` | the conversation until the shim is ready, on the thread that starts the container |
 //! | `client`, `session`, `entry` | the conversation after that, on a thread of its own: programs and their time-outs |
+//! | `refusal` | what the shim says of a program that it could not start, as an error |
 //! | `connect` | a conversation of two messages, on a connection that a service gets then |
 //!
 //! Each request that a caller waits for has a number and a time-out of its own:

@@ -1,4 +1,4 @@
-//! Any sequence of messages in any pieces, against a model of what each waiter gets.
+//! Any sequence of messages in any pieces: each waiter gets an answer, and bounds hold.
 
 use proptest::prelude::*;
 
