@@ -267,6 +267,17 @@ impl DeviceIo {
         self.sources.watch(fd, self.token(number), interest)
     }
 
+    /// Reports a device's timer under `number`, and makes it first where there is none.
+    ///
+    /// One that was made before a pause is kept, however few descriptors the process has left by then.
+    pub(crate) fn watch_timer(&self, timer: &mut Option<Timer>, number: u32) -> io::Result<()> {
+        let timer = match timer.take() {
+            Some(kept) => timer.insert(kept),
+            None => timer.insert(Timer::new()?),
+        };
+        self.watch(timer.as_fd(), number, Interest::IN)
+    }
+
     /// Stops reporting `fd`.
     pub(crate) fn unwatch(&self, fd: BorrowedFd<'_>) {
         if let Err(error) = self.sources.unwatch(fd) {

@@ -38,15 +38,15 @@ impl ShimConfig {
     }
 }
 
-/// Gives each card the addresses that the guest shall have.
+/// Reserves the guest's addresses on each network.
 pub(super) fn reserve_addresses(nets: Vec<Net>) -> Result<Vec<Net>> {
-    // What is sent to the guest's 127.0.0.1 is the shim's business.
+    // The shim lets gateways reach services on 127.0.0.1.
     let reserve =
         |(n, net): (usize, Net)| net.allow_loopback().reserve_address().doing(|| format!("attaching network {n}"));
     nets.into_iter().enumerate().map(reserve).collect()
 }
 
-/// Linux keeps host names of at most so many bytes (hostname(7)).
+/// The longest host name that Linux keeps, in bytes (hostname(7)).
 const HOST_NAME_MAX: usize = 64;
 
 /// What Linux and resolvers take for a host's name (hostname(7)), and underscores, which Docker takes too. It is written

@@ -34,7 +34,7 @@ impl ControlClient {
         let [to_end, to_write] = [stream.connection().try_clone()?, stream.connection().try_clone()?];
         let mut session = Session::new(to_end, Outbox::new(to_write), timer, vm);
         if stream.has_undecoded() {
-            // What came together with the handshake's last message. No event tells of it.
+            // What came together with the handshake's last message. The loop gets no event for it.
             session.more();
             session.arm_timer();
         }

@@ -63,7 +63,7 @@ fn check(version: u32, port: u16) -> Result<()> {
 /// Reads the shim's answer, and nothing of what the service says.
 fn read_answer(stream: &mut ControlStream, deadline: Instant) -> Result<i32> {
     loop {
-        // One after the other: what is asked for is two short reads, and a shim may say its answer byte by byte.
+        // The answer takes two short reads; a shim may also send it byte by byte.
         let mut reads = 1;
         match stream.next(&mut reads) {
             Ok(None) => {}

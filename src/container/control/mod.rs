@@ -199,12 +199,12 @@ pub(super) fn signal_process(
     })?
 }
 
-/// A program that the agent's thread has not come to in time.
+/// Returns the error of a start that the agent's thread has come to too late.
 fn too_busy() -> Error {
     Error::new(ErrorKind::TimedOut, "the host was too busy to start it")
 }
 
-/// What is asked of a container that has ended.
+/// Returns the error of a request to a container that has ended.
 fn ended() -> Error {
     Error::new(ErrorKind::InvalidState, "the container has ended")
 }

@@ -9,7 +9,7 @@ use crate::virtio::vsock::VsockStream;
 /// The host's requests that may wait for a guest that does not read, in bytes.
 pub(super) const MAX_UNSENT: usize = 16 * 1024 * 1024;
 
-/// What is written to the shim, without waiting for it.
+/// Holds requests for the shim, and writes them without blocking.
 pub(super) struct Outbox {
     stream: VsockStream,
     unsent: Vec<u8>,
@@ -82,7 +82,7 @@ impl Outbox {
         self.len() > 0
     }
 
-    /// Forgets what was sent, when that is most of what is kept.
+    /// Drops the bytes that were sent, once they are more than half of the buffer.
     fn compact(&mut self) {
         if self.sent > self.unsent.len() / 2 {
             drop(self.unsent.drain(..self.sent));

@@ -49,7 +49,7 @@ pub(super) struct Session {
 pub(super) struct DroppedAnswers {
     /// All of them.
     pub(super) count: u64,
-    /// Those that no line of the log tells of.
+    /// Those since the last line in the log.
     suppressed: u64,
     reported: Option<Instant>,
 }
@@ -262,7 +262,7 @@ impl Session {
         self.expire();
     }
 
-    /// Does what is due by time alone.
+    /// Acts on every deadline that has passed.
     pub(super) fn expire(&mut self) {
         let now = Instant::now();
         let due: Vec<u32> =
@@ -343,7 +343,7 @@ impl Session {
         self.timer.as_fd()
     }
 
-    /// Sets the timer to what is due next; at the end of each turn and each request.
+    /// Arms the timer for the next deadline. Called at the end of each turn and each request.
     pub(super) fn arm_timer(&mut self) {
         let gone = self.gone.as_ref().map(|(by, _)| *by);
         let now = self.more.then(Instant::now);

@@ -1,4 +1,4 @@
-//! The guest's clock of KVM's, with which its time stamp counters have to agree.
+//! kvmclock, with which the guest's time stamp counters have to agree.
 
 use kvm_bindings::{KVM_CLOCK_HOST_TSC, KVM_CLOCK_REALTIME, kvm_clock_data};
 
@@ -11,7 +11,6 @@ use crate::kvm::{VmFd, failed};
 pub(crate) struct ClockState {
     /// In nanoseconds since the guest's start.
     pub(crate) clock: u64,
-    pub(crate) flags: u32,
     /// The host's real time at that moment, in nanoseconds, where KVM tells it.
     pub(crate) realtime: Option<u64>,
     /// The host's time stamp counter at that moment.
@@ -33,7 +32,6 @@ impl ClockState {
             let exact = told(KVM_CLOCK_HOST_TSC, raw.host_tsc);
             let state = Self {
                 clock: raw.clock,
-                flags: raw.flags,
                 realtime: told(KVM_CLOCK_REALTIME, raw.realtime),
                 host_tsc: exact.unwrap_or_else(|| before.wrapping_add(took / 2)),
             };
@@ -76,7 +74,7 @@ mod tests {
 
     #[test]
     fn counter_stands_still_as_long_as_the_clock() {
-        let at = |clock, host_tsc| ClockState { clock, flags: 0, realtime: None, host_tsc };
+        let at = |clock, host_tsc| ClockState { clock, realtime: None, host_tsc };
         // The host's counter went on by 5,000, the clock by 1 us: at 2 GHz that is 2,000 of it.
         let (stopped, now) = (at(7_000, 1_000), at(8_000, 6_000));
         let guest = |offset: u64, host: u64| host.wrapping_add(offset);

@@ -45,7 +45,7 @@ fn vm() -> VmState {
     let ioapic = IoapicState { base_address: 0xfec0_0000, ioregsel: 1, id: 2, irr: 3, redirections: [1 << 16; 24] };
     VmState {
         version: 1,
-        clock: ClockState { clock: 5_000_000_000, flags: 14, realtime: Some(1), host_tsc: 7 },
+        clock: ClockState { clock: 5_000_000_000, realtime: Some(1), host_tsc: 7 },
         irqchip: IrqchipState { pic_master: pic(0x30), pic_slave: pic(0x38), ioapic },
         pit: PitState { channels: [channel; 3], flags: 1 },
     }

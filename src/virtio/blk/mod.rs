@@ -251,12 +251,7 @@ impl VirtioDevice for Blk {
         if let Some(fd) = self.engine.io_queue.as_ref().and_then(IoQueue::as_fd) {
             io.watch(fd, RING_READY, crate::event_loop::Interest::IN)?;
         }
-        // One that was made before a pause is there still, however few descriptors are left now.
-        let timer = match self.timer.take() {
-            Some(timer) => timer,
-            None => Timer::new()?,
-        };
-        io.watch(self.timer.insert(timer).as_fd(), TIMER, crate::event_loop::Interest::IN)
+        io.watch_timer(&mut self.timer, TIMER)
     }
 
     fn ready(&mut self, io: &mut DeviceIo, source: EventSource) {

@@ -18,7 +18,6 @@ use crate::network::{
     BackendKind, Capabilities, CaptureRecorder, FRAME_MAX, Frame, Gso, GsoKind, HEADER_LEN, Mac, NetStats, Offload,
     Offloads, UserStack,
 };
-use crate::sys::Timer;
 
 use super::chain::Span;
 use super::{
@@ -424,12 +423,7 @@ impl VirtioDevice for Net {
         for (number, pair) in (0..).zip(&self.pairs).filter(|(_, pair)| !pair.lost) {
             io.watch(pair.backend.fd(), number, crate::event_loop::Interest::IN)?;
         }
-        // One that was made before a pause is there still, however few descriptors are left now.
-        let timer = match self.limiters.timer.take() {
-            Some(timer) => timer,
-            None => Timer::new()?,
-        };
-        io.watch(self.limiters.timer.insert(timer).as_fd(), TIMER, crate::event_loop::Interest::IN)
+        io.watch_timer(&mut self.limiters.timer, TIMER)
     }
 
     fn ready(&mut self, io: &mut DeviceIo, source: EventSource) {

@@ -490,12 +490,7 @@ impl VirtioDevice for Vsock {
                 io.watch(connection.socket().as_fd(), *number, SOCKET_EDGES)?;
             }
         }
-        // One that was made before a pause is there still, however few descriptors are left now.
-        let timer = match self.timer.take() {
-            Some(timer) => timer,
-            None => Timer::new()?,
-        };
-        io.watch(self.timer.insert(timer).as_fd(), TIMER, Interest::IN)?;
+        io.watch_timer(&mut self.timer, TIMER)?;
         self.arm();
         Ok(())
     }

@@ -12,7 +12,7 @@ use crate::proto::{End, Stage};
 /// What happens to a channel.
 #[derive(Debug, Clone)]
 enum Step {
-    /// A program is asked for, whose time is over after so many seconds; 0 for no time-out.
+    /// Starts a program with a time-out in seconds; 0 for none.
     Start(u64),
     /// A caller gives up.
     GiveUp(usize),
@@ -22,7 +22,7 @@ enum Step {
     Say(Vec<(u32, Said)>, usize),
     /// The shim sends bytes that are no message.
     Raw(Vec<u8>),
-    /// So many seconds go by.
+    /// Time passes, in seconds.
     Pass(u64),
     /// The shim reads what it was sent.
     Read,
