@@ -1,31 +1,26 @@
 //! The one assembly: from config to running threads. It knows all modules.
 //!
-//! The threads `vcpuN`, `console` and `capture` start here, and the loops `io`, `disks` and `diskN` in [`devices`](super::devices).
+//! The loops `io`, `disks` and `diskN` start in [`devices`](super::devices), all other threads in [`threads`](super::threads).
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::io;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
-use std::thread::{self, JoinHandle, ThreadId};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use super::cgroup::{CgroupGuard, CgroupHandle};
+use super::cgroup::CgroupGuard;
 use super::config::VmConfig;
-use super::devices::{
-    Attacher, Attachments, DeviceInfo, MachineRef, attachments, disk_handle, handle, mmio_slots, net_handle,
-};
+use super::devices::{Attacher, Attachments, MachineRef, attachments, disk_handle, handle, mmio_slots, net_handle};
 use super::events::{EventKind, EventLog, Throttled};
-use super::exit::{BootMarks, Exit, ExitReport, Reason};
+use super::exit::{BootMarks, Reason};
 use super::kvm_objects::{Irqfd, KvmObjects, make_vm};
-use super::stats::DeviceStats;
-use super::vcpu::{self, LastExit, VcpuControl};
-use super::vcpu_gate::{Parked, VcpuGate};
+use super::shared::VmShared;
+use super::threads::VmThreads;
+use super::vcpu::LastExit;
 use super::{Handles, Keyboard, Vm};
-use crate::arch::{self, Cpu, EntryPoint, layout};
+use crate::arch::{self, Cpu, layout};
 use crate::boot;
 use crate::bus::{Attached, Bus};
-use crate::error::{Context, Error, ErrorKind, Result};
+use crate::error::{Context, Error, Result};
 use crate::event_loop::{Loop, Loops};
 use crate::kvm::Kvm;
 use crate::legacy::{
@@ -33,7 +28,7 @@ use crate::legacy::{
 };
 use crate::memory::GuestMemory;
 use crate::network::CapturePump;
-use crate::sys::{self, EventFd, KickSignal, PeriodicKick, ProcessGeneration, RegisterPages, STACK, Stack, eventfd};
+use crate::sys::{self, KickSignal, RegisterPages};
 use crate::virtio::console::ConsoleOutput;
 use crate::virtio::{DeviceId, Slots};
 
@@ -42,203 +37,10 @@ const DEVICE_DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long the end of a VM waits for a console's writer to take the last bytes.
 const CONSOLE_DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// What every thread of a VM sees of its end.
-pub(super) struct VmShared {
-    end: Mutex<End>,
-    ended: Condvar,
-    /// Readable once the VM has ended.
-    pub exit_fd: EventFd,
-    pub vcpus: Vec<VcpuControl>,
-    pub gate: VcpuGate,
-    running_vcpus: AtomicUsize,
-    signal: KickSignal,
-    pub marks: BootMarks,
-    pub log: Arc<EventLog>,
-    pub output: ConsoleOutput,
-    pub devices: Mutex<Vec<DeviceInfo>>,
-    threads: Mutex<Vec<ThreadId>>,
-    /// Of the VM's threads.
-    stacks: Mutex<Vec<Stack>>,
-    /// What the guest reads of its devices, in the order of their windows.
-    pub registers: RegisterPages,
-    /// Where the VM's threads are.
-    pub origin: ProcessGeneration,
-}
-
-/// Why the VM ends, and where its guest was.
-#[derive(Clone)]
-struct EndReason {
-    reason: Reason,
-    last: LastExit,
-}
-
-#[derive(Default)]
-struct End {
-    reason: Option<EndReason>,
-    exit: Option<Exit>,
-}
-
-impl VmShared {
-    fn end(&self) -> MutexGuard<'_, End> {
-        self.end.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    pub(super) fn stopping(&self) -> bool {
-        self.gate.is_shut_down()
-    }
-
-    /// Makes all vCPUs stop. The first reason is the one that is reported.
-    pub(super) fn stop(&self, reason: Reason, last: LastExit) {
-        if !self.origin.is_current() {
-            return;
-        }
-        self.end().reason.get_or_insert(EndReason { reason, last });
-        self.marks.ended();
-        self.gate.shut_down();
-        self.kick();
-    }
-
-    /// Whether the VM was ended by us, so that nothing tells yet where its guest was.
-    pub(super) fn ended_without_reason(&self) -> bool {
-        let ended = |it: &EndReason| {
-            let unknown = it.last.vcpu_exit.is_none() && it.last.registers.is_none();
-            matches!(it.reason, Reason::Killed | Reason::Unresponsive(_)) && unknown
-        };
-        self.end().reason.as_ref().is_some_and(ended)
-    }
-
-    /// Says where the guest was when it was ended.
-    pub(super) fn set_last_exit(&self, last: LastExit) {
-        if let Some(it) = &mut self.end().reason {
-            it.last = last;
-        }
-    }
-
-    /// Gets all vCPUs out of the guest, to look at what is asked of them.
-    pub(super) fn kick(&self) {
-        if !self.origin.is_current() {
-            return;
-        }
-        self.vcpus.iter().for_each(|vcpu| vcpu.kick(self.signal));
-    }
-
-    /// Lets the calling thread, a vCPU's, leave the guest now and then, as long as what this gives lives.
-    pub(super) fn kick_periodically(&self, period: Duration) -> Option<PeriodicKick> {
-        let kick = PeriodicKick::start(self.signal, period);
-        let degraded = |error: &io::Error| {
-            self.log.push(EventKind::Degraded { what: format!("the end of a guest that halts for good: {error}") });
-        };
-        kick.inspect_err(degraded).ok()
-    }
-
-    /// Brings all vCPUs to the gate, within `limit`.
-    pub(super) fn park_vcpus(&self, limit: Duration) -> Result<()> {
-        if !self.origin.is_current() {
-            return Err(Error::new(
-                ErrorKind::InvalidState,
-                "the virtual machine runs in another process, which has forked",
-            ));
-        }
-        self.gate.close();
-        self.kick();
-        match self.gate.wait_parked(self.vcpus.len(), Instant::now() + limit) {
-            Parked::All => Ok(()),
-            Parked::Gone => Err(Error::vm_ended()),
-            Parked::Busy(n) => {
-                self.gate.open();
-                Err(Error::new(ErrorKind::TimedOut, format!("{n} vCPUs were busy for longer than {limit:?}")))
-            }
-        }
-    }
-
-    /// Whether the calling thread is one of the VM's.
-    pub(super) fn is_own_thread(&self) -> bool {
-        let own = thread::current().id();
-        self.threads.lock().unwrap_or_else(PoisonError::into_inner).contains(&own)
-    }
-
-    /// The calling thread is one of the VM's.
-    fn register_thread(&self) {
-        self.threads.lock().unwrap_or_else(PoisonError::into_inner).push(thread::current().id());
-        match Stack::of_current() {
-            Ok(stack) => self.stacks.lock().unwrap_or_else(PoisonError::into_inner).push(stack),
-            Err(error) => log::debug!("a thread's stack is not counted: {error}"),
-        }
-    }
-
-    /// Bytes that this process has in memory for the VM beside the guest's.
-    pub(super) fn overhead(&self) -> u64 {
-        let stacks = self.stacks.lock().unwrap_or_else(PoisonError::into_inner);
-        let stacks: u64 = stacks.iter().map(|stack| stack.resident()).sum();
-        let held = self.vcpus.iter().map(VcpuControl::held).sum::<usize>() + self.output.held();
-        stacks + (held + self.registers.host().1) as u64
-    }
-
-    /// What is known now.
-    pub(super) fn report(&self) -> ExitReport {
-        match &self.end().exit {
-            Some(exit) => exit.report().clone(),
-            None => self.take_report(LastExit::default()),
-        }
-    }
-
-    fn take_report(&self, LastExit { vcpu_exit, registers }: LastExit) -> ExitReport {
-        let devices = self.device_stats();
-        ExitReport { stage: self.marks.stage(), console: self.output.tail(), vcpu_exit, registers, devices }
-    }
-
-    pub(super) fn device_stats(&self) -> Vec<DeviceStats> {
-        let devices = self.devices.lock().unwrap_or_else(PoisonError::into_inner);
-        let stats = |DeviceInfo { id, counters, interrupt, engine, .. }: &DeviceInfo| DeviceStats {
-            device: *id,
-            kicks: counters.kicks.load(Ordering::Relaxed),
-            requests: counters.requests.load(Ordering::Relaxed),
-            bytes_from_guest: counters.bytes_from_guest.load(Ordering::Relaxed),
-            bytes_to_guest: counters.bytes_to_guest.load(Ordering::Relaxed),
-            interrupts: interrupt.raised(),
-            driver_errors: counters.driver_errors.load(Ordering::Relaxed),
-            io_errors: counters.io_errors.load(Ordering::Relaxed),
-            throttled: counters.throttled.load(Ordering::Relaxed),
-            throttled_time: Duration::from_nanos(counters.throttled_nanos.load(Ordering::Relaxed)),
-            engine: *engine,
-            dropped: if *id == DeviceId::Console { self.output.dropped() } else { 0 },
-        };
-        devices.iter().map(stats).collect()
-    }
-
-    /// Notifies all waiters: all vCPUs have stopped and all devices are at rest.
-    fn finish(&self) {
-        let mut end = self.end();
-        let unknown = || EndReason { reason: Reason::Killed, last: LastExit::default() };
-        let EndReason { reason, last } = end.reason.clone().unwrap_or_else(unknown);
-        let exit = reason.exit(Arc::new(self.take_report(last)));
-        end.exit = Some(exit.clone());
-        drop(end);
-        self.log.push(EventKind::Ended { exit });
-        self.ended.notify_all();
-        let _ = self.exit_fd.write(1);
-    }
-
-    /// Waits for the end, but not beyond `deadline`.
-    pub(super) fn wait(&self, deadline: Option<Instant>) -> Option<Exit> {
-        let mut end = self.end();
-        loop {
-            if let Some(exit) = &end.exit {
-                return Some(exit.clone());
-            }
-            end = match deadline.map(|d| d.saturating_duration_since(Instant::now())) {
-                None => self.ended.wait(end).unwrap_or_else(PoisonError::into_inner),
-                Some(left) if left.is_zero() => return None,
-                Some(left) => self.ended.wait_timeout(end, left).unwrap_or_else(PoisonError::into_inner).0,
-            };
-        }
-    }
-}
-
 /// The assembled parts that vCPU threads need. Field order is the order of release: descriptors before memory. A loop that is
 /// left behind keeps its own share of both.
 pub(super) struct Machine {
-    kvm: Arc<KvmObjects>,
+    pub kvm: Arc<KvmObjects>,
     pub mmio: Bus,
     pub ports: Bus,
     loops: Loops<Slots>,
@@ -255,8 +57,8 @@ impl fmt::Debug for Machine {
 impl Machine {
     /// The last vCPU's thread brings everything to rest: what the guest handed over is served, streams end, the
     /// console's last words are written.
-    fn vcpu_done(&self) {
-        if self.shared.running_vcpus.fetch_sub(1, Ordering::SeqCst) != 1 {
+    pub(super) fn vcpu_done(&self) {
+        if !self.shared.last_vcpu_done() {
             return;
         }
         let deadline = Instant::now() + DEVICE_DRAIN_TIMEOUT;
@@ -311,23 +113,9 @@ pub(super) fn start(config: &VmConfig) -> Result<Vm> {
     ranges.iter().try_for_each(|(start, len)| cpu.addresses(start.0 + len))?;
     let registers = RegisterPages::new(slots.len()).doing(|| "making the devices' registers")?;
     let vm = make_vm(&kvm, &cpu, &memory, &registers)?;
-    let shared = Arc::new(VmShared {
-        end: Mutex::default(),
-        ended: Condvar::new(),
-        exit_fd: eventfd().doing(|| "creating the exit descriptor")?,
-        vcpus: (0..vcpus).map(|_| VcpuControl::default()).collect(),
-        gate: VcpuGate::default(),
-        running_vcpus: AtomicUsize::new(vcpus.into()),
-        signal: KickSignal::install(config.kick_signal)?,
-        marks,
-        log,
-        output: output.clone(),
-        devices: Mutex::default(),
-        threads: Mutex::default(),
-        stacks: Mutex::default(),
-        registers: registers.clone(),
-        origin: ProcessGeneration::current(),
-    });
+    let signal = KickSignal::install(config.kick_signal)?;
+    let shared = VmShared::new(vcpus, signal, marks, log, output, registers.clone())?;
+    let shared = Arc::new(shared);
     // It was not set before.
     let _ = faults.set(Arc::downgrade(&shared));
     let Ports { bus: ports, keyboard, lines } = ports(&shared)?;
@@ -360,14 +148,11 @@ pub(super) fn start(config: &VmConfig) -> Result<Vm> {
     let captures = pumps.into_iter().flatten().collect();
     let machine = Arc::new(Machine { kvm, mmio, ports, loops, captures, shared: shared.clone() });
 
-    let member = cgroup.as_ref().map(CgroupGuard::member);
-    handles.loops.iter().try_for_each(|it| {
-        let (shared, member) = (shared.clone(), member.clone());
-        it.with(move |_| {
-            shared.register_thread();
-            member.map_or(Ok(()), |member| member.join())
-        })?
-    })?;
+    let threads = VmThreads { shared: &shared, member: cgroup.as_ref().map(CgroupGuard::member) };
+    for it in &handles.loops {
+        let membership = threads.membership();
+        it.with(move |_| membership.enter())??;
+    }
     if let Some((file, mut throttled)) = cgroup.as_ref().and_then(CgroupGuard::pressure) {
         let log = shared.log.clone();
         let notify = move || {
@@ -379,12 +164,12 @@ pub(super) fn start(config: &VmConfig) -> Result<Vm> {
             it.with(move |slots| slots.watch_urgent(file, notify))?.doing(|| "watching the VM's cgroup")?;
         }
     }
-    start_captures(&machine.captures, &shared, member.as_ref())?;
-    let pump = start_console_writer(config, &shared, member.clone())?;
-    let threads = start_vcpus(&machine, vcpus, entry, member);
-    let vm = Vm::new(shared, threads.threads, pump, listeners, handles, cgroup);
+    threads.start_captures(&machine.captures)?;
+    let console = threads.start_console_writer(config)?;
+    let vcpus = threads.start_vcpus(&machine, entry);
+    let vm = Vm::new(shared, vcpus.threads, console, listeners, handles, cgroup);
     // A thread that could not start is an error; those that could are ended by dropping `vm`.
-    threads.outcome.map(|()| vm)
+    vcpus.outcome.map(|()| vm)
 }
 
 /// What answers at ports.
@@ -428,113 +213,4 @@ fn ports(shared: &Arc<VmShared>) -> Result<Ports> {
     })));
     ports.attach(EXIT_PORTS, exit_port)?;
     Ok(Ports { bus: ports, keyboard, lines: vec![serial_line, keyboard_line] })
-}
-
-/// The thread that gives the console to the embedder's writer, which may block.
-fn start_console_writer(
-    config: &VmConfig,
-    shared: &Arc<VmShared>,
-    member: Option<CgroupHandle>,
-) -> Result<Option<JoinHandle<()>>> {
-    let Some(writer) = config.console.writer.clone() else {
-        return Ok(None);
-    };
-    let output = shared.output.clone();
-    output.expect_pump();
-    let shared = Arc::downgrade(shared);
-    let pump = move || {
-        if let Some(shared) = shared.upgrade() {
-            shared.register_thread();
-        }
-        // A writer that is slow because it has no time is better than none.
-        if let Some(Err(error)) = member.map(|member| member.join()) {
-            log::warn!("the console's thread: {error}");
-        }
-        let mut writer = writer.lock().unwrap_or_else(PoisonError::into_inner);
-        output.pump(&mut *writer);
-    };
-    // The writer is the embedder's: its stack is larger, and still no huge page.
-    sys::spawn("console".into(), 4 * STACK, pump).map(Some).doing(|| "starting thread console")
-}
-
-/// Starts the threads that give captures to their writers, which may block. The wait for them has a bound.
-fn start_captures(captures: &[CapturePump], shared: &Arc<VmShared>, member: Option<&CgroupHandle>) -> Result<()> {
-    for pump in captures {
-        let (shared, member, pump) = (Arc::downgrade(shared), member.cloned(), pump.clone());
-        let body = move || {
-            if let Some(shared) = shared.upgrade() {
-                shared.register_thread();
-            }
-            if let Some(Err(error)) = member.map(|member| member.join()) {
-                log::warn!("a capture's thread: {error}");
-            }
-            pump.run();
-        };
-        sys::spawn("capture".into(), 4 * STACK, body).doing(|| "starting thread capture")?;
-    }
-    Ok(())
-}
-
-struct VcpuThreads {
-    threads: Vec<JoinHandle<()>>,
-    outcome: Result<()>,
-}
-
-/// Starts the vCPU threads; each makes its vCPU, as KVM wants, and runs it once all are made.
-fn start_vcpus(machine: &Arc<Machine>, vcpus: u8, entry: EntryPoint, member: Option<CgroupHandle>) -> VcpuThreads {
-    let (ready, answers) = mpsc::channel::<Result<()>>();
-    let (mut threads, mut outcome, mut gates) = (Vec::new(), Ok(()), Vec::new());
-    for id in 0..vcpus {
-        let (gate, open) = mpsc::sync_channel::<()>(1);
-        let (its_machine, ready, member) = (machine.clone(), ready.clone(), member.clone());
-        let body = move || {
-            let machine = its_machine;
-            machine.shared.register_thread();
-            let joined = member.map_or(Ok(()), |member| member.join());
-            let made = joined.and_then(|()| make_vcpu(&machine, id, entry));
-            let (vcpu, answer) = match made {
-                Ok(vcpu) => (Some(vcpu), Ok(())),
-                Err(error) => (None, Err(error.doing(format!("making vCPU {id}")))),
-            };
-            let sent = ready.send(answer);
-            drop(ready);
-            // A gate that closes instead of opening means that another vCPU could not be made.
-            if let (Some(vcpu), Ok(()), Ok(())) = (vcpu, sent, open.recv()) {
-                vcpu::run(&machine, id, vcpu);
-            }
-            machine.vcpu_done();
-        };
-        match sys::spawn(format!("vcpu{id}"), STACK, body) {
-            Ok(thread) => {
-                threads.push(thread);
-                gates.push(gate);
-            }
-            Err(error) => {
-                outcome = Err(error).doing(|| format!("starting thread vcpu{id}"));
-                // Those that will never run are done.
-                (id..vcpus).for_each(|_| machine.vcpu_done());
-                break;
-            }
-        }
-    }
-    drop(ready);
-    for answer in answers {
-        outcome = outcome.and(answer);
-    }
-    if outcome.is_ok() {
-        // A thread waits at its gate until it opens or closes, so this reaches all of them.
-        for gate in &gates {
-            let _ = gate.send(());
-        }
-    }
-    VcpuThreads { threads, outcome }
-}
-
-fn make_vcpu(machine: &Machine, id: u8, entry: EntryPoint) -> Result<crate::kvm::VcpuFd> {
-    machine.shared.signal.unblock().doing(|| "unblocking the kick signal")?;
-    let vcpu = machine.kvm.make_vcpu(&machine.kvm.vm(), id)?;
-    if id == 0 {
-        arch::boot_vcpu(&vcpu, entry)?;
-    }
-    Ok(vcpu)
 }

@@ -14,7 +14,9 @@ pub(crate) mod net;
 pub(crate) mod overlay;
 #[cfg(any(test, feature = "internals"))]
 mod rebuild;
+mod shared;
 pub(crate) mod stats;
+mod threads;
 mod vcpu;
 mod vcpu_gate;
 
@@ -57,7 +59,7 @@ use crate::virtio::vsock::{VsockListener, VsockStream};
 use crate::virtio::{DeviceHandle, Slots};
 use cgroup::CgroupGuard;
 use exit::Reason;
-use machine::VmShared;
+use shared::VmShared;
 use vcpu::LastExit;
 
 type Keyboard = Arc<Mutex<I8042<Box<dyn FnMut() + Send>>>>;

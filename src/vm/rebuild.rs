@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use super::Vm;
 use super::exit::Reason;
 use super::kvm_objects::{Irqfd, KvmObjects};
-use super::machine::VmShared;
+use super::shared::VmShared;
 use super::vcpu::{LastExit, VcpuControl};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::kvm::state::{ClockState, VcpuFormat, VcpuState, VmState};
