@@ -1,11 +1,13 @@
 //! The bus: which device answers at an address. One for memory-mapped I/O, one for ports.
 //!
-//! Used by vCPU threads. A device is behind its own lock, held for one access only.
+//! Each vCPU's thread has a [`BusView`], which costs an access one look at a number. A device is behind its own lock, held for
+//! one access only.
 
 use std::collections::BTreeMap;
 use std::fmt;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::error::{Error, ErrorKind, Result};
 
@@ -20,15 +22,27 @@ pub(crate) trait BusDevice: Send {
 /// A device, shared by all threads that may touch its registers.
 pub(crate) type Attached = Arc<Mutex<dyn BusDevice>>;
 
+#[derive(Clone)]
 struct BusRange {
     len: u64,
     device: Attached,
 }
 
-/// Address ranges and the devices behind them; fixed once the VM runs.
+type Ranges = BTreeMap<u64, BusRange>;
+
+/// Address ranges and the devices behind them. Devices come and go while vCPUs run.
 #[derive(Default)]
 pub(crate) struct Bus {
-    ranges: BTreeMap<u64, BusRange>,
+    ranges: Mutex<Arc<Ranges>>,
+    /// Counts the changes.
+    version: AtomicU64,
+}
+
+/// The bus as one thread sees it: no lock is taken but when devices have come or gone.
+pub(crate) struct BusView<'a> {
+    bus: &'a Bus,
+    ranges: Arc<Ranges>,
+    version: u64,
 }
 
 impl Bus {
@@ -36,27 +50,63 @@ impl Bus {
     ///
     /// # Errors
     /// `AlreadyExists` when the range touches another, `InvalidConfig` when it is empty.
-    pub(crate) fn attach(&mut self, range: Range<u64>, device: Attached) -> Result<()> {
+    pub(crate) fn attach(&self, range: Range<u64>, device: Attached) -> Result<()> {
         if range.is_empty() {
             return Err(Error::new(ErrorKind::InvalidConfig, format!("bus range {range:#x?} is empty")));
         }
-        let before = self.ranges.range(..range.end).next_back();
+        let mut shared = self.ranges();
+        let before = shared.range(..range.end).next_back();
         if let Some((start, taken)) = before.filter(|(start, taken)| *start + taken.len > range.start) {
             let other = *start..*start + taken.len;
             return Err(Error::new(ErrorKind::AlreadyExists, format!("bus range {range:#x?} meets {other:#x?}")));
         }
-        self.ranges.insert(range.start, BusRange { len: range.end - range.start, device });
+        let mut ranges = Ranges::clone(&shared);
+        ranges.insert(range.start, BusRange { len: range.end - range.start, device });
+        self.publish(&mut shared, ranges);
         Ok(())
     }
 
-    fn find(&self, addr: u64) -> Option<(u64, &Attached)> {
+    /// Takes the device away whose range begins at `start`; false when there is none. Accesses that have begun may still end
+    /// there, and none begins afterwards.
+    #[cfg_attr(not(any(test, feature = "internals")), allow(dead_code, reason = "so far tests alone detach devices"))]
+    pub(crate) fn detach(&self, start: u64) -> bool {
+        let mut shared = self.ranges();
+        let mut ranges = Ranges::clone(&shared);
+        let was_there = ranges.remove(&start).is_some();
+        self.publish(&mut shared, ranges);
+        was_there
+    }
+
+    fn publish(&self, shared: &mut Arc<Ranges>, ranges: Ranges) {
+        *shared = Arc::new(ranges);
+        // Behind the lock: who sees the number takes the lock to see the ranges.
+        self.version.fetch_add(1, Ordering::Release);
+    }
+
+    fn ranges(&self) -> MutexGuard<'_, Arc<Ranges>> {
+        self.ranges.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Returns a view for one thread.
+    pub(crate) fn view(&self) -> BusView<'_> {
+        // The number before the ranges: those may be newer than it says, and are looked at again then.
+        let version = self.version.load(Ordering::Acquire);
+        BusView { bus: self, ranges: self.ranges().clone(), version }
+    }
+}
+
+impl BusView<'_> {
+    fn find(&mut self, addr: u64) -> Option<(u64, &Attached)> {
+        if self.bus.version.load(Ordering::Acquire) != self.version {
+            *self = self.bus.view();
+        }
         let (base, range) = self.ranges.range(..=addr).next_back()?;
         let offset = addr - base;
         (offset < range.len).then_some((offset, &range.device))
     }
 
     /// Reads for the guest. Where nothing answers all bits are set, as on real hardware. False: nothing answered.
-    pub(crate) fn read(&self, addr: u64, data: &mut [u8]) -> bool {
+    pub(crate) fn read(&mut self, addr: u64, data: &mut [u8]) -> bool {
         match self.find(addr) {
             Some((offset, device)) => {
                 data.fill(0);
@@ -71,7 +121,7 @@ impl Bus {
     }
 
     /// Writes for the guest. False: nothing answered, and nothing happened.
-    pub(crate) fn write(&self, addr: u64, data: &[u8]) -> bool {
+    pub(crate) fn write(&mut self, addr: u64, data: &[u8]) -> bool {
         match self.find(addr) {
             Some((offset, device)) => {
                 device.lock().unwrap_or_else(PoisonError::into_inner).write(offset, data);
@@ -84,7 +134,7 @@ impl Bus {
 
 impl fmt::Debug for Bus {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_list().entries(self.ranges.iter().map(|(base, range)| *base..base + range.len)).finish()
+        f.debug_list().entries(self.ranges().iter().map(|(base, range)| *base..base + range.len)).finish()
     }
 }
 
@@ -108,8 +158,9 @@ mod tests {
 
     #[test]
     fn accesses_reach_the_device_with_their_offset() {
-        let (mut bus, echo) = (Bus::default(), Arc::new(Mutex::new(Echo::default())));
+        let (bus, echo) = (Bus::default(), Arc::new(Mutex::new(Echo::default())));
         bus.attach(0x1000..0x1010, echo.clone()).unwrap();
+        let mut bus = bus.view();
         let mut data = [0; 2];
         assert!(bus.read(0x1004, &mut data));
         assert_eq!(data, [4, 4]);
@@ -119,8 +170,9 @@ mod tests {
 
     #[test]
     fn unmapped_addresses_read_as_ones() {
-        let mut bus = Bus::default();
+        let bus = Bus::default();
         bus.attach(0x1000..0x1010, Arc::new(Mutex::new(Echo::default()))).unwrap();
+        let mut bus = bus.view();
         for addr in [0, 0xfff, 0x1010, u64::MAX] {
             let mut data = [0; 4];
             assert!(!bus.read(addr, &mut data));
@@ -131,7 +183,7 @@ mod tests {
 
     #[test]
     fn overlapping_bus_ranges_are_rejected() {
-        let mut bus = Bus::default();
+        let bus = Bus::default();
         let echo = || Arc::new(Mutex::new(Echo::default()));
         bus.attach(0x1000..0x1010, echo()).unwrap();
         for range in [0xfff..0x1001, 0x1000..0x1001, 0x100f..0x1010, 0x800..0x1800, 0..0] {
@@ -139,5 +191,38 @@ mod tests {
         }
         bus.attach(0x1010..0x1020, echo()).unwrap();
         bus.attach(0xff0..0x1000, echo()).unwrap();
+    }
+
+    #[test]
+    fn views_see_devices_that_come_and_go() {
+        let (bus, mut data) = (Bus::default(), [0; 1]);
+        let mut views = [bus.view(), bus.view()];
+        for _ in 0..3 {
+            bus.attach(0x1000..0x1010, Arc::new(Mutex::new(Echo::default()))).unwrap();
+            assert!(views.iter_mut().all(|view| view.read(0x1001, &mut data)) && data == [1]);
+            assert!(!bus.detach(0x1001) && bus.detach(0x1000) && !bus.detach(0x1000));
+            assert!(!views.iter_mut().any(|view| view.write(0x1001, &[1])));
+        }
+    }
+
+    #[test]
+    fn accesses_go_on_while_devices_come_and_go() {
+        let bus = Bus::default();
+        bus.attach(0..0x10, Arc::new(Mutex::new(Echo::default()))).unwrap();
+        std::thread::scope(|scope| {
+            let reader = scope.spawn(|| {
+                let (mut view, mut data) = (bus.view(), [0; 1]);
+                (0..20_000).for_each(|_| {
+                    // This one is always there, and the other never answers wrongly.
+                    assert!(view.read(0x7, &mut data) && data == [7]);
+                    let there = view.read(0x1009, &mut data);
+                    assert_eq!(data, if there { [9] } else { [0xff] });
+                });
+            });
+            while !reader.is_finished() {
+                bus.attach(0x1000..0x1010, Arc::new(Mutex::new(Echo::default()))).unwrap();
+                assert!(bus.detach(0x1000));
+            }
+        });
     }
 }

@@ -5,6 +5,7 @@
 
 pub mod turns;
 
+use crate::virtio::KeptEvents;
 use std::io::Write;
 use std::sync::{Arc, Mutex, OnceLock};
 
@@ -61,18 +62,25 @@ pub fn queue(data: &[u8]) {
 /// Reads and writes of any register at any width, on a running device.
 pub fn mmio(data: &[u8]) {
     static LOOP: OnceLock<Loop<Slots>> = OnceLock::new();
-    let make = || Loop::start("fuzzing", |sources| Slots::new(vec![Box::new(Rng)], sources, Box::new(|_, _| ())));
+    let make = || Loop::start("fuzzing", Slots::new);
     let devices = LOOP.get_or_init(|| make().unwrap_or_else(|e| unreachable!("{e}")));
+    let (reporter, _) = KeptEvents::reporter();
+    let its = reporter.clone();
+    let Ok(slot) = devices.remote().with(move |slots| slots.add(Box::new(Rng), its)) else {
+        unreachable!("the harness lacks what it needs")
+    };
     let Ok(memory) = GuestMemory::anonymous(&[(GuestAddress(0), 1 << 20)]) else {
         unreachable!("the harness lacks what it needs")
     };
     let Ok(registers) = RegisterPage::alone() else { unreachable!("the harness lacks what it needs") };
-    let host = LoopDevice { remote: devices.remote(), slot: 0 };
-    let Ok(transport) = MmioTransport::new(Rng.profile(), memory, host, registers, IrqLine::new(|| ())) else {
+    let host = LoopDevice { remote: devices.remote(), slot };
+    let Ok(transport) = MmioTransport::new(Rng.profile(), memory, host, registers, IrqLine::new(|| ()), reporter)
+    else {
         unreachable!("the harness lacks what it needs")
     };
-    let (mut bus, transport) = (Bus::default(), Arc::new(Mutex::new(transport)));
+    let (bus, transport) = (Bus::default(), Arc::new(Mutex::new(transport)));
     let _ = bus.attach(0..0x1000, transport.clone());
+    let mut bus = bus.view();
     // A driver's first steps, so that what follows meets a running device as often as an idle one.
     let mut bytes = Bytes(data);
     if bytes.byte() % 2 == 0 {
@@ -108,6 +116,7 @@ pub fn mmio(data: &[u8]) {
     if let Ok(mut transport) = transport.lock() {
         transport.write(0x70, &0u32.to_le_bytes());
     }
+    let _ = devices.remote().with(move |slots| slots.remove(slot).is_some());
 }
 
 /// Returns what a qcow2 image holds after a loss of power.
@@ -239,8 +248,7 @@ pub fn vsock_packet(data: &[u8]) {
 
 /// Requests of any kind to the balloon, while the embedder asks it for numbers.
 pub fn balloon(data: &[u8]) {
-    let (mut bytes, mut driver) =
-        (Bytes(data), Driver::start_with(|memory| Balloon::new(memory.clone(), Box::new(|_| ()))));
+    let (mut bytes, mut driver) = (Bytes(data), Driver::start_with(|memory| Balloon::new(memory.clone())));
     let (answer, _told) = std::sync::mpsc::sync_channel(1);
     while !bytes.done() {
         let (what, queue) = (bytes.byte() % 4, usize::from(bytes.byte() % 4));

@@ -160,7 +160,7 @@ pub mod fuzzing;
 #[cfg(any(test, feature = "internals"))]
 #[doc(hidden)]
 pub mod internals {
-    pub use crate::vm::rebuild;
+    pub use crate::vm::{attach_disk, detach_disk, rebuild};
 }
 #[cfg(test)]
 #[path = "guest/main.rs"]

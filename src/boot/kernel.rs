@@ -27,6 +27,17 @@ const XLF_KERNEL_64: u16 = 1;
 /// Where that entry point is, from where the kernel was loaded (Linux x86 boot protocol, 1.4).
 const ENTRY_64: u64 = 0x200;
 
+/// Records which of a kernel's pages its guests write, so that later guests have copies of them at once.
+#[derive(Debug, Clone)]
+pub(crate) struct DirtyPageRecorder(Arc<Loaded>);
+
+impl DirtyPageRecorder {
+    /// Records what this guest has written. When its drivers are ready is a good time.
+    pub(crate) fn record(&self, memory: &GuestMemory) {
+        memory.record_dirty_pages(&self.0.image);
+    }
+}
+
 /// A Linux kernel to boot, with its command line and initramfs.
 ///
 /// Takes an x86_64 ELF `vmlinux` or a `bzImage` (`vmlinuz`) as distributions ship them. Opening loads the file into a
@@ -192,11 +203,9 @@ impl Kernel {
         self.loaded.configuration.is_known() && self.loaded.configuration.check_drivers(&transport, false).is_ok()
     }
 
-    /// Returns a closure that records which of the kernel's pages a guest has written, so that later guests have copies
-    /// of them at once. Call it when a guest's drivers are ready.
-    pub(crate) fn dirty_page_recorder(&self) -> impl Fn(&GuestMemory) + Send + use<> {
-        let loaded = self.loaded.clone();
-        move |memory| memory.record_dirty_pages(&loaded.image)
+    /// Returns what records the pages that guests of this kernel write.
+    pub(crate) fn dirty_page_recorder(&self) -> DirtyPageRecorder {
+        DirtyPageRecorder(self.loaded.clone())
     }
 
     /// Where it is entered.

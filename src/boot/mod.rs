@@ -14,6 +14,7 @@ pub(crate) mod tiny;
 
 pub(crate) use cmdline::Cmdline;
 pub use initramfs::Initramfs;
+pub(crate) use kernel::DirtyPageRecorder;
 pub use kernel::Kernel;
 pub(crate) use linux::load;
 pub use modules::Modules;

@@ -47,7 +47,7 @@ impl NetBackend for Endless {
 }
 
 fn card(backend: BackendKind) -> Net {
-    Net::new(vec![backend], Mac([2, 0, 0, 0, 0, 1]), 1500, Box::new(|_| ()))
+    Net::new(vec![backend], Mac([2, 0, 0, 0, 0, 1]), 1500)
 }
 
 /// Writes a table of `n` descriptors at `at`; `each` says address, length and flags.
@@ -75,7 +75,7 @@ pub fn device_turn(data: &[u8]) {
     match bytes.byte() % DEVICES {
         0 => flood(Driver::start(Rng), bytes),
         1 => flood(Driver::start(Console::new(ConsoleOutput::default())), bytes),
-        2 => flood(Driver::start_with(|memory| Balloon::new(memory.clone(), Box::new(|_| ()))), bytes),
+        2 => flood(Driver::start_with(|memory| Balloon::new(memory.clone())), bytes),
         3 => {
             let mut vsock = Vsock::new();
             let _listener = vsock.listen(1);
@@ -175,7 +175,7 @@ pub mod bench {
         table(&driver, TABLES, 64, |_| (BUFFERS, 8 << 20, WRITE));
         all.push(("rng: chains of 512 MiB".into(), longest(&mut driver, 0, 100, |driver| fill(driver, 0, 64))));
 
-        let balloon = || Driver::start_with(|memory| Balloon::new(memory.clone(), Box::new(|_| ())));
+        let balloon = || Driver::start_with(|memory| Balloon::new(memory.clone()));
         let mut driver = balloon();
         table(&driver, TABLES, 64, |n| (BUFFERS + 8192 * u64::from(n), 4096, WRITE));
         let touch =

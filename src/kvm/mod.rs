@@ -205,6 +205,15 @@ impl VmFd {
             .doing(|| format!("attaching queue notification {value} at {addr:#x}"))
     }
 
+    /// Undoes [`VmFd::register_ioeventfd`].
+    #[cfg(any(test, feature = "internals"))]
+    pub(crate) fn unregister_ioeventfd(&self, fd: &EventFd, addr: u64, value: u32) -> Result<()> {
+        self.fd
+            .unregister_ioevent(fd, &IoEventAddress::Mmio(addr), value)
+            .map_err(failed)
+            .doing(|| format!("detaching queue notification {value} at {addr:#x}"))
+    }
+
     /// Takes the processor's counters away from all vCPUs, where KVM can: it emulates some that CPUID does not show (KVM API,
     /// 8.35). Before the first vCPU is made.
     pub(crate) fn disable_counters(&self) {

@@ -4,6 +4,7 @@
 //! reporting). The embedder inflates the balloon. The guest reports how it uses its memory. What it gives is discarded
 //! at once.
 
+use super::DeviceEvent;
 use std::sync::mpsc::SyncSender;
 use std::time::{Duration, Instant};
 
@@ -95,14 +96,9 @@ pub(crate) struct BalloonState {
     pub held: u64,
 }
 
-/// Called with the number of bytes that the balloon holds.
-pub(crate) type OnSettled = Box<dyn Fn(u64) + Send>;
-
 /// The device.
 pub(crate) struct Balloon {
     memory: GuestMemory,
-    /// Called when the balloon has become what was asked for, and when the guest makes it less than that.
-    on_settled: OnSettled,
     /// Pages that went in, less those that came out.
     held: u64,
     /// The embedder has asked for a size that the balloon has not had since.
@@ -125,11 +121,10 @@ pub(crate) struct Balloon {
 }
 
 impl Balloon {
-    pub(crate) fn new(memory: GuestMemory, on_settled: OnSettled) -> Self {
+    pub(crate) fn new(memory: GuestMemory) -> Self {
         let config = ConfigSpace::new([0; 8]).writable(ACTUAL..ACTUAL + 4);
         Self {
             memory,
-            on_settled,
             held: 0,
             asked: false,
             settled: true,
@@ -190,13 +185,13 @@ impl Balloon {
     }
 
     /// Tells of what the last requests have made of the balloon.
-    fn settle(&mut self) {
+    fn settle(&mut self, io: &DeviceIo) {
         let settled = self.held == u64::from(self.config.word(TARGET));
         // What the embedder has asked for is reported in any case, once for each time.
         let answers = settled && std::mem::take(&mut self.asked);
         if answers || settled != self.settled && self.reports.take_whole(self.epoch.elapsed()) {
             self.settled = settled;
-            (self.on_settled)(self.held * PAGE);
+            io.report(DeviceEvent::BalloonSettled(self.held * PAGE));
         }
     }
 
@@ -253,7 +248,7 @@ impl Balloon {
             }
         }
         io.flush(&[queue]);
-        self.settle();
+        self.settle(io);
     }
 
     /// Takes a request's pages as far as the turn lasts. True when that is all of it.
@@ -366,7 +361,7 @@ impl VirtioDevice for Balloon {
                     self.held = self.held.saturating_sub(chain.readable_len() as u64 / 4);
                     Work::Chain
                 });
-                self.settle();
+                self.settle(io);
             }
             Some(Role::Stats) => self.take_stats(io, queue),
             Some(Role::Reporting) => self.take_reports(io, queue),
@@ -391,7 +386,7 @@ impl VirtioDevice for Balloon {
             }
         }
         io.flush(&[inflate, reporting]);
-        self.settle();
+        self.settle(io);
         true
     }
 

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use super::chain::Chain;
+use super::event::{DeviceEvent, DeviceReporter};
 use super::queue::Queue;
 use super::state::DeviceState;
 use super::transport::{DeviceSetup, Interrupt};
@@ -68,9 +69,6 @@ pub(super) struct PendingReset {
     timer: Option<Timer>,
 }
 
-/// Called with the reason why a device needs a reset.
-pub(crate) type OnNeedsReset = Arc<dyn Fn(&str) + Send + Sync>;
-
 /// A running device's hold on the world. Made when the driver is ready, gone when the device is idle.
 pub(crate) struct DeviceIo {
     pub(super) queues: Vec<Queue>,
@@ -81,7 +79,7 @@ pub(crate) struct DeviceIo {
     pub(super) features: u64,
     pub(super) sources: Sources,
     pub(super) slot: usize,
-    pub(super) on_needs_reset: OnNeedsReset,
+    reporter: DeviceReporter,
     /// The reset that the device waits for. Reported once a start.
     pub(super) pending_reset: Option<PendingReset>,
     /// What the device had in flight when it was stopped.
@@ -103,7 +101,7 @@ impl DeviceIo {
         sources: Sources,
         slot: usize,
     ) -> (Self, Result<Option<DeviceState>, String>) {
-        let DeviceSetup { queues, kicks, interrupt, counters, features, on_needs_reset, state } = setup;
+        let DeviceSetup { queues, kicks, interrupt, counters, features, reporter, state } = setup;
         let (queues, state) = match queues {
             Ok(queues) => (queues, Ok(state)),
             Err(why) => (Vec::new(), Err(why)),
@@ -116,7 +114,7 @@ impl DeviceIo {
             features,
             sources,
             slot,
-            on_needs_reset,
+            reporter,
             pending_reset: None,
             unfinished_io: None,
             turn: Turn::default(),
@@ -127,6 +125,11 @@ impl DeviceIo {
     /// What driver and device have agreed on.
     pub(crate) fn features(&self) -> u64 {
         self.features
+    }
+
+    /// Reports an event of the device. Never waits.
+    pub(crate) fn report(&self, event: DeviceEvent) {
+        self.reporter.report(event);
     }
 
     /// Where the device counts what happens to it.
@@ -290,7 +293,7 @@ impl DeviceIo {
         if self.pending_reset.is_none() {
             let why = why.to_string();
             self.counters.driver_errors.fetch_add(1, Ordering::Relaxed);
-            (self.on_needs_reset)(&why);
+            self.reporter.report_needs_reset(&why);
             let timer = self.start_grace();
             let timer = timer.inspect_err(|e| log::warn!("a reset that does not come goes unseen: {e}")).ok();
             self.pending_reset = Some(PendingReset { why, timer });

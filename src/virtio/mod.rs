@@ -14,6 +14,7 @@ mod chain;
 mod config_space;
 pub(crate) mod console;
 mod device_id;
+mod event;
 #[cfg(test)]
 mod example;
 mod io;
@@ -38,6 +39,9 @@ use std::time::Duration;
 pub(crate) use chain::{Chain, Span, TooShort};
 pub(crate) use config_space::ConfigSpace;
 pub use device_id::DeviceId;
+#[cfg(any(test, feature = "internals"))]
+pub(crate) use event::KeptEvents;
+pub(crate) use event::{DeviceEvent, DeviceEventSink, DeviceReporter};
 pub(crate) use io::{Counters, DeviceIo};
 pub(crate) use runner::{DeviceHandle, Slots};
 pub(crate) use spec::DeviceType;

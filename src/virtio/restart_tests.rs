@@ -256,7 +256,7 @@ impl Guest for Ballooning {
     type Device = Balloon;
 
     fn device(&self, memory: &GuestMemory) -> Balloon {
-        Balloon::new(memory.clone(), Box::new(|_| ()))
+        Balloon::new(memory.clone())
     }
 
     fn send(&mut self, driver: &mut Driver<Balloon>, n: usize) -> bool {
@@ -331,7 +331,7 @@ impl Guest for Echoing {
 
     fn device(&self, _: &GuestMemory) -> Net {
         let backend = SocketBackend::new(self.near.borrow_mut().take().unwrap().into()).unwrap();
-        Net::new(vec![BackendKind::other(backend)], Mac([2, 0, 0, 0, 0, 1]), 1500, Box::new(|_| ()))
+        Net::new(vec![BackendKind::other(backend)], Mac([2, 0, 0, 0, 0, 1]), 1500)
     }
 
     /// A socket has bytes of frames in it, so the device itself goes on.

@@ -8,6 +8,7 @@ use std::os::fd::AsFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
 
+use super::event::{DeviceEvent, DeviceReporter};
 use super::io::{slot_token, split_token};
 use super::queue::{Queue, QueueError};
 use super::transport::{DeviceSetup, StoppedDevice};
@@ -16,9 +17,6 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::event_loop::{Handler, Interest, Remote, Sources};
 use crate::memory::IoQueue;
 use crate::sys::left;
-
-/// Called with a device's slot when it has panicked, our own mistake, or has waited in vain for its driver's reset.
-pub(crate) type OnDeviceFault = Box<dyn Fn(usize, &str) + Send>;
 
 /// How a device's turn ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,7 +27,17 @@ enum TurnEnd {
     Over,
 }
 
+/// What is left of a device that was removed from its loop.
+#[derive(Debug)]
+pub(crate) struct RemovedDevice {
+    /// What the host still moves from or to guest memory.
+    pub unfinished: Option<IoQueue>,
+}
+
 struct DeviceSlot {
+    /// Its number on this loop.
+    number: usize,
+    reporter: DeviceReporter,
     device: Box<dyn VirtioDevice>,
     phase: DevicePhase,
 }
@@ -46,16 +54,21 @@ enum DevicePhase {
 }
 
 /// What an event loop owns.
+///
+/// Each device has a number, by which descriptors and handles name it. No number is given twice, so that a late event of a
+/// device that was removed never reaches another.
 pub(crate) struct Slots {
+    /// In the order of their numbers.
     slots: Vec<DeviceSlot>,
+    next_number: usize,
     sources: Sources,
-    on_fault: OnDeviceFault,
-    /// What else is watched on this loop. Its slots are behind those of the devices.
+    /// What else is watched on this loop.
     extra_sources: Vec<ExtraSource>,
 }
 
 /// A file of no device, and what is done when it is ready.
 struct ExtraSource {
+    number: usize,
     file: File,
     on_ready: Box<dyn FnMut() + Send>,
 }
@@ -67,25 +80,68 @@ impl fmt::Debug for Slots {
 }
 
 impl Slots {
-    pub(crate) fn new(devices: Vec<Box<dyn VirtioDevice>>, sources: Sources, on_fault: OnDeviceFault) -> Self {
-        let slots = devices.into_iter().map(|device| DeviceSlot { device, phase: DevicePhase::Idle }).collect();
-        Self { slots, sources, on_fault, extra_sources: Vec::new() }
+    pub(crate) fn new(sources: Sources) -> Self {
+        Self { slots: Vec::new(), next_number: 0, sources, extra_sources: Vec::new() }
+    }
+
+    /// Takes a device, which no driver has set up, and returns its number.
+    pub(crate) fn add(&mut self, device: Box<dyn VirtioDevice>, reporter: DeviceReporter) -> usize {
+        let number = self.take_number();
+        self.slots.push(DeviceSlot { number, reporter, device, phase: DevicePhase::Idle });
+        number
+    }
+
+    /// Stops a device for good and drops it. What the host still moves for it is left in `unfinished`. `None` when there is
+    /// no such device.
+    pub(crate) fn remove(&mut self, number: usize) -> Option<RemovedDevice> {
+        let at = self.position(number)?;
+        let unfinished = self.reset(number);
+        let mut slot = self.slots.remove(at);
+        // It may be the embedder's in part, and panic there.
+        let ended = catch_unwind(AssertUnwindSafe(move || {
+            slot.device.ended();
+            drop(slot);
+        }));
+        if let Err(panic) = ended {
+            log::error!("a device that was removed has panicked: {}", panic_text(&*panic));
+        }
+        Some(RemovedDevice { unfinished })
+    }
+
+    fn take_number(&mut self) -> usize {
+        let number = self.next_number;
+        self.next_number += 1;
+        number
+    }
+
+    fn position(&self, number: usize) -> Option<usize> {
+        // Where none was removed, a device is where its number says.
+        match self.slots.get(number) {
+            Some(slot) if slot.number == number => Some(number),
+            _ => self.slots.binary_search_by_key(&number, |slot| slot.number).ok(),
+        }
+    }
+
+    fn slot(&mut self, number: usize) -> Option<&mut DeviceSlot> {
+        let at = self.position(number)?;
+        self.slots.get_mut(at)
+    }
+
+    fn numbers(&self) -> Vec<usize> {
+        self.slots.iter().map(|slot| slot.number).collect()
     }
 
     /// Calls `f` on this loop whenever the kernel has something urgent to say by `file` (`EPOLLPRI`).
     pub(crate) fn watch_urgent(&mut self, file: File, f: impl FnMut() + Send + 'static) -> std::io::Result<()> {
-        let slot = self.slots.len() + self.extra_sources.len();
-        self.sources.watch(file.as_fd(), slot_token(slot), Interest::PRIORITY)?;
-        self.extra_sources.push(ExtraSource { file, on_ready: Box::new(f) });
+        let number = self.take_number();
+        self.sources.watch(file.as_fd(), slot_token(number), Interest::PRIORITY)?;
+        self.extra_sources.push(ExtraSource { number, file, on_ready: Box::new(f) });
         Ok(())
     }
 
-    fn urgent(&mut self, slot: usize, events: Interest) {
-        let Some(ExtraSource { file, on_ready }) =
-            slot.checked_sub(self.slots.len()).and_then(|n| self.extra_sources.get_mut(n))
-        else {
-            return;
-        };
+    fn urgent(&mut self, number: usize, events: Interest) {
+        let source = self.extra_sources.iter_mut().find(|source| source.number == number);
+        let Some(ExtraSource { file, on_ready, .. }) = source else { return };
         if events.contains(Interest::ERROR) {
             // It is gone, and would say so for ever.
             let _ = self.sources.unwatch(file.as_fd());
@@ -136,7 +192,7 @@ impl Slots {
             io.fail(&"it needed a reset when its state was saved");
         }
         let queues = io.queues.len();
-        if let Some(it) = self.slots.get_mut(slot) {
+        if let Some(it) = self.slot(slot) {
             it.phase = DevicePhase::Running(io);
         }
         // One turn for all: those for which it is too short are looked at in the next.
@@ -147,7 +203,7 @@ impl Slots {
     /// The driver has set the device up so that it cannot run: it waits for a reset.
     fn refuse(&mut self, slot: usize, mut io: DeviceIo, why: &str) {
         io.fail(&why);
-        if let Some(it) = self.slots.get_mut(slot) {
+        if let Some(it) = self.slot(slot) {
             it.phase = DevicePhase::Refused(io);
         }
     }
@@ -163,7 +219,7 @@ impl Slots {
     /// `InvalidState` for one that runs.
     #[cfg_attr(not(test), allow(dead_code, reason = "so far tests alone save a device"))]
     pub(super) fn save(&self, slot: usize) -> Result<Option<StoppedDevice>> {
-        match self.slots.get(slot).map(|it| &it.phase) {
+        match self.position(slot).and_then(|at| self.slots.get(at)).map(|it| &it.phase) {
             Some(DevicePhase::Paused(_, stopped)) => Ok(Some(stopped.clone())),
             Some(DevicePhase::Running(_)) => {
                 Err(Error::new(ErrorKind::InvalidState, format!("device {slot} runs; pause the VM first")))
@@ -177,8 +233,9 @@ impl Slots {
     pub(crate) fn finish(&mut self, timeout: Duration) {
         let deadline = Instant::now() + timeout;
         // Also what a limit or a fault kept back before a pause is served, or fails once more.
-        (0..self.slots.len()).for_each(|slot| _ = self.unpause(slot));
-        for slot in 0..self.slots.len() {
+        let numbers = self.numbers();
+        numbers.iter().for_each(|slot| _ = self.unpause(*slot));
+        for slot in numbers {
             let queues = self.call(slot, |_, io| io.queues.len()).unwrap_or(0);
             for queue in 0..queues {
                 // What was handed over by a guest that runs no more takes a bounded number of turns.
@@ -188,7 +245,7 @@ impl Slots {
             }
             self.call(slot, |device, io| device.drain(io, left(deadline), DrainCause::End));
             self.reset(slot);
-            if let Some(it) = self.slots.get_mut(slot) {
+            if let Some(it) = self.slot(slot) {
                 it.device.ended();
             }
         }
@@ -197,18 +254,18 @@ impl Slots {
     /// Stops all devices for a pause, when what they have in flight ends within the given time. False when it does not:
     /// then all go on.
     pub(crate) fn pause(&mut self, timeout: Duration) -> bool {
-        let (deadline, slots) = (Instant::now() + timeout, self.slots.len());
+        let (deadline, numbers) = (Instant::now() + timeout, self.numbers());
         let mut drain = |slot| self.call(slot, |device, io| device.drain(io, left(deadline), DrainCause::Pause));
-        let quiet = (0..slots).filter_map(&mut drain).all(|quiet| quiet);
+        let quiet = numbers.iter().copied().filter_map(&mut drain).all(|quiet| quiet);
         if quiet {
-            (0..slots).for_each(|slot| _ = self.caught(slot, DeviceSlot::pause));
+            numbers.iter().for_each(|slot| _ = self.caught(*slot, DeviceSlot::pause));
         }
         quiet
     }
 
     /// Lets devices go on after a pause, or after a fault that the embedder has seen to.
     pub(crate) fn resume(&mut self) {
-        for slot in 0..self.slots.len() {
+        for slot in self.numbers() {
             // One that starts takes everything again anyway.
             if !self.unpause(slot) {
                 self.call(slot, |device, io| device.ready(io, EventSource::Resumed));
@@ -218,7 +275,7 @@ impl Slots {
 
     /// Starts a device that a pause has stopped; false for others.
     fn unpause(&mut self, slot: usize) -> bool {
-        let Some(it) = self.slots.get_mut(slot) else { return false };
+        let Some(it) = self.slot(slot) else { return false };
         let (mut io, stopped) = match std::mem::replace(&mut it.phase, DevicePhase::Idle) {
             DevicePhase::Paused(io, stopped) => (io, stopped),
             mut other => {
@@ -255,7 +312,7 @@ impl Slots {
 
     /// Asks something of a device that runs. One that panics, our own mistake, does not run any more.
     fn call<R>(&mut self, slot: usize, f: impl FnOnce(&mut dyn VirtioDevice, &mut DeviceIo) -> R) -> Option<R> {
-        let Some(DeviceSlot { device, phase: DevicePhase::Running(io) }) = self.slots.get_mut(slot) else {
+        let Some(DeviceSlot { device, phase: DevicePhase::Running(io), .. }) = self.slot(slot) else {
             return None;
         };
         io.turn.begin();
@@ -272,7 +329,7 @@ impl Slots {
 
     /// Starts, stops or resets a device, which may panic at that too.
     fn caught<R>(&mut self, slot: usize, f: impl FnOnce(&mut DeviceSlot) -> R) -> Option<R> {
-        let it = self.slots.get_mut(slot)?;
+        let it = self.slot(slot)?;
         match catch_unwind(AssertUnwindSafe(|| f(it))) {
             Ok(answer) => Some(answer),
             Err(panic) => {
@@ -283,20 +340,21 @@ impl Slots {
     }
 
     fn panicked(&mut self, slot: usize, why: &str) {
-        if let Some(it) = self.slots.get_mut(slot) {
+        if let Some(it) = self.slot(slot) {
             it.phase = DevicePhase::Idle;
+            it.reporter.report(DeviceEvent::Failed(format!("it panicked: {why}")));
         }
-        (self.on_fault)(slot, &format!("it panicked: {why}"));
     }
 
     /// The driver has not reset the device in time.
     fn reset_deadline_passed(&mut self, slot: usize) {
-        let io = match self.slots.get_mut(slot).map(|it| &mut it.phase) {
-            Some(DevicePhase::Running(io) | DevicePhase::Paused(io, _) | DevicePhase::Refused(io)) => io,
-            _ => return,
+        let Some(it) = self.slot(slot) else { return };
+        let io = match &mut it.phase {
+            DevicePhase::Running(io) | DevicePhase::Paused(io, _) | DevicePhase::Refused(io) => io,
+            DevicePhase::Idle => return,
         };
         if let Some(why) = io.reset_deadline_passed() {
-            (self.on_fault)(slot, &why);
+            it.reporter.report(DeviceEvent::Failed(why));
         }
     }
 }
@@ -363,8 +421,8 @@ impl DeviceSlot {
 impl Handler for Slots {
     fn ready(&mut self, token: u64, events: Interest) {
         match split_token(token, events) {
-            (slot, _) if slot >= self.slots.len() => self.urgent(slot, events),
-            (slot, Some(source)) => drop(self.dispatch(slot, source)),
+            (slot, Some(source)) if self.position(slot).is_some() => drop(self.dispatch(slot, source)),
+            (slot, Some(_)) => self.urgent(slot, events),
             (slot, None) => self.reset_deadline_passed(slot),
         }
     }
@@ -372,7 +430,7 @@ impl Handler for Slots {
 
 impl Drop for Slots {
     fn drop(&mut self) {
-        (0..self.slots.len()).for_each(|slot| drop(self.reset(slot)));
+        self.numbers().into_iter().for_each(|slot| drop(self.reset(slot)));
     }
 }
 
@@ -411,8 +469,10 @@ impl<D: VirtioDevice> DeviceHandle<D> {
         f: impl FnOnce(&mut D, Option<&mut DeviceIo>) -> R + Send + 'static,
     ) -> Result<R> {
         let slot = self.slot;
-        let answer = self.remote.with(move |slots| {
-            let DeviceSlot { device, phase } = slots.slots.get_mut(slot)?;
+        self.remote.with(move |slots| {
+            let Some(DeviceSlot { device, phase, .. }) = slots.slot(slot) else {
+                return Err(Error::new(ErrorKind::InvalidState, "the device was detached"));
+            };
             let io = match phase {
                 DevicePhase::Running(io) => {
                     // What is asked for is a turn of its own.
@@ -422,8 +482,12 @@ impl<D: VirtioDevice> DeviceHandle<D> {
                 DevicePhase::Paused(io, _) => Some(io),
                 DevicePhase::Idle | DevicePhase::Refused(_) => None,
             };
-            (&mut **device as &mut dyn Any).downcast_mut::<D>().map(|device| f(device, io))
-        })?;
-        answer.ok_or_else(|| Error::new(ErrorKind::InvalidState, format!("device {slot} is of another type")))
+            let device = (&mut **device as &mut dyn Any).downcast_mut::<D>();
+            let device = device.ok_or_else(|| {
+                debug_assert!(false, "device {slot} is of another type");
+                Error::new(ErrorKind::InvalidState, format!("device {slot} is of another type"))
+            })?;
+            Ok(f(device, io))
+        })?
     }
 }

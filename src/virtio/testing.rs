@@ -3,8 +3,10 @@
 //! It sets the device up by the registers of the real transport. Everything happens on the calling thread: the device is
 //! a plain value, `dispatch` is a plain call.
 
+use super::KeptEvents;
 use std::cell::RefCell;
 use std::rc::Rc;
+use std::sync::Arc;
 
 use super::io::DeviceIo;
 use super::runner::look;
@@ -91,6 +93,8 @@ pub(crate) struct Driver<D> {
     transport: MmioTransport<SameThread>,
     #[cfg_attr(not(test), allow(dead_code, reason = "so far tests alone save a device"))]
     host: SameThread,
+    #[cfg_attr(not(test), allow(dead_code, reason = "benches and fuzzing look at no events"))]
+    events: Arc<KeptEvents>,
     ring_features: RingFeatures,
     memory: GuestMemory,
     rings: Vec<DriverRing>,
@@ -123,7 +127,7 @@ impl<D: VirtioDevice> Driver<D> {
         let memory = GuestMemory::anonymous(&[(GuestAddress(0), MEMORY)]).unwrap();
         let device = make(&memory);
         let profile = device.profile();
-        let (host, mut transport) = Self::transport(&device, &memory);
+        let (host, mut transport, events) = Self::transport(&device, &memory);
         let mut set = |at: u64, value: u32| transport.write_register_bytes(at, &value.to_le_bytes());
         let mut features = profile.features | F_VERSION_1;
         features |= if ring_features.indirect { F_INDIRECT_DESC } else { 0 };
@@ -150,6 +154,8 @@ impl<D: VirtioDevice> Driver<D> {
             });
         }
         set(0x70, 15);
+        #[cfg(test)]
+        assert!(matches!(events.drain()[..], [super::DeviceEvent::DriverReady]));
         let (mut device, mut io) = (device, Self::started(&host));
         device.start(&mut io, None).unwrap();
         Self {
@@ -157,6 +163,7 @@ impl<D: VirtioDevice> Driver<D> {
             io,
             transport,
             host,
+            events,
             ring_features,
             memory,
             rings,
@@ -166,14 +173,16 @@ impl<D: VirtioDevice> Driver<D> {
         }
     }
 
-    fn transport(device: &D, memory: &GuestMemory) -> (SameThread, MmioTransport<SameThread>) {
+    fn transport(device: &D, memory: &GuestMemory) -> (SameThread, MmioTransport<SameThread>, Arc<KeptEvents>) {
         let host = SameThread::default();
         // A system call, as where it leads to a guest.
         let edge = eventfd().unwrap();
         let line = IrqLine::new(move || edge.write(1).unwrap());
         let page = RegisterPage::alone().unwrap();
-        let transport = MmioTransport::new(device.profile(), memory.clone(), host.clone(), page, line).unwrap();
-        (host, transport)
+        let (reporter, events) = KeptEvents::reporter();
+        let transport =
+            MmioTransport::new(device.profile(), memory.clone(), host.clone(), page, line, reporter).unwrap();
+        (host, transport, events)
     }
 
     /// What the transport has made for the device.
@@ -286,6 +295,12 @@ impl<D: VirtioDevice> Driver<D> {
         look(&mut self.device, &mut self.io, EventSource::Watched { number, events });
     }
 
+    /// Takes what the device has reported since it was ready, or since this was last called.
+    #[cfg(test)]
+    pub(crate) fn take_events(&self) -> Vec<super::DeviceEvent> {
+        self.events.drain()
+    }
+
     /// The device and what it is given, for calls that its handle would make.
     pub(crate) fn parts(&mut self) -> (&mut D, &mut DeviceIo) {
         self.io.turn.begin();
@@ -374,7 +389,7 @@ impl<D: VirtioDevice> Driver<D> {
         next: impl FnOnce(D, &GuestMemory) -> D,
     ) -> Self {
         self.device = next(self.device, &self.memory);
-        (self.host, self.transport) = Self::transport(&self.device, &self.memory);
+        (self.host, self.transport, self.events) = Self::transport(&self.device, &self.memory);
         self.transport.restore(state).unwrap();
         let setup = self.host.0.borrow_mut().setup.take().unwrap();
         let (io, state) = DeviceIo::new(setup, Sources::detached().unwrap(), 0);

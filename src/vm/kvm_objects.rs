@@ -60,6 +60,10 @@ impl KvmObjects {
         }
     }
 
+    pub(super) fn memory(&self) -> &GuestMemory {
+        &self.memory
+    }
+
     /// The VM as it is now.
     pub(super) fn vm(&self) -> Arc<VmFd> {
         self.vm.lock().unwrap_or_else(PoisonError::into_inner).clone()

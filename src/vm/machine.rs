@@ -1,32 +1,35 @@
 //! The one assembly: from config to running threads. It knows all modules.
 //!
-//! The loops `io`, `disks` and `diskN` start in [`devices`](super::devices), all other threads in [`threads`](super::threads).
+//! The loops `io`, `disks` and `diskN` start in [`DeviceSet`], all other threads in [`threads`](super::threads).
 
-use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use super::cgroup::CgroupGuard;
 use super::config::VmConfig;
-use super::devices::{Attacher, Attachments, MachineRef, attachments, disk_handle, handle, mmio_slots, net_handle};
+use super::device_events::DeviceEvents;
+use super::device_set::DeviceSet;
+use super::devices::{self, OpenedDevices, disk_handle, net_handle};
 use super::events::{EventKind, EventLog, Throttled};
 use super::exit::{BootMarks, Reason};
 use super::kvm_objects::{Irqfd, KvmObjects, make_vm};
+use super::mmio_slots::{MmioSlots, max_devices};
 use super::shared::VmShared;
 use super::threads::VmThreads;
 use super::vcpu::LastExit;
 use super::{Handles, Keyboard, Vm};
-use crate::arch::{self, Cpu, layout};
-use crate::boot;
+use crate::arch::layout::{self, MmioSlot};
+use crate::arch::{self, Cpu, EntryPoint};
+use crate::boot::{self, Kernel};
 use crate::bus::{Attached, Bus};
 use crate::error::{Context, Error, Result};
-use crate::event_loop::{Loop, Loops};
+use crate::event_loop::{Loop, Remote};
 use crate::kvm::Kvm;
 use crate::legacy::{
     EXIT_PORTS, ExitPort, ExitPortRequest, I8042, I8042_PORTS, PANIC_PORTS, PanicPort, SERIAL_PORTS, SerialPort,
 };
-use crate::memory::GuestMemory;
+use crate::memory::{GuestAddress, GuestMemory};
 use crate::network::CapturePump;
 use crate::sys::{self, KickSignal, RegisterPages};
 use crate::virtio::console::ConsoleOutput;
@@ -41,16 +44,15 @@ const CONSOLE_DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
 /// left behind keeps its own share of both.
 pub(super) struct Machine {
     pub kvm: Arc<KvmObjects>,
-    pub mmio: Bus,
+    pub devices: DeviceSet,
     pub ports: Bus,
-    loops: Loops<Slots>,
     captures: Vec<CapturePump>,
     pub shared: Arc<VmShared>,
 }
 
 impl fmt::Debug for Machine {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Machine({:?}, {:?})", self.kvm, self.mmio)
+        write!(f, "Machine({:?}, {:?})", self.kvm, self.devices)
     }
 }
 
@@ -62,7 +64,7 @@ impl Machine {
             return;
         }
         let deadline = Instant::now() + DEVICE_DRAIN_TIMEOUT;
-        for it in self.loops.iter() {
+        for it in self.devices.loops() {
             let left = deadline.saturating_duration_since(Instant::now());
             // Devices get less than we wait, to stop what does not end, and to say what they leave behind.
             let theirs = left / 2;
@@ -84,26 +86,11 @@ impl Machine {
 pub(super) fn start(config: &VmConfig) -> Result<Vm> {
     let begin = Instant::now();
     let (marks, log) = (BootMarks::new(begin), EventLog::new(begin));
-    // Everything that can be wrong with the configuration is found before the hypervisor is asked for anything.
-    let vcpus = config.vcpus()?;
-    let cgroup = config.cgroup.as_ref().map(|cgroup| cgroup.make()).transpose()?;
-    let cgroup = cgroup.and_then(|made| {
-        let degraded = |why| log.push(EventKind::Degraded { what: format!("a cgroup: {why}") });
-        made.map_err(degraded).ok()
-    });
-    let ranges = layout::memory_ranges(config.memory.size())?;
-    let output = ConsoleOutput::default();
-    let memory = GuestMemory::new(&ranges, config.memory.backing())?;
-    let faults = MachineRef::default();
-    let attachments = attachments(config, &output, &memory, &log, &faults)?;
-    let Attachments { devices: attachments, listeners, published, pumps } = attachments;
-    let slots = mmio_slots(attachments.len())?;
-    let (cmdline, tables) = config.cmdline(&slots)?;
-    let kernel = config.packed_kernel()?;
-    let entry = boot::load(&memory, &kernel, &cmdline)?;
-    let mut generation = [0; 16];
-    sys::fill_random(&mut generation).doing(|| "making the machine's generation")?;
-    arch::write_tables(&memory, tables, vcpus, &slots, generation)?;
+    config.vcpus()?;
+    let cgroup = make_cgroup(config, &log)?;
+    let Plan { marks, log, vcpus, ranges, output, memory, opened, free, places, kernel, entry } =
+        Plan::new(config, marks, log)?;
+    let OpenedDevices { devices, listeners, nets } = opened;
 
     let kvm = Kvm::open()?;
     if usize::from(vcpus) > kvm.max_vcpus() {
@@ -111,65 +98,100 @@ pub(super) fn start(config: &VmConfig) -> Result<Vm> {
     }
     let cpu = Cpu::new(&kvm, &config.cpu, vcpus)?;
     ranges.iter().try_for_each(|(start, len)| cpu.addresses(start.0 + len))?;
-    let registers = RegisterPages::new(slots.len()).doing(|| "making the devices' registers")?;
+    let registers = RegisterPages::new(max_devices()).doing(|| "making the devices' registers")?;
     let vm = make_vm(&kvm, &cpu, &memory, &registers)?;
     let signal = KickSignal::install(config.kick_signal)?;
     let shared = VmShared::new(vcpus, signal, marks, log, output, registers.clone())?;
     let shared = Arc::new(shared);
-    // It was not set before.
-    let _ = faults.set(Arc::downgrade(&shared));
     let Ports { bus: ports, keyboard, lines } = ports(&shared)?;
     lines.iter().try_for_each(|line| line.connect(&vm))?;
-    let mut parts = Attacher {
-        vm: &vm,
-        memory: &memory,
-        kernel: &kernel,
-        shared: &shared,
-        mmio: Bus::default(),
-        loops: Loops::new(),
-        slots: BTreeMap::new(),
-    };
-    parts.attach(attachments, &slots)?;
-    let Attacher { mmio, loops, slots, .. } = parts;
-    let kvm = Arc::new(KvmObjects::new(vm, cpu, lines, registers, memory));
+    let kvm = Arc::new(KvmObjects::new(vm, cpu, lines, registers, memory.clone()));
+    let recorder = kernel.dirty_page_recorder();
+    let sink = Arc::new(DeviceEvents { shared: shared.clone(), memory, recorder });
+    let devices = DeviceSet::new(kvm.clone(), shared.clone(), sink, free, devices.into_iter().zip(places))?;
     let handles = Handles {
-        loops: loops.iter().map(Loop::remote).collect(),
-        vsock: slots.get(&DeviceId::Vsock).map(handle),
-        balloon: slots.get(&DeviceId::Balloon).map(handle),
-        disks: (0..config.disks.len()).filter_map(|n| disk_handle(n, &slots)).collect(),
-        nets: (0..)
-            .zip(published.iter().zip(&pumps))
-            .filter_map(|(n, (ports, pump))| net_handle(n, &slots, ports, pump.as_ref().map(CapturePump::counters)))
-            .collect(),
+        loops: devices.loops().map(Loop::remote).collect(),
+        vsock: devices.handle(DeviceId::Vsock),
+        balloon: devices.handle(DeviceId::Balloon),
+        disks: (0..config.disks.len()).filter_map(|n| disk_handle(n, &devices)).collect(),
+        nets: nets.iter().enumerate().filter_map(|(n, net)| net_handle(n, net, &devices)).collect(),
         keyboard,
-        #[cfg(any(test, feature = "internals"))]
-        kvm: Arc::downgrade(&kvm),
     };
-    let captures = pumps.into_iter().flatten().collect();
-    let machine = Arc::new(Machine { kvm, mmio, ports, loops, captures, shared: shared.clone() });
+    let captures = nets.into_iter().filter_map(|net| net.pump).collect();
+    let machine = Arc::new(Machine { kvm, devices, ports, captures, shared: shared.clone() });
 
     let threads = VmThreads { shared: &shared, member: cgroup.as_ref().map(CgroupGuard::member) };
     for it in &handles.loops {
         let membership = threads.membership();
         it.with(move |_| membership.enter())??;
     }
-    if let Some((file, mut throttled)) = cgroup.as_ref().and_then(CgroupGuard::pressure) {
-        let log = shared.log.clone();
-        let notify = move || {
-            if throttled() {
-                log.push(EventKind::Throttled { what: Throttled::Vcpus });
-            }
-        };
-        if let Some(it) = handles.loops.last() {
-            it.with(move |slots| slots.watch_urgent(file, notify))?.doing(|| "watching the VM's cgroup")?;
-        }
+    if let Some(it) = handles.loops.last() {
+        watch_pressure(cgroup.as_ref(), it, &shared)?;
     }
     threads.start_captures(&machine.captures)?;
     let console = threads.start_console_writer(config)?;
     let vcpus = threads.start_vcpus(&machine, entry);
-    let vm = Vm::new(shared, vcpus.threads, console, listeners, handles, cgroup);
+    let weak = Arc::downgrade(&machine);
+    drop(machine);
+    let vm = Vm::new(shared, vcpus.threads, console, listeners, handles, weak, cgroup);
     // A thread that could not start is an error; those that could are ended by dropping `vm`.
     vcpus.outcome.map(|()| vm)
+}
+
+/// A machine before the hypervisor is asked for anything: all that can be wrong with its configuration was found.
+struct Plan {
+    marks: BootMarks,
+    log: Arc<EventLog>,
+    vcpus: u8,
+    ranges: Vec<(GuestAddress, u64)>,
+    output: ConsoleOutput,
+    memory: GuestMemory,
+    opened: OpenedDevices,
+    /// Places that no device has.
+    free: MmioSlots,
+    /// Those of the devices, in their order.
+    places: Vec<MmioSlot>,
+    kernel: Kernel,
+    entry: EntryPoint,
+}
+
+impl Plan {
+    /// Opens what the configuration names, and loads the kernel.
+    fn new(config: &VmConfig, marks: BootMarks, log: Arc<EventLog>) -> Result<Self> {
+        let vcpus = config.vcpus()?;
+        let ranges = layout::memory_ranges(config.memory.size())?;
+        let output = ConsoleOutput::default();
+        let memory = GuestMemory::new(&ranges, config.memory.backing())?;
+        let opened = devices::open(config, &output, &memory, &log)?;
+        let mut free = MmioSlots::new();
+        let places = opened.devices.iter().map(|_| free.take()).collect::<Result<Vec<_>>>()?;
+        let (cmdline, tables) = config.cmdline(&places)?;
+        let kernel = config.packed_kernel()?;
+        let entry = boot::load(&memory, &kernel, &cmdline)?;
+        let mut generation = [0; 16];
+        sys::fill_random(&mut generation).doing(|| "making the machine's generation")?;
+        arch::write_tables(&memory, tables, vcpus, &places, generation)?;
+        Ok(Self { marks, log, vcpus, ranges, output, memory, opened, free, places, kernel, entry })
+    }
+}
+
+/// Makes the VM's control group; `None` where it has none, or runs without it.
+fn make_cgroup(config: &VmConfig, log: &EventLog) -> Result<Option<CgroupGuard>> {
+    let made = config.cgroup.as_ref().map(|cgroup| cgroup.make()).transpose()?;
+    let degraded = |why| log.push(EventKind::Degraded { what: format!("a cgroup: {why}") });
+    Ok(made.and_then(|made| made.map_err(degraded).ok()))
+}
+
+/// Reports, from a loop, when the limit of the VM's control group makes its threads wait.
+fn watch_pressure(cgroup: Option<&CgroupGuard>, on: &Remote<Slots>, shared: &Arc<VmShared>) -> Result<()> {
+    let Some((file, mut throttled)) = cgroup.and_then(CgroupGuard::pressure) else { return Ok(()) };
+    let log = shared.log.clone();
+    let notify = move || {
+        if throttled() {
+            log.push(EventKind::Throttled { what: Throttled::Vcpus });
+        }
+    };
+    on.with(move |slots| slots.watch_urgent(file, notify))?.doing(|| "watching the VM's cgroup")
 }
 
 /// What answers at ports.
@@ -181,7 +203,7 @@ struct Ports {
 }
 
 fn ports(shared: &Arc<VmShared>) -> Result<Ports> {
-    let mut ports = Bus::default();
+    let ports = Bus::default();
     let stop = |shared: &Arc<VmShared>| {
         let shared = shared.clone();
         move |reason| {

@@ -3,13 +3,18 @@
 mod builder;
 mod cgroup;
 mod config;
+mod device_events;
+mod device_set;
 mod devices;
 pub(crate) mod disk;
 pub(crate) mod events;
 pub(crate) mod exit;
 mod halt;
+#[cfg(any(test, feature = "internals"))]
+mod hotplug;
 mod kvm_objects;
 mod machine;
+mod mmio_slots;
 pub(crate) mod net;
 pub(crate) mod overlay;
 #[cfg(any(test, feature = "internals"))]
@@ -23,10 +28,8 @@ mod vcpu_gate;
 use std::fmt;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync;
-#[cfg(any(feature = "container", test, feature = "internals"))]
-use std::sync::Weak;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -37,6 +40,8 @@ pub use cgroup::{Cgroup, CgroupStats};
 pub use config::{Console, Vsock};
 pub use disk::Disk;
 pub use exit::{Exit, ExitReport, Timeline};
+#[cfg(any(test, feature = "internals"))]
+pub use hotplug::{attach_disk, detach_disk};
 #[cfg(feature = "container")]
 pub(crate) use net::AddressConfig;
 pub use net::Net;
@@ -59,6 +64,7 @@ use crate::virtio::vsock::{VsockListener, VsockStream};
 use crate::virtio::{DeviceHandle, Slots};
 use cgroup::CgroupGuard;
 use exit::Reason;
+use machine::Machine;
 use shared::VmShared;
 use vcpu::LastExit;
 
@@ -107,6 +113,12 @@ struct RunningVm {
     /// Listeners that were configured and not yet taken.
     listeners: Mutex<Vec<VsockListener>>,
     handles: Handles,
+    /// Gone when its vCPUs are.
+    #[cfg_attr(
+        not(any(test, feature = "internals")),
+        allow(dead_code, reason = "so far tests alone change a machine")
+    )]
+    machine: Weak<Machine>,
     /// It has not ended in time, and the wait for it was given up.
     left_behind: AtomicBool,
     /// Goes last, when no thread is in it any more.
@@ -121,8 +133,6 @@ struct Handles {
     disks: Vec<DiskHandle>,
     nets: Vec<NetHandle>,
     keyboard: Keyboard,
-    #[cfg(any(test, feature = "internals"))]
-    kvm: Weak<kvm_objects::KvmObjects>,
 }
 
 impl Vm {
@@ -140,11 +150,12 @@ impl Vm {
         pump: Option<JoinHandle<()>>,
         listeners: Vec<VsockListener>,
         handles: Handles,
+        machine: Weak<Machine>,
         cgroup: Option<CgroupGuard>,
     ) -> Self {
         let (paused, listeners) = (Mutex::default(), Mutex::new(listeners));
         let left_behind = AtomicBool::new(false);
-        let running = RunningVm { shared, threads, pump, paused, listeners, handles, left_behind, cgroup };
+        let running = RunningVm { shared, threads, pump, paused, listeners, handles, machine, left_behind, cgroup };
         Self { running: Arc::new(running) }
     }
 

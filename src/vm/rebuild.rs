@@ -40,7 +40,7 @@ pub fn rebuild(vm: &Vm) -> Result<()> {
         false => vm.quiesce(),
     };
     let outcome = outcome.and_then(|()| {
-        let kvm = vm.running.handles.kvm.upgrade().ok_or_else(Error::vm_ended)?;
+        let kvm = vm.running.machine.upgrade().ok_or_else(Error::vm_ended)?.kvm.clone();
         Rebuild { objects: &kvm, shared: &vm.running.shared, deadline: Instant::now() + REBUILD_TIMEOUT }.run()
     });
     if !*paused {

@@ -12,6 +12,7 @@ use super::exit::{BootMarks, Exit, ExitReport, Reason};
 use super::stats::DeviceStats;
 use super::vcpu::{LastExit, VcpuControl};
 use super::vcpu_gate::{Parked, VcpuGate};
+use crate::arch::layout;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::sys::{EventFd, KickSignal, PeriodicKick, ProcessGeneration, RegisterPages, Stack, eventfd};
 use crate::virtio::DeviceId;
@@ -179,7 +180,13 @@ impl VmShared {
         let stacks = self.stacks.lock().unwrap_or_else(PoisonError::into_inner);
         let stacks: u64 = stacks.iter().map(|stack| stack.resident()).sum();
         let held = self.vcpus.iter().map(VcpuControl::held).sum::<usize>() + self.output.held();
-        stacks + (held + self.registers.host().1) as u64
+        stacks + held as u64 + self.registers_held()
+    }
+
+    /// Bytes of the devices' registers: those of places without a device are not touched.
+    fn registers_held(&self) -> u64 {
+        let devices = self.devices.lock().unwrap_or_else(PoisonError::into_inner);
+        devices.len() as u64 * layout::MMIO_WINDOW
     }
 
     /// What is known now.

@@ -13,7 +13,7 @@ use super::halt::{self, HaltRecord};
 use super::machine::Machine;
 use super::stats::{ExitCounts, VcpuStats, count};
 use super::vcpu_gate::{ExitRequest, VcpuAction};
-use crate::bus::Bus;
+use crate::bus::BusView;
 #[cfg(any(test, feature = "internals"))]
 use crate::error::{Error, Result};
 use crate::kvm::{Kicker, VcpuExit, VcpuFd};
@@ -152,7 +152,7 @@ pub(super) fn run(machine: &Machine, id: u8, mut vcpu: VcpuFd) {
     if machine.shared.marks.running() {
         machine.shared.log.push(EventKind::Started);
     }
-    let mut entered = false;
+    let (mut entered, mut mmio, mut ports) = (false, machine.devices.mmio.view(), machine.ports.view());
     loop {
         let action = machine.shared.gate.next_action(&vcpu);
         if action == VcpuAction::End {
@@ -179,7 +179,7 @@ pub(super) fn run(machine: &Machine, id: u8, mut vcpu: VcpuFd) {
         let reason = match exit {
             // Some are the periodic ones.
             Ok(VcpuExit::Interrupted) => look(machine, control, &vcpu),
-            Ok(exit) => handle(machine, exit),
+            Ok(exit) => handle(&mut mmio, &mut ports, exit),
             Err(error) => Some((Reason::Vcpu(error.to_string()), error.to_string())),
         };
         if let Some((reason, words)) = reason {
@@ -209,19 +209,19 @@ fn look(machine: &Machine, control: &VcpuControl, vcpu: &VcpuFd) -> Option<(Reas
 const RESET_VECTOR: u64 = 0xfff0;
 
 /// Serves one exit. Something comes back when the guest cannot go on.
-fn handle(machine: &Machine, exit: VcpuExit<'_>) -> Option<(Reason, String)> {
+fn handle(mmio: &mut BusView<'_>, ports: &mut BusView<'_>, exit: VcpuExit<'_>) -> Option<(Reason, String)> {
     match exit {
         VcpuExit::PortIn { port, width, data } => {
             for access in data.chunks_mut(width) {
-                machine.ports.read(port.into(), access);
+                ports.read(port.into(), access);
             }
         }
-        VcpuExit::PortOut { port, width, data } => write_ports(&machine.ports, port, width, data),
+        VcpuExit::PortOut { port, width, data } => write_ports(ports, port, width, data),
         VcpuExit::MmioRead { addr, data } => {
-            machine.mmio.read(addr, data);
+            mmio.read(addr, data);
         }
         VcpuExit::MmioWrite { addr, data } => {
-            machine.mmio.write(addr, data);
+            mmio.write(addr, data);
         }
         VcpuExit::Interrupted => {}
         VcpuExit::TripleFault => {
@@ -253,7 +253,7 @@ fn handle(machine: &Machine, exit: VcpuExit<'_>) -> Option<(Reason, String)> {
     None
 }
 
-fn write_ports(ports: &Bus, port: u16, width: usize, data: &[u8]) {
+fn write_ports(ports: &mut BusView<'_>, port: u16, width: usize, data: &[u8]) {
     for access in data.chunks(width) {
         ports.write(port.into(), access);
     }

@@ -23,6 +23,7 @@ mod gateway;
 mod gateway_example;
 mod guarantees;
 mod hostile;
+mod hotplug;
 mod images;
 mod kernels;
 mod lifecycle;
@@ -160,6 +161,7 @@ tests! {
     programs: ssh_proxy_command_reaches_a_guest_without_network scp_sftp_and_git_work_through_a_published_port
         clients_and_servers_in_two_guests_work databases_are_reached_by_name_over_a_switch iperf3_runs_in_all_modes
         hundred_concurrent_short_connections_are_served;
+    hotplug: disks_are_replaced_while_the_guest_runs a_disk_in_use_can_be_detached;
     rebuild: rebuilt_guest_keeps_its_data_and_clocks rebuilt_guest_of_four_vcpus_keeps_its_data_and_clocks
         rebuilt_debian_kernel_keeps_its_data_and_clocks rebuilt_debian_kernel_of_four_vcpus_keeps_its_data_and_clocks
         rebuilds_during_boot_do_not_disturb_it rebuilt_vm_stays_paused_until_resumed

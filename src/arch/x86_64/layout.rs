@@ -21,6 +21,13 @@ pub(crate) struct MmioSlot {
     pub irq: u32,
 }
 
+impl MmioSlot {
+    /// Which window it has, counted from 0.
+    pub(crate) fn window(&self) -> usize {
+        (self.addr.saturating_sub(MMIO.0) / MMIO_WINDOW) as usize
+    }
+}
+
 /// Global descriptor table of the boot vCPU.
 pub(crate) const GDT: GuestAddress = GuestAddress(0x500);
 /// Empty interrupt descriptor table.

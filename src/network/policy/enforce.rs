@@ -88,9 +88,6 @@ impl fmt::Display for Denial {
     }
 }
 
-/// Receives denials, on the VM's event loop: must not block.
-pub(crate) type Reporter = Box<dyn FnMut(Denial) + Send>;
-
 /// Denials that are reported at once, and in each second.
 const MAX_REPORTS: u32 = 64;
 
@@ -132,7 +129,8 @@ pub(crate) struct Enforcer {
     /// What our resolver has answered.
     names: HashMap<IpAddr, Vec<ResolvedName>>,
     bound: usize,
-    reporter: Option<Reporter>,
+    /// Denials that were not taken yet, at most [`MAX_REPORTS`].
+    denials: Vec<Denial>,
     reports: u32,
     reports_since: Option<Instant>,
     suppressed: u64,
@@ -157,7 +155,7 @@ impl Enforcer {
             all_records: false,
             names: HashMap::new(),
             bound: 0,
-            reporter: None,
+            denials: Vec::new(),
             reports: 0,
             reports_since: None,
             suppressed: 0,
@@ -182,8 +180,9 @@ impl Enforcer {
         self.rules = policy.rules.into_iter().map(ready).collect();
     }
 
-    pub(crate) fn report_to(&mut self, reporter: Reporter) {
-        self.reporter = Some(reporter);
+    /// Takes the denials since this was last called. Of a flood some are only counted.
+    pub(crate) fn take_denials(&mut self) -> std::vec::Drain<'_, Denial> {
+        self.denials.drain(..)
     }
 
     /// Lets a socket go to `to`, or tells of the denial.
@@ -407,15 +406,13 @@ impl Enforcer {
         if self.reports_since.is_none_or(|since| now.saturating_duration_since(since) >= Duration::from_secs(1)) {
             (self.reports, self.reports_since) = (0, Some(now));
         }
-        if self.reports >= MAX_REPORTS {
+        if self.reports >= MAX_REPORTS || self.denials.len() >= MAX_REPORTS as usize {
             self.suppressed += 1;
             return;
         }
         self.reports += 1;
         log::debug!("a guest may not go there: {denial}");
-        if let Some(reporter) = &mut self.reporter {
-            reporter(Denial { suppressed: std::mem::take(&mut self.suppressed), ..denial });
-        }
+        self.denials.push(Denial { suppressed: std::mem::take(&mut self.suppressed), ..denial });
     }
 }
 

@@ -172,9 +172,9 @@ impl UserStack {
         was_there
     }
 
-    /// Tells of denials from now on, on the VM's event loop: must not block.
-    pub(crate) fn on_denial(&mut self, reporter: impl FnMut(Denial) + Send + 'static) {
-        self.core.policy.report_to(Box::new(reporter));
+    /// Takes what the policy has denied since this was last called. Of a flood some are only counted.
+    pub(crate) fn take_denials(&mut self) -> std::vec::Drain<'_, Denial> {
+        self.core.policy.take_denials()
     }
 
     /// System calls of what was done since this was last asked, of what is dear: the device charges its turn for them.

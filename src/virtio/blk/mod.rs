@@ -19,7 +19,6 @@ mod tests;
 use std::collections::VecDeque;
 use std::fmt;
 use std::io;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 #[cfg(feature = "qcow2")]
@@ -79,23 +78,11 @@ pub(crate) struct BlkUsage {
     pub size: u64,
 }
 
-/// Called with every fault but those that come too fast. It must carry out the fault's action.
-pub(crate) type OnDiskError = Arc<dyn Fn(DiskError) + Send + Sync>;
-
-/// Called with the bytes that are left when that becomes less than its `min_free_space`.
-pub(crate) type OnLowSpace = Arc<dyn Fn(u64) + Send + Sync>;
-
-/// Called when a request has to wait for the disk's limit.
-pub(crate) type OnDiskThrottled = Arc<dyn Fn() + Send + Sync>;
-
 /// A disk.
 pub(crate) struct Blk {
     engine: Engine,
     options: Options,
     config: ConfigSpace,
-    on_fault: OnDiskError,
-    on_low_space: OnLowSpace,
-    on_throttled: OnDiskThrottled,
     table: RequestTable,
     /// Requests that wait for a limit: reads and writes.
     waiting: [VecDeque<usize>; 2],
@@ -135,9 +122,6 @@ impl Blk {
             buckets: DiskBuckets::new(&options.limit, Duration::ZERO),
             engine: Engine::new(backend, &options),
             options,
-            on_fault: Arc::new(|_| ()),
-            on_low_space: Arc::new(|_| ()),
-            on_throttled: Arc::new(|| ()),
             table: RequestTable::default(),
             waiting: Default::default(),
             timer: None,
@@ -153,24 +137,6 @@ impl Blk {
             throttled_reported: None,
             epoch: Instant::now(),
         }
-    }
-
-    /// Sets the handler of faults, which acts on them.
-    pub(crate) fn on_fault(mut self, f: impl Fn(DiskError) + Send + Sync + 'static) -> Self {
-        self.on_fault = Arc::new(f);
-        self
-    }
-
-    /// Sets the handler of low space: less is left than its `min_free_space`. It is called once each time.
-    pub(crate) fn on_low_space(mut self, f: impl Fn(u64) + Send + Sync + 'static) -> Self {
-        self.on_low_space = Arc::new(f);
-        self
-    }
-
-    /// Sets the handler of requests that wait for the disk's limit. It is called at most once a second.
-    pub(crate) fn on_throttled(mut self, f: impl Fn() + Send + Sync + 'static) -> Self {
-        self.on_throttled = Arc::new(f);
-        self
     }
 
     /// What moves its bytes: [`IoEngine::IoUring`] or [`IoEngine::Threads`].

@@ -1,6 +1,7 @@
 //! The life of a request. It is taken from a queue, perhaps held back by a limit, done and answered, or failed by the
 //! disk's policy.
 
+use crate::virtio::DeviceEvent;
 use std::io;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -76,7 +77,7 @@ impl Blk {
                 io.counters().throttled.fetch_add(1, Ordering::Relaxed);
                 if self.throttled_reported.is_none_or(|last| now >= last + SPACE_CHECK_INTERVAL) {
                     self.throttled_reported = Some(now);
-                    (self.on_throttled)();
+                    io.report(DeviceEvent::Throttled);
                 }
                 // One that waits behind others needs no moment of its own.
                 if wait < Duration::MAX {
@@ -287,7 +288,7 @@ impl Blk {
         match result {
             Ok(()) => {
                 if flight.work.direction() == Some(IoDirection::Write) {
-                    self.check_free_space();
+                    self.check_free_space(io);
                 }
                 if let Some(InFlightRequest { queue, mut chain, work, .. }) = self.table.take(slot) {
                     if let BlkRequest::Read { len, .. } = work {
@@ -302,7 +303,7 @@ impl Blk {
     }
 
     /// Warns when the host has little space left, while there is some.
-    fn check_free_space(&mut self) {
+    fn check_free_space(&mut self, io: &DeviceIo) {
         let Some(min_free_space) = self.options.min_free_space else { return };
         let now = self.epoch.elapsed();
         if now < self.looked + SPACE_CHECK_INTERVAL {
@@ -312,7 +313,7 @@ impl Blk {
         match self.engine.backend.space() {
             Ok(Some(Space { free, .. })) if free < min_free_space => {
                 if !std::mem::replace(&mut self.low, true) {
-                    (self.on_low_space)(free);
+                    io.report(DeviceEvent::LowSpace(free));
                 }
             }
             Ok(_) => self.low = false,
@@ -349,7 +350,7 @@ impl Blk {
                 suppressed,
             };
             log::warn!("{fault}");
-            (self.on_fault)(fault);
+            io.report(DeviceEvent::DiskError(fault));
         }
     }
 

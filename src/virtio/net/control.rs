@@ -59,7 +59,7 @@ mod tests {
     fn choices_of_the_control_queue_are_kept_by_a_fresh_device() {
         let nets = || {
             let backend = || BackendKind::other(SocketBackend::new(UnixStream::pair().unwrap().0.into()).unwrap());
-            Net::new(vec![backend(), backend()], Mac([2, 0, 0, 0, 0, 1]), 1500, Box::new(|_| ()))
+            Net::new(vec![backend(), backend()], Mac([2, 0, 0, 0, 0, 1]), 1500)
         };
         let mut driver = Driver::start(nets());
         // Class 4, command 0: two pairs (Virtio 1.3, 5.1.6.5.5).

@@ -3,6 +3,7 @@
 //! Frames of the guest stay in its queue until they may go, so that its own system slows down the sender. Frames for
 //! the guest stay with the backend.
 
+use crate::virtio::DeviceEvent;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -125,8 +126,8 @@ impl RateLimiters {
         }
     }
 
-    /// Whether one more may go now. If not, the timer rings when it may; `notify` is called, at most once a second.
-    pub(super) fn open(&mut self, io: &DeviceIo, way: Direction, notify: &mut dyn FnMut()) -> bool {
+    /// Whether one more may go now. If not, the timer rings when it may, and that is reported, at most once a second.
+    pub(super) fn open(&mut self, io: &DeviceIo, way: Direction) -> bool {
         let gate = self.gate(way);
         if !gate.buckets.limited() && gate.since.is_none() {
             return true;
@@ -145,7 +146,7 @@ impl RateLimiters {
             io.counters().throttled.fetch_add(1, Ordering::Relaxed);
             if self.reported.is_none_or(|last| now >= last + THROTTLED_INTERVAL) {
                 self.reported = Some(now);
-                notify();
+                io.report(DeviceEvent::Throttled);
             }
         }
         self.rearm(now);

@@ -10,6 +10,7 @@ mod rx;
 #[cfg(test)]
 mod tests;
 
+use super::DeviceEvent;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Duration;
@@ -130,9 +131,7 @@ pub(crate) struct Net {
     gone: bool,
     /// Frames of the guest that made no sense.
     dropped: u64,
-    on_lost: OnLost,
     limiters: RateLimiters,
-    on_throttled: OnThrottled,
     capture: Option<CaptureRecorder>,
 }
 
@@ -142,15 +141,10 @@ impl std::fmt::Debug for Net {
     }
 }
 
-/// Called with the reason why a network has ended.
-type OnLost = Box<dyn FnMut(&io::Error) + Send>;
-/// Called, but not often, when frames wait for the card's limit.
-type OnThrottled = Box<dyn FnMut() + Send>;
-
 impl Net {
     /// Returns a device with this address, for packets of at most `mtu` bytes. Its backends are alike, one for each
-    /// pair of queues. `on_lost` is called when one of them cannot go on: then the cable is out.
-    pub(crate) fn new(backends: Vec<BackendKind>, mac: Mac, mtu: u16, on_lost: OnLost) -> Self {
+    /// pair of queues. When one of them cannot go on, the cable is out.
+    pub(crate) fn new(backends: Vec<BackendKind>, mac: Mac, mtu: u16) -> Self {
         let capabilities = backends.first().map(|backend| backend.capabilities()).unwrap_or_default();
         let Capabilities { to_host, to_guest } = capabilities;
         let capabilities = Capabilities { to_host: whole(to_host), to_guest: whole(to_guest) };
@@ -170,17 +164,9 @@ impl Net {
             up: true,
             gone: false,
             dropped: 0,
-            on_lost,
             limiters: RateLimiters::new(),
-            on_throttled: Box::new(|| ()),
             capture: None,
         }
-    }
-
-    /// Sets the handler of frames that wait for the card's limit. It is called at most once a second.
-    pub(crate) fn on_throttled(mut self, f: impl FnMut() + Send + 'static) -> Self {
-        self.on_throttled = Box::new(f);
-        self
     }
 
     /// Records what is sent and received.
@@ -238,7 +224,16 @@ impl Net {
     fn exchange(&mut self, io: &mut DeviceIo, number: usize) {
         self.transmit(io, number);
         self.deliver(io, number);
+        self.report_denials(io, number);
         io.flush(&[2 * number + 1, self.arrivals(number)]);
+    }
+
+    /// Reports what a policy has denied meanwhile.
+    fn report_denials(&mut self, io: &DeviceIo, number: usize) {
+        let stack = self.pairs.get_mut(number).and_then(|pair| pair.backend.user());
+        if let Some(stack) = stack {
+            stack.take_denials().for_each(|denial| io.report(DeviceEvent::Denied(denial)));
+        }
     }
 
     /// The queue in which a pair's frames arrive: those of pairs that the driver does not use arrive at those it does.
@@ -275,7 +270,7 @@ impl Net {
             };
             let len = frame_len(&held);
             if up && !held.paid {
-                if !self.limiters.open(io, Direction::Sent, &mut self.on_throttled) {
+                if !self.limiters.open(io, Direction::Sent) {
                     pair.held = Some(held);
                     return;
                 }
@@ -298,7 +293,7 @@ impl Net {
                 }
                 Err(e) => {
                     io.complete(queue, held.chain);
-                    return self.lost(io, number, &e);
+                    return self.lost(io, number, e);
                 }
             }
         }
@@ -328,7 +323,7 @@ impl Net {
                     break Ok(());
                 }
             }
-            if !self.limiters.open(io, Direction::Received, &mut self.on_throttled) {
+            if !self.limiters.open(io, Direction::Received) {
                 break Ok(());
             }
             let filling =
@@ -350,16 +345,16 @@ impl Net {
             pair.waiting = waiting;
         }
         if let Err(e) = outcome {
-            self.lost(io, number, &e);
+            self.lost(io, number, e);
         }
     }
 
     /// A backend is at its end: it is not asked any more, and the guest sees a cable that is out.
-    fn lost(&mut self, io: &mut DeviceIo, number: usize, error: &io::Error) {
+    fn lost(&mut self, io: &mut DeviceIo, number: usize, error: io::Error) {
         let Some(pair) = self.pairs.get_mut(number) else { return };
         pair.lost = true;
         io.unwatch(pair.backend.fd());
-        (self.on_lost)(error);
+        io.report(DeviceEvent::BackendLost(error));
         self.gone = true;
         self.set_link(Some(io), false);
     }

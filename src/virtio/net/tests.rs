@@ -17,18 +17,23 @@ const CONTROL: usize = 2;
 const HEADER: [u8; HEADER_LEN] = [0; HEADER_LEN];
 const OURS: Mac = Mac([2, 0, 0, 0, 0, 1]);
 
-fn device(backends: Vec<SocketBackend>) -> (Driver<Net>, Arc<Mutex<Vec<String>>>) {
-    let lost = Arc::new(Mutex::new(Vec::new()));
-    let told = lost.clone();
+fn device(backends: Vec<SocketBackend>) -> Driver<Net> {
     let backends = backends.into_iter().map(BackendKind::other).collect();
-    let on_lost = Box::new(move |e: &io::Error| told.lock().unwrap().push(e.to_string()));
-    (Driver::start(Net::new(backends, OURS, 1500, on_lost)), lost)
+    Driver::start(Net::new(backends, OURS, 1500))
 }
 
-fn stream() -> (Driver<Net>, UnixStream, Arc<Mutex<Vec<String>>>) {
+fn stream() -> (Driver<Net>, UnixStream) {
     let (near, far) = UnixStream::pair().unwrap();
-    let (driver, lost) = device(vec![SocketBackend::new(near.into()).unwrap()]);
-    (driver, far, lost)
+    (device(vec![SocketBackend::new(near.into()).unwrap()]), far)
+}
+
+/// Returns why backends were lost since this was last called.
+fn lost(driver: &Driver<Net>) -> Vec<String> {
+    let reason = |event| match event {
+        DeviceEvent::BackendLost(error) => error.to_string(),
+        other => panic!("{other:?}"),
+    };
+    driver.take_events().into_iter().map(reason).collect()
 }
 
 fn framed(frame: &[u8]) -> Vec<u8> {
@@ -42,7 +47,7 @@ fn frame(len: usize, seed: u8) -> Vec<u8> {
 
 #[test]
 fn frames_go_out_in_any_split() {
-    let (mut driver, mut far, _) = stream();
+    let (mut driver, mut far) = stream();
     let sent = frame(1514, 3);
     let whole = [&HEADER[..], &sent].concat();
     for at in [0, 1, 11, 12, 13, 500, whole.len()] {
@@ -58,7 +63,7 @@ fn frames_go_out_in_any_split() {
 
 #[test]
 fn frames_come_in_over_as_many_buffers_as_they_need() {
-    let (mut driver, mut far, _) = stream();
+    let (mut driver, mut far) = stream();
     let frames = [frame(60, 1), frame(1514, 2), frame(5000, 3), frame(1, 4)];
     far.write_all(&frames.iter().flat_map(|it| framed(it)).collect::<Vec<_>>()).unwrap();
     driver.dispatch_watched(0);
@@ -85,7 +90,7 @@ fn frames_come_in_over_as_many_buffers_as_they_need() {
 
 #[test]
 fn a_slow_peer_holds_the_guest_and_loses_nothing() {
-    let (mut driver, mut far, _) = stream();
+    let (mut driver, mut far) = stream();
     let frames: Vec<_> = (0..200).map(|n| frame(9000, n)).collect();
     let (mut sent, mut done, mut came) = (0, 0, Vec::<u8>::new());
     far.set_nonblocking(true).unwrap();
@@ -111,7 +116,7 @@ fn a_slow_peer_holds_the_guest_and_loses_nothing() {
 #[test]
 fn datagram_sockets_carry_one_frame_each() {
     let (near, far) = UnixDatagram::pair().unwrap();
-    let (mut driver, _) = device(vec![SocketBackend::new(near.into()).unwrap()]);
+    let mut driver = device(vec![SocketBackend::new(near.into()).unwrap()]);
     driver.send(TX, &[&HEADER, &frame(100, 1)], &[]);
     driver.dispatch(TX);
     let mut came = [0; 2000];
@@ -128,7 +133,7 @@ fn datagram_sockets_carry_one_frame_each() {
 
 #[test]
 fn rx_buffers_are_limited_by_the_queue_size() {
-    let (mut driver, mut far, _) = stream();
+    let (mut driver, mut far) = stream();
     far.write_all(&framed(&frame(60, 1))).unwrap();
     driver.dispatch_watched(0);
     // They have no room, so that they would be gathered for ever.
@@ -142,7 +147,7 @@ fn rx_buffers_are_limited_by_the_queue_size() {
 
 #[test]
 fn frames_fit_one_buffer_without_mrg_rxbuf() {
-    let (mut driver, mut far, _) = stream();
+    let (mut driver, mut far) = stream();
     driver.set_features(0);
     driver.send(RX, &[], &[1526]);
     driver.dispatch(RX);
@@ -157,7 +162,7 @@ fn frames_fit_one_buffer_without_mrg_rxbuf() {
 
 #[test]
 fn malformed_frames_are_dropped_and_counted() {
-    let (mut driver, mut far, _) = stream();
+    let (mut driver, mut far) = stream();
     // Too short for a header, work that was not agreed to, an unknown kind.
     let bad: [&[u8]; 3] =
         [&[0; 5], &[1, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 9, 9, 9, 9], &[0, 9, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 9]];
@@ -175,11 +180,11 @@ fn malformed_frames_are_dropped_and_counted() {
 
 #[test]
 fn a_peer_that_goes_away_takes_the_link_down() {
-    let (mut driver, far, lost) = stream();
+    let (mut driver, far) = stream();
     driver.send(RX, &[], &[1536]);
     drop(far);
     driver.dispatch_watched(0);
-    assert_eq!(lost.lock().unwrap().len(), 1);
+    assert_eq!(lost(&driver).len(), 1);
     assert_eq!(driver.device.space.word(4) >> 16, 0, "the link is down");
     driver.send(TX, &[&HEADER, b"lost"], &[]);
     driver.dispatch(TX);
@@ -192,7 +197,7 @@ fn a_peer_that_goes_away_takes_the_link_down() {
 fn closed_peer_is_reported_alike_by_sending_and_receiving() {
     for unread in [false, true] {
         for sends_first in [true, false] {
-            let (mut driver, far, lost) = stream();
+            let (mut driver, far) = stream();
             // Linux resets a stream that is closed with something unread in it.
             if unread {
                 driver.send(TX, &[&HEADER, b"unread"], &[]);
@@ -206,23 +211,23 @@ fn closed_peer_is_reported_alike_by_sending_and_receiving() {
                 driver.send(RX, &[], &[1536]);
                 driver.dispatch_watched(0);
             }
-            assert_eq!(*lost.lock().unwrap(), ["the other end was closed"], "{unread} {sends_first}");
+            assert_eq!(lost(&driver), ["the other end was closed"], "{unread} {sends_first}");
         }
     }
 }
 
 #[test]
 fn oversized_frame_length_ends_the_stream() {
-    let (mut driver, mut far, lost) = stream();
+    let (mut driver, mut far) = stream();
     driver.send(RX, &[], &[1536]);
     far.write_all(&[0xff; 100]).unwrap();
     driver.dispatch_watched(0);
-    assert!(lost.lock().unwrap()[0].contains("cannot be"));
+    assert!(lost(&driver)[0].contains("cannot be"));
 }
 
 #[test]
 fn link_state_can_be_changed() {
-    let (mut driver, mut far, _) = stream();
+    let (mut driver, mut far) = stream();
     driver.send(RX, &[], &[1536]);
     {
         let (device, io) = driver.parts();
@@ -240,7 +245,7 @@ fn link_state_can_be_changed() {
 fn several_pairs_are_used_as_the_driver_says() {
     let (sockets, mut far): (Vec<_>, Vec<_>) = (0..3).map(|_| UnixStream::pair().unwrap()).unzip();
     let nets = sockets.into_iter().map(|it| SocketBackend::new(it.into()).unwrap()).collect();
-    let (mut driver, _) = device(nets);
+    let mut driver = device(nets);
     for pair in 0..3 {
         for _ in 0..4 {
             driver.send(2 * pair, &[], &[1536]);
@@ -267,7 +272,7 @@ fn several_pairs_are_used_as_the_driver_says() {
 
 #[test]
 fn unknown_control_commands_are_rejected() {
-    let (mut driver, _far, _) = stream();
+    let (mut driver, _far) = stream();
     for bytes in [
         &[4, 0, 1, 0][..],
         &[0, 0, 1],
@@ -359,17 +364,15 @@ impl crate::network::NetBackend for PanicsAtDrop {
 #[test]
 fn panicking_drops_of_several_backends_end_nothing_else() {
     let backend = || BackendKind::other(PanicsAtDrop(UnixStream::pair().unwrap().0));
-    drop(Net::new(vec![backend(), backend()], OURS, 1500, Box::new(|_| ())));
+    drop(Net::new(vec![backend(), backend()], OURS, 1500));
 }
 
-fn with_mock(limit: NetLimit) -> (Driver<Net>, Arc<Mutex<BackendLog>>, Arc<Mutex<u32>>) {
-    let (told, throttled) = (Arc::<Mutex<BackendLog>>::default(), Arc::<Mutex<u32>>::default());
+fn with_mock(limit: NetLimit) -> (Driver<Net>, Arc<Mutex<BackendLog>>) {
+    let told = Arc::<Mutex<BackendLog>>::default();
     let backend = MockBackend(told.clone(), Arc::new(UnixStream::pair().unwrap().0));
-    let count = throttled.clone();
-    let mut device = Net::new(vec![BackendKind::other(backend)], OURS, 1500, Box::new(|_| ()))
-        .on_throttled(move || *count.lock().unwrap() += 1);
+    let mut device = Net::new(vec![BackendKind::other(backend)], OURS, 1500);
     device.set_limit(&limit);
-    (Driver::start(device), told, throttled)
+    (Driver::start(device), told)
 }
 
 /// Lets the timer ring until `done`.
@@ -393,7 +396,7 @@ fn waited(driver: &mut Driver<Net>) -> (u64, Duration) {
 
 #[test]
 fn tx_limit_leaves_frames_in_the_queue() {
-    let (mut driver, told, throttled) = with_mock(NetLimit::none().sent_bytes(crate::rate::Rate::per_second(100_000)));
+    let (mut driver, told) = with_mock(NetLimit::none().sent_bytes(crate::rate::Rate::per_second(100_000)));
     for n in 0..60 {
         assert!(driver.send(TX, &[&HEADER, &frame(1000, n)], &[]));
     }
@@ -412,12 +415,12 @@ fn tx_limit_leaves_frames_in_the_queue() {
     assert!(told.lock().unwrap().sent == expected);
     let (times, waited) = waited(&mut driver);
     assert!(times > 0 && waited > Duration::from_millis(300) && waited < Duration::from_secs(20), "{times} {waited:?}");
-    assert_eq!(*throttled.lock().unwrap(), 1, "told once a second");
+    assert!(matches!(driver.take_events()[..], [DeviceEvent::Throttled]), "reported once a second");
 }
 
 #[test]
 fn rx_limit_leaves_frames_with_the_backend() {
-    let (mut driver, told, _) = with_mock(NetLimit::none().received_packets(crate::rate::Rate::per_second(100)));
+    let (mut driver, told) = with_mock(NetLimit::none().received_packets(crate::rate::Rate::per_second(100)));
     told.lock().unwrap().waiting = (0..40).map(|n| (frame(60, n), Offload::default())).collect();
     for _ in 0..40 {
         driver.send(RX, &[], &[1536]);
@@ -435,7 +438,7 @@ fn rx_limit_leaves_frames_with_the_backend() {
 
 #[test]
 fn stop_delivers_frames_despite_a_limit() {
-    let (mut driver, told, _) = with_mock(NetLimit::none().sent_packets(crate::rate::Rate::per_second(1)));
+    let (mut driver, told) = with_mock(NetLimit::none().sent_packets(crate::rate::Rate::per_second(1)));
     for n in 0..20 {
         driver.send(TX, &[&HEADER, &frame(100, n)], &[]);
     }
@@ -448,7 +451,7 @@ fn stop_delivers_frames_despite_a_limit() {
 
 #[test]
 fn offloads_not_negotiated_are_not_used() {
-    let (mut driver, told, _) = with_mock(NetLimit::none());
+    let (mut driver, told) = with_mock(NetLimit::none());
     let csum = |start| Offload { csum: Some(crate::network::Csum { start, offset: 16 }), gso: None };
     let gso = crate::network::Gso { kind: crate::network::GsoKind::Tcp4, size: 1000, header_len: 54 };
     let all = [csum(34), csum(90), Offload { gso: Some(gso), ..csum(34) }, Offload::default()];
@@ -466,8 +469,7 @@ fn both_directions_are_captured() {
     let path = std::env::temp_dir().join(format!("cofferdam-card-{}.pcap", std::process::id()));
     let (recorder, pump) = crate::network::Capture::file(&path).open().unwrap();
     let (near, mut far) = UnixStream::pair().unwrap();
-    let net =
-        Net::new(vec![BackendKind::other(SocketBackend::new(near.into()).unwrap())], OURS, 1500, Box::new(|_| ()));
+    let net = Net::new(vec![BackendKind::other(SocketBackend::new(near.into()).unwrap())], OURS, 1500);
     let mut driver = Driver::start(net.captured_by(Some(recorder)));
     driver.send(TX, &[&HEADER, &frame(100, 1)], &[]);
     driver.dispatch(TX);
@@ -511,7 +513,7 @@ fn a_turn_of_frames_is_bounded_each_way() {
         }
     }
     let endless = Endless(UnixStream::pair().unwrap().0, 0, 0);
-    let net = Net::new(vec![BackendKind::other(endless)], OURS, 1500, Box::new(|_| ()));
+    let net = Net::new(vec![BackendKind::other(endless)], OURS, 1500);
     let mut driver = Driver::start(net);
     let memory = driver.memory();
     let csum = Some(Csum { start: 34, offset: 16 });
@@ -545,7 +547,7 @@ fn a_turn_of_frames_is_bounded_each_way() {
 #[test]
 fn new_flows_charge_their_system_calls() {
     let (net, _socket, frame) = crate::network::fuzzing::new_flows().unwrap();
-    let mut driver = Driver::start(Net::new(vec![BackendKind::User(Box::new(net))], OURS, 1500, Box::new(|_| ())));
+    let mut driver = Driver::start(Net::new(vec![BackendKind::User(Box::new(net))], OURS, 1500));
     let memory = driver.memory();
     for n in 0..256 {
         let (at, frame) = (0x100_0000 + 64 * u64::from(n), frame(5000 + n));

@@ -3,27 +3,23 @@
 //! Used by vCPU threads, under the lock of the transport around it. The queues live on the device's thread. A DRIVER_OK
 //! write returns after that thread has started the device.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::{DeviceHost, DeviceSetup, Interrupt, UnfinishedIo};
 use crate::error::{Context, ErrorKind, Result};
 use crate::memory::GuestMemory;
-use crate::rate::{Bucket, Rate};
 use crate::sys::{EventFd, eventfd};
-use crate::virtio::Profile;
-use crate::virtio::io::{Counters, OnNeedsReset};
+use crate::virtio::io::Counters;
 use crate::virtio::queue::{Queue, QueueConfig, QueuePositions};
 use crate::virtio::spec::{F_EVENT_IDX, F_VERSION_1, TRANSPORT_FEATURES, status};
 use crate::virtio::state::DeviceState;
+use crate::virtio::{DeviceEvent, DeviceReporter, Profile};
 
 /// How long a vCPU waits in all for a device that starts or stops. A device on a file that does not answer would never
 /// do so. Only that vCPU waits. To pause or end the VM waits for this vCPU as long.
 pub(crate) const START_STOP_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// Reports that a device needs a reset: ten at once, then one a second.
-const REPORTS: Rate = Rate::per_second(1).one_time_burst(10);
 
 /// The transport of one device, but for its registers.
 pub(crate) struct Transport<H> {
@@ -33,9 +29,7 @@ pub(crate) struct Transport<H> {
     pub(super) interrupt: Interrupt,
     kicks: Arc<[EventFd]>,
     counters: Arc<Counters>,
-    /// Called when a driver has made the device run.
-    on_ready: Box<dyn Fn() + Send>,
-    on_needs_reset: OnNeedsReset,
+    reporter: DeviceReporter,
     /// What the device had in flight when it was reset. It is kept here when the reset has given up meanwhile.
     unfinished_io: UnfinishedIo,
     /// Which word of the features the driver reads, and which it writes.
@@ -48,11 +42,17 @@ pub(crate) struct Transport<H> {
 }
 
 impl<H: DeviceHost> Transport<H> {
-    /// Makes the transport of a device with this profile, which runs on `host`.
+    /// Makes the transport of a device with this profile, which runs on `host` and reports by `reporter`.
     ///
     /// # Errors
     /// `ResourceExhausted` when the process has no descriptors left.
-    pub(super) fn new(profile: Profile, memory: GuestMemory, host: H, interrupt: Interrupt) -> Result<Self> {
+    pub(super) fn new(
+        profile: Profile,
+        memory: GuestMemory,
+        host: H,
+        interrupt: Interrupt,
+        reporter: DeviceReporter,
+    ) -> Result<Self> {
         let kicks: Result<Vec<_>> =
             profile.queues.iter().map(|_| eventfd().doing(|| "creating a queue's kick")).collect();
         Ok(Self {
@@ -60,8 +60,7 @@ impl<H: DeviceHost> Transport<H> {
             kicks: kicks?.into(),
             interrupt,
             counters: Arc::default(),
-            on_ready: Box::new(|| ()),
-            on_needs_reset: Arc::new(|_| ()),
+            reporter,
             profile,
             memory,
             host,
@@ -71,31 +70,6 @@ impl<H: DeviceHost> Transport<H> {
             queue_sel: 0,
             driver_features: 0,
         })
-    }
-
-    /// Calls `f`, on a vCPU's thread, whenever a driver has made the device run.
-    pub(super) fn on_ready(&mut self, f: impl Fn() + Send + 'static) {
-        self.on_ready = Box::new(f);
-    }
-
-    /// Calls `f`, on a vCPU's thread or the device's, when the device called `name` needs a reset.
-    ///
-    /// The log says so, too. Of a flood only some are reported: a driver that resets the device may break it again at once.
-    pub(super) fn on_needs_reset(&mut self, name: impl std::fmt::Display, f: impl Fn(&str) + Send + Sync + 'static) {
-        let (name, epoch) = (name.to_string(), Instant::now());
-        let reports = Mutex::new((Bucket::new(REPORTS, Duration::ZERO), 0u64));
-        self.on_needs_reset = Arc::new(move |why| {
-            let mut reports = reports.lock().unwrap_or_else(PoisonError::into_inner);
-            let (bucket, suppressed) = &mut *reports;
-            if !bucket.take_whole(epoch.elapsed()) {
-                *suppressed += 1;
-                return;
-            }
-            let suppressed = std::mem::take(suppressed);
-            drop(reports);
-            log::warn!("{name} needs a reset: {why} ({suppressed} times more before)");
-            f(why);
-        });
     }
 
     pub(super) fn kicks(&self) -> &Arc<[EventFd]> {
@@ -183,13 +157,13 @@ impl<H: DeviceHost> Transport<H> {
             match self.start(queues, None) {
                 Ok(true) => {
                     self.interrupt.add_status(status::DRIVER_OK);
-                    (self.on_ready)();
+                    self.reporter.report(DeviceEvent::DriverReady);
                 }
                 // The device needs a reset, and the driver was notified.
                 Ok(false) => {}
                 Err(error) => {
                     self.counters.driver_errors.fetch_add(1, Ordering::Relaxed);
-                    (self.on_needs_reset)(&format!("it cannot start: {error}"));
+                    self.reporter.report_needs_reset(&format!("it cannot start: {error}"));
                     self.interrupt.signal_needs_reset();
                 }
             }
@@ -228,7 +202,7 @@ impl<H: DeviceHost> Transport<H> {
             interrupt: self.interrupt.clone(),
             counters: self.counters.clone(),
             features: self.driver_features,
-            on_needs_reset: self.on_needs_reset.clone(),
+            reporter: self.reporter.clone(),
             state,
         })
     }

@@ -7,10 +7,10 @@ use crate::error::Result;
 use crate::event_loop::Remote;
 use crate::memory::IoQueue;
 use crate::sys::EventFd;
-use crate::virtio::Slots;
-use crate::virtio::io::{Counters, OnNeedsReset};
+use crate::virtio::io::Counters;
 use crate::virtio::queue::{Queue, QueuePositions};
 use crate::virtio::state::DeviceState;
+use crate::virtio::{DeviceReporter, Slots};
 
 /// What a device is given when its driver is ready, but for what the loop adds.
 pub(crate) struct DeviceSetup {
@@ -21,7 +21,7 @@ pub(crate) struct DeviceSetup {
     pub counters: Arc<Counters>,
     /// What driver and device have agreed on.
     pub features: u64,
-    pub on_needs_reset: OnNeedsReset,
+    pub reporter: DeviceReporter,
     /// Where the device goes on; `None` after a reset.
     pub state: Option<DeviceState>,
 }

@@ -3,6 +3,7 @@
 //! Owned by the bus, used by vCPU threads under its own lock. Reads of registers are served from a page that is mapped
 //! read-only into the guest, so they cause no exit. [`MmioRegisters`] alone writes to that page.
 
+use crate::virtio::DeviceReporter;
 use std::sync::Arc;
 
 use super::state::TransportState;
@@ -151,7 +152,8 @@ pub(crate) struct MmioTransport<H = LoopDevice> {
 }
 
 impl<H: DeviceHost> MmioTransport<H> {
-    /// Makes the registers of a device with this profile, which runs on `host` and raises `line`.
+    /// Makes the registers of a device with this profile, which runs on `host`, raises `line` and reports by
+    /// `reporter`.
     ///
     /// # Errors
     /// `ResourceExhausted` when the process has no descriptors left.
@@ -161,32 +163,15 @@ impl<H: DeviceHost> MmioTransport<H> {
         host: H,
         page: RegisterPage,
         line: IrqLine,
+        reporter: DeviceReporter,
     ) -> Result<Self> {
         let registers = MmioRegisters { page, line };
         registers.show_constants(&profile);
         profile.config.show_in(registers.clone());
-        let core = Transport::new(profile, memory, host, Interrupt::new(registers.clone()))?;
+        let core = Transport::new(profile, memory, host, Interrupt::new(registers.clone()), reporter)?;
         let transport = Self { core, registers };
         transport.show_selected();
         Ok(transport)
-    }
-
-    /// Calls `f`, on a vCPU's thread, whenever a driver has made the device run.
-    pub(crate) fn on_ready(mut self, f: impl Fn() + Send + 'static) -> Self {
-        self.core.on_ready(f);
-        self
-    }
-
-    /// Calls `f`, on a vCPU's thread or the device's, when the device called `name` needs a reset.
-    ///
-    /// The log says so, too. Of a flood only some are reported.
-    pub(crate) fn on_needs_reset(
-        mut self,
-        name: impl std::fmt::Display,
-        f: impl Fn(&str) + Send + Sync + 'static,
-    ) -> Self {
-        self.core.on_needs_reset(name, f);
-        self
     }
 
     pub(crate) fn interrupt(&self) -> &Interrupt {

@@ -59,13 +59,6 @@ impl NetSettings {
     }
 }
 
-/// What a card tells: called on the VM's loop.
-pub(super) struct NetCallbacks {
-    pub lost: Box<dyn FnMut(&std::io::Error) + Send>,
-    pub denied: Box<dyn FnMut(Denial) + Send>,
-    pub throttled: Box<dyn FnMut() + Send>,
-}
-
 /// A card that is connected.
 pub(super) struct AttachedNet {
     pub card: net::Net,
@@ -228,7 +221,6 @@ impl Net {
         user: &UserSource,
         (mac, mtu): (Mac, u16),
         (switches, descriptors): (Vec<Switch>, DescriptorShare),
-        denied: Box<dyn FnMut(Denial) + Send>,
     ) -> Result<(UserStack, Vec<SocketAddr>)> {
         check_ports(&user.ports)?;
         user.connection_limit.check().map_err(|e| e.doing("connection_limit"))?;
@@ -236,7 +228,6 @@ impl Net {
         let config = Config { guest_mac: mac, mtu, switches, loopback, descriptors, ..Config::new(policy) };
         let mut stack = UserStack::new(config)?;
         let published = user.ports.iter().map(|port| Ok(port.publish(&mut stack)?.1)).collect::<Result<_>>()?;
-        stack.on_denial(denied);
         stack.set_connection_limit(user.connection_limit);
         Ok((stack, published))
     }
@@ -250,13 +241,7 @@ impl Net {
     }
 
     /// Connects the card of a VM that is on these switches.
-    pub(super) fn attach(
-        &self,
-        vcpus: u8,
-        switches: Vec<Switch>,
-        descriptors: DescriptorShare,
-        callbacks: NetCallbacks,
-    ) -> Result<AttachedNet> {
+    pub(super) fn attach(&self, vcpus: u8, switches: Vec<Switch>, descriptors: DescriptorShare) -> Result<AttachedNet> {
         let (mac, mtu) = (self.checked_mac()?, checked_mtu(self.settings.mtu)?);
         let queues = usize::try_from(self.settings.queues).unwrap_or(usize::MAX);
         if !(1..=PAIRS_MAX).contains(&queues) || queues > usize::from(vcpus) {
@@ -271,7 +256,7 @@ impl Net {
                 return Err(Error::invalid("queues", "this kind of network has one pair of queues"));
             }
             NetSource::User(user) => {
-                let (stack, ports) = Self::user_net(user, (mac, mtu), (switches, descriptors), callbacks.denied)?;
+                let (stack, ports) = Self::user_net(user, (mac, mtu), (switches, descriptors))?;
                 published = ports;
                 vec![BackendKind::User(Box::new(stack))]
             }
@@ -301,8 +286,7 @@ impl Net {
             }
         };
         let (recorder, pump) = self.settings.capture.as_ref().map(Capture::open).transpose()?.unzip();
-        let mut card =
-            net::Net::new(backends, mac, mtu, callbacks.lost).on_throttled(callbacks.throttled).captured_by(recorder);
+        let mut card = net::Net::new(backends, mac, mtu).captured_by(recorder);
         card.set_limit(&self.settings.limit);
         Ok(AttachedNet { card, published, pump })
     }
@@ -358,12 +342,8 @@ mod tests {
     use super::*;
     use std::os::unix::net::{UnixDatagram, UnixStream};
 
-    fn no_callbacks() -> NetCallbacks {
-        NetCallbacks { lost: Box::new(|_| ()), denied: Box::new(|_| ()), throttled: Box::new(|| ()) }
-    }
-
     fn error(net: impl Into<Net>) -> Error {
-        net.into().attach(2, Vec::new(), DescriptorShare::default(), no_callbacks()).map(drop).unwrap_err()
+        net.into().attach(2, Vec::new(), DescriptorShare::default()).map(drop).unwrap_err()
     }
 
     #[test]
@@ -396,8 +376,7 @@ mod tests {
         assert_eq!(refused.kind(), ErrorKind::ResourceBusy, "{refused}");
         drop(listener);
         let user = user.publish(PortForward::tcp(([127, 0, 0, 1], 0), 80));
-        let AttachedNet { published, .. } =
-            Net::from(user).attach(1, Vec::new(), DescriptorShare::default(), no_callbacks()).unwrap();
+        let AttachedNet { published, .. } = Net::from(user).attach(1, Vec::new(), DescriptorShare::default()).unwrap();
         assert!(published[0].ip().is_loopback() && published[0].port() > 0);
     }
 
@@ -426,10 +405,7 @@ mod tests {
         }
         let any =
             publish(&[PortForward::tcp(fixed(0), 80), PortForward::tcp(fixed(0), 80), PortForward::udp(fixed(0), 80)]);
-        assert_eq!(
-            Net::from(any).attach(1, Vec::new(), DescriptorShare::default(), no_callbacks()).unwrap().published.len(),
-            3
-        );
+        assert_eq!(Net::from(any).attach(1, Vec::new(), DescriptorShare::default()).unwrap().published.len(), 3);
     }
 
     #[test]
@@ -441,7 +417,7 @@ mod tests {
         assert_eq!(error(Net::socket(File::open("/dev/null").unwrap())).kind(), ErrorKind::InvalidConfig);
         assert_eq!(error(Net::tap_files([File::open("/dev/null").unwrap()])).kind(), ErrorKind::InvalidConfig);
         Net::from(Net::socket(UnixDatagram::pair().unwrap().0))
-            .attach(1, Vec::new(), DescriptorShare::default(), no_callbacks())
+            .attach(1, Vec::new(), DescriptorShare::default())
             .unwrap();
     }
 }

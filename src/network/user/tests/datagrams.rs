@@ -285,9 +285,6 @@ fn a_guest_leaves_descriptors_to_its_embedder() {
     let limits = Limits { datagram_flows: 4096, ..Limits::default() };
     let [mut guest, mut other] =
         [(); 2].map(|()| Guest::of(Config { limits, ..Config::new(local()) }, Offloads::all()));
-    let told = std::sync::Arc::new(std::sync::Mutex::new(Vec::new()));
-    let tell = told.clone();
-    guest.net.on_denial(move |denial| tell.lock().unwrap().push(denial.reason));
     let handle = guest.udp(4000);
     let take_all = |guest: &mut Guest, handle| {
         for port in 1..1400 {
@@ -306,7 +303,7 @@ fn a_guest_leaves_descriptors_to_its_embedder() {
     drop(other);
     let files: Vec<_> = (0..250).map(|_| std::fs::File::open("/dev/null").unwrap()).collect();
     drop(files);
-    let told = told.lock().unwrap();
+    let told: Vec<_> = guest.net.take_denials().map(|denial| denial.reason).collect();
     assert!((1..10).contains(&told.len()) && told[0] == crate::network::policy::DenyReason::Descriptors, "{told:?}");
     // What a guest's builder says is for all that it has, and comes back with a network that is gone.
     let share = crate::sys::DescriptorShare::new(Some(32), true);

@@ -1,6 +1,8 @@
 //! The disk over a backend that fails and stalls by a script.
 
+use crate::virtio::DeviceEvent;
 use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
 use std::sync::Mutex;
 
 use super::super::backend::{Extent, Geometry};
@@ -90,13 +92,18 @@ impl BlockBackend for MockBackend {
     }
 }
 
-type Faults = Arc<Mutex<Vec<DiskError>>>;
+fn with_mock(options: Options, script: Script) -> (Driver<Blk>, Arc<Mutex<Script>>) {
+    let script = Arc::new(Mutex::new(script));
+    (Driver::start(Blk::new(Box::new(MockBackend(script.clone())), options)), script)
+}
 
-fn with_mock(options: Options, script: Script) -> (Driver<Blk>, Arc<Mutex<Script>>, Faults) {
-    let (script, faults) = (Arc::new(Mutex::new(script)), Faults::default());
-    let told = faults.clone();
-    let disk = Blk::new(Box::new(MockBackend(script.clone())), options).on_fault(move |f| told.lock().unwrap().push(f));
-    (Driver::start(disk), script, faults)
+/// Returns the errors that were reported since this was last called.
+fn disk_errors(driver: &Driver<Blk>) -> Vec<DiskError> {
+    let error = |event| match event {
+        DeviceEvent::DiskError(error) => error,
+        other => panic!("{other:?}"),
+    };
+    driver.take_events().into_iter().map(error).collect()
 }
 
 fn write_through(driver: &mut Driver<Blk>) {
@@ -106,7 +113,7 @@ fn write_through(driver: &mut Driver<Blk>) {
 
 #[test]
 fn a_sync_comes_before_the_status_that_promises_it() {
-    let (mut driver, script, _) = with_mock(options(IoEngine::Auto), Script::default());
+    let (mut driver, script) = with_mock(options(IoEngine::Auto), Script::default());
     assert_eq!(driver.device.engine(), IoEngine::Threads);
     let log = || std::mem::take(&mut script.lock().unwrap().log);
     let write = [header(WRITES, 0), vec![1; 512]].concat();
@@ -125,7 +132,7 @@ fn a_sync_comes_before_the_status_that_promises_it() {
     request(&mut driver.0, &[&write], &[1]);
     assert_eq!(driver.1.lock().unwrap().log, ["write", "flush"]);
     // Unless the cache mode is unsafe.
-    let (mut driver, script, _) = with_mock(Options { cache: CacheMode::Unsafe, ..Options::new(0) }, Script::default());
+    let (mut driver, script) = with_mock(Options { cache: CacheMode::Unsafe, ..Options::new(0) }, Script::default());
     write_through(&mut driver);
     request(&mut driver, &[&write], &[1]);
     request(&mut driver, &[&header(FLUSH, 0)], &[1]);
@@ -137,7 +144,7 @@ fn every_flush_fails_after_a_sync_has_failed() {
     let script = Script { fail: [libc::EIO].into(), ..Script::default() };
     let mut options = options(IoEngine::Auto);
     options.policy.set(ErrorClass::Write, ErrorAction::Pause);
-    let (mut driver, script, faults) = with_mock(options, script);
+    let (mut driver, script) = with_mock(options, script);
     // It cannot be tried again, so the guest gets the error at once.
     assert_eq!(request(&mut driver, &[&header(FLUSH, 0)], &[1]).1, S_IOERR);
     assert_eq!(request(&mut driver, &[&header(FLUSH, 0)], &[1]).1, S_IOERR);
@@ -146,7 +153,7 @@ fn every_flush_fails_after_a_sync_has_failed() {
     write_through(&mut driver);
     assert_eq!(request(&mut driver, &[&write], &[1]).1, S_IOERR);
     assert_eq!(script.lock().unwrap().log, ["flush", "write", "write"]);
-    let faults = faults.lock().unwrap();
+    let faults = disk_errors(&driver);
     assert_eq!((faults.len(), faults[0].operation, faults[0].errno), (3, DiskOperation::Flush, Some(libc::EIO)));
 }
 
@@ -155,18 +162,18 @@ fn failed_io_uring_sync_is_reported() {
     let (file, socket) = (scratch(2048), std::os::unix::net::UnixStream::pair().unwrap().0);
     // A socket cannot be synced.
     let script = Script { places: Some(file.as_raw_fd()), sync: Some(socket.as_raw_fd()), ..Script::default() };
-    let (mut driver, script, faults) = with_mock(options(IoEngine::IoUring), script);
+    let (mut driver, script) = with_mock(options(IoEngine::IoUring), script);
     assert_eq!(request(&mut driver, &[&header(FLUSH, 0)], &[1]).1, S_IOERR);
     script.lock().unwrap().sync = Some(file.as_raw_fd());
     assert_eq!(request(&mut driver, &[&header(FLUSH, 0)], &[1]).1, S_IOERR);
-    assert_eq!((faults.lock().unwrap().len(), script.lock().unwrap().log.len()), (2, 0));
+    assert_eq!((disk_errors(&driver).len(), script.lock().unwrap().log.len()), (2, 0));
 }
 
 #[test]
 fn extents_of_a_backend_are_served_by_io_uring() {
     let file = scratch(2048);
     let script = Script { places: Some(file.as_raw_fd()), sync: Some(file.as_raw_fd()), ..Script::default() };
-    let (mut driver, script, _) = with_mock(options(IoEngine::IoUring), script);
+    let (mut driver, script) = with_mock(options(IoEngine::IoUring), script);
     assert_eq!((driver.device.engine(), driver.device.blocks()), (IoEngine::IoUring, true));
     let pieces: [&[u8]; 3] = [&header(WRITES, 2), &[5; 700], &[6; 836]];
     assert_eq!(request(&mut driver, &pieces, &[1]).1, S_OK);
@@ -191,7 +198,7 @@ fn extents_of_a_backend_are_served_by_io_uring() {
 fn error_actions_report_pause_or_stop() {
     let mut options = options(IoEngine::Auto);
     options.policy.set(ErrorClass::Write, ErrorAction::Stop);
-    let (mut driver, script, faults) = with_mock(options, Script { fail: [libc::EIO].into(), ..Script::default() });
+    let (mut driver, script) = with_mock(options, Script { fail: [libc::EIO].into(), ..Script::default() });
     let next = |fail: &[i32]| script.lock().unwrap().fail = fail.to_vec().into();
     assert_eq!(request(&mut driver, &[&header(READ, 3)], &[512, 1]).1, S_IOERR);
     // Held until the machine goes on, and then again.
@@ -209,7 +216,8 @@ fn error_actions_report_pause_or_stop() {
     driver.send(0, &[&write], &[1]);
     driver.dispatch(0);
     assert_eq!(driver.receive(0), None);
-    let told: Vec<_> = faults.lock().unwrap().iter().map(|f| (f.sector, f.bytes, f.errno, f.action)).collect();
+    let faults = disk_errors(&driver);
+    let told: Vec<_> = faults.iter().map(|f| (f.sector, f.bytes, f.errno, f.action)).collect();
     assert_eq!(
         told,
         [
@@ -219,7 +227,7 @@ fn error_actions_report_pause_or_stop() {
             (5, 1024, Some(libc::EIO), ErrorAction::Stop),
         ]
     );
-    let text = faults.lock().unwrap()[1].to_string();
+    let text = faults[1].to_string();
     assert_eq!(text, "disk0: writing 1024 bytes at sector 5: No space left on device (os error 28); the guest waits");
 }
 
@@ -288,7 +296,7 @@ fn stop_and_pause_wait_for_requests_in_flight() {
     let (near, far) = std::os::unix::net::UnixStream::pair().unwrap();
     // Reads of an empty socket are in flight for as long as one likes.
     let script = Script { places: Some(near.as_raw_fd()), ..Script::default() };
-    let (mut driver, script, _) = with_mock(options(IoEngine::IoUring), script);
+    let (mut driver, script) = with_mock(options(IoEngine::IoUring), script);
     driver.send(0, &[&header(READ, 0)], &[512, 1]);
     driver.dispatch(0);
     assert_eq!(driver.receive(0), None);
@@ -359,12 +367,8 @@ fn unusable_io_uring_is_reported() {
 
 #[test]
 fn low_space_is_reported_once_each_time() {
-    let (script, told) = (Arc::<Mutex<Script>>::default(), Arc::<Mutex<Vec<u64>>>::default());
     let options = Options { min_free_space: Some(1000), ..Options::new(0) };
-    let hears = told.clone();
-    let disk =
-        Blk::new(Box::new(MockBackend(script.clone())), options).on_low_space(move |n| hears.lock().unwrap().push(n));
-    let mut driver = Driver::start(disk);
+    let (mut driver, script) = with_mock(options, Script::default());
     for (n, free) in [1000, 999, 998, 2000, 5].into_iter().enumerate() {
         script.lock().unwrap().free = Some(free);
         driver.device.epoch -= SPACE_CHECK_INTERVAL;
@@ -372,5 +376,6 @@ fn low_space_is_reported_once_each_time() {
             request(&mut driver, &[&header(WRITES, n as u64), &[1; 512]], &[1]);
         }
     }
-    assert_eq!(*told.lock().unwrap(), [999, 5]);
+    let events = driver.take_events();
+    assert!(matches!(events[..], [DeviceEvent::LowSpace(999), DeviceEvent::LowSpace(5)]), "{events:?}");
 }

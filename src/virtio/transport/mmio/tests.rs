@@ -1,11 +1,15 @@
 //! The registers, as a driver uses them.
 
+mod loops;
+
 use super::*;
+use crate::error::ErrorKind;
 use crate::event_loop::Loop;
 use crate::memory::{GuestAddress, IoOperation, IoQueue};
 use crate::virtio::queue::QueueConfig;
 use crate::virtio::rng::Rng;
 use crate::virtio::transport::{START_STOP_TIMEOUT, TransportState};
+use crate::virtio::{DeviceEvent, KeptEvents};
 use crate::virtio::{DeviceIo, DeviceState, EventSource, Slots, VirtioDevice};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
@@ -16,8 +20,8 @@ use std::time::{Duration, Instant};
 struct Fixture {
     transport: MmioTransport,
     memory: GuestMemory,
-    /// What was said of devices that ended the VM.
-    faults: Arc<std::sync::Mutex<Vec<String>>>,
+    events: Arc<KeptEvents>,
+    slot: usize,
     _devices: Loop<Slots>,
 }
 
@@ -27,19 +31,20 @@ impl Fixture {
     }
 
     fn of(device: Box<dyn VirtioDevice>, memory: GuestMemory) -> Self {
-        let faults = Arc::new(std::sync::Mutex::new(Vec::new()));
-        let told = faults.clone();
-        let on_fault = Box::new(move |_, why: &str| told.lock().unwrap().push(why.to_owned()));
-        let devices = Loop::start("test", |s| Slots::new(vec![device], s, on_fault)).unwrap();
+        let (reporter, events) = KeptEvents::reporter();
+        let devices = Loop::start("test", Slots::new).unwrap();
+        let its = reporter.clone();
+        let slot = devices.remote().with(|slots| slots.add(device, its)).unwrap();
         let transport = MmioTransport::new(
             Rng.profile(),
             memory.clone(),
-            LoopDevice { remote: devices.remote(), slot: 0 },
+            LoopDevice { remote: devices.remote(), slot },
             RegisterPage::alone().unwrap(),
             IrqLine::new(|| ()),
+            reporter,
         )
         .unwrap();
-        Self { transport, memory, faults, _devices: devices }
+        Self { transport, memory, events, slot, _devices: devices }
     }
 
     fn get(&mut self, offset: u64) -> u32 {
@@ -75,17 +80,14 @@ fn magic_version_and_ids_are_readable() {
 
 #[test]
 fn the_status_write_completes_when_the_device_runs() {
-    let (mut rig, told) = (Fixture::new(), Arc::new(AtomicU32::new(0)));
-    let counter = told.clone();
-    rig.transport = rig.transport.on_ready(move || {
-        counter.fetch_add(1, Ordering::SeqCst);
-    });
+    let mut rig = Fixture::new();
     // A buffer of 16 bytes, offered before the device runs: it must be seen without a kick.
     let descriptor = [0x5000u64.to_le_bytes().as_slice(), &16u32.to_le_bytes(), &[2, 0, 0, 0]].concat();
     rig.memory.write(GuestAddress(0x1000), &descriptor).unwrap();
     rig.memory.write(GuestAddress(0x2002), &[1, 0, 0, 0]).unwrap();
     rig.drive(1, 8);
-    assert_eq!((rig.get(0x70), told.load(Ordering::SeqCst)), (15, 1));
+    assert_eq!(rig.get(0x70), 15);
+    assert!(matches!(rig.events.drain()[..], [DeviceEvent::DriverReady]));
     let mut used = [0; 2];
     rig.memory.read(GuestAddress(0x3002), &mut used).unwrap();
     assert_eq!((used, rig.get(0x60)), ([1, 0], 1));
@@ -109,19 +111,13 @@ fn drivers_that_refuse_version_1_or_invent_features_get_no_device() {
 #[test]
 fn invalid_queue_configs_need_a_reset() {
     for size in [0, 3, 128, u32::MAX] {
-        let (mut rig, told) = (Fixture::new(), Arc::new(AtomicU32::new(0)));
-        let counter = told.clone();
-        rig.transport = rig.transport.on_needs_reset("rng", move |why| {
-            assert!(why.starts_with("queue 0: "), "{why}");
-            counter.fetch_add(1, Ordering::SeqCst);
-        });
+        let mut rig = Fixture::new();
         rig.drive(1, size);
         assert_eq!(rig.get(0x70), 11 | 64, "size {size}");
         assert_eq!(rig.get(0x60), 2, "the driver is told");
-        assert_eq!(
-            (told.load(Ordering::SeqCst), rig.transport.counters().driver_errors.load(Ordering::SeqCst)),
-            (1, 1)
-        );
+        let events = rig.events.drain();
+        assert!(matches!(&events[..], [DeviceEvent::NeedsReset(why)] if why.starts_with("queue 0: ")), "{events:?}");
+        assert_eq!(rig.transport.counters().driver_errors.load(Ordering::SeqCst), 1);
     }
 }
 
@@ -145,7 +141,7 @@ fn requests_are_served_while_a_driver_floods_the_device() {
             kick.write(1).unwrap();
         }
     });
-    let device = DeviceHandle::<Rng>::new(rig._devices.remote(), 0);
+    let device = DeviceHandle::<Rng>::new(rig._devices.remote(), rig.slot);
     while rig.transport.counters().requests.load(Ordering::Relaxed) < 200 {
         let begin = Instant::now();
         device.with(|_, io| assert!(io.is_some_and(|io| !io.turn_over()))).unwrap();
@@ -159,24 +155,24 @@ fn requests_are_served_while_a_driver_floods_the_device() {
 
 #[test]
 fn repeated_status_writes_are_reported_once() {
-    let (mut rig, told) = (Fixture::new(), Arc::new(AtomicU32::new(0)));
-    let counter = told.clone();
-    rig.transport = rig.transport.on_needs_reset("rng", move |_| {
-        counter.fetch_add(1, Ordering::SeqCst);
-    });
+    let mut rig = Fixture::new();
     rig.drive(1, 3);
     for _ in 0..10_000 {
         rig.set(0x70, 15);
     }
     let faults = rig.transport.counters().driver_errors.load(Ordering::Relaxed);
-    assert_eq!((told.load(Ordering::SeqCst), faults, rig.get(0x70)), (1, 1, 11 | 64));
+    let reports = |rig: &Fixture| {
+        let events = rig.events.drain();
+        events.iter().filter(|event| matches!(event, DeviceEvent::NeedsReset(_))).count()
+    };
+    assert_eq!((reports(&rig), faults, rig.get(0x70)), (1, 1, 11 | 64));
     // With resets in between it comes to need one each time, which is counted and hardly reported.
     let begin = Instant::now();
     for _ in 0..1000 {
         rig.set(0x70, 0);
         rig.drive(1, 3);
     }
-    let (told, most) = (told.load(Ordering::SeqCst), 12 + begin.elapsed().as_secs() as u32);
+    let (told, most) = (1 + reports(&rig), 12 + begin.elapsed().as_secs() as usize);
     assert_eq!(rig.transport.counters().driver_errors.load(Ordering::Relaxed), 1001);
     assert!((2..=most).contains(&told), "{told}");
     rig.set(0x70, 0);
@@ -468,7 +464,7 @@ fn calls_to_a_paused_device_take_nothing_from_its_queues() {
     use crate::virtio::DeviceHandle;
     let (mut rig, _) = saved();
     rig.memory.write(GuestAddress(0x2002), &[2, 0, 0, 0]).unwrap();
-    let device = DeviceHandle::<Rng>::new(rig._devices.remote(), 0);
+    let device = DeviceHandle::<Rng>::new(rig._devices.remote(), rig.slot);
     let popped = device.with(|_, io| io.is_some_and(|io| io.pop(0).is_some() || io.rearm(0))).unwrap();
     assert!(!popped);
     rig._devices.remote().with(Slots::resume).unwrap();
@@ -508,8 +504,9 @@ fn devices_that_panic_at_a_pause_or_resume_are_reported_and_their_loop_goes_on()
         rig.drive(1, 8);
         rig._devices.remote().with(|slots| slots.pause(Duration::from_secs(10))).unwrap();
         rig._devices.remote().with(Slots::resume).unwrap();
-        let faults = rig.faults.lock().unwrap().clone();
-        assert!(faults.len() == 1 && faults[0].contains(why), "{faults:?}");
+        let events = rig.events.drain();
+        let failed = |event: &DeviceEvent| matches!(event, DeviceEvent::Failed(text) if text.contains(why));
+        assert_eq!(events.iter().filter(|event| failed(event)).count(), 1, "{events:?}");
         rig.set(0x70, 0);
         assert_eq!(rig.get(0x70), 0);
     }
