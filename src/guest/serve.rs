@@ -216,6 +216,10 @@ impl Shim {
             }
             FromHost::Signal { signo, group } => self.signal(frame.stream, signo, group),
             FromHost::Kill => self.kill(frame.stream),
+            FromHost::Reseed { seed } => {
+                let errno = sys::reseed(seed).err().map_or(0, |errno| errno.0);
+                self.control.say(frame.stream, &FromGuest::Reseeded { errno });
+            }
             FromHost::Shutdown { grace_ms, end } => self.start_ending(end, grace_ms),
         }
     }

@@ -199,12 +199,14 @@ impl From<Fd> for std::os::fd::OwnedFd {
 }
 
 mod interface;
+mod random;
 mod socket;
 
 pub(super) use interface::{
     interface_index, interface_socket, interface_socket6, interface_up, set_address, set_address6, set_gateway,
     set_gateway6,
 };
+pub(super) use random::reseed;
 pub(super) use socket::{
     Epoll, accept_vsock, connect_result, connect_tcp, connect_vsock, is_writable, listen_vsock, shut_write,
 };

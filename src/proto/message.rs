@@ -6,7 +6,7 @@ use super::alloc::vec::Vec;
 use super::field::{Fields, Malformed, Writer};
 use super::frame::{self, FrameError, MessageFrame};
 use super::strings::Strings;
-use super::{COOKIE_SIZE, FROM_GUEST_MAX, FROM_HOST_MAX};
+use super::{COOKIE_SIZE, FROM_GUEST_MAX, FROM_HOST_MAX, SEED_SIZE};
 
 /// Kinds from the host are small, and kinds from the guest have this bit. So a stream read by the wrong side is full of
 /// unknown kinds.
@@ -18,6 +18,7 @@ const SIGNAL: u32 = 3;
 const KILL: u32 = 4;
 const SHUTDOWN: u32 = 5;
 const CONNECT: u32 = 6;
+const RESEED: u32 = 7;
 const GUEST_HELLO: u32 = GUEST | 1;
 const READY: u32 = GUEST | 2;
 const FAILED: u32 = GUEST | 3;
@@ -26,6 +27,7 @@ const SPAWN_FAILED: u32 = GUEST | 5;
 const EXITED: u32 = GUEST | 6;
 const ENDING: u32 = GUEST | 7;
 const CONNECTED: u32 = GUEST | 8;
+const RESEEDED: u32 = GUEST | 9;
 
 /// Tags, by message. A tag's meaning never changes; what is new gets a new tag.
 mod tag {
@@ -65,6 +67,8 @@ mod tag {
     pub(super) const END: u8 = 1;
 
     pub(super) const PORT: u8 = 1;
+
+    pub(super) const SEED: u8 = 1;
 }
 
 /// An enum that travels as one byte.
@@ -193,6 +197,11 @@ pub(crate) enum FromHost<'a> {
         /// What comes after.
         end: End,
     },
+    /// The machine is a copy of another: make the kernel's random numbers new. Answered by `Reseeded` of the same number.
+    Reseed {
+        /// Secret bytes.
+        seed: &'a [u8; SEED_SIZE],
+    },
     /// Connect this stream to a TCP service of the guest; the first message on a connection to [`super::CONNECT_PORT`], and said
     /// nowhere else. Answered by `Connected`; after that the stream is the service's.
     Connect {
@@ -258,6 +267,11 @@ pub(crate) enum FromGuest<'a> {
         /// How.
         end: End,
     },
+    /// The kernel's random numbers are new, or cannot be made so.
+    Reseeded {
+        /// The guest's `errno`, 0 if they are.
+        errno: i32,
+    },
     /// The service is connected, or cannot be; then the guest hangs up.
     Connected {
         /// The guest's `errno`, 0 if it is.
@@ -274,6 +288,7 @@ impl<'a> FromHost<'a> {
             Self::Signal { .. } => SIGNAL,
             Self::Kill => KILL,
             Self::Shutdown { .. } => SHUTDOWN,
+            Self::Reseed { .. } => RESEED,
             Self::Connect { .. } => CONNECT,
         };
         frame::append(out, stream, kind, FROM_HOST_MAX, |payload| {
@@ -290,6 +305,7 @@ impl<'a> FromHost<'a> {
                     fields.u32(tag::GRACE_MS, grace_ms);
                     fields.u8(tag::ACTION, end as u8);
                 }
+                Self::Reseed { seed } => fields.bytes(tag::SEED, seed),
                 Self::Connect { port } => fields.u32(tag::PORT, port.into()),
             }
         })
@@ -313,6 +329,10 @@ impl<'a> FromHost<'a> {
                 grace_ms: fields.u32(tag::GRACE_MS, "grace")?.unwrap_or(0),
                 end: End::parse(fields.u8(tag::ACTION, "action")?.unwrap_or(0)).ok_or(Malformed("action"))?,
             },
+            RESEED => {
+                let seed = fields.get(tag::SEED).and_then(|seed| seed.try_into().ok());
+                Self::Reseed { seed: seed.ok_or(Malformed("seed"))? }
+            }
             CONNECT => Self::Connect {
                 port: fields
                     .u32(tag::PORT, "port")?
@@ -375,6 +395,7 @@ impl<'a> FromGuest<'a> {
             Self::SpawnFailed { .. } => SPAWN_FAILED,
             Self::Exited { .. } | Self::Signaled { .. } => EXITED,
             Self::Ending { .. } => ENDING,
+            Self::Reseeded { .. } => RESEEDED,
             Self::Connected { .. } => CONNECTED,
         };
         frame::append(out, stream, kind, FROM_GUEST_MAX, |payload| {
@@ -405,7 +426,7 @@ impl<'a> FromGuest<'a> {
                     fields.flag(tag::OOM, oom);
                 }
                 Self::Ending { end } => fields.u8(tag::END, end as u8),
-                Self::Connected { errno } => fields.u32(tag::ERRNO, errno as u32),
+                Self::Reseeded { errno } | Self::Connected { errno } => fields.u32(tag::ERRNO, errno as u32),
             }
         })
     }
@@ -441,6 +462,7 @@ impl<'a> FromGuest<'a> {
             ENDING => {
                 Self::Ending { end: End::parse(fields.u8(tag::END, "end")?.unwrap_or(0)).ok_or(Malformed("end"))? }
             }
+            RESEEDED => Self::Reseeded { errno: errno()? },
             CONNECTED => Self::Connected { errno: errno()? },
             _ => return Ok(None),
         }))

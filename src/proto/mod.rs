@@ -84,12 +84,18 @@ pub(crate) const EXIT_FAULT: u8 = 0x37;
 /// The oldest version of the protocol that this build speaks.
 pub(crate) const VERSION_MIN: u32 = 1;
 /// The newest version of the protocol that this build speaks.
-pub(crate) const VERSION_MAX: u32 = 3;
+pub(crate) const VERSION_MAX: u32 = 4;
 /// The version since which the shim listens on [`CONNECT_PORT`].
 pub(crate) const VERSION_CONNECT: u32 = 2;
 
 /// The version since which stdio streams begin with the cookie of their `Spawn`.
 pub(crate) const VERSION_COOKIE: u32 = 3;
+
+/// The version since which the shim makes the kernel's random numbers new when it is asked to.
+pub(crate) const VERSION_RESEED: u32 = 4;
+
+/// The length of what makes a kernel's random numbers new.
+pub(crate) const SEED_SIZE: usize = 32;
 
 /// The length of a cookie: too long to guess.
 pub(crate) const COOKIE_SIZE: usize = 32;

@@ -186,6 +186,7 @@ fn every_other_message_round_trips() {
         FromHost::Signal { signo: 64, group: false },
         FromHost::Kill,
         FromHost::Connect { port: 65535 },
+        FromHost::Reseed { seed: &[7; SEED_SIZE] },
     ];
     host.extend(End::ALL.iter().map(|&end| FromHost::Shutdown { grace_ms: 2000, end }));
     for message in host {
@@ -200,6 +201,7 @@ fn every_other_message_round_trips() {
         FromGuest::Exited { code: 255 },
         FromGuest::Signaled { signo: 9, oom: true },
         FromGuest::Connected { errno: 111 },
+        FromGuest::Reseeded { errno: 1 },
     ];
     guest.extend(End::ALL.iter().map(|&end| FromGuest::Ending { end }));
     guest.extend(Stage::ALL.iter().map(|&stage| FromGuest::Failed { stage, errno: -1, text: b"/dev/vda" }));

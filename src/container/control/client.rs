@@ -9,8 +9,8 @@ use super::session::{Session, StartReply};
 use super::stream::ControlStream;
 use crate::container::process::ProcessShared;
 use crate::error::{Context, Error, Result};
-use crate::event_loop::{Handler, Interest, Sources};
-use crate::proto::FromHost;
+use crate::event_loop::{Handler, Interest, Reply, Sources};
+use crate::proto::{FromHost, SEED_SIZE};
 use crate::sys::Timer;
 use crate::vm::{Exit, WeakVm};
 
@@ -53,6 +53,12 @@ impl ControlClient {
     /// Asks for a program. `reply` gets its number when it runs.
     pub(super) fn start(&mut self, request: &StartRequest, reply: StartReply) {
         self.session.start(request, reply);
+        self.session.arm_timer();
+    }
+
+    /// Asks the guest's kernel for new random numbers, made from `seed`. `reply` gets the guest's answer.
+    pub(super) fn reseed(&mut self, seed: &[u8; SEED_SIZE], reply: Reply<Result<()>>) {
+        self.session.reseed(seed, reply);
         self.session.arm_timer();
     }
 

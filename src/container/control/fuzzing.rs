@@ -35,7 +35,7 @@ impl Script<'_> {
     fn say(&mut self, out: &mut Vec<u8>) {
         let (process, value) = (u32::from(self.next() % 8), self.next());
         let text = [value; 5];
-        let message = match self.next() % 9 {
+        let message = match self.next() % 10 {
             0 => FromGuest::Spawned { pid: value.into() },
             1 => FromGuest::SpawnFailed { step: SpawnStep::Exec, errno: value.into() },
             2 => FromGuest::Exited { code: value },
@@ -44,6 +44,7 @@ impl Script<'_> {
             5 => FromGuest::Ready { user_space_ns: value.into(), ready_ns: u64::MAX - u64::from(value) },
             6 => FromGuest::Ending { end: End::Halt },
             7 => FromGuest::Connected { errno: value.into() },
+            8 => FromGuest::Reseeded { errno: value.into() },
             _ => FromGuest::Failed { stage: Stage::Other, errno: value.into(), text: &text },
         };
         // All messages of the guest fit.

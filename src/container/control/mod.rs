@@ -54,7 +54,7 @@ use super::cancel::CancelToken;
 use super::process::ProcessShared;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::event_loop::{Interest, Loop, REQUEST_TIMEOUT, Remote, Sources};
-use crate::proto::{End, FromHost, Spawn, Stdio, StringBuf};
+use crate::proto::{End, FromHost, SEED_SIZE, Spawn, Stdio, StringBuf, VERSION_RESEED};
 use crate::sys::{Timer, deadline};
 use crate::vm::{Exit, Vm};
 
@@ -138,6 +138,19 @@ impl Agent {
         let ask =
             move |client: &mut ControlClient| client.send(0, &FromHost::Shutdown { grace_ms, end: End::PowerOff });
         self.remote().with_timeout(limit, ask)?
+    }
+
+    /// Gives the guest's kernel new random numbers, and waits until it has them, ten seconds at most.
+    ///
+    /// # Errors
+    /// `GuestFailed` when the guest's kernel does not take them, `TimedOut` when the guest does not answer. `InvalidState` when
+    /// the container has ended, `Unsupported` by a shim of another version.
+    #[allow(dead_code, reason = "no machine is copied yet")]
+    pub(super) fn reseed(&self, seed: [u8; SEED_SIZE]) -> Result<()> {
+        if self.version < VERSION_RESEED {
+            return Err(Error::new(ErrorKind::Unsupported, "the guest's shim cannot make random numbers new"));
+        }
+        self.remote().with_reply(REQUEST_TIMEOUT, move |client, reply| client.reseed(&seed, reply))?
     }
 
     /// Notifies all waiters that the machine has ended with `exit`.

@@ -12,7 +12,7 @@ use super::{StartRequest, ended, too_busy};
 use crate::container::process::{ExitStatus, ProcessShared};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event_loop::Reply;
-use crate::proto::{FromGuest, FromHost};
+use crate::proto::{FromGuest, FromHost, SEED_SIZE};
 use crate::sys::Timer;
 use crate::virtio::vsock::VsockStream;
 use crate::vm::{Exit, WeakVm};
@@ -32,6 +32,8 @@ pub(super) struct Session {
     connection: VsockStream,
     pub(super) outbox: Outbox,
     pub(super) processes: HashMap<u32, ProcessEntry>,
+    /// Requests for new random numbers, by number.
+    pub(super) reseeds: HashMap<u32, Reply<Result<()>>>,
     next_process: u32,
     timer: Timer,
     vm: WeakVm,
@@ -74,6 +76,7 @@ impl Session {
             connection,
             outbox,
             processes: HashMap::new(),
+            reseeds: HashMap::new(),
             next_process: 1,
             timer,
             vm,
@@ -107,15 +110,38 @@ impl Session {
         }
     }
 
-    /// A number that no process has.
+    /// A number that no process and no request has.
     fn new_number(&mut self) -> u32 {
         loop {
             let number = self.next_process;
             self.next_process = number.wrapping_add(1).max(1);
-            if !self.processes.contains_key(&number) {
+            if !self.processes.contains_key(&number) && !self.reseeds.contains_key(&number) {
                 return number;
             }
         }
+    }
+
+    /// Asks the guest's kernel for new random numbers, made from `seed`.
+    pub(super) fn reseed(&mut self, seed: &[u8; SEED_SIZE], reply: Reply<Result<()>>) {
+        // A guest that never answers makes no more of them than have callers that wait.
+        self.reseeds.retain(|_, asked| !asked.is_late());
+        let number = self.new_number();
+        match self.send(number, &FromHost::Reseed { seed }) {
+            Ok(()) => _ = self.reseeds.insert(number, reply),
+            Err(error) => _ = reply.send(Err(error)),
+        }
+    }
+
+    /// The guest says what became of a request for new random numbers.
+    fn reseeded(&mut self, number: u32, errno: i32) {
+        let Some(reply) = self.reseeds.remove(&number) else {
+            return self.drop_answer(number, &FromGuest::Reseeded { errno });
+        };
+        let failed = || {
+            let errno = std::io::Error::from_raw_os_error(errno);
+            Error::new(ErrorKind::GuestFailed, format!("the guest's kernel does not take new random numbers: {errno}"))
+        };
+        let _ = reply.send(if errno == 0 { Ok(()) } else { Err(failed()) });
     }
 
     /// Kills the process that has this state, if there is one.
@@ -199,6 +225,7 @@ impl Session {
                 log::warn!("the guest's shim failed: {stage:?}: {}", text.escape_ascii());
                 return Err(Error::new(ErrorKind::GuestFailed, format!("it failed: {}", text.escape_ascii())));
             }
+            FromGuest::Reseeded { errno } => self.reseeded(process, errno),
             // The machine tells its end itself.
             FromGuest::Ending { .. } => {}
             // Said before this conversation, or on streams of its own.
@@ -306,6 +333,7 @@ impl Session {
             log::debug!("the control stream was closed already: {error}");
         }
         self.outbox.clear();
+        self.reseeds.clear();
         self.gone = Some((Instant::now() + SHIM_GONE_TIMEOUT, why.to_owned()));
     }
 
@@ -313,6 +341,8 @@ impl Session {
     pub(super) fn finish_all(&mut self, exit: &Exit) {
         self.end("its machine has ended");
         self.gone = None;
+        // Who waits is notified that the machine has ended.
+        self.reseeds.clear();
         for (_, mut entry) in self.processes.drain() {
             entry.state.finish(ExitStatus::VmEnded { exit: exit.clone() });
             entry.state.break_streams();

@@ -1,6 +1,7 @@
 //! The agent against shims that say nothing, too much, or the wrong thing.
 
 mod hostile;
+mod reseed;
 mod round_trips;
 mod sequences;
 
