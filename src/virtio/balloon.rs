@@ -90,7 +90,7 @@ const REPORTS: Rate = Rate::per_second(1).one_time_burst(10);
 
 /// What a guest has put into a balloon.
 #[derive(Debug, Clone, PartialEq, Eq)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(deny_unknown_fields))]
 pub(crate) struct BalloonState {
     /// In pages of 4 KiB.
     pub held: u64,

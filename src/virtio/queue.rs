@@ -13,7 +13,7 @@ const MAX_SPARE_CHAINS: usize = 256;
 
 /// What the driver wrote about one queue. Plain data, not trusted.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(deny_unknown_fields))]
 pub(crate) struct QueueConfig {
     pub size: u16,
     pub ready: bool,
@@ -24,7 +24,7 @@ pub(crate) struct QueueConfig {
 
 /// How far a device has come in one queue. Plain data, not trusted when it is loaded.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(deny_unknown_fields))]
 pub(crate) struct QueuePositions {
     /// The next element of the available ring to be looked at.
     pub next_available: u16,

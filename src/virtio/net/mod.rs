@@ -109,7 +109,7 @@ struct Pair {
 
 /// What a driver has chosen by the control queue.
 #[derive(Debug, Clone, PartialEq, Eq)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(deny_unknown_fields))]
 pub(crate) struct NetState {
     pub active_pairs: u16,
     /// Bits of features: the offloads that it takes.

@@ -38,7 +38,7 @@ impl UnfinishedIo {
 
 /// What is left of a device that was stopped.
 #[derive(Debug, Clone, PartialEq, Eq)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(deny_unknown_fields))]
 pub(crate) struct StoppedDevice {
     /// In the order of its queues.
     pub positions: Vec<QueuePositions>,

@@ -266,7 +266,8 @@ impl<H: DeviceHost> MmioTransport<H> {
     /// Takes a state, as registers that no driver has used, and starts the device if it ran.
     ///
     /// # Errors
-    /// `Corrupt` when the state makes no sense for this device; otherwise as [`MmioTransport::save`].
+    /// `Incompatible` for a state of another version, `Corrupt` for one that makes no sense for this device. Otherwise as
+    /// [`MmioTransport::save`].
     #[cfg_attr(not(test), allow(dead_code, reason = "so far tests alone save a device"))]
     pub(crate) fn restore(&mut self, state: &TransportState) -> Result<()> {
         let restored = self.core.restore(state);

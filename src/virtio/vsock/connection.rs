@@ -17,7 +17,7 @@ use crate::sys::{self, CloseOnFork, HeldDescriptors};
 
 /// The ports of a connection, which identify it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(deny_unknown_fields))]
 pub(crate) struct PortPair {
     pub host: u32,
     pub guest: u32,

@@ -89,7 +89,7 @@ impl std::fmt::Debug for AcceptQueue {
 
 /// What a guest believes to be connected.
 #[derive(Debug, Clone, PartialEq, Eq)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(deny_unknown_fields))]
 pub(crate) struct VsockState {
     /// In order, each once.
     pub connections: Vec<PortPair>,
