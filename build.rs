@@ -22,6 +22,27 @@ impl fmt::Debug for Failure {
     }
 }
 
+/// What compiling for a processor takes.
+#[derive(Clone, Copy)]
+struct Architecture {
+    /// The least of its processors.
+    cpu: &'static str,
+    /// The largest page of a guest's kernel.
+    page: u32,
+    /// Whether the library is of use without a shim. Where it starts no guests yet, checking it should take no linker.
+    may_lack_linker: bool,
+}
+
+impl Architecture {
+    fn of(name: &str) -> Option<Self> {
+        match name {
+            "x86_64" => Some(Self { cpu: "x86-64", page: 4096, may_lack_linker: false }),
+            "aarch64" => Some(Self { cpu: "generic", page: 65536, may_lack_linker: true }),
+            _ => None,
+        }
+    }
+}
+
 fn main() -> Result<(), Failure> {
     println!("cargo::rerun-if-changed=build.rs");
     println!("cargo::rerun-if-changed=src/guest");
@@ -35,11 +56,18 @@ fn main() -> Result<(), Failure> {
         return std::fs::write(&shim, []).map_err(|error| Failure(format!("writing {}: {error}", shim.display())));
     }
     let target = text("TARGET")?;
-    let (arch, os) = (text("CARGO_CFG_TARGET_ARCH")?, text("CARGO_CFG_TARGET_OS")?);
-    if (arch.as_str(), os.as_str()) != ("x86_64", "linux") {
+    let architecture = Architecture::of(&text("CARGO_CFG_TARGET_ARCH")?);
+    let (Some(architecture), "linux") = (architecture, text("CARGO_CFG_TARGET_OS")?.as_str()) else {
         return Err(Failure(format!("cofferdam runs on x86_64 Linux only; the target is {target}")));
+    };
+    if let Err(failure) = build(&shim, &target, architecture) {
+        if !architecture.may_lack_linker {
+            return Err(failure);
+        }
+        check(&target, architecture)?;
+        println!("cargo::warning=no linker for {target}: containers will have no guest shim");
+        return std::fs::write(&shim, []).map_err(|error| Failure(format!("writing {}: {error}", shim.display())));
     }
-    build(&shim, &target)?;
     match std::fs::metadata(&shim) {
         Ok(metadata) if (1..=MAX_SIZE).contains(&metadata.len()) => Ok(()),
         Ok(metadata) => {
@@ -50,7 +78,8 @@ fn main() -> Result<(), Failure> {
 }
 
 /// Tries the linkers until one works: the one that cargo uses, then the one that comes with rustup's compilers and needs nothing installed.
-fn build(shim: &Path, target: &str) -> Result<(), Failure> {
+fn build(shim: &Path, target: &str, architecture: Architecture) -> Result<(), Failure> {
+    let page = format!("max-page-size={}", architecture.page);
     let mut through_cc: Vec<OsString> = Vec::new();
     if let Some(linker) = env::var_os("RUSTC_LINKER") {
         let mut flag = OsString::from("-Clinker=");
@@ -63,7 +92,7 @@ fn build(shim: &Path, target: &str) -> Result<(), Failure> {
         "-static",
         "-Wl,--build-id=none",
         "-Wl,--no-eh-frame-hdr",
-        "-Wl,-z,max-page-size=4096",
+        &format!("-Wl,-z,{page}"),
     ] {
         through_cc.push(format!("-Clink-arg={arg}").into());
     }
@@ -72,14 +101,14 @@ fn build(shim: &Path, target: &str) -> Result<(), Failure> {
         "-Clinker-flavor=ld.lld",
         "-Clink-arg=--build-id=none",
         "-Clink-arg=--no-eh-frame-hdr",
-        "-Clink-arg=-zmax-page-size=4096",
+        &format!("-Clink-arg=-z{page}"),
     ]
     .map(OsString::from)
     .into();
 
     let mut complaints = String::new();
     for linking in [&through_cc, &direct] {
-        let output = compile(shim, target, linking)?;
+        let output = compile(shim, target, architecture, linking)?;
         if output.status.success() {
             return Ok(());
         }
@@ -91,14 +120,26 @@ fn build(shim: &Path, target: &str) -> Result<(), Failure> {
     )))
 }
 
-fn compile(shim: &Path, target: &str, linking: &[OsString]) -> Result<Output, Failure> {
+/// Compiles the shim to machine code that nothing links.
+fn check(target: &str, architecture: Architecture) -> Result<(), Failure> {
+    let object = PathBuf::from(variable("OUT_DIR")?).join("shim.o");
+    let output = compile(&object, target, architecture, &["--emit=obj".into()])?;
+    let complaints = String::from_utf8_lossy(&output.stderr);
+    output.status.success().then_some(()).ok_or_else(|| {
+        Failure(format!(
+            "compiling the guest shim for {target} failed. It needs rustc's standard library for {target}. The compiler said:\n{complaints}"
+        ))
+    })
+}
+
+fn compile(out: &Path, target: &str, architecture: Architecture, more: &[OsString]) -> Result<Output, Failure> {
     let source = PathBuf::from(variable("CARGO_MANIFEST_DIR")?);
     let mut remap = OsString::from("--remap-path-prefix=");
     remap.push(&source);
     remap.push("=cofferdam");
 
     let mut rustc = Command::new(variable("RUSTC")?);
-    rustc.arg(source.join("src/guest/main.rs")).arg("-o").arg(shim).arg(remap);
+    rustc.arg(source.join("src/guest/main.rs")).arg("-o").arg(out).arg(remap);
     rustc.args([
         "--crate-name=shim",
         "--crate-type=bin",
@@ -118,7 +159,7 @@ fn compile(shim: &Path, target: &str, linking: &[OsString]) -> Result<Output, Fa
     ]);
     rustc.args([
         "-Crelocation-model=static",
-        "-Ctarget-cpu=x86-64",
+        &format!("-Ctarget-cpu={}", architecture.cpu),
         "-Cforce-unwind-tables=no",
         "-Cdebug-assertions=no",
     ]);
@@ -126,7 +167,7 @@ fn compile(shim: &Path, target: &str, linking: &[OsString]) -> Result<Output, Fa
     if text("CARGO_CFG_TARGET_ENV")? == "musl" {
         rustc.arg("-Clink-self-contained=no");
     }
-    rustc.args(linking);
+    rustc.args(more);
     // What wraps the compiler for the library (caches, clippy, coverage) and what bends its output has no say here.
     for name in
         ["RUSTFLAGS", "CARGO_ENCODED_RUSTFLAGS", "RUSTC_WRAPPER", "RUSTC_WORKSPACE_WRAPPER", "SOURCE_DATE_EPOCH"]

@@ -1,10 +1,7 @@
 //! How the machine ends, and the last words on the console. Runs on the shim's one thread, also from its panic.
 
 use super::sys;
-use crate::proto::{EXIT_FAULT, EXIT_HALT, EXIT_PORT, EXIT_POWER_OFF, EXIT_REBOOT, End};
-
-/// The first serial port, which takes what is to be printed.
-const SERIAL_PORT: u16 = 0x3f8;
+use crate::proto::{EXIT_FAULT, EXIT_HALT, EXIT_POWER_OFF, EXIT_REBOOT, End};
 
 /// A number as text, without the machinery of `core::fmt`.
 pub(super) struct Decimal {
@@ -47,10 +44,8 @@ pub(super) fn say(parts: &[&[u8]]) {
     }
     let line = line.get(..length).unwrap_or_default();
     if sys::write_raw(2, line).is_err() {
-        // The kernel has no driver for its console, or not yet; the machine has a serial port all the same.
-        for byte in line {
-            let _ = sys::write_port(SERIAL_PORT, *byte);
-        }
+        // The kernel has no driver for its console, or not yet; the machine may have something simpler all the same.
+        sys::print(line);
     }
 }
 
@@ -69,11 +64,7 @@ pub(super) fn fault() -> ! {
 }
 
 fn leave(value: u8) -> ! {
-    // A machine without ACPI has no way of its own to switch off, so the VMM offers one. Kernels are built with either way to it, or none.
-    let _ = sys::write_port(EXIT_PORT, value);
-    if let Ok(ports) = sys::open(None, c"/dev/port", sys::O_WRONLY) {
-        let _ = sys::write_at(&ports, &[value], EXIT_PORT.into());
-    }
+    sys::end_machine(value);
     // Still here. A reset ends a machine under any VMM; switching off would, without ACPI, leave it standing still for ever.
     let _ = sys::reboot(sys::RB_RESTART);
     // PID 1 that leaves makes the kernel panic, which ends it too.

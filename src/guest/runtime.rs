@@ -1,102 +1,19 @@
-//! The part of libc that the shim needs. It has the first instruction, memory functions, the allocator, and the end in
-//! a panic. Only in the shim, on its one thread.
+//! The part of libc that the shim needs. It has the allocator, and the end in a panic. Only in the shim, on its one thread.
+//!
+//! The first instructions and memory functions are the processor's, in `sys/arch`.
 #![allow(unsafe_code, reason = "the runtime itself")]
 
 use core::alloc::{GlobalAlloc, Layout};
-use core::arch::global_asm;
 use core::cell::UnsafeCell;
 use core::panic::PanicInfo;
 use core::ptr;
 
 use super::sys;
 
-// The kernel enters with the stack pointer at argc (System V ABI x86-64, 3.4.1); nothing there is wanted. A call leaves the stack as a
-// Rust function expects it.
-global_asm!(
-    ".globl _start",
-    "_start:",
-    "xor ebp, ebp",
-    "and rsp, -16",
-    "call {run}",
-    "ud2",
-    run = sym start,
-);
-
-extern "C" fn start() -> ! {
+/// What the first instructions call.
+pub(super) extern "C" fn start() -> ! {
     super::run()
 }
-
-// The string instructions are the fastest there is in few bytes, and being assembly these cannot be compiled into calls of themselves.
-global_asm!(
-    ".globl memcpy",
-    ".globl memmove",
-    ".globl memset",
-    ".globl memcmp",
-    ".globl bcmp",
-    ".globl strlen",
-    // (rdi: to, rsi: from, rdx: count)
-    "memcpy:",
-    "mov rax, rdi",
-    "2:",
-    "mov rcx, rdx",
-    "shr rcx, 3",
-    "rep movsq",
-    "mov ecx, edx",
-    "and ecx, 7",
-    "rep movsb",
-    "ret",
-    "memmove:",
-    "mov rax, rdi",
-    "mov rcx, rdi",
-    "sub rcx, rsi",
-    // Only where the target begins inside the source must the copy run backwards.
-    "cmp rcx, rdx",
-    "jae 2b",
-    "mov rcx, rdx",
-    "lea rdi, [rdi + rdx - 1]",
-    "lea rsi, [rsi + rdx - 1]",
-    "std",
-    "rep movsb",
-    "cld",
-    "ret",
-    "memset:",
-    "mov r8, rdi",
-    "movzx eax, sil",
-    "mov rcx, 0x0101010101010101",
-    "imul rax, rcx",
-    "mov rcx, rdx",
-    "shr rcx, 3",
-    "rep stosq",
-    "mov ecx, edx",
-    "and ecx, 7",
-    "rep stosb",
-    "mov rax, r8",
-    "ret",
-    "memcmp:",
-    "bcmp:",
-    "xor eax, eax",
-    "mov rcx, rdx",
-    "test rcx, rcx",
-    "jz 3f",
-    "repe cmpsb",
-    "je 3f",
-    "movzx eax, byte ptr [rdi - 1]",
-    "movzx ecx, byte ptr [rsi - 1]",
-    "sub eax, ecx",
-    // memcmp(a, b) is the sign of a - b, and rdi was a.
-    "3:",
-    "ret",
-    "strlen:",
-    "mov rax, rdi",
-    "4:",
-    "cmp byte ptr [rax], 0",
-    "je 5f",
-    "inc rax",
-    "jmp 4b",
-    "5:",
-    "sub rax, rdi",
-    "ret",
-);
 
 /// The smallest block: two words, so that a free one can hold a link and all are aligned for anything.
 const SMALLEST: usize = 16;

@@ -1,88 +1,21 @@
 //! All raw system calls of the shim, behind functions that are safe to call. Owned by the shim's one thread.
 //!
-//! x86_64 only; what depends on the processor is at the top. The same file is part of the library's tests, where it
-//! runs on the host.
+//! What depends on the processor is in `arch`. The same file is part of the library's tests, where it runs on the host.
 #![allow(unsafe_code, reason = "raw system calls: the shim has no libc")]
 
-use core::arch::asm;
 use core::ffi::{CStr, c_char};
 use core::marker::PhantomData;
 use core::ptr;
 
 use super::alloc::vec::Vec;
-
-/// System call numbers of x86_64 (Linux, arch/x86/entry/syscalls/syscall_64.tbl).
-mod nr {
-    pub(super) const READ: usize = 0;
-    pub(super) const WRITE: usize = 1;
-    pub(super) const CLOSE: usize = 3;
-    #[cfg(guest_bin)]
-    pub(super) const MMAP: usize = 9;
-    #[cfg(guest_bin)]
-    pub(super) const MUNMAP: usize = 11;
-    pub(super) const RT_SIGPROCMASK: usize = 14;
-    pub(super) const IOCTL: usize = 16;
-    pub(super) const PREAD64: usize = 17;
-    pub(super) const PWRITE64: usize = 18;
-    pub(super) const NANOSLEEP: usize = 35;
-    pub(super) const GETPID: usize = 39;
-    pub(super) const SOCKET: usize = 41;
-    pub(super) const CONNECT: usize = 42;
-    pub(super) const SHUTDOWN: usize = 48;
-    pub(super) const BIND: usize = 49;
-    pub(super) const LISTEN: usize = 50;
-    pub(super) const SETSOCKOPT: usize = 54;
-    pub(super) const GETSOCKOPT: usize = 55;
-    pub(super) const EXECVE: usize = 59;
-    pub(super) const WAIT4: usize = 61;
-    pub(super) const KILL: usize = 62;
-    pub(super) const FCNTL: usize = 72;
-    pub(super) const CHDIR: usize = 80;
-    pub(super) const FCHDIR: usize = 81;
-    pub(super) const UMASK: usize = 95;
-    pub(super) const SETSID: usize = 112;
-    pub(super) const RT_SIGTIMEDWAIT: usize = 128;
-    pub(super) const CHROOT: usize = 161;
-    pub(super) const SYNC: usize = 162;
-    pub(super) const MOUNT: usize = 165;
-    pub(super) const UMOUNT2: usize = 166;
-    pub(super) const REBOOT: usize = 169;
-    pub(super) const SETHOSTNAME: usize = 170;
-    pub(super) const IOPERM: usize = 173;
-    pub(super) const INIT_MODULE: usize = 175;
-    pub(super) const CLOCK_GETTIME: usize = 228;
-    pub(super) const EXIT_GROUP: usize = 231;
-    pub(super) const EPOLL_WAIT: usize = 232;
-    pub(super) const EPOLL_CTL: usize = 233;
-    pub(super) const OPENAT: usize = 257;
-    pub(super) const MKDIRAT: usize = 258;
-    pub(super) const UNLINKAT: usize = 263;
-    pub(super) const SYMLINKAT: usize = 266;
-    pub(super) const PPOLL: usize = 271;
-    pub(super) const UNSHARE: usize = 272;
-    pub(super) const SPLICE: usize = 275;
-    pub(super) const ACCEPT4: usize = 288;
-    pub(super) const SIGNALFD4: usize = 289;
-    pub(super) const EPOLL_CREATE1: usize = 291;
-    pub(super) const DUP3: usize = 292;
-    pub(super) const PIPE2: usize = 293;
-    pub(super) const PRLIMIT64: usize = 302;
-    pub(super) const FINIT_MODULE: usize = 313;
-    pub(super) const CLONE3: usize = 435;
-    pub(super) const CLOSE_RANGE: usize = 436;
-}
+use arch::nr;
 
 /// # Safety
 ///
 /// The arguments are what the system call `n` takes: pointers are valid for what the kernel reads and writes through them.
 unsafe fn syscall(n: usize, args: [usize; 6]) -> Result<usize, Errno> {
-    let result: usize;
-    let [a, b, c, d, e, f] = args;
-    // SAFETY: x86_64 system calls clobber rcx, r11 and rax only; what the kernel does with the arguments is the caller's promise.
-    unsafe {
-        asm!("syscall", inlateout("rax") n => result, in("rdi") a, in("rsi") b, in("rdx") c, in("r10") d, in("r8") e, in("r9") f,
-             lateout("rcx") _, lateout("r11") _, options(nostack));
-    }
+    // SAFETY: the caller's promise.
+    let result = unsafe { arch::system_call(n, args) };
     // -4095..=-1 are error numbers.
     match result.wrapping_neg() {
         errno @ 1..=4095 => Err(Errno(errno as i32)),
@@ -113,15 +46,6 @@ macro_rules! call {
     ($n:expr, $a:expr, $b:expr, $c:expr, $d:expr, $e:expr, $f:expr) => {
         syscall($n, [$a, $b, $c, $d, $e, $f])
     };
-}
-
-/// Writes one byte to an I/O port. Fails where the process may not, as for any but root.
-pub(super) fn write_port(port: u16, value: u8) -> Result<(), Errno> {
-    // SAFETY: ioperm takes plain numbers.
-    unsafe { call!(nr::IOPERM, usize::from(port), 1, 1) }?;
-    // SAFETY: `out` touches no memory of this process, and the permission for this port was just given.
-    unsafe { asm!("out dx, al", in("dx") port, in("al") value, options(nomem, nostack, preserves_flags)) };
-    Ok(())
 }
 
 /// An error number of Linux.
@@ -198,10 +122,12 @@ impl From<Fd> for std::os::fd::OwnedFd {
     }
 }
 
+mod arch;
 mod interface;
 mod random;
 mod socket;
 
+pub(super) use arch::{O_DIRECTORY, O_NOFOLLOW, end_machine, print};
 pub(super) use interface::{
     interface_index, interface_socket, interface_socket6, interface_up, set_address, set_address6, set_gateway,
     set_gateway6,
@@ -233,8 +159,6 @@ pub(super) const O_CREAT: usize = 0o100;
 pub(super) const O_EXCL: usize = 0o200;
 pub(super) const O_APPEND: usize = 0o2000;
 pub(super) const O_NONBLOCK: usize = 0o4000;
-pub(super) const O_DIRECTORY: usize = 0o200_000;
-pub(super) const O_NOFOLLOW: usize = 0o400_000;
 pub(super) const O_PATH: usize = 0o10_000_000;
 const O_CLOEXEC: usize = 0o2_000_000;
 
@@ -257,12 +181,6 @@ pub(super) fn read_start(fd: &Fd, into: &mut [u8]) -> Result<usize> {
 
 pub(super) fn write(fd: &Fd, from: &[u8]) -> Result<usize> {
     write_raw(fd.raw(), from)
-}
-
-/// Writes at a place of the file.
-pub(super) fn write_at(fd: &Fd, from: &[u8], offset: usize) -> Result<usize> {
-    // SAFETY: the kernel reads at most `len` bytes of the slice.
-    unsafe { call!(nr::PWRITE64, fd.arg(), from.as_ptr() as usize, from.len(), offset) }
 }
 
 /// Writes to a descriptor without an owner, such as standard error.

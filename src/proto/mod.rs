@@ -69,9 +69,9 @@ pub(crate) const BOOT_CONFIG_PATH: &str = "/cofferdam.boot";
 /// An encoded [`BootConfig`] is no longer than this.
 pub(crate) const BOOT_CONFIG_MAX: usize = 64 * 1024;
 
-/// The I/O port (one byte wide) to which the shim writes how the machine shall end, one of the `EXIT_` values. The VMM stops the VM there; a
-/// machine that has no such port goes on to `reboot(2)`.
-pub(crate) const EXIT_PORT: u16 = 0x600;
+// How the machine shall end, as the shim tells the VMM. How the value gets there is the processor's matter; where the VMM takes none,
+// `reboot(2)` ends the machine.
+
 /// The guest has shut down and wants the power off.
 pub(crate) const EXIT_POWER_OFF: u8 = 0x34;
 /// The guest has shut down and wants to start again.

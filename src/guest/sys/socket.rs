@@ -2,6 +2,7 @@
 
 use core::net::SocketAddr;
 
+use super::arch::EpollEvent;
 use super::{
     AF_INET, AF_INET6, Errno, Fd, O_CLOEXEC, O_NONBLOCK, POLLIN, POLLOUT, POLLRDHUP, Result, nr, syscall, write,
 };
@@ -132,14 +133,6 @@ pub(in super::super) fn is_writable(socket: &Fd) -> bool {
 #[derive(Debug)]
 pub(in super::super) struct Epoll(Fd);
 
-/// struct epoll_event (Linux, include/uapi/linux/eventpoll.h), which has no padding on x86_64.
-#[derive(Clone, Copy)]
-#[repr(C, packed)]
-struct Event {
-    events: u32,
-    token: u64,
-}
-
 impl Epoll {
     pub(in super::super) fn new() -> Result<Self> {
         // SAFETY: takes a plain number.
@@ -155,16 +148,16 @@ impl Epoll {
     pub(in super::super) fn watch(&self, socket: &Fd, token: u64) -> Result<()> {
         const ADD: usize = 1;
         const EDGE_TRIGGERED: u32 = 1 << 31;
-        let event = Event { events: (POLLIN | POLLOUT | POLLRDHUP) as u32 | EDGE_TRIGGERED, token };
+        let event = EpollEvent { events: (POLLIN | POLLOUT | POLLRDHUP) as u32 | EDGE_TRIGGERED, token };
         // SAFETY: the kernel reads one event.
         unsafe { call!(nr::EPOLL_CTL, self.0.arg(), ADD, socket.arg(), &raw const event as usize) }.map(drop)
     }
 
     /// The tokens of what something has happened to, 32 at a time. Never waits.
     pub(in super::super) fn tokens(&self) -> impl Iterator<Item = u64> + use<> {
-        let mut events = [Event { events: 0, token: 0 }; 32];
-        // SAFETY: the kernel writes as many events as there is room for.
-        let n = unsafe { call!(nr::EPOLL_WAIT, self.0.arg(), events.as_mut_ptr() as usize, events.len(), 0) };
+        let mut events = [EpollEvent { events: 0, token: 0 }; 32];
+        // SAFETY: the kernel writes as many events as there is room for; the signal mask is null.
+        let n = unsafe { call!(nr::EPOLL_PWAIT, self.0.arg(), events.as_mut_ptr() as usize, events.len(), 0, 0, 8) };
         events.into_iter().take(n.unwrap_or(0)).map(|event| event.token)
     }
 }
