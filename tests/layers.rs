@@ -18,9 +18,9 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("bus", &["sys", "error"]),
     ("irq", &["sys", "error"]),
     ("kvm", &["sys", "memory", "error"]),
-    ("arch", &["kvm", "memory", "error", "size"]),
+    ("legacy", &["bus", "sys", "error"]),
+    ("arch", &["kvm", "memory", "bus", "legacy", "sys", "error", "size"]),
     ("boot", &["memory", "arch", "sys", "error"]),
-    ("legacy", &["bus", "irq", "arch", "sys", "error"]),
     ("network", &["sys", "memory", "event_loop", "error", "size", "rate"]),
     ("virtio", &["sys", "memory", "bus", "irq", "event_loop", "network", "error", "size", "rate"]),
     (

@@ -273,6 +273,19 @@ impl fmt::Debug for VmFd {
     }
 }
 
+/// An interrupt that is raised by a signal to a descriptor.
+#[derive(Debug, Clone)]
+pub(crate) struct Irqfd {
+    pub fd: Arc<EventFd>,
+    pub gsi: u32,
+}
+
+impl Irqfd {
+    pub(crate) fn connect(&self, vm: &VmFd) -> Result<()> {
+        vm.register_irqfd(&self.fd, self.gsi)
+    }
+}
+
 /// How many MSRs one range of a filter speaks of. KVM allows 16 ranges.
 const MSR_RANGE: u32 = 4096;
 

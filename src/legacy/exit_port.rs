@@ -1,48 +1,37 @@
-//! The ports by which a guest reports its end, and reads their status.
+//! The register by which a guest reports its end, and that of its status.
 //!
 //! The values are those of an ACPI sleep control register (ACPI 6.5, 4.8.3.7: sleep type in bits 2 to 4, enable in bit
-//! 5). The ACPI tables name the ports so: type 5 is power-off. The status register reads as zero.
+//! 5). ACPI tables name it so: type 5 is power-off. The status register reads as zero.
 
-use std::ops::Range;
-
-use crate::arch::layout::EXIT_PORT;
+use super::GuestEnd;
 use crate::bus::BusDevice;
 
-/// Where it answers: first port, and how many.
-pub(crate) const EXIT_PORTS: Range<u64> = EXIT_PORT..EXIT_PORT + 2;
 const CONTROL: u64 = 0;
 
-/// What the guest asks for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum ExitPortRequest {
-    PowerOff,
-    Reboot,
-    Halt,
-    /// PID 1 could not go on.
-    Fault,
-}
-
-/// The device: tells `on_request` what was asked, on the vCPU's thread.
+/// The device: calls `on_end` with how the guest ends, on the vCPU's thread.
 pub(crate) struct ExitPort<F>(F);
 
-impl<F: FnMut(ExitPortRequest) + Send> ExitPort<F> {
-    pub(crate) fn new(on_request: F) -> Self {
-        Self(on_request)
+impl<F: FnMut(GuestEnd) + Send> ExitPort<F> {
+    /// How many registers it has, of one byte each.
+    pub(crate) const LEN: u64 = 2;
+
+    pub(crate) fn new(on_end: F) -> Self {
+        Self(on_end)
     }
 }
 
-impl<F: FnMut(ExitPortRequest) + Send> BusDevice for ExitPort<F> {
+impl<F: FnMut(GuestEnd) + Send> BusDevice for ExitPort<F> {
     fn read(&mut self, _: u64, _: &mut [u8]) {}
 
     fn write(&mut self, offset: u64, data: &[u8]) {
-        let request = match (offset, data) {
-            (CONTROL, [0x34, ..]) => ExitPortRequest::PowerOff,
-            (CONTROL, [0x35, ..]) => ExitPortRequest::Reboot,
-            (CONTROL, [0x36, ..]) => ExitPortRequest::Halt,
-            (CONTROL, [0x37, ..]) => ExitPortRequest::Fault,
+        let end = match (offset, data) {
+            (CONTROL, [0x34, ..]) => GuestEnd::PowerOff,
+            (CONTROL, [0x35, ..]) => GuestEnd::Reset,
+            (CONTROL, [0x36, ..]) => GuestEnd::Halt,
+            (CONTROL, [0x37, ..]) => GuestEnd::InitFault,
             _ => return,
         };
-        (self.0)(request);
+        (self.0)(end);
     }
 }
 
@@ -54,14 +43,11 @@ mod tests {
     fn only_known_requests_are_passed_on() {
         let mut seen = Vec::new();
         {
-            let mut port = ExitPort::new(|request| seen.push(request));
+            let mut port = ExitPort::new(|end| seen.push(end));
             (0..=u8::MAX).for_each(|value| port.write(CONTROL, &[value]));
             (0..=u8::MAX).for_each(|value| port.write(CONTROL + 1, &[value]));
             port.write(CONTROL, &[]);
         }
-        assert_eq!(
-            seen,
-            [ExitPortRequest::PowerOff, ExitPortRequest::Reboot, ExitPortRequest::Halt, ExitPortRequest::Fault]
-        );
+        assert_eq!(seen, [GuestEnd::PowerOff, GuestEnd::Reset, GuestEnd::Halt, GuestEnd::InitFault]);
     }
 }

@@ -1,13 +1,31 @@
-//! Legacy devices that a stock kernel uses.
+//! Devices that a stock kernel uses and that are no virtio devices.
 //!
-//! They are a serial port, a keyboard controller, and the ports by which a kernel ends or reports a panic.
+//! They are a serial port, and the registers by which a kernel ends or reports a panic. Where they answer, and what else
+//! is there, is the architecture's matter.
 
 mod exit_port;
-mod i8042;
 mod panic_port;
 mod serial;
 
-pub(crate) use exit_port::{EXIT_PORTS, ExitPort, ExitPortRequest};
-pub(crate) use i8042::{I8042, I8042_PORTS, Keys};
-pub(crate) use panic_port::{PANIC_PORTS, PanicPort};
-pub(crate) use serial::{SERIAL_PORTS, SerialPort};
+pub(crate) use exit_port::ExitPort;
+pub(crate) use panic_port::PanicPort;
+pub(crate) use serial::SerialPort;
+
+/// How a guest ends by itself, as it tells one of these devices.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum GuestEnd {
+    PowerOff,
+    Reset,
+    Halt,
+    /// PID 1 could not go on.
+    InitFault,
+    /// The kernel could not.
+    Panic,
+}
+
+/// Keys of a guest's keyboard, pressed and released.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Keys {
+    Power,
+    CtrlAltDel,
+}

@@ -1,14 +1,9 @@
-//! The port by which a guest's kernel reports a panic.
+//! The register by which a guest's kernel reports a panic (QEMU, docs/specs/pvpanic).
 //!
 //! It is for kernels whose console nothing reads.
 
-use std::ops::Range;
-
-use crate::arch::layout::PANIC_PORT;
 use crate::bus::BusDevice;
 
-/// Where it answers: first port, and how many.
-pub(crate) const PANIC_PORTS: Range<u64> = PANIC_PORT..PANIC_PORT + 1;
 /// The guest has panicked and will do nothing more about it.
 const PANICKED: u8 = 1 << 0;
 /// The guest has panicked and runs a crash kernel now, which will end the machine when it is done.
@@ -18,6 +13,9 @@ const CRASH_LOADED: u8 = 1 << 1;
 pub(crate) struct PanicPort<F>(F);
 
 impl<F: FnMut() + Send> PanicPort<F> {
+    /// How many registers it has, of one byte each.
+    pub(crate) const LEN: u64 = 1;
+
     pub(crate) fn new(on_panic: F) -> Self {
         Self(on_panic)
     }

@@ -1,20 +1,15 @@
-//! The first serial port, `ttyS0` in the guest.
+//! A serial port, `ttyS0` in the guest.
 //!
 //! It is a 16550A whose output is a console like any other.
 
 use std::io;
-use std::ops::Range;
 use std::sync::Arc;
 
 use vm_superio::{Serial, Trigger};
 
-use crate::arch::layout::SERIAL_PORT;
 use crate::bus::BusDevice;
 use crate::error::{Context, Result};
 use crate::sys::{EventFd, eventfd};
-
-/// Where it answers: first port, and how many.
-pub(crate) const SERIAL_PORTS: Range<u64> = SERIAL_PORT..SERIAL_PORT + 8;
 
 /// An interrupt line of the kind that vm-superio pulls.
 struct SerialInterrupt(Arc<EventFd>);
@@ -33,6 +28,9 @@ pub(crate) struct SerialPort<W: io::Write> {
 }
 
 impl<W: io::Write> SerialPort<W> {
+    /// How many registers it has, of one byte each.
+    pub(crate) const LEN: u64 = 8;
+
     /// The port, and the descriptor of its interrupt.
     ///
     /// # Errors

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::disk::DiskError;
 use super::stats::DeviceStats;
+use crate::legacy::GuestEnd;
 use crate::virtio::DeviceId;
 
 pub use crate::arch::Registers;
@@ -343,6 +344,18 @@ pub(super) enum Reason {
     Device(DeviceId, String),
     Disk(DiskError),
     Vcpu(String),
+}
+
+impl From<GuestEnd> for Reason {
+    fn from(end: GuestEnd) -> Self {
+        match end {
+            GuestEnd::PowerOff => Self::PowerOff,
+            GuestEnd::Reset => Self::Reset,
+            GuestEnd::Halt => Self::Halt,
+            GuestEnd::InitFault => Self::InitFault,
+            GuestEnd::Panic => Self::Panic,
+        }
+    }
 }
 
 impl Reason {

@@ -5,22 +5,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::arch::{Cpu, layout};
 use crate::error::Result;
-use crate::kvm::{Kvm, VcpuFd, VmFd};
+use crate::kvm::{Irqfd, Kvm, VcpuFd, VmFd};
 use crate::memory::GuestMemory;
-use crate::sys::{EventFd, RegisterPages};
-
-/// An interrupt that is raised by a signal to a descriptor.
-#[derive(Debug, Clone)]
-pub(super) struct Irqfd {
-    pub fd: Arc<EventFd>,
-    pub gsi: u32,
-}
-
-impl Irqfd {
-    pub(super) fn connect(&self, vm: &VmFd) -> Result<()> {
-        vm.register_irqfd(&self.fd, self.gsi)
-    }
-}
+use crate::sys::RegisterPages;
 
 /// The VM in KVM, and what it is made from. Field order is the order of release: descriptors before memory.
 #[cfg_attr(

@@ -3,7 +3,7 @@
 //! The loops `io`, `disks` and `diskN` start in [`DeviceSet`], all other threads in [`threads`](super::threads).
 
 use std::fmt;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::cgroup::CgroupGuard;
@@ -12,23 +12,21 @@ use super::device_events::DeviceEvents;
 use super::device_set::DeviceSet;
 use super::devices::{self, OpenedDevices, disk_handle, net_handle};
 use super::events::{EventKind, EventLog, Throttled};
-use super::exit::{BootMarks, Reason};
-use super::kvm_objects::{Irqfd, KvmObjects, make_vm};
+use super::exit::BootMarks;
+use super::kvm_objects::{KvmObjects, make_vm};
 use super::mmio_slots::{MmioSlots, max_devices};
 use super::shared::VmShared;
 use super::threads::VmThreads;
 use super::vcpu::LastExit;
-use super::{Handles, Keyboard, Vm};
+use super::{Handles, Vm};
 use crate::arch::layout::{self, MmioSlot};
-use crate::arch::{self, Cpu, EntryPoint};
+use crate::arch::{self, Cpu, EntryPoint, Platform};
 use crate::boot::{self, Kernel};
-use crate::bus::{Attached, Bus};
+use crate::bus::Bus;
 use crate::error::{Context, Error, Result};
 use crate::event_loop::{Loop, Remote};
 use crate::kvm::Kvm;
-use crate::legacy::{
-    EXIT_PORTS, ExitPort, ExitPortRequest, I8042, I8042_PORTS, PANIC_PORTS, PanicPort, SERIAL_PORTS, SerialPort,
-};
+use crate::legacy::GuestEnd;
 use crate::memory::{GuestAddress, GuestMemory};
 use crate::network::CapturePump;
 use crate::sys::{self, KickSignal, RegisterPages};
@@ -103,7 +101,7 @@ pub(super) fn start(config: &VmConfig) -> Result<Vm> {
     let signal = KickSignal::install(config.kick_signal)?;
     let shared = VmShared::new(vcpus, signal, marks, log, output, registers.clone())?;
     let shared = Arc::new(shared);
-    let Ports { bus: ports, keyboard, lines } = ports(&shared)?;
+    let Platform { ports, keyboard, lines } = Platform::new(shared.output.clone(), guest_end(&shared))?;
     lines.iter().try_for_each(|line| line.connect(&vm))?;
     let kvm = Arc::new(KvmObjects::new(vm, cpu, lines, registers, memory.clone()));
     let recorder = kernel.dirty_page_recorder();
@@ -194,45 +192,10 @@ fn watch_pressure(cgroup: Option<&CgroupGuard>, on: &Remote<Slots>, shared: &Arc
     on.with(move |slots| slots.watch_urgent(file, notify))?.doing(|| "watching the VM's cgroup")
 }
 
-/// What answers at ports.
-struct Ports {
-    bus: Bus,
-    /// By which the guest can be asked to shut down.
-    keyboard: Keyboard,
-    lines: Vec<Irqfd>,
-}
-
-fn ports(shared: &Arc<VmShared>) -> Result<Ports> {
-    let ports = Bus::default();
-    let stop = |shared: &Arc<VmShared>| {
-        let shared = shared.clone();
-        move |reason| {
-            shared.stop(reason, LastExit { vcpu_exit: Some("the guest asked for it".into()), registers: None })
-        }
-    };
-    let (serial, fd) = SerialPort::new(shared.output.clone())?;
-    let serial_line = Irqfd { fd, gsi: layout::SERIAL_IRQ };
-    ports.attach(SERIAL_PORTS, Arc::new(Mutex::new(serial)))?;
-
-    let on_reset = stop(shared);
-    let (controller, fd) = I8042::new(Box::new(move || on_reset(Reason::Reset)) as Box<dyn FnMut() + Send>)?;
-    let keyboard_line = Irqfd { fd, gsi: layout::I8042_IRQ };
-    let keyboard: Keyboard = Arc::new(Mutex::new(controller));
-    ports.attach(I8042_PORTS, keyboard.clone())?;
-
-    let on_panic = stop(shared);
-    let panic: Attached = Arc::new(Mutex::new(PanicPort::new(move || on_panic(Reason::Panic))));
-    ports.attach(PANIC_PORTS, panic)?;
-
-    let on_request = stop(shared);
-    let exit_port: Attached = Arc::new(Mutex::new(ExitPort::new(move |request| {
-        on_request(match request {
-            ExitPortRequest::PowerOff => Reason::PowerOff,
-            ExitPortRequest::Reboot => Reason::Reset,
-            ExitPortRequest::Halt => Reason::Halt,
-            ExitPortRequest::Fault => Reason::InitFault,
-        });
-    })));
-    ports.attach(EXIT_PORTS, exit_port)?;
-    Ok(Ports { bus: ports, keyboard, lines: vec![serial_line, keyboard_line] })
+/// What a guest does that tells a device how it ends.
+fn guest_end(shared: &Arc<VmShared>) -> impl Fn(GuestEnd) + Clone + Send + use<> {
+    let shared = shared.clone();
+    move |end: GuestEnd| {
+        shared.stop(end.into(), LastExit { vcpu_exit: Some("the guest asked for it".into()), registers: None });
+    }
 }

@@ -53,10 +53,11 @@ use disk::DiskHandle;
 use events::{EventKind, Events, PauseCause};
 use net::NetHandle;
 
+use crate::arch::Keyboard;
 use crate::boot::Kernel;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::event_loop::Remote;
-use crate::legacy::{I8042, Keys};
+use crate::legacy::Keys;
 use crate::size::Size;
 use crate::sys::{STACK, borrow, deadline, leak, left, spawn};
 use crate::virtio::balloon::Balloon;
@@ -67,8 +68,6 @@ use exit::Reason;
 use machine::Machine;
 use shared::VmShared;
 use vcpu::LastExit;
-
-type Keyboard = Arc<Mutex<I8042<Box<dyn FnMut() + Send>>>>;
 
 /// How long a guest may take to say how it uses its memory.
 const MEMORY_STATS_TIMEOUT: Duration = Duration::from_secs(1);
@@ -223,7 +222,7 @@ impl Vm {
         }
         let second = begin.checked_add((grace / 4).min(POWER_KEY_TIMEOUT));
         for (keys, until) in [(Keys::Power, second), (Keys::CtrlAltDel, begin.checked_add(grace))] {
-            if !self.running.handles.keyboard.lock().unwrap_or_else(PoisonError::into_inner).press(keys) {
+            if !self.running.handles.keyboard.press(keys) {
                 log::info!("the guest has no keyboard driver and cannot be asked to shut down");
             }
             if let Some(exit) = self.running.shared.wait(until) {

@@ -8,12 +8,12 @@ use std::time::{Duration, Instant};
 
 use super::Vm;
 use super::exit::Reason;
-use super::kvm_objects::{Irqfd, KvmObjects};
+use super::kvm_objects::KvmObjects;
 use super::shared::VmShared;
 use super::vcpu::{LastExit, VcpuControl};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::kvm::state::{ClockState, VcpuFormat, VcpuState, VmState};
-use crate::kvm::{Kvm, VcpuFd, VmFd};
+use crate::kvm::{Irqfd, Kvm, VcpuFd, VmFd};
 use crate::sys::left;
 
 /// How long a rebuild may take beside the pause before it.

@@ -184,7 +184,7 @@ pub(super) fn run(machine: &Machine, id: u8, mut vcpu: VcpuFd) {
         };
         if let Some((reason, words)) = reason {
             let registers = (reason != Reason::PowerOff).then(|| Registers::of(&vcpu).ok()).flatten();
-            let registers = registers.filter(|r| reason != Reason::TripleFault || r.rip != RESET_VECTOR);
+            let registers = registers.filter(|r| reason != Reason::TripleFault || !r.are_reset());
             machine.shared.stop(reason, LastExit { vcpu_exit: Some(words), registers });
         }
     }
@@ -204,9 +204,6 @@ fn look(machine: &Machine, control: &VcpuControl, vcpu: &VcpuFd) -> Option<(Reas
     halt::all_halted_for_good(machine.shared.vcpus.iter().map(|it| &it.halt))
         .then(|| (Reason::Halt, "all vCPUs halted, with interrupts disabled".into()))
 }
-
-/// Where a reset processor begins. KVM on AMD resets a vCPU at a triple fault, so nothing of the fault is left to tell.
-const RESET_VECTOR: u64 = 0xfff0;
 
 /// Serves one exit. Something comes back when the guest cannot go on.
 fn handle(mmio: &mut BusView<'_>, ports: &mut BusView<'_>, exit: VcpuExit<'_>) -> Option<(Reason, String)> {

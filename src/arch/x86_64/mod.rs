@@ -1,15 +1,18 @@
-//! x86_64: memory layout, boot registers, CPUID, MSRs, ACPI and MultiProcessor tables.
+//! x86_64: memory layout, devices of old, boot registers, CPUID, MSRs, ACPI and MultiProcessor tables.
 
 mod acpi;
 mod cpuid;
+mod i8042;
 pub(crate) mod layout;
 mod mptable;
+mod platform;
 mod profile;
 mod regs;
 
 use kvm_bindings::{Msrs, kvm_msr_entry};
 
 pub(crate) use cpuid::Cpu;
+pub(crate) use platform::{Keyboard, Platform};
 pub use profile::{CpuProfile, CpuidBits, CpuidRegister};
 pub use regs::Registers;
 pub(crate) use regs::{EntryPoint, boot_vcpu, write_boot_tables};

@@ -177,6 +177,17 @@ impl Registers {
     }
 }
 
+impl Registers {
+    /// Whether they are those of a reset processor. KVM on AMD resets a vCPU at a triple fault, so nothing of the fault is
+    /// left to tell.
+    pub(crate) fn are_reset(&self) -> bool {
+        self.rip == RESET_VECTOR
+    }
+}
+
+/// Where a reset processor begins (Intel SDM vol. 3A, 10.1.4).
+const RESET_VECTOR: u64 = 0xfff0;
+
 impl fmt::Display for Registers {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "rip={:#x} rsp={:#x} rflags={:#x}", self.rip, self.rsp, self.rflags)?;

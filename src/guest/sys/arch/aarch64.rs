@@ -1,4 +1,4 @@
-//! aarch64: system calls, the first instructions, memory functions, and how a machine ends.
+//! aarch64: system calls, start code, memory functions, and how a machine ends.
 
 use core::arch::asm;
 

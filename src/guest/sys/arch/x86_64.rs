@@ -1,4 +1,4 @@
-//! x86_64: system calls, the first instructions, memory functions, and the ports by which a machine ends.
+//! x86_64: system calls, start code, memory functions, and the ports by which a machine ends.
 
 use core::arch::asm;
 

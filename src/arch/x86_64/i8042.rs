@@ -3,16 +3,13 @@
 //! Kernels reset the machine through it, and Ctrl-Alt-Del arrives by it.
 
 use std::collections::VecDeque;
-use std::ops::Range;
 use std::sync::Arc;
 
-use crate::arch::layout::I8042_PORT;
 use crate::bus::BusDevice;
 use crate::error::{Context, Result};
+use crate::legacy::Keys;
 use crate::sys::{EventFd, eventfd};
 
-/// Where it answers: first port, and how many.
-pub(crate) const I8042_PORTS: Range<u64> = I8042_PORT..I8042_PORT + 5;
 const DATA: u64 = 0;
 const COMMAND: u64 = 4;
 
@@ -24,25 +21,17 @@ const NOT_LOCKED: u8 = 1 << 4;
 const KEYBOARD_INTERRUPT: u8 = 1;
 /// Command byte: the keyboard's clock is off.
 const KEYBOARD_OFF: u8 = 1 << 4;
-/// Command byte: scan codes are translated to set 1, which is what [`Keys`] are in.
+/// Command byte: scan codes are translated to set 1, which is what [`codes`] are in.
 const TRANSLATE: u8 = 1 << 6;
 
 /// What the guest has not read; more is dropped, as a real controller drops keys.
 const MAX_OUTPUT: usize = 32;
 
-/// Keys pressed and released, in scan code set 1.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Keys {
-    Power,
-    CtrlAltDel,
-}
-
-impl Keys {
-    fn codes(self) -> &'static [u8] {
-        match self {
-            Self::Power => &[0xe0, 0x5e, 0xe0, 0xde],
-            Self::CtrlAltDel => &[0x1d, 0x38, 0xe0, 0x53, 0xe0, 0xd3, 0xb8, 0x9d],
-        }
+/// The codes of keys that are pressed and released, in scan code set 1.
+fn codes(keys: Keys) -> &'static [u8] {
+    match keys {
+        Keys::Power => &[0xe0, 0x5e, 0xe0, 0xde],
+        Keys::CtrlAltDel => &[0x1d, 0x38, 0xe0, 0x53, 0xe0, 0xd3, 0xb8, 0x9d],
     }
 }
 
@@ -60,7 +49,7 @@ enum Expect {
 }
 
 /// The device. `on_reset` is called on the vCPU's thread.
-pub(crate) struct I8042<F> {
+pub(super) struct I8042<F> {
     on_reset: F,
     interrupt: Arc<EventFd>,
     output: VecDeque<u8>,
@@ -69,11 +58,14 @@ pub(crate) struct I8042<F> {
 }
 
 impl<F: FnMut() + Send> I8042<F> {
+    /// How many ports it has, from that of its data on.
+    pub(super) const LEN: u64 = 5;
+
     /// The controller, and the descriptor of its interrupt.
     ///
     /// # Errors
     /// `ResourceExhausted` when the process has no descriptors left.
-    pub(crate) fn new(on_reset: F) -> Result<(Self, Arc<EventFd>)> {
+    pub(super) fn new(on_reset: F) -> Result<(Self, Arc<EventFd>)> {
         let interrupt = Arc::new(eventfd().doing(|| "creating a keyboard controller")?);
         let controller = Self {
             on_reset,
@@ -86,10 +78,10 @@ impl<F: FnMut() + Send> I8042<F> {
     }
 
     /// Presses keys. False when the guest has no keyboard driver to hear it.
-    pub(crate) fn press(&mut self, keys: Keys) -> bool {
+    pub(super) fn press(&mut self, keys: Keys) -> bool {
         let listening = self.command_byte & (KEYBOARD_INTERRUPT | KEYBOARD_OFF) == KEYBOARD_INTERRUPT;
         if listening {
-            self.answer(keys.codes());
+            self.answer(codes(keys));
         }
         listening
     }
@@ -202,7 +194,7 @@ mod tests {
         assert!(interrupt.read().is_ok());
         assert_eq!(read(&mut controller, COMMAND) & OUTPUT_FULL, OUTPUT_FULL);
         let keys: Vec<u8> = (0..12).map(|_| read(&mut controller, DATA)).collect();
-        let expected = [Keys::Power, Keys::CtrlAltDel].map(Keys::codes).concat();
+        let expected = [Keys::Power, Keys::CtrlAltDel].map(codes).concat();
         assert_eq!((keys, read(&mut controller, COMMAND) & OUTPUT_FULL), (expected, 0));
     }
 
