@@ -7,7 +7,7 @@
 
 mod common;
 
-#[path = "../src/boot/tiny.rs"]
+#[path = "../src/boot/x86/tiny.rs"]
 #[allow(dead_code, reason = "tests use more of it")]
 mod tiny;
 

@@ -308,7 +308,7 @@ pub fn kernel_image(data: &[u8]) {
     let mut bytes = Bytes(data);
     let file_bytes = match bytes.byte() % 4 {
         0 => data.to_vec(),
-        1 => damaged(tiny::bzimage(&[0xf4; 600]), bytes),
+        1 => damaged(tiny::vmlinuz(&[0xf4; 600]), bytes),
         // With a configuration embedded, as far as its gzip header goes.
         2 => tiny::elf(&[b"IKCFG_ST\x1f\x8b\x08", bytes.0, b"IKCFG_ED"].concat()),
         _ => damaged(tiny::elf(&[0xf4; 600]), bytes),

@@ -11,7 +11,7 @@ use cofferdam::kernel::{Initramfs, Modules};
 use cofferdam::vsock::Vsock;
 use cofferdam::{Disk, ErrorKind, Kernel, Size, Vm, VmBuilder};
 
-#[path = "../src/boot/tiny.rs"]
+#[path = "../src/boot/x86/tiny.rs"]
 mod tiny;
 
 /// A directory that goes away with its test.

@@ -79,7 +79,7 @@ impl Places {
 }
 
 /// The remedies that work on any host.
-const REMEDY: &str = "run guest/kernel/build of the cofferdam sources once, set COFFERDAM_KERNEL to a vmlinux or bzImage \
+const REMEDY: &str = "run guest/kernel/build of the cofferdam sources once, set COFFERDAM_KERNEL to a vmlinux or vmlinuz \
                       with built-in drivers, or give any kernel with `Kernel::open(..)?.modules(Modules::open(..)?)`";
 
 /// What was looked for, and why it does not serve.
@@ -151,7 +151,7 @@ impl Missed {
 mod tests {
     use std::os::unix::fs::symlink;
 
-    use super::super::tiny::{bzimage, elf};
+    use super::super::tiny::{elf, vmlinuz};
     use super::*;
 
     const RELEASE: &str = "6.1.0-test-amd64";
@@ -190,10 +190,10 @@ mod tests {
             self.0.join(directory.replace("RELEASE", RELEASE))
         }
 
-        /// What is found: whether it has a bzImage's header, and where its modules lie.
+        /// What is found: whether it unpacks itself, and where its modules lie.
         fn found(&self) -> (bool, Option<PathBuf>) {
             let kernel = self.places().open().unwrap();
-            (kernel.loaded.header.is_some(), kernel.modules_directory())
+            (kernel.loaded.entry.has_header(), kernel.modules_directory())
         }
     }
 
@@ -206,7 +206,7 @@ mod tests {
     #[test]
     fn the_hosts_own_kernel_is_found_where_debian_and_ubuntu_keep_it() {
         let fake = Fake::new("debian");
-        fake.write("root/boot/vmlinuz-RELEASE", &bzimage(b"\xf4"));
+        fake.write("root/boot/vmlinuz-RELEASE", &vmlinuz(b"\xf4"));
         let modules = fake.modules("root/usr/lib/modules/RELEASE");
         assert_eq!(fake.found(), (true, Some(modules)));
     }
@@ -214,7 +214,7 @@ mod tests {
     #[test]
     fn the_hosts_own_kernel_is_found_where_fedora_and_arch_keep_it() {
         let fake = Fake::new("arch");
-        fake.write("root/usr/lib/modules/RELEASE/vmlinuz", &bzimage(b"\xf4"));
+        fake.write("root/usr/lib/modules/RELEASE/vmlinuz", &vmlinuz(b"\xf4"));
         let modules = fake.modules("root/usr/lib/modules/RELEASE");
         assert_eq!(fake.found(), (true, Some(modules)));
     }
@@ -222,7 +222,7 @@ mod tests {
     #[test]
     fn modules_are_found_where_lib_is_a_directory_of_its_own() {
         let fake = Fake::new("lib");
-        fake.write("root/boot/vmlinuz-RELEASE", &bzimage(b"\xf4"));
+        fake.write("root/boot/vmlinuz-RELEASE", &vmlinuz(b"\xf4"));
         let modules = fake.modules("root/lib/modules/RELEASE");
         assert_eq!(fake.found(), (true, Some(modules)));
     }
@@ -230,17 +230,17 @@ mod tests {
     #[test]
     fn kernel_search_prefers_small_then_stock_then_host_kernel() {
         let fake = Fake::new("order");
-        fake.write("root/boot/vmlinuz-RELEASE", &bzimage(b"\xf4"));
+        fake.write("root/boot/vmlinuz-RELEASE", &vmlinuz(b"\xf4"));
         fake.modules("root/usr/lib/modules/RELEASE");
-        fake.write("cache/kernels/cloud-6.12/vmlinuz", &bzimage(b"\xf4"));
+        fake.write("cache/kernels/cloud-6.12/vmlinuz", &vmlinuz(b"\xf4"));
         let stock = fake.modules("cache/kernels/cloud-6.12/modules");
         assert_eq!(fake.found(), (true, Some(stock)));
         fake.write("cache/kernel/vmlinux", &elf(b"\xf4"));
         assert_eq!(fake.found(), (false, None));
         // And what the environment names before all.
-        let named = fake.write("named", &bzimage(b"\xf4"));
+        let named = fake.write("named", &vmlinuz(b"\xf4"));
         let places = Places { named: Some(named), ..fake.places() };
-        assert!(places.open().unwrap().loaded.header.is_some());
+        assert!(places.open().unwrap().loaded.entry.has_header());
         let places = Places { named: Some(fake.0.join("absent")), ..fake.places() };
         let error = places.open().unwrap_err();
         assert_eq!(error.kind(), ErrorKind::NotFound);
@@ -250,7 +250,7 @@ mod tests {
     #[test]
     fn damaged_small_kernel_is_an_error() {
         let fake = Fake::new("damaged");
-        fake.write("root/boot/vmlinuz-RELEASE", &bzimage(b"\xf4"));
+        fake.write("root/boot/vmlinuz-RELEASE", &vmlinuz(b"\xf4"));
         fake.modules("root/usr/lib/modules/RELEASE");
         fake.write("cache/kernel/vmlinux", b"not a kernel at all, though long enough");
         assert_eq!(fake.places().open().unwrap_err().kind(), ErrorKind::Corrupt);
@@ -292,7 +292,7 @@ mod tests {
     #[test]
     fn a_host_kernel_without_modules_serves_if_it_is_known_to_need_none() {
         let fake = Fake::new("monolithic");
-        fake.write("root/boot/vmlinuz-RELEASE", &bzimage(b"\xf4"));
+        fake.write("root/boot/vmlinuz-RELEASE", &vmlinuz(b"\xf4"));
         let error = fake.places().open().unwrap_err().to_string();
         assert!(error.contains("without modules in "), "{error}");
         let config = "CONFIG_X86_64=y\nCONFIG_VIRTIO_MMIO=m\n";
@@ -305,7 +305,7 @@ mod tests {
     #[test]
     fn a_damaged_list_of_modules_is_named() {
         let fake = Fake::new("no-dep");
-        fake.write("root/boot/vmlinuz-RELEASE", &bzimage(b"\xf4"));
+        fake.write("root/boot/vmlinuz-RELEASE", &vmlinuz(b"\xf4"));
         fake.write("root/usr/lib/modules/RELEASE/modules.builtin", b"");
         let error = fake.places().open().unwrap_err().to_string();
         assert!(error.contains("modules.dep") && error.contains("depmod"), "{error}");
@@ -314,7 +314,7 @@ mod tests {
     #[test]
     fn a_link_to_a_kernel_is_followed() {
         let fake = Fake::new("link");
-        let kernel = fake.write("root/usr/lib/modules/RELEASE/real", &bzimage(b"\xf4"));
+        let kernel = fake.write("root/usr/lib/modules/RELEASE/real", &vmlinuz(b"\xf4"));
         fs::create_dir_all(fake.0.join("root/boot")).unwrap();
         symlink(kernel, fake.0.join(format!("root/boot/vmlinuz-{RELEASE}"))).unwrap();
         fake.modules("root/usr/lib/modules/RELEASE");

@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 
 use flate2::bufread::GzDecoder;
 
+use super::protocol::CONFIG_SYMBOL;
 use crate::error::{Error, ErrorKind, Result};
 use crate::memory::{GuestAddress, MemoryImage};
 
@@ -25,8 +26,6 @@ const END: &[u8] = b"IKCFG_ED";
 const MAX: usize = 1 << 20;
 /// How much of a kernel is searched at once.
 const WINDOW: usize = 64 << 10;
-/// In every configuration of a kernel that boots here.
-const ALWAYS: &str = "X86_64";
 
 /// What is known of a kernel's configuration.
 #[derive(Debug, Default)]
@@ -170,7 +169,7 @@ fn parse(text: &[u8]) -> Option<BTreeMap<Box<str>, bool>> {
         _ => None,
     };
     let all: BTreeMap<Box<str>, bool> = text.lines().filter_map(enabled).collect();
-    all.contains_key(ALWAYS).then_some(all)
+    all.contains_key(CONFIG_SYMBOL).then_some(all)
 }
 
 /// `config-VERSION` for a file with a version after its first dash, such as `vmlinuz-VERSION`; then `config`.

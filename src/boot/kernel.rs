@@ -1,31 +1,22 @@
 //! [`Kernel`]: a Linux kernel, opened and checked once, booted any number of times.
 
 use std::fs::File;
-use std::io::{Read, Seek, SeekFrom, Write};
-use std::os::unix::fs::FileExt;
+use std::io::{Seek, Write};
 use std::path::Path;
 #[cfg(test)]
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use linux_loader::bootparam::setup_header;
-use linux_loader::loader::elf::PvhBootCapability;
-use linux_loader::loader::{BzImage, Elf, KernelLoader};
-
 use super::find::Places;
 use super::ikconfig::Configuration;
+use super::protocol::{self, EntryChoice, KernelEntry};
 use super::{Initramfs, Modules, Need, Packed};
-use crate::arch::{EntryPoint, layout};
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::memory::{GuestAddress, GuestMemory, MemoryImage};
+use crate::memory::{GuestMemory, MemoryImage};
 use crate::sys;
 
 /// A kernel must fit below this guest address. Real ones end far below; the space costs nothing unless used.
-const IMAGE_SPACE: u64 = 1 << 30;
-/// `xloadflags`: the kernel has a 64-bit entry point at 0x200 (Linux x86 boot protocol, 1.3).
-const XLF_KERNEL_64: u16 = 1;
-/// Where that entry point is, from where the kernel was loaded (Linux x86 boot protocol, 1.4).
-const ENTRY_64: u64 = 0x200;
+pub(super) const IMAGE_SPACE: u64 = 1 << 30;
 
 /// Records which of a kernel's pages its guests write, so that later guests have copies of them at once.
 #[derive(Debug, Clone)]
@@ -40,7 +31,7 @@ impl DirtyPageRecorder {
 
 /// A Linux kernel to boot, with its command line and initramfs.
 ///
-/// Takes an x86_64 ELF `vmlinux` or a `bzImage` (`vmlinuz`) as distributions ship them. Opening loads the file into a
+/// Takes an ELF `vmlinux`, or a `vmlinuz` that unpacks itself, as distributions ship them. Opening loads the file into a
 /// sealed image in memory once, and every VM that boots it maps that image copy-on-write. So the file may change or go
 /// away afterwards. Cloning is cheap and shares the loaded image. Nothing is ever downloaded.
 ///
@@ -58,20 +49,16 @@ pub struct Kernel {
     pub(super) cmdline: String,
     pub(super) initramfs: Option<Initramfs>,
     modules: Option<Modules>,
-    pvh: bool,
+    pub(super) choice: EntryChoice,
 }
 
 /// What came of a kernel file.
 #[derive(Debug)]
 pub(super) struct Loaded {
     pub image: MemoryImage,
-    pub entry: EntryPoint,
-    /// Its PVH entry point, if it has one.
-    pub pvh: Option<GuestAddress>,
+    pub entry: KernelEntry,
     /// Where the kernel will have unpacked itself; the initramfs must lie above.
     pub end: u64,
-    /// A bzImage's own header, to be handed back to it.
-    pub header: Option<setup_header>,
     pub configuration: Configuration,
     /// What `uname -r` says, where the file tells.
     pub release: Option<String>,
@@ -84,7 +71,7 @@ impl Kernel {
     ///
     /// # Errors
     /// - `NotFound` or `PermissionDenied` when it cannot be opened.
-    /// - `Corrupt` when it is damaged, or neither an x86_64 ELF kernel nor a 64-bit bzImage.
+    /// - `Corrupt` when it is damaged, or no 64-bit kernel for this processor.
     /// - `ResourceExhausted` when the host has no memory for it.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
@@ -97,16 +84,22 @@ impl Kernel {
     }
 
     fn new(loaded: Loaded) -> Self {
-        Self { loaded: Arc::new(loaded), cmdline: String::new(), initramfs: None, modules: None, pvh: false }
+        Self {
+            loaded: Arc::new(loaded),
+            cmdline: String::new(),
+            initramfs: None,
+            modules: None,
+            choice: EntryChoice::default(),
+        }
     }
 
     /// Opens a kernel from its bytes, such as those of the crate `cofferdam-kernel`.
     ///
-    /// They are what [`Kernel::open`] takes as a file, and are copied. Nothing lies beside them, so a `bzImage` has
+    /// They are what [`Kernel::open`] takes as a file, and are copied. Nothing lies beside them, so a `vmlinuz` has
     /// no configuration that is known.
     ///
     /// # Errors
-    /// - `Corrupt` when it is damaged, or neither an x86_64 ELF kernel nor a 64-bit bzImage.
+    /// - `Corrupt` when it is damaged, or no 64-bit kernel for this processor.
     /// - `ResourceExhausted` when the host has no memory for it.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self> {
         let open = || {
@@ -157,16 +150,6 @@ impl Kernel {
         self
     }
 
-    /// Sets whether a `vmlinux` is started by its PVH entry point (`CONFIG_PVH`).
-    ///
-    /// It is for comparing with other hypervisors, which do so. By default only kernels without a 64-bit entry point at their load address are started
-    /// so, such as some of other systems. Linux boots faster by its 64-bit entry point, where it is entered in the mode
-    /// in which it runs.
-    pub fn pvh(mut self, pvh: bool) -> Self {
-        self.pvh = pvh;
-        self
-    }
-
     /// Sets the kernel's modules, for kernels that have drivers there.
     ///
     /// Guests get those that their devices need; see [`Modules`]. Replaces earlier ones.
@@ -182,7 +165,7 @@ impl Kernel {
     ///
     /// The configuration is what [`Kernel::open`] found embedded in a `vmlinux` (`CONFIG_IKCONFIG`), or in a file of at
     /// most 1 MiB in the same directory. That is `config-VERSION` for a kernel `vmlinuz-VERSION`, or `config`. The
-    /// payload of a `bzImage` is compressed and not looked into. A configuration is believed, so this finds mistakes,
+    /// payload of a `vmlinuz` is compressed and not looked into. A configuration is believed, so this finds mistakes,
     /// not lies.
     ///
     /// # Errors
@@ -206,18 +189,6 @@ impl Kernel {
     /// Returns what records the pages that guests of this kernel write.
     pub(crate) fn dirty_page_recorder(&self) -> DirtyPageRecorder {
         DirtyPageRecorder(self.loaded.clone())
-    }
-
-    /// Where it is entered.
-    ///
-    /// # Errors
-    /// `Unsupported` when it shall be entered in a way that it has not.
-    pub(super) fn entry(&self) -> Result<EntryPoint> {
-        if !self.pvh {
-            return Ok(self.loaded.entry);
-        }
-        let none = || Error::new(ErrorKind::Unsupported, "Kernel::pvh: this kernel has no PVH entry point");
-        self.loaded.pvh.map(EntryPoint::Pvh).ok_or_else(none)
     }
 
     /// What is needed of its modules; nothing when it has none.
@@ -271,7 +242,7 @@ impl Kernel {
     }
 }
 
-fn corrupt(text: impl Into<String>) -> Error {
+pub(super) fn corrupt(text: impl Into<String>) -> Error {
     Error::new(ErrorKind::Corrupt, text.into())
 }
 
@@ -279,136 +250,12 @@ fn load(file: &mut File) -> Result<Loaded> {
     if !file.metadata()?.is_file() {
         return Err(Error::new(ErrorKind::InvalidConfig, "not a regular file"));
     }
-    let mut head = [0; 20];
-    file.read_exact(&mut head).map_err(|_| corrupt("too short to be a kernel"))?;
-    file.seek(SeekFrom::Start(0))?;
-    match head {
-        // ELF, 64 bits, little-endian, machine 62: x86-64.
-        [0x7f, b'E', b'L', b'F', 2, 1, .., 62, 0] => load_elf(file),
-        [0x7f, b'E', b'L', b'F', ..] => Err(corrupt("an ELF file, but not for x86_64")),
-        _ => match packed(&head) {
-            Some(how) => Err(corrupt(format!("it is compressed with {how}: unpack it first"))),
-            None => load_bzimage(file),
-        },
-    }
-}
-
-fn load_elf(file: &mut File) -> Result<Loaded> {
-    let (image, result) = MemoryImage::build(IMAGE_SPACE, |memory: &GuestMemory| {
-        Elf::load(memory.inner(), None, file, Some(layout::HIGH_MEMORY.inner()))
-            .map_err(|e| corrupt(format!("not a usable ELF kernel: {e}")))
-    })?;
-    let inside = |at: &GuestAddress| (image.start()..image.end()).contains(&at.0);
-    let pvh = match result.pvh_boot_cap {
-        PvhBootCapability::PvhEntryPresent(at) => Some(GuestAddress(at.0)).filter(inside),
-        _ => None,
-    };
-    let at = GuestAddress(result.kernel_load.0);
-    let entry = match pvh {
-        _ if inside(&at) => EntryPoint::Linux64(at),
-        Some(pvh) => EntryPoint::Pvh(pvh),
-        None => return Err(corrupt(format!("its entry point {at} lies outside what it loads"))),
-    };
-    let end = result.kernel_end.max(image.end());
-    let image = match data(file)? {
-        Some(at) => image.with_data(GuestAddress(at)),
-        None => image,
-    };
-    let configuration = Configuration::embedded(&image);
-    Ok(Loaded { image, entry, pvh, end, header: None, configuration, release: None })
-}
-
-/// Where the first writable segment of an ELF file is loaded (System V ABI, gABI 4.1, 5).
-fn data(file: &File) -> Result<Option<u64>> {
-    const LOAD: u32 = 1;
-    const WRITABLE: u32 = 2;
-    let mut header = [0; 64];
-    file.read_exact_at(&mut header, 0)?;
-    let [at, count] = [u64_at(&header, 32), u64_at(&header, 56) & 0xffff];
-    let mut first = None;
-    for index in 0..count {
-        let mut segment = [0; 56];
-        file.read_exact_at(&mut segment, at.saturating_add(index * 56))?;
-        let (kind_and_flags, address) = (u64_at(&segment, 0), u64_at(&segment, 24));
-        if kind_and_flags as u32 == LOAD && (kind_and_flags >> 32) as u32 & WRITABLE != 0 {
-            first = Some(first.map_or(address, |it: u64| it.min(address)));
-        }
-    }
-    Ok(first)
-}
-
-fn u64_at(bytes: &[u8], at: usize) -> u64 {
-    bytes.get(at..at + 8).and_then(|it| it.try_into().ok()).map_or(0, u64::from_le_bytes)
-}
-
-fn load_bzimage(file: &mut File) -> Result<Loaded> {
-    let (image, result) = MemoryImage::build(IMAGE_SPACE, |memory: &GuestMemory| {
-        BzImage::load(memory.inner(), None, file, Some(layout::HIGH_MEMORY.inner()))
-            .map_err(|e| corrupt(format!("neither an ELF kernel nor a bzImage: {e}")))
-    })?;
-    let header = result.setup_header.ok_or_else(|| corrupt("a bzImage without a header"))?;
-    if header.version < 0x20c || header.xloadflags & XLF_KERNEL_64 == 0 {
-        let version = header.version;
-        return Err(corrupt(format!(
-            "a bzImage without a 64-bit entry point (boot protocol {:x}.{:02x})",
-            version >> 8,
-            version & 0xff
-        )));
-    }
-    check_length(file, header.setup_sects, header.syssize)?;
-    let load = result.kernel_load.0;
-    let entry = load + ENTRY_64;
-    if entry >= result.kernel_end {
-        return Err(corrupt(format!("a bzImage that ends before its entry point {entry:#x}")));
-    }
-    // Where it unpacks itself and how much it needs there (Linux x86 boot protocol, 1.3, init_size).
-    let end = load.max(header.pref_address).saturating_add(header.init_size.into()).max(image.end());
-    let configuration = Configuration::default();
-    let release = release(file, header.kernel_version);
-    let entry = EntryPoint::Linux64(GuestAddress(entry));
-    Ok(Loaded { image, entry, pvh: None, end, header: Some(header), configuration, release })
-}
-
-/// Returns whether all of a bzImage is there that its header describes: the setup's sectors and the system. See the
-/// Linux x86 boot protocol, 1.1 and 1.3 (setup_sects, syssize).
-///
-/// # Errors
-/// `Corrupt` with both lengths.
-fn check_length(file: &File, setup_sects: u8, syssize: u32) -> Result<()> {
-    let sectors = 1 + u64::from(if setup_sects == 0 { 4 } else { setup_sects });
-    let (needed, there) = (sectors * 512 + u64::from(syssize) * 16, file.metadata()?.len());
-    match there < needed {
-        true => Err(corrupt(format!("it is cut off: {there} bytes, of {needed} that its header speaks of"))),
-        false => Ok(()),
-    }
-}
-
-/// How a file is compressed that begins so, as far as kernels are.
-fn packed(head: &[u8]) -> Option<&'static str> {
-    const MAGICS: [(&[u8], &str); 7] = [
-        (&[0x1f, 0x8b], "gzip"),
-        (&[0xfd, b'7', b'z', b'X', b'Z', 0], "xz"),
-        (&[0x28, 0xb5, 0x2f, 0xfd], "zstd"),
-        (b"BZh", "bzip2"),
-        (&[0x02, 0x21, 0x4c, 0x18], "lz4"),
-        (&[0x5d, 0, 0], "lzma"),
-        (&[0x89, b'L', b'Z', b'O'], "lzo"),
-    ];
-    MAGICS.iter().find(|(magic, _)| head.starts_with(magic)).map(|(_, name)| *name)
-}
-
-/// The first word of the version in a bzImage; its header says where that is, from 0x200 on (Linux x86 boot protocol, 1.3,
-/// kernel_version).
-fn release(file: &File, at: u16) -> Option<String> {
-    let mut text = [0; 128];
-    let len = file.read_at(&mut text, 0x200 + u64::from(at)).ok().filter(|_| at != 0)?;
-    let word = text.get(..len)?.split(|byte| matches!(byte, b' ' | 0)).next()?;
-    String::from_utf8(word.to_vec()).ok().filter(|word| !word.is_empty())
+    protocol::open(file)
 }
 
 #[cfg(test)]
 pub(super) mod tests {
-    use super::super::tiny::{bzimage, elf, elf_with_pvh};
+    use super::super::tiny::{elf, vmlinuz};
     use super::*;
 
     /// A file that goes away with its test.
@@ -428,119 +275,16 @@ pub(super) mod tests {
         }
     }
 
-    fn open(name: &str, bytes: &[u8]) -> Result<Kernel> {
+    pub(crate) fn open(name: &str, bytes: &[u8]) -> Result<Kernel> {
         Kernel::open(&Temp::new(name, bytes).0)
-    }
-
-    #[test]
-    fn an_elf_kernel_is_loaded_where_it_asks() {
-        let kernel = open("elf", &elf(b"\xf4")).unwrap();
-        assert_eq!(kernel.loaded.entry, EntryPoint::Linux64(GuestAddress(0x10_0000)));
-        assert_eq!(kernel.loaded.image.data_len(), 4096);
-        assert_eq!(kernel.loaded.image.data().0, kernel.loaded.image.end(), "no segment is writable");
-        let mut writable = elf(b"\xf4");
-        writable[68] = 6;
-        assert_eq!(open("elf-writable", &writable).unwrap().loaded.image.data().0, 0x10_0000);
-        // A segment of nothing may be anywhere.
-        writable = elf_with_pvh(b"\xf4");
-        writable[120] = 1;
-        writable[124] = 6;
-        writable[144..152].fill(0xff);
-        writable[152..160].fill(0);
-        let kernel = open("elf-writable-far", &writable).unwrap();
-        assert_eq!(kernel.loaded.image.data().0, kernel.loaded.image.end());
-    }
-
-    #[test]
-    fn a_bzimage_is_loaded_where_it_asks_and_keeps_room_to_unpack() {
-        let kernel = open("bzimage", &bzimage(b"\xf4")).unwrap();
-        assert_eq!((kernel.loaded.entry, kernel.loaded.end), (EntryPoint::Linux64(GuestAddress(0x10_0200)), 0x10_1000));
-        assert!(kernel.loaded.header.is_some());
-    }
-
-    #[test]
-    fn the_64_bit_entry_point_is_preferred_and_the_pvh_one_taken_where_there_is_no_other() {
-        let at = GuestAddress(0x10_0000);
-        let both = open("pvh", &elf_with_pvh(&[0xf4; 64])).unwrap();
-        assert_eq!(
-            (both.entry().unwrap(), both.pvh(true).entry().unwrap()),
-            (EntryPoint::Linux64(at), EntryPoint::Pvh(at))
-        );
-        let mut virtual_entry = elf_with_pvh(&[0xf4; 64]);
-        virtual_entry[24..32].copy_from_slice(&0xffff_ffff_8010_0000_u64.to_le_bytes());
-        assert_eq!(open("pvh-only", &virtual_entry).unwrap().entry().unwrap(), EntryPoint::Pvh(at));
-        let error = open("pvh-none", &elf(b"\xf4")).unwrap().pvh(true).entry().unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Unsupported);
-        let end = virtual_entry.len();
-        virtual_entry[end - 4..].copy_from_slice(&0x4000_0000_u32.to_le_bytes());
-        assert_eq!(open("pvh-outside", &virtual_entry).unwrap_err().kind(), ErrorKind::Corrupt);
-    }
-
-    #[test]
-    fn truncated_or_compressed_kernel_is_named() {
-        let whole = bzimage(b"\xf4");
-        assert!(open("whole", &whole).is_ok());
-        let mut cut = whole.clone();
-        // More than there is (Linux x86 boot protocol, 1.3, syssize).
-        cut[0x1f4..0x1f8].copy_from_slice(&(whole.len() as u32).to_le_bytes());
-        let error = open("cut", &cut).unwrap_err();
-        assert!(error.kind() == ErrorKind::Corrupt && error.to_string().contains("cut off"), "{error}");
-        for (name, head) in
-            [("gzip", &[0x1f, 0x8b][..]), ("zstd", &[0x28, 0xb5, 0x2f, 0xfd]), ("lz4", &[2, 0x21, 0x4c, 0x18])]
-        {
-            let error = open(name, &[head, &[0; 100]].concat()).unwrap_err();
-            assert!(error.kind() == ErrorKind::Corrupt && error.to_string().contains(name), "{error}");
-        }
-    }
-
-    #[test]
-    fn damaged_files_are_refused_with_what_is_wrong() {
-        let whole = elf(&[0xf4; 64]);
-        let packed = bzimage(&[0xf4; 64]);
-        let damage = |file: &[u8], at: usize, bytes: &[u8]| {
-            let mut file = file.to_vec();
-            file[at..at + bytes.len()].copy_from_slice(bytes);
-            file
-        };
-        let with = |at: usize, bytes: &[u8]| damage(&whole, at, bytes);
-        let packed_with = |at: usize, bytes: &[u8]| damage(&packed, at, bytes);
-        let cases = [
-            ("empty", vec![]),
-            ("text", b"#!/bin/sh\necho this is not a kernel at all".repeat(100)),
-            ("truncated", whole[..150].to_vec()),
-            ("truncated-headers", whole[..80].to_vec()),
-            ("arm64", with(18, &[183])),
-            ("elf32", with(4, &[1])),
-            ("absurd-address", with(88, &(1u64 << 60).to_le_bytes())),
-            ("absurd-size", with(96, &u64::MAX.to_le_bytes())),
-            ("absurd-memsz", with(104, &u64::MAX.to_le_bytes())),
-            ("absurd-headers", with(32, &u64::MAX.to_le_bytes())),
-            ("many-headers", with(56, &[0xff, 0xff])),
-            ("entry-elsewhere", with(24, &0x4000_0000u64.to_le_bytes())),
-            ("entry-low", with(24, &0u64.to_le_bytes())),
-            ("bzimage-header-truncated", packed[..0x208].to_vec()),
-            ("bzimage-truncated", packed[..1024 + 0x200].to_vec()),
-            ("bzimage-without-kernel", packed[..1000].to_vec()),
-            ("bzimage-all-setup", packed_with(0x1f1, &[0xff])),
-            ("bzimage-magic", packed_with(0x202, b"SrdH")),
-            ("bzimage-old", packed_with(0x206, &[4, 2])),
-            ("bzimage-32-bit", packed_with(0x236, &[0])),
-            ("bzimage-low", packed_with(0x214, &0x1000u32.to_le_bytes())),
-            ("bzimage-high", packed_with(0x214, &0xffff_f000u32.to_le_bytes())),
-        ];
-        for (name, bytes) in cases {
-            let error = open(name, &bytes).unwrap_err();
-            assert_eq!(error.kind(), ErrorKind::Corrupt, "{name}: {error}");
-            assert!(error.to_string().starts_with("opening kernel "), "{error}");
-        }
     }
 
     #[test]
     fn a_kernel_of_bytes_is_the_same_as_that_of_a_file() {
         let bytes = elf(b"\xf4");
         let (one, other) = (Kernel::from_bytes(&bytes).unwrap(), open("bytes", &bytes).unwrap());
-        assert_eq!((one.loaded.entry, one.loaded.end), (other.loaded.entry, other.loaded.end));
-        assert!(Kernel::from_bytes(&bzimage(b"\xf4")).unwrap().loaded.header.is_some());
+        assert_eq!(one.loaded.end, other.loaded.end);
+        assert!(Kernel::from_bytes(&vmlinuz(b"\xf4")).unwrap().loaded.entry.has_header());
         let error = Kernel::from_bytes(b"no kernel, and longer than a head").unwrap_err();
         assert!(error.kind() == ErrorKind::Corrupt && error.to_string().starts_with("opening kernel from bytes: "));
     }

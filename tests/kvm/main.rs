@@ -39,7 +39,7 @@ mod rebuild;
 mod start_failures;
 mod storage;
 mod tally;
-#[path = "../../src/boot/tiny.rs"]
+#[path = "../../src/boot/x86/tiny.rs"]
 mod tiny;
 mod unusual_image;
 mod user_net;

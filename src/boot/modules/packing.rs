@@ -1,4 +1,4 @@
-//! What is in a module's file: unpacked, bounded, and a module of x86_64 at all.
+//! What is in a module's file: unpacked, bounded, and a module for this processor.
 
 use std::fs::File;
 use std::io::Read;
@@ -6,6 +6,7 @@ use std::path::Path;
 
 use flate2::bufread::GzDecoder;
 
+use crate::boot::protocol::ELF_MACHINE;
 use crate::error::{Error, ErrorKind, Result};
 
 /// The largest module, packed or not. The largest of distributions, graphics drivers, have some 30 MiB.
@@ -17,8 +18,8 @@ const XZ: &[u8] = b"\xfd7zXZ\0";
 const ZSTD: &[u8] = b"\x28\xb5\x2f\xfd";
 /// How modules do: ELF of 64 bits, little-endian.
 const ELF: &[u8] = b"\x7fELF\x02\x01";
-/// From byte 16 on: relocatable, for x86-64 (System V ABI, gABI 4.1).
-const RELOCATABLE: &[u8] = &[1, 0, 62, 0];
+/// From byte 16 on: relocatable, for this processor (System V ABI, gABI 4.1).
+const RELOCATABLE: &[u8] = &[1, 0, ELF_MACHINE.to_le_bytes()[0], ELF_MACHINE.to_le_bytes()[1]];
 
 /// A module's file, unpacked.
 ///
@@ -31,7 +32,7 @@ pub(super) fn unpack(path: &Path) -> Result<Vec<u8>> {
     let packed = bounded(File::open(path)?)?;
     let module = unpacked(packed)?;
     if !module.starts_with(ELF) || module.get(16..20) != Some(RELOCATABLE) {
-        return Err(corrupt("not a module for x86_64"));
+        return Err(corrupt("not a module for this processor"));
     }
     Ok(module)
 }

@@ -8,10 +8,11 @@ use linux_loader::bootparam::{boot_e820_entry, boot_params, setup_header};
 use linux_loader::configurator::linux::LinuxBootConfigurator;
 use linux_loader::configurator::{BootConfigurator, BootParams};
 
-use super::initramfs::LoadedInitramfs;
-use super::kernel::Loaded;
-use super::{Initramfs, Kernel, pvh};
+use super::pvh;
 use crate::arch::{self, EntryPoint, layout};
+use crate::boot::initramfs::LoadedInitramfs;
+use crate::boot::kernel::Loaded;
+use crate::boot::{Initramfs, Kernel};
 use crate::error::{Error, ErrorKind, Result};
 use crate::memory::GuestMemory;
 
@@ -64,7 +65,7 @@ fn memory_map(memory: &GuestMemory) -> Vec<Range<u64>> {
 }
 
 fn header(loaded: &Loaded, cmdline_len: usize, initramfs: Option<LoadedInitramfs>) -> setup_header {
-    let mut header = loaded.header.unwrap_or(setup_header {
+    let mut header = loaded.entry.header.unwrap_or(setup_header {
         boot_flag: BOOT_FLAG,
         header: HEADER_MAGIC,
         kernel_alignment: 0x20_0000,
@@ -80,7 +81,7 @@ fn header(loaded: &Loaded, cmdline_len: usize, initramfs: Option<LoadedInitramfs
 }
 
 fn place(initramfs: &Initramfs, memory: &GuestMemory, loaded: &Loaded, low_end: u64) -> Result<LoadedInitramfs> {
-    let limit = loaded.header.map_or(INITRAMFS_LIMIT, |h| u64::from(h.initrd_addr_max)) + 1;
+    let limit = loaded.entry.header.map_or(INITRAMFS_LIMIT, |h| u64::from(h.initrd_addr_max)) + 1;
     initramfs.load(memory, loaded.end.next_multiple_of(4096), limit.min(low_end) & !0xfff)
 }
 
@@ -97,9 +98,9 @@ fn write_zero_page(memory: &GuestMemory, map: &[Range<u64>], header: setup_heade
 
 #[cfg(test)]
 mod tests {
-    use super::super::kernel::tests::Temp;
     use super::super::tiny::{elf, elf_with_pvh};
     use super::*;
+    use crate::boot::kernel::tests::Temp;
     use crate::memory::GuestAddress;
 
     fn guest(mib: u64) -> GuestMemory {

@@ -52,7 +52,7 @@ pub fn elf_with_pvh(code: &[u8]) -> Vec<u8> {
 
 /// A bzImage whose kernel is `code`, which unpacks nothing (Linux x86 boot protocol, 1.3).
 #[allow(dead_code, reason = "not every test that includes this file wants both")]
-pub fn bzimage(code: &[u8]) -> Vec<u8> {
+pub fn vmlinuz(code: &[u8]) -> Vec<u8> {
     let mut file = vec![0; 1024 + ENTRY];
     let mut put = |at: usize, bytes: &[u8]| file[at..at + bytes.len()].copy_from_slice(bytes);
     put(0x1f1, &[1]); // setup_sects

@@ -8,9 +8,9 @@ use linux_loader::configurator::pvh::PvhBootConfigurator;
 use linux_loader::configurator::{BootConfigurator, BootParams};
 use linux_loader::loader::elf::start_info::{hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info};
 
-use super::initramfs::LoadedInitramfs;
-use super::linux::E820_RAM;
+use super::load::E820_RAM;
 use crate::arch::layout;
+use crate::boot::initramfs::LoadedInitramfs;
 use crate::error::{Error, ErrorKind, Result};
 use crate::memory::GuestMemory;
 

@@ -1,0 +1,17 @@
+//! x86_64: kernel files, the Linux x86 boot protocol, PVH, and the default command line.
+
+mod cmdline;
+mod image;
+mod load;
+mod pvh;
+#[cfg(any(test, feature = "internals"))]
+pub(crate) mod tiny;
+
+pub(crate) use cmdline::finish_cmdline;
+pub(super) use image::{EntryChoice, KernelEntry, open};
+pub(crate) use load::load;
+
+/// In every configuration of a kernel that boots here.
+pub(super) const CONFIG_SYMBOL: &str = "X86_64";
+/// The machine of ELF files (System V ABI, gABI 4.1).
+pub(super) const ELF_MACHINE: u16 = 62;
