@@ -194,7 +194,7 @@ pub mod kernel {
 
 /// The processor that a guest sees.
 pub mod cpu {
-    pub use crate::arch::{CpuProfile, CpuidBits, CpuidRegister};
+    pub use crate::arch::embedder::*;
 }
 
 /// Disks: their kinds, limits and errors, overlays, and handles.

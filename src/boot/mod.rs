@@ -16,6 +16,9 @@ mod initramfs;
 mod kernel;
 mod modules;
 
+#[cfg(target_arch = "aarch64")]
+#[path = "aarch64/mod.rs"]
+mod protocol;
 #[cfg(target_arch = "x86_64")]
 #[path = "x86/mod.rs"]
 mod protocol;

@@ -7,28 +7,12 @@ use std::os::fd::IntoRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
-use kvm_ioctls::Cap;
-
 use super::exposure::Exposure;
-use super::missing;
+use super::{arch, missing};
 use crate::error::{Error, ErrorKind, Result};
 
 /// The only KVM API version there is (KVM API, 4.1).
 const API_VERSION: i32 = 12;
-
-/// What we cannot do without, by the names of the KVM API's documentation.
-const NEEDED: [(Cap, &str); 10] = [
-    (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
-    (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
-    (Cap::ReadonlyMem, "KVM_CAP_READONLY_MEM"),
-    (Cap::SetTssAddr, "KVM_CAP_SET_TSS_ADDR"),
-    (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID"),
-    (Cap::Pit2, "KVM_CAP_PIT2"),
-    (Cap::Irqfd, "KVM_CAP_IRQFD"),
-    (Cap::Ioeventfd, "KVM_CAP_IOEVENTFD"),
-    (Cap::MpState, "KVM_CAP_MP_STATE"),
-    (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
-];
 
 const DEVICE: &str = "/dev/kvm";
 
@@ -75,8 +59,7 @@ impl Host {
 
     /// Looks at KVM alone: the start of a VM should not read two dozen files of the host.
     fn examine(device: &Path, modules: &Path) -> Self {
-        let module =
-            ["kvm_intel", "kvm_amd", "kvm_pvm"].into_iter().find(|name| modules.join(name).exists()).map(str::to_owned);
+        let module = arch::MODULES.iter().find(|name| modules.join(name).exists()).map(|name| (*name).to_owned());
         let exposure = Exposure::default();
         let mut host = Self { module, kvm: KvmAccess::Usable, api_version: None, missing: Vec::new(), exposure };
         match open_at(device) {
@@ -104,9 +87,7 @@ impl Host {
         let (kind, text) = match self.kvm {
             KvmAccess::Absent => (
                 ErrorKind::NotFound,
-                "/dev/kvm does not exist: enable virtualization (VT-x or AMD-V) in the firmware or, inside a VM, nested \
-                 virtualization on its host, and load the module kvm_intel or kvm_amd"
-                    .into(),
+                format!("/dev/kvm does not exist: {}", arch::REMEDY),
             ),
             KvmAccess::Forbidden => (
                 ErrorKind::PermissionDenied,
@@ -118,14 +99,11 @@ impl Host {
                 ErrorKind::Io,
                 format!("/dev/kvm cannot be opened: {}", io::Error::from_raw_os_error(errno)),
             ),
-            KvmAccess::Usable if self.module.as_deref() == Some("kvm_pvm") => (
-                ErrorKind::Unsupported,
-                "/dev/kvm is kvm_pvm, which interprets guest kernels instead of running them on hardware and fails on \
-                 ordinary ones: use a machine with kvm_intel or kvm_amd"
-                    .into(),
-            ),
+            KvmAccess::Usable if self.unusable().is_some() => {
+                (ErrorKind::Unsupported, self.unusable().unwrap_or_default().into())
+            }
             KvmAccess::Usable => return match (self.api_version, self.missing.as_slice()) {
-                (Some(API_VERSION), []) => Ok(()),
+                (Some(API_VERSION), []) => arch::check(),
                 (Some(API_VERSION), names) => Err(missing(names)),
                 (version, _) => Err(Error::new(
                     ErrorKind::Incompatible,
@@ -134,6 +112,14 @@ impl Host {
             },
         };
         Err(Error::new(kind, text))
+    }
+}
+
+impl Host {
+    /// Why this kernel module is of no use, if it is not.
+    fn unusable(&self) -> Option<&'static str> {
+        let module = self.module.as_deref()?;
+        arch::UNUSABLE.iter().find(|(name, _)| *name == module).map(|(_, why)| *why)
     }
 }
 
@@ -155,7 +141,7 @@ fn open_at(device: &Path) -> io::Result<kvm_ioctls::Kvm> {
 }
 
 fn lacking(kvm: &kvm_ioctls::Kvm) -> Vec<&'static str> {
-    NEEDED.iter().filter(|(cap, _)| !kvm.check_extension(*cap)).map(|(_, name)| *name).collect()
+    arch::NEEDED.iter().filter(|(cap, _)| !kvm.check_extension(*cap)).map(|(_, name)| *name).collect()
 }
 
 /// Opens `/dev/kvm` if everything needed is there.

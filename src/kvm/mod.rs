@@ -1,27 +1,25 @@
 //! KVM, thinly: open it, make a VM, give it memory, interrupts and vCPUs. No policy.
 //!
-//! kvm-ioctls and kvm-bindings live here and in `arch`, which fills in KVM's register structures.
+//! kvm-ioctls and kvm-bindings live here and in the layer `arch`, which fills in KVM's register structures. What KVM
+//! has for some processors only is in this layer's own `arch`, since it takes unsafe code.
 #![allow(
     unsafe_code,
     reason = "memory slots, the kvm_run page, and what kvm-ioctls lacks; kvm/ is one of the directories that may"
 )]
 
+mod arch;
 mod exposure;
 mod host;
-#[cfg(any(test, feature = "internals"))]
-pub(crate) mod state;
 mod vcpu;
 
 use std::fmt;
 use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 
-use kvm_bindings::{
-    CpuId, KVM_CAP_PMU_CAPABILITY, KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY, KVM_PMU_CAP_DISABLE, Msrs, kvm_enable_cap,
-    kvm_msr_entry, kvm_pit_config, kvm_userspace_memory_region,
-};
-use kvm_ioctls::{Cap, IoEventAddress, MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags};
+use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
+use kvm_ioctls::IoEventAddress;
 
+pub(crate) use arch::*;
 pub use exposure::{Exposure, Vulnerability};
 pub use host::{Host, KvmAccess};
 pub(crate) use vcpu::{Kicker, VcpuExit, VcpuFd};
@@ -47,33 +45,9 @@ impl Kvm {
         host::open().map(|fd| Self { _guard: ForkGuard::new(&fd), fd })
     }
 
-    /// What the host's KVM can show a guest (KVM API, 4.46).
-    pub(crate) fn supported_cpuid(&self) -> Result<CpuId> {
-        self.fd
-            .get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
-            .map_err(failed)
-            .doing(|| "asking KVM for its CPUID")
-    }
-
-    /// The value of an MSR that says what the processor can do, as far as KVM can show it (KVM API, 4.17).
-    pub(crate) fn feature_msr(&self, index: u32) -> Result<Option<u64>> {
-        let mut msrs = Msrs::from_entries(&[kvm_msr_entry { index, ..Default::default() }])
-            .map_err(|e| Error::new(ErrorKind::ResourceExhausted, format!("building MSRs: {e:?}")))?;
-        match self.fd.get_msrs(&mut msrs) {
-            Ok(0) => Ok(None),
-            Ok(_) => Ok(msrs.as_slice().first().map(|msr| msr.data)),
-            Err(e) => Err(failed(e)).doing(|| format!("asking KVM for MSR {index:#x}")),
-        }
-    }
-
     /// How many vCPUs a VM may have.
     pub(crate) fn max_vcpus(&self) -> usize {
         self.fd.get_max_vcpus()
-    }
-
-    /// Whether KVM emulates the timer that Linux prefers (KVM_CAP_TSC_DEADLINE_TIMER).
-    pub(crate) fn has_tsc_deadline(&self) -> bool {
-        self.fd.check_extension(Cap::TscDeadlineTimer)
     }
 
     /// An empty VM with in-kernel interrupt controllers and timer.
@@ -89,17 +63,10 @@ impl Kvm {
         let (guard, fd) = (ForkGuard::new(&fd), Arc::new(fd));
         let interrupted = Arc::new(RwLock::new(Arc::downgrade(&fd)));
         let vm = VmFd { _guard: guard, fd, interrupted };
-        // Three pages that Intel hosts need below 4 GiB, outside guest memory (KVM API, 4.37).
-        vm.fd.set_tss_address(TSS_ADDRESS).map_err(failed).doing(|| "reserving the TSS pages")?;
-        vm.fd.create_irq_chip().map_err(failed).doing(|| "creating the interrupt controllers")?;
-        let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
-        vm.fd.create_pit2(pit).map_err(failed).doing(|| "creating the timer")?;
+        arch::set_up(&vm)?;
         Ok(vm)
     }
 }
-
-/// Where the pages of KVM_SET_TSS_ADDR lie: below the BIOS area at the end of the 32-bit address space.
-pub(crate) const TSS_ADDRESS: usize = 0xfffb_d000;
 
 impl fmt::Debug for Kvm {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -214,52 +181,6 @@ impl VmFd {
             .doing(|| format!("detaching queue notification {value} at {addr:#x}"))
     }
 
-    /// Takes the processor's counters away from all vCPUs, where KVM can: it emulates some that CPUID does not show (KVM API,
-    /// 8.35). Before the first vCPU is made.
-    pub(crate) fn disable_counters(&self) {
-        let mut cap = kvm_enable_cap { cap: KVM_CAP_PMU_CAPABILITY, ..Default::default() };
-        cap.args[0] = KVM_PMU_CAP_DISABLE.into();
-        if let Err(error) = self.fd.enable_cap(&cap) {
-            log::debug!("counters that CPUID does not show may be there all the same: {error}");
-        }
-    }
-
-    /// Makes reading and writing these MSRs, which are in order, a general protection fault in the guest (KVM API, 4.97).
-    pub(crate) fn hide_msrs(&self, msrs: &[u32]) -> Result<()> {
-        if msrs.is_empty() {
-            return Ok(());
-        }
-        if !self.fd.check_extension(Cap::X86MsrFilter) {
-            return Err(missing(&["KVM_CAP_X86_MSR_FILTER"]));
-        }
-        // Ranges that begin with a hidden one, and bitmaps in which only those are 0.
-        let mut ranges: Vec<(u32, Vec<u8>)> = Vec::new();
-        for index in msrs {
-            match ranges.last_mut() {
-                Some((base, bits)) if index - *base < MSR_RANGE => clear(bits, index - *base),
-                _ => {
-                    let mut bits = vec![0xff; MSR_RANGE as usize / 8];
-                    clear(&mut bits, 0);
-                    ranges.push((*index, bits));
-                }
-            }
-        }
-        let flags = MsrFilterRangeFlags::READ | MsrFilterRangeFlags::WRITE;
-        let ranges: Vec<_> = ranges
-            .iter()
-            .map(|(base, bitmap)| MsrFilterRange {
-                flags,
-                base: *base,
-                msr_count: MSR_RANGE.min(u32::MAX - base),
-                bitmap,
-            })
-            .collect();
-        self.fd
-            .set_msr_filter(MsrFilterDefaultAction::ALLOW, &ranges)
-            .map_err(failed)
-            .doing(|| format!("hiding MSRs {msrs:#x?}"))
-    }
-
     /// The vCPU `id`; must be called on the thread that will run it, as KVM wants (KVM API, 2).
     pub(crate) fn create_vcpu(&self, id: u8) -> Result<VcpuFd> {
         let fd = self.fd.create_vcpu(id.into()).map_err(failed).doing(|| format!("creating vCPU {id}"))?;
@@ -283,16 +204,6 @@ pub(crate) struct Irqfd {
 impl Irqfd {
     pub(crate) fn connect(&self, vm: &VmFd) -> Result<()> {
         vm.register_irqfd(&self.fd, self.gsi)
-    }
-}
-
-/// How many MSRs one range of a filter speaks of. KVM allows 16 ranges.
-const MSR_RANGE: u32 = 4096;
-
-/// Clears a bit of a bitmap, counted from the lowest of its first byte.
-fn clear(bitmap: &mut [u8], bit: u32) {
-    if let Some(byte) = bitmap.get_mut(bit as usize / 8) {
-        *byte &= !(1 << (bit % 8));
     }
 }
 

@@ -35,7 +35,7 @@ pub struct HugetlbMemory {
 impl HugetlbMemory {
     /// Sets the size of a page, of which the memory's size is a multiple.
     ///
-    /// On x86-64 that is 2 MiB, which is the default, or 1 GiB.
+    /// On most hosts that is 2 MiB, which is the default, or 1 GiB.
     pub const fn page_size(mut self, page: Size) -> Self {
         self.page = page;
         self

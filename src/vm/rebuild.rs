@@ -12,7 +12,7 @@ use super::kvm_objects::KvmObjects;
 use super::shared::VmShared;
 use super::vcpu::{LastExit, VcpuControl};
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::kvm::state::{ClockState, VcpuFormat, VcpuState, VmState};
+use crate::kvm::state::{VcpuFormat, VcpuState, VmState};
 use crate::kvm::{Irqfd, Kvm, VcpuFd, VmFd};
 use crate::sys::left;
 
@@ -104,10 +104,10 @@ impl Rebuild<'_> {
         }))?;
         state.restore(&vm)?;
         // One reading for all vCPUs: their counters have stood still as long as the clock has, and differ as they did.
-        let now = ClockState::read(&vm)?;
+        let gap = state.clock_gap(&vm)?;
         let vcpus = self.ask(restored.into_iter().map(|(vcpu, saved)| {
-            let offset = saved.tsc_offset.wrapping_add(state.clock.tsc_shift(&now, saved.tsc_khz));
-            move |_: &mut VcpuFd| saved.restore_counter(&vcpu, offset).map(|()| vcpu)
+            let gap = gap.clone();
+            move |_: &mut VcpuFd| saved.restore_counter(&vcpu, &gap).map(|()| vcpu)
         }))?;
         Ok(Replacement { vm, vcpus })
     }

@@ -14,19 +14,7 @@ use crate::error::{Error, Result};
 use crate::memory::GuestAddress;
 use crate::size::Size;
 
-/// Where a virtio-mmio device is: the address of its registers, and its interrupt line.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct MmioSlot {
-    pub addr: u64,
-    pub irq: u32,
-}
-
-impl MmioSlot {
-    /// Which window it has, counted from 0.
-    pub(crate) fn window(&self) -> usize {
-        (self.addr.saturating_sub(MMIO.0) / MMIO_WINDOW) as usize
-    }
-}
+pub(crate) use super::super::MmioSlot;
 
 /// Global descriptor table of the boot vCPU.
 pub(crate) const GDT: GuestAddress = GuestAddress(0x500);

@@ -20,6 +20,11 @@ pub(crate) use regs::{EntryPoint, boot_vcpu, write_boot_tables};
 use crate::error::{Error, ErrorKind, Result};
 use crate::memory::GuestMemory;
 
+/// The names of this module that embedders see.
+pub mod embedder {
+    pub use super::{CpuProfile, CpuidBits, CpuidRegister};
+}
+
 /// xAPIC identifiers are 8 bits and the last is broadcast; the I/O APIC takes one more.
 pub(crate) const MAX_VCPUS: u8 = 254;
 

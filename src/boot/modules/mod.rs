@@ -19,7 +19,7 @@ pub(crate) const MODULES_DIRECTORY: &str = "/cofferdam.modules";
 /// The most that one machine gets, unpacked; it needs one or two MiB.
 const MAX_SIZE: usize = 256 << 20;
 
-/// The directory of a kernel's modules, such as `/lib/modules/6.1.0-18-cloud-amd64`.
+/// The directory of a kernel's modules, such as `/lib/modules/6.12.9`.
 ///
 /// A config value; cloning is cheap. It may also be a directory into which a package was unpacked.
 ///

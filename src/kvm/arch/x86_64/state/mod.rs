@@ -12,7 +12,6 @@ mod registers;
 mod vcpu;
 mod vm;
 
-pub(crate) use clock::ClockState;
 pub(crate) use vcpu::{VcpuFormat, VcpuState};
 pub(crate) use vm::VmState;
 

@@ -8,6 +8,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::Cap;
 
+use super::clock::ClockGap;
 use super::events::VcpuEvents;
 use super::msrs::{self, MsrState};
 use super::registers::{DebugRegisters, GeneralRegisters, SystemRegisters};
@@ -159,13 +160,13 @@ impl VcpuState {
         msrs::set(vcpu, &others)
     }
 
-    /// Gives it the rest of the state, with an offset of the counter that fits the clock, once the VM has its own state.
+    /// Gives it the rest of the state, with a counter that fits the clock, once the VM has its own state.
     ///
     /// # Errors
     /// As [`VcpuState::restore`].
-    pub(crate) fn restore_counter(&self, vcpu: &VcpuFd, tsc_offset: u64) -> Result<()> {
+    pub(crate) fn restore_counter(&self, vcpu: &VcpuFd, gap: &ClockGap) -> Result<()> {
         // An offset, and not a value: KVM takes values that differ by less than a second for the same.
-        set_tsc_offset(vcpu, tsc_offset)?;
+        set_tsc_offset(vcpu, self.tsc_offset.wrapping_add(gap.tsc_shift(self.tsc_khz)))?;
         // After the counter that it is compared with. One that has passed may not have been delivered yet, and an interrupt
         // too many is harmless: so zero becomes now.
         for msr in self.msrs.iter().filter(|msr| msr.index == msrs::TSC_DEADLINE) {

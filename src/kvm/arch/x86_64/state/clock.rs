@@ -17,12 +17,19 @@ pub(crate) struct ClockState {
     pub(crate) host_tsc: u64,
 }
 
+/// What a guest's clock said when it stopped, and what that of the VM in its place says, where it goes on from there.
+#[derive(Debug, Clone)]
+pub(crate) struct ClockGap {
+    pub(super) stopped: ClockState,
+    pub(super) now: ClockState,
+}
+
 /// How often the clock is read where KVM does not tell the counter with it. The quickest reading says most.
 const READINGS: usize = 8;
 
 impl ClockState {
     /// Reads the clock.
-    pub(crate) fn read(vm: &VmFd) -> Result<Self> {
+    pub(super) fn read(vm: &VmFd) -> Result<Self> {
         let mut best: Option<(u64, Self)> = None;
         for _ in 0..READINGS {
             let before = host_tsc();
@@ -51,14 +58,16 @@ impl ClockState {
         let clock = kvm_clock_data { clock: self.clock, ..Default::default() };
         vm.fd.set_clock(&clock).map_err(failed).doing(|| "setting the guest's clock")
     }
+}
 
-    /// Returns what makes counters go on with the clock, where it is added to all their offsets. The clock, which has gone on
-    /// from what it said here, says `now` at present.
+impl ClockGap {
+    /// Returns what makes counters go on with the clock, where it is added to all their offsets.
     ///
     /// It is the same for all vCPUs, so that they differ by what they differed by. The counters go at the host's pace.
-    pub(crate) fn tsc_shift(&self, now: &Self, tsc_khz: u32) -> u64 {
-        let ran = u128::from(now.clock.saturating_sub(self.clock)) * u128::from(tsc_khz) / 1_000_000;
-        self.host_tsc.wrapping_sub(now.host_tsc).wrapping_add(ran as u64)
+    pub(super) fn tsc_shift(&self, tsc_khz: u32) -> u64 {
+        let Self { stopped, now } = self;
+        let ran = u128::from(now.clock.saturating_sub(stopped.clock)) * u128::from(tsc_khz) / 1_000_000;
+        stopped.host_tsc.wrapping_sub(now.host_tsc).wrapping_add(ran as u64)
     }
 }
 
@@ -78,7 +87,7 @@ mod tests {
         // The host's counter went on by 5,000, the clock by 1 us: at 2 GHz that is 2,000 of it.
         let (stopped, now) = (at(7_000, 1_000), at(8_000, 6_000));
         let guest = |offset: u64, host: u64| host.wrapping_add(offset);
-        let shift = stopped.tsc_shift(&now, 2_000_000);
+        let shift = ClockGap { stopped, now }.tsc_shift(2_000_000);
         for offset in [0, 17, u64::MAX - 500] {
             let (then, later) = (guest(offset, 1_000), guest(offset.wrapping_add(shift), 6_000));
             assert_eq!(later.wrapping_sub(then), 2_000);

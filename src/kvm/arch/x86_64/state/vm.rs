@@ -2,7 +2,7 @@
 
 use super::check_version;
 use super::chips::{IrqchipState, PitState};
-use super::clock::ClockState;
+use super::clock::{ClockGap, ClockState};
 use crate::error::Result;
 use crate::kvm::VmFd;
 
@@ -40,5 +40,10 @@ impl VmState {
         // After the vCPUs' MSRs, which register the pages that show the clock.
         self.clock.restore(vm)?;
         self.irqchip.restore(vm)
+    }
+
+    /// Reads the clock of a VM that was given this state, for the counters of its vCPUs.
+    pub(crate) fn clock_gap(&self, vm: &VmFd) -> Result<ClockGap> {
+        Ok(ClockGap { stopped: self.clock.clone(), now: ClockState::read(vm)? })
     }
 }

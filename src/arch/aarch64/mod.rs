@@ -1,0 +1,125 @@
+//! aarch64: no platform yet. The names are there, and what would make something of them is `Unsupported`.
+//!
+//! Types without values stand for what cannot be made. A platform needs a memory layout, a device tree, an interrupt
+//! controller (GICv3), the registers with which a vCPU enters the kernel, and PSCI.
+
+pub(crate) mod layout;
+mod profile;
+
+use std::fmt;
+use std::io;
+
+pub use profile::CpuProfile;
+
+use crate::bus::Bus;
+use crate::error::Result;
+pub(crate) use crate::kvm::unsupported;
+use crate::kvm::{Irqfd, Kvm, VcpuFd, VmFd};
+use crate::legacy::{GuestEnd, Keys};
+use crate::memory::GuestMemory;
+
+/// The names of this module that embedders see.
+pub mod embedder {
+    pub use super::CpuProfile;
+}
+
+/// As many as an interrupt controller of KVM's takes, and no more than fit here.
+pub(crate) const MAX_VCPUS: u8 = u8::MAX;
+
+/// By what a kernel learns of the machine: a device tree.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum FirmwareTables {}
+
+/// Writes what a kernel reads about the machine.
+pub(crate) fn write_tables(
+    _: &GuestMemory,
+    tables: FirmwareTables,
+    _: u8,
+    _: &[super::MmioSlot],
+    _: [u8; 16],
+) -> Result<()> {
+    match tables {}
+}
+
+/// Where and how a kernel is entered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum EntryPoint {}
+
+/// Makes the next instruction of `vcpu` the kernel's `entry`.
+pub(crate) fn boot_vcpu(_: &VcpuFd, entry: EntryPoint) -> Result<()> {
+    match entry {}
+}
+
+/// The processor that every vCPU of a VM is.
+#[derive(Debug, Clone)]
+pub(crate) enum Cpu {}
+
+impl Cpu {
+    /// # Errors
+    /// `Unsupported`.
+    pub(crate) fn new(_: &Kvm, _: &CpuProfile, _: u8) -> Result<Self> {
+        Err(unsupported("a processor's profile"))
+    }
+
+    pub(crate) fn addresses(&self, _: u64) -> Result<()> {
+        match *self {}
+    }
+
+    pub(crate) fn restrict(&self, _: &VmFd) -> Result<()> {
+        match *self {}
+    }
+
+    pub(crate) fn apply(&self, _: &VcpuFd, _: u8) -> Result<()> {
+        match *self {}
+    }
+}
+
+/// What a machine has beside processors, memory and virtio devices.
+pub(crate) struct Platform {
+    /// Nothing answers at ports.
+    pub ports: Bus,
+    pub keyboard: Keyboard,
+    pub lines: Vec<Irqfd>,
+}
+
+impl Platform {
+    /// # Errors
+    /// `Unsupported`.
+    pub(crate) fn new(
+        _: impl io::Write + Send + 'static,
+        _: impl Fn(GuestEnd) + Clone + Send + 'static,
+    ) -> Result<Self> {
+        Err(unsupported("a platform"))
+    }
+}
+
+/// The keyboard of one machine.
+#[derive(Debug, Clone)]
+pub(crate) enum Keyboard {}
+
+impl Keyboard {
+    pub(crate) fn press(&self, _: Keys) -> bool {
+        match *self {}
+    }
+}
+
+/// A vCPU's registers, to find out why a guest ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Registers {}
+
+impl Registers {
+    pub(crate) fn of(_: &VcpuFd) -> Result<Self> {
+        Err(unsupported("a vCPU's registers"))
+    }
+
+    pub(crate) fn are_reset(&self) -> bool {
+        match *self {}
+    }
+}
+
+impl fmt::Display for Registers {
+    fn fmt(&self, _: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match *self {}
+    }
+}
