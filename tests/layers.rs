@@ -92,6 +92,19 @@ const CRATES: &[(&str, &[&str])] = &[
 /// Directories in which `unsafe` may be allowed.
 const UNSAFE: &[&str] = &["sys", "memory", "kvm", "guest"];
 
+/// Words of one architecture: of processors, of machines around them, and of their kernels' files and boot protocols.
+const ARCHITECTURE_WORDS: &[&str] = &[
+    "x86", "amd64", "i386", "intel64", "rdtsc", "tsc", "cpuid", "msr", "msrs", "xsave", "xcr", "xcrs", "lapic", "apic",
+    "ioapic", "pit", "i8042", "ioperm", "rip", "rsp", "rflags", "efer", "cr0", "cr2", "cr3", "cr4", "idt", "tss",
+    "pvh", "bzimage", "e820", "mptable", "vmx", "svm", "avx", "sse", "aarch64", "arm64", "psci", "gic", "gicv3",
+];
+
+/// Directories of one architecture each, below `src/boot`. All others are in a directory `arch`.
+const BOOT_PROTOCOLS: &[&str] = &["boot/aarch64", "boot/x86"];
+
+/// Files that choose one of such directories, and so name them.
+const SELECTORS: &[&str] = &["arch/mod.rs", "boot/mod.rs", "guest/sys/arch/mod.rs", "kvm/arch/mod.rs"];
+
 /// Lines of code, without blank ones, comments and tests, that still are one idea.
 const MAX_CODE: usize = 500;
 
@@ -167,6 +180,52 @@ fn unsafe_is_allowed_in_marked_directories_only() {
     for source in sources().iter().filter(|s| !UNSAFE.contains(&s.layer.as_str())) {
         assert!(!source.text.contains("allow(unsafe_code"), "{} allows unsafe code", source.path.display());
     }
+}
+
+/// The words of architectures in a text, with the numbers of their lines.
+fn architecture_words(text: &str) -> Vec<(usize, String)> {
+    let mut found = Vec::new();
+    for (number, line) in (1..).zip(text.lines()) {
+        for part in line.split(|c: char| !c.is_ascii_alphanumeric()) {
+            // `CpuidBits` is two words, and `BzImage` one.
+            let humps = part.match_indices(|c: char| c.is_ascii_uppercase()).map(|(at, _)| at);
+            let ends: Vec<usize> = humps.filter(|at| *at > 0).chain([part.len()]).collect();
+            let starts = [0].into_iter().chain(ends.iter().copied());
+            let whole = (ends.len() > 1).then_some(part);
+            let words = starts.zip(&ends).filter_map(|(start, end)| part.get(start..*end)).chain(whole);
+            let words = words.map(str::to_ascii_lowercase).filter(|word| ARCHITECTURE_WORDS.contains(&word.as_str()));
+            found.extend(words.map(|word| (number, word)));
+        }
+    }
+    found
+}
+
+#[test]
+fn words_of_an_architecture_stay_in_its_directories() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut selecting = 0;
+    for source in sources() {
+        let inside = source.path.strip_prefix(&root).unwrap();
+        let selects = SELECTORS.iter().any(|it| inside == Path::new(it));
+        selecting += usize::from(selects);
+        assert!(selects || !source.text.contains("target_arch"), "{} asks for the processor", source.path.display());
+        let own = inside.parent().unwrap().iter().any(|it| it == "arch");
+        if !selects && !own && !BOOT_PROTOCOLS.iter().any(|it| inside.starts_with(it)) {
+            // Tests have samples of what is real: names of packages, lines of configurations.
+            let end = source.text.find("#[cfg(test)]\nmod tests {").unwrap_or(source.text.len());
+            let test = inside.file_stem().unwrap() == "tests" || inside.parent().unwrap().ends_with("tests");
+            let words = if test { Vec::new() } else { architecture_words(&source.text[..end]) };
+            assert!(words.is_empty(), "{} has words of one architecture: {words:?}", source.path.display());
+        }
+    }
+    assert_eq!(selecting, SELECTORS.len());
+}
+
+#[test]
+fn words_of_an_architecture_are_found() {
+    let text = "/// As `bzImage` files.\nlet msr_index = CpuidBits::new(0x10);\nscript(\"ripe\", report_interval, SPIT);\nVMX_X86_64";
+    let found: Vec<_> = architecture_words(text).into_iter().map(|(line, word)| format!("{line} {word}")).collect();
+    assert_eq!(found, ["1 bzimage", "2 msr", "2 cpuid", "4 vmx", "4 x86"]);
 }
 
 #[test]
