@@ -160,7 +160,9 @@ pub mod fuzzing;
 #[cfg(any(test, feature = "internals"))]
 #[doc(hidden)]
 pub mod internals {
-    pub use crate::vm::{attach_disk, detach_disk, rebuild};
+    #[cfg(feature = "container")]
+    pub use crate::container::renew_container_generation;
+    pub use crate::vm::{attach_disk, detach_disk, rebuild, renew_generation};
 }
 #[cfg(test)]
 #[path = "guest/main.rs"]

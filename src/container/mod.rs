@@ -5,6 +5,8 @@ mod cancel;
 mod control;
 mod exec;
 mod ext4;
+#[cfg(any(test, feature = "internals"))]
+mod generation;
 mod image;
 mod layer;
 mod process;
@@ -22,6 +24,8 @@ pub use cancel::CancelToken;
 #[cfg(any(test, feature = "internals"))]
 pub(crate) use control::control_stream;
 pub use exec::{Exec, Stdio};
+#[cfg(any(test, feature = "internals"))]
+pub use generation::renew_container_generation;
 #[cfg(any(test, feature = "internals"))]
 pub(crate) use image::image_tar;
 pub use image::{Image, ImageLimits};

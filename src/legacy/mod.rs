@@ -1,12 +1,14 @@
 //! Devices that a stock kernel uses and that are no virtio devices.
 //!
-//! They are a serial port, and the registers by which a kernel ends or reports a panic. Where they answer, and what else
+//! They are a serial port, and the registers by which a kernel ends, reports a panic or learns of the machine's events. Where they answer, and what else
 //! is there, is the architecture's matter.
 
+mod event_device;
 mod exit_port;
 mod panic_port;
 mod serial;
 
+pub(crate) use event_device::{EventDevice, EventSender, MachineEvent};
 pub(crate) use exit_port::ExitPort;
 pub(crate) use panic_port::PanicPort;
 pub(crate) use serial::SerialPort;

@@ -45,6 +45,9 @@ pub(super) struct Machine {
     pub devices: DeviceSet,
     pub ports: Bus,
     captures: Vec<CapturePump>,
+    /// Where the guest's kernel finds the machine's generation, if it reads it.
+    #[cfg_attr(not(any(test, feature = "internals")), allow(dead_code, reason = "no machine is copied yet"))]
+    pub generation: Option<GuestAddress>,
     pub shared: Arc<VmShared>,
 }
 
@@ -86,7 +89,7 @@ pub(super) fn start(config: &VmConfig) -> Result<Vm> {
     let (marks, log) = (BootMarks::new(begin), EventLog::new(begin));
     config.vcpus()?;
     let cgroup = make_cgroup(config, &log)?;
-    let Plan { marks, log, vcpus, ranges, output, memory, opened, free, places, kernel, entry } =
+    let Plan { marks, log, vcpus, ranges, output, memory, opened, free, places, kernel, entry, generation } =
         Plan::new(config, marks, log)?;
     let OpenedDevices { devices, listeners, nets } = opened;
 
@@ -101,7 +104,7 @@ pub(super) fn start(config: &VmConfig) -> Result<Vm> {
     let signal = KickSignal::install(config.kick_signal)?;
     let shared = VmShared::new(vcpus, signal, marks, log, output, registers.clone())?;
     let shared = Arc::new(shared);
-    let Platform { ports, keyboard, lines } = Platform::new(shared.output.clone(), guest_end(&shared))?;
+    let Platform { ports, keyboard, events, lines } = Platform::new(shared.output.clone(), guest_end(&shared))?;
     lines.iter().try_for_each(|line| line.connect(&vm))?;
     let kvm = Arc::new(KvmObjects::new(vm, cpu, lines, registers, memory.clone()));
     let recorder = kernel.dirty_page_recorder();
@@ -114,9 +117,10 @@ pub(super) fn start(config: &VmConfig) -> Result<Vm> {
         disks: (0..config.disks.len()).filter_map(|n| disk_handle(n, &devices)).collect(),
         nets: nets.iter().enumerate().filter_map(|(n, net)| net_handle(n, net, &devices)).collect(),
         keyboard,
+        events,
     };
     let captures = nets.into_iter().filter_map(|net| net.pump).collect();
-    let machine = Arc::new(Machine { kvm, devices, ports, captures, shared: shared.clone() });
+    let machine = Arc::new(Machine { kvm, devices, ports, captures, generation, shared: shared.clone() });
 
     let threads = VmThreads { shared: &shared, member: cgroup.as_ref().map(CgroupGuard::member) };
     for it in &handles.loops {
@@ -151,6 +155,7 @@ struct Plan {
     places: Vec<MmioSlot>,
     kernel: Kernel,
     entry: EntryPoint,
+    generation: Option<GuestAddress>,
 }
 
 impl Plan {
@@ -169,7 +174,8 @@ impl Plan {
         let mut generation = [0; 16];
         sys::fill_random(&mut generation).doing(|| "making the machine's generation")?;
         arch::write_tables(&memory, tables, vcpus, &places, generation)?;
-        Ok(Self { marks, log, vcpus, ranges, output, memory, opened, free, places, kernel, entry })
+        let generation = tables.generation();
+        Ok(Self { marks, log, vcpus, ranges, output, memory, opened, free, places, kernel, entry, generation })
     }
 }
 

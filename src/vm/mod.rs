@@ -9,6 +9,8 @@ mod devices;
 pub(crate) mod disk;
 pub(crate) mod events;
 pub(crate) mod exit;
+#[cfg(any(test, feature = "internals"))]
+mod generation;
 mod halt;
 #[cfg(any(test, feature = "internals"))]
 mod hotplug;
@@ -41,6 +43,8 @@ pub use config::{Console, Vsock};
 pub use disk::Disk;
 pub use exit::{Exit, ExitReport, Timeline};
 #[cfg(any(test, feature = "internals"))]
+pub use generation::renew_generation;
+#[cfg(any(test, feature = "internals"))]
 pub use hotplug::{attach_disk, detach_disk};
 #[cfg(feature = "container")]
 pub(crate) use net::AddressConfig;
@@ -57,7 +61,7 @@ use crate::arch::Keyboard;
 use crate::boot::Kernel;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::event_loop::Remote;
-use crate::legacy::Keys;
+use crate::legacy::{EventSender, Keys, MachineEvent};
 use crate::size::Size;
 use crate::sys::{STACK, borrow, deadline, leak, left, spawn};
 use crate::virtio::balloon::Balloon;
@@ -132,6 +136,7 @@ struct Handles {
     disks: Vec<DiskHandle>,
     nets: Vec<NetHandle>,
     keyboard: Keyboard,
+    events: EventSender,
 }
 
 impl Vm {
@@ -200,12 +205,12 @@ impl Vm {
 
     /// Asks the guest to shut down, and kills it when it still runs after `grace`.
     ///
-    /// The guest is asked by two keys of its keyboard. First comes the power key, upon which systems with
-    /// systemd-logind or acpid power off. When it still runs after a quarter of `grace`, at most ten seconds,
+    /// The guest is asked by two keys of its keyboard. First comes the power key, and the power button of kernels that use
+    /// ACPI, upon which systems with systemd-logind or acpid power off. When it still runs after a quarter of `grace`, at most ten seconds,
     /// Ctrl-Alt-Del follows, which every init understands. Most inits end with a reset, which is [`Exit::Reboot`] and
     /// starts nothing again. A systemd that is powering off already is not disturbed by it.
     ///
-    /// A guest without a keyboard driver cannot be asked, and is killed after `grace`. A paused one goes on first.
+    /// A guest with neither a keyboard driver nor ACPI cannot be asked, and is killed after `grace`. A paused one goes on first.
     ///
     /// A killed machine has ended within milliseconds, and after 15 seconds at most, where a file of the host's does
     /// not answer.
@@ -222,8 +227,12 @@ impl Vm {
         }
         let second = begin.checked_add((grace / 4).min(POWER_KEY_TIMEOUT));
         for (keys, until) in [(Keys::Power, second), (Keys::CtrlAltDel, begin.checked_add(grace))] {
+            // Also by ACPI: systems that get both power off once.
+            if keys == Keys::Power {
+                self.running.handles.events.raise(MachineEvent::PowerButton);
+            }
             if !self.running.handles.keyboard.press(keys) {
-                log::info!("the guest has no keyboard driver and cannot be asked to shut down");
+                log::info!("the guest has no keyboard driver, so that it gets at most the power button");
             }
             if let Some(exit) = self.running.shared.wait(until) {
                 return Ok(exit);

@@ -58,8 +58,8 @@ pub fn bzimage() -> cofferdam::Result<Kernel> {
     Kernel::open(cache().join("kernel/bzImage"))
 }
 
-/// The same kernel, of which nothing is known, so that it must find everything by ACPI.
-pub fn stock_kernel(temp: &Temp) -> Result<Kernel, Box<dyn Error>> {
+/// The same kernel, of which nothing is known.
+pub fn unknown_kernel(temp: &Temp) -> Result<Kernel, Box<dyn Error>> {
     let path = temp.path("bzImage");
     std::fs::copy(cache().join("kernel/bzImage"), &path)?;
     Ok(Kernel::open(path)?)
@@ -108,10 +108,11 @@ pub fn system(console: Console) -> Result<Vm, Box<dyn Error>> {
     }
 }
 
-/// A VM in which busybox runs `script` as PID 1 under such a kernel.
+/// A VM in which busybox loads what is packed and runs `script` as PID 1, under Debian's kernel, which finds everything by ACPI.
 pub fn stock_guest(cmdline: &str, script: &str) -> Result<VmBuilder, Box<dyn Error>> {
-    let kernel = stock_kernel(&Temp::new()?)?.cmdline(cmdline).initramfs(busybox(script));
-    Ok(Vm::builder(kernel).memory(Size::mib(128)))
+    let script = format!("for module in /cofferdam.modules/*; do insmod $module; done\n{script}");
+    let kernel = distribution("cloud-6.12")?.0.cmdline(cmdline).initramfs(busybox(&script));
+    Ok(Vm::builder(kernel).memory(Size::mib(256)))
 }
 
 /// The root file system of Debian that `make setup` made.

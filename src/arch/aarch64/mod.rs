@@ -15,8 +15,8 @@ use crate::bus::Bus;
 use crate::error::Result;
 pub(crate) use crate::kvm::unsupported;
 use crate::kvm::{Irqfd, Kvm, VcpuFd, VmFd};
-use crate::legacy::{GuestEnd, Keys};
-use crate::memory::GuestMemory;
+use crate::legacy::{EventSender, GuestEnd, Keys};
+use crate::memory::{GuestAddress, GuestMemory};
 
 /// The names of this module that embedders see.
 pub mod embedder {
@@ -29,6 +29,12 @@ pub(crate) const MAX_VCPUS: u8 = u8::MAX;
 /// By what a kernel learns of the machine: a device tree.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum FirmwareTables {}
+
+impl FirmwareTables {
+    pub(crate) fn generation(self) -> Option<GuestAddress> {
+        match self {}
+    }
+}
 
 /// Writes what a kernel reads about the machine.
 pub(crate) fn write_tables(
@@ -79,6 +85,7 @@ pub(crate) struct Platform {
     /// Nothing answers at ports.
     pub ports: Bus,
     pub keyboard: Keyboard,
+    pub events: EventSender,
     pub lines: Vec<Irqfd>,
 }
 

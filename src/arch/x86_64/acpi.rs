@@ -15,6 +15,7 @@ use acpi_tables::{Aml, aml};
 
 use super::layout::{self, MmioSlot};
 use crate::error::{Error, Result};
+use crate::legacy::MachineEvent;
 use crate::memory::{GuestAddress, GuestMemory};
 
 /// Who made the tables.
@@ -140,6 +141,8 @@ fn dsdt(devices: &[MmioSlot]) -> Sdt {
     keyboard(&mut all);
     panic_port(&mut all);
     generation(&mut all);
+    power_button(&mut all);
+    events(&mut all);
     let mut definitions = aml::Scope::raw("_SB_".into(), all);
     let off = aml::Package::new(vec![&POWER_OFF, &aml::ZERO, &aml::ZERO, &aml::ZERO]);
     aml::Name::new("_S5_".into(), &off).to_aml_bytes(&mut definitions);
@@ -191,6 +194,39 @@ fn generation(to: &mut Vec<u8>) {
     let at = aml::Package::new(vec![&low, &high]);
     let address = aml::Name::new("ADDR".into(), &at);
     aml::Device::new("VGEN".into(), vec![&kind, &compatible, &description, &address]).to_aml_bytes(to);
+}
+
+/// A power button, which is pressed by the event device (ACPI 6.5, 4.8.2.2.1.2).
+fn power_button(to: &mut Vec<u8>) {
+    device("PWRB", &aml::EISAName::new("PNP0C0C"), 0, vec![], to);
+}
+
+/// The Generic Event Device (ACPI 6.5, 5.6.9). At each interrupt, it reads which events there are, and notifies their devices.
+fn events(to: &mut Vec<u8>) {
+    let kind = aml::Name::new("_HID".into(), &"ACPI0013");
+    let number = aml::Name::new("_UID".into(), &aml::ZERO);
+    let line = line(layout::EVENT_IRQ);
+    let resources = aml::Name::new("_CRS".into(), &aml::ResourceTemplate::new(vec![&line]));
+    let (port, len) = (layout::EVENT_PORT as u16, aml::ONE);
+    let region = aml::OpRegion::new("EREG".into(), aml::OpRegionSpace::SystemIO, &port, &len);
+    let (access, lock, update) =
+        (aml::FieldAccessType::Byte, aml::FieldLockRule::NoLock, aml::FieldUpdateRule::WriteAsZeroes);
+    let field = aml::Field::new("EREG".into(), access, lock, update, vec![aml::FieldEntry::Named(*b"EVNT", 8)]);
+    let pending = aml::Path::new("EVNT");
+    let take = aml::Store::new(&aml::Local(0), &pending);
+    let (generation, button) = (aml::Path::new("VGEN"), aml::Path::new("PWRB"));
+    // Notification 0x80 is "status changed" to both (ACPI 6.5, 5.6.6).
+    let changed = 0x80u8;
+    let (to_generation, to_button) = (aml::Notify::new(&generation, &changed), aml::Notify::new(&button, &changed));
+    let (new_generation, pressed) = (MachineEvent::NewGeneration as u8, MachineEvent::PowerButton as u8);
+    let is_new = aml::And::new(&aml::ZERO, &aml::Local(0), &new_generation);
+    let is_pressed = aml::And::new(&aml::ZERO, &aml::Local(0), &pressed);
+    let renew = aml::If::new(&is_new, vec![&to_generation]);
+    let press = aml::If::new(&is_pressed, vec![&to_button]);
+    // Its argument is the interrupt, of which there is one.
+    let handler = aml::Method::new("_EVT".into(), 1, true, vec![&take, &renew, &press]);
+    let parts: Vec<&dyn Aml> = vec![&kind, &number, &resources, &region, &field, &handler];
+    aml::Device::new("GED_".into(), parts).to_aml_bytes(to);
 }
 
 /// A device: its kind, which of that kind it is, and what it takes (ACPI 6.5, 6.1.5, 6.1.12 and 6.2.2).
@@ -312,6 +348,21 @@ mod tests {
         let at = [&b"ADDR\x12\x08\x02\x0c"[..], &(layout::VM_GENERATION.0 as u32).to_le_bytes(), &[0]].concat();
         assert_eq!(count(&dsdt, &at), 1, "{dsdt:x?}");
         assert_eq!((layout::VM_GENERATION.0 % 4096, layout::MP_TABLE.0 - layout::VM_GENERATION.0), (0, 4096));
+    }
+
+    #[test]
+    fn event_device_notifies_by_bits_of_its_register() {
+        let [.., dsdt] = tables(&machine(1, &[]));
+        // OperationRegion(EREG, SystemIO, 0x610, 1), and a field of a byte.
+        assert_eq!(count(&dsdt, b"\x5b\x80EREG\x01\x0b\x10\x06\x01"), 1, "{dsdt:x?}");
+        assert_eq!((count(&dsdt, b"ACPI0013\0"), count(&dsdt, b"PWRB\x08_HID\x0c\x41\xd0\x0c\x0c")), (1, 1));
+        // Local0 = EVNT; If (Local0 & 1) { Notify (VGEN, 0x80) } If (Local0 & 2) { Notify (PWRB, 0x80) }
+        let method =
+            b"_EVT\x09\x70EVNT\x60\xa0\x0c\x7b\x60\x01\x00\x86VGEN\x0a\x80\xa0\x0d\x7b\x60\x0a\x02\x00\x86PWRB\x0a\x80";
+        assert_eq!(count(&dsdt, method), 1, "{dsdt:x?}");
+        let line = [&[0x89, 6, 0, 0b0011, 1][..], &layout::EVENT_IRQ.to_le_bytes()].concat();
+        assert_eq!(count(&dsdt, &line), 1);
+        assert!(!layout::DEVICE_IRQS.contains(&layout::EVENT_IRQ));
     }
 
     #[test]

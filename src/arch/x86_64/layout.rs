@@ -66,6 +66,10 @@ pub(crate) const DEVICE_IRQS: std::ops::RangeInclusive<u32> = 5..=23;
 pub(crate) const RESERVED_IRQS: [u32; 2] = [8, ACPI_IRQ as u32];
 /// The line that ACPI events would have.
 pub(crate) const ACPI_IRQ: u16 = 9;
+/// The event device's line, which is the second serial port's on machines that have one.
+pub(crate) const EVENT_IRQ: u32 = 3;
+/// The event device's register.
+pub(crate) const EVENT_PORT: u64 = 0x610;
 /// The first serial port's.
 pub(crate) const SERIAL_IRQ: u32 = 4;
 /// The first serial port.

@@ -18,7 +18,7 @@ pub use regs::Registers;
 pub(crate) use regs::{EntryPoint, boot_vcpu, write_boot_tables};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::memory::GuestMemory;
+use crate::memory::{GuestAddress, GuestMemory};
 
 /// The names of this module that embedders see.
 pub mod embedder {
@@ -40,6 +40,16 @@ pub(crate) enum FirmwareTables {
     Acpi,
     /// Intel's MultiProcessor specification 1.4: for kernels that read ACPI late or not at all, and get their devices elsewhere.
     MultiProcessor,
+}
+
+impl FirmwareTables {
+    /// Where a kernel that reads these finds the machine's generation, 16 bytes. `None` when they do not say it.
+    pub(crate) fn generation(self) -> Option<GuestAddress> {
+        match self {
+            Self::Acpi => Some(layout::VM_GENERATION),
+            Self::MultiProcessor => None,
+        }
+    }
 }
 
 /// Writes what a kernel reads about the machine. These are its `vcpus` processors, the windows and interrupt lines of

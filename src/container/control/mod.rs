@@ -145,7 +145,7 @@ impl Agent {
     /// # Errors
     /// `GuestFailed` when the guest's kernel does not take them, `TimedOut` when the guest does not answer. `InvalidState` when
     /// the container has ended, `Unsupported` by a shim of another version.
-    #[allow(dead_code, reason = "no machine is copied yet")]
+    #[cfg_attr(not(any(test, feature = "internals")), allow(dead_code, reason = "no machine is copied yet"))]
     pub(super) fn reseed(&self, seed: [u8; SEED_SIZE]) -> Result<()> {
         if self.version < VERSION_RESEED {
             return Err(Error::new(ErrorKind::Unsupported, "the guest's shim cannot make random numbers new"));
