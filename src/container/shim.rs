@@ -8,7 +8,7 @@ use crate::boot::Initramfs;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::proto::{BOOT_CONFIG_PATH, BootConfig};
 
-/// Empty where documentation is built.
+/// Empty where documentation is built, and where `build.rs` may do without a linker.
 static BUILT_IN: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/shim"));
 
 /// Names another shim at run time, for work on the shim itself.
@@ -24,7 +24,7 @@ fn program() -> Result<Cow<'static, [u8]>> {
     if BUILT_IN.is_empty() {
         return Err(Error::new(
             ErrorKind::Unsupported,
-            "this build has no guest shim, as it was made for documentation only; build again without DOCS_RS",
+            "this build has no guest shim, as it was made for documentation or without a linker; build again without DOCS_RS",
         ));
     }
     Ok(Cow::Borrowed(BUILT_IN))

@@ -84,6 +84,7 @@ impl Host {
     /// `NotFound` without `/dev/kvm`, `PermissionDenied` when it may not be opened, `Unsupported` when it is not
     /// hardware virtualization or lacks something. Each says what to do.
     pub fn ready(&self) -> Result<()> {
+        arch::check()?;
         let (kind, text) = match self.kvm {
             KvmAccess::Absent => (
                 ErrorKind::NotFound,
@@ -103,7 +104,7 @@ impl Host {
                 (ErrorKind::Unsupported, self.unusable().unwrap_or_default().into())
             }
             KvmAccess::Usable => return match (self.api_version, self.missing.as_slice()) {
-                (Some(API_VERSION), []) => arch::check(),
+                (Some(API_VERSION), []) => Ok(()),
                 (Some(API_VERSION), names) => Err(missing(names)),
                 (version, _) => Err(Error::new(
                     ErrorKind::Incompatible,

@@ -25,7 +25,7 @@ pub(crate) fn unsupported(what: &str) -> Error {
     Error::new(ErrorKind::Unsupported, format!("guests on aarch64: this build lacks {what}; it runs guests on x86_64"))
 }
 
-/// Whether this crate can run guests on a host with all that is needed.
+/// Whether this crate can run guests of this processor.
 ///
 /// # Errors
 /// `Unsupported`: it cannot.

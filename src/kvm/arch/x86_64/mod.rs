@@ -39,7 +39,7 @@ pub(in crate::kvm) const UNUSABLE: &[(&str, &str)] = &[(
 pub(in crate::kvm) const REMEDY: &str = "enable virtualization (VT-x or AMD-V) in the firmware or, inside a VM, nested \
      virtualization on its host, and load the module kvm_intel or kvm_amd";
 
-/// Whether this crate can run guests on a host with all that is needed. It can.
+/// Whether this crate can run guests of this processor. It can.
 pub(in crate::kvm) fn check() -> Result<()> {
     Ok(())
 }
