@@ -157,8 +157,16 @@ impl Rule {
         }
     }
 
-    /// Whether nothing is left for `later`.
-    fn covers(&self, later: &Self) -> bool {
+    /// The name that it is about.
+    fn name(&self) -> Option<DomainName> {
+        match &self.target {
+            RuleTarget::Name(name) => DomainName::parse_pattern(name).ok(),
+            _ => None,
+        }
+    }
+
+    /// Whether nothing is left for `later`. The names are those of both.
+    fn covers(&self, later: &Self, names: [Option<&DomainName>; 2]) -> bool {
         let targets = match (&self.target, &later.target) {
             (RuleTarget::Anywhere, _) => !self.allow || later.target == RuleTarget::Anywhere && later.allow,
             (RuleTarget::Range(ours), RuleTarget::Range(theirs)) => {
@@ -166,11 +174,8 @@ impl Rule {
                 let alone = later.allow && theirs.is_one() && ours != theirs;
                 ours.covers(*theirs) && (!self.allow || special_alike(*ours, *theirs) && !alone)
             }
-            (RuleTarget::Name(ours), RuleTarget::Name(theirs)) => {
-                match (DomainName::parse_pattern(ours), DomainName::parse_pattern(theirs)) {
-                    (Ok(ours), Ok(theirs)) => ours.covers(&theirs),
-                    _ => false,
-                }
+            (RuleTarget::Name(_), RuleTarget::Name(_)) => {
+                matches!(names, [Some(ours), Some(theirs)] if ours.covers(theirs))
             }
             _ => false,
         };
@@ -236,9 +241,12 @@ impl Policy {
         if self.rules.len() > MAX_RULES {
             return Err(Error::invalid("Policy::rule", format!("there are more than {MAX_RULES} rules")));
         }
-        for (n, rule) in self.rules.iter().enumerate() {
+        // Each rule is compared with each, so that names are parsed once.
+        let names: Vec<_> = self.rules.iter().map(Rule::name).collect();
+        for (n, (rule, name)) in self.rules.iter().zip(&names).enumerate() {
             rule.check().map_err(|problem| Error::invalid("Policy::rule", format!("rule {n}: {problem}")))?;
-            if let Some(first) = self.rules.iter().take(n).position(|earlier| earlier.covers(rule)) {
+            let mut earlier = self.rules.iter().zip(&names).take(n);
+            if let Some(first) = earlier.position(|(it, its)| it.covers(rule, [its.as_ref(), name.as_ref()])) {
                 let problem = format!("rule {n} can never match, as rule {first} decides all of it: swap or drop one");
                 return Err(Error::invalid("Policy::rule", problem));
             }
