@@ -6,6 +6,7 @@ use crate::error::{Error, Result};
 
 /// An amount for each second, and a one-time burst; a config value.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(deny_unknown_fields))]
 #[must_use = "a config value does nothing by itself"]
 pub struct Rate {
     per_second: u64,

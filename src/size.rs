@@ -6,6 +6,7 @@ use std::fmt;
 ///
 /// Arithmetic that could overflow saturates: an absurd amount stays absurd and is refused where it is used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct Size(u64);
 
 impl Size {

@@ -18,6 +18,7 @@ use crate::sys::{self, ForkGuard};
 
 /// The size of a guest's memory, and what backs it; a config value. A plain [`Size`] is [`Memory::anonymous`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(deny_unknown_fields))]
 #[must_use = "a config value does nothing by itself"]
 pub struct Memory {
     size: Size,
@@ -50,6 +51,7 @@ impl From<HugetlbMemory> for Memory {
 
 /// What a mapping is made of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub(crate) enum Backing {
     Anonymous,
     Transparent,

@@ -11,6 +11,11 @@ use crate::error::{Error, ErrorKind};
 ///
 /// All of them begin with the same bits. One address alone is a range, too.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(try_from = "CidrText", into = "CidrText")
+)]
 pub struct Cidr {
     address: IpAddr,
     bits: u8,
@@ -98,6 +103,27 @@ impl FromStr for Cidr {
                 Self::new(address.parse().map_err(|_| bad())?, bits)
             }
         }
+    }
+}
+
+/// A range as it is kept: as text, so that what is loaded is checked as what is written in a program.
+#[cfg(feature = "serde")]
+#[derive(serde::Serialize, serde::Deserialize)]
+struct CidrText(String);
+
+#[cfg(feature = "serde")]
+impl TryFrom<CidrText> for Cidr {
+    type Error = Error;
+
+    fn try_from(CidrText(text): CidrText) -> Result<Self, Error> {
+        text.parse()
+    }
+}
+
+#[cfg(feature = "serde")]
+impl From<Cidr> for CidrText {
+    fn from(range: Cidr) -> Self {
+        Self(range.to_string())
     }
 }
 

@@ -22,6 +22,7 @@ use crate::error::{Error, Result};
 
 /// A protocol that a rule names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[non_exhaustive]
 pub enum Protocol {
     /// TCP.
@@ -44,6 +45,7 @@ impl fmt::Display for Protocol {
 
 /// What a rule is about.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 enum RuleTarget {
     /// Allowed: all public addresses. Denied: all addresses.
     Anywhere,
@@ -55,6 +57,7 @@ enum RuleTarget {
 ///
 /// Without [`Rule::port`] or [`Rule::ports`] it is about all ports, without [`Rule::protocol`] about all protocols.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(deny_unknown_fields))]
 #[must_use = "a config value does nothing by itself"]
 pub struct Rule {
     allow: bool,
@@ -197,6 +200,7 @@ fn special_alike(ours: Cidr, theirs: Cidr) -> bool {
 /// The first rule that is about a destination decides. What no rule is about is denied. The policy of a running guest
 /// can be changed; connections that are denied then are reset.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(deny_unknown_fields))]
 #[must_use = "a config value does nothing by itself"]
 pub struct Policy {
     rules: Vec<Rule>,

@@ -80,6 +80,7 @@ impl Default for Limits {
 ///
 /// A config value. Clients of published ports are not counted: they may have as many again.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(deny_unknown_fields))]
 #[must_use = "a config value does nothing by itself"]
 pub struct ConnectionLimit {
     pub(super) open: Option<u32>,

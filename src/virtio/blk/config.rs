@@ -10,6 +10,7 @@ use crate::virtio::{ConfigSpace, DeviceId};
 
 /// What moves a disk's bytes; a config value.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[non_exhaustive]
 pub enum IoEngine {
     /// [`IoEngine::IoUring`] where the host has io_uring and lets this process use it, else [`IoEngine::Threads`].
@@ -25,6 +26,7 @@ pub enum IoEngine {
 
 /// What a guest's flush means; a config value.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[non_exhaustive]
 pub enum CacheMode {
     /// It is answered when everything written before is on stable storage.

@@ -14,6 +14,7 @@ use crate::rate::{self, Rate};
 /// Flushes are never held back. Requests of one direction wait in their order, and the guest's other devices don't
 /// notice.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(deny_unknown_fields))]
 #[must_use = "a config value does nothing by itself"]
 pub struct DiskLimit {
     rates: [Option<Rate>; 4],

@@ -21,6 +21,7 @@ pub enum ErrorClass {
 
 /// What a disk does when the host fails; see [`FileDisk::on_error`](crate::disk::FileDisk::on_error).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[non_exhaustive]
 pub enum ErrorAction {
     /// The guest sees an I/O error.
@@ -104,6 +105,7 @@ impl fmt::Display for DiskError {
 
 /// Which action each class has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(deny_unknown_fields))]
 pub(crate) struct ErrorPolicy {
     read: ErrorAction,
     write: ErrorAction,

@@ -10,6 +10,7 @@ use crate::sys::Space;
 
 /// What the host's file system keeps, whatever a guest writes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub(crate) enum Reserve {
     /// All of it is the guest's.
     #[default]

@@ -19,6 +19,7 @@ use crate::virtio::DeviceIo;
 ///
 /// Bytes are those of whole Ethernet frames. A frame that stands for several (TSO) counts as that many packets.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(deny_unknown_fields))]
 #[must_use = "a config value does nothing by itself"]
 pub struct NetLimit {
     rates: [Option<Rate>; 4],

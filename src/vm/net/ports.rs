@@ -9,6 +9,7 @@ use crate::network::{Cidr, Protocol, Published, UserStack};
 ///
 /// A config value.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(deny_unknown_fields))]
 #[must_use = "a config value does nothing by itself"]
 pub struct PortForward {
     protocol: Protocol,

@@ -73,7 +73,11 @@ pub struct CpuProfile {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(rename_all = "snake_case"))]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(rename_all = "snake_case", deny_unknown_fields)
+)]
 enum Base {
     /// What the host's KVM offers when the machine starts, and then these changes in their order.
     Host(Vec<Change>),
