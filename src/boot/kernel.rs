@@ -45,21 +45,21 @@ impl DirtyPageRecorder {
 #[derive(Debug, Clone)]
 #[must_use = "a config value does nothing by itself"]
 pub struct Kernel {
-    pub(super) loaded: Arc<Loaded>,
-    pub(super) cmdline: String,
-    pub(super) initramfs: Option<Initramfs>,
-    modules: Option<Modules>,
-    pub(super) choice: EntryChoice,
+    pub(crate) loaded: Arc<Loaded>,
+    pub(crate) cmdline: String,
+    pub(crate) initramfs: Option<Initramfs>,
+    pub(crate) modules: Option<Modules>,
+    pub(crate) choice: EntryChoice,
 }
 
 /// What came of a kernel file.
 #[derive(Debug)]
-pub(super) struct Loaded {
+pub(crate) struct Loaded {
     pub image: MemoryImage,
-    pub entry: KernelEntry,
+    pub(super) entry: KernelEntry,
     /// Where the kernel will have unpacked itself; the initramfs must lie above.
     pub end: u64,
-    pub configuration: Configuration,
+    pub(super) configuration: Configuration,
     /// What `uname -r` says, where the file tells.
     pub release: Option<String>,
 }

@@ -27,10 +27,11 @@ pub(crate) use cmdline::Cmdline;
 pub use initramfs::Initramfs;
 pub(crate) use kernel::DirtyPageRecorder;
 pub use kernel::Kernel;
+pub(crate) use kernel::Loaded as LoadedKernel;
 pub use modules::Modules;
 #[cfg(any(test, feature = "internals"))]
 pub(crate) use modules::read as read_modules;
 pub(crate) use modules::{Need, Packed};
 #[cfg(any(test, feature = "internals"))]
 pub(crate) use protocol::tiny;
-pub(crate) use protocol::{finish_cmdline, load};
+pub(crate) use protocol::{EntryChoice, finish_cmdline, load};

@@ -35,25 +35,26 @@ const HEADER: usize = 16;
 #[derive(Clone)]
 #[must_use = "a config value does nothing by itself"]
 pub struct Capture {
-    sink: Sink,
-    snap: usize,
-    max: Size,
+    pub(crate) sink: CaptureSink,
+    pub(crate) snap: usize,
+    pub(crate) max: Size,
 }
 
+/// Where a capture goes.
 #[derive(Clone)]
-enum Sink {
+pub(crate) enum CaptureSink {
     File(PathBuf),
     Writer(Arc<Mutex<dyn Write + Send>>),
 }
 
 impl Capture {
-    fn of(sink: Sink) -> Self {
+    pub(crate) fn of(sink: CaptureSink) -> Self {
         Self { sink, snap: FRAME_MAX, max: MAX }
     }
 
     /// Records into this file, which is made or overwritten when the VM starts.
     pub fn file(path: impl Into<PathBuf>) -> Self {
-        Self::of(Sink::File(path.into()))
+        Self::of(CaptureSink::File(path.into()))
     }
 
     /// Records to `writer`, on a thread of its own.
@@ -61,7 +62,7 @@ impl Capture {
     /// It may block: frames that come too fast for it are then lost to the capture alone. After a failure it is given
     /// nothing more. It is for one card of one VM: a second would begin a second capture.
     pub fn writer(writer: impl Write + Send + 'static) -> Self {
-        Self::of(Sink::Writer(Arc::new(Mutex::new(writer))))
+        Self::of(CaptureSink::Writer(Arc::new(Mutex::new(writer))))
     }
 
     /// Records at most this many bytes of each frame; all of them by default.
@@ -79,11 +80,11 @@ impl Capture {
     /// Opens where it goes: the part that records, and the part that writes, for a thread of its own.
     pub(crate) fn open(&self) -> Result<(CaptureRecorder, CapturePump)> {
         let writer = match &self.sink {
-            Sink::File(path) => {
+            CaptureSink::File(path) => {
                 let file = File::create(path).doing(|| format!("capture: creating {}", path.display()))?;
                 Arc::new(Mutex::new(file)) as Arc<Mutex<dyn Write + Send>>
             }
-            Sink::Writer(writer) => writer.clone(),
+            CaptureSink::Writer(writer) => writer.clone(),
         };
         let mut pending = Vec::new();
         pending.extend(MAGIC.to_ne_bytes());
@@ -101,8 +102,8 @@ impl Capture {
 impl fmt::Debug for Capture {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.sink {
-            Sink::File(path) => write!(f, "Capture({})", path.display()),
-            Sink::Writer(_) => f.write_str("Capture(writer)"),
+            CaptureSink::File(path) => write!(f, "Capture({})", path.display()),
+            CaptureSink::Writer(_) => f.write_str("Capture(writer)"),
         }
     }
 }

@@ -28,7 +28,7 @@ pub(crate) use backend::FRAME_MAX;
 pub use backend::{Capabilities, Frame, NetBackend, NicConfig, Received, RxBuffer};
 pub(crate) use backend_kind::BackendKind;
 pub use capture::{Capture, CaptureStats};
-pub(crate) use capture::{CaptureCounters, CapturePump, CaptureRecorder};
+pub(crate) use capture::{CaptureCounters, CapturePump, CaptureRecorder, CaptureSink};
 pub use offload::{Csum, Gso, GsoKind, Offload, Offloads};
 pub(crate) use offload::{HEADER_LEN, MAX_UDP_SEGMENTS};
 pub use policy::{Cidr, Denial, DenyReason, Policy, Protocol, Rule};

@@ -7,7 +7,7 @@ use super::net::Net;
 use super::{Vm, machine};
 use crate::arch::CpuProfile;
 use crate::boot::{Kernel, Need};
-use crate::error::Result;
+use crate::error::{Context, Result};
 use crate::memory::Memory;
 use crate::size::Size;
 
@@ -15,7 +15,7 @@ use crate::size::Size;
 #[derive(Debug, Clone)]
 #[must_use = "a builder does nothing until `start`"]
 pub struct VmBuilder {
-    config: VmConfig,
+    pub(super) config: VmConfig,
 }
 
 impl VmBuilder {
@@ -133,7 +133,7 @@ impl VmBuilder {
     /// Adds a parameter that the layer above needs on the kernel's command line; an empty value is a bare word.
     #[cfg(feature = "container")]
     pub(crate) fn parameter(mut self, key: &'static str, value: &'static str) -> Self {
-        self.config.parameters.push((key, value));
+        self.config.parameters.push((key.into(), value.into()));
         self
     }
 
@@ -150,6 +150,10 @@ impl VmBuilder {
     ///
     /// Nothing is left behind.
     pub fn start(self) -> Result<Vm> {
-        machine::start(&self.config).map_err(|e| e.doing("starting VM"))
+        let start = || {
+            let (spec, live) = self.config.split();
+            machine::start(&spec.join(live)?)
+        };
+        start().doing(|| "starting VM")
     }
 }

@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
+use super::spec::HostPath;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::sys;
 use crate::sys::ProcessGeneration;
@@ -31,9 +32,10 @@ const LEAVING: Duration = Duration::from_millis(500);
 /// The parent group becomes a *threaded domain* for as long as there are VMs below it. So it must be delegated to this
 /// process (systemd: `Delegate=yes`), and have no other groups with processes below it.
 #[derive(Debug, Clone, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(deny_unknown_fields))]
 #[must_use = "a config value does nothing by itself"]
 pub struct Cgroup {
-    parent: Option<PathBuf>,
+    parent: Option<HostPath>,
     weight: u32,
     cpus: Option<f64>,
     optional: bool,
@@ -50,7 +52,7 @@ impl Cgroup {
     ///
     /// This process must be in that group or below it: threads cannot leave their process.
     pub fn under(path: impl Into<PathBuf>) -> Self {
-        Self { parent: Some(path.into()), ..Self::new() }
+        Self { parent: Some(HostPath::new(path)), ..Self::new() }
     }
 
     /// Sets the VM's share when processors are short, 1 to 10,000; 100 by default (`cpu.weight`).
@@ -85,15 +87,7 @@ impl Cgroup {
     /// `InvalidConfig` for numbers that cannot be; unless it is optional, `NotFound`, `PermissionDenied` or `Unsupported`
     /// when the host has no group for it.
     pub(super) fn make(&self) -> Result<Result<CgroupGuard, String>> {
-        if !(1..=10_000).contains(&self.weight) {
-            return Err(Error::invalid("Cgroup::weight", format!("{} is not within 1 to 10,000", self.weight)));
-        }
-        let quota = match self.cpus {
-            None => "max".to_owned(),
-            // At least the millisecond that the kernel wants.
-            Some(n) if (0.01..=1e6).contains(&n) => format!("{:.0}", n * PERIOD as f64),
-            Some(n) => return Err(Error::invalid("Cgroup::cpus", format!("{n} is not within 0.01 to a million"))),
-        };
+        let quota = self.quota()?;
         let made = self.parent().and_then(|parent| {
             let leaf = CgroupGuard::make(&parent)?;
             leaf.set("cpu.weight", &self.weight.to_string())?;
@@ -107,9 +101,33 @@ impl Cgroup {
         }
     }
 
+    /// Checks its numbers, and returns the quota for `cpu.max`.
+    ///
+    /// # Errors
+    /// `InvalidConfig` for numbers that cannot be.
+    fn quota(&self) -> Result<String> {
+        if !(1..=10_000).contains(&self.weight) {
+            return Err(Error::invalid("Cgroup::weight", format!("{} is not within 1 to 10,000", self.weight)));
+        }
+        match self.cpus {
+            None => Ok("max".to_owned()),
+            // At least the millisecond that the kernel wants.
+            Some(n) if (0.01..=1e6).contains(&n) => Ok(format!("{:.0}", n * PERIOD as f64)),
+            Some(n) => Err(Error::invalid("Cgroup::cpus", format!("{n} is not within 0.01 to a million"))),
+        }
+    }
+
+    /// Checks its numbers, without touching the host.
+    ///
+    /// # Errors
+    /// `InvalidConfig` for numbers that cannot be.
+    pub(super) fn check(&self) -> Result<()> {
+        self.quota().map(drop)
+    }
+
     fn parent(&self) -> Result<PathBuf> {
         if let Some(parent) = &self.parent {
-            return Ok(parent.clone());
+            return Ok(parent.to_path_buf());
         }
         let none = || Error::new(ErrorKind::Unsupported, "this process is in no cgroup of version 2");
         let mounts = fs::read_to_string("/proc/self/mounts").doing(|| "looking for cgroups")?;

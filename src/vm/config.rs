@@ -6,7 +6,8 @@ use std::sync::{Arc, Mutex};
 
 use super::cgroup::Cgroup;
 use super::disk::{Disk, check_serials};
-use super::net::Net;
+use super::mmio_slots::MmioSlots;
+use super::net::{Net, check_addresses};
 use crate::arch::layout::{self, MmioSlot};
 use crate::arch::{CpuProfile, FirmwareTables, MAX_VCPUS};
 use crate::boot::{self, Cmdline, Kernel, Need};
@@ -51,7 +52,8 @@ impl fmt::Debug for Console {
 /// Describes a vsock device, which connects guest programs and the embedder; a config value.
 ///
 /// The guest's address is CID 3, the host's CID 2. No files, no host vsock module: everything stays in this process.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(deny_unknown_fields))]
 #[must_use = "a config value does nothing by itself"]
 pub struct Vsock {
     pub(super) ports: Vec<u32>,
@@ -87,11 +89,39 @@ pub(super) struct VmConfig {
     pub kick_signal: u8,
     /// Descriptors of the process that its connections may hold.
     pub descriptors: Option<u32>,
-    /// What the layer above needs on the kernel's command line.
-    pub parameters: Vec<(&'static str, &'static str)>,
+    /// What the layer above needs on the kernel's command line. An empty value is a bare word.
+    pub parameters: Vec<(String, String)>,
 }
 
 impl VmConfig {
+    /// Checks all that needs nothing of the host. A description that was loaded has been through no builder.
+    ///
+    /// # Errors
+    /// `InvalidConfig` names the method whose value cannot be.
+    pub(super) fn check(&self) -> Result<()> {
+        let vcpus = self.vcpus()?;
+        self.cgroup.as_ref().map_or(Ok(()), Cgroup::check)?;
+        layout::memory_ranges(self.memory.size())?;
+        // So many are not even looked at. With the devices that every machine has, they are counted when all are there.
+        let mut free = MmioSlots::new();
+        (0..self.disks.len() + self.nets.len()).try_for_each(|_| free.take().map(drop))?;
+        check_serials(&self.disks)?;
+        for (n, disk) in self.disks.iter().enumerate() {
+            disk.options(n).map_err(|e| e.doing(format!("attaching disk {n}")))?;
+        }
+        check_addresses(&self.nets)?;
+        self.descriptors()?;
+        for (n, net) in self.nets.iter().enumerate() {
+            net.check(vcpus).map_err(|e| e.doing(format!("attaching network {n}")))?;
+        }
+        for (key, value) in &self.parameters {
+            if !key.bytes().chain(value.bytes()).all(|byte| byte.is_ascii_graphic()) {
+                return Err(Error::invalid("Kernel::cmdline", format!("{key:?}={value:?} is not printable ASCII")));
+            }
+        }
+        Ok(())
+    }
+
     /// The number of vCPUs.
     ///
     /// # Errors

@@ -22,6 +22,7 @@ pub(crate) mod overlay;
 #[cfg(any(test, feature = "internals"))]
 mod rebuild;
 mod shared;
+mod spec;
 pub(crate) mod stats;
 mod threads;
 mod vcpu;
@@ -51,6 +52,8 @@ pub(crate) use net::AddressConfig;
 pub use net::Net;
 #[cfg(any(test, feature = "internals"))]
 pub use rebuild::rebuild;
+#[cfg(any(test, feature = "internals"))]
+pub use spec::{LiveParts, VmSpec, join, split};
 pub use stats::{MemoryStats, Stats};
 
 use disk::DiskHandle;

@@ -3,6 +3,8 @@
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
+#[cfg(feature = "serde")]
+use super::spec::HostPath;
 use crate::error::{Context, Result};
 use crate::size::Size;
 use crate::virtio::blk::{self, BasePath, OverlayFile};
@@ -38,7 +40,40 @@ pub struct Overlay {
 ///
 /// A path is a raw image, whatever is in it.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(from = "BaseSpec", into = "BaseSpec")
+)]
 pub struct BaseImage(pub(super) BasePath);
+
+/// A base as it is kept.
+#[cfg(feature = "serde")]
+#[derive(serde::Serialize, serde::Deserialize)]
+enum BaseSpec {
+    Raw(HostPath),
+    Overlay(HostPath),
+}
+
+#[cfg(feature = "serde")]
+impl From<BaseImage> for BaseSpec {
+    fn from(BaseImage(base): BaseImage) -> Self {
+        match base {
+            BasePath::Raw(path) => Self::Raw(HostPath::new(path)),
+            BasePath::Overlay(path) => Self::Overlay(HostPath::new(path)),
+        }
+    }
+}
+
+#[cfg(feature = "serde")]
+impl From<BaseSpec> for BaseImage {
+    fn from(base: BaseSpec) -> Self {
+        Self(match base {
+            BaseSpec::Raw(path) => BasePath::Raw(path.into()),
+            BaseSpec::Overlay(path) => BasePath::Overlay(path.into()),
+        })
+    }
+}
 
 impl BaseImage {
     /// Where it is.

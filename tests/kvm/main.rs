@@ -37,6 +37,7 @@ mod programs;
 #[path = "../../examples/proxy_command.rs"]
 mod proxy_command;
 mod rebuild;
+mod spec;
 mod start_failures;
 mod storage;
 mod tally;
@@ -169,6 +170,7 @@ tests! {
         rebuilt_debian_kernel_keeps_its_data_and_clocks rebuilt_debian_kernel_of_four_vcpus_keeps_its_data_and_clocks
         rebuilds_during_boot_do_not_disturb_it rebuilt_vm_stays_paused_until_resumed
         rebuild_and_kill_race_from_many_threads rebuild_without_descriptors_fails_and_the_guest_goes_on;
+    spec: vm_from_text_has_disk_network_and_console;
     user_net: network_is_up_at_start_and_round_trips_have_no_delay withdrawn_policy_stops_all_traffic;
     start_failures: start_timeout_names_the_boot_stage guest_exit_before_ready_is_reported shim_failure_is_reported
         missing_kvm_error_names_the_remedy unreadable_file_is_named;

@@ -22,8 +22,9 @@ pub(super) const ELF_MACHINE: u16 = 183;
 pub(super) enum KernelEntry {}
 
 /// How the embedder wants a kernel to be entered: there is one way.
-#[derive(Debug, Clone, Copy, Default)]
-pub(super) struct EntryChoice;
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+pub(crate) struct EntryChoice;
 
 /// # Errors
 /// `Unsupported`.

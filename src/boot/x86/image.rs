@@ -39,8 +39,9 @@ impl KernelEntry {
 }
 
 /// How the embedder wants a kernel to be entered.
-#[derive(Debug, Clone, Copy, Default)]
-pub(in crate::boot) struct EntryChoice {
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(deny_unknown_fields))]
+pub(crate) struct EntryChoice {
     pvh: bool,
 }
 

@@ -8,7 +8,8 @@ mod pvh;
 pub(crate) mod tiny;
 
 pub(crate) use cmdline::finish_cmdline;
-pub(super) use image::{EntryChoice, KernelEntry, open};
+pub(crate) use image::EntryChoice;
+pub(super) use image::{KernelEntry, open};
 pub(crate) use load::load;
 
 /// In every configuration of a kernel that boots here.

@@ -30,6 +30,7 @@ pub(crate) use backend::{
 };
 pub use config::{CacheMode, IoEngine};
 pub use limit::DiskLimit;
+pub(crate) use policy::ErrorPolicy;
 pub use policy::{DiskError, DiskOperation, ErrorAction, ErrorClass};
 
 use super::{ConfigSpace, DeviceIo, DeviceState, DeviceType, DrainCause, EventSource, Profile, VirtioDevice};

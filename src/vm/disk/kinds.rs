@@ -4,11 +4,12 @@ use std::fs::File;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-#[cfg(feature = "qcow2")]
-use super::Qcow2Source;
-use super::{Disk, DiskSettings, DiskSource, OverlaySource};
+use super::Disk;
 use crate::size::Size;
 use crate::virtio::blk::{CacheMode, DiskLimit, ErrorAction, ErrorClass, IoEngine, Reserve};
+#[cfg(feature = "qcow2")]
+use crate::vm::spec::Qcow2Source;
+use crate::vm::spec::{DiskSettings, DiskSource, FileSource, HostPath, OverlaySource, ScratchSource};
 
 /// The settings of every disk.
 macro_rules! common_settings {
@@ -41,7 +42,7 @@ macro_rules! common_settings {
             /// Each failure is an [`EventKind::DiskError`](crate::event::EventKind::DiskError); of a flood of them, ten
             /// a second.
             pub fn on_error(mut self, class: ErrorClass, action: ErrorAction) -> Self {
-                self.settings.options.policy.set(class, action);
+                self.settings.policy.set(class, action);
                 self
             }
 
@@ -49,7 +50,7 @@ macro_rules! common_settings {
             ///
             /// [`DiskHandle::set_limit`](super::DiskHandle::set_limit) changes them while the VM runs.
             pub fn limit(mut self, limit: DiskLimit) -> Self {
-                self.settings.options.limit = limit;
+                self.settings.limit = limit;
                 self
             }
         }
@@ -71,7 +72,7 @@ macro_rules! stored_settings {
             /// Once a sync of the host has failed, every later flush fails, as do writes of a guest that turned its
             /// write cache off. Linux reports lost data only once, so a later sync that succeeds proves nothing.
             pub fn cache(mut self, cache: CacheMode) -> Self {
-                self.settings.options.cache = cache;
+                self.settings.cache = cache;
                 self
             }
 
@@ -80,7 +81,7 @@ macro_rules! stored_settings {
             /// With less the VM does not start. When there is less while it runs, that is an
             /// [`EventKind::DiskSpaceLow`](crate::event::EventKind::DiskSpaceLow).
             pub fn min_free_space(mut self, space: Size) -> Self {
-                self.settings.options.min_free_space = Some(space.as_bytes());
+                self.settings.min_free_space = Some(space);
                 self
             }
 
@@ -96,7 +97,7 @@ macro_rules! stored_settings {
             /// By default [`Disk::scratch`] and [`Disk::overlay`] leave 5 % of the file system, at most 1 GiB, for the
             /// host's own work. All others leave nothing.
             pub fn reserve(mut self, space: Size) -> Self {
-                self.settings.options.reserve = Reserve::Bytes(space.as_bytes());
+                self.settings.reserve = Reserve::Bytes(space.as_bytes());
                 self
             }
         }
@@ -109,7 +110,7 @@ macro_rules! engine_setting {
         impl $kind {
             /// Sets what moves the disk's bytes; [`IoEngine::Auto`] by default.
             pub fn engine(mut self, engine: IoEngine) -> Self {
-                self.settings.options.engine = engine;
+                self.settings.engine = engine;
                 self
             }
         }
@@ -134,14 +135,6 @@ macro_rules! read_only_setting {
 pub struct FileDisk {
     pub(super) settings: DiskSettings,
     pub(super) source: FileSource,
-}
-
-/// The path of an image, and how it is opened.
-#[derive(Debug, Clone)]
-pub(super) struct FileSource {
-    pub path: PathBuf,
-    pub locked: bool,
-    pub direct: bool,
 }
 
 impl FileDisk {
@@ -179,20 +172,13 @@ pub struct ScratchDisk {
     pub(super) source: ScratchSource,
 }
 
-/// How large it is, and where.
-#[derive(Debug, Clone)]
-pub(super) struct ScratchSource {
-    pub size: Size,
-    pub dir: Option<PathBuf>,
-}
-
 impl ScratchDisk {
     /// Sets the directory of the host in which the disk lies.
     ///
     /// By default it is the directory for temporary files (`TMPDIR`, else `/tmp`), or `/var/tmp` where that is memory
     /// (tmpfs, ramfs). Where both are memory, the start fails and asks for a directory. One that is set may be memory.
     pub fn scratch_dir(mut self, dir: impl Into<PathBuf>) -> Self {
-        self.source.dir = Some(dir.into());
+        self.source.dir = Some(HostPath::new(dir));
         self
     }
 }
@@ -218,7 +204,7 @@ impl OverlayDisk {
     ///
     /// The file is made when it is not there. Else it must be an overlay of the same base.
     pub fn persist_at(mut self, path: impl Into<PathBuf>) -> Self {
-        self.source.persist_at = Some(path.into());
+        self.source.persist_at = Some(HostPath::new(path));
         self
     }
 
@@ -227,7 +213,7 @@ impl OverlayDisk {
     /// By default it is the directory for temporary files (`TMPDIR`, else `/tmp`), or `/var/tmp` where that is memory
     /// (tmpfs, ramfs). Where both are memory, the start fails and asks for a directory. One that is set may be memory.
     pub fn scratch_dir(mut self, dir: impl Into<PathBuf>) -> Self {
-        self.source.scratch_dir = Some(dir.into());
+        self.source.scratch_dir = Some(HostPath::new(dir));
         self
     }
 
@@ -262,7 +248,7 @@ impl Qcow2Disk {
     /// None are allowed by default. The image chooses which of them its guest sees, so nothing else should lie there.
     /// Symbolic links in the directory are not followed.
     pub fn backing_dir(mut self, dir: impl Into<PathBuf>) -> Self {
-        self.source.backing_dir = Some(dir.into());
+        self.source.backing_dir = Some(HostPath::new(dir));
         self
     }
 }

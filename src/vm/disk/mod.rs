@@ -12,15 +12,17 @@ pub use handle::{DiskHandle, DiskUsage};
 #[cfg(feature = "qcow2")]
 pub use kinds::Qcow2Disk;
 pub use kinds::{FileDisk, MemoryDisk, OpenFileDisk, OverlayDisk, ScratchDisk};
-use kinds::{FileSource, ScratchSource};
 pub(crate) use scratch::scratch_dir;
 
 use super::overlay::BaseImage;
+#[cfg(feature = "qcow2")]
+use super::spec::Qcow2Source;
+use super::spec::{DiskSettings, DiskSource, FileSource, HostPath, OverlaySource, ScratchSource};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::size::Size;
 use crate::sys;
 use crate::virtio::DeviceId;
-use crate::virtio::blk::{self, Blk, BlockBackend, DirectFile, Options, OverlayFile, RawFile, Reserve};
+use crate::virtio::blk::{self, Blk, BlockBackend, DirectFile, Options, OverlayFile, RawFile};
 pub use crate::virtio::blk::{CacheMode, DiskError, DiskLimit, DiskOperation, ErrorAction, ErrorClass, IoEngine};
 
 /// Bytes of a serial number (Virtio 1.3, 5.2.6).
@@ -35,61 +37,8 @@ const MAX_QUEUES: u32 = 64;
 #[derive(Debug, Clone)]
 #[must_use = "a config value does nothing by itself"]
 pub struct Disk {
-    settings: DiskSettings,
-    source: DiskSource,
-}
-
-/// The settings of all kinds. Kinds without a method for a setting leave it as it is.
-#[derive(Debug, Clone)]
-struct DiskSettings {
-    read_only: bool,
-    serial: Option<String>,
-    queues: u32,
-    /// All but number, serial number and queues, which are checked first.
-    options: Options,
-}
-
-/// Where a disk's bytes are.
-#[derive(Debug, Clone)]
-enum DiskSource {
-    Path(FileSource),
-    File(Arc<File>),
-    Scratch(ScratchSource),
-    Memory(Size),
-    Overlay(OverlaySource),
-    #[cfg(feature = "qcow2")]
-    Qcow2(Qcow2Source),
-}
-
-/// An overlay, and where it is.
-#[derive(Debug, Clone)]
-struct OverlaySource {
-    base: BaseImage,
-    persist_at: Option<PathBuf>,
-    scratch_dir: Option<PathBuf>,
-    size: Option<Size>,
-    max_size: Option<Size>,
-}
-
-/// A qcow2 image, and where its backing files may be.
-#[cfg(feature = "qcow2")]
-#[derive(Debug, Clone)]
-struct Qcow2Source {
-    path: PathBuf,
-    backing_dir: Option<PathBuf>,
-}
-
-impl DiskSettings {
-    fn new() -> Self {
-        Self { read_only: false, serial: None, queues: 1, options: Options::new(0) }
-    }
-
-    /// Of a disk that takes space on the host as its guest writes.
-    fn sharing() -> Self {
-        let mut settings = Self::new();
-        settings.options.reserve = Reserve::Share;
-        settings
-    }
+    pub(in crate::vm) settings: DiskSettings,
+    pub(in crate::vm) source: DiskSource<Arc<File>>,
 }
 
 impl Disk {
@@ -106,7 +55,7 @@ impl Disk {
     pub fn file(path: impl Into<PathBuf>) -> FileDisk {
         FileDisk {
             settings: DiskSettings::new(),
-            source: FileSource { path: path.into(), locked: true, direct: false },
+            source: FileSource { path: HostPath::new(path), locked: true, direct: false },
         }
     }
 
@@ -164,22 +113,48 @@ impl Disk {
     /// or as a backing file. Overlays need no such thing, and are faster.
     #[cfg(feature = "qcow2")]
     pub fn qcow2(path: impl Into<PathBuf>) -> Qcow2Disk {
-        Qcow2Disk { settings: DiskSettings::new(), source: Qcow2Source { path: path.into(), backing_dir: None } }
+        Qcow2Disk {
+            settings: DiskSettings::new(),
+            source: Qcow2Source { path: HostPath::new(path), backing_dir: None },
+        }
     }
 
     /// Opens the disk, which is the `n`th of its VM.
     pub(super) fn attach(&self, n: usize) -> Result<Blk> {
+        let options = self.options(n)?;
+        Ok(Blk::new(self.open()?, options))
+    }
+
+    /// Returns what the `n`th disk of a VM is configured to be. Opens nothing.
+    ///
+    /// # Errors
+    /// `InvalidConfig` names the method whose value cannot be.
+    pub(super) fn options(&self, n: usize) -> Result<Options> {
         let serial = self.serial_of(n);
         if serial.is_empty() || serial.len() > MAX_SERIAL || !serial.bytes().all(|b| b.is_ascii_graphic()) {
             let why = format!("{serial:?}: 1 to {MAX_SERIAL} visible ASCII characters are needed");
             return Err(Error::invalid("serial", why));
         }
-        let DiskSettings { queues, options, .. } = &self.settings;
+        let DiskSettings { read_only: _, serial: _, queues, engine, cache, policy, limit, min_free_space, reserve } =
+            &self.settings;
         let queues = u16::try_from(*queues).ok().filter(|_| (1..=MAX_QUEUES).contains(queues));
         let queues =
             queues.ok_or_else(|| Error::invalid("queues", format!("{}: 1 to {MAX_QUEUES}", self.settings.queues)))?;
-        options.limit.check().map_err(|e| e.doing("limit"))?;
-        Ok(Blk::new(self.open()?, Options { device: DeviceId::Disk(n), serial, queues, ..options.clone() }))
+        limit.check().map_err(|e| e.doing("limit"))?;
+        if let DiskSource::Overlay(overlay) = &self.source {
+            overlay.check()?;
+        }
+        Ok(Options {
+            device: DeviceId::Disk(n),
+            serial,
+            queues,
+            engine: *engine,
+            cache: *cache,
+            policy: *policy,
+            limit: *limit,
+            min_free_space: min_free_space.map(Size::as_bytes),
+            reserve: *reserve,
+        })
     }
 
     /// Returns its serial number as the `n`th disk.
@@ -189,10 +164,10 @@ impl Disk {
 
     fn open(&self) -> Result<Box<dyn BlockBackend>> {
         let backend = self.backend()?;
-        if let Some(wanted) = self.settings.options.min_free_space {
+        if let Some(wanted) = self.settings.min_free_space {
             let doing = || "min_free_space: asking for the space that is left";
-            if let Some(space) = backend.space().doing(doing)?.filter(|space| space.free < wanted) {
-                let [free, wanted] = [space.free, wanted].map(Size::bytes);
+            if let Some(space) = backend.space().doing(doing)?.filter(|space| space.free < wanted.as_bytes()) {
+                let free = Size::bytes(space.free);
                 return Err(Error::new(
                     ErrorKind::ResourceExhausted,
                     format!("min_free_space: {free} are left where the disk is, {wanted} are asked for"),
@@ -229,13 +204,22 @@ impl Disk {
 }
 
 impl OverlaySource {
-    fn open(&self, read_only: bool) -> Result<OverlayFile> {
-        let disk = match (&self.persist_at, &self.scratch_dir) {
+    /// # Errors
+    /// `InvalidConfig` for one that is kept in two places.
+    fn check(&self) -> Result<()> {
+        match (&self.persist_at, &self.scratch_dir) {
             (Some(path), Some(_)) => {
                 let problem = format!("the overlay is kept at {}, see persist_at", path.display());
-                return Err(Error::invalid("scratch_dir", problem));
+                Err(Error::invalid("scratch_dir", problem))
             }
-            (Some(path), None) => self.open_persistent(path, read_only)?,
+            _ => Ok(()),
+        }
+    }
+
+    fn open(&self, read_only: bool) -> Result<OverlayFile> {
+        self.check()?;
+        let disk = match (&self.persist_at, &self.scratch_dir) {
+            (Some(path), _) => self.open_persistent(path, read_only)?,
             // Nothing but a header is written for a guest that only reads.
             (None, None) if read_only => {
                 OverlayFile::private(&std::env::temp_dir(), &self.base.0, self.size, read_only)?

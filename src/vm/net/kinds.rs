@@ -8,8 +8,9 @@ use std::sync::Arc;
 
 use super::ports::PortForward;
 use super::{Net, NetSettings, NetSource};
-use crate::network::{AddressLease, BackendKind, Capture, ConnectionLimit, Mac, NicConfig, Policy, Switch};
+use crate::network::{AddressLease, BackendKind, Capture, ConnectionLimit, Mac, NicConfig, Switch};
 use crate::virtio::net::NetLimit;
+use crate::vm::spec::UserSource;
 
 /// The settings of every card.
 macro_rules! common_settings {
@@ -78,16 +79,6 @@ pub struct UserNet {
     pub(super) source: Box<UserSource>,
 }
 
-/// A user-mode network.
-#[derive(Debug, Clone)]
-pub(super) struct UserSource {
-    pub policy: Policy,
-    pub ports: Vec<PortForward>,
-    pub connection_limit: ConnectionLimit,
-    /// The guest's 127.0.0.1 can be reached.
-    pub loopback: bool,
-}
-
 impl UserNet {
     /// Publishes a port of the guest on an address of the host.
     ///
@@ -148,7 +139,7 @@ pub struct SwitchNet {
 
 /// A place on a switch, to be taken.
 #[derive(Debug, Clone)]
-pub(super) struct SwitchAttachment {
+pub(in crate::vm) struct SwitchAttachment {
     pub switch: Switch,
     pub name: String,
     /// It was taken before the VM is started.
@@ -160,16 +151,16 @@ pub(super) struct SwitchAttachment {
 #[must_use = "a config value does nothing by itself"]
 pub struct CustomNet {
     pub(super) settings: NetSettings,
-    pub(super) source: Custom,
+    pub(super) source: CustomBackend,
 }
 
 /// Makes the embedder's backends.
 #[derive(Clone)]
-pub(super) struct Custom(pub Arc<dyn Fn(NicConfig) -> io::Result<BackendKind> + Send + Sync>);
+pub(in crate::vm) struct CustomBackend(pub Arc<dyn Fn(NicConfig) -> io::Result<BackendKind> + Send + Sync>);
 
-impl fmt::Debug for Custom {
+impl fmt::Debug for CustomBackend {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Custom")
+        f.write_str("CustomBackend")
     }
 }
 

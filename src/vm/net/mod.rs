@@ -13,11 +13,12 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 pub use handle::{NetHandle, PublishedPort};
-use kinds::{Custom, SwitchAttachment, UserSource};
+pub(in crate::vm) use kinds::{CustomBackend, SwitchAttachment};
 pub use kinds::{CustomNet, SocketNet, SwitchNet, TapFilesNet, TapNet, UserNet};
 pub use ports::PortForward;
 use ports::check_ports;
 
+use super::spec::UserSource;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::network::{
     BackendKind, CapturePump, Config, NetBackend, NicConfig, SocketBackend, SwitchPort, TapBackend, UserStack,
@@ -39,24 +40,32 @@ const MTU: std::ops::RangeInclusive<u32> = 576..=65535;
 #[derive(Debug, Clone)]
 #[must_use = "a config value does nothing by itself"]
 pub struct Net {
-    settings: NetSettings,
-    source: NetSource,
+    pub(in crate::vm) settings: NetSettings,
+    pub(in crate::vm) source: NetSource,
 }
 
 /// The settings of all kinds. Kinds without a method for a setting leave it as it is.
 #[derive(Debug, Clone)]
-struct NetSettings {
-    mac: Option<Mac>,
-    mtu: u32,
-    queues: u32,
-    limit: NetLimit,
-    capture: Option<Capture>,
+pub(in crate::vm) struct NetSettings {
+    pub mac: Option<Mac>,
+    pub mtu: u32,
+    pub queues: u32,
+    pub limit: NetLimit,
+    pub capture: Option<Capture>,
 }
 
 impl NetSettings {
     fn new() -> Self {
         Self { mac: None, mtu: 1500, queues: 1, limit: NetLimit::none(), capture: None }
     }
+}
+
+/// What settings come to that were checked.
+#[derive(Debug)]
+pub(super) struct CheckedNet {
+    mtu: u16,
+    /// Pairs of them.
+    queues: usize,
 }
 
 /// A card that is connected.
@@ -70,13 +79,13 @@ pub(super) struct AttachedNet {
 
 /// What carries a card's frames.
 #[derive(Debug, Clone)]
-enum NetSource {
+pub(in crate::vm) enum NetSource {
     User(Box<UserSource>),
     Tap(String),
     TapFiles(Vec<Arc<File>>),
     Socket(Arc<OwnedFd>),
     Switch(SwitchAttachment),
-    Custom(Custom),
+    Custom(CustomBackend),
 }
 
 impl Net {
@@ -144,7 +153,7 @@ impl Net {
     pub fn custom<B: NetBackend + 'static>(
         make: impl Fn(NicConfig) -> io::Result<B> + Send + Sync + 'static,
     ) -> CustomNet {
-        let source = Custom(Arc::new(move |card| make(card).map(BackendKind::other)));
+        let source = CustomBackend(Arc::new(move |card| make(card).map(BackendKind::other)));
         CustomNet { settings: NetSettings::new(), source }
     }
 
@@ -175,7 +184,7 @@ impl Net {
     #[cfg(feature = "container")]
     pub(crate) fn reserve_address(mut self) -> Result<Self> {
         if self.attached_switch().is_some() {
-            self.settings.mac = Some(self.checked_mac()?);
+            self.settings.mac = Some(self.mac()?);
         }
         if let (NetSource::Switch(plug), Some(mac)) = (&mut self.source, self.settings.mac) {
             plug.place = Some(Arc::new(plug.switch.join(&plug.name, mac, checked_mtu(self.settings.mtu)?)?));
@@ -217,13 +226,47 @@ impl Net {
         self
     }
 
+    /// Checks all of the card that needs nothing of the host, in a VM with so many vCPUs.
+    ///
+    /// # Errors
+    /// `InvalidConfig` names the method whose value cannot be.
+    pub(super) fn check(&self, vcpus: u8) -> Result<()> {
+        self.checked(vcpus)?;
+        match &self.source {
+            NetSource::User(user) => user.check().and_then(|()| user.policy.check()),
+            _ => Ok(()),
+        }
+    }
+
+    fn checked(&self, vcpus: u8) -> Result<CheckedNet> {
+        let NetSettings { mac: _, mtu, queues, limit, capture: _ } = &self.settings;
+        self.checked_mac()?;
+        let mtu = checked_mtu(*mtu)?;
+        let queues = usize::try_from(*queues).unwrap_or(usize::MAX);
+        if !(1..=PAIRS_MAX).contains(&queues) || queues > usize::from(vcpus) {
+            let why =
+                format!("{queues} pairs of queues: at least 1 is needed, at most {PAIRS_MAX} and one for each vCPU");
+            return Err(Error::invalid("queues", why));
+        }
+        limit.check().map_err(|e| e.doing("limit"))?;
+        match &self.source {
+            NetSource::User(_) | NetSource::Socket(_) | NetSource::Switch(_) if queues > 1 => {
+                Err(Error::invalid("queues", "this kind of network has one pair of queues"))
+            }
+            NetSource::TapFiles(files) if files.len() != queues => {
+                Err(Error::invalid("queues", format!("{queues}, but {} descriptors were given", files.len())))
+            }
+            _ => Ok(CheckedNet { mtu, queues }),
+        }
+    }
+
     fn user_net(
         user: &UserSource,
         (mac, mtu): (Mac, u16),
         (switches, descriptors): (Vec<Switch>, DescriptorShare),
     ) -> Result<(UserStack, Vec<SocketAddr>)> {
-        check_ports(&user.ports)?;
-        user.connection_limit.check().map_err(|e| e.doing("connection_limit"))?;
+        // The stack checks the policy.
+        user.check()?;
         let (policy, loopback) = (user.policy.clone(), user.loopback);
         let config = Config { guest_mac: mac, mtu, switches, loopback, descriptors, ..Config::new(policy) };
         let mut stack = UserStack::new(config)?;
@@ -232,43 +275,34 @@ impl Net {
         Ok((stack, published))
     }
 
-    fn checked_mac(&self) -> Result<Mac> {
+    fn checked_mac(&self) -> Result<Option<Mac>> {
         match self.settings.mac {
-            Some(mac) if mac.is_unicast() => Ok(mac),
-            Some(mac) => Err(Error::invalid("mac", format!("{mac} does not name one card"))),
-            None => random_mac(),
+            Some(mac) if !mac.is_unicast() => Err(Error::invalid("mac", format!("{mac} does not name one card"))),
+            mac => Ok(mac),
         }
+    }
+
+    /// The card's address, or one that is made up.
+    fn mac(&self) -> Result<Mac> {
+        self.checked_mac()?.map_or_else(random_mac, Ok)
     }
 
     /// Connects the card of a VM that is on these switches.
     pub(super) fn attach(&self, vcpus: u8, switches: Vec<Switch>, descriptors: DescriptorShare) -> Result<AttachedNet> {
-        let (mac, mtu) = (self.checked_mac()?, checked_mtu(self.settings.mtu)?);
-        let queues = usize::try_from(self.settings.queues).unwrap_or(usize::MAX);
-        if !(1..=PAIRS_MAX).contains(&queues) || queues > usize::from(vcpus) {
-            let why =
-                format!("{queues} pairs of queues: at least 1 is needed, at most {PAIRS_MAX} and one for each vCPU");
-            return Err(Error::invalid("queues", why));
-        }
-        self.settings.limit.check().map_err(|e| e.doing("limit"))?;
+        let CheckedNet { mtu, queues } = self.checked(vcpus)?;
+        let mac = self.mac()?;
         let mut published = Vec::new();
         let backends = match &self.source {
-            NetSource::User(_) | NetSource::Socket(_) | NetSource::Switch(_) if queues > 1 => {
-                return Err(Error::invalid("queues", "this kind of network has one pair of queues"));
-            }
             NetSource::User(user) => {
                 let (stack, ports) = Self::user_net(user, (mac, mtu), (switches, descriptors))?;
                 published = ports;
                 vec![BackendKind::User(Box::new(stack))]
             }
             NetSource::Tap(name) => TapBackend::open(name, queues, mtu)?.into_iter().map(BackendKind::other).collect(),
-            NetSource::TapFiles(files) if files.len() == queues => {
+            NetSource::TapFiles(files) => {
                 let open =
                     |file: &Arc<File>| TapBackend::from_file(file.try_clone().doing(|| "copying a descriptor")?, mtu);
                 files.iter().map(|file| open(file).map(BackendKind::other)).collect::<Result<_>>()?
-            }
-            NetSource::TapFiles(files) => {
-                let why = format!("{queues}, but {} descriptors were given", files.len());
-                return Err(Error::invalid("queues", why));
             }
             NetSource::Socket(fd) => {
                 vec![BackendKind::other(SocketBackend::new(fd.try_clone().doing(|| "copying a descriptor")?)?)]
@@ -280,7 +314,7 @@ impl Net {
                 };
                 vec![BackendKind::Switch(Box::new(SwitchPort::new(place)?))]
             }
-            NetSource::Custom(Custom(make)) => {
+            NetSource::Custom(CustomBackend(make)) => {
                 let backend = || make(NicConfig { mac, mtu }).doing(|| "making a custom backend");
                 (0..queues).map(|_| backend()).collect::<Result<_>>()?
             }
@@ -289,6 +323,14 @@ impl Net {
         let mut card = net::Net::new(backends, mac, mtu).captured_by(recorder);
         card.set_limit(&self.settings.limit);
         Ok(AttachedNet { card, published, pump })
+    }
+}
+
+impl UserSource {
+    /// Checks all but the policy.
+    fn check(&self) -> Result<()> {
+        check_ports(&self.ports)?;
+        self.connection_limit.check().map_err(|e| e.doing("connection_limit"))
     }
 }
 
