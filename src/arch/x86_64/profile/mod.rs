@@ -332,7 +332,9 @@ impl CpuProfile {
     /// # Errors
     /// `InvalidConfig` for one that cannot be hidden.
     pub(super) fn hidden(&self) -> Result<Vec<u32>> {
-        let hidden: Vec<_> = self.msrs.iter().filter(|msr| msr.value.is_none()).map(|msr| msr.index).collect();
+        let mut hidden: Vec<_> = self.msrs.iter().filter(|msr| msr.value.is_none()).map(|msr| msr.index).collect();
+        // A profile that was loaded may have them in any order.
+        hidden.sort_unstable();
         match hidden.iter().find(|index| X2APIC.contains(index)) {
             None => Ok(hidden),
             Some(index) => {
@@ -537,5 +539,10 @@ mod tests {
             r#"{"base":{"host":[{"bits":{"leaf":7,"subleaf":0,"register":"ebx","mask":32},"value":0}]},"msrs":[]}"#;
         assert_eq!(serde_json::from_str::<CpuProfile>(kept).unwrap(), CpuProfile::host().without(bits("avx2")));
         assert!(serde_json::from_str::<CpuProfile>(&kept.replace("msrs", "more")).is_err());
+        let unordered = kept.replace(
+            "\"msrs\":[]",
+            r#""msrs":[{"index":837,"value":null},{"index":16,"value":null},{"index":16,"value":null}]"#,
+        );
+        assert_eq!(serde_json::from_str::<CpuProfile>(&unordered).unwrap().hidden().unwrap(), [16, 16, 837]);
     }
 }
