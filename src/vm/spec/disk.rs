@@ -107,6 +107,18 @@ pub(in crate::vm) struct Qcow2Source {
 }
 
 impl<F> DiskSource<F> {
+    /// Returns what of the host's is opened by its name, if anything is.
+    pub(super) fn opens(&self) -> Option<String> {
+        match self {
+            Self::Path(FileSource { path, .. }) => Some(path.display().to_string()),
+            Self::Scratch(_) => Some("the directory of a scratch disk".into()),
+            Self::Overlay(OverlaySource { base, .. }) => Some(base.path().display().to_string()),
+            #[cfg(feature = "qcow2")]
+            Self::Qcow2(Qcow2Source { path, .. }) => Some(path.display().to_string()),
+            Self::File(_) | Self::Memory(_) => None,
+        }
+    }
+
     /// Returns the same with what `change` makes of an open file.
     fn try_map<G, E>(self, change: impl FnOnce(F) -> Result<G, E>) -> Result<DiskSource<G>, E> {
         Ok(match self {

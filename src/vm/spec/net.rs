@@ -70,6 +70,22 @@ pub(in crate::vm) enum CaptureSinkSpec {
 }
 
 impl NetSpec {
+    /// Returns what of the host's is opened by its name, if anything is.
+    pub(super) fn opens(&self) -> Option<String> {
+        let capture = self.capture.as_ref().and_then(|capture| match &capture.sink {
+            CaptureSinkSpec::File(path) => Some(path.display().to_string()),
+            CaptureSinkSpec::Writer(_) => None,
+        });
+        match &self.source {
+            NetSourceSpec::Tap(name) => Some(format!("tap {name}")),
+            NetSourceSpec::User(_)
+            | NetSourceSpec::TapFiles(_)
+            | NetSourceSpec::Socket(_)
+            | NetSourceSpec::Switch(_)
+            | NetSourceSpec::Backend(_) => capture,
+        }
+    }
+
     pub(super) fn split(Net { settings, source }: Net, live: &mut LiveParts) -> Self {
         let NetSettings { mac, mtu, queues, limit, capture } = settings;
         let source = match source {

@@ -247,6 +247,47 @@ fn loaded_specs_are_checked_as_builders_are() {
 }
 
 #[test]
+fn what_is_opened_by_its_name_is_refused_without_authority() {
+    let temp = Temp::new("authority");
+    let (whole, _) = split(everything(&temp));
+    let mut opened = 0;
+    let mut refused = |change: &dyn Fn(&mut VmSpec), named: Option<&str>| {
+        let (mut spec, _) = split(builder());
+        change(&mut spec);
+        match (spec.check_opens_nothing(), named) {
+            (Ok(()), None) => {}
+            (Err(error), Some(named)) => {
+                opened += 1;
+                assert_eq!(error.kind(), ErrorKind::PermissionDenied);
+                assert!(error.to_string().contains(named), "{error} lacks {named}");
+            }
+            (outcome, named) => panic!("{outcome:?}, not {named:?}"),
+        }
+    };
+    for disk in &whole.disks {
+        let named = match &disk.source {
+            DiskSource::File(_) | DiskSource::Memory(_) => None,
+            DiskSource::Scratch(_) => Some("directory"),
+            _ => Some("disk 0: /"),
+        };
+        refused(&|spec| spec.disks = vec![disk.clone()], named);
+    }
+    for net in &whole.nets {
+        let named = matches!(net.source, net::NetSourceSpec::Tap(_)).then_some("network 0: tap tap0");
+        refused(&|spec| spec.nets = vec![net.clone()], named);
+        let file =
+            net::CaptureSpec { sink: net::CaptureSinkSpec::File(HostPath::new("/a.pcap")), snap: 1, max: Size::mib(1) };
+        refused(
+            &|spec| spec.nets = vec![NetSpec { capture: Some(file.clone()), ..net.clone() }],
+            named.or(Some("/a.pcap")),
+        );
+    }
+    refused(&|spec| spec.cgroup = whole.cgroup.clone(), Some("cgroup"));
+    refused(&|spec| spec.kernel = whole.kernel.clone(), Some("kernel"));
+    assert!(opened > 10, "{opened}");
+}
+
+#[test]
 fn table_of_live_parts_is_that_of_the_architecture() {
     let page = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("ARCHITECTURE.md")).unwrap();
     let row = |kind: &LivePartKind| {
