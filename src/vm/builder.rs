@@ -151,7 +151,7 @@ impl VmBuilder {
     /// Nothing is left behind.
     pub fn start(self) -> Result<Vm> {
         let start = || {
-            let (spec, live) = self.config.split();
+            let (spec, live) = self.config.settle()?.split();
             machine::start(&spec.join(live)?)
         };
         start().doing(|| "starting VM")

@@ -180,6 +180,12 @@ impl Net {
         .map(|address| (u32::from(address) >> 8 << 8).into())
     }
 
+    /// Chooses the card's address where it was not set. So a description that is kept has the address that the guest knows.
+    pub(super) fn settle(mut self) -> Result<Self> {
+        self.settings.mac = Some(self.mac()?);
+        Ok(self)
+    }
+
     /// Takes its place on a switch now, so that its address is known before the VM starts.
     #[cfg(feature = "container")]
     pub(crate) fn reserve_address(mut self) -> Result<Self> {

@@ -27,9 +27,10 @@ pub(super) use path::HostPath;
 use super::builder::VmBuilder;
 use super::cgroup::Cgroup;
 use super::config::{Console, VmConfig, Vsock};
+use super::net::Net;
 use crate::arch::CpuProfile;
 use crate::boot::{EntryChoice, Kernel};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Context, Error, ErrorKind, Result};
 use crate::memory::Memory;
 
 /// The only version of [`VmSpec`] so far.
@@ -73,6 +74,16 @@ struct ConsoleSpec {
 }
 
 impl VmConfig {
+    /// Chooses what is left to chance and must be the same whenever the description is used again.
+    ///
+    /// # Errors
+    /// As [`VmConfig::check`], and what the host says that has no random numbers.
+    pub(super) fn settle(self) -> Result<Self> {
+        let settle = |(n, net): (usize, Net)| net.settle().doing(|| format!("attaching network {n}"));
+        let nets = self.nets.into_iter().enumerate().map(settle).collect::<Result<_>>()?;
+        Ok(Self { nets, ..self })
+    }
+
     /// Takes the description apart: what is data, and what is not.
     pub(super) fn split(self) -> (VmSpec, LiveParts) {
         // Without `..`, here and below: a field that is added is not forgotten.

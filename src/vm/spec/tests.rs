@@ -161,6 +161,18 @@ fn live_parts_are_shared_and_not_copied() {
 }
 
 #[test]
+fn settled_description_has_the_addresses_of_all_cards() {
+    let vm = builder().net(Net::socket(UnixStream::pair().unwrap().0)).net(user_net().mac([2, 0, 0, 0, 0, 1]));
+    let (spec, _) = vm.config.settle().unwrap().split();
+    let [chosen, set] = [0, 1].map(|n| spec.nets[n].mac.unwrap());
+    assert!(chosen.is_unicast() && chosen != set);
+    assert_eq!(set, [2, 0, 0, 0, 0, 1].into());
+    let wrong = builder().net(user_net().mac([1, 0, 0, 0, 0, 1]));
+    let error = wrong.config.settle().unwrap_err();
+    assert!(error.to_string().starts_with("attaching network 0: mac: "), "{error}");
+}
+
+#[test]
 fn wrong_live_parts_are_refused() {
     let file = || Disk::from_file(File::open("/dev/null").unwrap());
     let refused = |change: fn(&mut VmSpec, &mut LiveParts)| {
