@@ -1,4 +1,4 @@
-//! What a running guest is told of its machine: a new generation, and the power button.
+//! What a running guest learns of its machine: a new generation, and the power button.
 
 use std::io::Read;
 use std::thread;
