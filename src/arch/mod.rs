@@ -5,6 +5,7 @@
 //! - `layout`: where things lie in guest memory;
 //! - `MAX_VCPUS`;
 //! - `Platform`, `Keyboard`: what a machine has beside processors, memory and virtio devices;
+//! - `PlatformDevices`, `PlatformState`: those of them that have a state, and it;
 //! - `FirmwareTables`, `write_tables`: the tables from which the kernel learns of the machine;
 //! - `Cpu`, `CpuProfile`: what a vCPU shows;
 //! - `EntryPoint`, `boot_vcpu`: bring a vCPU to the kernel's first instruction;
@@ -39,4 +40,4 @@ impl MmioSlot {
 }
 
 #[cfg(not(any(target_arch = "aarch64", target_arch = "x86_64")))]
-compile_error!("cofferdam runs on x86_64 Linux hosts only, for now");
+compile_error!("cofferdam compiles for x86_64 and aarch64 hosts only");

@@ -50,6 +50,21 @@ impl EventDevice {
 }
 
 impl EventSender {
+    /// Returns the events that the guest has not read, as the register's bits.
+    #[cfg_attr(not(any(test, feature = "internals")), allow(dead_code, reason = "no machine is saved yet"))]
+    pub(crate) fn pending(&self) -> u8 {
+        self.pending.load(Ordering::SeqCst)
+    }
+
+    /// Has these events pending and no others, and raises the interrupt for them.
+    #[cfg_attr(not(any(test, feature = "internals")), allow(dead_code, reason = "no machine is saved yet"))]
+    pub(crate) fn set_pending(&self, pending: u8) {
+        self.pending.store(pending, Ordering::SeqCst);
+        if pending != 0 {
+            let _ = self.interrupt.write(1);
+        }
+    }
+
     /// Tells the guest of `event`, if it uses ACPI. Never waits.
     pub(crate) fn raise(&self, event: MachineEvent) {
         // The bit before the edge: who sees the interrupt finds it.

@@ -11,7 +11,7 @@ mod serial;
 pub(crate) use event_device::{EventDevice, EventSender, MachineEvent};
 pub(crate) use exit_port::ExitPort;
 pub(crate) use panic_port::PanicPort;
-pub(crate) use serial::SerialPort;
+pub(crate) use serial::{SerialPort, SerialPortState};
 
 /// How a guest ends by itself, as it tells one of these devices.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

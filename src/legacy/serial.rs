@@ -5,10 +5,11 @@
 use std::io;
 use std::sync::Arc;
 
+use vm_superio::serial::{NoEvents, SerialState};
 use vm_superio::{Serial, Trigger};
 
 use crate::bus::BusDevice;
-use crate::error::{Context, Result};
+use crate::error::{Context, Error, ErrorKind, Result};
 use crate::sys::{EventFd, eventfd};
 
 /// An interrupt line of the kind that vm-superio pulls.
@@ -24,7 +25,23 @@ impl Trigger for SerialInterrupt {
 
 /// The device.
 pub(crate) struct SerialPort<W: io::Write> {
-    uart: Serial<SerialInterrupt, vm_superio::serial::NoEvents, W>,
+    uart: Serial<SerialInterrupt, NoEvents, W>,
+    interrupt: Arc<EventFd>,
+}
+
+/// Where a serial port stands: its registers, and what the guest has not read. Not trusted when it is loaded.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(deny_unknown_fields))]
+pub(crate) struct SerialPortState {
+    pub baud_divisor: [u8; 2],
+    pub interrupt_enable: u8,
+    pub interrupt_identification: u8,
+    pub line_control: u8,
+    pub line_status: u8,
+    pub modem_control: u8,
+    pub modem_status: u8,
+    pub scratch: u8,
+    pub received: Vec<u8>,
 }
 
 impl<W: io::Write> SerialPort<W> {
@@ -37,7 +54,51 @@ impl<W: io::Write> SerialPort<W> {
     /// `ResourceExhausted` when the process has no descriptors left.
     pub(crate) fn new(output: W) -> Result<(Self, Arc<EventFd>)> {
         let line = Arc::new(eventfd().doing(|| "creating a serial port")?);
-        Ok((Self { uart: Serial::new(SerialInterrupt(line.clone()), output) }, line))
+        let uart = Serial::new(SerialInterrupt(line.clone()), output);
+        Ok((Self { uart, interrupt: line.clone() }, line))
+    }
+}
+
+#[cfg_attr(not(any(test, feature = "internals")), allow(dead_code, reason = "no machine is saved yet"))]
+impl<W: io::Write + Clone> SerialPort<W> {
+    /// Returns where it stands.
+    pub(crate) fn save(&self) -> SerialPortState {
+        let state = self.uart.state();
+        SerialPortState {
+            baud_divisor: [state.baud_divisor_low, state.baud_divisor_high],
+            interrupt_enable: state.interrupt_enable,
+            interrupt_identification: state.interrupt_identification,
+            line_control: state.line_control,
+            line_status: state.line_status,
+            modem_control: state.modem_control,
+            modem_status: state.modem_status,
+            scratch: state.scratch,
+            received: state.in_buffer,
+        }
+    }
+
+    /// Goes on from `state`, and raises the interrupt that is pending in it.
+    ///
+    /// # Errors
+    /// `Corrupt` when more was received than a port holds.
+    pub(crate) fn restore(&mut self, state: &SerialPortState) -> Result<()> {
+        let [baud_divisor_low, baud_divisor_high] = state.baud_divisor;
+        let state = SerialState {
+            baud_divisor_low,
+            baud_divisor_high,
+            interrupt_enable: state.interrupt_enable,
+            interrupt_identification: state.interrupt_identification,
+            line_control: state.line_control,
+            line_status: state.line_status,
+            modem_control: state.modem_control,
+            modem_status: state.modem_status,
+            scratch: state.scratch,
+            in_buffer: state.received.clone(),
+        };
+        let (interrupt, output) = (SerialInterrupt(self.interrupt.clone()), self.uart.writer().clone());
+        let corrupt = |error| Error::new(ErrorKind::Corrupt, format!("the state of a serial port: {error:?}"));
+        self.uart = Serial::from_state(&state, interrupt, NoEvents, output).map_err(corrupt)?;
+        Ok(())
     }
 }
 

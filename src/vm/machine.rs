@@ -20,7 +20,7 @@ use super::threads::VmThreads;
 use super::vcpu::LastExit;
 use super::{Handles, Vm};
 use crate::arch::layout::{self, MmioSlot};
-use crate::arch::{self, Cpu, EntryPoint, Platform};
+use crate::arch::{self, Cpu, EntryPoint, Platform, PlatformDevices};
 use crate::boot::{self, Kernel};
 use crate::bus::Bus;
 use crate::error::{Context, Error, Result};
@@ -48,6 +48,9 @@ pub(super) struct Machine {
     /// Where the guest's kernel finds the machine's generation, if it reads it.
     #[cfg_attr(not(any(test, feature = "internals")), allow(dead_code, reason = "no machine is copied yet"))]
     pub generation: Option<GuestAddress>,
+    /// What has a state beside vCPUs and virtio devices.
+    #[cfg_attr(not(any(test, feature = "internals")), allow(dead_code, reason = "no machine is saved yet"))]
+    pub platform: PlatformDevices,
     pub shared: Arc<VmShared>,
 }
 
@@ -104,7 +107,8 @@ pub(super) fn start(config: &VmConfig) -> Result<Vm> {
     let signal = KickSignal::install(config.kick_signal)?;
     let shared = VmShared::new(vcpus, signal, marks, log, output, registers.clone())?;
     let shared = Arc::new(shared);
-    let Platform { ports, keyboard, events, lines } = Platform::new(shared.output.clone(), guest_end(&shared))?;
+    let Platform { ports, keyboard, events, lines, devices: platform } =
+        Platform::new(shared.output.clone(), guest_end(&shared))?;
     lines.iter().try_for_each(|line| line.connect(&vm))?;
     let kvm = Arc::new(KvmObjects::new(vm, cpu, lines, registers, memory.clone()));
     let recorder = kernel.dirty_page_recorder();
@@ -120,7 +124,7 @@ pub(super) fn start(config: &VmConfig) -> Result<Vm> {
         events,
     };
     let captures = nets.into_iter().filter_map(|net| net.pump).collect();
-    let machine = Arc::new(Machine { kvm, devices, ports, captures, generation, shared: shared.clone() });
+    let machine = Arc::new(Machine { kvm, devices, ports, captures, generation, platform, shared: shared.clone() });
 
     let threads = VmThreads { shared: &shared, member: cgroup.as_ref().map(CgroupGuard::member) };
     for it in &handles.loops {

@@ -11,6 +11,7 @@ use super::exit::Reason;
 use super::kvm_objects::KvmObjects;
 use super::shared::VmShared;
 use super::vcpu::{LastExit, VcpuControl};
+use crate::arch::PlatformDevices;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::kvm::state::{VcpuFormat, VcpuState, VmState};
 use crate::kvm::{Irqfd, Kvm, VcpuFd, VmFd};
@@ -40,8 +41,9 @@ pub fn rebuild(vm: &Vm) -> Result<()> {
         false => vm.quiesce(),
     };
     let outcome = outcome.and_then(|()| {
-        let kvm = vm.running.machine.upgrade().ok_or_else(Error::vm_ended)?.kvm.clone();
-        Rebuild { objects: &kvm, shared: &vm.running.shared, deadline: Instant::now() + REBUILD_TIMEOUT }.run()
+        let machine = vm.running.machine.upgrade().ok_or_else(Error::vm_ended)?;
+        let (objects, platform) = (&machine.kvm, &machine.platform);
+        Rebuild { objects, platform, shared: &vm.running.shared, deadline: Instant::now() + REBUILD_TIMEOUT }.run()
     });
     if !*paused {
         vm.go_on();
@@ -52,6 +54,7 @@ pub fn rebuild(vm: &Vm) -> Result<()> {
 /// A rebuild of a machine whose vCPUs are parked and whose devices are paused.
 struct Rebuild<'a> {
     objects: &'a Arc<KvmObjects>,
+    platform: &'a PlatformDevices,
     shared: &'a Arc<VmShared>,
     deadline: Instant,
 }
@@ -88,7 +91,7 @@ impl Rebuild<'_> {
             move |vcpu: &mut VcpuFd| VcpuState::save(vcpu, &format)
         }))?;
         // No vCPU runs, so nothing reaches the controllers any more but edges of devices, which come once more at the end.
-        let state = VmState::save(old)?;
+        let (state, platform) = (VmState::save(old)?, self.platform.save());
 
         let vm = Arc::new(self.objects.make_vm(&kvm)?.share_interrupts(old));
         let devices = self.shared.devices.lock().unwrap_or_else(PoisonError::into_inner);
@@ -103,6 +106,8 @@ impl Rebuild<'_> {
             move |_: &mut VcpuFd| saved.restore(&vcpu, &format).map(|()| (vcpu, saved))
         }))?;
         state.restore(&vm)?;
+        // The interrupts that it raises wait in the descriptors, until the new controllers have the lines.
+        self.platform.restore(&platform)?;
         // One reading for all vCPUs: their counters have stood still as long as the clock has, and differ as they did.
         let gap = state.clock_gap(&vm)?;
         let vcpus = self.ask(restored.into_iter().map(|(vcpu, saved)| {

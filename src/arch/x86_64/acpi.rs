@@ -88,7 +88,7 @@ fn fadt(dsdt: u64) -> FADT {
         .flag(Flags::HwReducedAcpi)
         .flag(Flags::ResetRegSup)
         .flag(Flags::Wbinvd)
-        // No buttons and no real-time clock among the fixed features, as there are none at all.
+        // No buttons and no real-time clock among the fixed features: the power button is a device, and there are no others.
         .flag(Flags::PwrButton)
         .flag(Flags::SlpButton)
         .flag(Flags::FixRtc);

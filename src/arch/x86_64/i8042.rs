@@ -6,7 +6,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use crate::bus::BusDevice;
-use crate::error::{Context, Result};
+use crate::error::{Context, Error, ErrorKind, Result};
 use crate::legacy::Keys;
 use crate::sys::{EventFd, eventfd};
 
@@ -37,7 +37,8 @@ fn codes(keys: Keys) -> &'static [u8] {
 
 /// What the next byte at the data port belongs to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Expect {
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+pub(crate) enum Expect {
     /// A command for the keyboard.
     Keyboard,
     /// The argument of a keyboard command.
@@ -46,6 +47,16 @@ enum Expect {
     CommandByte,
     /// Something that is ignored.
     Nothing,
+}
+
+/// Where a keyboard controller stands. Not trusted when it is loaded.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(deny_unknown_fields))]
+pub(crate) struct KeyboardState {
+    /// What the guest has not read.
+    pub output: Vec<u8>,
+    pub command_byte: u8,
+    pub expect: Expect,
 }
 
 /// The device. `on_reset` is called on the vCPU's thread.
@@ -84,6 +95,29 @@ impl<F: FnMut() + Send> I8042<F> {
             self.answer(codes(keys));
         }
         listening
+    }
+
+    /// Returns where it stands.
+    #[cfg_attr(not(any(test, feature = "internals")), allow(dead_code, reason = "no machine is saved yet"))]
+    pub(super) fn save(&self) -> KeyboardState {
+        let Self { output, command_byte, expect, .. } = self;
+        KeyboardState { output: output.iter().copied().collect(), command_byte: *command_byte, expect: *expect }
+    }
+
+    /// Goes on from `state`, and raises the interrupt that is pending in it.
+    ///
+    /// # Errors
+    /// `Corrupt` when more waits to be read than a controller holds.
+    #[cfg_attr(not(any(test, feature = "internals")), allow(dead_code, reason = "no machine is saved yet"))]
+    pub(super) fn restore(&mut self, state: &KeyboardState) -> Result<()> {
+        let KeyboardState { output, command_byte, expect } = state;
+        if output.len() > MAX_OUTPUT {
+            let why = format!("the state of a keyboard controller: {} bytes wait to be read", output.len());
+            return Err(Error::new(ErrorKind::Corrupt, why));
+        }
+        (self.output, self.command_byte, self.expect) = (output.iter().copied().collect(), *command_byte, *expect);
+        self.raise();
+        Ok(())
     }
 
     fn answer(&mut self, bytes: &[u8]) {

@@ -64,7 +64,7 @@ pub(crate) const LOCAL_APIC: u32 = 0xfee0_0000;
 pub(crate) const DEVICE_IRQS: std::ops::RangeInclusive<u32> = 5..=23;
 /// Lines in that range that belong to others: the real-time clock and ACPI.
 pub(crate) const RESERVED_IRQS: [u32; 2] = [8, ACPI_IRQ as u32];
-/// The line that ACPI events would have.
+/// The SCI's line, which hardware-reduced ACPI does not use.
 pub(crate) const ACPI_IRQ: u16 = 9;
 /// The event device's line, which is the second serial port's on machines that have one.
 pub(crate) const EVENT_IRQ: u32 = 3;

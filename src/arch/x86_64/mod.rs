@@ -12,7 +12,7 @@ mod regs;
 use kvm_bindings::{Msrs, kvm_msr_entry};
 
 pub(crate) use cpuid::Cpu;
-pub(crate) use platform::{Keyboard, Platform};
+pub(crate) use platform::{Keyboard, Platform, PlatformDevices};
 pub use profile::{CpuProfile, CpuidBits, CpuidRegister};
 pub use regs::Registers;
 pub(crate) use regs::{EntryPoint, boot_vcpu, write_boot_tables};
