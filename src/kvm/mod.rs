@@ -173,7 +173,6 @@ impl VmFd {
     }
 
     /// Undoes [`VmFd::register_ioeventfd`].
-    #[cfg(any(test, feature = "internals"))]
     pub(crate) fn unregister_ioeventfd(&self, fd: &EventFd, addr: u64, value: u32) -> Result<()> {
         self.fd
             .unregister_ioevent(fd, &IoEventAddress::Mmio(addr), value)

@@ -97,12 +97,10 @@ impl Slots {
         let at = self.position(number)?;
         let unfinished = self.reset(number);
         let mut slot = self.slots.remove(at);
-        // It may be the embedder's in part, and panic there.
-        let ended = catch_unwind(AssertUnwindSafe(move || {
-            slot.device.ended();
-            drop(slot);
-        }));
-        if let Err(panic) = ended {
+        // It may be the embedder's in part, and panic at both.
+        let ended = catch_unwind(AssertUnwindSafe(|| slot.device.ended()));
+        let dropped = catch_unwind(AssertUnwindSafe(move || drop(slot)));
+        for panic in [ended, dropped].into_iter().filter_map(std::result::Result::err) {
             log::error!("a device that was removed has panicked: {}", panic_text(&*panic));
         }
         Some(RemovedDevice { unfinished })
@@ -153,6 +151,9 @@ impl Slots {
     /// Starts a device: it runs, and has looked at its queues once when this returns. One that cannot run waits for its
     /// driver's reset; then this is false.
     pub(super) fn start(&mut self, slot: usize, setup: DeviceSetup) -> bool {
+        if self.position(slot).is_none() {
+            return false;
+        }
         let (io, state) = DeviceIo::new(setup, self.sources.clone(), slot);
         self.reset(slot);
         match state {

@@ -11,8 +11,6 @@ use super::mmio_slots::MmioSlots;
 use super::shared::VmShared;
 use crate::arch::layout::{self, MmioSlot};
 use crate::bus::Bus;
-#[cfg(any(test, feature = "internals"))]
-use crate::error::ErrorKind;
 use crate::error::{Error, Result};
 use crate::event_loop::{Loop, Loops, Remote};
 use crate::irq::IrqLine;
@@ -22,19 +20,18 @@ use crate::virtio::{
     VirtioDevice,
 };
 
-/// How long a detached device has to end what it has in flight with the host, before its place stays taken for longer.
-#[cfg(any(test, feature = "internals"))]
-const DETACH_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(10);
-
 /// The devices of a machine. Field order is the order of release: descriptors before memory.
 pub(super) struct DeviceSet {
-    kvm: Arc<KvmObjects>,
+    pub(super) kvm: Arc<KvmObjects>,
     pub mmio: Bus,
     loops: Loops<Slots>,
-    by_kind: BTreeMap<LoopKind, Remote<Slots>>,
-    shared: Arc<VmShared>,
-    sink: Arc<dyn DeviceEventSink>,
+    pub(super) by_kind: BTreeMap<LoopKind, Remote<Slots>>,
+    pub(super) shared: Arc<VmShared>,
+    pub(super) sink: Arc<dyn DeviceEventSink>,
     placement: Mutex<Placement>,
+    /// Devices that were detached, and have left their loops.
+    #[cfg(any(test, feature = "internals"))]
+    pub(super) departed: super::hotplug::Departed,
 }
 
 /// Which loop a device runs on.
@@ -49,28 +46,27 @@ pub(super) enum LoopKind {
 }
 
 /// What is known of a device before its transport is made.
-struct TransportConfig {
-    id: DeviceId,
-    profile: Profile,
-    engine: Option<IoEngine>,
-    slot: MmioSlot,
-    reporter: DeviceReporter,
+pub(super) struct TransportConfig {
+    pub id: DeviceId,
+    pub profile: Profile,
+    pub engine: Option<IoEngine>,
+    pub slot: MmioSlot,
+    pub reporter: DeviceReporter,
 }
 
 /// Where devices are, and where there is room.
-struct Placement {
-    free: MmioSlots,
-    devices: BTreeMap<DeviceId, AttachedDevice>,
-    /// What the host still moves from or to guest memory for devices that were detached, and where they were.
-    #[cfg(any(test, feature = "internals"))]
-    unfinished: Vec<(crate::memory::IoQueue, MmioSlot)>,
+pub(super) struct Placement {
+    pub free: MmioSlots,
+    pub devices: BTreeMap<DeviceId, AttachedDevice>,
 }
 
 /// A device's loop, its number there, and its place on the bus.
-struct AttachedDevice {
-    on_loop: LoopDevice,
+pub(super) struct AttachedDevice {
+    pub on_loop: LoopDevice,
     #[cfg_attr(not(any(test, feature = "internals")), allow(dead_code, reason = "so far tests alone detach devices"))]
-    slot: MmioSlot,
+    pub slot: MmioSlot,
+    #[cfg_attr(not(any(test, feature = "internals")), allow(dead_code, reason = "so far tests alone detach devices"))]
+    pub transport: Arc<Mutex<MmioTransport>>,
 }
 
 impl fmt::Display for LoopKind {
@@ -101,15 +97,19 @@ impl DeviceSet {
         free: MmioSlots,
         devices: impl IntoIterator<Item = (NewDevice, MmioSlot)>,
     ) -> Result<Self> {
-        let placement = Placement {
-            free,
-            devices: BTreeMap::new(),
-            #[cfg(any(test, feature = "internals"))]
-            unfinished: Vec::new(),
-        };
+        let placement = Placement { free, devices: BTreeMap::new() };
         let placement = Mutex::new(placement);
-        let mut set =
-            Self { kvm, mmio: Bus::default(), loops: Loops::new(), by_kind: BTreeMap::new(), shared, sink, placement };
+        let mut set = Self {
+            kvm,
+            mmio: Bus::default(),
+            loops: Loops::new(),
+            by_kind: BTreeMap::new(),
+            shared,
+            sink,
+            placement,
+            #[cfg(any(test, feature = "internals"))]
+            departed: super::hotplug::Departed::default(),
+        };
         let mut groups = BTreeMap::<LoopKind, Vec<(NewDevice, MmioSlot)>>::new();
         for (device, slot) in devices {
             groups.entry(device.loop_kind()).or_default().push((device, slot));
@@ -157,7 +157,7 @@ impl DeviceSet {
     }
 
     /// Puts a device's transport onto the bus, at the place that it was given.
-    fn connect(&self, config: TransportConfig, on_loop: LoopDevice) -> Result<()> {
+    pub(super) fn connect(&self, config: TransportConfig, on_loop: LoopDevice) -> Result<()> {
         let TransportConfig { id, profile, engine, slot, reporter } = config;
         let vm = self.kvm.vm();
         let registers = self.registers(slot)?;
@@ -167,19 +167,25 @@ impl DeviceSet {
         let (counters, interrupt) = (transport.counters().clone(), transport.interrupt().clone());
         let (kicks, notify_address) = (transport.kicks().clone(), slot.addr + NOTIFY_OFFSET);
         let info = DeviceInfo { id, counters, interrupt, engine, kicks, notify_address };
-        info.connect_kicks(&vm)?;
-        self.mmio.attach(slot.addr..slot.addr + layout::MMIO_WINDOW, Arc::new(Mutex::new(transport)))?;
+        let transport = Arc::new(Mutex::new(transport));
+        let connected = info
+            .connect_kicks(&vm)
+            .and_then(|()| self.mmio.attach(slot.addr..slot.addr + layout::MMIO_WINDOW, transport.clone()));
+        if let Err(error) = connected {
+            info.disconnect_kicks(&vm);
+            return Err(error);
+        }
         self.shared.devices.lock().unwrap_or_else(PoisonError::into_inner).push(info);
-        self.placement().devices.insert(id, AttachedDevice { on_loop, slot });
+        self.placement().devices.insert(id, AttachedDevice { on_loop, slot, transport });
         Ok(())
     }
 
-    fn registers(&self, slot: MmioSlot) -> Result<RegisterPage> {
+    pub(super) fn registers(&self, slot: MmioSlot) -> Result<RegisterPage> {
         let page = self.shared.registers.device(slot.window());
         page.ok_or_else(|| Error::invalid("disk or net", "there are more devices than windows"))
     }
 
-    fn placement(&self) -> MutexGuard<'_, Placement> {
+    pub(super) fn placement(&self) -> MutexGuard<'_, Placement> {
         self.placement.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -192,91 +198,5 @@ impl DeviceSet {
         let placement = self.placement();
         let AttachedDevice { on_loop: LoopDevice { remote, slot }, .. } = placement.devices.get(&id)?;
         Some(DeviceHandle::new(remote.clone(), *slot))
-    }
-}
-
-/// Taking and giving devices while the guest runs. No embedder can do that yet: drivers must hear of it, too.
-#[cfg(any(test, feature = "internals"))]
-impl DeviceSet {
-    /// Attaches a device to a machine that runs.
-    ///
-    /// # Errors
-    /// `AlreadyExists` for an identifier that is in use, `Unsupported` for a device whose loop is not there, `InvalidConfig` when
-    /// the machine has no room. Otherwise as [`DeviceSet::new`].
-    pub(super) fn attach(&self, device: NewDevice) -> Result<()> {
-        let kind = device.loop_kind();
-        let Some(remote) = self.by_kind.get(&kind).cloned() else {
-            let why = format!("attaching {}: the machine has no thread for such disks", device.id);
-            return Err(Error::new(ErrorKind::Unsupported, why));
-        };
-        let mut placement = self.placement();
-        if placement.devices.contains_key(&device.id) {
-            return Err(Error::new(ErrorKind::AlreadyExists, format!("{} is attached already", device.id)));
-        }
-        placement.retry_unfinished();
-        let slot = placement.free.take()?;
-        drop(placement);
-        let NewDevice { id, device, engine, .. } = device;
-        let reporter = DeviceReporter::new(id, self.sink.clone());
-        let transport = TransportConfig { id, profile: device.profile(), engine, slot, reporter: reporter.clone() };
-        let added = remote.with(move |slots| slots.add(device, reporter));
-        let connected = added.and_then(|number| {
-            let on_loop = LoopDevice { remote: remote.clone(), slot: number };
-            self.connect(transport, on_loop).inspect_err(|_| {
-                // Nothing was begun, so that nothing is in flight.
-                let _ = remote.post(move |slots| _ = slots.remove(number));
-            })
-        });
-        connected.inspect_err(|_| {
-            self.placement().devices.remove(&id);
-            self.placement().free.give(slot);
-        })
-    }
-
-    /// Detaches a device from a machine that runs, whatever its driver does. What the driver has asked of it and was not served
-    /// yet is lost.
-    ///
-    /// When this returns, the guest meets nothing at the device's place any more. A vCPU that was there already may end its
-    /// access, which does nothing. Waits twenty seconds at most, for what the device has in flight with the host.
-    ///
-    /// # Errors
-    /// `NotFound` when there is no such device, `TimedOut` when its loop is busy.
-    pub(super) fn detach(&self, id: DeviceId) -> Result<()> {
-        let Some(AttachedDevice { on_loop: LoopDevice { remote, slot: number }, slot }) =
-            self.placement().devices.remove(&id)
-        else {
-            return Err(Error::new(ErrorKind::NotFound, format!("no device {id} is attached")));
-        };
-        self.mmio.detach(slot.addr);
-        let mut devices = self.shared.devices.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(at) = devices.iter().position(|info| info.id == id) {
-            devices.remove(at).disconnect_kicks(&self.kvm.vm());
-        }
-        drop(devices);
-        let removed = remote.with(move |slots| slots.remove(number))?;
-        if let Ok(page) = self.registers(slot) {
-            page.write(0, &[0; layout::MMIO_WINDOW as usize]);
-        }
-        let mut placement = self.placement();
-        if let Some(unfinished) = removed.and_then(|removed| removed.unfinished) {
-            placement.unfinished.push((unfinished, slot));
-            placement.retry_unfinished();
-        } else {
-            placement.free.give(slot);
-        }
-        Ok(())
-    }
-}
-
-#[cfg(any(test, feature = "internals"))]
-impl Placement {
-    /// Gives the places back of devices that have nothing in flight any more.
-    fn retry_unfinished(&mut self) {
-        for (mut io_queue, slot) in std::mem::take(&mut self.unfinished) {
-            match io_queue.stop(DETACH_TIMEOUT) {
-                true => self.free.give(slot),
-                false => self.unfinished.push((io_queue, slot)),
-            }
-        }
     }
 }

@@ -40,8 +40,7 @@ impl DeviceInfo {
             .try_for_each(|(queue, kick)| vm.register_ioeventfd(kick, self.notify_address, queue))
     }
 
-    /// Undoes [`DeviceInfo::connect_kicks`].
-    #[cfg(any(test, feature = "internals"))]
+    /// Undoes [`DeviceInfo::connect_kicks`], also where that has failed half-way.
     pub(super) fn disconnect_kicks(&self, vm: &VmFd) {
         for (queue, kick) in (0..).zip(self.kicks.iter()) {
             if let Err(error) = vm.unregister_ioeventfd(kick, self.notify_address, queue) {

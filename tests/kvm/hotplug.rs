@@ -1,7 +1,7 @@
 //! Devices that are taken from and given to machines whose guests run.
 
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use cofferdam::event::{DeviceId, EventKind};
 use cofferdam::internals::{attach_disk, detach_disk, rebuild};
@@ -28,10 +28,10 @@ pub fn disks_are_replaced_while_the_guest_runs() -> Outcome {
     let place = shell(&container, "basename $(dirname $(readlink -f /sys/block/vda/device))")?;
     check_eq!(shell(&container, "cat /sys/block/vda/serial")?, "first");
     let open = || std::fs::read_dir("/proc/self/fd").map(Iterator::count);
+    let mut old = vm.disk(0)?;
     let (before, devices) = (open()?, vm.stats().devices.len());
     for n in 1..=20u64 {
         shell(&container, &format!("{DRIVER}; echo {place} > unbind"))?;
-        let old = vm.disk(0)?;
         detach_disk(vm, 0)?;
         check_eq!(vm.stats().devices.len(), devices - 1);
         let gone = old.usage().err().ok_or("the disk is still there")?;
@@ -51,6 +51,7 @@ pub fn disks_are_replaced_while_the_guest_runs() -> Outcome {
         );
         check_eq!(shell(&container, &script)?, format!("{serial}\n{}", n << 20));
         check_eq!(vm.stats().devices.len(), devices);
+        old = disk;
     }
     let open = open()?;
     check!(open <= before + 2, "{open} descriptors are open, and {before} were");
@@ -66,8 +67,11 @@ pub fn a_disk_in_use_can_be_detached() -> Outcome {
     let vm = container.vm();
     let writing = "while :; do dd if=/dev/zero of=/dev/vda bs=1M count=60 oflag=direct status=none || exit 7; done";
     let writer = container.exec(["sh", "-c", writing]).spawn()?;
-    thread::sleep(Duration::from_millis(300));
-    check!(vm.stats().devices.iter().any(|it| it.device == DeviceId::Disk(0) && it.requests > 0));
+    let deadline = Instant::now() + TEST_TIMEOUT;
+    while !vm.stats().devices.iter().any(|it| it.device == DeviceId::Disk(0) && it.bytes_from_guest > 1 << 20) {
+        check!(Instant::now() < deadline, "nothing was written: {:?}", vm.stats().devices);
+        thread::sleep(Duration::from_millis(10));
+    }
     detach_disk(vm, 0)?;
     let error = detach_disk(vm, 0).err().ok_or("it was detached twice")?;
     check_eq!(error.kind(), ErrorKind::NotFound);

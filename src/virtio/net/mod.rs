@@ -458,6 +458,7 @@ impl VirtioDevice for Net {
         for number in 0..self.pairs.len() {
             // The rest of its queue was seen to before.
             self.transmit(io, number);
+            self.report_denials(io, number);
             io.flush(&[2 * number + 1]);
         }
         true

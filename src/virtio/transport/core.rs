@@ -85,6 +85,11 @@ impl<H: DeviceHost> Transport<H> {
         &self.unfinished_io
     }
 
+    #[cfg_attr(not(any(test, feature = "internals")), allow(dead_code, reason = "so far tests alone detach devices"))]
+    pub(super) fn take_unfinished_io(&mut self) -> Option<crate::memory::IoQueue> {
+        self.unfinished_io.get().take()
+    }
+
     fn offered(&self) -> u64 {
         self.profile.features | TRANSPORT_FEATURES
     }
