@@ -58,7 +58,7 @@ fn main() -> Result<(), Failure> {
     let target = text("TARGET")?;
     let architecture = Architecture::of(&text("CARGO_CFG_TARGET_ARCH")?);
     let (Some(architecture), "linux") = (architecture, text("CARGO_CFG_TARGET_OS")?.as_str()) else {
-        return Err(Failure(format!("cofferdam runs on x86_64 Linux only; the target is {target}")));
+        return Err(Failure(format!("cofferdam compiles for x86_64 and aarch64 Linux only; the target is {target}")));
     };
     if let Err(failure) = build(&shim, &target, architecture) {
         if !architecture.may_lack_linker {

@@ -13,7 +13,7 @@ use crate::vm::renew_generation;
 ///
 /// # Errors
 /// `GuestFailed` when the guest's kernel does not take them, `TimedOut` when the guest does not answer. `InvalidState` when the
-/// container has ended.
+/// container has ended, `Unsupported` by a shim of another version.
 pub fn renew_container_generation(container: &Container) -> Result<()> {
     renew_generation(container.vm())?;
     let mut seed = [0; SEED_SIZE];

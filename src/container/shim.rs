@@ -24,7 +24,7 @@ fn program() -> Result<Cow<'static, [u8]>> {
     if BUILT_IN.is_empty() {
         return Err(Error::new(
             ErrorKind::Unsupported,
-            "this build has no guest shim, as it was made for documentation or without a linker; build again without DOCS_RS",
+            "this build has no guest shim, as it was made for documentation or without a linker; build again without DOCS_RS, where a linker for the host is",
         ));
     }
     Ok(Cow::Borrowed(BUILT_IN))

@@ -17,12 +17,21 @@ extern "C" fn nothing(_: libc::c_int) {}
 pub(crate) struct KickSignal(libc::c_int);
 
 impl KickSignal {
-    /// Takes real-time signal `SIGRTMIN + offset`, unless the process uses it for something else.
-    pub(crate) fn install(offset: u8) -> Result<Self> {
+    /// Returns the number of real-time signal `SIGRTMIN + offset`.
+    ///
+    /// # Errors
+    /// `InvalidConfig` when there is none.
+    pub(crate) fn check(offset: u8) -> Result<libc::c_int> {
         let number = libc::SIGRTMIN() + i32::from(offset);
         if number > libc::SIGRTMAX() {
             return Err(Error::invalid("kick_signal", format!("SIGRTMIN+{offset} is beyond SIGRTMAX")));
         }
+        Ok(number)
+    }
+
+    /// Takes real-time signal `SIGRTMIN + offset`, unless the process uses it for something else.
+    pub(crate) fn install(offset: u8) -> Result<Self> {
+        let number = Self::check(offset)?;
         let mut old = MaybeUninit::<libc::sigaction>::zeroed();
         // SAFETY: a null new action only queries; `old` is writable and large enough.
         if unsafe { libc::sigaction(number, std::ptr::null(), old.as_mut_ptr()) } != 0 {

@@ -1,5 +1,6 @@
 //! What the embedder asks for: plain values, checked without touching KVM.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::io::Write;
 use std::sync::{Arc, Mutex};
@@ -13,7 +14,7 @@ use crate::arch::{CpuProfile, FirmwareTables, MAX_VCPUS};
 use crate::boot::{self, Cmdline, Kernel, Need};
 use crate::error::{Error, Result};
 use crate::memory::Memory;
-use crate::sys::DescriptorShare;
+use crate::sys::{DescriptorShare, KickSignal};
 use crate::virtio::blk::Blk;
 
 /// Descriptors that a guest needs for its connections.
@@ -114,6 +115,13 @@ impl VmConfig {
         for (n, net) in self.nets.iter().enumerate() {
             net.check(vcpus).map_err(|e| e.doing(format!("attaching network {n}")))?;
         }
+        let mut ports = BTreeSet::new();
+        if let Some(twice) = self.vsock.iter().flat_map(|vsock| &vsock.ports).find(|port| !ports.insert(**port)) {
+            return Err(Error::invalid("Vsock::listen", format!("port {twice} twice")));
+        }
+        KickSignal::check(self.kick_signal)?;
+        // Without the devices, whose words are ours.
+        self.cmdline(&[])?;
         for (key, value) in &self.parameters {
             if !key.bytes().chain(value.bytes()).all(|byte| byte.is_ascii_graphic()) {
                 return Err(Error::invalid("Kernel::cmdline", format!("{key:?}={value:?} is not printable ASCII")));

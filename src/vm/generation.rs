@@ -10,8 +10,12 @@ use crate::sys::fill_random;
 /// Such a kernel makes its random numbers new then. Kernels without ACPI do not learn it. Does not wait for the guest.
 ///
 /// # Errors
-/// `InvalidState` when the VM has ended.
+/// `InvalidState` when the VM has ended, on a thread of its own, and in a child of fork.
 pub fn renew_generation(vm: &Vm) -> Result<()> {
+    vm.check_thread()?;
+    if !vm.running.is_current() {
+        return Err(Error::vm_ended());
+    }
     let machine = vm.running.machine.upgrade().ok_or_else(Error::vm_ended)?;
     let Some(at) = machine.generation else { return Ok(()) };
     let mut generation = [0; 16];

@@ -230,8 +230,8 @@ impl Vm {
         }
         let second = begin.checked_add((grace / 4).min(POWER_KEY_TIMEOUT));
         for (keys, until) in [(Keys::Power, second), (Keys::CtrlAltDel, begin.checked_add(grace))] {
-            // Also by ACPI: systems that get both power off once.
-            if keys == Keys::Power {
+            // Also by ACPI: systems that get both power off once. A child of fork has copies of the registers alone.
+            if keys == Keys::Power && self.running.is_current() {
                 self.running.handles.events.raise(MachineEvent::PowerButton);
             }
             if !self.running.handles.keyboard.press(keys) {

@@ -29,7 +29,7 @@ pub fn vm_from_text_has_disk_network_and_console() -> Outcome {
         .net(net)
         .cgroup(Cgroup::new().optional(true));
     // `run` sets the console, whose writer goes this way too: `start` takes each description apart.
-    let (spec, live) = split(builder);
+    let (spec, live) = split(builder)?;
     let text = serde_json::to_string(&spec)?;
     check!(text.len() < 8 << 10, "{} bytes: {text}", text.len());
     let loaded: VmSpec = serde_json::from_str(&text)?;

@@ -125,6 +125,11 @@ impl Session {
     pub(super) fn reseed(&mut self, seed: &[u8; SEED_SIZE], reply: Reply<Result<()>>) {
         // A guest that never answers makes no more of them than have callers that wait.
         self.reseeds.retain(|_, asked| !asked.is_late());
+        if reply.is_late() {
+            // Its caller has given up, or is about to.
+            let _ = reply.send(Err(too_busy()));
+            return;
+        }
         let number = self.new_number();
         match self.send(number, &FromHost::Reseed { seed }) {
             Ok(()) => _ = self.reseeds.insert(number, reply),
@@ -333,7 +338,9 @@ impl Session {
             log::debug!("the control stream was closed already: {error}");
         }
         self.outbox.clear();
-        self.reseeds.clear();
+        for (_, reply) in self.reseeds.drain() {
+            let _ = reply.send(Err(ended()));
+        }
         self.gone = Some((Instant::now() + SHIM_GONE_TIMEOUT, why.to_owned()));
     }
 
@@ -341,8 +348,6 @@ impl Session {
     pub(super) fn finish_all(&mut self, exit: &Exit) {
         self.end("its machine has ended");
         self.gone = None;
-        // Who waits is notified that the machine has ended.
-        self.reseeds.clear();
         for (_, mut entry) in self.processes.drain() {
             entry.state.finish(ExitStatus::VmEnded { exit: exit.clone() });
             entry.state.break_streams();

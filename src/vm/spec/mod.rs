@@ -169,9 +169,10 @@ impl VmSpec {
 }
 
 impl VmSpec {
-    /// Checks that nothing of the host's is opened by its name: for a process without authority, and for strangers' specs.
+    /// Checks that no file, directory or device of the host is opened by its name: for a process without authority.
     ///
-    /// The sockets of a user-mode network are its policy's to allow, and not meant here.
+    /// The sockets of a user-mode network are not meant here: its policy, its published ports and the host's resolvers are part of the
+    /// spec. So this does not make a stranger's spec safe.
     ///
     /// # Errors
     /// `PermissionDenied` names what would be opened.
@@ -224,10 +225,13 @@ impl ConsoleSpec {
     }
 }
 
-/// Takes what a builder describes apart.
+/// Takes what a builder describes apart. What is left to chance is chosen before.
+///
+/// # Errors
+/// `Io` when the host has no random numbers.
 #[cfg(any(test, feature = "internals"))]
-pub fn split(builder: VmBuilder) -> (VmSpec, LiveParts) {
-    builder.config.split()
+pub fn split(builder: VmBuilder) -> Result<(VmSpec, LiveParts)> {
+    Ok(builder.config.settle()?.split())
 }
 
 /// Returns a builder of what was taken apart.

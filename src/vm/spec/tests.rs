@@ -17,6 +17,10 @@ use crate::virtio::net::NetLimit;
 use crate::vm::disk::Disk;
 use crate::vm::net::{Net, PortForward, UserNet};
 
+fn split(builder: VmBuilder) -> (VmSpec, LiveParts) {
+    builder.config.split()
+}
+
 /// A directory that goes away with its test.
 struct Temp(PathBuf);
 

@@ -47,13 +47,17 @@ fn each_request_gets_its_own_answer() {
 #[test]
 fn unanswered_requests_do_not_add_up_and_end_with_the_conversation() {
     let (mut client, _far) = client();
-    for _ in 0..1000 {
-        drop(reseed(&mut client, Duration::ZERO));
+    // A caller that has given up has nothing sent, and one that gives up later is forgotten.
+    assert_eq!(reseed(&mut client, Duration::ZERO).try_recv().unwrap().unwrap_err().kind(), ErrorKind::TimedOut);
+    for _ in 0..20 {
+        drop(reseed(&mut client, Duration::from_millis(1)));
+        std::thread::sleep(Duration::from_millis(2));
     }
-    assert_eq!(client.session.reseeds.len(), 1);
+    assert!(client.session.reseeds.len() <= 1);
     let waiting = reseed(&mut client, Duration::from_secs(60));
     client.session.end("it is over");
-    assert!(waiting.try_recv().is_err() && client.session.reseeds.is_empty(), "the asker is told at once");
+    let ended = waiting.try_recv().unwrap().unwrap_err();
+    assert!(ended.kind() == ErrorKind::InvalidState && client.session.reseeds.is_empty(), "{ended}");
     let late = reseed(&mut client, Duration::from_secs(60));
     assert_eq!(late.try_recv().unwrap().unwrap_err().kind(), ErrorKind::InvalidState);
 }
