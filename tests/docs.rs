@@ -29,6 +29,7 @@ const PRIVATE_WORDS: &[&str] = &[
     "whoever",
     "told",
     "untold",
+    "hear",
     "hears",
     "heard",
     "patience",

@@ -44,10 +44,11 @@ pub(super) struct StdioListeners {
 impl StdioListeners {
     /// Listens on a new port for each stream that is `connected`.
     pub(super) fn listen(vm: &Vm, agent: &Agent, connected: [bool; 3]) -> Result<Self> {
-        let mut listeners = [None, None, None];
-        for (listener, _) in listeners.iter_mut().zip(connected).filter(|(_, connected)| *connected) {
-            *listener = Some(vm.listen_vsock(agent.new_port())?);
-        }
+        let ports = connected.map(|connected| connected.then(|| agent.new_port()));
+        let listeners = match ports {
+            [None, None, None] => [None, None, None],
+            ports => vm.listen_vsock_ports(ports)?,
+        };
         Ok(Self { listeners, cookie: Cookie::new(agent.version())? })
     }
 

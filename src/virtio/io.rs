@@ -246,7 +246,7 @@ impl DeviceIo {
         more
     }
 
-    /// Interrupts the driver if it wants to hear of what was completed in any of `queues`. Where they share an interrupt, that
+    /// Interrupts the driver if it wants to know of what was completed in any of `queues`. Where they share an interrupt, that
     /// is one.
     pub(crate) fn flush(&mut self, queues: &[usize]) {
         for queue in queues {

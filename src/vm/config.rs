@@ -157,7 +157,6 @@ impl VmConfig {
 
     /// Opens all disks in their order.
     pub(super) fn open_disks(&self) -> Result<Vec<Blk>> {
-        check_serials(&self.disks)?;
         let open = |(n, disk): (usize, &Disk)| disk.attach(n).map_err(|e| e.doing(format!("attaching disk {n}")));
         self.disks.iter().enumerate().map(open).collect()
     }

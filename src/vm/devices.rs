@@ -7,7 +7,7 @@ use super::config::VmConfig;
 use super::device_set::{DeviceSet, LoopKind};
 use super::disk::{DiskHandle, IoEngine};
 use super::events::{EventKind, EventLog};
-use super::net::{AttachedNet, Net, NetHandle, check_addresses};
+use super::net::{AttachedNet, Net, NetHandle};
 use crate::error::Result;
 use crate::kvm::VmFd;
 use crate::memory::GuestMemory;
@@ -110,7 +110,6 @@ pub(super) fn open(
 ) -> Result<OpenedDevices> {
     let disks = config.open_disks()?.into_iter().enumerate();
     let mut devices: Vec<_> = disks.map(|(n, disk)| NewDevice::disk(n, disk, log)).collect();
-    check_addresses(&config.nets)?;
     let descriptors = config.descriptors()?;
     let switches: Vec<_> = config.nets.iter().filter_map(Net::attached_switch).cloned().collect();
     let mut nets = Vec::new();

@@ -477,6 +477,15 @@ impl Vm {
         self.vsock()?.with(move |vsock, _| vsock.listen(port))?
     }
 
+    /// As [`Vm::listen_vsock`], for up to three ports by one request to the device's thread. None of them was configured.
+    #[cfg(feature = "container")]
+    pub(crate) fn listen_vsock_ports(&self, ports: [Option<u32>; 3]) -> Result<[Option<VsockListener>; 3]> {
+        self.vsock()?.with(move |vsock, _| {
+            let [first, second, third] = ports.map(|port| port.map(|port| vsock.listen(port)).transpose());
+            Ok([first?, second?, third?])
+        })?
+    }
+
     /// Connects to a program in the guest that listens on vsock port `port`.
     ///
     /// Waits at most ten seconds for its answer, and ten for a host that is busy.

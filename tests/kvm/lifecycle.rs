@@ -174,7 +174,7 @@ pub fn paused_guest_can_be_killed() -> Outcome {
     let vm = spinning()?;
     vm.pause()?;
     drop(vm);
-    // One that goes on for its end, and does not hear Ctrl-Alt-Del.
+    // One that goes on for its end, and ignores Ctrl-Alt-Del.
     let printed = Printed::default();
     let deaf = "echo 0 > /proc/sys/kernel/ctrl-alt-del; echo ready; exec sleep 1000";
     let vm = guest(deaf).console(printed.console()).start()?;

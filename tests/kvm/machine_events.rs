@@ -32,7 +32,7 @@ fn wait_for_log(container: &Container, text: &str, times: usize) -> Outcome {
     }
 }
 
-pub fn running_debian_6_12_hears_of_each_new_generation() -> Outcome {
+pub fn running_debian_6_12_learns_of_each_new_generation() -> Outcome {
     let container = debian_container().kernel(distribution("cloud-6.12")?.0).vcpus(2).start()?;
     let reseeded = "crng reseeded due to virtual machine fork";
     for n in 1..=5 {
@@ -52,7 +52,7 @@ pub fn running_debian_6_12_hears_of_each_new_generation() -> Outcome {
     Ok(())
 }
 
-pub fn kernels_without_acpi_hear_of_a_new_generation_by_the_shim() -> Outcome {
+pub fn kernels_without_acpi_learn_of_a_new_generation_by_the_shim() -> Outcome {
     let container = debian_container().start()?;
     check_eq!(shell(&container, "ls -d /sys/firmware/acpi 2> /dev/null || true")?, "");
     thread::scope(|scope| {

@@ -163,8 +163,8 @@ tests! {
     programs: ssh_proxy_command_reaches_a_guest_without_network scp_sftp_and_git_work_through_a_published_port
         clients_and_servers_in_two_guests_work databases_are_reached_by_name_over_a_switch iperf3_runs_in_all_modes
         hundred_concurrent_short_connections_are_served;
-    machine_events: running_debian_6_12_hears_of_each_new_generation
-        kernels_without_acpi_hear_of_a_new_generation_by_the_shim power_button_is_pressed_by_stop;
+    machine_events: running_debian_6_12_learns_of_each_new_generation
+        kernels_without_acpi_learn_of_a_new_generation_by_the_shim power_button_is_pressed_by_stop;
     hotplug: disks_are_replaced_while_the_guest_runs a_disk_in_use_can_be_detached;
     rebuild: rebuilt_guest_keeps_its_data_and_clocks rebuilt_guest_of_four_vcpus_keeps_its_data_and_clocks
         rebuilt_debian_kernel_keeps_its_data_and_clocks rebuilt_debian_kernel_of_four_vcpus_keeps_its_data_and_clocks

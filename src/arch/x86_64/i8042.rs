@@ -88,7 +88,7 @@ impl<F: FnMut() + Send> I8042<F> {
         Ok((controller, interrupt))
     }
 
-    /// Presses keys. False when the guest has no keyboard driver to hear it.
+    /// Presses keys. False when the guest has no keyboard driver.
     pub(super) fn press(&mut self, keys: Keys) -> bool {
         let listening = self.command_byte & (KEYBOARD_INTERRUPT | KEYBOARD_OFF) == KEYBOARD_INTERRUPT;
         if listening {

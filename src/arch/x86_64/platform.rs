@@ -141,7 +141,7 @@ type OnReset = Box<dyn FnMut() + Send>;
 pub(crate) struct Keyboard(Arc<Mutex<I8042<OnReset>>>);
 
 impl Keyboard {
-    /// Presses keys. False when the guest has no keyboard driver to hear it.
+    /// Presses keys. False when the guest has no keyboard driver.
     pub(crate) fn press(&self, keys: Keys) -> bool {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).press(keys)
     }

@@ -144,7 +144,7 @@ fn a_reader_that_does_not_read_stops_the_guest_and_nothing_is_lost() {
     let mut received = vec![0; sent as usize];
     let reader = std::thread::spawn(move || {
         stream.read_exact(&mut received).unwrap();
-        // The stream's end would be another thing to hear.
+        // The stream's end would be another thing to read.
         (stream, received)
     });
     while !reader.is_finished() {
@@ -154,7 +154,7 @@ fn a_reader_that_does_not_read_stops_the_guest_and_nothing_is_lost() {
     let (_stream, received) = reader.join().unwrap();
     assert!(received.iter().all(|b| *b == 7));
     rig.sockets();
-    assert_eq!(rig.receive_op(), Some(VsockOp::CreditUpdate), "the guest hears that there is room again");
+    assert_eq!(rig.receive_op(), Some(VsockOp::CreditUpdate), "the guest learns that there is room again");
 }
 
 #[test]
