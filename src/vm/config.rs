@@ -12,7 +12,7 @@ use super::net::{Net, check_addresses};
 use crate::arch::layout::{self, MmioSlot};
 use crate::arch::{CpuProfile, FirmwareTables, MAX_VCPUS};
 use crate::boot::{self, Cmdline, Kernel, Need};
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::memory::Memory;
 use crate::sys::{DescriptorShare, KickSignal};
 use crate::virtio::blk::Blk;
@@ -117,7 +117,8 @@ impl VmConfig {
         }
         let mut ports = BTreeSet::new();
         if let Some(twice) = self.vsock.iter().flat_map(|vsock| &vsock.ports).find(|port| !ports.insert(**port)) {
-            return Err(Error::invalid("Vsock::listen", format!("port {twice} twice")));
+            let why = format!("vsock: vsock port {twice} has a listener already");
+            return Err(Error::new(ErrorKind::AlreadyExists, why));
         }
         KickSignal::check(self.kick_signal)?;
         // Without the devices, whose words are ours.
