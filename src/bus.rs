@@ -96,9 +96,16 @@ impl Bus {
 }
 
 impl BusView<'_> {
+    /// Devices have come or gone. Apart, as an access hardly ever meets it.
+    #[cold]
+    #[inline(never)]
+    fn refresh(&mut self) {
+        *self = self.bus.view();
+    }
+
     fn find(&mut self, addr: u64) -> Option<(u64, &Attached)> {
         if self.bus.version.load(Ordering::Acquire) != self.version {
-            *self = self.bus.view();
+            self.refresh();
         }
         let (base, range) = self.ranges.range(..=addr).next_back()?;
         let offset = addr - base;
