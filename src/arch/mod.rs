@@ -2,14 +2,14 @@
 //!
 //! Each directory exports the same names:
 //!
-//! - `layout`: where things lie in guest memory;
-//! - `MAX_VCPUS`;
-//! - `Platform`, `Keyboard`: what a machine has beside processors, memory and virtio devices;
-//! - `PlatformDevices`, `PlatformState`: those of them that have a state, and it;
-//! - `FirmwareTables`, `write_tables`: the tables from which the kernel learns of the machine;
-//! - `Cpu`, `CpuProfile`: what a vCPU shows;
-//! - `EntryPoint`, `boot_vcpu`: bring a vCPU to the kernel's first instruction;
-//! - `Registers`: what is known of a vCPU when its guest ends;
+//! - `layout`: where things lie in guest memory.
+//! - `MAX_VCPUS`.
+//! - `Platform`, `Keyboard`: what a machine has beside processors, memory and virtio devices.
+//! - `PlatformDevices`, `PlatformState`: those of them that have a state, and it.
+//! - `FirmwareTables`, `write_tables`: the tables from which the kernel learns of the machine.
+//! - `Cpu`, `CpuProfile`: what a vCPU shows.
+//! - `EntryPoint`, `boot_vcpu`: bring a vCPU to the kernel's first instruction.
+//! - `Registers`: what is known of a vCPU when its guest ends.
 //! - `embedder`: the names that embedders see.
 //!
 //! Their counterparts are `kvm/arch`, the directories of `boot`, and `guest/sys/arch`. ARCHITECTURE.md says what a further

@@ -2,10 +2,10 @@
 //!
 //! What depends on the processor is in a directory of its own for each, here `protocol`. Each has the same names:
 //!
-//! - `open`: opens a kernel's file; `KernelEntry`, `EntryChoice`: how it can be entered, and how the embedder wants it;
-//! - `load`: puts a kernel and its boot parameters into guest memory;
-//! - `finish_cmdline`: what the machine adds to the command line;
-//! - `CONFIG_SYMBOL`, `ELF_MACHINE`: what kernels and modules for this processor say of themselves;
+//! - `open`: opens a kernel's file; `KernelEntry`, `EntryChoice`: how it can be entered, and how the embedder wants it.
+//! - `load`: puts a kernel and its boot parameters into guest memory.
+//! - `finish_cmdline`: what the machine adds to the command line.
+//! - `CONFIG_SYMBOL`, `ELF_MACHINE`: what kernels and modules for this processor say of themselves.
 //! - `tiny`: the smallest kernel files, for tests.
 
 mod cmdline;

@@ -1,4 +1,4 @@
-//! What is in a module's file: unpacked, bounded, and a module for this processor.
+//! The contents of a module's file: unpacked, bounded, and checked to be for this processor.
 
 use std::fs::File;
 use std::io::Read;

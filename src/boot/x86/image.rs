@@ -59,7 +59,7 @@ impl Kernel {
     /// Where it is entered.
     ///
     /// # Errors
-    /// `Unsupported` when it shall be entered in a way that it has not.
+    /// `Unsupported` when the kernel lacks the entry point that the embedder wants.
     pub(super) fn entry(&self) -> Result<EntryPoint> {
         if !self.choice.pvh {
             return Ok(self.loaded.entry.entry);

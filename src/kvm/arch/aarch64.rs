@@ -1,4 +1,4 @@
-//! aarch64: nothing yet. A VM cannot be made, and its interrupt controller, registers and states are what is missing.
+//! aarch64: nothing yet. A VM cannot be made: interrupt controller, registers and states are missing.
 
 use kvm_ioctls::Cap;
 

@@ -1,8 +1,8 @@
 //! What KVM has for some processors only. Each directory has the same names:
 //!
-//! - `NEEDED`, `MODULES`, `UNUSABLE`, `REMEDY`, `check`: what a host must have, and what to do where it lacks it;
-//! - `set_up`: what a VM has in the kernel beside memory and vCPUs;
-//! - `VcpuFd::is_dead` and `VcpuFd::notify_guest_paused`;
+//! - `NEEDED`, `MODULES`, `UNUSABLE`, `REMEDY`, `check`: what a host must have, and what to do where it lacks it.
+//! - `set_up`: what a VM has in the kernel beside memory and vCPUs.
+//! - `VcpuFd::is_dead` and `VcpuFd::notify_guest_paused`.
 //! - `state`: what KVM keeps of a machine.
 
 #[cfg(target_arch = "aarch64")]

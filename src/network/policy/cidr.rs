@@ -106,7 +106,7 @@ impl FromStr for Cidr {
     }
 }
 
-/// A range as it is kept: as text, so that what is loaded is checked as what is written in a program.
+/// A range is kept as text. A loaded one is parsed and checked like one in a program.
 #[cfg(feature = "serde")]
 #[derive(serde::Serialize, serde::Deserialize)]
 struct CidrText(String);

@@ -77,7 +77,7 @@ impl VmConfig {
     /// Chooses what is left to chance and must be the same whenever the description is used again.
     ///
     /// # Errors
-    /// As [`VmConfig::check`], and what the host says that has no random numbers.
+    /// As [`VmConfig::check`], and `Io` when the host has no random numbers.
     pub(super) fn settle(self) -> Result<Self> {
         let settle = |(n, net): (usize, Net)| net.settle().doing(|| format!("attaching network {n}"));
         let nets = self.nets.into_iter().enumerate().map(settle).collect::<Result<_>>()?;
