@@ -27,7 +27,7 @@ pub(super) struct DeviceSet {
     loops: Loops<Slots>,
     pub(super) by_kind: BTreeMap<LoopKind, Remote<Slots>>,
     pub(super) shared: Arc<VmShared>,
-    pub(super) sink: Arc<dyn DeviceEventSink>,
+    sink: Arc<dyn DeviceEventSink>,
     placement: Mutex<Placement>,
     /// Devices that were detached, and have left their loops.
     #[cfg(any(test, feature = "internals"))]
@@ -118,20 +118,20 @@ impl DeviceSet {
         Ok(set)
     }
 
+    /// Takes a device apart: what its loop gets, and what its transport at `slot` is made of.
+    pub(super) fn prepare(&self, device: NewDevice, slot: MmioSlot) -> (Box<dyn VirtioDevice>, TransportConfig) {
+        let NewDevice { id, device, engine, .. } = device;
+        let (profile, reporter) = (device.profile(), DeviceReporter::new(id, self.sink.clone()));
+        (device, TransportConfig { id, profile, engine, slot, reporter })
+    }
+
     /// Starts a loop with these devices.
     fn start_loop(&mut self, kind: LoopKind, group: Vec<(NewDevice, MmioSlot)>) -> Result<()> {
         let (mut devices, mut transports) = (Vec::new(), Vec::new());
         for (device, slot) in group {
-            let NewDevice { id, device, engine, .. } = device;
-            let reporter = DeviceReporter::new(id, self.sink.clone());
-            transports.push(TransportConfig {
-                id,
-                profile: device.profile(),
-                engine,
-                slot,
-                reporter: reporter.clone(),
-            });
-            devices.push((device, reporter));
+            let (device, transport) = self.prepare(device, slot);
+            devices.push((device, transport.reporter.clone()));
+            transports.push(transport);
         }
         let mut numbers = Vec::new();
         let it = Loop::start(&kind.to_string(), |sources| {

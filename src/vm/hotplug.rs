@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::Vm;
-use super::device_set::{AttachedDevice, DeviceSet, TransportConfig};
+use super::device_set::{AttachedDevice, DeviceSet};
 use super::devices::{NewDevice, disk_handle};
 use super::disk::{Disk, DiskHandle};
 use crate::arch::MmioSlot;
@@ -14,7 +14,7 @@ use crate::arch::layout::MMIO_WINDOW;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::memory::IoQueue;
 use crate::sys::left;
-use crate::virtio::{DeviceId, DeviceReporter, LoopDevice, Slots};
+use crate::virtio::{DeviceId, LoopDevice, Slots};
 
 /// How long a detached device has to end what it has in flight with the host, before its place stays taken for longer.
 const DETACH_TIMEOUT: Duration = Duration::from_secs(10);
@@ -90,9 +90,8 @@ impl DeviceSet {
         }
         self.reclaim(Duration::ZERO);
         let slot = self.placement().free.take()?;
-        let NewDevice { id, device, engine, .. } = device;
-        let reporter = DeviceReporter::new(id, self.sink.clone());
-        let config = TransportConfig { id, profile: device.profile(), engine, slot, reporter: reporter.clone() };
+        let (device, config) = self.prepare(device, slot);
+        let reporter = config.reporter.clone();
         // Also one that the loop takes too late gets its number there.
         let number = Arc::new(OnceLock::new());
         let its_number = number.clone();
