@@ -44,6 +44,29 @@ pub(crate) struct SerialPortState {
     pub received: Vec<u8>,
 }
 
+impl From<SerialState> for SerialPortState {
+    fn from(state: SerialState) -> Self {
+        Self {
+            baud_divisor: [state.baud_divisor_low, state.baud_divisor_high],
+            interrupt_enable: state.interrupt_enable,
+            interrupt_identification: state.interrupt_identification,
+            line_control: state.line_control,
+            line_status: state.line_status,
+            modem_control: state.modem_control,
+            modem_status: state.modem_status,
+            scratch: state.scratch,
+            received: state.in_buffer,
+        }
+    }
+}
+
+/// A port that no guest has used.
+impl Default for SerialPortState {
+    fn default() -> Self {
+        SerialState::default().into()
+    }
+}
+
 impl<W: io::Write> SerialPort<W> {
     /// How many registers it has, of one byte each.
     pub(crate) const LEN: u64 = 8;
@@ -63,18 +86,7 @@ impl<W: io::Write> SerialPort<W> {
 impl<W: io::Write + Clone> SerialPort<W> {
     /// Returns where it stands.
     pub(crate) fn save(&self) -> SerialPortState {
-        let state = self.uart.state();
-        SerialPortState {
-            baud_divisor: [state.baud_divisor_low, state.baud_divisor_high],
-            interrupt_enable: state.interrupt_enable,
-            interrupt_identification: state.interrupt_identification,
-            line_control: state.line_control,
-            line_status: state.line_status,
-            modem_control: state.modem_control,
-            modem_status: state.modem_status,
-            scratch: state.scratch,
-            received: state.in_buffer,
-        }
+        self.uart.state().into()
     }
 
     /// Goes on from `state`, and raises the interrupt that is pending in it.

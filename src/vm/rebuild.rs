@@ -11,7 +11,7 @@ use super::exit::Reason;
 use super::kvm_objects::KvmObjects;
 use super::shared::VmShared;
 use super::vcpu::{LastExit, VcpuControl};
-use crate::arch::{Platform, PlatformDevices};
+use crate::arch::PlatformDevices;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::kvm::state::{VcpuFormat, VcpuState, VmState};
 use crate::kvm::{Irqfd, Kvm, VcpuFd, VmFd};
@@ -108,7 +108,7 @@ impl Rebuild<'_> {
         state.restore(&vm)?;
         // First as no guest has used them, so that nothing of theirs is left but by the state. The interrupts that are raised wait in the
         // descriptors, until the new controllers have the lines.
-        self.platform.restore(&Platform::new(std::io::sink(), |_| ())?.devices.save())?;
+        self.platform.restore(&Default::default())?;
         self.platform.restore(&platform)?;
         // One reading for all vCPUs: their counters have stood still as long as the clock has, and differ as they did.
         let gap = state.clock_gap(&vm)?;

@@ -59,6 +59,13 @@ pub(crate) struct KeyboardState {
     pub expect: Expect,
 }
 
+/// A controller that no guest has used.
+impl Default for KeyboardState {
+    fn default() -> Self {
+        Self { output: Vec::new(), command_byte: KEYBOARD_OFF | TRANSLATE, expect: Expect::Keyboard }
+    }
+}
+
 /// The device. `on_reset` is called on the vCPU's thread.
 pub(super) struct I8042<F> {
     on_reset: F,
@@ -78,13 +85,8 @@ impl<F: FnMut() + Send> I8042<F> {
     /// `ResourceExhausted` when the process has no descriptors left.
     pub(super) fn new(on_reset: F) -> Result<(Self, Arc<EventFd>)> {
         let interrupt = Arc::new(eventfd().doing(|| "creating a keyboard controller")?);
-        let controller = Self {
-            on_reset,
-            interrupt: interrupt.clone(),
-            output: VecDeque::new(),
-            command_byte: KEYBOARD_OFF | TRANSLATE,
-            expect: Expect::Keyboard,
-        };
+        let KeyboardState { output, command_byte, expect } = KeyboardState::default();
+        let controller = Self { on_reset, interrupt: interrupt.clone(), output: output.into(), command_byte, expect };
         Ok((controller, interrupt))
     }
 

@@ -64,6 +64,13 @@ pub(crate) struct PlatformState {
     pub events: u8,
 }
 
+/// Devices that no guest has used.
+impl Default for PlatformState {
+    fn default() -> Self {
+        Self { version: VERSION, serial: SerialPortState::default(), keyboard: KeyboardState::default(), events: 0 }
+    }
+}
+
 #[cfg_attr(not(any(test, feature = "internals")), allow(dead_code, reason = "no machine is saved yet"))]
 impl PlatformDevices {
     /// Returns where they stand. No vCPU runs meanwhile.
@@ -222,6 +229,14 @@ mod tests {
             assert!(ports.write(I8042_PORT, &[0x10]));
         }
         assert!(first.devices.save() == second.devices.save() && first.devices.save().keyboard.command_byte == 0x10);
+    }
+
+    #[test]
+    fn default_state_is_that_of_a_new_platform() {
+        let (new, lines) = platform();
+        assert_eq!(new.devices.save(), PlatformState::default());
+        used().devices.restore(&PlatformState::default()).unwrap();
+        assert!(lines.iter().all(|line| line.read().is_err()), "nothing is pending");
     }
 
     #[test]
