@@ -10,6 +10,8 @@ mod erofs;
 #[cfg(any(test, feature = "internals"))]
 mod fuzzing;
 mod limits;
+#[allow(dead_code, unused_imports, reason = "images of registries come next")]
+mod oci;
 mod path;
 mod recognize;
 mod seal;
