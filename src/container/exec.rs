@@ -19,9 +19,10 @@ use crate::sys::deadline;
 use crate::virtio::vsock::VsockStream;
 use crate::vm::Vm;
 
-/// The environment of a program, unless [`Exec::env_clear`] is called.
+/// Variables that a program has, unless the image or the caller sets them otherwise.
 const ENVIRONMENT: [(&str, &str); 2] =
-    [("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"), ("HOME", "/root")];
+    [("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"), (HOME, "/root")];
+const HOME: &str = "HOME";
 
 /// Describes what one of a process's standard streams is connected to.
 #[derive(Debug, Clone, Default)]
@@ -94,6 +95,9 @@ pub struct Exec {
     container: Container,
     argv: Vec<OsString>,
     env: Vec<(OsString, OsString)>,
+    /// `HOME` is that of the user, whoever it is.
+    own_home: bool,
+    user: Option<OsString>,
     current_dir: Option<OsString>,
     stdio: [Option<Stdio>; 3],
     timeout: Option<Duration>,
@@ -110,6 +114,8 @@ impl Exec {
             container,
             argv,
             env,
+            own_home: true,
+            user: None,
             current_dir: None,
             stdio: [None, None, None],
             timeout: None,
@@ -131,11 +137,11 @@ impl Exec {
     }
 
     /// Sets an environment variable.
-    pub fn env(mut self, name: impl Into<OsString>, value: impl Into<OsString>) -> Self {
+    pub fn env(self, name: impl Into<OsString>, value: impl Into<OsString>) -> Self {
         let name = name.into();
-        self.env.retain(|(known, _)| *known != name);
-        self.env.push((name, value.into()));
-        self
+        let mut this = self.env_remove(name.clone());
+        this.env.push((name, value.into()));
+        this
     }
 
     /// Sets environment variables.
@@ -146,6 +152,7 @@ impl Exec {
     /// Removes an environment variable.
     pub fn env_remove(mut self, name: impl Into<OsString>) -> Self {
         let name = name.into();
+        self.own_home &= name != HOME;
         self.env.retain(|(known, _)| *known != name);
         self
     }
@@ -155,6 +162,17 @@ impl Exec {
     /// Programs are still looked for in the usual directories.
     pub fn env_clear(mut self) -> Self {
         self.env.clear();
+        self.own_home = false;
+        self
+    }
+
+    /// Sets as whom the program runs; as root of the guest by default.
+    ///
+    /// `USER` or `USER:GROUP`, each a name or a number, as `docker exec --user` has them. Names are looked up in
+    /// `/etc/passwd` and `/etc/group` of the container. Numbers need not be there; the group is then 0. Without a group
+    /// the user has the groups that list it. `HOME` is the user's home directory, unless it was set or removed.
+    pub fn user(mut self, user: impl Into<OsString>) -> Self {
+        self.user = Some(user.into());
         self
     }
 
@@ -227,7 +245,7 @@ impl Exec {
     ///
     /// # Errors
     /// - `NotFound`, `PermissionDenied` and `Incompatible` (not a program, or one for another processor) name the
-    ///   program or directory.
+    ///   program, directory, user or group.
     /// - `InvalidConfig` for an empty program or a NUL in an argument.
     /// - `ResourceExhausted` when the guest cannot run one more, or when the embedder's process has no descriptors
     ///   left.
@@ -235,12 +253,9 @@ impl Exec {
     /// - `InvalidState` when the container has ended.
     pub fn spawn(self) -> Result<Process> {
         let what = format!("running {:?} in the container", self.argv.first().cloned().unwrap_or_default());
-        let dir = self.current_dir.clone();
-        let where_ = move || match &dir {
-            Some(dir) => format!("{what}, in {dir:?}"),
-            None => what,
-        };
-        self.start().doing(where_)
+        let user = self.user.as_ref().map(|user| format!(", as {user:?}")).unwrap_or_default();
+        let dir = self.current_dir.as_ref().map(|dir| format!(", in {dir:?}")).unwrap_or_default();
+        self.start().doing(|| what + &user + &dir)
     }
 
     /// Runs the program to its end and returns what it printed.
@@ -266,14 +281,18 @@ impl Exec {
 
     fn start(self) -> Result<Process> {
         let deadline = self.timeout.and_then(deadline);
-        let (argv, env, cwd) = (self.strings()?, self.environment()?, self.cwd()?);
+        let (argv, env, cwd) =
+            (self.strings()?, self.environment()?, c_string("current_dir", self.current_dir.as_ref())?);
+        let user = c_string("user", self.user.as_ref())?;
+        let home = user.is_some() && self.own_home;
         let state = ProcessShared::new()?;
         let stdio = self.stdio.map(|it| it.unwrap_or_default().0);
         check_outputs(&stdio)?;
         let (vm, agent) = (self.container.vm(), self.container.agent());
         let listeners = StdioListeners::listen(vm, agent, stdio.each_ref().map(|it| !matches!(it, StdioKind::Null)))?;
         let (ports, cookie, shared) = (listeners.ports(), listeners.cookie(), state.clone());
-        let request = StartRequest { argv, env, cwd, ports, cookie, deadline, state: shared };
+        let make_cwd = false;
+        let request = StartRequest { argv, env, cwd, make_cwd, user, home, ports, cookie, deadline, state: shared };
         let number =
             start_program(&agent.remote(), request, None).map_err(|error| listeners.refused().unwrap_or(error))?;
         let mut process = Process::new(agent.remote(), number, state.clone(), self.limit);
@@ -297,7 +316,9 @@ impl Exec {
 
     fn environment(&self) -> Result<StringBuf> {
         let mut strings = StringBuf::new();
-        for (name, value) in &self.env {
+        // The shim adds that of the user.
+        let shims = self.own_home && self.user.is_some();
+        for (name, value) in self.env.iter().filter(|(name, _)| !shims || name != HOME) {
             let bad = || Error::invalid("env", format!("{name:?} is not a name, or it or its value has a NUL"));
             if name.is_empty() || name.as_encoded_bytes().contains(&b'=') {
                 return Err(bad());
@@ -307,11 +328,11 @@ impl Exec {
         }
         Ok(strings)
     }
+}
 
-    fn cwd(&self) -> Result<Option<CString>> {
-        let dir = self.current_dir.clone().map(OsString::into_vec);
-        dir.map(CString::new).transpose().map_err(|_| Error::invalid("current_dir", "the path has a NUL"))
-    }
+fn c_string(method: &str, text: Option<&OsString>) -> Result<Option<CString>> {
+    let text = text.cloned().map(OsString::into_vec);
+    text.map(CString::new).transpose().map_err(|_| Error::invalid(method, "it has a NUL"))
 }
 
 /// What another process prints can only be read.

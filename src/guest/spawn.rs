@@ -7,7 +7,8 @@ use super::alloc::ffi::CString;
 use super::alloc::vec::Vec;
 use super::relay::{Relay, RelayDirection};
 use super::sys::{self, Errno, Fd, POLLOUT, Poll, Vector};
-use crate::proto::{HOST_CID, Spawn, SpawnStep, Stdio};
+use super::user::{self, Identity};
+use crate::proto::{HOST_CID, Spawn, SpawnStep, Stdio, Strings};
 
 /// Where programs are looked for if the environment has no `PATH`.
 const DEFAULT_PATH: &[u8] = b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -135,9 +136,12 @@ pub(super) fn start(
         stdio: [input.as_ref().unwrap_or(&spawn_env.null), output, error],
         spawn_env,
         cwd: spawn.cwd.unwrap_or(c"/"),
+        make_cwd: spawn.make_cwd,
+        user: spawn.user,
         programs: candidates(spawn),
         argv: Vector::new(spawn.argv.iter()).map_err(no(SpawnStep::Fork))?,
         envp: Vector::new(spawn.env.iter()).map_err(no(SpawnStep::Fork))?,
+        env: spawn.home.then_some(spawn.env),
     };
     let (reader, writer) = sys::pipe().map_err(no(SpawnStep::Fork))?;
     sys::set_nonblocking(&reader).map_err(no(SpawnStep::Fork))?;
@@ -145,14 +149,18 @@ pub(super) fn start(
     Ok(SpawnedProcess { pid, report: Report(reader), relays })
 }
 
-/// What the new process does until it is the program. All memory it needs was made before.
+/// What the new process does until it is the program.
 struct Child<'a> {
     stdio: [&'a Fd; 3],
     spawn_env: &'a SpawnEnv,
     cwd: &'a CStr,
+    make_cwd: bool,
+    user: Option<&'a CStr>,
     programs: Vec<CString>,
     argv: Vector<'a>,
     envp: Vector<'a>,
+    /// The environment once more, where the user's home directory is to be added.
+    env: Option<Strings<'a>>,
 }
 
 impl Child<'_> {
@@ -168,17 +176,41 @@ impl Child<'_> {
 
     /// Returns only if it could not.
     fn become_the_program(&self) -> SpawnError {
-        if let Err(errno) = self.prepare() {
-            return SpawnError::new(SpawnStep::Prepare, errno);
+        self.try_to_become_it().unwrap_or_else(|error| error)
+    }
+
+    /// Returns how executing it failed, or the step before.
+    fn try_to_become_it(&self) -> Result<SpawnError, SpawnError> {
+        let at = |step| move |errno| SpawnError::new(step, errno);
+        self.prepare().map_err(at(SpawnStep::Prepare))?;
+        // As root, which can also enter what its user cannot.
+        if self.make_cwd {
+            make_directories(self.cwd).map_err(at(SpawnStep::Chdir))?;
         }
-        if let Err(errno) = sys::chdir(self.cwd) {
-            return SpawnError::new(SpawnStep::Chdir, errno);
+        sys::chdir(self.cwd).map_err(at(SpawnStep::Chdir))?;
+        let identity = self.user.map(|user| user::resolve(user.to_bytes())).transpose()?;
+        if let Some(identity) = &identity {
+            self.become_user(identity).map_err(at(SpawnStep::User))?;
         }
+        let home = identity.and_then(|identity| CString::new(identity.home).ok());
+        let with_home = match (&home, self.env) {
+            (Some(home), Some(env)) => {
+                let all: Vec<&CStr> = env.iter().chain([home.as_c_str()]).collect();
+                Some(Vector::new(all.iter().copied()).map_err(at(SpawnStep::Prepare))?)
+            }
+            _ => None,
+        };
         // What was sent meanwhile takes effect here, with the default actions.
-        if let Err(errno) = sys::block_signals(0) {
-            return SpawnError::new(SpawnStep::Prepare, errno);
+        sys::block_signals(0).map_err(at(SpawnStep::Prepare))?;
+        Ok(SpawnError::new(SpawnStep::Exec, self.execute(with_home.as_ref().unwrap_or(&self.envp))))
+    }
+
+    /// The program can open its own streams again, by `/dev/stdout` for instance.
+    fn become_user(&self, Identity { uid, gid, groups, .. }: &Identity) -> Result<(), Errno> {
+        for stream in self.stdio.into_iter().filter(|stream| stream.raw() != self.spawn_env.null.raw()) {
+            sys::change_owner(stream, *uid, *gid)?;
         }
-        SpawnError::new(SpawnStep::Exec, self.execute())
+        sys::become_user(*uid, *gid, groups)
     }
 
     fn prepare(&self) -> Result<(), Errno> {
@@ -194,10 +226,10 @@ impl Child<'_> {
     }
 
     /// The rules of execvp(3), but that a file which is no program is not given to a shell.
-    fn execute(&self) -> Errno {
+    fn execute(&self, envp: &Vector<'_>) -> Errno {
         let mut result = Errno::ENOENT;
         for program in &self.programs {
-            match sys::execve(program, &self.argv, &self.envp) {
+            match sys::execve(program, &self.argv, envp) {
                 Errno::EACCES => result = Errno::EACCES,
                 Errno::ENOENT | Errno::ENOTDIR | Errno::ENODEV | Errno::ESTALE | Errno::ETIMEDOUT => {}
                 errno => return errno,
@@ -205,6 +237,20 @@ impl Child<'_> {
         }
         result
     }
+}
+
+/// Makes each directory of a path that is not there.
+fn make_directories(path: &CStr) -> Result<(), Errno> {
+    let bytes = path.to_bytes();
+    let ends = bytes.iter().enumerate().filter(|(at, byte)| *at > 0 && **byte == b'/').map(|(at, _)| at);
+    for end in ends.chain([bytes.len()]) {
+        let part = CString::new(bytes.get(..end).unwrap_or_default()).unwrap_or_default();
+        match sys::mkdir(None, &part, 0o755) {
+            Ok(()) | Err(Errno::EEXIST) => {}
+            Err(errno) => return Err(errno),
+        }
+    }
+    Ok(())
 }
 
 /// The paths at which the program may be, in order.
@@ -243,7 +289,7 @@ impl Report {
             return Ok(u32::from_ne_bytes([a, b, c, d]));
         }
         let step = u32::from_ne_bytes([e, f, g, h]);
-        let step = [SpawnStep::Chdir, SpawnStep::Exec]
+        let step = [SpawnStep::Chdir, SpawnStep::Exec, SpawnStep::User, SpawnStep::Group]
             .into_iter()
             .find(|&known| known as u32 == step)
             .unwrap_or(SpawnStep::Prepare);
@@ -254,7 +300,7 @@ impl Report {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::proto::{StringBuf, Strings};
+    use crate::proto::StringBuf;
 
     fn list(strings: &[&str]) -> StringBuf {
         let mut list = StringBuf::new();
@@ -263,7 +309,7 @@ mod tests {
     }
 
     fn spawn<'a>(argv: &'a StringBuf, env: &'a StringBuf) -> Spawn<'a> {
-        Spawn { argv: argv.as_strings(), env: env.as_strings(), cwd: None, stdio: [Stdio::Null; 3], cookie: &[] }
+        Spawn { argv: argv.as_strings(), env: env.as_strings(), ..Spawn::default() }
     }
 
     fn found(argv: &[&str], env: &[&str]) -> Vec<String> {
@@ -289,13 +335,17 @@ mod tests {
 
     /// A process of this host that dies before it is the program: preparing it needs no more than an ordinary test may.
     fn try_to_start(argv: &[&str], cwd: Option<&CStr>) -> Result<u32, SpawnError> {
+        try_to_start_as(argv, Spawn { cwd, ..Spawn::default() })
+    }
+
+    fn try_to_start_as(argv: &[&str], settings: Spawn<'_>) -> Result<u32, SpawnError> {
         let spawn_env = SpawnEnv {
             null: sys::open(None, c"/dev/null", sys::O_RDWR).unwrap(),
             proc: sys::open(None, c"/proc", sys::O_PATH).unwrap(),
             files: (64, 64),
         };
         let (argv, env) = (list(argv), StringBuf::new());
-        let request = Spawn { cwd, ..spawn(&argv, &env) };
+        let request = Spawn { argv: argv.as_strings(), env: env.as_strings(), ..settings };
         let streams = StdioStreams::dial(&request.stdio)?;
         assert!(streams.is_connected());
         let started = start(1, &request, streams, None, &spawn_env)?;
@@ -319,5 +369,28 @@ mod tests {
         assert_eq!(try_to_start(&["/"], None), Err(SpawnError::new(SpawnStep::Exec, Errno::EACCES)));
         assert_eq!(try_to_start(&["true"], Some(c"/nowhere")), Err(SpawnError::new(SpawnStep::Chdir, Errno::ENOENT)));
         assert!(Strings::default().is_empty());
+    }
+
+    #[test]
+    fn unknown_users_are_refused_before_the_program_runs() {
+        let refused = |user| try_to_start_as(&["true"], Spawn { user: Some(user), ..Spawn::default() });
+        assert_eq!(refused(c"no-such-user"), Err(SpawnError::new(SpawnStep::User, Errno::ENOENT)));
+        assert_eq!(refused(c"root:no-such-group"), Err(SpawnError::new(SpawnStep::Group, Errno::ENOENT)));
+    }
+
+    #[test]
+    fn missing_working_directories_are_made_when_asked_for() {
+        let dir = std::env::temp_dir().join(format!("cofferdam-cwd-{}", std::process::id()));
+        let path = std::ffi::CString::new(dir.join("a//b/").into_os_string().into_encoded_bytes()).unwrap();
+        assert_eq!(try_to_start(&["true"], Some(&path)), Err(SpawnError::new(SpawnStep::Chdir, Errno::ENOENT)));
+        for _ in 0..2 {
+            let made = Spawn { cwd: Some(&path), make_cwd: true, ..Spawn::default() };
+            try_to_start_as(&["true"], made).unwrap();
+        }
+        assert!(dir.join("a/b").is_dir());
+        std::fs::remove_dir_all(&dir).unwrap();
+        let file = Spawn { cwd: Some(c"/etc/passwd/x"), make_cwd: true, ..Spawn::default() };
+        let file = try_to_start_as(&["true"], file);
+        assert_eq!(file, Err(SpawnError::new(SpawnStep::Chdir, Errno::ENOTDIR)));
     }
 }

@@ -63,6 +63,7 @@ impl Errno {
     pub(super) const ENODEV: Self = Self(19);
     pub(super) const ENOTDIR: Self = Self(20);
     pub(super) const EINVAL: Self = Self(22);
+    pub(super) const EFBIG: Self = Self(27);
     pub(super) const ENOSYS: Self = Self(38);
     pub(super) const EPROTO: Self = Self(71);
     pub(super) const ECANCELED: Self = Self(125);
@@ -123,11 +124,13 @@ impl From<Fd> for std::os::fd::OwnedFd {
 }
 
 mod arch;
+mod identity;
 mod interface;
 mod random;
 mod socket;
 
 pub(super) use arch::{O_DIRECTORY, O_NOFOLLOW, end_machine, print};
+pub(super) use identity::{become_user, change_owner, is_regular};
 pub(super) use interface::{
     interface_index, interface_socket, interface_socket6, interface_up, set_address, set_address6, set_gateway,
     set_gateway6,

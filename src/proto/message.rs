@@ -39,6 +39,9 @@ mod tag {
     /// Standard input, output and error are three tags in a row.
     pub(super) const STDIO: [u8; 3] = [4, 5, 6];
     pub(super) const COOKIE: u8 = 7;
+    pub(super) const USER: u8 = 8;
+    pub(super) const HOME: u8 = 9;
+    pub(super) const MAKE_CWD: u8 = 10;
 
     pub(super) const SIGNO: u8 = 1;
     pub(super) const GROUP: u8 = 2;
@@ -142,6 +145,10 @@ byte_enum! {
         Chdir = 6,
         /// Executing the program.
         Exec = 7,
+        /// Finding the user, or becoming it.
+        User = 8,
+        /// Finding the group.
+        Group = 9,
     }
 }
 
@@ -157,7 +164,7 @@ pub(crate) enum Stdio {
 }
 
 /// A program to start.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(crate) struct Spawn<'a> {
     /// The argument vector, at least the program. A program without a slash is looked for in `PATH` of `env`.
     pub(crate) argv: Strings<'a>,
@@ -165,6 +172,12 @@ pub(crate) struct Spawn<'a> {
     pub(crate) env: Strings<'a>,
     /// Where it starts, `/` if absent.
     pub(crate) cwd: Option<&'a CStr>,
+    /// Directories of `cwd` that are missing are made, as root.
+    pub(crate) make_cwd: bool,
+    /// As whom it runs: `USER` or `USER:GROUP`, names or numbers of the guest's own files; root if absent.
+    pub(crate) user: Option<&'a CStr>,
+    /// The user's home directory is added to the environment. Means nothing without a user.
+    pub(crate) home: bool,
     /// Standard input, output and error.
     pub(crate) stdio: [Stdio; 3],
     /// What each connection of `stdio` begins with, so that the host knows it from those of other programs.
@@ -358,6 +371,11 @@ impl<'a> Spawn<'a> {
             }
         }
         fields.bytes(tag::COOKIE, self.cookie);
+        if let Some(user) = self.user {
+            fields.bytes(tag::USER, user.to_bytes_with_nul());
+        }
+        fields.flag(tag::HOME, self.home);
+        fields.flag(tag::MAKE_CWD, self.make_cwd);
     }
 
     fn parse(fields: &Fields<'a>) -> Result<Self, Malformed> {
@@ -365,10 +383,12 @@ impl<'a> Spawn<'a> {
         if argv.is_empty() {
             return Err(Malformed("argv"));
         }
-        let cwd = match fields.get(tag::CWD) {
-            None => None,
-            Some(bytes) => Some(CStr::from_bytes_with_nul(bytes).map_err(|_| Malformed("working directory"))?),
+        let text = |tag, what| match fields.get(tag) {
+            None => Ok(None),
+            Some(bytes) => CStr::from_bytes_with_nul(bytes).map(Some).map_err(|_| Malformed(what)),
         };
+        let (cwd, user) = (text(tag::CWD, "working directory")?, text(tag::USER, "user")?);
+        let (home, make_cwd) = (fields.flag(tag::HOME, "home")?, fields.flag(tag::MAKE_CWD, "making a directory")?);
         let mut stdio = [Stdio::Null; 3];
         for (tag, stdio) in tag::STDIO.into_iter().zip(&mut stdio) {
             if let Some(port) = fields.u32(tag, "stdio")? {
@@ -380,7 +400,7 @@ impl<'a> Spawn<'a> {
         if cookie.len() > COOKIE_SIZE {
             return Err(Malformed("cookie"));
         }
-        Ok(Self { argv, env, cwd, stdio, cookie })
+        Ok(Self { argv, env, cwd, make_cwd, user, home, stdio, cookie })
     }
 }
 

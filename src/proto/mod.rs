@@ -84,7 +84,7 @@ pub(crate) const EXIT_FAULT: u8 = 0x37;
 /// The oldest version of the protocol that this build speaks.
 pub(crate) const VERSION_MIN: u32 = 1;
 /// The newest version of the protocol that this build speaks.
-pub(crate) const VERSION_MAX: u32 = 4;
+pub(crate) const VERSION_MAX: u32 = 5;
 /// The version since which the shim listens on [`CONNECT_PORT`].
 pub(crate) const VERSION_CONNECT: u32 = 2;
 
@@ -93,6 +93,9 @@ pub(crate) const VERSION_COOKIE: u32 = 3;
 
 /// The version since which the shim makes the kernel's random numbers new when it is asked to.
 pub(crate) const VERSION_RESEED: u32 = 4;
+
+/// The version since which programs run as other users, and working directories are made.
+pub(crate) const VERSION_USER: u32 = 5;
 
 /// The length of what makes a kernel's random numbers new.
 pub(crate) const SEED_SIZE: usize = 32;

@@ -128,12 +128,13 @@ proptest! {
     fn spawn_round_trips(
         stream in any::<u32>(), argv in vec(text(), 1..6), env in vec(text(), 0..6),
         cwd in proptest::option::of(text()), stdio in [stdio(), stdio(), stdio()],
-        cookie in vec(any::<u8>(), 0..=COOKIE_SIZE),
+        cookie in vec(any::<u8>(), 0..=COOKIE_SIZE), user in proptest::option::of(text()), home in any::<bool>(), make_cwd in any::<bool>(),
     ) {
         let (argv_list, env_list) = (list(&argv), list(&env));
-        let cwd = cwd.map(|cwd| CString::new(cwd).unwrap());
+        let [cwd, user] = [cwd, user].map(|text| text.map(|text| CString::new(text).unwrap()));
         let spawn = FromHost::Spawn(Spawn {
             argv: argv_list.as_strings(), env: env_list.as_strings(), cwd: cwd.as_deref(), stdio, cookie: &cookie,
+            user: user.as_deref(), home, make_cwd,
         });
         let mut bytes = Vec::new();
         spawn.encode(stream, &mut bytes).unwrap();
@@ -277,8 +278,7 @@ fn unknown_kinds_and_fields_are_skipped() {
 fn a_request_too_long_leaves_the_buffer_as_it_was() {
     let mut argv = StringBuf::new();
     argv.push(&vec![b'x'; FROM_HOST_MAX]).unwrap();
-    let spawn =
-        Spawn { argv: argv.as_strings(), env: Strings::default(), cwd: None, stdio: [Stdio::Null; 3], cookie: &[] };
+    let spawn = Spawn { argv: argv.as_strings(), ..Spawn::default() };
     let mut bytes = vec![1, 2, 3];
     assert!(matches!(FromHost::Spawn(spawn).encode(1, &mut bytes), Err(FrameError::TooLong(_))));
     assert_eq!(bytes, [1, 2, 3]);

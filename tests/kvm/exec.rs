@@ -46,6 +46,38 @@ pub fn environment_and_working_directory_are_set() -> Outcome {
     Ok(())
 }
 
+pub fn programs_run_as_other_users() -> Outcome {
+    let container = debian_container().start()?;
+    let prepare = "groupadd -g 4242 team && useradd -m -u 1234 -G team,adm worker";
+    check!(container.exec(["sh", "-c", prepare]).status()?.success());
+    let id = "echo $(id -u) $(id -g) $(id -G) $HOME; grep -c '^Cap.*0000000000000000' /proc/self/status";
+    let seen = |user: &str| text(container.exec(["sh", "-c", id]).user(user));
+    // Ambient, effective, inheritable and permitted capabilities are none; only the bounding set is there.
+    check_eq!(seen("worker")?, "1234 1234 1234 4 4242 /home/worker\n4");
+    check_eq!(seen("1234")?, seen("worker")?);
+    check_eq!(seen("worker:team")?, "1234 4242 4242 /home/worker\n4");
+    check_eq!(seen("77:88")?, "77 88 88 /\n4");
+    check_eq!(text(container.exec(["sh", "-c", "id -u; echo $HOME"]).user("root"))?, "0\n/root");
+    let home = |exec: Exec| text(exec.user("worker")).map(|text| text.replace('\n', " "));
+    check_eq!(home(container.exec(["printenv", "HOME"]).env("HOME", "/elsewhere"))?, "/elsewhere");
+    check_eq!(home(container.exec(["sh", "-c", "echo ${HOME-none}"]).env_remove("HOME"))?, "none");
+    // It may open its own streams by their names, and no files of root's.
+    check_eq!(home(container.exec(["sh", "-c", "echo a > /dev/stdout; cat /dev/stdin"]).stdin_bytes("b"))?, "a b");
+    let denied = container.exec(["cat", "/etc/shadow"]).user("worker").output()?;
+    check_eq!(denied.status.code(), Some(1));
+    for (user, word) in [("nonesuch", "/etc/passwd"), ("root:nonesuch", "/etc/group"), ("", "/etc/passwd")] {
+        let error = container.exec(["true"]).user(user).spawn().map(drop).expect_err(user);
+        check!(error.kind() == ErrorKind::NotFound, "{error:?}");
+        check!(error.to_string().contains(word) && error.to_string().contains(&format!("{user:?}")), "{error}");
+    }
+    // A pipe in the file's place holds nothing up.
+    check!(container.exec(["sh", "-c", "rm /etc/passwd; mkfifo /etc/passwd"]).status()?.success());
+    let error = container.exec(["true"]).user("worker").spawn().map(drop).expect_err("no file");
+    check!(error.kind() == ErrorKind::Io, "{error:?}");
+    check!(container.exec(["true"]).status()?.success());
+    Ok(())
+}
+
 pub fn output_of_one_process_is_input_of_another() -> Outcome {
     let container = container()?;
     let mut printing = container.exec(["sh", "-c", "yes | head -c 1000000"]).stdout(Stdio::piped()).spawn()?;

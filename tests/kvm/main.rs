@@ -115,6 +115,7 @@ tests! {
         full_host_fails_writes_without_blocking_programs image_is_shared_and_unchanged
         clones_are_handles_of_one_container container_pauses_and_reports_stats_like_a_vm;
     exec: output_and_exit_codes_are_returned stdout_and_stderr_are_separate environment_and_working_directory_are_set
+        programs_run_as_other_users
         output_of_one_process_is_input_of_another
         closing_stdin_ends_the_input binary_data_is_unchanged_both_ways signal_ends_a_process
         kill_ends_all_descendants timeout_kills_all_descendants background_process_does_not_delay_wait

@@ -77,6 +77,10 @@ pub(super) struct StartRequest {
     pub argv: StringBuf,
     pub env: StringBuf,
     pub cwd: Option<CString>,
+    pub make_cwd: bool,
+    pub user: Option<CString>,
+    /// The user's home directory is added to the environment.
+    pub home: bool,
     /// The ports of its streams. What has none is `/dev/null`.
     pub ports: [Option<u32>; 3],
     /// What its streams begin with.
@@ -90,7 +94,8 @@ impl StartRequest {
     fn message(&self) -> FromHost<'_> {
         let (argv, env, cwd) = (self.argv.as_strings(), self.env.as_strings(), self.cwd.as_deref());
         let stdio = self.ports.map(|port| port.map_or(Stdio::Null, Stdio::Port));
-        FromHost::Spawn(Spawn { argv, env, cwd, stdio, cookie: &self.cookie })
+        let (user, home, make_cwd) = (self.user.as_deref(), self.home, self.make_cwd);
+        FromHost::Spawn(Spawn { argv, env, cwd, make_cwd, user, home, stdio, cookie: &self.cookie })
     }
 }
 

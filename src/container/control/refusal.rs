@@ -14,12 +14,16 @@ pub(super) fn spawn_error(step: SpawnStep, errno: i32) -> Error {
         SpawnStep::Stdio => "connecting its streams",
         SpawnStep::Cgroup => "making its cgroup",
         SpawnStep::Fork => "making the process",
+        SpawnStep::User => "becoming the user",
+        SpawnStep::Group => "becoming a member of the group",
         SpawnStep::Prepare => "preparing the process",
         SpawnStep::Request => "asking for it",
         SpawnStep::Other => "starting it",
     };
     let hint = match (step, errno) {
         (SpawnStep::Exec, libc::ENOEXEC) => " (not a program, or one for another processor architecture)",
+        (SpawnStep::User, libc::ENOENT) => ", which is not in the container's /etc/passwd",
+        (SpawnStep::Group, libc::ENOENT) => ", which is not in the container's /etc/group",
         _ => "",
     };
     let error = Error::from(os);
@@ -36,6 +40,8 @@ mod tests {
         for (step, errno, kind, text) in [
             (SpawnStep::Exec, libc::ENOENT, ErrorKind::NotFound, "executing it"),
             (SpawnStep::Exec, libc::ENOEXEC, ErrorKind::Incompatible, "processor architecture"),
+            (SpawnStep::User, libc::ENOENT, ErrorKind::NotFound, "/etc/passwd"),
+            (SpawnStep::Group, libc::ENOENT, ErrorKind::NotFound, "/etc/group"),
             (SpawnStep::Chdir, libc::EACCES, ErrorKind::PermissionDenied, "working directory"),
         ] {
             let error = spawn_error(step, errno);

@@ -21,6 +21,7 @@ pub(in super::super) mod nr {
     pub(in super::super::super) const CHDIR: usize = 49;
     pub(in super::super::super) const FCHDIR: usize = 50;
     pub(in super::super::super) const CHROOT: usize = 51;
+    pub(in super::super::super) const FCHOWN: usize = 55;
     pub(in super::super::super) const OPENAT: usize = 56;
     pub(in super::super::super) const CLOSE: usize = 57;
     pub(in super::super::super) const PIPE2: usize = 59;
@@ -40,7 +41,10 @@ pub(in super::super) mod nr {
     pub(in super::super::super) const RT_SIGPROCMASK: usize = 135;
     pub(in super::super::super) const RT_SIGTIMEDWAIT: usize = 137;
     pub(in super::super::super) const REBOOT: usize = 142;
+    pub(in super::super::super) const SETGID: usize = 144;
+    pub(in super::super::super) const SETUID: usize = 146;
     pub(in super::super::super) const SETSID: usize = 157;
+    pub(in super::super::super) const SETGROUPS: usize = 159;
     pub(in super::super::super) const SETHOSTNAME: usize = 161;
     pub(in super::super::super) const UMASK: usize = 166;
     pub(in super::super::super) const GETPID: usize = 172;
@@ -60,6 +64,7 @@ pub(in super::super) mod nr {
     pub(in super::super::super) const WAIT4: usize = 260;
     pub(in super::super::super) const PRLIMIT64: usize = 261;
     pub(in super::super::super) const FINIT_MODULE: usize = 273;
+    pub(in super::super::super) const STATX: usize = 291;
     pub(in super::super::super) const CLONE3: usize = 435;
     pub(in super::super::super) const CLOSE_RANGE: usize = 436;
 }

@@ -32,8 +32,12 @@ pub(in super::super) mod nr {
     pub(in super::super::super) const FCNTL: usize = 72;
     pub(in super::super::super) const CHDIR: usize = 80;
     pub(in super::super::super) const FCHDIR: usize = 81;
+    pub(in super::super::super) const FCHOWN: usize = 93;
     pub(in super::super::super) const UMASK: usize = 95;
+    pub(in super::super::super) const SETUID: usize = 105;
+    pub(in super::super::super) const SETGID: usize = 106;
     pub(in super::super::super) const SETSID: usize = 112;
+    pub(in super::super::super) const SETGROUPS: usize = 116;
     pub(in super::super::super) const RT_SIGTIMEDWAIT: usize = 128;
     pub(in super::super::super) const CHROOT: usize = 161;
     pub(in super::super::super) const SYNC: usize = 162;
@@ -61,6 +65,7 @@ pub(in super::super) mod nr {
     pub(in super::super::super) const PIPE2: usize = 293;
     pub(in super::super::super) const PRLIMIT64: usize = 302;
     pub(in super::super::super) const FINIT_MODULE: usize = 313;
+    pub(in super::super::super) const STATX: usize = 332;
     pub(in super::super::super) const CLONE3: usize = 435;
     pub(in super::super::super) const CLOSE_RANGE: usize = 436;
 }

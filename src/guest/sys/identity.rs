@@ -1,0 +1,38 @@
+//! As whom this process runs (credentials(7)), and of what kind and whose files are.
+
+use super::{Fd, Result, nr, syscall};
+
+/// The path is empty: the descriptor itself is meant.
+const AT_EMPTY_PATH: usize = 0x1000;
+const STATX_TYPE: usize = 1;
+/// struct statx (Linux, include/uapi/linux/stat.h): its length, and where `stx_mode` is, in units of 16 bits.
+const STATX_SIZE: usize = 256;
+const STATX_MODE: usize = 14;
+const S_IFMT: u16 = 0o170_000;
+const S_IFREG: u16 = 0o100_000;
+
+/// Whether it is a file with content of its own: no device, pipe or directory.
+pub fn is_regular(file: &Fd) -> Result<bool> {
+    let mut status = [0u16; STATX_SIZE / 2];
+    // SAFETY: the path is an empty C string, and the kernel writes one struct statx, for which there is room.
+    unsafe {
+        call!(nr::STATX, file.arg(), c"".as_ptr() as usize, AT_EMPTY_PATH, STATX_TYPE, status.as_mut_ptr() as usize)
+    }?;
+    Ok(status.get(STATX_MODE).is_some_and(|mode| mode & S_IFMT == S_IFREG))
+}
+
+/// Gives what this descriptor refers to to another user.
+pub fn change_owner(file: &Fd, uid: u32, gid: u32) -> Result<()> {
+    // SAFETY: takes plain numbers.
+    unsafe { call!(nr::FCHOWN, file.arg(), uid as usize, gid as usize) }.map(drop)
+}
+
+/// Becomes another user for good: groups first, as only root may set them.
+pub fn become_user(uid: u32, gid: u32, groups: &[u32]) -> Result<()> {
+    // SAFETY: the kernel reads so many numbers from `groups`, which outlives the call.
+    unsafe { call!(nr::SETGROUPS, groups.len(), groups.as_ptr() as usize) }?;
+    // SAFETY: takes a plain number.
+    unsafe { call!(nr::SETGID, gid as usize) }?;
+    // SAFETY: takes a plain number.
+    unsafe { call!(nr::SETUID, uid as usize) }.map(drop)
+}

@@ -1,0 +1,198 @@
+//! Finds out as whom a program runs: users and groups as the container's own `/etc/passwd` and `/etc/group` have them.
+//!
+//! Runs in the new process, after the fork. A file that blocks holds up this process alone.
+
+use core::ffi::CStr;
+
+use super::alloc::vec::Vec;
+use super::spawn::SpawnError;
+use super::sys::{self, Errno};
+use crate::proto::SpawnStep;
+
+/// The longest file that is read. A longer one is refused, as what is behind it may matter.
+const MAX_FILE: usize = 4 << 20;
+/// Linux's limit of supplementary groups (`NGROUPS_MAX`, include/uapi/linux/limits.h).
+const MAX_GROUPS: usize = 65_536;
+
+/// What a process of a user has.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Identity {
+    pub(super) uid: u32,
+    pub(super) gid: u32,
+    /// Supplementary ones.
+    pub(super) groups: Vec<u32>,
+    /// `HOME=` and the home directory.
+    pub(super) home: Vec<u8>,
+}
+
+/// Returns the identity of `USER`, `USER:GROUP`, each a name or a number.
+///
+/// A number need not be in the files. Supplementary groups are those that list the user, unless a group is given.
+///
+/// # Errors
+/// `ENOENT` for a name that is not in its file, with the step that says which.
+pub(super) fn resolve(spec: &[u8]) -> Result<Identity, SpawnError> {
+    identify(spec, || read(c"/etc/passwd"), || read(c"/etc/group"))
+}
+
+fn identify(
+    spec: &[u8],
+    passwd: impl FnOnce() -> Result<Vec<u8>, Errno>,
+    group: impl FnOnce() -> Result<Vec<u8>, Errno>,
+) -> Result<Identity, SpawnError> {
+    let mut parts = spec.splitn(2, |&byte| byte == b':');
+    let (user, own_group) = (parts.next().unwrap_or_default(), parts.next().filter(|group| !group.is_empty()));
+    let at = |step| move |errno| SpawnError::new(step, errno);
+    let passwd = passwd().map_err(at(SpawnStep::User))?;
+    let number = number(user);
+    let entry = lines(&passwd).map(User::parse).find(|entry| entry.is(user, number));
+    let (uid, mut gid, name, home) = match (entry, number) {
+        (Some(User { name, uid: Some(uid), gid: Some(gid), home }), _) => (uid, gid, name, home),
+        (_, Some(uid)) => (uid, 0, &b""[..], &b"/"[..]),
+        (_, None) => return Err(SpawnError::new(SpawnStep::User, Errno::ENOENT)),
+    };
+    let mut groups = Vec::new();
+    if own_group.is_some() || !name.is_empty() {
+        let content = group().map_err(at(SpawnStep::Group))?;
+        match own_group {
+            Some(wanted) => gid = find_group(&content, wanted)?,
+            None => groups.extend(memberships(&content, name).take(MAX_GROUPS)),
+        }
+    }
+    let home = if home.is_empty() { b"/" } else { home };
+    Ok(Identity { uid, gid, groups, home: [b"HOME=", home].concat() })
+}
+
+/// A regular file's content, or none where there is no such file.
+fn read(path: &CStr) -> Result<Vec<u8>, Errno> {
+    let file = match sys::open(None, path, sys::O_RDONLY | sys::O_NONBLOCK) {
+        Err(Errno::ENOENT | Errno::ENOTDIR) => return Ok(Vec::new()),
+        file => file?,
+    };
+    if !sys::is_regular(&file)? {
+        return Err(Errno::EINVAL);
+    }
+    let (mut content, mut piece) = (Vec::new(), [0u8; 4096]);
+    loop {
+        match sys::read(&file, &mut piece) {
+            Ok(0) => return Ok(content),
+            Ok(n) if content.len() + n > MAX_FILE => return Err(Errno::EFBIG),
+            Ok(n) => content.extend_from_slice(piece.get(..n).unwrap_or_default()),
+            Err(Errno::EINTR) => {}
+            Err(errno) => return Err(errno),
+        }
+    }
+}
+
+/// All but the last value, which means "unchanged" to the kernel.
+fn number(text: &[u8]) -> Option<u32> {
+    let digits = core::str::from_utf8(text).ok().filter(|text| text.bytes().all(|byte| byte.is_ascii_digit()))?;
+    digits.parse().ok().filter(|&number| number != u32::MAX)
+}
+
+fn lines(content: &[u8]) -> impl Iterator<Item = &[u8]> {
+    content.split(|&byte| byte == b'\n').map(<[u8]>::trim_ascii).filter(|line| !line.is_empty() && line[0] != b'#')
+}
+
+/// A line of `/etc/passwd` (passwd(5)).
+struct User<'a> {
+    name: &'a [u8],
+    uid: Option<u32>,
+    gid: Option<u32>,
+    home: &'a [u8],
+}
+
+impl<'a> User<'a> {
+    fn parse(line: &'a [u8]) -> Self {
+        let mut fields = line.split(|&byte| byte == b':');
+        let name = fields.next().unwrap_or_default();
+        let (uid, gid) = (fields.nth(1).and_then(number), fields.next().and_then(number));
+        Self { name, uid, gid, home: fields.nth(1).unwrap_or_default() }
+    }
+
+    /// A line that is damaged is no user's.
+    fn is(&self, name: &[u8], number: Option<u32>) -> bool {
+        let named = !name.is_empty() && self.name == name;
+        (named || (number.is_some() && self.uid == number)) && self.uid.is_some() && self.gid.is_some()
+    }
+}
+
+/// Name, number and members of a line of `/etc/group` (group(5)).
+fn group(line: &[u8]) -> Option<(&[u8], u32, &[u8])> {
+    let mut fields = line.split(|&byte| byte == b':');
+    let name = fields.next()?;
+    let gid = fields.nth(1).and_then(number)?;
+    Some((name, gid, fields.next().unwrap_or_default()))
+}
+
+fn find_group(content: &[u8], wanted: &[u8]) -> Result<u32, SpawnError> {
+    let number = number(wanted);
+    let found = lines(content).filter_map(group).find(|(name, gid, _)| *name == wanted || Some(*gid) == number);
+    found.map(|(_, gid, _)| gid).or(number).ok_or_else(|| SpawnError::new(SpawnStep::Group, Errno::ENOENT))
+}
+
+fn memberships<'a>(content: &'a [u8], user: &'a [u8]) -> impl Iterator<Item = u32> {
+    let lists = move |members: &[u8]| members.split(|&byte| byte == b',').any(|member| member == user);
+    lines(content).filter_map(group).filter(move |(_, _, members)| lists(members)).map(|(_, gid, _)| gid)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PASSWD: &[u8] = b"root:x:0:0:root:/root:/bin/bash\n# a comment\n\nbroken\nhalf:x:1\nwww-data:x:33:33:www:/var/www:/sbin/nologin\n\
+        1000:x:7:8::/named:\nworker:x:1000:1001::/home/worker:/bin/sh\nhomeless:x:5:5:::\nend:x:4294967294:9::/end:";
+    const GROUP: &[u8] =
+        b"root:x:0:\nbroken\nadm:x:4:root,www-data\nwww-data:x:33:\nssl:x:110:postgres,www-data,\nwww:x:111:www-data2";
+
+    fn identity(spec: &str) -> Result<(u32, u32, Vec<u32>, String), (SpawnStep, Errno)> {
+        let found = identify(spec.as_bytes(), || Ok(PASSWD.to_vec()), || Ok(GROUP.to_vec()));
+        let found = found.map_err(|error| (error.step, error.errno))?;
+        Ok((found.uid, found.gid, found.groups, String::from_utf8(found.home).unwrap()))
+    }
+
+    #[test]
+    fn users_have_the_ids_groups_and_home_of_the_files() {
+        let home = |it: &str| format!("HOME={it}");
+        assert_eq!(identity("root"), Ok((0, 0, vec![4], home("/root"))));
+        assert_eq!(identity("www-data"), Ok((33, 33, vec![4, 110], home("/var/www"))));
+        assert_eq!(identity("33"), identity("www-data"));
+        assert_eq!(identity("www-data:ssl"), Ok((33, 110, vec![], home("/var/www"))));
+        assert_eq!(identity("www-data:7"), Ok((33, 7, vec![], home("/var/www"))));
+        assert_eq!(identity("www-data:"), identity("www-data"));
+        assert_eq!(identity("homeless"), Ok((5, 5, vec![], home("/"))));
+        assert_eq!(identity("end"), Ok((u32::MAX - 1, 9, vec![], home("/end"))));
+        // The first line that has it as its name or its number.
+        assert_eq!(identity("1000"), Ok((7, 8, vec![], home("/named"))));
+        assert_eq!(identity("12345"), Ok((12_345, 0, vec![], home("/"))));
+        assert_eq!(identity("12345:adm"), Ok((12_345, 4, vec![], home("/"))));
+    }
+
+    #[test]
+    fn unknown_names_are_refused_with_their_step() {
+        for user in ["nobody", "", ":", "half", "broken", "-1", "4294967295", "root2", "#", "99999999999"] {
+            assert_eq!(identity(user), Err((SpawnStep::User, Errno::ENOENT)), "{user}");
+        }
+        for user in ["root:none", "0:4294967295", "root:-1", "root:adm:x"] {
+            assert_eq!(identity(user), Err((SpawnStep::Group, Errno::ENOENT)), "{user}");
+        }
+        let unreadable = identify(b"0", || Err(Errno::EACCES), || Ok(Vec::new()));
+        assert_eq!(unreadable.map_err(|error| error.step), Err(SpawnStep::User));
+        // A number needs neither file.
+        assert!(identify(b"7", || Ok(Vec::new()), || Err(Errno::EACCES)).is_ok());
+    }
+
+    #[test]
+    fn only_regular_files_are_read() {
+        assert_eq!(read(c"/nowhere/passwd"), Ok(Vec::new()));
+        assert_eq!(read(c"/dev/zero"), Err(Errno::EINVAL));
+        assert_eq!(read(c"/proc"), Err(Errno::EINVAL));
+        assert!(!read(c"/etc/passwd").unwrap().is_empty());
+        let dir = std::env::temp_dir();
+        let path = dir.join(format!("cofferdam-passwd-{}", std::process::id()));
+        std::fs::write(&path, vec![b'x'; MAX_FILE + 1]).unwrap();
+        let name = std::ffi::CString::new(path.as_os_str().as_encoded_bytes()).unwrap();
+        assert_eq!(read(&name), Err(Errno::EFBIG));
+        std::fs::remove_file(path).unwrap();
+    }
+}
