@@ -12,8 +12,8 @@ use super::process::{ExitStatus, Output, OutputLimit, Process, ProcessReader, Pr
 use super::redirect::SharedFile;
 use super::stdio::StdioListeners;
 use super::{Container, redirect};
-use crate::error::{Context, Error, Result};
-use crate::proto::StringBuf;
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::proto::{StringBuf, VERSION_USER};
 use crate::size::Size;
 use crate::sys::deadline;
 use crate::virtio::vsock::VsockStream;
@@ -95,7 +95,7 @@ pub struct Exec {
     container: Container,
     argv: Vec<OsString>,
     env: Vec<(OsString, OsString)>,
-    /// `HOME` is that of the user, whoever it is.
+    /// `HOME` follows the user.
     own_home: bool,
     user: Option<OsString>,
     current_dir: Option<OsString>,
@@ -289,6 +289,12 @@ impl Exec {
         let stdio = self.stdio.map(|it| it.unwrap_or_default().0);
         check_outputs(&stdio)?;
         let (vm, agent) = (self.container.vm(), self.container.agent());
+        if user.is_some() && agent.version() < VERSION_USER {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                "user: the guest's shim is too old to run programs as others",
+            ));
+        }
         let listeners = StdioListeners::listen(vm, agent, stdio.each_ref().map(|it| !matches!(it, StdioKind::Null)))?;
         let (ports, cookie, shared) = (listeners.ports(), listeners.cookie(), state.clone());
         let make_cwd = false;

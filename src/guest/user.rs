@@ -1,6 +1,6 @@
-//! Finds out as whom a program runs: users and groups as the container's own `/etc/passwd` and `/etc/group` have them.
+//! Finds the user and the groups of a program in the container's own files.
 //!
-//! Runs in the new process, after the fork. A file that blocks holds up this process alone.
+//! These are `/etc/passwd` and `/etc/group`. Runs in the new process, after the fork. A file that blocks holds up this process alone.
 
 use core::ffi::CStr;
 
@@ -145,7 +145,9 @@ mod tests {
     const GROUP: &[u8] =
         b"root:x:0:\nbroken\nadm:x:4:root,www-data\nwww-data:x:33:\nssl:x:110:postgres,www-data,\nwww:x:111:www-data2";
 
-    fn identity(spec: &str) -> Result<(u32, u32, Vec<u32>, String), (SpawnStep, Errno)> {
+    type Found = (u32, u32, Vec<u32>, String);
+
+    fn identity(spec: &str) -> Result<Found, (SpawnStep, Errno)> {
         let found = identify(spec.as_bytes(), || Ok(PASSWD.to_vec()), || Ok(GROUP.to_vec()));
         let found = found.map_err(|error| (error.step, error.errno))?;
         Ok((found.uid, found.gid, found.groups, String::from_utf8(found.home).unwrap()))
