@@ -5,7 +5,7 @@
 //! - `open`: opens a kernel's file; `KernelEntry`, `EntryChoice`: how it can be entered, and how the embedder wants it.
 //! - `load`: puts a kernel and its boot parameters into guest memory.
 //! - `finish_cmdline`: what the machine adds to the command line.
-//! - `CONFIG_SYMBOL`, `ELF_MACHINE`: what kernels and modules for this processor say of themselves.
+//! - `CONFIG_SYMBOL`, `ELF_MACHINE`, `OCI_ARCHITECTURE`: what kernels, modules and images for this processor say of themselves.
 //! - `tiny`: the smallest kernel files, for tests.
 
 mod cmdline;
@@ -32,6 +32,8 @@ pub use modules::Modules;
 #[cfg(any(test, feature = "internals"))]
 pub(crate) use modules::read as read_modules;
 pub(crate) use modules::{Need, Packed};
+#[cfg(feature = "container")]
+pub(crate) use protocol::OCI_ARCHITECTURE;
 #[cfg(any(test, feature = "internals"))]
 pub(crate) use protocol::tiny;
 pub(crate) use protocol::{EntryChoice, finish_cmdline, load};

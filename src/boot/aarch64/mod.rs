@@ -16,6 +16,9 @@ use crate::memory::GuestMemory;
 pub(super) const CONFIG_SYMBOL: &str = "ARM64";
 /// The machine of ELF files (System V ABI, gABI 4.1).
 pub(super) const ELF_MACHINE: u16 = 183;
+/// In images (image-spec, config.md).
+#[cfg(feature = "container")]
+pub(crate) const OCI_ARCHITECTURE: &str = "arm64";
 
 /// How a kernel can be entered, as its file says.
 #[derive(Debug)]

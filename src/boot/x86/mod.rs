@@ -16,3 +16,6 @@ pub(crate) use load::load;
 pub(super) const CONFIG_SYMBOL: &str = "X86_64";
 /// The machine of ELF files (System V ABI, gABI 4.1).
 pub(super) const ELF_MACHINE: u16 = 62;
+/// In images (image-spec, config.md).
+#[cfg(feature = "container")]
+pub(crate) const OCI_ARCHITECTURE: &str = "amd64";

@@ -9,6 +9,8 @@ mod directory;
 mod erofs;
 #[cfg(any(test, feature = "internals"))]
 mod fuzzing;
+#[allow(dead_code, reason = "images in layers come next")]
+mod layers;
 mod limits;
 #[allow(dead_code, unused_imports, reason = "images of registries come next")]
 mod oci;

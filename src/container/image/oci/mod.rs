@@ -2,12 +2,20 @@
 //!
 //! A source gives bytes. Whatever it gives is checked here before it is believed.
 
+mod config;
 mod descriptor;
 mod digest;
+mod manifest;
+mod platform;
+mod resolve;
 mod source;
 
+pub use config::{Healthcheck, ImageConfig};
 pub(super) use descriptor::Descriptor;
 pub use digest::Digest;
 pub(super) use digest::{Hasher, Verified};
+pub(super) use manifest::{MAX_DOCUMENT, MAX_LAYERS, accepted};
+pub use platform::Platform;
+pub(super) use resolve::{Blob, Layer, Resolved, from_reader, read_document, resolve};
 pub(super) use source::{ImageSource, LayerObserver};
 pub use source::{LayerPhase, LayerProgress};
