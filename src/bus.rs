@@ -3,7 +3,6 @@
 //! Each vCPU's thread has a [`BusView`], which costs an access one look at a number. A device is behind its own lock, held for
 //! one access only.
 
-use std::collections::BTreeMap;
 use std::fmt;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -24,11 +23,13 @@ pub(crate) type Attached = Arc<Mutex<dyn BusDevice>>;
 
 #[derive(Clone)]
 struct BusRange {
+    start: u64,
     len: u64,
     device: Attached,
 }
 
-type Ranges = BTreeMap<u64, BusRange>;
+/// In the order of their addresses.
+type Ranges = Vec<BusRange>;
 
 /// Address ranges and the devices behind them. Devices come and go while vCPUs run.
 #[derive(Default)]
@@ -43,6 +44,8 @@ pub(crate) struct BusView<'a> {
     bus: &'a Bus,
     ranges: Arc<Ranges>,
     version: u64,
+    /// Where the last access went, as the next one often does.
+    last: usize,
 }
 
 impl Bus {
@@ -55,13 +58,14 @@ impl Bus {
             return Err(Error::new(ErrorKind::InvalidConfig, format!("bus range {range:#x?} is empty")));
         }
         let mut shared = self.ranges();
-        let before = shared.range(..range.end).next_back();
-        if let Some((start, taken)) = before.filter(|(start, taken)| *start + taken.len > range.start) {
-            let other = *start..*start + taken.len;
+        let place = shared.partition_point(|taken| taken.start < range.end);
+        let before = place.checked_sub(1).and_then(|before| shared.get(before));
+        if let Some(taken) = before.filter(|taken| taken.start + taken.len > range.start) {
+            let other = taken.start..taken.start + taken.len;
             return Err(Error::new(ErrorKind::AlreadyExists, format!("bus range {range:#x?} meets {other:#x?}")));
         }
         let mut ranges = Ranges::clone(&shared);
-        ranges.insert(range.start, BusRange { len: range.end - range.start, device });
+        ranges.insert(place, BusRange { start: range.start, len: range.end - range.start, device });
         self.publish(&mut shared, ranges);
         Ok(())
     }
@@ -72,7 +76,8 @@ impl Bus {
     pub(crate) fn detach(&self, start: u64) -> bool {
         let mut shared = self.ranges();
         let mut ranges = Ranges::clone(&shared);
-        let was_there = ranges.remove(&start).is_some();
+        ranges.retain(|range| range.start != start);
+        let was_there = ranges.len() < shared.len();
         self.publish(&mut shared, ranges);
         was_there
     }
@@ -91,7 +96,7 @@ impl Bus {
     pub(crate) fn view(&self) -> BusView<'_> {
         // The number before the ranges: those may be newer than it says, and are looked at again then.
         let version = self.version.load(Ordering::Acquire);
-        BusView { bus: self, ranges: self.ranges().clone(), version }
+        BusView { bus: self, ranges: self.ranges().clone(), version, last: 0 }
     }
 }
 
@@ -107,8 +112,11 @@ impl BusView<'_> {
         if self.bus.version.load(Ordering::Acquire) != self.version {
             self.refresh();
         }
-        let (base, range) = self.ranges.range(..=addr).next_back()?;
-        let offset = addr - base;
+        if self.ranges.get(self.last).is_none_or(|range| addr.wrapping_sub(range.start) >= range.len) {
+            self.last = self.ranges.partition_point(|range| range.start <= addr).checked_sub(1)?;
+        }
+        let range = self.ranges.get(self.last)?;
+        let offset = addr.wrapping_sub(range.start);
         (offset < range.len).then_some((offset, &range.device))
     }
 
@@ -141,7 +149,7 @@ impl BusView<'_> {
 
 impl fmt::Debug for Bus {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_list().entries(self.ranges().iter().map(|(base, range)| *base..base + range.len)).finish()
+        f.debug_list().entries(self.ranges().iter().map(|range| range.start..range.start + range.len)).finish()
     }
 }
 
