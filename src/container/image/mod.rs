@@ -17,6 +17,9 @@ mod oci;
 mod path;
 mod recognize;
 mod seal;
+#[cfg(feature = "signatures")]
+#[allow(dead_code, unused_imports, reason = "pulls come next")]
+mod signature;
 mod store;
 mod tar;
 mod tree;
@@ -39,6 +42,7 @@ use budget::{Budget, PrepareDeadline};
 #[cfg(any(test, feature = "internals"))]
 pub(crate) use fuzzing::image_tar;
 pub use limits::ImageLimits;
+pub use oci::ImageConfig;
 use store::{FileIdentity, Store};
 use tar::{ImageBuilder, Stream};
 use tree::InodeTree;

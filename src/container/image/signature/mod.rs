@@ -1,0 +1,198 @@
+//! Admits images by the signatures of keys, as cosign makes them.
+//!
+//! A signature lies beside its image: under a tag that is made of the image's digest, or as a referrer of it (distribution-spec 1.1).
+//! Whatever a registry gives is a stranger's until a key of the policy has signed it.
+
+mod key;
+mod payload;
+mod policy;
+
+pub use key::PublicKey;
+pub use policy::SignaturePolicy;
+
+use serde::Deserialize;
+
+use super::oci::{Descriptor, Digest};
+use crate::error::{Context, Error, ErrorKind, Result};
+use payload::Signature;
+use policy::Rule;
+
+/// Signatures of one image that are looked at, and the longest statement that is read.
+const MAX_SIGNATURES: usize = 64;
+pub(super) const MAX_STATEMENT: u64 = 1 << 20;
+
+const SIMPLE_SIGNING: &str = "application/vnd.dev.cosign.simplesigning.v1+json";
+const SIGNATURE_ANNOTATION: &str = "dev.cosignproject.cosign/signature";
+/// What the types of bundles begin with, whatever their version.
+const BUNDLE: &str = "application/vnd.dev.sigstore.bundle";
+
+/// Where signatures are looked for. All that it gives is of the digest that was asked for, and not trusted beyond that.
+pub(super) trait SignatureSource {
+    /// The manifest or index under a tag; none where there is no such tag.
+    fn tagged(&self, tag: &str) -> Result<Option<Vec<u8>>>;
+
+    /// The index of all that refers to this image; none where the registry keeps no such lists.
+    fn referrers(&self, image: &Digest) -> Result<Option<Vec<u8>>>;
+
+    /// A manifest or blob of at most [`MAX_STATEMENT`] bytes.
+    fn fetch(&self, what: &Descriptor) -> Result<Vec<u8>>;
+}
+
+/// As far as signatures are found by it.
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct ReferrerList {
+    #[serde(default)]
+    manifests: Vec<Referrer>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Referrer {
+    #[serde(default)]
+    artifact_type: Option<String>,
+    #[serde(flatten)]
+    descriptor: Descriptor,
+}
+
+#[derive(Deserialize)]
+struct SignatureManifest {
+    #[serde(default)]
+    layers: Vec<Descriptor>,
+}
+
+/// Looks whether the policy admits an image: `name` without tag and digest, `manifest` what its reference leads to.
+///
+/// # Errors
+/// `PermissionDenied` for one that is not admitted, with what was found. `InvalidConfig` for a policy that cannot be. Else what the
+/// source fails with.
+pub(super) fn admit(
+    policy: &SignaturePolicy,
+    name: &str,
+    manifest: &[u8],
+    digest: &Digest,
+    source: &dyn SignatureSource,
+) -> Result<()> {
+    policy.check()?;
+    let keys = match policy.of(name) {
+        Rule::Accept => return Ok(()),
+        Rule::Refuse => {
+            return Err(Error::new(
+                ErrorKind::PermissionDenied,
+                format!("the signature policy refuses images of {name}"),
+            ));
+        }
+        Rule::Require(keys) => keys,
+    };
+    let mut search = Search { manifest, digest, keys, source, seen: 0, refused: Vec::new() };
+    if search.by_tag().doing(|| "looking for signatures by tag")?
+        || search.by_referrers().doing(|| "looking for signatures by referrers")?
+    {
+        return Ok(());
+    }
+    let found = match search.refused.first() {
+        None => "there is none".to_owned(),
+        Some(first) => format!("of {} that were found the first is {first}", search.seen),
+    };
+    let what =
+        format!("the signature policy asks for a signature of {name}@{digest} by one of {} keys: {found}", keys.len());
+    Err(Error::new(ErrorKind::PermissionDenied, what))
+}
+
+struct Search<'a> {
+    manifest: &'a [u8],
+    digest: &'a Digest,
+    keys: &'a [PublicKey],
+    source: &'a dyn SignatureSource,
+    /// Signatures that were looked at.
+    seen: usize,
+    /// Why the first of them admit nothing.
+    refused: Vec<String>,
+}
+
+impl Search<'_> {
+    /// Under the tag that cosign makes of a digest.
+    fn by_tag(&mut self) -> Result<bool> {
+        let tag = format!("{}-{}.sig", self.digest.algorithm(), self.digest.hex());
+        match self.source.tagged(&tag)? {
+            None => Ok(false),
+            Some(manifest) => self.in_manifest(&manifest),
+        }
+    }
+
+    /// In the list of what refers to the image, which old registries keep under a tag.
+    fn by_referrers(&mut self) -> Result<bool> {
+        let list = match self.source.referrers(self.digest)? {
+            Some(list) => Some(list),
+            None => self.source.tagged(&format!("{}-{}", self.digest.algorithm(), self.digest.hex()))?,
+        };
+        let Some(list) = list else { return Ok(false) };
+        let list: ReferrerList = match serde_json::from_slice(&list) {
+            Ok(list) => list,
+            Err(error) => {
+                self.refuse(format!("in a list that cannot be read: {error}"));
+                return Ok(false);
+            }
+        };
+        let signs = |referrer: &&Referrer| {
+            referrer.artifact_type.as_deref().is_none_or(|kind| kind.starts_with(BUNDLE) || kind.contains("cosign"))
+        };
+        for Referrer { descriptor, .. } in list.manifests.iter().filter(signs) {
+            if self.seen >= MAX_SIGNATURES {
+                break;
+            }
+            let manifest = self.source.fetch(descriptor)?;
+            if self.in_manifest(&manifest)? {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    fn in_manifest(&mut self, manifest: &[u8]) -> Result<bool> {
+        let manifest: SignatureManifest = match serde_json::from_slice(manifest) {
+            Ok(manifest) => manifest,
+            Err(error) => {
+                self.refuse(format!("in a manifest that cannot be read: {error}"));
+                return Ok(false);
+            }
+        };
+        for layer in &manifest.layers {
+            let simple = layer.media_type == SIMPLE_SIGNING;
+            if !simple && !layer.media_type.starts_with(BUNDLE) {
+                continue;
+            }
+            if self.seen >= MAX_SIGNATURES {
+                self.refuse(format!("behind {MAX_SIGNATURES} others"));
+                return Ok(false);
+            }
+            if layer.size > MAX_STATEMENT {
+                self.refuse(format!("of {} bytes, more than {MAX_STATEMENT}", layer.size));
+                continue;
+            }
+            let statement = self.source.fetch(layer)?;
+            let signature = match simple {
+                true => match layer.annotations.get(SIGNATURE_ANNOTATION) {
+                    Some(signature) => Signature::simple(&statement, signature),
+                    None => Err("a payload without its signature".into()),
+                },
+                false => Signature::bundle(&statement, self.manifest, self.digest),
+            };
+            match signature.and_then(|signature| signature.check(self.digest, self.keys)) {
+                Ok(()) => return Ok(true),
+                Err(why) => self.refuse(why),
+            }
+        }
+        Ok(false)
+    }
+
+    fn refuse(&mut self, why: String) {
+        self.seen += 1;
+        if self.refused.is_empty() {
+            self.refused.push(why);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
