@@ -354,6 +354,24 @@ pub fn image_tar(data: &[u8]) {
     crate::container::image_tar(data);
 }
 
+/// Indexes, manifests and configurations of images, of any bytes.
+#[cfg(any(feature = "container", test))]
+pub fn oci_manifest(data: &[u8]) {
+    crate::container::oci_manifest(data);
+}
+
+/// Layers of entries with any fields, and the disk that is composed of them.
+#[cfg(any(feature = "container", test))]
+pub fn oci_layer(data: &[u8]) {
+    crate::container::oci_layer(data);
+}
+
+/// The file of an unpacked layer, of any bytes or with a log of them.
+#[cfg(any(feature = "container", test))]
+pub fn oci_layer_file(data: &[u8]) {
+    crate::container::oci_layer_file(data);
+}
+
 /// Devices with a driver in front of them, for `benches/virtio.rs`.
 #[cfg(feature = "internals")]
 pub mod bench {
@@ -506,7 +524,7 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(64))]
         #[test]
         fn arbitrary_bytes_never_panic(data in proptest::collection::vec(any::<u8>(), 0..600)) {
-            for target in [queue, mmio, blk_request, balloon, vsock_packet, proto_frame, control_stream, kernel_image, kernel_module, image_tar, overlay, qcow2] {
+            for target in [queue, mmio, blk_request, balloon, vsock_packet, proto_frame, control_stream, kernel_image, kernel_module, image_tar, oci_manifest, oci_layer, oci_layer_file, overlay, qcow2] {
                 target(&data);
             }
         }

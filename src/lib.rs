@@ -88,7 +88,7 @@
 //! | call | waits at most |
 //! | --- | --- |
 //! | `Image::open` | 10 s |
-//! | `Image::prepare` | `Image::prepare_timeout`, 10 minutes unless set, and 4 s; 4 s once its `CancelToken` is cancelled |
+//! | `Image::prepare`, `Image::config` | `Image::prepare_timeout`, 10 minutes unless set, and 4 s; 4 s once its `CancelToken` is cancelled |
 //! | `ContainerBuilder::start` | the same, then `ContainerBuilder::start_timeout`, 30 s unless set, and 4 s; less when its `CancelToken` is cancelled |
 //! | [`VmBuilder::start`] | for the host alone |
 //! | `Exec::spawn` | until the guest has started the program: 72 s, or `Exec::timeout` and 2 s |
@@ -236,7 +236,7 @@ pub mod process {
 /// What an [`Image`] may be.
 #[cfg(feature = "container")]
 pub mod image {
-    pub use crate::container::ImageLimits;
+    pub use crate::container::{Healthcheck, ImageConfig, ImageLimits, Platform};
 }
 
 /// What happens to a VM while it runs.

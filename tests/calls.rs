@@ -66,6 +66,7 @@ const APART: &[&str] = &[
     "Offloads",
     "Overlay",
     "OverlayDisk",
+    "Platform",
     "Policy",
     "PortForward",
     "Qcow2Disk",

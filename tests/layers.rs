@@ -83,10 +83,11 @@ const CRATES: &[(&str, &[&str])] = &[
     ("io_uring", &["sys"]),
     ("vm_superio", &["legacy"]),
     ("acpi_tables", &["arch"]),
-    // In containers for its checksum.
+    // In containers for a checksum, and for images.
     ("flate2", &["boot", "container"]),
-    ("lzma_rust2", &["boot"]),
-    ("ruzstd", &["boot"]),
+    ("lzma_rust2", &["boot", "container"]),
+    ("ruzstd", &["boot", "container"]),
+    ("bzip2", &["container"]),
 ];
 
 /// Directories in which `unsafe` may be allowed.

@@ -26,9 +26,9 @@ pub(crate) use control::control_stream;
 pub use exec::{Exec, Stdio};
 #[cfg(any(test, feature = "internals"))]
 pub use generation::renew_container_generation;
+pub use image::{Healthcheck, Image, ImageConfig, ImageLimits, Platform};
 #[cfg(any(test, feature = "internals"))]
-pub(crate) use image::image_tar;
-pub use image::{Image, ImageLimits};
+pub(crate) use image::{image_tar, oci_layer, oci_layer_file, oci_manifest};
 pub use layer::WritableLayer;
 pub use process::{ExitStatus, Output, Process, ProcessReader, ProcessWriter};
 

@@ -54,6 +54,8 @@ pub(crate) use socket::{Socket, SocketKind, peekv, socket_kind};
 pub(crate) use stack::Stack;
 pub(crate) use tap::{TUN_CSUM, TUN_TSO4, TUN_TSO6, TUN_USO, Tap};
 pub(crate) use thread::spawn;
+#[cfg(feature = "container")]
+pub(crate) use thread::spawn_scoped;
 pub(crate) use timer::{Timer, deadline, left};
 pub(crate) use uring::Uring;
 pub(crate) use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};

@@ -20,6 +20,17 @@ pub(crate) fn spawn<T: Send + 'static>(
     unsignaled(|| Builder::new().name(name).stack_size(stack).spawn(body))?
 }
 
+/// The same within a scope, which waits for it.
+#[cfg(feature = "container")]
+pub(crate) fn spawn_scoped<'scope, T: Send + 'scope>(
+    scope: &'scope std::thread::Scope<'scope, '_>,
+    name: String,
+    stack: usize,
+    body: impl FnOnce() -> T + Send + 'scope,
+) -> io::Result<std::thread::ScopedJoinHandle<'scope, T>> {
+    unsignaled(|| Builder::new().name(name).stack_size(stack).spawn_scoped(scope, body))?
+}
+
 /// Calls `f`, which starts a thread, with all signals blocked: a thread begins with the mask of who makes it.
 fn unsignaled<T>(f: impl FnOnce() -> T) -> io::Result<T> {
     let before = mask(libc::SIG_SETMASK, &all())?;

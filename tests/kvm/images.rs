@@ -1,9 +1,14 @@
 //! Unusual files of an image, as the guest sees them.
 
-use cofferdam::{Container, Kernel};
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use cofferdam::{Container, Image, Kernel};
 
 use crate::check_eq;
-use crate::fixture::{Outcome, TEST_TIMEOUT, cache, distribution, kernel, soak};
+use crate::fixture::{Outcome, TEST_TIMEOUT, Temp, cache, distribution, kernel, soak};
+use crate::unusual_image::maker::{Made, archive};
 use crate::unusual_image::{self, HOLEY, LINKS, MANY};
 
 /// Everything unusual, as a guest with this kernel sees it.
@@ -74,6 +79,80 @@ fn look(kernel: Kernel, whole: bool) -> Outcome {
         let output = std::process::Command::new("sha256sum").arg("/bin/busybox").output()?;
         String::from_utf8_lossy(&output.stdout).chars().take(64).collect::<String>()
     });
+    Ok(())
+}
+
+/// The digest of these bytes, as images name it, and where a layout has them.
+fn blob(layout: &Path, bytes: &[u8]) -> Result<String, Box<dyn std::error::Error>> {
+    let new = layout.join("new");
+    fs::write(&new, bytes)?;
+    let output = Command::new("sha256sum").arg(&new).output()?;
+    let digest: String = String::from_utf8_lossy(&output.stdout).chars().take(64).collect();
+    fs::rename(new, layout.join("blobs/sha256").join(&digest))?;
+    Ok(format!(r#""digest":"sha256:{digest}","size":{}"#, bytes.len()))
+}
+
+/// A layout of one image with these layers.
+fn write_layout(layout: &Path, layers: &[Vec<u8>]) -> Outcome {
+    fs::create_dir_all(layout.join("blobs/sha256"))?;
+    let of_type =
+        |media_type: &str, blob: &str| format!(r#"{{"mediaType":"application/vnd.oci.image.{media_type}",{blob}}}"#);
+    let blobs: Vec<String> = layers.iter().map(|tar| blob(layout, tar)).collect::<Result<_, _>>()?;
+    let digests = blobs.iter().filter_map(|blob| blob.split('"').nth(3)).map(|digest| format!("\"{digest}\""));
+    let digests = digests.collect::<Vec<_>>().join(",");
+    let config = format!(
+        r#"{{"os":"linux","config":{{"Cmd":["/bin/sh"]}},"rootfs":{{"type":"layers","diff_ids":[{digests}]}}}}"#
+    );
+    let config = of_type("config.v1+json", &blob(layout, config.as_bytes())?);
+    let layers = blobs.iter().map(|blob| of_type("layer.v1.tar", blob)).collect::<Vec<_>>().join(",");
+    let manifest = format!(r#"{{"schemaVersion":2,"config":{config},"layers":[{layers}]}}"#);
+    let manifest = of_type("manifest.v1+json", &blob(layout, manifest.as_bytes())?);
+    fs::write(layout.join("index.json"), format!(r#"{{"schemaVersion":2,"manifests":[{manifest}]}}"#))?;
+    fs::write(layout.join("oci-layout"), r#"{"imageLayoutVersion":"1.0.0"}"#)?;
+    Ok(())
+}
+
+pub fn layers_are_one_root_file_system() -> Outcome {
+    let temp = Temp::new()?;
+    let content = |seed: u8| (0..3_000_000u32).map(|n| (n / 7) as u8 ^ seed).collect::<Vec<u8>>();
+    let lower = [
+        Made::file("bin/busybox", fs::read("/bin/busybox")?).mode(0o755),
+        Made::symlink("bin/sh", "busybox"),
+        Made::file("data/lower", content(1)),
+        Made::file("data/removed", "x"),
+        Made::file("data/replaced", "lower"),
+    ];
+    let upper = [
+        Made::file("data/upper", content(2)),
+        Made::file("data/.wh.removed", ""),
+        Made::file("data/replaced", "upper"),
+        Made::link("linked", "data/lower"),
+        Made::file("holey", [vec![1; 4096], vec![2; 10]].concat()).sparse(&[(8192, 4096), (1 << 30, 10)], 2 << 30),
+    ];
+    write_layout(&temp.path("layout"), &[archive(&lower), archive(&upper)])?;
+    let image = Image::open(temp.path("layout"))?.cache_dir(temp.path("cache"));
+    check_eq!(image.config()?.cmd, ["/bin/sh"]);
+    let container = Container::builder(image).kernel(kernel()).start_timeout(TEST_TIMEOUT).start()?;
+    let run = |command: &str| -> Result<String, Box<dyn std::error::Error>> {
+        let output = container.exec(["/bin/sh", "-c", command]).env("PATH", "/bin").timeout(TEST_TIMEOUT).output()?;
+        Ok(String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).trim().to_owned())
+    };
+    run("/bin/busybox --install -s /bin")?;
+    check_eq!(run("ls /data")?, "lower\nreplaced\nupper");
+    check_eq!(run("cat /data/replaced")?, "upper");
+    check_eq!(run("stat -c '%h %s' /linked /data/lower")?, "2 3000000\n2 3000000");
+    let sum = |bytes: &[u8]| -> Result<String, Box<dyn std::error::Error>> {
+        fs::write(temp.path("sum"), bytes)?;
+        let output = Command::new("sha256sum").arg(temp.path("sum")).output()?;
+        Ok(String::from_utf8_lossy(&output.stdout).chars().take(64).collect())
+    };
+    for (path, seed) in [("/data/lower", 1), ("/data/upper", 2)] {
+        check_eq!(run(&format!("sha256sum < {path} | cut -c 1-64"))?, sum(&content(seed))?);
+    }
+    check_eq!(
+        run("stat -c %s /holey; tail -c +1073741825 /holey | head -c 12 | od -An -tu1 | tr -s ' '")?,
+        "2147483648\n 2 2 2 2 2 2 2 2 2 2 0 0"
+    );
     Ok(())
 }
 

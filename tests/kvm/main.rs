@@ -133,7 +133,7 @@ tests! {
         disk_reset_with_requests_in_flight_is_survived random_register_writes_are_survived
         overwritten_boot_structures_end_the_guest_only console_flood_is_bounded
         large_console_output_uses_bounded_memory fork_bomb_stays_in_the_guest connection_storm_is_bounded;
-    images: unusual_files_are_intact unusual_files_are_intact_with_debian_kernels
+    images: layers_are_one_root_file_system unusual_files_are_intact unusual_files_are_intact_with_debian_kernels
         unusual_files_are_intact_with_a_newer_debian_kernel;
     kernels: debian_6_1_cloud_kernel_runs_a_container debian_6_12_cloud_kernel_runs_a_container
         debian_6_1_generic_kernel_runs_a_container modules_are_loaded_in_dependency_order failing_module_is_named

@@ -8,7 +8,7 @@ use cofferdam::Image;
 
 #[path = "../../src/container/image/tests/maker.rs"]
 #[allow(dead_code, reason = "other tests make other archives")]
-mod maker;
+pub mod maker;
 
 use maker::{Made, archive};
 

@@ -27,7 +27,7 @@ impl RootDisks {
         cancel: Option<&CancelToken>,
         before: usize,
     ) -> Result<Self> {
-        let lower = Disk::from_file(image.disk(cancel)?).read_only(true).serial("cofferdam-image").into();
+        let lower = image.disk(cancel)?.into_disk("cofferdam-image");
         let upper = layer.make()?;
         Ok(Self { lower, upper, paths: RootPaths { lower: disk_path(before), upper: disk_path(before + 1) } })
     }

@@ -110,6 +110,10 @@ impl Budget {
         self.deadline.check()
     }
 
+    pub(super) fn deadline(&self) -> &PrepareDeadline {
+        &self.deadline
+    }
+
     /// One more entry read, or inode made.
     pub(super) fn entry(&self) -> Result<()> {
         self.check()?;

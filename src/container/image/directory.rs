@@ -18,7 +18,6 @@ use sha2::{Digest, Sha256};
 use super::budget::Budget;
 use super::content::{Content, SparseExtent, SparseMap};
 use super::path::{EntryPath, symlink_target};
-use super::recognize;
 use super::tar::ImageBuilder;
 use super::tree::{FileData, InodeKind, Metadata};
 use super::xattr::{self, Holder};
@@ -142,7 +141,7 @@ pub(super) fn read(root: &Beneath, to: &mut ImageBuilder<'_, '_>, hash: &mut Sha
     if !found_any {
         return Err(Error::new(ErrorKind::InvalidConfig, "the directory is empty"));
     }
-    recognize::no_other_image(to.tree)
+    Ok(())
 }
 
 fn metadata(found: &Found<'_>, holder: Holder, budget: &Budget) -> Result<Metadata> {

@@ -5,32 +5,88 @@ use std::time::Duration;
 
 use super::budget::{Budget, PrepareDeadline};
 use super::erofs::reader::Reader;
-use super::{ImageLimits, write_archive};
+use super::layers::{self, Allowed};
+use super::{ImageLimits, oci, write_archive};
 use crate::size::Size;
 use crate::sys;
 
 /// Reads an archive into a temporary disk, within small limits and on a small stack. It reads back whole if made.
 pub(crate) fn read_archive(source: &mut (dyn Read + Send)) {
-    const STACK: usize = 256 << 10;
-    let size = Size::mib(64);
-    let limits =
-        ImageLimits::new().max_entries(4096).max_names(Size::mib(1)).xattrs(Size::mib(1)).header(Size::kib(64));
-    let read = || {
+    on_small_stack(|| {
         let file = sys::temp_file(&std::env::temp_dir()).ok()?;
-        let deadline = PrepareDeadline::new(Duration::from_secs(60), None);
-        let outcome = write_archive(source, &file, &Budget::new(&limits, size, &deadline));
+        let outcome = write_archive(source, &file, &budget());
         let written = std::os::unix::fs::MetadataExt::blocks(&file.metadata().ok()?) * 512;
-        assert!(written <= size.as_bytes() + (1 << 20), "more was written than allowed");
+        assert!(written <= MAX_SIZE.as_bytes() + (1 << 20), "more was written than allowed");
         if outcome.is_ok() {
             Reader::open(&file).tree(4096);
         }
         Some(())
-    };
+    });
+}
+
+const MAX_SIZE: Size = Size::mib(64);
+
+fn limits() -> ImageLimits {
+    ImageLimits::new().max_entries(4096).max_names(Size::mib(1)).xattrs(Size::mib(1)).header(Size::kib(64))
+}
+
+fn deadline() -> PrepareDeadline {
+    PrepareDeadline::new(Duration::from_secs(60), None)
+}
+
+fn budget() -> Budget {
+    Budget::new(&limits(), MAX_SIZE, &deadline())
+}
+
+/// As the thread that prepares images, or smaller.
+fn on_small_stack(read: impl FnOnce() -> Option<()> + Send) {
+    const STACK: usize = 256 << 10;
     std::thread::scope(|scope| {
         let thread = std::thread::Builder::new().stack_size(STACK).spawn_scoped(scope, read);
         if let Err(panic) = thread.map_or(Ok(None), std::thread::ScopedJoinHandle::join) {
             std::panic::resume_unwind(panic);
         }
+    });
+}
+
+/// Indexes, manifests and configurations of any bytes.
+pub(crate) fn oci_manifest(data: &[u8]) {
+    on_small_stack(|| {
+        for media_type in std::iter::once("").chain(oci::accepted()) {
+            let _ = oci::Manifest::parse(data, media_type);
+        }
+        let _ = oci::resolve_config(data, 1, Some(&oci::Platform::host()));
+        let _ = std::str::from_utf8(data).ok()?.parse::<oci::Platform>();
+        Some(())
+    });
+}
+
+/// Up to four layers of entries that these bytes choose, on a disk that reads back whole.
+pub(crate) fn oci_layer(data: &[u8]) {
+    let mut choices = Choices(data);
+    let mut layers = Vec::new();
+    for _ in 0..=choices.byte() % 4 {
+        let mut archive = Vec::new();
+        for _ in 0..choices.byte() % 32 {
+            choices.entry(&mut archive);
+        }
+        layers.push(archive);
+    }
+    let allowed = Allowed { limits: limits(), max_size: MAX_SIZE };
+    on_small_stack(|| {
+        let disk = layers::fuzzing::composed(&layers, &allowed, &deadline()).ok()?;
+        Reader::open(&disk).tree(4096);
+        Some(())
+    });
+}
+
+/// A file of the store that should be a layer, of any bytes or with a log of them.
+pub(crate) fn oci_layer_file(data: &[u8]) {
+    let allowed = Allowed { limits: limits(), max_size: MAX_SIZE };
+    on_small_stack(|| {
+        let disk = layers::fuzzing::of_layer_file(data, &allowed, &deadline()).ok()?;
+        Reader::open(&disk).tree(4096);
+        Some(())
     });
 }
 
@@ -83,12 +139,28 @@ impl Choices<'_> {
     }
 
     fn path(&mut self) -> Vec<u8> {
-        const PATHS: [&[u8]; 12] =
-            [b"a", b"b", b"a/b", b"a/b/c", b"./d/", b"d/e", b"../x", b"/", b"/a", b".", b"l/a", b"\xff"];
-        match self.byte() % 16 {
-            12 => b"a/".repeat(usize::from(self.byte()) * 9),
-            13 => vec![b'n'; usize::from(self.byte()) * 18],
-            14 | 15 => {
+        const PATHS: [&[u8]; 16] = [
+            b"a",
+            b"b",
+            b"a/b",
+            b"a/b/c",
+            b"./d/",
+            b"d/e",
+            b"../x",
+            b"/",
+            b"/a",
+            b".",
+            b"l/a",
+            b"\xff",
+            b".wh.a",
+            b"a/.wh.b",
+            b"a/.wh..wh..opq",
+            b"l/.wh.a",
+        ];
+        match self.byte() % 20 {
+            16 => b"a/".repeat(usize::from(self.byte()) * 9),
+            17 => vec![b'n'; usize::from(self.byte()) * 18],
+            18 | 19 => {
                 let len = usize::from(self.byte() % 32);
                 self.take(len)
             }

@@ -8,8 +8,8 @@ use crate::size::Size;
 /// for each entry, the names, and the attributes. An ordinary image needs a few MiB. Space on the disk is bounded by
 /// [`Image::max_size`](crate::Image::max_size), time by [`Image::prepare_timeout`](crate::Image::prepare_timeout).
 ///
-/// There is no limit on the ratio between an archive and its content. Archives are not compressed, so content takes as much of the
-/// archive as it has bytes. Holes take nothing on the disk; how large they are is bounded by [`ImageLimits::file_size`].
+/// What is compressed may unpack to [`ImageLimits::max_ratio`] times its size. Holes take nothing on the disk; how large they are is
+/// bounded by [`ImageLimits::file_size`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[must_use = "a config value does nothing by itself"]
 pub struct ImageLimits {
@@ -20,6 +20,7 @@ pub struct ImageLimits {
     pub(super) entry_xattrs: Size,
     pub(super) header: Size,
     pub(super) file_size: Size,
+    pub(super) ratio: u32,
 }
 
 impl Default for ImageLimits {
@@ -32,6 +33,7 @@ impl Default for ImageLimits {
             entry_xattrs: Size::kib(128),
             header: Size::mib(1),
             file_size: Size::gib(16 << 10),
+            ratio: 1200,
         }
     }
 }
@@ -82,6 +84,14 @@ impl ImageLimits {
     /// Sets how large a file is, holes included: 16 TiB unless set.
     pub fn file_size(mut self, size: Size) -> Self {
         self.file_size = size;
+        self
+    }
+
+    /// Limits the ratio of a layer or an archive to its compressed size; 1,200 by default.
+    ///
+    /// That is more than gzip can reach. The first 64 MiB are always allowed.
+    pub fn max_ratio(mut self, ratio: u32) -> Self {
+        self.ratio = ratio;
         self
     }
 }

@@ -5,13 +5,14 @@
 mod acl;
 mod budget;
 mod content;
+mod decompress;
 mod directory;
 mod erofs;
 #[cfg(any(test, feature = "internals"))]
 mod fuzzing;
-#[allow(dead_code, reason = "images in layers come next")]
 mod layers;
 mod limits;
+mod local;
 #[allow(dead_code, unused_imports, reason = "images of registries come next")]
 mod oci;
 mod path;
@@ -27,9 +28,10 @@ mod worker;
 mod xattr;
 
 use std::fs::File;
-use std::io::{Read, Seek, SeekFrom};
+use std::io::{self, Read, Seek, SeekFrom};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use sha2::{Digest, Sha256};
@@ -38,13 +40,18 @@ use super::CancelToken;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::size::Size;
 use crate::sys::Beneath;
+use crate::vm::Disk;
+use crate::vm::disk::DiskPiece;
 use budget::{Budget, PrepareDeadline};
+use decompress::decompressed;
 #[cfg(any(test, feature = "internals"))]
-pub(crate) use fuzzing::image_tar;
+pub(crate) use fuzzing::{image_tar, oci_layer, oci_layer_file, oci_manifest};
+use layers::Allowed;
 pub use limits::ImageLimits;
-pub use oci::ImageConfig;
+use local::{ImageFiles, LocalImages};
+pub use oci::{Healthcheck, ImageConfig, Platform};
 use store::{FileIdentity, Store};
-use tar::{ImageBuilder, Stream};
+use tar::{ArchiveKind, ImageBuilder, Stream};
 use tree::InodeTree;
 
 /// How disks are written: what hashes and seals begin with, so that disks that another release wrote otherwise are other disks.
@@ -53,17 +60,29 @@ const DISK_VERSION: [u8; 16] = *b"cofferdam disk 2";
 /// How long a file system has to say what a path is.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// A root file system to start containers from: a tar archive or a directory. Cloning is cheap.
+/// A root file system to start containers from. It is an image in layers, a tar archive or a directory. Cloning is cheap.
 ///
-/// The first container of an image waits until its content was written into an EROFS disk image. That needs no privileges
-/// and mounts nothing. The disk is kept in the user's cache under the digest of the content. All containers share it
-/// read-only, also those of other processes. It is made once, however many callers ask at the same time.
+/// The first container of an image waits until its content was written into the user's cache as an EROFS file system. That needs
+/// no privileges and mounts nothing. It is kept under the digest of the content. All containers share it read-only, also those
+/// of other processes. It is made once, however many callers ask at the same time.
 ///
 /// # What is read
 ///
-/// An archive is in any format that GNU tar, bsdtar or star write, and is not compressed. The tree is the one that GNU tar gives
+/// What it is, its content says:
+///
+/// - an OCI image layout, as a directory or an archive;
+/// - what `docker save` writes, in its old and its new form;
+/// - a root file system, as a directory or an archive.
+///
+/// Archives and layers may be compressed with gzip, zstd, xz or bzip2. Those but gzip are features of this crate. What lies in an
+/// archive is read in place.
+///
+/// An archive is in any format that GNU tar, bsdtar or star write. The tree is the one that GNU tar gives
 /// when root runs `tar --numeric-owner -p --xattrs --xattrs-include='*' --acls -x`: later entries replace earlier ones, and
 /// directories merge. Links are followed inside the image only. What GNU tar refuses is an error that names the entry.
+///
+/// The layers of an image change what is below them as the OCI image specification has it. Each is unpacked once, however many
+/// images have it, and is in the host's page cache once. Its digests and its size are checked before it is believed.
 ///
 /// Ownership, modes, times, links, device nodes, holes, extended attributes and ACLs are those of the archive or directory. What
 /// cannot be kept is an error, never left out silently: attributes outside `user`, `trusted`, `security` and POSIX ACLs,
@@ -81,6 +100,8 @@ const OPEN_TIMEOUT: Duration = Duration::from_secs(10);
 pub struct Image {
     path: PathBuf,
     kind: ImageKind,
+    select: Option<String>,
+    platform: Platform,
     cache: Option<PathBuf>,
     max_size: Size,
     limits: ImageLimits,
@@ -90,12 +111,49 @@ pub struct Image {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum ImageKind {
-    Tar,
+    Archive,
     Directory,
 }
 
+/// The disk of an image that was prepared.
+#[derive(Debug)]
+pub(super) enum ImageDisk {
+    /// One file.
+    File(File),
+    /// Of metadata and layers.
+    Pieces(Vec<DiskPiece<Arc<File>>>),
+}
+
+impl ImageDisk {
+    /// As one file, where it is one.
+    #[cfg(test)]
+    fn into_file(self) -> File {
+        match self {
+            Self::File(file) => file,
+            Self::Pieces(pieces) => panic!("a disk of {} pieces", pieces.len()),
+        }
+    }
+
+    /// For a VM, which only reads it.
+    pub(super) fn into_disk(self, serial: &str) -> Disk {
+        match self {
+            Self::File(file) => Disk::from_file(file).read_only(true).serial(serial).into(),
+            Self::Pieces(pieces) => Disk::of_pieces(pieces, serial),
+        }
+    }
+}
+
+/// What the path of an image has.
+enum Content {
+    /// A root file system in an archive.
+    Archive(File),
+    /// The same in a directory.
+    Directory(Beneath),
+    Layers(Box<dyn LocalImages>),
+}
+
 impl Image {
-    /// Opens an archive or a directory as an image.
+    /// Opens an archive or a directory as an image. What it is, is seen when it is prepared.
     ///
     /// Its content is read when the first container starts. A directory should not be written to meanwhile. Blocks for
     /// at most 10 s, also where the host's file system does not answer.
@@ -113,14 +171,57 @@ impl Image {
         let metadata = worker::run(&deadline, Duration::ZERO, move |_| Ok(std::fs::metadata(asked)?)).doing(doing)?;
         let kind = match () {
             () if metadata.is_dir() => ImageKind::Directory,
-            () if metadata.is_file() => ImageKind::Tar,
+            () if metadata.is_file() => ImageKind::Archive,
             () => {
                 return Err(Error::new(ErrorKind::InvalidConfig, "neither a file nor a directory").doing(doing()));
             }
         };
         let path = std::path::absolute(path).doing(doing)?;
         let (limits, prepare_timeout) = (ImageLimits::default(), Duration::from_secs(600));
-        Ok(Self { path, kind, cache: None, max_size: Size::gib(16), limits, prepare_timeout, cancel: None })
+        Ok(Self {
+            path,
+            kind,
+            select: None,
+            platform: Platform::host(),
+            cache: None,
+            max_size: Size::gib(16),
+            limits,
+            prepare_timeout,
+            cancel: None,
+        })
+    }
+
+    /// Chooses one of several images by its name or its digest.
+    ///
+    /// A name without a registry or a tag is completed as Docker does. Where there are several images and none is chosen,
+    /// preparation fails and lists them. A root file system has no name, and this changes nothing then.
+    pub fn select(mut self, name_or_digest: impl Into<String>) -> Self {
+        self.select = Some(name_or_digest.into());
+        self
+    }
+
+    /// Chooses an image for another platform than the host's, where an image has several.
+    pub fn platform(mut self, platform: Platform) -> Self {
+        self.platform = platform;
+        self
+    }
+
+    /// Returns how the image wants to be run. Its layers are not read.
+    ///
+    /// A root file system says nothing: all is empty. Blocks as long as [`Image::prepare`] at most.
+    ///
+    /// # Errors
+    /// - `NotFound` without the chosen image or platform, and `InvalidConfig` where one is to be chosen; both list what is there.
+    /// - `Corrupt` for what is damaged, and `Unsupported` for types that are not known.
+    /// - As [`Image::prepare`] for what the host does.
+    pub fn config(&self) -> Result<ImageConfig> {
+        let image = self.clone();
+        let deadline = PrepareDeadline::new(self.prepare_timeout, self.cancel.iter());
+        let read = move |deadline: &PrepareDeadline| match image.content(deadline)? {
+            Content::Layers(images) => Ok(images.find(image.select.as_deref(), &image.platform, deadline)?.image),
+            Content::Archive(_) | Content::Directory(_) => Ok(ImageConfig::default()),
+        };
+        worker::run(&deadline, worker::GRACE, read).doing(|| format!("reading image {}", self.path.display()))
     }
 
     /// Keeps the disk in this directory instead of the user's cache.
@@ -180,7 +281,8 @@ impl Image {
     /// # Errors
     /// - `Corrupt` for an archive that is damaged or is none, and `Unsupported` for what cannot be kept, name the
     ///   entry.
-    /// - `InvalidConfig` beyond a limit, naming its method, and for an empty directory.
+    /// - `InvalidConfig` beyond a limit, naming its method, for an empty directory, and where one of several images is to be chosen.
+    /// - `NotFound` without the chosen image or platform.
     /// - `InvalidState` for a source that is written to meanwhile.
     /// - `PermissionDenied` for a cache directory that others can write to.
     /// - `TimedOut`; `Cancelled`.
@@ -192,37 +294,66 @@ impl Image {
     }
 
     /// The disk, open for reading. Its own token ends what is done for it, and so does `cancel`.
-    pub(super) fn disk(&self, cancel: Option<&CancelToken>) -> Result<File> {
+    pub(super) fn disk(&self, cancel: Option<&CancelToken>) -> Result<ImageDisk> {
         let image = self.clone();
         let deadline = PrepareDeadline::new(self.prepare_timeout, self.cancel.iter().chain(cancel));
         worker::run(&deadline, worker::GRACE, move |deadline| image.made(deadline))
             .doing(|| format!("preparing image {}", self.path.display()))
     }
 
-    fn made(&self, deadline: &PrepareDeadline) -> Result<File> {
+    fn made(&self, deadline: &PrepareDeadline) -> Result<ImageDisk> {
         let store = Store::open(self.cache.clone())?;
-        match self.kind {
-            ImageKind::Tar => self.made_of_archive(&store, deadline),
-            ImageKind::Directory => self.made_of_directory(&store, deadline),
+        match self.content(deadline)? {
+            Content::Archive(file) => self.made_of_archive(file, &store, deadline).map(ImageDisk::File),
+            Content::Directory(root) => self.made_of_directory(&root, &store, deadline).map(ImageDisk::File),
+            Content::Layers(images) => self.made_of_layers(&*images, &store, deadline).map(ImageDisk::Pieces),
         }
+    }
+
+    /// Looks at what is there.
+    fn content(&self, deadline: &PrepareDeadline) -> Result<Content> {
+        let budget = self.budget(deadline);
+        if self.kind == ImageKind::Directory {
+            let files = ImageFiles::Directory(Beneath::open(&self.path)?);
+            return match recognize::may_be_layers(&self.path).then(|| local::images(files, &budget)).transpose()? {
+                Some(Some(images)) => Ok(Content::Layers(images)),
+                _ => Ok(Content::Directory(Beneath::open(&self.path)?)),
+            };
+        }
+        let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(&self.path)?;
+        if !file.metadata()?.is_file() {
+            return Err(Error::new(ErrorKind::InvalidState, "it is no file any more"));
+        }
+        let files = ImageFiles::of_archive(file.try_clone()?, &budget)?;
+        let images = files.map(|files| local::images(files, &budget)).transpose()?.flatten();
+        Ok(images.map_or(Content::Archive(file), Content::Layers))
+    }
+
+    fn made_of_layers(
+        &self,
+        images: &dyn LocalImages,
+        store: &Store,
+        deadline: &PrepareDeadline,
+    ) -> Result<Vec<DiskPiece<Arc<File>>>> {
+        let found = images.find(self.select.as_deref(), &self.platform, deadline)?;
+        let allowed = Allowed { limits: self.limits.clone(), max_size: self.max_size };
+        layers::prepare_layers(store, images, &found, &allowed, deadline, &|_| {})?;
+        layers::compose(store, &found.diff_ids(), &allowed, deadline)
     }
 
     fn budget(&self, deadline: &PrepareDeadline) -> Budget {
         Budget::new(&self.limits, self.max_size, deadline)
     }
 
-    /// The archive is opened once. What is written was read by the same descriptor, and is kept under the digest of just that.
-    fn made_of_archive(&self, store: &Store, deadline: &PrepareDeadline) -> Result<File> {
-        let mut file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(&self.path)?;
-        if !file.metadata()?.is_file() {
-            return Err(Error::new(ErrorKind::InvalidState, "it is no file any more"));
-        }
+    /// What is written was read by the same descriptor, and is kept under the digest of just that.
+    fn made_of_archive(&self, mut file: File, store: &Store, deadline: &PrepareDeadline) -> Result<File> {
         let identity = FileIdentity::of(&file)?.name();
         let changed = || Error::new(ErrorKind::InvalidState, "the archive was written to while it was read");
         let digest = match store.remembered(&identity) {
             Some(digest) => digest,
             None => {
                 let mut hash = begin();
+                file.seek(SeekFrom::Start(0))?;
                 read_into(&mut file, &mut hash, deadline)?;
                 let digest = hex(&hash.finalize());
                 if FileIdentity::of(&file)?.name() != identity {
@@ -243,16 +374,16 @@ impl Image {
         })
     }
 
-    fn made_of_directory(&self, store: &Store, deadline: &PrepareDeadline) -> Result<File> {
-        let root = Beneath::open(&self.path)?;
+    fn made_of_directory(&self, root: &Beneath, store: &Store, deadline: &PrepareDeadline) -> Result<File> {
         let mut hash = begin();
-        directory::fingerprint(&root, &self.budget(deadline), &mut hash)?;
+        directory::fingerprint(root, &self.budget(deadline), &mut hash)?;
         let digest = hex(&hash.finalize());
         store.get_or_make(&digest, deadline, |disk| {
             let budget = self.budget(deadline);
             let (mut tree, mut hash) = (InodeTree::new(), begin());
             let mut to = erofs::Disk::new(disk, &budget)?;
-            directory::read(&root, &mut ImageBuilder { tree: &mut tree, disk: &mut to, budget: &budget }, &mut hash)?;
+            directory::read(root, &mut ImageBuilder { tree: &mut tree, disk: &mut to, budget: &budget }, &mut hash)?;
+            recognize::no_other_image(&tree)?;
             erofs::finish(&tree, to)?;
             if hex(&hash.finalize()) == digest {
                 return Ok(());
@@ -263,13 +394,37 @@ impl Image {
 }
 
 /// Writes the disk of an archive, and returns the hash of all that was read of it.
-fn write_archive(source: &mut dyn Read, disk: &File, budget: &Budget) -> Result<Sha256> {
+fn write_archive(source: &mut (dyn Read + Send), disk: &File, budget: &Budget) -> Result<Sha256> {
+    let mut source = Hashed { source, hash: begin(), deadline: budget.deadline() };
     let mut tree = InodeTree::new();
     let mut to = erofs::Disk::new(disk, budget)?;
-    let mut stream = Stream::new(source, begin(), budget);
-    tar::read(&mut stream, &mut ImageBuilder { tree: &mut tree, disk: &mut to, budget })?;
+    {
+        let mut unpacked = decompressed(&mut source, Some(budget.limits.ratio))?;
+        let mut stream = Stream::new(&mut *unpacked, budget);
+        tar::read(&mut stream, &mut ImageBuilder { tree: &mut tree, disk: &mut to, budget }, ArchiveKind::RootFs)?;
+        stream.finish()?;
+    }
+    // A decoder may leave some unread. The hash is of all.
+    io::copy(&mut source, &mut io::sink()).map_err(|e| e.downcast::<Error>().unwrap_or_else(Error::from))?;
+    recognize::no_other_image(&tree)?;
     erofs::finish(&tree, to)?;
-    stream.finish()
+    Ok(source.hash)
+}
+
+/// Hashes what is read, as long as there is time.
+struct Hashed<'a> {
+    source: &'a mut (dyn Read + Send),
+    hash: Sha256,
+    deadline: &'a PrepareDeadline,
+}
+
+impl Read for Hashed<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.deadline.check()?;
+        let n = self.source.read(buffer)?;
+        self.hash.update(buffer.get(..n).unwrap_or_default());
+        Ok(n)
+    }
 }
 
 /// The hash by which disks are found.

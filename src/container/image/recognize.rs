@@ -1,5 +1,7 @@
 //! Recognizes content that is mistaken for a root file system. The error says what to do about it.
 
+use std::path::Path;
+
 use super::tree::{InodeKind, InodeTree};
 use crate::error::{Error, ErrorKind, Result};
 
@@ -11,6 +13,15 @@ const COMPRESSED: [(&[u8], &str); 5] = [
     (b"BZh", "bzip2"),
     (&[0x04, 0x22, 0x4d, 0x18], "lz4"),
 ];
+
+/// What root file systems have at their top.
+const SYSTEM: [&str; 5] = ["bin", "etc", "lib", "sbin", "usr"];
+
+/// Whether a directory may hold an image in layers.
+pub(super) fn may_be_layers(directory: &Path) -> bool {
+    let system = || SYSTEM.iter().any(|name| directory.join(name).symlink_metadata().is_ok());
+    directory.join("oci-layout").is_file() || directory.join("manifest.json").is_file() && !system()
+}
 
 /// # Errors
 /// `Unsupported` names the compression of a file that begins so.
@@ -29,7 +40,7 @@ pub(super) fn no_other_image(tree: &InodeTree) -> Result<()> {
     let file = |name: &[u8]| tree.at_top(name).is_some_and(|inode| matches!(inode.kind, InodeKind::File(_)));
     let unsupported = |what| Err(Error::new(ErrorKind::Unsupported, what));
     // Programs have files of that name too, but then there is something to run them with.
-    let system = [&b"bin"[..], b"etc", b"lib", b"sbin", b"usr"].iter().any(|name| tree.at_top(name).is_some());
+    let system = SYSTEM.iter().any(|name| tree.at_top(name.as_bytes()).is_some());
     if file(b"manifest.json") && !system {
         return unsupported("this is what `docker save` makes, an image in layers: use `docker export` of a container");
     }

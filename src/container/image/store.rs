@@ -1,5 +1,5 @@
-//! The cache of prepared disks, found by digest. Each is made once however many callers ask, is never seen half-made,
-//! and is its user's alone.
+//! The cache of prepared disks and layers, found by digest. Each is made once however many callers ask, is never seen
+//! half-made, and is its user's alone.
 
 use std::collections::BTreeSet;
 use std::fs::{self, DirBuilder, File};
@@ -14,7 +14,7 @@ use sha2::Digest;
 
 use super::budget::PrepareDeadline;
 use super::seal::{self, Seal};
-use super::{begin, hex};
+use super::{begin, hex, oci};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::sys::{self, AtomicFile, Beneath, CloseOnFork};
 
@@ -51,12 +51,61 @@ static VERIFIED: Mutex<BTreeSet<FileIdentity>> = Mutex::new(BTreeSet::new());
 const MAX_VERIFIED: usize = 4096;
 
 /// A directory of disks. Several processes may use one.
+///
+/// - The disks of archives and directories, and of images in layers all but their content: `<digest>.erofs`.
+/// - Unpacked layers: `layers/<algorithm>-<digest>`.
+/// - Manifests and configurations: `blobs/<algorithm>-<digest>`.
+/// - The digests of archives that were read: `known/`.
 #[derive(Debug)]
 pub(super) struct Store {
+    disks: Shelf,
+    known: Shelf,
+    layers: Shelf,
+    #[allow(dead_code, reason = "images of registries come next")]
+    blobs: Shelf,
+}
+
+/// One directory of the store.
+#[derive(Debug)]
+struct Shelf {
     directory: Beneath,
-    known: Beneath,
     /// As it was given, for errors.
-    dir: PathBuf,
+    shown: PathBuf,
+}
+
+impl Shelf {
+    fn open(path: &Path, shown: PathBuf) -> Result<Self> {
+        Ok(Self { directory: open_directory(path, &shown)?, shown })
+    }
+
+    fn within(&self, name: &str) -> Result<Self> {
+        Self::open(&self.path().join(name), self.shown.join(name))
+    }
+
+    /// As long as it is open.
+    fn path(&self) -> PathBuf {
+        sys::path_of(self.directory.as_fd())
+    }
+
+    /// Gives a whole file its name. What is there now is damaged. Who has it open keeps it.
+    fn publish(&self, draft: AtomicFile, name: &str) -> Result<()> {
+        let path = self.path().join(name);
+        let naming = || format!("naming {}", self.shown.join(name).display());
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            outcome => outcome.doing(naming)?,
+        }
+        match draft.publish(&path) {
+            // Where the directory is shared with another machine, the lock may be known to this one alone, and the other quicker.
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+            outcome => outcome.doing(naming),
+        }
+    }
+}
+
+/// The name of a file that is found by a digest.
+fn name_of(digest: &oci::Digest) -> String {
+    format!("{}-{}", digest.algorithm(), digest.hex())
 }
 
 impl Store {
@@ -72,22 +121,22 @@ impl Store {
             // Earlier releases left the user's own cache as the mask of its maker had it. What is not ours stays as it is.
             let _ = fs::set_permissions(&dir, fs::Permissions::from_mode(FOLDER_MODE));
         }
-        let directory = open_directory(&dir, &dir)?;
-        let known = open_directory(&sys::path_of(directory.as_fd()).join("known"), &dir.join("known"))?;
-        Ok(Self { directory, known, dir })
+        let disks = Shelf::open(&dir, dir.clone())?;
+        let [known, layers, blobs] = ["known", "layers", "blobs"].map(|name| disks.within(name));
+        Ok(Self { known: known?, layers: layers?, blobs: blobs?, disks })
     }
 
     /// The digest of a file that was seen before and has not changed since.
     pub(super) fn remembered(&self, identity: &str) -> Option<String> {
         let mut digest = String::new();
-        let file = private_file(&self.known, identity).ok()?;
+        let file = private_file(&self.known.directory, identity).ok()?;
         file.take(65).read_to_string(&mut digest).ok()?;
         (digest.len() == 64 && digest.bytes().all(|b| b.is_ascii_hexdigit())).then_some(digest)
     }
 
     /// Remembers it. A failure costs time later and nothing else.
     pub(super) fn remember(&self, identity: &str, digest: &str) {
-        let known = sys::path_of(self.known.as_fd());
+        let known = self.known.path();
         let write = || {
             let draft = AtomicFile::new(&known, FILE_MODE)?;
             draft.file().write_all(digest.as_bytes())?;
@@ -97,13 +146,13 @@ impl Store {
             draft.publish(&known.join(identity))
         };
         if let Err(error) = write() {
-            log::debug!("{} cannot be written: {error}", self.dir.join("known").join(identity).display());
+            log::debug!("{} cannot be written: {error}", self.known.shown.join(identity).display());
         }
     }
 
     /// No longer believes what was remembered.
     pub(super) fn forget(&self, identity: &str) {
-        let _ = fs::remove_file(sys::path_of(self.known.as_fd()).join(identity));
+        let _ = fs::remove_file(self.known.path().join(identity));
     }
 
     /// Opens the disk of that digest for reading. Where there is none, or a damaged one, one caller makes it and all others wait.
@@ -116,70 +165,96 @@ impl Store {
         deadline: &PrepareDeadline,
         make: impl FnOnce(&File) -> Result<()>,
     ) -> Result<File> {
-        let name = format!("{digest}.erofs");
-        if let Some(file) = self.get(&name, deadline)? {
+        self.get_or_make_in(&self.disks, &format!("{digest}.erofs"), digest, deadline, make)
+    }
+
+    /// The same of an unpacked layer.
+    ///
+    /// # Errors
+    /// As [`Store::get_or_make`].
+    pub(super) fn get_or_make_layer(
+        &self,
+        diff_id: &oci::Digest,
+        deadline: &PrepareDeadline,
+        make: impl FnOnce(&File) -> Result<()>,
+    ) -> Result<File> {
+        self.get_or_make_in(&self.layers, &name_of(diff_id), diff_id.hex(), deadline, make)
+    }
+
+    /// Opens an unpacked layer, if it is there and whole.
+    pub(super) fn layer(&self, diff_id: &oci::Digest, deadline: &PrepareDeadline) -> Result<Option<File>> {
+        get(&self.layers, &name_of(diff_id), deadline)
+    }
+
+    /// Reads a manifest or a configuration that [`Store::put_blob`] has kept. None where it is not there, or damaged.
+    #[allow(dead_code, reason = "images of registries come next")]
+    pub(super) fn blob(&self, digest: &oci::Digest) -> Result<Option<Vec<u8>>> {
+        let doing = || format!("reading {}", self.blobs.shown.join(name_of(digest)).display());
+        let file = match private_file(&self.blobs.directory, &name_of(digest)) {
+            Ok(file) => file,
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(error.doing(doing())),
+        };
+        let mut bytes = Vec::new();
+        file.take(oci::MAX_DOCUMENT + 1).read_to_end(&mut bytes).doing(doing)?;
+        let mut hasher = oci::Hasher::like(digest);
+        hasher.update(&bytes);
+        Ok((hasher.finish() == *digest).then_some(bytes))
+    }
+
+    /// Keeps a manifest or a configuration, durably. Its digest was checked.
+    #[allow(dead_code, reason = "images of registries come next")]
+    pub(super) fn put_blob(&self, digest: &oci::Digest, bytes: &[u8]) -> Result<()> {
+        if self.blob(digest)?.is_some() {
+            return Ok(());
+        }
+        let writing = || format!("writing to {}", self.blobs.shown.display());
+        let draft = AtomicFile::new(&self.blobs.path(), FILE_MODE).doing(writing)?;
+        draft.file().write_all(bytes).doing(writing)?;
+        draft.file().sync_all().doing(writing)?;
+        self.blobs.publish(draft, &name_of(digest))
+    }
+
+    fn get_or_make_in(
+        &self,
+        shelf: &Shelf,
+        name: &str,
+        digest: &str,
+        deadline: &PrepareDeadline,
+        make: impl FnOnce(&File) -> Result<()>,
+    ) -> Result<File> {
+        if let Some(file) = get(shelf, name, deadline)? {
             return Ok(file);
         }
         let _lock = self.lock(digest, deadline)?;
         // Another thread or process may have made it while this one waited.
-        if let Some(file) = self.get(&name, deadline)? {
+        if let Some(file) = get(shelf, name, deadline)? {
             return Ok(file);
         }
-        let writing = || format!("writing to {}", self.dir.display());
-        let directory = sys::path_of(self.directory.as_fd());
-        let draft = AtomicFile::new(&directory, FILE_MODE).doing(writing)?;
+        let writing = || format!("writing to {}", shelf.shown.display());
+        let draft = AtomicFile::new(&shelf.path(), FILE_MODE).doing(writing)?;
         make(draft.file())?;
         let seal = Seal::of(draft.file(), deadline)?;
         seal.write(draft.file()).doing(writing)?;
         draft.file().sync_all().doing(writing)?;
         let inode = draft.file().metadata()?.ino();
-        let path = directory.join(&name);
-        // What is there now is damaged. Who has it open keeps it.
-        match fs::remove_file(&path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            outcome => outcome.doing(writing)?,
-        }
-        match draft.publish(&path) {
-            // Where the directory is shared with another machine, the lock may be known to this one alone, and the other quicker.
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-            outcome => outcome.doing(|| format!("naming {}", self.dir.join(&name).display()))?,
-        }
-        let made =
-            private_file(&self.directory, &name).doing(|| format!("opening {}", self.dir.join(&name).display()))?;
+        shelf.publish(draft, name)?;
+        let path = shelf.shown.join(name);
+        let made = private_file(&shelf.directory, name).doing(|| format!("opening {}", path.display()))?;
         if made.metadata()?.ino() == inode {
             // It was read through just now.
             remember_verified(FileIdentity::of(&made)?);
             return Ok(made);
         }
-        let made = self.get(&name, deadline)?;
-        made.ok_or_else(|| Error::new(ErrorKind::Corrupt, format!("{} is damaged", self.dir.join(name).display())))
-    }
-
-    /// A disk that is there and whole.
-    fn get(&self, name: &str, deadline: &PrepareDeadline) -> Result<Option<File>> {
-        let path = self.dir.join(name);
-        let file = match private_file(&self.directory, name) {
-            Ok(file) => file,
-            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(error.doing(format!("opening {}", path.display()))),
-        };
-        let identity = FileIdentity::of(&file)?;
-        if verified().is_some_and(|verified| verified.contains(&identity)) {
-            return Ok(Some(file));
-        }
-        if !seal::holds(&file, deadline).doing(|| format!("reading {}", path.display()))? {
-            log::warn!("{} is damaged, and will be made anew", path.display());
-            return Ok(None);
-        }
-        remember_verified(identity);
-        Ok(Some(file))
+        let made = get(shelf, name, deadline)?;
+        made.ok_or_else(|| Error::new(ErrorKind::Corrupt, format!("{} is damaged", path.display())))
     }
 
     /// Waits for another thread or process that makes the same image. One file for all digests: each has a byte of its
     /// own in it, so no lock is ever removed. It is not to be opened by other users, who could hold it.
     fn lock(&self, digest: &str, deadline: &PrepareDeadline) -> Result<CloseOnFork<File>> {
-        let doing = || format!("locking {}", self.dir.join("lock").display());
-        let path = sys::path_of(self.directory.as_fd()).join("lock");
+        let doing = || format!("locking {}", self.disks.shown.join("lock").display());
+        let path = self.disks.path().join("lock");
         let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
         let mut options = File::options();
         options.write(true).create(true).truncate(false).custom_flags(flags).mode(FILE_MODE);
@@ -198,6 +273,26 @@ impl Store {
         }
         Ok(CloseOnFork::new(lock))
     }
+}
+
+/// A disk or a layer that is there and whole.
+fn get(shelf: &Shelf, name: &str, deadline: &PrepareDeadline) -> Result<Option<File>> {
+    let path = shelf.shown.join(name);
+    let file = match private_file(&shelf.directory, name) {
+        Ok(file) => file,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(error.doing(format!("opening {}", path.display()))),
+    };
+    let identity = FileIdentity::of(&file)?;
+    if verified().is_some_and(|verified| verified.contains(&identity)) {
+        return Ok(Some(file));
+    }
+    if !seal::holds(&file, deadline).doing(|| format!("reading {}", path.display()))? {
+        log::warn!("{} is damaged, and will be made anew", path.display());
+        return Ok(None);
+    }
+    remember_verified(identity);
+    Ok(Some(file))
 }
 
 /// Returns the list, unless another thread holds it. In a child of fork that thread may not exist. A caller that misses

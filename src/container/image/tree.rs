@@ -3,12 +3,15 @@
 //!
 //! Nothing here recurses: directories name their children by numbers.
 
+mod layered;
+
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use super::budget::Budget;
 use super::path::{EntryPath, shown};
 use crate::error::{Error, ErrorKind, Result};
+pub(super) use layered::OwnDirectories;
 
 /// The number of an inode in [`InodeTree::inodes`].
 pub(super) type InodeIndex = u32;
@@ -90,6 +93,18 @@ pub(super) struct Chunks {
     pub present: Vec<(u32, u32)>,
 }
 
+/// Takes the entries of an archive or a directory, in their order.
+pub(super) trait EntrySink {
+    /// Takes a directory.
+    fn add_directory(&mut self, path: &EntryPath, metadata: Metadata, budget: &Budget) -> Result<()>;
+
+    /// Takes anything that is no directory.
+    fn add(&mut self, path: &EntryPath, kind: InodeKind, metadata: Metadata, budget: &Budget) -> Result<()>;
+
+    /// Takes one more name of what is at `target` already.
+    fn add_link(&mut self, path: &EntryPath, target: &EntryPath, budget: &Budget) -> Result<()>;
+}
+
 /// All inodes and names. It always has a root.
 #[derive(Debug)]
 pub(super) struct InodeTree {
@@ -101,6 +116,15 @@ pub(super) struct InodeTree {
 enum Missing {
     Make,
     Refuse,
+}
+
+/// What may give way to an entry that is no directory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum GivesWay {
+    /// Anything but a directory with something in it.
+    Single,
+    /// Anything, with all that is in it.
+    Whole,
 }
 
 fn corrupt(what: impl Into<Cow<'static, str>>) -> Error {
@@ -144,48 +168,32 @@ impl InodeTree {
         self.get(*self.directory(ROOT).ok()?.children.get(name)?)
     }
 
-    /// Adds a directory. One that is there takes the later metadata and keeps what is in it; anything else gives way.
-    ///
-    /// # Errors
-    /// `Corrupt` when a part of the way is no directory, `InvalidConfig` beyond a limit.
-    pub(super) fn add_directory(&mut self, path: &EntryPath, metadata: Metadata, budget: &Budget) -> Result<()> {
-        let (above, Some(name)) = path.split() else {
-            self.get_mut(ROOT)?.metadata = metadata;
-            return Ok(());
-        };
-        let parent = self.walk(above, Missing::Make, budget)?;
-        if let Some(old) = self.directory(parent)?.children.get(name).copied() {
-            let inode = self.get_mut(old)?;
-            if matches!(inode.kind, InodeKind::Directory(_)) {
-                inode.metadata = metadata;
-                return Ok(());
-            }
-            self.remove(parent, name)?;
-        }
-        self.make_directory(parent, name, metadata, budget).map(drop)
-    }
-
-    /// Adds anything that is no directory. What is there gives way, but not a directory that is not empty.
-    ///
-    /// # Errors
-    /// As [`InodeTree::add_directory`].
-    pub(super) fn add(&mut self, path: &EntryPath, kind: InodeKind, metadata: Metadata, budget: &Budget) -> Result<()> {
+    fn insert(
+        &mut self,
+        path: &EntryPath,
+        kind: InodeKind,
+        metadata: Metadata,
+        gives_way: GivesWay,
+        budget: &Budget,
+    ) -> Result<()> {
         let (above, Some(name)) = path.split() else {
             return Err(corrupt("the root is not a directory"));
         };
         let parent = self.walk(above, Missing::Make, budget)?;
-        self.remove(parent, name)?;
+        self.give_way(parent, name, gives_way)?;
         budget.names(name.len())?;
         let index = self.push(Inode { kind, metadata, nlink: 1 })?;
         self.directory_mut(parent)?.children.insert(name.into(), index);
         Ok(())
     }
 
-    /// Adds one more name of what is at `target` already.
-    ///
-    /// # Errors
-    /// As [`InodeTree::add_directory`]; `Corrupt` for a target that is not there, or is a directory.
-    pub(super) fn add_link(&mut self, path: &EntryPath, target: &EntryPath, budget: &Budget) -> Result<()> {
+    fn insert_link(
+        &mut self,
+        path: &EntryPath,
+        target: &EntryPath,
+        gives_way: GivesWay,
+        budget: &Budget,
+    ) -> Result<()> {
         let to = shown(target.as_bytes());
         let missing = || corrupt(format!("a hard link to {to}, which is not in the image before it"));
         let (target_above, Some(target_name)) = target.split() else {
@@ -204,12 +212,23 @@ impl InodeTree {
         if matches!(self.get_mut(index)?.kind, InodeKind::Directory(_)) {
             return Err(corrupt(format!("a hard link to {to}, which is a directory")));
         }
-        self.remove(parent, name)?;
+        self.give_way(parent, name, gives_way)?;
         budget.names(name.len())?;
         let inode = self.get_mut(index)?;
+        // It lay in a directory that gave way.
+        if inode.nlink == 0 {
+            return Err(missing());
+        }
         inode.nlink = inode.nlink.checked_add(1).ok_or_else(|| corrupt("it has too many names"))?;
         self.directory_mut(parent)?.children.insert(name.into(), index);
         Ok(())
+    }
+
+    fn give_way(&mut self, parent: InodeIndex, name: &[u8], gives_way: GivesWay) -> Result<()> {
+        match gives_way {
+            GivesWay::Single => self.remove(parent, name),
+            GivesWay::Whole => self.remove_whole(parent, name),
+        }
     }
 
     fn push(&mut self, inode: Inode) -> Result<InodeIndex> {
@@ -264,17 +283,14 @@ impl InodeTree {
         missing: Missing,
         budget: &Budget,
     ) -> Result<InodeIndex> {
-        let mut path = path.map(Cow::Borrowed);
-        // Parts of the targets of links, the next one last.
-        let mut detour: Vec<Cow<'_, [u8]>> = Vec::new();
-        let (mut at, mut links, mut linked_parts) = (ROOT, 0, 0);
+        let mut route = Route::new(path);
+        let mut at = ROOT;
         loop {
-            let linked = !detour.is_empty();
-            let Some(part) = detour.pop().or_else(|| path.next()) else {
+            let Some(RoutePart { name, linked }) = route.next() else {
                 return Ok(at);
             };
             let directory = self.directory(at)?;
-            match &*part {
+            match &*name {
                 b"" | b"." => continue,
                 b".." => {
                     at = directory.parent;
@@ -282,31 +298,96 @@ impl InodeTree {
                 }
                 _ => {}
             }
-            let Some(child) = directory.children.get(&*part).copied() else {
+            let Some(child) = directory.children.get(&*name).copied() else {
                 if linked || missing == Missing::Refuse {
-                    return Err(corrupt(format!("{} on its path is not in the image", shown(&part))));
+                    return Err(corrupt(format!("{} on its path is not in the image", shown(&name))));
                 }
                 budget.entry()?;
-                at = self.make_directory(at, &part, Metadata::of_made(), budget)?;
+                at = self.make_directory(at, &name, Metadata::of_made(), budget)?;
                 continue;
             };
             match &self.get(child).ok_or_else(lost)?.kind {
                 InodeKind::Directory(_) => at = child,
-                InodeKind::Symlink(target) => {
-                    links += 1;
-                    linked_parts += target.split(|byte| *byte == b'/').count();
-                    if links > MAX_LINKS || linked_parts > MAX_LINKED_PARTS {
-                        return Err(corrupt("its path leads through too many links"));
-                    }
-                    if target.first() == Some(&b'/') {
-                        at = ROOT;
-                    }
-                    let parts: Vec<Vec<u8>> = target.split(|byte| *byte == b'/').map(<[u8]>::to_vec).collect();
-                    detour.extend(parts.into_iter().rev().map(Cow::Owned));
-                }
-                _ => return Err(corrupt(format!("{} on its path is no directory", shown(&part)))),
+                InodeKind::Symlink(target) => at = route.follow(at, target)?,
+                _ => return Err(corrupt(format!("{} on its path is no directory", shown(&name)))),
             }
         }
+    }
+}
+
+/// What is still to go of a path, and of the targets of links that it leads through.
+struct Route<'p, I> {
+    path: I,
+    /// Parts of targets, the next one last.
+    detour: Vec<Cow<'p, [u8]>>,
+    links: usize,
+    linked_parts: usize,
+}
+
+struct RoutePart<'p> {
+    name: Cow<'p, [u8]>,
+    /// Whether it is of a link's target.
+    linked: bool,
+}
+
+impl<'p, I: Iterator<Item = &'p [u8]>> Route<'p, I> {
+    fn new(path: I) -> Self {
+        Self { path, detour: Vec::new(), links: 0, linked_parts: 0 }
+    }
+
+    fn next(&mut self) -> Option<RoutePart<'p>> {
+        let linked = self.detour.pop().map(|name| RoutePart { name, linked: true });
+        linked.or_else(|| Some(RoutePart { name: Cow::Borrowed(self.path.next()?), linked: false }))
+    }
+
+    /// Takes the way of a link that lies in `at`, and returns where that begins.
+    fn follow(&mut self, at: InodeIndex, target: &[u8]) -> Result<InodeIndex> {
+        self.links += 1;
+        self.linked_parts += target.split(|byte| *byte == b'/').count();
+        if self.links > MAX_LINKS || self.linked_parts > MAX_LINKED_PARTS {
+            return Err(corrupt("its path leads through too many links"));
+        }
+        self.detour.extend(target.rsplit(|byte| *byte == b'/').map(|part| Cow::Owned(part.to_vec())));
+        Ok(if target.first() == Some(&b'/') { ROOT } else { at })
+    }
+}
+
+impl EntrySink for InodeTree {
+    /// Adds a directory. One that is there takes the later metadata and keeps what is in it; anything else gives way.
+    ///
+    /// # Errors
+    /// `Corrupt` when a part of the way is no directory, `InvalidConfig` beyond a limit.
+    fn add_directory(&mut self, path: &EntryPath, metadata: Metadata, budget: &Budget) -> Result<()> {
+        let (above, Some(name)) = path.split() else {
+            self.get_mut(ROOT)?.metadata = metadata;
+            return Ok(());
+        };
+        let parent = self.walk(above, Missing::Make, budget)?;
+        if let Some(old) = self.directory(parent)?.children.get(name).copied() {
+            let inode = self.get_mut(old)?;
+            if matches!(inode.kind, InodeKind::Directory(_)) {
+                inode.metadata = metadata;
+                return Ok(());
+            }
+            self.remove(parent, name)?;
+        }
+        self.make_directory(parent, name, metadata, budget).map(drop)
+    }
+
+    /// Adds anything that is no directory. What is there gives way, but not a directory that is not empty.
+    ///
+    /// # Errors
+    /// As [`EntrySink::add_directory`].
+    fn add(&mut self, path: &EntryPath, kind: InodeKind, metadata: Metadata, budget: &Budget) -> Result<()> {
+        self.insert(path, kind, metadata, GivesWay::Single, budget)
+    }
+
+    /// Adds one more name of what is at `target` already.
+    ///
+    /// # Errors
+    /// As [`EntrySink::add_directory`]; `Corrupt` for a target that is not there, or is a directory.
+    fn add_link(&mut self, path: &EntryPath, target: &EntryPath, budget: &Budget) -> Result<()> {
+        self.insert_link(path, target, GivesWay::Single, budget)
     }
 }
 

@@ -42,6 +42,20 @@ pub(super) fn settle_mode(mode: u16, xattrs: &mut Xattrs) -> u16 {
     mode & !0o777 | acl.mode()
 }
 
+/// Decodes what [`encode`] gave. None for anything else.
+pub(super) fn decode(mut bytes: &[u8], holder: Holder) -> Option<Xattrs> {
+    let whole = bytes;
+    let mut xattrs = Xattrs::new();
+    while let [name_len, index, low, high, rest @ ..] = bytes {
+        let (prefix, _) = PREFIXES.iter().find(|(_, number)| number == index)?;
+        let (suffix, rest) = rest.split_at_checked(usize::from(*name_len))?;
+        let (value, _) = rest.split_at_checked(usize::from(u16::from_le_bytes([*low, *high])))?;
+        xattrs.insert([prefix, suffix].concat(), value.to_vec());
+        bytes = bytes.get((4 + suffix.len() + value.len()).next_multiple_of(ALIGN)..)?;
+    }
+    (*encode(&xattrs, holder).ok()? == *whole).then_some(xattrs)
+}
+
 /// Encodes all attributes of one inode. None are an empty slice.
 ///
 /// # Errors

@@ -26,7 +26,8 @@ pub(crate) use backend::Qcow2;
 #[cfg(any(test, feature = "internals"))]
 pub(crate) use backend::fuzzing;
 pub(crate) use backend::{
-    BasePath, BlockBackend, DirectFile, OverlayFile, RawFile, compact, create, flatten, freeze, rebase,
+    BasePath, BlockBackend, ConcatFile, DirectFile, FilePiece, OverlayFile, RawFile, compact, create, flatten, freeze,
+    rebase,
 };
 pub use config::{CacheMode, IoEngine};
 pub use limit::DiskLimit;

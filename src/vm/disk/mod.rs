@@ -15,6 +15,7 @@ pub use kinds::{FileDisk, MemoryDisk, OpenFileDisk, OverlayDisk, ScratchDisk};
 pub(crate) use scratch::scratch_dir;
 
 use super::overlay::BaseImage;
+pub(crate) use super::spec::DiskPiece;
 #[cfg(feature = "qcow2")]
 use super::spec::Qcow2Source;
 use super::spec::{DiskSettings, DiskSource, FileSource, HostPath, OverlaySource, ScratchSource};
@@ -22,7 +23,7 @@ use crate::error::{Context, Error, ErrorKind, Result};
 use crate::size::Size;
 use crate::sys;
 use crate::virtio::DeviceId;
-use crate::virtio::blk::{self, Blk, BlockBackend, DirectFile, Options, OverlayFile, RawFile};
+use crate::virtio::blk::{self, Blk, BlockBackend, ConcatFile, DirectFile, FilePiece, Options, OverlayFile, RawFile};
 pub use crate::virtio::blk::{CacheMode, DiskError, DiskLimit, DiskOperation, ErrorAction, ErrorClass, IoEngine};
 
 /// Bytes of a serial number (Virtio 1.3, 5.2.6).
@@ -46,6 +47,13 @@ impl Disk {
     #[cfg(feature = "container")]
     pub(crate) fn private(file: File) -> OpenFileDisk {
         OpenFileDisk { settings: DiskSettings::sharing(), source: Arc::new(file) }
+    }
+
+    /// Returns a disk of pieces of files, one behind the other, that can only be read.
+    #[cfg(feature = "container")]
+    pub(crate) fn of_pieces(pieces: Vec<DiskPiece<Arc<File>>>, serial: &str) -> Self {
+        let settings = DiskSettings { read_only: true, serial: Some(serial.into()), ..DiskSettings::new() };
+        Self { settings, source: DiskSource::Pieces(pieces) }
     }
 
     /// Uses a raw image file or a block device of the host, in place.
@@ -199,6 +207,15 @@ impl Disk {
             DiskSource::Overlay(it) => Ok(Box::new(it.open(read_only)?)),
             #[cfg(feature = "qcow2")]
             DiskSource::Qcow2(it) => Ok(Box::new(blk::Qcow2::open(&it.path, it.backing_dir.as_deref(), read_only)?)),
+            DiskSource::Pieces(pieces) => {
+                let piece = |DiskPiece { file, offset, len }: &_| FilePiece {
+                    file: Arc::clone(file),
+                    offset: *offset,
+                    len: *len,
+                };
+                let pieces: Vec<FilePiece> = pieces.iter().map(piece).collect();
+                Ok(Box::new(ConcatFile::new(&pieces)?))
+            }
         }
     }
 }

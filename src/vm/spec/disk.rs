@@ -67,6 +67,18 @@ pub(in crate::vm) enum DiskSource<F> {
     Overlay(OverlaySource),
     #[cfg(feature = "qcow2")]
     Qcow2(Qcow2Source),
+    /// Pieces of files, one behind the other. It can only be read.
+    #[cfg_attr(not(feature = "container"), allow(dead_code, reason = "containers alone have such disks"))]
+    Pieces(Vec<DiskPiece<F>>),
+}
+
+/// Some bytes of a file that are a piece of a disk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(deny_unknown_fields))]
+pub(crate) struct DiskPiece<F> {
+    pub file: F,
+    pub offset: u64,
+    pub len: u64,
 }
 
 /// The path of an image, and how it is opened.
@@ -115,12 +127,12 @@ impl<F> DiskSource<F> {
             Self::Overlay(OverlaySource { base, .. }) => Some(base.path().display().to_string()),
             #[cfg(feature = "qcow2")]
             Self::Qcow2(Qcow2Source { path, .. }) => Some(path.display().to_string()),
-            Self::File(_) | Self::Memory(_) => None,
+            Self::File(_) | Self::Memory(_) | Self::Pieces(_) => None,
         }
     }
 
     /// Returns the same with what `change` makes of an open file.
-    fn try_map<G, E>(self, change: impl FnOnce(F) -> Result<G, E>) -> Result<DiskSource<G>, E> {
+    fn try_map<G, E>(self, mut change: impl FnMut(F) -> Result<G, E>) -> Result<DiskSource<G>, E> {
         Ok(match self {
             Self::Path(source) => DiskSource::Path(source),
             Self::File(file) => DiskSource::File(change(file)?),
@@ -129,6 +141,10 @@ impl<F> DiskSource<F> {
             Self::Overlay(source) => DiskSource::Overlay(source),
             #[cfg(feature = "qcow2")]
             Self::Qcow2(source) => DiskSource::Qcow2(source),
+            Self::Pieces(pieces) => {
+                let place = |DiskPiece { file, offset, len }| Ok(DiskPiece { file: change(file)?, offset, len });
+                DiskSource::Pieces(pieces.into_iter().map(place).collect::<Result<_, E>>()?)
+            }
         })
     }
 }

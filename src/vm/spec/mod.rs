@@ -15,6 +15,7 @@ mod path;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use disk::DiskPiece;
 #[cfg(feature = "qcow2")]
 pub(super) use disk::Qcow2Source;
 pub(super) use disk::{DiskSettings, DiskSource, DiskSpec, FileSource, OverlaySource, ScratchSource};

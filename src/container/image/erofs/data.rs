@@ -26,14 +26,31 @@ pub(in super::super) struct Disk<'f> {
     /// What goes to `at`, and is not there yet.
     buffer: Vec<u8>,
     at: u64,
+    /// What of the disk lies in other files, behind block 0.
+    elsewhere: u64,
 }
 
 impl<'f> Disk<'f> {
     /// # Errors
     /// `InvalidConfig` where not even a superblock is allowed.
     pub(in super::super) fn new(file: &'f File, budget: &'f Budget) -> Result<Self> {
-        budget.space(BLOCK)?;
-        Ok(Self { file, budget, buffer: Vec::with_capacity(BUFFER), at: BLOCK })
+        Self::behind(file, budget, 0)
+    }
+
+    /// A disk of which so many bytes, whole blocks, lie in other files behind block 0. They are charged too.
+    ///
+    /// # Errors
+    /// `InvalidConfig` where not as much is allowed; `Unsupported` beyond what the format can number.
+    pub(in super::super) fn behind(file: &'f File, budget: &'f Budget, elsewhere: u64) -> Result<Self> {
+        let at = BLOCK.saturating_add(elsewhere);
+        budget.space(at)?;
+        block_number(at)?;
+        Ok(Self { file, budget, buffer: Vec::with_capacity(BUFFER), at, elsewhere })
+    }
+
+    /// Content alone, from the file's beginning on.
+    pub(in super::super) fn content(file: &'f File, budget: &'f Budget) -> Self {
+        Self { file, budget, buffer: Vec::with_capacity(BUFFER), at: 0, elsewhere: 0 }
     }
 
     pub(super) fn budget(&self) -> &'f Budget {
@@ -46,7 +63,7 @@ impl<'f> Disk<'f> {
     }
 
     /// Its block, where a block begins.
-    pub(super) fn block(&self) -> Result<u32> {
+    pub(in super::super) fn block(&self) -> Result<u32> {
         block_number(self.position())
     }
 
@@ -58,7 +75,7 @@ impl<'f> Disk<'f> {
     }
 
     /// Appends bytes that were reserved.
-    pub(super) fn append(&mut self, mut bytes: &[u8]) -> Result<()> {
+    pub(in super::super) fn append(&mut self, mut bytes: &[u8]) -> Result<()> {
         while !bytes.is_empty() {
             let (now, later) = bytes.split_at(bytes.len().min(BUFFER - self.buffer.len()));
             self.buffer.extend_from_slice(now);
@@ -71,7 +88,7 @@ impl<'f> Disk<'f> {
     }
 
     /// Fills up with zeros to a multiple of `align`.
-    pub(super) fn pad(&mut self, align: u64) -> Result<()> {
+    pub(in super::super) fn pad(&mut self, align: u64) -> Result<()> {
         let zeros = [0; BLOCK as usize];
         let missing = self.position().wrapping_neg() % align;
         self.append(zeros.get(..usize::try_from(missing).unwrap_or(0)).unwrap_or_default())
@@ -89,7 +106,7 @@ impl<'f> Disk<'f> {
     /// Writes the buffer, but for blocks of zeros: the file is new, so these are holes.
     fn flush(&mut self) -> Result<()> {
         self.budget.check()?;
-        let start = self.at;
+        let start = self.at.saturating_sub(self.elsewhere);
         self.at += self.buffer.len() as u64;
         // A buffer may begin within a block.
         let first = usize::try_from(start.wrapping_neg() % BLOCK).unwrap_or(0).min(self.buffer.len());
@@ -187,12 +204,23 @@ impl<'f> Disk<'f> {
         let blocks = self.block()?;
         self.flush()?;
         self.file.write_all_at(&superblock(blocks), 0)?;
-        self.file.set_len(self.at).doing(|| "setting the disk's length")?;
-        Ok(())
+        self.set_len()
+    }
+
+    /// The same of content alone.
+    pub(in super::super) fn finish_content(mut self) -> Result<()> {
+        self.pad(BLOCK)?;
+        self.flush()?;
+        self.set_len()
+    }
+
+    fn set_len(&self) -> Result<()> {
+        let len = self.at.saturating_sub(self.elsewhere);
+        self.file.set_len(len).doing(|| "setting the disk's length")
     }
 
     /// Charges the blocks that are not content.
-    pub(super) fn reserve_metadata(&self, bytes: u64) -> Result<()> {
+    pub(in super::super) fn reserve_metadata(&self, bytes: u64) -> Result<()> {
         self.reserve(bytes)
     }
 }

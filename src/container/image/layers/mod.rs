@@ -1,11 +1,41 @@
-//! Layers in the store: each is unpacked once, however many images have it.
+//! Layers in the store, and disks that are composed of them.
+//!
+//! Each layer is unpacked once, however many images have it. Its file has the content of its files as it lies on disks, and a log of
+//! its entries.
+//!
+//! Layers have no file systems of their own. Removals, hard links to lower layers and parents that are links below mean something only
+//! on top of what is below. So the logs of an image's layers are replayed, one upon the other. The tree that comes out is written as the
+//! metadata of one file system. It is small, and points into the layers' content.
 
-use super::budget::PrepareDeadline;
+mod compose;
+mod file;
+#[cfg(any(test, feature = "internals"))]
+pub(super) mod fuzzing;
+mod log;
+mod unpack;
+
+use std::fs::File;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use sha2::Digest as _;
+
+use super::budget::{Budget, PrepareDeadline};
 use super::limits::ImageLimits;
-use super::oci::{ImageSource, LayerObserver, Resolved};
+use super::oci::{Digest, ImageSource, Layer, LayerObserver, LayerPhase, LayerProgress, Resolved};
 use super::store::Store;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Context, Error, ErrorKind, Result};
 use crate::size::Size;
+use crate::sys;
+use crate::vm::disk::DiskPiece;
+use compose::PlacedLayers;
+use file::LayerFile;
+
+/// Layers that are unpacked at once, and the stack of each thread that does it.
+const PARALLEL: usize = 3;
+const STACK: usize = 512 << 10;
+/// After how many bytes an observer is called again.
+const OBSERVED: u64 = 256 << 10;
 
 /// What one layer, and a whole image, may take.
 #[derive(Debug, Clone)]
@@ -20,12 +50,98 @@ pub(super) struct Allowed {
 /// # Errors
 /// What `source` fails with. `Corrupt` names the layer that is damaged or not what its digests say.
 pub(super) fn prepare_layers(
-    _store: &Store,
-    _source: &dyn ImageSource,
-    _image: &Resolved,
-    _allowed: &Allowed,
-    _deadline: &PrepareDeadline,
-    _observer: &LayerObserver<'_>,
+    store: &Store,
+    source: &dyn ImageSource,
+    image: &Resolved,
+    allowed: &Allowed,
+    deadline: &PrepareDeadline,
+    observer: &LayerObserver<'_>,
 ) -> Result<()> {
-    Err(Error::new(ErrorKind::Unsupported, "images in layers"))
+    let work = Work { store, source, layers: &image.layers, allowed, deadline, observer };
+    let (next, failed, failure) = (AtomicUsize::new(0), AtomicBool::new(false), Mutex::new(None));
+    let run = || {
+        while !failed.load(Ordering::Relaxed) {
+            let n = next.fetch_add(1, Ordering::Relaxed);
+            let Some(layer) = image.layers.get(n) else { return };
+            // The first of a digest does it for all.
+            if image.layers.iter().take(n).any(|other| other.diff_id == layer.diff_id) {
+                work.report(n, layer, 0, LayerPhase::Present);
+                continue;
+            }
+            if let Err(error) = work.prepare(n, layer) {
+                failed.store(true, Ordering::Relaxed);
+                failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+            }
+        }
+    };
+    std::thread::scope(|scope| {
+        for _ in 1..PARALLEL.min(image.layers.len()) {
+            // With fewer threads it takes longer, and nothing else.
+            if let Err(error) = sys::spawn_scoped(scope, "image layer".into(), STACK, run) {
+                ::log::debug!("starting a thread for a layer: {error}");
+            }
+        }
+        run();
+    });
+    failure.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
+}
+
+struct Work<'a> {
+    store: &'a Store,
+    source: &'a dyn ImageSource,
+    layers: &'a [Layer],
+    allowed: &'a Allowed,
+    deadline: &'a PrepareDeadline,
+    observer: &'a LayerObserver<'a>,
+}
+
+impl Work<'_> {
+    fn report(&self, n: usize, layer: &Layer, received: u64, phase: LayerPhase) {
+        let (layers, digest, size) = (self.layers.len(), layer.blob.digest.clone(), layer.blob.size);
+        (self.observer)(&LayerProgress { layer: n, layers, digest, received, size, phase });
+    }
+
+    fn prepare(&self, n: usize, layer: &Layer) -> Result<()> {
+        let mut made = false;
+        let file = self.store.get_or_make_layer(&layer.diff_id, self.deadline, |to| {
+            made = true;
+            self.report(n, layer, 0, LayerPhase::Reading);
+            let budget = Budget::new(&self.allowed.limits, self.allowed.max_size, self.deadline);
+            let told = Mutex::new(0);
+            let observe = |received: u64| {
+                let mut told = told.lock().unwrap_or_else(PoisonError::into_inner);
+                if received >= *told + OBSERVED || received == layer.blob.size {
+                    *told = received;
+                    self.report(n, layer, received, LayerPhase::Reading);
+                }
+            };
+            unpack::unpack(self.source, layer, to, &budget, self.deadline, &observe)
+        });
+        file.doing(|| format!("layer {n}, {}", layer.blob.digest))?;
+        let (received, phase) = if made { (layer.blob.size, LayerPhase::Done) } else { (0, LayerPhase::Present) };
+        self.report(n, layer, received, phase);
+        Ok(())
+    }
+}
+
+/// The disk of an image whose layers are in the store. Its metadata is written where it is not there yet.
+///
+/// # Errors
+/// `NotFound` names a layer that is not there. `Corrupt` and `Unsupported` name layer and entry. `InvalidConfig` beyond a limit.
+pub(super) fn compose(
+    store: &Store,
+    diff_ids: &[Digest],
+    allowed: &Allowed,
+    deadline: &PrepareDeadline,
+) -> Result<Vec<DiskPiece<Arc<File>>>> {
+    let placed = PlacedLayers::place(diff_ids, |diff_id| {
+        let file = store.layer(diff_id, deadline)?;
+        let missing = || Error::new(ErrorKind::NotFound, format!("layer {diff_id} is not in the store"));
+        LayerFile::open(file.ok_or_else(missing)?).doing(|| format!("layer {diff_id}"))
+    })?;
+    let mut key = super::begin().chain_update(b"layers\n");
+    diff_ids.iter().for_each(|diff_id| key.update(format!("{diff_id}\n")));
+    let key = super::hex(&key.finalize());
+    let metadata = store.get_or_make(&key, deadline, |to| placed.write_metadata(to, allowed, deadline))?;
+    placed.pieces(metadata)
 }

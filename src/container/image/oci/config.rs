@@ -11,7 +11,7 @@ use crate::error::{Error, ErrorKind, Result};
 
 /// Says how an image wants to be run. An image of a plain archive or directory says nothing.
 ///
-/// All of it is the word of whoever made the image.
+/// All of it is the word of the image's maker, who may be a stranger.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ImageConfig {
@@ -231,7 +231,7 @@ mod tests {
     fn damaged_configuration_is_refused() {
         for text in [
             "",
-            "[]",
+            "[1]",
             r#"{"config":{"Env":[1]}}"#,
             r#"{"rootfs":{"diff_ids":["x"]}}"#,
             r#"{"config":{"User":"a\u0000b"}}"#,

@@ -15,3 +15,10 @@ pub(in super::super) struct Descriptor {
     #[serde(default)]
     pub annotations: BTreeMap<String, String>,
 }
+
+impl Descriptor {
+    /// Of a blob of which no manifest says more.
+    pub(in super::super) fn of(digest: Digest, size: u64) -> Self {
+        Self { media_type: String::new(), digest, size, annotations: BTreeMap::new() }
+    }
+}

@@ -1,5 +1,6 @@
-//! [`Manifest`]: the index or the manifest behind a descriptor, in the forms of OCI and of Docker (image-spec,
-//! image-index.md and manifest.md; distribution, manifest-v2-2.md).
+//! [`Manifest`]: the index or the manifest behind a descriptor.
+//!
+//! Both have a form of OCI (image-spec, image-index.md and manifest.md) and one of Docker (distribution, manifest-v2-2.md).
 
 use serde::Deserialize;
 

@@ -1,4 +1,4 @@
-//! [`resolve`]: from an index or a manifest to the configuration and the layers of one image.
+//! [`resolve`]: from an index or a manifest to the parts of one image.
 
 use std::io::Read;
 
@@ -35,6 +35,19 @@ pub(in super::super) struct Resolved {
     pub image: ImageConfig,
     /// The lowest first.
     pub layers: Vec<Layer>,
+}
+
+impl Resolved {
+    /// An image that has a configuration and no manifest.
+    pub(in super::super) fn without_manifest(config: Vec<u8>, image: ImageConfig, layers: Vec<Layer>) -> Self {
+        let descriptor = Descriptor::of(Digest::sha256(&config), config.len() as u64);
+        let manifest = Blob { descriptor: descriptor.clone(), bytes: Vec::new() };
+        Self { manifest, config: Blob { descriptor, bytes: config }, image, layers }
+    }
+
+    pub(in super::super) fn diff_ids(&self) -> Vec<Digest> {
+        self.layers.iter().map(|layer| layer.diff_id.clone()).collect()
+    }
 }
 
 /// Reads a document of at most 4 MiB, and checks its size and digest.
@@ -77,18 +90,35 @@ pub(in super::super) fn resolve(
     deadline: &PrepareDeadline,
 ) -> Result<Resolved> {
     let (manifest, parsed) = find(source, root, platform, deadline)?;
-    let reading = || format!("configuration {}", parsed.config.digest);
     let config = read_document(source, &parsed.config, deadline)?;
-    let Configuration { image, platform: own, diff_ids } = Configuration::parse(&config.bytes).doing(reading)?;
-    if !own.os().is_empty() && !own.architecture().is_empty() && platform.distance(&own).is_none() {
-        return Err(no_such_platform(platform, &[own]));
-    }
-    if diff_ids.len() != parsed.layers.len() {
-        let what = format!("it has digests of {} layers, and the manifest has {}", diff_ids.len(), parsed.layers.len());
-        return Err(Error::new(ErrorKind::Corrupt, what).doing(reading()));
-    }
+    let (image, diff_ids) = resolve_config(&config.bytes, parsed.layers.len(), Some(platform))
+        .doing(|| format!("configuration {}", parsed.config.digest))?;
     let layers = parsed.layers.into_iter().zip(diff_ids).map(|(blob, diff_id)| Layer { blob, diff_id }).collect();
     Ok(Resolved { manifest, config, image, layers })
+}
+
+/// Reads the configuration of an image of so many layers, for `platform` where one is asked for.
+///
+/// # Errors
+/// `NotFound` where it is for another platform; `Corrupt` for what does not fit.
+pub(in super::super) fn resolve_config(
+    bytes: &[u8],
+    layers: usize,
+    platform: Option<&Platform>,
+) -> Result<(ImageConfig, Vec<Digest>)> {
+    let Configuration { image, platform: own, diff_ids } = Configuration::parse(bytes)?;
+    if let Some(wanted) = platform
+        && !own.os().is_empty()
+        && !own.architecture().is_empty()
+        && wanted.distance(&own).is_none()
+    {
+        return Err(no_such_platform(wanted, &[own]));
+    }
+    if diff_ids.len() != layers {
+        let what = format!("it has digests of {} layers, and the manifest has {layers}", diff_ids.len());
+        return Err(Error::new(ErrorKind::Corrupt, what));
+    }
+    Ok((image, diff_ids))
 }
 
 /// Goes down from index to index.
@@ -238,10 +268,11 @@ mod tests {
     #[test]
     fn nested_indexes_are_followed_to_a_limit() {
         let mut all = Documents::default();
-        let mut index = all.image("linux/amd64");
-        for depth in 1..=MAX_DOCUMENTS {
-            let found = resolved(&all, &index, "linux/amd64");
-            assert_eq!(found.is_ok(), depth <= MAX_DOCUMENTS, "{depth}");
+        let entries = [all.entry("linux/amd64"), all.entry("linux/arm")];
+        let mut index = all.index(&entries);
+        // An index and the manifest are two documents.
+        for documents in 2..=MAX_DOCUMENTS {
+            resolved(&all, &index, "linux/amd64").unwrap_or_else(|error| panic!("{documents}: {error}"));
             let other = all.entry("linux/arm");
             index = all.index(&[format!("{{{index}}}"), other]);
         }

@@ -1,6 +1,7 @@
 //! Reads an image from a tar archive. Nothing is unpacked onto the host: entries go into the tree, content onto the disk.
 
 mod header;
+mod members;
 mod pax;
 mod sparse;
 mod stream;
@@ -10,10 +11,11 @@ use super::content::{SparseExtent, SparseMap};
 use super::erofs::Disk;
 use super::path::{EntryPath, shown, symlink_target};
 use super::recognize;
-use super::tree::{FileData, InodeKind, InodeTree, Metadata};
+use super::tree::{EntrySink, FileData, InodeKind, Metadata};
 use super::xattr::{self, Holder};
 use crate::error::{Context, Error, ErrorKind, Result};
 use header::{TarHeader, text};
+pub(super) use members::{Member, Members, Seekable, Sequential, list as list_members};
 use pax::Pax;
 pub(super) use stream::Stream;
 
@@ -34,9 +36,18 @@ impl Pending {
 
 /// Where everything of an archive goes.
 pub(super) struct ImageBuilder<'a, 'f> {
-    pub tree: &'a mut InodeTree,
+    pub tree: &'a mut dyn EntrySink,
     pub disk: &'a mut Disk<'f>,
     pub budget: &'a Budget,
+}
+
+/// What an archive is, which decides on how it may end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum ArchiveKind {
+    /// Of a whole root file system: with entries, and with an end that is not cut off.
+    RootFs,
+    /// Of a layer, which may be empty. Its digest says whether it is whole.
+    Layer,
 }
 
 fn corrupt(what: impl Into<std::borrow::Cow<'static, str>>) -> Error {
@@ -51,12 +62,13 @@ fn unsupported(what: impl Into<std::borrow::Cow<'static, str>>) -> Error {
 ///
 /// # Errors
 /// `Corrupt` for what is no archive, or is cut off; `Unsupported` for what cannot be kept.
-pub(super) fn read(stream: &mut Stream<'_>, to: &mut ImageBuilder<'_, '_>) -> Result<()> {
+pub(super) fn read(stream: &mut Stream<'_>, to: &mut ImageBuilder<'_, '_>, kind: ArchiveKind) -> Result<()> {
     recognize::no_other_format(stream.peek()?)?;
     let (mut entries, mut global, mut pending) = (0u64, Pax::default(), Pending::default());
     loop {
         let block = match stream.block() {
             Ok(Some(block)) => block,
+            Ok(None) if kind == ArchiveKind::Layer => break,
             // An archive ends with a block of zeros; one that merely stops was cut off between two entries.
             Ok(None) if entries > 0 => return Err(corrupt("the archive is cut off at its end")),
             Ok(None) => return Err(corrupt("not a tar archive: it is empty")),
@@ -119,10 +131,10 @@ pub(super) fn read(stream: &mut Stream<'_>, to: &mut ImageBuilder<'_, '_>) -> Re
     if !pending.is_empty() {
         return Err(corrupt("the archive ends behind an extended header, without its entry"));
     }
-    if entries == 0 {
+    if entries == 0 && kind == ArchiveKind::RootFs {
         return Err(corrupt("not a tar archive with anything in it: it begins with zeros, as disk images do"));
     }
-    recognize::no_other_image(to.tree)
+    Ok(())
 }
 
 /// The data of a header that extends others.

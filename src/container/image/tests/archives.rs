@@ -79,12 +79,12 @@ fn damaged_or_hostile_archives_are_refused_with_the_entry() {
 #[test]
 fn layered_image_archives_are_recognized() {
     let saved = [Made::file("./manifest.json", "[]"), Made::file("./c.json", "{}"), Made::file("l/layer.tar", "x")];
+    let error = refused(&saved);
+    assert_eq!(error.kind(), ErrorKind::Unsupported);
+    assert!(error.to_string().contains("docker export"), "{error}");
     let layout = [Made::file("oci-layout", "{}"), Made::file("index.json", "{}"), Made::directory("blobs")];
-    for entries in [&saved[..], &layout[..]] {
-        let error = refused(entries);
-        assert_eq!(error.kind(), ErrorKind::Unsupported);
-        assert!(error.to_string().contains("docker export"), "{error}");
-    }
+    let error = refused(&layout);
+    assert!(error.kind() == ErrorKind::Corrupt && error.to_string().contains("oci-layout: "), "{error}");
     tree(&[Made::file("manifest.json", "a program's"), Made::directory("etc")]).unwrap();
 }
 

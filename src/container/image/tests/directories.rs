@@ -55,8 +55,7 @@ fn missing_root_file_system_is_reported() {
     fs::write(root.join("oci-layout"), "{}").unwrap();
     fs::write(root.join("index.json"), "{}").unwrap();
     let error = prepare();
-    assert_eq!(error.kind(), ErrorKind::Unsupported);
-    assert!(error.to_string().contains("docker export"), "{error}");
+    assert!(error.kind() == ErrorKind::Corrupt && error.to_string().contains("oci-layout: "), "{error}");
 }
 
 /// Files and directories are swapped while read, for pipes and links into the embedder's files.
@@ -93,7 +92,7 @@ fn links_swapped_in_during_reading_are_not_followed() {
         for n in 0..100 {
             let cache = temp.0.join(format!("cache-{n}"));
             let image = Image::open(&root).unwrap().cache_dir(&cache).prepare_timeout(Duration::from_secs(60));
-            let Ok(disk) = image.disk(None) else { continue };
+            let Ok(disk) = image.disk(None).map(ImageDisk::into_file) else { continue };
             whole += 1;
             for (path, node) in Reader::open(&disk).tree(100) {
                 assert_ne!(node.content, b"secret", "{}", String::from_utf8_lossy(&path));

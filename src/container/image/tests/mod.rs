@@ -4,8 +4,11 @@ mod archives;
 mod directories;
 mod gnu_tar;
 mod hostile;
+mod layered;
+mod local;
 mod maker;
 mod stored;
+mod umoci;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -51,7 +54,8 @@ fn prepare_with(bytes: &[u8], set: impl FnOnce(Image) -> Image) -> Result<(Temp,
         Ok(()) => Ok((temp, disk.unwrap())),
         Err(error) => {
             let left: Vec<_> = fs::read_dir(temp.0.join("cache")).unwrap().map(|e| e.unwrap().file_name()).collect();
-            assert!(left.iter().all(|name| name == "lock" || name == "known"), "left behind: {left:?}");
+            let known = ["lock", "known", "layers", "blobs"];
+            assert!(left.iter().all(|name| known.iter().any(|it| name == it)), "left behind: {left:?}");
             Err(error)
         }
     }

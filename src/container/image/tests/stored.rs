@@ -17,7 +17,7 @@ fn motd(file: &File) -> Vec<u8> {
 }
 
 fn disk(image: &Image) -> Result<File> {
-    image.disk(None)
+    image.disk(None).map(ImageDisk::into_file)
 }
 
 #[test]
@@ -170,7 +170,7 @@ fn independent_builders_do_not_conflict() {
     store.get_or_make(&digest, &deadline, |_| panic!("it is there")).unwrap();
     store.get_or_make(&other, &deadline, |file| write(file, "other")).unwrap();
     let names = fs::read_dir(&dir).unwrap().count();
-    assert_eq!(names, 4, "two disks, the lock, what is known, and nothing else");
+    assert_eq!(names, 6, "two disks, the lock, three directories, and nothing else");
 }
 
 #[test]
@@ -184,4 +184,19 @@ fn index_entries_are_found_and_damaged_ones_replaced() {
     assert_eq!(store.remembered("it"), Some("a".repeat(64)));
     store.forget("it");
     assert_eq!(store.remembered("it"), None);
+}
+
+#[test]
+fn damaged_document_in_the_store_is_not_believed() {
+    let temp = Temp::new();
+    let store = store::Store::open(Some(temp.0.join("cache"))).unwrap();
+    let digest = oci::Digest::sha256(b"{}");
+    assert_eq!(store.blob(&digest).unwrap(), None);
+    store.put_blob(&digest, b"{}").unwrap();
+    assert_eq!(store.blob(&digest).unwrap().unwrap(), b"{}");
+    let path = temp.0.join(format!("cache/blobs/sha256-{}", digest.hex()));
+    fs::write(&path, "{ }").unwrap();
+    assert_eq!(store.blob(&digest).unwrap(), None);
+    store.put_blob(&digest, b"{}").unwrap();
+    assert_eq!(fs::read(path).unwrap(), b"{}");
 }

@@ -1,5 +1,6 @@
 //! [`BlockBackend`]: where a disk's bytes are. Owned by the disk's loop, its only caller.
 
+mod concat;
 mod direct;
 #[cfg(any(test, feature = "internals"))]
 pub(crate) mod fuzzing;
@@ -14,6 +15,7 @@ use std::fmt;
 use std::io;
 use std::os::fd::RawFd;
 
+pub(crate) use concat::{ConcatFile, FilePiece};
 pub(crate) use direct::DirectFile;
 pub(crate) use overlay::{BasePath, OverlayFile, compact, create, flatten, freeze, rebase};
 #[cfg(feature = "qcow2")]
