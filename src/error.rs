@@ -21,7 +21,7 @@ pub enum ErrorKind {
     AlreadyExists,
     /// The host's kernel refused access; the message says how to get it.
     PermissionDenied,
-    /// The host lacks memory, descriptors, threads or disk space.
+    /// The host lacks memory, descriptors, threads or disk space, or a registry's rate limit is used up.
     ResourceExhausted,
     /// Another has it: a disk's lock, a port, a device; the message names it.
     ResourceBusy,

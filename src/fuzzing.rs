@@ -372,6 +372,18 @@ pub fn oci_layer_file(data: &[u8]) {
     crate::container::oci_layer_file(data);
 }
 
+/// Any text as the name of an image.
+#[cfg(any(feature = "container", test))]
+pub fn reference(data: &[u8]) {
+    crate::container::fuzz_reference(data);
+}
+
+/// Any header by which a registry says how to authenticate.
+#[cfg(feature = "registry")]
+pub fn auth_challenge(data: &[u8]) {
+    crate::container::fuzz_challenge(data);
+}
+
 /// Devices with a driver in front of them, for `benches/virtio.rs`.
 #[cfg(feature = "internals")]
 pub mod bench {
@@ -524,7 +536,7 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(64))]
         #[test]
         fn arbitrary_bytes_never_panic(data in proptest::collection::vec(any::<u8>(), 0..600)) {
-            for target in [queue, mmio, blk_request, balloon, vsock_packet, proto_frame, control_stream, kernel_image, kernel_module, image_tar, oci_manifest, oci_layer, oci_layer_file, overlay, qcow2] {
+            for target in [queue, mmio, blk_request, balloon, vsock_packet, proto_frame, control_stream, kernel_image, kernel_module, image_tar, oci_manifest, oci_layer, oci_layer_file, reference, overlay, qcow2] {
                 target(&data);
             }
         }

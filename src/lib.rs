@@ -89,6 +89,7 @@
 //! | --- | --- |
 //! | `Image::open` | 10 s |
 //! | `Image::prepare`, `Image::config` | `Image::prepare_timeout`, 10 minutes unless set, and 4 s; 4 s once its `CancelToken` is cancelled |
+//! | `Image::pull`, `Registry::pull` | `Registry::timeout`, 30 minutes unless set, and 4 s; 4 s once its `CancelToken` is cancelled |
 //! | `ContainerBuilder::start` | the same, then `ContainerBuilder::start_timeout`, 30 s unless set, and 4 s; less when its `CancelToken` is cancelled |
 //! | [`VmBuilder::start`] | for the host alone |
 //! | `Exec::spawn` | until the guest has started the program: 72 s, or `Exec::timeout` and 2 s |
@@ -134,6 +135,7 @@
 //! | `capture` | [`Capture`](net::Capture) | writes it, and may block |
 //! | `agent` | container | speaks with the guest |
 //! | `image` | image that is opened or prepared | reads and writes it |
+//! | `pull` | pull of an image | ends requests that wait when the pull is cancelled |
 //! | `stdin`, `stdout`, `stderr` | stream of a process that is a file or bytes (`Stdio`) | carries them, and may block |
 //! | `left-behind` | disk whose file does not answer at the end | owns what the kernel still uses |
 //! | `reaper` | VM whose last handle was dropped on a thread of its own | waits for its end |
@@ -236,6 +238,9 @@ pub mod process {
 /// What an [`Image`] may be.
 #[cfg(feature = "container")]
 pub mod image {
+    pub use crate::container::{Collected, Digest, ImageStore, LayerPhase, LayerProgress, PulledImageInfo, Reference};
+    #[cfg(feature = "registry")]
+    pub use crate::container::{Credentials, Fetch, FetchRequest, FetchResponse, Registry};
     pub use crate::container::{Healthcheck, ImageConfig, ImageLimits, Platform};
 }
 

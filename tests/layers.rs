@@ -85,6 +85,11 @@ const CRATES: &[(&str, &[&str])] = &[
     ("acpi_tables", &["arch"]),
     // In containers for a checksum, and for images.
     ("flate2", &["boot", "container"]),
+    ("ureq", &["container"]),
+    ("rustls_graviola", &["container"]),
+    ("graviola", &["container"]),
+    ("webpki_root_certs", &["container"]),
+    ("base64", &["container"]),
     ("lzma_rust2", &["boot", "container"]),
     ("ruzstd", &["boot", "container"]),
     ("bzip2", &["container"]),

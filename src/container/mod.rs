@@ -26,6 +26,13 @@ pub(crate) use control::control_stream;
 pub use exec::{Exec, Stdio};
 #[cfg(any(test, feature = "internals"))]
 pub use generation::renew_container_generation;
+#[cfg(all(feature = "registry", any(test, feature = "internals")))]
+pub(crate) use image::fuzz_challenge;
+#[cfg(any(test, feature = "internals"))]
+pub(crate) use image::fuzz_reference;
+pub use image::{Collected, Digest, ImageStore, LayerPhase, LayerProgress, PulledImageInfo, Reference};
+#[cfg(feature = "registry")]
+pub use image::{Credentials, Fetch, FetchRequest, FetchResponse, Registry};
 pub use image::{Healthcheck, Image, ImageConfig, ImageLimits, Platform};
 #[cfg(any(test, feature = "internals"))]
 pub(crate) use image::{image_tar, oci_layer, oci_layer_file, oci_manifest};

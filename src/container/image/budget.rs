@@ -39,6 +39,16 @@ impl PrepareDeadline {
         Self { late, ..Self::new(timeout, None) }
     }
 
+    /// The same, with another beginning of its error.
+    pub(super) fn late(self, late: &'static str) -> Self {
+        Self { late, ..self }
+    }
+
+    /// How much of the time is left.
+    pub(super) fn left(&self) -> Duration {
+        self.deadline.map_or(Duration::MAX, |deadline| deadline.saturating_duration_since(Instant::now()))
+    }
+
     /// # Errors
     /// `TimedOut` and `Cancelled`.
     pub(super) fn check(&self) -> Result<()> {

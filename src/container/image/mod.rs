@@ -16,7 +16,10 @@ mod local;
 #[allow(dead_code, unused_imports, reason = "images of registries come next")]
 mod oci;
 mod path;
+mod pulled;
 mod recognize;
+#[cfg(feature = "registry")]
+mod registry;
 mod seal;
 #[cfg(feature = "signatures")]
 #[allow(dead_code, unused_imports, reason = "pulls come next")]
@@ -34,7 +37,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use sha2::{Digest, Sha256};
+use sha2::{Digest as _, Sha256};
 
 use super::CancelToken;
 use crate::error::{Context, Error, ErrorKind, Result};
@@ -49,8 +52,17 @@ pub(crate) use fuzzing::{image_tar, oci_layer, oci_layer_file, oci_manifest};
 use layers::Allowed;
 pub use limits::ImageLimits;
 use local::{ImageFiles, LocalImages};
+#[cfg(any(test, feature = "internals"))]
+pub(crate) use oci::fuzz_reference;
+pub use oci::{Digest, LayerPhase, LayerProgress, Reference};
 pub use oci::{Healthcheck, ImageConfig, Platform};
-use store::{FileIdentity, Store};
+use pulled::PulledImage;
+#[cfg(all(feature = "registry", any(test, feature = "internals")))]
+pub(crate) use registry::fuzz_challenge;
+#[cfg(feature = "registry")]
+pub use registry::{Credentials, Fetch, FetchRequest, FetchResponse, Registry};
+pub use store::{Collected, ImageStore, PulledImageInfo};
+use store::{FileIdentity, NameRecord, Store};
 use tar::{ArchiveKind, ImageBuilder, Stream};
 use tree::InodeTree;
 
@@ -109,10 +121,12 @@ pub struct Image {
     cancel: Option<CancelToken>,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 enum ImageKind {
     Archive,
     Directory,
+    /// In the store, under this name. The path is its reference.
+    Pulled(Arc<NameRecord>),
 }
 
 /// The disk of an image that was prepared.
@@ -176,19 +190,26 @@ impl Image {
                 return Err(Error::new(ErrorKind::InvalidConfig, "neither a file nor a directory").doing(doing()));
             }
         };
-        let path = std::path::absolute(path).doing(doing)?;
-        let (limits, prepare_timeout) = (ImageLimits::default(), Duration::from_secs(600));
-        Ok(Self {
+        Ok(Self::of(std::path::absolute(path).doing(doing)?, kind))
+    }
+
+    fn of(path: PathBuf, kind: ImageKind) -> Self {
+        Self {
             path,
             kind,
             select: None,
             platform: Platform::host(),
             cache: None,
             max_size: Size::gib(16),
-            limits,
-            prepare_timeout,
+            limits: ImageLimits::default(),
+            prepare_timeout: Duration::from_secs(600),
             cancel: None,
-        })
+        }
+    }
+
+    /// One that is in the store.
+    fn pulled(record: NameRecord) -> Self {
+        Self::of(PathBuf::from(&record.reference), ImageKind::Pulled(Arc::new(record)))
     }
 
     /// Chooses one of several images by its name or its digest.
@@ -313,6 +334,11 @@ impl Image {
     /// Looks at what is there.
     fn content(&self, deadline: &PrepareDeadline) -> Result<Content> {
         let budget = self.budget(deadline);
+        if let ImageKind::Pulled(record) = &self.kind {
+            let store = Store::open(self.cache.clone())?;
+            store.touch(&record.reference);
+            return Ok(Content::Layers(Box::new(PulledImage::new(store, NameRecord::clone(record)))));
+        }
         if self.kind == ImageKind::Directory {
             let files = ImageFiles::Directory(Beneath::open(&self.path)?);
             return match recognize::may_be_layers(&self.path).then(|| local::images(files, &budget)).transpose()? {

@@ -1,6 +1,10 @@
 //! The cache of prepared disks and layers, found by digest. Each is made once however many callers ask, is never seen
 //! half-made, and is its user's alone.
 
+mod housekeeping;
+mod names;
+mod presence;
+
 use std::collections::BTreeSet;
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, Read, Write};
@@ -17,6 +21,9 @@ use super::seal::{self, Seal};
 use super::{begin, hex, oci};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::sys::{self, AtomicFile, Beneath, CloseOnFork};
+pub use housekeeping::{Collected, ImageStore, PulledImageInfo};
+pub(super) use names::NameRecord;
+use presence::Presence;
 
 /// Of files and of directories: their user's alone, as images hold secrets.
 const FILE_MODE: u32 = 0o600;
@@ -63,6 +70,8 @@ pub(super) struct Store {
     layers: Shelf,
     #[allow(dead_code, reason = "images of registries come next")]
     blobs: Shelf,
+    /// As long as it is held, nothing new is removed.
+    _presence: Option<Presence>,
 }
 
 /// One directory of the store.
@@ -113,6 +122,12 @@ impl Store {
     /// `NotFound` when no directory was given and the user has no cache. `PermissionDenied` for a directory that others
     /// can write to. Else what making it fails with.
     pub(super) fn open(dir: Option<PathBuf>) -> Result<Self> {
+        let store = Self::for_removal(dir)?;
+        Ok(Self { _presence: Presence::shared(&store.disks)?, ..store })
+    }
+
+    /// The same without a lock on what is there.
+    fn for_removal(dir: Option<PathBuf>) -> Result<Self> {
         let own = dir.is_none();
         let dir = dir.or_else(|| sys::cache_dir().map(|dir| dir.join("images"))).ok_or_else(|| {
             Error::new(ErrorKind::NotFound, "no cache directory: set HOME or XDG_CACHE_HOME, or use `Image::cache_dir`")
@@ -123,7 +138,7 @@ impl Store {
         }
         let disks = Shelf::open(&dir, dir.clone())?;
         let [known, layers, blobs] = ["known", "layers", "blobs"].map(|name| disks.within(name));
-        Ok(Self { known: known?, layers: layers?, blobs: blobs?, disks })
+        Ok(Self { known: known?, layers: layers?, blobs: blobs?, _presence: None, disks })
     }
 
     /// The digest of a file that was seen before and has not changed since.

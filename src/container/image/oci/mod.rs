@@ -7,6 +7,7 @@ mod descriptor;
 mod digest;
 mod manifest;
 mod platform;
+mod reference;
 mod resolve;
 mod source;
 
@@ -16,6 +17,9 @@ pub use digest::Digest;
 pub(super) use digest::{Hasher, Verified};
 pub(super) use manifest::{MAX_DOCUMENT, MAX_LAYERS, Manifest, accepted, json};
 pub use platform::Platform;
+pub use reference::Reference;
+#[cfg(any(test, feature = "internals"))]
+pub(crate) use reference::fuzz as fuzz_reference;
 pub(super) use resolve::{Blob, Layer, Resolved, from_reader, read_document, resolve, resolve_config};
 pub(super) use source::{ImageSource, LayerObserver};
 pub use source::{LayerPhase, LayerProgress};

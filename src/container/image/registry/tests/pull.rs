@@ -1,0 +1,152 @@
+//! Whole pulls from a registry in memory.
+
+use std::io;
+use std::sync::Mutex;
+
+use super::super::fetch::{Fetch, FetchRequest, FetchResponse};
+use super::*;
+use crate::container::image::store::{ImageStore, Store};
+use crate::error::ErrorKind;
+
+/// A registry in memory, by the paths behind `https://r.example/v2/a/b/`.
+#[derive(Clone, Default)]
+struct Memory {
+    files: Arc<Mutex<BTreeMap<String, Vec<u8>>>>,
+    asked: Arc<Mutex<Vec<String>>>,
+}
+
+impl Fetch for Memory {
+    fn fetch(&self, request: &FetchRequest) -> io::Result<FetchResponse> {
+        assert!(request.timeout() <= super::super::DEFAULT_TIMEOUT && request.body().is_empty());
+        assert!(!format!("{request:?}").is_empty() && request.headers().all(|(name, _)| name != "authorization"));
+        let path = request.url().strip_prefix("https://r.example/v2/a/b/").unwrap().to_owned();
+        let found = self.files.lock().unwrap().get(&path).cloned();
+        self.asked.lock().unwrap().push(format!("{} {path}", request.method()));
+        Ok(match found {
+            Some(bytes) => FetchResponse::new(200, io::Cursor::new(bytes)),
+            None => FetchResponse::new(404, io::empty()),
+        })
+    }
+}
+
+impl Memory {
+    fn blob(&self, folder: &str, bytes: &[u8]) -> String {
+        let digest = Digest::sha256(bytes);
+        self.files.lock().unwrap().insert(format!("{folder}/{digest}"), bytes.to_vec());
+        format!(r#""digest":"{digest}","size":{}"#, bytes.len())
+    }
+
+    /// An image whose layers are empty archives of different lengths, called by this tag.
+    fn image(&self, tag: &str, layers: &[usize]) {
+        let tar = |blocks: usize| vec![0; 1024 + blocks * 512];
+        let blob = |n: &usize| {
+            format!(r#"{{"mediaType":"application/vnd.oci.image.layer.v1.tar",{}}}"#, self.blob("blobs", &tar(*n)))
+        };
+        let described: Vec<_> = layers.iter().map(blob).collect();
+        let diff_ids: Vec<_> = layers.iter().map(|n| format!("\"{}\"", Digest::sha256(&tar(*n)))).collect();
+        let config = self.blob("blobs", format!(r#"{{"rootfs":{{"diff_ids":[{}]}}}}"#, diff_ids.join(",")).as_bytes());
+        let manifest = format!(
+            r#"{{"mediaType":"application/vnd.oci.image.manifest.v1+json","config":{{"mediaType":"application/vnd.oci.image.config.v1+json",{config}}},"layers":[{}]}}"#,
+            described.join(",")
+        );
+        self.files.lock().unwrap().insert(format!("manifests/{tag}"), manifest.into_bytes());
+    }
+
+    fn asked(&self) -> Vec<String> {
+        std::mem::take(&mut *self.asked.lock().unwrap())
+    }
+
+    fn registry(&self, temp: &Temp) -> super::super::Registry {
+        super::super::Registry::new().fetcher(self.clone()).cache_dir(&temp.0).user_credentials(false)
+    }
+}
+
+#[test]
+fn fetcher_of_the_embedder_is_asked_for_what_is_missing() {
+    let (temp, memory) = (Temp::new("fetcher"), Memory::default());
+    memory.image("1", &[0, 1]);
+    memory.image("2", &[0, 2]);
+    let registry = memory.registry(&temp);
+    let _ = registry.pull("r.example/a/b:1").unwrap();
+    assert_eq!(memory.asked().len(), 4, "a manifest, a configuration and two layers");
+    let _ = registry.pull("r.example/a/b:1").unwrap();
+    assert_eq!(memory.asked(), ["GET manifests/1"]);
+    let _ = registry.pull("r.example/a/b:2").unwrap();
+    assert_eq!(memory.asked().len(), 3, "one layer is shared");
+    let digest = Digest::sha256(&memory.files.lock().unwrap()["manifests/2"]);
+    let _ = registry.pull(format!("r.example/a/b@{digest}")).unwrap();
+    assert_eq!(memory.asked(), [""; 0], "what a digest names does not change");
+}
+
+#[test]
+fn damaged_layer_leaves_no_name_and_the_next_pull_mends_it() {
+    let (temp, memory) = (Temp::new("damaged"), Memory::default());
+    memory.image("1", &[0, 1]);
+    let layer =
+        memory.files.lock().unwrap().iter().find(|(_, bytes)| bytes.len() == 1536).map(|(path, _)| path.clone());
+    let whole = memory.files.lock().unwrap().insert(layer.clone().unwrap(), vec![1; 1536]).unwrap();
+    let error = memory.registry(&temp).pull("r.example/a/b:1").map(drop).unwrap_err();
+    assert!(error.kind() == ErrorKind::Corrupt && error.to_string().contains("layer 1"), "{error}");
+    let store = ImageStore::at(&temp.0);
+    assert!(store.list().unwrap().is_empty());
+    memory.files.lock().unwrap().insert(layer.unwrap(), whole);
+    memory.asked();
+    let _ = memory.registry(&temp).pull("r.example/a/b:1").unwrap();
+    assert_eq!(store.list().unwrap().len(), 1);
+    assert!(memory.asked().len() <= 4);
+    // Damage in the store is found, and mended by the next pull.
+    assert!(store.verify(LONG).unwrap().is_empty());
+    for folder in ["layers", "blobs"] {
+        let file = std::fs::read_dir(temp.0.join(folder)).unwrap().next().unwrap().unwrap().path();
+        std::fs::write(&file, "damage").unwrap();
+        assert_eq!(store.verify(LONG).unwrap(), [file]);
+        let _ = memory.registry(&temp).pull("r.example/a/b:1").unwrap();
+        assert!(store.verify(LONG).unwrap().is_empty(), "{folder}");
+    }
+}
+
+#[test]
+fn store_keeps_what_is_used_and_what_is_pinned() {
+    let (temp, memory) = (Temp::new("gc"), Memory::default());
+    let store = ImageStore::at(&temp.0);
+    for (tag, layers) in [("1", [0, 1]), ("2", [0, 2]), ("3", [0, 3])] {
+        memory.image(tag, &layers);
+        let _ = memory.registry(&temp).pull(format!("r.example/a/b:{tag}")).unwrap();
+    }
+    let tags = || {
+        store
+            .list()
+            .unwrap()
+            .into_iter()
+            .map(|it| it.reference.tag().unwrap_or_default().to_owned())
+            .collect::<Vec<_>>()
+    };
+    let used = |tag: &str, seconds| {
+        let inner = Store::open(Some(temp.0.clone())).unwrap();
+        inner.touch_at(&format!("r.example/a/b:{tag}"), std::time::UNIX_EPOCH + Duration::from_secs(seconds));
+    };
+    for (tag, seconds) in [("1", 30), ("2", 10), ("3", 20)] {
+        used(tag, seconds);
+    }
+    store.pin("r.example/a/b:1", true).unwrap();
+    used("1", 1);
+    // All of it may stay, and does.
+    assert!(store.gc(Size::gib(1)).unwrap().images.is_empty());
+    let before = store.disk_usage().unwrap();
+    // One byte less is one image less: the one that was used least recently and has no pin.
+    let collected = store.gc(Size::bytes(before.as_bytes() - 1)).unwrap();
+    assert_eq!(collected.images.iter().map(|it| it.tag().unwrap()).collect::<Vec<_>>(), ["2"]);
+    assert_eq!(collected.freed.as_bytes(), before.as_bytes() - store.disk_usage().unwrap().as_bytes());
+    assert_eq!(tags(), ["1", "3"]);
+    // What is new stays while the store is used, and the pin for as long as it is there.
+    store.remove("r.example/a/b:3").unwrap();
+    let user = Store::open(Some(temp.0.clone())).unwrap();
+    assert_eq!(store.gc(Size::bytes(0)).unwrap().freed, Size::bytes(0), "the store is used");
+    drop(user);
+    assert!(store.gc(Size::bytes(0)).unwrap().freed > Size::bytes(0));
+    assert_eq!(tags(), ["1"]);
+    memory.asked();
+    let _ = memory.registry(&temp).pull("r.example/a/b:1").unwrap();
+    assert_eq!(memory.asked(), ["GET manifests/1"], "its layers are there");
+    assert!(store.list().unwrap()[0].pinned, "it stays so");
+}
