@@ -33,7 +33,7 @@ soak: setup
 	@COFFERDAM_SOAK=$${COFFERDAM_SOAK:-20} .ci/test --test kvm
 
 bench: setup
-	@lab/need iperf3 passt
+	@lab/need docker-registry iperf3 passt skopeo umoci
 	cargo bench --all-features
 
 # Kernels and a whole system as Debian has them are for tests.
@@ -43,6 +43,8 @@ setup: base
 	@guest/system >/dev/null
 	@guest/rootfs storage >/dev/null
 	@guest/rootfs network >/dev/null
+	@guest/layout >/dev/null
+	@guest/layout services >/dev/null
 
 # The kernel and the root file system are for guests, the lab for machines without hardware KVM.
 base: tools

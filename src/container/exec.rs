@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::control::{StartRequest, start_program};
+use super::defaults::HOME;
 use super::process::{ExitStatus, Output, OutputLimit, Process, ProcessReader, ProcessShared, ProcessWriter};
 use super::redirect::SharedFile;
 use super::stdio::StdioListeners;
@@ -18,11 +19,6 @@ use crate::size::Size;
 use crate::sys::deadline;
 use crate::virtio::vsock::VsockStream;
 use crate::vm::Vm;
-
-/// Variables that a program has, unless the image or the caller sets them otherwise.
-const ENVIRONMENT: [(&str, &str); 2] =
-    [("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"), (HOME, "/root")];
-const HOME: &str = "HOME";
 
 /// Describes what one of a process's standard streams is connected to.
 #[derive(Debug, Clone, Default)]
@@ -87,8 +83,8 @@ impl From<ProcessReader> for Stdio {
 /// Nothing is done before [`Exec::spawn`], [`Exec::output`] or [`Exec::status`]. The container lives at least as long as
 /// this value, and as a call of `output` or `status`. A [`Process`] does not keep it.
 ///
-/// Nothing of the embedder's is inherited. By default the environment is `PATH` and `HOME`, the working directory is
-/// `/`, and the streams are `/dev/null`. The user is root of the guest.
+/// Nothing of the embedder's is inherited. Environment, user and working directory are those of the image's
+/// configuration. What it does not say is `PATH` and `HOME`, root of the guest, and `/`. The streams are `/dev/null`.
 #[derive(Debug, Clone)]
 #[must_use = "nothing runs until `spawn`, `output` or `status`"]
 pub struct Exec {
@@ -99,6 +95,9 @@ pub struct Exec {
     own_home: bool,
     user: Option<OsString>,
     current_dir: Option<OsString>,
+    /// The directory is the image's, and is made where it is missing.
+    make_dir: bool,
+    stop_signal: Option<u8>,
     stdio: [Option<Stdio>; 3],
     timeout: Option<Duration>,
     limit: OutputLimit,
@@ -108,20 +107,27 @@ pub struct Exec {
 
 impl Exec {
     pub(super) fn new(container: Container, argv: Vec<OsString>) -> Self {
-        let env = ENVIRONMENT.iter().map(|(k, v)| (OsString::from(k), OsString::from(v))).collect();
+        let defaults = container.defaults().clone();
         let limit = OutputLimit { bytes: Size::mib(64), truncate: false };
         Self {
             container,
             argv,
-            env,
-            own_home: true,
-            user: None,
-            current_dir: None,
+            env: defaults.env,
+            own_home: defaults.own_home,
+            user: defaults.user,
+            make_dir: defaults.working_dir.is_some(),
+            current_dir: defaults.working_dir,
+            stop_signal: None,
             stdio: [None, None, None],
             timeout: None,
             limit,
             file_limit: false,
         }
+    }
+
+    pub(super) fn of_image(container: Container) -> Self {
+        let (argv, stop_signal) = (container.defaults().command.clone(), container.defaults().stop_signal);
+        Self { stop_signal, ..Self::new(container, argv) }
     }
 
     /// Adds an argument.
@@ -157,7 +163,7 @@ impl Exec {
         self
     }
 
-    /// Removes all environment variables, `PATH` and `HOME` too.
+    /// Removes all environment variables, those of the image too.
     ///
     /// Programs are still looked for in the usual directories.
     pub fn env_clear(mut self) -> Self {
@@ -166,7 +172,7 @@ impl Exec {
         self
     }
 
-    /// Sets as whom the program runs; as root of the guest by default.
+    /// Sets as whom the program runs.
     ///
     /// `USER` or `USER:GROUP`, each a name or a number, as `docker exec --user` has them. Names are looked up in
     /// `/etc/passwd` and `/etc/group` of the container. Numbers need not be there; the group is then 0. Without a group
@@ -176,8 +182,11 @@ impl Exec {
         self
     }
 
-    /// Sets the working directory, a path in the container; `/` by default.
+    /// Sets the working directory, a path in the container.
+    ///
+    /// Unlike that of the image's configuration it must be there.
     pub fn current_dir(mut self, dir: impl Into<OsString>) -> Self {
+        self.make_dir = false;
         self.current_dir = Some(dir.into());
         self
     }
@@ -289,16 +298,15 @@ impl Exec {
         let stdio = self.stdio.map(|it| it.unwrap_or_default().0);
         check_outputs(&stdio)?;
         let (vm, agent) = (self.container.vm(), self.container.agent());
-        if user.is_some() && agent.version() < VERSION_USER {
-            return Err(Error::new(
-                ErrorKind::Unsupported,
-                "user: the guest's shim is too old to run programs as others",
-            ));
+        let (make_cwd, stop_signal) = (self.make_dir, self.stop_signal);
+        if (user.is_some() || make_cwd || stop_signal.is_some()) && agent.version() < VERSION_USER {
+            let old = "the guest's shim is too old for users, directories and stop signals";
+            return Err(Error::new(ErrorKind::Unsupported, old));
         }
         let listeners = StdioListeners::listen(vm, agent, stdio.each_ref().map(|it| !matches!(it, StdioKind::Null)))?;
         let (ports, cookie, shared) = (listeners.ports(), listeners.cookie(), state.clone());
-        let make_cwd = false;
-        let request = StartRequest { argv, env, cwd, make_cwd, user, home, ports, cookie, deadline, state: shared };
+        let request =
+            StartRequest { argv, env, cwd, make_cwd, user, home, stop_signal, ports, cookie, deadline, state: shared };
         let number =
             start_program(&agent.remote(), request, None).map_err(|error| listeners.refused().unwrap_or(error))?;
         let mut process = Process::new(agent.remote(), number, state.clone(), self.limit);

@@ -3,6 +3,7 @@
 mod builder;
 mod cancel;
 mod control;
+mod defaults;
 mod exec;
 mod ext4;
 #[cfg(any(test, feature = "internals"))]
@@ -47,6 +48,7 @@ use crate::vm::events::Events;
 use crate::vm::net::NetHandle;
 use crate::vm::{Exit, ExitReport, MemoryStats, Stats, Timeline, Vm, no_such};
 use control::Agent;
+use defaults::ProgramDefaults;
 
 /// How much longer than its grace a shutdown may take before it is cut short.
 const SHUTDOWN_MARGIN: Duration = Duration::from_secs(2);
@@ -68,6 +70,7 @@ struct RunningContainer {
     // The agent's thread must end after the VM, whose end is what it waits for.
     vm: Vm,
     agent: Agent,
+    defaults: ProgramDefaults,
     /// How many disks the embedder has given it.
     disks: usize,
 }
@@ -80,9 +83,18 @@ impl Container {
 
     /// Describes a program to run in the container.
     ///
-    /// `argv` is its name or path, then its arguments.
+    /// `argv` is its name or path, then its arguments. Environment, user and working directory are those of the image's
+    /// configuration, unless set otherwise.
     pub fn exec<S: Into<std::ffi::OsString>>(&self, argv: impl IntoIterator<Item = S>) -> Exec {
         Exec::new(self.clone(), argv.into_iter().map(Into::into).collect())
+    }
+
+    /// Describes the image's own program: its entrypoint, then its command.
+    ///
+    /// [`Container::stop`] asks it to end by the image's stop signal. Where the image names no program,
+    /// [`Exec::spawn`] fails with `InvalidConfig`, unless arguments are added.
+    pub fn command(&self) -> Exec {
+        Exec::of_image(self.clone())
     }
 
     /// Connects to a TCP service in the container that listens on `port`.
@@ -106,8 +118,9 @@ impl Container {
 
     /// Ends the container in good order.
     ///
-    /// Every process gets SIGTERM and, after `grace`, SIGKILL. Then file systems are written and the machine is powered
-    /// off.
+    /// A program of [`Container::command`] gets the image's stop signal, and the others go on until it has ended. Then
+    /// every process gets SIGTERM and, after `grace` in all, SIGKILL. At last file systems are written and the machine is
+    /// powered off.
     ///
     /// A guest that has not ended two seconds after `grace` is killed, whatever it does. This returns as soon as the
     /// machine has ended. That is at once after a kill, and at most 15 seconds later where a file of the host's does
@@ -235,6 +248,10 @@ impl Container {
 
     fn agent(&self) -> &Agent {
         &self.running.agent
+    }
+
+    fn defaults(&self) -> &ProgramDefaults {
+        &self.running.defaults
     }
 }
 

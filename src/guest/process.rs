@@ -19,6 +19,8 @@ pub(super) struct Process {
     pub(super) group: Option<Group>,
     /// The host killed it: then its SIGKILL is not the OOM killer's.
     pub(super) killed: bool,
+    /// What asks it to end, where that is not SIGTERM.
+    pub(super) stop_signal: Option<u8>,
 }
 
 #[derive(Debug)]
@@ -60,8 +62,13 @@ impl ProcessState {
 }
 
 impl Process {
-    pub(super) fn new(id: u32) -> Self {
-        Self { id, life: ProcessState::Over, group: None, killed: false }
+    pub(super) fn new(id: u32, stop_signal: Option<u8>) -> Self {
+        Self { id, life: ProcessState::Over, group: None, killed: false, stop_signal }
+    }
+
+    /// Its pid, while it runs and has a stop signal of its own.
+    pub(super) fn own_signal(&self) -> Option<(i32, u8)> {
+        self.life.pid().zip(self.stop_signal)
     }
 
     /// Kills it and what it started.

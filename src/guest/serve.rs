@@ -243,7 +243,7 @@ impl Shim {
             return Err(SpawnError::new(SpawnStep::Request, Errno::EAGAIN));
         }
         let streams = StdioStreams::dial(&spawn.stdio)?;
-        let mut process = Process::new(frame.stream);
+        let mut process = Process::new(frame.stream, spawn.stop_signal);
         if streams.is_connected() {
             self.start(&mut process, spawn, streams)?;
         } else {
@@ -430,10 +430,15 @@ impl Shim {
             }
         }
         self.workloads = self.cgroups.as_ref().and_then(|cgroups| cgroups.watch().ok());
-        // Everything but the shim, and the reaper, which lets only SIGKILL through. A stopped process must run to receive SIGTERM.
-        let _ = sys::kill(-1, sys::SIGTERM);
-        let _ = sys::kill(-1, sys::SIGCONT);
-        self.ending = Some(GuestShutdown::new(end, deadline));
+        let mut own_signals = false;
+        for (pid, signal) in self.processes.iter().filter_map(Process::own_signal) {
+            own_signals = true;
+            signal_also_if_stopped(pid, signal);
+        }
+        if !own_signals {
+            signal_also_if_stopped(-1, sys::SIGTERM);
+        }
+        self.ending = Some(GuestShutdown::new(end, deadline, own_signals));
     }
 
     /// Takes the end of the machine as far as it can go now.
@@ -442,8 +447,13 @@ impl Shim {
         let populated = self.workloads.as_ref().is_some_and(Watch::is_populated);
         let alive = populated || self.processes.iter().any(|process| process.life.pid().is_some());
         let drained = self.relays.is_empty() && self.connections.as_ref().is_none_or(Connections::is_drained);
-        match ending.step(alive, drained, sys::now_ns()) {
+        let own = self.processes.iter().any(|process| process.own_signal().is_some());
+        match ending.step(own, alive, drained, sys::now_ns()) {
             Next::Wait => None,
+            Next::Terminate => {
+                signal_also_if_stopped(-1, sys::SIGTERM);
+                None
+            }
             Next::Kill => {
                 let _ = sys::kill(-1, SIGKILL);
                 None
@@ -451,4 +461,11 @@ impl Shim {
             Next::Leave(end) => Some(end),
         }
     }
+}
+
+/// Sends a signal to a process, or with -1 to everything but the shim, and the reaper, which lets only SIGKILL through. A stopped process
+/// must run to receive it.
+fn signal_also_if_stopped(pid: i32, signal: u8) {
+    let _ = sys::kill(pid, signal);
+    let _ = sys::kill(pid, sys::SIGCONT);
 }

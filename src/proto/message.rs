@@ -42,6 +42,7 @@ mod tag {
     pub(super) const USER: u8 = 8;
     pub(super) const HOME: u8 = 9;
     pub(super) const MAKE_CWD: u8 = 10;
+    pub(super) const STOP_SIGNAL: u8 = 11;
 
     pub(super) const SIGNO: u8 = 1;
     pub(super) const GROUP: u8 = 2;
@@ -178,6 +179,8 @@ pub(crate) struct Spawn<'a> {
     pub(crate) user: Option<&'a CStr>,
     /// The user's home directory is added to the environment. Means nothing without a user.
     pub(crate) home: bool,
+    /// 1 to 64: asks it to end when the machine shall. Others get SIGTERM, once those with a signal have ended.
+    pub(crate) stop_signal: Option<u8>,
     /// Standard input, output and error.
     pub(crate) stdio: [Stdio; 3],
     /// What each connection of `stdio` begins with, so that the host knows it from those of other programs.
@@ -376,6 +379,9 @@ impl<'a> Spawn<'a> {
         }
         fields.flag(tag::HOME, self.home);
         fields.flag(tag::MAKE_CWD, self.make_cwd);
+        if let Some(signal) = self.stop_signal {
+            fields.u8(tag::STOP_SIGNAL, signal);
+        }
     }
 
     fn parse(fields: &Fields<'a>) -> Result<Self, Malformed> {
@@ -400,7 +406,11 @@ impl<'a> Spawn<'a> {
         if cookie.len() > COOKIE_SIZE {
             return Err(Malformed("cookie"));
         }
-        Ok(Self { argv, env, cwd, make_cwd, user, home, stdio, cookie })
+        let stop_signal = match fields.u8(tag::STOP_SIGNAL, "stop signal")? {
+            Some(signal) if !(1..=64).contains(&signal) => return Err(Malformed("stop signal")),
+            signal => signal,
+        };
+        Ok(Self { argv, env, cwd, make_cwd, user, home, stop_signal, stdio, cookie })
     }
 }
 

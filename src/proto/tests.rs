@@ -128,13 +128,13 @@ proptest! {
     fn spawn_round_trips(
         stream in any::<u32>(), argv in vec(text(), 1..6), env in vec(text(), 0..6),
         cwd in proptest::option::of(text()), stdio in [stdio(), stdio(), stdio()],
-        cookie in vec(any::<u8>(), 0..=COOKIE_SIZE), user in proptest::option::of(text()), home in any::<bool>(), make_cwd in any::<bool>(),
+        cookie in vec(any::<u8>(), 0..=COOKIE_SIZE), user in proptest::option::of(text()), home in any::<bool>(), make_cwd in any::<bool>(), stop_signal in proptest::option::of(1..=64u8),
     ) {
         let (argv_list, env_list) = (list(&argv), list(&env));
         let [cwd, user] = [cwd, user].map(|text| text.map(|text| CString::new(text).unwrap()));
         let spawn = FromHost::Spawn(Spawn {
             argv: argv_list.as_strings(), env: env_list.as_strings(), cwd: cwd.as_deref(), stdio, cookie: &cookie,
-            user: user.as_deref(), home, make_cwd,
+            user: user.as_deref(), home, make_cwd, stop_signal,
         });
         let mut bytes = Vec::new();
         spawn.encode(stream, &mut bytes).unwrap();

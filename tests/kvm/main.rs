@@ -24,6 +24,7 @@ mod gateway_example;
 mod guarantees;
 mod hostile;
 mod hotplug;
+mod image_config;
 mod images;
 mod kernels;
 mod lifecycle;
@@ -133,6 +134,8 @@ tests! {
         disk_reset_with_requests_in_flight_is_survived random_register_writes_are_survived
         overwritten_boot_structures_end_the_guest_only console_flood_is_bounded
         large_console_output_uses_bounded_memory fork_bomb_stays_in_the_guest connection_storm_is_bounded;
+    image_config: nginx_serves_and_quits_by_its_stop_signal postgres_runs_as_its_user_and_stops_by_its_signal
+        redis_runs_in_its_directory_as_user_and_group others_get_sigterm_once_the_program_of_the_image_has_ended;
     images: layers_are_one_root_file_system unusual_files_are_intact unusual_files_are_intact_with_debian_kernels
         unusual_files_are_intact_with_a_newer_debian_kernel;
     kernels: debian_6_1_cloud_kernel_runs_a_container debian_6_12_cloud_kernel_runs_a_container

@@ -1,6 +1,7 @@
 //! [`RootDisks`]: the two disks that a container itself is made of, behind the embedder's.
 
-use crate::container::{CancelToken, Image, WritableLayer};
+use crate::container::WritableLayer;
+use crate::container::image::ImageDisk;
 use crate::error::Result;
 use crate::proto::{Root, RootDisk};
 use crate::vm::Disk;
@@ -20,14 +21,9 @@ pub(super) struct RootPaths {
 }
 
 impl RootDisks {
-    /// Makes both disks, for a machine that has `before` others. Waits for the image's, unless `cancel` ends that.
-    pub(super) fn make(
-        image: &Image,
-        layer: &WritableLayer,
-        cancel: Option<&CancelToken>,
-        before: usize,
-    ) -> Result<Self> {
-        let lower = image.disk(cancel)?.into_disk("cofferdam-image");
+    /// Makes both disks, for a machine that has `before` others.
+    pub(super) fn make(image: ImageDisk, layer: &WritableLayer, before: usize) -> Result<Self> {
+        let lower = image.into_disk("cofferdam-image");
         let upper = layer.make()?;
         Ok(Self { lower, upper, paths: RootPaths { lower: disk_path(before), upper: disk_path(before + 1) } })
     }

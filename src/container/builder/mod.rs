@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::control::Agent;
+use super::defaults::ProgramDefaults;
 use super::{CancelToken, Container, Image, RunningContainer, WritableLayer};
 use crate::boot::{Kernel, Need};
 use crate::error::{Context, Result};
@@ -201,8 +202,9 @@ impl ContainerBuilder {
     fn run(mut self, begin: Instant) -> Result<Container> {
         boot_config::check_hostname(&self.hostname)?;
         let kernel = self.kernel.take().map_or_else(Kernel::find, Ok)?;
-        let disks = self.disks.len();
-        let root = RootDisks::make(&self.image, &self.writable_layer, self.cancel.as_ref(), disks)?;
+        let (image, config) = self.image.prepared(self.cancel.as_ref())?;
+        let (defaults, disks) = (ProgramDefaults::of(&config)?, self.disks.len());
+        let root = RootDisks::make(image, &self.writable_layer, disks)?;
         let nets = boot_config::reserve_addresses(std::mem::take(&mut self.nets))?;
         let shim = ShimConfig::new(&self.hostname, &root, &nets);
         let (start_timeout, cancel) = (self.start_timeout, self.cancel.take());
@@ -212,7 +214,7 @@ impl ContainerBuilder {
         let packed = kernel.pack_modules(&needs)?;
         let vm = vm.kernel(shim.add_to(kernel, &packed)?).start()?;
         let agent = Agent::start(&vm, begin, start_timeout, cancel.as_ref())?;
-        Ok(Container { running: Arc::new(RunningContainer { vm, agent, disks }) })
+        Ok(Container { running: Arc::new(RunningContainer { vm, agent, defaults, disks }) })
     }
 
     /// The machine, whose kernel has no initramfs with the shim yet.

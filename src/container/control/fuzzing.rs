@@ -81,6 +81,7 @@ pub(super) fn program(timeout: Option<Duration>) -> Result<(StartRequest, Arc<Pr
         make_cwd: false,
         user: None,
         home: false,
+        stop_signal: None,
         ports: [None; 3],
         cookie: Vec::new(),
         deadline,

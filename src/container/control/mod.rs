@@ -81,6 +81,8 @@ pub(super) struct StartRequest {
     pub user: Option<CString>,
     /// The user's home directory is added to the environment.
     pub home: bool,
+    /// What asks it to end, where that is not SIGTERM.
+    pub stop_signal: Option<u8>,
     /// The ports of its streams. What has none is `/dev/null`.
     pub ports: [Option<u32>; 3],
     /// What its streams begin with.
@@ -95,7 +97,8 @@ impl StartRequest {
         let (argv, env, cwd) = (self.argv.as_strings(), self.env.as_strings(), self.cwd.as_deref());
         let stdio = self.ports.map(|port| port.map_or(Stdio::Null, Stdio::Port));
         let (user, home, make_cwd) = (self.user.as_deref(), self.home, self.make_cwd);
-        FromHost::Spawn(Spawn { argv, env, cwd, make_cwd, user, home, stdio, cookie: &self.cookie })
+        let stop_signal = self.stop_signal;
+        FromHost::Spawn(Spawn { argv, env, cwd, make_cwd, user, home, stop_signal, stdio, cookie: &self.cookie })
     }
 }
 

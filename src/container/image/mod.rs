@@ -13,7 +13,6 @@ mod fuzzing;
 mod layers;
 mod limits;
 mod local;
-#[allow(dead_code, unused_imports, reason = "images of registries come next")]
 mod oci;
 mod path;
 mod pulled;
@@ -22,7 +21,6 @@ mod recognize;
 mod registry;
 mod seal;
 #[cfg(feature = "signatures")]
-#[allow(dead_code, unused_imports, reason = "pulls come next")]
 mod signature;
 mod store;
 mod tar;
@@ -311,24 +309,33 @@ impl Image {
     ///
     /// No half-made disk is left behind.
     pub fn prepare(&self) -> Result<()> {
-        self.disk(None).map(drop)
+        self.prepared(None).map(drop)
     }
 
-    /// The disk, open for reading. Its own token ends what is done for it, and so does `cancel`.
-    pub(super) fn disk(&self, cancel: Option<&CancelToken>) -> Result<ImageDisk> {
+    /// The disk, open for reading, and the configuration. Its own token ends what is done for it, and so does `cancel`.
+    pub(super) fn prepared(&self, cancel: Option<&CancelToken>) -> Result<(ImageDisk, ImageConfig)> {
         let image = self.clone();
         let deadline = PrepareDeadline::new(self.prepare_timeout, self.cancel.iter().chain(cancel));
         worker::run(&deadline, worker::GRACE, move |deadline| image.made(deadline))
             .doing(|| format!("preparing image {}", self.path.display()))
     }
 
-    fn made(&self, deadline: &PrepareDeadline) -> Result<ImageDisk> {
+    #[cfg(test)]
+    fn disk(&self, cancel: Option<&CancelToken>) -> Result<ImageDisk> {
+        self.prepared(cancel).map(|(disk, _)| disk)
+    }
+
+    fn made(&self, deadline: &PrepareDeadline) -> Result<(ImageDisk, ImageConfig)> {
         let store = Store::open(self.cache.clone())?;
-        match self.content(deadline)? {
-            Content::Archive(file) => self.made_of_archive(file, &store, deadline).map(ImageDisk::File),
-            Content::Directory(root) => self.made_of_directory(&root, &store, deadline).map(ImageDisk::File),
-            Content::Layers(images) => self.made_of_layers(&*images, &store, deadline).map(ImageDisk::Pieces),
-        }
+        let file = match self.content(deadline)? {
+            Content::Archive(file) => self.made_of_archive(file, &store, deadline)?,
+            Content::Directory(root) => self.made_of_directory(&root, &store, deadline)?,
+            Content::Layers(images) => {
+                let (pieces, config) = self.made_of_layers(&*images, &store, deadline)?;
+                return Ok((ImageDisk::Pieces(pieces), config));
+            }
+        };
+        Ok((ImageDisk::File(file), ImageConfig::default()))
     }
 
     /// Looks at what is there.
@@ -360,11 +367,12 @@ impl Image {
         images: &dyn LocalImages,
         store: &Store,
         deadline: &PrepareDeadline,
-    ) -> Result<Vec<DiskPiece<Arc<File>>>> {
+    ) -> Result<(Vec<DiskPiece<Arc<File>>>, ImageConfig)> {
         let found = images.find(self.select.as_deref(), &self.platform, deadline)?;
         let allowed = Allowed { limits: self.limits.clone(), max_size: self.max_size };
         layers::prepare_layers(store, images, &found, &allowed, deadline, &|_| {})?;
-        layers::compose(store, &found.diff_ids(), &allowed, deadline)
+        let pieces = layers::compose(store, &found.diff_ids(), &allowed, deadline)?;
+        Ok((pieces, found.image))
     }
 
     fn budget(&self, deadline: &PrepareDeadline) -> Budget {

@@ -20,6 +20,6 @@ pub use platform::Platform;
 pub use reference::Reference;
 #[cfg(any(test, feature = "internals"))]
 pub(crate) use reference::fuzz as fuzz_reference;
-pub(super) use resolve::{Blob, Layer, Resolved, from_reader, read_document, resolve, resolve_config};
+pub(super) use resolve::{Layer, Resolved, from_reader, resolve, resolve_config};
 pub(super) use source::{ImageSource, LayerObserver};
 pub use source::{LayerPhase, LayerProgress};
