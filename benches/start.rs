@@ -6,9 +6,12 @@
 #![allow(clippy::print_stdout, clippy::expect_used, reason = "a bench prints, and fails loudly")]
 
 mod common;
+#[path = "common/layout.rs"]
+mod layout;
 #[path = "common/life.rs"]
 mod life;
 
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use cofferdam::disk::WritableLayer;
@@ -101,6 +104,28 @@ fn container(kernel: &Kernel, image: &Image) {
     figure("container: stop() to ended", ms(stop.elapsed()), "ms", None);
 }
 
+/// Containers of an image with one layer and with many, on a disk that is made: until a first program has ended.
+fn layers(kernel: &Kernel, rootfs: &Path, dir: &Path) {
+    for count in [1, 60] {
+        let layers = (1..count).map(|number| layout::small_layer(dir, number));
+        let layers: Vec<_> = std::iter::once(rootfs.to_owned()).chain(layers).collect();
+        let path = dir.join(format!("layout-{count}"));
+        layout::make(&path, &layers);
+        let image = Image::open(path).expect("a layout").cache_dir(dir.join("store"));
+        let start = || {
+            let begin = Instant::now();
+            let layer = WritableLayer::new(Size::gib(4)).scratch_dir(std::env::temp_dir());
+            let container = Container::builder(image.clone()).kernel(kernel.clone()).memory(Size::mib(128));
+            let container = container.writable_layer(layer).start().expect("it starts");
+            assert!(container.exec(["/bin/true"]).status().expect("it runs").success());
+            ms(begin.elapsed())
+        };
+        start();
+        let times: Vec<f64> = (0..5).map(|_| start()).collect();
+        figure(&format!("container of {count} layers: start to first exec done"), median(&times), "ms", None);
+    }
+}
+
 fn main() {
     let begin = Instant::now();
     let kernel = Kernel::find().expect("a kernel: run `make setup`");
@@ -112,6 +137,7 @@ fn main() {
     image.prepare().expect("the image's disk");
     shortest_life(&kernel);
     container(&kernel, &image);
+    layers(&kernel, &cache().join("images/debian-12.tar"), &disks);
     std::fs::remove_dir_all(disks).expect("a directory of its own");
     stock();
 }
