@@ -65,6 +65,27 @@ fn most(name: &str, entries: &[Made], limits: ImageLimits) -> (cofferdam::Result
     (outcome, most)
 }
 
+/// The same of an image of one layer, as a directory of what `docker save` wrote.
+fn most_of_layer(entries: &[Made]) -> usize {
+    let directory = std::env::temp_dir().join(format!("cofferdam-layer-memory-{}", std::process::id()));
+    std::fs::create_dir_all(&directory).expect("a directory");
+    let layer = directory.join("layer.tar");
+    std::fs::write(&layer, archive(entries)).expect("an archive");
+    let output = std::process::Command::new("sha256sum").arg(&layer).output().expect("sha256sum");
+    let digest: String = String::from_utf8_lossy(&output.stdout).chars().take(64).collect();
+    let config = format!(r#"{{"os":"linux","rootfs":{{"diff_ids":["sha256:{digest}"]}}}}"#);
+    std::fs::write(directory.join("config.json"), config).expect("a configuration");
+    let manifest = r#"[{"Config":"config.json","Layers":["layer.tar"]}]"#;
+    std::fs::write(directory.join("manifest.json"), manifest).expect("a manifest");
+    let image = Image::open(&directory).expect("an image").cache_dir(directory.join("cache"));
+    let before = TAKEN.load(Relaxed);
+    MOST.store(before, Relaxed);
+    image.prepare().expect("its disk");
+    let most = MOST.load(Relaxed) - before;
+    std::fs::remove_dir_all(directory).expect("the directory");
+    most
+}
+
 #[test]
 fn memory_is_bounded_by_the_limits() {
     const N: usize = 66_000;
@@ -85,6 +106,10 @@ fn memory_is_bounded_by_the_limits() {
         // As the documentation of `ImageLimits` says.
         assert!(per_entry <= 400, "{name}: {per_entry} bytes for each entry");
     }
+    // The log of a layer is no longer in memory when its tree is.
+    let taken = most_of_layer(&each(&|n| Made::file(format!("{n:06}"), "")));
+    let per_entry = taken.saturating_sub(BUFFERS + 6 * N) / N;
+    assert!(per_entry <= 400, "{per_entry} bytes for each entry of a layer");
     // One header of 16 MiB is not even read.
     let large = Made::file("f", "").pax("comment", vec![b'x'; 16 << 20]);
     let (outcome, most) = most("header", &[large], ImageLimits::new().header(Size::mib(1)));

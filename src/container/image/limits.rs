@@ -5,7 +5,8 @@ use crate::size::Size;
 /// Limits on what an image may contain. Preparation fails with `InvalidConfig` beyond one, and names the method.
 ///
 /// They bound what an archive of a stranger takes. With the defaults preparation needs at most about 600 MiB of memory: 400 bytes
-/// for each entry, the names, and the attributes. An ordinary image needs a few MiB. Space on the disk is bounded by
+/// for each entry, the names, and the attributes. An ordinary image needs a few MiB. Where xz or zstd say so, each of three layers
+/// takes up to 128 MiB more while it is read. Space on the disk is bounded by
 /// [`Image::max_size`](crate::Image::max_size), time by [`Image::prepare_timeout`](crate::Image::prepare_timeout).
 ///
 /// What is compressed may unpack to [`ImageLimits::max_ratio`] times its size. Holes take nothing on the disk; how large they are is
@@ -87,7 +88,7 @@ impl ImageLimits {
         self
     }
 
-    /// Limits the ratio of a layer or an archive to its compressed size; 1,200 by default.
+    /// Limits how many times its compressed size content may have; 1,200 by default.
     ///
     /// That is more than gzip can reach. The first 64 MiB are always allowed.
     pub fn max_ratio(mut self, ratio: u32) -> Self {

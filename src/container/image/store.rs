@@ -230,6 +230,11 @@ impl Store {
         self.blobs.publish(draft, &name_of(digest))
     }
 
+    /// A file without a name beside the layers.
+    pub(super) fn scratch(&self) -> Result<File> {
+        sys::temp_file(&self.layers.path()).doing(|| format!("making a file in {}", self.layers.shown.display()))
+    }
+
     fn get_or_make_in(
         &self,
         shelf: &Shelf,

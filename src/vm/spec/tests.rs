@@ -282,7 +282,7 @@ fn what_is_opened_by_its_name_is_refused_without_authority() {
     };
     for disk in &whole.disks {
         let named = match &disk.source {
-            DiskSource::File(_) | DiskSource::Memory(_) => None,
+            DiskSource::File(_) | DiskSource::Memory(_) | DiskSource::Pieces(_) => None,
             DiskSource::Scratch(_) => Some("directory"),
             _ => Some("disk 0: /"),
         };
@@ -416,7 +416,7 @@ mod text {
 
     fn disks() -> impl Strategy<Value = Disk> {
         let sizes = any::<u64>().prop_map(Size::bytes);
-        (0..6, paths(), proptest::option::of(paths()), sizes, any::<[bool; 3]>(), ".{0,8}", rates(), 0u32..9).prop_map(
+        (0..7, paths(), proptest::option::of(paths()), sizes, any::<[bool; 3]>(), ".{0,8}", rates(), 0u32..9).prop_map(
             |(kind, path, dir, size, [one, two, three], serial, rate, queues)| {
                 let limit = DiskLimit::none().read_operations(rate).write_bytes(rate);
                 let mut disk: Disk = match kind {
@@ -425,6 +425,12 @@ mod text {
                     2 => dir.into_iter().fold(Disk::scratch(size), |disk, dir| disk.scratch_dir(dir)).into(),
                     3 => Disk::memory(size).into(),
                     4 => Disk::overlay(path).max_size(size).into(),
+                    #[cfg(feature = "container")]
+                    5 => {
+                        let file = Arc::new(File::open("/dev/null").unwrap());
+                        let piece = |offset| DiskPiece { file: file.clone(), offset, len: size.as_bytes() };
+                        Disk::of_pieces(vec![piece(0), piece(7)], "pieces")
+                    }
                     _ => {
                         dir.into_iter().fold(Disk::overlay(path), |disk, dir| disk.persist_at(dir)).reserve(size).into()
                     }

@@ -27,15 +27,15 @@ pub(super) struct LayerFile {
 }
 
 /// Appends the log to the content, and ends the file.
-pub(super) fn finish(log: &LayerLog, mut disk: Disk<'_>) -> Result<()> {
+pub(super) fn finish(log: &LayerLog<'_>, mut disk: Disk<'_>) -> Result<()> {
     disk.pad(BLOCK)?;
     let blocks = disk.block()?;
-    let [removals, entries] = log.parts();
-    let len = removals.len() as u64 + entries.len() as u64;
+    let LayerLog { removals, entries } = log;
+    let len = removals.len() + entries.len();
     disk.reserve_metadata(len + TRAILER as u64)?;
-    disk.append(removals)?;
-    disk.append(entries)?;
-    let (whole, trailer) = trailer(blocks, len, removals.len() as u64);
+    removals.copy_to(&mut disk)?;
+    entries.copy_to(&mut disk)?;
+    let (whole, trailer) = trailer(blocks, len, removals.len());
     let behind = whole.saturating_sub(len + TRAILER as u64);
     disk.append(&vec![0; usize::try_from(behind).unwrap_or(0)])?;
     disk.append(&trailer)?;

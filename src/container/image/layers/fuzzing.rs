@@ -43,7 +43,8 @@ pub(in super::super) fn unpacked(tar: &[u8], allowed: &Allowed, deadline: &Prepa
     let layer = blobs.add_layer(tar);
     let file = sys::temp_file(&std::env::temp_dir())?;
     let budget = Budget::new(&allowed.limits, allowed.max_size, deadline);
-    unpack::unpack(&blobs, &layer, &file, &budget, deadline, &|_| {})?;
+    let scratch = || Ok(sys::temp_file(&std::env::temp_dir())?);
+    unpack::unpack(&blobs, &layer, &file, &scratch, &budget, deadline, &|_| {})?;
     Ok(file)
 }
 

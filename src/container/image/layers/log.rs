@@ -5,6 +5,7 @@
 
 use std::io::{self, Read};
 
+use super::spill::{Scratch, Spill};
 use crate::container::image::budget::Budget;
 use crate::container::image::erofs::BLOCK;
 use crate::container::image::path::{EntryPath, PATH_MAX, symlink_target};
@@ -48,21 +49,21 @@ pub(super) enum LayerChange {
 }
 
 /// Collects the log of one layer. What takes away comes first, since it is meant for lower layers only.
-#[derive(Debug, Default)]
-pub(super) struct LayerLog {
-    removals: Vec<u8>,
-    entries: Vec<u8>,
+pub(super) struct LayerLog<'a> {
+    pub removals: Spill<'a>,
+    pub entries: Spill<'a>,
 }
 
-impl LayerLog {
-    /// Removals, then the rest.
-    pub(super) fn parts(&self) -> [&[u8]; 2] {
-        [&self.removals, &self.entries]
+impl<'a> LayerLog<'a> {
+    /// With files of `scratch` for what is large.
+    pub(super) fn new(scratch: &'a Scratch<'a>) -> Self {
+        Self { removals: Spill::new(scratch), entries: Spill::new(scratch) }
     }
 
     fn begin(&mut self, kind: u8, path: &EntryPath, budget: &Budget) -> Result<&mut Vec<u8>> {
         budget.names(path.as_bytes().len())?;
-        let to = if matches!(kind, REMOVE | CLEAR) { &mut self.removals } else { &mut self.entries };
+        let part = if matches!(kind, REMOVE | CLEAR) { &mut self.removals } else { &mut self.entries };
+        let to = part.buffer()?;
         to.push(kind);
         put_bytes(to, path.as_bytes());
         Ok(to)
@@ -96,7 +97,7 @@ impl LayerLog {
     }
 }
 
-impl EntrySink for LayerLog {
+impl EntrySink for LayerLog<'_> {
     fn add_directory(&mut self, path: &EntryPath, metadata: Metadata, budget: &Budget) -> Result<()> {
         if !self.mark(path, budget)? {
             put_metadata(self.begin(DIRECTORY, path, budget)?, &metadata);

@@ -12,6 +12,7 @@ mod file;
 #[cfg(any(test, feature = "internals"))]
 pub(super) mod fuzzing;
 mod log;
+mod spill;
 mod unpack;
 
 use std::fs::File;
@@ -115,7 +116,7 @@ impl Work<'_> {
                     self.report(n, layer, received, LayerPhase::Reading);
                 }
             };
-            unpack::unpack(self.source, layer, to, &budget, self.deadline, &observe)
+            unpack::unpack(self.source, layer, to, &|| self.store.scratch(), &budget, self.deadline, &observe)
         });
         file.doing(|| format!("layer {n}, {}", layer.blob.digest))?;
         let (received, phase) = if made { (layer.blob.size, LayerPhase::Done) } else { (0, LayerPhase::Present) };

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::file;
 use super::log::LayerLog;
+use super::spill::Scratch;
 use crate::container::image::budget::{Budget, PrepareDeadline};
 use crate::container::image::decompress::decompressed;
 use crate::container::image::erofs::Disk;
@@ -13,7 +14,7 @@ use crate::container::image::oci::{Hasher, ImageSource, Layer, Verified, from_re
 use crate::container::image::tar::{self, ArchiveKind, ImageBuilder, Stream};
 use crate::error::{Context, Error, ErrorKind, Result};
 
-/// Writes `layer` to `to`, which is empty. Calls `observe` with how much of it was read, for each piece.
+/// Writes `layer` to `to`, which is empty. `scratch` makes files without names. Calls `observe` with how much of it was read, for each piece.
 ///
 /// # Errors
 /// What the source fails with. `Corrupt` for a layer that is damaged, or not what its digests and its size say.
@@ -21,6 +22,7 @@ pub(super) fn unpack(
     source: &dyn ImageSource,
     layer: &Layer,
     to: &File,
+    scratch: &Scratch<'_>,
     budget: &Budget,
     deadline: &PrepareDeadline,
     observe: &(dyn Fn(u64) + Send + Sync),
@@ -33,7 +35,7 @@ pub(super) fn unpack(
         true => Box::new(counted.take(layer.blob.size)),
         false => Box::new(Verified::new(counted, &layer.blob.digest, layer.blob.size)),
     };
-    let mut log = LayerLog::default();
+    let mut log = LayerLog::new(scratch);
     let mut disk = Disk::content(to, budget);
     let hasher = {
         let inner = decompressed(&mut verified, Some(budget.limits.ratio))?;

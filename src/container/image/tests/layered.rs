@@ -253,6 +253,17 @@ fn same_layer_gives_the_same_bytes() {
     assert!(first == bytes() && first.len() % 4096 == 0);
 }
 
+/// Beyond a mebibyte a log is not kept in memory while its layer is read.
+#[test]
+fn log_larger_than_its_buffer_is_whole() {
+    let names: Vec<String> = (0..25_000).map(|n| format!("{n:05}{}", "x".repeat(n % 40))).collect();
+    let tree = stacked(&[&names.iter().map(|name| Made::file(name, "")).collect::<Vec<_>>()]).unwrap();
+    assert_eq!(tree.len(), names.len() + 1);
+    let marks: Vec<Made> = names.iter().skip(1).map(|name| Made::file(format!(".wh.{name}"), "")).collect();
+    let layers = [archive(&names.iter().map(|name| Made::file(name, "")).collect::<Vec<_>>()), archive(&marks)];
+    assert_eq!(composed(&layers).unwrap().keys().collect::<Vec<_>>(), ["", "00000"]);
+}
+
 #[test]
 fn limits_hold_for_all_layers_together() {
     let layers: Vec<Vec<u8>> = (0..4).map(|n| archive(&[Made::file(format!("f{n}"), vec![n; 40_000])])).collect();
