@@ -40,11 +40,13 @@ impl PrepareDeadline {
     }
 
     /// The same, with another beginning of its error.
+    #[cfg(feature = "registry")]
     pub(super) fn late(self, late: &'static str) -> Self {
         Self { late, ..self }
     }
 
     /// How much of the time is left.
+    #[cfg(feature = "registry")]
     pub(super) fn left(&self) -> Duration {
         self.deadline.map_or(Duration::MAX, |deadline| deadline.saturating_duration_since(Instant::now()))
     }

@@ -1,4 +1,6 @@
-//! [`Presence`]: who uses a store just now, so that what a pull or a preparation has found there stays.
+//! [`Presence`]: the lock of all who use a store.
+//!
+//! What a pull or a preparation has found there stays as long as it needs it.
 
 use std::fs::{File, Permissions};
 use std::io;
