@@ -242,6 +242,8 @@ pub mod image {
     #[cfg(feature = "registry")]
     pub use crate::container::{Credentials, Fetch, FetchRequest, FetchResponse, Registry};
     pub use crate::container::{Healthcheck, ImageConfig, ImageLimits, Platform};
+    #[cfg(feature = "signatures")]
+    pub use crate::container::{PublicKey, SignaturePolicy};
 }
 
 /// What happens to a VM while it runs.

@@ -35,6 +35,8 @@ pub use image::{Collected, Digest, ImageStore, LayerPhase, LayerProgress, Pulled
 #[cfg(feature = "registry")]
 pub use image::{Credentials, Fetch, FetchRequest, FetchResponse, Registry};
 pub use image::{Healthcheck, Image, ImageConfig, ImageLimits, Platform};
+#[cfg(feature = "signatures")]
+pub use image::{PublicKey, SignaturePolicy};
 #[cfg(any(test, feature = "internals"))]
 pub(crate) use image::{image_tar, oci_layer, oci_layer_file, oci_manifest};
 pub use layer::WritableLayer;

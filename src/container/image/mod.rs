@@ -59,6 +59,8 @@ use pulled::PulledImage;
 pub(crate) use registry::fuzz_challenge;
 #[cfg(feature = "registry")]
 pub use registry::{Credentials, Fetch, FetchRequest, FetchResponse, Registry};
+#[cfg(feature = "signatures")]
+pub use signature::{PublicKey, SignaturePolicy};
 pub use store::{Collected, ImageStore, PulledImageInfo};
 use store::{FileIdentity, NameRecord, Store};
 use tar::{ArchiveKind, ImageBuilder, Stream};

@@ -18,6 +18,8 @@ mod proxy;
 mod pull;
 mod retry;
 mod session;
+#[cfg(feature = "signatures")]
+mod signed;
 mod source;
 #[cfg(test)]
 mod tests;
@@ -32,6 +34,8 @@ use std::time::Duration;
 
 use super::limits::ImageLimits;
 use super::oci::{LayerObserver, LayerProgress, Platform};
+#[cfg(feature = "signatures")]
+use super::signature::SignaturePolicy;
 use crate::container::CancelToken;
 use crate::size::Size;
 #[cfg(any(test, feature = "internals"))]
@@ -70,6 +74,8 @@ pub struct Registry {
     authorities: Vec<Vec<u8>>,
     platform: Option<Platform>,
     progress: Option<Arc<LayerObserver<'static>>>,
+    #[cfg(feature = "signatures")]
+    policy: Option<SignaturePolicy>,
     fetcher: Option<Arc<dyn Fetch>>,
     cache: Option<PathBuf>,
     limits: ImageLimits,
@@ -89,6 +95,8 @@ impl Default for Registry {
             authorities: Vec::new(),
             platform: None,
             progress: None,
+            #[cfg(feature = "signatures")]
+            policy: None,
             fetcher: None,
             cache: None,
             limits: ImageLimits::default(),
@@ -169,6 +177,16 @@ impl Registry {
     /// Pulls the image for this platform; [`Platform::host`] by default.
     pub fn platform(mut self, platform: Platform) -> Self {
         self.platform = Some(platform);
+        self
+    }
+
+    /// Pulls what `policy` admits only; everything unless set.
+    ///
+    /// What is not admitted gets no name in the store, and no layer of it is asked for. The policy is for pulls: an image that is in
+    /// the store already stays there.
+    #[cfg(feature = "signatures")]
+    pub fn signature_policy(mut self, policy: SignaturePolicy) -> Self {
+        self.policy = Some(policy);
         self
     }
 

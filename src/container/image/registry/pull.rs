@@ -49,7 +49,8 @@ impl Registry {
     /// # Errors
     /// - `InvalidConfig` for what is no name, and beyond a limit, naming its method.
     /// - `NotFound` where the registry has no such image, or none for the platform, naming what is there.
-    /// - `PermissionDenied` for credentials that are missing or refused, and for plain HTTP with a host that is not allowed.
+    /// - `PermissionDenied` for credentials that are missing or refused, and for plain HTTP with a host that is not allowed. So for an
+    ///   image that a signature policy does not admit.
     /// - `ResourceExhausted` for a rate limit that is used up, with the registry's words, and without space.
     /// - `Corrupt` for what is not what its digest or its size says, and `Unsupported` for types that are not known.
     /// - `Unsupported` where the processor lacks what the crate's own TLS needs.
@@ -88,6 +89,10 @@ impl Registry {
         let source = RegistrySource::new(&session, &store);
         let platform = self.platform.clone().unwrap_or_else(Platform::host);
         let root = source.root(reference, deadline)?;
+        #[cfg(feature = "signatures")]
+        if let Some(policy) = &self.policy {
+            super::signed::admit(policy, reference, &root, &source, deadline)?;
+        }
         let resolved = oci::resolve(&source, &root, &platform, deadline)?;
         let allowed = Allowed { limits: self.limits.clone(), max_size: self.max_size };
         let ignore = |_: &oci::LayerProgress| {};

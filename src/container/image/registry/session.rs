@@ -91,6 +91,17 @@ impl Session {
         })
     }
 
+    /// The list of what refers to a manifest (distribution-spec 1.1, Listing Referrers).
+    #[cfg(feature = "signatures")]
+    pub fn referrers(&self, digest: &Digest, deadline: &PrepareDeadline) -> Result<Document> {
+        let path = format!("{}/referrers/{digest}", self.repository);
+        let accept = "application/vnd.oci.image.index.v1+json".to_owned();
+        self.anywhere(deadline, |member| {
+            let (reply, _) = self.exchange(member, &path, &[("accept", accept.clone())], SMALL_TIMEOUT, deadline)?;
+            read_document(reply.0, deadline)
+        })
+    }
+
     /// Opens a blob at a position, at the server of that number.
     pub fn blob(
         &self,

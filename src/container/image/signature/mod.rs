@@ -194,5 +194,11 @@ impl Search<'_> {
     }
 }
 
+/// A key for tests elsewhere.
+#[cfg(test)]
+pub(super) fn tests_key() -> &'static str {
+    key::tests::P256_PEM
+}
+
 #[cfg(test)]
 mod tests;

@@ -53,7 +53,10 @@ impl SignaturePolicy {
 
     /// The later of two rules for one prefix counts.
     fn rule(mut self, prefix: &str, rule: Rule) -> Self {
-        let prefix = prefix.trim_end_matches('/').to_owned();
+        // Names of hosts are the same in capitals.
+        let prefix = prefix.trim_end_matches('/');
+        let (host, path) = prefix.split_at(prefix.find('/').unwrap_or(prefix.len()));
+        let prefix = format!("{}{path}", host.to_ascii_lowercase());
         self.rules.retain(|(known, _)| *known != prefix);
         self.rules.push((prefix, rule));
         self
@@ -94,7 +97,7 @@ mod tests {
             .accept("docker.io/library")
             .require("docker.io/library/debian", [])
             .refuse("docker.io/library/debian/old/")
-            .accept("registry.example:5000");
+            .accept("Registry.Example:5000");
         let of = |name: &str| policy.of(name).clone();
         assert_eq!(of("docker.io/library/nginx"), Rule::Accept);
         assert_eq!(of("docker.io/library"), Rule::Accept);

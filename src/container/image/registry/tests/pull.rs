@@ -150,3 +150,34 @@ fn store_keeps_what_is_used_and_what_is_pinned() {
     assert_eq!(memory.asked(), ["GET manifests/1"], "its layers are there");
     assert!(store.list().unwrap()[0].pinned, "it stays so");
 }
+
+#[cfg(feature = "signatures")]
+#[test]
+fn image_that_is_not_admitted_gets_no_name_and_no_layer_is_asked_for() {
+    use crate::container::image::{PublicKey, SignaturePolicy};
+
+    let (temp, memory) = (Temp::new("policy"), Memory::default());
+    memory.image("1", &[0]);
+    let (store, name) = (ImageStore::at(&temp.0), "r.example/a/b:1");
+    let pull = |policy| memory.registry(&temp).signature_policy(policy).pull(name);
+    let error = pull(SignaturePolicy::refuse_all()).map(drop).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::PermissionDenied, "{error}");
+    assert_eq!(memory.asked(), ["GET manifests/1"]);
+    let key = || PublicKey::from_pem(crate::container::image::signature::tests_key()).unwrap();
+    let error = pull(SignaturePolicy::accept_all().require("r.example/a", [key()])).map(drop).unwrap_err();
+    assert!(error.kind() == ErrorKind::PermissionDenied && error.to_string().contains("there is none"), "{error}");
+    let digest = Digest::sha256(&memory.files.lock().unwrap()["manifests/1"]).to_string();
+    let tag = digest.replace(':', "-");
+    assert_eq!(
+        memory.asked(),
+        [
+            "GET manifests/1".to_owned(),
+            format!("GET manifests/{tag}.sig"),
+            format!("GET referrers/{digest}"),
+            format!("GET manifests/{tag}"),
+        ]
+    );
+    assert!(store.list().unwrap().is_empty());
+    let _ = pull(SignaturePolicy::refuse_all().accept("r.example/a")).unwrap();
+    assert_eq!(store.list().unwrap().len(), 1);
+}
