@@ -251,6 +251,9 @@ mod tests {
         std::fs::write(&file, r#"{"auths":{"docker.io":{"auth":"hunter2!"}}}"#).unwrap();
         let error = open("DOCKER_CONFIG", &dir).unwrap().find("docker.io", "x").map(drop).unwrap_err();
         assert!(error.kind() == ErrorKind::Corrupt && !error.to_string().contains("hunter2"), "{error}");
+        // One that no user can read.
+        let error = open("REGISTRY_AUTH_FILE", &dir).map(drop).unwrap_err();
+        assert!(error.to_string().contains("REGISTRY_AUTH_FILE: ") && error.os_error().is_some(), "{error}");
         std::fs::write(&file, vec![b' '; (MAX_FILE + 1) as usize]).unwrap();
         assert!(open("DOCKER_CONFIG", &dir).map(drop).unwrap_err().to_string().contains("1 MiB"));
         std::fs::remove_dir_all(dir).unwrap();
