@@ -20,6 +20,8 @@ pub use platform::Platform;
 pub use reference::Reference;
 #[cfg(any(test, feature = "internals"))]
 pub(crate) use reference::fuzz as fuzz_reference;
+#[cfg(feature = "signatures")]
+pub(super) use resolve::read_document;
 pub(super) use resolve::{Layer, Resolved, from_reader, resolve, resolve_config};
 pub(super) use source::{ImageSource, LayerObserver};
 pub use source::{LayerPhase, LayerProgress};
