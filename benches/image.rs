@@ -75,7 +75,7 @@ fn pulled(host: &str, name: &str, store: &Path) -> Pulled {
 
 fn run(program: &str, args: &[&str]) {
     let output = Command::new(program).args(args).output();
-    let output = output.unwrap_or_else(|error| panic!("{program}: {error}: run `make bench`"));
+    let output = output.expect("docker-registry, skopeo and umoci: run `make bench`");
     assert!(output.status.success(), "{program} {args:?}: {}", String::from_utf8_lossy(&output.stderr));
 }
 

@@ -176,6 +176,7 @@ fn drive(guest: Guest) -> Outcome {
         let vm = watch.at_once("Container::vm", || itself.vm());
         watch.at_once("Container::startup", || itself.startup());
         watch.at_once("Container::exec", || drop(itself.exec(["true"])));
+        watch.at_once("Container::command", || drop(itself.command()));
         watch.at_once("Container::stats", || itself.stats());
         watch.at_once("Container::report", || itself.report());
         watch.at_once("Container::timeline", || itself.timeline());

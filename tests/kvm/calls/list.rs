@@ -47,6 +47,7 @@ pub const WAITING: &[&str] = &[
 pub const AT_ONCE: &[&str] = &[
     "Container::disk",
     "Container::events",
+    "Container::command",
     "Container::exec",
     "Container::kill",
     "Container::net",
