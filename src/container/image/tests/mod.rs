@@ -7,6 +7,7 @@ mod hostile;
 mod layered;
 mod local;
 mod maker;
+mod prepared;
 mod stored;
 mod umoci;
 

@@ -1,0 +1,154 @@
+//! Layers on their way into the store: once each, in parallel, with progress, and nothing half-made.
+
+use std::io::Read;
+use std::sync::Mutex;
+
+use super::super::layers::fuzzing::Blobs;
+use super::super::layers::{Allowed, compose, prepare_layers};
+use super::super::oci::{
+    Descriptor, Digest, ImageConfig, ImageSource, Layer, LayerPhase, LayerProgress, Resolved, from_reader,
+};
+use super::super::store::Store;
+use super::*;
+
+/// Blobs that count how often each is opened.
+#[derive(Default)]
+struct Counted {
+    blobs: Blobs,
+    opened: Mutex<BTreeMap<Digest, u32>>,
+}
+
+impl ImageSource for Counted {
+    fn open(&self, blob: &Descriptor, deadline: &PrepareDeadline) -> Result<Box<dyn Read + Send + '_>> {
+        *self.opened.lock().unwrap().entry(blob.digest.clone()).or_default() += 1;
+        self.blobs.open(blob, deadline)
+    }
+}
+
+fn layer_of(n: u32) -> Vec<u8> {
+    archive(&[Made::file(format!("file-{n}"), n.to_le_bytes().repeat(20_000)), Made::file("top", n.to_string())])
+}
+
+fn image(layers: Vec<Layer>) -> Resolved {
+    Resolved::without_manifest(b"{}".to_vec(), ImageConfig::default(), layers)
+}
+
+fn allowed() -> Allowed {
+    Allowed { limits: ImageLimits::default(), max_size: Size::gib(1) }
+}
+
+fn deadline() -> PrepareDeadline {
+    PrepareDeadline::new(Duration::from_secs(60), None)
+}
+
+fn store(temp: &Temp) -> Store {
+    Store::open(Some(temp.0.join("cache"))).unwrap()
+}
+
+fn in_store(temp: &Temp) -> usize {
+    fs::read_dir(temp.0.join("cache/layers")).unwrap().count()
+}
+
+#[test]
+fn concurrent_callers_unpack_each_layer_once() {
+    let (temp, mut source) = (Temp::new(), Counted::default());
+    let layers: Vec<Layer> = (0..8).map(|n| source.blobs.add_layer(&layer_of(n))).collect();
+    // Each has some of the others' layers, and one of them twice.
+    let images: Vec<Resolved> = (0..4).map(|n| image([&layers[n..n + 5], &layers[n..=n]].concat())).collect();
+    std::thread::scope(|scope| {
+        for image in &images {
+            scope.spawn(|| prepare_layers(&store(&temp), &source, image, &allowed(), &deadline(), &|_| {}).unwrap());
+        }
+    });
+    let opened = source.opened.lock().unwrap();
+    assert_eq!((opened.len(), in_store(&temp)), (8, 8));
+    assert!(opened.values().all(|times| *times == 1), "{opened:?}");
+    let pieces = compose(&store(&temp), &images[3].diff_ids(), &allowed(), &deadline()).unwrap();
+    // Five layers, and the metadata before and behind them.
+    assert_eq!(pieces.len(), 7);
+}
+
+#[test]
+fn progress_is_told_for_every_layer() {
+    let (temp, mut source) = (Temp::new(), Counted::default());
+    let image = image((0..5).map(|n| source.blobs.add_layer(&layer_of(n))).collect());
+    let told = || {
+        let seen = Mutex::new(vec![Vec::new(); 5]);
+        let observe = |progress: &LayerProgress| {
+            assert_eq!((progress.layers, &progress.digest), (5, &image.layers[progress.layer].blob.digest));
+            seen.lock().unwrap()[progress.layer].push((progress.phase, progress.received, progress.size));
+        };
+        prepare_layers(&store(&temp), &source, &image, &allowed(), &deadline(), &observe).unwrap();
+        seen.into_inner().unwrap()
+    };
+    for layer in told() {
+        let size = layer[0].2;
+        assert_eq!((layer[0], layer.last()), ((LayerPhase::Reading, 0, size), Some(&(LayerPhase::Done, size, size))));
+        assert!(layer.is_sorted_by_key(|(_, received, _)| *received), "{layer:?}");
+    }
+    assert!(told().iter().all(|layer| matches!(layer[..], [(LayerPhase::Present, ..)])));
+}
+
+#[test]
+fn failing_layer_leaves_nothing_and_names_itself() {
+    let (temp, mut source) = (Temp::new(), Counted::default());
+    let layers: Vec<Layer> = (0..12).map(|n| source.blobs.add_layer(&layer_of(n))).collect();
+    let damaged = &layers[4].blob.digest;
+    source.blobs.0.get_mut(damaged).unwrap()[600] ^= 1;
+    let image = image(layers.clone());
+    let error = prepare_layers(&store(&temp), &source, &image, &allowed(), &deadline(), &|_| {}).unwrap_err();
+    assert!(error.kind() == ErrorKind::Corrupt && error.to_string().starts_with("layer 4, sha256:"), "{error}");
+    assert!(in_store(&temp) < 12);
+    let error = compose(&store(&temp), &image.diff_ids(), &allowed(), &deadline()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::NotFound);
+    // The next try needs only what is not there yet.
+    source.blobs.0.get_mut(damaged).unwrap()[600] ^= 1;
+    prepare_layers(&store(&temp), &source, &image, &allowed(), &deadline(), &|_| {}).unwrap();
+    assert_eq!(in_store(&temp), 12);
+    let opened = source.opened.lock().unwrap();
+    assert!(opened.iter().all(|(digest, times)| *times == if digest == damaged { 2 } else { 1 }), "{opened:?}");
+}
+
+#[test]
+fn most_layers_that_may_be_are_one_disk() {
+    let (temp, mut source) = (Temp::new(), Counted::default());
+    let image = image((0..128).map(|n| source.blobs.add_layer(&layer_of(n))).collect());
+    prepare_layers(&store(&temp), &source, &image, &allowed(), &deadline(), &|_| {}).unwrap();
+    let pieces = compose(&store(&temp), &image.diff_ids(), &allowed(), &deadline()).unwrap();
+    assert_eq!(pieces.len(), 130);
+    let disk = super::super::layers::fuzzing::joined(&pieces).unwrap();
+    let tree = Reader::open(&disk).tree(16);
+    assert_eq!((tree.len(), tree[&b"top"[..]].content.as_slice()), (130, &b"127"[..]));
+}
+
+/// A source that gives bytes until it is cancelled.
+struct Endless(CancelToken);
+
+impl ImageSource for Endless {
+    fn open(&self, _: &Descriptor, _: &PrepareDeadline) -> Result<Box<dyn Read + Send + '_>> {
+        Ok(Box::new(self))
+    }
+}
+
+impl Read for &Endless {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.0.cancel();
+        // An empty file without end, as tar has it.
+        buffer.fill(0);
+        Ok(buffer.len())
+    }
+}
+
+#[test]
+fn cancelled_layer_ends_soon_and_is_not_kept() {
+    let temp = Temp::new();
+    let cancel = CancelToken::new().unwrap();
+    let deadline = PrepareDeadline::new(Duration::MAX, [&cancel]);
+    let digest = Digest::sha256(b"");
+    let layer = Layer { blob: Descriptor::of(digest.clone(), u64::MAX), diff_id: digest };
+    let error = prepare_layers(&store(&temp), &Endless(cancel), &image(vec![layer]), &allowed(), &deadline, &|_| {})
+        .unwrap_err();
+    assert_eq!((error.kind(), in_store(&temp)), (ErrorKind::Cancelled, 0), "{error}");
+    let lost = from_reader(io::Error::other("lost"), &deadline);
+    assert_eq!(lost.kind(), ErrorKind::Cancelled);
+}
