@@ -372,8 +372,15 @@ impl Image {
     ) -> Result<(Vec<DiskPiece<Arc<File>>>, ImageConfig)> {
         let found = images.find(self.select.as_deref(), &self.platform, deadline)?;
         let allowed = Allowed { limits: self.limits.clone(), max_size: self.max_size };
-        layers::prepare_layers(store, images, &found, &allowed, deadline, &|_| {})?;
-        let pieces = layers::compose(store, &found.diff_ids(), &allowed, deadline)?;
+        let compose = || layers::compose(store, &found.diff_ids(), &allowed, deadline);
+        let pieces = match compose() {
+            // A layer is not there yet, or is damaged.
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                layers::prepare_layers(store, images, &found, &allowed, deadline, &|_| {})?;
+                compose()?
+            }
+            outcome => outcome?,
+        };
         Ok((pieces, found.image))
     }
 

@@ -42,10 +42,16 @@ pub(super) fn no_other_image(tree: &InodeTree) -> Result<()> {
     // Programs have files of that name too, but then there is something to run them with.
     let system = SYSTEM.iter().any(|name| tree.at_top(name.as_bytes()).is_some());
     if file(b"manifest.json") && !system {
-        return unsupported("this is what `docker save` makes, an image in layers: use `docker export` of a container");
+        return unsupported(
+            "it has files of `docker save` beside others that such an archive has not: save the image anew, or use `docker export` of a \
+             container",
+        );
     }
     if file(b"oci-layout") && file(b"index.json") {
-        return unsupported("this is an OCI image layout, an image in layers: use `docker export` of a container");
+        return unsupported(
+            "it has files of an OCI image layout beside others that a layout has not: copy the image anew, or use `docker export` of a \
+             container",
+        );
     }
     Ok(())
 }
