@@ -120,8 +120,8 @@ impl Container {
 
     /// Ends the container in good order.
     ///
-    /// A program of [`Container::command`] gets the image's stop signal, and the others go on until it has ended. Then
-    /// every process gets SIGTERM and, after `grace` in all, SIGKILL. At last file systems are written and the machine is
+    /// A program of [`Container::command`] gets the image's stop signal where that is not SIGTERM, and the others go on
+    /// until it has ended. Then every process gets SIGTERM and, after `grace` in all, SIGKILL. At last file systems are written and the machine is
     /// powered off.
     ///
     /// A guest that has not ended two seconds after `grace` is killed, whatever it does. This returns as soon as the

@@ -209,7 +209,12 @@ impl Image {
 
     /// One that is in the store.
     fn pulled(record: NameRecord) -> Self {
-        Self::of(PathBuf::from(&record.reference), ImageKind::Pulled(Arc::new(record)))
+        let platform = record.platform.parse();
+        let image = Self::of(PathBuf::from(&record.reference), ImageKind::Pulled(Arc::new(record)));
+        match platform {
+            Ok(platform) => image.platform(platform),
+            Err(_) => image,
+        }
     }
 
     /// Chooses one of several images by its name or its digest.

@@ -1,5 +1,6 @@
 //! [`PulledImage`]: an image that is in the store, found by its digest.
 
+use std::collections::BTreeMap;
 use std::io::{Cursor, Read};
 
 use super::budget::PrepareDeadline;
@@ -32,6 +33,10 @@ impl ImageSource for PulledImage {
 
 impl LocalImages for PulledImage {
     fn find(&self, _: Option<&str>, platform: &Platform, deadline: &PrepareDeadline) -> Result<Resolved> {
-        resolve(self, &self.record.root(), platform, deadline)
+        // What the name stood for when it was pulled, whatever lies between it and the manifest.
+        let digest = self.record.manifest.clone();
+        let size = self.store.blob(&digest)?.map_or(0, |bytes| bytes.len() as u64);
+        let manifest = Descriptor { media_type: String::new(), digest, size, annotations: BTreeMap::new() };
+        resolve(self, &manifest, platform, deadline)
     }
 }

@@ -1,7 +1,8 @@
 //! [`Registry`]: images of registries, as Docker has them (distribution-spec 1.1).
 //!
-//! A pull asks the registry, or a mirror of it, for the manifest that a name stands for. What is asked for by digest is checked here,
-//! so mirrors and redirects need no trust. Layers that the store has are not asked for.
+//! A pull asks the registry, or a mirror of it, for the manifest that a name stands for. Whoever answers for a tag is trusted with what
+//! it stands for, unless a signature policy asks for a key. What is asked for by digest is checked here, so for that mirrors and
+//! redirects need no trust. Layers that the store has are not asked for.
 
 mod auth;
 mod blob;
@@ -147,8 +148,11 @@ impl Registry {
     }
 
     /// Adds a mirror of a registry: a host, or an address with a path. Mirrors are asked in order, before the registry itself.
+    ///
+    /// A mirror says what a tag stands for, so it is trusted as the registry is. It need not be for images by digest, and for those that
+    /// a signature policy asks a key for.
     pub fn mirror(mut self, registry: &str, mirror: impl Into<String>) -> Self {
-        self.mirrors.entry(registry.to_ascii_lowercase()).or_default().push(mirror.into());
+        self.mirrors.entry(login::known_name(registry)).or_default().push(mirror.into());
         self
     }
 

@@ -9,6 +9,7 @@ use super::Registry;
 use super::endpoint::{Endpoint, PlainHosts};
 use super::fetch::Fetch;
 use super::http::{self, HttpFetcher};
+use super::login::known_name;
 use super::proxy::Proxies;
 use super::session::Session;
 use super::source::RegistrySource;
@@ -82,7 +83,7 @@ impl Registry {
         let store = Store::open(self.cache.clone())?;
         let (fetcher, _watch) = self.started(deadline)?;
         let plain = PlainHosts(self.plain_http.clone());
-        let mirrors = self.mirrors.get(&reference.registry().to_ascii_lowercase()).into_iter().flatten();
+        let mirrors = self.mirrors.get(&known_name(reference.registry())).into_iter().flatten();
         let mut endpoints = mirrors.map(|mirror| Endpoint::mirror(mirror, &plain)).collect::<Result<Vec<_>>>()?;
         endpoints.push(Endpoint::of(reference, &plain)?);
         let session = Session::new(fetcher, endpoints, reference.repository(), self.keyring.clone(), plain);

@@ -1,6 +1,5 @@
 //! [`Signatures`]: a registry as the place where signatures of images are found.
 
-use super::login::known_name;
 use super::session::Document;
 use super::source::RegistrySource;
 use crate::container::image::budget::PrepareDeadline;
@@ -24,16 +23,9 @@ pub(super) fn admit(
     source: &RegistrySource<'_>,
     deadline: &PrepareDeadline,
 ) -> Result<()> {
-    let name = format!("{}/{}", policy_name(reference.registry()), reference.repository());
+    let name = format!("{}/{}", reference.registry(), reference.repository());
     let manifest = read_document(source, root, deadline)?;
     signature::admit(policy, &name, &manifest.bytes, &root.digest, &Signatures { source, deadline })
-}
-
-/// One name of a registry for all that it may be called by, so that no other spelling evades a rule.
-fn policy_name(registry: &str) -> String {
-    let name = known_name(registry);
-    let bare = name.strip_suffix(":443").or_else(|| name.strip_suffix(":80")).unwrap_or(&name);
-    known_name(bare)
 }
 
 /// What is not there is none. All else is an error, so that no image is admitted by a registry that fails.
@@ -61,21 +53,5 @@ impl SignatureSource for Signatures<'_> {
             return Err(Error::new(ErrorKind::Corrupt, text));
         }
         Ok(read_document(self.source, what, self.deadline)?.bytes)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn other_spellings_of_a_registry_have_the_same_rules() {
-        for name in ["R.Example", "r.example:443", "R.example:80"] {
-            assert_eq!(policy_name(name), "r.example");
-        }
-        for name in ["docker.io", "registry-1.docker.io:443", "INDEX.docker.io"] {
-            assert_eq!(policy_name(name), "docker.io");
-        }
-        assert_eq!(policy_name("r.example:5000"), "r.example:5000");
     }
 }

@@ -53,17 +53,20 @@ impl SignaturePolicy {
 
     /// The later of two rules for one prefix counts.
     fn rule(mut self, prefix: &str, rule: Rule) -> Self {
-        // Names of hosts are the same in capitals.
-        let prefix = prefix.trim_end_matches('/');
-        let (host, path) = prefix.split_at(prefix.find('/').unwrap_or(prefix.len()));
-        let prefix = format!("{}{path}", host.to_ascii_lowercase());
-        self.rules.retain(|(known, _)| *known != prefix);
-        self.rules.push((prefix, rule));
+        let prefix = canonical(prefix.trim_end_matches('/'));
+        // What Docker calls `debian` is `library/debian`, and is meant by either.
+        let short = prefix.strip_prefix("docker.io/").filter(|path| !path.contains('/') && *path != "library");
+        let official = short.map(|path| format!("docker.io/library/{path}"));
+        for prefix in [Some(prefix), official].into_iter().flatten() {
+            self.rules.retain(|(known, _)| *known != prefix);
+            self.rules.push((prefix, rule.clone()));
+        }
         self
     }
 
     /// What is asked of images of this name, without tag and digest.
     pub(super) fn of(&self, name: &str) -> &Rule {
+        let name = canonical(name);
         let fits =
             |prefix: &str| name.strip_prefix(prefix).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
         let longest = self.rules.iter().filter(|(prefix, _)| fits(prefix)).max_by_key(|(prefix, _)| prefix.len());
@@ -76,7 +79,9 @@ impl SignaturePolicy {
         for (prefix, _) in &self.rules {
             let host = prefix.split('/').next().unwrap_or_default();
             let is_host = host.contains(['.', ':']) || host == "localhost";
-            if !is_host || prefix.contains(['@', ' ']) || prefix.split('/').any(str::is_empty) {
+            // A tag or a digest is no part of what rules are for.
+            let is_more = prefix.contains(['@', ' ']) || prefix.split('/').skip(1).any(|part| part.contains(':'));
+            if !is_host || is_more || prefix.split('/').any(str::is_empty) {
                 let what = format!(
                     "{prefix:?} is no beginning of a name: registry.example/repository, or docker.io/library/debian"
                 );
@@ -87,9 +92,42 @@ impl SignaturePolicy {
     }
 }
 
+/// The names by which Docker Hub is known.
+const HUB: [&str; 4] = ["docker.io", "index.docker.io", "registry-1.docker.io", "registry.hub.docker.com"];
+
+/// One spelling for all of a name: no other one evades a rule, and no rule is for none.
+fn canonical(name: &str) -> String {
+    let (host, path) = name.split_at(name.find('/').unwrap_or(name.len()));
+    let host = host.to_ascii_lowercase();
+    let host = host.strip_suffix(":443").or_else(|| host.strip_suffix(":80")).unwrap_or(&host);
+    let host = if HUB.contains(&host) { "docker.io" } else { host };
+    format!("{host}{path}")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn other_spellings_of_a_name_have_the_same_rule() {
+        let registries = ["r.example", "R.Example", "r.example:443", "R.example:80"];
+        let hubs = ["docker.io", "registry-1.docker.io:443", "INDEX.docker.io"];
+        for (names, path) in [(&registries[..], "team/app"), (&hubs, "library/debian"), (&hubs, "user/app")] {
+            for rule in names {
+                let policy = SignaturePolicy::accept_all().refuse(&format!("{rule}/{path}"));
+                assert!(policy.check().is_ok());
+                for name in names {
+                    assert_eq!(policy.of(&format!("{name}/{path}")), &Rule::Refuse, "{rule} {name}");
+                    assert_eq!(policy.of(&format!("{name}/{path}s")), &Rule::Accept, "{rule} {name}");
+                }
+            }
+        }
+        let official = SignaturePolicy::accept_all().accept("docker.io/library").refuse("docker.io/debian");
+        assert_eq!(official.of("docker.io/library/debian"), &Rule::Refuse);
+        assert_eq!(official.of("docker.io/debian/app"), &Rule::Refuse);
+        assert_eq!(official.of("docker.io/library/nginx"), &Rule::Accept);
+        assert_eq!(official.of("r.example:5000/x"), &Rule::Accept);
+    }
 
     #[test]
     fn rule_with_the_longest_prefix_counts() {
@@ -115,7 +153,15 @@ mod tests {
 
     #[test]
     fn prefixes_that_fit_no_name_are_refused() {
-        for prefix in ["", "debian", "library/debian", "a b/c", "registry.example//x", "registry.example/x@sha256:0"] {
+        for prefix in [
+            "registry.example/app:1",
+            "",
+            "debian",
+            "library/debian",
+            "a b/c",
+            "registry.example//x",
+            "registry.example/x@sha256:0",
+        ] {
             let policy = SignaturePolicy::accept_all().accept(prefix);
             assert_eq!(policy.check().unwrap_err().kind(), crate::ErrorKind::InvalidConfig, "{prefix:?}");
         }

@@ -8,14 +8,14 @@ use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
 
-use super::super::oci::{Descriptor, Digest};
+use super::super::oci::Digest;
 use super::{FILE_MODE, Shelf, Store, private_file};
-use crate::error::{Context, Result};
+use crate::error::{Context, Error, ErrorKind, Result};
 use crate::sys::AtomicFile;
 
 /// Names that are listed, and how large the file of one is.
 const MAX_NAMES: usize = 100_000;
-const MAX_NAME: u64 = 8 << 10;
+const MAX_NAME: u64 = 64 << 10;
 
 /// What a name stands for.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -34,17 +34,6 @@ pub(in super::super) struct NameRecord {
     pub layers: Vec<Digest>,
     #[serde(default)]
     pub pinned: bool,
-}
-
-impl NameRecord {
-    pub fn root(&self) -> Descriptor {
-        Descriptor {
-            media_type: self.root_type.clone(),
-            digest: self.root.clone(),
-            size: self.root_size,
-            annotations: BTreeMap::new(),
-        }
-    }
 }
 
 impl Store {
@@ -66,6 +55,10 @@ impl Store {
         let names = self.names()?;
         let doing = || format!("writing to {}", names.shown.display());
         let bytes = serde_json::to_vec(record).map_err(io::Error::from).doing(doing)?;
+        if bytes.len() as u64 > MAX_NAME {
+            let what = format!("{} takes {} bytes as a name, more than {MAX_NAME}", record.reference, bytes.len());
+            return Err(Error::new(ErrorKind::Unsupported, what));
+        }
         write(&names, &name_file(&record.reference), &bytes).doing(doing)
     }
 
@@ -143,11 +136,12 @@ fn write(names: &Shelf, file: &str, bytes: &[u8]) -> Result<()> {
             outcome => return Ok(outcome?),
         }
     }
-    Ok(())
+    Err(Error::new(ErrorKind::ResourceBusy, "other processes write the same name again and again"))
 }
 
 #[cfg(test)]
 pub(super) mod tests {
+    use super::super::super::oci::MAX_LAYERS;
     use super::*;
 
     pub(in super::super) struct Temp(pub Store);
@@ -177,6 +171,18 @@ pub(super) mod tests {
             layers: Vec::new(),
             pinned: false,
         }
+    }
+
+    #[test]
+    fn name_of_an_image_with_the_most_layers_is_kept() {
+        let temp = Temp::new("large-names");
+        let mut large = record("r/large:1", b"x");
+        large.layers = vec![format!("sha512:{}", "0".repeat(128)).parse().unwrap(); MAX_LAYERS];
+        temp.0.set_name(&large).unwrap();
+        assert_eq!(temp.0.name("r/large:1").unwrap(), Some(large.clone()));
+        large.layers = vec![large.layers[0].clone(); 4 * MAX_LAYERS];
+        assert_eq!(temp.0.set_name(&large).unwrap_err().kind(), ErrorKind::Unsupported);
+        assert_eq!(temp.0.name("r/large:1").unwrap().map(|it| it.layers.len()), Some(MAX_LAYERS));
     }
 
     #[test]
