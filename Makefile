@@ -38,7 +38,8 @@ bench: setup
 
 # Kernels and a whole system as Debian has them are for tests.
 setup: base
-	@lab/need acl attr cpio curl dmsetup erofs-utils iproute2 mount openssh-client procps qemu-utils
+	@lab/need acl apache2-utils attr bzip2 cpio curl dmsetup docker-registry erofs-utils iproute2 mount openssh-client openssl procps qemu-utils \
+		skopeo umoci xz-utils zstd
 	@guest/stock-kernels >/dev/null
 	@guest/system >/dev/null
 	@guest/rootfs storage >/dev/null

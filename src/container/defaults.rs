@@ -1,6 +1,7 @@
 //! [`ProgramDefaults`]: what an image says of programs in its containers.
 
-use std::ffi::{OsStr, OsString};
+use std::collections::BTreeMap;
+use std::ffi::OsString;
 
 use super::image::ImageConfig;
 use crate::error::{Context, Error, ErrorKind, Result};
@@ -30,18 +31,21 @@ impl ProgramDefaults {
     /// `Corrupt` for a configuration that cannot be followed.
     pub(super) fn of(config: &ImageConfig) -> Result<Self> {
         let corrupt = |what: String| Error::new(ErrorKind::Corrupt, what).doing("the image's configuration");
-        let mut env: Vec<(OsString, OsString)> = ENVIRONMENT.map(|(name, value)| (name.into(), value.into())).into();
-        let mut own_home = true;
+        let (mut variables, mut own_home) = (Vec::from(ENVIRONMENT), true);
         for variable in &config.env {
             // As Docker has it, a name alone is an empty variable.
             let (name, value) = variable.split_once('=').unwrap_or((variable, ""));
             if name.is_empty() || variable.contains('\0') {
-                return Err(corrupt(format!("{variable:?} is no variable")));
+                let shown: String = variable.chars().take(100).collect();
+                return Err(corrupt(format!("{shown:?} is no variable")));
             }
             own_home &= name != HOME;
-            env.retain(|(known, _)| known != OsStr::new(name));
-            env.push((name.into(), value.into()));
+            variables.push((name, value));
         }
+        // The last of each name, in the order of these.
+        let last: BTreeMap<&str, usize> = variables.iter().enumerate().map(|(n, (name, _))| (*name, n)).collect();
+        let lasting = variables.iter().enumerate().filter(|(n, (name, _))| last.get(name) == Some(n));
+        let env = lasting.map(|(_, (name, value))| (OsString::from(name), OsString::from(value))).collect();
         let text = |text: &str| (!text.is_empty()).then(|| OsString::from(text));
         if !config.working_dir.is_empty() && !config.working_dir.starts_with('/') {
             return Err(corrupt(format!("WorkingDir {:?} does not begin with a slash", config.working_dir)));
@@ -132,6 +136,14 @@ mod tests {
         assert_eq!(defaults.command, ["/entry", "-x", "serve", ""]);
         assert_eq!((defaults.user.unwrap(), defaults.working_dir.unwrap()), ("www:adm".into(), "/srv/it".into()));
         assert_eq!(defaults.stop_signal, Some(3));
+    }
+
+    /// Each of them is looked at a few times, however many there are.
+    #[test]
+    fn very_many_variables_are_taken() {
+        let env: Vec<String> = (0..300_000).map(|n| format!("V{n}=x")).collect();
+        let defaults = config(|it| it.env = [env.clone(), env].concat()).unwrap();
+        assert_eq!(defaults.env.len(), 300_002);
     }
 
     #[test]

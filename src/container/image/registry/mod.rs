@@ -1,7 +1,7 @@
 //! [`Registry`]: images of registries, as Docker has them (distribution-spec 1.1).
 //!
-//! A pull asks the registry, or a mirror of it, for the manifest that a name stands for. Whoever answers for a tag is trusted with what
-//! it stands for, unless a signature policy asks for a key. What is asked for by digest is checked here, so for that mirrors and
+//! A pull asks the registry, or a mirror of it, for the manifest that a name stands for. The server that answers for a tag is trusted
+//! with what it stands for, unless a signature policy asks for a key. What is asked for by digest is checked here, so for that mirrors and
 //! redirects need no trust. Layers that the store has are not asked for.
 
 mod auth;

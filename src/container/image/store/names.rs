@@ -1,6 +1,5 @@
 //! What pulled images are called, each name a file of the store.
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::io::{self, Read, Write};
 use std::path::Path;

@@ -1,4 +1,4 @@
-//! Layers on their way into the store: once each, in parallel, with progress, and nothing half-made.
+//! Layers on their way into the store: once each, in parallel, and nothing half-made.
 
 use std::io::Read;
 use std::sync::Mutex;
