@@ -19,6 +19,8 @@ use crate::sys::Beneath;
 const MAX_LINKS: usize = 8;
 /// What one read of an archive's headers asks for.
 const BUFFER: usize = 8 << 10;
+/// What is skipped between two looks at the time.
+const MAX_SKIP: u64 = 1 << 20;
 
 /// Where the files are.
 #[derive(Debug)]
@@ -33,6 +35,8 @@ pub(in super::super) enum ImageFiles {
 pub(in super::super) struct Archive {
     file: Arc<File>,
     compression: Compression,
+    /// How many times its size it may unpack to.
+    ratio: u32,
     members: Members,
 }
 
@@ -60,16 +64,16 @@ impl ImageFiles {
         let mut begin = [0; 6];
         let n = file.read_at(&mut begin, 0)?;
         let compression = Compression::of(begin.get(..n).unwrap_or_default());
-        let file = Arc::new(file);
+        let (file, ratio) = (Arc::new(file), budget.limits.ratio);
         let whole = FileRange { file: file.clone(), at: 0, end: u64::MAX, deadline: budget.deadline().clone() };
         let members = match compression {
             Compression::None => {
                 let mut seekable = Seekable(BufReader::with_capacity(BUFFER, whole));
                 list_members(&mut seekable, budget, &belongs)?
             }
-            _ => list_members(&mut Sequential(decompressed(whole, None)?), budget, &belongs)?,
+            _ => list_members(&mut Sequential(decompressed(whole, Some(ratio))?), budget, &belongs)?,
         };
-        Ok(members.map(|members| Self::Archive(Archive { file, compression, members })))
+        Ok(members.map(|members| Self::Archive(Archive { file, compression, ratio, members })))
     }
 
     /// Whether there is a file of that name.
@@ -138,7 +142,10 @@ impl Archive {
         let range = |at, end| FileRange { file: self.file.clone(), at, end, deadline: deadline.clone() };
         let member: Box<dyn Read + Send> = match self.compression {
             Compression::None => Box::new(range(offset, offset.saturating_add(len))),
-            _ => Box::new(Behind { source: decompressed(range(0, u64::MAX), None)?, before: offset, len }),
+            _ => {
+                let source = decompressed(range(0, u64::MAX), Some(self.ratio))?;
+                Box::new(Behind { source, before: offset, len, deadline: deadline.clone() })
+            }
         };
         Ok((member, len))
     }
@@ -179,14 +186,18 @@ struct Behind<R> {
     source: R,
     before: u64,
     len: u64,
+    deadline: PrepareDeadline,
 }
 
 impl<R: Read> Read for Behind<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        if self.before > 0 {
-            let skipped = io::copy(&mut (&mut self.source).take(self.before), &mut io::sink())?;
+        while self.before > 0 {
+            self.deadline.check()?;
+            // Little that is compressed may be much that is skipped.
+            let piece = self.before.min(MAX_SKIP);
+            let skipped = io::copy(&mut (&mut self.source).take(piece), &mut io::sink())?;
             self.before -= skipped;
-            if self.before > 0 {
+            if skipped < piece {
                 return Err(io::ErrorKind::UnexpectedEof.into());
             }
         }
@@ -194,5 +205,25 @@ impl<R: Read> Read for Behind<R> {
         let n = self.source.read(buffer.get_mut(..most).unwrap_or_default())?;
         self.len -= n as u64;
         Ok(n)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn skipping_ends_when_the_time_is_over() {
+        let behind = |timeout, before| {
+            let deadline = PrepareDeadline::new(timeout, None);
+            let mut behind = Behind { source: io::repeat(7), before, len: 3, deadline };
+            let mut bytes = Vec::new();
+            behind.read_to_end(&mut bytes).map(|_| bytes)
+        };
+        assert_eq!(behind(Duration::from_secs(600), 5 * MAX_SKIP + 1).unwrap(), [7; 3]);
+        let error = behind(Duration::ZERO, 5 * MAX_SKIP).unwrap_err().downcast::<Error>().unwrap();
+        assert_eq!(error.kind(), ErrorKind::TimedOut, "{error}");
     }
 }

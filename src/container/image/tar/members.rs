@@ -7,8 +7,8 @@ use super::header::{BLOCK, Block, TarHeader, text};
 use super::pax::Pax;
 use super::{corrupt, unsupported};
 use crate::container::image::budget::Budget;
-use crate::container::image::path::EntryPath;
-use crate::error::{Error, ErrorKind, Result};
+use crate::container::image::path::{EntryPath, PATH_MAX};
+use crate::error::{Context, Error, ErrorKind, Result};
 
 /// What one member is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -129,8 +129,9 @@ fn list_all(
                 match header.typeflag() {
                     b'L' => long_path = Some(text(&data).to_vec()),
                     b'K' => long_link = Some(text(&data).to_vec()),
-                    b'g' => global.read(&data)?,
+                    b'g' => global = shared_by_all(&data, budget)?,
                     _ => {
+                        // Shares what is large.
                         let mut own = global.clone();
                         own.read(&data)?;
                         pax = Some(own);
@@ -144,6 +145,10 @@ fn list_all(
         len = own.size.unwrap_or(len);
         let path = own.path.or(long_path.take()).unwrap_or_else(|| header.path());
         let link = own.link_path.or(long_link.take()).unwrap_or_else(|| header.link_path().to_vec());
+        let place = EntryPath::parse(&path)?;
+        if link.len() > PATH_MAX {
+            return Err(corrupt("a link leads to a path that is longer than Linux allows"));
+        }
         let (member, data) = match header.typeflag() {
             b'0' | 0 | b'7' if path.ends_with(b"/") => (Member::Directory, len),
             b'0' | 0 | b'7' if own.sparse.is_sparse() => return Err(unsupported("a member that is a sparse file")),
@@ -155,16 +160,30 @@ fn list_all(
             }
             _ => return Ok(None),
         };
-        let path = EntryPath::parse(&path)?;
-        if !belongs(path.as_bytes(), &member) {
+        if !belongs(place.as_bytes(), &member) {
             return Ok(None);
         }
-        budget.names(path.as_bytes().len())?;
-        members.insert(path.as_bytes().to_vec(), member);
+        budget.names(place.as_bytes().len())?;
+        if let Member::Link(to) = &member {
+            budget.names(to.len())?;
+        }
+        members.insert(place.as_bytes().to_vec(), member);
         let padded = data.checked_next_multiple_of(BLOCK as u64).ok_or_else(|| corrupt("a member is too large"))?;
         source.skip(padded, budget)?;
         at = at.saturating_add(padded);
     }
+}
+
+/// What a global header says, instead of what an earlier one said. Clones share what is large.
+fn shared_by_all(data: &[u8], budget: &Budget) -> Result<Pax> {
+    let mut global = Pax::default();
+    global.read(data)?;
+    if global.sparse.is_sparse() {
+        return Err(unsupported("a global header that speaks of a sparse file"));
+    }
+    budget.entry_xattrs(global.xattr_bytes()).doing(|| "a global header")?;
+    global.share();
+    Ok(global)
 }
 
 /// Where a symbolic link at `path` leads, from the root of the archive.
@@ -194,4 +213,62 @@ fn read_block(source: &mut dyn Skip, block: &mut Block) -> Result<usize> {
         }
     }
     Ok(n)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::container::image::ImageLimits;
+    use crate::container::image::budget::PrepareDeadline;
+    use crate::container::image::tests::maker::{Made, archive, record};
+    use crate::size::Size;
+
+    fn listed(archive: &[u8], limits: &ImageLimits) -> Result<Option<Members>> {
+        let deadline = PrepareDeadline::new(Duration::from_secs(600), None);
+        list_all(&mut Sequential(archive), &Budget::new(limits, Size::gib(1), &deadline), &|_, _| true)
+    }
+
+    #[test]
+    fn link_longer_than_a_path_is_no_member() {
+        for typeflag in [b'1', b'2'] {
+            let link = |len| archive(&[Made::link("a", vec![b'x'; len]).of_type(typeflag)]);
+            let members = listed(&link(PATH_MAX), &ImageLimits::new()).unwrap().unwrap();
+            assert_eq!(members[&b"a"[..]], Member::Link(vec![b'x'; PATH_MAX]));
+            let error = listed(&link(PATH_MAX + 1), &ImageLimits::new()).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Corrupt, "{error}");
+        }
+    }
+
+    #[test]
+    fn targets_of_listed_links_count_as_names() {
+        let links: Vec<_> = (0..10).map(|n| Made::symlink(format!("{n}"), [b'x'; 200])).collect();
+        let limits = ImageLimits::new();
+        listed(&archive(&links), &limits.clone().max_names(Size::bytes(2010))).unwrap();
+        let error = listed(&archive(&links), &limits.max_names(Size::bytes(2009))).unwrap_err();
+        assert!(error.to_string().contains("ImageLimits::max_names"), "{error}");
+    }
+
+    fn global(records: &[u8]) -> Made {
+        Made::file("global", records).of_type(b'g')
+    }
+
+    #[test]
+    fn global_header_of_listed_members_replaces_the_one_before() {
+        let file = Made::file("a", "");
+        let entries = [global(&record("path", b"b")), file.clone(), global(&record("comment", b"")), file];
+        let members = listed(&archive(&entries), &ImageLimits::new()).unwrap().unwrap();
+        assert_eq!(members.keys().collect::<Vec<_>>(), [b"a", b"b"]);
+    }
+
+    #[test]
+    fn global_header_of_listed_members_is_bounded() {
+        let large = global(&record("SCHILY.xattr.user.a", &[0; 200 << 10]));
+        let error = listed(&archive(&[large]), &ImageLimits::new()).unwrap_err();
+        assert!(error.to_string().contains("ImageLimits::entry_xattrs"), "{error}");
+        let sparse = global(&record("GNU.sparse.map", b"0,1"));
+        let error = listed(&archive(&[sparse]), &ImageLimits::new()).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
+    }
 }

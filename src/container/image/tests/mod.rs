@@ -6,7 +6,7 @@ mod gnu_tar;
 mod hostile;
 mod layered;
 mod local;
-mod maker;
+pub(super) mod maker;
 mod prepared;
 mod stored;
 mod umoci;
