@@ -1,12 +1,15 @@
 //! [`Layout`]: an OCI image layout (image-spec, image-layout.md), which new `docker save` archives are too.
 
+use std::collections::BTreeMap;
 use std::io::Read;
 
 use serde::Deserialize;
 
 use super::{ImageFiles, LocalImages, Named, choose};
 use crate::container::image::budget::{Budget, PrepareDeadline};
-use crate::container::image::oci::{self, Descriptor, ImageSource, MAX_DOCUMENT, Manifest, Platform, Resolved, json};
+use crate::container::image::oci::{
+    self, Descriptor, ImageSource, IndexEntry, MAX_DOCUMENT, Manifest, Platform, Resolved, json,
+};
 use crate::error::{Context, Error, ErrorKind, Result};
 
 /// Annotations that name an image: that of the specification, and that of containerd, which is whole.
@@ -15,7 +18,8 @@ const NAMES: [&str; 2] = ["io.containerd.image.name", "org.opencontainers.image.
 /// An open layout.
 pub(super) struct Layout {
     files: ImageFiles,
-    images: Vec<Named<Descriptor>>,
+    /// Each for one platform or several, never for none.
+    images: Vec<Named<Vec<IndexEntry>>>,
 }
 
 #[derive(Deserialize)]
@@ -38,21 +42,38 @@ impl Layout {
         let Manifest::Index(entries) = index else {
             return Err(Error::new(ErrorKind::Corrupt, "index.json is no index"));
         };
-        let mut images: Vec<Named<Descriptor>> = Vec::new();
-        for entry in entries {
-            let names = NAMES.iter().filter_map(|name| entry.descriptor.annotations.get(*name)).cloned();
-            // One image may have several names.
-            match images.iter_mut().find(|image| image.image.digest == entry.descriptor.digest) {
-                Some(known) => known.names.extend(names),
-                None => images.push(Named {
-                    names: names.collect(),
-                    digests: vec![entry.descriptor.digest.clone()],
-                    image: entry.descriptor,
-                }),
-            }
-        }
-        Ok(Self { files, images })
+        Ok(Self { files, images: grouped(entries) })
     }
+}
+
+/// The images of an index. Entries that name their platforms and have the same names, or none, are one image.
+fn grouped(entries: Vec<IndexEntry>) -> Vec<Named<Vec<IndexEntry>>> {
+    let (mut places, mut described) = (BTreeMap::new(), Vec::<(Vec<String>, IndexEntry)>::new());
+    for entry in entries {
+        let names = NAMES.iter().filter_map(|name| entry.descriptor.annotations.get(*name)).cloned();
+        let place = *places.entry(entry.descriptor.digest.to_string()).or_insert(described.len());
+        match described.get_mut(place) {
+            // One image may have several names.
+            Some((known, _)) => known.extend(names),
+            None => described.push((names.collect(), entry)),
+        }
+    }
+    let (mut places, mut images) = (BTreeMap::new(), Vec::<Named<Vec<IndexEntry>>>::new());
+    for (names, entry) in described {
+        let place = match entry.platform {
+            Some(_) => *places.entry(names.clone()).or_insert(images.len()),
+            None => images.len(),
+        };
+        let digest = entry.descriptor.digest.clone();
+        match images.get_mut(place) {
+            Some(known) => {
+                known.digests.push(digest);
+                known.image.push(entry);
+            }
+            None => images.push(Named { names, digests: vec![digest], image: vec![entry] }),
+        }
+    }
+    images
 }
 
 impl ImageSource for Layout {
@@ -64,6 +85,19 @@ impl ImageSource for Layout {
 
 impl LocalImages for Layout {
     fn find(&self, select: Option<&str>, platform: &Platform, deadline: &PrepareDeadline) -> Result<Resolved> {
-        oci::resolve(self, choose(&self.images, select)?, platform, deadline)
+        let entries = choose(&self.images, select)?;
+        let selected = entries.iter().find(|entry| select.is_some_and(|it| it == entry.descriptor.digest.to_string()));
+        let entry = match (selected, entries.as_slice()) {
+            (Some(entry), _) | (None, [entry]) => entry,
+            _ => oci::for_platform(entries, platform)?,
+        };
+        if select.is_none() {
+            // Several images without names, and not one for several platforms.
+            let same = entries.iter().filter(|other| other.platform == entry.platform);
+            let named =
+                |it: &IndexEntry| Named { names: Vec::new(), digests: vec![it.descriptor.digest.clone()], image: () };
+            choose(&same.map(named).collect::<Vec<_>>(), None)?;
+        }
+        oci::resolve(self, &entry.descriptor, platform, deadline)
     }
 }

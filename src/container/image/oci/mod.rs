@@ -15,13 +15,13 @@ pub use config::{Healthcheck, ImageConfig};
 pub(super) use descriptor::Descriptor;
 pub use digest::Digest;
 pub(super) use digest::{Hasher, Verified};
-pub(super) use manifest::{MAX_DOCUMENT, MAX_LAYERS, Manifest, accepted, json};
+pub(super) use manifest::{IndexEntry, MAX_DOCUMENT, MAX_LAYERS, Manifest, accepted, json};
 pub use platform::Platform;
 pub use reference::Reference;
 #[cfg(any(test, feature = "internals"))]
 pub(crate) use reference::fuzz as fuzz_reference;
 #[cfg(feature = "signatures")]
 pub(super) use resolve::read_document;
-pub(super) use resolve::{Layer, Resolved, from_reader, resolve, resolve_config};
+pub(super) use resolve::{Layer, Resolved, for_platform, from_reader, resolve, resolve_config};
 pub(super) use source::{ImageSource, LayerObserver};
 pub use source::{LayerPhase, LayerProgress};

@@ -165,6 +165,17 @@ fn choose<'a>(entries: &'a [IndexEntry], platform: &Platform) -> Option<&'a Inde
     })
 }
 
+/// The entry that fits `platform` best.
+///
+/// # Errors
+/// `NotFound` lists the platforms that are there.
+pub(in super::super) fn for_platform<'a>(entries: &'a [IndexEntry], platform: &Platform) -> Result<&'a IndexEntry> {
+    choose(entries, platform).ok_or_else(|| {
+        let there: Vec<_> = entries.iter().filter_map(|entry| entry.platform.clone()).collect();
+        no_such_platform(platform, &there)
+    })
+}
+
 fn no_such_platform(wanted: &Platform, there: &[Platform]) -> Error {
     let mut names: Vec<String> = there.iter().map(Platform::to_string).collect();
     names.sort();

@@ -160,6 +160,58 @@ fn images_that_share_layers_share_their_files() {
     assert_eq!(error.kind(), ErrorKind::NotFound);
 }
 
+/// A layout of these entries: a platform, a name or none, and the number that its file has.
+fn for_platforms(temp: &Temp, entries: &[(&str, &str, u8)]) -> Image {
+    let mut files = Files::default();
+    let images = entries.iter().map(|(platform, name, n)| {
+        let (os, architecture) = platform.split_once('/').unwrap();
+        let config = format!(r#""os":"{os}","architecture":"{architecture}","#);
+        let image = files.image(&[archive(&[Made::file("own", [*n])])], gzip, &config);
+        (format!(r#"{image},"platform":{{"os":"{os}","architecture":"{architecture}"}}"#), *name)
+    });
+    let images: Vec<_> = images.collect();
+    let path = temp.0.join("tar");
+    fs::write(&path, files.layout(&images).archived()).unwrap();
+    open(temp, &path)
+}
+
+#[test]
+fn entries_of_one_name_are_chosen_by_their_platform() {
+    let temp = Temp::new();
+    for (name, other) in [("", ""), ("a", ""), ("a", "b")] {
+        let mut entries = vec![("linux/arm64", name, 1), ("linux/s390x", name, 2), ("linux/amd64", name, 3)];
+        if !other.is_empty() {
+            entries.extend([("linux/s390x", other, 4), ("linux/arm64", other, 5)]);
+        }
+        for (platform, number) in [("linux/arm64", 1), ("linux/s390x", 2), ("linux/amd64", 3)] {
+            let image = for_platforms(&temp, &entries).platform(platform.parse().unwrap());
+            let image = if other.is_empty() { image } else { image.select(name) };
+            assert_eq!(tree_of_image(&image).unwrap()["own"].content, [number], "{name:?} {other:?} {platform}");
+        }
+        let image = for_platforms(&temp, &entries).platform("linux/riscv64".parse().unwrap());
+        let image = if other.is_empty() { image } else { image.select(name) };
+        let error = image.config().unwrap_err();
+        let list = "linux/riscv64, see `Image::platform`; there is: linux/amd64, linux/arm64, linux/s390x";
+        assert!(error.kind() == ErrorKind::NotFound && error.to_string().ends_with(list), "{error}");
+    }
+    let image = for_platforms(&temp, &[("linux/arm64", "a", 1), ("linux/arm64", "b", 2)]);
+    let error = image.platform("linux/arm64".parse().unwrap()).config().unwrap_err();
+    assert!(error.kind() == ErrorKind::InvalidConfig && error.to_string().ends_with("a, b"), "{error}");
+}
+
+#[test]
+fn images_without_names_for_one_platform_are_not_guessed_between() {
+    let temp = Temp::new();
+    let entries = [("linux/arm64", "", 1), ("linux/arm64", "", 2), ("linux/s390x", "", 3)];
+    let image = for_platforms(&temp, &entries);
+    let error = image.clone().platform("linux/arm64".parse().unwrap()).config().unwrap_err();
+    assert_eq!((error.kind(), error.to_string().matches("sha256:").count()), (ErrorKind::InvalidConfig, 2), "{error}");
+    let text = error.to_string();
+    let second = text.rsplit(", ").next().unwrap();
+    let image = image.select(second).platform("linux/arm64".parse().unwrap());
+    assert_eq!(tree_of_image(&image).unwrap()["own"].content, [2]);
+}
+
 /// A `docker save` archive of the old form: a folder for each layer, one of them a link to another.
 fn saved(config: &str, packed: fn(&[u8]) -> Vec<u8>) -> Vec<u8> {
     let ids = ["a", "b", "c"].map(|it| it.repeat(64));
@@ -193,6 +245,54 @@ fn old_docker_archives_are_read() {
         assert_eq!(tree.keys().collect::<Vec<_>>(), ["", "big", "etc", "etc/motd", "etc/new"]);
     }
     assert_eq!(fs::read_dir(temp.0.join("cache/layers")).unwrap().count(), 2);
+}
+
+/// An archive of images that have no layers: their configurations, and the names of those in its manifest.
+fn saved_without_layers(temp: &Temp, configs: &[(&str, &str)], named: &[&str]) -> Image {
+    let entry = |(n, config): (usize, &&str)| format!(r#"{{"Config":"{config}","RepoTags":["app:{n}"]}}"#);
+    let manifest = format!("[{}]", named.iter().enumerate().map(entry).collect::<Vec<_>>().join(","));
+    let mut entries: Vec<_> = configs.iter().map(|(name, config)| Made::file(name, config)).collect();
+    entries.push(Made::file("manifest.json", manifest));
+    let path = temp.0.join("tar");
+    fs::write(&path, archive(&entries)).unwrap();
+    open(temp, &path)
+}
+
+#[test]
+fn archive_of_too_many_images_is_refused() {
+    let temp = Temp::new();
+    let configs = [("a.json", "{}")];
+    saved_without_layers(&temp, &configs, &["a.json"; 1000]).select("app:999").config().unwrap();
+    let error = saved_without_layers(&temp, &configs, &["a.json"; 1001]).select("app:999").config().unwrap_err();
+    assert!(error.kind() == ErrorKind::Unsupported && error.to_string().contains("1001 images"), "{error}");
+}
+
+#[test]
+fn only_the_configuration_of_the_chosen_image_is_believed() {
+    let temp = Temp::new();
+    let configs = [("a.json", r#"{"config":{"Env":["A=1"]}}"#), ("b.json", "damaged")];
+    let image = saved_without_layers(&temp, &configs, &["a.json", "b.json"]);
+    assert_eq!(image.clone().select("app:0").config().unwrap().env, ["A=1"]);
+    let by_digest = image.clone().select(Digest::sha256(configs[0].1.as_bytes()).to_string());
+    assert_eq!(by_digest.config().unwrap().env, ["A=1"]);
+    assert_eq!(image.select("app:1").config().unwrap_err().kind(), ErrorKind::Corrupt);
+}
+
+#[test]
+fn compressed_layout_that_unpacks_to_too_much_is_not_looked_through() {
+    let temp = Temp::new();
+    let mut files = Files::default();
+    let image = files.image(&[base()], plain, CONFIG);
+    // The last of all, which nothing but the list of members comes to.
+    files.0.insert("zeros".into(), vec![0; 80 << 20]);
+    let path = temp.0.join("tar");
+    fs::write(&path, gzip(&files.layout(&[(image, "")]).archived())).unwrap();
+    open(&temp, &path).config().unwrap();
+    let error = open(&temp, &path).limits(ImageLimits::new().max_ratio(10)).config().unwrap_err();
+    assert!(
+        error.kind() == ErrorKind::InvalidConfig && error.to_string().contains("ImageLimits::max_ratio"),
+        "{error}"
+    );
 }
 
 #[test]
