@@ -46,6 +46,16 @@ impl Seal {
     }
 }
 
+/// Whether a disk has a seal of its length. Reads the seal alone.
+pub(super) fn is_there(file: &File) -> io::Result<bool> {
+    let Some(len) = file.metadata()?.len().checked_sub(LEN) else {
+        return Ok(false);
+    };
+    let mut found = [0; DISK_VERSION.len() + 8];
+    file.read_exact_at(&mut found, len)?;
+    Ok(found.strip_prefix(&DISK_VERSION) == Some(&len.to_le_bytes()))
+}
+
 /// Whether a disk is as it was when it was sealed. Reads all of it.
 pub(super) fn holds(file: &File, deadline: &PrepareDeadline) -> Result<bool> {
     let Some(len) = file.metadata()?.len().checked_sub(LEN) else {

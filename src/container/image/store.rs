@@ -96,6 +96,30 @@ impl Shelf {
         sys::path_of(self.directory.as_fd())
     }
 
+    /// The names of all its files, in order.
+    ///
+    /// # Errors
+    /// What reading the directory fails with; `ResourceExhausted` for one with more than `most` entries.
+    fn files(&self, most: usize) -> Result<Vec<String>> {
+        let doing = || format!("reading {}", self.shown.display());
+        let mut names = Vec::new();
+        for (n, entry) in fs::read_dir(self.path()).doing(doing)?.enumerate() {
+            if n >= most {
+                let what = format!("it has more than {most} entries: nothing is done with a part of them");
+                return Err(Error::new(ErrorKind::ResourceExhausted, what).doing(doing()));
+            }
+            let entry = entry.doing(doing)?;
+            match entry.file_type() {
+                Ok(kind) if kind.is_file() => names.extend(entry.file_name().into_string()),
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(error).doing(doing),
+            }
+        }
+        names.sort();
+        Ok(names)
+    }
+
     /// Gives a whole file its name. What is there now is damaged. Who has it open keeps it.
     fn publish(&self, draft: AtomicFile, name: &str) -> Result<()> {
         let path = self.path().join(name);

@@ -41,8 +41,11 @@ impl Store {
     }
 
     /// What a name stands for, if it was pulled.
+    ///
+    /// # Errors
+    /// What reading its file fails with.
     pub(in super::super) fn name(&self, reference: &str) -> Result<Option<NameRecord>> {
-        let record = read(&self.names()?, &name_file(reference)).map(|(record, _)| record);
+        let record = read(&self.names()?, &name_file(reference))?.map(|(record, _)| record);
         Ok(record.filter(|record| record.reference == reference))
     }
 
@@ -90,15 +93,12 @@ impl Store {
     /// All names in order, and when each was used last.
     ///
     /// # Errors
-    /// What reading the directory fails with.
+    /// What reading the directory or one of its files fails with; `ResourceExhausted` for too many of them.
     pub(in super::super) fn all_names(&self) -> Result<Vec<(NameRecord, SystemTime)>> {
         let names = self.names()?;
-        let doing = || format!("reading {}", names.shown.display());
         let mut found = Vec::new();
-        for entry in fs::read_dir(names.path()).doing(doing)?.take(MAX_NAMES) {
-            let file = entry.doing(doing)?.file_name();
-            let record = file.to_str().and_then(|file| Some((file, read(&names, file)?)));
-            found.extend(record.filter(|(file, (record, _))| *file == name_file(&record.reference)).map(|(_, it)| it));
+        for file in names.files(MAX_NAMES)? {
+            found.extend(read(&names, &file)?.filter(|(record, _)| file == name_file(&record.reference)));
         }
         found.sort_by(|(a, _), (b, _)| a.reference.cmp(&b.reference));
         Ok(found)
@@ -110,14 +110,23 @@ fn name_file(reference: &str) -> String {
     Digest::sha256(reference.as_bytes()).hex().to_owned()
 }
 
-/// A record, and when it was used last. One that is damaged counts as absent.
-fn read(names: &Shelf, file: &str) -> Option<(NameRecord, SystemTime)> {
+/// A record, and when it was used last. One that is no record counts as absent.
+///
+/// One that cannot be read does not: its layers would be taken for layers that nobody needs.
+fn read(names: &Shelf, file: &str) -> Result<Option<(NameRecord, SystemTime)>> {
+    let doing = || format!("reading {}", names.shown.join(file).display());
     let mut bytes = Vec::new();
-    let file = private_file(&names.directory, file).ok()?;
-    let used = file.metadata().ok()?.modified().ok()?;
-    file.take(MAX_NAME + 1).read_to_end(&mut bytes).ok()?;
-    (bytes.len() as u64 <= MAX_NAME).then_some(())?;
-    Some((serde_json::from_slice(&bytes).ok()?, used))
+    let file = match private_file(&names.directory, file) {
+        Ok(file) => file,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(error.doing(doing())),
+    };
+    let used = file.metadata().doing(doing)?.modified().doing(doing)?;
+    file.take(MAX_NAME + 1).read_to_end(&mut bytes).doing(doing)?;
+    if bytes.len() as u64 > MAX_NAME {
+        return Ok(None);
+    }
+    Ok(serde_json::from_slice(&bytes).ok().map(|record| (record, used)))
 }
 
 /// Writes a file that is seen whole or not at all, in the place of one that is there.
