@@ -1,6 +1,8 @@
 //! What the preparation of one image may take: numbers, bytes and time. Charged before anything is done.
 
 use std::cell::Cell;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use super::ImageLimits;
@@ -87,29 +89,53 @@ impl Account {
     }
 }
 
+/// Space on disks that several preparations use together.
+#[derive(Debug, Clone)]
+pub(super) struct SharedSpace {
+    used: Arc<AtomicU64>,
+    limit: Size,
+}
+
+impl SharedSpace {
+    pub(super) fn new(limit: Size) -> Self {
+        Self { used: Arc::default(), limit }
+    }
+
+    fn charge(&self, bytes: u64) -> Result<()> {
+        let add = |used: u64| used.checked_add(bytes).filter(|used| *used <= self.limit.as_bytes());
+        match self.used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, add) {
+            Ok(_) => Ok(()),
+            Err(_) => Err(Error::invalid("Image::max_size", format!("the image has more than {}", self.limit))),
+        }
+    }
+}
+
 /// The limits of one preparation, and what is used of them.
 #[derive(Debug)]
 pub(super) struct Budget {
     pub limits: ImageLimits,
-    max_size: Size,
     entries: Account,
     headers: Account,
     names: Account,
     xattrs: Account,
-    space: Account,
+    space: SharedSpace,
     deadline: PrepareDeadline,
 }
 
 impl Budget {
     pub(super) fn new(limits: &ImageLimits, max_size: Size, deadline: &PrepareDeadline) -> Self {
+        Self::sharing(limits, SharedSpace::new(max_size), deadline)
+    }
+
+    /// The same with space that others use too.
+    pub(super) fn sharing(limits: &ImageLimits, space: SharedSpace, deadline: &PrepareDeadline) -> Self {
         Self {
             entries: Account::new(limits.entries, "ImageLimits::max_entries"),
             headers: Account::new(limits.entries.saturating_mul(HEADERS_PER_ENTRY), "ImageLimits::max_entries"),
             names: Account::new(limits.names.as_bytes(), "ImageLimits::max_names"),
             xattrs: Account::new(limits.xattrs.as_bytes(), "ImageLimits::xattrs"),
-            space: Account::new(max_size.as_bytes(), "Image::max_size"),
+            space,
             limits: limits.clone(),
-            max_size,
             deadline: deadline.clone(),
         }
     }
@@ -161,7 +187,7 @@ impl Budget {
 
     /// Bytes of the disk.
     pub(super) fn space(&self, bytes: u64) -> Result<()> {
-        self.space.charge(bytes, || format!("the image has more than {}", self.max_size))
+        self.space.charge(bytes)
     }
 
     /// Bytes that a file has, holes included.

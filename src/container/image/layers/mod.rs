@@ -21,7 +21,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use sha2::Digest as _;
 
-use super::budget::{Budget, PrepareDeadline};
+use super::budget::{Budget, PrepareDeadline, SharedSpace};
 use super::limits::ImageLimits;
 use super::oci::{Digest, ImageSource, Layer, LayerObserver, LayerPhase, LayerProgress, Resolved};
 use super::store::Store;
@@ -49,7 +49,8 @@ pub(super) struct Allowed {
 /// Unpacks all layers of an image that the store has not, at most three at once. Blocks until all are there.
 ///
 /// # Errors
-/// What `source` fails with. `Corrupt` names the layer that is damaged or not what its digests say.
+/// What `source` fails with. `InvalidConfig` for layers that together take more than `Image::max_size`.
+/// `Corrupt` names the layer that is damaged or not what its digests say.
 pub(super) fn prepare_layers(
     store: &Store,
     source: &dyn ImageSource,
@@ -58,7 +59,8 @@ pub(super) fn prepare_layers(
     deadline: &PrepareDeadline,
     observer: &LayerObserver<'_>,
 ) -> Result<()> {
-    let work = Work { store, source, layers: &image.layers, allowed, deadline, observer };
+    let space = SharedSpace::new(allowed.max_size);
+    let work = Work { store, source, layers: &image.layers, allowed, space, deadline, observer };
     let (next, failed, failure) = (AtomicUsize::new(0), AtomicBool::new(false), Mutex::new(None));
     let run = || {
         while !failed.load(Ordering::Relaxed) {
@@ -92,6 +94,8 @@ struct Work<'a> {
     source: &'a dyn ImageSource,
     layers: &'a [Layer],
     allowed: &'a Allowed,
+    /// Of all layers together.
+    space: SharedSpace,
     deadline: &'a PrepareDeadline,
     observer: &'a LayerObserver<'a>,
 }
@@ -107,7 +111,7 @@ impl Work<'_> {
         let file = self.store.get_or_make_layer(&layer.diff_id, self.deadline, |to| {
             made = true;
             self.report(n, layer, 0, LayerPhase::Reading);
-            let budget = Budget::new(&self.allowed.limits, self.allowed.max_size, self.deadline);
+            let budget = Budget::sharing(&self.allowed.limits, self.space.clone(), self.deadline);
             let told = Mutex::new(0);
             let observe = |received: u64| {
                 let mut told = told.lock().unwrap_or_else(PoisonError::into_inner);

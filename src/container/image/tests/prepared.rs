@@ -152,3 +152,19 @@ fn cancelled_layer_ends_soon_and_is_not_kept() {
     let lost = from_reader(io::Error::other("lost"), &deadline);
     assert_eq!(lost.kind(), ErrorKind::Cancelled);
 }
+
+#[test]
+fn layers_together_take_no_more_than_the_most_of_one_image() {
+    let mut source = Blobs::default();
+    let layers: Vec<Layer> = (0..4).map(|n| source.add_layer(&layer_of(n))).collect();
+    let allowed = Allowed { limits: ImageLimits::default(), max_size: Size::kib(200) };
+    let prepare = |layers: &[Layer]| {
+        let temp = Temp::new();
+        prepare_layers(&store(&temp), &source, &image(layers.to_vec()), &allowed, &deadline(), &|_| {})
+    };
+    // Each of them has 84 KiB.
+    prepare(&layers[..2]).unwrap();
+    let error = prepare(&layers).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::InvalidConfig, "{error}");
+    assert!(error.to_string().contains("Image::max_size"), "{error}");
+}
