@@ -19,6 +19,8 @@ use policy::Rule;
 
 /// Signatures of one image that are looked at, and the longest statement that is read.
 const MAX_SIGNATURES: usize = 64;
+/// Manifests and statements that are fetched for them, whatever is in them.
+const MAX_FETCHED: usize = 2 * MAX_SIGNATURES;
 pub(super) const MAX_STATEMENT: u64 = 1 << 20;
 
 const SIMPLE_SIGNING: &str = "application/vnd.dev.cosign.simplesigning.v1+json";
@@ -84,7 +86,7 @@ pub(super) fn admit(
         }
         Rule::Require(keys) => keys,
     };
-    let mut search = Search { manifest, digest, keys, source, seen: 0, refused: Vec::new() };
+    let mut search = Search { manifest, digest, keys, source, seen: 0, fetched: 0, refused: Vec::new() };
     if search.by_tag().doing(|| "looking for signatures by tag")?
         || search.by_referrers().doing(|| "looking for signatures by referrers")?
     {
@@ -106,6 +108,7 @@ struct Search<'a> {
     source: &'a dyn SignatureSource,
     /// Signatures that were looked at.
     seen: usize,
+    fetched: usize,
     /// Why the first of them admit nothing.
     refused: Vec<String>,
 }
@@ -138,10 +141,10 @@ impl Search<'_> {
             referrer.artifact_type.as_deref().is_none_or(|kind| kind.starts_with(BUNDLE) || kind.contains("cosign"))
         };
         for Referrer { descriptor, .. } in list.manifests.iter().filter(signs) {
-            if self.seen >= MAX_SIGNATURES {
+            if self.is_over() {
                 break;
             }
-            let manifest = self.source.fetch(descriptor)?;
+            let Some(manifest) = self.fetch(descriptor)? else { continue };
             if self.in_manifest(&manifest)? {
                 return Ok(true);
             }
@@ -162,15 +165,11 @@ impl Search<'_> {
             if !simple && !layer.media_type.starts_with(BUNDLE) {
                 continue;
             }
-            if self.seen >= MAX_SIGNATURES {
+            if self.is_over() {
                 self.refuse(format!("behind {MAX_SIGNATURES} others"));
                 return Ok(false);
             }
-            if layer.size > MAX_STATEMENT {
-                self.refuse(format!("of {} bytes, more than {MAX_STATEMENT}", layer.size));
-                continue;
-            }
-            let statement = self.source.fetch(layer)?;
+            let Some(statement) = self.fetch(layer)? else { continue };
             let signature = match simple {
                 true => match layer.annotations.get(SIGNATURE_ANNOTATION) {
                     Some(signature) => Signature::simple(&statement, signature),
@@ -184,6 +183,27 @@ impl Search<'_> {
             }
         }
         Ok(false)
+    }
+
+    fn is_over(&self) -> bool {
+        self.seen >= MAX_SIGNATURES || self.fetched >= MAX_FETCHED
+    }
+
+    /// None for one that is refused, as it is too long, not there or damaged.
+    fn fetch(&mut self, what: &Descriptor) -> Result<Option<Vec<u8>>> {
+        if what.size > MAX_STATEMENT {
+            self.refuse(format!("of {} bytes, more than {MAX_STATEMENT}", what.size));
+            return Ok(None);
+        }
+        self.fetched += 1;
+        match self.source.fetch(what) {
+            Ok(bytes) => Ok(Some(bytes)),
+            Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::Corrupt) => {
+                self.refuse(format!("not to be had: {error}"));
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
     }
 
     fn refuse(&mut self, why: String) {

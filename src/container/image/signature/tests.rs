@@ -32,7 +32,8 @@ impl SignatureSource for Fake {
 
     fn fetch(&self, what: &Descriptor) -> Result<Vec<u8>> {
         *self.fetched.borrow_mut() += 1;
-        Ok(self.blobs.get(&what.digest.to_string()).cloned().expect("a blob"))
+        let missing = || Error::new(ErrorKind::NotFound, "no such blob");
+        self.blobs.get(&what.digest.to_string()).cloned().ok_or_else(missing)
     }
 }
 
@@ -158,4 +159,29 @@ fn search_for_signatures_is_bounded() {
     source.referrers = Some(json!({ "manifests": vec![referrer; 10 * MAX_SIGNATURES] }).to_string().into());
     refused(&source);
     assert_eq!(*source.fetched.borrow(), 2 * MAX_SIGNATURES);
+}
+
+#[test]
+fn referrers_without_signatures_are_fetched_up_to_a_bound() {
+    let mut source = Fake::default();
+    let empty = source.blob(b"{}", "application/vnd.oci.image.manifest.v1+json");
+    source.referrers = Some(json!({ "manifests": vec![empty; 10 * MAX_FETCHED] }).to_string().into());
+    refused(&source);
+    assert_eq!(*source.fetched.borrow(), MAX_FETCHED);
+}
+
+#[test]
+fn referrer_that_is_not_there_does_not_end_the_search() {
+    let mut source = Fake::default();
+    let layer = source.simple(PAYLOAD, P256_SIGNATURE);
+    let list = source.refer(&layer, "application/vnd.dev.cosign.artifact.sig.v1+json");
+    let mut list: serde_json::Value = serde_json::from_slice(&list).unwrap();
+    let good = list["manifests"][0].clone();
+    let missing = json!({ "mediaType": good["mediaType"], "digest": Digest::sha256(b"none").to_string(), "size": 4 });
+    list["manifests"] = json!([missing, good]);
+    source.referrers = Some(list.to_string().into());
+    admit_by(&required(), &source).unwrap();
+    list["manifests"] = json!([missing]);
+    source.referrers = Some(list.to_string().into());
+    assert!(refused(&source).contains("not to be had"));
 }
