@@ -36,15 +36,6 @@ impl Credentials {
     pub fn registry_token(token: impl Into<String>) -> Self {
         Self(Secret::RegistryToken(token.into()))
     }
-
-    /// What no error may show.
-    pub(super) fn secret(&self) -> &str {
-        match &self.0 {
-            Secret::Basic { password: secret, .. } | Secret::IdentityToken(secret) | Secret::RegistryToken(secret) => {
-                secret
-            }
-        }
-    }
 }
 
 impl fmt::Debug for Credentials {

@@ -36,10 +36,34 @@ impl Failure {
 /// An answer with a status of success.
 pub(super) struct Reply(pub FetchResponse);
 
-/// A status, and the secrets that its server may repeat.
+/// The codes of the distribution-spec, and of Docker Hub for its limit.
+const CODES: [&str; 18] = [
+    "BLOB_UNKNOWN",
+    "BLOB_UPLOAD_INVALID",
+    "BLOB_UPLOAD_UNKNOWN",
+    "DENIED",
+    "DIGEST_INVALID",
+    "MANIFEST_BLOB_UNKNOWN",
+    "MANIFEST_INVALID",
+    "MANIFEST_UNKNOWN",
+    "MANIFEST_UNVERIFIED",
+    "NAME_INVALID",
+    "NAME_UNKNOWN",
+    "SIZE_INVALID",
+    "TAG_INVALID",
+    "TOOMANYREQUESTS",
+    "UNAUTHORIZED",
+    "UNAVAILABLE",
+    "UNKNOWN",
+    "UNSUPPORTED",
+];
+
+/// A status, and whether its server was told a secret.
+///
+/// It may repeat that in any spelling. Then only codes that are known are shown.
 pub(super) struct Words {
     status: u16,
-    secrets: Vec<String>,
+    knows_secret: bool,
 }
 
 #[derive(Deserialize)]
@@ -57,8 +81,8 @@ struct OneError {
 }
 
 impl Words {
-    pub fn of(status: u16, secrets: Vec<String>) -> Self {
-        Self { status, secrets }
+    pub fn of(status: u16, knows_secret: bool) -> Self {
+        Self { status, knows_secret }
     }
 
     /// Whether the answer is one, or what is wrong with it. `what` was asked for.
@@ -98,16 +122,20 @@ impl Words {
         }
         let text = String::from_utf8_lossy(&bytes);
         let words = match serde_json::from_slice::<Errors>(&bytes) {
+            Ok(Errors { errors }) if self.knows_secret => {
+                let known = errors.iter().map(|it| it.code.as_str()).filter(|code| CODES.contains(code));
+                known.take(3).collect::<Vec<_>>().join("; ")
+            }
             Ok(Errors { errors }) => {
                 let each = errors.iter().take(3).map(|it| format!("{} {}", it.code, it.message).trim().to_owned());
                 each.collect::<Vec<_>>().join("; ")
             }
             // A page for a browser says nothing here.
-            Err(_) if text.trim_start().starts_with(['<', '{', '[']) => String::new(),
+            Err(_) if self.knows_secret || text.trim_start().starts_with(['<', '{', '[']) => String::new(),
             Err(_) => text.trim().to_owned(),
         };
         let words = brief(&words);
-        if words.is_empty() || self.secrets.iter().any(|secret| text.contains(secret.as_str())) {
+        if words.is_empty() {
             return String::new();
         }
         format!(" ({words})")
@@ -118,8 +146,12 @@ impl Words {
 mod tests {
     use super::*;
 
-    fn failed(status: u16, body: &'static str, secrets: &[&str]) -> Failure {
-        let words = Words::of(status, secrets.iter().map(|it| (*it).to_owned()).collect());
+    fn failed(status: u16, body: &'static str) -> Failure {
+        failed_with(status, body, false)
+    }
+
+    fn failed_with(status: u16, body: &'static str, knows_secret: bool) -> Failure {
+        let words = Words::of(status, knows_secret);
         let response = FetchResponse::new(status, body.as_bytes()).header("Retry-After", "9");
         words.judge(response, "a/b").map(drop).unwrap_err()
     }
@@ -127,7 +159,7 @@ mod tests {
     #[test]
     fn words_of_the_registry_are_shown() {
         let body = r#"{"errors":[{"code":"TOOMANYREQUESTS","message":"You have reached your pull rate limit"}]}"#;
-        let limit = failed(429, body, &[]);
+        let limit = failed(429, body);
         assert!(limit.error.kind() == ErrorKind::ResourceExhausted && limit.transient);
         assert_eq!(limit.after, Some(Duration::from_secs(9)));
         let text = limit.error.to_string();
@@ -135,18 +167,26 @@ mod tests {
             text.contains("rate limit") && text.contains("TOOMANYREQUESTS You have") && text.contains("9 s"),
             "{text}"
         );
-        assert_eq!(failed(404, "", &[]).error.kind(), ErrorKind::NotFound);
-        assert_eq!(failed(403, "no", &[]).error.kind(), ErrorKind::PermissionDenied);
-        assert!(failed(502, "<html>", &[]).transient && !failed(400, "", &[]).transient);
-        assert_eq!(failed(204, "", &[]).error.kind(), ErrorKind::Corrupt);
+        assert_eq!(failed(404, "").error.kind(), ErrorKind::NotFound);
+        assert_eq!(failed(403, "no").error.kind(), ErrorKind::PermissionDenied);
+        assert!(failed(502, "<html>").transient && !failed(400, "").transient);
+        assert_eq!(failed(204, "").error.kind(), ErrorKind::Corrupt);
     }
 
     #[test]
     fn secrets_and_control_characters_are_not_shown() {
-        for body in ["your password hunter2 is wrong", r#"{"errors":[{"message":"hunter2"}]}"#] {
-            assert!(!failed(500, body, &["hunter2"]).error.to_string().contains("hunter2"));
+        for body in [
+            "your password hunter2 is wrong",
+            r#"{"errors":[{"message":"hunter2"}]}"#,
+            r#"{"errors":[{"message":"\u0068unter2"}]}"#,
+            r#"{"errors":[{"code":"hunter2"},{"code":"DENIED"}]}"#,
+            r#"{"errors":[{"code":"dTpodW50ZXIy","message":"dTpodW50ZXIy, %68unter2"}]}"#,
+        ] {
+            let text = failed_with(500, body, true).error.to_string();
+            assert!(["hunter2", "unter2", "dTpodW50ZXIy"].iter().all(|it| !text.contains(it)), "{text}");
+            assert_eq!(text.contains("(DENIED)"), body.contains("DENIED"), "{text}");
         }
-        let text = failed(500, "a\u{1b}[31m\nb", &["hunter2"]).error.to_string();
+        let text = failed(500, "a\u{1b}[31m\nb").error.to_string();
         assert!(text.contains("(a[31mb)"), "{text:?}");
     }
 }

@@ -175,7 +175,7 @@ impl Session {
         loop {
             let (response, from) = self.follow(&url, headers, authorization.as_deref(), most, deadline)?;
             if response.status != 401 || !from.same_origin(&url) {
-                let words = Words::of(response.status, member.access().secrets());
+                let words = Words::of(response.status, authorization.is_some() || member.access().has_secrets());
                 return Ok((words.judge(response, &self.repository)?, from));
             }
             if asked_again {
@@ -306,7 +306,7 @@ impl Session {
                 404 | 405 if method == "GET" && credentials.is_some() => {}
                 400 | 401 | 403 => return Ok(None),
                 status => {
-                    let words = Words::of(status, access.secrets());
+                    let words = Words::of(status, access.has_secrets());
                     words.judge(response, &format!("token service {}", service.realm().shown()))?;
                     let what = format!("its token service {} answers with status {status}", service.realm().shown());
                     return Err(Failure::last(Error::new(ErrorKind::Corrupt, what)));
@@ -328,11 +328,9 @@ impl Member {
 }
 
 impl Access {
-    /// What no error may show, although a registry may say it.
-    fn secrets(&self) -> Vec<String> {
-        let found = self.found.as_ref().and_then(|found| found.credentials.as_ref()).map(|it| it.secret().to_owned());
-        let token = self.current.as_ref().and_then(|it| it.value.split_once(' ')).map(|(_, token)| token.to_owned());
-        found.into_iter().chain(token).filter(|secret| !secret.is_empty()).collect()
+    /// Whether there is something that no error may show, although a registry may say it.
+    fn has_secrets(&self) -> bool {
+        self.current.is_some() || self.found.as_ref().is_some_and(|found| found.credentials.is_some())
     }
 }
 
