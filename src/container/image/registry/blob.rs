@@ -108,7 +108,7 @@ impl<'a> BlobReader<'a> {
             let what = format!("{} is sent with {length} bytes, and its manifest says {expected}", self.digest);
             return Err(Failure::last(Error::new(ErrorKind::Corrupt, what)));
         }
-        let mut body = response.body;
+        let mut body = response.into_body();
         let (mut skip, mut buffer) = (self.position.saturating_sub(from), vec![0; 64 << 10]);
         while skip > 0 {
             self.deadline.check().map_err(Failure::last)?;

@@ -58,7 +58,7 @@ const CODES: [&str; 18] = [
     "UNSUPPORTED",
 ];
 
-/// A status, and whether its server was told a secret.
+/// A status, and whether its server was said a secret.
 ///
 /// It may repeat that in any spelling. Then only codes that are known are shown.
 pub(super) struct Words {
@@ -117,7 +117,7 @@ impl Words {
     /// What the server says, as far as it is fit to be shown.
     fn said(&self, response: FetchResponse) -> String {
         let mut bytes = Vec::new();
-        if response.body.take(MAX_WORDS).read_to_end(&mut bytes).is_err() {
+        if response.into_body().take(MAX_WORDS).read_to_end(&mut bytes).is_err() {
             return String::new();
         }
         let text = String::from_utf8_lossy(&bytes);

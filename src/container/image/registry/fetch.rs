@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::io::{self, Read};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 /// Sends requests of HTTP instead of the client that comes with the crate: see [`Registry::fetcher`](super::Registry::fetcher).
@@ -64,13 +65,14 @@ impl fmt::Debug for FetchRequest {
 pub struct FetchResponse {
     pub(super) status: u16,
     headers: Vec<(String, String)>,
-    pub(super) body: Box<dyn Read + Send>,
+    /// Shared by no threads; the lock makes the response fit for any.
+    body: Mutex<Box<dyn Read + Send>>,
 }
 
 impl FetchResponse {
     /// Creates a response with this status and body. Its body fails with `UnexpectedEof` where it is cut off.
     pub fn new(status: u16, body: impl Read + Send + 'static) -> Self {
-        Self { status, headers: Vec::new(), body: Box::new(body) }
+        Self { status, headers: Vec::new(), body: Mutex::new(Box::new(body)) }
     }
 
     /// Adds a header. One that is sent several times is added as often.
@@ -87,6 +89,10 @@ impl FetchResponse {
 
     pub(super) fn value<'a>(&'a self, name: &'a str) -> Option<&'a str> {
         self.values(name).next()
+    }
+
+    pub(super) fn into_body(self) -> Box<dyn Read + Send> {
+        self.body.into_inner().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The body's length as it was announced.

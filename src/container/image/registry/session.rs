@@ -360,7 +360,7 @@ fn read_small(response: FetchResponse, most: u64, deadline: &PrepareDeadline) ->
     if announced.is_some_and(|length| length > most) {
         return Err(too_large());
     }
-    let (mut body, mut bytes, mut buffer) = (response.body, Vec::new(), vec![0; 16 << 10]);
+    let (mut body, mut bytes, mut buffer) = (response.into_body(), Vec::new(), vec![0; 16 << 10]);
     loop {
         deadline.check().map_err(Failure::last)?;
         match body.read(&mut buffer) {

@@ -138,7 +138,7 @@ impl ImageStore {
     ///
     /// Documents that no name needs are removed in any case. So are layers without a name that are not whole.
     ///
-    /// While an image is pulled or prepared, by whatever process, only disks are removed that nobody used for an hour.
+    /// While an image is pulled or prepared, by whatever process, only disks are removed that no process used for an hour.
     /// [`Collected::in_use`] says so.
     ///
     /// # Errors

@@ -112,7 +112,7 @@ fn name_file(reference: &str) -> String {
 
 /// A record, and when it was used last. One that is no record counts as absent.
 ///
-/// One that cannot be read does not: its layers would be taken for layers that nobody needs.
+/// One that cannot be read does not: its layers would be taken for layers that no caller needs.
 fn read(names: &Shelf, file: &str) -> Result<Option<(NameRecord, SystemTime)>> {
     let doing = || format!("reading {}", names.shown.join(file).display());
     let mut bytes = Vec::new();
