@@ -2,7 +2,8 @@
 //!
 //!     cargo run --release --features registry --example pull -- debian:12 cat /etc/os-release
 //!
-//! Without a command, the image's own is run. `--list` lists what was pulled, and `--remove` removes a name and what it alone needs.
+//! As by `docker run`, arguments take the place of the image's command, behind its entrypoint. `--list` lists what was pulled, and `--remove`
+//! removes a name. What no name needs any more goes when its space is needed.
 
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a program may")]
 
@@ -20,7 +21,7 @@ use cofferdam::{Container, Image, Kernel, Size};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
 const USAGE: &str = "usage: pull [--plain-http HOST] [--mirror HOST] [--ca FILE] [--cache DIRECTORY] [--kernel FILE] [--memory MIB] \
-                     IMAGE [COMMAND [ARG...]]\n       pull [--cache DIRECTORY] --list | --remove IMAGE";
+                     IMAGE [ARG...]\n       pull [--cache DIRECTORY] --list | --remove IMAGE";
 
 fn main() -> ExitCode {
     let args = match Args::parse() {
@@ -86,7 +87,7 @@ struct Args {
 enum Action {
     List,
     Remove(String),
-    Run { image: String, command: Vec<OsString> },
+    Run { image: String, arguments: Vec<OsString> },
 }
 
 impl Args {
@@ -112,8 +113,8 @@ impl Args {
                 lexopt::Arg::Long("list") => action = Some(Action::List),
                 lexopt::Arg::Long("remove") => action = Some(Action::Remove(parser.value()?.string()?)),
                 lexopt::Arg::Value(image) => {
-                    let (image, command) = (image.string()?, parser.raw_args()?.collect());
-                    action = Some(Action::Run { image, command });
+                    let (image, arguments) = (image.string()?, parser.raw_args()?.collect());
+                    action = Some(Action::Run { image, arguments });
                 }
                 other => return Err(other.unexpected()),
             }
@@ -136,29 +137,27 @@ impl Args {
                 println!("{} freed", collected.freed);
                 Ok(None)
             }
-            Action::Run { image, command } => {
+            Action::Run { image, arguments } => {
                 let bars = Bars::new();
                 let image = self.registry.progress(move |layer| bars.show(layer)).pull(image)?;
-                let command = if command.is_empty() { own_command(&image)? } else { command };
-                run(image, command, self.kernel, Size::mib(self.memory)).map(Some)
+                run(image, arguments, self.kernel, Size::mib(self.memory)).map(Some)
             }
         }
     }
 }
 
-/// What the image runs by itself.
-fn own_command(image: &Image) -> cofferdam::Result<Vec<OsString>> {
-    let config = image.config()?;
-    Ok(config.entrypoint.into_iter().chain(config.cmd).map(OsString::from).collect())
-}
-
-fn run(image: Image, command: Vec<OsString>, kernel: Option<PathBuf>, memory: Size) -> cofferdam::Result<ExitStatus> {
+fn run(image: Image, arguments: Vec<OsString>, kernel: Option<PathBuf>, memory: Size) -> cofferdam::Result<ExitStatus> {
+    let entrypoint = image.config()?.entrypoint.into_iter().map(OsString::from);
     let mut container = Container::builder(image).memory(memory);
     if let Some(kernel) = kernel {
         container = container.kernel(Kernel::open(kernel)?);
     }
     let container = container.start()?;
-    let mut process = container.exec(command).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+    let program = match arguments.is_empty() {
+        true => container.command(),
+        false => container.exec(entrypoint.chain(arguments)),
+    };
+    let mut process = program.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
     let (out, err) = (process.stdout.take(), process.stderr.take());
     // Both streams are shown as they come.
     let shown: [io::Result<u64>; 2] = thread::scope(|scope| {

@@ -207,6 +207,19 @@ impl Store {
         self.get_or_make_in(&self.disks, &format!("{digest}.erofs"), digest, deadline, make)
     }
 
+    /// The same of the metadata of layers, which is a file system with them alone.
+    ///
+    /// # Errors
+    /// As [`Store::get_or_make`].
+    pub(super) fn get_or_make_metadata(
+        &self,
+        key: &str,
+        deadline: &PrepareDeadline,
+        make: impl FnOnce(&File) -> Result<()>,
+    ) -> Result<File> {
+        self.get_or_make_in(&self.disks, &format!("{key}.layers.erofs"), key, deadline, make)
+    }
+
     /// The same of an unpacked layer.
     ///
     /// # Errors

@@ -147,6 +147,6 @@ pub(super) fn compose(
     let mut key = super::begin().chain_update(b"layers\n");
     diff_ids.iter().for_each(|diff_id| key.update(format!("{diff_id}\n")));
     let key = super::hex(&key.finalize());
-    let metadata = store.get_or_make(&key, deadline, |to| placed.write_metadata(to, allowed, deadline))?;
+    let metadata = store.get_or_make_metadata(&key, deadline, |to| placed.write_metadata(to, allowed, deadline))?;
     placed.pieces(metadata)
 }

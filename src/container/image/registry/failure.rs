@@ -58,7 +58,7 @@ const CODES: [&str; 18] = [
     "UNSUPPORTED",
 ];
 
-/// A status, and whether its server was said a secret.
+/// A status, and whether its server was sent a secret.
 ///
 /// It may repeat that in any spelling. Then only codes that are known are shown.
 pub(super) struct Words {

@@ -201,6 +201,9 @@ impl Registry {
     }
 
     /// Keeps images in this directory instead of the user's cache: see [`Image::cache_dir`](crate::Image::cache_dir).
+    ///
+    /// Documents and layers that are there are not asked for, also where another pull brought them. So an image whose manifest names the layers of another has
+    /// them without credentials for it. Tenants that must not have each other's images need a directory each.
     pub fn cache_dir(mut self, dir: impl Into<PathBuf>) -> Self {
         self.cache = Some(dir.into());
         self

@@ -7,6 +7,9 @@ use crate::error::{Error, Result};
 ///
 /// The rule with the longest prefix counts. A prefix is whole parts of a name: `registry.example/team` is for
 /// `registry.example/team/app`, and not for `registry.example/teams`.
+///
+/// A signature is for a manifest, wherever that lies. So a registry can serve any image of the key under any name that asks for the
+/// key. That may be another one of the team's, or an old one. Pull by digest, or have a key for each repository, where that matters.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SignaturePolicy {
     /// For names that no prefix is for.
