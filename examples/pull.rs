@@ -9,14 +9,14 @@
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
-use std::io::{self, copy, stderr, stdout};
+use std::io::{stderr, stdout};
+use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Mutex;
-use std::thread;
 
 use cofferdam::image::{ImageStore, LayerPhase, LayerProgress, Registry};
-use cofferdam::process::{ExitStatus, Stdio};
+use cofferdam::process::ExitStatus;
 use cofferdam::{Container, Image, Kernel, Size};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
@@ -157,18 +157,9 @@ fn run(image: Image, arguments: Vec<OsString>, kernel: Option<PathBuf>, memory: 
         true => container.command(),
         false => container.exec(entrypoint.chain(arguments)),
     };
-    let mut process = program.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
-    let (out, err) = (process.stdout.take(), process.stderr.take());
-    // Both streams are shown as they come.
-    let shown: [io::Result<u64>; 2] = thread::scope(|scope| {
-        let errors = scope.spawn(move || err.map_or(Ok(0), |mut err| copy(&mut err, &mut stderr())));
-        let shown = out.map_or(Ok(0), |mut out| copy(&mut out, &mut stdout()));
-        [shown, errors.join().unwrap_or(Ok(0))]
-    });
-    for result in shown {
-        result?;
-    }
-    process.wait()
+    // Both streams are this program's own.
+    let (out, err) = (stdout().as_fd().try_clone_to_owned()?, stderr().as_fd().try_clone_to_owned()?);
+    program.stdout(out).stderr(err).status()
 }
 
 /// What a shell would exit with: the eight lowest bits.

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 
-use super::image::ImageConfig;
+use super::image::{ImageConfig, shown};
 use crate::error::{Context, Error, ErrorKind, Result};
 
 /// Variables that a program has, unless the image or the caller sets them otherwise.
@@ -11,7 +11,7 @@ const ENVIRONMENT: [(&str, &str); 2] =
     [("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"), (HOME, "/root")];
 pub(super) const HOME: &str = "HOME";
 
-/// What programs have without a word of the caller's.
+/// What a program has unless the caller sets it otherwise.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct ProgramDefaults {
     pub env: Vec<(OsString, OsString)>,
@@ -36,8 +36,7 @@ impl ProgramDefaults {
             // As Docker has it, a name alone is an empty variable.
             let (name, value) = variable.split_once('=').unwrap_or((variable, ""));
             if name.is_empty() || variable.contains('\0') {
-                let shown: String = variable.chars().take(100).collect();
-                return Err(corrupt(format!("{shown:?} is no variable")));
+                return Err(corrupt(format!("{} is no variable", shown(variable.as_bytes()))));
             }
             own_home &= name != HOME;
             variables.push((name, value));
@@ -48,7 +47,8 @@ impl ProgramDefaults {
         let env = lasting.map(|(_, (name, value))| (OsString::from(name), OsString::from(value))).collect();
         let text = |text: &str| (!text.is_empty()).then(|| OsString::from(text));
         if !config.working_dir.is_empty() && !config.working_dir.starts_with('/') {
-            return Err(corrupt(format!("WorkingDir {:?} does not begin with a slash", config.working_dir)));
+            let shown = shown(config.working_dir.as_bytes());
+            return Err(corrupt(format!("WorkingDir {shown} does not begin with a slash")));
         }
         let stop_signal = config.stop_signal.as_deref().filter(|name| !name.is_empty()).map(signal_number);
         let stop_signal = stop_signal.transpose().doing(|| "the image's configuration")?;
@@ -78,7 +78,8 @@ const SIGRTMAX: u8 = 64;
 /// # Errors
 /// `Corrupt` for anything else.
 fn signal_number(text: &str) -> Result<u8> {
-    let unknown = || Error::new(ErrorKind::Corrupt, format!("StopSignal {text:?} is no signal of Linux"));
+    let unknown =
+        || Error::new(ErrorKind::Corrupt, format!("StopSignal {} is no signal of Linux", shown(text.as_bytes())));
     let name = text.to_ascii_uppercase();
     let name = name.strip_prefix("SIG").unwrap_or(&name);
     let is_real_time = |number: &u8| (SIGRTMIN..=SIGRTMAX).contains(number);
@@ -181,6 +182,15 @@ mod tests {
         ];
         for change in wrong {
             assert_eq!(config(change).unwrap_err().kind(), ErrorKind::Corrupt);
+        }
+        // Little of a long text is repeated.
+        let long: [fn(&mut ImageConfig); 3] = [
+            |it| it.env = vec![format!("={}", "x".repeat(1 << 20))],
+            |it| it.working_dir = "x".repeat(1 << 20),
+            |it| it.stop_signal = Some("x".repeat(1 << 20)),
+        ];
+        for change in long {
+            assert!(config(change).unwrap_err().to_string().len() < 400);
         }
     }
 }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::control::{StartRequest, start_program};
-use super::defaults::HOME;
+use super::defaults::{HOME, ProgramDefaults};
 use super::process::{ExitStatus, Output, OutputLimit, Process, ProcessReader, ProcessShared, ProcessWriter};
 use super::redirect::SharedFile;
 use super::stdio::StdioListeners;
@@ -107,16 +107,17 @@ pub struct Exec {
 
 impl Exec {
     pub(super) fn new(container: Container, argv: Vec<OsString>) -> Self {
-        let defaults = container.defaults().clone();
+        let ProgramDefaults { env, own_home, user, working_dir, .. } = container.defaults();
+        let (env, own_home, user, current_dir) = (env.clone(), *own_home, user.clone(), working_dir.clone());
         let limit = OutputLimit { bytes: Size::mib(64), truncate: false };
         Self {
             container,
             argv,
-            env: defaults.env,
-            own_home: defaults.own_home,
-            user: defaults.user,
-            make_dir: defaults.working_dir.is_some(),
-            current_dir: defaults.working_dir,
+            env,
+            own_home,
+            user,
+            make_dir: current_dir.is_some(),
+            current_dir,
             stop_signal: None,
             stdio: [None, None, None],
             timeout: None,
@@ -172,7 +173,7 @@ impl Exec {
         self
     }
 
-    /// Sets as whom the program runs.
+    /// Sets the user and the group of the program.
     ///
     /// `USER` or `USER:GROUP`, each a name or a number, as `docker exec --user` has them. Names are looked up in
     /// `/etc/passwd` and `/etc/group` of the container. Numbers need not be there; the group is then 0. Without a group

@@ -7,7 +7,7 @@
 //!  control    the stream to the host        mount     the workloads' root    reaper        their PID 1
 //!  serve      the loop                      process   one program            spawn, relay  its start, its streams
 //!  cgroup     the programs' groups          connect   the host's connections to services
-//!  shutdown   the order of the machine's end          user      as whom a program runs
+//!  shutdown   the order of the machine's end          user      users and groups of programs
 //! ```
 //! `build.rs` compiles this file alone into the program that the library embeds; as a module of the library it is compiled for tests only.
 #![cfg_attr(guest_bin, no_std, no_main)]

@@ -175,7 +175,7 @@ pub(crate) struct Spawn<'a> {
     pub(crate) cwd: Option<&'a CStr>,
     /// Directories of `cwd` that are missing are made, as root.
     pub(crate) make_cwd: bool,
-    /// As whom it runs: `USER` or `USER:GROUP`, names or numbers of the guest's own files; root if absent.
+    /// Its user: `USER` or `USER:GROUP`, by the names or numbers of the guest's own files; root if absent.
     pub(crate) user: Option<&'a CStr>,
     /// The user's home directory is added to the environment. Means nothing without a user.
     pub(crate) home: bool,

@@ -9,7 +9,7 @@ use crate::size::Size;
 /// takes up to 128 MiB more while it is read. Space on the disk is bounded by
 /// [`Image::max_size`](crate::Image::max_size), time by [`Image::prepare_timeout`](crate::Image::prepare_timeout).
 ///
-/// What is compressed may unpack to [`ImageLimits::max_ratio`] times its size. Holes take nothing on the disk; how large they are is
+/// Compressed content may unpack to [`ImageLimits::max_ratio`] times its size. Holes take nothing on the disk; how large they are is
 /// bounded by [`ImageLimits::file_size`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[must_use = "a config value does nothing by itself"]

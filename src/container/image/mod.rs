@@ -54,6 +54,7 @@ use local::{ImageFiles, LocalImages};
 pub(crate) use oci::fuzz_reference;
 pub use oci::{Digest, LayerPhase, LayerProgress, Reference};
 pub use oci::{Healthcheck, ImageConfig, Platform};
+pub(super) use path::shown;
 use pulled::PulledImage;
 #[cfg(all(feature = "registry", any(test, feature = "internals")))]
 pub(crate) use registry::fuzz_challenge;
@@ -62,7 +63,7 @@ pub use registry::{Credentials, Fetch, FetchRequest, FetchResponse, Registry};
 #[cfg(feature = "signatures")]
 pub use signature::{PublicKey, SignaturePolicy};
 pub use store::{Collected, ImageStore, PulledImageInfo};
-use store::{FileIdentity, NameRecord, Store};
+use store::{FileIdentity, NameRecord, Prepared, Store};
 use tar::{ArchiveKind, ImageBuilder, Stream};
 use tree::InodeTree;
 
@@ -411,7 +412,7 @@ impl Image {
                 digest
             }
         };
-        store.get_or_make(&digest, deadline, |disk| {
+        store.get_or_make(Prepared::Disk(&digest), deadline, |disk| {
             file.seek(SeekFrom::Start(0))?;
             let read = write_archive(&mut file, disk, &self.budget(deadline))?;
             if hex(&read.finalize()) == digest {
@@ -426,7 +427,7 @@ impl Image {
         let mut hash = begin();
         directory::fingerprint(root, &self.budget(deadline), &mut hash)?;
         let digest = hex(&hash.finalize());
-        store.get_or_make(&digest, deadline, |disk| {
+        store.get_or_make(Prepared::Disk(&digest), deadline, |disk| {
             let budget = self.budget(deadline);
             let (mut tree, mut hash) = (InodeTree::new(), begin());
             let mut to = erofs::Disk::new(disk, &budget)?;

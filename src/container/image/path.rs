@@ -6,8 +6,8 @@ use crate::error::{Error, ErrorKind, Result};
 pub(super) const NAME_MAX: usize = 255;
 pub(super) const PATH_MAX: usize = 4095;
 
-/// How an error shows a path: at most 200 bytes of it, in quotes, nothing unprintable as it is.
-pub(super) fn shown(path: &[u8]) -> String {
+/// How an error shows a path, or another text of an image: at most 200 bytes of it, in quotes, nothing unprintable as it is.
+pub(in crate::container) fn shown(path: &[u8]) -> String {
     const MAX_SHOWN: usize = 200;
     match path.get(..MAX_SHOWN) {
         Some(begin) if path.len() > MAX_SHOWN => format!("{:?}…", String::from_utf8_lossy(begin)),

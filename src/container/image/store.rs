@@ -59,7 +59,8 @@ const MAX_VERIFIED: usize = 4096;
 
 /// A directory of disks. Several processes may use one.
 ///
-/// - The disks of archives and directories, and of images in layers all but their content: `<digest>.erofs`.
+/// - The disks of archives and directories: `<digest>.erofs`.
+/// - The metadata of images in layers: `<digest>.layers.erofs`.
 /// - Unpacked layers: `layers/<algorithm>-<digest>`.
 /// - Manifests and configurations: `blobs/<algorithm>-<digest>`.
 /// - The digests of archives that were read: `known/`.
@@ -68,10 +69,19 @@ pub(super) struct Store {
     disks: Shelf,
     known: Shelf,
     layers: Shelf,
-    #[allow(dead_code, reason = "images of registries come next")]
     blobs: Shelf,
     /// As long as it is held, nothing new is removed.
     _presence: Option<Presence>,
+}
+
+/// What is made once, and found by a digest.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Prepared<'a> {
+    /// Of an archive or a directory: a whole file system.
+    Disk(&'a str),
+    /// Of an image in layers: a file system with their content behind it.
+    Metadata(&'a str),
+    Layer(&'a oci::Digest),
 }
 
 /// One directory of the store.
@@ -194,43 +204,22 @@ impl Store {
         let _ = fs::remove_file(self.known.path().join(identity));
     }
 
-    /// Opens the disk of that digest for reading. Where there is none, or a damaged one, one caller makes it and all others wait.
+    /// Opens what is prepared, for reading. Where it is not there, or damaged, one caller makes it and all others wait.
     ///
     /// # Errors
     /// What `make` fails with; `TimedOut` and `Cancelled`, also while others make it.
     pub(super) fn get_or_make(
         &self,
-        digest: &str,
+        what: Prepared<'_>,
         deadline: &PrepareDeadline,
         make: impl FnOnce(&File) -> Result<()>,
     ) -> Result<File> {
-        self.get_or_make_in(&self.disks, &format!("{digest}.erofs"), digest, deadline, make)
-    }
-
-    /// The same of the metadata of layers, which is a file system with them alone.
-    ///
-    /// # Errors
-    /// As [`Store::get_or_make`].
-    pub(super) fn get_or_make_metadata(
-        &self,
-        key: &str,
-        deadline: &PrepareDeadline,
-        make: impl FnOnce(&File) -> Result<()>,
-    ) -> Result<File> {
-        self.get_or_make_in(&self.disks, &format!("{key}.layers.erofs"), key, deadline, make)
-    }
-
-    /// The same of an unpacked layer.
-    ///
-    /// # Errors
-    /// As [`Store::get_or_make`].
-    pub(super) fn get_or_make_layer(
-        &self,
-        diff_id: &oci::Digest,
-        deadline: &PrepareDeadline,
-        make: impl FnOnce(&File) -> Result<()>,
-    ) -> Result<File> {
-        self.get_or_make_in(&self.layers, &name_of(diff_id), diff_id.hex(), deadline, make)
+        let (shelf, name, digest) = match what {
+            Prepared::Disk(digest) => (&self.disks, format!("{digest}.erofs"), digest),
+            Prepared::Metadata(key) => (&self.disks, format!("{key}.layers.erofs"), key),
+            Prepared::Layer(diff_id) => (&self.layers, name_of(diff_id), diff_id.hex()),
+        };
+        self.get_or_make_in(shelf, &name, digest, deadline, make)
     }
 
     /// Opens an unpacked layer, if it is there and whole.
@@ -239,7 +228,6 @@ impl Store {
     }
 
     /// Reads a manifest or a configuration that [`Store::put_blob`] has kept. None where it is not there, or damaged.
-    #[allow(dead_code, reason = "images of registries come next")]
     pub(super) fn blob(&self, digest: &oci::Digest) -> Result<Option<Vec<u8>>> {
         let doing = || format!("reading {}", self.blobs.shown.join(name_of(digest)).display());
         let file = match private_file(&self.blobs.directory, &name_of(digest)) {
@@ -255,7 +243,7 @@ impl Store {
     }
 
     /// Keeps a manifest or a configuration, durably. Its digest was checked.
-    #[allow(dead_code, reason = "images of registries come next")]
+    #[cfg(any(test, feature = "registry"))]
     pub(super) fn put_blob(&self, digest: &oci::Digest, bytes: &[u8]) -> Result<()> {
         if self.blob(digest)?.is_some() {
             return Ok(());
@@ -415,8 +403,9 @@ mod tests {
         let store = Store::open(Some(dir.clone())).unwrap();
         let deadline = PrepareDeadline::new(Duration::from_secs(60), None);
         let digest = "2".repeat(64);
-        let made = store.get_or_make(&digest, &deadline, |file| Ok((&*file).write_all(b"disk")?)).unwrap();
-        let found = store.get_or_make(&digest, &deadline, |_| panic!("it is there")).unwrap();
+        let made =
+            store.get_or_make(Prepared::Disk(&digest), &deadline, |file| Ok((&*file).write_all(b"disk")?)).unwrap();
+        let found = store.get_or_make(Prepared::Disk(&digest), &deadline, |_| panic!("it is there")).unwrap();
         assert_eq!(FileIdentity::of(&made).unwrap(), FileIdentity::of(&found).unwrap());
         fs::remove_dir_all(dir).unwrap();
     }

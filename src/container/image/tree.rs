@@ -290,13 +290,9 @@ impl InodeTree {
                 return Ok(at);
             };
             let directory = self.directory(at)?;
-            match &*name {
-                b"" | b"." => continue,
-                b".." => {
-                    at = directory.parent;
-                    continue;
-                }
-                _ => {}
+            if *name == *b".." {
+                at = directory.parent;
+                continue;
             }
             let Some(child) = directory.children.get(&*name).copied() else {
                 if linked || missing == Missing::Refuse {
@@ -335,9 +331,15 @@ impl<'p, I: Iterator<Item = &'p [u8]>> Route<'p, I> {
         Self { path, detour: Vec::new(), links: 0, linked_parts: 0 }
     }
 
+    /// The next part that leads elsewhere.
     fn next(&mut self) -> Option<RoutePart<'p>> {
-        let linked = self.detour.pop().map(|name| RoutePart { name, linked: true });
-        linked.or_else(|| Some(RoutePart { name: Cow::Borrowed(self.path.next()?), linked: false }))
+        loop {
+            let linked = self.detour.pop().map(|name| RoutePart { name, linked: true });
+            let part = linked.or_else(|| Some(RoutePart { name: Cow::Borrowed(self.path.next()?), linked: false }))?;
+            if !matches!(&*part.name, b"" | b".") {
+                return Some(part);
+            }
+        }
     }
 
     /// Takes the way of a link that lies in `at`, and returns where that begins.

@@ -1,4 +1,4 @@
-//! As whom this process runs (credentials(7)), and of what kind and whose files are.
+//! The user of this process (credentials(7)), and the kind and the owner of files.
 
 use super::{Fd, Result, nr, syscall};
 

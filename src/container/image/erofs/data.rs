@@ -37,7 +37,7 @@ impl<'f> Disk<'f> {
         Self::behind(file, budget, 0)
     }
 
-    /// A disk of which so many bytes, whole blocks, lie in other files behind block 0. They are charged too.
+    /// Creates a disk whose content lies in other files: `elsewhere` bytes, whole blocks, behind block 0. They are charged too.
     ///
     /// # Errors
     /// `InvalidConfig` where not as much is allowed; `Unsupported` beyond what the format can number.

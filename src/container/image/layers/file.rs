@@ -56,7 +56,7 @@ impl LayerFile {
     /// Opens one that is sealed.
     ///
     /// # Errors
-    /// `Corrupt` for what is no layer.
+    /// `Corrupt` for a file that is no unpacked layer.
     pub(super) fn open(file: File) -> Result<Self> {
         let len = file.metadata()?.len().saturating_sub(seal::LEN);
         Self::of_len(file, len)

@@ -55,7 +55,7 @@ pub(super) struct LayerLog<'a> {
 }
 
 impl<'a> LayerLog<'a> {
-    /// With files of `scratch` for what is large.
+    /// Creates an empty log. `scratch` makes files for one that is large.
     pub(super) fn new(scratch: &'a Scratch<'a>) -> Self {
         Self { removals: Spill::new(scratch), entries: Spill::new(scratch) }
     }
@@ -188,12 +188,12 @@ fn damaged() -> Error {
 }
 
 impl<R: Read> LogReader<R> {
-    /// Of a layer whose content has so many blocks.
+    /// Creates a reader of the log of a layer with so many blocks of content.
     pub(super) fn new(source: R, blocks: u32) -> Self {
         Self { source, blocks }
     }
 
-    /// The next path and what is done with it; none at the end of the source.
+    /// Returns the next path and its change; `None` at the end.
     ///
     /// # Errors
     /// `Corrupt` for what no layer's log has.

@@ -3,8 +3,8 @@
 //! Each layer is unpacked once, however many images have it. Its file has the content of its files as it lies on disks, and a log of
 //! its entries.
 //!
-//! Layers have no file systems of their own. Removals, hard links to lower layers and parents that are links below mean something only
-//! on top of what is below. So the logs of an image's layers are replayed, one upon the other. The tree that comes out is written as the
+//! Layers have no file systems of their own: a removal, or a hard link to a file of a lower layer, needs the layers below. So does an
+//! entry below a symbolic link of theirs. So the logs of an image's layers are replayed, one upon the other. The tree that comes out is written as the
 //! metadata of one file system. It is small, and points into the layers' content.
 
 mod compose;
@@ -24,7 +24,7 @@ use sha2::Digest as _;
 use super::budget::{Budget, PrepareDeadline, SharedSpace};
 use super::limits::ImageLimits;
 use super::oci::{Digest, ImageSource, Layer, LayerObserver, LayerPhase, LayerProgress, Resolved};
-use super::store::Store;
+use super::store::{Prepared, Store};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::size::Size;
 use crate::sys;
@@ -108,7 +108,7 @@ impl Work<'_> {
 
     fn prepare(&self, n: usize, layer: &Layer) -> Result<()> {
         let mut made = false;
-        let file = self.store.get_or_make_layer(&layer.diff_id, self.deadline, |to| {
+        let file = self.store.get_or_make(Prepared::Layer(&layer.diff_id), self.deadline, |to| {
             made = true;
             self.report(n, layer, 0, LayerPhase::Reading);
             let budget = Budget::sharing(&self.allowed.limits, self.space.clone(), self.deadline);
@@ -147,6 +147,7 @@ pub(super) fn compose(
     let mut key = super::begin().chain_update(b"layers\n");
     diff_ids.iter().for_each(|diff_id| key.update(format!("{diff_id}\n")));
     let key = super::hex(&key.finalize());
-    let metadata = store.get_or_make_metadata(&key, deadline, |to| placed.write_metadata(to, allowed, deadline))?;
+    let metadata =
+        store.get_or_make(Prepared::Metadata(&key), deadline, |to| placed.write_metadata(to, allowed, deadline))?;
     placed.pieces(metadata)
 }

@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt;
 use crate::container::image::erofs::Disk;
 use crate::error::{Context, Result};
 
-/// What is kept in memory.
+/// Bytes that stay in memory before they go to the file.
 const BUFFER: usize = 1 << 20;
 
 /// Makes a file without a name.
@@ -14,7 +14,7 @@ pub(super) type Scratch<'a> = dyn Fn() -> Result<File> + Send + Sync + 'a;
 
 pub(super) struct Spill<'a> {
     scratch: &'a Scratch<'a>,
-    /// What comes behind what is in the file.
+    /// The bytes behind those in the file.
     buffer: Vec<u8>,
     file: Option<File>,
     written: u64,
@@ -29,7 +29,7 @@ impl<'a> Spill<'a> {
         self.written + self.buffer.len() as u64
     }
 
-    /// Where more is appended. What is there already may go into the file first.
+    /// Returns the buffer to append to. A full one is written to the file first.
     pub(super) fn buffer(&mut self) -> Result<&mut Vec<u8>> {
         if self.buffer.len() >= BUFFER {
             let file = match &self.file {

@@ -79,7 +79,7 @@ impl<R: Read> Read for Counted<'_, R> {
     }
 }
 
-/// Hashes what is unpacked.
+/// Hashes the unpacked bytes.
 struct Unpacked<R> {
     inner: R,
     hasher: Hasher,

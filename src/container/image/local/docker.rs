@@ -81,7 +81,7 @@ impl ImageSource for DockerArchive {
 }
 
 impl LocalImages for DockerArchive {
-    /// Layers have no digests here but those of what is unpacked.
+    /// Layers have only the digests of their unpacked bytes here.
     fn find(&self, select: Option<&str>, platform: &Platform, deadline: &PrepareDeadline) -> Result<Resolved> {
         let SavedImage { config, layers } = choose(&self.images, select)?;
         if layers.len() > MAX_LAYERS {

@@ -10,6 +10,7 @@ use crate::container::image::budget::{Budget, PrepareDeadline};
 use crate::container::image::oci::{
     self, Descriptor, ImageSource, IndexEntry, MAX_DOCUMENT, Manifest, Platform, Resolved, json,
 };
+use crate::container::image::path::shown;
 use crate::error::{Context, Error, ErrorKind, Result};
 
 /// Annotations that name an image: that of the specification, and that of containerd, which is whole.
@@ -35,8 +36,8 @@ impl Layout {
         let read = |name: &str| files.read(name.as_bytes(), MAX_DOCUMENT, budget.deadline());
         let version: Version = json(&read("oci-layout")?).doing(|| "oci-layout")?;
         if version.image_layout_version.split('.').next() != Some("1") {
-            let shown: String = version.image_layout_version.chars().take(50).collect();
-            return Err(Error::new(ErrorKind::Unsupported, format!("an OCI image layout of version {shown:?}")));
+            let shown = shown(version.image_layout_version.as_bytes());
+            return Err(Error::new(ErrorKind::Unsupported, format!("an OCI image layout of version {shown}")));
         }
         let index = Manifest::parse(&read("index.json")?, "").doing(|| "index.json")?;
         let Manifest::Index(entries) = index else {

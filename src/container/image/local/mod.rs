@@ -7,7 +7,7 @@ mod files;
 mod layout;
 
 use super::budget::{Budget, PrepareDeadline};
-use super::oci::{Digest, ImageSource, Platform, Resolved};
+use super::oci::{Digest, ImageSource, Platform, Reference, Resolved};
 use crate::error::{Error, ErrorKind, Result};
 use docker::DockerArchive;
 pub(super) use files::ImageFiles;
@@ -78,17 +78,9 @@ fn choose<'a, T>(images: &'a [Named<T>], select: Option<&str>) -> Result<&'a T> 
     }
 }
 
-/// A name as Docker writes it out: with its registry and its tag.
+/// A name as Docker writes it out: with its registry and its tag. What is no name of Docker's stays as it is.
 fn full_name(name: &str) -> String {
-    let (first, rest) = name.split_once('/').unwrap_or(("", name));
-    let name = match (first, rest.contains('/')) {
-        ("", _) => format!("docker.io/library/{name}"),
-        ("docker.io" | "index.docker.io", false) => format!("docker.io/library/{rest}"),
-        (host, _) if host.contains(['.', ':']) || host == "localhost" => name.to_owned(),
-        _ => format!("docker.io/{name}"),
-    };
-    let tagged = name.rsplit('/').next().is_some_and(|last| last.contains([':', '@']));
-    if tagged { name } else { format!("{name}:latest") }
+    name.parse().map_or_else(|_| name.to_owned(), |reference: Reference| reference.to_string())
 }
 
 #[cfg(test)]
@@ -105,6 +97,8 @@ mod tests {
             ("localhost/app", "localhost/app:latest"),
             ("host:5000/app", "host:5000/app:latest"),
             ("ghcr.io/a/b:1", "ghcr.io/a/b:1"),
+            ("index.docker.io/user/app", "docker.io/user/app:latest"),
+            ("No Name", "No Name"),
         ] {
             assert_eq!(full_name(short), long);
         }

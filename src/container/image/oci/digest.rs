@@ -6,6 +6,7 @@ use std::str::FromStr;
 
 use sha2::{Digest as _, Sha256, Sha512};
 
+use crate::container::image::path::shown;
 use crate::error::{Error, ErrorKind, Result};
 
 /// The digest of a blob: `sha256:` or `sha512:`, and lowercase hexadecimal digits (image-spec, descriptor.md).
@@ -45,8 +46,8 @@ impl FromStr for Digest {
             ALGORITHMS.contains(&(algorithm, hex.len())) && hex.bytes().all(lower)
         });
         if !known {
-            let shown: String = text.chars().take(100).collect();
-            let what = format!("{shown:?} is no digest: sha256 or sha512, a colon, and lowercase hexadecimal digits");
+            let shown = shown(text.as_bytes());
+            let what = format!("{shown} is no digest: sha256 or sha512, a colon, and lowercase hexadecimal digits");
             return Err(Error::new(ErrorKind::InvalidConfig, what));
         }
         Ok(Self { text: text.into() })

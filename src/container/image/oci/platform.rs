@@ -4,6 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use crate::boot;
+use crate::container::image::path::shown;
 use crate::error::{Error, Result};
 
 /// Names an operating system, a processor architecture and its variant, as Go does.
@@ -74,10 +75,10 @@ impl FromStr for Platform {
             [os, architecture] if parts.iter().all(fine) => Ok(Self::new(os, architecture, None)),
             [os, architecture, variant] if parts.iter().all(fine) => Ok(Self::new(os, architecture, Some(variant))),
             _ => {
-                let shown: String = text.chars().take(100).collect();
+                let shown = shown(text.as_bytes());
                 Err(Error::invalid(
                     "platform",
-                    format!("{shown:?}: it has the form os/architecture or os/architecture/variant"),
+                    format!("{shown}: it has the form os/architecture or os/architecture/variant"),
                 ))
             }
         }

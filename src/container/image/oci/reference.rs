@@ -5,6 +5,7 @@ use std::net::Ipv6Addr;
 use std::str::FromStr;
 
 use super::Digest;
+use crate::container::image::path::shown;
 use crate::error::{Error, ErrorKind, Result};
 
 /// The registry of names that have none.
@@ -73,9 +74,8 @@ impl FromStr for Reference {
     /// `InvalidConfig` says what is wrong with the name.
     fn from_str(text: &str) -> Result<Self> {
         parse(text).map_err(|problem| {
-            let shown: String = text.chars().take(100).collect();
-            let more = if shown.len() < text.len() { ".." } else { "" };
-            Error::new(ErrorKind::InvalidConfig, format!("{shown:?}{more} is no name of an image: {problem}"))
+            let shown = shown(text.as_bytes());
+            Error::new(ErrorKind::InvalidConfig, format!("{shown} is no name of an image: {problem}"))
         })
     }
 }

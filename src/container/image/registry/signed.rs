@@ -4,8 +4,8 @@ use super::session::Document;
 use super::source::RegistrySource;
 use crate::container::image::budget::PrepareDeadline;
 use crate::container::image::oci::{Descriptor, Digest, Reference, read_document};
-use crate::container::image::signature::{self, MAX_STATEMENT, SignaturePolicy, SignatureSource};
-use crate::error::{Error, ErrorKind, Result};
+use crate::container::image::signature::{self, SignaturePolicy, SignatureSource};
+use crate::error::{ErrorKind, Result};
 
 struct Signatures<'a> {
     source: &'a RegistrySource<'a>,
@@ -47,11 +47,6 @@ impl SignatureSource for Signatures<'_> {
     }
 
     fn fetch(&self, what: &Descriptor) -> Result<Vec<u8>> {
-        if what.size > MAX_STATEMENT {
-            let text =
-                format!("{} has {} bytes: a signature has at most {} KiB", what.digest, what.size, MAX_STATEMENT >> 10);
-            return Err(Error::new(ErrorKind::Corrupt, text));
-        }
         Ok(read_document(self.source, what, self.deadline)?.bytes)
     }
 }

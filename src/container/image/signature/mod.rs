@@ -21,7 +21,7 @@ use policy::Rule;
 const MAX_SIGNATURES: usize = 64;
 /// Manifests and statements that are fetched for them, whatever is in them.
 const MAX_FETCHED: usize = 2 * MAX_SIGNATURES;
-pub(super) const MAX_STATEMENT: u64 = 1 << 20;
+const MAX_STATEMENT: u64 = 1 << 20;
 
 const SIMPLE_SIGNING: &str = "application/vnd.dev.cosign.simplesigning.v1+json";
 const SIGNATURE_ANNOTATION: &str = "dev.cosignproject.cosign/signature";
@@ -86,13 +86,13 @@ pub(super) fn admit(
         }
         Rule::Require(keys) => keys,
     };
-    let mut search = Search { manifest, digest, keys, source, seen: 0, fetched: 0, refused: Vec::new() };
+    let mut search = Search { manifest, digest, keys, source, seen: 0, fetched: 0, refused: None };
     if search.by_tag().doing(|| "looking for signatures by tag")?
         || search.by_referrers().doing(|| "looking for signatures by referrers")?
     {
         return Ok(());
     }
-    let found = match search.refused.first() {
+    let found = match search.refused {
         None => "there is none".to_owned(),
         Some(first) => format!("of {} that were found the first is {first}", search.seen),
     };
@@ -109,8 +109,8 @@ struct Search<'a> {
     /// Signatures that were looked at.
     seen: usize,
     fetched: usize,
-    /// Why the first of them admit nothing.
-    refused: Vec<String>,
+    /// Why the first of them admits nothing.
+    refused: Option<String>,
 }
 
 impl Search<'_> {
@@ -208,9 +208,7 @@ impl Search<'_> {
 
     fn refuse(&mut self, why: String) {
         self.seen += 1;
-        if self.refused.is_empty() {
-            self.refused.push(why);
-        }
+        self.refused.get_or_insert(why);
     }
 }
 

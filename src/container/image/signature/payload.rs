@@ -6,6 +6,7 @@ use serde::Deserialize;
 
 use super::PublicKey;
 use crate::container::image::oci::Digest;
+use crate::container::image::path::shown;
 
 /// The type of a simple signing payload (containers/image, docs/containers-signature.5.md; cosign, specs/SIGNATURE_SPEC.md).
 const SIMPLE_SIGNING: &str = "cosign container image signature";
@@ -89,7 +90,7 @@ impl Signature {
     pub(super) fn simple(payload: &[u8], signature: &str) -> Result<Self, String> {
         let parsed: SimpleSigning = json(payload, "the payload")?;
         if parsed.critical.kind != SIMPLE_SIGNING {
-            return Err(format!("a payload of type {:?}", shown(&parsed.critical.kind)));
+            return Err(format!("a payload of type {}", shown(parsed.critical.kind.as_bytes())));
         }
         let signature = decode(signature)?;
         Ok(Self { message: payload.to_vec(), signature, names: parsed.critical.image.digest })
@@ -113,13 +114,13 @@ impl Signature {
 
     fn envelope(envelope: &Envelope, digest: &Digest) -> Result<Self, String> {
         if envelope.payload_type != IN_TOTO {
-            return Err(format!("an envelope of type {:?}", shown(&envelope.payload_type)));
+            return Err(format!("an envelope of type {}", shown(envelope.payload_type.as_bytes())));
         }
         let payload = decode(&envelope.payload)?;
         let statement: Statement = json(&payload, "the statement")?;
         // Other statements of the same key, an inventory for instance, admit nothing.
         if statement.predicate_type != IMAGE_SIGNATURE {
-            return Err(format!("a statement of type {:?}", shown(&statement.predicate_type)));
+            return Err(format!("a statement of type {}", shown(statement.predicate_type.as_bytes())));
         }
         let names = |subject: &Subject| subject.digest.get(digest.algorithm()).is_some_and(|hex| hex == digest.hex());
         if !statement.subject.iter().any(names) {
@@ -153,10 +154,6 @@ fn json<'a, T: Deserialize<'a>>(bytes: &'a [u8], what: &str) -> Result<T, String
 
 fn decode(text: &str) -> Result<Vec<u8>, String> {
     STANDARD.decode(text).map_err(|_| "a signature that is not base64".into())
-}
-
-fn shown(text: &str) -> String {
-    text.chars().take(100).collect()
 }
 
 #[cfg(test)]

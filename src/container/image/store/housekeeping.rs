@@ -192,8 +192,7 @@ impl ImageStore {
                     store.remove_name(&record.reference)?;
                     collected.images.extend(record.reference.parse::<Reference>());
                 }
-                (None, None) => break,
-                (None, Some(_)) => {}
+                (None, _) => break,
             }
         }
         Ok(collected)
@@ -311,6 +310,7 @@ mod tests {
     use std::io::Write;
     use std::os::unix::fs::PermissionsExt;
 
+    use super::super::Prepared;
     use super::super::names::tests::record;
     use super::*;
 
@@ -334,7 +334,7 @@ mod tests {
             let (digest, deadline) = (Digest::sha256(content.as_bytes()), PrepareDeadline::fixed(Duration::MAX, ""));
             let make = |to: &fs::File| Ok((&*to).write_all(content.as_bytes())?);
             let store = self.store();
-            let file = store.get_or_make_layer(&digest, &deadline, make).unwrap();
+            let file = store.get_or_make(Prepared::Layer(&digest), &deadline, make).unwrap();
             let used = SystemTime::UNIX_EPOCH + Duration::from_secs(used);
             file.set_times(fs::FileTimes::new().set_accessed(used).set_modified(used)).unwrap();
             let path = store.layers.shown.join(name_of(&digest));

@@ -160,15 +160,15 @@ fn independent_builders_do_not_conflict() {
     let deadline = PrepareDeadline::new(Duration::from_secs(60), None);
     let (digest, other) = ("0".repeat(64), "1".repeat(64));
     let write = |file: &File, text: &str| Ok(file.write_all_at(text.as_bytes(), 0)?);
-    let failed = store.get_or_make(&digest, &deadline, |file| {
+    let failed = store.get_or_make(Prepared::Disk(&digest), &deadline, |file| {
         write(file, "half")?;
         Err(Error::new(ErrorKind::Corrupt, "on purpose"))
     });
     assert_eq!(failed.unwrap_err().kind(), ErrorKind::Corrupt);
-    let made = store.get_or_make(&digest, &deadline, |file| write(file, "disk")).unwrap();
+    let made = store.get_or_make(Prepared::Disk(&digest), &deadline, |file| write(file, "disk")).unwrap();
     assert_eq!(made.metadata().unwrap().len(), 4 + seal::LEN);
-    store.get_or_make(&digest, &deadline, |_| panic!("it is there")).unwrap();
-    store.get_or_make(&other, &deadline, |file| write(file, "other")).unwrap();
+    store.get_or_make(Prepared::Disk(&digest), &deadline, |_| panic!("it is there")).unwrap();
+    store.get_or_make(Prepared::Disk(&other), &deadline, |file| write(file, "other")).unwrap();
     let names = fs::read_dir(&dir).unwrap().count();
     assert_eq!(names, 7, "two disks, two locks, three directories, and nothing else");
 }

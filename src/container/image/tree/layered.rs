@@ -64,7 +64,7 @@ impl InodeTree {
 
     /// The directory at a path, through links. None where there is none, or where the layer's own takes its place.
     fn lower_directory(&self, path: &[u8], own: &OwnDirectories) -> Result<Option<InodeIndex>> {
-        let mut route = Route::new(path.split(|byte| *byte == b'/').filter(|part| !part.is_empty()));
+        let mut route = Route::new(path.split(|byte| *byte == b'/'));
         // How much of the path itself was gone.
         let (mut at, mut gone) = (ROOT, 0);
         while let Some(RoutePart { name, linked }) = route.next() {
@@ -72,13 +72,9 @@ impl InodeTree {
                 gone += name.len() + usize::from(gone > 0);
             }
             let directory = self.directory(at)?;
-            match &*name {
-                b"" | b"." => continue,
-                b".." => {
-                    at = directory.parent;
-                    continue;
-                }
-                _ => {}
+            if *name == *b".." {
+                at = directory.parent;
+                continue;
             }
             let Some(child) = directory.children.get(&*name).copied() else { return Ok(None) };
             match &self.get(child).ok_or_else(lost)?.kind {
