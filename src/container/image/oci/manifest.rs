@@ -36,6 +36,7 @@ const FOREIGN: [&str; 2] =
     ["application/vnd.oci.image.layer.nondistributable.", "application/vnd.docker.image.rootfs.foreign."];
 
 /// All types of documents, as they are asked for.
+#[cfg(feature = "registry")]
 pub(in super::super) fn accepted() -> impl Iterator<Item = &'static str> {
     MANIFESTS.into_iter().chain(INDEXES)
 }

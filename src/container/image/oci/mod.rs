@@ -15,7 +15,9 @@ pub use config::{Healthcheck, ImageConfig};
 pub(super) use descriptor::Descriptor;
 pub use digest::Digest;
 pub(super) use digest::{Hasher, Verified};
-pub(super) use manifest::{IndexEntry, MAX_DOCUMENT, MAX_LAYERS, Manifest, accepted, json};
+#[cfg(feature = "registry")]
+pub(super) use manifest::accepted;
+pub(super) use manifest::{IndexEntry, MAX_DOCUMENT, MAX_LAYERS, Manifest, json};
 pub use platform::Platform;
 pub use reference::Reference;
 #[cfg(any(test, feature = "internals"))]

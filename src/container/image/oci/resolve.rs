@@ -15,6 +15,7 @@ const MAX_SHOWN: usize = 20;
 
 /// A checked document.
 #[derive(Debug, Clone)]
+#[cfg_attr(not(feature = "registry"), allow(dead_code, reason = "pulls alone keep documents"))]
 pub(in super::super) struct Blob {
     pub descriptor: Descriptor,
     pub bytes: Vec<u8>,
@@ -29,6 +30,7 @@ pub(in super::super) struct Layer {
 
 /// One image, whose documents were checked. Its layers were not read.
 #[derive(Debug, Clone)]
+#[cfg_attr(not(feature = "registry"), allow(dead_code, reason = "pulls alone keep documents"))]
 pub(in super::super) struct Resolved {
     pub manifest: Blob,
     pub config: Blob,
