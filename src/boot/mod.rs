@@ -6,6 +6,7 @@
 //! - `load`: puts a kernel and its boot parameters into guest memory.
 //! - `finish_cmdline`: what the machine adds to the command line.
 //! - `CONFIG_SYMBOL`, `ELF_MACHINE`, `OCI_ARCHITECTURE`: what kernels, modules and images for this processor say of themselves.
+//! - `OCI_ALIASES` and `OCI_VARIANT`: other names of it, and the variant of images that name none.
 //! - `tiny`: the smallest kernel files, for tests.
 
 mod cmdline;
@@ -32,8 +33,8 @@ pub use modules::Modules;
 #[cfg(any(test, feature = "internals"))]
 pub(crate) use modules::read as read_modules;
 pub(crate) use modules::{Need, Packed};
-#[cfg(feature = "container")]
-pub(crate) use protocol::OCI_ARCHITECTURE;
 #[cfg(any(test, feature = "internals"))]
 pub(crate) use protocol::tiny;
 pub(crate) use protocol::{EntryChoice, finish_cmdline, load};
+#[cfg(feature = "container")]
+pub(crate) use protocol::{OCI_ALIASES, OCI_ARCHITECTURE, OCI_VARIANT};

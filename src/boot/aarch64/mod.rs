@@ -19,6 +19,12 @@ pub(super) const ELF_MACHINE: u16 = 183;
 /// In images (image-spec, config.md).
 #[cfg(feature = "container")]
 pub(crate) const OCI_ARCHITECTURE: &str = "arm64";
+/// That, and what else it is called there.
+#[cfg(feature = "container")]
+pub(crate) const OCI_ALIASES: &[&str] = &["arm64", "aarch64"];
+/// The variant of images that name none.
+#[cfg(feature = "container")]
+pub(crate) const OCI_VARIANT: u8 = 8;
 
 /// How a kernel can be entered, as its file says.
 #[derive(Debug)]

@@ -42,16 +42,36 @@ impl Platform {
     }
 
     /// How well an image for `other` fits where this one is asked for; less is better.
+    ///
+    /// A processor of a higher variant runs what is for a lower one. Other names of architectures count as those of Go.
     pub(super) fn distance(&self, other: &Self) -> Option<u8> {
-        if (&self.os, &self.architecture) != (&other.os, &other.architecture) {
+        let ((wanted, level), (there, other_level)) = (self.canonical(), other.canonical());
+        if self.os != other.os || wanted != there {
             return None;
         }
-        match (self.variant(), other.variant()) {
-            (wanted, there) if wanted == there => Some(0),
-            (_, None) => Some(1),
-            (None, Some(_)) => Some(2),
-            (Some(_), Some(_)) => None,
+        match (level, other_level) {
+            (Some(wanted), Some(there)) if there <= wanted => {
+                let other_name = u8::from(self.variant() != other.variant());
+                Some((wanted - there).saturating_mul(2).saturating_add(other_name))
+            }
+            _ if self.variant() == other.variant() => Some(0),
+            // It may be for any of them.
+            _ if other.variant().is_none() => Some(u8::MAX),
+            _ => level.or(self.variant().map(|_| 0)).is_none().then_some(u8::MAX),
         }
+    }
+
+    /// The architecture as Go calls it, and the number of the variant. Where none is named, that is the least that is usual.
+    fn canonical(&self) -> (&str, Option<u8>) {
+        let (architecture, usual) = match self.architecture.as_str() {
+            "aarch64" | "arm64" => ("arm64", Some(8)),
+            "armhf" | "arm" => ("arm", Some(7)),
+            "armel" => ("arm", Some(6)),
+            name if boot::OCI_ALIASES.contains(&name) => (boot::OCI_ARCHITECTURE, Some(boot::OCI_VARIANT)),
+            name => (name, None),
+        };
+        let number = |variant: &str| variant.strip_prefix('v').unwrap_or(variant).parse().ok();
+        (architecture, self.variant().map_or(usual, number))
     }
 }
 
@@ -97,8 +117,19 @@ mod tests {
         for (wanted, there, distance) in [
             ("linux/arm64", "linux/arm64", Some(0)),
             ("linux/arm64/v8", "linux/arm64", Some(1)),
-            ("linux/arm64", "linux/arm64/v8", Some(2)),
+            ("linux/arm64", "linux/arm64/v8", Some(1)),
+            ("linux/arm64", "linux/arm64/v9", None),
+            ("linux/aarch64", "linux/arm64/8", Some(1)),
             ("linux/arm/v6", "linux/arm/v7", None),
+            ("linux/arm/v7", "linux/arm/v6", Some(3)),
+            ("linux/arm/v6", "linux/arm", Some(255)),
+            ("linux/arm", "linux/arm/v5", Some(5)),
+            ("linux/armhf", "linux/arm/v7", Some(1)),
+            ("linux/armel", "linux/arm/v7", None),
+            ("linux/ppc64le", "linux/ppc64le", Some(0)),
+            ("linux/ppc64le/power9", "linux/ppc64le", Some(255)),
+            ("linux/ppc64le", "linux/ppc64le/power9", Some(255)),
+            ("linux/ppc64le/power9", "linux/ppc64le/power8", None),
             ("linux/arm64", "linux/amd64", None),
             ("linux/arm64", "windows/arm64", None),
         ] {
