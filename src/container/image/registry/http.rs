@@ -116,14 +116,18 @@ impl Read for Body {
 
 fn as_io(error: ureq::Error) -> io::Error {
     use io::ErrorKind::{InvalidData, InvalidInput, NotFound, TimedOut};
-    let untrusted = |text: String| match text.contains("invalid peer certificate") {
-        true => format!("{text}: see `Registry::ca_certificates` for authorities of your own"),
-        false => text,
+    let hinted = |text: String| {
+        let hints = [
+            ("invalid peer certificate", "see `Registry::ca_certificates` for authorities of your own"),
+            ("InvalidContentType", "that is no TLS; where it is plain HTTP, `Registry::plain_http` allows it"),
+        ];
+        let hint = hints.iter().find(|(found, _)| text.contains(found));
+        hint.map_or_else(|| text.clone(), |(_, hint)| format!("{text}: {hint}"))
     };
     match error {
         ureq::Error::Io(error) if error.get_ref().is_some() => {
             let kind = error.kind();
-            io::Error::new(kind, untrusted(error.to_string()))
+            io::Error::new(kind, hinted(error.to_string()))
         }
         ureq::Error::Io(error) => error,
         ureq::Error::Timeout(which) => io::Error::new(TimedOut, format!("no answer in time ({which})")),
@@ -134,7 +138,7 @@ fn as_io(error: ureq::Error) -> io::Error {
         error @ (ureq::Error::Protocol(_)
         | ureq::Error::Tls(_)
         | ureq::Error::Rustls(_)
-        | ureq::Error::LargeResponseHeader(..)) => io::Error::new(InvalidData, untrusted(error.to_string())),
+        | ureq::Error::LargeResponseHeader(..)) => io::Error::new(InvalidData, hinted(error.to_string())),
         error => io::Error::other(error.to_string()),
     }
 }

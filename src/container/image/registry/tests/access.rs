@@ -183,6 +183,25 @@ fn mirrors_are_asked_first_and_the_registry_last() {
 }
 
 #[test]
+fn server_of_plain_http_that_was_asked_by_tls_is_told_so() {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let name = listener.local_addr().unwrap().to_string();
+    let server = std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        let _ = std::io::Write::write_all(&mut stream, b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n");
+        // Until the client ends: data that was not read would end the connection with a reset.
+        let _ = std::io::copy(&mut stream, &mut std::io::sink());
+    });
+    let endpoint = Endpoint::of(&format!("{name}/a/b:1").parse().unwrap(), &PlainHosts::default()).unwrap();
+    let client = HttpFetcher::new(&[], Proxies::new(|_| None), LONG).unwrap();
+    let session = Session::new(Arc::new(client), vec![endpoint], "a/b", keyring(&[]), PlainHosts::default());
+    let error = session.manifest("1", None, &deadline()).map(drop).unwrap_err();
+    assert!(error.to_string().contains("`Registry::plain_http` allows it"), "{error}");
+    drop(session);
+    server.join().unwrap();
+}
+
+#[test]
 fn image_that_is_not_there_is_named() {
     let server =
         Server::start(|_| Answer::new(404, r#"{"errors":[{"code":"MANIFEST_UNKNOWN","message":"manifest unknown"}]}"#));
