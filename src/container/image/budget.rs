@@ -119,6 +119,8 @@ pub(super) struct Budget {
     names: Account,
     xattrs: Account,
     space: SharedSpace,
+    /// Of that space.
+    charged: Cell<u64>,
     deadline: PrepareDeadline,
 }
 
@@ -135,6 +137,7 @@ impl Budget {
             names: Account::new(limits.names.as_bytes(), "ImageLimits::max_names"),
             xattrs: Account::new(limits.xattrs.as_bytes(), "ImageLimits::xattrs"),
             space,
+            charged: Cell::new(0),
             limits: limits.clone(),
             deadline: deadline.clone(),
         }
@@ -187,7 +190,14 @@ impl Budget {
 
     /// Bytes of the disk.
     pub(super) fn space(&self, bytes: u64) -> Result<()> {
-        self.space.charge(bytes)
+        self.space.charge(bytes)?;
+        self.charged.set(self.charged.get().saturating_add(bytes));
+        Ok(())
+    }
+
+    /// Returns all space that was charged by this budget, as nothing of it is kept.
+    pub(super) fn return_space(self) {
+        self.space.used.fetch_sub(self.charged.get(), Ordering::Relaxed);
     }
 
     /// Bytes that a file has, holes included.

@@ -4,6 +4,7 @@
 
 mod acl;
 mod budget;
+mod composed;
 mod content;
 mod decompress;
 mod directory;
@@ -44,6 +45,7 @@ use crate::sys::Beneath;
 use crate::vm::Disk;
 use crate::vm::disk::DiskPiece;
 use budget::{Budget, PrepareDeadline};
+use composed::ComposedDisk;
 use decompress::decompressed;
 #[cfg(any(test, feature = "internals"))]
 pub(crate) use fuzzing::{image_tar, oci_layer, oci_layer_file, oci_manifest};
@@ -78,6 +80,8 @@ const OPEN_TIMEOUT: Duration = Duration::from_secs(10);
 /// The first container of an image waits until its content was written into the user's cache as an EROFS file system. That needs
 /// no privileges and mounts nothing. It is kept under the digest of the content. All containers share it read-only, also those
 /// of other processes. It is made once, however many callers ask at the same time.
+///
+/// An image in layers that was prepared, and its clones, keep its layers open, one descriptor each. Containers share them.
 ///
 /// # What is read
 ///
@@ -120,6 +124,7 @@ pub struct Image {
     limits: ImageLimits,
     prepare_timeout: Duration,
     cancel: Option<CancelToken>,
+    composed: ComposedDisk,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -205,6 +210,7 @@ impl Image {
             limits: ImageLimits::default(),
             prepare_timeout: Duration::from_secs(600),
             cancel: None,
+            composed: ComposedDisk::default(),
         }
     }
 
@@ -378,7 +384,11 @@ impl Image {
     ) -> Result<(Vec<DiskPiece<Arc<File>>>, ImageConfig)> {
         let found = images.find(self.select.as_deref(), &self.platform, deadline)?;
         let allowed = Allowed { limits: self.limits.clone(), max_size: self.max_size };
-        let compose = || layers::compose(store, &found.diff_ids(), &allowed, deadline);
+        let diff_ids = found.diff_ids();
+        let compose = || {
+            let compose = || layers::compose(store, &diff_ids, &allowed, deadline);
+            self.composed.get_or(self.cache.as_deref(), &diff_ids, compose)
+        };
         let pieces = match compose() {
             // A layer is not there yet, or is damaged.
             Err(error) if error.kind() == ErrorKind::NotFound => {

@@ -15,6 +15,10 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::sys;
 
 pub(super) const LEN: u64 = 4096;
+/// How all versions begin.
+const ANY_VERSION: &[u8] = b"cofferdam disk ";
+/// The version of this release, the end of [`DISK_VERSION`], for names.
+pub(super) const VERSION: char = DISK_VERSION[DISK_VERSION.len() - 1] as char;
 const BLOCK: usize = 4096;
 const BUFFER: usize = 1 << 20;
 
@@ -44,6 +48,16 @@ impl Seal {
     pub(super) fn write(self, file: &File) -> io::Result<()> {
         file.write_all_at(&self.to_bytes(), self.len)
     }
+}
+
+/// Whether another version has written a disk. This one cannot say whether it is whole.
+pub(super) fn is_foreign(file: &File) -> io::Result<bool> {
+    let Some(len) = file.metadata()?.len().checked_sub(LEN) else {
+        return Ok(false);
+    };
+    let mut found = [0; DISK_VERSION.len()];
+    file.read_exact_at(&mut found, len)?;
+    Ok(found.starts_with(ANY_VERSION) && found != DISK_VERSION)
 }
 
 /// Whether a disk has a seal of its length. Reads the seal alone.

@@ -1,17 +1,19 @@
 //! The cache of prepared disks and layers, found by digest. Each is made once however many callers ask, is never seen
 //! half-made, and is its user's alone.
 
+mod collect;
+mod format;
 mod housekeeping;
 mod names;
 mod presence;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, TryLockError};
+use std::sync::{Arc, Mutex, MutexGuard, TryLockError, Weak};
 use std::time::Duration;
 
 use sha2::Digest;
@@ -21,13 +23,18 @@ use super::seal::{self, Seal};
 use super::{begin, hex, oci};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::sys::{self, AtomicFile, Beneath, CloseOnFork};
-pub use housekeeping::{Collected, ImageStore, PulledImageInfo};
+pub use collect::Collected;
+pub use housekeeping::{ImageStore, PulledImageInfo};
 pub(super) use names::NameRecord;
 use presence::Presence;
 
 /// Of files and of directories: their user's alone, as images hold secrets.
 const FILE_MODE: u32 = 0o600;
 const FOLDER_MODE: u32 = 0o700;
+
+/// Where the bytes begin that are locked while a file is made, and those that are locked while it gets its name.
+const MAKING: u64 = 0;
+const NAMING: u64 = 1 << 60;
 
 /// Bounds of the growing pauses between two tries of a lock that is held.
 const MIN_PAUSE: Duration = Duration::from_millis(1);
@@ -57,13 +64,17 @@ impl FileIdentity {
 static VERIFIED: Mutex<BTreeSet<FileIdentity>> = Mutex::new(BTreeSet::new());
 const MAX_VERIFIED: usize = 4096;
 
+/// Layers that this process has open.
+static OPEN_LAYERS: Mutex<BTreeMap<FileIdentity, Weak<File>>> = Mutex::new(BTreeMap::new());
+
 /// A directory of disks. Several processes may use one.
 ///
 /// - The disks of archives and directories: `<digest>.erofs`.
 /// - The metadata of images in layers: `<digest>.layers.erofs`.
-/// - Unpacked layers: `layers/<algorithm>-<digest>`.
+/// - Unpacked layers: `layers/<algorithm>-<digest>.<version>`, each in the format of one version ([`layer_file`]).
 /// - Manifests and configurations: `blobs/<algorithm>-<digest>`.
 /// - The digests of archives that were read: `known/`.
+/// - The number of this arrangement: `format` ([`format::check`]).
 #[derive(Debug)]
 pub(super) struct Store {
     disks: Shelf,
@@ -81,7 +92,8 @@ pub(super) enum Prepared<'a> {
     Disk(&'a str),
     /// Of an image in layers: a file system with their content behind it.
     Metadata(&'a str),
-    Layer(&'a oci::Digest),
+    /// Callers wait for others with a layer of the same origin alone: a registry that stalls holds up its own users.
+    Layer { diff_id: &'a oci::Digest, origin: &'a str },
 }
 
 /// One directory of the store.
@@ -146,6 +158,11 @@ impl Shelf {
     }
 }
 
+/// The name of an unpacked layer's file. Releases that write layers in another way find no layer of ours under their names.
+fn layer_file(diff_id: &oci::Digest) -> String {
+    format!("{}.{}", name_of(diff_id), seal::VERSION)
+}
+
 /// The name of a file that is found by a digest.
 fn name_of(digest: &oci::Digest) -> String {
     format!("{}-{}", digest.algorithm(), digest.hex())
@@ -171,6 +188,7 @@ impl Store {
             let _ = fs::set_permissions(&dir, fs::Permissions::from_mode(FOLDER_MODE));
         }
         let disks = Shelf::open(&dir, dir.clone())?;
+        format::check(&disks)?;
         let [known, layers, blobs] = ["known", "layers", "blobs"].map(|name| disks.within(name));
         Ok(Self { known: known?, layers: layers?, blobs: blobs?, _presence: None, disks })
     }
@@ -214,17 +232,28 @@ impl Store {
         deadline: &PrepareDeadline,
         make: impl FnOnce(&File) -> Result<()>,
     ) -> Result<File> {
-        let (shelf, name, digest) = match what {
-            Prepared::Disk(digest) => (&self.disks, format!("{digest}.erofs"), digest),
-            Prepared::Metadata(key) => (&self.disks, format!("{key}.layers.erofs"), key),
-            Prepared::Layer(diff_id) => (&self.layers, name_of(diff_id), diff_id.hex()),
+        let (shelf, name, origin) = match what {
+            Prepared::Disk(digest) => (&self.disks, format!("{digest}.erofs"), ""),
+            Prepared::Metadata(key) => (&self.disks, format!("{key}.layers.erofs"), ""),
+            Prepared::Layer { diff_id, origin } => (&self.layers, layer_file(diff_id), origin),
         };
-        self.get_or_make_in(shelf, &name, digest, deadline, make)
+        self.get_or_make_in(shelf, &name, origin, deadline, make)
     }
 
-    /// Opens an unpacked layer, if it is there and whole.
-    pub(super) fn layer(&self, diff_id: &oci::Digest, deadline: &PrepareDeadline) -> Result<Option<File>> {
-        get(&self.layers, &name_of(diff_id), deadline)
+    /// Opens an unpacked layer, if it is there and whole. All of this process who use it share its descriptor.
+    pub(super) fn layer(&self, diff_id: &oci::Digest, deadline: &PrepareDeadline) -> Result<Option<Arc<File>>> {
+        let Some(file) = get(&self.layers, &layer_file(diff_id), deadline)? else { return Ok(None) };
+        let identity = FileIdentity::of(&file)?;
+        let Some(mut open) = unless_locked(&OPEN_LAYERS) else { return Ok(Some(Arc::new(file))) };
+        if let Some(shared) = open.get(&identity).and_then(Weak::upgrade) {
+            return Ok(Some(shared));
+        }
+        if open.len() >= MAX_VERIFIED {
+            open.retain(|_, file| file.strong_count() > 0);
+        }
+        let file = Arc::new(file);
+        open.insert(identity, Arc::downgrade(&file));
+        Ok(Some(file))
     }
 
     /// Reads a manifest or a configuration that [`Store::put_blob`] has kept. None where it is not there, or damaged.
@@ -264,14 +293,14 @@ impl Store {
         &self,
         shelf: &Shelf,
         name: &str,
-        digest: &str,
+        origin: &str,
         deadline: &PrepareDeadline,
         make: impl FnOnce(&File) -> Result<()>,
     ) -> Result<File> {
         if let Some(file) = get(shelf, name, deadline)? {
             return Ok(file);
         }
-        let _lock = self.lock(digest, deadline)?;
+        let _making = self.lock(MAKING, &[name, origin], deadline)?;
         // Another thread or process may have made it while this one waited.
         if let Some(file) = get(shelf, name, deadline)? {
             return Ok(file);
@@ -283,6 +312,11 @@ impl Store {
         seal.write(draft.file()).doing(writing)?;
         draft.file().sync_all().doing(writing)?;
         let inode = draft.file().metadata()?.ino();
+        let _naming = self.lock(NAMING, &[name], deadline)?;
+        // One of another origin may have been quicker. All containers are to share one file.
+        if let Some(file) = get(shelf, name, deadline)? {
+            return Ok(file);
+        }
         shelf.publish(draft, name)?;
         let path = shelf.shown.join(name);
         let made = private_file(&shelf.directory, name).doing(|| format!("opening {}", path.display()))?;
@@ -295,9 +329,9 @@ impl Store {
         made.ok_or_else(|| Error::new(ErrorKind::Corrupt, format!("{} is damaged", path.display())))
     }
 
-    /// Waits for another thread or process that makes the same image. One file for all digests: each has a byte of its
+    /// Waits for another thread or process that makes the same. One file for all that can be locked: each has a byte of its
     /// own in it, so no lock is ever removed. It is not to be opened by other users, who could hold it.
-    fn lock(&self, digest: &str, deadline: &PrepareDeadline) -> Result<CloseOnFork<File>> {
+    fn lock(&self, half: u64, of: &[&str], deadline: &PrepareDeadline) -> Result<CloseOnFork<File>> {
         let doing = || format!("locking {}", self.disks.shown.join("lock").display());
         let path = self.disks.path().join("lock");
         let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
@@ -309,7 +343,9 @@ impl Store {
         if lock.metadata().doing(doing)?.mode() & 0o077 != 0 {
             let _ = lock.set_permissions(fs::Permissions::from_mode(FILE_MODE));
         }
-        let byte = digest.get(..15).and_then(|d| u64::from_str_radix(d, 16).ok()).unwrap_or(0);
+        let hash = of.iter().fold(begin(), |hash, part| hash.chain_update(part).chain_update(b"\n")).finalize();
+        let hash = hash.first_chunk().map_or(0, |first| u64::from_le_bytes(*first));
+        let byte = half + hash % NAMING;
         let mut pause = MIN_PAUSE;
         while !sys::try_lock_byte(&lock, byte).doing(doing)? {
             deadline.check().doing(|| "waiting for another process or thread that prepares the same image")?;
@@ -329,7 +365,7 @@ fn get(shelf: &Shelf, name: &str, deadline: &PrepareDeadline) -> Result<Option<F
         Err(error) => return Err(error.doing(format!("opening {}", path.display()))),
     };
     let identity = FileIdentity::of(&file)?;
-    if verified().is_some_and(|verified| verified.contains(&identity)) {
+    if unless_locked(&VERIFIED).is_some_and(|verified| verified.contains(&identity)) {
         return Ok(Some(file));
     }
     if !seal::holds(&file, deadline).doing(|| format!("reading {}", path.display()))? {
@@ -340,10 +376,10 @@ fn get(shelf: &Shelf, name: &str, deadline: &PrepareDeadline) -> Result<Option<F
     Ok(Some(file))
 }
 
-/// Returns the list, unless another thread holds it. In a child of fork that thread may not exist. A caller that misses
-/// the list reads a disk once more.
-fn verified() -> Option<MutexGuard<'static, BTreeSet<FileIdentity>>> {
-    match VERIFIED.try_lock() {
+/// Returns what is in it, unless another thread holds it. In a child of fork that thread may not exist. A caller that misses
+/// it reads a disk once more, or opens a layer once more.
+fn unless_locked<T>(list: &Mutex<T>) -> Option<MutexGuard<'_, T>> {
+    match list.try_lock() {
         Ok(verified) => Some(verified),
         Err(TryLockError::Poisoned(verified)) => Some(verified.into_inner()),
         Err(TryLockError::WouldBlock) => None,
@@ -351,7 +387,7 @@ fn verified() -> Option<MutexGuard<'static, BTreeSet<FileIdentity>>> {
 }
 
 fn remember_verified(identity: FileIdentity) {
-    let Some(mut verified) = verified() else { return };
+    let Some(mut verified) = unless_locked(&VERIFIED) else { return };
     if verified.len() >= MAX_VERIFIED {
         verified.clear();
     }

@@ -76,7 +76,7 @@ impl PlacedLayers {
         let mut pieces = vec![DiskPiece { file: metadata.clone(), offset: 0, len: BLOCK }];
         for layer in self.layers.into_iter().filter(|layer| layer.file.blocks() > 0) {
             let len = u64::from(layer.file.blocks()) * BLOCK;
-            pieces.push(DiskPiece { file: Arc::new(layer.file.into_file()), offset: 0, len });
+            pieces.push(DiskPiece { file: layer.file.into_file(), offset: 0, len });
         }
         pieces.push(DiskPiece { file: metadata, offset: BLOCK, len: len.saturating_sub(BLOCK) });
         Ok(pieces)

@@ -6,6 +6,7 @@
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 
 use super::log::{LayerLog, LogReader};
 use crate::container::image::erofs::{BLOCK, Disk};
@@ -20,7 +21,7 @@ const BUFFER: usize = 64 << 10;
 /// A layer that the store has, open for reading.
 #[derive(Debug)]
 pub(super) struct LayerFile {
-    file: File,
+    file: Arc<File>,
     blocks: u32,
     log_len: u64,
     removals: u64,
@@ -57,13 +58,13 @@ impl LayerFile {
     ///
     /// # Errors
     /// `Corrupt` for a file that is no unpacked layer.
-    pub(super) fn open(file: File) -> Result<Self> {
+    pub(super) fn open(file: Arc<File>) -> Result<Self> {
         let len = file.metadata()?.len().saturating_sub(seal::LEN);
         Self::of_len(file, len)
     }
 
     /// The same of a file whose first `len` bytes are the layer.
-    pub(super) fn of_len(file: File, len: u64) -> Result<Self> {
+    pub(super) fn of_len(file: Arc<File>, len: u64) -> Result<Self> {
         let damaged = || Error::new(ErrorKind::Corrupt, "it is no unpacked layer");
         let mut trailer = [0; TRAILER];
         let at = len.checked_sub(TRAILER as u64).ok_or_else(damaged)?;
@@ -108,7 +109,7 @@ impl LayerFile {
         LogReader::new(io::BufReader::with_capacity(BUFFER, range), self.blocks)
     }
 
-    pub(super) fn into_file(self) -> File {
+    pub(super) fn into_file(self) -> Arc<File> {
         self.file
     }
 }

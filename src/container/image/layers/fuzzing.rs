@@ -56,7 +56,7 @@ pub(in super::super) fn composed(layers: &[Vec<u8>], allowed: &Allowed, deadline
         let (tar, _) = tars.find(|(_, it)| *it == diff_id).ok_or_else(|| Error::new(ErrorKind::NotFound, "a layer"))?;
         let file = unpacked(tar, allowed, deadline)?;
         let len = file.metadata()?.len();
-        LayerFile::of_len(file, len)
+        LayerFile::of_len(Arc::new(file), len)
     })?;
     whole(placed, allowed, deadline)
 }
@@ -78,7 +78,7 @@ pub(in super::super) fn of_layer_file(data: &[u8], allowed: &Allowed, deadline: 
             data.len() as u64
         }
     };
-    let mut file = Some(LayerFile::of_len(file, len)?);
+    let mut file = Some(LayerFile::of_len(Arc::new(file), len)?);
     let open = |_: &Digest| file.take().ok_or_else(|| Error::new(ErrorKind::NotFound, "a layer"));
     whole(PlacedLayers::place(&[Digest::sha256(data)], open)?, allowed, deadline)
 }

@@ -16,6 +16,7 @@ mod spill;
 mod unpack;
 
 use std::fs::File;
+use std::io::Seek;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -108,24 +109,38 @@ impl Work<'_> {
 
     fn prepare(&self, n: usize, layer: &Layer) -> Result<()> {
         let mut made = false;
-        let file = self.store.get_or_make(Prepared::Layer(&layer.diff_id), self.deadline, |to| {
+        let what = Prepared::Layer { diff_id: &layer.diff_id, origin: self.source.origin() };
+        let file = self.store.get_or_make(what, self.deadline, |to| {
             made = true;
-            self.report(n, layer, 0, LayerPhase::Reading);
-            let budget = Budget::sharing(&self.allowed.limits, self.space.clone(), self.deadline);
-            let told = Mutex::new(0);
-            let observe = |received: u64| {
-                let mut told = told.lock().unwrap_or_else(PoisonError::into_inner);
-                if received >= *told + OBSERVED || received == layer.blob.size {
-                    *told = received;
-                    self.report(n, layer, received, LayerPhase::Reading);
+            loop {
+                let budget = Budget::sharing(&self.allowed.limits, self.space.clone(), self.deadline);
+                match self.unpack(n, layer, to, &budget) {
+                    Err(error) if error.kind() == ErrorKind::Corrupt && self.source.distrust(&layer.blob) => {
+                        ::log::warn!("layer {n}, {}, is asked of another server: {error}", layer.blob.digest);
+                        budget.return_space();
+                        to.set_len(0).and_then(|()| (&*to).rewind()).doing(|| "emptying a file for a layer")?;
+                    }
+                    outcome => return outcome,
                 }
-            };
-            unpack::unpack(self.source, layer, to, &|| self.store.scratch(), &budget, self.deadline, &observe)
+            }
         });
         file.doing(|| format!("layer {n}, {}", layer.blob.digest))?;
         let (received, phase) = if made { (layer.blob.size, LayerPhase::Done) } else { (0, LayerPhase::Present) };
         self.report(n, layer, received, phase);
         Ok(())
+    }
+
+    fn unpack(&self, n: usize, layer: &Layer, to: &File, budget: &Budget) -> Result<()> {
+        self.report(n, layer, 0, LayerPhase::Reading);
+        let told = Mutex::new(0);
+        let observe = |received: u64| {
+            let mut told = told.lock().unwrap_or_else(PoisonError::into_inner);
+            if received >= *told + OBSERVED || received == layer.blob.size {
+                *told = received;
+                self.report(n, layer, received, LayerPhase::Reading);
+            }
+        };
+        unpack::unpack(self.source, layer, to, &|| self.store.scratch(), budget, self.deadline, &observe)
     }
 }
 

@@ -15,6 +15,16 @@ pub(in super::super) trait ImageSource: Send + Sync {
     /// # Errors
     /// `NotFound` when the source has none of that digest.
     fn open(&self, blob: &Descriptor, deadline: &PrepareDeadline) -> Result<Box<dyn Read + Send + '_>>;
+
+    /// Returns where blobs come from: callers with the same layer wait for each other where this is the same.
+    fn origin(&self) -> &str {
+        ""
+    }
+
+    /// Asks the servers that sent a blob no more, as its bytes are wrong. Returns whether there is another one to ask.
+    fn distrust(&self, _blob: &Descriptor) -> bool {
+        false
+    }
 }
 
 /// Where one layer of an image stands.

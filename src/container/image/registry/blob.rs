@@ -1,10 +1,12 @@
 //! [`BlobReader`]: the bytes of a blob, read on from where a connection broke.
 
 use std::io::{self, Read};
+use std::sync::Arc;
 
 use super::failure::Failure;
 use super::fetch::FetchResponse;
 use super::retry;
+use super::servers::BlobServers;
 use super::session::Session;
 use crate::container::image::budget::PrepareDeadline;
 use crate::container::image::oci::{Descriptor, Digest};
@@ -24,6 +26,7 @@ pub(super) struct BlobReader<'a> {
     position: u64,
     body: Option<Box<dyn Read + Send>>,
     server: usize,
+    servers: Arc<BlobServers>,
     failures: Failures,
 }
 
@@ -41,28 +44,21 @@ impl<'a> BlobReader<'a> {
     /// # Errors
     /// `NotFound` where no server has it; what else asking for it fails with.
     pub fn open(session: &'a Session, blob: &Descriptor, deadline: &PrepareDeadline) -> Result<Self> {
-        let (digest, size) = (blob.digest.clone(), blob.size);
+        let servers = session.servers_of(&blob.digest);
         let mut reader = Self {
             session,
             deadline: deadline.clone(),
-            digest,
-            size,
+            digest: blob.digest.clone(),
+            size: blob.size,
             position: 0,
             body: None,
-            server: session.preferred(),
+            server: servers.next(session.preferred()),
+            servers,
             failures: Failures::default(),
         };
-        let servers = u32::try_from(session.servers()).unwrap_or(u32::MAX);
-        let mut gone: u32 = 0;
         while reader.body.is_none() {
             match reader.connect() {
-                Ok(()) => session.prefer(reader.server % session.servers().max(1)),
-                // Another server may have it.
-                Err(failure) if !failure.transient && gone + 1 < servers => {
-                    deadline.check()?;
-                    gone += 1;
-                    reader.server = reader.server.wrapping_add(1);
-                }
+                Ok(()) => session.prefer(reader.server),
                 Err(failure) => reader.failed(failure).doing(|| format!("blob {}", blob.digest))?,
             }
         }
@@ -119,17 +115,23 @@ impl<'a> BlobReader<'a> {
             }
             skip = skip.saturating_sub(n as u64);
         }
+        self.servers.used(self.server);
         self.body = Some(body);
         Ok(())
     }
 
-    /// Waits before the next try.
+    /// Waits before the next try, or turns to another server at once where this one will not do.
     ///
     /// # Errors
     /// The failure, when there is none; `TimedOut` and `Cancelled`.
     fn failed(&mut self, failure: Failure) -> Result<()> {
         self.body = None;
         self.deadline.check()?;
+        if !failure.transient && self.servers.exclude(self.server) {
+            log::debug!("blob {} is asked of another server: {}", self.digest, failure.error);
+            self.server = self.servers.next(self.server);
+            return Ok(());
+        }
         let failures = &mut self.failures;
         if self.position >= failures.position.saturating_add(PROGRESS) {
             failures.recent = 0;
@@ -144,7 +146,7 @@ impl<'a> BlobReader<'a> {
         }
         log::debug!("blob {} is read on from byte {}: {}", self.digest, self.position, failure.error);
         retry::wait(failure.after.unwrap_or_default().max(retry::pause(failures.recent)), &self.deadline)?;
-        self.server = self.server.wrapping_add(1);
+        self.server = self.servers.next(self.server.wrapping_add(1));
         Ok(())
     }
 }

@@ -18,6 +18,7 @@ mod login;
 mod proxy;
 mod pull;
 mod retry;
+mod servers;
 mod session;
 #[cfg(feature = "signatures")]
 mod signed;
@@ -149,6 +150,7 @@ impl Registry {
 
     /// Adds a mirror of a registry: a host, or an address with a path. Mirrors are asked in order, before the registry itself.
     ///
+    /// What one has not, or has wrong, the next is asked for.
     /// A mirror says what a tag stands for, so it is trusted as the registry is. It need not be for images by digest, and for those that
     /// a signature policy asks a key for.
     pub fn mirror(mut self, registry: &str, mirror: impl Into<String>) -> Self {

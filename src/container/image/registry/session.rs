@@ -1,5 +1,6 @@
 //! [`Session`]: requests to one repository: redirects, authentication, and what its answers mean (distribution-spec 1.1).
 
+use std::collections::BTreeMap;
 use std::io::{self, Read};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -12,6 +13,7 @@ use super::failure::{Failure, Reply, Words};
 use super::fetch::{Fetch, FetchRequest, FetchResponse};
 use super::keyring::{Found, Keyring};
 use super::retry;
+use super::servers::BlobServers;
 use super::url::Url;
 use crate::container::image::budget::PrepareDeadline;
 use crate::container::image::oci::{Digest, Hasher, MAX_DOCUMENT, accepted};
@@ -37,6 +39,8 @@ pub(super) struct Session {
     plain: PlainHosts,
     /// The one that answered last.
     preferred: AtomicUsize,
+    /// What is known of the servers of each blob that was asked for.
+    blobs: Mutex<BTreeMap<Digest, Arc<BlobServers>>>,
 }
 
 struct Member {
@@ -68,7 +72,19 @@ impl Session {
     ) -> Self {
         let member = |endpoint| Member { endpoint, access: Mutex::default() };
         let endpoints = endpoints.into_iter().map(member).collect();
-        Self { fetcher, endpoints, repository: repository.into(), keyring, plain, preferred: AtomicUsize::new(0) }
+        let repository = repository.into();
+        Self { fetcher, endpoints, repository, keyring, plain, preferred: AtomicUsize::new(0), blobs: Mutex::default() }
+    }
+
+    /// The names of all servers.
+    pub fn origin(&self) -> String {
+        self.endpoints.iter().map(|member| format!("{}\n", member.endpoint.shown())).collect()
+    }
+
+    /// What is known of the servers of a blob.
+    pub fn servers_of(&self, digest: &Digest) -> Arc<BlobServers> {
+        let mut blobs = self.blobs.lock().unwrap_or_else(PoisonError::into_inner);
+        blobs.entry(digest.clone()).or_insert_with(|| Arc::new(BlobServers::new(self.servers()))).clone()
     }
 
     /// The manifest or index of a tag or a digest, of at most 4 MiB. Where a digest is given, the document has it.
@@ -112,8 +128,7 @@ impl Session {
     ) -> std::result::Result<FetchResponse, Failure> {
         let path = format!("{}/blobs/{digest}", self.repository);
         let headers: Vec<_> = range.map(|range| ("range", range)).into_iter().collect();
-        let members = self.endpoints.len().max(1);
-        let Some(member) = self.endpoints.get(server % members) else {
+        let Some(member) = self.endpoints.get(server) else {
             return Err(Failure::last(Error::new(ErrorKind::InvalidConfig, "no registry is there to be asked")));
         };
         let (reply, _) = self.exchange(member, &path, &headers, deadline.left(), deadline)?;

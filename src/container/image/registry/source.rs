@@ -19,11 +19,12 @@ pub(super) struct RegistrySource<'a> {
     pub session: &'a Session,
     store: &'a Store,
     documents: Mutex<BTreeMap<Digest, Vec<u8>>>,
+    origin: String,
 }
 
 impl<'a> RegistrySource<'a> {
     pub fn new(session: &'a Session, store: &'a Store) -> Self {
-        Self { session, store, documents: Mutex::default() }
+        Self { session, store, documents: Mutex::default(), origin: session.origin() }
     }
 
     /// Finds what a reference names now. This asks the registry, unless a digest is given whose document the store has.
@@ -81,5 +82,13 @@ impl ImageSource for RegistrySource<'_> {
             return Ok(Box::new(Cursor::new(document.bytes)));
         }
         Ok(Box::new(BlobReader::open(self.session, blob, deadline)?))
+    }
+
+    fn origin(&self) -> &str {
+        &self.origin
+    }
+
+    fn distrust(&self, blob: &Descriptor) -> bool {
+        self.session.servers_of(&blob.digest).distrust()
     }
 }

@@ -55,7 +55,7 @@ fn prepare_with(bytes: &[u8], set: impl FnOnce(Image) -> Image) -> Result<(Temp,
         Ok(()) => Ok((temp, disk.unwrap())),
         Err(error) => {
             let left: Vec<_> = fs::read_dir(temp.0.join("cache")).unwrap().map(|e| e.unwrap().file_name()).collect();
-            let known = ["lock", "users", "known", "layers", "blobs"];
+            let known = ["lock", "users", "format", "known", "layers", "blobs"];
             assert!(left.iter().all(|name| known.iter().any(|it| name == it)), "left behind: {left:?}");
             Err(error)
         }

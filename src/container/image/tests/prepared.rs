@@ -66,6 +66,10 @@ fn concurrent_callers_unpack_each_layer_once() {
     let pieces = compose(&store(&temp), &images[3].diff_ids(), &allowed(), &deadline()).unwrap();
     // Five layers, and the metadata before and behind them.
     assert_eq!(pieces.len(), 7);
+    // Another image of these layers shares their descriptors.
+    let others = compose(&store(&temp), &images[2].diff_ids(), &allowed(), &deadline()).unwrap();
+    let shared = |piece: &DiskPiece<Arc<File>>| others.iter().any(|other| Arc::ptr_eq(&other.file, &piece.file));
+    assert_eq!(pieces.iter().filter(|piece| shared(piece)).count(), 4);
 }
 
 #[test]

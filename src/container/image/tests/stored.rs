@@ -170,7 +170,7 @@ fn independent_builders_do_not_conflict() {
     store.get_or_make(Prepared::Disk(&digest), &deadline, |_| panic!("it is there")).unwrap();
     store.get_or_make(Prepared::Disk(&other), &deadline, |file| write(file, "other")).unwrap();
     let names = fs::read_dir(&dir).unwrap().count();
-    assert_eq!(names, 7, "two disks, two locks, three directories, and nothing else");
+    assert_eq!(names, 8, "two disks, two locks, three directories, the format, and nothing else");
 }
 
 #[test]

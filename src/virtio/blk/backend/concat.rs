@@ -12,7 +12,6 @@ use super::super::SECTOR;
 use super::{BlockBackend, Extent, Geometry, front, transfer};
 use crate::error::{Error, ErrorKind, Result};
 use crate::memory::{GuestMemory, Segment};
-use crate::sys::CloseOnFork;
 
 /// Which bytes of a file are a piece of a disk.
 #[derive(Debug)]
@@ -36,8 +35,9 @@ struct PlacedPiece {
 /// An open disk of pieces.
 #[derive(Debug)]
 pub(crate) struct ConcatFile {
-    /// Each once, however many pieces are of it.
-    files: Vec<CloseOnFork<File>>,
+    /// Each once, however many pieces are of it. Disks share them, so that a layer takes one descriptor of the process, whatever
+    /// containers use it. They can only be read and have no locks: that children of fork keep them does no harm.
+    files: Vec<Arc<File>>,
     pieces: Vec<PlacedPiece>,
     len: u64,
 }
@@ -56,16 +56,15 @@ impl ConcatFile {
     /// `InvalidConfig` for pieces that are empty, not whole sectors, or beyond the end of their file, and for none.
     pub(crate) fn new(pieces: &[FilePiece]) -> Result<Self> {
         let invalid = |what: String| Error::new(ErrorKind::InvalidConfig, what);
-        let (mut shared, mut files, mut placed, mut len) = (Vec::<&Arc<File>>::new(), Vec::new(), Vec::new(), 0u64);
+        let (mut files, mut placed, mut len) = (Vec::<Arc<File>>::new(), Vec::new(), 0u64);
         for (n, FilePiece { file, offset, len: piece }) in pieces.iter().enumerate() {
             let there = offset.checked_add(*piece).is_some_and(|end| file.metadata().is_ok_and(|it| end <= it.len()));
             if *piece == 0 || piece % SECTOR != 0 || offset % SECTOR != 0 || !there {
                 return Err(invalid(format!("piece {n} of the disk is not in whole sectors of its file")));
             }
-            let known = shared.iter().position(|it| Arc::ptr_eq(it, file));
+            let known = files.iter().position(|it| Arc::ptr_eq(it, file));
             if known.is_none() {
-                shared.push(file);
-                files.push(CloseOnFork::new(file.try_clone()?));
+                files.push(file.clone());
             }
             let start = len;
             len = len.checked_add(*piece).ok_or_else(|| invalid("the disk is too large".into()))?;
@@ -89,7 +88,7 @@ impl ConcatFile {
     }
 
     fn file(&self, n: usize) -> io::Result<&File> {
-        self.files.get(n).map(|file| &**file).ok_or_else(|| io::ErrorKind::NotFound.into())
+        self.files.get(n).map(AsRef::as_ref).ok_or_else(|| io::ErrorKind::NotFound.into())
     }
 }
 
@@ -197,6 +196,7 @@ mod tests {
     fn files_of_several_pieces_are_open_once() {
         let (disk, numbers) = disk();
         assert_eq!((disk.files.len(), disk.pieces.len()), (3, 4));
+        assert!(disk.files.iter().all(|file| Arc::strong_count(file) == 1), "no copies of descriptors");
         assert_eq!(disk.geometry(), Geometry { len: numbers.len() as u64 * SECTOR, read_only: true, discard: 0 });
     }
 

@@ -181,3 +181,89 @@ fn image_that_is_not_admitted_gets_no_name_and_no_layer_is_asked_for() {
     let _ = pull(SignaturePolicy::refuse_all().accept("r.example/a")).unwrap();
     assert_eq!(store.list().unwrap().len(), 1);
 }
+
+/// The same files at other servers: with wrong layers at `wrong.example`, and with layers that come once `go` says so at `slow.example`.
+#[derive(Clone)]
+struct Others {
+    memory: Memory,
+    go: Arc<(Mutex<bool>, std::sync::Condvar)>,
+}
+
+impl Others {
+    fn new(memory: &Memory) -> Self {
+        Self { memory: memory.clone(), go: Arc::default() }
+    }
+
+    fn go(&self) {
+        *self.go.0.lock().unwrap() = true;
+        self.go.1.notify_all();
+    }
+}
+
+impl Fetch for Others {
+    fn fetch(&self, request: &FetchRequest) -> io::Result<FetchResponse> {
+        let url = request.url().to_owned();
+        let (host, path) = url.strip_prefix("https://").unwrap().split_once("/v2/a/b/").unwrap();
+        let Some(mut bytes) = self.memory.files.lock().unwrap().get(path).cloned() else {
+            return Ok(FetchResponse::new(404, io::empty()));
+        };
+        self.memory.asked.lock().unwrap().push(format!("{host} {path}"));
+        let is_layer = path.starts_with("blobs/") && bytes.len() >= 1024;
+        match host {
+            "wrong.example" if is_layer => bytes[700] ^= 1,
+            "slow.example" if is_layer => {
+                let mut go = self.go.0.lock().unwrap();
+                while !*go {
+                    go = self.go.1.wait(go).unwrap();
+                }
+            }
+            _ => {}
+        }
+        Ok(FetchResponse::new(200, io::Cursor::new(bytes)))
+    }
+}
+
+#[test]
+fn layer_that_a_mirror_has_wrong_is_asked_of_the_next_server() {
+    let (temp, memory) = (Temp::new("mirror"), Memory::default());
+    memory.image("1", &[0, 1, 2]);
+    let registry = memory.registry(&temp).fetcher(Others::new(&memory)).mirror("r.example", "wrong.example");
+    // The limit counts what is kept once, not what was wrong too.
+    let registry = registry.max_size(crate::size::Size::kib(64));
+    let _ = registry.pull("r.example/a/b:1").unwrap();
+    let asked = memory.asked();
+    let of = |host: &str| asked.iter().filter(|it| it.starts_with(host) && it.contains(" blobs/")).count();
+    assert!(of("wrong.example") >= 2 && of("r.example") == 3, "{asked:?}");
+    let store = ImageStore::at(&temp.0);
+    assert!(store.verify(LONG).unwrap().is_empty() && store.list().unwrap().len() == 1);
+    // When all have it wrong that is the error.
+    let temp = Temp::new("mirrors");
+    let registry = memory.registry(&temp).fetcher(Others::new(&memory)).mirror("wrong.example", "wrong.example");
+    let error = registry.pull("wrong.example/a/b:1").map(drop).unwrap_err();
+    assert!(error.kind() == ErrorKind::Corrupt && error.to_string().contains("layer "), "{error}");
+}
+
+#[test]
+fn registry_that_stalls_holds_up_no_pull_from_another() {
+    let (temp, memory) = (Temp::new("stalls"), Memory::default());
+    memory.image("1", &[0, 1]);
+    let others = Others::new(&memory);
+    let registry = memory.registry(&temp).fetcher(others.clone());
+    std::thread::scope(|scope| {
+        let slow = scope.spawn(|| registry.pull("slow.example/a/b:1").map(drop));
+        while !memory.asked.lock().unwrap().iter().any(|it| it.starts_with("slow.example blobs/")) {
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        let _ = registry.pull("r.example/a/b:1").unwrap();
+        let inodes = || {
+            let files = std::fs::read_dir(temp.0.join("layers")).unwrap().map(|it| it.unwrap().metadata().unwrap());
+            files.map(|it| std::os::unix::fs::MetadataExt::ino(&it)).collect::<std::collections::BTreeSet<_>>()
+        };
+        let made = inodes();
+        assert_eq!(made.len(), 2);
+        others.go();
+        slow.join().unwrap().unwrap();
+        assert_eq!(inodes(), made, "what is there stays, so that all containers share it");
+    });
+    assert_eq!(ImageStore::at(&temp.0).list().unwrap().len(), 2);
+}
