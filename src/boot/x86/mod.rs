@@ -19,7 +19,7 @@ pub(super) const ELF_MACHINE: u16 = 62;
 /// In images (image-spec, config.md).
 #[cfg(feature = "container")]
 pub(crate) const OCI_ARCHITECTURE: &str = "amd64";
-/// That, and what else it is called there.
+/// All names that images have for this architecture.
 #[cfg(feature = "container")]
 pub(crate) const OCI_ALIASES: &[&str] = &["amd64", "x86_64", "x86-64"];
 /// The variant of images that name none.

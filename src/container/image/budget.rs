@@ -119,7 +119,7 @@ pub(super) struct Budget {
     names: Account,
     xattrs: Account,
     space: SharedSpace,
-    /// Of that space.
+    /// Bytes of `space` that this budget has charged.
     charged: Cell<u64>,
     deadline: PrepareDeadline,
 }

@@ -1,47 +1,70 @@
 //! [`ComposedDisk`]: the disk of layers that was composed last, which clones of an image share.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, TryLockError};
 
-use super::oci::Digest;
-use crate::error::Result;
+use super::oci::{ImageConfig, Platform};
+use super::store::FileIdentity;
+use super::{Image, ImageKind};
+use crate::sys::Beneath;
 use crate::vm::disk::DiskPiece;
 
-type Pieces = Vec<DiskPiece<Arc<File>>>;
-
-/// Keeps a disk open, so that the next container of the image need not open each layer.
+/// Keeps a disk open, so that the next container of the image need neither read its documents nor open each layer.
 #[derive(Debug, Clone, Default)]
 pub(super) struct ComposedDisk(Arc<Mutex<Option<Composed>>>);
 
 #[derive(Debug)]
 struct Composed {
+    of: LayersKey,
+    pieces: Vec<DiskPiece<Arc<File>>>,
+    config: ImageConfig,
+}
+
+/// What an image in layers was made of. While it is the same, so is the disk: what it names has digests.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct LayersKey {
     store: Option<PathBuf>,
-    diff_ids: Vec<Digest>,
-    pieces: Pieces,
+    select: Option<String>,
+    platform: Platform,
+    /// The archive, or the two files by which a directory is a layout. None for a pulled image, which is what its record says.
+    files: Vec<FileIdentity>,
+}
+
+impl LayersKey {
+    /// Returns none where identities of files cannot show a change.
+    pub(super) fn of(image: &Image) -> Option<Self> {
+        let files = match image.kind {
+            ImageKind::Pulled(_) => Vec::new(),
+            ImageKind::Archive => vec![identity(&fs::metadata(&image.path).ok()?)?],
+            ImageKind::Directory => {
+                let root = Beneath::open(&image.path).ok()?;
+                // What they are is not known: nothing is opened but the place.
+                let look = |name| identity(&root.open_at(Path::new(name), libc::O_PATH).ok()?.metadata().ok()?);
+                vec![look("oci-layout")?, look("index.json")?]
+            }
+        };
+        let (store, select, platform) = (image.cache.clone(), image.select.clone(), image.platform.clone());
+        Some(Self { store, select, platform, files })
+    }
+}
+
+fn identity(metadata: &fs::Metadata) -> Option<FileIdentity> {
+    metadata.is_file().then(|| FileIdentity::of_metadata(metadata))
 }
 
 impl ComposedDisk {
-    /// The disk of these layers in this store, which `compose` opens where it is not the last one.
-    ///
-    /// # Errors
-    /// What `compose` fails with.
-    pub(super) fn get_or(
-        &self,
-        store: Option<&Path>,
-        diff_ids: &[Digest],
-        compose: impl FnOnce() -> Result<Pieces>,
-    ) -> Result<Pieces> {
-        if let Some(pieces) = self.with(|last| {
-            let last = last.as_ref().filter(|it| it.store.as_deref() == store && it.diff_ids == diff_ids);
-            last.map(|it| it.pieces.clone())
-        }) {
-            return Ok(pieces);
-        }
-        let pieces = compose()?;
-        let composed = Composed { store: store.map(Into::into), diff_ids: diff_ids.into(), pieces: pieces.clone() };
+    /// The pieces of the disk, and the image's configuration.
+    pub(super) fn get(&self, of: &LayersKey) -> Option<(Vec<DiskPiece<Arc<File>>>, ImageConfig)> {
+        self.with(|last| {
+            let last = last.as_ref().filter(|last| last.of == *of)?;
+            Some((last.pieces.clone(), last.config.clone()))
+        })
+    }
+
+    pub(super) fn set(&self, of: LayersKey, pieces: &[DiskPiece<Arc<File>>], config: &ImageConfig) {
+        let composed = Composed { of, pieces: pieces.into(), config: config.clone() };
         self.with(|last| last.replace(composed));
-        Ok(pieces)
     }
 
     /// Does nothing while another thread has it. In a child of fork that thread may not exist.
@@ -59,23 +82,32 @@ mod tests {
     use super::*;
 
     #[test]
-    fn disk_is_composed_once_for_the_same_layers_and_store() {
-        let (disk, mut composed) = (ComposedDisk::default(), 0);
-        let (a, b) = (Digest::sha256(b"a"), Digest::sha256(b"b"));
-        let (here, there) = (Some(Path::new("here")), Some(Path::new("there")));
-        let mut ask = |store, diff_ids: &[Digest]| {
-            let compose = || {
-                composed += 1;
-                Ok(Vec::new())
-            };
-            disk.clone().get_or(store, diff_ids, compose).unwrap();
-            composed
-        };
-        assert_eq!([ask(here, &[a.clone()]), ask(here, &[a.clone()])], [1, 1]);
-        assert_eq!([ask(there, &[a.clone()]), ask(None, &[a.clone()]), ask(None, &[a.clone()])], [2, 3, 3]);
-        assert_eq!([ask(None, &[a.clone(), b.clone()]), ask(None, &[b, a])], [4, 5]);
+    fn disk_is_kept_while_what_it_is_of_is_the_same() {
+        let dir = std::env::temp_dir().join(format!("cofferdam-composed-{}", std::process::id()));
+        fs::create_dir_all(&dir).unwrap();
+        let image = Image::open(&dir).unwrap();
+        assert_eq!(LayersKey::of(&image), None, "a directory that is no layout");
+        fs::write(dir.join("index.json"), "{}").unwrap();
+        std::os::unix::fs::symlink("/dev/null", dir.join("oci-layout")).unwrap();
+        assert_eq!(LayersKey::of(&image), None, "no link is followed, and no device opened");
+        fs::remove_file(dir.join("oci-layout")).unwrap();
+        fs::write(dir.join("oci-layout"), "{}").unwrap();
+        let key = || LayersKey::of(&image).unwrap();
+        let (disk, first) = (ComposedDisk::default(), key());
+        assert!(disk.get(&first).is_none());
+        disk.set(first.clone(), &[], &ImageConfig::default());
+        assert!(disk.clone().get(&key()).is_some(), "clones share it");
+        for other in
+            [image.clone().select("a"), image.clone().cache_dir("b"), image.clone().platform("c/d".parse().unwrap())]
+        {
+            assert!(disk.get(&LayersKey::of(&other).unwrap()).is_none());
+        }
+        fs::write(dir.join("index.json"), "{ }").unwrap();
+        assert_ne!(key(), first);
         // A child of fork may find it locked.
-        let _held = disk.0.lock().unwrap();
-        assert!(disk.clone().get_or(None, &[], || Ok(Vec::new())).unwrap().is_empty());
+        let held = disk.0.lock().unwrap();
+        assert!(disk.clone().get(&first).is_none());
+        drop(held);
+        fs::remove_dir_all(dir).unwrap();
     }
 }

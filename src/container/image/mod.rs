@@ -45,7 +45,7 @@ use crate::sys::Beneath;
 use crate::vm::Disk;
 use crate::vm::disk::DiskPiece;
 use budget::{Budget, PrepareDeadline};
-use composed::ComposedDisk;
+use composed::{ComposedDisk, LayersKey};
 use decompress::decompressed;
 #[cfg(any(test, feature = "internals"))]
 pub(crate) use fuzzing::{image_tar, oci_layer, oci_layer_file, oci_manifest};
@@ -234,6 +234,8 @@ impl Image {
     }
 
     /// Chooses an image for another platform than the host's, where an image has several.
+    ///
+    /// Where its variant is missing, an image for a lower one is taken.
     pub fn platform(mut self, platform: Platform) -> Self {
         self.platform = platform;
         self
@@ -340,12 +342,22 @@ impl Image {
     }
 
     fn made(&self, deadline: &PrepareDeadline) -> Result<(ImageDisk, ImageConfig)> {
+        let key = LayersKey::of(self);
+        if let Some((pieces, config)) = key.as_ref().and_then(|key| self.composed.get(key)) {
+            if let ImageKind::Pulled(record) = &self.kind {
+                Store::open(self.cache.clone())?.touch(&record.reference);
+            }
+            return Ok((ImageDisk::Pieces(pieces), config));
+        }
         let store = Store::open(self.cache.clone())?;
         let file = match self.content(deadline)? {
             Content::Archive(file) => self.made_of_archive(file, &store, deadline)?,
             Content::Directory(root) => self.made_of_directory(&root, &store, deadline)?,
             Content::Layers(images) => {
                 let (pieces, config) = self.made_of_layers(&*images, &store, deadline)?;
+                if let Some(key) = key {
+                    self.composed.set(key, &pieces, &config);
+                }
                 return Ok((ImageDisk::Pieces(pieces), config));
             }
         };
@@ -384,11 +396,7 @@ impl Image {
     ) -> Result<(Vec<DiskPiece<Arc<File>>>, ImageConfig)> {
         let found = images.find(self.select.as_deref(), &self.platform, deadline)?;
         let allowed = Allowed { limits: self.limits.clone(), max_size: self.max_size };
-        let diff_ids = found.diff_ids();
-        let compose = || {
-            let compose = || layers::compose(store, &diff_ids, &allowed, deadline);
-            self.composed.get_or(self.cache.as_deref(), &diff_ids, compose)
-        };
+        let compose = || layers::compose(store, &found.diff_ids(), &allowed, deadline);
         let pieces = match compose() {
             // A layer is not there yet, or is damaged.
             Err(error) if error.kind() == ErrorKind::NotFound => {

@@ -46,10 +46,13 @@ pub(super) struct FileIdentity([u64; 7]);
 
 impl FileIdentity {
     pub(super) fn of(file: &File) -> io::Result<Self> {
-        let m = file.metadata()?;
+        Ok(Self::of_metadata(&file.metadata()?))
+    }
+
+    pub(super) fn of_metadata(m: &fs::Metadata) -> Self {
         let [mtime, mtime_nsec, ctime, ctime_nsec] =
             [m.mtime(), m.mtime_nsec(), m.ctime(), m.ctime_nsec()].map(|n| n as u64);
-        Ok(Self([m.dev(), m.ino(), m.len(), mtime, mtime_nsec, ctime, ctime_nsec]))
+        Self([m.dev(), m.ino(), m.len(), mtime, mtime_nsec, ctime, ctime_nsec])
     }
 
     /// By which the store remembers it.
@@ -244,11 +247,16 @@ impl Store {
     pub(super) fn layer(&self, diff_id: &oci::Digest, deadline: &PrepareDeadline) -> Result<Option<Arc<File>>> {
         let Some(file) = get(&self.layers, &layer_file(diff_id), deadline)? else { return Ok(None) };
         let identity = FileIdentity::of(&file)?;
-        let Some(mut open) = unless_locked(&OPEN_LAYERS) else { return Ok(Some(Arc::new(file))) };
+        // Another thread has it for no longer than a look takes. In a child of fork it may be locked for ever.
+        let tries = (0..20).map(|n| (n > 0).then(|| std::thread::sleep(MIN_PAUSE / 20)));
+        let Some(mut open) = tries.map(|_| unless_locked(&OPEN_LAYERS)).find_map(|it| it) else {
+            return Ok(Some(Arc::new(file)));
+        };
         if let Some(shared) = open.get(&identity).and_then(Weak::upgrade) {
             return Ok(Some(shared));
         }
-        if open.len() >= MAX_VERIFIED {
+        // Seldom, as it looks at all.
+        if open.len() >= MAX_VERIFIED && open.len().is_power_of_two() {
             open.retain(|_, file| file.strong_count() > 0);
         }
         let file = Arc::new(file);

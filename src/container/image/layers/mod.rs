@@ -60,34 +60,20 @@ pub(super) fn prepare_layers(
     deadline: &PrepareDeadline,
     observer: &LayerObserver<'_>,
 ) -> Result<()> {
-    let space = SharedSpace::new(allowed.max_size);
-    let work = Work { store, source, layers: &image.layers, allowed, space, deadline, observer };
-    let (next, failed, failure) = (AtomicUsize::new(0), AtomicBool::new(false), Mutex::new(None));
-    let run = || {
-        while !failed.load(Ordering::Relaxed) {
-            let n = next.fetch_add(1, Ordering::Relaxed);
-            let Some(layer) = image.layers.get(n) else { return };
-            // The first of a digest does it for all.
-            if image.layers.iter().take(n).any(|other| other.diff_id == layer.diff_id) {
-                work.report(n, layer, 0, LayerPhase::Present);
-                continue;
-            }
-            if let Err(error) = work.prepare(n, layer) {
-                failed.store(true, Ordering::Relaxed);
-                failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
-            }
+    let (space, returned) = (SharedSpace::new(allowed.max_size), AtomicBool::new(false));
+    let work = Work { store, source, layers: &image.layers, allowed, space, returned, deadline, observer };
+    loop {
+        match work.prepare_all() {
+            // Wrong bytes of a server may have taken the space of other layers meanwhile. They do so once for each server.
+            Err(error) if error.kind() == ErrorKind::InvalidConfig && work.returned.swap(false, Ordering::Relaxed) => {}
+            outcome => return outcome,
         }
-    };
-    std::thread::scope(|scope| {
-        for _ in 1..PARALLEL.min(image.layers.len()) {
-            // With fewer threads it takes longer, and nothing else.
-            if let Err(error) = sys::spawn_scoped(scope, "image layer".into(), STACK, run) {
-                ::log::debug!("starting a thread for a layer: {error}");
-            }
-        }
-        run();
-    });
-    failure.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
+    }
+}
+
+/// Whether other bytes might have no such error. What is read is checked by its digest only at its end.
+fn is_of_content(error: &Error) -> bool {
+    matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::InvalidConfig | ErrorKind::Unsupported)
 }
 
 struct Work<'a> {
@@ -97,11 +83,43 @@ struct Work<'a> {
     allowed: &'a Allowed,
     /// Of all layers together.
     space: SharedSpace,
+    /// Whether some of it was taken by bytes that were wrong.
+    returned: AtomicBool,
     deadline: &'a PrepareDeadline,
     observer: &'a LayerObserver<'a>,
 }
 
 impl Work<'_> {
+    /// All layers, each once.
+    fn prepare_all(&self) -> Result<()> {
+        let (next, failed, failure) = (AtomicUsize::new(0), AtomicBool::new(false), Mutex::new(None));
+        let run = || {
+            while !failed.load(Ordering::Relaxed) {
+                let n = next.fetch_add(1, Ordering::Relaxed);
+                let Some(layer) = self.layers.get(n) else { return };
+                // The first of a digest does it for all.
+                if self.layers.iter().take(n).any(|other| other.diff_id == layer.diff_id) {
+                    self.report(n, layer, 0, LayerPhase::Present);
+                    continue;
+                }
+                if let Err(error) = self.prepare(n, layer) {
+                    failed.store(true, Ordering::Relaxed);
+                    failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+                }
+            }
+        };
+        std::thread::scope(|scope| {
+            for _ in 1..PARALLEL.min(self.layers.len()) {
+                // With fewer threads it takes longer, and nothing else.
+                if let Err(error) = sys::spawn_scoped(scope, "image layer".into(), STACK, run) {
+                    ::log::debug!("starting a thread for a layer: {error}");
+                }
+            }
+            run();
+        });
+        failure.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
+    }
+
     fn report(&self, n: usize, layer: &Layer, received: u64, phase: LayerPhase) {
         let (layers, digest, size) = (self.layers.len(), layer.blob.digest.clone(), layer.blob.size);
         (self.observer)(&LayerProgress { layer: n, layers, digest, received, size, phase });
@@ -114,14 +132,14 @@ impl Work<'_> {
             made = true;
             loop {
                 let budget = Budget::sharing(&self.allowed.limits, self.space.clone(), self.deadline);
-                match self.unpack(n, layer, to, &budget) {
-                    Err(error) if error.kind() == ErrorKind::Corrupt && self.source.distrust(&layer.blob) => {
-                        ::log::warn!("layer {n}, {}, is asked of another server: {error}", layer.blob.digest);
-                        budget.return_space();
-                        to.set_len(0).and_then(|()| (&*to).rewind()).doing(|| "emptying a file for a layer")?;
-                    }
-                    outcome => return outcome,
+                let Err(error) = self.unpack(n, layer, to, &budget) else { return Ok(()) };
+                budget.return_space();
+                if !is_of_content(&error) || !self.source.distrust(&layer.blob) {
+                    return Err(error);
                 }
+                ::log::warn!("layer {n}, {}, is asked of another server: {error}", layer.blob.digest);
+                self.returned.store(true, Ordering::Relaxed);
+                to.set_len(0).and_then(|()| (&*to).rewind()).doing(|| "emptying a file for a layer")?;
             }
         });
         file.doing(|| format!("layer {n}, {}", layer.blob.digest))?;

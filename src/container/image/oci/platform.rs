@@ -57,7 +57,7 @@ impl Platform {
             _ if self.variant() == other.variant() => Some(0),
             // It may be for any of them.
             _ if other.variant().is_none() => Some(u8::MAX),
-            _ => level.or(self.variant().map(|_| 0)).is_none().then_some(u8::MAX),
+            _ => (level.is_none() && self.variant().is_none()).then_some(u8::MAX),
         }
     }
 

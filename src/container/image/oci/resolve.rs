@@ -66,10 +66,19 @@ pub(in super::super) fn read_document(
         let what = format!("{digest} has {} bytes: a document has at most {} MiB", descriptor.size, MAX_DOCUMENT >> 20);
         return Err(Error::new(ErrorKind::Corrupt, what));
     }
-    let mut bytes = Vec::new();
-    let mut reader = Verified::new(source.open(descriptor, deadline)?, digest, descriptor.size);
-    reader.read_to_end(&mut bytes).map_err(|e| from_reader(e, deadline)).doing(|| format!("reading {digest}"))?;
-    Ok(Blob { descriptor: descriptor.clone(), bytes })
+    loop {
+        let mut bytes = Vec::new();
+        let mut reader = Verified::new(source.open(descriptor, deadline)?, digest, descriptor.size);
+        let outcome = reader.read_to_end(&mut bytes).map_err(|e| from_reader(e, deadline));
+        drop(reader);
+        match outcome {
+            Ok(_) => return Ok(Blob { descriptor: descriptor.clone(), bytes }),
+            Err(error) if error.kind() == ErrorKind::Corrupt && source.distrust(descriptor) => {
+                log::debug!("{digest} is asked of another server: {error}");
+            }
+            Err(error) => return Err(error).doing(|| format!("reading {digest}")),
+        }
+    }
 }
 
 /// The error that a reader gave, which may be one of ours.

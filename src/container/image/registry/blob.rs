@@ -127,7 +127,8 @@ impl<'a> BlobReader<'a> {
     fn failed(&mut self, failure: Failure) -> Result<()> {
         self.body = None;
         self.deadline.check()?;
-        if !failure.transient && self.servers.exclude(self.server) {
+        let patient = failure.after.is_none_or(|after| after <= retry::MAX_RETRY_AFTER);
+        if (!failure.transient || !patient) && self.servers.exclude(self.server) {
             log::debug!("blob {} is asked of another server: {}", self.digest, failure.error);
             self.server = self.servers.next(self.server);
             return Ok(());
@@ -139,14 +140,16 @@ impl<'a> BlobReader<'a> {
         failures.position = self.position;
         failures.recent += 1;
         failures.all += 1;
-        let patient = failure.after.is_none_or(|after| after <= retry::MAX_RETRY_AFTER);
         if !failure.transient || !patient || failures.recent >= retry::MAX_ATTEMPTS || failures.all >= MAX_FAILURES {
             let all = failures.all;
             return Err(failure.error).doing(|| format!("reading it from byte {} (failure {all})", self.position));
         }
         log::debug!("blob {} is read on from byte {}: {}", self.digest, self.position, failure.error);
-        retry::wait(failure.after.unwrap_or_default().max(retry::pause(failures.recent)), &self.deadline)?;
-        self.server = self.servers.next(self.server.wrapping_add(1));
+        let next = self.servers.next(self.server.wrapping_add(1));
+        // What a server asks for is for itself.
+        let asked = failure.after.filter(|_| next == self.server).unwrap_or_default();
+        retry::wait(asked.max(retry::pause(failures.recent)), &self.deadline)?;
+        self.server = next;
         Ok(())
     }
 }

@@ -150,7 +150,7 @@ impl Registry {
 
     /// Adds a mirror of a registry: a host, or an address with a path. Mirrors are asked in order, before the registry itself.
     ///
-    /// What one has not, or has wrong, the next is asked for.
+    /// A blob that one lacks, or sends with wrong bytes, is fetched from the next.
     /// A mirror says what a tag stands for, so it is trusted as the registry is. It need not be for images by digest, and for those that
     /// a signature policy asks a key for.
     pub fn mirror(mut self, registry: &str, mirror: impl Into<String>) -> Self {
@@ -181,6 +181,8 @@ impl Registry {
     }
 
     /// Pulls the image for this platform; [`Platform::host`] by default.
+    ///
+    /// Where its variant is missing, an image for a lower one is taken.
     pub fn platform(mut self, platform: Platform) -> Self {
         self.platform = Some(platform);
         self

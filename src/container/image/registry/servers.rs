@@ -40,10 +40,17 @@ impl BlobServers {
         states.iter().any(|state| *state != ServerState::Excluded)
     }
 
-    /// Asks no more those that have sent a part. Returns whether there were any, and another one is left.
+    /// Asks no more a server that has sent a part of wrong bytes. Returns whether there is one to be asked next.
+    ///
+    /// Where several have sent parts, the last of them is asked once more, alone. The registry itself is behind its mirrors.
     pub fn distrust(&self) -> bool {
         let mut states = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let used: Vec<_> = states.iter_mut().filter(|state| **state == ServerState::Used).collect();
+        let mut used: Vec<_> = states.iter_mut().filter(|state| **state == ServerState::Used).collect();
+        if used.len() > 1
+            && let Some(last) = used.pop()
+        {
+            *last = ServerState::Unused;
+        }
         let any = !used.is_empty();
         used.into_iter().for_each(|state| *state = ServerState::Excluded);
         any && states.iter().any(|state| *state != ServerState::Excluded)
@@ -71,6 +78,17 @@ mod tests {
         servers.used(1);
         assert!(servers.exclude(2) && !servers.exclude(0));
         assert_eq!([servers.next(1), servers.next(5)], [1, 2], "all are excluded");
+        assert!(!servers.distrust());
+    }
+
+    #[test]
+    fn mirror_that_breaks_off_behind_a_wrong_byte_does_not_discredit_the_registry() {
+        let servers = BlobServers::new(2);
+        servers.used(0);
+        servers.used(1);
+        assert!(servers.distrust());
+        assert_eq!(servers.next(0), 1);
+        servers.used(1);
         assert!(!servers.distrust());
     }
 

@@ -30,6 +30,7 @@ pub(super) fn check(store: &Shelf) -> Result<()> {
             Ok(()) => return Ok(()),
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
             // A user that may only read it.
+            // A user that may only read it, or one that can free space.
             Err(error) if matches!(error.raw_os_error(), Some(libc::EACCES | libc::EPERM | libc::EROFS)) => {
                 return Ok(());
             }

@@ -118,6 +118,8 @@ impl ImageStore {
     /// belong to images of local files, or to a name that was removed. They stay as long as there is room, as disks do. All of this
     /// is made or pulled anew when it is needed.
     ///
+    /// Space of a removed layer returns once no [`Image`](crate::Image) and no container has it open.
+    ///
     /// Documents that no name needs are removed in any case. So are layers without a name that are not whole.
     ///
     /// While an image is pulled or prepared, by whatever process, only disks are removed that no process used for an hour.

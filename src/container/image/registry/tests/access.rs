@@ -183,7 +183,7 @@ fn mirrors_are_asked_first_and_the_registry_last() {
 }
 
 #[test]
-fn server_of_plain_http_that_was_asked_by_tls_is_told_so() {
+fn tls_to_a_server_of_plain_http_names_the_setting() {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let name = listener.local_addr().unwrap().to_string();
     let server = std::thread::spawn(move || {

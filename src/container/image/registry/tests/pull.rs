@@ -6,6 +6,7 @@ use std::sync::Mutex;
 use super::super::fetch::{Fetch, FetchRequest, FetchResponse};
 use super::*;
 use crate::container::image::store::{ImageStore, Store};
+use crate::container::image::tests::maker::{Made, archive};
 use crate::error::ErrorKind;
 
 /// A registry in memory, by the paths behind `https://r.example/v2/a/b/`.
@@ -38,7 +39,10 @@ impl Memory {
 
     /// An image whose layers are empty archives of different lengths, called by this tag.
     fn image(&self, tag: &str, layers: &[usize]) {
-        let tar = |blocks: usize| vec![0; 1024 + blocks * 512];
+        self.image_of(tag, layers, |blocks| vec![0; 1024 + blocks * 512]);
+    }
+
+    fn image_of(&self, tag: &str, layers: &[usize], tar: impl Fn(usize) -> Vec<u8>) {
         let blob = |n: &usize| {
             format!(r#"{{"mediaType":"application/vnd.oci.image.layer.v1.tar",{}}}"#, self.blob("blobs", &tar(*n)))
         };
@@ -182,7 +186,7 @@ fn image_that_is_not_admitted_gets_no_name_and_no_layer_is_asked_for() {
     assert_eq!(store.list().unwrap().len(), 1);
 }
 
-/// The same files at other servers: with wrong layers at `wrong.example`, and with layers that come once `go` says so at `slow.example`.
+/// The same files at other servers: with wrong layers at `wrong.example`, a wrong configuration at `wrong-config.example`, and with layers that come once `go` says so at `slow.example`.
 #[derive(Clone)]
 struct Others {
     memory: Memory,
@@ -211,6 +215,7 @@ impl Fetch for Others {
         let is_layer = path.starts_with("blobs/") && bytes.len() >= 1024;
         match host {
             "wrong.example" if is_layer => bytes[700] ^= 1,
+            "wrong-config.example" if path.starts_with("blobs/") && !is_layer => bytes[0] ^= 1,
             "slow.example" if is_layer => {
                 let mut go = self.go.0.lock().unwrap();
                 while !*go {
@@ -226,21 +231,29 @@ impl Fetch for Others {
 #[test]
 fn layer_that_a_mirror_has_wrong_is_asked_of_the_next_server() {
     let (temp, memory) = (Temp::new("mirror"), Memory::default());
-    memory.image("1", &[0, 1, 2]);
+    let of_24_kib = |n: usize| archive(&[Made::file("file", [n as u8; 24 << 10])]);
+    memory.image_of("1", &[0, 1, 2], of_24_kib);
     let registry = memory.registry(&temp).fetcher(Others::new(&memory)).mirror("r.example", "wrong.example");
-    // The limit counts what is kept once, not what was wrong too.
-    let registry = registry.max_size(crate::size::Size::kib(64));
+    // The limit counts what is kept, and not what was wrong too.
+    let registry = registry.max_size(crate::size::Size::kib(100));
     let _ = registry.pull("r.example/a/b:1").unwrap();
     let asked = memory.asked();
     let of = |host: &str| asked.iter().filter(|it| it.starts_with(host) && it.contains(" blobs/")).count();
     assert!(of("wrong.example") >= 2 && of("r.example") == 3, "{asked:?}");
     let store = ImageStore::at(&temp.0);
     assert!(store.verify(LONG).unwrap().is_empty() && store.list().unwrap().len() == 1);
+    let other = Temp::new("mirror-config");
+    let registry = memory.registry(&other).fetcher(Others::new(&memory)).mirror("r.example", "wrong-config.example");
+    let _ = registry.pull("r.example/a/b:1").unwrap();
+    let small = Temp::new("mirror-limit");
+    let registry = memory.registry(&small).fetcher(Others::new(&memory)).max_size(crate::size::Size::kib(60));
+    let error = registry.pull("r.example/a/b:1").map(drop).unwrap_err();
+    assert!(error.kind() == ErrorKind::InvalidConfig && error.to_string().contains("max_size"), "{error}");
     // When all have it wrong that is the error.
     let temp = Temp::new("mirrors");
     let registry = memory.registry(&temp).fetcher(Others::new(&memory)).mirror("wrong.example", "wrong.example");
     let error = registry.pull("wrong.example/a/b:1").map(drop).unwrap_err();
-    assert!(error.kind() == ErrorKind::Corrupt && error.to_string().contains("layer "), "{error}");
+    assert!(error.kind() == ErrorKind::Corrupt && error.to_string().contains("its digest is"), "{error}");
 }
 
 #[test]
