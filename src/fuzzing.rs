@@ -384,6 +384,12 @@ pub fn auth_challenge(data: &[u8]) {
     crate::container::fuzz_challenge(data);
 }
 
+/// What a registry gives as a keyless signature: bundles, annotations, trust roots.
+#[cfg(feature = "keyless")]
+pub fn keyless_signature(data: &[u8]) {
+    crate::container::keyless_signature(data);
+}
+
 /// Devices with a driver in front of them, for `benches/virtio.rs`.
 #[cfg(feature = "internals")]
 pub mod bench {

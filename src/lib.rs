@@ -238,6 +238,8 @@ pub mod process {
 /// What an [`Image`] may be.
 #[cfg(feature = "container")]
 pub mod image {
+    #[cfg(feature = "keyless")]
+    pub use crate::container::{CertificateIdentity, TrustRoot};
     pub use crate::container::{Collected, Digest, ImageStore, LayerPhase, LayerProgress, PulledImageInfo, Reference};
     #[cfg(feature = "registry")]
     pub use crate::container::{Credentials, Fetch, FetchRequest, FetchResponse, Registry};

@@ -90,6 +90,7 @@ const CRATES: &[(&str, &[&str])] = &[
     ("graviola", &["container"]),
     ("webpki_root_certs", &["container"]),
     ("base64", &["container"]),
+    ("sigstore_verify", &["container"]),
     ("lzma_rust2", &["boot", "container"]),
     ("ruzstd", &["boot", "container"]),
     ("bzip2", &["container"]),

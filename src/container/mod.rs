@@ -31,6 +31,10 @@ pub use generation::renew_container_generation;
 pub(crate) use image::fuzz_challenge;
 #[cfg(any(test, feature = "internals"))]
 pub(crate) use image::fuzz_reference;
+#[cfg(all(feature = "keyless", any(test, feature = "internals")))]
+pub(crate) use image::keyless_signature;
+#[cfg(feature = "keyless")]
+pub use image::{CertificateIdentity, TrustRoot};
 pub use image::{Collected, Digest, ImageStore, LayerPhase, LayerProgress, PulledImageInfo, Reference};
 #[cfg(feature = "registry")]
 pub use image::{Credentials, Fetch, FetchRequest, FetchResponse, Registry};

@@ -62,6 +62,10 @@ use pulled::PulledImage;
 pub(crate) use registry::fuzz_challenge;
 #[cfg(feature = "registry")]
 pub use registry::{Credentials, Fetch, FetchRequest, FetchResponse, Registry};
+#[cfg(all(feature = "keyless", any(test, feature = "internals")))]
+pub(crate) use signature::keyless_signature;
+#[cfg(feature = "keyless")]
+pub use signature::{CertificateIdentity, TrustRoot};
 #[cfg(feature = "signatures")]
 pub use signature::{PublicKey, SignaturePolicy};
 pub use store::{Collected, ImageStore, PulledImageInfo};

@@ -116,11 +116,11 @@ impl PublicKey {
 }
 
 /// Whether the processor has what the arithmetic is written for.
-fn supported() -> bool {
+pub(super) fn supported() -> bool {
     graviola::util::is_cpu_supported()
 }
 
-fn unsupported() -> Error {
+pub(super) fn unsupported() -> Error {
     let what =
         "signatures: the processor lacks instructions that their verification needs (AVX2, ADX, BMI2, AES, PCLMULQDQ)";
     Error::new(ErrorKind::Unsupported, what)
@@ -187,19 +187,19 @@ pub(super) mod tests {
 
     /// Made by OpenSSL, as are the signatures.
     pub(in super::super) const P256_PEM: &str = "-----BEGIN PUBLIC KEY-----\nMFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAEzyWGr8kKBTWUKUkAa2ExohviZB6Q\n5PfuaDtBjZ2J/a0sz0AM53dMqta6SxpK3qlSqujMj1Zv69fPuM3I5zJWAQ==\n-----END PUBLIC KEY-----";
-    const P384_PEM: &str = "-----BEGIN PUBLIC KEY-----\nMHYwEAYHKoZIzj0CAQYFK4EEACIDYgAE3NNww1+v+CMHOaUBb+kQkL4bfjL5NOWI\nC96uxi7XP/ocOwNjeb0dyG4Te1bm+1YESjfbP0Ld4beb8lniRX8nz/R2m5hbzydU\nF0CIij+nFyj085JzWhgtp7Eyn85xhONn\n-----END PUBLIC KEY-----";
-    const ED25519_PEM: &str = "-----BEGIN PUBLIC KEY-----\nMCowBQYDK2VwAyEABCZOUhwpsOT8pw3DW12EfVTBRalmFwZ/ntUo5ULJR7E=\n-----END PUBLIC KEY-----";
-    const RSA_PEM: &str = "-----BEGIN PUBLIC KEY-----\nMIIBIjANBgkqhkiG9w0BAQEFAAOCAQ8AMIIBCgKCAQEAr+lDM0Dhi/i3rf9fhGCT\nDctcDv8XiID4eIS9h9BKSfjIVU8KMyVYC2O4+gBlrxjsCRU3beyOnnXjCdVLSrtu\nXqWqK36rp6X+9zezL3/Q0DLEd1vrQdDxvgKxViF+Ry2JlIWmqdcdec57iwCsv1cL\nZ0CBTDWAB+HIhN0GdChUgS0bD8hi5cK3zRqXUc0YROIlyboz0vq4YsEKop9ti3Cj\naS7bVpCByFs+26DrjJqhfJJ3iflhg+XXUwq/w+/UzwoINUetQcNSj64j0S1vAJsQ\nkcdr7GfEHYFoaCNP5vnQTJBg3xfONiVRvhvlK4WK0JKlMnt+AgCMWKj8kLIOh5aD\nKwIDAQAB\n-----END PUBLIC KEY-----";
+    pub(in super::super) const P384_PEM: &str = "-----BEGIN PUBLIC KEY-----\nMHYwEAYHKoZIzj0CAQYFK4EEACIDYgAE3NNww1+v+CMHOaUBb+kQkL4bfjL5NOWI\nC96uxi7XP/ocOwNjeb0dyG4Te1bm+1YESjfbP0Ld4beb8lniRX8nz/R2m5hbzydU\nF0CIij+nFyj085JzWhgtp7Eyn85xhONn\n-----END PUBLIC KEY-----";
+    pub(in super::super) const ED25519_PEM: &str = "-----BEGIN PUBLIC KEY-----\nMCowBQYDK2VwAyEABCZOUhwpsOT8pw3DW12EfVTBRalmFwZ/ntUo5ULJR7E=\n-----END PUBLIC KEY-----";
+    pub(in super::super) const RSA_PEM: &str = "-----BEGIN PUBLIC KEY-----\nMIIBIjANBgkqhkiG9w0BAQEFAAOCAQ8AMIIBCgKCAQEAr+lDM0Dhi/i3rf9fhGCT\nDctcDv8XiID4eIS9h9BKSfjIVU8KMyVYC2O4+gBlrxjsCRU3beyOnnXjCdVLSrtu\nXqWqK36rp6X+9zezL3/Q0DLEd1vrQdDxvgKxViF+Ry2JlIWmqdcdec57iwCsv1cL\nZ0CBTDWAB+HIhN0GdChUgS0bD8hi5cK3zRqXUc0YROIlyboz0vq4YsEKop9ti3Cj\naS7bVpCByFs+26DrjJqhfJJ3iflhg+XXUwq/w+/UzwoINUetQcNSj64j0S1vAJsQ\nkcdr7GfEHYFoaCNP5vnQTJBg3xfONiVRvhvlK4WK0JKlMnt+AgCMWKj8kLIOh5aD\nKwIDAQAB\n-----END PUBLIC KEY-----";
     pub(in super::super) const PAYLOAD: &str = r#"{"critical":{"identity":{"docker-reference":"registry.example/app"},"image":{"docker-manifest-digest":"sha256:05b3abf2579a5eb66403cd78be557fd860633a1fe2103c7642030defe32c657f"},"type":"cosign container image signature"},"optional":null}"#;
     pub(in super::super) const P256_SIGNATURE: &str =
         "MEQCIAFjKTvxgzvCn6lQ78UTiQthUtnIwsWmYBelX4oIJTbOAiBTWjbyiSbNi6q9mEM3OeeNVyHIV305x7v4Fza+W2oN/g==";
-    const P384_SIGNATURES: [&str; 2] = [
+    pub(in super::super) const P384_SIGNATURES: [&str; 2] = [
         "MGQCMA6GE+BD5ONbJAqGnN9yfAsmyE8YF6XwvfQf93lZ+A5lh/zc9IWT4queTICLTbwfxAIwEQj8QG8wiKw2E/i/kmN/Tf/0HMh85UEs0iruR5eDLaRskbEx1AMBQe0gm/NqaJAS",
         "MGYCMQDSna3AFWqJNfzAR3fKOUGeV43aR/Dcasb1O22POePZzNRf1YqIuf2ULyq3H5AD97QCMQCKSBdSLY/nTHF288qmu00YFbSlG+gZ0/DfO8Y1Nv1EnohbxcjiiHfSaguZgZ6U7M4=",
     ];
-    const ED25519_SIGNATURE: &str =
+    pub(in super::super) const ED25519_SIGNATURE: &str =
         "EdrVlK/Xamga2HXwS6kypSAiidLeUxLmSupzOqxIXTjMWRCmYGAn4sn33d/7/9Z5+BgO8qLfRLjLdZRB9cjhBw==";
-    const RSA_SIGNATURE: &str = "VF6UwwZawGrBaImdoeKEaF3YlMBAvWQ2OGM0r9ZxdgDv2Q8ZuTTz5kWS5jypLnWqngHQA6P0PkYzLySGguxAmUuYMp7WDblSOrjj1ao2Vlra+c4z7lx8ejWMbibd2qhM7X70+8/fJPE3TMrKses/Loxph4/ci9ge88qWGjA7epmhF3aQxmJL6mh6VDCBKNHI9FEHD4WtyKst5BEJJ7Z7cJRU/b3db3BHR5/5/zFVlOooM6QFQC689qGdEX2uo60jYDbJP4oNQXZzZjcMUlXYwV27IRoa787FNfHeq9mZ+/13pvEFla4tME8Bs93T0OMYg6KTE/sOziIrW38nKAq0MA==";
+    pub(in super::super) const RSA_SIGNATURE: &str = "VF6UwwZawGrBaImdoeKEaF3YlMBAvWQ2OGM0r9ZxdgDv2Q8ZuTTz5kWS5jypLnWqngHQA6P0PkYzLySGguxAmUuYMp7WDblSOrjj1ao2Vlra+c4z7lx8ejWMbibd2qhM7X70+8/fJPE3TMrKses/Loxph4/ci9ge88qWGjA7epmhF3aQxmJL6mh6VDCBKNHI9FEHD4WtyKst5BEJJ7Z7cJRU/b3db3BHR5/5/zFVlOooM6QFQC689qGdEX2uo60jYDbJP4oNQXZzZjcMUlXYwV27IRoa787FNfHeq9mZ+/13pvEFla4tME8Bs93T0OMYg6KTE/sOziIrW38nKAq0MA==";
 
     fn key(pem: &str) -> PublicKey {
         pem.parse().unwrap()

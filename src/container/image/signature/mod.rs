@@ -1,13 +1,19 @@
-//! Admits images by the signatures of keys, as cosign makes them.
+//! Admits images by the signatures of keys and of certificates' holders, as cosign makes them.
 //!
 //! A signature lies beside its image: under a tag that is made of the image's digest, or as a referrer of it (distribution-spec 1.1).
-//! Whatever a registry gives is a stranger's until a key of the policy has signed it.
+//! Whatever a registry gives is a stranger's until a signer of the policy has signed it.
 
 mod key;
+#[cfg(feature = "keyless")]
+mod keyless;
 mod payload;
 mod policy;
 
 pub use key::PublicKey;
+#[cfg(all(feature = "keyless", any(test, feature = "internals")))]
+pub(crate) use keyless::keyless_signature;
+#[cfg(feature = "keyless")]
+pub use keyless::{CertificateIdentity, TrustRoot};
 pub use policy::SignaturePolicy;
 
 use serde::Deserialize;
@@ -76,7 +82,8 @@ pub(super) fn admit(
     source: &dyn SignatureSource,
 ) -> Result<()> {
     policy.check()?;
-    let keys = match policy.of(name) {
+    let rule = policy.of(name);
+    let signers = match rule {
         Rule::Accept => return Ok(()),
         Rule::Refuse => {
             return Err(Error::new(
@@ -84,9 +91,11 @@ pub(super) fn admit(
                 format!("the signature policy refuses images of {name}"),
             ));
         }
-        Rule::Require(keys) => keys,
+        Rule::Require(keys) => format!("one of {} keys", keys.len()),
+        #[cfg(feature = "keyless")]
+        Rule::RequireIdentity(signers) => signers.to_string(),
     };
-    let mut search = Search { manifest, digest, keys, source, seen: 0, fetched: 0, refused: None };
+    let mut search = Search { manifest, digest, rule, source, seen: 0, fetched: 0, refused: None };
     if search.by_tag().doing(|| "looking for signatures by tag")?
         || search.by_referrers().doing(|| "looking for signatures by referrers")?
     {
@@ -96,15 +105,14 @@ pub(super) fn admit(
         None => "there is none".to_owned(),
         Some(first) => format!("of {} that were found the first is {first}", search.seen),
     };
-    let what =
-        format!("the signature policy asks for a signature of {name}@{digest} by one of {} keys: {found}", keys.len());
+    let what = format!("the signature policy asks for a signature of {name}@{digest} by {signers}: {found}");
     Err(Error::new(ErrorKind::PermissionDenied, what))
 }
 
 struct Search<'a> {
     manifest: &'a [u8],
     digest: &'a Digest,
-    keys: &'a [PublicKey],
+    rule: &'a Rule,
     source: &'a dyn SignatureSource,
     /// Signatures that were looked at.
     seen: usize,
@@ -170,19 +178,34 @@ impl Search<'_> {
                 return Ok(false);
             }
             let Some(statement) = self.fetch(layer)? else { continue };
-            let signature = match simple {
-                true => match layer.annotations.get(SIGNATURE_ANNOTATION) {
-                    Some(signature) => Signature::simple(&statement, signature),
-                    None => Err("a payload without its signature".into()),
-                },
-                false => Signature::bundle(&statement, self.manifest, self.digest),
-            };
-            match signature.and_then(|signature| signature.check(self.digest, self.keys)) {
+            match self.check(layer, &statement) {
                 Ok(()) => return Ok(true),
                 Err(why) => self.refuse(why),
             }
         }
         Ok(false)
+    }
+
+    /// Whether what a layer holds is a signature that the rule asks for.
+    fn check(&self, layer: &Descriptor, statement: &[u8]) -> Result<(), String> {
+        let simple = match (layer.media_type == SIMPLE_SIGNING, layer.annotations.get(SIGNATURE_ANNOTATION)) {
+            (true, Some(signature)) => Some(signature),
+            (true, None) => return Err("a payload without its signature".into()),
+            (false, _) => None,
+        };
+        match (self.rule, simple) {
+            (Rule::Require(keys), Some(signature)) => Signature::simple(statement, signature)?.check(self.digest, keys),
+            (Rule::Require(keys), None) => {
+                Signature::bundle(statement, self.manifest, self.digest)?.check(self.digest, keys)
+            }
+            #[cfg(feature = "keyless")]
+            (Rule::RequireIdentity(signers), Some(signature)) => {
+                signers.check_simple(statement, signature, &layer.annotations, self.digest)
+            }
+            #[cfg(feature = "keyless")]
+            (Rule::RequireIdentity(signers), None) => signers.check_bundle(statement, self.manifest, self.digest),
+            (Rule::Accept | Rule::Refuse, _) => Err("a signature that no rule asks for".into()),
+        }
     }
 
     fn is_over(&self) -> bool {

@@ -88,12 +88,8 @@ impl Signature {
     /// # Errors
     /// What is wrong with it.
     pub(super) fn simple(payload: &[u8], signature: &str) -> Result<Self, String> {
-        let parsed: SimpleSigning = json(payload, "the payload")?;
-        if parsed.critical.kind != SIMPLE_SIGNING {
-            return Err(format!("a payload of type {}", shown(parsed.critical.kind.as_bytes())));
-        }
-        let signature = decode(signature)?;
-        Ok(Self { message: payload.to_vec(), signature, names: parsed.critical.image.digest })
+        let names = simple_names(payload)?;
+        Ok(Self { message: payload.to_vec(), signature: decode(signature)?, names })
     }
 
     /// What a bundle holds. `image` is the manifest or index of this digest, which a bundle may sign as it is.
@@ -101,7 +97,7 @@ impl Signature {
     /// # Errors
     /// What is wrong with it.
     pub(super) fn bundle(bundle: &[u8], image: &[u8], digest: &Digest) -> Result<Self, String> {
-        let bundle: Bundle = json(bundle, "the bundle")?;
+        let bundle: Bundle = parse_json(bundle, "the bundle")?;
         match (bundle.message_signature, bundle.dsse_envelope) {
             (Some(signed), None) => {
                 let signature = decode(&signed.signature)?;
@@ -113,19 +109,8 @@ impl Signature {
     }
 
     fn envelope(envelope: &Envelope, digest: &Digest) -> Result<Self, String> {
-        if envelope.payload_type != IN_TOTO {
-            return Err(format!("an envelope of type {}", shown(envelope.payload_type.as_bytes())));
-        }
         let payload = decode(&envelope.payload)?;
-        let statement: Statement = json(&payload, "the statement")?;
-        // Other statements of the same key, an inventory for instance, admit nothing.
-        if statement.predicate_type != IMAGE_SIGNATURE {
-            return Err(format!("a statement of type {}", shown(statement.predicate_type.as_bytes())));
-        }
-        let names = |subject: &Subject| subject.digest.get(digest.algorithm()).is_some_and(|hex| hex == digest.hex());
-        if !statement.subject.iter().any(names) {
-            return Err("a statement of another image".into());
-        }
+        check_statement(&envelope.payload_type, &payload, digest)?;
         let [one] = envelope.signatures.as_slice() else {
             return Err("an envelope without exactly one signature".into());
         };
@@ -148,7 +133,39 @@ impl Signature {
     }
 }
 
-fn json<'a, T: Deserialize<'a>>(bytes: &'a [u8], what: &str) -> Result<T, String> {
+/// The image that a simple signing payload names. Its name of an image is not looked at, as cosign does not either.
+///
+/// # Errors
+/// What is wrong with it.
+pub(super) fn simple_names(payload: &[u8]) -> Result<Digest, String> {
+    let SimpleSigning { critical } = parse_json(payload, "the payload")?;
+    match critical.kind == SIMPLE_SIGNING {
+        true => Ok(critical.image.digest),
+        false => Err(format!("a payload of type {}", shown(critical.kind.as_bytes()))),
+    }
+}
+
+/// Whether a statement in an envelope is a signature of this image.
+///
+/// # Errors
+/// Why it is not.
+pub(super) fn check_statement(kind: &str, payload: &[u8], image: &Digest) -> Result<(), String> {
+    if kind != IN_TOTO {
+        return Err(format!("an envelope of type {}", shown(kind.as_bytes())));
+    }
+    let statement: Statement = parse_json(payload, "the statement")?;
+    // Other statements of the same signer, an inventory for instance, admit nothing.
+    if statement.predicate_type != IMAGE_SIGNATURE {
+        return Err(format!("a statement of type {}", shown(statement.predicate_type.as_bytes())));
+    }
+    let names = |subject: &Subject| subject.digest.get(image.algorithm()).is_some_and(|hex| hex == image.hex());
+    match statement.subject.iter().any(names) {
+        true => Ok(()),
+        false => Err("a statement of another image".into()),
+    }
+}
+
+pub(super) fn parse_json<'a, T: Deserialize<'a>>(bytes: &'a [u8], what: &str) -> Result<T, String> {
     serde_json::from_slice(bytes).map_err(|error| format!("{what} cannot be read: {error}"))
 }
 

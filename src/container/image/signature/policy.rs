@@ -1,6 +1,8 @@
 //! [`SignaturePolicy`]: which images are admitted, by whose signatures.
 
 use super::PublicKey;
+#[cfg(feature = "keyless")]
+use super::keyless::{CertificateIdentity, Signers, TrustRoot};
 use crate::error::{Error, Result};
 
 /// Says for each registry and repository which images may be pulled.
@@ -10,6 +12,7 @@ use crate::error::{Error, Result};
 ///
 /// A signature is for a manifest, wherever that lies. So a registry can serve any image of the key under any name that asks for the
 /// key. That may be another one of the team's, or an old one. Pull by digest, or have a key for each repository, where that matters.
+/// The name that a signature gives its image, `docker-reference`, is not compared: mirrors have other names, and cosign does not compare it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SignaturePolicy {
     /// For names that no prefix is for.
@@ -24,6 +27,9 @@ pub(super) enum Rule {
     Refuse,
     /// A signature by one of these.
     Require(Vec<PublicKey>),
+    /// A signature by one whose certificate names one of these.
+    #[cfg(feature = "keyless")]
+    RequireIdentity(Signers),
 }
 
 impl SignaturePolicy {
@@ -54,6 +60,21 @@ impl SignaturePolicy {
         self.rule(prefix, Rule::Require(keys.into_iter().collect()))
     }
 
+    /// Admits images whose name begins with `prefix` when one of `identities` has signed them.
+    ///
+    /// Such a signer has no lasting key. Its certificate, and the log that has the signature, must be those of `root`. What is verified is
+    /// listed in the guide. Without an identity none is admitted.
+    #[cfg(feature = "keyless")]
+    pub fn require_identity(
+        self,
+        prefix: &str,
+        root: &TrustRoot,
+        identities: impl IntoIterator<Item = CertificateIdentity>,
+    ) -> Self {
+        let signers = Signers { root: root.clone(), identities: identities.into_iter().collect() };
+        self.rule(prefix, Rule::RequireIdentity(signers))
+    }
+
     /// The later of two rules for one prefix counts.
     fn rule(mut self, prefix: &str, rule: Rule) -> Self {
         let prefix = canonical(prefix.trim_end_matches('/'));
@@ -77,8 +98,14 @@ impl SignaturePolicy {
     }
 
     /// # Errors
-    /// `InvalidConfig` for a prefix that no name begins with.
+    /// `InvalidConfig` for a prefix that no name begins with, and for an identity that none has.
     pub(super) fn check(&self) -> Result<()> {
+        #[cfg(feature = "keyless")]
+        for (_, rule) in &self.rules {
+            if let Rule::RequireIdentity(signers) = rule {
+                signers.identities.iter().try_for_each(CertificateIdentity::check)?;
+            }
+        }
         for (prefix, _) in &self.rules {
             let host = prefix.split('/').next().unwrap_or_default();
             let is_host = host.contains(['.', ':']) || host == "localhost";

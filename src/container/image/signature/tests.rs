@@ -8,14 +8,14 @@ use serde_json::json;
 use super::key::tests::{P256_PEM, P256_SIGNATURE, PAYLOAD};
 use super::*;
 
-const NAME: &str = "registry.example/app";
-const IMAGE: &[u8] = b"manifest";
+pub(super) const NAME: &str = "registry.example/app";
+pub(super) const IMAGE: &[u8] = b"manifest";
 
 /// A registry in memory.
 #[derive(Default)]
-struct Fake {
+pub(super) struct Fake {
     tags: BTreeMap<String, Vec<u8>>,
-    referrers: Option<Vec<u8>>,
+    pub(super) referrers: Option<Vec<u8>>,
     blobs: BTreeMap<String, Vec<u8>>,
     fetched: RefCell<usize>,
 }
@@ -38,25 +38,34 @@ impl SignatureSource for Fake {
 }
 
 impl Fake {
-    fn blob(&mut self, bytes: &[u8], kind: &str) -> serde_json::Value {
+    pub(super) fn blob(&mut self, bytes: &[u8], kind: &str) -> serde_json::Value {
         let digest = Digest::sha256(bytes).to_string();
         self.blobs.insert(digest.clone(), bytes.to_vec());
         json!({ "mediaType": kind, "digest": digest, "size": bytes.len() })
     }
 
     /// A layer of a simple signing manifest.
-    fn simple(&mut self, payload: &str, signature: &str) -> serde_json::Value {
+    pub(super) fn simple(&mut self, payload: &str, signature: &str) -> serde_json::Value {
         let mut layer = self.blob(payload.as_bytes(), SIMPLE_SIGNING);
         layer["annotations"] = json!({ SIGNATURE_ANNOTATION: signature });
         layer
     }
 
-    fn tag(&mut self, layers: &[serde_json::Value]) {
+    /// The payload, signature and annotations of the first layer under a tag.
+    #[cfg(feature = "keyless")]
+    pub(super) fn first_simple(&self) -> (Vec<u8>, String, BTreeMap<String, String>) {
+        let manifest: SignatureManifest = serde_json::from_slice(self.tags.values().next().unwrap()).unwrap();
+        let layer = &manifest.layers[0];
+        let payload = self.blobs[&layer.digest.to_string()].clone();
+        (payload, layer.annotations[SIGNATURE_ANNOTATION].clone(), layer.annotations.clone())
+    }
+
+    pub(super) fn tag(&mut self, layers: &[serde_json::Value]) {
         let tag = Digest::sha256(IMAGE).to_string().replace(':', "-") + ".sig";
         self.tags.insert(tag, json!({ "schemaVersion": 2, "layers": layers }).to_string().into());
     }
 
-    fn refer(&mut self, layer: &serde_json::Value, kind: &str) -> Vec<u8> {
+    pub(super) fn refer(&mut self, layer: &serde_json::Value, kind: &str) -> Vec<u8> {
         let manifest = json!({ "schemaVersion": 2, "layers": [layer] }).to_string();
         let mut referrer = self.blob(manifest.as_bytes(), "application/vnd.oci.image.manifest.v1+json");
         referrer["artifactType"] = json!(kind);
@@ -68,7 +77,7 @@ fn required() -> SignaturePolicy {
     SignaturePolicy::refuse_all().require(NAME, [P256_PEM.parse().unwrap()])
 }
 
-fn admit_by(policy: &SignaturePolicy, source: &Fake) -> Result<()> {
+pub(super) fn admit_by(policy: &SignaturePolicy, source: &Fake) -> Result<()> {
     admit(policy, NAME, IMAGE, &Digest::sha256(IMAGE), source)
 }
 
