@@ -24,6 +24,10 @@ const MAX_CERTIFICATES: usize = 6;
 const MAX_PROOF: usize = 64;
 /// Those of the log and of its witnesses.
 const MAX_CHECKPOINT_SIGNATURES: usize = 16;
+/// Bytes of each. Parsers of DER sort sets, so their work is the square of that. Real ones have 2, 6 and 5 KiB.
+const MAX_CERTIFICATE: usize = 8 << 10;
+const MAX_TIMESTAMP: usize = 16 << 10;
+const MAX_BODY: usize = 32 << 10;
 
 /// The authorities and logs of Sigstore, or of another that works as it does.
 ///
@@ -42,7 +46,8 @@ struct Trusted {
 impl TrustRoot {
     /// Parses the bytes of a `trusted_root.json` (Sigstore protobuf-specs, `sigstore_trustroot.proto`).
     ///
-    /// The first call sets the process's arithmetic for the crate `sigstore-verify`, unless the embedder has set one.
+    /// The first call sets the process's arithmetic for the crate `sigstore-verify`, unless the embedder has set one. Other users of that crate
+    /// in the process set theirs before: this one checks no signature of a bare hash.
     ///
     /// # Errors
     /// `InvalidConfig` for what is no trust root, and for one without a certificate authority or a transparency log. The same for keys and
@@ -88,27 +93,34 @@ impl TrustRoot {
 /// Bounds the work that a stranger's bundle makes.
 fn check_size(bundle: &Bundle) -> Result<(), String> {
     let material = &bundle.verification_material;
-    let certificates = match &material.content {
-        VerificationMaterialContent::X509CertificateChain { certificates } => certificates.len(),
-        VerificationMaterialContent::Certificate(_) => 1,
-        _ => 0,
+    let certificates: Vec<usize> = match &material.content {
+        VerificationMaterialContent::X509CertificateChain { certificates } => {
+            certificates.iter().map(|it| it.raw_bytes.as_bytes().len()).collect()
+        }
+        VerificationMaterialContent::Certificate(it) => vec![it.raw_bytes.as_bytes().len()],
+        _ => Vec::new(),
     };
-    let entries = material.tlog_entries.len();
-    let timestamps = material.timestamp_verification_data.rfc3161_timestamps.len();
+    let timestamps = &material.timestamp_verification_data.rfc3161_timestamps;
+    let timestamps: Vec<usize> = timestamps.iter().map(|it| it.signed_timestamp.as_bytes().len()).collect();
+    let bodies: Vec<usize> = material.tlog_entries.iter().map(|it| it.canonicalized_body.as_bytes().len()).collect();
+    let longest = |of: &[usize]| of.iter().copied().max().unwrap_or(0);
     let proofs = || material.tlog_entries.iter().filter_map(|entry| entry.inclusion_proof.as_ref());
     let hashes = proofs().map(|proof| proof.hashes.len()).max().unwrap_or(0);
     let signatures = proofs().filter_map(|proof| proof.checkpoint.checkpoint()).map(|it| it.signatures().len());
     let signatures = signatures.max().unwrap_or(0);
-    if certificates == 0 {
+    if certificates.is_empty() {
         return Err("without a certificate".into());
     }
-    if entries == 0 {
+    if bodies.is_empty() {
         return Err("without an entry of a transparency log".into());
     }
     for (count, most, what) in [
-        (certificates, MAX_CERTIFICATES, "certificates"),
-        (entries, MAX_LOG_ENTRIES, "entries of logs"),
-        (timestamps, MAX_TIMESTAMPS, "timestamps"),
+        (certificates.len(), MAX_CERTIFICATES, "certificates"),
+        (bodies.len(), MAX_LOG_ENTRIES, "entries of logs"),
+        (timestamps.len(), MAX_TIMESTAMPS, "timestamps"),
+        (longest(&certificates), MAX_CERTIFICATE, "bytes of a certificate"),
+        (longest(&bodies), MAX_BODY, "bytes of a log entry"),
+        (longest(&timestamps), MAX_TIMESTAMP, "bytes of a timestamp"),
         (hashes, MAX_PROOF, "hashes of a proof"),
         (signatures, MAX_CHECKPOINT_SIGNATURES, "signatures of a checkpoint"),
     ] {

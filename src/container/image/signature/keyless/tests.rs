@@ -458,8 +458,38 @@ fn roots_of_the_public_services_are_read() {
     for root in [SIGSTORE_PRODUCTION_TRUSTED_ROOT, SIGSTORE_STAGING_TRUSTED_ROOT] {
         let root = TrustRoot::from_json(root.as_bytes()).unwrap();
         let signature = Signing::good(&authority, Form::Annotations).source();
-        assert!(admit_by(&policy(&root, expected()), &signature).is_err());
+        let error = admit_by(&policy(&root, expected()), &signature).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::PermissionDenied, "{error}");
+        assert!(error.to_string().contains("not proven"), "{error}");
     }
+}
+
+/// Parsers of what is too long could be kept busy for minutes.
+#[test]
+fn long_parts_of_bundles_are_refused_before_they_are_parsed() {
+    let sample = fuzzing::Sample::new().unwrap();
+    let good: Value = serde_json::from_slice(&sample.bundle).unwrap();
+    let refused = |place: &str, bytes: usize| {
+        let mut bundle = good.clone();
+        *bundle.pointer_mut(place).unwrap() = json!(base64(vec![0x30; bytes]));
+        sample.check(bundle.to_string().as_bytes()).unwrap_err()
+    };
+    let certificate = match good.pointer("/verificationMaterial/certificate") {
+        Some(_) => "/verificationMaterial/certificate/rawBytes",
+        None => "/verificationMaterial/x509CertificateChain/certificates/0/rawBytes",
+    };
+    let body = "/verificationMaterial/tlogEntries/0/canonicalizedBody";
+    for (place, most, what) in
+        [(certificate, 8 << 10, "bytes of a certificate"), (body, 32 << 10, "bytes of a log entry")]
+    {
+        assert!(!refused(place, most).contains(what));
+        assert_eq!(refused(place, most + 1), format!("with {} {what}, more than {most}", most + 1));
+    }
+    let mut bundle = good.clone();
+    let stamp = json!({ "signedTimestamp": base64(vec![0x30; (16 << 10) + 1]) });
+    bundle["verificationMaterial"]["timestampVerificationData"] = json!({ "rfc3161Timestamps": [stamp] });
+    let error = sample.check(bundle.to_string().as_bytes()).unwrap_err();
+    assert!(error.contains("16385 bytes of a timestamp"), "{error}");
 }
 
 #[test]
