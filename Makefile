@@ -4,12 +4,13 @@
 SHELL = /bin/sh
 CACHE = $(if $(XDG_CACHE_HOME),$(XDG_CACHE_HOME),$(HOME)/.cache)/cofferdam
 
-.PHONY: help demo kernel kernel-crate test soak bench setup base tools clean-cache
+.PHONY: help demo kernel kernel-crate images test soak bench setup base tools clean-cache
 
 help:
 	@echo "make demo         run a command in a real Debian 12 in a microVM"
 	@echo "make kernel       build the small guest kernel, which everything uses once it is there"
 	@echo "make kernel-crate make the crate cofferdam-kernel, with that kernel inside, in target/"
+	@echo "make images       images by buildah, docker and umoci with programs of Debian's, which make soak compares and runs; as root, some minutes"
 	@echo "make test         all tests (without hardware KVM, those that need it run in the lab: lab/README.md)"
 	@echo "make soak         the guests' tests at full length, for hours; COFFERDAM_SOAK=N sets the seconds and rounds of the longest (20)"
 	@echo "make bench        all benches"
@@ -26,10 +27,14 @@ kernel:
 kernel-crate:
 	@guest/kernel/crate
 
+images: setup
+	@guest/images debian >/dev/null
+
 test: setup
 	@.ci/test
 
-soak: setup
+soak: images
+	@COFFERDAM_SOAK=$${COFFERDAM_SOAK:-20} .ci/test --lib --test registry --test images -- images_of killed::
 	@COFFERDAM_SOAK=$${COFFERDAM_SOAK:-20} .ci/test --test kvm
 
 bench: setup
@@ -38,7 +43,7 @@ bench: setup
 
 # Kernels and a whole system as Debian has them are for tests.
 setup: base
-	@lab/need acl apache2-utils attr bzip2 cpio curl dmsetup docker-registry erofs-utils iproute2 mount openssh-client openssl procps qemu-utils \
+	@lab/need acl apache2-utils attr bzip2 cpio curl dmsetup docker-registry erofs-utils iproute2 mount nginx openssh-client openssl procps qemu-utils \
 		skopeo umoci xz-utils zstd
 	@guest/stock-kernels >/dev/null
 	@guest/system >/dev/null
@@ -46,6 +51,7 @@ setup: base
 	@guest/rootfs network >/dev/null
 	@guest/layout >/dev/null
 	@guest/layout services >/dev/null
+	@guest/images >/dev/null
 
 # The kernel and the root file system are for guests, the lab for machines without hardware KVM.
 base: tools

@@ -2,7 +2,7 @@
 //!
 //! Guests' tests use the same disks: made here, they need not be made in the lab, where that takes minutes.
 
-#![allow(clippy::expect_used, reason = "a failure here is the test's")]
+#![allow(clippy::expect_used, clippy::panic, reason = "a failure here is the test's")]
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -48,4 +48,22 @@ fn debian_images_pass_fsck() {
         checked += 1;
     }
     assert!(checked >= 3, "{checked} disks");
+}
+
+/// The layouts whose images guests' tests run. Those of Debian's programs are there once `make soak` has made them.
+#[test]
+fn images_of_layouts_are_made_for_guests() {
+    let mut images = vec![("services.oci", "nginx"), ("services.oci", "postgres"), ("services.oci", "redis")];
+    images.push(("foreign/buildah.oci", "scratch"));
+    if std::env::var_os("COFFERDAM_SOAK").is_some() {
+        images.extend(["nginx", "redis"].map(|name| ("foreign-debian/buildah.oci", name)));
+        images.extend(["postgres", "openjdk"].map(|name| ("foreign-debian/umoci.oci", name)));
+        images.push(("foreign-debian/docker.oci", "nodejs"));
+    }
+    for (layout, name) in images {
+        let image = Image::open(cache().join("images").join(layout)).expect("a layout: run `make setup`").select(name);
+        image.prepare().unwrap_or_else(|error| panic!("{layout}, {name}: {error}"));
+        let config = image.config().expect("its configuration");
+        assert!(!config.entrypoint.is_empty() || !config.cmd.is_empty(), "{layout}, {name} has no program");
+    }
 }

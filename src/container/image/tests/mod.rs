@@ -2,6 +2,7 @@
 
 mod archives;
 mod directories;
+mod foreign;
 mod gnu_tar;
 mod hostile;
 mod layered;
