@@ -1,24 +1,41 @@
 //! What an image's configuration says is done: its program, environment, user, working directory and stop signal.
 
 use std::io::{Read, Write};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use cofferdam::process::{ExitStatus, Stdio};
 use cofferdam::vsock::VsockStream;
 use cofferdam::{Container, ErrorKind, Exit, Image, Process, Size};
 
-use crate::fixture::{Outcome, TEST_TIMEOUT, cache, kernel};
+use crate::fixture::{Outcome, TEST_TIMEOUT, cache, kernel, soak};
 use crate::{check, check_eq};
 
-/// A running container of one of the images of `guest/layout services`.
+/// The layout that has an image: that of `guest/layout services`, or at full length of others' tools, `guest/images debian`.
+fn layout(name: &str) -> PathBuf {
+    let layout = match name {
+        "scratch" => "foreign/buildah.oci",
+        "openjdk" => "foreign-debian/umoci.oci",
+        _ if soak().is_none() => "services.oci",
+        "postgres" => "foreign-debian/umoci.oci",
+        _ => "foreign-debian/buildah.oci",
+    };
+    cache().join("images").join(layout)
+}
+
+fn image(name: &str) -> cofferdam::Result<Image> {
+    Ok(Image::open(layout(name))?.select(name))
+}
+
+/// A running container of an image.
 fn start(name: &str) -> cofferdam::Result<Container> {
-    let image = Image::open(cache().join("images/services.oci"))?.select(name);
-    Container::builder(image).kernel(kernel()).memory(Size::mib(384)).start_timeout(TEST_TIMEOUT).start()
+    Container::builder(image(name)?).kernel(kernel()).memory(Size::mib(384)).start_timeout(TEST_TIMEOUT).start()
 }
 
 /// Connects as soon as the service listens.
 fn connect(container: &Container, port: u16) -> Result<VsockStream, Box<dyn std::error::Error>> {
-    let deadline = Instant::now() + TEST_TIMEOUT;
+    // Interpreters take minutes to start in a busy lab.
+    let deadline = Instant::now() + TEST_TIMEOUT * 2;
     loop {
         match container.connect(port) {
             Ok(stream) => return Ok(stream),
@@ -54,7 +71,7 @@ fn stop(container: &Container, mut program: Process) -> Outcome {
 
 pub fn nginx_serves_and_quits_by_its_stop_signal() -> Outcome {
     let container = start("nginx")?;
-    let config = Image::open(cache().join("images/services.oci"))?.select("nginx").config()?;
+    let config = image("nginx")?.config()?;
     check_eq!(
         (config.stop_signal.as_deref(), config.exposed_ports.as_slice()),
         (Some("SIGQUIT"), &["80/tcp".to_owned()][..])
@@ -94,6 +111,39 @@ pub fn redis_runs_in_its_directory_as_user_and_group() -> Outcome {
     let seen = container.exec(["sh", "-c", "echo $(pwd) $(id -un) $(id -gn) $(id -Gn)"]).output()?;
     check_eq!(seen.stdout, b"/var/lib/redis redis redis redis\n");
     stop(&container, program)
+}
+
+/// Listed at full length only, as its image is.
+pub fn java_serves_and_its_shutdown_hook_runs() -> Outcome {
+    let container = start("openjdk")?;
+    let program = container.command().stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+    ask(&container, 8080, b"", b"served by Java\n")?;
+    check_eq!(container.exec(["id", "-u"]).output()?.stdout, b"1000\n");
+    let exit = container.stop(Duration::from_secs(60))?;
+    check!(matches!(exit, Exit::PowerOff { .. }), "{exit}");
+    let output = program.wait_with_output()?;
+    check_eq!(output.stdout, b"stopped by its signal\n");
+    // Its hook has run, and it ends as by a signal.
+    check_eq!(output.status, ExitStatus::Exited { code: 143 });
+    Ok(())
+}
+
+/// The program ends with another code for each signal: 21 for SIGUSR1, 22 for SIGTERM.
+pub fn stop_signal_of_the_image_is_for_its_program_alone() -> Outcome {
+    let container = start("scratch")?;
+    check_eq!(image("scratch")?.config()?.stop_signal.as_deref(), Some("SIGUSR1"));
+    let mut program = container.command().stdout(Stdio::piped()).spawn()?;
+    let mut other = container.exec(["/stopped"]).stdout(Stdio::piped()).spawn()?;
+    for process in [&mut program, &mut other] {
+        let mut ready = [0; 6];
+        process.stdout.as_mut().ok_or("no output")?.read_exact(&mut ready)?;
+        check_eq!(&ready, b"ready\n");
+    }
+    let exit = container.stop(Duration::from_secs(60))?;
+    check!(matches!(exit, Exit::PowerOff { .. }), "{exit}");
+    check_eq!(program.wait()?, ExitStatus::Exited { code: 21 });
+    check_eq!(other.wait()?, ExitStatus::Exited { code: 22 });
+    Ok(())
 }
 
 pub fn others_get_sigterm_once_the_program_of_the_image_has_ended() -> Outcome {

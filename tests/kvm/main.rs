@@ -135,7 +135,9 @@ tests! {
         overwritten_boot_structures_end_the_guest_only console_flood_is_bounded
         large_console_output_uses_bounded_memory fork_bomb_stays_in_the_guest connection_storm_is_bounded;
     image_config: nginx_serves_and_quits_by_its_stop_signal postgres_runs_as_its_user_and_stops_by_its_signal
-        redis_runs_in_its_directory_as_user_and_group others_get_sigterm_once_the_program_of_the_image_has_ended;
+        redis_runs_in_its_directory_as_user_and_group others_get_sigterm_once_the_program_of_the_image_has_ended
+        java_serves_and_its_shutdown_hook_runs
+        stop_signal_of_the_image_is_for_its_program_alone;
     images: layers_are_one_root_file_system unusual_files_are_intact unusual_files_are_intact_with_debian_kernels
         unusual_files_are_intact_with_a_newer_debian_kernel;
     kernels: debian_6_1_cloud_kernel_runs_a_container debian_6_12_cloud_kernel_runs_a_container
@@ -232,6 +234,9 @@ fn exits() -> String {
     traced.and_then(Result::ok).map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default()
 }
 
+/// Tests of images that take minutes to make, which `make soak` does.
+const SOAKED: &[&str] = &["image_config::java_serves_and_its_shutdown_hook_runs"];
+
 /// Runs a test, and writes down what became of it.
 fn tallied(name: &str, test: fn() -> Result<(), Failed>) -> Result<(), Failed> {
     let begin = Instant::now();
@@ -309,6 +314,7 @@ fn main() -> ExitCode {
             }
         })
     };
-    let mine = TESTS.iter().skip(part.saturating_sub(1)).step_by(parts.max(1));
+    let listed = TESTS.iter().filter(|(name, _)| fixture::soak().is_some() || !SOAKED.contains(name));
+    let mine = listed.skip(part.saturating_sub(1)).step_by(parts.max(1));
     libtest_mimic::run(&arguments, mine.filter(|(name, _)| !passed.contains(*name)).map(trial).collect()).exit_code()
 }
