@@ -15,6 +15,7 @@ use crate::{check, check_eq};
 fn layout(name: &str) -> PathBuf {
     let layout = match name {
         "scratch" => "foreign/buildah.oci",
+        "nodejs" => "foreign-debian/docker.oci",
         "openjdk" => "foreign-debian/umoci.oci",
         _ if soak().is_none() => "services.oci",
         "postgres" => "foreign-debian/umoci.oci",
@@ -110,6 +111,18 @@ pub fn redis_runs_in_its_directory_as_user_and_group() -> Outcome {
     ask(&container, 6379, b"SET a b\r\nGET a\r\n", b"+OK\r\n$1\r\nb\r\n")?;
     let seen = container.exec(["sh", "-c", "echo $(pwd) $(id -un) $(id -gn) $(id -Gn)"]).output()?;
     check_eq!(seen.stdout, b"/var/lib/redis redis redis redis\n");
+    stop(&container, program)
+}
+
+/// Listed at full length only, as its image is.
+pub fn nodejs_serves_and_stops_by_its_signal() -> Outcome {
+    let container = start("nodejs")?;
+    let program = container.command().stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+    ask(&container, 8080, b"GET / HTTP/1.0\r\n\r\n", b"GET by node\n")?;
+    let seen = container.exec(["sh", "-c", "echo $(pwd) $(id -un)"]).output()?;
+    check_eq!(seen.stdout, b"/srv nobody\n");
+    // By SIGTERM it would end with another status.
+    check_eq!(image("nodejs")?.config()?.stop_signal.as_deref(), Some("SIGINT"));
     stop(&container, program)
 }
 
