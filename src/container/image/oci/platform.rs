@@ -64,7 +64,6 @@ impl Platform {
     /// The architecture as Go calls it, and the number of the variant. Where none is named, that is the least that is usual.
     fn canonical(&self) -> (&str, Option<u8>) {
         let (architecture, usual) = match self.architecture.as_str() {
-            "aarch64" | "arm64" => ("arm64", Some(8)),
             "armhf" | "arm" => ("arm", Some(7)),
             "armel" => ("arm", Some(6)),
             name if boot::OCI_ALIASES.contains(&name) => (boot::OCI_ARCHITECTURE, Some(boot::OCI_VARIANT)),
@@ -116,10 +115,6 @@ mod tests {
         assert_eq!(Platform::host().os(), "linux");
         for (wanted, there, distance) in [
             ("linux/arm64", "linux/arm64", Some(0)),
-            ("linux/arm64/v8", "linux/arm64", Some(1)),
-            ("linux/arm64", "linux/arm64/v8", Some(1)),
-            ("linux/arm64", "linux/arm64/v9", None),
-            ("linux/aarch64", "linux/arm64/8", Some(1)),
             ("linux/arm/v6", "linux/arm/v7", None),
             ("linux/arm/v7", "linux/arm/v6", Some(3)),
             ("linux/arm/v6", "linux/arm", Some(255)),
@@ -134,6 +129,15 @@ mod tests {
             ("linux/arm64", "windows/arm64", None),
         ] {
             assert_eq!(platform(wanted).distance(&platform(there)), distance, "{wanted} {there}");
+        }
+        // The host's own, by all its names.
+        let own = |level: u8| format!("{}/v{level}", Platform::host());
+        for alias in boot::OCI_ALIASES {
+            let host = platform(&format!("linux/{alias}"));
+            assert_eq!(Platform::host().distance(&host), Some(0));
+            assert_eq!(host.distance(&platform(&own(boot::OCI_VARIANT))), Some(1));
+            assert_eq!(host.distance(&platform(&own(boot::OCI_VARIANT + 1))), None, "it may not run there");
+            assert_eq!(platform(&own(boot::OCI_VARIANT + 1)).distance(&host), Some(3));
         }
         for wrong in ["", "linux", "linux/", "/arm", "a/b/c/d", "a/b/", "a/ b"] {
             assert!(wrong.parse::<Platform>().is_err(), "{wrong}");

@@ -1,7 +1,7 @@
 //! [`Registry`]: images of registries, as Docker has them (distribution-spec 1.1).
 //!
 //! A pull asks the registry, or a mirror of it, for the manifest that a name stands for. The server that answers for a tag is trusted
-//! with what it stands for, unless a signature policy asks for a key. What is asked for by digest is checked here, so for that mirrors and
+//! with what it stands for, unless a signature policy asks for a key or an identity. What is asked for by digest is checked here, so for that mirrors and
 //! redirects need no trust. Layers that the store has are not asked for.
 
 mod auth;
@@ -152,7 +152,7 @@ impl Registry {
     ///
     /// A blob that one lacks, or sends with wrong bytes, is fetched from the next.
     /// A mirror says what a tag stands for, so it is trusted as the registry is. It need not be for images by digest, and for those that
-    /// a signature policy asks a key for.
+    /// a signature policy asks a key or an identity for.
     pub fn mirror(mut self, registry: &str, mirror: impl Into<String>) -> Self {
         self.mirrors.entry(login::known_name(registry)).or_default().push(mirror.into());
         self

@@ -186,7 +186,8 @@ fn image_that_is_not_admitted_gets_no_name_and_no_layer_is_asked_for() {
     assert_eq!(store.list().unwrap().len(), 1);
 }
 
-/// The same files at other servers: with wrong layers at `wrong.example`, a wrong configuration at `wrong-config.example`, and with layers that come once `go` says so at `slow.example`.
+/// The same files at other servers. Layers of `wrong.example` and the configuration of `wrong-config.example` are wrong. Layers of
+/// `slow.example` come once `go` says so.
 #[derive(Clone)]
 struct Others {
     memory: Memory,
