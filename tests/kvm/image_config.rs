@@ -114,7 +114,7 @@ pub fn redis_runs_in_its_directory_as_user_and_group() -> Outcome {
     stop(&container, program)
 }
 
-/// Listed at full length only, as its image is.
+/// Runs in `make soak` alone, which makes its image.
 pub fn nodejs_serves_and_stops_by_its_signal() -> Outcome {
     let container = start("nodejs")?;
     let program = container.command().stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
@@ -126,7 +126,7 @@ pub fn nodejs_serves_and_stops_by_its_signal() -> Outcome {
     stop(&container, program)
 }
 
-/// Listed at full length only, as its image is.
+/// Runs in `make soak` alone, which makes its image.
 pub fn java_serves_and_its_shutdown_hook_runs() -> Outcome {
     let container = start("openjdk")?;
     let program = container.command().stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;

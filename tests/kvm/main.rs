@@ -315,6 +315,9 @@ fn main() -> ExitCode {
             }
         })
     };
+    if fixture::soak().is_none() {
+        let _ = writeln!(std::io::stderr(), "left to `make soak`: {}", SOAKED.join(", "));
+    }
     let listed = TESTS.iter().filter(|(name, _)| fixture::soak().is_some() || !SOAKED.contains(name));
     let mine = listed.skip(part.saturating_sub(1)).step_by(parts.max(1));
     libtest_mimic::run(&arguments, mine.filter(|(name, _)| !passed.contains(*name)).map(trial).collect()).exit_code()

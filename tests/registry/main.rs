@@ -89,7 +89,7 @@ impl Server {
         Self { child, name: format!("127.0.0.1:{}", port.expect("the registry listens")), log }
     }
 
-    /// The paths of requests of a kind since the last call.
+    /// Returns how many requests since the last call have `part` in their log line.
     fn asked(&self, part: &str) -> usize {
         // What was answered before is in the log before this answer.
         let marker = format!("/v2/marker/manifests/{}", self.log.lock().unwrap().len());
