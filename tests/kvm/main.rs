@@ -167,7 +167,8 @@ tests! {
         frozen_overlay_is_a_base_of_others overlay_at_its_max_size_fails_writes
         qcow2_write_leaves_the_backing_file_unchanged direct_and_memory_disks_keep_data;
     programs: ssh_proxy_command_reaches_a_guest_without_network scp_sftp_and_git_work_through_a_published_port
-        clients_and_servers_in_two_guests_work databases_are_reached_by_name_over_a_switch iperf3_runs_in_all_modes
+        http_clients_and_git_in_two_guests_work apt_and_dns_in_two_guests_work
+        websockets_work_and_other_addresses_are_refused databases_are_reached_by_name_over_a_switch iperf3_runs_in_all_modes
         hundred_concurrent_short_connections_are_served;
     machine_events: running_debian_6_12_learns_of_each_new_generation
         kernels_without_acpi_learn_of_a_new_generation_by_the_shim power_button_is_pressed_by_stop;
