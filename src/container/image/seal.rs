@@ -18,7 +18,9 @@ pub(super) const LEN: u64 = 4096;
 /// How all versions begin.
 const ANY_VERSION: &[u8] = b"cofferdam disk ";
 /// The version of this release, the end of [`DISK_VERSION`], for names.
-pub(super) const VERSION: char = DISK_VERSION[DISK_VERSION.len() - 1] as char;
+pub(super) const VERSION: char = match DISK_VERSION {
+    [.., last] => last as char,
+};
 const _: () = assert!(DISK_VERSION.len() == ANY_VERSION.len() + 1, "a version is one character");
 const BLOCK: usize = 4096;
 const BUFFER: usize = 1 << 20;
