@@ -19,7 +19,7 @@ pub(super) const MAX_FILES: usize = 1_000_000;
 /// Disks that were used within that time stay while the store is used.
 const WHILE_USED: Duration = Duration::from_secs(3600);
 
-/// What [`ImageStore::gc`] has removed.
+/// What [`ImageStore::gc`](super::ImageStore::gc) has removed.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Collected {

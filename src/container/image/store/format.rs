@@ -29,15 +29,16 @@ pub(super) fn check(store: &Shelf) -> Result<()> {
         match write(store) {
             Ok(()) => return Ok(()),
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-            // A user that may only read it.
-            // A user that may only read it, or one that can free space.
-            Err(error) if matches!(error.raw_os_error(), Some(libc::EACCES | libc::EPERM | libc::EROFS)) => {
-                return Ok(());
-            }
+            Err(error) if error.raw_os_error().is_some_and(is_no_room_or_right) => return Ok(()),
             Err(error) => return Err(error).doing(|| format!("writing {}", store.shown.join(NAME).display())),
         }
     }
     Err(Error::new(ErrorKind::ResourceBusy, "other processes make and remove it").doing(doing()))
+}
+
+/// Of a user that may only read the store, or that is about to free space in it.
+fn is_no_room_or_right(error: i32) -> bool {
+    matches!(error, libc::EACCES | libc::EPERM | libc::EROFS | libc::ENOSPC | libc::EDQUOT)
 }
 
 fn judge(file: fs::File) -> Result<()> {
