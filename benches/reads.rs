@@ -17,7 +17,7 @@ use cofferdam::{Container, Disk, Image, Kernel, Size};
 use common::{cache, figure, median};
 
 const ROUNDS: usize = 3;
-/// What is read: some 25 MiB in some hundreds of files.
+/// The directories that are read: 26 MiB in 425 files.
 const DIRECTORIES: [&str; 2] = ["usr/bin", "usr/sbin"];
 
 fn run(program: &str, args: &[&str]) {

@@ -2,10 +2,10 @@
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, TryLockError};
+use std::sync::{Arc, Mutex};
 
 use super::oci::{ImageConfig, Platform};
-use super::store::FileIdentity;
+use super::store::{FileIdentity, unless_locked};
 use super::{Image, ImageKind};
 use crate::sys::Beneath;
 use crate::vm::disk::DiskPiece;
@@ -27,7 +27,7 @@ pub(super) struct LayersKey {
     store: Option<PathBuf>,
     select: Option<String>,
     platform: Platform,
-    /// The archive, or the two files by which a directory is a layout. None for a pulled image, which is what its record says.
+    /// The archive, or the two files by which a directory is a layout. Empty for a pulled image: its record does not change.
     files: Vec<FileIdentity>,
 }
 
@@ -39,7 +39,7 @@ impl LayersKey {
             ImageKind::Archive => vec![identity(&fs::metadata(&image.path).ok()?)?],
             ImageKind::Directory => {
                 let root = Beneath::open(&image.path).ok()?;
-                // What they are is not known: nothing is opened but the place.
+                // They may be links or devices, so neither is opened for reading.
                 let look = |name| identity(&root.open_at(Path::new(name), libc::O_PATH).ok()?.metadata().ok()?);
                 vec![look("oci-layout")?, look("index.json")?]
             }
@@ -56,23 +56,14 @@ fn identity(metadata: &fs::Metadata) -> Option<FileIdentity> {
 impl ComposedDisk {
     /// The pieces of the disk, and the image's configuration.
     pub(super) fn get(&self, of: &LayersKey) -> Option<(Vec<DiskPiece<Arc<File>>>, ImageConfig)> {
-        self.with(|last| {
-            let last = last.as_ref().filter(|last| last.of == *of)?;
-            Some((last.pieces.clone(), last.config.clone()))
-        })
+        let last = unless_locked(&self.0)?;
+        let last = last.as_ref().filter(|last| last.of == *of)?;
+        Some((last.pieces.clone(), last.config.clone()))
     }
 
     pub(super) fn set(&self, of: LayersKey, pieces: &[DiskPiece<Arc<File>>], config: &ImageConfig) {
-        let composed = Composed { of, pieces: pieces.into(), config: config.clone() };
-        self.with(|last| last.replace(composed));
-    }
-
-    /// Does nothing while another thread has it. In a child of fork that thread may not exist.
-    fn with<T>(&self, what: impl FnOnce(&mut Option<Composed>) -> Option<T>) -> Option<T> {
-        match self.0.try_lock() {
-            Ok(mut last) => what(&mut last),
-            Err(TryLockError::Poisoned(last)) => what(&mut last.into_inner()),
-            Err(TryLockError::WouldBlock) => None,
+        if let Some(mut last) = unless_locked(&self.0) {
+            *last = Some(Composed { of, pieces: pieces.into(), config: config.clone() });
         }
     }
 }

@@ -45,7 +45,7 @@ impl Compression {
 /// What may be unpacked whatever its ratio is.
 const FREE_OF_RATIO: u64 = 64 << 20;
 
-/// Decompresses `source`. What is not compressed passes as it is. Members of gzip and frames of zstd follow each other.
+/// Decompresses `source`. Uncompressed input passes unchanged. Members of gzip and frames of zstd follow each other.
 ///
 /// Errors of `source` come out as they went in. Reading fails with `InvalidConfig` once more is unpacked than `ratio` times what
 /// was read.

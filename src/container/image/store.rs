@@ -247,15 +247,16 @@ impl Store {
     pub(super) fn layer(&self, diff_id: &oci::Digest, deadline: &PrepareDeadline) -> Result<Option<Arc<File>>> {
         let Some(file) = get(&self.layers, &layer_file(diff_id), deadline)? else { return Ok(None) };
         let identity = FileIdentity::of(&file)?;
-        // Another thread has it for no longer than a look takes. In a child of fork it may be locked for ever.
-        let tries = (0..20).map(|n| (n > 0).then(|| std::thread::sleep(MIN_PAUSE / 20)));
-        let Some(mut open) = tries.map(|_| unless_locked(&OPEN_LAYERS)).find_map(|it| it) else {
-            return Ok(Some(Arc::new(file)));
+        // Other threads hold the lock for a lookup. In a child of fork it may stay locked, and then a layer is opened once more.
+        let attempt = |n: u32| {
+            std::thread::sleep(MIN_PAUSE / 20 * n.min(1));
+            unless_locked(&OPEN_LAYERS)
         };
+        let Some(mut open) = (0..20).find_map(attempt) else { return Ok(Some(Arc::new(file))) };
         if let Some(shared) = open.get(&identity).and_then(Weak::upgrade) {
             return Ok(Some(shared));
         }
-        // Seldom, as it looks at all.
+        // At doubled sizes alone, as it visits all entries.
         if open.len() >= MAX_VERIFIED && open.len().is_power_of_two() {
             open.retain(|_, file| file.strong_count() > 0);
         }
@@ -384,9 +385,9 @@ fn get(shelf: &Shelf, name: &str, deadline: &PrepareDeadline) -> Result<Option<F
     Ok(Some(file))
 }
 
-/// Returns what is in it, unless another thread holds it. In a child of fork that thread may not exist. A caller that misses
-/// it reads a disk once more, or opens a layer once more.
-fn unless_locked<T>(list: &Mutex<T>) -> Option<MutexGuard<'_, T>> {
+/// Locks a list, unless another thread holds it. In a child of fork that thread may not exist. Without the list a caller reads
+/// a disk, or opens a layer, once more.
+pub(super) fn unless_locked<T>(list: &Mutex<T>) -> Option<MutexGuard<'_, T>> {
     match list.try_lock() {
         Ok(verified) => Some(verified),
         Err(TryLockError::Poisoned(verified)) => Some(verified.into_inner()),

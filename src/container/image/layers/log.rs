@@ -188,7 +188,7 @@ fn damaged() -> Error {
 }
 
 impl<R: Read> LogReader<R> {
-    /// Creates a reader of the log of a layer with so many blocks of content.
+    /// Creates a reader of a layer's log. The layer has `blocks` blocks of content.
     pub(super) fn new(source: R, blocks: u32) -> Self {
         Self { source, blocks }
     }

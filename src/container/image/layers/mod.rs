@@ -64,14 +64,14 @@ pub(super) fn prepare_layers(
     let work = Work { store, source, layers: &image.layers, allowed, space, returned, deadline, observer };
     loop {
         match work.prepare_all() {
-            // Wrong bytes of a server may have taken the space of other layers meanwhile. They do so once for each server.
+            // Wrong bytes may have taken the space of other layers. Each round excludes a server of a layer, so rounds end.
             Err(error) if error.kind() == ErrorKind::InvalidConfig && work.returned.swap(false, Ordering::Relaxed) => {}
             outcome => return outcome,
         }
     }
 }
 
-/// Whether other bytes might have no such error. What is read is checked by its digest only at its end.
+/// Whether other bytes might have no such error. The digest is known at the end alone, so wrong bytes may fail in any way before.
 fn is_of_content(error: &Error) -> bool {
     matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::InvalidConfig | ErrorKind::Unsupported)
 }

@@ -78,7 +78,7 @@ fn choose<'a, T>(images: &'a [Named<T>], select: Option<&str>) -> Result<&'a T> 
     }
 }
 
-/// A name as Docker writes it out: with its registry and its tag. What is no name of Docker's stays as it is.
+/// A name as Docker writes it out: with its registry and its tag. A text that is no such name stays unchanged.
 fn full_name(name: &str) -> String {
     name.parse().map_or_else(|_| name.to_owned(), |reference: Reference| reference.to_string())
 }

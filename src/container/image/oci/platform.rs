@@ -43,7 +43,7 @@ impl Platform {
 
     /// How well an image for `other` fits where this one is asked for; less is better.
     ///
-    /// A processor of a higher variant runs what is for a lower one. Other names of architectures count as those of Go.
+    /// A processor of a higher variant runs programs for a lower one. Other names of architectures count as those of Go.
     pub(super) fn distance(&self, other: &Self) -> Option<u8> {
         let ((wanted, level), (there, other_level)) = (self.canonical(), other.canonical());
         if self.os != other.os || wanted != there {

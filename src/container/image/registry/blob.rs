@@ -146,7 +146,7 @@ impl<'a> BlobReader<'a> {
         }
         log::debug!("blob {} is read on from byte {}: {}", self.digest, self.position, failure.error);
         let next = self.servers.next(self.server.wrapping_add(1));
-        // What a server asks for is for itself.
+        // A pause that a server asks for concerns that server alone.
         let asked = failure.after.filter(|_| next == self.server).unwrap_or_default();
         retry::wait(asked.max(retry::pause(failures.recent)), &self.deadline)?;
         self.server = next;

@@ -1,8 +1,8 @@
 //! [`Registry`]: images of registries, as Docker has them (distribution-spec 1.1).
 //!
 //! A pull asks the registry, or a mirror of it, for the manifest that a name stands for. The server that answers for a tag is trusted
-//! with what it stands for, unless a signature policy asks for a key or an identity. What is asked for by digest is checked here, so for that mirrors and
-//! redirects need no trust. Layers that the store has are not asked for.
+//! with what it stands for, unless a signature policy asks for a key or an identity. Content that is asked for by digest is checked here, so mirrors
+//! and redirects need no trust for it. Layers that the store has are not asked for.
 
 mod auth;
 mod blob;

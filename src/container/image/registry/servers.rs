@@ -2,7 +2,7 @@
 
 use std::sync::{Mutex, PoisonError};
 
-/// What is known of the servers of one blob. Their numbers are those of the session.
+/// Which servers of a session were asked for one blob, and which are asked no more. Their numbers are those of the session.
 #[derive(Debug)]
 pub(super) struct BlobServers(Mutex<Vec<ServerState>>);
 

@@ -39,7 +39,7 @@ pub(super) struct Session {
     plain: PlainHosts,
     /// The one that answered last.
     preferred: AtomicUsize,
-    /// What is known of the servers of each blob that was asked for.
+    /// For each blob that was asked for.
     blobs: Mutex<BTreeMap<Digest, Arc<BlobServers>>>,
 }
 
@@ -81,7 +81,7 @@ impl Session {
         self.endpoints.iter().map(|member| format!("{}\n", member.endpoint.shown())).collect()
     }
 
-    /// What is known of the servers of a blob.
+    /// Returns which servers may be asked for a blob.
     pub fn servers_of(&self, digest: &Digest) -> Arc<BlobServers> {
         let mut blobs = self.blobs.lock().unwrap_or_else(PoisonError::into_inner);
         blobs.entry(digest.clone()).or_insert_with(|| Arc::new(BlobServers::new(self.servers()))).clone()

@@ -42,8 +42,9 @@ fn is_no_room_or_right(error: i32) -> bool {
 }
 
 fn judge(file: fs::File) -> Result<()> {
-    let mut text = String::new();
-    file.take(MAX_LEN).read_to_string(&mut text)?;
+    let mut bytes = Vec::new();
+    file.take(MAX_LEN).read_to_end(&mut bytes)?;
+    let text = String::from_utf8_lossy(&bytes);
     let number = text.trim_end();
     if number.parse().is_ok_and(|number: u32| number <= FORMAT) {
         return Ok(());
@@ -74,7 +75,8 @@ mod tests {
         let dir: PathBuf = std::env::temp_dir().join(format!("cofferdam-format-{}", std::process::id()));
         drop(Store::open(Some(dir.clone())).unwrap());
         assert_eq!(fs::read_to_string(dir.join(NAME)).unwrap(), "1\n");
-        for newer in ["2\n", "10", "", "-1", "1 and more", "99999999999999999999999"] {
+        let newer: [&[u8]; 7] = [b"2\n", b"10", b"", b"-1", b"1 and more", b"99999999999999999999999", b"\xff\xfe"];
+        for newer in newer {
             fs::write(dir.join(NAME), newer).unwrap();
             let before = fs::read_dir(&dir).unwrap().count();
             let error = Store::open(Some(dir.clone())).unwrap_err();

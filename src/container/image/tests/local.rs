@@ -125,6 +125,29 @@ fn layouts_are_recognized_in_every_form() {
     assert_eq!(disks(&temp).len(), 1);
 }
 
+/// Without its blobs a layout cannot be read again, so what still works was kept.
+#[test]
+fn clones_of_a_prepared_image_share_its_open_disk_while_the_layout_is_the_same() {
+    let temp = Temp::new();
+    let mut files = Files::default();
+    let image = files.image(&[base(), upper()], plain, CONFIG);
+    let directory = temp.0.join("layout");
+    files.layout(&[(image, "latest")]).in_directory(&directory);
+    let image = open(&temp, &directory);
+    let pieces = |image: &Image| match image.disk(None) {
+        Ok(ImageDisk::Pieces(pieces)) => pieces,
+        other => panic!("{other:?}"),
+    };
+    let first = pieces(&image);
+    fs::remove_dir_all(directory.join("blobs")).unwrap();
+    fs::remove_dir_all(temp.0.join("cache/layers")).unwrap();
+    let again = pieces(&image.clone());
+    assert!(first.len() > 2 && first.iter().zip(&again).all(|(a, b)| Arc::ptr_eq(&a.file, &b.file)));
+    let index = fs::read(directory.join("index.json")).unwrap();
+    fs::write(directory.join("index.json"), [&index[..], b"\n"].concat()).unwrap();
+    assert_eq!(image.disk(None).unwrap_err().kind(), ErrorKind::NotFound);
+}
+
 #[test]
 fn compressed_root_file_systems_are_read() {
     let temp = Temp::new();

@@ -172,6 +172,19 @@ fn rate_limit_is_named_with_the_words_of_the_registry() {
 }
 
 #[test]
+fn pause_that_a_mirror_asks_for_holds_up_no_other_server() {
+    for seconds in ["3600", "30"] {
+        let mirror = Server::start(move |_| Answer::new(429, "").header("Retry-After", seconds));
+        let server = Server::start(|_| Answer::new(200, "content"));
+        let both = session_of(&[&mirror, &server], keyring(&[]), LONG);
+        // It is shorter than either pause.
+        let deadline = PrepareDeadline::fixed(std::time::Duration::from_secs(20), "late");
+        assert_eq!(read(&both, &blob_of(b"content"), &deadline).unwrap(), b"content", "{seconds}");
+        assert_eq!((mirror.asked().len(), server.asked().len()), (1, 1));
+    }
+}
+
+#[test]
 fn registry_that_is_not_there_is_an_error() {
     let gone = Server::start(|_| Answer::new(200, ""));
     let all = session_of(&[&gone], keyring(&[]), LONG);

@@ -187,11 +187,18 @@ fn image_that_is_not_admitted_gets_no_name_and_no_layer_is_asked_for() {
 }
 
 /// The same files at other servers. Layers of `wrong.example` and the configuration of `wrong-config.example` are wrong. Layers of
-/// `slow.example` come once `go` says so.
+/// `slow.example` come once `go` says so. Those of `unsupported.example` and `bomb.example` are others that no image may have.
 #[derive(Clone)]
 struct Others {
     memory: Memory,
     go: Arc<(Mutex<bool>, std::sync::Condvar)>,
+}
+
+/// An archive of one entry, of so many bytes.
+fn padded(entry: &Made, len: usize) -> Vec<u8> {
+    let mut bytes = archive(std::slice::from_ref(entry));
+    bytes.resize(len, 0);
+    bytes
 }
 
 impl Others {
@@ -217,6 +224,10 @@ impl Fetch for Others {
         match host {
             "wrong.example" if is_layer => bytes[700] ^= 1,
             "wrong-config.example" if path.starts_with("blobs/") && !is_layer => bytes[0] ^= 1,
+            "unsupported.example" if is_layer => {
+                bytes = padded(&Made::file("file", "").pax("SCHILY.xattr.foo.bar", "x"), bytes.len());
+            }
+            "bomb.example" if is_layer => bytes = padded(&Made::file("file", "").sparse(&[], 1 << 50), bytes.len()),
             "slow.example" if is_layer => {
                 let mut go = self.go.0.lock().unwrap();
                 while !*go {
@@ -235,7 +246,7 @@ fn layer_that_a_mirror_has_wrong_is_asked_of_the_next_server() {
     let of_24_kib = |n: usize| archive(&[Made::file("file", [n as u8; 24 << 10])]);
     memory.image_of("1", &[0, 1, 2], of_24_kib);
     let registry = memory.registry(&temp).fetcher(Others::new(&memory)).mirror("r.example", "wrong.example");
-    // The limit counts what is kept, and not what was wrong too.
+    // The limit counts layers that are kept, and no wrong ones.
     let registry = registry.max_size(crate::size::Size::kib(100));
     let _ = registry.pull("r.example/a/b:1").unwrap();
     let asked = memory.asked();
@@ -243,9 +254,17 @@ fn layer_that_a_mirror_has_wrong_is_asked_of_the_next_server() {
     assert!(of("wrong.example") >= 2 && of("r.example") == 3, "{asked:?}");
     let store = ImageStore::at(&temp.0);
     assert!(store.verify(LONG).unwrap().is_empty() && store.list().unwrap().len() == 1);
-    let other = Temp::new("mirror-config");
-    let registry = memory.registry(&other).fetcher(Others::new(&memory)).mirror("r.example", "wrong-config.example");
-    let _ = registry.pull("r.example/a/b:1").unwrap();
+    for (mirror, kind) in [
+        ("wrong-config.example", ErrorKind::Corrupt),
+        ("unsupported.example", ErrorKind::Unsupported),
+        ("bomb.example", ErrorKind::InvalidConfig),
+    ] {
+        let other = Temp::new(mirror);
+        let registry = || memory.registry(&other).fetcher(Others::new(&memory));
+        let error = registry().pull(format!("{mirror}/a/b:1")).map(drop).unwrap_err();
+        assert_eq!(error.kind(), kind, "{mirror}: {error}");
+        let _ = registry().mirror("r.example", mirror).pull("r.example/a/b:1").unwrap();
+    }
     let small = Temp::new("mirror-limit");
     let registry = memory.registry(&small).fetcher(Others::new(&memory)).max_size(crate::size::Size::kib(60));
     let error = registry.pull("r.example/a/b:1").map(drop).unwrap_err();

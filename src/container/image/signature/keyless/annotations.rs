@@ -46,7 +46,7 @@ struct EntryKind {
 /// The same as a bundle of version 0.1.
 ///
 /// # Errors
-/// What is wrong with it.
+/// Names the part that is missing, too long or malformed.
 pub(super) fn bundle(
     payload: &[u8],
     signature: &str,

@@ -53,7 +53,7 @@ pub(crate) fn keyless_signature(data: &[u8]) {
                     *byte = change[2];
                 }
             }
-            // What is not signed may change, as white space does.
+            // Parts that are not signed may change, such as white space.
             let _ = sample.check(&bundle);
         }
         2 => {

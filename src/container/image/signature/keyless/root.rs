@@ -20,7 +20,7 @@ const MAX_TRUST_ROOT: usize = 1 << 20;
 const MAX_LOG_ENTRIES: usize = 2;
 const MAX_TIMESTAMPS: usize = 2;
 const MAX_CERTIFICATES: usize = 6;
-/// A log of 2^63 entries has paths of so many hashes.
+/// The longest proof of a log with 2^63 entries.
 const MAX_PROOF: usize = 64;
 /// Those of the log and of its witnesses.
 const MAX_CHECKPOINT_SIGNATURES: usize = 16;
@@ -50,7 +50,7 @@ impl TrustRoot {
     /// in the process set theirs before: this one checks no signature of a bare hash.
     ///
     /// # Errors
-    /// `InvalidConfig` for what is no trust root, and for one without a certificate authority or a transparency log. The same for keys and
+    /// `InvalidConfig` for bytes that are no trust root, and for one without a certificate authority or a transparency log. The same for keys and
     /// certificates in it that cannot be. `Unsupported` when the processor lacks instructions that the arithmetic needs.
     pub fn from_json(json: &[u8]) -> Result<Self> {
         let invalid = |what: String| Error::invalid("TrustRoot::from_json", what);
