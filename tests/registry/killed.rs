@@ -107,17 +107,28 @@ fn pull_killed_at_any_moment_leaves_a_whole_store_and_the_next_one_succeeds() {
         Pulling::start(&name, &temp.path(&format!("whole-{n}")), &temp).succeeds();
         begun.elapsed()
     };
-    let whole = (0..3).map(measure).min().unwrap();
-    let (mut killed, mut store, mut kills_of_store) = (0, 0, 0);
-    for round in 0..rounds {
+    let mut whole = (0..3).map(measure).min().unwrap();
+    let (mut killed, mut round, mut store, mut kills_of_store) = (0, 0, 0, 0);
+    while killed < rounds {
+        round += 1;
+        assert!(
+            round <= 10 * rounds,
+            "seed {seed}: {killed} of {round} were killed in the middle of a pull of {whole:?}"
+        );
         // Every other store sees several kills before a pull ends.
         let cache = temp.path(&format!("cache-{store}"));
-        let moment = Duration::from_micros(random.below(whole.as_micros() as u64));
+        let moment = Duration::from_micros(random.below(whole.as_micros().max(1) as u64));
         let at =
             format!("seed {seed}, round {round}, after {moment:?} of {whole:?}, kill {kills_of_store} of the store");
         let pulling = Pulling::start(&name, &cache, &temp);
         std::thread::sleep(moment);
-        killed += u32::from(pulling.kill());
+        match pulling.kill() {
+            true => killed += 1,
+            // The machine has become faster: a whole pull had ended by then.
+            false if kills_of_store == 0 => whole = moment,
+            // The store had most of the layers.
+            false => {}
+        }
         check(&cache, &name, &at);
         kills_of_store += 1;
         if store % 2 == 1 && kills_of_store < 3 {
@@ -133,8 +144,7 @@ fn pull_killed_at_any_moment_leaves_a_whole_store_and_the_next_one_succeeds() {
         std::fs::remove_dir_all(&cache).unwrap();
         (store, kills_of_store) = (store + 1, 0);
     }
-    println!("{killed} of {rounds} were killed in the middle of a pull of {whole:?}");
-    assert!(killed * 2 > rounds, "seed {seed}: {killed} of {rounds} were killed in the middle of a pull of {whole:?}");
+    println!("{killed} of {round} were killed in the middle of a pull of {whole:?}");
 }
 
 #[test]
