@@ -47,7 +47,7 @@ setup: base
 		skopeo umoci xz-utils zstd
 	@guest/stock-kernels >/dev/null
 	@guest/system >/dev/null
-	@guest/rootfs storage >/dev/null
+	@guest/rootfs tools >/dev/null
 	@guest/rootfs network >/dev/null
 	@guest/layout >/dev/null
 	@guest/layout services >/dev/null

@@ -145,7 +145,7 @@ impl Bench {
         let dir = std::env::temp_dir().join(format!("cofferdam-disk-bench-{}", std::process::id()));
         fs::create_dir_all(dir.join("root/bin")).expect("a directory");
         data_directory(&dir);
-        let image = Image::open(cache().join("images/debian-12-storage.tar")).expect("an image: run `make setup`");
+        let image = Image::open(cache().join("images/debian-12-tools.tar")).expect("an image: run `make setup`");
         // In a directory of its own, its disk is the only file there.
         let disks = cache().join("bench-disk");
         image.cache_dir(&disks).prepare().expect("the image's disk");

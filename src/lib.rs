@@ -97,7 +97,7 @@
 //! | `Exec::output` | with `Exec::timeout`: that and 10 s for what was printed; without: as long as the program runs, and 10 s; 12 s more where one stream goes to a file |
 //! | `Process::wait` after `Process::kill` | 2 s; 4 s more where output goes to a file |
 //! | `Process::wait_with_output` | as `Process::wait`, and 10 s for what was printed |
-//! | `Process::kill`, `Process::signal` | 10 s, for a host that is busy |
+//! | `Process::kill`, `Process::signal`, `Process::resize` | 10 s, for a host that is busy |
 //! | `Container::connect` | 21 s: 10 s for a host that is busy, 11 s for the guest |
 //! | [`Vm::connect_vsock`] | 20 s: 10 s for a host that is busy, 10 s for the guest |
 //! | `Container::stop`, [`Vm::stop`] | the grace and 2 s; 15 s more where a file of the host's, or a writer or network of the embedder's, hangs |
@@ -232,7 +232,7 @@ pub mod vsock {
 /// Programs in a container: their streams and how they end.
 #[cfg(feature = "container")]
 pub mod process {
-    pub use crate::container::{ExitStatus, Output, ProcessReader, ProcessWriter, Stdio};
+    pub use crate::container::{ExitStatus, Output, ProcessLimits, ProcessReader, ProcessWriter, Resource, Stdio};
 }
 
 /// What an [`Image`] may be.

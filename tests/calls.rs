@@ -77,6 +77,7 @@ const APART: &[&str] = &[
     "PortForward",
     "PublicKey",
     "Qcow2Disk",
+    "ProcessLimits",
     "Rate",
     "Received",
     "Reference",

@@ -34,7 +34,7 @@ fn check(disk: &Path) {
 #[test]
 fn debian_images_pass_fsck() {
     let directory = cache().join("images");
-    for name in ["debian-12", "debian-12-network", "debian-12-storage"] {
+    for name in ["debian-12", "debian-12-network", "debian-12-tools"] {
         let image = Image::open(directory.join(format!("{name}.tar"))).expect("an image: run `make setup`");
         image.prepare().expect("its disk");
     }

@@ -2,6 +2,7 @@
 
 mod builder;
 mod cancel;
+mod capabilities;
 mod control;
 mod defaults;
 mod exec;
@@ -10,6 +11,7 @@ mod ext4;
 mod generation;
 mod image;
 mod layer;
+mod limits;
 mod process;
 mod redirect;
 mod shim;
@@ -44,6 +46,7 @@ pub use image::{PublicKey, SignaturePolicy};
 #[cfg(any(test, feature = "internals"))]
 pub(crate) use image::{image_tar, oci_layer, oci_layer_file, oci_manifest};
 pub use layer::WritableLayer;
+pub use limits::{ProcessLimits, Resource};
 pub use process::{ExitStatus, Output, Process, ProcessReader, ProcessWriter};
 
 use crate::error::Result;

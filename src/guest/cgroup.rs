@@ -14,7 +14,9 @@ use super::alloc::ffi::CString;
 use super::alloc::vec::Vec;
 use super::files;
 use super::poweroff::Decimal;
+use super::spawn::SpawnError;
 use super::sys::{self, Errno, Fd, O_DIRECTORY, O_RDONLY, POLLPRI, Poll};
+use crate::proto::{CPU_PERIOD_US, ProcessLimits, SpawnStep};
 
 /// Processes that no workload may have: the kernel's own, the shim, and what a few programs more need to start beside a fork bomb.
 const RESERVED_PIDS: u64 = 64;
@@ -29,7 +31,7 @@ pub(super) struct Cgroups {
 
 impl Cgroups {
     /// `threads_max` is how many threads the kernel allows at all.
-    pub(super) fn make(threads_max: u64) -> Result<Self, Errno> {
+    pub(super) fn new(threads_max: u64) -> Result<Self, Errno> {
         let root = sys::open(None, c"/sys/fs/cgroup", O_RDONLY | O_DIRECTORY)?;
         enable_controllers(&root)?;
         match sys::mkdir(Some(&root), c"cofferdam", 0o755) {
@@ -43,8 +45,19 @@ impl Cgroups {
         Ok(Self { dir, pids_each: decimal(each) })
     }
 
-    /// A group for the program `id`.
-    pub(super) fn group(&self, id: u32) -> Result<Group, Errno> {
+    /// A group for the program `id`, which may use so much.
+    pub(super) fn group(&self, id: u32, limits: &ProcessLimits) -> Result<Group, SpawnError> {
+        let group = self.make(id).map_err(|errno| SpawnError::new(SpawnStep::Cgroup, errno))?;
+        match group.limit(limits) {
+            Ok(()) => Ok(group),
+            Err(errno) => {
+                self.remove(&group);
+                Err(SpawnError::new(SpawnStep::Limit, errno))
+            }
+        }
+    }
+
+    fn make(&self, id: u32) -> Result<Group, Errno> {
         let name = decimal(id.into());
         sys::mkdir(Some(&self.dir), &name, 0o755)?;
         let dir = match sys::open(Some(&self.dir), &name, O_RDONLY | O_DIRECTORY) {
@@ -77,6 +90,20 @@ pub(super) struct Group {
 }
 
 impl Group {
+    /// # Errors
+    /// `ENOENT` when the kernel has no controller for one of them.
+    fn limit(&self, limits: &ProcessLimits) -> Result<(), Errno> {
+        let ProcessLimits { memory, pids, cpu_weight, cpu_quota_us } = *limits;
+        let set = |file, number: Option<u64>, rest: &[u8]| match number {
+            None => Ok(()),
+            Some(number) => files::write(Some(&self.dir), file, &[Decimal::new(number).as_bytes(), rest].concat()),
+        };
+        set(c"memory.max", memory, b"")?;
+        set(c"pids.max", pids.map(u64::from), b"")?;
+        set(c"cpu.weight", cpu_weight.map(u64::from), b"")?;
+        set(c"cpu.max", cpu_quota_us, &[b" ", Decimal::new(CPU_PERIOD_US).as_bytes()].concat())
+    }
+
     /// Kills everything in it, at once and for good (Linux 5.14).
     pub(super) fn kill(&self) -> Result<(), Errno> {
         files::write(Some(&self.dir), c"cgroup.kill", b"1")

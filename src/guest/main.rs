@@ -8,6 +8,7 @@
 //!  serve      the loop                      process   one program            spawn, relay  its start, its streams
 //!  cgroup     the programs' groups          connect   the host's connections to services
 //!  shutdown   the order of the machine's end          user      users and groups of programs
+//!  terminal   a program's terminal
 //! ```
 //! `build.rs` compiles this file alone into the program that the library embeds; as a module of the library it is compiled for tests only.
 #![cfg_attr(guest_bin, no_std, no_main)]
@@ -37,6 +38,7 @@ mod serve;
 mod shutdown;
 mod spawn;
 mod sys;
+mod terminal;
 mod user;
 
 use alloc::vec::Vec;
@@ -113,7 +115,7 @@ fn setup_pid1() -> Result<Fd, Failure> {
     let _ = sys::reboot(sys::RB_CTRL_ALT_DEL_TO_INIT);
     let _ = files::write(None, c"/proc/self/oom_score_adj", b"-1000");
     // The streams and pipes of a thousand programs.
-    let _ = sys::limit_files(65_536, FILES.1);
+    let _ = sys::set_rlimit(spawn::RLIMIT_NOFILE, 65_536, FILES.1);
     Ok(signals)
 }
 
@@ -165,8 +167,10 @@ fn isolate(control: Control, signals: Fd) -> Result<Shim, (Control, Failure)> {
         }
     };
     // A kernel without cgroups runs programs all the same.
-    let cgroups = Cgroups::make(cgroup::threads_max(&reaper.proc)).ok();
-    let ground = spawn::SpawnEnv { null, proc: reaper.proc, files: FILES };
+    let cgroups = Cgroups::new(cgroup::threads_max(&reaper.proc)).ok();
+    // A kernel without terminals runs programs all the same.
+    let devpts = sys::open(None, c"/dev/pts", sys::O_PATH | sys::O_DIRECTORY).ok();
+    let ground = spawn::SpawnEnv { null, proc: reaper.proc, devpts, files: FILES };
     Ok(Shim::new(control, signals, reaper.pid, ground, cgroups))
 }
 

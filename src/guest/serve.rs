@@ -11,6 +11,7 @@ use super::relay::{Relay, RelayProgress};
 use super::shutdown::{GuestShutdown, Next};
 use super::spawn::{self, Report, SpawnEnv, SpawnError, StdioStreams};
 use super::sys::{self, Errno, Fd, POLLIN, Poll, SIGKILL, Status};
+use super::terminal::Terminal;
 use crate::proto::{Decoder, End, FROM_HOST_MAX, FromGuest, FromHost, MessageFrame, Spawn, SpawnStep, Stage};
 
 /// Programs that the shim keeps track of at the same time, with those that have exited and left something running.
@@ -44,6 +45,7 @@ pub(super) struct Shim {
     workloads: Option<Watch>,
     processes: Vec<Process>,
     relays: Vec<Relay>,
+    terminals: Vec<Terminal>,
     /// `None` where the kernel cannot listen on vsock.
     connections: Option<Connections>,
     ending: Option<GuestShutdown>,
@@ -77,6 +79,7 @@ impl Shim {
             workloads: None,
             processes: Vec::new(),
             relays: Vec::new(),
+            terminals: Vec::new(),
             connections: Connections::listen().ok(),
             ending: None,
         }
@@ -97,9 +100,11 @@ impl Shim {
                     return Outcome::Failed(Failure::new(Stage::Loop, errno, &[b"polling"]));
                 }
             }
-            // The relays' entries come in pairs after those that have an owner.
-            let (owned, paired) = polls.split_at(owners.len().min(polls.len()));
+            // The relays' entries come in pairs after those that have an owner, then those of terminals in threes.
+            let (owned, rest) = polls.split_at(owners.len().min(polls.len()));
+            let (paired, threes) = rest.split_at((2 * self.relays.len()).min(rest.len()));
             self.advance_relays(paired);
+            self.advance_terminals(threes);
             if self.has_eager_connections() {
                 self.serve_connections();
             }
@@ -170,12 +175,21 @@ impl Shim {
         }
         add(self.control.poll(), PollTarget::Control);
         polls.extend(self.relays.iter().flat_map(Relay::polls));
+        polls.extend(self.terminals.iter().flat_map(Terminal::polls));
     }
 
     fn advance_relays(&mut self, polls: &[Poll]) {
         let mut pairs = polls.chunks_exact(2);
         self.relays.retain_mut(|relay| match pairs.next() {
             Some([pipe, socket]) => relay.advance([pipe.happened, socket.happened]) == RelayProgress::Going,
+            _ => true,
+        });
+    }
+
+    fn advance_terminals(&mut self, polls: &[Poll]) {
+        let mut threes = polls.chunks_exact(3);
+        self.terminals.retain_mut(|terminal| match threes.next() {
+            Some([master, input, output]) => terminal.advance([master.happened, input.happened, output.happened]),
             _ => true,
         });
     }
@@ -216,6 +230,12 @@ impl Shim {
             }
             FromHost::Signal { signo, group } => self.signal(frame.stream, signo, group),
             FromHost::Kill => self.kill(frame.stream),
+            FromHost::Resize(size) => {
+                if let Some(terminal) = self.terminals.iter().find(|terminal| terminal.owner == frame.stream) {
+                    // It refuses no size.
+                    let _ = terminal.resize(size);
+                }
+            }
             FromHost::Reseed { seed } => {
                 let errno = sys::reseed(seed).err().map_or(0, |errno| errno.0);
                 self.control.say(frame.stream, &FromGuest::Reseeded { errno });
@@ -260,13 +280,16 @@ impl Shim {
 
     /// Its streams are connected: fork.
     fn start(&mut self, process: &mut Process, spawn: &Spawn<'_>, streams: StdioStreams) -> Result<(), SpawnError> {
-        if let Some(cgroups) = &self.cgroups {
-            process.group = Some(cgroups.group(process.id).map_err(|errno| SpawnError::new(SpawnStep::Cgroup, errno))?);
+        match &self.cgroups {
+            Some(cgroups) => process.group = Some(cgroups.group(process.id, &spawn.limits)?),
+            None if spawn.limits.is_any() => return Err(SpawnError::new(SpawnStep::Limit, Errno::ENOENT)),
+            None => {}
         }
         let cgroup = process.group.as_ref().map(|group| &group.dir);
         match spawn::start(process.id, spawn, streams, cgroup, &self.spawn_env) {
             Ok(started) => {
                 self.relays.extend(started.relays);
+                self.terminals.extend(started.terminal);
                 process.life = ProcessState::Starting { pid: started.pid, report: started.report };
                 Ok(())
             }
@@ -332,6 +355,7 @@ impl Shim {
             }
             Err(refusal) => {
                 self.relays.retain(|relay| relay.owner != process.id);
+                self.terminals.retain(|terminal| terminal.owner != process.id);
                 self.refuse(process.id, refusal);
                 process.life = ProcessState::Refused { pid };
             }
@@ -383,6 +407,7 @@ impl Shim {
         // Of one that never became the program the host knows already.
         if let ProcessState::Running { .. } = process.life {
             self.relays.retain_mut(|relay| relay.owner != process.id || relay.owner_exited() == RelayProgress::Going);
+            self.terminals.retain_mut(|terminal| terminal.owner != process.id || terminal.owner_exited());
             let message = match status {
                 Status::Exited(code) => FromGuest::Exited { code },
                 Status::Signaled(signo) => {
@@ -446,7 +471,9 @@ impl Shim {
         let ending = self.ending.as_mut()?;
         let populated = self.workloads.as_ref().is_some_and(Watch::is_populated);
         let alive = populated || self.processes.iter().any(|process| process.life.pid().is_some());
-        let drained = self.relays.is_empty() && self.connections.as_ref().is_none_or(Connections::is_drained);
+        let drained = self.relays.is_empty()
+            && self.terminals.is_empty()
+            && self.connections.as_ref().is_none_or(Connections::is_drained);
         let own = self.processes.iter().any(|process| process.own_signal().is_some());
         match ending.step(own, alive, drained, sys::now_ns()) {
             Next::Wait => None,

@@ -7,8 +7,15 @@ use super::alloc::ffi::CString;
 use super::alloc::vec::Vec;
 use super::relay::{Relay, RelayDirection};
 use super::sys::{self, Errno, Fd, POLLOUT, Poll, Vector};
+use super::terminal::Terminal;
 use super::user::{self, Identity};
-use crate::proto::{HOST_CID, Spawn, SpawnStep, Stdio, Strings};
+use crate::proto::{HOST_CID, Rlimit, Rlimits, Spawn, SpawnStep, Stdio, Strings, TerminalSize};
+
+/// The number of the limit of open files (getrlimit(2)).
+pub(super) const RLIMIT_NOFILE: u8 = 7;
+
+/// Leaves an owner or a group as it is (chown(2)).
+const UNCHANGED: u32 = u32::MAX;
 
 /// Where programs are looked for if the environment has no `PATH`.
 const DEFAULT_PATH: &[u8] = b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -33,6 +40,8 @@ pub(super) struct SpawnEnv {
     pub(super) null: Fd,
     /// The workloads' `/proc`.
     pub(super) proc: Fd,
+    /// Where terminals are made; `None` where the kernel has none.
+    pub(super) devpts: Option<Fd>,
     /// Files a program may open, and how far it may raise that.
     pub(super) files: (u64, u64),
 }
@@ -101,6 +110,7 @@ pub(super) struct SpawnedProcess {
     pub(super) pid: i32,
     pub(super) report: Report,
     pub(super) relays: Vec<Relay>,
+    pub(super) terminal: Option<Terminal>,
 }
 
 /// Forks. Whether the program runs, the report tells.
@@ -112,32 +122,24 @@ pub(super) fn start(
     spawn_env: &SpawnEnv,
 ) -> Result<SpawnedProcess, SpawnError> {
     let no = |step| move |errno| SpawnError::new(step, errno);
-    let mut relays = Vec::new();
-    let mut ends: [Option<Fd>; 3] = [None, None, None];
-    for ((number, link), end) in streams.links.into_iter().enumerate().zip(&mut ends) {
-        let Some(link) = link else { continue };
-        // A new stream takes that much at once.
-        match sys::write(&link.socket, spawn.cookie) {
-            Ok(n) if n == spawn.cookie.len() => {}
-            Ok(_) => return Err(SpawnError::new(SpawnStep::Stdio, Errno::EAGAIN)),
-            Err(errno) => return Err(SpawnError::new(SpawnStep::Stdio, errno)),
-        }
-        let (reader, writer) = sys::pipe().map_err(no(SpawnStep::Stdio))?;
-        let (flow, mine, theirs) =
-            if number == 0 { (RelayDirection::In, writer, reader) } else { (RelayDirection::Out, reader, writer) };
-        sys::set_nonblocking(&mine).map_err(no(SpawnStep::Stdio))?;
-        relays.push(Relay::new(id, flow, mine, link.socket));
-        *end = Some(theirs);
-    }
-    let [input, output, error] = &ends;
-    let output = output.as_ref().unwrap_or(&spawn_env.null);
-    let error = if streams.joined { output } else { error.as_ref().unwrap_or(&spawn_env.null) };
+    let Connected { ends: [input, output, error], own, relays, terminal } = match spawn.terminal {
+        None => connect_pipes(id, spawn, streams, spawn_env)?,
+        Some(size) => connect_terminal(id, spawn, streams, spawn_env, size)?,
+    };
     let plan = Child {
-        stdio: [input.as_ref().unwrap_or(&spawn_env.null), output, error],
+        stdio: [&input, &output, &error],
+        own,
+        has_terminal: terminal.is_some(),
         spawn_env,
         cwd: spawn.cwd.unwrap_or(c"/"),
         make_cwd: spawn.make_cwd,
         user: spawn.user,
+        privileges: Privileges {
+            groups: spawn.groups,
+            rlimits: spawn.rlimits,
+            no_new_privs: spawn.no_new_privs,
+            capabilities: spawn.capabilities,
+        },
         programs: candidates(spawn),
         argv: Vector::new(spawn.argv.iter()).map_err(no(SpawnStep::Fork))?,
         envp: Vector::new(spawn.env.iter()).map_err(no(SpawnStep::Fork))?,
@@ -146,16 +148,97 @@ pub(super) fn start(
     let (reader, writer) = sys::pipe().map_err(no(SpawnStep::Fork))?;
     sys::set_nonblocking(&reader).map_err(no(SpawnStep::Fork))?;
     let pid = sys::fork(cgroup, || plan.run(&writer)).map_err(no(SpawnStep::Fork))?;
-    Ok(SpawnedProcess { pid, report: Report(reader), relays })
+    Ok(SpawnedProcess { pid, report: Report(reader), relays, terminal })
+}
+
+/// The standard streams as the program gets them, and what carries their bytes.
+struct Connected {
+    ends: [Fd; 3],
+    /// Which of them are its own, and not `/dev/null`.
+    own: [bool; 3],
+    relays: Vec<Relay>,
+    terminal: Option<Terminal>,
+}
+
+/// Says on a new stream which program's it is.
+fn introduce(socket: &Fd, cookie: &[u8]) -> Result<(), Errno> {
+    // A new stream takes that much at once.
+    if sys::write(socket, cookie)? == cookie.len() { Ok(()) } else { Err(Errno::EAGAIN) }
+}
+
+/// Each stream is a pipe, `/dev/null`, or for standard error the same as standard output.
+fn connect_pipes(
+    id: u32,
+    spawn: &Spawn<'_>,
+    streams: StdioStreams,
+    spawn_env: &SpawnEnv,
+) -> Result<Connected, SpawnError> {
+    let no = |errno| SpawnError::new(SpawnStep::Stdio, errno);
+    let mut relays = Vec::new();
+    let mut ends: [Option<Fd>; 3] = [None, None, None];
+    for ((number, link), end) in streams.links.into_iter().enumerate().zip(&mut ends) {
+        let Some(link) = link else { continue };
+        introduce(&link.socket, spawn.cookie).map_err(no)?;
+        let (reader, writer) = sys::pipe().map_err(no)?;
+        let (flow, mine, theirs) =
+            if number == 0 { (RelayDirection::In, writer, reader) } else { (RelayDirection::Out, reader, writer) };
+        sys::set_nonblocking(&mine).map_err(no)?;
+        relays.push(Relay::new(id, flow, mine, link.socket));
+        *end = Some(theirs);
+    }
+    let null = || sys::duplicate(&spawn_env.null).map_err(no);
+    let own = ends.each_ref().map(Option::is_some);
+    let [input, output, error] = ends;
+    let output = output.map_or_else(null, Ok)?;
+    let error = match error {
+        None if streams.joined => sys::duplicate(&output).map_err(no)?,
+        error => error.map_or_else(null, Ok)?,
+    };
+    Ok(Connected { ends: [input.map_or_else(null, Ok)?, output, error], own, relays, terminal: None })
+}
+
+/// All three streams are one terminal. Where the host reads no output it goes to `/dev/null`.
+fn connect_terminal(
+    id: u32,
+    spawn: &Spawn<'_>,
+    streams: StdioStreams,
+    spawn_env: &SpawnEnv,
+    size: TerminalSize,
+) -> Result<Connected, SpawnError> {
+    let no = |errno| SpawnError::new(SpawnStep::Stdio, errno);
+    let devpts = spawn_env.devpts.as_ref().ok_or(no(Errno::ENODEV))?;
+    let [input, output, _] = streams.links.map(|link| link.map(|link| link.socket));
+    for socket in input.iter().chain(&output) {
+        introduce(socket, spawn.cookie).map_err(no)?;
+    }
+    let output = output.map_or_else(|| sys::duplicate(&spawn_env.null).map_err(no), Ok)?;
+    let (master, slave) = sys::open_terminal(devpts, size).map_err(no)?;
+    let again = || sys::duplicate(&slave).map_err(no);
+    let ends = [again()?, again()?, slave];
+    let terminal = Some(Terminal::new(id, master, input, output));
+    Ok(Connected { ends, own: [true; 3], relays: Vec::new(), terminal })
+}
+
+/// What a program may do, beside what its user may.
+struct Privileges<'a> {
+    groups: Strings<'a>,
+    rlimits: Rlimits<'a>,
+    no_new_privs: bool,
+    /// Those that it can ever have.
+    capabilities: Option<u64>,
 }
 
 /// What the new process does until it is the program.
 struct Child<'a> {
     stdio: [&'a Fd; 3],
+    own: [bool; 3],
+    has_terminal: bool,
     spawn_env: &'a SpawnEnv,
     cwd: &'a CStr,
     make_cwd: bool,
     user: Option<&'a CStr>,
+    /// Of these groups, limits and privileges.
+    privileges: Privileges<'a>,
     programs: Vec<CString>,
     argv: Vector<'a>,
     envp: Vector<'a>,
@@ -188,11 +271,9 @@ impl Child<'_> {
             make_directories(self.cwd).map_err(at(SpawnStep::Chdir))?;
         }
         sys::chdir(self.cwd).map_err(at(SpawnStep::Chdir))?;
-        let identity = self.user.map(|user| user::resolve(user.to_bytes())).transpose()?;
-        if let Some(identity) = &identity {
-            self.become_user(identity).map_err(at(SpawnStep::User))?;
-        }
-        let home = identity.and_then(|identity| CString::new(identity.home).ok());
+        let named = self.user.map(CStr::to_bytes).or_else(|| (!self.privileges.groups.is_empty()).then_some(b"0"));
+        let identity = named.map(|user| user::resolve(user, self.privileges.groups)).transpose()?;
+        let home = identity.as_ref().and_then(|identity| CString::new(identity.home.as_slice()).ok());
         let with_home = match (&home, self.env) {
             (Some(home), Some(env)) => {
                 let all: Vec<&CStr> = env.iter().chain([home.as_c_str()]).collect();
@@ -200,6 +281,19 @@ impl Child<'_> {
             }
             _ => None,
         };
+        // What takes memory is done; what takes privileges comes before they are given up.
+        for Rlimit { resource, soft, hard } in self.privileges.rlimits.iter() {
+            sys::set_rlimit(resource, soft, hard).map_err(at(SpawnStep::Rlimit))?;
+        }
+        if let Some(kept) = self.privileges.capabilities {
+            drop_capabilities(kept).map_err(at(SpawnStep::Privileges))?;
+        }
+        if let Some(identity) = &identity {
+            self.become_user(identity).map_err(at(SpawnStep::User))?;
+        }
+        if self.privileges.no_new_privs {
+            sys::set_no_new_privs().map_err(at(SpawnStep::Privileges))?;
+        }
         // What was sent meanwhile takes effect here, with the default actions.
         sys::block_signals(0).map_err(at(SpawnStep::Prepare))?;
         Ok(SpawnError::new(SpawnStep::Exec, self.execute(with_home.as_ref().unwrap_or(&self.envp))))
@@ -207,8 +301,10 @@ impl Child<'_> {
 
     /// The program can open its own streams again, by `/dev/stdout` for instance.
     fn become_user(&self, Identity { uid, gid, groups, .. }: &Identity) -> Result<(), Errno> {
-        for stream in self.stdio.into_iter().filter(|stream| stream.raw() != self.spawn_env.null.raw()) {
-            sys::change_owner(stream, *uid, *gid)?;
+        // A terminal's group is that of those who may write to it, as for grantpt(3).
+        let gid_of_streams = if self.has_terminal { UNCHANGED } else { *gid };
+        for (stream, _) in self.stdio.into_iter().zip(self.own).filter(|(_, own)| *own) {
+            sys::change_owner(stream, *uid, gid_of_streams)?;
         }
         sys::become_user(*uid, *gid, groups)
     }
@@ -218,11 +314,14 @@ impl Child<'_> {
         for (number, fd) in (0..).zip(self.stdio) {
             sys::dup_onto(fd, number)?;
         }
+        if self.has_terminal {
+            sys::take_terminal()?;
+        }
         sys::umask(0o022);
         // The shim is out of the OOM killer's reach, its workloads are not.
         super::files::write(Some(&self.spawn_env.proc), c"self/oom_score_adj", b"0")?;
         // Last: until it is the program it has all that the shim has open, which may be more.
-        sys::limit_files(self.spawn_env.files.0, self.spawn_env.files.1)
+        sys::set_rlimit(RLIMIT_NOFILE, self.spawn_env.files.0, self.spawn_env.files.1)
     }
 
     /// The rules of execvp(3), but that a file which is no program is not given to a shell.
@@ -237,6 +336,19 @@ impl Child<'_> {
         }
         result
     }
+}
+
+/// Takes from this process for good all capabilities but those of the mask, bit by number.
+fn drop_capabilities(kept: u64) -> Result<(), Errno> {
+    for number in (0..u64::BITS).filter(|number| kept >> number & 1 == 0) {
+        match sys::drop_capability(number) {
+            Ok(()) => {}
+            // The kernel has no more; there are always some.
+            Err(Errno::EINVAL) if number > 0 => return Ok(()),
+            Err(errno) => return Err(errno),
+        }
+    }
+    Ok(())
 }
 
 /// Makes each directory of a path that is not there.
@@ -269,6 +381,10 @@ fn candidates(spawn: &Spawn<'_>) -> Vec<CString> {
     path.unwrap_or(DEFAULT_PATH).split(|&byte| byte == b':').map(join).collect()
 }
 
+/// The steps that a new process tells by name; all others are [`SpawnStep::Prepare`].
+const REPORTED: [SpawnStep; 6] =
+    [SpawnStep::Chdir, SpawnStep::Exec, SpawnStep::User, SpawnStep::Group, SpawnStep::Rlimit, SpawnStep::Privileges];
+
 /// What the new process says before it is the program: its pid, and if it never becomes the program, why. Then it hangs up.
 #[derive(Debug)]
 pub(super) struct Report(Fd);
@@ -289,10 +405,7 @@ impl Report {
             return Ok(u32::from_ne_bytes([a, b, c, d]));
         }
         let step = u32::from_ne_bytes([e, f, g, h]);
-        let step = [SpawnStep::Chdir, SpawnStep::Exec, SpawnStep::User, SpawnStep::Group]
-            .into_iter()
-            .find(|&known| known as u32 == step)
-            .unwrap_or(SpawnStep::Prepare);
+        let step = REPORTED.into_iter().find(|&known| known as u32 == step).unwrap_or(SpawnStep::Prepare);
         Err(SpawnError::new(step, Errno(i32::from_ne_bytes([i, j, k, l]))))
     }
 }
@@ -342,6 +455,7 @@ mod tests {
         let spawn_env = SpawnEnv {
             null: sys::open(None, c"/dev/null", sys::O_RDWR).unwrap(),
             proc: sys::open(None, c"/proc", sys::O_PATH).unwrap(),
+            devpts: Some(sys::open(None, c"/dev", sys::O_PATH).unwrap()),
             files: (64, 64),
         };
         let (argv, env) = (list(argv), StringBuf::new());

@@ -55,6 +55,7 @@ pub(super) struct Errno(pub(super) i32);
 impl Errno {
     pub(super) const ENOENT: Self = Self(2);
     pub(super) const EINTR: Self = Self(4);
+    pub(super) const EIO: Self = Self(5);
     pub(super) const EAGAIN: Self = Self(11);
     pub(super) const ENOMEM: Self = Self(12);
     pub(super) const EACCES: Self = Self(13);
@@ -128,9 +129,10 @@ mod identity;
 mod interface;
 mod random;
 mod socket;
+mod terminal;
 
 pub(super) use arch::{O_DIRECTORY, O_NOFOLLOW, end_machine, print};
-pub(super) use identity::{become_user, change_owner, is_regular};
+pub(super) use identity::{become_user, change_owner, drop_capability, is_regular, set_no_new_privs, set_rlimit};
 pub(super) use interface::{
     interface_index, interface_socket, interface_socket6, interface_up, set_address, set_address6, set_gateway,
     set_gateway6,
@@ -139,6 +141,7 @@ pub(super) use random::reseed;
 pub(super) use socket::{
     Epoll, accept_vsock, connect_result, connect_tcp, connect_vsock, is_writable, listen_vsock, shut_write,
 };
+pub(super) use terminal::{end_of_input, open_terminal, set_size, take_terminal};
 
 /// Paths relative to the current directory.
 const AT_FDCWD: usize = -100isize as usize;
@@ -301,6 +304,13 @@ pub(super) fn set_nonblocking(fd: &Fd) -> Result<()> {
     const F_SETFL: usize = 4;
     // SAFETY: takes plain numbers.
     unsafe { call!(nr::FCNTL, fd.arg(), F_SETFL, O_NONBLOCK) }.map(drop)
+}
+
+/// Another descriptor of the same open file.
+pub(super) fn duplicate(fd: &Fd) -> Result<Fd> {
+    const F_DUPFD_CLOEXEC: usize = 1030;
+    // SAFETY: takes plain numbers.
+    unsafe { call!(nr::FCNTL, fd.arg(), F_DUPFD_CLOEXEC, 3) }.map(Fd::new)
 }
 
 /// Whether a descriptor, of whatever owner, is open.
@@ -489,14 +499,6 @@ pub(super) fn set_sid() -> Result<()> {
 pub(super) fn umask(mask: u32) {
     // SAFETY: takes a plain number.
     let _ = unsafe { call!(nr::UMASK, mask as usize) };
-}
-
-/// Sets how many files this process may open: now, and how far it may raise that itself.
-pub(super) fn limit_files(soft: u64, hard: u64) -> Result<()> {
-    const RLIMIT_NOFILE: usize = 7;
-    let limit = [soft, hard];
-    // SAFETY: the kernel reads one rlimit64, two words, and writes nothing, as the last pointer is null.
-    unsafe { call!(nr::PRLIMIT64, 0, RLIMIT_NOFILE, limit.as_ptr() as usize) }.map(drop)
 }
 
 /// The next children of this process live in a new pid namespace, the first of them as its PID 1.

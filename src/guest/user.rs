@@ -7,7 +7,7 @@ use core::ffi::CStr;
 use super::alloc::vec::Vec;
 use super::spawn::SpawnError;
 use super::sys::{self, Errno};
-use crate::proto::SpawnStep;
+use crate::proto::{SpawnStep, Strings};
 
 /// The longest file that is read. A longer one is refused, as what is behind it may matter.
 const MAX_FILE: usize = 4 << 20;
@@ -27,16 +27,17 @@ pub(super) struct Identity {
 
 /// Returns the identity of `USER`, `USER:GROUP`, each a name or a number.
 ///
-/// A number need not be in the files. Supplementary groups are those that list the user, unless a group is given.
+/// A number need not be in the files. Supplementary groups are those that list the user, unless a group is given, and those `added`.
 ///
 /// # Errors
 /// `ENOENT` for a name that is not in its file, with the step that says which.
-pub(super) fn resolve(spec: &[u8]) -> Result<Identity, SpawnError> {
-    identify(spec, || read(c"/etc/passwd"), || read(c"/etc/group"))
+pub(super) fn resolve(spec: &[u8], added: Strings<'_>) -> Result<Identity, SpawnError> {
+    identify(spec, added, || read(c"/etc/passwd"), || read(c"/etc/group"))
 }
 
 fn identify(
     spec: &[u8],
+    added: Strings<'_>,
     passwd: impl FnOnce() -> Result<Vec<u8>, Errno>,
     group: impl FnOnce() -> Result<Vec<u8>, Errno>,
 ) -> Result<Identity, SpawnError> {
@@ -52,11 +53,14 @@ fn identify(
         (_, None) => return Err(SpawnError::new(SpawnStep::User, Errno::ENOENT)),
     };
     let mut groups = Vec::new();
-    if own_group.is_some() || !name.is_empty() {
+    if own_group.is_some() || !name.is_empty() || !added.is_empty() {
         let content = group().map_err(at(SpawnStep::Group))?;
         match own_group {
             Some(wanted) => gid = find_group(&content, wanted)?,
             None => groups.extend(memberships(&content, name).take(MAX_GROUPS)),
+        }
+        for wanted in added.iter().take(MAX_GROUPS.saturating_sub(groups.len())) {
+            groups.push(find_group(&content, wanted.to_bytes())?);
         }
     }
     let home = if home.is_empty() { b"/" } else { home };
@@ -148,7 +152,13 @@ mod tests {
     type Found = (u32, u32, Vec<u32>, String);
 
     fn identity(spec: &str) -> Result<Found, (SpawnStep, Errno)> {
-        let found = identify(spec.as_bytes(), || Ok(PASSWD.to_vec()), || Ok(GROUP.to_vec()));
+        identity_with(spec, &[])
+    }
+
+    fn identity_with(spec: &str, groups: &[&str]) -> Result<Found, (SpawnStep, Errno)> {
+        let mut added = crate::proto::StringBuf::new();
+        groups.iter().for_each(|group| added.push(group.as_bytes()).unwrap());
+        let found = identify(spec.as_bytes(), added.as_strings(), || Ok(PASSWD.to_vec()), || Ok(GROUP.to_vec()));
         let found = found.map_err(|error| (error.step, error.errno))?;
         Ok((found.uid, found.gid, found.groups, String::from_utf8(found.home).unwrap()))
     }
@@ -171,6 +181,14 @@ mod tests {
     }
 
     #[test]
+    fn added_groups_are_found_by_name_and_number() {
+        let groups = |spec, added: &[&str]| identity_with(spec, added).map(|(_, gid, groups, _)| (gid, groups));
+        assert_eq!(groups("root", &["ssl", "7"]), Ok((0, vec![4, 110, 7])));
+        assert_eq!(groups("12345:adm", &["www-data"]), Ok((4, vec![33])));
+        assert_eq!(groups("12345", &["none"]), Err((SpawnStep::Group, Errno::ENOENT)));
+    }
+
+    #[test]
     fn unknown_names_are_refused_with_their_step() {
         for user in ["nobody", "", ":", "half", "broken", "-1", "4294967295", "root2", "#", "99999999999"] {
             assert_eq!(identity(user), Err((SpawnStep::User, Errno::ENOENT)), "{user}");
@@ -178,10 +196,10 @@ mod tests {
         for user in ["root:none", "0:4294967295", "root:-1", "root:adm:x"] {
             assert_eq!(identity(user), Err((SpawnStep::Group, Errno::ENOENT)), "{user}");
         }
-        let unreadable = identify(b"0", || Err(Errno::EACCES), || Ok(Vec::new()));
+        let unreadable = identify(b"0", Strings::default(), || Err(Errno::EACCES), || Ok(Vec::new()));
         assert_eq!(unreadable.map_err(|error| error.step), Err(SpawnStep::User));
         // A number needs neither file.
-        assert!(identify(b"7", || Ok(Vec::new()), || Err(Errno::EACCES)).is_ok());
+        assert!(identify(b"7", Strings::default(), || Ok(Vec::new()), || Err(Errno::EACCES)).is_ok());
     }
 
     #[test]

@@ -26,6 +26,10 @@ impl Writer<'_> {
         self.bytes(tag, &[value]);
     }
 
+    pub(super) fn u16(&mut self, tag: u8, value: u16) {
+        self.bytes(tag, &value.to_le_bytes());
+    }
+
     pub(super) fn u32(&mut self, tag: u8, value: u32) {
         self.bytes(tag, &value.to_le_bytes());
     }
@@ -79,6 +83,10 @@ impl<'a> Fields<'a> {
 
     pub(super) fn u8(&self, tag: u8, name: &'static str) -> Result<Option<u8>, Malformed> {
         Ok(self.integer(tag, name)?.map(u8::from_le_bytes))
+    }
+
+    pub(super) fn u16(&self, tag: u8, name: &'static str) -> Result<Option<u16>, Malformed> {
+        Ok(self.integer(tag, name)?.map(u16::from_le_bytes))
     }
 
     pub(super) fn u32(&self, tag: u8, name: &'static str) -> Result<Option<u32>, Malformed> {

@@ -1,12 +1,10 @@
 //! The messages of the control stream: frames whose payload was checked and means something. No I/O; any thread.
 
-use core::ffi::CStr;
-
 use super::alloc::vec::Vec;
 use super::field::{Fields, Malformed, Writer};
 use super::frame::{self, FrameError, MessageFrame};
-use super::strings::Strings;
-use super::{COOKIE_SIZE, FROM_GUEST_MAX, FROM_HOST_MAX, SEED_SIZE};
+use super::spawn::{Spawn, TerminalSize};
+use super::{FROM_GUEST_MAX, FROM_HOST_MAX, SEED_SIZE};
 
 /// Kinds from the host are small, and kinds from the guest have this bit. So a stream read by the wrong side is full of
 /// unknown kinds.
@@ -19,6 +17,7 @@ const KILL: u32 = 4;
 const SHUTDOWN: u32 = 5;
 const CONNECT: u32 = 6;
 const RESEED: u32 = 7;
+const RESIZE: u32 = 8;
 const GUEST_HELLO: u32 = GUEST | 1;
 const READY: u32 = GUEST | 2;
 const FAILED: u32 = GUEST | 3;
@@ -33,16 +32,8 @@ const RESEEDED: u32 = GUEST | 9;
 mod tag {
     pub(super) const VERSION: u8 = 1;
 
-    pub(super) const ARGV: u8 = 1;
-    pub(super) const ENV: u8 = 2;
-    pub(super) const CWD: u8 = 3;
-    /// Standard input, output and error are three tags in a row.
-    pub(super) const STDIO: [u8; 3] = [4, 5, 6];
-    pub(super) const COOKIE: u8 = 7;
-    pub(super) const USER: u8 = 8;
-    pub(super) const HOME: u8 = 9;
-    pub(super) const MAKE_CWD: u8 = 10;
-    pub(super) const STOP_SIGNAL: u8 = 11;
+    pub(super) const ROWS: u8 = 1;
+    pub(super) const COLUMNS: u8 = 2;
 
     pub(super) const SIGNO: u8 = 1;
     pub(super) const GROUP: u8 = 2;
@@ -150,44 +141,17 @@ byte_enum! {
         User = 8,
         /// Finding the group.
         Group = 9,
+        /// Setting a resource limit.
+        Rlimit = 10,
+        /// Giving up privileges.
+        Privileges = 11,
+        /// Setting the limits of its cgroup.
+        Limit = 12,
     }
 }
 
-/// One of the three standard streams of a new process.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub(crate) enum Stdio {
-    /// `/dev/null`.
-    #[default]
-    Null,
-    /// A pipe that is relayed over a connection which the guest opens to this port of the host. Standard output and error with the same
-    /// port share one pipe and one connection.
-    Port(u32),
-}
-
-/// A program to start.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub(crate) struct Spawn<'a> {
-    /// The argument vector, at least the program. A program without a slash is looked for in `PATH` of `env`.
-    pub(crate) argv: Strings<'a>,
-    /// The whole environment, `NAME=value` each. Nothing is added.
-    pub(crate) env: Strings<'a>,
-    /// Where it starts, `/` if absent.
-    pub(crate) cwd: Option<&'a CStr>,
-    /// Directories of `cwd` that are missing are made, as root.
-    pub(crate) make_cwd: bool,
-    /// Its user: `USER` or `USER:GROUP`, by the names or numbers of the guest's own files; root if absent.
-    pub(crate) user: Option<&'a CStr>,
-    /// The user's home directory is added to the environment. Means nothing without a user.
-    pub(crate) home: bool,
-    /// 1 to 64: asks it to end when the machine shall. Others get SIGTERM, once those with a signal have ended.
-    pub(crate) stop_signal: Option<u8>,
-    /// Standard input, output and error.
-    pub(crate) stdio: [Stdio; 3],
-    /// What each connection of `stdio` begins with, so that the host knows it from those of other programs.
-    pub(crate) cookie: &'a [u8],
-}
-
 /// What the host says.
+#[allow(clippy::large_enum_variant, reason = "one at a time lives on the stack of who writes or reads it")]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum FromHost<'a> {
     /// The version in which the conversation goes on; the first message.
@@ -206,6 +170,8 @@ pub(crate) enum FromHost<'a> {
     },
     /// Kill a process and all that it started, its cgroup. Also after its own exit.
     Kill,
+    /// Set the size of a process's terminal.
+    Resize(TerminalSize),
     /// End all processes, then the machine.
     Shutdown {
         /// Milliseconds between SIGTERM and SIGKILL.
@@ -303,6 +269,7 @@ impl<'a> FromHost<'a> {
             Self::Spawn(_) => SPAWN,
             Self::Signal { .. } => SIGNAL,
             Self::Kill => KILL,
+            Self::Resize(_) => RESIZE,
             Self::Shutdown { .. } => SHUTDOWN,
             Self::Reseed { .. } => RESEED,
             Self::Connect { .. } => CONNECT,
@@ -317,6 +284,10 @@ impl<'a> FromHost<'a> {
                     fields.flag(tag::GROUP, group);
                 }
                 Self::Kill => {}
+                Self::Resize(TerminalSize { rows, columns }) => {
+                    fields.u16(tag::ROWS, rows);
+                    fields.u16(tag::COLUMNS, columns);
+                }
                 Self::Shutdown { grace_ms, end } => {
                     fields.u32(tag::GRACE_MS, grace_ms);
                     fields.u8(tag::ACTION, end as u8);
@@ -341,6 +312,10 @@ impl<'a> FromHost<'a> {
                 group: fields.flag(tag::GROUP, "group")?,
             },
             KILL => Self::Kill,
+            RESIZE => {
+                let side = |tag| fields.u16(tag, "terminal size")?.ok_or(Malformed("terminal size"));
+                Self::Resize(TerminalSize { rows: side(tag::ROWS)?, columns: side(tag::COLUMNS)? })
+            }
             SHUTDOWN => Self::Shutdown {
                 grace_ms: fields.u32(tag::GRACE_MS, "grace")?.unwrap_or(0),
                 end: End::parse(fields.u8(tag::ACTION, "action")?.unwrap_or(0)).ok_or(Malformed("action"))?,
@@ -358,59 +333,6 @@ impl<'a> FromHost<'a> {
             },
             _ => return Ok(None),
         }))
-    }
-}
-
-impl<'a> Spawn<'a> {
-    fn encode(&self, fields: &mut Writer<'_>) {
-        fields.bytes(tag::ARGV, self.argv.as_bytes());
-        fields.bytes(tag::ENV, self.env.as_bytes());
-        if let Some(cwd) = self.cwd {
-            fields.bytes(tag::CWD, cwd.to_bytes_with_nul());
-        }
-        for (tag, stdio) in tag::STDIO.into_iter().zip(self.stdio) {
-            if let Stdio::Port(port) = stdio {
-                fields.u32(tag, port);
-            }
-        }
-        fields.bytes(tag::COOKIE, self.cookie);
-        if let Some(user) = self.user {
-            fields.bytes(tag::USER, user.to_bytes_with_nul());
-        }
-        fields.flag(tag::HOME, self.home);
-        fields.flag(tag::MAKE_CWD, self.make_cwd);
-        if let Some(signal) = self.stop_signal {
-            fields.u8(tag::STOP_SIGNAL, signal);
-        }
-    }
-
-    fn parse(fields: &Fields<'a>) -> Result<Self, Malformed> {
-        let argv = Strings::parse(fields.get(tag::ARGV).unwrap_or_default(), "argv")?;
-        if argv.is_empty() {
-            return Err(Malformed("argv"));
-        }
-        let text = |tag, what| match fields.get(tag) {
-            None => Ok(None),
-            Some(bytes) => CStr::from_bytes_with_nul(bytes).map(Some).map_err(|_| Malformed(what)),
-        };
-        let (cwd, user) = (text(tag::CWD, "working directory")?, text(tag::USER, "user")?);
-        let (home, make_cwd) = (fields.flag(tag::HOME, "home")?, fields.flag(tag::MAKE_CWD, "making a directory")?);
-        let mut stdio = [Stdio::Null; 3];
-        for (tag, stdio) in tag::STDIO.into_iter().zip(&mut stdio) {
-            if let Some(port) = fields.u32(tag, "stdio")? {
-                *stdio = Stdio::Port(port);
-            }
-        }
-        let env = Strings::parse(fields.get(tag::ENV).unwrap_or_default(), "environment")?;
-        let cookie = fields.get(tag::COOKIE).unwrap_or_default();
-        if cookie.len() > COOKIE_SIZE {
-            return Err(Malformed("cookie"));
-        }
-        let stop_signal = match fields.u8(tag::STOP_SIGNAL, "stop signal")? {
-            Some(signal) if !(1..=64).contains(&signal) => return Err(Malformed("stop signal")),
-            signal => signal,
-        };
-        Ok(Self { argv, env, cwd, make_cwd, user, home, stop_signal, stdio, cookie })
     }
 }
 

@@ -37,6 +37,7 @@ mod boot;
 mod field;
 mod frame;
 mod message;
+mod spawn;
 mod strings;
 
 #[cfg(test)]
@@ -47,7 +48,8 @@ pub(crate) use {
     boot::{BootConfig, Network, Networks, OPTIONAL, Root, RootDisk},
     field::Malformed,
     frame::{Decoder, FrameError, HEADER_SIZE, MessageFrame},
-    message::{End, FromGuest, FromHost, Spawn, SpawnStep, Stage, Stdio},
+    message::{End, FromGuest, FromHost, SpawnStep, Stage},
+    spawn::{CPU_PERIOD_US, CPU_WEIGHTS, ProcessLimits, Rlimit, Rlimits, Spawn, Stdio, TerminalSize},
     strings::{Nul, StringBuf, Strings},
 };
 
@@ -84,7 +86,7 @@ pub(crate) const EXIT_FAULT: u8 = 0x37;
 /// The oldest version of the protocol that this build speaks.
 pub(crate) const VERSION_MIN: u32 = 1;
 /// The newest version of the protocol that this build speaks.
-pub(crate) const VERSION_MAX: u32 = 5;
+pub(crate) const VERSION_MAX: u32 = 6;
 /// The version since which the shim listens on [`CONNECT_PORT`].
 pub(crate) const VERSION_CONNECT: u32 = 2;
 
@@ -96,6 +98,9 @@ pub(crate) const VERSION_RESEED: u32 = 4;
 
 /// The version since which programs run as other users, and working directories are made.
 pub(crate) const VERSION_USER: u32 = 5;
+
+/// The version since which programs have terminals, limits and fewer privileges.
+pub(crate) const VERSION_TERMINAL: u32 = 6;
 
 /// The length of what makes a kernel's random numbers new.
 pub(crate) const SEED_SIZE: usize = 32;

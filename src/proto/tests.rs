@@ -102,7 +102,7 @@ proptest! {
 
     /// Tags and lengths that fit, so that the search gets behind the list of fields.
     #[test]
-    fn plausible_fields_never_panic(kind in 0u32..16, guest in any::<bool>(), fields in vec((0u8..10, vec(any::<u8>(), 0..9)), 0..8)) {
+    fn plausible_fields_never_panic(kind in 0u32..16, guest in any::<bool>(), fields in vec((0u8..24, vec(any::<u8>(), 0..9)), 0..8)) {
         let mut payload = Vec::new();
         for (tag, value) in &fields {
             payload.push(*tag);
@@ -129,12 +129,24 @@ proptest! {
         stream in any::<u32>(), argv in vec(text(), 1..6), env in vec(text(), 0..6),
         cwd in proptest::option::of(text()), stdio in [stdio(), stdio(), stdio()],
         cookie in vec(any::<u8>(), 0..=COOKIE_SIZE), user in proptest::option::of(text()), home in any::<bool>(), make_cwd in any::<bool>(), stop_signal in proptest::option::of(1..=64u8),
+        terminal in proptest::option::of(any::<[u16; 2]>()), groups in vec(text(), 0..3),
+        limits in any::<(Option<u64>, Option<u32>, Option<u64>)>(), cpu_weight in proptest::option::of(CPU_WEIGHTS),
+        rlimits in vec((0..16u8, any::<[u64; 2]>()), 0..4), no_new_privs in any::<bool>(), capabilities in any::<Option<u64>>(),
     ) {
         let (argv_list, env_list) = (list(&argv), list(&env));
+        let groups = list(&groups);
+        let (memory, pids, cpu_quota_us) = limits;
+        let terminal = terminal.map(|[rows, columns]| TerminalSize { rows, columns });
+        let mut packed = Vec::new();
+        let rlimits = rlimits.into_iter().map(|(resource, [a, b])| Rlimit { resource, soft: a.min(b), hard: a.max(b) });
+        let rlimits: Vec<_> = rlimits.collect();
+        rlimits.iter().for_each(|rlimit| rlimit.push(&mut packed));
+        prop_assert!(Rlimits(&packed).iter().eq(rlimits));
         let [cwd, user] = [cwd, user].map(|text| text.map(|text| CString::new(text).unwrap()));
         let spawn = FromHost::Spawn(Spawn {
             argv: argv_list.as_strings(), env: env_list.as_strings(), cwd: cwd.as_deref(), stdio, cookie: &cookie,
-            user: user.as_deref(), home, make_cwd, stop_signal,
+            user: user.as_deref(), home, make_cwd, stop_signal, terminal, groups: groups.as_strings(),
+            limits: ProcessLimits { memory, pids, cpu_weight, cpu_quota_us }, rlimits: Rlimits(&packed), no_new_privs, capabilities,
         });
         let mut bytes = Vec::new();
         spawn.encode(stream, &mut bytes).unwrap();

@@ -55,7 +55,7 @@ fn begin(container: &Container, watch: &Watch) -> Result<Begun, Box<dyn Error>> 
     let (input, output) = (cat.stdin.take().ok_or("no input")?, cat.stdout.take().ok_or("no output")?);
     Ok(Begun {
         killed: sleeper().spawn()?,
-        signaled: sleeper().spawn()?,
+        signaled: sleeper().pty(24, 80).stdin(Stdio::null()).stdout(Stdio::null()).spawn()?,
         input: watch.at_once("ProcessWriter::into_stream", || input.into_stream()),
         output: watch.at_once("ProcessReader::into_stream", || output.into_stream()),
         printing: sleeper().stdout(Stdio::piped()).timeout(TIME).spawn()?,
@@ -250,7 +250,10 @@ fn drive(guest: Guest) -> Outcome {
         check_eq!(status.and_then(|status| status.signal()), Some(9));
         Ok(())
     });
-    callers.spawn("signal", move |watch| Ok(watch.call("Process::signal", host, || signaled.signal(15))?));
+    callers.spawn("signal", move |watch| {
+        watch.call("Process::resize", host, || signaled.resize(30, 100))?;
+        Ok(watch.call("Process::signal", host, || signaled.signal(15))?)
+    });
 
     // Connections.
     let itself = container.clone();

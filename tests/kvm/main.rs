@@ -34,6 +34,7 @@ mod memory;
 mod net;
 mod net_backends;
 mod overlay;
+mod privileges;
 mod programs;
 #[path = "../../examples/proxy_command.rs"]
 mod proxy_command;
@@ -42,6 +43,7 @@ mod spec;
 mod start_failures;
 mod storage;
 mod tally;
+mod terminals;
 #[path = "../../src/boot/x86/tiny.rs"]
 mod tiny;
 mod unusual_image;
@@ -181,6 +183,11 @@ tests! {
     user_net: network_is_up_at_start_and_round_trips_have_no_delay withdrawn_policy_stops_all_traffic;
     start_failures: start_timeout_names_the_boot_stage guest_exit_before_ready_is_reported shim_failure_is_reported
         missing_kvm_error_names_the_remedy unreadable_file_is_named;
+    terminals: shell_in_a_terminal_echoes_controls_jobs_and_ends resized_terminal_signals_its_program
+        end_of_a_terminals_input_and_hang_up_reach_the_program terminals_keep_all_output_and_leave_nothing_behind
+        editor_pager_top_and_tmux_draw_on_the_screen;
+    privileges: groups_are_added_to_those_of_the_user cgroup_limits_hold_for_a_program_and_its_children
+        resource_limits_are_inherited_by_children capabilities_and_new_privileges_are_taken_away;
     storage: fio_verifies_written_data flushed_data_survives_sigkill_of_the_process;
 }
 

@@ -21,7 +21,7 @@ pub const VICTIM: &str = "COFFERDAM_TEST_VICTIM";
 fn root() -> Result<PathBuf, Box<dyn std::error::Error>> {
     // In a directory of its own, so that it is the only disk there.
     let directory = cache().join("storage");
-    Image::open(cache().join("images/debian-12-storage.tar"))?.cache_dir(&directory).prepare()?;
+    Image::open(cache().join("images/debian-12-tools.tar"))?.cache_dir(&directory).prepare()?;
     let is_disk = |path: &PathBuf| path.extension().is_some_and(|extension| extension == "erofs");
     let found = std::fs::read_dir(directory)?.flatten().map(|entry| entry.path()).find(is_disk);
     found.ok_or_else(|| "the image's disk is not there".into())

@@ -12,6 +12,7 @@ use super::outbox::MAX_UNSENT;
 use super::session::Session;
 use super::stream::{ControlStream, READ_SIZE, ReadExtent};
 use super::{KILL_MARGIN, SPAWN_TIMEOUT, START_TIMEOUT, StartRequest, handshake};
+use crate::container::exec::PrivilegesRequest;
 use crate::container::process::ProcessShared;
 use crate::error::{Error, Result};
 use crate::event_loop::{Handler, Interest, Reply};
@@ -82,6 +83,8 @@ pub(super) fn program(timeout: Option<Duration>) -> Result<(StartRequest, Arc<Pr
         user: None,
         home: false,
         stop_signal: None,
+        privileges: PrivilegesRequest::default(),
+        terminal: None,
         ports: [None; 3],
         cookie: Vec::new(),
         deadline,

@@ -51,10 +51,11 @@ use handshake::{Handshake, StartDeadline};
 
 use super::Startup;
 use super::cancel::CancelToken;
+use super::exec::PrivilegesRequest;
 use super::process::ProcessShared;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::event_loop::{Interest, Loop, REQUEST_TIMEOUT, Remote, Sources};
-use crate::proto::{End, FromHost, SEED_SIZE, Spawn, Stdio, StringBuf, VERSION_RESEED};
+use crate::proto::{End, FromHost, Rlimits, SEED_SIZE, Spawn, Stdio, StringBuf, TerminalSize, VERSION_RESEED};
 use crate::sys::{Timer, deadline};
 use crate::vm::{Exit, Vm};
 
@@ -79,10 +80,12 @@ pub(super) struct StartRequest {
     pub cwd: Option<CString>,
     pub make_cwd: bool,
     pub user: Option<CString>,
+    pub privileges: PrivilegesRequest,
     /// The user's home directory is added to the environment.
     pub home: bool,
     /// What asks it to end, where that is not SIGTERM.
     pub stop_signal: Option<u8>,
+    pub terminal: Option<TerminalSize>,
     /// The ports of its streams. What has none is `/dev/null`.
     pub ports: [Option<u32>; 3],
     /// What its streams begin with.
@@ -97,8 +100,24 @@ impl StartRequest {
         let (argv, env, cwd) = (self.argv.as_strings(), self.env.as_strings(), self.cwd.as_deref());
         let stdio = self.ports.map(|port| port.map_or(Stdio::Null, Stdio::Port));
         let (user, home, make_cwd) = (self.user.as_deref(), self.home, self.make_cwd);
-        let stop_signal = self.stop_signal;
-        FromHost::Spawn(Spawn { argv, env, cwd, make_cwd, user, home, stop_signal, stdio, cookie: &self.cookie })
+        let PrivilegesRequest { groups, limits, rlimits, no_new_privs, capabilities } = &self.privileges;
+        FromHost::Spawn(Spawn {
+            argv,
+            env,
+            cwd,
+            make_cwd,
+            user,
+            groups: groups.as_strings(),
+            home,
+            stop_signal: self.stop_signal,
+            stdio,
+            cookie: &self.cookie,
+            terminal: self.terminal,
+            limits: *limits,
+            rlimits: Rlimits(rlimits),
+            no_new_privs: *no_new_privs,
+            capabilities: *capabilities,
+        })
     }
 }
 
@@ -218,6 +237,14 @@ pub(super) fn signal_process(
         };
         let _ = reply.send(answer);
     })?
+}
+
+/// Sets the size of a process's terminal, as [`signal_process`] sends a signal.
+///
+/// # Errors
+/// As [`Process::resize`](super::Process::resize).
+pub(super) fn resize_terminal(remote: &Remote<ControlClient>, process: u32, size: TerminalSize) -> Result<()> {
+    remote.with(move |client| client.send(process, &FromHost::Resize(size)))?
 }
 
 /// Returns the error of a start that the agent's thread has come to too late.

@@ -16,6 +16,9 @@ pub(super) fn spawn_error(step: SpawnStep, errno: i32) -> Error {
         SpawnStep::Fork => "making the process",
         SpawnStep::User => "becoming the user",
         SpawnStep::Group => "becoming a member of the group",
+        SpawnStep::Rlimit => "setting its resource limits",
+        SpawnStep::Privileges => "giving up privileges",
+        SpawnStep::Limit => "limiting what it uses",
         SpawnStep::Prepare => "preparing the process",
         SpawnStep::Request => "asking for it",
         SpawnStep::Other => "starting it",
@@ -24,6 +27,7 @@ pub(super) fn spawn_error(step: SpawnStep, errno: i32) -> Error {
         (SpawnStep::Exec, libc::ENOEXEC) => " (not a program, or one for another processor architecture)",
         (SpawnStep::User, libc::ENOENT) => ", which is not in the container's /etc/passwd",
         (SpawnStep::Group, libc::ENOENT) => ", which is not in the container's /etc/group",
+        (SpawnStep::Limit, libc::ENOENT) => ", for which the guest's kernel has no cgroup controller",
         _ => "",
     };
     let error = Error::from(os);

@@ -17,10 +17,11 @@ use output::read_all;
 pub use pipes::{ProcessReader, ProcessWriter};
 pub(super) use shared::{OUTPUT_TIMEOUT, ProcessShared};
 
-use super::control::{ControlClient, KILL_MARGIN, signal_process};
+use super::control::{ControlClient, KILL_MARGIN, resize_terminal, signal_process};
 use super::redirect::Redirect;
 use crate::error::{Error, ErrorKind, Result};
 use crate::event_loop::Remote;
+use crate::proto::TerminalSize;
 use crate::sys::{deadline, left};
 
 /// A program that runs in a container; made by [`Exec::spawn`](super::Exec::spawn).
@@ -38,6 +39,8 @@ pub struct Process {
     pub(super) redirects: [Option<Redirect>; 2],
     /// Which of those were cut off.
     cut_off: [bool; 2],
+    /// Its streams are a terminal.
+    pub(super) has_terminal: bool,
     remote: Remote<ControlClient>,
     number: u32,
     state: Arc<ProcessShared>,
@@ -52,7 +55,8 @@ impl Process {
         limit: OutputLimit,
     ) -> Self {
         let (stdin, stdout, stderr) = (None, None, None);
-        Self { stdin, stdout, stderr, redirects: [None, None], cut_off: [false; 2], remote, number, state, limit }
+        let (redirects, cut_off, has_terminal) = ([None, None], [false; 2], false);
+        Self { stdin, stdout, stderr, redirects, cut_off, has_terminal, remote, number, state, limit }
     }
 
     /// Closes standard input and waits until the process has ended.
@@ -131,6 +135,21 @@ impl Process {
         let signo = u8::try_from(signal).ok().filter(|it| (1..=64).contains(it));
         let signo = signo.ok_or_else(|| Error::invalid("signal", format!("{signal} is not a signal (1 to 64)")))?;
         signal_process(&self.remote, self.number, signo, None)
+    }
+
+    /// Sets the size of the window of its terminal; see [`Exec::pty`](super::Exec::pty).
+    ///
+    /// The programs in the terminal get SIGWINCH when it is another size. One that has ended is no error. Does not wait
+    /// for the guest.
+    ///
+    /// # Errors
+    /// `InvalidConfig` without a terminal. `InvalidState` when the container has ended. `TimedOut` when the host is too
+    /// busy for ten seconds. `ResourceExhausted` as of [`Process::kill`].
+    pub fn resize(&self, rows: u16, columns: u16) -> Result<()> {
+        if !self.has_terminal {
+            return Err(Error::invalid("resize", "the process has no terminal; see `Exec::pty`"));
+        }
+        resize_terminal(&self.remote, self.number, TerminalSize { rows, columns })
     }
 
     /// Closes standard input, reads all output, and waits for the end.

@@ -1,4 +1,4 @@
-//! The user of this process (credentials(7)), and the kind and the owner of files.
+//! User, privileges and limits of this process (credentials(7)), kind and owner of files.
 
 use super::{Fd, Result, nr, syscall};
 
@@ -35,4 +35,30 @@ pub fn become_user(uid: u32, gid: u32, groups: &[u32]) -> Result<()> {
     unsafe { call!(nr::SETGID, gid as usize) }?;
     // SAFETY: takes a plain number.
     unsafe { call!(nr::SETUID, uid as usize) }.map(drop)
+}
+
+/// Takes a capability from what this process and its children will execute.
+///
+/// It leaves the bounding set (capabilities(7)).
+///
+/// # Errors
+/// `EINVAL` for a number that the kernel has no capability of.
+pub fn drop_capability(number: u32) -> Result<()> {
+    const PR_CAPBSET_DROP: usize = 24;
+    // SAFETY: takes plain numbers.
+    unsafe { call!(nr::PRCTL, PR_CAPBSET_DROP, number as usize) }.map(drop)
+}
+
+/// Keeps this process from gaining privileges by executing a file (prctl(2)).
+pub fn set_no_new_privs() -> Result<()> {
+    const PR_SET_NO_NEW_PRIVS: usize = 38;
+    // SAFETY: takes plain numbers.
+    unsafe { call!(nr::PRCTL, PR_SET_NO_NEW_PRIVS, 1) }.map(drop)
+}
+
+/// Sets a limit of this process, and how far it may raise that (prlimit(2)).
+pub fn set_rlimit(resource: u8, soft: u64, hard: u64) -> Result<()> {
+    let limit = [soft, hard];
+    // SAFETY: the kernel reads one rlimit64, two words, and writes nothing, as the last pointer is null.
+    unsafe { call!(nr::PRLIMIT64, 0, resource as usize, limit.as_ptr() as usize) }.map(drop)
 }

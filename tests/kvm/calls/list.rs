@@ -24,6 +24,7 @@ pub const WAITING: &[&str] = &[
     "NetHandle::set_policy",
     "NetHandle::stats",
     "Process::kill",
+    "Process::resize",
     "Process::signal",
     "Process::wait",
     "Process::wait_timeout",

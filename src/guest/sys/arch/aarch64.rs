@@ -62,6 +62,7 @@ pub(in super::super) mod nr {
     pub(in super::super::super) const MMAP: usize = 222;
     pub(in super::super::super) const ACCEPT4: usize = 242;
     pub(in super::super::super) const WAIT4: usize = 260;
+    pub(in super::super::super) const PRCTL: usize = 167;
     pub(in super::super::super) const PRLIMIT64: usize = 261;
     pub(in super::super::super) const FINIT_MODULE: usize = 273;
     pub(in super::super::super) const STATX: usize = 291;

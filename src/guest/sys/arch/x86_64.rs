@@ -39,6 +39,7 @@ pub(in super::super) mod nr {
     pub(in super::super::super) const SETSID: usize = 112;
     pub(in super::super::super) const SETGROUPS: usize = 116;
     pub(in super::super::super) const RT_SIGTIMEDWAIT: usize = 128;
+    pub(in super::super::super) const PRCTL: usize = 157;
     pub(in super::super::super) const CHROOT: usize = 161;
     pub(in super::super::super) const SYNC: usize = 162;
     pub(in super::super::super) const MOUNT: usize = 165;

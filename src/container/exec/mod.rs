@@ -1,11 +1,15 @@
 //! [`Exec`]: a program to run in a container, with the vocabulary of [`std::process::Command`].
 
+mod privileges;
+
 use std::ffi::{CString, OsString};
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStringExt;
 use std::sync::Arc;
 use std::time::Duration;
+
+pub(super) use privileges::PrivilegesRequest;
 
 use super::control::{StartRequest, start_program};
 use super::defaults::{HOME, ProgramDefaults};
@@ -14,11 +18,12 @@ use super::redirect::SharedFile;
 use super::stdio::StdioListeners;
 use super::{Container, redirect};
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::proto::{StringBuf, VERSION_USER};
+use crate::proto::{StringBuf, TerminalSize, VERSION_TERMINAL, VERSION_USER};
 use crate::size::Size;
 use crate::sys::deadline;
 use crate::virtio::vsock::VsockStream;
 use crate::vm::Vm;
+use privileges::Privileges;
 
 /// Describes what one of a process's standard streams is connected to.
 #[derive(Debug, Clone, Default)]
@@ -78,6 +83,9 @@ impl From<ProcessReader> for Stdio {
     }
 }
 
+/// The kind of terminal that a program has (environ(7)).
+const TERM: &str = "TERM";
+
 /// Describes how a program runs; see [`Container::exec`].
 ///
 /// Nothing is done before [`Exec::spawn`], [`Exec::output`] or [`Exec::status`]. The container lives at least as long as
@@ -98,6 +106,8 @@ pub struct Exec {
     /// The directory is the image's, and is made where it is missing.
     make_dir: bool,
     stop_signal: Option<u8>,
+    privileges: Privileges,
+    terminal: Option<TerminalSize>,
     stdio: [Option<Stdio>; 3],
     timeout: Option<Duration>,
     limit: OutputLimit,
@@ -119,6 +129,8 @@ impl Exec {
             make_dir: current_dir.is_some(),
             current_dir,
             stop_signal: None,
+            privileges: Privileges::default(),
+            terminal: None,
             stdio: [None, None, None],
             timeout: None,
             limit,
@@ -216,6 +228,20 @@ impl Exec {
         self
     }
 
+    /// Gives the program a terminal with a window of so many rows and columns.
+    ///
+    /// Its three standard streams are this terminal, which controls its session (pty(7)). Both directions are piped,
+    /// unless they are set otherwise. What is written to [`Process::stdin`] is typed. What the program prints, and the echo of
+    /// what is typed, is read from [`Process::stdout`]; there is no [`Process::stderr`], and setting it is `InvalidConfig`.
+    /// `TERM` is `xterm`, unless it is set. [`Process::resize`] changes the window.
+    ///
+    /// Dropping standard input ends the input of a program that reads lines, as Ctrl-D does. Dropping standard output
+    /// hangs up: the program gets SIGHUP. A program that exits while others have its terminal open ends the output.
+    pub fn pty(mut self, rows: u16, columns: u16) -> Self {
+        self.terminal = Some(TerminalSize { rows, columns });
+        self
+    }
+
     /// Sets how long the program may run, counted from the call that starts it.
     ///
     /// Then it is killed with everything that it started, whether or not the embedder waits for it. Its end is
@@ -274,7 +300,9 @@ impl Exec {
     /// As [`Exec::spawn`] and [`Process::wait_with_output`].
     pub fn output(mut self) -> Result<Output> {
         self.stdio[1].get_or_insert(Stdio::piped());
-        self.stdio[2].get_or_insert(Stdio::piped());
+        if self.terminal.is_none() {
+            self.stdio[2].get_or_insert(Stdio::piped());
+        }
         // It lives at least as long as the call.
         let _container = self.container.clone();
         self.spawn()?.wait_with_output()
@@ -289,7 +317,10 @@ impl Exec {
         self.spawn()?.wait()
     }
 
-    fn start(self) -> Result<Process> {
+    fn start(mut self) -> Result<Process> {
+        if self.terminal.is_some() {
+            self.connect_terminal()?;
+        }
         let deadline = self.timeout.and_then(deadline);
         let (argv, env, cwd) =
             (self.strings()?, self.environment()?, c_string("current_dir", self.current_dir.as_ref())?);
@@ -300,21 +331,54 @@ impl Exec {
         check_outputs(&stdio)?;
         let (vm, agent) = (self.container.vm(), self.container.agent());
         let (make_cwd, stop_signal) = (self.make_dir, self.stop_signal);
+        let (terminal, privileges) = (self.terminal, self.privileges.request()?);
+        if (terminal.is_some() || privileges.is_any()) && agent.version() < VERSION_TERMINAL {
+            let old = "the guest's shim is too old for terminals, limits and capabilities";
+            return Err(Error::new(ErrorKind::Unsupported, old));
+        }
         if (user.is_some() || make_cwd || stop_signal.is_some()) && agent.version() < VERSION_USER {
             let old = "the guest's shim is too old for users, directories and stop signals";
             return Err(Error::new(ErrorKind::Unsupported, old));
         }
         let listeners = StdioListeners::listen(vm, agent, stdio.each_ref().map(|it| !matches!(it, StdioKind::Null)))?;
         let (ports, cookie, shared) = (listeners.ports(), listeners.cookie(), state.clone());
-        let request =
-            StartRequest { argv, env, cwd, make_cwd, user, home, stop_signal, ports, cookie, deadline, state: shared };
+        let request = StartRequest {
+            argv,
+            env,
+            cwd,
+            make_cwd,
+            user,
+            privileges,
+            home,
+            stop_signal,
+            terminal,
+            ports,
+            cookie,
+            deadline,
+            state: shared,
+        };
         let number =
             start_program(&agent.remote(), request, None).map_err(|error| listeners.refused().unwrap_or(error))?;
         let mut process = Process::new(agent.remote(), number, state.clone(), self.limit);
+        process.has_terminal = terminal.is_some();
         let limit = self.file_limit.then_some(self.limit);
         // A stream that fails is the end of the process.
         connect(vm, &mut process, listeners, stdio, (limit, &state)).inspect_err(|_| process.give_up())?;
         Ok(process)
+    }
+
+    /// Sets what a program in a terminal has unless it was set otherwise.
+    fn connect_terminal(&mut self) -> Result<()> {
+        if self.stdio[2].as_ref().is_some_and(|stdio| !matches!(stdio.0, StdioKind::Null)) {
+            return Err(Error::invalid("stderr", "a terminal has one output, which is standard output"));
+        }
+        self.stdio[2] = None;
+        self.stdio[0].get_or_insert(Stdio::piped());
+        self.stdio[1].get_or_insert(Stdio::piped());
+        if !self.env.iter().any(|(name, _)| name == TERM) {
+            self.env.push((TERM.into(), "xterm".into()));
+        }
+        Ok(())
     }
 
     fn strings(&self) -> Result<StringBuf> {

@@ -1,0 +1,159 @@
+//! What a program may do and use: groups, limits, capabilities.
+
+use std::ffi::OsString;
+
+use super::Exec;
+use crate::container::capabilities;
+use crate::container::limits::{ProcessLimits, Resource};
+use crate::error::{Error, Result};
+use crate::proto::{self, Rlimit, StringBuf};
+
+/// As the embedder set it.
+#[derive(Debug, Clone, Default)]
+pub(in crate::container) struct Privileges {
+    groups: Vec<OsString>,
+    limits: ProcessLimits,
+    rlimits: Vec<ResourceLimit>,
+    no_new_privs: bool,
+    /// All, unless some are named.
+    capabilities: Option<Vec<String>>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct ResourceLimit {
+    resource: Resource,
+    soft: u64,
+    hard: u64,
+}
+
+/// As the shim gets it.
+#[derive(Debug, Default)]
+pub(in crate::container) struct PrivilegesRequest {
+    pub groups: StringBuf,
+    pub limits: proto::ProcessLimits,
+    pub rlimits: Vec<u8>,
+    pub no_new_privs: bool,
+    pub capabilities: Option<u64>,
+}
+
+impl PrivilegesRequest {
+    /// Whether an older shim would leave something of it out.
+    pub(in crate::container) fn is_any(&self) -> bool {
+        let Self { groups, limits, rlimits, no_new_privs, capabilities } = self;
+        !groups.as_strings().is_empty()
+            || limits.is_any()
+            || !rlimits.is_empty()
+            || *no_new_privs
+            || capabilities.is_some()
+    }
+}
+
+impl Privileges {
+    /// # Errors
+    /// `InvalidConfig`, naming the method, for what cannot be.
+    pub(super) fn request(&self) -> Result<PrivilegesRequest> {
+        let (mut groups, mut rlimits) = (StringBuf::new(), Vec::new());
+        for group in &self.groups {
+            groups
+                .push(group.as_encoded_bytes())
+                .map_err(|_| Error::invalid("groups", format!("{group:?} has a NUL")))?;
+        }
+        for ResourceLimit { resource, soft, hard } in self.rlimits.iter().copied() {
+            if soft > hard {
+                let text = format!("{resource:?}: {soft} is above {hard}, to which the program could raise it");
+                return Err(Error::invalid("rlimit", text));
+            }
+            Rlimit { resource: resource as u8, soft, hard }.push(&mut rlimits);
+        }
+        Ok(PrivilegesRequest {
+            groups,
+            limits: self.limits.message()?,
+            rlimits,
+            no_new_privs: self.no_new_privs,
+            capabilities: self.capabilities.as_ref().map(capabilities::set).transpose()?,
+        })
+    }
+}
+
+impl Exec {
+    /// Adds supplementary groups, each a name or a number, as `docker run --group-add` has them.
+    ///
+    /// They come on top of those that [`Exec::user`] gives. A number need not be in the container's `/etc/group`.
+    pub fn groups<S: Into<OsString>>(mut self, groups: impl IntoIterator<Item = S>) -> Self {
+        self.privileges.groups.extend(groups.into_iter().map(Into::into));
+        self
+    }
+
+    /// Limits what the program and everything that it starts may use together.
+    ///
+    /// Nothing is limited by default.
+    /// Where the guest's kernel has no cgroup controller for a limit, [`Exec::spawn`] fails with `NotFound`.
+    pub fn limits(mut self, limits: ProcessLimits) -> Self {
+        self.privileges.limits = limits;
+        self
+    }
+
+    /// Sets a limit of the program, which each process that it starts inherits for itself.
+    ///
+    /// `soft` is in force; the program may raise it up to `hard`, and as root beyond. See getrlimit(2). Without this a
+    /// program may open 1,024 files, and 524,288 when it asks for more; all else is as the guest's kernel has it.
+    pub fn rlimit(mut self, resource: Resource, soft: u64, hard: u64) -> Self {
+        self.privileges.rlimits.push(ResourceLimit { resource, soft, hard });
+        self
+    }
+
+    /// Sets whether executing a file can give the program more privileges, by set-user-ID for instance.
+    ///
+    /// With `true` it cannot, nor can what it starts: `PR_SET_NO_NEW_PRIVS` of prctl(2). By default it can.
+    pub fn no_new_privs(mut self, on: bool) -> Self {
+        self.privileges.no_new_privs = on;
+        self
+    }
+
+    /// Sets the capabilities that the program can ever have; all by default.
+    ///
+    /// What it starts can have no others. They have the names of capabilities(7), with or without `CAP_`: `["NET_BIND_SERVICE"]`. A program of root has
+    /// them all at once, one of another user gets them by files alone. [`Exec::spawn`] fails with `InvalidConfig` for a
+    /// name that Linux does not have.
+    pub fn capabilities<S: AsRef<str>>(mut self, names: impl IntoIterator<Item = S>) -> Self {
+        self.privileges.capabilities = Some(names.into_iter().map(|name| name.as_ref().to_owned()).collect());
+        self
+    }
+
+    /// Takes from the program what few programs need of root's powers.
+    ///
+    /// It keeps the 14 capabilities that Docker leaves to a container's programs. It cannot gain privileges, as by
+    /// [`Exec::no_new_privs`]. It and what it starts are at most 4,096 processes and threads, unless [`Exec::limits`]
+    /// is called after this. The wall between guests and the host is the virtual machine, with this or without it.
+    pub fn hardened(self) -> Self {
+        let limits = self.privileges.limits.processes(4096);
+        self.capabilities(capabilities::DEFAULT).no_new_privs(true).limits(limits)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::ErrorKind;
+
+    #[test]
+    fn privileges_that_cannot_be_are_refused_by_name() {
+        let wrong = [
+            (Privileges { groups: vec!["a\0".into()], ..Privileges::default() }, "groups"),
+            (Privileges { capabilities: Some(vec!["FLY".into()]), ..Privileges::default() }, "capabilities"),
+            (Privileges { limits: ProcessLimits::new().processes(0), ..Privileges::default() }, "limits"),
+            (
+                Privileges {
+                    rlimits: vec![ResourceLimit { resource: Resource::Core, soft: 2, hard: 1 }],
+                    ..Privileges::default()
+                },
+                "rlimit",
+            ),
+        ];
+        for (privileges, method) in wrong {
+            let error = privileges.request().map(drop).unwrap_err();
+            assert!(error.kind() == ErrorKind::InvalidConfig && error.to_string().contains(method), "{error}");
+        }
+        assert!(!Privileges::default().request().unwrap().is_any());
+    }
+}
