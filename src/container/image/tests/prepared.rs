@@ -1,7 +1,7 @@
 //! Layers on their way into the store: once each, in parallel, and nothing half-made.
 
 use std::io::Read;
-use std::sync::Mutex;
+use std::sync::{Condvar, Mutex};
 
 use super::super::layers::fuzzing::Blobs;
 use super::super::layers::{Allowed, compose, prepare_layers};
@@ -171,4 +171,101 @@ fn layers_together_take_no_more_than_the_most_of_one_image() {
     let error = prepare(&layers).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::InvalidConfig, "{error}");
     assert!(error.to_string().contains("Image::max_size"), "{error}");
+}
+
+/// How far the servers of [`Misled`] are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Stage {
+    Begun,
+    /// The wrong bytes of the first layer have taken its space, but for the end.
+    Taken,
+    /// The second layer had no space left.
+    Refused,
+}
+
+/// A source whose first server has wrong bytes for one layer. Their end comes once another layer has failed for want of space.
+struct Misled {
+    right: Counted,
+    wrong: (Digest, Vec<u8>),
+    stage: Mutex<Stage>,
+    changed: Condvar,
+}
+
+impl Misled {
+    fn reach(&self, stage: Stage) {
+        *self.stage.lock().unwrap() = stage;
+        self.changed.notify_all();
+    }
+
+    fn wait(&self, stage: Stage) {
+        let held = self.stage.lock().unwrap();
+        let (held, _) = self.changed.wait_timeout_while(held, Duration::from_secs(30), |held| *held < stage).unwrap();
+        assert!(*held >= stage, "{stage:?} is not reached, but {:?}", *held);
+    }
+
+    fn times(&self, layer: &Layer) -> u32 {
+        self.right.opened.lock().unwrap().get(&layer.blob.digest).copied().unwrap_or_default()
+    }
+}
+
+impl ImageSource for Misled {
+    fn open(&self, blob: &Descriptor, deadline: &PrepareDeadline) -> Result<Box<dyn Read + Send + '_>> {
+        let right = self.right.open(blob, deadline)?;
+        let first = self.right.opened.lock().unwrap()[&blob.digest] == 1;
+        if blob.digest == self.wrong.0 && first {
+            return Ok(Box::new(Held { source: self, left: &self.wrong.1 }));
+        }
+        self.wait(Stage::Taken);
+        Ok(right)
+    }
+
+    fn distrust(&self, blob: &Descriptor) -> bool {
+        let is_wrong = blob.digest == self.wrong.0;
+        if !is_wrong {
+            self.reach(Stage::Refused);
+        }
+        is_wrong
+    }
+}
+
+/// The wrong bytes, whose last one is held back.
+struct Held<'a> {
+    source: &'a Misled,
+    left: &'a [u8],
+}
+
+impl Read for Held<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if let [last] = self.left {
+            self.source.reach(Stage::Taken);
+            self.source.wait(Stage::Refused);
+            self.left = &[];
+            buffer[0] = *last;
+            return Ok(1);
+        }
+        let n = buffer.len().min(self.left.len().saturating_sub(1));
+        let (given, left) = self.left.split_at(n);
+        buffer[..n].copy_from_slice(given);
+        self.left = left;
+        Ok(n)
+    }
+}
+
+#[test]
+fn space_that_wrong_bytes_took_is_free_for_other_layers() {
+    let (temp, mut right) = (Temp::new(), Counted::default());
+    let mut wrong = archive(&[Made::file("large", vec![1; 160 << 10])]);
+    // Zeros follow an archive. They are more than what is read at once, so the file is written before the last one comes.
+    wrong.resize(3 << 20, 0);
+    let mut padded = layer_of(0);
+    padded.resize(wrong.len(), 0);
+    let layers = [padded, layer_of(1)].map(|bytes| right.blobs.add_layer(&bytes));
+    let wrong = (layers[0].blob.digest.clone(), wrong);
+    let source = Misled { right, wrong, stage: Mutex::new(Stage::Begun), changed: Condvar::new() };
+    // Both layers have 84 KiB.
+    let allowed = Allowed { limits: ImageLimits::default(), max_size: Size::kib(200) };
+    prepare_layers(&store(&temp), &source, &image(layers.to_vec()), &allowed, &deadline(), &|_| {}).unwrap();
+    assert_eq!(*source.stage.lock().unwrap(), Stage::Refused);
+    // Wrong, and right from another server; without space, and once more.
+    assert_eq!((source.times(&layers[0]), source.times(&layers[1]), in_store(&temp)), (2, 2, 2));
 }
