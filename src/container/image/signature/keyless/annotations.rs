@@ -1,4 +1,7 @@
 //! Cosign's older form: certificate, chain and log entry in annotations of the payload's layer.
+//!
+//! The annotation `dev.sigstore.cosign/rfc3161timestamp` is not read. The entry has the log's promise, whose time counts, and a stranger may
+//! leave out a timestamp.
 
 use std::collections::BTreeMap;
 

@@ -2,8 +2,10 @@
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use graviola::hashing::Sha256;
-use graviola::signing::ecdsa::{P256, SigningKey};
+use graviola::hashing::{Sha256, Sha384};
+use graviola::signing::ecdsa::{P256, P384, SigningKey};
+use graviola::signing::eddsa::Ed25519SigningKey;
+use graviola::signing::rsa;
 use serde_json::{Value, json};
 use sha2::Digest as _;
 
@@ -23,9 +25,10 @@ const CODE_SIGNING: &[u8] = &[0x2b, 0x06, 0x01, 0x05, 0x05, 0x07, 0x03, 0x03];
 const ECDSA_SHA256: &[u8] = &[0x2a, 0x86, 0x48, 0xce, 0x3d, 0x04, 0x03, 0x02];
 const COMMON_NAME: &[u8] = &[0x55, 0x04, 0x03];
 
-const SEQUENCE: u8 = 0x30;
-const OCTETS: u8 = 0x04;
-const OBJECT: u8 = 0x06;
+pub(super) const SEQUENCE: u8 = 0x30;
+pub(super) const SET: u8 = 0x31;
+pub(super) const OCTETS: u8 = 0x04;
+pub(super) const OBJECT: u8 = 0x06;
 const UTF8: u8 = 0x0c;
 
 pub(super) fn sha256(parts: &[&[u8]]) -> [u8; 32] {
@@ -41,7 +44,7 @@ fn hex(bytes: &[u8]) -> String {
 }
 
 /// One value of DER.
-fn der(tag: u8, parts: &[&[u8]]) -> Vec<u8> {
+pub(super) fn der(tag: u8, parts: &[&[u8]]) -> Vec<u8> {
     let content = parts.concat();
     let len = content.len();
     let head = match len {
@@ -52,13 +55,13 @@ fn der(tag: u8, parts: &[&[u8]]) -> Vec<u8> {
     [head, content].concat()
 }
 
-fn algorithm() -> Vec<u8> {
+pub(super) fn algorithm() -> Vec<u8> {
     der(SEQUENCE, &[&der(OBJECT, &[ECDSA_SHA256])])
 }
 
-fn name(common: &str) -> Vec<u8> {
+pub(super) fn name(common: &str) -> Vec<u8> {
     let part = der(SEQUENCE, &[&der(OBJECT, &[COMMON_NAME]), &der(UTF8, &[common.as_bytes()])]);
-    der(SEQUENCE, &[&der(0x31, &[&part])])
+    der(SEQUENCE, &[&der(SET, &[&part])])
 }
 
 fn extension(id: &[u8], critical: bool, value: &[u8]) -> Vec<u8> {
@@ -66,21 +69,75 @@ fn extension(id: &[u8], critical: bool, value: &[u8]) -> Vec<u8> {
     der(SEQUENCE, &[&der(OBJECT, &[id]), critical, &der(OCTETS, &[value])])
 }
 
+/// The kinds of keys that a signer may have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum KeyKind {
+    P256,
+    P384,
+    Ed25519,
+    Rsa,
+}
+
+enum PrivateKey {
+    P256(SigningKey<P256>),
+    P384(SigningKey<P384>),
+    Ed25519(Ed25519SigningKey),
+    Rsa(Box<rsa::SigningKey>),
+}
+
 pub(super) struct Key {
-    key: SigningKey<P256>,
+    key: PrivateKey,
     pub(super) spki: Vec<u8>,
 }
 
 impl Key {
-    fn new() -> Self {
-        let key = SigningKey::generate().unwrap();
-        let mut buffer = [0; 256];
-        let spki = key.to_spki_der(&mut buffer).unwrap().to_vec();
+    pub(super) fn new(kind: KeyKind) -> Self {
+        let mut buffer = [0; 512];
+        let (key, spki) = match kind {
+            KeyKind::P256 => {
+                let key = SigningKey::generate().unwrap();
+                let spki = key.to_spki_der(&mut buffer).unwrap().to_vec();
+                (PrivateKey::P256(key), spki)
+            }
+            KeyKind::P384 => {
+                let key = SigningKey::generate().unwrap();
+                let spki = key.to_spki_der(&mut buffer).unwrap().to_vec();
+                (PrivateKey::P384(key), spki)
+            }
+            KeyKind::Ed25519 => {
+                let key = Ed25519SigningKey::generate().unwrap();
+                let spki = key.public_key().to_spki_der(&mut buffer).unwrap().to_vec();
+                (PrivateKey::Ed25519(key), spki)
+            }
+            KeyKind::Rsa => {
+                let key = rsa::SigningKey::generate(rsa::KeySize::Rsa2048).unwrap();
+                let spki = key.public_key().to_spki_der(&mut buffer).unwrap().to_vec();
+                (PrivateKey::Rsa(Box::new(key)), spki)
+            }
+        };
         Self { key, spki }
     }
 
+    /// With SHA-256, whatever the key, where it takes a hash.
     pub(super) fn sign(&self, message: &[u8]) -> Vec<u8> {
-        self.key.sign_asn1::<Sha256>(&[message], &mut [0; 256]).unwrap().to_vec()
+        let mut buffer = [0; 512];
+        match &self.key {
+            PrivateKey::P256(key) => key.sign_asn1::<Sha256>(&[message], &mut buffer).unwrap().to_vec(),
+            PrivateKey::P384(key) => key.sign_asn1::<Sha256>(&[message], &mut buffer).unwrap().to_vec(),
+            PrivateKey::Ed25519(key) => key.sign(message).to_vec(),
+            PrivateKey::Rsa(key) => {
+                let len = key.modulus_len_bytes();
+                key.sign_pkcs1_sha256(&mut buffer[..len], message).unwrap().to_vec()
+            }
+        }
+    }
+
+    /// As envelopes are signed: with the hash that is the key's own.
+    pub(super) fn sign_envelope(&self, encoded: &[u8]) -> Vec<u8> {
+        match &self.key {
+            PrivateKey::P384(key) => key.sign_asn1::<Sha384>(&[encoded], &mut [0; 256]).unwrap().to_vec(),
+            _ => self.sign(encoded),
+        }
     }
 
     /// By which logs are named.
@@ -90,7 +147,13 @@ impl Key {
 }
 
 /// The part of a certificate that is signed.
-fn to_be_signed(issuer: &str, subject: &[u8], validity: [&str; 2], key: &Key, extensions: &[&[u8]]) -> Vec<u8> {
+pub(super) fn to_be_signed(
+    issuer: &str,
+    subject: &[u8],
+    validity: [&str; 2],
+    key: &Key,
+    extensions: &[&[u8]],
+) -> Vec<u8> {
     let validity: Vec<u8> = validity.into_iter().flat_map(|time| der(0x17, &[time.as_bytes()])).collect();
     let parts: [&[u8]; 8] = [
         &der(0xa0, &[&[0x02, 0x01, 0x02]]),
@@ -105,16 +168,23 @@ fn to_be_signed(issuer: &str, subject: &[u8], validity: [&str; 2], key: &Key, ex
     der(SEQUENCE, &parts)
 }
 
-fn certificate(to_be_signed: &[u8], issuer: &Key) -> Vec<u8> {
+pub(super) fn certificate(to_be_signed: &[u8], issuer: &Key) -> Vec<u8> {
     let signature = issuer.sign(to_be_signed);
     der(SEQUENCE, &[to_be_signed, &algorithm(), &der(0x03, &[&[0], &signature])])
 }
 
-fn certificate_of_authority(issuer: (&str, &Key), subject: (&str, &Key)) -> Vec<u8> {
+/// When authorities are valid.
+pub(super) const LONG: [&str; 2] = ["230101000000Z", "430101000000Z"];
+
+/// That a key is for one purpose.
+pub(super) fn usage(critical: bool, purpose: &[u8]) -> Vec<u8> {
+    extension(EXTENSION_KEY_USAGE, critical, &der(SEQUENCE, &[&der(OBJECT, &[purpose])]))
+}
+
+pub(super) fn certificate_of_authority(issuer: (&str, &Key), subject: (&str, &Key), purpose: &[u8]) -> Vec<u8> {
     let constraints = extension(EXTENSION_CONSTRAINTS, true, &der(SEQUENCE, &[&[0x01, 0x01, 0xff]]));
-    let usage = extension(EXTENSION_KEY_USAGE, false, &der(SEQUENCE, &[&der(OBJECT, &[CODE_SIGNING])]));
-    let validity = ["230101000000Z", "430101000000Z"];
-    certificate(&to_be_signed(issuer.0, &name(subject.0), validity, subject.1, &[&constraints, &usage]), issuer.1)
+    let extensions: [&[u8]; 2] = [&constraints, &usage(false, purpose)];
+    certificate(&to_be_signed(issuer.0, &name(subject.0), LONG, subject.1, &extensions), issuer.1)
 }
 
 pub(super) fn pem(der: &[u8]) -> String {
@@ -137,9 +207,9 @@ pub(super) struct Authority {
 
 impl Authority {
     pub(super) fn new() -> Self {
-        let [root, intermediate, certificate_log, log] = std::array::from_fn(|_| Key::new());
-        let root_der = certificate_of_authority(("root", &root), ("root", &root));
-        let intermediate_der = certificate_of_authority(("root", &root), ("intermediate", &intermediate));
+        let [root, intermediate, certificate_log, log] = std::array::from_fn(|_| Key::new(KeyKind::P256));
+        let of = |subject| certificate_of_authority(("root", &root), subject, CODE_SIGNING);
+        let (root_der, intermediate_der) = (of(("root", &root)), of(("intermediate", &intermediate)));
         Self { intermediate, certificate_log, log, root_der, intermediate_der }
     }
 
@@ -162,11 +232,10 @@ impl Authority {
     }
 
     /// A certificate for an e-mail address or URI, which the log of certificates has, or not.
-    pub(super) fn certify(&self, identity: &str, issuer: &str, logged: bool) -> Leaf {
-        let key = Key::new();
+    pub(super) fn certify(&self, key: Key, identity: &str, issuer: &str, logged: bool) -> Leaf {
         let kind = if identity.contains("://") { 0x86 } else { 0x81 };
         let mut extensions = vec![
-            extension(EXTENSION_KEY_USAGE, false, &der(SEQUENCE, &[&der(OBJECT, &[CODE_SIGNING])])),
+            usage(false, CODE_SIGNING),
             extension(EXTENSION_SAN, true, &der(SEQUENCE, &[&der(kind, &[identity.as_bytes()])])),
             extension(EXTENSION_ISSUER, false, issuer.as_bytes()),
             extension(EXTENSION_ISSUER_V2, false, &der(UTF8, &[issuer.as_bytes()])),
@@ -248,4 +317,13 @@ pub(super) fn envelope_record(leaf: &Leaf, payload: &[u8], signature: &[u8]) -> 
     let signature = json!({ "signature": base64(signature), "verifier": base64(pem(&leaf.der)) });
     let spec = json!({ "envelopeHash": hash, "payloadHash": hash, "signatures": [signature] });
     json!({ "apiVersion": "0.0.1", "kind": "dsse", "spec": spec }).to_string()
+}
+
+/// The body of an entry in a log of the second version, whatever was signed.
+pub(super) fn record_of_version_2(leaf: &Leaf, signed: &[u8], signature: &[u8]) -> String {
+    let data = json!({ "algorithm": "SHA2_256", "digest": base64(sha256(&[signed])) });
+    let certificate = json!({ "rawBytes": base64(&leaf.der) });
+    let verifier = json!({ "keyDetails": "PKIX_ECDSA_P256_SHA_256", "x509Certificate": certificate });
+    let record = json!({ "data": data, "signature": { "content": base64(signature), "verifier": verifier } });
+    json!({ "apiVersion": "0.0.2", "kind": "hashedrekord", "spec": { "hashedRekordV002": record } }).to_string()
 }

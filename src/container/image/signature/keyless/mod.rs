@@ -83,4 +83,6 @@ impl fmt::Display for Signers {
 #[cfg(test)]
 mod authority;
 #[cfg(test)]
+mod stamps;
+#[cfg(test)]
 mod tests;

@@ -8,8 +8,11 @@ use super::authority::*;
 use super::*;
 use crate::error::{ErrorKind, Result};
 
+mod timestamps;
+
 const WORKFLOW: &str = "https://git.example/team/app/ci.yml@refs/heads/main";
 const ISSUER: &str = "https://issuer.example";
+const STATEMENT: &str = "application/vnd.in-toto+json";
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Form {
@@ -39,6 +42,7 @@ enum Flaw {
 #[derive(Clone, Copy)]
 struct Signing<'a> {
     form: Form,
+    key: KeyKind,
     certifier: &'a Authority,
     log: &'a Authority,
     identity: &'a str,
@@ -53,6 +57,7 @@ impl<'a> Signing<'a> {
     fn good(authority: &'a Authority, form: Form) -> Self {
         Self {
             form,
+            key: KeyKind::P256,
             certifier: authority,
             log: authority,
             identity: WORKFLOW,
@@ -64,17 +69,14 @@ impl<'a> Signing<'a> {
         }
     }
 
+    fn leaf(&self) -> Leaf {
+        self.certifier.certify(Key::new(self.key), self.identity, self.issuer, self.in_certificate_log)
+    }
+
     fn source(&self) -> Fake {
-        let leaf = self.certifier.certify(self.identity, self.issuer, self.in_certificate_log);
         match self.form {
-            Form::Annotations => self.annotations(&leaf),
-            Form::Statement | Form::Manifest => {
-                let mut source = Fake::default();
-                let kind = format!("{BUNDLE}.v0.3+json");
-                let layer = source.blob(self.bundle(&leaf).to_string().as_bytes(), &kind);
-                source.referrers = Some(source.refer(&layer, &kind));
-                source
-            }
+            Form::Annotations => self.annotations(&self.leaf()),
+            Form::Statement | Form::Manifest => with_bundle(&self.bundle(&self.leaf())),
         }
     }
 
@@ -113,12 +115,10 @@ impl<'a> Signing<'a> {
     fn bundle(&self, leaf: &Leaf) -> Value {
         let (kind, body, name, content) = match self.form {
             Form::Statement => {
-                let kind = "application/vnd.in-toto+json";
                 let subject = json!([{ "digest": { "sha256": Digest::sha256(self.image).hex() } }]);
                 let statement = json!({ "_type": "https://in-toto.io/Statement/v1", "subject": subject, "predicateType": "https://sigstore.dev/cosign/sign/v1", "predicate": {} });
                 let mut payload = statement.to_string();
-                let encoded = |payload: &str| format!("DSSEv1 {} {kind} {} {payload}", kind.len(), payload.len());
-                let signature = leaf.key.sign(encoded(&payload).as_bytes());
+                let signature = leaf.key.sign_envelope(encoded(&payload).as_bytes());
                 let body = match self.flaw {
                     Flaw::OtherEntry => envelope_record(leaf, b"other", &leaf.key.sign(b"other")),
                     _ => envelope_record(leaf, payload.as_bytes(), &signature),
@@ -126,7 +126,7 @@ impl<'a> Signing<'a> {
                 if self.flaw == Flaw::Tampered {
                     payload = payload.replace("\"predicate\":{}", "\"predicate\":[]");
                 }
-                let content = json!({ "payload": base64(payload), "payloadType": kind, "signatures": [{ "sig": base64(signature) }] });
+                let content = json!({ "payload": base64(payload), "payloadType": STATEMENT, "signatures": [{ "sig": base64(signature) }] });
                 ("dsse", body, "dsseEnvelope", content)
             }
             _ => {
@@ -156,6 +156,20 @@ impl<'a> Signing<'a> {
         let material = json!({ "certificate": { "rawBytes": base64(&leaf.der) }, "tlogEntries": entries });
         json!({ "mediaType": format!("{BUNDLE}.v0.3+json"), "verificationMaterial": material, name: content })
     }
+}
+
+/// What is signed of an envelope.
+fn encoded(payload: &str) -> String {
+    format!("DSSEv1 {} {STATEMENT} {} {payload}", STATEMENT.len(), payload.len())
+}
+
+/// A registry that has a bundle for the image.
+fn with_bundle(bundle: &Value) -> Fake {
+    let mut source = Fake::default();
+    let kind = format!("{BUNDLE}.v0.3+json");
+    let layer = source.blob(bundle.to_string().as_bytes(), &kind);
+    source.referrers = Some(source.refer(&layer, &kind));
+    source
 }
 
 fn trust(root: &Value) -> TrustRoot {
@@ -207,6 +221,26 @@ fn good_signatures_are_admitted_in_each_form() {
         of(&both).unwrap();
         for identities in [&[][..], &[none]] {
             assert_eq!(of(identities).unwrap_err().kind(), ErrorKind::PermissionDenied);
+        }
+    }
+}
+
+#[test]
+fn signers_may_have_keys_of_each_kind() {
+    let authority = Authority::new();
+    for key in [KeyKind::P384, KeyKind::Ed25519, KeyKind::Rsa] {
+        for form in FORMS {
+            let good = Signing { key, ..Signing::good(&authority, form) };
+            let admitted = admitted(&authority, good);
+            assert!(admitted.is_ok(), "{key:?} {form:?}: {admitted:?}");
+            refused(&authority, Signing { flaw: Flaw::Tampered, ..good });
+            // Another key of the kind has signed.
+            if form != Form::Annotations {
+                let (leaf, other) = (good.leaf(), good.leaf());
+                let mixed = Leaf { key: other.key, der: leaf.der };
+                let error = check(&trust(&authority.trust_root()), &good.bundle(&mixed)).unwrap_err();
+                assert!(error.contains("signature verification failed"), "{key:?} {form:?}: {error}");
+            }
         }
     }
 }
@@ -320,7 +354,7 @@ fn key_of_a_policy_admits_no_certificate_and_a_certificate_no_key() {
     // The same certificate's key, and no certificate in the bundle.
     let root = trust(&authority.trust_root());
     let signing = Signing::good(&authority, Form::Manifest);
-    let mut bundle = signing.bundle(&authority.certify(WORKFLOW, ISSUER, true));
+    let mut bundle = signing.bundle(&signing.leaf());
     let material = bundle["verificationMaterial"].as_object_mut().unwrap();
     material.remove("certificate");
     material.insert("publicKey".into(), json!({ "hint": "" }));
@@ -337,7 +371,7 @@ fn old_bundles_need_a_promise_with_the_time() {
     let authority = Authority::new();
     let root = trust(&authority.trust_root());
     let signing = Signing { flaw: Flaw::NoProof, ..Signing::good(&authority, Form::Manifest) };
-    let mut bundle = signing.bundle(&authority.certify(WORKFLOW, ISSUER, true));
+    let mut bundle = signing.bundle(&signing.leaf());
     bundle["mediaType"] = json!("application/vnd.dev.sigstore.bundle+json;version=0.1");
     assert_eq!(check(&root, &bundle), Ok(()));
     let entry = bundle["verificationMaterial"]["tlogEntries"][0].clone();
@@ -359,7 +393,8 @@ fn old_bundles_need_a_promise_with_the_time() {
 fn work_for_a_bundle_is_bounded() {
     let authority = Authority::new();
     let root = trust(&authority.trust_root());
-    let good = Signing::good(&authority, Form::Statement).bundle(&authority.certify(WORKFLOW, ISSUER, true));
+    let signing = Signing::good(&authority, Form::Statement);
+    let good = signing.bundle(&signing.leaf());
     assert_eq!(check(&root, &good), Ok(()));
     let grown = |change: &dyn Fn(&mut Value)| {
         let mut bundle = good.clone();
