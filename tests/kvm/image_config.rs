@@ -15,7 +15,7 @@ use crate::{check, check_eq};
 fn layout(name: &str) -> PathBuf {
     let layout = match name {
         "scratch" => "foreign/buildah.oci",
-        "nodejs" => "foreign-debian/docker.oci",
+        "nodejs" | "python3" => "foreign-debian/docker.oci",
         "openjdk" => "foreign-debian/umoci.oci",
         _ if soak().is_none() => "services.oci",
         "postgres" => "foreign-debian/umoci.oci",
@@ -112,6 +112,27 @@ pub fn redis_runs_in_its_directory_as_user_and_group() -> Outcome {
     let seen = container.exec(["sh", "-c", "echo $(pwd) $(id -un) $(id -gn) $(id -Gn)"]).output()?;
     check_eq!(seen.stdout, b"/var/lib/redis redis redis redis\n");
     stop(&container, program)
+}
+
+/// Runs in `make soak` alone, which makes its image.
+pub fn python_serves_and_ends_by_its_stop_signal() -> Outcome {
+    let container = start("python3")?;
+    let config = image("python3")?.config()?;
+    check_eq!(config.stop_signal.as_deref(), Some("SIGTERM"));
+    check_eq!(container.exec(["sh", "-c", "echo made by the test >/srv/page"]).status()?.code(), Some(0));
+    let program = container.command().stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+    ask(&container, 8000, b"GET /srv/page HTTP/1.0\r\n\r\n", b"made by the test")?;
+    ask(&container, 8000, b"GET /nothing HTTP/1.0\r\n\r\n", b"404 File not found")?;
+    let exit = container.stop(Duration::from_secs(60))?;
+    check!(matches!(exit, Exit::PowerOff { .. }), "{exit}");
+    let output = program.wait_with_output()?;
+    // By the image's environment it does not keep back what it writes.
+    check!(output.stdout.starts_with(b"Serving HTTP on"), "{}", String::from_utf8_lossy(&output.stdout));
+    let log = String::from_utf8_lossy(&output.stderr);
+    check!(log.contains("GET /srv/page HTTP/1.0"), "{log}");
+    // Python leaves this signal to the kernel, and ends by it.
+    check_eq!(output.status, ExitStatus::Signaled { signal: 15 });
+    Ok(())
 }
 
 /// Runs in `make soak` alone, which makes its image.

@@ -138,7 +138,8 @@ tests! {
         large_console_output_uses_bounded_memory fork_bomb_stays_in_the_guest connection_storm_is_bounded;
     image_config: nginx_serves_and_quits_by_its_stop_signal postgres_runs_as_its_user_and_stops_by_its_signal
         redis_runs_in_its_directory_as_user_and_group others_get_sigterm_once_the_program_of_the_image_has_ended
-        nodejs_serves_and_stops_by_its_signal java_serves_and_its_shutdown_hook_runs
+        python_serves_and_ends_by_its_stop_signal nodejs_serves_and_stops_by_its_signal
+        java_serves_and_its_shutdown_hook_runs
         stop_signal_of_the_image_is_for_its_program_alone;
     images: layers_are_one_root_file_system unusual_files_are_intact unusual_files_are_intact_with_debian_kernels
         unusual_files_are_intact_with_a_newer_debian_kernel;
@@ -243,8 +244,11 @@ fn exits() -> String {
 }
 
 /// Tests of images that take minutes to make, which `make soak` does.
-const SOAKED: &[&str] =
-    &["image_config::nodejs_serves_and_stops_by_its_signal", "image_config::java_serves_and_its_shutdown_hook_runs"];
+const SOAKED: &[&str] = &[
+    "image_config::python_serves_and_ends_by_its_stop_signal",
+    "image_config::nodejs_serves_and_stops_by_its_signal",
+    "image_config::java_serves_and_its_shutdown_hook_runs",
+];
 
 /// Runs a test, and writes down what became of it.
 fn tallied(name: &str, test: fn() -> Result<(), Failed>) -> Result<(), Failed> {
