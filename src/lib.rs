@@ -204,7 +204,7 @@ pub mod cpu {
 /// Disks: their kinds, limits and errors, overlays, and handles.
 pub mod disk {
     #[cfg(feature = "container")]
-    pub use crate::container::WritableLayer;
+    pub use crate::container::{Tmpfs, WritableLayer};
     #[cfg(feature = "qcow2")]
     pub use crate::vm::disk::Qcow2Disk;
     pub use crate::vm::disk::{

@@ -80,6 +80,7 @@ fn all() -> BTreeSet<String> {
         disk::Progress,
         disk::Qcow2Disk,
         disk::ScratchDisk,
+        disk::Tmpfs,
         disk::WritableLayer,
         event::DeviceId,
         event::Event,

@@ -89,6 +89,7 @@ const APART: &[&str] = &[
     "Size",
     "Stats",
     "Stdio",
+    "Tmpfs",
     "TrustRoot",
     "UserNet",
     "VmBuilder",

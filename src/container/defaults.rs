@@ -27,6 +27,13 @@ pub(super) struct ProgramDefaults {
 }
 
 impl ProgramDefaults {
+    /// Sets a variable, in place of one of the same name.
+    pub(super) fn set_env(&mut self, name: OsString, value: OsString) {
+        self.own_home &= name != HOME;
+        self.env.retain(|(known, _)| *known != name);
+        self.env.push((name, value));
+    }
+
     /// # Errors
     /// `Corrupt` for a configuration that cannot be followed.
     pub(super) fn of(config: &ImageConfig) -> Result<Self> {

@@ -17,12 +17,13 @@ mod redirect;
 mod shim;
 mod stdio;
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-pub use builder::ContainerBuilder;
+pub use builder::{ContainerBuilder, Tmpfs};
 pub use cancel::CancelToken;
 #[cfg(any(test, feature = "internals"))]
 pub(crate) use control::control_stream;
@@ -80,6 +81,7 @@ struct RunningContainer {
     vm: Vm,
     agent: Agent,
     defaults: ProgramDefaults,
+    labels: BTreeMap<String, String>,
     /// How many disks the embedder has given it.
     disks: usize,
 }
@@ -231,6 +233,11 @@ impl Container {
     /// `NotFound` when there are fewer.
     pub fn net(&self, n: usize) -> Result<NetHandle> {
         self.vm().net(n)
+    }
+
+    /// Returns the labels that [`ContainerBuilder::label`] gave it.
+    pub fn labels(&self) -> &BTreeMap<String, String> {
+        &self.running.labels
     }
 
     /// Returns a report of the container, as it is now or was at its end.

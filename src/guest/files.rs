@@ -2,6 +2,7 @@
 
 use core::ffi::CStr;
 
+use super::alloc::ffi::CString;
 use super::alloc::vec::Vec;
 use super::sys::{self, Errno, Fd};
 
@@ -47,6 +48,26 @@ pub(super) fn fill(path: &CStr, content: &[u8]) -> Result<(), Errno> {
         }
         Err(errno) => Err(errno),
     }
+}
+
+/// Makes each directory of a path that is not there.
+pub(super) fn make_directories(path: &CStr) -> Result<(), Errno> {
+    let bytes = path.to_bytes();
+    let ends = bytes.iter().enumerate().filter(|(at, byte)| *at > 0 && **byte == b'/').map(|(at, _)| at);
+    for end in ends.chain([bytes.len()]) {
+        let part = CString::new(bytes.get(..end).unwrap_or_default()).unwrap_or_default();
+        match sys::mkdir(None, &part, 0o755) {
+            Ok(()) | Err(Errno::EEXIST) => {}
+            Err(errno) => return Err(errno),
+        }
+    }
+    Ok(())
+}
+
+/// Appends to a file that is there. A file of the image that cannot be written is an error.
+pub(super) fn append(path: &CStr, content: &[u8]) -> Result<(), Errno> {
+    let fd = sys::open(None, path, sys::O_RDWR | sys::O_APPEND | sys::O_NONBLOCK)?;
+    sys::write(&fd, content).map(drop)
 }
 
 /// The longest file that [`append_unless`] looks through.
@@ -97,8 +118,6 @@ pub(super) fn entry(text: &[u8], name: &[u8]) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
-    use std::ffi::CString;
-
     use super::*;
 
     #[test]

@@ -87,7 +87,7 @@ fn run() -> ! {
         Ok(writable) => writable,
         Err(failure) => control.fail(&failure),
     };
-    let mut shim = match isolate(control, signals) {
+    let mut shim = match isolate(control, signals, &config) {
         Ok(shim) => shim,
         Err((control, failure)) => control.fail(&failure),
     };
@@ -139,7 +139,7 @@ fn insert_modules(config: &BootConfig<'_>) -> Result<(), Failure> {
 }
 
 fn mount_all(config: &BootConfig<'_>) -> Result<Writable, Failure> {
-    let plan = mount::plan(&config.root, config.hostname, config.resolver);
+    let plan = mount::plan(config);
     let (before, after) = mount::split(&plan);
     mount::carry_out(before)?;
     let writable = Writable::find(&config.root);
@@ -155,11 +155,14 @@ fn mount_all(config: &BootConfig<'_>) -> Result<Writable, Failure> {
 }
 
 /// Makes everything that the workloads need around them.
-fn isolate(control: Control, signals: Fd) -> Result<Shim, (Control, Failure)> {
+fn isolate(control: Control, signals: Fd, config: &BootConfig<'_>) -> Result<Shim, (Control, Failure)> {
     let reaper = match reaper::start() {
         Ok(reaper) => reaper,
         Err(failure) => return Err((control, failure)),
     };
+    if let Err(failure) = set_parameters(&reaper.proc, config) {
+        return Err((control, failure));
+    }
     let null = match sys::open(None, c"/dev/null", sys::O_RDWR) {
         Ok(null) => null,
         Err(errno) => {
@@ -172,6 +175,17 @@ fn isolate(control: Control, signals: Fd) -> Result<Shim, (Control, Failure)> {
     let devpts = sys::open(None, c"/dev/pts", sys::O_PATH | sys::O_DIRECTORY).ok();
     let ground = spawn::SpawnEnv { null, proc: reaper.proc, devpts, files: FILES };
     Ok(Shim::new(control, signals, reaper.pid, ground, cgroups))
+}
+
+/// Sets the parameters of the kernel that the embedder wants.
+fn set_parameters(proc: &Fd, config: &BootConfig<'_>) -> Result<(), Failure> {
+    let mut texts = config.sysctls.iter();
+    while let (Some(name), Some(value)) = (texts.next(), texts.next()) {
+        let path = alloc::ffi::CString::new([b"sys/", name.to_bytes()].concat()).unwrap_or_default();
+        files::write(Some(proc), &path, value.to_bytes())
+            .map_err(|errno| Failure::new(Stage::Sysctl, errno, &[b"setting ", name.to_bytes()]))?;
+    }
+    Ok(())
 }
 
 fn finish(shim: Shim, writable: Writable, outcome: Outcome) -> ! {

@@ -11,7 +11,7 @@ use super::alloc::vec::Vec;
 use super::control::Failure;
 use super::files;
 use super::sys::{self, Errno, MS_MOVE, MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_RDONLY, MS_REMOUNT};
-use crate::proto::{Root, RootDisk, Stage};
+use crate::proto::{BootConfig, Root, RootDisk, Secret, Stage};
 
 /// How long a device may take to appear. The drivers are there before the shim, so this is for devices that are probed later.
 const DEVICE_WAIT_NS: u64 = 3_000_000_000;
@@ -35,6 +35,14 @@ pub(super) enum MountStep {
     Replace { path: &'static CStr, content: Vec<u8> },
     /// Append a line to a text file that does not have `word` on any line.
     Line { path: &'static CStr, word: Vec<u8>, line: Vec<u8> },
+    /// Make a directory and those above it that are missing.
+    Dirs { path: CString },
+    /// Append to a text file.
+    Append { path: &'static CStr, content: Vec<u8> },
+    /// Make a file whose content is a secret.
+    Secret { path: CString, content: Vec<u8> },
+    /// Make what is mounted here read-only.
+    Freeze { path: &'static CStr },
     /// Make this directory the root of everything from here on.
     Enter { path: &'static CStr },
 }
@@ -49,6 +57,7 @@ pub(super) struct Planned {
 const NEWROOT: &CStr = c"/root";
 const LOWER: &CStr = c"/lower";
 const UPPER: &CStr = c"/upper";
+const SECRETS: &CStr = c"/run/secrets";
 
 /// Builds the list.
 #[derive(Default)]
@@ -104,7 +113,8 @@ fn path(bytes: &[u8]) -> Path {
 }
 
 /// Everything up to the root, from the initramfs.
-pub(super) fn plan(root: &Root<'_>, hostname: &[u8], resolver: Option<[u8; 4]>) -> Vec<Planned> {
+pub(super) fn plan(config: &BootConfig<'_>) -> Vec<Planned> {
+    let (root, hostname) = (&config.root, config.hostname);
     let mut plan = MountPlan::default();
     plan.api(c"devtmpfs", c"/dev", MS_NOSUID, None, true);
     match root {
@@ -113,7 +123,7 @@ pub(super) fn plan(root: &Root<'_>, hostname: &[u8], resolver: Option<[u8; 4]>) 
             plan.disk(source, NEWROOT, if *read_only { MS_RDONLY } else { 0 });
             plan.must(MountStep::Enter { path: NEWROOT });
         }
-        Root::Overlay { lower, upper } => {
+        Root::Overlay { lower, upper, .. } => {
             plan.disk(lower, LOWER, MS_RDONLY);
             plan.disk(upper, UPPER, 0);
             plan.must(MountStep::Dir { path: c"/upper/upper".into(), mode: 0o755 });
@@ -167,17 +177,46 @@ pub(super) fn plan(root: &Root<'_>, hostname: &[u8], resolver: Option<[u8; 4]>) 
         word: Vec::from(own),
         line: [b"127.0.0.1\t", own, b"\n"].concat(),
     });
-    if let Some(resolver) = resolver {
-        let mut content = Vec::from(b"nameserver");
-        for (part, before) in resolver.into_iter().zip(*b" ...") {
-            content.push(before);
-            decimal(part, &mut content);
-        }
-        content.push(b'\n');
+    if !config.hosts.is_empty() {
+        plan.must(MountStep::Append { path: c"/etc/hosts", content: Vec::from(config.hosts) });
+    }
+    if !config.resolv_conf.is_empty() {
         // The image's own is of where it was made.
-        plan.must(MountStep::Replace { path: c"/etc/resolv.conf", content });
+        plan.must(MountStep::Replace { path: c"/etc/resolv.conf", content: Vec::from(config.resolv_conf) });
+    }
+    memory_file_systems(config, &mut plan);
+    if matches!(root, Root::Overlay { read_only: true, .. }) {
+        plan.must(MountStep::Freeze { path: c"/" });
     }
     plan.0
+}
+
+/// What the embedder wants in memory.
+fn memory_file_systems(config: &BootConfig<'_>, plan: &mut MountPlan) {
+    let flags = MS_NOSUID | MS_NODEV;
+    let mount = |target: &CStr, data: &CStr| MountStep::Mount {
+        source: c"tmpfs".into(),
+        target: Cow::Owned(CString::from(target)),
+        fs: c"tmpfs".into(),
+        flags,
+        data: Some(Cow::Owned(CString::from(data))),
+    };
+    let mut texts = config.tmpfs.iter();
+    while let (Some(target), Some(options)) = (texts.next(), texts.next()) {
+        plan.must(MountStep::Dirs { path: CString::from(target) });
+        plan.must(mount(target, options));
+    }
+    let mut secrets = config.secrets.iter().peekable();
+    if secrets.peek().is_none() {
+        return;
+    }
+    plan.must(MountStep::Dirs { path: CString::from(SECRETS) });
+    plan.must(mount(SECRETS, c"mode=755"));
+    for Secret { name, content } in secrets {
+        let path = path(&[SECRETS.to_bytes(), b"/", name].concat()).into_owned();
+        plan.must(MountStep::Secret { path, content: Vec::from(content) });
+    }
+    plan.must(MountStep::Freeze { path: SECRETS });
 }
 
 /// Appends a number as text.
@@ -224,6 +263,10 @@ impl MountStep {
                 Err(errno) => Err(errno),
             },
             Self::Line { path, word, line } => files::append_unless(path, word, line),
+            Self::Dirs { path } => files::make_directories(path),
+            Self::Append { path, content } => files::append(path, content),
+            Self::Secret { path, content } => files::create(path, content),
+            Self::Freeze { path } => sys::mount(c"none", path, None, MS_REMOUNT | MS_RDONLY, None),
             Self::Enter { path } => {
                 sys::chdir(path)?;
                 sys::mount(c".", c"/", None, MS_MOVE, None)?;
@@ -244,7 +287,10 @@ impl MountStep {
             Self::Link { path, .. }
             | Self::File { path, .. }
             | Self::Replace { path, .. }
-            | Self::Line { path, .. } => mount(&[b"making ", path.to_bytes()]),
+            | Self::Line { path, .. }
+            | Self::Append { path, .. } => mount(&[b"making ", path.to_bytes()]),
+            Self::Dirs { path } | Self::Secret { path, .. } => mount(&[b"making ", path.to_bytes()]),
+            Self::Freeze { path } => mount(&[b"making read-only ", path.to_bytes()]),
             Self::Enter { path } => mount(&[b"entering ", path.to_bytes()]),
         }
     }
@@ -309,6 +355,10 @@ mod tests {
     const VDA: RootDisk<'_> = RootDisk { device: b"/dev/vda", fs: b"ext4" };
     const VDB: RootDisk<'_> = RootDisk { device: b"/dev/vdb", fs: b"ext4" };
 
+    fn planned(root: Root<'_>, hostname: &[u8], resolv_conf: &[u8]) -> Vec<Planned> {
+        plan(&BootConfig { root, hostname, resolv_conf, ..BootConfig::default() })
+    }
+
     fn mounts(plan: &[Planned]) -> Vec<(&str, &str)> {
         let text = |path: &'_ Path| -> &str { Box::leak(path.to_str().unwrap().to_owned().into_boxed_str()) };
         plan.iter()
@@ -321,7 +371,8 @@ mod tests {
 
     #[test]
     fn an_overlay_is_mounted_below_before_it_is_entered_and_the_rest_inside() {
-        let plan = plan(&Root::Overlay { lower: VDA, upper: VDB }, b"box", Some([10, 0, 205, 2]));
+        let plan =
+            planned(Root::Overlay { lower: VDA, upper: VDB, read_only: false }, b"box", b"nameserver 10.0.205.2\n");
         let (before, after) = split(&plan);
         assert_eq!(
             mounts(before),
@@ -333,7 +384,7 @@ mod tests {
 
     #[test]
     fn the_lower_device_is_never_written() {
-        let plan = plan(&Root::Overlay { lower: VDA, upper: VDB }, b"", None);
+        let plan = planned(Root::Overlay { lower: VDA, upper: VDB, read_only: true }, b"", b"");
         let flags = plan.iter().find_map(|planned| match &planned.step {
             MountStep::Mount { source, flags, .. } if source.to_bytes() == b"/dev/vda" => Some(*flags),
             _ => None,
@@ -343,21 +394,21 @@ mod tests {
 
     #[test]
     fn the_initramfs_is_not_entered() {
-        let plan = plan(&Root::Initramfs, b"", None);
+        let plan = planned(Root::Initramfs, b"", b"");
         assert!(!plan.iter().any(|planned| matches!(planned.step, MountStep::Enter { .. })));
         assert_eq!(mounts(&plan).iter().filter(|mount| mount.1 == "/dev").count(), 1);
     }
 
     #[test]
     fn a_read_only_root_gets_run_and_tmp_in_memory_and_no_files() {
-        let plan = plan(&Root::Device { source: VDA, read_only: true }, b"box", Some([10, 0, 0, 2]));
+        let plan = planned(Root::Device { source: VDA, read_only: true }, b"box", b"nameserver 10.0.205.2\n");
         assert!(mounts(&plan).contains(&("tmpfs", "/tmp")));
         assert!(!plan.iter().any(|planned| matches!(planned.step, MountStep::File { .. })));
     }
 
     #[test]
     fn resolv_conf_is_written() {
-        let plan = plan(&Root::Overlay { lower: VDA, upper: VDB }, b"", Some([10, 0, 205, 2]));
+        let plan = planned(Root::Overlay { lower: VDA, upper: VDB, read_only: false }, b"", b"nameserver 10.0.205.2\n");
         let written = plan.iter().find_map(|planned| match &planned.step {
             MountStep::Replace { path, content } if *path == c"/etc/resolv.conf" => Some(content.as_slice()),
             _ => None,

@@ -5,6 +5,7 @@ use core::ffi::CStr;
 
 use super::alloc::ffi::CString;
 use super::alloc::vec::Vec;
+use super::files;
 use super::relay::{Relay, RelayDirection};
 use super::sys::{self, Errno, Fd, POLLOUT, Poll, Vector};
 use super::terminal::Terminal;
@@ -268,7 +269,7 @@ impl Child<'_> {
         self.prepare().map_err(at(SpawnStep::Prepare))?;
         // As root, which can also enter what its user cannot.
         if self.make_cwd {
-            make_directories(self.cwd).map_err(at(SpawnStep::Chdir))?;
+            files::make_directories(self.cwd).map_err(at(SpawnStep::Chdir))?;
         }
         sys::chdir(self.cwd).map_err(at(SpawnStep::Chdir))?;
         let named = self.user.map(CStr::to_bytes).or_else(|| (!self.privileges.groups.is_empty()).then_some(b"0"));
@@ -319,7 +320,7 @@ impl Child<'_> {
         }
         sys::umask(0o022);
         // The shim is out of the OOM killer's reach, its workloads are not.
-        super::files::write(Some(&self.spawn_env.proc), c"self/oom_score_adj", b"0")?;
+        files::write(Some(&self.spawn_env.proc), c"self/oom_score_adj", b"0")?;
         // Last: until it is the program it has all that the shim has open, which may be more.
         sys::set_rlimit(RLIMIT_NOFILE, self.spawn_env.files.0, self.spawn_env.files.1)
     }
@@ -345,20 +346,6 @@ fn drop_capabilities(kept: u64) -> Result<(), Errno> {
             Ok(()) => {}
             // The kernel has no more; there are always some.
             Err(Errno::EINVAL) if number > 0 => return Ok(()),
-            Err(errno) => return Err(errno),
-        }
-    }
-    Ok(())
-}
-
-/// Makes each directory of a path that is not there.
-fn make_directories(path: &CStr) -> Result<(), Errno> {
-    let bytes = path.to_bytes();
-    let ends = bytes.iter().enumerate().filter(|(at, byte)| *at > 0 && **byte == b'/').map(|(at, _)| at);
-    for end in ends.chain([bytes.len()]) {
-        let part = CString::new(bytes.get(..end).unwrap_or_default()).unwrap_or_default();
-        match sys::mkdir(None, &part, 0o755) {
-            Ok(()) | Err(Errno::EEXIST) => {}
             Err(errno) => return Err(errno),
         }
     }

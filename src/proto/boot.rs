@@ -18,16 +18,20 @@ const FS: u8 = 6;
 const UPPER_DEVICE: u8 = 7;
 const UPPER_FS: u8 = 8;
 const MODULES: u8 = 9;
-const RESOLVER: u8 = 12;
-/// 10 was the one network that there could be, 11 networks without IPv6.
+/// 10 was the one network that there could be, 11 networks without IPv6, 12 the one resolver.
 const NETWORKS: u8 = 13;
+const RESOLV_CONF: u8 = 14;
+const HOSTS: u8 = 15;
+const TMPFS: u8 = 16;
+const SYSCTLS: u8 = 17;
+const SECRETS: u8 = 18;
 
 const ROOT_INITRAMFS: u8 = 0;
 const ROOT_DEVICE: u8 = 1;
 const ROOT_OVERLAY: u8 = 2;
 
 /// Where the shim finds things, and what the workloads' root is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(crate) struct BootConfig<'a> {
     /// The guest's host name; empty leaves the kernel's.
     pub(crate) hostname: &'a [u8],
@@ -39,8 +43,75 @@ pub(crate) struct BootConfig<'a> {
     pub(crate) modules: Strings<'a>,
     /// How network cards are set up; those that are not named are left alone.
     pub(crate) networks: Networks<'a>,
-    /// Who answers questions for names; `None` leaves that as it is.
-    pub(crate) resolver: Option<[u8; 4]>,
+    /// The content of `/etc/resolv.conf`; empty leaves that as it is.
+    pub(crate) resolv_conf: &'a [u8],
+    /// Lines for `/etc/hosts`.
+    pub(crate) hosts: &'a [u8],
+    /// File systems in memory: where each is mounted, then its options. One inside another comes after it.
+    pub(crate) tmpfs: Strings<'a>,
+    /// Parameters of the kernel: the path of each below `/proc/sys`, then its value.
+    pub(crate) sysctls: Strings<'a>,
+    /// Files for `/run/secrets`.
+    pub(crate) secrets: Secrets<'a>,
+}
+
+/// A file that is in memory alone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Secret<'a> {
+    /// The name of the file.
+    pub(crate) name: &'a [u8],
+    pub(crate) content: &'a [u8],
+}
+
+impl<'a> Secret<'a> {
+    /// The first of a list, and the rest of it.
+    fn split(list: &'a [u8]) -> Option<(Self, &'a [u8])> {
+        let part = |list: &'a [u8]| {
+            let (length, rest) = list.split_first_chunk()?;
+            rest.split_at_checked(usize::try_from(u32::from_le_bytes(*length)).ok()?)
+        };
+        let (name, rest) = part(list)?;
+        let (content, rest) = part(rest)?;
+        (!name.is_empty() && !name.contains(&0) && !name.contains(&b'/')).then_some((Self { name, content }, rest))
+    }
+
+    /// Appends it to a list.
+    pub(crate) fn push(&self, to: &mut Vec<u8>) {
+        for part in [self.name, self.content] {
+            to.extend_from_slice(&u32::try_from(part.len()).unwrap_or(u32::MAX).to_le_bytes());
+            to.extend_from_slice(part);
+        }
+    }
+}
+
+/// A list of secrets in someone else's bytes, which [`Secret::push`] made.
+#[derive(Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct Secrets<'a>(pub(crate) &'a [u8]);
+
+impl core::fmt::Debug for Secrets<'_> {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        write!(f, "Secrets({} bytes)", self.0.len())
+    }
+}
+
+impl<'a> Secrets<'a> {
+    fn parse(bytes: &'a [u8]) -> Result<Self, Malformed> {
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            (_, rest) = Secret::split(rest).ok_or(Malformed("list of secrets"))?;
+        }
+        Ok(Self(bytes))
+    }
+
+    /// The secrets in their order.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = Secret<'a>> + use<'a> {
+        let mut rest = self.0;
+        core::iter::from_fn(move || {
+            let (secret, after) = Secret::split(rest)?;
+            rest = after;
+            Some(secret)
+        })
+    }
 }
 
 /// The addresses of one card.
@@ -117,9 +188,10 @@ impl<'a> Networks<'a> {
 pub(crate) const OPTIONAL: u8 = b'-';
 
 /// The root file system of the workloads.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(crate) enum Root<'a> {
     /// The initramfs itself.
+    #[default]
     Initramfs,
     /// One device.
     Device {
@@ -134,6 +206,8 @@ pub(crate) enum Root<'a> {
         lower: RootDisk<'a>,
         /// The device on top.
         upper: RootDisk<'a>,
+        /// Read-only once it is set up.
+        read_only: bool,
     },
 }
 
@@ -161,7 +235,8 @@ impl<'a> BootConfig<'a> {
                 fields.bytes(DEVICE, source.device);
                 fields.bytes(FS, source.fs);
             }
-            Root::Overlay { lower, upper } => {
+            Root::Overlay { lower, upper, read_only } => {
+                fields.flag(READ_ONLY, read_only);
                 fields.u8(ROOT, ROOT_OVERLAY);
                 fields.bytes(DEVICE, lower.device);
                 fields.bytes(FS, lower.fs);
@@ -175,8 +250,15 @@ impl<'a> BootConfig<'a> {
         if !self.networks.is_empty() {
             fields.bytes(NETWORKS, self.networks.0);
         }
-        if let Some(resolver) = self.resolver {
-            fields.bytes(RESOLVER, &resolver);
+        let lists = [
+            (RESOLV_CONF, self.resolv_conf),
+            (HOSTS, self.hosts),
+            (TMPFS, self.tmpfs.as_bytes()),
+            (SYSCTLS, self.sysctls.as_bytes()),
+            (SECRETS, self.secrets.0),
+        ];
+        for (tag, list) in lists.into_iter().filter(|(_, list)| !list.is_empty()) {
+            fields.bytes(tag, list);
         }
         // The reader is the judge of what may stand in it.
         BootConfig::parse(&out)?;
@@ -198,7 +280,11 @@ impl<'a> BootConfig<'a> {
             ROOT_DEVICE => {
                 Root::Device { source: source(DEVICE, FS)?, read_only: fields.flag(READ_ONLY, "read-only")? }
             }
-            ROOT_OVERLAY => Root::Overlay { lower: source(DEVICE, FS)?, upper: source(UPPER_DEVICE, UPPER_FS)? },
+            ROOT_OVERLAY => Root::Overlay {
+                lower: source(DEVICE, FS)?,
+                upper: source(UPPER_DEVICE, UPPER_FS)?,
+                read_only: fields.flag(READ_ONLY, "read-only")?,
+            },
             _ => return Err(Malformed("kind of root")),
         };
         let hostname = fields.get(HOSTNAME).unwrap_or_default();
@@ -209,8 +295,22 @@ impl<'a> BootConfig<'a> {
         let control_port = fields.u32(CONTROL_PORT, "control port")?.unwrap_or(super::CONTROL_PORT);
         let modules = Strings::parse(fields.get(MODULES).unwrap_or_default(), "list of modules")?;
         let networks = Networks::parse(fields.get(NETWORKS).unwrap_or_default())?;
-        let resolver = fields.get(RESOLVER).map(|bytes| bytes.try_into().map_err(|_| Malformed("resolver")));
-        Ok(Self { hostname, control_port, root, modules, networks, resolver: resolver.transpose()? })
+        let pairs = |tag, name| {
+            let list = Strings::parse(fields.get(tag).unwrap_or_default(), name)?;
+            if list.iter().count() % 2 == 0 { Ok(list) } else { Err(Malformed(name)) }
+        };
+        Ok(Self {
+            hostname,
+            control_port,
+            root,
+            modules,
+            networks,
+            resolv_conf: fields.get(RESOLV_CONF).unwrap_or_default(),
+            hosts: fields.get(HOSTS).unwrap_or_default(),
+            tmpfs: pairs(TMPFS, "list of memory file systems")?,
+            sysctls: pairs(SYSCTLS, "list of kernel parameters")?,
+            secrets: Secrets::parse(fields.get(SECRETS).unwrap_or_default())?,
+        })
     }
 }
 

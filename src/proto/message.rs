@@ -116,6 +116,8 @@ byte_enum! {
         Loop = 7,
         /// Inserting a kernel module; the text names it.
         Modules = 8,
+        /// Setting a parameter of the kernel; the text names it.
+        Sysctl = 9,
     }
 }
 

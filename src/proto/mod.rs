@@ -45,7 +45,7 @@ mod tests;
 
 #[allow(unused_imports, reason = "each side names only what it uses")]
 pub(crate) use {
-    boot::{BootConfig, Network, Networks, OPTIONAL, Root, RootDisk},
+    boot::{BootConfig, Network, Networks, OPTIONAL, Root, RootDisk, Secret, Secrets},
     field::Malformed,
     frame::{Decoder, FrameError, HEADER_SIZE, MessageFrame},
     message::{End, FromGuest, FromHost, SpawnStep, Stage},
@@ -69,7 +69,7 @@ pub(crate) const MARKER: &str = "cofferdam.shim=1";
 pub(crate) const BOOT_CONFIG_PATH: &str = "/cofferdam.boot";
 
 /// An encoded [`BootConfig`] is no longer than this.
-pub(crate) const BOOT_CONFIG_MAX: usize = 64 * 1024;
+pub(crate) const BOOT_CONFIG_MAX: usize = 1024 * 1024;
 
 // How the machine shall end, as the shim tells the VMM. How the value gets there is the processor's matter; where the VMM takes none,
 // `reboot(2)` ends the machine.

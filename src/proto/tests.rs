@@ -158,13 +158,13 @@ proptest! {
     }
 
     #[test]
-    fn boot_config_round_trips(hostname in text(), control_port in any::<u32>(), kind in 0..3, read_only in any::<bool>(), names in [text(), text(), text(), text()], modules in vec(text(), 0..6)) {
+    fn boot_config_round_trips(hostname in text(), control_port in any::<u32>(), kind in 0..3, read_only in any::<bool>(), names in [text(), text(), text(), text()], modules in vec(text(), 0..6), pairs in vec([text(), text()], 0..3), secret in vec(any::<u8>(), 0..50)) {
         let names = names.map(|mut name| { name.push(b'x'); name });
         let [a, b, c, d] = names.each_ref().map(|name| name.as_slice());
         let root = match kind {
             0 => Root::Initramfs,
             1 => Root::Device { source: RootDisk { device: a, fs: b }, read_only },
-            _ => Root::Overlay { lower: RootDisk { device: a, fs: b }, upper: RootDisk { device: c, fs: d } },
+            _ => Root::Overlay { lower: RootDisk { device: a, fs: b }, upper: RootDisk { device: c, fs: d }, read_only },
         };
         let modules = list(&modules);
         let mut networks = Vec::new();
@@ -177,11 +177,18 @@ proptest! {
             gateway6: [control_port as u8; 16],
         }).collect();
         made.iter().for_each(|network| network.push(&mut networks));
-        let resolver = made.first().map(|network| network.gateway4);
+        let pairs = list(&pairs.concat());
+        let (tmpfs, sysctls) = (pairs.as_strings(), pairs.as_strings());
+        let mut secrets = Vec::new();
+        let both = [Secret { name: b"one", content: &secret }, Secret { name: a, content: b"" }];
+        let both: Vec<_> = both.into_iter().filter(|secret| !secret.name.contains(&b'/')).collect();
+        both.iter().for_each(|secret| secret.push(&mut secrets));
+        let secrets = Secrets(&secrets);
+        prop_assert!(secrets.iter().eq(both));
         let networks = Networks(&networks);
         prop_assert!(networks.iter().eq(made));
         let modules = modules.as_strings();
-        let config = BootConfig { hostname: &hostname, control_port, root, modules, networks, resolver };
+        let config = BootConfig { hostname: &hostname, control_port, root, modules, networks, resolv_conf: a, hosts: b, tmpfs, sysctls, secrets };
         let file = config.encode().unwrap();
         prop_assert_eq!(BootConfig::parse(&file), Ok(config));
         // Whatever is cut off, the rest is refused or is another valid file, never a panic.

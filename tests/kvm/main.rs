@@ -39,6 +39,7 @@ mod programs;
 #[path = "../../examples/proxy_command.rs"]
 mod proxy_command;
 mod rebuild;
+mod settings;
 mod spec;
 mod start_failures;
 mod storage;
@@ -189,6 +190,10 @@ tests! {
         editor_pager_top_and_tmux_draw_on_the_screen;
     privileges: groups_are_added_to_those_of_the_user cgroup_limits_hold_for_a_program_and_its_children
         resource_limits_are_inherited_by_children capabilities_and_new_privileges_are_taken_away;
+    settings: programs_have_the_environment_user_and_directory_of_the_builder
+        memory_file_systems_have_their_size_and_mode read_only_root_takes_writes_in_memory_alone
+        secrets_are_in_memory_alone_and_read_only names_of_hosts_and_servers_are_written
+        kernel_parameters_are_set_or_named;
     storage: fio_verifies_written_data flushed_data_survives_sigkill_of_the_process;
 }
 

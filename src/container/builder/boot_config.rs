@@ -1,24 +1,28 @@
 //! [`ShimConfig`]: what the shim needs to know to set up the guest.
 
 use super::disks::{RootDisks, RootPaths};
+use super::mounts::{GuestFiles, GuestSettings};
 use crate::boot::{Kernel, Packed};
 use crate::container::shim;
 use crate::error::{Context, Error, Result};
-use crate::proto::{BootConfig, CONTROL_PORT, Network, Networks, OPTIONAL, StringBuf};
+use crate::proto::{BootConfig, CONTROL_PORT, Network, Networks, OPTIONAL, Secrets, StringBuf};
 use crate::vm::{AddressConfig, Net};
 
-/// Host name, root, networks and resolver of one container.
+/// Host name, root, networks and files of one container.
 pub(super) struct ShimConfig {
     hostname: String,
     root: RootPaths,
     networks: Vec<u8>,
-    resolver: Option<[u8; 4]>,
+    files: GuestFiles,
 }
 
 impl ShimConfig {
-    pub(super) fn new(hostname: &str, root: &RootDisks, nets: &[Net]) -> Self {
+    /// # Errors
+    /// As [`GuestSettings::files`].
+    pub(super) fn new(hostname: &str, root: &RootDisks, nets: &[Net], settings: &GuestSettings) -> Result<Self> {
         let (networks, resolver) = networks(nets);
-        Self { hostname: hostname.to_owned(), root: root.paths().clone(), networks, resolver }
+        let files = settings.files(resolver)?;
+        Ok(Self { hostname: hostname.to_owned(), root: root.paths().clone(), networks, files })
     }
 
     /// Adds these modules to the kernel, and an initramfs with the shim and this configuration.
@@ -27,10 +31,14 @@ impl ShimConfig {
         let config = BootConfig {
             hostname: self.hostname.as_bytes(),
             control_port: CONTROL_PORT,
-            root: self.root.root(),
+            root: self.root.root(self.files.read_only),
             modules: modules.as_strings(),
             networks: Networks(&self.networks),
-            resolver: self.resolver,
+            resolv_conf: &self.files.resolv_conf,
+            hosts: &self.files.hosts,
+            tmpfs: self.files.tmpfs.as_strings(),
+            sysctls: self.files.sysctls.as_strings(),
+            secrets: Secrets(&self.files.secrets),
         };
         let kernel = kernel.with_packed(packed);
         let initramfs = shim::initramfs(kernel.initramfs_or_default(), &config)?;
@@ -52,6 +60,11 @@ const HOST_NAME_MAX: usize = 64;
 /// What Linux and resolvers take for a host's name (hostname(7)), and underscores, which Docker takes too. It is written
 /// into files of the guest.
 pub(super) fn check_hostname(name: &str) -> Result<()> {
+    check_host("hostname", name)
+}
+
+/// The same for what `method` was given.
+pub(super) fn check_host(method: &'static str, name: &str) -> Result<()> {
     let ends = |c: char| c.is_ascii_alphanumeric() || c == '_';
     let fits = name.len() <= HOST_NAME_MAX
         && name.chars().all(|c| ends(c) || matches!(c, '-' | '.'))
@@ -59,7 +72,7 @@ pub(super) fn check_hostname(name: &str) -> Result<()> {
     match fits {
         true => Ok(()),
         false => Err(Error::invalid(
-            "hostname",
+            method,
             format!(
                 "{name:?}: 1 to {HOST_NAME_MAX} letters, digits, `-`, `_` and `.` are needed, without `-` and `.` at the ends of a part"
             ),

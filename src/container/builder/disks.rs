@@ -40,10 +40,11 @@ impl RootDisks {
 
 impl RootPaths {
     /// What the shim mounts.
-    pub(super) fn root(&self) -> Root<'_> {
+    pub(super) fn root(&self, read_only: bool) -> Root<'_> {
         Root::Overlay {
             lower: RootDisk { device: self.lower.as_bytes(), fs: b"erofs" },
             upper: RootDisk { device: self.upper.as_bytes(), fs: b"ext4" },
+            read_only,
         }
     }
 }

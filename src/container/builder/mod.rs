@@ -2,6 +2,8 @@
 
 mod boot_config;
 mod disks;
+mod mounts;
+mod programs;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -16,6 +18,9 @@ use crate::size::Size;
 use crate::vm::{Cgroup, Console, CpuProfile, Disk, Memory, Net, Vm, VmBuilder, Vsock};
 use boot_config::ShimConfig;
 use disks::RootDisks;
+use mounts::GuestSettings;
+pub use mounts::Tmpfs;
+use programs::ProgramSettings;
 
 /// What the root of a container needs of its kernel.
 const FILE_SYSTEMS: [Need; 3] =
@@ -34,6 +39,8 @@ pub struct ContainerBuilder {
     disks: Vec<Disk>,
     nets: Vec<Net>,
     hostname: String,
+    programs: ProgramSettings,
+    guest: GuestSettings,
     console: Console,
     start_timeout: Duration,
     cancel: Option<CancelToken>,
@@ -54,6 +61,8 @@ impl ContainerBuilder {
             disks: Vec::new(),
             nets: Vec::new(),
             hostname: "container".into(),
+            programs: ProgramSettings::default(),
+            guest: GuestSettings::default(),
             console: Console::none(),
             start_timeout: Duration::from_secs(30),
             cancel: None,
@@ -201,12 +210,16 @@ impl ContainerBuilder {
 
     fn run(mut self, begin: Instant) -> Result<Container> {
         boot_config::check_hostname(&self.hostname)?;
+        // Before anything is made; the resolver of the networks changes nothing of it.
+        self.guest.files(None)?;
         let kernel = self.kernel.take().map_or_else(Kernel::find, Ok)?;
         let (image, config) = self.image.prepared(self.cancel.as_ref())?;
-        let (defaults, disks) = (ProgramDefaults::of(&config)?, self.disks.len());
+        let (mut defaults, disks) = (ProgramDefaults::of(&config)?, self.disks.len());
+        let labels = std::mem::take(&mut self.programs.labels);
+        std::mem::take(&mut self.programs).apply(&mut defaults);
         let root = RootDisks::make(image, &self.writable_layer, disks)?;
         let nets = boot_config::reserve_addresses(std::mem::take(&mut self.nets))?;
-        let shim = ShimConfig::new(&self.hostname, &root, &nets);
+        let shim = ShimConfig::new(&self.hostname, &root, &nets, &self.guest)?;
         let (start_timeout, cancel) = (self.start_timeout, self.cancel.take());
         let vm = self.machine(&kernel, root, nets);
         let needs = [vm.needs().as_slice(), &FILE_SYSTEMS].concat();
@@ -214,7 +227,7 @@ impl ContainerBuilder {
         let packed = kernel.pack_modules(&needs)?;
         let vm = vm.kernel(shim.add_to(kernel, &packed)?).start()?;
         let agent = Agent::start(&vm, begin, start_timeout, cancel.as_ref())?;
-        Ok(Container { running: Arc::new(RunningContainer { vm, agent, defaults, disks }) })
+        Ok(Container { running: Arc::new(RunningContainer { vm, agent, defaults, labels, disks }) })
     }
 
     /// The machine, whose kernel has no initramfs with the shim yet.

@@ -51,6 +51,7 @@ pub const AT_ONCE: &[&str] = &[
     "Container::command",
     "Container::exec",
     "Container::kill",
+    "Container::labels",
     "Container::net",
     "Container::report",
     "Container::startup",
