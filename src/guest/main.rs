@@ -142,11 +142,12 @@ fn mount_all(config: &BootConfig<'_>) -> Result<Writable, Failure> {
     let plan = mount::plan(config);
     let (before, after) = mount::split(&plan);
     mount::carry_out(before)?;
-    let writable = Writable::find(&config.root);
+    let mut writable = Writable::find(&config.root);
     network::set_switches(config);
     // This one shows the shim's pid namespace; the workloads get their own.
     let _ = sys::unmount(c"/proc");
     mount::carry_out(after)?;
+    writable.find_switch();
     if !config.hostname.is_empty() {
         let _ = sys::set_hostname(config.hostname);
     }
