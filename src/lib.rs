@@ -179,6 +179,7 @@ mod proto;
 mod rate;
 mod size;
 mod sys;
+mod version;
 mod virtio;
 mod vm;
 

@@ -7,9 +7,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use super::i8042::{I8042, KeyboardState};
 use super::layout::{EVENT_IRQ, EVENT_PORT, EXIT_PORT, I8042_IRQ, I8042_PORT, PANIC_PORT, SERIAL_IRQ, SERIAL_PORT};
 use crate::bus::{Attached, Bus, BusDevice};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::Result;
 use crate::kvm::Irqfd;
 use crate::legacy::{EventDevice, EventSender, ExitPort, GuestEnd, Keys, PanicPort, SerialPort, SerialPortState};
+use crate::version::{Version, Versioned};
 
 /// A serial port, a keyboard controller, an event device, and the ports by which a guest ends or reports a panic.
 pub(crate) struct Platform {
@@ -50,24 +51,31 @@ impl<W: io::Write + Clone + Send> Serial for SerialPort<W> {
     }
 }
 
-/// The version of [`PlatformState`] that this build writes and reads.
-const VERSION: u32 = 1;
-
 /// Where the devices of a platform stand. Not trusted when it is loaded.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(deny_unknown_fields))]
 pub(crate) struct PlatformState {
-    pub version: u32,
+    pub version: Version<Self>,
     pub serial: SerialPortState,
     pub keyboard: KeyboardState,
     /// Events that the guest has not read, as bits of the event device's register.
     pub events: u8,
 }
 
+impl Versioned for PlatformState {
+    const NAME: &'static str = "the state of a platform";
+    const VERSION: u32 = 1;
+}
+
 /// Devices that no guest has used.
 impl Default for PlatformState {
     fn default() -> Self {
-        Self { version: VERSION, serial: SerialPortState::default(), keyboard: KeyboardState::default(), events: 0 }
+        Self {
+            version: Version::OURS,
+            serial: SerialPortState::default(),
+            keyboard: KeyboardState::default(),
+            events: 0,
+        }
     }
 }
 
@@ -76,7 +84,7 @@ impl PlatformDevices {
     /// Returns where they stand. No vCPU runs meanwhile.
     pub(crate) fn save(&self) -> PlatformState {
         PlatformState {
-            version: VERSION,
+            version: Version::OURS,
             serial: self.serial.lock().unwrap_or_else(PoisonError::into_inner).save(),
             keyboard: self.keyboard.0.lock().unwrap_or_else(PoisonError::into_inner).save(),
             events: self.events.pending(),
@@ -86,13 +94,8 @@ impl PlatformDevices {
     /// Has them go on from `state`, and raises the interrupts that are pending in it. No vCPU runs meanwhile.
     ///
     /// # Errors
-    /// `Incompatible` for a state of another version, `Corrupt` for one that cannot be.
+    /// `Corrupt` for a state that cannot be.
     pub(crate) fn restore(&self, state: &PlatformState) -> Result<()> {
-        if state.version != VERSION {
-            let why =
-                format!("the state of a platform has version {}, this build reads version {VERSION}", state.version);
-            return Err(Error::new(ErrorKind::Incompatible, why));
-        }
         self.serial.lock().unwrap_or_else(PoisonError::into_inner).restore(&state.serial)?;
         self.keyboard.0.lock().unwrap_or_else(PoisonError::into_inner).restore(&state.keyboard)?;
         self.events.set_pending(state.events);
@@ -163,6 +166,7 @@ impl fmt::Debug for Keyboard {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::ErrorKind;
     use crate::legacy::MachineEvent;
 
     #[test]
@@ -247,13 +251,12 @@ mod tests {
             change(&mut wrong);
             platform().0.devices.restore(&wrong).unwrap_err().kind()
         };
-        assert_eq!(wrong(|it| it.version = 2), ErrorKind::Incompatible);
         assert_eq!(wrong(|it| it.keyboard.output = vec![0; 33]), ErrorKind::Corrupt);
         assert_eq!(wrong(|it| it.serial.received = vec![0; 65]), ErrorKind::Corrupt);
         #[cfg(feature = "serde")]
         {
             let text = serde_json::to_string(&state).unwrap();
-            assert_eq!(serde_json::from_str::<PlatformState>(&text).unwrap(), state);
+            crate::version::assert_versioned(&state);
             for (at, _) in text.match_indices('{') {
                 let wrong = format!("{}\"unknown\":1,{}", &text[..=at], &text[at + 1..]);
                 assert!(serde_json::from_str::<PlatformState>(&wrong).is_err(), "{wrong}");

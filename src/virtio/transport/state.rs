@@ -4,19 +4,17 @@
 use super::host::StoppedDevice;
 use super::{DeviceHost, Transport};
 use crate::error::{Error, ErrorKind, Result};
+use crate::version::{Version, Versioned};
 use crate::virtio::Profile;
 use crate::virtio::queue::QueueConfig;
 use crate::virtio::spec::status;
-
-/// The version of the states of transports and devices that this build writes and reads.
-pub(crate) const VERSION: u32 = 1;
 
 /// What a driver has set up, and where the device stands. Not trusted when it is loaded.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(deny_unknown_fields))]
 pub(crate) struct TransportState {
-    /// Of the states of transport and device: a number for each form that they had.
-    pub version: u32,
+    /// Of the states of transport and device.
+    pub version: Version<Self>,
     /// All bits (Virtio 1.3, 2.1).
     pub status: u32,
     /// Interrupts that the driver has not acknowledged (Virtio 1.3, 4.2.2, InterruptStatus).
@@ -32,6 +30,11 @@ pub(crate) struct TransportState {
     pub queues: Vec<QueueConfig>,
     /// `None` when the device did not run.
     pub device: Option<StoppedDevice>,
+}
+
+impl Versioned for TransportState {
+    const NAME: &'static str = "the state of a device";
+    const VERSION: u32 = 1;
 }
 
 impl TransportState {
@@ -65,7 +68,7 @@ impl<H: DeviceHost> Transport<H> {
     /// As [`DeviceHost::start`]; `InvalidState` when the device runs, as no pause has stopped it.
     pub(super) fn save(&self) -> Result<TransportState> {
         Ok(TransportState {
-            version: VERSION,
+            version: Version::OURS,
             status: self.interrupt.status(),
             pending_interrupts: self.interrupt.pending(),
             config_generation: self.profile.config.generation(),
@@ -82,14 +85,8 @@ impl<H: DeviceHost> Transport<H> {
     /// Takes a state, as a transport that was never used, and starts the device if it ran.
     ///
     /// # Errors
-    /// `Incompatible` for a state of another version, `Corrupt` for one that makes no sense for this device. Otherwise as
-    /// [`DeviceHost::start`].
+    /// `Corrupt` for a state that makes no sense for this device. Otherwise as [`DeviceHost::start`].
     pub(super) fn restore(&mut self, state: &TransportState) -> Result<()> {
-        if state.version != VERSION {
-            let why =
-                format!("the state of a device has version {}, this build reads version {VERSION}", state.version);
-            return Err(Error::new(ErrorKind::Incompatible, why));
-        }
         let corrupt = |what: String| Error::new(ErrorKind::Corrupt, format!("the state of a device: {what}"));
         let device = state.check(&self.profile).map_err(corrupt)?;
         (self.device_features_sel, self.driver_features_sel) = (state.device_features_sel, state.driver_features_sel);

@@ -33,15 +33,13 @@ use crate::arch::CpuProfile;
 use crate::boot::{EntryChoice, Kernel};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::memory::Memory;
-
-/// The only version of [`VmSpec`] so far.
-const VERSION: u32 = 1;
+use crate::version::{Version, Versioned};
 
 /// The description of a VM without its live parts. Not trusted when it is loaded.
 #[derive(Debug, Clone, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(deny_unknown_fields))]
 pub struct VmSpec {
-    version: u32,
+    version: Version<Self>,
     kernel: KernelSpec,
     vcpus: u32,
     cpu: CpuProfile,
@@ -54,6 +52,11 @@ pub struct VmSpec {
     kick_signal: u8,
     descriptors: Option<u32>,
     parameters: Vec<(String, String)>,
+}
+
+impl Versioned for VmSpec {
+    const NAME: &'static str = "the description of the VM";
+    const VERSION: u32 = 1;
 }
 
 /// How a kernel is booted, and the names of what it is loaded from.
@@ -104,7 +107,7 @@ impl VmConfig {
         } = self;
         let mut live = LiveParts::default();
         let spec = VmSpec {
-            version: VERSION,
+            version: Version::OURS,
             kernel: KernelSpec::split(kernel, &mut live),
             vcpus,
             cpu,
@@ -126,11 +129,10 @@ impl VmSpec {
     /// Puts a description together, and checks it as that of a builder.
     ///
     /// # Errors
-    /// `Incompatible` for another version. `Corrupt` when the live parts are not those that the spec names. Else as
-    /// [`VmConfig::check`].
+    /// `Corrupt` when the live parts are not those that the spec names. Else as [`VmConfig::check`].
     pub(super) fn join(self, mut live: LiveParts) -> Result<VmConfig> {
         let Self {
-            version,
+            version: _,
             kernel,
             vcpus,
             cpu,
@@ -144,11 +146,6 @@ impl VmSpec {
             descriptors,
             parameters,
         } = self;
-        if version != VERSION {
-            let problem =
-                format!("the description of the VM has version {version}, this build reads version {VERSION}");
-            return Err(Error::new(ErrorKind::Incompatible, problem));
-        }
         let config = VmConfig {
             kernel: kernel.join(&mut live)?,
             vcpus,

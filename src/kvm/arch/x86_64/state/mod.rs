@@ -44,18 +44,6 @@ macro_rules! mirror {
 use mirror;
 
 /// # Errors
-/// `Incompatible`, naming both versions.
-fn check_version(what: &str, kept: u32, ours: u32) -> Result<()> {
-    match kept == ours {
-        true => Ok(()),
-        false => Err(Error::new(
-            ErrorKind::Incompatible,
-            format!("the state of {what} has version {kept}, this build reads version {ours}"),
-        )),
-    }
-}
-
-/// # Errors
 /// `Corrupt` for another length.
 fn check_len(what: &str, len: usize, wanted: usize) -> Result<()> {
     match len == wanted {

@@ -12,12 +12,10 @@ use super::clock::ClockGap;
 use super::events::VcpuEvents;
 use super::msrs::{self, MsrState};
 use super::registers::{DebugRegisters, GeneralRegisters, SystemRegisters};
-use super::{check_count, check_len, check_version, mirror};
+use super::{check_count, check_len, mirror};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::kvm::{Kvm, VcpuFd, VmFd, failed};
-
-/// The only version of [`VcpuState`] so far.
-const VERSION: u32 = 1;
+use crate::version::{Version, Versioned};
 
 mirror! {
     /// What one leaf of CPUID says (KVM API, 4.46).
@@ -36,7 +34,7 @@ pub(crate) struct ExtendedControl {
 #[derive(Debug, Clone, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(deny_unknown_fields))]
 pub(crate) struct VcpuState {
-    pub(crate) version: u32,
+    pub(crate) version: Version<Self>,
     /// Whether it runs, has halted, or waits to be started (KVM API, 4.38).
     pub(crate) mp_state: u32,
     pub(crate) regs: GeneralRegisters,
@@ -54,6 +52,11 @@ pub(crate) struct VcpuState {
     /// As it was set: what KVM offers by itself is another processor.
     pub(crate) cpuid: Vec<CpuidLeaf>,
     pub(crate) events: VcpuEvents,
+}
+
+impl Versioned for VcpuState {
+    const NAME: &'static str = "the state of a vCPU";
+    const VERSION: u32 = 1;
 }
 
 /// What the states of all vCPUs of one host have in common.
@@ -99,7 +102,7 @@ impl VcpuState {
         // Last, as reading others may change it.
         let events = vcpu.fd.get_vcpu_events().map_err(failed).doing(|| "reading a vCPU's events")?.into();
         Ok(Self {
-            version: VERSION,
+            version: Version::OURS,
             mp_state,
             regs,
             sregs,
@@ -116,9 +119,8 @@ impl VcpuState {
     }
 
     /// # Errors
-    /// `Incompatible` for another version, `Corrupt` for lengths and counts that no vCPU has.
+    /// `Corrupt` for lengths and counts that no vCPU has, `Unsupported` for one that could be a host itself.
     pub(crate) fn check(&self, format: &VcpuFormat) -> Result<()> {
-        check_version("a vCPU", self.version, VERSION)?;
         check_len("the XSAVE area", self.xsave.len(), format.xsave)?;
         check_len("the local interrupt controller", self.lapic.len(), LAPIC)?;
         check_count("XCRs", self.xcrs.len(), KVM_MAX_XCRS as usize)?;

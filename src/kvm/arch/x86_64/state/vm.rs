@@ -1,40 +1,35 @@
 //! The state of a VM beside its vCPUs.
 
-use super::check_version;
 use super::chips::{IrqchipState, PitState};
 use super::clock::{ClockGap, ClockState};
 use crate::error::Result;
 use crate::kvm::VmFd;
-
-/// The only version of [`VmState`] so far.
-const VERSION: u32 = 1;
+use crate::version::{Version, Versioned};
 
 /// What a VM has beside its vCPUs and its memory.
 #[derive(Debug, Clone, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(deny_unknown_fields))]
 pub(crate) struct VmState {
-    pub(crate) version: u32,
+    pub(crate) version: Version<Self>,
     pub(crate) clock: ClockState,
     pub(crate) irqchip: IrqchipState,
     pub(crate) pit: PitState,
+}
+
+impl Versioned for VmState {
+    const NAME: &'static str = "the state of the VM";
+    const VERSION: u32 = 1;
 }
 
 impl VmState {
     /// Reads the state. No vCPU runs.
     pub(crate) fn save(vm: &VmFd) -> Result<Self> {
         let clock = ClockState::read(vm)?;
-        Ok(Self { version: VERSION, clock, irqchip: IrqchipState::save(vm)?, pit: PitState::save(vm)? })
-    }
-
-    /// # Errors
-    /// `Incompatible` for another version.
-    pub(crate) fn check(&self) -> Result<()> {
-        check_version("the VM", self.version, VERSION)
+        Ok(Self { version: Version::OURS, clock, irqchip: IrqchipState::save(vm)?, pit: PitState::save(vm)? })
     }
 
     /// Gives the state to a VM whose vCPUs have theirs already, but for their counters. The guest's clock goes on from here.
     pub(crate) fn restore(&self, vm: &VmFd) -> Result<()> {
-        self.check()?;
         // Its first edge may come at once, and what it meets then is overwritten by what follows.
         self.pit.restore(vm)?;
         // After the vCPUs' MSRs, which register the pages that show the clock.
