@@ -105,7 +105,8 @@ const UNSAFE: &[&str] = &["sys", "memory", "kvm", "guest"];
 const ARCHITECTURE_WORDS: &[&str] = &[
     "x86", "amd64", "i386", "intel64", "rdtsc", "tsc", "cpuid", "msr", "msrs", "xsave", "xcr", "xcrs", "lapic", "apic",
     "ioapic", "pit", "i8042", "ioperm", "rip", "rsp", "rflags", "efer", "cr0", "cr2", "cr3", "cr4", "idt", "tss",
-    "pvh", "bzimage", "e820", "mptable", "vmx", "svm", "avx", "sse", "aarch64", "arm64", "psci", "gic", "gicv3",
+    "pvh", "bzimage", "e820", "mptable", "vmx", "svm", "avx", "sse", "aarch64", "arm64", "psci", "gic", "gicv3", "hlt",
+    "ioin", "ioout", "portin", "portout", "eflags", "rax", "outb", "inb", "nmi", "smi", "sipi", "mtrr", "kvmclock",
 ];
 
 /// Directories of one architecture each, below `src/boot`. All others are in a directory `arch`.

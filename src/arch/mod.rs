@@ -5,6 +5,7 @@
 //! - `layout`: where things lie in guest memory.
 //! - `MAX_VCPUS`.
 //! - `Platform`, `Keyboard`: what a machine has beside processors, memory and virtio devices.
+//! - `PlatformBus`: what answers beside the bus of memory-mapped devices, and serves the exits of `kvm::ArchExit`.
 //! - `PlatformDevices`, `PlatformState`: those of them that have a state, and it. Its default is that of unused ones.
 //! - `FirmwareTables`, `write_tables`: the tables from which the kernel learns of the machine.
 //! - `Cpu`, `CpuProfile`: what a vCPU shows.

@@ -10,25 +10,19 @@ use std::sync::atomic::{AtomicU8, Ordering};
 
 use kvm_bindings::kvm_run;
 
-use super::failed;
+use super::{ArchExit, failed};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::sys::{ForkGuard, ProcessGeneration, keep_private};
 
-/// Why `KVM_RUN` came back. The slices are KVM's own buffer: an `In` answer is what the guest will see.
+/// Why `KVM_RUN` came back. The slices are KVM's own buffer: the answer to a read is what the guest will see.
 #[derive(Debug)]
 pub(crate) enum VcpuExit<'a> {
-    /// The guest reads ports: `data` is one or more accesses of `width` bytes each.
-    PortIn { port: u16, width: usize, data: &'a mut [u8] },
-    /// The guest writes ports, likewise.
-    PortOut { port: u16, width: usize, data: &'a [u8] },
     /// The guest reads memory that nothing backs.
     MmioRead { addr: u64, data: &'a mut [u8] },
     /// The guest writes memory that nothing backs.
     MmioWrite { addr: u64, data: &'a [u8] },
-    /// A triple fault (KVM_EXIT_SHUTDOWN).
-    TripleFault,
-    /// HLT outside the in-kernel interrupt controller's control.
-    Halt,
+    /// What only some processors have.
+    Arch(ArchExit<'a>),
     /// KVM_EXIT_SYSTEM_EVENT and its type.
     SystemEvent(u32),
     /// A signal, or a kick.
@@ -42,7 +36,7 @@ pub(crate) enum VcpuExit<'a> {
 }
 
 /// The `kvm_run` page, mapped once more, so that other threads may set its `immediate_exit` at any time.
-struct RunPage {
+pub(in crate::kvm) struct RunPage {
     run: NonNull<kvm_run>,
     len: usize,
     /// Where it is mapped.
@@ -78,11 +72,9 @@ impl RunPage {
         unsafe { AtomicU8::from_ptr(&raw mut (*self.run.as_ptr()).immediate_exit) }
     }
 
-    /// The width of the port access that KVM just reported (KVM API, 5, KVM_EXIT_IO).
-    fn port_width(&self) -> usize {
-        // SAFETY: `self` keeps the page mapped. After KVM_EXIT_IO the kernel has written the `io` member, whose
-        // fields are plain integers, and does not touch it before the next KVM_RUN.
-        usize::from(unsafe { (&raw const (*self.run.as_ptr()).__bindgen_anon_1.io.size).read_volatile() }).max(1)
+    /// Where the page is mapped, as long as `self`.
+    pub(in crate::kvm) fn as_ptr(&self) -> *const kvm_run {
+        self.run.as_ptr()
     }
 
     fn exit_reason(&self) -> u32 {
@@ -170,12 +162,8 @@ impl VcpuFd {
     pub(crate) fn run(&mut self) -> Result<VcpuExit<'_>> {
         use kvm_ioctls::VcpuExit as Exit;
         Ok(match self.fd.run() {
-            Ok(Exit::IoIn(port, data)) => VcpuExit::PortIn { port, width: self.page.port_width(), data },
-            Ok(Exit::IoOut(port, data)) => VcpuExit::PortOut { port, width: self.page.port_width(), data },
             Ok(Exit::MmioRead(addr, data)) => VcpuExit::MmioRead { addr, data },
             Ok(Exit::MmioWrite(addr, data)) => VcpuExit::MmioWrite { addr, data },
-            Ok(Exit::Shutdown) => VcpuExit::TripleFault,
-            Ok(Exit::Hlt) => VcpuExit::Halt,
             Ok(Exit::SystemEvent(kind, _)) => VcpuExit::SystemEvent(kind),
             Ok(Exit::Intr) => VcpuExit::Interrupted,
             Ok(Exit::FailEntry(reason, _)) => VcpuExit::EntryFailed(reason),
@@ -183,7 +171,10 @@ impl VcpuFd {
                 let (suberror, data) = self.page.internal_error();
                 VcpuExit::InternalError { suberror, data }
             }
-            Ok(_) => VcpuExit::Unknown(self.page.exit_reason()),
+            Ok(exit) => match ArchExit::new(exit, &self.page) {
+                Some(exit) => VcpuExit::Arch(exit),
+                None => VcpuExit::Unknown(self.page.exit_reason()),
+            },
             Err(e) if matches!(e.errno(), libc::EINTR | libc::EAGAIN) => VcpuExit::Interrupted,
             Err(e) => return Err(failed(e)).doing(|| "running a vCPU"),
         })

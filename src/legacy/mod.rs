@@ -13,7 +13,7 @@ pub(crate) use exit_port::ExitPort;
 pub(crate) use panic_port::PanicPort;
 pub(crate) use serial::{SerialPort, SerialPortState};
 
-/// How a guest ends by itself, as it tells one of these devices.
+/// How a guest ends by itself, as it tells one of these devices or its processor reports.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum GuestEnd {
     PowerOff,
@@ -23,6 +23,8 @@ pub(crate) enum GuestEnd {
     InitFault,
     /// The kernel could not.
     Panic,
+    /// The processor could not.
+    TripleFault,
 }
 
 /// Keys of a guest's keyboard, pressed and released.

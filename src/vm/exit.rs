@@ -354,6 +354,7 @@ impl From<GuestEnd> for Reason {
             GuestEnd::Halt => Self::Halt,
             GuestEnd::InitFault => Self::InitFault,
             GuestEnd::Panic => Self::Panic,
+            GuestEnd::TripleFault => Self::TripleFault,
         }
     }
 }

@@ -20,9 +20,8 @@ use super::threads::VmThreads;
 use super::vcpu::LastExit;
 use super::{Handles, Vm};
 use crate::arch::layout::{self, MmioSlot};
-use crate::arch::{self, Cpu, EntryPoint, Platform, PlatformDevices};
+use crate::arch::{self, Cpu, EntryPoint, Platform, PlatformBus, PlatformDevices};
 use crate::boot::{self, Kernel};
-use crate::bus::Bus;
 use crate::error::{Context, Error, Result};
 use crate::event_loop::{Loop, Remote};
 use crate::kvm::Kvm;
@@ -43,7 +42,7 @@ const CONSOLE_DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
 pub(super) struct Machine {
     pub kvm: Arc<KvmObjects>,
     pub devices: DeviceSet,
-    pub ports: Bus,
+    pub bus: PlatformBus,
     captures: Vec<CapturePump>,
     /// Where the guest's kernel finds the machine's generation, if it reads it.
     #[cfg_attr(not(any(test, feature = "internals")), allow(dead_code, reason = "no machine is copied yet"))]
@@ -107,7 +106,7 @@ pub(super) fn start(config: &VmConfig) -> Result<Vm> {
     let signal = KickSignal::install(config.kick_signal)?;
     let shared = VmShared::new(vcpus, signal, marks, log, output, registers.clone())?;
     let shared = Arc::new(shared);
-    let Platform { ports, keyboard, events, lines, devices: platform } =
+    let Platform { bus, keyboard, events, lines, devices: platform } =
         Platform::new(shared.output.clone(), guest_end(&shared))?;
     lines.iter().try_for_each(|line| line.connect(&vm))?;
     let kvm = Arc::new(KvmObjects::new(vm, cpu, lines, registers, memory.clone()));
@@ -124,7 +123,7 @@ pub(super) fn start(config: &VmConfig) -> Result<Vm> {
         events,
     };
     let captures = nets.into_iter().filter_map(|net| net.pump).collect();
-    let machine = Arc::new(Machine { kvm, devices, ports, captures, generation, platform, shared: shared.clone() });
+    let machine = Arc::new(Machine { kvm, devices, bus, captures, generation, platform, shared: shared.clone() });
 
     let threads = VmThreads { shared: &shared, member: cgroup.as_ref().map(CgroupGuard::member) };
     for it in &handles.loops {

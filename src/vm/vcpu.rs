@@ -13,6 +13,7 @@ use super::halt::{self, HaltRecord};
 use super::machine::Machine;
 use super::stats::{ExitCounts, VcpuStats, count};
 use super::vcpu_gate::{ExitRequest, VcpuAction};
+use crate::arch::PlatformBusView;
 use crate::bus::BusView;
 #[cfg(any(test, feature = "internals"))]
 use crate::error::{Error, Result};
@@ -152,7 +153,7 @@ pub(super) fn run(machine: &Machine, id: u8, mut vcpu: VcpuFd) {
     if machine.shared.marks.running() {
         machine.shared.log.push(EventKind::Started);
     }
-    let (mut entered, mut mmio, mut ports) = (false, machine.devices.mmio.view(), machine.ports.view());
+    let (mut entered, mut mmio, mut own) = (false, machine.devices.mmio.view(), machine.bus.view());
     loop {
         let action = machine.shared.gate.next_action(&vcpu);
         if action == VcpuAction::End {
@@ -160,7 +161,7 @@ pub(super) fn run(machine: &Machine, id: u8, mut vcpu: VcpuFd) {
         }
         let exit = vcpu.run();
         count(match &exit {
-            Ok(VcpuExit::PortIn { .. } | VcpuExit::PortOut { .. }) => &control.exits.port,
+            Ok(VcpuExit::Arch(exit)) if exit.is_port_access() => &control.exits.port,
             Ok(VcpuExit::MmioRead { .. } | VcpuExit::MmioWrite { .. }) => &control.exits.mmio,
             Ok(VcpuExit::Interrupted) => &control.exits.interrupted,
             _ => &control.exits.other,
@@ -179,7 +180,7 @@ pub(super) fn run(machine: &Machine, id: u8, mut vcpu: VcpuFd) {
         let reason = match exit {
             // Some are the periodic ones.
             Ok(VcpuExit::Interrupted) => look(machine, control, &vcpu),
-            Ok(exit) => handle(&mut mmio, &mut ports, exit),
+            Ok(exit) => handle(&mut mmio, &mut own, exit),
             Err(error) => Some((Reason::Vcpu(error.to_string()), error.to_string())),
         };
         if let Some((reason, words)) = reason {
@@ -206,14 +207,12 @@ fn look(machine: &Machine, control: &VcpuControl, vcpu: &VcpuFd) -> Option<(Reas
 }
 
 /// Serves one exit. Something comes back when the guest cannot go on.
-fn handle(mmio: &mut BusView<'_>, ports: &mut BusView<'_>, exit: VcpuExit<'_>) -> Option<(Reason, String)> {
+fn handle(mmio: &mut BusView<'_>, own: &mut PlatformBusView<'_>, exit: VcpuExit<'_>) -> Option<(Reason, String)> {
     match exit {
-        VcpuExit::PortIn { port, width, data } => {
-            for access in data.chunks_mut(width) {
-                ports.read(port.into(), access);
-            }
+        VcpuExit::Arch(exit) => {
+            let (end, words) = own.serve(exit)?;
+            return Some((end.into(), words.into()));
         }
-        VcpuExit::PortOut { port, width, data } => write_ports(ports, port, width, data),
         VcpuExit::MmioRead { addr, data } => {
             mmio.read(addr, data);
         }
@@ -221,10 +220,6 @@ fn handle(mmio: &mut BusView<'_>, ports: &mut BusView<'_>, exit: VcpuExit<'_>) -
             mmio.write(addr, data);
         }
         VcpuExit::Interrupted => {}
-        VcpuExit::TripleFault => {
-            return Some((Reason::TripleFault, "triple fault (KVM_EXIT_SHUTDOWN)".into()));
-        }
-        VcpuExit::Halt => return Some((Reason::Halt, "HLT with nothing to wake it".into())),
         VcpuExit::SystemEvent(kind) => {
             let reason = match kind {
                 kvm_events::SHUTDOWN => Reason::PowerOff,
@@ -248,12 +243,6 @@ fn handle(mmio: &mut BusView<'_>, ports: &mut BusView<'_>, exit: VcpuExit<'_>) -
         }
     }
     None
-}
-
-fn write_ports(ports: &mut BusView<'_>, port: u16, width: usize, data: &[u8]) {
-    for access in data.chunks(width) {
-        ports.write(port.into(), access);
-    }
 }
 
 /// Types of KVM_EXIT_SYSTEM_EVENT (KVM API, 5).

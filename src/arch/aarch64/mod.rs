@@ -6,15 +6,16 @@
 pub(crate) mod layout;
 mod profile;
 
+use std::convert::Infallible;
 use std::fmt;
 use std::io;
+use std::marker::PhantomData;
 
 pub use profile::CpuProfile;
 
-use crate::bus::Bus;
 use crate::error::Result;
 pub(crate) use crate::kvm::unsupported;
-use crate::kvm::{Irqfd, Kvm, VcpuFd, VmFd};
+use crate::kvm::{ArchExit, Irqfd, Kvm, VcpuFd, VmFd};
 use crate::legacy::{EventSender, GuestEnd, Keys};
 use crate::memory::{GuestAddress, GuestMemory};
 
@@ -82,13 +83,31 @@ impl Cpu {
 
 /// What a machine has beside processors, memory and virtio devices.
 pub(crate) struct Platform {
-    /// Nothing answers at ports.
-    pub ports: Bus,
+    pub bus: PlatformBus,
     pub keyboard: Keyboard,
     pub events: EventSender,
     pub lines: Vec<Irqfd>,
     #[cfg_attr(not(any(test, feature = "internals")), allow(dead_code, reason = "no machine is saved yet"))]
     pub devices: PlatformDevices,
+}
+
+/// What answers beside the bus of memory-mapped devices: nothing.
+#[derive(Debug)]
+pub(crate) enum PlatformBus {}
+
+impl PlatformBus {
+    pub(crate) fn view(&self) -> PlatformBusView<'_> {
+        match *self {}
+    }
+}
+
+/// The same, as the thread of one vCPU sees it.
+pub(crate) struct PlatformBusView<'a>(Infallible, PhantomData<&'a ()>);
+
+impl PlatformBusView<'_> {
+    pub(crate) fn serve(&mut self, exit: ArchExit<'_>) -> Option<(GuestEnd, &'static str)> {
+        match exit.never() {}
+    }
 }
 
 /// The devices that have a state.

@@ -6,6 +6,7 @@ mod i8042;
 pub(crate) mod layout;
 mod mptable;
 mod platform;
+mod ports;
 mod profile;
 mod regs;
 
@@ -13,6 +14,7 @@ use kvm_bindings::{Msrs, kvm_msr_entry};
 
 pub(crate) use cpuid::Cpu;
 pub(crate) use platform::{Keyboard, Platform, PlatformDevices};
+pub(crate) use ports::{PlatformBus, PlatformBusView};
 pub use profile::{CpuProfile, CpuidBits, CpuidRegister};
 pub use regs::Registers;
 pub(crate) use regs::{EntryPoint, boot_vcpu, write_boot_tables};

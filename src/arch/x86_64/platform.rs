@@ -6,7 +6,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::i8042::{I8042, KeyboardState};
 use super::layout::{EVENT_IRQ, EVENT_PORT, EXIT_PORT, I8042_IRQ, I8042_PORT, PANIC_PORT, SERIAL_IRQ, SERIAL_PORT};
-use crate::bus::{Attached, Bus, BusDevice};
+use super::ports::PlatformBus;
+use crate::bus::{Attached, BusDevice};
 use crate::error::Result;
 use crate::kvm::Irqfd;
 use crate::legacy::{EventDevice, EventSender, ExitPort, GuestEnd, Keys, PanicPort, SerialPort, SerialPortState};
@@ -15,7 +16,7 @@ use crate::version::{Version, Versioned};
 /// A serial port, a keyboard controller, an event device, and the ports by which a guest ends or reports a panic.
 pub(crate) struct Platform {
     /// What answers at ports.
-    pub ports: Bus,
+    pub bus: PlatformBus,
     /// By which the guest can be asked to shut down.
     pub keyboard: Keyboard,
     /// By which kernels with ACPI learn what happens to the machine.
@@ -113,7 +114,7 @@ impl Platform {
         console: impl io::Write + Clone + Send + 'static,
         on_end: impl Fn(GuestEnd) + Clone + Send + 'static,
     ) -> Result<Self> {
-        let ports = Bus::default();
+        let ports = PlatformBus::default();
         let (serial, fd) = SerialPort::new(console)?;
         let serial_line = Irqfd { fd, gsi: SERIAL_IRQ };
         let serial = Arc::new(Mutex::new(serial));
@@ -135,11 +136,11 @@ impl Platform {
         attach(&ports, EVENT_PORT, EventDevice::LEN, device)?;
         let lines = vec![serial_line, keyboard_line, event_line];
         let devices = PlatformDevices { serial, keyboard: keyboard.clone(), events: events.clone() };
-        Ok(Self { ports, keyboard, events, lines, devices })
+        Ok(Self { bus: ports, keyboard, events, lines, devices })
     }
 }
 
-fn attach(ports: &Bus, port: u64, len: u64, device: impl BusDevice + 'static) -> Result<()> {
+fn attach(ports: &PlatformBus, port: u64, len: u64, device: impl BusDevice + 'static) -> Result<()> {
     let device: Attached = Arc::new(Mutex::new(device));
     ports.attach(port..port + len, device)
 }
@@ -175,7 +176,7 @@ mod tests {
         let seen = ends.clone();
         let platform = Platform::new(io::sink(), move |end| seen.lock().unwrap().push(end)).unwrap();
         assert_eq!(platform.lines.iter().map(|line| line.gsi).collect::<Vec<_>>(), [SERIAL_IRQ, I8042_IRQ, EVENT_IRQ]);
-        let mut ports = platform.ports.view();
+        let mut ports = platform.bus.ports();
         for (port, value) in [(PANIC_PORT, 1), (EXIT_PORT, 0x34), (I8042_PORT + 4, 0xfe)] {
             assert!(ports.write(port, &[value]), "{port:#x}");
         }
@@ -195,7 +196,7 @@ mod tests {
     /// A platform in the middle of everything: a divisor, a scratch byte, keys that were not read, half a command, an event.
     fn used() -> Platform {
         let (platform, _) = platform();
-        let mut ports = platform.ports.view();
+        let mut ports = platform.bus.ports();
         let writes = [(3, 0x80), (0, 0x0c), (1, 0x01), (3, 0x03), (7, 0x5a), (4, 0x0b), (1, 0x02)];
         writes.iter().for_each(|(at, value)| assert!(ports.write(SERIAL_PORT + at, &[*value])));
         for (port, value) in [(4, 0x60), (0, 0x01)] {
@@ -217,7 +218,7 @@ mod tests {
         assert_eq!(second.devices.save(), state);
         // What was pending is raised again: the transmitter's, the keyboard's and the event's.
         assert!(lines.iter().all(|line| line.read().unwrap() > 0));
-        let mut ports = [first.ports.view(), second.ports.view()];
+        let mut ports = [first.bus.ports(), second.bus.ports()];
         let mut read = |port: u64| {
             ports.each_mut().map(|ports| {
                 let mut byte = [0];

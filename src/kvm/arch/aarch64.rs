@@ -1,8 +1,12 @@
 //! aarch64: nothing yet. A VM cannot be made: interrupt controller, registers and states are missing.
 
+use std::convert::Infallible;
+use std::marker::PhantomData;
+
 use kvm_ioctls::Cap;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::kvm::vcpu::RunPage;
 use crate::kvm::{VcpuFd, VmFd};
 
 /// What every machine needs, by the names of the KVM API's documentation.
@@ -37,6 +41,25 @@ pub(in crate::kvm) fn check() -> Result<()> {
 /// `Unsupported`.
 pub(in crate::kvm) fn set_up(_: &VmFd) -> Result<()> {
     Err(unsupported("an interrupt controller (GICv3)"))
+}
+
+/// Exits that only this processor has: none.
+#[derive(Debug)]
+pub(crate) struct ArchExit<'a>(Infallible, PhantomData<&'a mut [u8]>);
+
+impl ArchExit<'_> {
+    pub(in crate::kvm) fn new(_: kvm_ioctls::VcpuExit<'_>, _: &RunPage) -> Option<Self> {
+        None
+    }
+
+    pub(crate) fn is_port_access(&self) -> bool {
+        match self.0 {}
+    }
+
+    /// There is none.
+    pub(crate) fn never(self) -> Infallible {
+        self.0
+    }
 }
 
 impl VcpuFd {

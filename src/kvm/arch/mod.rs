@@ -2,6 +2,7 @@
 //!
 //! - `NEEDED`, `MODULES`, `UNUSABLE`, `REMEDY`, `check`: what a host must have, and what to do where it lacks it.
 //! - `set_up`: what a VM has in the kernel beside memory and vCPUs.
+//! - `ArchExit`: exits of a vCPU that only this processor has.
 //! - `VcpuFd::is_dead` and `VcpuFd::notify_guest_paused`.
 //! - `state`: what KVM keeps of a machine.
 

@@ -1,9 +1,11 @@
 //! x86_64: interrupt controllers and timer in the kernel, CPUID, model-specific registers, and their states.
 
+mod exit;
 #[cfg(any(test, feature = "internals"))]
 pub(crate) mod state;
 mod vcpu;
 
+pub(crate) use exit::ArchExit;
 use kvm_bindings::{
     CpuId, KVM_CAP_PMU_CAPABILITY, KVM_PIT_SPEAKER_DUMMY, KVM_PMU_CAP_DISABLE, Msrs, kvm_enable_cap, kvm_msr_entry,
     kvm_pit_config,
