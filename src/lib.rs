@@ -202,7 +202,7 @@ pub mod cpu {
     pub use crate::arch::embedder::*;
 }
 
-/// Disks: their kinds, limits and errors, overlays, and handles.
+/// Disks: their kinds, limits and errors, overlays, handles, and memory file systems.
 pub mod disk {
     #[cfg(feature = "container")]
     pub use crate::container::{Tmpfs, WritableLayer};
@@ -230,7 +230,7 @@ pub mod vsock {
     pub use crate::vm::Vsock;
 }
 
-/// Programs in a container: their streams and how they end.
+/// Programs in a container: their streams, their limits, and how they end.
 #[cfg(feature = "container")]
 pub mod process {
     pub use crate::container::{ExitStatus, Output, ProcessLimits, ProcessReader, ProcessWriter, Resource, Stdio};

@@ -378,6 +378,8 @@ fn the_device_of_the_architecture_is_the_one_that_runs() {
 fn files_that_the_pages_name_are_there() {
     for page in ["ARCHITECTURE.md", "CONTRIBUTING.md"] {
         let text = fs::read_to_string(root().join(page)).unwrap();
+        // A backtick in a drawing is none around a name.
+        let text: String = text.split("```").step_by(2).collect();
         let code = text.split('`').skip(1).step_by(2);
         let named = code.filter(|name| name.ends_with(".rs") && !name.contains(['*', '{', ' ']));
         let mut count = 0;

@@ -1,4 +1,4 @@
-//! [`ProgramDefaults`]: what an image says of programs in its containers.
+//! [`ProgramDefaults`]: what an image and a builder say of programs in its containers.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;

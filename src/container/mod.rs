@@ -2,7 +2,6 @@
 
 mod builder;
 mod cancel;
-mod capabilities;
 mod control;
 mod defaults;
 mod exec;
@@ -11,7 +10,6 @@ mod ext4;
 mod generation;
 mod image;
 mod layer;
-mod limits;
 mod process;
 mod redirect;
 mod shim;
@@ -27,7 +25,7 @@ pub use builder::{ContainerBuilder, Tmpfs};
 pub use cancel::CancelToken;
 #[cfg(any(test, feature = "internals"))]
 pub(crate) use control::control_stream;
-pub use exec::{Exec, Stdio};
+pub use exec::{Exec, ProcessLimits, Resource, Stdio};
 #[cfg(any(test, feature = "internals"))]
 pub use generation::renew_container_generation;
 #[cfg(all(feature = "registry", any(test, feature = "internals")))]
@@ -47,7 +45,6 @@ pub use image::{PublicKey, SignaturePolicy};
 #[cfg(any(test, feature = "internals"))]
 pub(crate) use image::{image_tar, oci_layer, oci_layer_file, oci_manifest};
 pub use layer::WritableLayer;
-pub use limits::{ProcessLimits, Resource};
 pub use process::{ExitStatus, Output, Process, ProcessReader, ProcessWriter};
 
 use crate::error::Result;
@@ -94,8 +91,8 @@ impl Container {
 
     /// Describes a program to run in the container.
     ///
-    /// `argv` is its name or path, then its arguments. Environment, user and working directory are those of the image's
-    /// configuration, unless set otherwise.
+    /// `argv` is its name or path, then its arguments. Environment, user and working directory are those of the builder, or
+    /// else of the image's configuration, unless set otherwise.
     pub fn exec<S: Into<std::ffi::OsString>>(&self, argv: impl IntoIterator<Item = S>) -> Exec {
         Exec::new(self.clone(), argv.into_iter().map(Into::into).collect())
     }

@@ -26,7 +26,7 @@ const RESERVED_PIDS: u64 = 64;
 pub(super) struct Cgroups {
     dir: Fd,
     /// `pids.max` of each program, less than all together may have, so that another can start beside one that has used up its share.
-    pids_each: CString,
+    pids_each: u64,
 }
 
 impl Cgroups {
@@ -42,13 +42,13 @@ impl Cgroups {
         enable_controllers(&dir)?;
         let (all, each) = shares(threads_max);
         let _ = files::write(Some(&dir), c"pids.max", Decimal::new(all).as_bytes());
-        Ok(Self { dir, pids_each: decimal(each) })
+        Ok(Self { dir, pids_each: each })
     }
 
     /// A group for the program `id`, which may use so much.
     pub(super) fn group(&self, id: u32, limits: &ProcessLimits) -> Result<Group, SpawnError> {
         let group = self.make(id).map_err(|errno| SpawnError::new(SpawnStep::Cgroup, errno))?;
-        match group.limit(limits) {
+        match group.limit(limits, self.pids_each) {
             Ok(()) => Ok(group),
             Err(errno) => {
                 self.remove(&group);
@@ -67,7 +67,6 @@ impl Cgroups {
                 return Err(errno);
             }
         };
-        let _ = files::write(Some(&dir), c"pids.max", self.pids_each.to_bytes());
         Ok(Group { dir, name })
     }
 
@@ -90,16 +89,22 @@ pub(super) struct Group {
 }
 
 impl Group {
+    /// It gets no more processes than `pids_each`, with which another program can still start beside it.
+    ///
     /// # Errors
-    /// `ENOENT` when the kernel has no controller for one of them.
-    fn limit(&self, limits: &ProcessLimits) -> Result<(), Errno> {
+    /// `ENOENT` when the kernel has no controller for one that is asked for.
+    fn limit(&self, limits: &ProcessLimits, pids_each: u64) -> Result<(), Errno> {
         let ProcessLimits { memory, pids, cpu_weight, cpu_quota_us } = *limits;
         let set = |file, number: Option<u64>, rest: &[u8]| match number {
             None => Ok(()),
             Some(number) => files::write(Some(&self.dir), file, &[Decimal::new(number).as_bytes(), rest].concat()),
         };
         set(c"memory.max", memory, b"")?;
-        set(c"pids.max", pids.map(u64::from), b"")?;
+        match pids {
+            Some(pids) => set(c"pids.max", Some(pids_each.min(pids.into())), b"")?,
+            // A kernel without the controller limits nothing.
+            None => drop(set(c"pids.max", Some(pids_each), b"")),
+        }
         set(c"cpu.weight", cpu_weight.map(u64::from), b"")?;
         set(c"cpu.max", cpu_quota_us, &[b" ", Decimal::new(CPU_PERIOD_US).as_bytes()].concat())
     }

@@ -32,7 +32,7 @@ pub(super) fn write(at: Option<&Fd>, path: &CStr, content: &[u8]) -> Result<(), 
 /// Makes a file. One that is there, even as a link to nowhere, stays as it is.
 pub(super) fn create(path: &CStr, content: &[u8]) -> Result<(), Errno> {
     let fd = sys::open(None, path, sys::O_WRONLY | sys::O_CREAT | sys::O_EXCL | sys::O_NOFOLLOW)?;
-    sys::write(&fd, content).map(drop)
+    write_all(&fd, content)
 }
 
 /// Writes a file that is there and empty. One behind a link that leads nowhere is made there, or in the link's place.
@@ -64,17 +64,11 @@ pub(super) fn make_directories(path: &CStr) -> Result<(), Errno> {
     Ok(())
 }
 
-/// Appends to a file that is there. A file of the image that cannot be written is an error.
-pub(super) fn append(path: &CStr, content: &[u8]) -> Result<(), Errno> {
-    let fd = sys::open(None, path, sys::O_RDWR | sys::O_APPEND | sys::O_NONBLOCK)?;
-    sys::write(&fd, content).map(drop)
-}
-
 /// The longest file that [`append_unless`] looks through.
 const LINES_MAX: usize = 256 * 1024;
 
-/// Appends a line to a file, unless `word` stands on one of its lines already, not behind a `#`.
-pub(super) fn append_unless(path: &CStr, word: &[u8], line: &[u8]) -> Result<(), Errno> {
+/// Appends lines to a file, unless `word` stands on one of its lines already, not behind a `#`.
+pub(super) fn append_unless(path: &CStr, word: Option<&[u8]>, lines: &[u8]) -> Result<(), Errno> {
     let fd = sys::open(None, path, sys::O_RDWR | sys::O_APPEND | sys::O_NONBLOCK)?;
     let mut content = Vec::new();
     let mut piece = [0u8; 4096];
@@ -86,14 +80,27 @@ pub(super) fn append_unless(path: &CStr, word: &[u8], line: &[u8]) -> Result<(),
             Err(errno) => return Err(errno),
         }
         if content.len() > LINES_MAX {
-            return Ok(());
+            return if word.is_some() { Ok(()) } else { Err(Errno::EFBIG) };
         }
     }
-    if has_word(&content, word) {
+    if word.is_some_and(|word| has_word(&content, word)) {
         return Ok(());
     }
     let before: &[u8] = if content.is_empty() || content.ends_with(b"\n") { b"" } else { b"\n" };
-    sys::write(&fd, &[before, line].concat()).map(drop)
+    write_all(&fd, &[before, lines].concat())
+}
+
+/// Writes all of it, in as many calls as it takes.
+fn write_all(fd: &Fd, mut content: &[u8]) -> Result<(), Errno> {
+    while !content.is_empty() {
+        match sys::write(fd, content) {
+            Ok(0) => return Err(Errno::EIO),
+            Ok(n) => content = content.get(n..).unwrap_or_default(),
+            Err(Errno::EINTR) => {}
+            Err(errno) => return Err(errno),
+        }
+    }
+    Ok(())
 }
 
 fn has_word(content: &[u8], word: &[u8]) -> bool {
@@ -159,9 +166,13 @@ mod tests {
             ["new\n", "127.0.0.1 localhost", "new\n", "new\n"]
         );
         for _ in 0..2 {
-            append_unless(&c("own"), b"box", b"127.0.0.1\tbox\n").unwrap();
+            append_unless(&c("own"), Some(b"box"), b"127.0.0.1\tbox\n").unwrap();
         }
         assert_eq!(read("own"), "127.0.0.1 localhost\n127.0.0.1\tbox\n");
+        // Always, and behind a last line that has no end.
+        std::fs::write(dir.join("unended"), "127.0.0.1 box").unwrap();
+        append_unless(&c("unended"), None, b"10.0.0.1\tbox\n").unwrap();
+        assert_eq!(read("unended"), "127.0.0.1 box\n10.0.0.1\tbox\n");
         std::fs::remove_dir_all(dir).unwrap();
     }
 

@@ -8,7 +8,7 @@
 //!  serve      the loop                      process   one program            spawn, relay  its start, its streams
 //!  cgroup     the programs' groups          connect   the host's connections to services
 //!  shutdown   the order of the machine's end          user      users and groups of programs
-//!  terminal   a program's terminal
+//!  terminal   a program's terminal                      seal      files of the kernel, for hardened programs
 //! ```
 //! `build.rs` compiles this file alone into the program that the library embeds; as a module of the library it is compiled for tests only.
 #![cfg_attr(guest_bin, no_std, no_main)]
@@ -34,6 +34,7 @@ mod reaper;
 mod relay;
 #[cfg(guest_bin)]
 mod runtime;
+mod seal;
 mod serve;
 mod shutdown;
 mod spawn;

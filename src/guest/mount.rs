@@ -33,16 +33,16 @@ pub(super) enum MountStep {
     File { path: &'static CStr, content: Vec<u8> },
     /// Make a text file in the place of what is there, whatever that is.
     Replace { path: &'static CStr, content: Vec<u8> },
-    /// Append a line to a text file that does not have `word` on any line.
-    Line { path: &'static CStr, word: Vec<u8>, line: Vec<u8> },
+    /// Check that a directory is no file system of the kernel's, to which a link of an image may lead.
+    CheckPlace { path: CString },
+    /// Append to a text file, unless it has `word` on some line.
+    Lines { path: &'static CStr, word: Option<Vec<u8>>, lines: Vec<u8> },
     /// Make a directory and those above it that are missing.
     Dirs { path: CString },
-    /// Append to a text file.
-    Append { path: &'static CStr, content: Vec<u8> },
     /// Make a file whose content is a secret.
     Secret { path: CString, content: Vec<u8> },
     /// Make what is mounted here read-only.
-    Freeze { path: &'static CStr },
+    RemountReadOnly { path: &'static CStr },
     /// Make this directory the root of everything from here on.
     Enter { path: &'static CStr },
 }
@@ -114,7 +114,7 @@ fn path(bytes: &[u8]) -> Path {
 
 /// Everything up to the root, from the initramfs.
 pub(super) fn plan(config: &BootConfig<'_>) -> Vec<Planned> {
-    let (root, hostname) = (&config.root, config.hostname);
+    let root = &config.root;
     let mut plan = MountPlan::default();
     plan.api(c"devtmpfs", c"/dev", MS_NOSUID, None, true);
     match root {
@@ -162,8 +162,19 @@ pub(super) fn plan(config: &BootConfig<'_>) -> Vec<Planned> {
         // Hardly a program runs without these two. On a writable root they are as the image has them.
         plan.api(c"tmpfs", c"/run", MS_NOSUID | MS_NODEV, Some(c"mode=755"), false);
         plan.api(c"tmpfs", c"/tmp", MS_NOSUID | MS_NODEV, Some(c"mode=1777"), false);
-        return plan.0;
+    } else {
+        own_files(config, &mut plan);
     }
+    memory_file_systems(config, &mut plan);
+    if matches!(root, Root::Overlay { read_only: true, .. }) {
+        plan.must(MountStep::RemountReadOnly { path: c"/" });
+    }
+    plan.0
+}
+
+/// Directories and files of a root that can be written.
+fn own_files(config: &BootConfig<'_>, plan: &mut MountPlan) {
+    let hostname = config.hostname;
     plan.may(MountStep::Dir { path: c"/run".into(), mode: 0o755 });
     plan.may(MountStep::Dir { path: c"/tmp".into(), mode: 0o1777 });
     plan.may(MountStep::Dir { path: c"/etc".into(), mode: 0o755 });
@@ -172,23 +183,18 @@ pub(super) fn plan(config: &BootConfig<'_>) -> Vec<Planned> {
     let hosts = [b"127.0.0.1\tlocalhost ", own, b"\n::1\tlocalhost ip6-localhost ip6-loopback\n"].concat();
     plan.may(MountStep::File { path: c"/etc/hosts", content: hosts });
     // The image's own knows other names. Where they are two they both lead here.
-    plan.may(MountStep::Line {
+    plan.may(MountStep::Lines {
         path: c"/etc/hosts",
-        word: Vec::from(own),
-        line: [b"127.0.0.1\t", own, b"\n"].concat(),
+        word: Some(Vec::from(own)),
+        lines: [b"127.0.0.1\t", own, b"\n"].concat(),
     });
     if !config.hosts.is_empty() {
-        plan.must(MountStep::Append { path: c"/etc/hosts", content: Vec::from(config.hosts) });
+        plan.must(MountStep::Lines { path: c"/etc/hosts", word: None, lines: Vec::from(config.hosts) });
     }
     if !config.resolv_conf.is_empty() {
         // The image's own is of where it was made.
         plan.must(MountStep::Replace { path: c"/etc/resolv.conf", content: Vec::from(config.resolv_conf) });
     }
-    memory_file_systems(config, &mut plan);
-    if matches!(root, Root::Overlay { read_only: true, .. }) {
-        plan.must(MountStep::Freeze { path: c"/" });
-    }
-    plan.0
 }
 
 /// What the embedder wants in memory.
@@ -204,6 +210,7 @@ fn memory_file_systems(config: &BootConfig<'_>, plan: &mut MountPlan) {
     let mut texts = config.tmpfs.iter();
     while let (Some(target), Some(options)) = (texts.next(), texts.next()) {
         plan.must(MountStep::Dirs { path: CString::from(target) });
+        plan.must(MountStep::CheckPlace { path: CString::from(target) });
         plan.must(mount(target, options));
     }
     let mut secrets = config.secrets.iter().peekable();
@@ -211,12 +218,13 @@ fn memory_file_systems(config: &BootConfig<'_>, plan: &mut MountPlan) {
         return;
     }
     plan.must(MountStep::Dirs { path: CString::from(SECRETS) });
+    plan.must(MountStep::CheckPlace { path: CString::from(SECRETS) });
     plan.must(mount(SECRETS, c"mode=755"));
     for Secret { name, content } in secrets {
         let path = path(&[SECRETS.to_bytes(), b"/", name].concat()).into_owned();
         plan.must(MountStep::Secret { path, content: Vec::from(content) });
     }
-    plan.must(MountStep::Freeze { path: SECRETS });
+    plan.must(MountStep::RemountReadOnly { path: SECRETS });
 }
 
 /// Appends a number as text.
@@ -244,6 +252,7 @@ impl MountStep {
         match self {
             Self::Dir { path, mode } => there(sys::mkdir(None, path, *mode)),
             Self::Device { path } => wait_for(path),
+            Self::CheckPlace { path } => check_place(path),
             Self::Mount { source, target, fs, flags, data } => {
                 match sys::mount(source, target, Some(fs), *flags, data.as_deref()) {
                     // It is mounted there already, by the kernel.
@@ -262,11 +271,10 @@ impl MountStep {
                 // A directory.
                 Err(errno) => Err(errno),
             },
-            Self::Line { path, word, line } => files::append_unless(path, word, line),
+            Self::Lines { path, word, lines } => files::append_unless(path, word.as_deref(), lines),
             Self::Dirs { path } => files::make_directories(path),
-            Self::Append { path, content } => files::append(path, content),
             Self::Secret { path, content } => files::create(path, content),
-            Self::Freeze { path } => sys::mount(c"none", path, None, MS_REMOUNT | MS_RDONLY, None),
+            Self::RemountReadOnly { path } => sys::mount(c"none", path, None, MS_REMOUNT | MS_RDONLY, None),
             Self::Enter { path } => {
                 sys::chdir(path)?;
                 sys::mount(c".", c"/", None, MS_MOVE, None)?;
@@ -287,10 +295,10 @@ impl MountStep {
             Self::Link { path, .. }
             | Self::File { path, .. }
             | Self::Replace { path, .. }
-            | Self::Line { path, .. }
-            | Self::Append { path, .. } => mount(&[b"making ", path.to_bytes()]),
+            | Self::Lines { path, .. } => mount(&[b"making ", path.to_bytes()]),
             Self::Dirs { path } | Self::Secret { path, .. } => mount(&[b"making ", path.to_bytes()]),
-            Self::Freeze { path } => mount(&[b"making read-only ", path.to_bytes()]),
+            Self::CheckPlace { path } => mount(&[b"finding a place at ", path.to_bytes()]),
+            Self::RemountReadOnly { path } => mount(&[b"making read-only ", path.to_bytes()]),
             Self::Enter { path } => mount(&[b"entering ", path.to_bytes()]),
         }
     }
@@ -302,6 +310,16 @@ fn there(result: Result<(), Errno>) -> Result<(), Errno> {
         Err(Errno::EEXIST) => Ok(()),
         result => result,
     }
+}
+
+/// `f_type` of proc, sysfs, cgroup2, devpts and mqueue (Linux, include/uapi/linux/magic.h).
+const KERNELS: [u64; 5] = [0x9fa0, 0x6265_6572, 0x6367_7270, 0x1cd1, 0x1980_0202];
+
+/// # Errors
+/// `EBUSY` where a file system of the kernel's is there.
+fn check_place(path: &CStr) -> Result<(), Errno> {
+    let place = sys::open(None, path, sys::O_PATH | sys::O_DIRECTORY)?;
+    if KERNELS.contains(&sys::file_system_kind(&place)?) { Err(Errno::EBUSY) } else { Ok(()) }
 }
 
 fn wait_for(device: &CStr) -> Result<(), Errno> {
@@ -343,7 +361,7 @@ impl Writable {
 
     /// Brings everything to the disks, and where nothing writes any more makes them read-only, so that they are found clean.
     pub(super) fn settle(self) {
-        // A file system that becomes read-only waits for a grace period: three ticks, 12 ms, of a kernel that has nothing else to do.
+        // A file system that becomes read-only waits for a grace period: about three ticks of a kernel that has nothing else to do.
         if let Some(switch) = &self.expedited {
             let _ = sys::write(switch, b"1");
         }

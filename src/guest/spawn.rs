@@ -7,6 +7,7 @@ use super::alloc::ffi::CString;
 use super::alloc::vec::Vec;
 use super::files;
 use super::relay::{Relay, RelayDirection};
+use super::seal;
 use super::sys::{self, Errno, Fd, POLLOUT, Poll, Vector};
 use super::terminal::Terminal;
 use super::user::{self, Identity};
@@ -140,6 +141,7 @@ pub(super) fn start(
             rlimits: spawn.rlimits,
             no_new_privs: spawn.no_new_privs,
             capabilities: spawn.capabilities,
+            seal: spawn.seal,
         },
         programs: candidates(spawn),
         argv: Vector::new(spawn.argv.iter()).map_err(no(SpawnStep::Fork))?,
@@ -215,10 +217,13 @@ fn connect_terminal(
     let output = output.map_or_else(|| sys::duplicate(&spawn_env.null).map_err(no), Ok)?;
     let (master, slave) = sys::open_terminal(devpts, size).map_err(no)?;
     let again = || sys::duplicate(&slave).map_err(no);
-    let ends = [again()?, again()?, slave];
-    let terminal = Some(Terminal::new(id, master, input, output));
+    let ends = [again()?, again()?, again()?];
+    let terminal = Some(Terminal::new(id, (master, slave), input, output));
     Ok(Connected { ends, own: [true; 3], relays: Vec::new(), terminal })
 }
+
+/// The number of the report's descriptor in the new process, behind the standard streams.
+const REPORT: i32 = 3;
 
 /// What a program may do, beside what its user may.
 struct Privileges<'a> {
@@ -227,6 +232,7 @@ struct Privileges<'a> {
     no_new_privs: bool,
     /// Those that it can ever have.
     capabilities: Option<u64>,
+    seal: bool,
 }
 
 /// What the new process does until it is the program.
@@ -238,7 +244,7 @@ struct Child<'a> {
     cwd: &'a CStr,
     make_cwd: bool,
     user: Option<&'a CStr>,
-    /// Of these groups, limits and privileges.
+    /// What it may do beside that.
     privileges: Privileges<'a>,
     programs: Vec<CString>,
     argv: Vector<'a>,
@@ -250,7 +256,16 @@ struct Child<'a> {
 impl Child<'_> {
     fn run(&self, report: &Fd) -> i32 {
         let _ = sys::write(report, &sys::getpid().to_ne_bytes());
-        let SpawnError { step, errno } = self.become_the_program();
+        let prepared = self.prepare().and_then(|()| sys::move_to(report, REPORT));
+        // From here on it has nothing of other programs, whatever holds it up.
+        let (report, prepared) = match &prepared {
+            Ok(report) => {
+                sys::keep_only(REPORT as u32 + 1);
+                (report, Ok(()))
+            }
+            Err(errno) => (report, Err(SpawnError::new(SpawnStep::Prepare, *errno))),
+        };
+        let SpawnError { step, errno } = prepared.map_or_else(|error| error, |()| self.become_the_program());
         let mut message = [0u8; 8];
         message[..4].copy_from_slice(&(step as u32).to_ne_bytes());
         message[4..].copy_from_slice(&errno.0.to_ne_bytes());
@@ -266,14 +281,16 @@ impl Child<'_> {
     /// Returns how executing it failed, or the step before.
     fn try_to_become_it(&self) -> Result<SpawnError, SpawnError> {
         let at = |step| move |errno| SpawnError::new(step, errno);
-        self.prepare().map_err(at(SpawnStep::Prepare))?;
         // As root, which can also enter what its user cannot.
         if self.make_cwd {
             files::make_directories(self.cwd).map_err(at(SpawnStep::Chdir))?;
         }
         sys::chdir(self.cwd).map_err(at(SpawnStep::Chdir))?;
-        let named = self.user.map(CStr::to_bytes).or_else(|| (!self.privileges.groups.is_empty()).then_some(b"0"));
-        let identity = named.map(|user| user::resolve(user, self.privileges.groups)).transpose()?;
+        let groups = self.privileges.groups;
+        let identity = match (self.user, groups.is_empty()) {
+            (None, true) => None,
+            (user, _) => Some(user::resolve(user.map(CStr::to_bytes), groups)?),
+        };
         let home = identity.as_ref().and_then(|identity| CString::new(identity.home.as_slice()).ok());
         let with_home = match (&home, self.env) {
             (Some(home), Some(env)) => {
@@ -285,6 +302,9 @@ impl Child<'_> {
         // What takes memory is done; what takes privileges comes before they are given up.
         for Rlimit { resource, soft, hard } in self.privileges.rlimits.iter() {
             sys::set_rlimit(resource, soft, hard).map_err(at(SpawnStep::Rlimit))?;
+        }
+        if self.privileges.seal {
+            seal::kernel_files().map_err(at(SpawnStep::Privileges))?;
         }
         if let Some(kept) = self.privileges.capabilities {
             drop_capabilities(kept).map_err(at(SpawnStep::Privileges))?;
@@ -304,7 +324,7 @@ impl Child<'_> {
     fn become_user(&self, Identity { uid, gid, groups, .. }: &Identity) -> Result<(), Errno> {
         // A terminal's group is that of those who may write to it, as for grantpt(3).
         let gid_of_streams = if self.has_terminal { UNCHANGED } else { *gid };
-        for (stream, _) in self.stdio.into_iter().zip(self.own).filter(|(_, own)| *own) {
+        for (stream, _) in sys::standard_streams().iter().zip(self.own).filter(|(_, own)| *own) {
             sys::change_owner(stream, *uid, gid_of_streams)?;
         }
         sys::become_user(*uid, *gid, groups)

@@ -141,7 +141,7 @@ pub(super) use random::reseed;
 pub(super) use socket::{
     Epoll, accept_vsock, connect_result, connect_tcp, connect_vsock, is_writable, listen_vsock, shut_write,
 };
-pub(super) use terminal::{end_of_input, open_terminal, set_size, take_terminal};
+pub(super) use terminal::{end_of_input, hang_up, open_terminal, set_size, take_terminal};
 
 /// Paths relative to the current directory.
 const AT_FDCWD: usize = -100isize as usize;
@@ -221,7 +221,10 @@ pub(super) const MS_NOSUID: usize = 2;
 pub(super) const MS_NODEV: usize = 4;
 pub(super) const MS_NOEXEC: usize = 8;
 pub(super) const MS_REMOUNT: usize = 32;
+pub(super) const MS_BIND: usize = 4096;
 pub(super) const MS_MOVE: usize = 8192;
+const MS_REC: usize = 16_384;
+const MS_PRIVATE: usize = 1 << 18;
 
 pub(super) fn mount(source: &CStr, target: &CStr, fs: Option<&CStr>, flags: usize, data: Option<&CStr>) -> Result<()> {
     // SAFETY: all are C strings that outlive the call, or null, which mount(2) takes for both.
@@ -304,6 +307,11 @@ pub(super) fn set_nonblocking(fd: &Fd) -> Result<()> {
     const F_SETFL: usize = 4;
     // SAFETY: takes plain numbers.
     unsafe { call!(nr::FCNTL, fd.arg(), F_SETFL, O_NONBLOCK) }.map(drop)
+}
+
+/// The standard streams of this process, which stay open.
+pub(super) fn standard_streams() -> [core::mem::ManuallyDrop<Fd>; 3] {
+    [0, 1, 2].map(|number| core::mem::ManuallyDrop::new(Fd(number)))
 }
 
 /// Another descriptor of the same open file.
@@ -508,10 +516,35 @@ pub(super) fn new_pid_namespace() -> Result<()> {
     unsafe { call!(nr::UNSHARE, CLONE_NEWPID) }.map(drop)
 }
 
-/// Closes every descriptor of this process. Only for one that uses none from here on.
-pub(super) fn close_all() {
+/// Closes every descriptor of this process but the first `count`. Only for one that uses no other from here on.
+pub(super) fn keep_only(count: u32) {
     // SAFETY: takes plain numbers. An `Fd` that still exists then names nothing, or later something of this same process's making.
-    let _ = unsafe { call!(nr::CLOSE_RANGE, 0, u32::MAX as usize) };
+    let _ = unsafe { call!(nr::CLOSE_RANGE, count as usize, u32::MAX as usize) };
+}
+
+/// Moves a descriptor to a number and has it closed by `execve`. What the number was before is closed.
+pub(super) fn move_to(fd: &Fd, number: i32) -> Result<Fd> {
+    if fd.raw() != number {
+        // SAFETY: takes plain numbers; the caller owns the number.
+        unsafe { call!(nr::DUP3, fd.arg(), number as usize, O_CLOEXEC) }?;
+    }
+    Ok(Fd(number))
+}
+
+/// The kind of file system that a descriptor is on (statfs(2), `f_type`).
+pub(super) fn file_system_kind(fd: &Fd) -> Result<u64> {
+    let mut status = [0u64; 15];
+    // SAFETY: the kernel writes one struct statfs, 120 bytes, for which there is room.
+    unsafe { call!(nr::FSTATFS, fd.arg(), status.as_mut_ptr() as usize) }?;
+    Ok(status[0])
+}
+
+/// Gives this process mounts of its own: what it changes no other process sees.
+pub(super) fn new_mount_namespace() -> Result<()> {
+    const CLONE_NEWNS: usize = 0x2_0000;
+    // SAFETY: takes a plain number.
+    unsafe { call!(nr::UNSHARE, CLONE_NEWNS) }?;
+    mount(c"none", c"/", None, MS_REC | MS_PRIVATE, None)
 }
 
 pub(super) fn exit(code: i32) -> ! {

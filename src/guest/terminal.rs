@@ -7,6 +7,8 @@ use crate::proto::TerminalSize;
 
 /// What is moved in one call: as much as Linux gives of a terminal at once.
 const PIECE: usize = 4096;
+/// What a terminal holds of a program's output at most, and then some (Linux, drivers/tty/pty.c and n_tty.c).
+const MAX_HELD: usize = 64 * 1024;
 /// Calls in a row before it is another one's turn.
 const MAX_CALLS: usize = 16;
 
@@ -60,7 +62,10 @@ enum Flow {
 pub(super) struct Terminal {
     /// The process id that the host chose.
     pub(super) owner: u32,
-    master: Fd,
+    /// Always there until it is dropped.
+    master: Option<Fd>,
+    /// The program's end, held until the program exits: a moment in which no program has it open is no end.
+    slave: Option<Fd>,
     /// From the host; `None` when it types nothing more.
     input: Option<Fd>,
     /// To the host, or to `/dev/null`; `None` when no program has the terminal open any more.
@@ -69,8 +74,8 @@ pub(super) struct Terminal {
     /// What was typed ends with a whole line, or there was nothing.
     line_ended: bool,
     printed: Piece,
-    /// The program itself has exited: what is there now is its last output.
-    draining: bool,
+    /// What may still be sent, once the program itself has exited.
+    left: Option<usize>,
 }
 
 /// What happened to the three descriptors of [`Terminal::polls`].
@@ -78,13 +83,14 @@ pub(super) type Happened = [i16; 3];
 
 impl Terminal {
     /// All descriptors are to be non-blocking.
-    pub(super) fn new(owner: u32, master: Fd, input: Option<Fd>, output: Fd) -> Self {
+    pub(super) fn new(owner: u32, (master, slave): (Fd, Fd), input: Option<Fd>, output: Fd) -> Self {
         let (typed, printed) = (Piece::new(), Piece::new());
-        Self { owner, master, input, output: Some(output), typed, line_ended: true, printed, draining: false }
+        let (master, slave, output) = (Some(master), Some(slave), Some(output));
+        Self { owner, master, slave, input, output, typed, line_ended: true, printed, left: None }
     }
 
     pub(super) fn resize(&self, size: TerminalSize) -> Result<(), Errno> {
-        sys::set_size(&self.master, size)
+        self.master.as_ref().map_or(Ok(()), |master| sys::set_size(master, size))
     }
 
     /// Returns what to wait for: the terminal, the input, the output.
@@ -93,9 +99,11 @@ impl Terminal {
         let ignored = Poll { fd: -1, events: 0, happened: 0 };
         let reads = self.output.is_some() && self.printed.is_empty();
         // A terminal that no program has open says so forever, which must not wake the shim while something else is awaited.
-        let master = match (reads, !self.typed.is_empty()) {
-            (false, false) => ignored,
-            (reads, writes) => entry(&self.master, if reads { POLLIN } else { 0 } | if writes { POLLOUT } else { 0 }),
+        let master = match (&self.master, reads, !self.typed.is_empty()) {
+            (None, ..) | (_, false, false) => ignored,
+            (Some(master), reads, writes) => {
+                entry(master, if reads { POLLIN } else { 0 } | if writes { POLLOUT } else { 0 })
+            }
         };
         let input = self.input.as_ref().filter(|_| self.typed.is_empty()).map_or(ignored, |fd| entry(fd, POLLIN));
         let sends = if self.printed.is_empty() { 0 } else { POLLOUT };
@@ -109,22 +117,29 @@ impl Terminal {
         }
         if input != 0 || (master != 0 && !self.typed.is_empty()) {
             self.carry_input();
+            if master & POLLHUP != 0 && !self.typed.is_empty() {
+                // No program will read it, and the terminal would say so forever.
+                (self.typed, self.input) = (Piece::new(), None);
+            }
         }
         if master == 0 && output == 0 { true } else { self.carry_output() }
     }
 
     /// The program itself has exited. Only what it has already printed is still forwarded.
     pub(super) fn owner_exited(&mut self) -> bool {
-        (self.draining, self.input) = (true, None);
+        (self.left, self.input, self.slave) = (Some(MAX_HELD), None, None);
         self.typed = Piece::new();
         self.carry_output()
     }
 
     fn carry_input(&mut self) {
         for _ in 0..MAX_CALLS {
-            if !matches!(self.typed.drain(&self.master), Ok(true)) {
-                // Full, or no program is there to read it; then what is typed goes nowhere.
-                return self.forget_unread_input();
+            let Some(master) = &self.master else { return };
+            match self.typed.drain(master) {
+                Ok(true) => {}
+                Ok(false) => return,
+                // What is typed goes nowhere.
+                Err(_) => return (self.typed, self.input) = (Piece::new(), None),
             }
             let Some(source) = &self.input else { return };
             match self.typed.fill(source) {
@@ -137,18 +152,12 @@ impl Terminal {
         }
     }
 
-    /// The terminal took no more. One without a program never will.
-    fn forget_unread_input(&mut self) {
-        if self.output.is_none() {
-            (self.typed, self.input) = (Piece::new(), None);
-        }
-    }
-
     /// The host types nothing more. A program that reads lines learns of it as of a key (termios(3), VEOF). Where a line has begun, the
     /// first such key gives that to the program, and a second one ends the input.
     fn end_input(&mut self) {
         self.input = None;
-        if let Ok(Some(key)) = sys::end_of_input(&self.master) {
+        let Some(master) = &self.master else { return };
+        if let Ok(Some(key)) = sys::end_of_input(master) {
             [self.typed.bytes[0], self.typed.bytes[1]] = [key; 2];
             (self.typed.from, self.typed.to) = (0, if self.line_ended { 1 } else { 2 });
         }
@@ -157,16 +166,19 @@ impl Terminal {
     /// False when nothing more will come.
     fn carry_output(&mut self) -> bool {
         for _ in 0..MAX_CALLS {
-            let Some(to) = &self.output else { return !self.draining };
+            let Some(to) = &self.output else { return self.left.is_none() };
             match self.printed.drain(to) {
                 Ok(true) => {}
                 Ok(false) => return true,
                 Err(_) => return false,
             }
+            if self.left == Some(0) {
+                return false;
+            }
             match self.read_master() {
                 Ok(Flow::Going) => {}
                 Ok(Flow::Ended) => self.output = None,
-                Err(Errno::EAGAIN) => return !self.draining,
+                Err(Errno::EAGAIN) => return self.left.is_none(),
                 Err(_) => {}
             }
         }
@@ -174,12 +186,26 @@ impl Terminal {
     }
 
     fn read_master(&mut self) -> Result<Flow, Errno> {
-        match self.printed.fill(&self.master) {
+        let Some(master) = &self.master else { return Ok(Flow::Ended) };
+        match self.printed.fill(master) {
             // EIO: no program has it open.
             Ok(0) | Err(Errno::EIO) => Ok(Flow::Ended),
-            Ok(_) => Ok(Flow::Going),
+            Ok(n) => {
+                if let Some(left) = &mut self.left {
+                    *left = left.saturating_sub(n);
+                }
+                Ok(Flow::Going)
+            }
             Err(errno @ (Errno::EAGAIN | Errno::EINTR)) => Err(errno),
             Err(_) => Ok(Flow::Ended),
+        }
+    }
+}
+
+impl Drop for Terminal {
+    fn drop(&mut self) {
+        if let Some(master) = self.master.take() {
+            sys::hang_up(master);
         }
     }
 }
@@ -188,7 +214,7 @@ impl Terminal {
 mod tests {
     use std::fs::File;
     use std::io::{Read, Write};
-    use std::os::fd::OwnedFd;
+    use std::os::fd::{AsRawFd, OwnedFd};
     use std::os::unix::net::UnixStream;
 
     use super::*;
@@ -212,8 +238,9 @@ mod tests {
         let dev = sys::open(None, c"/dev", sys::O_PATH).unwrap();
         let (master, slave) = sys::open_terminal(&dev, SIZE).unwrap();
         let ((keys, input), (screen, output)) = (UnixStream::pair().unwrap(), UnixStream::pair().unwrap());
-        let terminal = Some(Terminal::new(1, master, Some(adopt(input)), adopt(output)));
-        Typed { terminal, program: Some(File::from(OwnedFd::from(slave))), keys: Some(keys), screen }
+        let program = Some(File::from(OwnedFd::from(sys::duplicate(&slave).unwrap())));
+        let terminal = Some(Terminal::new(1, (master, slave), Some(adopt(input)), adopt(output)));
+        Typed { terminal, program, keys: Some(keys), screen }
     }
 
     impl Typed {
@@ -274,7 +301,8 @@ mod tests {
         drop(std::mem::replace(&mut it.screen, mine));
         it.run();
         assert!(it.terminal.is_none());
-        assert_eq!(it.program.unwrap().read(&mut [0]).unwrap(), 0, "a terminal that was hung up is at its end");
+        // At its end, or on the way there.
+        assert!(!matches!(it.program.unwrap().read(&mut [0]), Ok(1..)));
     }
 
     #[test]
@@ -303,14 +331,47 @@ mod tests {
     }
 
     #[test]
-    fn terminal_that_no_program_has_open_is_not_polled_in_a_circle() {
+    fn terminal_that_no_program_has_open_is_not_polled_in_a_circle_and_can_be_opened_again() {
         let mut it = typed();
-        it.program = None;
+        let again = std::fs::read_link(format!("/proc/self/fd/{}", it.program.as_ref().unwrap().as_raw_fd())).unwrap();
+        // Without lines, so that what is typed fills the terminal.
+        assert!(
+            std::process::Command::new("stty")
+                .args(["raw", "-echo"])
+                .stdin(it.program.take().unwrap())
+                .status()
+                .unwrap()
+                .success()
+        );
         it.run();
-        it.keys.as_mut().unwrap().write_all(b"to nobody").unwrap();
-        it.run();
+        let mut keys = it.keys.take().unwrap();
+        keys.set_nonblocking(true).unwrap();
+        while keys.write(&[b'x'; 1000]).is_ok() {
+            it.run();
+        }
         let terminal = it.terminal.as_ref().unwrap();
         assert_eq!(sys::poll(&mut terminal.polls(), Some(0)), Ok(0));
         assert!(terminal.resize(TerminalSize { rows: 1, columns: u16::MAX }).is_ok());
+        it.program = Some(File::options().read(true).write(true).open(again).unwrap());
+        it.program.as_mut().unwrap().write_all(b"back").unwrap();
+        it.run();
+        assert_eq!(it.all(), "back");
+    }
+
+    #[test]
+    fn output_after_the_exit_is_bounded_beside_a_process_that_prints_for_ever() {
+        let mut it = typed();
+        let mut program = it.program.take().unwrap();
+        let writer = std::thread::spawn(move || while program.write_all(&[b'x'; 4000]).is_ok() {});
+        let mut screen = it.screen.try_clone().unwrap();
+        let reader = std::thread::spawn(move || std::io::copy(&mut screen, &mut std::io::sink()).unwrap());
+        if !it.terminal.as_mut().unwrap().owner_exited() {
+            it.terminal = None;
+        }
+        it.run();
+        assert!(it.terminal.is_none());
+        assert!(reader.join().unwrap() <= (MAX_HELD + 2 * PIECE) as u64);
+        // The hang-up ends it.
+        writer.join().unwrap();
     }
 }

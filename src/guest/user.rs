@@ -25,13 +25,18 @@ pub(super) struct Identity {
     pub(super) home: Vec<u8>,
 }
 
-/// Returns the identity of `USER`, `USER:GROUP`, each a name or a number.
+/// Returns the identity of `USER`, `USER:GROUP`, each a name or a number. Root's, with no groups but those `added`, where there is none.
 ///
 /// A number need not be in the files. Supplementary groups are those that list the user, unless a group is given, and those `added`.
 ///
 /// # Errors
 /// `ENOENT` for a name that is not in its file, with the step that says which.
-pub(super) fn resolve(spec: &[u8], added: Strings<'_>) -> Result<Identity, SpawnError> {
+pub(super) fn resolve(spec: Option<&[u8]>, added: Strings<'_>) -> Result<Identity, SpawnError> {
+    let Some(spec) = spec else {
+        let content = read(c"/etc/group").map_err(|errno| SpawnError::new(SpawnStep::Group, errno))?;
+        let groups = added.iter().map(|wanted| find_group(&content, wanted.to_bytes())).collect::<Result<_, _>>()?;
+        return Ok(Identity { uid: 0, gid: 0, groups, home: Vec::from(b"HOME=/root") });
+    };
     identify(spec, added, || read(c"/etc/passwd"), || read(c"/etc/group"))
 }
 
@@ -46,7 +51,8 @@ fn identify(
     let at = |step| move |errno| SpawnError::new(step, errno);
     let passwd = passwd().map_err(at(SpawnStep::User))?;
     let number = number(user);
-    let entry = lines(&passwd).map(User::parse).find(|entry| entry.is(user, number));
+    let named = (!is_numeric(user)).then_some(user);
+    let entry = lines(&passwd).map(User::parse).find(|entry| entry.is(named, number));
     let (uid, mut gid, name, home) = match (entry, number) {
         (Some(User { name, uid: Some(uid), gid: Some(gid), home }), _) => (uid, gid, name, home),
         (_, Some(uid)) => (uid, 0, &b""[..], &b"/"[..]),
@@ -59,7 +65,10 @@ fn identify(
             Some(wanted) => gid = find_group(&content, wanted)?,
             None => groups.extend(memberships(&content, name).take(MAX_GROUPS)),
         }
-        for wanted in added.iter().take(MAX_GROUPS.saturating_sub(groups.len())) {
+        for wanted in added.iter() {
+            if groups.len() >= MAX_GROUPS {
+                return Err(SpawnError::new(SpawnStep::Group, Errno::EINVAL));
+            }
             groups.push(find_group(&content, wanted.to_bytes())?);
         }
     }
@@ -86,6 +95,11 @@ fn read(path: &CStr) -> Result<Vec<u8>, Errno> {
             Err(errno) => return Err(errno),
         }
     }
+}
+
+/// Whether it can only be a number: an image that has it as a name means another user than who asks for it.
+fn is_numeric(text: &[u8]) -> bool {
+    !text.is_empty() && text.iter().all(u8::is_ascii_digit)
 }
 
 /// All but the last value, which means "unchanged" to the kernel.
@@ -115,9 +129,12 @@ impl<'a> User<'a> {
     }
 
     /// A line that is damaged is no user's.
-    fn is(&self, name: &[u8], number: Option<u32>) -> bool {
-        let named = !name.is_empty() && self.name == name;
-        (named || (number.is_some() && self.uid == number)) && self.uid.is_some() && self.gid.is_some()
+    fn is(&self, name: Option<&[u8]>, number: Option<u32>) -> bool {
+        let found = match name {
+            Some(name) => !name.is_empty() && self.name == name,
+            None => number.is_some() && self.uid == number,
+        };
+        found && self.uid.is_some() && self.gid.is_some()
     }
 }
 
@@ -130,9 +147,11 @@ fn group(line: &[u8]) -> Option<(&[u8], u32, &[u8])> {
 }
 
 fn find_group(content: &[u8], wanted: &[u8]) -> Result<u32, SpawnError> {
-    let number = number(wanted);
-    let found = lines(content).filter_map(group).find(|(name, gid, _)| *name == wanted || Some(*gid) == number);
-    found.map(|(_, gid, _)| gid).or(number).ok_or_else(|| SpawnError::new(SpawnStep::Group, Errno::ENOENT))
+    let found = match is_numeric(wanted) {
+        true => number(wanted),
+        false => lines(content).filter_map(group).find(|(name, ..)| *name == wanted).map(|(_, gid, _)| gid),
+    };
+    found.ok_or_else(|| SpawnError::new(SpawnStep::Group, Errno::ENOENT))
 }
 
 fn memberships<'a>(content: &'a [u8], user: &'a [u8]) -> impl Iterator<Item = u32> {
@@ -147,7 +166,7 @@ mod tests {
     const PASSWD: &[u8] = b"root:x:0:0:root:/root:/bin/bash\n# a comment\n\nbroken\nhalf:x:1\nwww-data:x:33:33:www:/var/www:/sbin/nologin\n\
         1000:x:7:8::/named:\nworker:x:1000:1001::/home/worker:/bin/sh\nhomeless:x:5:5:::\nend:x:4294967294:9::/end:";
     const GROUP: &[u8] =
-        b"root:x:0:\nbroken\nadm:x:4:root,www-data\nwww-data:x:33:\nssl:x:110:postgres,www-data,\nwww:x:111:www-data2";
+        b"root:x:0:\nbroken\n7:x:0:\nadm:x:4:root,www-data\nwww-data:x:33:\nssl:x:110:postgres,www-data,\nwww:x:111:www-data2";
 
     type Found = (u32, u32, Vec<u32>, String);
 
@@ -174,8 +193,8 @@ mod tests {
         assert_eq!(identity("www-data:"), identity("www-data"));
         assert_eq!(identity("homeless"), Ok((5, 5, vec![], home("/"))));
         assert_eq!(identity("end"), Ok((u32::MAX - 1, 9, vec![], home("/end"))));
-        // The first line that has it as its name or its number.
-        assert_eq!(identity("1000"), Ok((7, 8, vec![], home("/named"))));
+        // A line that has the number as its name is not meant.
+        assert_eq!(identity("1000"), Ok((1000, 1001, vec![], home("/home/worker"))));
         assert_eq!(identity("12345"), Ok((12_345, 0, vec![], home("/"))));
         assert_eq!(identity("12345:adm"), Ok((12_345, 4, vec![], home("/"))));
     }

@@ -56,7 +56,7 @@ pub(crate) struct BootConfig<'a> {
 }
 
 /// A file that is in memory alone.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Secret<'a> {
     /// The name of the file.
     pub(crate) name: &'a [u8],
@@ -81,6 +81,12 @@ impl<'a> Secret<'a> {
             to.extend_from_slice(&u32::try_from(part.len()).unwrap_or(u32::MAX).to_le_bytes());
             to.extend_from_slice(part);
         }
+    }
+}
+
+impl core::fmt::Debug for Secret<'_> {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        write!(f, "Secret({} bytes)", self.content.len())
     }
 }
 

@@ -13,6 +13,7 @@
 //!      host -> guest  Spawn (stream = a new process id of the host's choice)
 //!  stdio streams      guest connects to (HOST_CID, port) for every Stdio::Port, before the program starts
 //!      guest -> host  the cookie of the Spawn; since version 3
+//!      host -> guest  Resize, of a process in a terminal; since version 6
 //!      guest -> host  Spawned or SpawnFailed · later Exited or Signaled (same stream number)
 //!      guest -> host  Ending, when all is over; the host hangs up
 //!  to a service       host connects to (guest, CONNECT_PORT); since version 2
@@ -99,8 +100,8 @@ pub(crate) const VERSION_RESEED: u32 = 4;
 /// The version since which programs run as other users, and working directories are made.
 pub(crate) const VERSION_USER: u32 = 5;
 
-/// The version since which programs have terminals, limits and fewer privileges.
-pub(crate) const VERSION_TERMINAL: u32 = 6;
+/// The version since which programs have terminals, limits, added groups and fewer privileges.
+pub(crate) const VERSION_PRIVILEGES: u32 = 6;
 
 /// The length of what makes a kernel's random numbers new.
 pub(crate) const SEED_SIZE: usize = 32;

@@ -29,6 +29,7 @@ mod tag {
     pub(super) const RLIMITS: u8 = 19;
     pub(super) const NO_NEW_PRIVS: u8 = 20;
     pub(super) const CAPABILITIES: u8 = 21;
+    pub(super) const SEAL: u8 = 22;
 }
 
 /// One of the three standard streams of a new process.
@@ -153,6 +154,8 @@ pub(crate) struct Spawn<'a> {
     pub(crate) no_new_privs: bool,
     /// The capabilities that it can ever have, bit by number (capabilities(7)); all if absent.
     pub(crate) capabilities: Option<u64>,
+    /// Files of the kernel by which it could undo its limits are read-only for it.
+    pub(crate) seal: bool,
 }
 
 impl<'a> Spawn<'a> {
@@ -192,6 +195,7 @@ impl<'a> Spawn<'a> {
             fields.bytes(tag::RLIMITS, self.rlimits.0);
         }
         fields.flag(tag::NO_NEW_PRIVS, self.no_new_privs);
+        fields.flag(tag::SEAL, self.seal);
         self.capabilities.into_iter().for_each(|kept| fields.u64(tag::CAPABILITIES, kept));
     }
 
@@ -249,6 +253,7 @@ impl<'a> Spawn<'a> {
             rlimits: Rlimits::parse(fields.get(tag::RLIMITS).unwrap_or_default())?,
             no_new_privs: fields.flag(tag::NO_NEW_PRIVS, "privileges")?,
             capabilities: fields.u64(tag::CAPABILITIES, "capabilities")?,
+            seal: fields.flag(tag::SEAL, "sealing")?,
         })
     }
 }

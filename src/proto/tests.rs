@@ -131,7 +131,7 @@ proptest! {
         cookie in vec(any::<u8>(), 0..=COOKIE_SIZE), user in proptest::option::of(text()), home in any::<bool>(), make_cwd in any::<bool>(), stop_signal in proptest::option::of(1..=64u8),
         terminal in proptest::option::of(any::<[u16; 2]>()), groups in vec(text(), 0..3),
         limits in any::<(Option<u64>, Option<u32>, Option<u64>)>(), cpu_weight in proptest::option::of(CPU_WEIGHTS),
-        rlimits in vec((0..16u8, any::<[u64; 2]>()), 0..4), no_new_privs in any::<bool>(), capabilities in any::<Option<u64>>(),
+        rlimits in vec((0..16u8, any::<[u64; 2]>()), 0..4), no_new_privs in any::<bool>(), seal in any::<bool>(), capabilities in any::<Option<u64>>(),
     ) {
         let (argv_list, env_list) = (list(&argv), list(&env));
         let groups = list(&groups);
@@ -146,7 +146,7 @@ proptest! {
         let spawn = FromHost::Spawn(Spawn {
             argv: argv_list.as_strings(), env: env_list.as_strings(), cwd: cwd.as_deref(), stdio, cookie: &cookie,
             user: user.as_deref(), home, make_cwd, stop_signal, terminal, groups: groups.as_strings(),
-            limits: ProcessLimits { memory, pids, cpu_weight, cpu_quota_us }, rlimits: Rlimits(&packed), no_new_privs, capabilities,
+            limits: ProcessLimits { memory, pids, cpu_weight, cpu_quota_us }, rlimits: Rlimits(&packed), no_new_privs, capabilities, seal,
         });
         let mut bytes = Vec::new();
         spawn.encode(stream, &mut bytes).unwrap();

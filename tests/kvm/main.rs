@@ -187,7 +187,8 @@ tests! {
         missing_kvm_error_names_the_remedy unreadable_file_is_named;
     terminals: shell_in_a_terminal_echoes_controls_jobs_and_ends resized_terminal_signals_its_program
         end_of_a_terminals_input_and_hang_up_reach_the_program terminals_keep_all_output_and_leave_nothing_behind
-        editor_pager_top_and_tmux_draw_on_the_screen;
+        editor_pager_top_and_tmux_draw_on_the_screen
+        reader_that_is_stuck_in_a_terminal_holds_up_its_own_program_alone;
     privileges: groups_are_added_to_those_of_the_user cgroup_limits_hold_for_a_program_and_its_children
         resource_limits_are_inherited_by_children capabilities_and_new_privileges_are_taken_away;
     settings: programs_have_the_environment_user_and_directory_of_the_builder

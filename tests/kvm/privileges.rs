@@ -16,13 +16,13 @@ fn text(exec: Exec) -> cofferdam::Result<String> {
 pub fn groups_are_added_to_those_of_the_user() -> Outcome {
     let container = debian_container().start()?;
     let id = |user: Option<&str>, groups: &[&str]| {
-        let exec = container.exec(["id", "-G"]).groups(groups.iter().copied());
+        let exec = container.exec(["id", "-G"]).add_groups(groups.iter().copied());
         text(user.map_or(exec.clone(), |user| exec.user(user)))
     };
     check_eq!(id(None, &["adm", "4242"])?, "0 4 4242");
     check_eq!(id(Some("daemon"), &["www-data"])?, "1 33");
     check_eq!(id(Some("77:88"), &["5"])?, "88 5");
-    let error = container.exec(["id"]).groups(["nonesuch"]).spawn().map(drop).expect_err("no such group");
+    let error = container.exec(["id"]).add_groups(["nonesuch"]).spawn().map(drop).expect_err("no such group");
     check!(error.kind() == ErrorKind::NotFound && error.to_string().contains("/etc/group"), "{error}");
     Ok(())
 }
@@ -95,6 +95,26 @@ pub fn capabilities_and_new_privileges_are_taken_away() -> Outcome {
         seen(shell().no_new_privs(true).user("daemon").capabilities(["KILL"]))?,
         "CapEff:0000000000000000 CapBnd:0000000000000020 NoNewPrivs:1"
     );
+    // A set-user-ID program of root's, run by another user.
+    check!(container.exec(["install", "-m", "4755", "/usr/bin/id", "/usr/local/bin/su-id"]).status()?.success());
+    let id = || container.exec(["su-id", "-u"]).user("daemon");
+    check_eq!(
+        (text(id())?, text(id().no_new_privs(true))?, text(id().hardened())?),
+        ("0".into(), "1".into(), "1".into())
+    );
+    // Root cannot undo it by the files of the kernel, and can where it is not hardened.
+    let undo = "group=/sys/fs/cgroup$(sed s/0::// /proc/self/cgroup); for try in \
+        \"echo max > $group/memory.max\" 'echo $$ > /sys/fs/cgroup/cgroup.procs' 'mkdir /sys/fs/cgroup/cofferdam/999' \
+        'echo x > /proc/sys/kernel/hostname' 'echo h > /proc/sysrq-trigger' 'mount -o remount,rw /sys' 'umount /proc/sys'; do \
+        sh -c \"$try\" 2>/dev/null && echo \"$try\"; done; true";
+    let limits = ProcessLimits::new().memory(Size::mib(64));
+    check_eq!(text(container.exec(["bash", "-c", undo]).hardened().limits(limits))?, "");
+    check!(text(container.exec(["bash", "-c", undo]).limits(limits))?.contains("echo max"));
+    // A bomb that is hardened leaves room for another program.
+    let bomb = container.exec(["bash", "-c", "f() { f | f & }; f; sleep 1000"]).hardened().spawn()?;
+    std::thread::sleep(Duration::from_secs(2));
+    check!(container.exec(["true"]).timeout(TEST_TIMEOUT).status()?.success());
+    bomb.kill()?;
     // What the powers are for fails without them, and works with them.
     let mount = || container.exec(["mount", "-t", "tmpfs", "none", "/mnt"]);
     check!(!mount().hardened().status()?.success());

@@ -102,14 +102,20 @@ pub fn end_of_a_terminals_input_and_hang_up_reach_the_program() -> Outcome {
     // The echo, and what cat prints.
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     check!(text.matches("a line\r\n").count() == 2 && text.matches("and a part").count() == 2, "{text:?}");
+    // So does the shell whose prompt reads each key by itself.
+    let debian = debian_container().start()?;
+    let mut process = debian.exec(["bash", "-i"]).env("PS1", "ready> ").pty(24, 80).spawn()?;
+    let screen = Screen::of(&mut process)?;
+    screen.printed.wait_for("ready> ")?;
+    drop(process.stdin.take());
+    check_eq!(process.wait_timeout(TEST_TIMEOUT)?.and_then(|status| status.code()), Some(0));
     // A host that reads no more hangs up.
     let mut process = container.exec(["sleep", "1000"]).pty(24, 80).spawn()?;
     drop(process.stdout.take());
     let status = process.wait_timeout(TEST_TIMEOUT)?;
     check_eq!(status, Some(ExitStatus::Signaled { signal: 1 }));
     // A program whose output is not read runs all the same, also where it prints much.
-    let exec = container.exec(["seq", "100000"]).pty(24, 80).stdin(Stdio::null()).stdout(Stdio::null());
-    check!(exec.timeout(TEST_TIMEOUT).status()?.success());
+    check!(container.exec(["seq", "100000"]).pty(24, 80).timeout(TEST_TIMEOUT).status()?.success());
     Ok(())
 }
 
@@ -172,5 +178,25 @@ pub fn editor_pager_top_and_tmux_draw_on_the_screen() -> Outcome {
     screen.printed.wait_for("in42")?;
     type_keys(&mut process, "exit\r")?;
     check!(process.wait()?.success());
+    Ok(())
+}
+
+pub fn reader_that_is_stuck_in_a_terminal_holds_up_its_own_program_alone() -> Outcome {
+    let container = debian_container().start()?;
+    // userfaultfd(2): reads into a page that is never given wait for ever.
+    let stuck = "use constant { UFFD => 323, MMAP => 9 }; my $fd = syscall(UFFD, 0); die qq(userfaultfd: $!) if $fd < 0; \
+        open my $u, '+<&=', $fd or die $!; my $api = pack 'QQQ', 0xaa, 0, 0; ioctl($u, 0xc018aa3f, $api) or die qq(api: $!); \
+        my $page = syscall(MMAP, 0, 4096, 3, 0x22, -1, 0); die qq(mmap: $!) if $page == -1; \
+        my $register = pack 'QQQQ', $page, 4096, 1, 0; ioctl($u, 0xc020aa00, $register) or die qq(register: $!); \
+        $SIG{HUP} = 'IGNORE'; $| = 1; if (my $child = fork) { print qq(stuck\\n); sleep 1; exit 0 } \
+        syscall(0, 0, $page, 4096); sleep 1000";
+    let mut process = container.exec(["perl", "-e", stuck]).pty(24, 80).spawn()?;
+    let screen = Screen::of(&mut process)?;
+    screen.printed.wait_for("stuck")?;
+    type_keys(&mut process, "for the page\n")?;
+    check_eq!(process.wait_timeout(TEST_TIMEOUT)?.and_then(|status| status.code()), Some(0));
+    for _ in 0..3 {
+        check!(container.exec(["true"]).timeout(Duration::from_secs(30)).status()?.success());
+    }
     Ok(())
 }

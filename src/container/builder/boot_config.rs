@@ -1,7 +1,7 @@
 //! [`ShimConfig`]: what the shim needs to know to set up the guest.
 
 use super::disks::{RootDisks, RootPaths};
-use super::mounts::{GuestFiles, GuestSettings};
+use super::guest_settings::{GuestFiles, GuestSettings};
 use crate::boot::{Kernel, Packed};
 use crate::container::shim;
 use crate::error::{Context, Error, Result};
@@ -38,7 +38,7 @@ impl ShimConfig {
             hosts: &self.files.hosts,
             tmpfs: self.files.tmpfs.as_strings(),
             sysctls: self.files.sysctls.as_strings(),
-            secrets: Secrets(&self.files.secrets),
+            secrets: Secrets(&self.files.secrets.0),
         };
         let kernel = kernel.with_packed(packed);
         let initramfs = shim::initramfs(kernel.initramfs_or_default(), &config)?;
@@ -60,13 +60,13 @@ const HOST_NAME_MAX: usize = 64;
 /// What Linux and resolvers take for a host's name (hostname(7)), and underscores, which Docker takes too. It is written
 /// into files of the guest.
 pub(super) fn check_hostname(name: &str) -> Result<()> {
-    check_host("hostname", name)
+    check_host("hostname", name, HOST_NAME_MAX)
 }
 
 /// The same for what `method` was given.
-pub(super) fn check_host(method: &'static str, name: &str) -> Result<()> {
+pub(super) fn check_host(method: &'static str, name: &str, max: usize) -> Result<()> {
     let ends = |c: char| c.is_ascii_alphanumeric() || c == '_';
-    let fits = name.len() <= HOST_NAME_MAX
+    let fits = name.len() <= max
         && name.chars().all(|c| ends(c) || matches!(c, '-' | '.'))
         && name.split('.').all(|label| label.starts_with(ends) && label.ends_with(ends));
     match fits {
@@ -74,7 +74,7 @@ pub(super) fn check_host(method: &'static str, name: &str) -> Result<()> {
         false => Err(Error::invalid(
             method,
             format!(
-                "{name:?}: 1 to {HOST_NAME_MAX} letters, digits, `-`, `_` and `.` are needed, without `-` and `.` at the ends of a part"
+                "{name:?}: 1 to {max} letters, digits, `-`, `_` and `.` are needed, without `-` and `.` at the ends of a part"
             ),
         )),
     }

@@ -2,7 +2,7 @@
 
 mod boot_config;
 mod disks;
-mod mounts;
+mod guest_settings;
 mod programs;
 
 use std::sync::Arc;
@@ -18,8 +18,8 @@ use crate::size::Size;
 use crate::vm::{Cgroup, Console, CpuProfile, Disk, Memory, Net, Vm, VmBuilder, Vsock};
 use boot_config::ShimConfig;
 use disks::RootDisks;
-use mounts::GuestSettings;
-pub use mounts::Tmpfs;
+use guest_settings::GuestSettings;
+pub use guest_settings::Tmpfs;
 use programs::ProgramSettings;
 
 /// What the root of a container needs of its kernel.
@@ -122,8 +122,9 @@ impl ContainerBuilder {
     /// Adds a network card: `eth0`, then `eth1` and so on; none by default.
     ///
     /// Cards of [`Net::user`](crate::Net::user) and [`Net::switch`](crate::Net::switch) have their IPv4 and IPv6
-    /// addresses, and the default routes of the former, before the first program starts. `/etc/resolv.conf` then names one resolver: that
-    /// of the user-mode network, which knows the switches' names too, or else that of the first switch. Other cards are
+    /// addresses, and the default routes of the former, before the first program starts. `/etc/resolv.conf` then names one resolver,
+    /// unless [`ContainerBuilder::dns_server`] does: that of the user-mode network, which knows the switches' names too,
+    /// or else that of the first switch. Other cards are
     /// set up by programs in the container. [`Container::net`] returns the cards' handles.
     pub fn net(mut self, net: impl Into<Net>) -> Self {
         self.nets.push(net.into());
@@ -212,6 +213,7 @@ impl ContainerBuilder {
         boot_config::check_hostname(&self.hostname)?;
         // Before anything is made; the resolver of the networks changes nothing of it.
         self.guest.files(None)?;
+        self.programs.check()?;
         let kernel = self.kernel.take().map_or_else(Kernel::find, Ok)?;
         let (image, config) = self.image.prepared(self.cancel.as_ref())?;
         let (mut defaults, disks) = (ProgramDefaults::of(&config)?, self.disks.len());

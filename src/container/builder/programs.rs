@@ -5,6 +5,8 @@ use std::ffi::OsString;
 
 use super::ContainerBuilder;
 use crate::container::defaults::ProgramDefaults;
+use crate::container::exec::{c_string, check_variable};
+use crate::error::Result;
 
 /// As the embedder set it, over what the image says.
 #[derive(Debug, Clone, Default)]
@@ -16,6 +18,16 @@ pub(super) struct ProgramSettings {
 }
 
 impl ProgramSettings {
+    /// # Errors
+    /// `InvalidConfig`, naming the method, for what no program can have.
+    pub(super) fn check(&self) -> Result<()> {
+        for (name, value) in &self.env {
+            check_variable(name, value)?;
+        }
+        c_string("user", self.user.as_ref())?;
+        c_string("current_dir", self.current_dir.as_ref()).map(drop)
+    }
+
     /// Puts these over what the image says.
     pub(super) fn apply(self, defaults: &mut ProgramDefaults) {
         for (name, value) in self.env {
@@ -29,7 +41,8 @@ impl ProgramSettings {
 impl ContainerBuilder {
     /// Sets an environment variable of all programs, over that of the image.
     ///
-    /// [`Exec::env`](crate::Exec::env) is over both.
+    /// [`Exec::env`](crate::Exec::env) is over both. A name that is empty, or has `=` or a NUL, is `InvalidConfig` of
+    /// [`ContainerBuilder::start`].
     pub fn env(mut self, name: impl Into<OsString>, value: impl Into<OsString>) -> Self {
         self.programs.env.push((name.into(), value.into()));
         self

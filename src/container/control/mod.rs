@@ -100,7 +100,7 @@ impl StartRequest {
         let (argv, env, cwd) = (self.argv.as_strings(), self.env.as_strings(), self.cwd.as_deref());
         let stdio = self.ports.map(|port| port.map_or(Stdio::Null, Stdio::Port));
         let (user, home, make_cwd) = (self.user.as_deref(), self.home, self.make_cwd);
-        let PrivilegesRequest { groups, limits, rlimits, no_new_privs, capabilities } = &self.privileges;
+        let PrivilegesRequest { groups, limits, rlimits, no_new_privs, capabilities, seal } = &self.privileges;
         FromHost::Spawn(Spawn {
             argv,
             env,
@@ -117,6 +117,7 @@ impl StartRequest {
             rlimits: Rlimits(rlimits),
             no_new_privs: *no_new_privs,
             capabilities: *capabilities,
+            seal: *seal,
         })
     }
 }

@@ -1,5 +1,7 @@
 //! [`Exec`]: a program to run in a container, with the vocabulary of [`std::process::Command`].
 
+mod capabilities;
+mod limits;
 mod privileges;
 
 use std::ffi::{CString, OsString};
@@ -9,6 +11,7 @@ use std::os::unix::ffi::OsStringExt;
 use std::sync::Arc;
 use std::time::Duration;
 
+pub use limits::{ProcessLimits, Resource};
 pub(super) use privileges::PrivilegesRequest;
 
 use super::control::{StartRequest, start_program};
@@ -18,7 +21,7 @@ use super::redirect::SharedFile;
 use super::stdio::StdioListeners;
 use super::{Container, redirect};
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::proto::{StringBuf, TerminalSize, VERSION_TERMINAL, VERSION_USER};
+use crate::proto::{StringBuf, TerminalSize, VERSION_PRIVILEGES, VERSION_USER};
 use crate::size::Size;
 use crate::sys::deadline;
 use crate::virtio::vsock::VsockStream;
@@ -91,8 +94,8 @@ const TERM: &str = "TERM";
 /// Nothing is done before [`Exec::spawn`], [`Exec::output`] or [`Exec::status`]. The container lives at least as long as
 /// this value, and as a call of `output` or `status`. A [`Process`] does not keep it.
 ///
-/// Nothing of the embedder's is inherited. Environment, user and working directory are those of the image's
-/// configuration. What it does not say is `PATH` and `HOME`, root of the guest, and `/`. The streams are `/dev/null`.
+/// Nothing of the embedder's is inherited. Environment, user and working directory are those of the builder,
+/// or else of the image's configuration. What neither says is `PATH` and `HOME`, root of the guest, and `/`. The streams are `/dev/null`.
 #[derive(Debug, Clone)]
 #[must_use = "nothing runs until `spawn`, `output` or `status`"]
 pub struct Exec {
@@ -103,7 +106,7 @@ pub struct Exec {
     own_home: bool,
     user: Option<OsString>,
     current_dir: Option<OsString>,
-    /// The directory is the image's, and is made where it is missing.
+    /// The directory is the image's or the builder's, and is made where it is missing.
     make_dir: bool,
     stop_signal: Option<u8>,
     privileges: Privileges,
@@ -176,7 +179,7 @@ impl Exec {
         self
     }
 
-    /// Removes all environment variables, those of the image too.
+    /// Removes all environment variables, those of the image and the builder too.
     ///
     /// Programs are still looked for in the usual directories.
     pub fn env_clear(mut self) -> Self {
@@ -188,7 +191,7 @@ impl Exec {
     /// Sets the user and the group of the program.
     ///
     /// `USER` or `USER:GROUP`, each a name or a number, as `docker exec --user` has them. Names are looked up in
-    /// `/etc/passwd` and `/etc/group` of the container. Numbers need not be there; the group is then 0. Without a group
+    /// `/etc/passwd` and `/etc/group` of the container. Digits are always a number. Numbers need not be there; the group is then 0. Without a group
     /// the user has the groups that list it. `HOME` is the user's home directory, unless it was set or removed.
     pub fn user(mut self, user: impl Into<OsString>) -> Self {
         self.user = Some(user.into());
@@ -197,7 +200,7 @@ impl Exec {
 
     /// Sets the working directory, a path in the container.
     ///
-    /// Unlike that of the image's configuration it must be there.
+    /// Unlike that of the image or the builder it must be there.
     pub fn current_dir(mut self, dir: impl Into<OsString>) -> Self {
         self.make_dir = false;
         self.current_dir = Some(dir.into());
@@ -228,15 +231,20 @@ impl Exec {
         self
     }
 
-    /// Gives the program a terminal with a window of so many rows and columns.
+    /// Gives the program a terminal of so many rows and columns, in characters.
     ///
-    /// Its three standard streams are this terminal, which controls its session (pty(7)). Both directions are piped,
-    /// unless they are set otherwise. What is written to [`Process::stdin`] is typed. What the program prints, and the echo of
-    /// what is typed, is read from [`Process::stdout`]; there is no [`Process::stderr`], and setting it is `InvalidConfig`.
-    /// `TERM` is `xterm`, unless it is set. [`Process::resize`] changes the window.
+    /// It is the controlling terminal of the program's session, and its three standard streams (pty(7)). Standard input
+    /// and output are piped, unless they are set otherwise. What is written to [`Process::stdin`] is typed.
+    /// [`Process::stdout`] has what the program prints, and the echo of what is typed. There is no
+    /// [`Process::stderr`]. `TERM` is `xterm`, unless it is set. [`Process::resize`] changes the size.
     ///
-    /// Dropping standard input ends the input of a program that reads lines, as Ctrl-D does. Dropping standard output
-    /// hangs up: the program gets SIGHUP. A program that exits while others have its terminal open ends the output.
+    /// When standard input is dropped or at its end, a program that reads lines reads the end, as after Ctrl-D. With
+    /// [`Stdio::null`] as standard input nothing is typed, and the input does not end. Dropping standard output hangs
+    /// up: the program gets SIGHUP. When the program exits, its output ends and the terminal is hung up, also where
+    /// others have it open.
+    ///
+    /// [`Exec::spawn`] fails with `InvalidConfig` where standard error is anything but [`Stdio::null`]. It also fails
+    /// where the guest's kernel has no pseudo-terminals.
     pub fn pty(mut self, rows: u16, columns: u16) -> Self {
         self.terminal = Some(TerminalSize { rows, columns });
         self
@@ -282,7 +290,9 @@ impl Exec {
     /// # Errors
     /// - `NotFound`, `PermissionDenied` and `Incompatible` (not a program, or one for another processor) name the
     ///   program, directory, user or group.
-    /// - `InvalidConfig` for an empty program or a NUL in an argument.
+    /// - `NotFound` where the guest's kernel has no cgroup controller for [`Exec::limits`], and `PermissionDenied` for a
+    ///   resource limit above the kernel's own.
+    /// - `InvalidConfig`, naming the method, for a value that cannot be, such as an empty program.
     /// - `ResourceExhausted` when the guest cannot run one more, or when the embedder's process has no descriptors
     ///   left.
     /// - `TimedOut` when the guest does not start it within a minute.
@@ -310,9 +320,15 @@ impl Exec {
 
     /// Runs the program to its end.
     ///
+    /// What it prints is discarded, in a terminal too, unless [`Exec::stdout`] or [`Exec::stderr`] is set.
+    ///
     /// # Errors
     /// As [`Exec::spawn`].
-    pub fn status(self) -> Result<ExitStatus> {
+    pub fn status(mut self) -> Result<ExitStatus> {
+        if self.terminal.is_some() {
+            // It is not read.
+            self.stdio[1].get_or_insert(Stdio::null());
+        }
         let _container = self.container.clone();
         self.spawn()?.wait()
     }
@@ -332,7 +348,7 @@ impl Exec {
         let (vm, agent) = (self.container.vm(), self.container.agent());
         let (make_cwd, stop_signal) = (self.make_dir, self.stop_signal);
         let (terminal, privileges) = (self.terminal, self.privileges.request()?);
-        if (terminal.is_some() || privileges.is_any()) && agent.version() < VERSION_TERMINAL {
+        if (terminal.is_some() || privileges.is_any()) && agent.version() < VERSION_PRIVILEGES {
             let old = "the guest's shim is too old for terminals, limits and capabilities";
             return Err(Error::new(ErrorKind::Unsupported, old));
         }
@@ -398,18 +414,25 @@ impl Exec {
         // The shim adds that of the user.
         let shims = self.own_home && self.user.is_some();
         for (name, value) in self.env.iter().filter(|(name, _)| !shims || name != HOME) {
-            let bad = || Error::invalid("env", format!("{name:?} is not a name, or it or its value has a NUL"));
-            if name.is_empty() || name.as_encoded_bytes().contains(&b'=') {
-                return Err(bad());
-            }
+            check_variable(name, value)?;
             let pair = [name.as_encoded_bytes(), b"=", value.as_encoded_bytes()].concat();
-            strings.push(&pair).map_err(|_| bad())?;
+            strings.push(&pair).map_err(|_| Error::invalid("env", "a NUL"))?;
         }
         Ok(strings)
     }
 }
 
-fn c_string(method: &str, text: Option<&OsString>) -> Result<Option<CString>> {
+/// # Errors
+/// `InvalidConfig` for what cannot be in an environment.
+pub(super) fn check_variable(name: &OsString, value: &OsString) -> Result<()> {
+    let (bytes, has_nul) = (name.as_encoded_bytes(), |text: &OsString| text.as_encoded_bytes().contains(&0));
+    if bytes.is_empty() || bytes.contains(&b'=') || has_nul(name) || has_nul(value) {
+        return Err(Error::invalid("env", format!("{name:?} is not a name, or it or its value has a NUL")));
+    }
+    Ok(())
+}
+
+pub(super) fn c_string(method: &str, text: Option<&OsString>) -> Result<Option<CString>> {
     let text = text.cloned().map(OsString::into_vec);
     text.map(CString::new).transpose().map_err(|_| Error::invalid(method, "it has a NUL"))
 }

@@ -2,9 +2,8 @@
 
 use std::ffi::OsString;
 
-use super::Exec;
-use crate::container::capabilities;
-use crate::container::limits::{ProcessLimits, Resource};
+use super::limits::{ProcessLimits, Resource};
+use super::{Exec, capabilities};
 use crate::error::{Error, Result};
 use crate::proto::{self, Rlimit, StringBuf};
 
@@ -17,7 +16,11 @@ pub(in crate::container) struct Privileges {
     no_new_privs: bool,
     /// All, unless some are named.
     capabilities: Option<Vec<String>>,
+    hardened: bool,
 }
+
+/// Processes and threads of a program that is hardened.
+const HARDENED_PROCESSES: u32 = 4096;
 
 #[derive(Debug, Clone, Copy)]
 struct ResourceLimit {
@@ -34,16 +37,19 @@ pub(in crate::container) struct PrivilegesRequest {
     pub rlimits: Vec<u8>,
     pub no_new_privs: bool,
     pub capabilities: Option<u64>,
+    /// Files of the kernel are read-only for it.
+    pub seal: bool,
 }
 
 impl PrivilegesRequest {
     /// Whether an older shim would leave something of it out.
     pub(in crate::container) fn is_any(&self) -> bool {
-        let Self { groups, limits, rlimits, no_new_privs, capabilities } = self;
+        let Self { groups, limits, rlimits, no_new_privs, capabilities, seal } = self;
         !groups.as_strings().is_empty()
             || limits.is_any()
             || !rlimits.is_empty()
             || *no_new_privs
+            || *seal
             || capabilities.is_some()
     }
 }
@@ -56,7 +62,7 @@ impl Privileges {
         for group in &self.groups {
             groups
                 .push(group.as_encoded_bytes())
-                .map_err(|_| Error::invalid("groups", format!("{group:?} has a NUL")))?;
+                .map_err(|_| Error::invalid("add_groups", format!("{group:?} has a NUL")))?;
         }
         for ResourceLimit { resource, soft, hard } in self.rlimits.iter().copied() {
             if soft > hard {
@@ -65,27 +71,30 @@ impl Privileges {
             }
             Rlimit { resource: resource as u8, soft, hard }.push(&mut rlimits);
         }
-        Ok(PrivilegesRequest {
-            groups,
-            limits: self.limits.message()?,
-            rlimits,
-            no_new_privs: self.no_new_privs,
-            capabilities: self.capabilities.as_ref().map(capabilities::set).transpose()?,
-        })
+        let mut limits = self.limits.message()?;
+        let mut capabilities = self.capabilities.as_ref().map(capabilities::set).transpose()?;
+        if self.hardened {
+            limits.pids = Some(limits.pids.map_or(HARDENED_PROCESSES, |asked| asked.min(HARDENED_PROCESSES)));
+            capabilities = Some(capabilities.unwrap_or(u64::MAX) & capabilities::set(capabilities::DEFAULT)?);
+        }
+        let no_new_privs = self.no_new_privs || self.hardened;
+        Ok(PrivilegesRequest { groups, limits, rlimits, no_new_privs, capabilities, seal: self.hardened })
     }
 }
 
 impl Exec {
-    /// Adds supplementary groups, each a name or a number, as `docker run --group-add` has them.
+    /// Adds supplementary groups, each a name or a number, as `docker run --group-add` does.
     ///
-    /// They come on top of those that [`Exec::user`] gives. A number need not be in the container's `/etc/group`.
-    pub fn groups<S: Into<OsString>>(mut self, groups: impl IntoIterator<Item = S>) -> Self {
+    /// They come on top of those that [`Exec::user`] gives. A number need not be in the container's `/etc/group`; a
+    /// name that is not there is `NotFound` of [`Exec::spawn`].
+    pub fn add_groups<S: Into<OsString>>(mut self, groups: impl IntoIterator<Item = S>) -> Self {
         self.privileges.groups.extend(groups.into_iter().map(Into::into));
         self
     }
 
     /// Limits what the program and everything that it starts may use together.
     ///
+    /// A program of root can write to `/sys/fs/cgroup` and lift its limits, unless it is [`Exec::hardened`].
     /// Nothing is limited by default.
     /// Where the guest's kernel has no cgroup controller for a limit, [`Exec::spawn`] fails with `NotFound`.
     pub fn limits(mut self, limits: ProcessLimits) -> Self {
@@ -95,8 +104,9 @@ impl Exec {
 
     /// Sets a limit of the program, which each process that it starts inherits for itself.
     ///
-    /// `soft` is in force; the program may raise it up to `hard`, and as root beyond. See getrlimit(2). Without this a
-    /// program may open 1,024 files, and 524,288 when it asks for more; all else is as the guest's kernel has it.
+    /// `soft` is in force. The program may raise it up to `hard`, and beyond with the capability `SYS_RESOURCE`; see
+    /// getrlimit(2). `soft` above `hard` is `InvalidConfig`. Of two calls for one resource the later counts. Without
+    /// this a program may open 1,024 files, and 524,288 when it asks for more. All else is as the guest's kernel has it.
     pub fn rlimit(mut self, resource: Resource, soft: u64, hard: u64) -> Self {
         self.privileges.rlimits.push(ResourceLimit { resource, soft, hard });
         self
@@ -112,9 +122,10 @@ impl Exec {
 
     /// Sets the capabilities that the program can ever have; all by default.
     ///
+    /// Root can have the kernel run programs by its parameters, so use [`Exec::hardened`] too where it must not.
     /// What it starts can have no others. They have the names of capabilities(7), with or without `CAP_`: `["NET_BIND_SERVICE"]`. A program of root has
-    /// them all at once, one of another user gets them by files alone. [`Exec::spawn`] fails with `InvalidConfig` for a
-    /// name that Linux does not have.
+    /// them all at once, one of another user gets them by files alone. Unlike those of `docker run --cap-add` these are
+    /// all; `ALL` is no name. [`Exec::spawn`] fails with `InvalidConfig` for a name that Linux does not have.
     pub fn capabilities<S: AsRef<str>>(mut self, names: impl IntoIterator<Item = S>) -> Self {
         self.privileges.capabilities = Some(names.into_iter().map(|name| name.as_ref().to_owned()).collect());
         self
@@ -122,12 +133,15 @@ impl Exec {
 
     /// Takes from the program what few programs need of root's powers.
     ///
-    /// It keeps the 14 capabilities that Docker leaves to a container's programs. It cannot gain privileges, as by
-    /// [`Exec::no_new_privs`]. It and what it starts are at most 4,096 processes and threads, unless [`Exec::limits`]
-    /// is called after this. The wall between guests and the host is the virtual machine, with this or without it.
-    pub fn hardened(self) -> Self {
-        let limits = self.privileges.limits.processes(4096);
-        self.capabilities(capabilities::DEFAULT).no_new_privs(true).limits(limits)
+    /// It keeps the 14 capabilities that Docker leaves to a container's programs, or those of them that
+    /// [`Exec::capabilities`] names. It cannot gain privileges, as by [`Exec::no_new_privs`]. It and what it starts are
+    /// at most 4,096 processes and threads, or fewer where [`Exec::limits`] says so. It has mounts of its own, in which
+    /// `/sys` and the kernel's parameters are read-only, so that it cannot undo this. As root it can still write to the
+    /// container's own disks in `/dev`. The wall between guests and the host is the virtual machine, with this or
+    /// without it.
+    pub fn hardened(mut self) -> Self {
+        self.privileges.hardened = true;
+        self
     }
 }
 
@@ -139,7 +153,7 @@ mod tests {
     #[test]
     fn privileges_that_cannot_be_are_refused_by_name() {
         let wrong = [
-            (Privileges { groups: vec!["a\0".into()], ..Privileges::default() }, "groups"),
+            (Privileges { groups: vec!["a\0".into()], ..Privileges::default() }, "add_groups"),
             (Privileges { capabilities: Some(vec!["FLY".into()]), ..Privileges::default() }, "capabilities"),
             (Privileges { limits: ProcessLimits::new().processes(0), ..Privileges::default() }, "limits"),
             (
@@ -155,5 +169,20 @@ mod tests {
             assert!(error.kind() == ErrorKind::InvalidConfig && error.to_string().contains(method), "{error}");
         }
         assert!(!Privileges::default().request().unwrap().is_any());
+    }
+
+    #[test]
+    fn hardening_adds_to_other_restrictions_and_lifts_none() {
+        let hardened = Privileges { hardened: true, ..Privileges::default() };
+        let request = hardened.request().unwrap();
+        assert_eq!((request.capabilities, request.limits.pids), (Some(0xa804_25fb), Some(4096)));
+        assert!(request.no_new_privs);
+        let request = Privileges {
+            capabilities: Some(vec!["KILL".into(), "SYS_ADMIN".into()]),
+            limits: ProcessLimits::new().processes(32),
+            ..hardened
+        };
+        let request = request.request().unwrap();
+        assert_eq!((request.capabilities, request.limits.pids), (Some(1 << 5), Some(32)));
     }
 }

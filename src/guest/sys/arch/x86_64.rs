@@ -39,6 +39,7 @@ pub(in super::super) mod nr {
     pub(in super::super::super) const SETSID: usize = 112;
     pub(in super::super::super) const SETGROUPS: usize = 116;
     pub(in super::super::super) const RT_SIGTIMEDWAIT: usize = 128;
+    pub(in super::super::super) const FSTATFS: usize = 138;
     pub(in super::super::super) const PRCTL: usize = 157;
     pub(in super::super::super) const CHROOT: usize = 161;
     pub(in super::super::super) const SYNC: usize = 162;
@@ -69,6 +70,7 @@ pub(in super::super) mod nr {
     pub(in super::super::super) const STATX: usize = 332;
     pub(in super::super::super) const CLONE3: usize = 435;
     pub(in super::super::super) const CLOSE_RANGE: usize = 436;
+    pub(in super::super::super) const OPENAT2: usize = 437;
 }
 
 pub(in super::super::super) const O_DIRECTORY: usize = 0o200_000;

@@ -6,7 +6,8 @@ use crate::size::Size;
 
 /// What a program and everything that it starts may use together; see [`Exec::limits`](super::Exec::limits).
 ///
-/// The guest's kernel keeps the limits by a cgroup of the program's own. What is not set is what the machine has.
+/// The guest's kernel keeps the limits by a cgroup of the program's own. Memory and processors that are not limited are
+/// the machine's. Processes are always limited: some of the guest's are kept for other programs.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 #[must_use]
 pub struct ProcessLimits {
@@ -16,8 +17,8 @@ pub struct ProcessLimits {
     cpus: Option<f64>,
 }
 
-/// The smallest share of a processor: a hundredth, which Linux can still measure out.
-const MIN_CPUS: f64 = 0.01;
+/// From a hundredth of a processor, which Linux can still measure out.
+const CPUS: std::ops::RangeInclusive<f64> = 0.01..=1e6;
 
 impl ProcessLimits {
     /// Returns limits of which none is set.
@@ -28,7 +29,7 @@ impl ProcessLimits {
     /// Sets how much memory they may use, at least 64 KiB.
     ///
     /// The page cache of their files counts. The guest's kernel first takes back what can be had again. Then it kills one of them: a program that it kills has
-    /// [`ExitStatus::OomKilled`](super::ExitStatus::OomKilled). Linux, cgroup v2: `memory.max`.
+    /// [`ExitStatus::OomKilled`](crate::process::ExitStatus::OomKilled). Linux, cgroup v2: `memory.max`.
     pub fn memory(mut self, most: Size) -> Self {
         self.memory = Some(most);
         self
@@ -50,7 +51,7 @@ impl ProcessLimits {
         self
     }
 
-    /// Sets how many processors' time they may use, at least 0.01.
+    /// Sets how many processors' time they may use, 0.01 to 1,000,000.
     ///
     /// It is measured in periods of a tenth of a second. Linux, cgroup v2: `cpu.max`.
     pub fn cpus(mut self, most: f64) -> Self {
@@ -76,8 +77,8 @@ impl ProcessLimits {
             fits.ok_or_else(|| wrong(format!("weight: {weight} is not 1 to 10,000")))
         });
         let cpus = self.cpus.map(|cpus| match cpus {
-            cpus if (MIN_CPUS..=1e6).contains(&cpus) => Ok((cpus * proto::CPU_PERIOD_US as f64).round() as u64),
-            cpus => Err(wrong(format!("cpus: {cpus} is not 0.01 or more"))),
+            cpus if CPUS.contains(&cpus) => Ok((cpus * proto::CPU_PERIOD_US as f64).round() as u64),
+            cpus => Err(wrong(format!("cpus: {cpus} is not 0.01 to 1,000,000"))),
         });
         Ok(proto::ProcessLimits {
             memory,
@@ -122,12 +123,11 @@ pub enum Resource {
     RealTime = 15,
 }
 
-/// No limit (`RLIM_INFINITY`).
-const UNLIMITED: u64 = u64::MAX;
-
 impl Resource {
-    /// A limit that no process reaches.
-    pub const UNLIMITED: u64 = UNLIMITED;
+    /// No limit (`RLIM_INFINITY`).
+    ///
+    /// [`Resource::OpenFiles`] cannot have it: Linux takes at most `fs.nr_open`, 1,048,576 by default.
+    pub const UNLIMITED: u64 = u64::MAX;
 }
 
 #[cfg(test)]

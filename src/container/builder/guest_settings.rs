@@ -29,6 +29,9 @@ impl Tmpfs {
     }
 
     /// Sets how much it may hold, of the guest's memory.
+    ///
+    /// It is taken as files are written. All together may be more than the guest has; then programs are killed for want
+    /// of memory.
     pub fn size(mut self, most: Size) -> Self {
         self.size = most;
         self
@@ -57,6 +60,16 @@ impl fmt::Debug for SecretContent {
     }
 }
 
+/// All secrets as the shim gets them, which are never printed either.
+#[derive(Default)]
+pub(super) struct SecretBytes(pub(super) Vec<u8>);
+
+impl fmt::Debug for SecretBytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} bytes", self.0.len())
+    }
+}
+
 /// As the embedder set it.
 #[derive(Debug, Clone, Default)]
 pub(super) struct GuestSettings {
@@ -75,7 +88,7 @@ pub(super) struct GuestFiles {
     pub(super) read_only: bool,
     /// Paths and mount options in turn.
     pub(super) tmpfs: StringBuf,
-    pub(super) secrets: Vec<u8>,
+    pub(super) secrets: SecretBytes,
     /// Paths below `/proc/sys` and values in turn.
     pub(super) sysctls: StringBuf,
     pub(super) hosts: Vec<u8>,
@@ -88,6 +101,8 @@ const SECRETS: &str = "/run/secrets";
 const MAX_SECRETS: usize = 512 << 10;
 /// The most servers that resolvers ask (resolv.conf(5), `MAXNS`).
 const MAX_DNS_SERVERS: usize = 3;
+/// The longest name of a host, in bytes (RFC 1035, 2.3.4).
+const MAX_DOMAIN: usize = 253;
 /// The longest value of a sysctl that is taken.
 const MAX_SYSCTL: usize = 4096;
 
@@ -118,6 +133,9 @@ impl GuestSettings {
         for Tmpfs { path, size, mode } in sorted {
             let wrong = |what: &str| Error::invalid("tmpfs", format!("{path:?} {what}"));
             check_path(path).map_err(wrong)?;
+            if !self.secrets.is_empty() && path.strip_prefix(SECRETS).is_some_and(|rest| rest.starts_with('/')) {
+                return Err(wrong("would be hidden by the secrets"));
+            }
             if !taken.insert(path) {
                 return Err(wrong("is mounted on twice"));
             }
@@ -135,7 +153,7 @@ impl GuestSettings {
         Ok(list)
     }
 
-    fn secrets(&self) -> Result<Vec<u8>> {
+    fn secrets(&self) -> Result<SecretBytes> {
         let (mut list, mut taken, mut total) = (Vec::new(), BTreeSet::new(), 0_usize);
         for (name, SecretContent(content)) in &self.secrets {
             let wrong = |what: &str| Error::invalid("secret", format!("{name:?} {what}"));
@@ -155,7 +173,7 @@ impl GuestSettings {
             }
             Secret { name: name.as_bytes(), content }.push(&mut list);
         }
-        Ok(list)
+        Ok(SecretBytes(list))
     }
 
     fn sysctls(&self) -> Result<StringBuf> {
@@ -181,7 +199,7 @@ impl GuestSettings {
     fn hosts(&self) -> Result<Vec<u8>> {
         let mut lines = Vec::new();
         for (name, address) in &self.hosts {
-            check_host("extra_host", name)?;
+            check_host("extra_host", name, MAX_DOMAIN)?;
             lines.extend_from_slice(format!("{address}\t{name}\n").as_bytes());
         }
         Ok(lines)
@@ -197,7 +215,7 @@ impl GuestSettings {
         };
         let mut text: String = given.iter().map(|server| format!("nameserver {server}\n")).collect();
         for domain in &self.dns_search {
-            check_host("dns_search", domain)?;
+            check_host("dns_search", domain, MAX_DOMAIN)?;
         }
         if !self.dns_search.is_empty() {
             text += &format!("search {}\n", self.dns_search.join(" "));
@@ -213,17 +231,18 @@ fn check_path(path: &str) -> Result<(), &'static str> {
         return Err("is no plain path: it is the root, or has `.`, `..` or an empty part");
     }
     let kernels = |top: &str| below == top || below.strip_prefix(top).is_some_and(|rest| rest.starts_with('/'));
-    match ["proc", "sys"].into_iter().any(kernels) || below == "dev" {
+    match ["proc", "sys", "dev/pts", "dev/mqueue"].into_iter().any(kernels) || below == "dev" {
         true => Err("is the kernel's"),
         false => Ok(()),
     }
 }
 
 impl ContainerBuilder {
-    /// Sets whether the root file system is read-only.
+    /// Sets whether the root file system is read-only; writable by default.
     ///
-    /// Disks, `/dev` and what [`ContainerBuilder::tmpfs`] mounts can still be written. Without those most programs also
-    /// miss `/tmp` and `/run`. It is writable by default.
+    /// Disks, `/dev` and what [`ContainerBuilder::tmpfs`] mounts can still be written. Most programs need `/tmp` and
+    /// `/run` writable: mount both so. A working directory must then be there; none is made. Root of the container can
+    /// mount it writable again, unless its program is [`Exec::hardened`](crate::Exec::hardened).
     pub fn read_only(mut self, read_only: bool) -> Self {
         self.guest.read_only = read_only;
         self
@@ -240,9 +259,12 @@ impl ContainerBuilder {
 
     /// Gives the container a secret, as the file `/run/secrets/NAME`.
     ///
-    /// The file is in memory, read-only, and every user of the container can read it. Its content is on no disk, and in no
-    /// error and no `Debug` text of this crate. Once the container has started and the builder is dropped, the host has
-    /// it in guest memory alone. All secrets may take 512 KiB together.
+    /// The file is in memory and read-only, and every user of the container can read it. Its content is on no disk, and
+    /// in no error and no `Debug` text of this crate. Once the container has started, and the builder and its clones are
+    /// dropped, this crate keeps no copy. Memory that it has freed is not overwritten, and a host that swaps may write it.
+    ///
+    /// A name has 1 to 255 letters, digits, `.`, `-` and `_`, without `.` in front. All secrets may take 512 KiB
+    /// together. Anything else is `InvalidConfig` of [`ContainerBuilder::start`].
     pub fn secret(mut self, name: impl Into<String>, content: impl Into<Vec<u8>>) -> Self {
         self.guest.secrets.push((name.into(), SecretContent(content.into().into())));
         self
@@ -250,26 +272,34 @@ impl ContainerBuilder {
 
     /// Sets a parameter of the container's kernel, such as `net.ipv4.ip_forward` to `1`; see sysctl(8).
     ///
-    /// [`ContainerBuilder::start`] fails with `GuestFailed`, naming the parameter, where the kernel has none of that name
-    /// or refuses the value.
+    /// A name with a slash is a path below `/proc/sys`: `net/ipv4/conf/eth0/forwarding`. A value has 1 to 4,096 bytes.
+    /// [`ContainerBuilder::start`] fails with `InvalidConfig` otherwise. It fails with `GuestFailed`, naming the
+    /// parameter, where the kernel has none of that name or refuses the value.
     pub fn sysctl(mut self, name: impl Into<String>, value: impl Into<String>) -> Self {
         self.guest.sysctls.push((name.into(), value.into()));
         self
     }
 
     /// Adds a name to `/etc/hosts`, for programs that look it up.
+    ///
+    /// One that is no host's name is `InvalidConfig` of [`ContainerBuilder::start`].
     pub fn extra_host(mut self, name: impl Into<String>, address: impl Into<IpAddr>) -> Self {
         self.guest.hosts.push((name.into(), address.into()));
         self
     }
 
-    /// Adds a name server to `/etc/resolv.conf`, at most three, in place of the networks' own.
+    /// Adds a name server to `/etc/resolv.conf`, in place of the networks' own.
+    ///
+    /// More than three are `InvalidConfig` of [`ContainerBuilder::start`], as resolvers ask no more.
     pub fn dns_server(mut self, address: impl Into<IpAddr>) -> Self {
         self.guest.dns_servers.push(address.into());
         self
     }
 
     /// Adds a domain in which resolvers look for short names.
+    ///
+    /// `/etc/resolv.conf` is written anew, also where no server is named. A domain that is no host's name is
+    /// `InvalidConfig` of [`ContainerBuilder::start`].
     pub fn dns_search(mut self, domain: impl Into<String>) -> Self {
         self.guest.dns_search.push(domain.into());
         self
@@ -289,7 +319,10 @@ mod tests {
 
     #[test]
     fn mount_points_that_cannot_be_are_refused() {
-        for path in ["", "tmp", "/", "/a/../b", "/a//b", "/a/", "/./a", "/proc", "/proc/x", "/sys/fs", "/dev", "/a\0"] {
+        for path in [
+            "", "tmp", "/", "/a/../b", "/a//b", "/a/", "/./a", "/proc", "/proc/x", "/sys/fs", "/dev", "/dev/pts",
+            "/a\0",
+        ] {
             refused(GuestSettings { tmpfs: vec![path.into()], ..GuestSettings::default() }, "tmpfs");
         }
         let tmpfs = vec!["/a".into(), "/b".into(), "/a".into()];
