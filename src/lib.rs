@@ -104,8 +104,9 @@
 //! | `Container::kill`, [`Vm::kill`] | does not wait |
 //! | `Container::resume`, [`Vm::resume`] | 11 s, for each pause that another thread has begun |
 //! | dropping the last handle of a `Container` or a [`Vm`] | milliseconds; 26 s where a host's file, or an embedder's writer or network, hangs |
-//! | `Container::wait`, [`Vm::wait`] | as long as the machine runs |
-//! | [`VsockListener::accept`](vsock::VsockListener::accept), the iterator of [`Events`](event::Events) | until something comes, or the machine ends |
+//! | `Container::wait`, [`Vm::wait`], `Container::wait_async`, `Vm::wait_async` | as long as the machine runs |
+//! | `Process::wait_async` | with `Exec::timeout`: that and 2 s; without: as long as the program runs |
+//! | [`VsockListener::accept`](vsock::VsockListener::accept), the iterator of [`Events`](event::Events), `Async::accept`, `Async::next` | until something comes, or the machine ends |
 //! | reads and writes of a [`VsockStream`](vsock::VsockStream), `ProcessReader` or `ProcessWriter` | as the stream's timeouts say; without: until the guest goes on, or the machine ends |
 //! | `Container::pause`, [`Vm::pause`] | 11 s, and for each pause that another thread has begun |
 //! | `Container::memory_stats`, [`Vm::memory_stats`] | 11 s: 10 s for a host that is busy, 1 s for the guest |
@@ -143,12 +144,14 @@
 //! Threads of disks are scheduled as `SCHED_BATCH`: they preempt no vCPU when a request comes, so that requests come together.
 //!
 //! Calls block and need no runtime. What can be waited for also has a descriptor (`AsFd`, `AsRawFd`) for poll, epoll, tokio,
-//! smol or mio. All handles are `Send` and `Sync`. Handles of machines are cheap to clone; dropping the last one kills the
+//! smol or mio; the feature `tokio` has futures and streams. All handles are `Send` and `Sync`. Handles of machines are cheap to clone; dropping the last one kills the
 //! machine and waits for its threads.
 
 #![cfg_attr(not(feature = "container"), allow(dead_code, unused_imports, reason = "only the container layer uses it"))]
 
 mod arch;
+#[cfg(feature = "tokio")]
+mod async_io;
 mod boot;
 mod bus;
 #[cfg(feature = "container")]
@@ -273,6 +276,18 @@ pub mod stats {
 pub mod host {
     pub use crate::kvm::{Exposure, KvmAccess, Vulnerability};
     pub use crate::sys::set_descriptor_reserve;
+}
+
+/// Handles for tasks of a [tokio](https://docs.rs/tokio) runtime.
+///
+/// [`Async`](tokio::Async) makes streams [`AsyncRead`](::tokio::io::AsyncRead) and [`AsyncWrite`](::tokio::io::AsyncWrite),
+/// and has events and connections as futures. [`Vm::wait_async`], `Container::wait_async` and `Process::wait_async` wait for
+/// ends. All are woken by descriptors, and have no threads.
+///
+/// Starting a machine, `Exec::spawn`, stopping, and dropping the last handle block: they are for `tokio::task::spawn_blocking`.
+#[cfg(feature = "tokio")]
+pub mod tokio {
+    pub use crate::async_io::{Async, Pollable};
 }
 
 /// Traits and types for network backends of the embedder's own; see [`Net::custom`].

@@ -9,7 +9,7 @@ use std::fmt::Debug;
 use std::os::fd::{AsFd, AsRawFd};
 use std::{fs, path::Path};
 
-use cofferdam::{backend, cpu, disk, event, exit, host, image, kernel, memory, net, process, stats, vsock};
+use cofferdam::{backend, cpu, disk, event, exit, host, image, kernel, memory, net, process, stats, tokio, vsock};
 
 fn good<T: Debug + Send + Sync>() {}
 fn awaitable<T: AsFd + AsRawFd>() {}
@@ -158,11 +158,17 @@ fn all() -> BTreeSet<String> {
         vsock::VsockListener,
         vsock::VsockStream,
     );
+    // Of each handle that it takes.
+    good::<tokio::Async<event::Events>>();
+    good::<tokio::Async<process::ProcessReader>>();
+    good::<tokio::Async<process::ProcessWriter>>();
+    good::<tokio::Async<vsock::VsockListener>>();
+    good::<tokio::Async<vsock::VsockStream>>();
     // They borrow the guest's memory for one call, on one thread.
     good::<backend::Frame<'_>>();
     good::<backend::RxBuffer<'_>>();
-    let borrowing = ["backend::Frame", "backend::RxBuffer"].map(str::to_owned);
-    root.into_iter().map(|path| path.replace("c::", "")).chain(modules).chain(borrowing).collect()
+    let generic = ["backend::Frame", "backend::RxBuffer", "tokio::Async"].map(str::to_owned);
+    root.into_iter().map(|path| path.replace("c::", "")).chain(modules).chain(generic).collect()
 }
 
 #[test]

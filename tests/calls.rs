@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 
 /// Handles of what runs.
 const HANDLES: &[&str] = &[
+    "Async",
     "Container",
     "DiskHandle",
     "Events",
@@ -136,7 +137,8 @@ fn methods(exported: &BTreeSet<String>) -> BTreeMap<String, BTreeSet<String>> {
                 if line == "}" {
                     of = None;
                 }
-                let function = line.strip_prefix("    pub fn ").or_else(|| line.strip_prefix("    pub const fn "));
+                let words = ["    pub fn ", "    pub const fn ", "    pub async fn "];
+                let function = words.iter().find_map(|words| line.strip_prefix(words));
                 let (Some(of), Some(function)) = (&of, function) else { continue };
                 let name: String = function.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect();
                 let mut signature = function.to_owned();

@@ -170,7 +170,7 @@ impl fmt::Display for Event {
 
 /// The log of one VM, shared by all writers and readers.
 #[derive(Debug)]
-pub(super) struct EventLog {
+pub(crate) struct EventLog {
     start: Instant,
     state: Mutex<EventLogState>,
     changed: Condvar,
@@ -203,7 +203,7 @@ impl EventLogState {
 }
 
 impl EventLog {
-    pub(super) fn new(start: Instant) -> Arc<Self> {
+    pub(crate) fn new(start: Instant) -> Arc<Self> {
         Arc::new(Self { start, state: Mutex::default(), changed: Condvar::new() })
     }
 
@@ -212,7 +212,7 @@ impl EventLog {
     }
 
     /// Never waits for anybody. What comes after the end is not kept.
-    pub(super) fn push(&self, kind: EventKind) {
+    pub(crate) fn push(&self, kind: EventKind) {
         let mut state = self.state();
         if state.ended {
             return;
@@ -233,7 +233,7 @@ impl EventLog {
     }
 
     /// A reader, from the first event that is kept.
-    pub(super) fn reader(self: &Arc<Self>) -> Result<Events> {
+    pub(crate) fn reader(self: &Arc<Self>) -> Result<Events> {
         let fd = Arc::new(eventfd().doing(|| "creating an event stream")?);
         let mut state = self.state();
         state.readers.push(Arc::downgrade(&fd));
@@ -284,6 +284,13 @@ impl Events {
                 event => return event,
             }
         }
+    }
+
+    /// Whether the last event was read.
+    #[cfg(feature = "tokio")]
+    pub(crate) fn is_over(&self) -> bool {
+        let state = self.log.state();
+        state.ended && *self.next.lock().unwrap_or_else(PoisonError::into_inner) == state.count
     }
 
     fn read(&self, state: &mut EventLogState) -> Option<Event> {

@@ -143,7 +143,7 @@ pub struct ExitReport {
 impl ExitReport {
     /// Nothing but how far the guest has come.
     #[cfg(test)]
-    pub(super) fn new(stage: Stage) -> Self {
+    pub(crate) fn new(stage: Stage) -> Self {
         Self { stage, console: Vec::new(), vcpu_exit: None, registers: None, devices: Vec::new() }
     }
 

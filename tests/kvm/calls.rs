@@ -16,6 +16,7 @@ use cofferdam::disk::{DiskHandle, DiskLimit};
 use cofferdam::event::DeviceId;
 use cofferdam::net::{Capture, Cidr, ConnectionLimit, NetHandle, NetLimit, Policy, PortForward, Rule, Switch};
 use cofferdam::process::{ExitStatus, Stdio};
+use cofferdam::tokio::Async;
 use cofferdam::vsock::VsockStream;
 use cofferdam::{Console, Container, ErrorKind, Exit, Net, Process, Size};
 
@@ -42,6 +43,7 @@ enum Guest {
 /// What the guest still did before it was disturbed.
 struct Begun {
     timed: Process,
+    awaited: Process,
     printing: Process,
     killed: Process,
     signaled: Process,
@@ -60,6 +62,7 @@ fn begin(container: &Container, watch: &Watch) -> Result<Begun, Box<dyn Error>> 
         output: watch.at_once("ProcessReader::into_stream", || output.into_stream()),
         printing: sleeper().stdout(Stdio::piped()).timeout(TIME).spawn()?,
         timed: sleeper().timeout(TIME).spawn()?,
+        awaited: sleeper().timeout(TIME).spawn()?,
     })
 }
 
@@ -87,6 +90,11 @@ fn fine<T>(guest: Guest, answer: cofferdam::Result<T>) -> Answer {
     }
 }
 
+/// Waits for a future on a runtime of its own.
+fn block_on<T>(future: impl Future<Output = T>) -> io::Result<T> {
+    Ok(tokio::runtime::Builder::new_current_thread().enable_io().build()?.block_on(future))
+}
+
 /// No program listens at the port. Only a guest that answers can refuse the connection; other calls time out.
 fn silent(guest: Guest, connected: cofferdam::Result<VsockStream>) -> Answer {
     let kind = connected.err().map(|error| error.kind());
@@ -106,9 +114,11 @@ fn drive(guest: Guest) -> Outcome {
     let (disk, net) = (container.vm().disk(1)?, container.vm().net(0)?);
     let capacity = disk.usage()?.capacity;
     let port = net.publish(PortForward::tcp(([127, 0, 0, 1], 0), 80))?;
-    let listeners = [container.vm().listen_vsock(9998)?, container.vm().listen_vsock(9999)?];
-    let events = [container.vm().events()?, container.vm().events()?];
-    let Begun { mut timed, printing, killed, signaled, mut input, mut output } = begin(&container, &watch)?;
+    let listen = |port| container.vm().listen_vsock(port);
+    let listeners = [listen(9996)?, listen(9998)?, listen(9999)?];
+    let events = [container.vm().events()?, container.vm().events()?, container.vm().events()?];
+    let Begun { mut timed, mut awaited, printing, killed, signaled, mut input, mut output } =
+        begin(&container, &watch)?;
     let mut noise = Vec::new();
     match guest {
         Guest::Mute => container.vm().pause()?,
@@ -133,8 +143,8 @@ fn drive(guest: Guest) -> Outcome {
     }
 
     // What waits for the machine's end is asked first, and comes back last.
-    let [accepting, accepted] = listeners;
-    let [all_events, events] = events;
+    let [awaiting, accepting, accepted] = listeners;
+    let [awaited_events, all_events, events] = events;
     let at_end = ended.clone();
     let reported_end = move |watch: &Watch, name: &'static str| {
         let end = *lock(&at_end);
@@ -150,6 +160,37 @@ fn drive(guest: Guest) -> Outcome {
         let accepted = accepting.accept();
         tell(watch, "VsockListener::accept");
         check!(accepted.as_ref().is_err_and(|e| e.kind() == ErrorKind::InvalidState), "{accepted:?}");
+        Ok(())
+    });
+    let tell = reported_end.clone();
+    acceptor.spawn("accept on a runtime", move |watch| {
+        let accepted = block_on(async { Async::new(awaiting)?.accept().await })?;
+        tell(watch, "Async::accept");
+        check!(accepted.as_ref().is_err_and(|e| e.kind() == ErrorKind::InvalidState), "{accepted:?}");
+        Ok(())
+    });
+    let tell = reported_end.clone();
+    until_end.spawn("events on a runtime", move |watch| {
+        block_on(async {
+            let events = watch.at_once("Async::new", || Async::new(awaited_events))?;
+            while events.next().await?.is_some() {}
+            tell(watch, "Async::next");
+            check!(watch.at_once("Async::get_ref", || events.get_ref()).try_next().is_none());
+            watch.at_once("Async::into_inner", || events.into_inner())?;
+            Ok(())
+        })?
+    });
+    let tell = reported_end.clone();
+    with!(until_end, "Vm::wait_async", |watch, vm| {
+        block_on(vm.wait_async())??;
+        tell(watch, "Vm::wait_async");
+        Ok(())
+    });
+    let tell = reported_end.clone();
+    let waiting = container.clone();
+    until_end.spawn("Container::wait_async", move |watch| {
+        block_on(waiting.wait_async())??;
+        tell(watch, "Container::wait_async");
         Ok(())
     });
     let tell = reported_end.clone();
@@ -235,6 +276,11 @@ fn drive(guest: Guest) -> Outcome {
     callers.spawn("wait", move |watch| {
         check!(watch.at_once("Process::try_wait", || timed.try_wait())?.is_none());
         let status = watch.call("Process::wait", TIME + 4 * SECOND, || timed.wait())?;
+        check!(matches!(status, ExitStatus::TimedOut), "{status}");
+        Ok(())
+    });
+    callers.spawn("wait on a runtime", move |watch| {
+        let status = watch.call("Process::wait_async", TIME + 2 * SECOND, || block_on(awaited.wait_async()))??;
         check!(matches!(status, ExitStatus::TimedOut), "{status}");
         Ok(())
     });

@@ -47,6 +47,7 @@ mod tally;
 mod terminals;
 #[path = "../../src/boot/x86/tiny.rs"]
 mod tiny;
+mod tokio;
 mod unusual_image;
 mod user_net;
 
@@ -195,6 +196,8 @@ tests! {
         memory_file_systems_have_their_size_and_mode read_only_root_takes_writes_in_memory_alone
         secrets_are_in_memory_alone_and_read_only names_of_hosts_and_servers_are_written
         kernel_parameters_are_set_or_named;
+    tokio: fifty_programs_and_all_ends_are_awaited_on_one_thread dropped_futures_lose_no_output
+        end_of_the_container_wakes_every_task output_to_a_file_is_complete_after_wait;
     storage: fio_verifies_written_data flushed_data_survives_sigkill_of_the_process;
 }
 

@@ -7,11 +7,11 @@ use crate::virtio::vsock::VsockStream;
 
 /// The host's end of a process's standard input. Dropping it is end of file for the process.
 #[derive(Debug)]
-pub struct ProcessWriter(pub(in crate::container) VsockStream);
+pub struct ProcessWriter(pub(crate) VsockStream);
 
 /// The host's end of a process's standard output or error. Dropping it breaks the process's pipe.
 #[derive(Debug)]
-pub struct ProcessReader(pub(in crate::container) VsockStream);
+pub struct ProcessReader(pub(crate) VsockStream);
 
 impl ProcessWriter {
     /// Returns the stream behind it, for non-blocking writes and time limits.

@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use connection::{Answer, PendingControl, PortPair, VsockConnection};
 use credit::CreditUpdate;
 use packet::{HEADER, TYPE_STREAM, VsockHeader, VsockOp};
-use stream::AcceptQueue;
+pub(crate) use stream::AcceptQueue;
 #[cfg(feature = "container")]
 pub(crate) use stream::StreamBreaker;
 pub use stream::{VsockListener, VsockStream};

@@ -212,13 +212,13 @@ struct PendingStreams {
 }
 
 /// Where the device puts what arrives. Shared with the listener.
-pub(super) struct AcceptQueue {
+pub(crate) struct AcceptQueue {
     queue: Mutex<PendingStreams>,
     ready: EventFd,
 }
 
 impl AcceptQueue {
-    pub(super) fn new() -> io::Result<Arc<Self>> {
+    pub(crate) fn new() -> io::Result<Arc<Self>> {
         Ok(Arc::new(Self { queue: Mutex::default(), ready: eventfd()? }))
     }
 
@@ -233,7 +233,7 @@ impl AcceptQueue {
     }
 
     /// Hands a connection to the listener. One that is gone meanwhile hangs it up.
-    pub(super) fn push(&self, stream: VsockStream) {
+    pub(crate) fn push(&self, stream: VsockStream) {
         let mut queue = self.queue();
         if queue.closed {
             drop(queue);
@@ -260,7 +260,7 @@ impl AcceptQueue {
     }
 
     /// Nothing more will arrive.
-    pub(super) fn close(&self) {
+    pub(crate) fn close(&self) {
         self.queue().closed = true;
         let _ = self.ready.write(1);
     }
@@ -280,7 +280,7 @@ pub struct VsockListener {
 }
 
 impl VsockListener {
-    pub(super) fn new(arrivals: Arc<AcceptQueue>, port: u32) -> Self {
+    pub(crate) fn new(arrivals: Arc<AcceptQueue>, port: u32) -> Self {
         Self { arrivals, port }
     }
 

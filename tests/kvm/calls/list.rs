@@ -2,12 +2,15 @@
 
 /// Calls that ask a guest, or a thread of its machine: each has a bound in the documentation's table.
 pub const WAITING: &[&str] = &[
+    "Async::accept",
+    "Async::next",
     "Container::connect",
     "Container::memory_stats",
     "Container::pause",
     "Container::resume",
     "Container::stop",
     "Container::wait",
+    "Container::wait_async",
     "Container::wait_timeout",
     "DiskHandle::grow",
     "DiskHandle::set_limit",
@@ -27,6 +30,7 @@ pub const WAITING: &[&str] = &[
     "Process::resize",
     "Process::signal",
     "Process::wait",
+    "Process::wait_async",
     "Process::wait_timeout",
     "Process::wait_with_output",
     "PublishedPort::close",
@@ -39,6 +43,7 @@ pub const WAITING: &[&str] = &[
     "Vm::set_balloon",
     "Vm::stop",
     "Vm::wait",
+    "Vm::wait_async",
     "Vm::wait_timeout",
     "VsockListener::accept",
     "VsockListener::accept_timeout",
@@ -46,6 +51,9 @@ pub const WAITING: &[&str] = &[
 
 /// Calls that return at once, whatever the guest does.
 pub const AT_ONCE: &[&str] = &[
+    "Async::get_ref",
+    "Async::into_inner",
+    "Async::new",
     "Container::disk",
     "Container::events",
     "Container::command",
