@@ -1,23 +1,21 @@
 //! A service on tokio that runs what strangers send it, each in a container of its own.
 //!
-//!     cargo run --release --example service -- debian.tar
+//!     cargo run --release --features tokio --example service -- debian.tar
 //!
 //! It listens on a port of this machine, and then asks itself three things as a client would. A request is a script, ended
 //! by closing the sending side. The answer is what the script prints, as it comes, and then how it ended. At most eight run
 //! at once; a client that leaves ends its script; each script has ten seconds.
 
 #![allow(clippy::print_stdout, reason = "a program may")]
-#![allow(deprecated, reason = "the other name of AsyncFd::new is unsafe, for descriptors that change; these do not")]
 
 use std::error::Error;
-use std::io::{self, Read};
+use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
 use cofferdam::process::{ProcessReader, Stdio};
-use cofferdam::vsock::VsockStream;
+use cofferdam::tokio::Async;
 use cofferdam::{Container, Image, Process, Size};
-use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
@@ -81,12 +79,8 @@ async fn answer(client: &mut TcpStream, image: Image) -> Outcome<()> {
         None => Ok(()),
     };
     let ended = match shown {
-        Ok(()) => {
-            // Its descriptor becomes readable when it has ended, which its time-out bounds.
-            let process = AsyncFd::new(process)?;
-            let _ = process.readable().await?;
-            process.into_inner().try_wait()?.map(|status| status.to_string())
-        }
+        // Its time-out bounds the wait.
+        Ok(()) => Some(process.wait_async().await?.to_string()),
         // The client has left.
         Err(_) => None,
     };
@@ -99,22 +93,7 @@ async fn answer(client: &mut TcpStream, image: Image) -> Outcome<()> {
 }
 
 async fn show(stdout: ProcessReader, client: &mut TcpStream) -> io::Result<()> {
-    let stream: VsockStream = stdout.into_stream();
-    stream.set_nonblocking(true)?;
-    let (mut stream, mut buffer) = (AsyncFd::new(stream)?, vec![0; 16 << 10]);
-    loop {
-        let read = {
-            let mut ready = stream.readable_mut().await?;
-            match ready.try_io(|stream| stream.get_mut().read(&mut buffer)) {
-                Ok(read) => read?,
-                Err(_would_block) => continue,
-            }
-        };
-        match buffer.get(..read) {
-            Some([]) | None => return Ok(()),
-            Some(bytes) => client.write_all(bytes).await?,
-        }
-    }
+    tokio::io::copy(&mut Async::new(stdout)?, client).await.map(drop)
 }
 
 /// What a client of the service does.
