@@ -1,4 +1,4 @@
-//! What a program could undo its limits by is read-only for it: files of the kernel. Runs in the new process, as root.
+//! Makes files of the kernel read-only for a program, which could undo its limits by them. Runs in the new process, as root.
 
 use core::ffi::CStr;
 

@@ -104,7 +104,7 @@ pub fn end_of_a_terminals_input_and_hang_up_reach_the_program() -> Outcome {
     check!(text.matches("a line\r\n").count() == 2 && text.matches("and a part").count() == 2, "{text:?}");
     // So does the shell whose prompt reads each key by itself.
     let debian = debian_container().start()?;
-    let mut process = debian.exec(["bash", "-i"]).env("PS1", "ready> ").pty(24, 80).spawn()?;
+    let mut process = debian.exec(["bash", "--norc", "-i"]).env("PS1", "ready> ").pty(24, 80).spawn()?;
     let screen = Screen::of(&mut process)?;
     screen.printed.wait_for("ready> ")?;
     drop(process.stdin.take());

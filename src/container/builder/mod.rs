@@ -122,9 +122,9 @@ impl ContainerBuilder {
     /// Adds a network card: `eth0`, then `eth1` and so on; none by default.
     ///
     /// Cards of [`Net::user`](crate::Net::user) and [`Net::switch`](crate::Net::switch) have their IPv4 and IPv6
-    /// addresses, and the default routes of the former, before the first program starts. `/etc/resolv.conf` then names one resolver,
-    /// unless [`ContainerBuilder::dns_server`] does: that of the user-mode network, which knows the switches' names too,
-    /// or else that of the first switch. Other cards are
+    /// addresses, and the default routes of the former, before the first program starts. `/etc/resolv.conf` then names one resolver.
+    /// It is that of the user-mode network, which knows the switches' names too, or else that of the first switch, unless
+    /// [`ContainerBuilder::dns_server`] names others. Other cards are
     /// set up by programs in the container. [`Container::net`] returns the cards' handles.
     pub fn net(mut self, net: impl Into<Net>) -> Self {
         self.nets.push(net.into());

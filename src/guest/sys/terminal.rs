@@ -61,9 +61,9 @@ pub fn end_of_input(terminal: &Fd) -> Result<Option<u8>> {
     Ok(Some(termios[VEOF]).filter(|character| *character != 0))
 }
 
-/// Closes the controlling end of a terminal, which hangs it up, in a process of its own.
+/// Hangs up a terminal by closing its controlling end, in a process of its own.
 ///
-/// The last close waits for whoever reads from the terminal at that moment, and a program can make its read last.
+/// The last close waits for a program that reads from the terminal at that moment, and it can make its read last.
 pub fn hang_up(master: Fd) {
     let Ok((reader, writer)) = pipe() else { return };
     // Without a process it is closed here.
