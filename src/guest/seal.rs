@@ -1,4 +1,4 @@
-//! Makes files of the kernel read-only for a program, which could undo its limits by them. Runs in the new process, as root.
+//! Makes the kernel's files read-only for a program that could undo its limits by them. As root, in the new process.
 
 use core::ffi::CStr;
 
