@@ -220,6 +220,7 @@ fn drive(guest: Guest) -> Outcome {
         watch.at_once("Container::command", || drop(itself.command()));
         watch.at_once("Container::stats", || itself.stats());
         watch.at_once("Container::report", || itself.report());
+        watch.at_once("Container::labels", || itself.labels().len());
         watch.at_once("Container::timeline", || itself.timeline());
         watch.at_once("Container::events", || itself.events())?;
         check!(watch.at_once("Container::disk", || itself.disk(0)).is_err(), "it was given none");
