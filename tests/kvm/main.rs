@@ -269,12 +269,20 @@ fn tallied(name: &str, test: fn() -> Result<(), Failed>) -> Result<(), Failed> {
 
 /// Tests that no other runs beside: two at once on the lab's one processor keep each other from being in time.
 const ALONE: &[&str] = &[
+    "images::unusual_files_are_intact",
+    "images::unusual_files_are_intact_with_a_newer_debian_kernel",
+    "images::unusual_files_are_intact_with_debian_kernels",
     "kernels::full_debian_system_boots_to_login_and_powers_off",
     "lifecycle::repeated_pauses_lose_no_data",
-    "rebuild::rebuilt_guest_keeps_its_data_and_clocks",
-    "rebuild::rebuilt_guest_of_four_vcpus_keeps_its_data_and_clocks",
+    "programs::apt_and_dns_in_two_guests_work",
+    "programs::scp_sftp_and_git_work_through_a_published_port",
+    "programs::websockets_work_and_other_addresses_are_refused",
     "rebuild::rebuilt_debian_kernel_keeps_its_data_and_clocks",
     "rebuild::rebuilt_debian_kernel_of_four_vcpus_keeps_its_data_and_clocks",
+    "rebuild::rebuilt_guest_keeps_its_data_and_clocks",
+    "rebuild::rebuilt_guest_of_four_vcpus_keeps_its_data_and_clocks",
+    "terminals::editor_pager_top_and_tmux_draw_on_the_screen",
+    "user_net::network_is_up_at_start_and_round_trips_have_no_delay",
 ];
 
 /// Shared by tests that run side by side, held by one that runs alone.

@@ -157,8 +157,14 @@ pub fn editor_pager_top_and_tmux_draw_on_the_screen() -> Outcome {
     screen.printed.wait_for("line 23")?;
     check!(!screen.printed.text().contains("line 25"), "a screen of 24 lines: {}", screen.printed.text());
     // A larger window shows more.
-    process.resize(40, 80)?;
-    screen.printed.wait_for("line 39")?;
+    let deadline = Instant::now() + TEST_TIMEOUT;
+    while !screen.printed.text().contains("line 38") {
+        check!(Instant::now() < deadline, "{}", screen.printed.text());
+        // It does not look at its window while it draws.
+        process.resize(39, 80)?;
+        process.resize(40, 80)?;
+        std::thread::sleep(Duration::from_secs(1));
+    }
     type_keys(&mut process, "G")?;
     screen.printed.wait_for("line 500")?;
     type_keys(&mut process, "q")?;
