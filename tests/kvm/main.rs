@@ -267,14 +267,18 @@ fn tallied(name: &str, test: fn() -> Result<(), Failed>) -> Result<(), Failed> {
     outcome
 }
 
-/// Tests that no other runs beside: two at once on the lab's one processor keep each other from being in time.
+/// Tests that no other runs beside: two at once on the lab's one processor keep each other from being in time. A name that is no
+/// test's is an error.
 const ALONE: &[&str] = &[
+    "gateway::each_host_name_reaches_its_own_guest_started_on_demand",
     "images::unusual_files_are_intact",
     "images::unusual_files_are_intact_with_a_newer_debian_kernel",
     "images::unusual_files_are_intact_with_debian_kernels",
     "kernels::full_debian_system_boots_to_login_and_powers_off",
     "lifecycle::repeated_pauses_lose_no_data",
+    "net_backends::containers_on_a_switch_connect_by_name",
     "programs::apt_and_dns_in_two_guests_work",
+    "programs::http_clients_and_git_in_two_guests_work",
     "programs::scp_sftp_and_git_work_through_a_published_port",
     "programs::websockets_work_and_other_addresses_are_refused",
     "rebuild::rebuilt_debian_kernel_keeps_its_data_and_clocks",
@@ -325,6 +329,10 @@ fn main() -> ExitCode {
     }
     if std::env::var_os(programs::PROXY).is_some() {
         return proxy_command::main();
+    }
+    if let Some(unknown) = ALONE.iter().chain(SOAKED).find(|name| !TESTS.iter().any(|(known, _)| known == *name)) {
+        let _ = writeln!(std::io::stderr(), "no test is called {unknown}");
+        return ExitCode::FAILURE;
     }
     let mut words: Vec<_> = std::env::args().collect();
     let passed = match tally::take(&mut words).map(|path| tally::open(path.as_ref())) {
