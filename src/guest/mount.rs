@@ -41,7 +41,7 @@ pub(super) enum MountStep {
     Dirs { path: CString },
     /// Make a file whose content is a secret.
     Secret { path: CString, content: Vec<u8> },
-    /// Make what is mounted here read-only.
+    /// Remount the file system at this path read-only.
     RemountReadOnly { path: &'static CStr },
     /// Make this directory the root of everything from here on.
     Enter { path: &'static CStr },

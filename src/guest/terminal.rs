@@ -334,7 +334,7 @@ mod tests {
     fn terminal_that_no_program_has_open_is_not_polled_in_a_circle_and_can_be_opened_again() {
         let mut it = typed();
         let again = std::fs::read_link(format!("/proc/self/fd/{}", it.program.as_ref().unwrap().as_raw_fd())).unwrap();
-        // Without lines, so that what is typed fills the terminal.
+        // In raw mode the terminal keeps all that is typed until it is full.
         assert!(
             std::process::Command::new("stty")
                 .args(["raw", "-echo"])

@@ -250,8 +250,8 @@ impl ContainerBuilder {
 
     /// Mounts a file system in the guest's memory; none by default.
     ///
-    /// Give its path, or a [`Tmpfs`]. The path is made where it is missing. What was there is hidden. Programs cannot be set-user-ID there, and devices
-    /// do not work there.
+    /// Give its path, or a [`Tmpfs`]. The path is made where it is missing. What was there is hidden. Programs cannot be
+    /// set-user-ID there, and devices do not work there.
     pub fn tmpfs(mut self, tmpfs: impl Into<Tmpfs>) -> Self {
         self.guest.tmpfs.push(tmpfs.into());
         self

@@ -94,9 +94,9 @@ impl Exec {
 
     /// Limits what the program and everything that it starts may use together.
     ///
-    /// A program of root can write to `/sys/fs/cgroup` and lift its limits, unless it is [`Exec::hardened`].
-    /// Nothing is limited by default.
-    /// Where the guest's kernel has no cgroup controller for a limit, [`Exec::spawn`] fails with `NotFound`.
+    /// By default only the number of processes is limited; see [`ProcessLimits`]. A program of root can write to
+    /// `/sys/fs/cgroup` and lift its limits, unless it is [`Exec::hardened`]. Where the guest's kernel has no cgroup
+    /// controller for a limit, [`Exec::spawn`] fails with `NotFound`.
     pub fn limits(mut self, limits: ProcessLimits) -> Self {
         self.privileges.limits = limits;
         self
@@ -122,10 +122,11 @@ impl Exec {
 
     /// Sets the capabilities that the program can ever have; all by default.
     ///
-    /// Root can have the kernel run programs by its parameters, so use [`Exec::hardened`] too where it must not.
-    /// What it starts can have no others. They have the names of capabilities(7), with or without `CAP_`: `["NET_BIND_SERVICE"]`. A program of root has
-    /// them all at once, one of another user gets them by files alone. Unlike those of `docker run --cap-add` these are
-    /// all; `ALL` is no name. [`Exec::spawn`] fails with `InvalidConfig` for a name that Linux does not have.
+    /// What it starts can have no others. They have the names of capabilities(7), with or without `CAP_`:
+    /// `["NET_BIND_SERVICE"]`. A program of root has them all at once, one of another user gets them by files alone.
+    /// Unlike those of `docker run --cap-add` these are all; `ALL` is no name. [`Exec::spawn`] fails with
+    /// `InvalidConfig` for a name that Linux does not have. A program of root can still make the kernel run others with
+    /// all capabilities, by `core_pattern` for instance. [`Exec::hardened`] prevents that.
     pub fn capabilities<S: AsRef<str>>(mut self, names: impl IntoIterator<Item = S>) -> Self {
         self.privileges.capabilities = Some(names.into_iter().map(|name| name.as_ref().to_owned()).collect());
         self
