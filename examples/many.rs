@@ -7,6 +7,7 @@
 #![allow(clippy::print_stdout, clippy::print_stderr, clippy::expect_used, reason = "a program may")]
 
 use std::thread;
+use std::time::Duration;
 
 use cofferdam::{Container, Image, Kernel, Size};
 
@@ -28,6 +29,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                     .kernel(kernel.clone())
                     .memory(Size::mib(128))
                     .hostname(format!("guest-{n}"))
+                    // Ten at once may take long on a small machine.
+                    .start_timeout(Duration::from_secs(300))
                     .start()?;
                 let output = container.exec(["sh", "-c", "echo \"$(uname -n) $(uname -r)\""]).output()?;
                 Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())

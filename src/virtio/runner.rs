@@ -29,6 +29,7 @@ enum TurnEnd {
 
 /// What is left of a device that was removed from its loop.
 #[derive(Debug)]
+#[cfg_attr(not(any(test, feature = "internals")), allow(dead_code, reason = "so far tests alone detach devices"))]
 pub(crate) struct RemovedDevice {
     /// What the host still moves from or to guest memory.
     pub unfinished: Option<IoQueue>,
@@ -93,6 +94,7 @@ impl Slots {
 
     /// Stops a device for good and drops it. What the host still moves for it is left in `unfinished`. `None` when there is
     /// no such device.
+    #[cfg_attr(not(any(test, feature = "internals")), allow(dead_code, reason = "so far tests alone detach devices"))]
     pub(crate) fn remove(&mut self, number: usize) -> Option<RemovedDevice> {
         let at = self.position(number)?;
         let unfinished = self.reset(number);

@@ -75,6 +75,7 @@ pub(super) const WRITEBACK: usize = 32;
 
 impl Options {
     /// The `n`th disk, whose name is its serial number, with everything as it is by default.
+    #[cfg(any(test, feature = "internals"))]
     pub(crate) fn new(n: usize) -> Self {
         let device = DeviceId::Disk(n);
         Self {
