@@ -99,6 +99,7 @@
 //! | `Process::wait_with_output` | as `Process::wait`, and 10 s for what was printed |
 //! | `Process::kill`, `Process::signal`, `Process::resize` | 10 s, for a host that is busy |
 //! | `Container::connect` | 21 s: 10 s for a host that is busy, 11 s for the guest |
+//! | `Container::connect_within` | its `timeout`, and the same for the last try |
 //! | [`Vm::connect_vsock`] | 20 s: 10 s for a host that is busy, 10 s for the guest |
 //! | `Container::stop`, [`Vm::stop`] | the grace and 2 s; 15 s more where a file of the host's, or a writer or network of the embedder's, hangs |
 //! | `Container::kill`, [`Vm::kill`] | does not wait |
@@ -208,7 +209,7 @@ pub mod cpu {
 /// Disks: their kinds, limits and errors, overlays, handles, and memory file systems.
 pub mod disk {
     #[cfg(feature = "container")]
-    pub use crate::container::{Tmpfs, WritableLayer};
+    pub use crate::container::{NamedVolume, Tmpfs, Volume, VolumeInfo, VolumeStore, WritableLayer};
     #[cfg(feature = "qcow2")]
     pub use crate::vm::disk::Qcow2Disk;
     pub use crate::vm::disk::{

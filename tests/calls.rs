@@ -67,6 +67,7 @@ const APART: &[&str] = &[
     "Mac",
     "Memory",
     "Modules",
+    "NamedVolume",
     "Net",
     "NetLimit",
     "Offload",
@@ -95,6 +96,8 @@ const APART: &[&str] = &[
     "UserNet",
     "VmBuilder",
     "Vsock",
+    "Volume",
+    "VolumeStore",
     "Vulnerability",
     "WritableLayer",
 ];

@@ -14,6 +14,7 @@ mod process;
 mod redirect;
 mod shim;
 mod stdio;
+mod volume;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -46,6 +47,7 @@ pub use image::{PublicKey, SignaturePolicy};
 pub(crate) use image::{image_tar, oci_layer, oci_layer_file, oci_manifest};
 pub use layer::WritableLayer;
 pub use process::{ExitStatus, Output, Process, ProcessReader, ProcessWriter};
+pub use volume::{NamedVolume, Volume, VolumeInfo, VolumeStore};
 
 use crate::error::Result;
 use crate::sys::left;
@@ -122,6 +124,17 @@ impl Container {
     /// - `InvalidState` when the container has ended.
     pub fn connect(&self, port: u16) -> Result<VsockStream> {
         control::connect(self.vm(), self.agent().version(), port)
+    }
+
+    /// Connects to a TCP service in the container that may not listen yet.
+    ///
+    /// It tries until something listens on `port`, for at most `timeout`. What it waits for the guest's answer to the last
+    /// try comes on top, as of [`Container::connect`].
+    ///
+    /// # Errors
+    /// `TimedOut` when nothing listened in time; otherwise those of [`Container::connect`], at once.
+    pub fn connect_within(&self, port: u16, timeout: Duration) -> Result<VsockStream> {
+        control::connect_within(self.vm(), self.agent().version(), port, timeout)
     }
 
     /// Ends the container in good order.

@@ -67,7 +67,7 @@ pub(super) fn make_directories(path: &CStr) -> Result<(), Errno> {
 /// The longest file that [`append_unless`] looks through.
 const LINES_MAX: usize = 256 * 1024;
 
-/// Appends lines to a file, unless `word` stands on one of its lines already, not behind a `#`.
+/// Appends lines to a file, unless it has them. It needs none either where `word` stands on some line, not behind a `#`.
 pub(super) fn append_unless(path: &CStr, word: Option<&[u8]>, lines: &[u8]) -> Result<(), Errno> {
     let fd = sys::open(None, path, sys::O_RDWR | sys::O_APPEND | sys::O_NONBLOCK)?;
     let mut content = Vec::new();
@@ -83,7 +83,8 @@ pub(super) fn append_unless(path: &CStr, word: Option<&[u8]>, lines: &[u8]) -> R
             return if word.is_some() { Ok(()) } else { Err(Errno::EFBIG) };
         }
     }
-    if word.is_some_and(|word| has_word(&content, word)) {
+    // A root that was kept has them from the last time.
+    if word.is_some_and(|word| has_word(&content, word)) || has_lines(&content, lines) {
         return Ok(());
     }
     let before: &[u8] = if content.is_empty() || content.ends_with(b"\n") { b"" } else { b"\n" };
@@ -101,6 +102,16 @@ fn write_all(fd: &Fd, mut content: &[u8]) -> Result<(), Errno> {
         }
     }
     Ok(())
+}
+
+/// Whether these whole lines are there, one after the other.
+fn has_lines(content: &[u8], lines: &[u8]) -> bool {
+    let mut starts = content.split_inclusive(|&byte| byte == b'\n').scan(0, |at, line| {
+        let start = *at;
+        *at += line.len();
+        Some(start)
+    });
+    starts.any(|start| content.get(start..).is_some_and(|rest| rest.starts_with(lines)))
 }
 
 fn has_word(content: &[u8], word: &[u8]) -> bool {

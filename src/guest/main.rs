@@ -148,7 +148,7 @@ fn mount_all(config: &BootConfig<'_>) -> Result<Writable, Failure> {
     // This one shows the shim's pid namespace; the workloads get their own.
     let _ = sys::unmount(c"/proc");
     mount::carry_out(after)?;
-    writable.find_switch();
+    writable.find_rest(config);
     if !config.hostname.is_empty() {
         let _ = sys::set_hostname(config.hostname);
     }

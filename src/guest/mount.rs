@@ -11,7 +11,7 @@ use super::alloc::vec::Vec;
 use super::control::Failure;
 use super::files;
 use super::sys::{self, Errno, MS_MOVE, MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_RDONLY, MS_REMOUNT};
-use crate::proto::{BootConfig, Root, RootDisk, Secret, Stage};
+use crate::proto::{BootConfig, GROW_DISK, Mount, READ_ONLY_DISK, Root, RootDisk, Secret, Stage};
 
 /// How long a device may take to appear. The drivers are there before the shim, so this is for devices that are probed later.
 const DEVICE_WAIT_NS: u64 = 3_000_000_000;
@@ -41,6 +41,8 @@ pub(super) enum MountStep {
     Dirs { path: CString },
     /// Make a file whose content is a secret.
     Secret { path: CString, content: Vec<u8> },
+    /// Make the ext4 file system at `target` as large as its device.
+    Grow { device: CString, target: CString },
     /// Remount the file system at this path read-only.
     RemountReadOnly { path: &'static CStr },
     /// Make this directory the root of everything from here on.
@@ -123,9 +125,12 @@ pub(super) fn plan(config: &BootConfig<'_>) -> Vec<Planned> {
             plan.disk(source, NEWROOT, if *read_only { MS_RDONLY } else { 0 });
             plan.must(MountStep::Enter { path: NEWROOT });
         }
-        Root::Overlay { lower, upper, .. } => {
+        Root::Overlay { lower, upper, grow, .. } => {
             plan.disk(lower, LOWER, MS_RDONLY);
             plan.disk(upper, UPPER, 0);
+            if *grow {
+                plan.must(MountStep::Grow { device: path(upper.device).into_owned(), target: CString::from(UPPER) });
+            }
             plan.must(MountStep::Dir { path: c"/upper/upper".into(), mode: 0o755 });
             plan.must(MountStep::Dir { path: c"/upper/work".into(), mode: 0o755 });
             plan.must(MountStep::Dir { path: NEWROOT.into(), mode: 0o755 });
@@ -165,7 +170,7 @@ pub(super) fn plan(config: &BootConfig<'_>) -> Vec<Planned> {
     } else {
         own_files(config, &mut plan);
     }
-    memory_file_systems(config, &mut plan);
+    own_mounts(config, &mut plan);
     if matches!(root, Root::Overlay { read_only: true, .. }) {
         plan.must(MountStep::RemountReadOnly { path: c"/" });
     }
@@ -197,29 +202,50 @@ fn own_files(config: &BootConfig<'_>, plan: &mut MountPlan) {
     }
 }
 
-/// What the embedder wants in memory.
-fn memory_file_systems(config: &BootConfig<'_>, plan: &mut MountPlan) {
-    let flags = MS_NOSUID | MS_NODEV;
-    let mount = |target: &CStr, data: &CStr| MountStep::Mount {
+/// What the embedder wants in memory and on disks of its own.
+fn own_mounts(config: &BootConfig<'_>, plan: &mut MountPlan) {
+    for Mount { fs, device, target, options } in config.mounts.iter() {
+        plan.must(MountStep::Dirs { path: CString::from(target) });
+        plan.must(MountStep::CheckPlace { path: CString::from(target) });
+        if device.is_empty() {
+            plan.must(memory(target, options));
+        } else {
+            volume(&Mount { fs, device, target, options }, plan);
+        }
+    }
+    secrets(config, plan);
+}
+
+/// A file system in memory.
+fn memory(target: &CStr, options: &CStr) -> MountStep {
+    MountStep::Mount {
         source: c"tmpfs".into(),
         target: Cow::Owned(CString::from(target)),
         fs: c"tmpfs".into(),
-        flags,
-        data: Some(Cow::Owned(CString::from(data))),
-    };
-    let mut texts = config.tmpfs.iter();
-    while let (Some(target), Some(options)) = (texts.next(), texts.next()) {
-        plan.must(MountStep::Dirs { path: CString::from(target) });
-        plan.must(MountStep::CheckPlace { path: CString::from(target) });
-        plan.must(mount(target, options));
+        flags: MS_NOSUID | MS_NODEV,
+        data: Some(Cow::Owned(CString::from(options))),
     }
+}
+
+/// A file system on a disk that outlives the machine.
+fn volume(Mount { fs, device, target, options }: &Mount<'_>, plan: &mut MountPlan) {
+    let own = |text: &CStr| -> Path { Cow::Owned(CString::from(text)) };
+    plan.must(MountStep::Device { path: own(device) });
+    let flags = if *options == READ_ONLY_DISK { MS_RDONLY } else { 0 };
+    plan.must(MountStep::Mount { source: own(device), target: own(target), fs: own(fs), flags, data: None });
+    if *options == GROW_DISK {
+        plan.must(MountStep::Grow { device: CString::from(*device), target: CString::from(*target) });
+    }
+}
+
+fn secrets(config: &BootConfig<'_>, plan: &mut MountPlan) {
     let mut secrets = config.secrets.iter().peekable();
     if secrets.peek().is_none() {
         return;
     }
     plan.must(MountStep::Dirs { path: CString::from(SECRETS) });
     plan.must(MountStep::CheckPlace { path: CString::from(SECRETS) });
-    plan.must(mount(SECRETS, c"mode=755"));
+    plan.must(memory(SECRETS, c"mode=755"));
     for Secret { name, content } in secrets {
         let path = path(&[SECRETS.to_bytes(), b"/", name].concat()).into_owned();
         plan.must(MountStep::Secret { path, content: Vec::from(content) });
@@ -274,6 +300,11 @@ impl MountStep {
             Self::Lines { path, word, lines } => files::append_unless(path, word.as_deref(), lines),
             Self::Dirs { path } => files::make_directories(path),
             Self::Secret { path, content } => files::create(path, content),
+            Self::Grow { device, target } => {
+                let device = sys::open(None, device, sys::O_RDONLY)?;
+                let mounted = sys::open(None, target, sys::O_RDONLY | sys::O_DIRECTORY)?;
+                sys::grow_file_system(&mounted, sys::disk_size(&device)?)
+            }
             Self::RemountReadOnly { path } => sys::mount(c"none", path, None, MS_REMOUNT | MS_RDONLY, None),
             Self::Enter { path } => {
                 sys::chdir(path)?;
@@ -298,6 +329,7 @@ impl MountStep {
             | Self::Lines { path, .. } => mount(&[b"making ", path.to_bytes()]),
             Self::Dirs { path } | Self::Secret { path, .. } => mount(&[b"making ", path.to_bytes()]),
             Self::CheckPlace { path } => mount(&[b"finding a place at ", path.to_bytes()]),
+            Self::Grow { target, .. } => mount(&[b"growing the file system at ", target.to_bytes()]),
             Self::RemountReadOnly { path } => mount(&[b"making read-only ", path.to_bytes()]),
             Self::Enter { path } => mount(&[b"entering ", path.to_bytes()]),
         }
@@ -340,6 +372,8 @@ fn wait_for(device: &CStr) -> Result<(), Errno> {
 pub(super) struct Writable {
     /// The file system that takes the workloads' writes, below the root.
     upper: Option<sys::Fd>,
+    /// Volumes that can be written, by their roots.
+    volumes: Vec<sys::Fd>,
     /// The kernel's switch for grace periods of RCU that do not wait for ticks of its clock.
     expedited: Option<sys::Fd>,
 }
@@ -351,11 +385,14 @@ impl Writable {
             Root::Initramfs | Root::Device { .. } => None,
             Root::Overlay { .. } => sys::open(None, UPPER, sys::O_RDONLY | sys::O_DIRECTORY).ok(),
         };
-        Self { upper, expedited: None }
+        Self { upper, volumes: Vec::new(), expedited: None }
     }
 
-    /// To be called when sysfs is mounted, and before any workload runs.
-    pub(super) fn find_switch(&mut self) {
+    /// To be called when everything is mounted, and before any workload runs.
+    pub(super) fn find_rest(&mut self, config: &BootConfig<'_>) {
+        let written = config.mounts.iter().filter(|it| !it.device.is_empty() && it.options != READ_ONLY_DISK);
+        let open = |it: Mount<'_>| sys::open(None, it.target, sys::O_RDONLY | sys::O_DIRECTORY).ok();
+        self.volumes = written.filter_map(open).collect();
         self.expedited = sys::open(None, c"/sys/kernel/rcu_expedited", sys::O_WRONLY).ok();
     }
 
@@ -367,6 +404,11 @@ impl Writable {
         }
         sys::sync();
         let remount = |path| sys::mount(c"none", path, None, MS_REMOUNT | MS_RDONLY, None);
+        for volume in &self.volumes {
+            if sys::fchdir(volume).is_ok() {
+                let _ = remount(c".");
+            }
+        }
         let _ = remount(c"/");
         if self.upper.is_some_and(|fd| sys::fchdir(&fd).is_ok()) {
             let _ = remount(c".");
@@ -403,8 +445,11 @@ mod tests {
 
     #[test]
     fn an_overlay_is_mounted_below_before_it_is_entered_and_the_rest_inside() {
-        let plan =
-            planned(Root::Overlay { lower: VDA, upper: VDB, read_only: false }, b"box", b"nameserver 10.0.205.2\n");
+        let plan = planned(
+            Root::Overlay { lower: VDA, upper: VDB, grow: false, read_only: false },
+            b"box",
+            b"nameserver 10.0.205.2\n",
+        );
         let (before, after) = split(&plan);
         assert_eq!(
             mounts(before),
@@ -416,7 +461,7 @@ mod tests {
 
     #[test]
     fn the_lower_device_is_never_written() {
-        let plan = planned(Root::Overlay { lower: VDA, upper: VDB, read_only: true }, b"", b"");
+        let plan = planned(Root::Overlay { lower: VDA, upper: VDB, grow: false, read_only: true }, b"", b"");
         let flags = plan.iter().find_map(|planned| match &planned.step {
             MountStep::Mount { source, flags, .. } if source.to_bytes() == b"/dev/vda" => Some(*flags),
             _ => None,
@@ -440,7 +485,11 @@ mod tests {
 
     #[test]
     fn resolv_conf_is_written() {
-        let plan = planned(Root::Overlay { lower: VDA, upper: VDB, read_only: false }, b"", b"nameserver 10.0.205.2\n");
+        let plan = planned(
+            Root::Overlay { lower: VDA, upper: VDB, grow: false, read_only: false },
+            b"",
+            b"nameserver 10.0.205.2\n",
+        );
         let written = plan.iter().find_map(|planned| match &planned.step {
             MountStep::Replace { path, content } if *path == c"/etc/resolv.conf" => Some(content.as_slice()),
             _ => None,

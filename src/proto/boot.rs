@@ -1,6 +1,8 @@
 //! The configuration that the shim needs before it can ask. It is a file in the initramfs beside it. Written by the
 //! library, read once by the shim.
 
+use core::ffi::CStr;
+
 use super::BOOT_CONFIG_MAX;
 use super::alloc::vec::Vec;
 use super::field::{Fields, Malformed, Writer};
@@ -22,9 +24,11 @@ const MODULES: u8 = 9;
 const NETWORKS: u8 = 13;
 const RESOLV_CONF: u8 = 14;
 const HOSTS: u8 = 15;
-const TMPFS: u8 = 16;
+/// 16 was memory file systems alone.
 const SYSCTLS: u8 = 17;
 const SECRETS: u8 = 18;
+const MOUNTS: u8 = 19;
+const UPPER_GROW: u8 = 20;
 
 const ROOT_INITRAMFS: u8 = 0;
 const ROOT_DEVICE: u8 = 1;
@@ -47,12 +51,49 @@ pub(crate) struct BootConfig<'a> {
     pub(crate) resolv_conf: &'a [u8],
     /// Lines for `/etc/hosts`.
     pub(crate) hosts: &'a [u8],
-    /// File systems in memory: where each is mounted, then its options. One inside another comes after it.
-    pub(crate) tmpfs: Strings<'a>,
+    /// File systems in memory and on disks: four texts each, see [`Mount`]. One inside another comes after it.
+    pub(crate) mounts: Mounts<'a>,
     /// Parameters of the kernel: the path of each below `/proc/sys`, then its value.
     pub(crate) sysctls: Strings<'a>,
     /// Files for `/run/secrets`.
     pub(crate) secrets: Secrets<'a>,
+}
+
+/// A file system that is mounted for the workloads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Mount<'a> {
+    /// The kernel's name of it: `tmpfs`, `ext4`, `erofs`.
+    pub(crate) fs: &'a CStr,
+    /// The device; what is in memory has none.
+    pub(crate) device: &'a CStr,
+    /// An absolute path.
+    pub(crate) target: &'a CStr,
+    /// Of a file system in memory, the kernel's own options. Of one on a disk, [`READ_ONLY_DISK`], [`GROW_DISK`] or nothing.
+    pub(crate) options: &'a CStr,
+}
+
+/// A disk that is mounted read-only.
+pub(crate) const READ_ONLY_DISK: &CStr = c"ro";
+/// A disk that has become larger than its file system, which then takes all of it.
+pub(crate) const GROW_DISK: &CStr = c"grow";
+
+/// A list of mounts in someone else's bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct Mounts<'a>(pub(crate) Strings<'a>);
+
+impl<'a> Mounts<'a> {
+    fn parse(bytes: &'a [u8]) -> Result<Self, Malformed> {
+        let list = Strings::parse(bytes, "list of mounts")?;
+        if list.iter().count() % 4 == 0 { Ok(Self(list)) } else { Err(Malformed("list of mounts")) }
+    }
+
+    /// The mounts in their order.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = Mount<'a>> + use<'a> {
+        let mut texts = self.0.iter();
+        core::iter::from_fn(move || {
+            Some(Mount { fs: texts.next()?, device: texts.next()?, target: texts.next()?, options: texts.next()? })
+        })
+    }
 }
 
 /// A file that is in memory alone.
@@ -212,6 +253,8 @@ pub(crate) enum Root<'a> {
         lower: RootDisk<'a>,
         /// The device on top.
         upper: RootDisk<'a>,
+        /// It has become larger than its file system, which then takes all of it.
+        grow: bool,
         /// Read-only once it is set up.
         read_only: bool,
     },
@@ -241,8 +284,9 @@ impl<'a> BootConfig<'a> {
                 fields.bytes(DEVICE, source.device);
                 fields.bytes(FS, source.fs);
             }
-            Root::Overlay { lower, upper, read_only } => {
+            Root::Overlay { lower, upper, grow, read_only } => {
                 fields.flag(READ_ONLY, read_only);
+                fields.flag(UPPER_GROW, grow);
                 fields.u8(ROOT, ROOT_OVERLAY);
                 fields.bytes(DEVICE, lower.device);
                 fields.bytes(FS, lower.fs);
@@ -259,9 +303,9 @@ impl<'a> BootConfig<'a> {
         let lists = [
             (RESOLV_CONF, self.resolv_conf),
             (HOSTS, self.hosts),
-            (TMPFS, self.tmpfs.as_bytes()),
             (SYSCTLS, self.sysctls.as_bytes()),
             (SECRETS, self.secrets.0),
+            (MOUNTS, self.mounts.0.as_bytes()),
         ];
         for (tag, list) in lists.into_iter().filter(|(_, list)| !list.is_empty()) {
             fields.bytes(tag, list);
@@ -289,6 +333,7 @@ impl<'a> BootConfig<'a> {
             ROOT_OVERLAY => Root::Overlay {
                 lower: source(DEVICE, FS)?,
                 upper: source(UPPER_DEVICE, UPPER_FS)?,
+                grow: fields.flag(UPPER_GROW, "growth of the device on top")?,
                 read_only: fields.flag(READ_ONLY, "read-only")?,
             },
             _ => return Err(Malformed("kind of root")),
@@ -313,7 +358,7 @@ impl<'a> BootConfig<'a> {
             networks,
             resolv_conf: fields.get(RESOLV_CONF).unwrap_or_default(),
             hosts: fields.get(HOSTS).unwrap_or_default(),
-            tmpfs: pairs(TMPFS, "list of memory file systems")?,
+            mounts: Mounts::parse(fields.get(MOUNTS).unwrap_or_default())?,
             sysctls: pairs(SYSCTLS, "list of kernel parameters")?,
             secrets: Secrets::parse(fields.get(SECRETS).unwrap_or_default())?,
         })

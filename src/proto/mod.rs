@@ -46,7 +46,10 @@ mod tests;
 
 #[allow(unused_imports, reason = "each side names only what it uses")]
 pub(crate) use {
-    boot::{BootConfig, Network, Networks, OPTIONAL, Root, RootDisk, Secret, Secrets},
+    boot::{
+        BootConfig, GROW_DISK, Mount, Mounts, Network, Networks, OPTIONAL, READ_ONLY_DISK, Root, RootDisk, Secret,
+        Secrets,
+    },
     field::Malformed,
     frame::{Decoder, FrameError, HEADER_SIZE, MessageFrame},
     message::{End, FromGuest, FromHost, SpawnStep, Stage},

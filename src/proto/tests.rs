@@ -164,7 +164,7 @@ proptest! {
         let root = match kind {
             0 => Root::Initramfs,
             1 => Root::Device { source: RootDisk { device: a, fs: b }, read_only },
-            _ => Root::Overlay { lower: RootDisk { device: a, fs: b }, upper: RootDisk { device: c, fs: d }, read_only },
+            _ => Root::Overlay { lower: RootDisk { device: a, fs: b }, upper: RootDisk { device: c, fs: d }, grow: !read_only, read_only },
         };
         let modules = list(&modules);
         let mut networks = Vec::new();
@@ -178,7 +178,8 @@ proptest! {
         }).collect();
         made.iter().for_each(|network| network.push(&mut networks));
         let pairs = list(&pairs.concat());
-        let (tmpfs, sysctls) = (pairs.as_strings(), pairs.as_strings());
+        let fours = list(&[a, b, a, b].map(<[u8]>::to_vec));
+        let (mounts, sysctls) = (Mounts(fours.as_strings()), pairs.as_strings());
         let mut secrets = Vec::new();
         let both = [Secret { name: b"one", content: &secret }, Secret { name: a, content: b"" }];
         let both: Vec<_> = both.into_iter().filter(|secret| !secret.name.contains(&b'/')).collect();
@@ -188,7 +189,7 @@ proptest! {
         let networks = Networks(&networks);
         prop_assert!(networks.iter().eq(made));
         let modules = modules.as_strings();
-        let config = BootConfig { hostname: &hostname, control_port, root, modules, networks, resolv_conf: a, hosts: b, tmpfs, sysctls, secrets };
+        let config = BootConfig { hostname: &hostname, control_port, root, modules, networks, resolv_conf: a, hosts: b, mounts, sysctls, secrets };
         let file = config.encode().unwrap();
         prop_assert_eq!(BootConfig::parse(&file), Ok(config));
         // Whatever is cut off, the rest is refused or is another valid file, never a panic.

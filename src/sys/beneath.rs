@@ -4,11 +4,18 @@
 
 use std::ffi::CString;
 use std::fs::File;
+#[cfg(feature = "container")]
+use std::fs::{self, DirBuilder};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
+#[cfg(feature = "container")]
+use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+
+#[cfg(feature = "container")]
+use crate::error::{Error, ErrorKind, Result};
 
 /// A directory, held by its descriptor: what becomes of its path later changes nothing.
 #[derive(Debug)]
@@ -22,6 +29,24 @@ impl Beneath {
         let flags = libc::O_DIRECTORY | libc::O_NONBLOCK;
         let file = File::options().read(true).custom_flags(flags).open(directory)?;
         Ok(Self { root: file.into() })
+    }
+
+    /// Opens a directory that only this user, or root, can write to. It is made where it is missing, with mode 0700.
+    ///
+    /// # Errors
+    /// `PermissionDenied` where another user can write to it, and for a link. Otherwise what making it fails with.
+    #[cfg(feature = "container")]
+    pub(crate) fn make_private(path: &Path) -> Result<Self> {
+        DirBuilder::new().recursive(true).mode(0o700).create(path)?;
+        let link = fs::symlink_metadata(path)?.is_symlink();
+        let directory = Self::open(path)?;
+        let itself = directory.open_at(Path::new(""), libc::O_RDONLY | libc::O_DIRECTORY)?;
+        if link || !is_private(&itself)? {
+            let what =
+                "it must be a directory, no link to one, owned by this user or root, that no other user can write to";
+            return Err(Error::new(ErrorKind::PermissionDenied, what));
+        }
+        Ok(directory)
     }
 
     /// Opens what is at `path` from the directory, with these flags of `open(2)`; an empty path is the directory itself. No link is

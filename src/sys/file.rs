@@ -237,6 +237,52 @@ pub(crate) fn cache_dir() -> Option<PathBuf> {
     Some(base.join("cofferdam"))
 }
 
+/// The directory of this crate's files that are kept: `$XDG_DATA_HOME/cofferdam`, or `~/.local/share/cofferdam`.
+#[cfg(feature = "container")]
+pub(crate) fn data_dir() -> Option<PathBuf> {
+    let variable = |name| std::env::var_os(name).map(PathBuf::from).filter(|p| p.is_absolute());
+    let base = variable("XDG_DATA_HOME").or_else(|| variable("HOME").map(|home| home.join(".local/share")))?;
+    Some(base.join("cofferdam"))
+}
+
+/// Whether an open file still has a name.
+#[cfg(feature = "container")]
+pub(crate) fn has_name(file: &File) -> io::Result<bool> {
+    Ok(std::os::unix::fs::MetadataExt::nlink(&file.metadata()?) > 0)
+}
+
+/// Copies all of a file but its holes into an empty one. The blocks are shared where the file system can do that.
+#[cfg(feature = "container")]
+pub(crate) fn copy_sparse(from: &File, to: &File) -> io::Result<()> {
+    // SAFETY: the call takes two descriptors, which are open.
+    if unsafe { libc::ioctl(to.as_raw_fd(), libc::FICLONE, from.as_raw_fd()) } == 0 {
+        return Ok(());
+    }
+    to.set_len(from.metadata()?.len())?;
+    let mut at = 0;
+    while let Some(start) = next_data(from, at)? {
+        let Some(end) = next_hole(from, start)? else { break };
+        copy_range(from, to, start..end)?;
+        at = end;
+    }
+    Ok(())
+}
+
+/// Copies a range to the same place of another file.
+#[cfg(feature = "container")]
+fn copy_range(from: &File, to: &File, range: Range<u64>) -> io::Result<()> {
+    let mut buffer = vec![0; 1 << 20];
+    let mut at = range.start;
+    while at < range.end {
+        let room = usize::try_from(range.end - at).unwrap_or(usize::MAX).min(buffer.len());
+        let piece = buffer.get_mut(..room).unwrap_or_default();
+        from.read_exact_at(piece, at)?;
+        to.write_all_at(piece, at)?;
+        at += room as u64;
+    }
+    Ok(())
+}
+
 /// The host's page size in bytes.
 pub(crate) fn page_size() -> usize {
     // SAFETY: sysconf has no preconditions.

@@ -34,6 +34,8 @@ pub(crate) use file::{
     LockKind, cache_dir, data_ranges, fill_random, next_data, next_hole, page_size, punch, scratch_file, try_lock,
     try_lock_byte, xattrs, zero, zero_range,
 };
+#[cfg(feature = "container")]
+pub(crate) use file::{copy_sparse, data_dir, has_name};
 pub(crate) use fork::{CloseOnFork, ForkGuard, ProcessGeneration, keep_private, leak};
 #[cfg(test)]
 pub(crate) use fork::{beside_a_child, in_a_child};

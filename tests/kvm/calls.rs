@@ -308,6 +308,12 @@ fn drive(guest: Guest) -> Outcome {
         let connected = watch.call("Container::connect", 20 * SECOND + host / 10, || itself.connect(80));
         silent(guest, connected)
     });
+    let itself = container.clone();
+    callers.spawn("connect_within", move |watch| {
+        let connected =
+            watch.call("Container::connect_within", 21 * SECOND + host / 10, || itself.connect_within(80, SECOND));
+        silent(guest, connected)
+    });
     with!(callers, "Vm::connect_vsock", |watch, vm| {
         let connected = watch.call("Vm::connect_vsock", 10 * SECOND + host, || vm.connect_vsock(80));
         silent(guest, connected)

@@ -75,6 +75,28 @@ pub fn connects_to_services_on_any_guest_address() -> Outcome {
     Ok(())
 }
 
+pub fn connects_as_soon_as_a_service_listens() -> Outcome {
+    let container = container()?;
+    let none = container.connect_within(80, Duration::from_millis(300)).map(drop).expect_err("no service listens");
+    check!(none.kind() == ErrorKind::TimedOut && none.to_string().contains("port 80"), "{none}");
+    let late = ["sh", "-c", "sleep 1; exec perl -e \"$0\" 127.0.0.1 80 echo", SERVER];
+    let _server = container.exec(late).spawn()?;
+    let mut stream = container.connect_within(80, TEST_TIMEOUT)?;
+    stream.write_all(b"late")?;
+    stream.shutdown(Shutdown::Write)?;
+    check_eq!(std::io::read_to_string(stream)?, "late");
+    // One that ends meanwhile is not waited for.
+    let other = container.clone();
+    let waiting = std::thread::spawn(move || other.connect_within(81, 10 * TEST_TIMEOUT).map(drop));
+    std::thread::sleep(Duration::from_millis(300));
+    let begin = Instant::now();
+    container.kill();
+    let ended = waiting.join().map_err(|_| "the caller panicked")?;
+    check_eq!(ended.map_err(|error| error.kind()), Err(ErrorKind::InvalidState));
+    check!(begin.elapsed() < TEST_TIMEOUT, "{:?}", begin.elapsed());
+    Ok(())
+}
+
 pub fn each_direction_shuts_down_independently() -> Outcome {
     let container = container()?;
     let _count = serve(&container, "127.0.0.1", 80, "count")?;

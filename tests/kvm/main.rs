@@ -50,6 +50,7 @@ mod tiny;
 mod tokio;
 mod unusual_image;
 mod user_net;
+mod volumes;
 
 use std::collections::HashSet;
 use std::io::Write;
@@ -87,7 +88,7 @@ tests! {
         nested_virtualization_and_pmu_are_off_by_default command_line_may_begin_with_init_arguments;
     calls: every_call_returns_with_a_silent_guest every_call_returns_with_a_flooding_guest
         every_call_returns_with_a_busy_device_loop blocked_capture_writers_share_one_timeout;
-    connect: connects_to_services_on_any_guest_address each_direction_shuts_down_independently
+    connect: connects_as_soon_as_a_service_listens connects_to_services_on_any_guest_address each_direction_shuts_down_independently
         resets_and_the_end_of_the_container_are_reported slow_reader_blocks_the_writer_without_losing_data
         sequential_connections_leak_nothing concurrent_connections_are_limited;
     cpu: level_2_guest_sees_only_x86_64_v2 level_3_guest_sees_only_x86_64_v3_or_start_names_what_is_missing
@@ -192,6 +193,8 @@ tests! {
         reader_that_is_stuck_in_a_terminal_holds_up_its_own_program_alone;
     privileges: groups_are_added_to_those_of_the_user cgroup_limits_hold_for_a_program_and_its_children
         resource_limits_are_inherited_by_children capabilities_and_new_privileges_are_taken_away;
+    volumes: volumes_outlive_containers_and_have_one_writer volumes_of_killed_containers_recover_and_volumes_grow
+        directories_are_volumes_of_many_containers a_kept_layer_is_what_the_next_container_begins_with;
     settings: programs_have_the_environment_user_and_directory_of_the_builder
         memory_file_systems_have_their_size_and_mode read_only_root_takes_writes_in_memory_alone
         secrets_are_in_memory_alone_and_read_only names_of_hosts_and_servers_are_written
@@ -252,11 +255,14 @@ fn exits() -> String {
     traced.and_then(Result::ok).map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default()
 }
 
-/// Tests of images that take minutes to make, which `make soak` does.
+/// Tests that take minutes, and of which others test the most important part; `make soak` runs them.
 const SOAKED: &[&str] = &[
     "image_config::python_serves_and_ends_by_its_stop_signal",
     "image_config::nodejs_serves_and_stops_by_its_signal",
     "image_config::java_serves_and_its_shutdown_hook_runs",
+    "images::unusual_files_are_intact_with_a_newer_debian_kernel",
+    "images::unusual_files_are_intact_with_debian_kernels",
+    "programs::databases_are_reached_by_name_over_a_switch",
 ];
 
 /// Runs a test, and writes down what became of it.

@@ -5,7 +5,7 @@ use super::guest_settings::{GuestFiles, GuestSettings};
 use crate::boot::{Kernel, Packed};
 use crate::container::shim;
 use crate::error::{Context, Error, Result};
-use crate::proto::{BootConfig, CONTROL_PORT, Network, Networks, OPTIONAL, Secrets, StringBuf};
+use crate::proto::{BootConfig, CONTROL_PORT, Mounts, Network, Networks, OPTIONAL, Secrets, StringBuf};
 use crate::vm::{AddressConfig, Net};
 
 /// Host name, root, networks and files of one container.
@@ -14,15 +14,22 @@ pub(super) struct ShimConfig {
     root: RootPaths,
     networks: Vec<u8>,
     files: GuestFiles,
+    mounts: StringBuf,
 }
 
 impl ShimConfig {
     /// # Errors
     /// As [`GuestSettings::files`].
-    pub(super) fn new(hostname: &str, root: &RootDisks, nets: &[Net], settings: &GuestSettings) -> Result<Self> {
+    pub(super) fn new(
+        hostname: &str,
+        root: &RootDisks,
+        nets: &[Net],
+        settings: &GuestSettings,
+        mounts: StringBuf,
+    ) -> Result<Self> {
         let (networks, resolver) = networks(nets);
         let files = settings.files(resolver)?;
-        Ok(Self { hostname: hostname.to_owned(), root: root.paths().clone(), networks, files })
+        Ok(Self { hostname: hostname.to_owned(), root: root.paths().clone(), networks, files, mounts })
     }
 
     /// Adds these modules to the kernel, and an initramfs with the shim and this configuration.
@@ -36,7 +43,7 @@ impl ShimConfig {
             networks: Networks(&self.networks),
             resolv_conf: &self.files.resolv_conf,
             hosts: &self.files.hosts,
-            tmpfs: self.files.tmpfs.as_strings(),
+            mounts: Mounts(self.mounts.as_strings()),
             sysctls: self.files.sysctls.as_strings(),
             secrets: Secrets(&self.files.secrets.0),
         };

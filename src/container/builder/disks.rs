@@ -1,8 +1,9 @@
 //! [`RootDisks`]: the two disks that a container itself is made of, behind the embedder's.
 
-use crate::container::WritableLayer;
 use crate::container::image::ImageDisk;
-use crate::error::Result;
+use crate::container::volume::OpenVolume;
+use crate::container::{NamedVolume, WritableLayer};
+use crate::error::{Context, Result};
 use crate::proto::{Root, RootDisk};
 use crate::vm::Disk;
 
@@ -18,22 +19,42 @@ pub(super) struct RootDisks {
 pub(super) struct RootPaths {
     lower: String,
     upper: String,
+    grow: bool,
+}
+
+/// What a container writes to.
+#[derive(Debug, Clone)]
+pub(super) enum Layer {
+    /// Gone with the container.
+    Scratch(WritableLayer),
+    Kept(NamedVolume),
 }
 
 impl RootDisks {
     /// Makes both disks, for a machine that has `before` others.
-    pub(super) fn make(image: ImageDisk, layer: &WritableLayer, before: usize) -> Result<Self> {
+    pub(super) fn make(image: ImageDisk, digest: &str, layer: &Layer, before: usize) -> Result<Self> {
         let lower = image.into_disk("cofferdam-image");
-        let upper = layer.make()?;
-        Ok(Self { lower, upper, paths: RootPaths { lower: disk_path(before), upper: disk_path(before + 1) } })
+        let (upper, grow) = match layer {
+            Layer::Scratch(layer) => (layer.make()?, false),
+            Layer::Kept(volume) => {
+                let OpenVolume { disk, grow, .. } =
+                    volume.open_layer(digest, "cofferdam-layer").doing(|| "keep_layer")?;
+                (disk, grow)
+            }
+        };
+        let paths = RootPaths { lower: disk_path(before), upper: disk_path(before + 1), grow };
+        Ok(Self { lower, upper, paths })
     }
 
     pub(super) fn paths(&self) -> &RootPaths {
         &self.paths
     }
 
+    /// How many disks they are.
+    pub(super) const COUNT: usize = 2;
+
     /// In the order of their paths.
-    pub(super) fn into_disks(self) -> [Disk; 2] {
+    pub(super) fn into_disks(self) -> [Disk; Self::COUNT] {
         [self.lower, self.upper]
     }
 }
@@ -44,6 +65,7 @@ impl RootPaths {
         Root::Overlay {
             lower: RootDisk { device: self.lower.as_bytes(), fs: b"erofs" },
             upper: RootDisk { device: self.upper.as_bytes(), fs: b"ext4" },
+            grow: self.grow,
             read_only,
         }
     }
@@ -52,7 +74,7 @@ impl RootPaths {
 /// Returns the path of the `n`th disk in the guest, counted from 0.
 ///
 /// Linux names them as spreadsheets name columns: `vda` to `vdz`, then `vdaa`.
-fn disk_path(mut n: usize) -> String {
+pub(super) fn disk_path(mut n: usize) -> String {
     let mut letters = Vec::new();
     loop {
         letters.insert(0, char::from(b"abcdefghijklmnopqrstuvwxyz"[n % 26]));

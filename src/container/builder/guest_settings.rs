@@ -1,4 +1,4 @@
-//! Memory file systems, secrets, names of hosts and kernel parameters of a container.
+//! Secrets, names of hosts and kernel parameters of a container.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -10,45 +10,6 @@ use super::boot_config::check_host;
 use crate::error::{Error, Result};
 use crate::proto::{Secret, StringBuf};
 use crate::size::Size;
-
-/// A file system in the guest's memory; see [`ContainerBuilder::tmpfs`].
-#[derive(Debug, Clone, PartialEq, Eq)]
-#[must_use]
-pub struct Tmpfs {
-    path: String,
-    size: Size,
-    mode: u32,
-}
-
-impl Tmpfs {
-    /// Describes one that is mounted on `path`, an absolute path.
-    ///
-    /// It takes at most 64 MiB, and every user may write to it (mode 1777).
-    pub fn new(path: impl Into<String>) -> Self {
-        Self { path: path.into(), size: Size::mib(64), mode: 0o1777 }
-    }
-
-    /// Sets how much it may hold, of the guest's memory.
-    ///
-    /// It is taken as files are written. All together may be more than the guest has; then programs are killed for want
-    /// of memory.
-    pub fn size(mut self, most: Size) -> Self {
-        self.size = most;
-        self
-    }
-
-    /// Sets the mode of its directory, such as `0o700`.
-    pub fn mode(mut self, mode: u32) -> Self {
-        self.mode = mode;
-        self
-    }
-}
-
-impl From<&str> for Tmpfs {
-    fn from(path: &str) -> Self {
-        Self::new(path)
-    }
-}
 
 /// The content of a secret, which is never printed.
 #[derive(Clone)]
@@ -74,7 +35,6 @@ impl fmt::Debug for SecretBytes {
 #[derive(Debug, Clone, Default)]
 pub(super) struct GuestSettings {
     pub(super) read_only: bool,
-    tmpfs: Vec<Tmpfs>,
     secrets: Vec<(String, SecretContent)>,
     sysctls: Vec<(String, String)>,
     hosts: Vec<(String, IpAddr)>,
@@ -86,8 +46,6 @@ pub(super) struct GuestSettings {
 #[derive(Debug, Default)]
 pub(super) struct GuestFiles {
     pub(super) read_only: bool,
-    /// Paths and mount options in turn.
-    pub(super) tmpfs: StringBuf,
     pub(super) secrets: SecretBytes,
     /// Paths below `/proc/sys` and values in turn.
     pub(super) sysctls: StringBuf,
@@ -114,7 +72,6 @@ impl GuestSettings {
     pub(super) fn files(&self, resolver: Option<[u8; 4]>) -> Result<GuestFiles> {
         Ok(GuestFiles {
             read_only: self.read_only,
-            tmpfs: self.tmpfs()?,
             secrets: self.secrets()?,
             sysctls: self.sysctls()?,
             hosts: self.hosts()?,
@@ -122,35 +79,9 @@ impl GuestSettings {
         })
     }
 
-    fn tmpfs(&self) -> Result<StringBuf> {
-        let (mut list, mut taken) = (StringBuf::new(), BTreeSet::new());
-        if !self.secrets.is_empty() {
-            taken.insert(SECRETS);
-        }
-        let mut sorted: Vec<_> = self.tmpfs.iter().collect();
-        // One in another comes after it.
-        sorted.sort_by_key(|tmpfs| tmpfs.path.matches('/').count());
-        for Tmpfs { path, size, mode } in sorted {
-            let wrong = |what: &str| Error::invalid("tmpfs", format!("{path:?} {what}"));
-            check_path(path).map_err(wrong)?;
-            if !self.secrets.is_empty() && path.strip_prefix(SECRETS).is_some_and(|rest| rest.starts_with('/')) {
-                return Err(wrong("would be hidden by the secrets"));
-            }
-            if !taken.insert(path) {
-                return Err(wrong("is mounted on twice"));
-            }
-            if size.as_bytes() == 0 {
-                return Err(wrong("would hold nothing"));
-            }
-            if mode & !0o7777 != 0 {
-                return Err(wrong(&format!("has mode {mode:o}, which is more than permissions")));
-            }
-            let options = format!("size={},mode={mode:o}", size.as_bytes());
-            for text in [path, &options] {
-                list.push(text.as_bytes()).map_err(|_| wrong("has a NUL"))?;
-            }
-        }
-        Ok(list)
+    /// Where the secrets are, if there are any.
+    pub(super) fn secrets_path(&self) -> Option<&'static str> {
+        (!self.secrets.is_empty()).then_some(SECRETS)
     }
 
     fn secrets(&self) -> Result<SecretBytes> {
@@ -224,19 +155,6 @@ impl GuestSettings {
     }
 }
 
-/// What may be mounted on. The error is the predicate of a sentence about the path.
-fn check_path(path: &str) -> Result<(), &'static str> {
-    let Some(below) = path.strip_prefix('/') else { return Err("does not begin with a slash") };
-    if below.split('/').any(|part| matches!(part, "" | "." | "..")) {
-        return Err("is no plain path: it is the root, or has `.`, `..` or an empty part");
-    }
-    let kernels = |top: &str| below == top || below.strip_prefix(top).is_some_and(|rest| rest.starts_with('/'));
-    match ["proc", "sys", "dev/pts", "dev/mqueue"].into_iter().any(kernels) || below == "dev" {
-        true => Err("is the kernel's"),
-        false => Ok(()),
-    }
-}
-
 impl ContainerBuilder {
     /// Sets whether the root file system is read-only; writable by default.
     ///
@@ -245,15 +163,6 @@ impl ContainerBuilder {
     /// mount it writable again, unless its program is [`Exec::hardened`](crate::Exec::hardened).
     pub fn read_only(mut self, read_only: bool) -> Self {
         self.guest.read_only = read_only;
-        self
-    }
-
-    /// Mounts a file system in the guest's memory; none by default.
-    ///
-    /// Give its path, or a [`Tmpfs`]. The path is made where it is missing. What was there is hidden. Programs cannot be
-    /// set-user-ID there, and devices do not work there.
-    pub fn tmpfs(mut self, tmpfs: impl Into<Tmpfs>) -> Self {
-        self.guest.tmpfs.push(tmpfs.into());
         self
     }
 
@@ -315,32 +224,6 @@ mod tests {
         let error = settings.files(None).map(drop).unwrap_err();
         assert!(error.kind() == ErrorKind::InvalidConfig && error.to_string().contains(method), "{error}");
         error.to_string()
-    }
-
-    #[test]
-    fn mount_points_that_cannot_be_are_refused() {
-        for path in [
-            "", "tmp", "/", "/a/../b", "/a//b", "/a/", "/./a", "/proc", "/proc/x", "/sys/fs", "/dev", "/dev/pts",
-            "/a\0",
-        ] {
-            refused(GuestSettings { tmpfs: vec![path.into()], ..GuestSettings::default() }, "tmpfs");
-        }
-        let tmpfs = vec!["/a".into(), "/b".into(), "/a".into()];
-        assert!(refused(GuestSettings { tmpfs, ..GuestSettings::default() }, "tmpfs").contains("twice"));
-        for tmpfs in [Tmpfs::new("/a").size(Size::bytes(0)), Tmpfs::new("/a").mode(0o10_000)] {
-            refused(GuestSettings { tmpfs: vec![tmpfs], ..GuestSettings::default() }, "tmpfs");
-        }
-        let both = GuestSettings {
-            tmpfs: vec![SECRETS.into()],
-            secrets: vec![("a".into(), SecretContent(Arc::new([])))],
-            ..GuestSettings::default()
-        };
-        refused(both, "tmpfs");
-        let nested = vec![Tmpfs::new("/a/b").size(Size::mib(1)).mode(0o700), "/dev/own".into(), "/a".into()];
-        let files = GuestSettings { tmpfs: nested, ..GuestSettings::default() }.files(None).unwrap();
-        let list: Vec<_> = files.tmpfs.as_strings().iter().map(|text| text.to_str().unwrap()).collect();
-        let usual = "size=67108864,mode=1777";
-        assert_eq!(list, ["/a", usual, "/a/b", "size=1048576,mode=700", "/dev/own", usual]);
     }
 
     #[test]

@@ -3,6 +3,7 @@
 mod boot_config;
 mod disks;
 mod guest_settings;
+mod mounts;
 mod programs;
 
 use std::sync::Arc;
@@ -10,16 +11,18 @@ use std::time::{Duration, Instant};
 
 use super::control::Agent;
 use super::defaults::ProgramDefaults;
-use super::{CancelToken, Container, Image, RunningContainer, WritableLayer};
+use super::image::PreparedImage;
+use super::{CancelToken, Container, Image, NamedVolume, RunningContainer, WritableLayer};
 use crate::boot::{Kernel, Need};
 use crate::error::{Context, Result};
 use crate::proto::CONTROL_PORT;
 use crate::size::Size;
 use crate::vm::{Cgroup, Console, CpuProfile, Disk, Memory, Net, Vm, VmBuilder, Vsock};
 use boot_config::ShimConfig;
-use disks::RootDisks;
+use disks::{Layer, RootDisks};
 use guest_settings::GuestSettings;
-pub use guest_settings::Tmpfs;
+use mounts::MountSettings;
+pub use mounts::Tmpfs;
 use programs::ProgramSettings;
 
 /// What the root of a container needs of its kernel.
@@ -35,12 +38,13 @@ pub struct ContainerBuilder {
     vcpus: u32,
     cpu: CpuProfile,
     memory: Memory,
-    writable_layer: WritableLayer,
+    layer: Layer,
     disks: Vec<Disk>,
     nets: Vec<Net>,
     hostname: String,
     programs: ProgramSettings,
     guest: GuestSettings,
+    mounts: MountSettings,
     console: Console,
     start_timeout: Duration,
     cancel: Option<CancelToken>,
@@ -57,12 +61,13 @@ impl ContainerBuilder {
             vcpus: 1,
             cpu: CpuProfile::host(),
             memory: Size::mib(256).into(),
-            writable_layer: WritableLayer::new(Size::gib(4)),
+            layer: Layer::Scratch(WritableLayer::new(Size::gib(4))),
             disks: Vec::new(),
             nets: Vec::new(),
             hostname: "container".into(),
             programs: ProgramSettings::default(),
             guest: GuestSettings::default(),
+            mounts: MountSettings::default(),
             console: Console::none(),
             start_timeout: Duration::from_secs(30),
             cancel: None,
@@ -106,7 +111,19 @@ impl ContainerBuilder {
     /// Give its size, or a [`WritableLayer`]. It takes space on the host as it is written, and is gone with the
     /// container.
     pub fn writable_layer(mut self, layer: impl Into<WritableLayer>) -> Self {
-        self.writable_layer = layer.into();
+        self.layer = Layer::Scratch(layer.into());
+        self
+    }
+
+    /// Keeps what the container writes in a volume, from one container to the next.
+    ///
+    /// A container with the same volume begins with the files that the last one left, as after a restart. The volume is of
+    /// this image alone, and [`ContainerBuilder::start`] fails with `Incompatible` for one of another image. It fails with
+    /// `ResourceBusy` while another container has it. No volume is read-only here: that is `InvalidConfig`.
+    ///
+    /// This or [`ContainerBuilder::writable_layer`] counts, whichever is called last.
+    pub fn keep_layer(mut self, volume: NamedVolume) -> Self {
+        self.layer = Layer::Kept(volume);
         self
     }
 
@@ -213,17 +230,20 @@ impl ContainerBuilder {
         boot_config::check_hostname(&self.hostname)?;
         // Before anything is made; the resolver of the networks changes nothing of it.
         self.guest.files(None)?;
+        self.mounts.check(self.guest.secrets_path())?;
         self.programs.check()?;
         let kernel = self.kernel.take().map_or_else(Kernel::find, Ok)?;
-        let (image, config) = self.image.prepared(self.cancel.as_ref())?;
+        let PreparedImage { disk: image, config, digest } = self.image.prepared(self.cancel.as_ref())?;
         let (mut defaults, disks) = (ProgramDefaults::of(&config)?, self.disks.len());
         let labels = std::mem::take(&mut self.programs.labels);
         std::mem::take(&mut self.programs).apply(&mut defaults);
-        let root = RootDisks::make(image, &self.writable_layer, disks)?;
+        let root = RootDisks::make(image, &digest, &self.layer, disks)?;
         let nets = boot_config::reserve_addresses(std::mem::take(&mut self.nets))?;
-        let shim = ShimConfig::new(&self.hostname, &root, &nets, &self.guest)?;
+        let mounts = self.mounts.open(disks + RootDisks::COUNT, self.cancel.as_ref())?;
+        let shim = ShimConfig::new(&self.hostname, &root, &nets, &self.guest, mounts.list)?;
         let (start_timeout, cancel) = (self.start_timeout, self.cancel.take());
-        let vm = self.machine(&kernel, root, nets);
+        let own = root.into_disks().into_iter().chain(mounts.disks);
+        let vm = self.machine(&kernel, own, nets);
         let needs = [vm.needs().as_slice(), &FILE_SYSTEMS].concat();
         kernel.check_drivers(&needs)?;
         let packed = kernel.pack_modules(&needs)?;
@@ -232,8 +252,8 @@ impl ContainerBuilder {
         Ok(Container { running: Arc::new(RunningContainer { vm, agent, defaults, labels, disks }) })
     }
 
-    /// The machine, whose kernel has no initramfs with the shim yet.
-    fn machine(self, kernel: &Kernel, root: RootDisks, nets: Vec<Net>) -> VmBuilder {
+    /// The machine, whose kernel has no initramfs with the shim yet. Its `own` disks are behind the embedder's.
+    fn machine(self, kernel: &Kernel, own: impl Iterator<Item = Disk>, nets: Vec<Net>) -> VmBuilder {
         let mut vm = Vm::builder(kernel.clone())
             .vcpus(self.vcpus)
             .cpu(self.cpu)
@@ -244,7 +264,7 @@ impl ContainerBuilder {
             .parameter("quiet", "")
             .parameter("rdinit", "/init")
             .parameter("cofferdam.shim", "1");
-        vm = self.disks.into_iter().chain(root.into_disks()).fold(vm, VmBuilder::disk);
+        vm = self.disks.into_iter().chain(own).fold(vm, VmBuilder::disk);
         vm = nets.into_iter().fold(vm, VmBuilder::net);
         if let Some(cgroup) = self.cgroup {
             vm = vm.cgroup(cgroup);

@@ -21,6 +21,31 @@ pub(in crate::container) fn connect(vm: &Vm, version: u32, port: u16) -> Result<
     open(vm, version, port).doing(|| format!("connecting to port {port} of the container"))
 }
 
+/// Bounds of the growing pauses between two tries.
+const MIN_RETRY_PAUSE: Duration = Duration::from_millis(1);
+const MAX_RETRY_PAUSE: Duration = Duration::from_millis(100);
+
+/// The same for a service that may not listen yet.
+pub(in crate::container) fn connect_within(vm: &Vm, version: u32, port: u16, timeout: Duration) -> Result<VsockStream> {
+    let begin = Instant::now();
+    let mut pause = MIN_RETRY_PAUSE;
+    loop {
+        match connect(vm, version, port) {
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                let left = timeout.saturating_sub(begin.elapsed());
+                if left.is_zero() {
+                    let what = format!("nothing has listened for {timeout:?}");
+                    return Err(error.with_kind(ErrorKind::TimedOut).doing(what));
+                }
+                // The next try finds out how it ended.
+                let _ = vm.wait_timeout(pause.min(left));
+                pause = (pause * 2).min(MAX_RETRY_PAUSE);
+            }
+            outcome => return outcome,
+        }
+    }
+}
+
 fn open(vm: &Vm, version: u32, port: u16) -> Result<VsockStream> {
     check(version, port)?;
     let deadline = Instant::now() + CONNECT_TIMEOUT;

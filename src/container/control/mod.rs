@@ -42,7 +42,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 pub(super) use client::ControlClient;
-pub(super) use connect::connect;
+pub(super) use connect::{connect, connect_within};
 pub(super) use entry::KILL_MARGIN;
 use entry::START_TIMEOUT;
 #[cfg(any(test, feature = "internals"))]

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 
 use super::oci::{ImageConfig, Platform};
 use super::store::{FileIdentity, unless_locked};
-use super::{Image, ImageKind};
+use super::{Image, ImageDisk, ImageKind, PreparedImage};
 use crate::sys::Beneath;
 use crate::vm::disk::DiskPiece;
 
@@ -17,8 +17,22 @@ pub(super) struct ComposedDisk(Arc<Mutex<Option<Composed>>>);
 #[derive(Debug)]
 struct Composed {
     of: LayersKey,
-    pieces: Vec<DiskPiece<Arc<File>>>,
-    config: ImageConfig,
+    image: ComposedImage,
+}
+
+/// An image in layers that was prepared.
+#[derive(Debug, Clone, Default)]
+pub(super) struct ComposedImage {
+    pub(super) pieces: Vec<DiskPiece<Arc<File>>>,
+    pub(super) config: ImageConfig,
+    /// Of its layers. In hexadecimal digits.
+    pub(super) digest: String,
+}
+
+impl From<ComposedImage> for PreparedImage {
+    fn from(ComposedImage { pieces, config, digest }: ComposedImage) -> Self {
+        Self { disk: ImageDisk::Pieces(pieces), config, digest }
+    }
 }
 
 /// What an image in layers was made of. While it is the same, so is the disk: what it names has digests.
@@ -54,16 +68,16 @@ fn identity(metadata: &fs::Metadata) -> Option<FileIdentity> {
 }
 
 impl ComposedDisk {
-    /// The pieces of the disk, and the image's configuration.
-    pub(super) fn get(&self, of: &LayersKey) -> Option<(Vec<DiskPiece<Arc<File>>>, ImageConfig)> {
+    /// Returns it, if it is of this.
+    pub(super) fn get(&self, of: &LayersKey) -> Option<PreparedImage> {
         let last = unless_locked(&self.0)?;
         let last = last.as_ref().filter(|last| last.of == *of)?;
-        Some((last.pieces.clone(), last.config.clone()))
+        Some(last.image.clone().into())
     }
 
-    pub(super) fn set(&self, of: LayersKey, pieces: &[DiskPiece<Arc<File>>], config: &ImageConfig) {
+    pub(super) fn set(&self, of: LayersKey, image: ComposedImage) {
         if let Some(mut last) = unless_locked(&self.0) {
-            *last = Some(Composed { of, pieces: pieces.into(), config: config.clone() });
+            *last = Some(Composed { of, image });
         }
     }
 }
@@ -86,7 +100,7 @@ mod tests {
         let key = || LayersKey::of(&image).unwrap();
         let (disk, first) = (ComposedDisk::default(), key());
         assert!(disk.get(&first).is_none());
-        disk.set(first.clone(), &[], &ImageConfig::default());
+        disk.set(first.clone(), ComposedImage::default());
         assert!(disk.clone().get(&key()).is_some(), "clones share it");
         for other in
             [image.clone().select("a"), image.clone().cache_dir("b"), image.clone().platform("c/d".parse().unwrap())]

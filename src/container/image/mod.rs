@@ -45,7 +45,7 @@ use crate::sys::Beneath;
 use crate::vm::Disk;
 use crate::vm::disk::DiskPiece;
 use budget::{Budget, PrepareDeadline};
-use composed::{ComposedDisk, LayersKey};
+use composed::{ComposedDisk, ComposedImage, LayersKey};
 use decompress::decompressed;
 #[cfg(any(test, feature = "internals"))]
 pub(crate) use fuzzing::{image_tar, oci_layer, oci_layer_file, oci_manifest};
@@ -137,6 +137,15 @@ enum ImageKind {
     Directory,
     /// In the store, under this name. The path is its reference.
     Pulled(Arc<NameRecord>),
+}
+
+/// An image that can be started.
+#[derive(Debug)]
+pub(super) struct PreparedImage {
+    pub(super) disk: ImageDisk,
+    pub(super) config: ImageConfig,
+    /// The same for the same content. In hexadecimal digits.
+    pub(super) digest: String,
 }
 
 /// The disk of an image that was prepared.
@@ -333,7 +342,7 @@ impl Image {
     }
 
     /// The disk, open for reading, and the configuration. Its own token ends what is done for it, and so does `cancel`.
-    pub(super) fn prepared(&self, cancel: Option<&CancelToken>) -> Result<(ImageDisk, ImageConfig)> {
+    pub(super) fn prepared(&self, cancel: Option<&CancelToken>) -> Result<PreparedImage> {
         let image = self.clone();
         let deadline = PrepareDeadline::new(self.prepare_timeout, self.cancel.iter().chain(cancel));
         worker::run(&deadline, worker::GRACE, move |deadline| image.made(deadline))
@@ -342,30 +351,30 @@ impl Image {
 
     #[cfg(test)]
     fn disk(&self, cancel: Option<&CancelToken>) -> Result<ImageDisk> {
-        self.prepared(cancel).map(|(disk, _)| disk)
+        self.prepared(cancel).map(|prepared| prepared.disk)
     }
 
-    fn made(&self, deadline: &PrepareDeadline) -> Result<(ImageDisk, ImageConfig)> {
+    fn made(&self, deadline: &PrepareDeadline) -> Result<PreparedImage> {
         let key = LayersKey::of(self);
-        if let Some((pieces, config)) = key.as_ref().and_then(|key| self.composed.get(key)) {
+        if let Some(composed) = key.as_ref().and_then(|key| self.composed.get(key)) {
             if let ImageKind::Pulled(record) = &self.kind {
                 Store::open(self.cache.clone())?.touch(&record.reference);
             }
-            return Ok((ImageDisk::Pieces(pieces), config));
+            return Ok(composed);
         }
         let store = Store::open(self.cache.clone())?;
-        let file = match self.content(deadline)? {
+        let (file, digest) = match self.content(deadline)? {
             Content::Archive(file) => self.made_of_archive(file, &store, deadline)?,
             Content::Directory(root) => self.made_of_directory(&root, &store, deadline)?,
             Content::Layers(images) => {
-                let (pieces, config) = self.made_of_layers(&*images, &store, deadline)?;
+                let composed = self.made_of_layers(&*images, &store, deadline)?;
                 if let Some(key) = key {
-                    self.composed.set(key, &pieces, &config);
+                    self.composed.set(key, composed.clone());
                 }
-                return Ok((ImageDisk::Pieces(pieces), config));
+                return Ok(composed.into());
             }
         };
-        Ok((ImageDisk::File(file), ImageConfig::default()))
+        Ok(PreparedImage { disk: ImageDisk::File(file), config: ImageConfig::default(), digest })
     }
 
     /// Looks at what is there.
@@ -397,7 +406,7 @@ impl Image {
         images: &dyn LocalImages,
         store: &Store,
         deadline: &PrepareDeadline,
-    ) -> Result<(Vec<DiskPiece<Arc<File>>>, ImageConfig)> {
+    ) -> Result<ComposedImage> {
         let found = images.find(self.select.as_deref(), &self.platform, deadline)?;
         let allowed = Allowed { limits: self.limits.clone(), max_size: self.max_size };
         let compose = || layers::compose(store, &found.diff_ids(), &allowed, deadline);
@@ -409,7 +418,9 @@ impl Image {
             }
             outcome => outcome?,
         };
-        Ok((pieces, found.image))
+        let mut hash = begin();
+        found.diff_ids().iter().for_each(|diff_id| hash.update(format!("{diff_id}\n")));
+        Ok(ComposedImage { pieces, config: found.image, digest: hex(&hash.finalize()) })
     }
 
     fn budget(&self, deadline: &PrepareDeadline) -> Budget {
@@ -417,7 +428,7 @@ impl Image {
     }
 
     /// What is written was read by the same descriptor, and is kept under the digest of just that.
-    fn made_of_archive(&self, mut file: File, store: &Store, deadline: &PrepareDeadline) -> Result<File> {
+    fn made_of_archive(&self, mut file: File, store: &Store, deadline: &PrepareDeadline) -> Result<(File, String)> {
         let identity = FileIdentity::of(&file)?.name();
         let changed = || Error::new(ErrorKind::InvalidState, "the archive was written to while it was read");
         let digest = match store.remembered(&identity) {
@@ -434,7 +445,7 @@ impl Image {
                 digest
             }
         };
-        store.get_or_make(Prepared::Disk(&digest), deadline, |disk| {
+        let disk = store.get_or_make(Prepared::Disk(&digest), deadline, |disk| {
             file.seek(SeekFrom::Start(0))?;
             let read = write_archive(&mut file, disk, &self.budget(deadline))?;
             if hex(&read.finalize()) == digest {
@@ -442,14 +453,15 @@ impl Image {
             }
             store.forget(&identity);
             Err(changed())
-        })
+        })?;
+        Ok((disk, digest))
     }
 
-    fn made_of_directory(&self, root: &Beneath, store: &Store, deadline: &PrepareDeadline) -> Result<File> {
+    fn made_of_directory(&self, root: &Beneath, store: &Store, deadline: &PrepareDeadline) -> Result<(File, String)> {
         let mut hash = begin();
         directory::fingerprint(root, &self.budget(deadline), &mut hash)?;
         let digest = hex(&hash.finalize());
-        store.get_or_make(Prepared::Disk(&digest), deadline, |disk| {
+        let disk = store.get_or_make(Prepared::Disk(&digest), deadline, |disk| {
             let budget = self.budget(deadline);
             let (mut tree, mut hash) = (InodeTree::new(), begin());
             let mut to = erofs::Disk::new(disk, &budget)?;
@@ -460,7 +472,8 @@ impl Image {
                 return Ok(());
             }
             Err(Error::new(ErrorKind::InvalidState, "the directory was written to while it was read"))
-        })
+        })?;
+        Ok((disk, digest))
     }
 }
 

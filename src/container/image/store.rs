@@ -8,10 +8,10 @@ mod names;
 mod presence;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::{self, DirBuilder, File};
+use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, TryLockError, Weak};
 use std::time::Duration;
@@ -405,17 +405,7 @@ fn remember_verified(identity: FileIdentity) {
 
 /// Makes a directory where it is missing, and opens it; errors call it `shown`.
 fn open_directory(path: &Path, shown: &Path) -> Result<Beneath> {
-    let doing = || format!("cache directory {}", shown.display());
-    DirBuilder::new().recursive(true).mode(FOLDER_MODE).create(path).doing(doing)?;
-    let link = fs::symlink_metadata(path).doing(doing)?.is_symlink();
-    let directory = Beneath::open(path).doing(doing)?;
-    let itself = directory.open_at(Path::new(""), libc::O_RDONLY | libc::O_DIRECTORY).doing(doing)?;
-    if link || !sys::is_private(&itself).doing(doing)? {
-        let what =
-            "it must be a directory, no link to one, owned by this user or root, that no other user can write to";
-        return Err(Error::new(ErrorKind::PermissionDenied, what).doing(doing()));
-    }
-    Ok(directory)
+    Beneath::make_private(path).doing(|| format!("cache directory {}", shown.display()))
 }
 
 /// Opens a file of the store for reading.

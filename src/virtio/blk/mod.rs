@@ -25,6 +25,8 @@ use std::time::{Duration, Instant};
 pub(crate) use backend::Qcow2;
 #[cfg(any(test, feature = "internals"))]
 pub(crate) use backend::fuzzing;
+#[cfg(feature = "container")]
+pub(crate) use backend::lock_with_remedy;
 pub(crate) use backend::{
     BasePath, BlockBackend, ConcatFile, DirectFile, FilePiece, OverlayFile, RawFile, compact, create, flatten, freeze,
     rebase,

@@ -5,6 +5,7 @@ pub const WAITING: &[&str] = &[
     "Async::accept",
     "Async::next",
     "Container::connect",
+    "Container::connect_within",
     "Container::memory_stats",
     "Container::pause",
     "Container::resume",

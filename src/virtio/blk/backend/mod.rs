@@ -21,6 +21,8 @@ pub(crate) use overlay::{BasePath, OverlayFile, compact, create, flatten, freeze
 #[cfg(feature = "qcow2")]
 pub(crate) use qcow2::Qcow2;
 pub(crate) use raw::RawFile;
+#[cfg(feature = "container")]
+pub(crate) use raw::lock_with_remedy;
 pub(super) use storage::zeroes_to_guest;
 
 use crate::memory::{GuestMemory, Segment};

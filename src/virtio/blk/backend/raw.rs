@@ -43,24 +43,26 @@ const STARTING: Duration = Duration::from_millis(300);
 /// # Errors
 /// `ResourceBusy` when another open file has it.
 pub(super) fn lock_or_name_holder(file: &File, kind: LockKind) -> Result<()> {
+    lock_with_remedy(file, kind, "share it read-only, use an overlay or a copy, or see FileDisk::lock")
+}
+
+/// The same, where the error ends with this `remedy`.
+pub(crate) fn lock_with_remedy(file: &File, kind: LockKind, remedy: &str) -> Result<()> {
     let deadline = Instant::now() + STARTING;
     while !try_lock(file, kind)? {
         if Instant::now() >= deadline {
-            return Err(held(file));
+            return Err(held(file, remedy));
         }
         std::thread::sleep(Duration::from_millis(5));
     }
     Ok(())
 }
 
-fn held(file: &File) -> Error {
+fn held(file: &File, remedy: &str) -> Error {
     let holder = sys::lock_holder(file).unwrap_or_else(|| "another process".into());
     Error::new(
         ErrorKind::ResourceBusy,
-        format!(
-            "{holder} has it open for writing, or would be disturbed by writes; \
-             share it read-only, use an overlay or a copy, or see FileDisk::lock"
-        ),
+        format!("{holder} has it open for writing, or would be disturbed by writes; {remedy}"),
     )
 }
 
