@@ -79,6 +79,13 @@ impl Cgroups {
     pub(super) fn watch(&self) -> Result<Watch, Errno> {
         Watch::new(&self.dir)
     }
+
+    /// Tells when a workload runs out of memory.
+    pub(super) fn watch_memory(&self) -> Result<Watch, Errno> {
+        let watch = sys::open(Some(&self.dir), c"memory.events", O_RDONLY).map(Watch)?;
+        watch.acknowledge();
+        Ok(watch)
+    }
 }
 
 /// The cgroup of one program.
@@ -126,7 +133,7 @@ impl Group {
     }
 }
 
-/// `cgroup.events` of a group: ready to poll when it becomes empty.
+/// `cgroup.events` of a group: ready to poll when it becomes empty. Or its `memory.events`.
 #[derive(Debug)]
 pub(super) struct Watch(Fd);
 
@@ -140,6 +147,12 @@ impl Watch {
         let mut events = [0u8; 128];
         let length = sys::read_start(&self.0, &mut events).unwrap_or(0);
         files::entry(events.get(..length).unwrap_or_default(), b"populated").is_some_and(|populated| populated != 0)
+    }
+
+    /// Makes polling wait for the next change.
+    pub(super) fn acknowledge(&self) {
+        // What it says is read where it is needed.
+        let _ = sys::read_start(&self.0, &mut [0; 128]);
     }
 
     pub(super) fn poll(&self) -> Poll {

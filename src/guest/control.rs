@@ -73,9 +73,14 @@ impl Control {
         }
     }
 
+    /// Whether the host has left so much unread that nothing more should be said unasked.
+    pub(super) fn is_full(&self) -> bool {
+        self.out.len() >= MAX_UNSENT
+    }
+
     pub(super) fn poll(&self) -> Poll {
         let write = if self.out.is_empty() { 0 } else { POLLOUT };
-        let read = if self.out.len() < MAX_UNSENT { POLLIN } else { 0 };
+        let read = if self.is_full() { 0 } else { POLLIN };
         Poll { fd: self.socket.raw(), events: read | write, happened: 0 }
     }
 

@@ -27,6 +27,7 @@ mod files;
 mod modules;
 mod mount;
 mod network;
+mod oom;
 mod poweroff;
 mod preflight;
 mod process;

@@ -19,6 +19,8 @@ pub(super) struct Process {
     pub(super) group: Option<Group>,
     /// The host killed it: then its SIGKILL is not the OOM killer's.
     pub(super) killed: bool,
+    /// How many of its processes the kernel has killed for want of memory, as the host knows it.
+    pub(super) oom_kills: u32,
     /// What asks it to end, where that is not SIGTERM.
     pub(super) stop_signal: Option<u8>,
 }
@@ -63,7 +65,7 @@ impl ProcessState {
 
 impl Process {
     pub(super) fn new(id: u32, stop_signal: Option<u8>) -> Self {
-        Self { id, life: ProcessState::Over, group: None, killed: false, stop_signal }
+        Self { id, life: ProcessState::Over, group: None, killed: false, oom_kills: 0, stop_signal }
     }
 
     /// Its pid, while it runs and has a stop signal of its own.

@@ -5,10 +5,11 @@ use super::alloc::vec::Vec;
 use super::cgroup::{Cgroups, Group, Watch};
 use super::connect::Connections;
 use super::control::{Control, Failure, VersionGate};
+use super::oom::{self, OomWatch};
 use super::process::{Process, ProcessState};
 use super::reaper;
 use super::relay::{Relay, RelayProgress};
-use super::shutdown::{GuestShutdown, Next};
+use super::shutdown::{self, GuestShutdown, Next};
 use super::spawn::{self, Report, SpawnEnv, SpawnError, StdioStreams};
 use super::sys::{self, Errno, Fd, POLLIN, Poll, SIGKILL, Status};
 use super::terminal::Terminal;
@@ -41,6 +42,7 @@ pub(super) struct Shim {
     reaper: i32,
     spawn_env: SpawnEnv,
     cgroups: Option<Cgroups>,
+    oom: OomWatch,
     /// All workloads, watched while the machine ends.
     workloads: Option<Watch>,
     processes: Vec<Process>,
@@ -57,6 +59,7 @@ enum PollTarget {
     Control,
     Signals,
     Workloads,
+    Memory,
     Process(u32),
     Connections,
 }
@@ -75,6 +78,7 @@ impl Shim {
             signals,
             reaper,
             spawn_env,
+            oom: OomWatch::new(cgroups.as_ref()),
             cgroups,
             workloads: None,
             processes: Vec::new(),
@@ -116,6 +120,10 @@ impl Shim {
                     PollTarget::Control => self.serve_host(poll.happened, &mut decoder),
                     PollTarget::Signals => self.serve_signals(),
                     PollTarget::Workloads => Ok(()),
+                    PollTarget::Memory => {
+                        self.oom.serve(&mut self.processes, &mut self.control);
+                        Ok(())
+                    }
                     PollTarget::Connections => {
                         self.serve_connections();
                         Ok(())
@@ -166,6 +174,9 @@ impl Shim {
                 ProcessState::Left { watch } => add(watch.poll(), owner),
                 ProcessState::Running { .. } | ProcessState::Refused { .. } | ProcessState::Over => {}
             }
+        }
+        if let Some(poll) = self.oom.poll() {
+            add(poll, PollTarget::Memory);
         }
         if let Some(watch) = &self.workloads {
             add(watch.poll(), PollTarget::Workloads);
@@ -406,6 +417,7 @@ impl Shim {
     fn exited(&mut self, mut process: Process, status: Status) {
         // Of one that never became the program the host knows already.
         if let ProcessState::Running { .. } = process.life {
+            oom::report(&mut process, &mut self.control);
             self.relays.retain_mut(|relay| relay.owner != process.id || relay.owner_exited() == RelayProgress::Going);
             self.terminals.retain_mut(|terminal| terminal.owner != process.id || terminal.owner_exited());
             let message = match status {
@@ -458,10 +470,10 @@ impl Shim {
         let mut own_signals = false;
         for (pid, signal) in self.processes.iter().filter_map(Process::own_signal) {
             own_signals = true;
-            signal_also_if_stopped(pid, signal);
+            shutdown::signal_also_if_stopped(pid, signal);
         }
         if !own_signals {
-            signal_also_if_stopped(-1, sys::SIGTERM);
+            shutdown::signal_also_if_stopped(-1, sys::SIGTERM);
         }
         self.ending = Some(GuestShutdown::new(end, deadline, own_signals));
     }
@@ -478,7 +490,7 @@ impl Shim {
         match ending.step(own, alive, drained, sys::now_ns()) {
             Next::Wait => None,
             Next::Terminate => {
-                signal_also_if_stopped(-1, sys::SIGTERM);
+                shutdown::signal_also_if_stopped(-1, sys::SIGTERM);
                 None
             }
             Next::Kill => {
@@ -488,11 +500,4 @@ impl Shim {
             Next::Leave(end) => Some(end),
         }
     }
-}
-
-/// Sends a signal to a process, or with -1 to everything but the shim, and the reaper, which lets only SIGKILL through. A stopped process
-/// must run to receive it.
-fn signal_also_if_stopped(pid: i32, signal: u8) {
-    let _ = sys::kill(pid, signal);
-    let _ = sys::kill(pid, sys::SIGCONT);
 }

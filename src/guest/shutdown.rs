@@ -1,6 +1,7 @@
 //! The order in which the machine ends. Programs are asked, then killed, and the host takes what is in the streams.
 //! Decisions only; owned by the loop.
 
+use super::sys;
 use crate::proto::End;
 
 /// How long killed processes may take to vanish, and the host to empty the streams.
@@ -84,6 +85,13 @@ impl GuestShutdown {
         }
         if drained { Next::Leave(self.end) } else { Next::Wait }
     }
+}
+
+/// Sends a signal to a process, or with -1 to everything but the shim, and the reaper, which lets only SIGKILL through. A stopped process
+/// must run to receive it.
+pub(super) fn signal_also_if_stopped(pid: i32, signal: u8) {
+    let _ = sys::kill(pid, signal);
+    let _ = sys::kill(pid, sys::SIGCONT);
 }
 
 #[cfg(test)]

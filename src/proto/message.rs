@@ -27,6 +27,7 @@ const EXITED: u32 = GUEST | 6;
 const ENDING: u32 = GUEST | 7;
 const CONNECTED: u32 = GUEST | 8;
 const RESEEDED: u32 = GUEST | 9;
+const OOM_KILLED: u32 = GUEST | 10;
 
 /// Tags, by message. A tag's meaning never changes; what is new gets a new tag.
 mod tag {
@@ -64,6 +65,8 @@ mod tag {
     pub(super) const PORT: u8 = 1;
 
     pub(super) const SEED: u8 = 1;
+
+    pub(super) const COUNT: u8 = 1;
 }
 
 /// An enum that travels as one byte.
@@ -244,6 +247,11 @@ pub(crate) enum FromGuest<'a> {
         /// The guest's kernel did it, for want of memory.
         oom: bool,
     },
+    /// The guest's kernel has killed processes of a program for want of memory.
+    OomKilled {
+        /// How many since the program began.
+        count: u32,
+    },
     /// The shim ends the machine now, as asked or because a workload did; its last message.
     ///
     /// The host hangs up. The machine's end is this one, also where its kernel then can only reset or halt.
@@ -348,6 +356,7 @@ impl<'a> FromGuest<'a> {
             Self::Spawned { .. } => SPAWNED,
             Self::SpawnFailed { .. } => SPAWN_FAILED,
             Self::Exited { .. } | Self::Signaled { .. } => EXITED,
+            Self::OomKilled { .. } => OOM_KILLED,
             Self::Ending { .. } => ENDING,
             Self::Reseeded { .. } => RESEEDED,
             Self::Connected { .. } => CONNECTED,
@@ -379,6 +388,7 @@ impl<'a> FromGuest<'a> {
                     fields.u8(tag::BY_SIGNAL, signo);
                     fields.flag(tag::OOM, oom);
                 }
+                Self::OomKilled { count } => fields.u32(tag::COUNT, count),
                 Self::Ending { end } => fields.u8(tag::END, end as u8),
                 Self::Reseeded { errno } | Self::Connected { errno } => fields.u32(tag::ERRNO, errno as u32),
             }
@@ -416,6 +426,7 @@ impl<'a> FromGuest<'a> {
             ENDING => {
                 Self::Ending { end: End::parse(fields.u8(tag::END, "end")?.unwrap_or(0)).ok_or(Malformed("end"))? }
             }
+            OOM_KILLED => Self::OomKilled { count: fields.u32(tag::COUNT, "count")?.unwrap_or(0) },
             RESEEDED => Self::Reseeded { errno: errno()? },
             CONNECTED => Self::Connected { errno: errno()? },
             _ => return Ok(None),

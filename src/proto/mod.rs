@@ -14,6 +14,7 @@
 //!  stdio streams      guest connects to (HOST_CID, port) for every Stdio::Port, before the program starts
 //!      guest -> host  the cookie of the Spawn; since version 3
 //!      host -> guest  Resize, of a process in a terminal; since version 6
+//!      guest -> host  OomKilled, while the program runs
 //!      guest -> host  Spawned or SpawnFailed · later Exited or Signaled (same stream number)
 //!      guest -> host  Ending, when all is over; the host hangs up
 //!  to a service       host connects to (guest, CONNECT_PORT); since version 2

@@ -223,6 +223,7 @@ fn every_other_message_round_trips() {
         FromGuest::Signaled { signo: 9, oom: true },
         FromGuest::Connected { errno: 111 },
         FromGuest::Reseeded { errno: 1 },
+        FromGuest::OomKilled { count: 70_000 },
     ];
     guest.extend(End::ALL.iter().map(|&end| FromGuest::Ending { end }));
     guest.extend(Stage::ALL.iter().map(|&stage| FromGuest::Failed { stage, errno: -1, text: b"/dev/vda" }));

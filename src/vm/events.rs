@@ -97,6 +97,17 @@ pub enum EventKind {
         /// What is left.
         free: Size,
     },
+    /// Programs can be started in the container.
+    Ready,
+    /// The guest's kernel has killed processes of a program for want of memory.
+    ///
+    /// Those that the program started count too. It is reported when it happens, while the program runs.
+    OutOfMemory {
+        /// The name or path by which the program was started.
+        program: String,
+        /// How many since the program began.
+        kills: u32,
+    },
     /// It has ended. The last event.
     Ended {
         /// How.
@@ -162,6 +173,10 @@ impl fmt::Display for Event {
             EventKind::Denied { denial } => write!(f, "denied: {denial}"),
             EventKind::Throttled { what } => write!(f, "{what}: held back by a limit"),
             EventKind::DiskSpaceLow { disk, free } => write!(f, "{disk}: {free} are left on the host"),
+            EventKind::Ready => f.write_str("ready for programs"),
+            EventKind::OutOfMemory { program, kills } => {
+                write!(f, "{program:?} has lost {kills} processes for want of memory")
+            }
             EventKind::Ended { exit } => write!(f, "ended: {exit}"),
             EventKind::Missed { count } => write!(f, "{count} events were dropped"),
         }

@@ -529,6 +529,13 @@ impl WeakVm {
         self.0.upgrade()?.wait(deadline(Duration::ZERO))
     }
 
+    /// Adds an event of the guest's programs, which the VM itself does not see.
+    pub(crate) fn push_event(&self, kind: events::EventKind) {
+        if let Some(shared) = self.0.upgrade() {
+            shared.log.push(kind);
+        }
+    }
+
     /// Ends the VM, whose guest does not do its part.
     pub(crate) fn give_up(&self, why: String) {
         log::warn!("ending a VM whose guest does not answer: {why}");

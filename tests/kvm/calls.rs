@@ -276,6 +276,7 @@ fn drive(guest: Guest) -> Outcome {
     });
     callers.spawn("wait", move |watch| {
         check!(watch.at_once("Process::try_wait", || timed.try_wait())?.is_none());
+        watch.at_once("Process::oom_kills", || timed.oom_kills());
         let status = watch.call("Process::wait", TIME + 4 * SECOND, || timed.wait())?;
         check!(matches!(status, ExitStatus::TimedOut), "{status}");
         Ok(())

@@ -5,6 +5,7 @@ use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
+use cofferdam::event::EventKind;
 use cofferdam::process::{ExitStatus, Stdio};
 use cofferdam::{ErrorKind, Exec, Size};
 
@@ -282,6 +283,22 @@ pub fn oom_kill_is_reported() -> Outcome {
     let status = container.exec(["sh", "-c", "exec tail /dev/zero"]).timeout(TEST_TIMEOUT).status()?;
     check!(matches!(status, ExitStatus::OomKilled), "{status}");
     check!(container.exec(["true"]).status()?.success(), "the container goes on");
+    // A child's end by it is told at once, and counted.
+    let mut events = container.events()?.map(|event| event.kind);
+    check!(events.any(|kind| kind == EventKind::Ready), "no event says that programs can be started");
+    let line = "tail /dev/zero; echo $?; read wait; tail /dev/zero; exit 3";
+    let mut parent = container.exec(["sh", "-c", line]).timeout(TEST_TIMEOUT);
+    parent = parent.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
+    let mut parent = parent.spawn()?;
+    let killed = |kills| EventKind::OutOfMemory { program: "sh".into(), kills };
+    // That of the program above is the first.
+    check!(events.any(|kind| kind == killed(1)) && events.any(|kind| kind == killed(1)));
+    check_eq!((parent.oom_kills(), parent.try_wait()?), (1, None));
+    drop(parent.stdin.take());
+    let output = parent.wait_with_output()?;
+    check_eq!((output.status.code(), output.oom_kills), (Some(3), 2));
+    check_eq!(output.stdout, b"137\n");
+    check!(events.any(|kind| kind == killed(2)));
     Ok(())
 }
 

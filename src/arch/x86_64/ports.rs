@@ -32,7 +32,8 @@ impl PlatformBus {
 pub(crate) struct PlatformBusView<'a>(BusView<'a>);
 
 impl PlatformBusView<'_> {
-    /// Serves one exit. Returns how the guest ended, and words for it, when it cannot go on.
+    /// Serves one exit, as a part of the loop of the vCPU's thread. Returns how the guest ended, and words for it, when it cannot go on.
+    #[inline]
     pub(crate) fn serve(&mut self, exit: ArchExit<'_>) -> Option<(GuestEnd, &'static str)> {
         match exit {
             ArchExit::PortIn { port, width, data } => {

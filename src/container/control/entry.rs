@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::StartRequest;
 use super::session::StartReply;
 use super::stream::protocol_error;
 use crate::container::process::{ExitStatus, ProcessShared};
@@ -21,6 +22,8 @@ pub(super) struct ProcessEntry {
     /// Its number, by which host and guest know it.
     number: u32,
     pub(super) state: Arc<ProcessShared>,
+    /// By which it was started, for events.
+    pub(super) program: String,
     /// Who waits for its start, until it is answered.
     started: Option<StartReply>,
     /// When its own time is over.
@@ -65,15 +68,11 @@ const SIGKILL: u8 = 9;
 
 impl ProcessEntry {
     /// One that the guest has to start by `by`.
-    pub(super) fn new(
-        number: u32,
-        state: Arc<ProcessShared>,
-        started: StartReply,
-        deadline: Option<Instant>,
-        by: Instant,
-    ) -> Self {
-        let phase = ProcessPhase::Starting(by);
-        let mut entry = Self { number, state, started: Some(started), deadline, phase, due: None };
+    pub(super) fn new(number: u32, request: &StartRequest, started: StartReply, by: Instant) -> Self {
+        let (state, deadline, phase) = (request.state.clone(), request.deadline, ProcessPhase::Starting(by));
+        let name = request.argv.as_strings().iter().next().map(|name| name.to_string_lossy().into_owned());
+        let program = name.unwrap_or_default();
+        let mut entry = Self { number, state, program, started: Some(started), deadline, phase, due: None };
         entry.wait_for();
         entry
     }

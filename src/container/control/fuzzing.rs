@@ -36,7 +36,7 @@ impl Script<'_> {
     fn say(&mut self, out: &mut Vec<u8>) {
         let (process, value) = (u32::from(self.next() % 8), self.next());
         let text = [value; 5];
-        let message = match self.next() % 10 {
+        let message = match self.next() % 11 {
             0 => FromGuest::Spawned { pid: value.into() },
             1 => FromGuest::SpawnFailed { step: SpawnStep::Exec, errno: value.into() },
             2 => FromGuest::Exited { code: value },
@@ -46,6 +46,7 @@ impl Script<'_> {
             6 => FromGuest::Ending { end: End::Halt },
             7 => FromGuest::Connected { errno: value.into() },
             8 => FromGuest::Reseeded { errno: value.into() },
+            9 => FromGuest::OomKilled { count: value.into() },
             _ => FromGuest::Failed { stage: Stage::Other, errno: value.into(), text: &text },
         };
         // All messages of the guest fit.

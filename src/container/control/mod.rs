@@ -57,6 +57,7 @@ use crate::error::{Context, Error, ErrorKind, Result};
 use crate::event_loop::{Interest, Loop, REQUEST_TIMEOUT, Remote, Sources};
 use crate::proto::{End, FromHost, Rlimits, SEED_SIZE, Spawn, Stdio, StringBuf, TerminalSize, VERSION_RESEED};
 use crate::sys::{Timer, deadline};
+use crate::vm::events::EventKind;
 use crate::vm::{Exit, Vm};
 
 /// How long a caller waits for the start of a program, all in all.
@@ -138,6 +139,7 @@ impl Agent {
             client
         })?;
         trouble?;
+        vm.downgrade().push_event(EventKind::Ready);
         Ok(Self { looped, startup, version, ports: AtomicU32::new(0) })
     }
 

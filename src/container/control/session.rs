@@ -15,6 +15,7 @@ use crate::event_loop::Reply;
 use crate::proto::{FromGuest, FromHost, SEED_SIZE};
 use crate::sys::Timer;
 use crate::virtio::vsock::VsockStream;
+use crate::vm::events::EventKind;
 use crate::vm::{Exit, WeakVm};
 
 /// Writes in a row before others get their turn.
@@ -101,7 +102,7 @@ impl Session {
         let number = self.new_number();
         match self.send(number, &request.message()) {
             Ok(()) => {
-                let entry = ProcessEntry::new(number, request.state.clone(), reply, request.deadline, by);
+                let entry = ProcessEntry::new(number, request, reply, by);
                 self.processes.insert(number, entry);
             }
             Err(error) => {
@@ -230,6 +231,7 @@ impl Session {
                 log::warn!("the guest's shim failed: {stage:?}: {}", text.escape_ascii());
                 return Err(Error::new(ErrorKind::GuestFailed, format!("it failed: {}", text.escape_ascii())));
             }
+            FromGuest::OomKilled { count } => self.oom_killed(process, count),
             FromGuest::Reseeded { errno } => self.reseeded(process, errno),
             // The machine tells its end itself.
             FromGuest::Ending { .. } => {}
@@ -276,6 +278,17 @@ impl Session {
         // It has run, and its end tells the rest.
         entry.has_run();
         entry.state.finish(status);
+    }
+
+    /// The guest says that a program has lost processes for want of memory.
+    fn oom_killed(&mut self, process: u32, count: u32) {
+        match self.processes.get(&process) {
+            Some(entry) if entry.state.oom_killed(count) => {
+                self.vm.push_event(EventKind::OutOfMemory { program: entry.program.clone(), kills: count });
+            }
+            Some(_) => {}
+            None => self.drop_answer(process, &FromGuest::OomKilled { count }),
+        }
     }
 
     /// An answer to no request of ours is dropped.

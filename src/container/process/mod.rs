@@ -152,6 +152,14 @@ impl Process {
         resize_terminal(&self.remote, self.number, TerminalSize { rows, columns })
     }
 
+    /// Returns how many of its processes the guest's kernel has killed for want of memory so far.
+    ///
+    /// Those that it started count too. Each time there are more is an
+    /// [`EventKind::OutOfMemory`](crate::event::EventKind::OutOfMemory).
+    pub fn oom_kills(&self) -> u32 {
+        self.state.oom_kills()
+    }
+
     /// Closes standard input, reads all output, and waits for the end.
     ///
     /// What a background process prints later is not waited for.
@@ -172,6 +180,8 @@ impl Process {
                 stderr: stderr.bytes,
                 stdout_truncated: stdout.truncated || self.cut_off[0],
                 stderr_truncated: stderr.truncated || self.cut_off[1],
+                // Said before its end, which was waited for above.
+                oom_kills: self.state.oom_kills(),
             }),
             Err(error) => {
                 // It would block forever without a reader.

@@ -24,6 +24,10 @@ pub struct Output {
     pub stdout_truncated: bool,
     /// The same of standard error.
     pub stderr_truncated: bool,
+    /// How many of its processes the guest's kernel has killed for want of memory.
+    ///
+    /// Those that it started count too. With [`ExitStatus::OomKilled`] it is one of them itself.
+    pub oom_kills: u32,
 }
 
 /// How much of each stream is read, and what happens beyond.

@@ -1,6 +1,7 @@
 //! [`ProcessShared`]: what the handle of a process and the agent's thread share.
 
 use std::os::fd::BorrowedFd;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -17,6 +18,8 @@ pub(in crate::container) const OUTPUT_TIMEOUT: Duration = Duration::from_secs(10
 pub(in crate::container) struct ProcessShared {
     status: Mutex<Option<Ended>>,
     changed: Condvar,
+    /// How many of its processes the guest's kernel has killed for want of memory, as the guest says.
+    oom_kills: AtomicU32,
     /// Readable once it has ended.
     ended: EventFd,
     /// Its standard streams, for the host to end them; `None` once it has.
@@ -38,6 +41,7 @@ impl ProcessShared {
         Ok(Arc::new(Self {
             status: Mutex::new(None),
             changed: Condvar::new(),
+            oom_kills: AtomicU32::new(0),
             ended,
             streams: Mutex::new(Some(Vec::new())),
             ending: Mutex::default(),
@@ -62,6 +66,15 @@ impl ProcessShared {
 
     pub(in crate::container) fn abandon(&self) {
         self.set(Ended::Unknown);
+    }
+
+    /// Takes what the guest says. False when that is nothing new.
+    pub(in crate::container) fn oom_killed(&self, count: u32) -> bool {
+        self.oom_kills.fetch_max(count, Ordering::Relaxed) < count
+    }
+
+    pub(in crate::container) fn oom_kills(&self) -> u32 {
+        self.oom_kills.load(Ordering::Relaxed)
     }
 
     /// Whether it has ended, however.

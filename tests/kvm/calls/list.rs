@@ -73,6 +73,7 @@ pub const AT_ONCE: &[&str] = &[
     "NetHandle::capture_stats",
     "NetHandle::id",
     "NetHandle::published",
+    "Process::oom_kills",
     "Process::try_wait",
     "ProcessReader::into_stream",
     "ProcessWriter::into_stream",

@@ -17,6 +17,7 @@ pub(crate) enum ArchExit<'a> {
 
 impl<'a> ArchExit<'a> {
     /// Returns what the vCPU of `page` has just reported, if it is one of these.
+    #[inline]
     pub(in crate::kvm) fn new(exit: kvm_ioctls::VcpuExit<'a>, page: &RunPage) -> Option<Self> {
         use kvm_ioctls::VcpuExit as Exit;
         Some(match exit {
@@ -29,6 +30,7 @@ impl<'a> ArchExit<'a> {
     }
 
     /// Whether the guest accesses a port.
+    #[inline]
     pub(crate) fn is_port_access(&self) -> bool {
         matches!(self, Self::PortIn { .. } | Self::PortOut { .. })
     }
@@ -36,6 +38,7 @@ impl<'a> ArchExit<'a> {
 
 impl RunPage {
     /// The width of the port access that KVM just reported (KVM API, 5, KVM_EXIT_IO).
+    #[inline]
     fn port_width(&self) -> usize {
         // SAFETY: `self` keeps the page mapped. After KVM_EXIT_IO the kernel has written the `io` member, whose
         // fields are plain integers, and does not touch it before the next KVM_RUN.
