@@ -168,7 +168,9 @@ pub mod fuzzing;
 pub mod internals {
     #[cfg(feature = "container")]
     pub use crate::container::renew_container_generation;
-    pub use crate::vm::{LiveParts, VmSpec, attach_disk, detach_disk, join, rebuild, renew_generation, split};
+    pub use crate::vm::{
+        LiveParts, VmSpec, attach_disk, attach_net, detach_disk, detach_net, join, rebuild, renew_generation, split,
+    };
 }
 #[cfg(test)]
 #[path = "guest/main.rs"]

@@ -71,7 +71,7 @@ impl NewDevice {
     }
 
     /// A device that never blocks.
-    fn quick(id: DeviceId, device: impl VirtioDevice) -> Self {
+    pub(super) fn quick(id: DeviceId, device: impl VirtioDevice) -> Self {
         Self { id, device: Box::new(device), engine: None, blocking: false }
     }
 

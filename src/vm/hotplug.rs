@@ -7,13 +7,15 @@ use std::time::{Duration, Instant};
 
 use super::Vm;
 use super::device_set::{AttachedDevice, DeviceSet};
-use super::devices::{NewDevice, disk_handle};
+use super::devices::{NewDevice, OpenedNet, disk_handle, net_handle};
 use super::disk::{Disk, DiskHandle};
+use super::machine::Machine;
+use super::net::{AttachedNet, Net, NetHandle};
 use crate::arch::MmioSlot;
 use crate::arch::layout::MMIO_WINDOW;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::memory::IoQueue;
-use crate::sys::left;
+use crate::sys::{DescriptorShare, left};
 use crate::virtio::{DeviceId, LoopDevice, Slots};
 
 /// How long a detached device has to end what it has in flight with the host, before its place stays taken for longer.
@@ -28,14 +30,12 @@ const DETACH_TIMEOUT: Duration = Duration::from_secs(10);
 /// `AlreadyExists` when there is an `n`th disk, `Unsupported` when no thread is there for such a disk. `InvalidConfig` when the
 /// machine has no room, `InvalidState` when it has ended. Otherwise as when a VM is started.
 pub fn attach_disk(vm: &Vm, n: usize, disk: impl Into<Disk>) -> Result<DiskHandle> {
-    vm.check_thread()?;
-    // Neither a pause, a rebuild nor another attachment meets it half-done.
-    let _still = vm.running.paused.lock().unwrap_or_else(PoisonError::into_inner);
-    let machine = vm.running.machine.upgrade().ok_or_else(Error::vm_ended)?;
-    let doing = || format!("attaching disk {n}");
-    let disk = disk.into().attach(n).doing(doing)?;
-    machine.devices.attach(NewDevice::disk(n, disk, &vm.running.shared.log)).doing(doing)?;
-    disk_handle(n, &machine.devices).ok_or_else(Error::vm_ended)
+    with_machine(vm, |machine| {
+        let disk = disk.into().attach(n)?;
+        machine.devices.attach(NewDevice::disk(n, disk, &vm.running.shared.log))?;
+        disk_handle(n, &machine.devices).ok_or_else(Error::vm_ended)
+    })
+    .doing(|| format!("attaching disk {n}"))
 }
 
 /// Detaches the `n`th disk, whatever the guest does with it. What it was asked for and has not done is lost.
@@ -47,10 +47,47 @@ pub fn attach_disk(vm: &Vm, n: usize, disk: impl Into<Disk>) -> Result<DiskHandl
 /// `NotFound` when there is no such disk, `InvalidState` when the VM has ended. `TimedOut` when the disk's thread is busy; then it leaves
 /// when the thread comes to it.
 pub fn detach_disk(vm: &Vm, n: usize) -> Result<()> {
+    with_machine(vm, |machine| machine.devices.detach(DeviceId::Disk(n))).doing(|| format!("detaching disk {n}"))
+}
+
+/// Attaches `net` to a VM that runs, as its `n`th network card.
+///
+/// It gets its place as a disk does by [`attach_disk`]. Its connections have a share of the process's descriptors of their own. Its policy knows no switches but its own.
+///
+/// # Errors
+/// As [`attach_disk`]; `Unsupported` for a card with a capture, whose thread is made at the start alone.
+pub fn attach_net(vm: &Vm, n: usize, net: impl Into<Net>) -> Result<NetHandle> {
+    let net = net.into();
+    with_machine(vm, |machine| {
+        if net.settings.capture.is_some() {
+            return Err(Error::new(ErrorKind::Unsupported, "the machine gets no thread for a capture while it runs"));
+        }
+        let vcpus = u8::try_from(vm.running.shared.vcpus.len()).unwrap_or(u8::MAX);
+        let switches = net.attached_switch().cloned().into_iter().collect();
+        let AttachedNet { card, published, pump } = net.attach(vcpus, switches, DescriptorShare::default())?;
+        machine.devices.attach(NewDevice::quick(DeviceId::Net(n), card))?;
+        net_handle(n, &OpenedNet { published, pump }, &machine.devices).ok_or_else(Error::vm_ended)
+    })
+    .doing(|| format!("attaching network {n}"))
+}
+
+/// Detaches the `n`th network card, as [`detach_disk`] does a disk. Its connections and published ports are closed.
+///
+/// # Errors
+/// As [`detach_disk`].
+pub fn detach_net(vm: &Vm, n: usize) -> Result<()> {
+    with_machine(vm, |machine| machine.devices.detach(DeviceId::Net(n))).doing(|| format!("detaching network {n}"))
+}
+
+/// Calls `change` while neither a pause, a rebuild nor another change can meet it half-done.
+///
+/// # Errors
+/// `InvalidState` when the VM has ended, or on one of its threads. Otherwise as `change`.
+fn with_machine<T>(vm: &Vm, change: impl FnOnce(&Machine) -> Result<T>) -> Result<T> {
     vm.check_thread()?;
     let _still = vm.running.paused.lock().unwrap_or_else(PoisonError::into_inner);
     let machine = vm.running.machine.upgrade().ok_or_else(Error::vm_ended)?;
-    machine.devices.detach(DeviceId::Disk(n)).doing(|| format!("detaching disk {n}"))
+    change(&machine)
 }
 
 /// Devices that have left their loops. Clones are the same.

@@ -46,7 +46,7 @@ pub use exit::{Exit, ExitReport, Timeline};
 #[cfg(any(test, feature = "internals"))]
 pub use generation::renew_generation;
 #[cfg(any(test, feature = "internals"))]
-pub use hotplug::{attach_disk, detach_disk};
+pub use hotplug::{attach_disk, attach_net, detach_disk, detach_net};
 #[cfg(feature = "container")]
 pub(crate) use net::AddressConfig;
 pub use net::Net;

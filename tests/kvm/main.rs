@@ -178,7 +178,8 @@ tests! {
         hundred_concurrent_short_connections_are_served;
     machine_events: running_debian_6_12_learns_of_each_new_generation
         kernels_without_acpi_learn_of_a_new_generation_by_the_shim power_button_is_pressed_by_stop;
-    hotplug: disks_are_replaced_while_the_guest_runs a_disk_in_use_can_be_detached;
+    hotplug: disks_are_replaced_while_the_guest_runs network_cards_are_replaced_while_the_guest_runs
+        a_disk_in_use_can_be_detached;
     rebuild: rebuilt_guest_keeps_its_data_and_clocks rebuilt_guest_of_four_vcpus_keeps_its_data_and_clocks
         rebuilt_debian_kernel_keeps_its_data_and_clocks rebuilt_debian_kernel_of_four_vcpus_keeps_its_data_and_clocks
         rebuilds_during_boot_do_not_disturb_it rebuilt_vm_stays_paused_until_resumed

@@ -145,6 +145,36 @@ fn unanswered_syn_ends_in_a_reset() {
 }
 
 #[test]
+fn clients_reach_a_guest_that_remembers_another_connection_of_the_same_ports() {
+    let mut guest = Guest::of(Config::new(Policy::deny_all()), Offloads::none());
+    let (_, at) = guest.net.publish_tcp(ANY, 80, Vec::new()).unwrap();
+    let caller = TcpStream::connect(at).unwrap();
+    let segment = |guest: &mut Guest| loop {
+        guest.net.poll();
+        if let Some((frame, _)) = guest.take() {
+            break wire::Tcp::parse(&frame[34..], frame.len() - 34).unwrap();
+        }
+    };
+    let syn = segment(&mut guest);
+    assert_eq!(syn.flags, wire::SYN);
+    // As in TIME-WAIT (RFC 9293, 3.10.7.4).
+    let config = &guest.net.core.config;
+    let macs = wire::MacPair { src: config.guest_mac, dst: config.gateway_mac };
+    let addrs = wire::AddressPair { src: config.guest4.into(), dst: config.gateway4.into() };
+    let (seq, ack) = (99, syn.seq.wrapping_sub(1_000_000));
+    let old = wire::Tcp { src: 80, dst: syn.src, seq, ack, flags: wire::ACK, window: 1000, ..wire::Tcp::default() };
+    let mut head = wire::FrameBuilder::ip(macs, addrs, wire::TCP, 20);
+    head.tcp(&old);
+    guest.send(head.as_slice(), Offload { csum: Some(Csum { start: 34, offset: 16 }), gso: None });
+    let reset = segment(&mut guest);
+    assert_eq!((reset.flags, reset.seq, reset.dst), (wire::RST, ack, 80));
+    let handle = listening(&mut guest, 80);
+    guest.until(|g| g.tcp(handle).may_send().then_some(()));
+    assert_eq!((guest.net.stats().connected, guest.net.stats().unconnected), (1, 0));
+    drop(caller);
+}
+
+#[test]
 fn clients_outside_the_allowed_ranges_are_reset() {
     let mut guest = Guest::new();
     let callers = vec!["192.0.2.0/24".parse::<Cidr>().unwrap()];

@@ -297,6 +297,10 @@ impl TcpFlow {
     fn process_syn_sent(&mut self, core: &mut Core, tcp: &Tcp) -> FlowOutcome {
         let ours = tcp.flags & ACK != 0 && tcp.ack == self.snd_una.wrapping_add(1) && self.snd_max == tcp.ack;
         if !ours {
+            if tcp.flags & (ACK | RST) == ACK {
+                // The guest remembers another connection of these ports. It forgets that one, and takes the next SYN.
+                core.send_reset(self.key, tcp);
+            }
             return FlowOutcome::Live;
         }
         if tcp.flags & RST != 0 {
