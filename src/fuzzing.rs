@@ -300,6 +300,12 @@ pub fn control_stream(data: &[u8]) {
     crate::container::control_stream(data);
 }
 
+/// A profile of system calls, its filter, and calls that the filter judges.
+#[cfg(any(feature = "container", test))]
+pub fn seccomp_profile(data: &[u8]) {
+    crate::container::fuzz_seccomp_profile(data);
+}
+
 /// A kernel file of any bytes, or a valid one that is damaged.
 pub fn kernel_image(data: &[u8]) {
     let Ok(mut file) = sys::temp_file(&std::env::temp_dir()) else {
@@ -542,7 +548,7 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(64))]
         #[test]
         fn arbitrary_bytes_never_panic(data in proptest::collection::vec(any::<u8>(), 0..600)) {
-            for target in [queue, mmio, blk_request, balloon, vsock_packet, proto_frame, control_stream, kernel_image, kernel_module, image_tar, oci_manifest, oci_layer, oci_layer_file, reference, overlay, qcow2] {
+            for target in [queue, mmio, blk_request, balloon, vsock_packet, proto_frame, control_stream, seccomp_profile, kernel_image, kernel_module, image_tar, oci_manifest, oci_layer, oci_layer_file, reference, overlay, qcow2] {
                 target(&data);
             }
         }

@@ -239,7 +239,9 @@ pub mod vsock {
 /// Programs in a container: their streams, their limits, and how they end.
 #[cfg(feature = "container")]
 pub mod process {
-    pub use crate::container::{ExitStatus, Output, ProcessLimits, ProcessReader, ProcessWriter, Resource, Stdio};
+    pub use crate::container::{
+        ExitStatus, Output, ProcessLimits, ProcessReader, ProcessWriter, Resource, SeccompProfile, Stdio,
+    };
 }
 
 /// What an [`Image`] may be.

@@ -149,6 +149,7 @@ fn all() -> BTreeSet<String> {
         process::ProcessReader,
         process::ProcessWriter,
         process::Resource,
+        process::SeccompProfile,
         process::Stdio,
         stats::CgroupStats,
         stats::DeviceStats,

@@ -87,6 +87,7 @@ const APART: &[&str] = &[
     "Rule",
     "RxBuffer",
     "ScratchDisk",
+    "SeccompProfile",
     "SignaturePolicy",
     "Size",
     "Stats",

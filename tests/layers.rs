@@ -99,6 +99,7 @@ const CRATES: &[(&str, &[&str])] = &[
     ("lzma_rust2", &["boot", "container"]),
     ("ruzstd", &["boot", "container"]),
     ("bzip2", &["container"]),
+    ("syscalls", &["container"]),
     ("tokio", &["async_io"]),
 ];
 
@@ -117,7 +118,8 @@ const ARCHITECTURE_WORDS: &[&str] = &[
 const BOOT_PROTOCOLS: &[&str] = &["boot/aarch64", "boot/x86"];
 
 /// Files that choose one of such directories, and so name them.
-const SELECTORS: &[&str] = &["arch/mod.rs", "boot/mod.rs", "guest/sys/arch/mod.rs", "kvm/arch/mod.rs"];
+const SELECTORS: &[&str] =
+    &["arch/mod.rs", "boot/mod.rs", "container/exec/seccomp/arch/mod.rs", "guest/sys/arch/mod.rs", "kvm/arch/mod.rs"];
 
 /// Lines of code, without blank ones, comments and tests, that still are one idea.
 const MAX_CODE: usize = 500;

@@ -26,7 +26,9 @@ pub use builder::{ContainerBuilder, Tmpfs};
 pub use cancel::CancelToken;
 #[cfg(any(test, feature = "internals"))]
 pub(crate) use control::control_stream;
-pub use exec::{Exec, ProcessLimits, Resource, Stdio};
+#[cfg(any(test, feature = "internals"))]
+pub(crate) use exec::fuzz_seccomp_profile;
+pub use exec::{Exec, ProcessLimits, Resource, SeccompProfile, Stdio};
 #[cfg(any(test, feature = "internals"))]
 pub use generation::renew_container_generation;
 #[cfg(all(feature = "registry", any(test, feature = "internals")))]

@@ -94,7 +94,7 @@ fn run() -> ! {
         Err((control, failure)) => control.fail(&failure),
     };
     drop(file);
-    shim.control.say(0, &FromGuest::Ready { user_space_ns, ready_ns: sys::now_ns() });
+    shim.control.say(0, &FromGuest::Ready { user_space_ns, ready_ns: sys::now_ns(), kernel: sys::kernel_version() });
     let outcome = shim.serve();
     finish(shim, writable, outcome)
 }

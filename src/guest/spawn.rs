@@ -142,6 +142,8 @@ pub(super) fn start(
             no_new_privs: spawn.no_new_privs,
             capabilities: spawn.capabilities,
             seal: spawn.seal,
+            filter: spawn.filter,
+            filter_flags: spawn.filter_flags,
         },
         programs: candidates(spawn),
         argv: Vector::new(spawn.argv.iter()).map_err(no(SpawnStep::Fork))?,
@@ -233,6 +235,9 @@ struct Privileges<'a> {
     /// Those that it can ever have.
     capabilities: Option<u64>,
     seal: bool,
+    /// What judges its system calls, unless it is empty.
+    filter: &'a [u8],
+    filter_flags: u32,
 }
 
 /// What the new process does until it is the program.
@@ -309,15 +314,32 @@ impl Child<'_> {
         if let Some(kept) = self.privileges.capabilities {
             drop_capabilities(kept).map_err(at(SpawnStep::Privileges))?;
         }
+        let no_new_privs = self.privileges.no_new_privs;
+        // Where nothing else allows it, the kernel wants root's privileges for it.
+        let early = !no_new_privs && identity.as_ref().is_some_and(|it| it.uid != 0);
+        if early {
+            self.set_filter()?;
+        }
         if let Some(identity) = &identity {
             self.become_user(identity).map_err(at(SpawnStep::User))?;
         }
-        if self.privileges.no_new_privs {
+        if no_new_privs {
             sys::set_no_new_privs().map_err(at(SpawnStep::Privileges))?;
         }
         // What was sent meanwhile takes effect here, with the default actions.
         sys::block_signals(0).map_err(at(SpawnStep::Prepare))?;
+        if !early {
+            self.set_filter()?;
+        }
         Ok(SpawnError::new(SpawnStep::Exec, self.execute(with_home.as_ref().unwrap_or(&self.envp))))
+    }
+
+    fn set_filter(&self) -> Result<(), SpawnError> {
+        let Privileges { filter, filter_flags, .. } = self.privileges;
+        if filter.is_empty() {
+            return Ok(());
+        }
+        sys::set_filter(filter, filter_flags).map_err(|errno| SpawnError::new(SpawnStep::Seccomp, errno))
     }
 
     /// The program can open its own streams again, by `/dev/stdout` for instance.
@@ -389,8 +411,15 @@ fn candidates(spawn: &Spawn<'_>) -> Vec<CString> {
 }
 
 /// The steps that a new process tells by name; all others are [`SpawnStep::Prepare`].
-const REPORTED: [SpawnStep; 6] =
-    [SpawnStep::Chdir, SpawnStep::Exec, SpawnStep::User, SpawnStep::Group, SpawnStep::Rlimit, SpawnStep::Privileges];
+const REPORTED: [SpawnStep; 7] = [
+    SpawnStep::Chdir,
+    SpawnStep::Exec,
+    SpawnStep::User,
+    SpawnStep::Group,
+    SpawnStep::Rlimit,
+    SpawnStep::Privileges,
+    SpawnStep::Seccomp,
+];
 
 /// What the new process says before it is the program: its pid, and if it never becomes the program, why. Then it hangs up.
 #[derive(Debug)]
@@ -497,6 +526,18 @@ mod tests {
         let refused = |user| try_to_start_as(&["true"], Spawn { user: Some(user), ..Spawn::default() });
         assert_eq!(refused(c"no-such-user"), Err(SpawnError::new(SpawnStep::User, Errno::ENOENT)));
         assert_eq!(refused(c"root:no-such-group"), Err(SpawnError::new(SpawnStep::Group, Errno::ENOENT)));
+    }
+
+    #[test]
+    fn filters_are_taken_or_refused_by_the_kernel() {
+        // Allows all: BPF_RET | BPF_K of SECCOMP_RET_ALLOW.
+        let allow = [6, 0, 0, 0, 0, 0, 0xff, 0x7f];
+        let filtered =
+            |filter, no_new_privs| try_to_start_as(&["true"], Spawn { filter, no_new_privs, ..Spawn::default() });
+        assert!(filtered(&allow, true).unwrap() > 0);
+        let refused = Err(SpawnError::new(SpawnStep::Seccomp, Errno::EINVAL));
+        assert_eq!(filtered(&[0xff; 8], true), refused, "no instruction");
+        assert_eq!(filtered(&[6, 0, 0], true), refused, "no program");
     }
 
     #[test]

@@ -126,6 +126,7 @@ impl From<Fd> for std::os::fd::OwnedFd {
 
 mod arch;
 mod disk;
+mod filter;
 mod identity;
 mod interface;
 mod random;
@@ -134,6 +135,7 @@ mod terminal;
 
 pub(super) use arch::{O_DIRECTORY, O_NOFOLLOW, end_machine, print};
 pub(super) use disk::{disk_size, grow_file_system};
+pub(super) use filter::{kernel_version, set_filter};
 pub(super) use identity::{become_user, change_owner, drop_capability, is_regular, set_no_new_privs, set_rlimit};
 pub(super) use interface::{
     interface_index, interface_socket, interface_socket6, interface_up, set_address, set_address6, set_gateway,

@@ -47,6 +47,7 @@ mod tag {
 
     pub(super) const USER_SPACE_NS: u8 = 1;
     pub(super) const READY_NS: u8 = 2;
+    pub(super) const KERNEL: u8 = 3;
 
     pub(super) const STAGE: u8 = 1;
     pub(super) const ERRNO: u8 = 2;
@@ -152,6 +153,8 @@ byte_enum! {
         Privileges = 11,
         /// Setting the limits of its cgroup.
         Limit = 12,
+        /// Setting its filter of system calls.
+        Seccomp = 13,
     }
 }
 
@@ -213,6 +216,8 @@ pub(crate) enum FromGuest<'a> {
         user_space_ns: u64,
         /// Now.
         ready_ns: u64,
+        /// The first two numbers of the kernel's version, 16 bits each; 0 if unknown.
+        kernel: u32,
     },
     /// The shim cannot go on and ends the machine.
     Failed {
@@ -368,9 +373,10 @@ impl<'a> FromGuest<'a> {
                     fields.u32(tag::MIN, min);
                     fields.u32(tag::MAX, max);
                 }
-                Self::Ready { user_space_ns, ready_ns } => {
+                Self::Ready { user_space_ns, ready_ns, kernel } => {
                     fields.u64(tag::USER_SPACE_NS, user_space_ns);
                     fields.u64(tag::READY_NS, ready_ns);
+                    fields.u32(tag::KERNEL, kernel);
                 }
                 Self::Failed { stage, errno, text } => {
                     fields.u8(tag::STAGE, stage as u8);
@@ -407,6 +413,7 @@ impl<'a> FromGuest<'a> {
             READY => Self::Ready {
                 user_space_ns: fields.u64(tag::USER_SPACE_NS, "time of user space")?.unwrap_or(0),
                 ready_ns: fields.u64(tag::READY_NS, "time of readiness")?.unwrap_or(0),
+                kernel: fields.u32(tag::KERNEL, "version of the kernel")?.unwrap_or(0),
             },
             FAILED => Self::Failed {
                 stage: Stage::parse(fields.u8(tag::STAGE, "stage")?.unwrap_or(0)).unwrap_or(Stage::Other),

@@ -54,7 +54,9 @@ pub(crate) use {
     field::Malformed,
     frame::{Decoder, FrameError, HEADER_SIZE, MessageFrame},
     message::{End, FromGuest, FromHost, SpawnStep, Stage},
-    spawn::{CPU_PERIOD_US, CPU_WEIGHTS, ProcessLimits, Rlimit, Rlimits, Spawn, Stdio, TerminalSize},
+    spawn::{
+        CPU_PERIOD_US, CPU_WEIGHTS, FILTER_INSTRUCTION, ProcessLimits, Rlimit, Rlimits, Spawn, Stdio, TerminalSize,
+    },
     strings::{Nul, StringBuf, Strings},
 };
 
@@ -91,7 +93,7 @@ pub(crate) const EXIT_FAULT: u8 = 0x37;
 /// The oldest version of the protocol that this build speaks.
 pub(crate) const VERSION_MIN: u32 = 1;
 /// The newest version of the protocol that this build speaks.
-pub(crate) const VERSION_MAX: u32 = 6;
+pub(crate) const VERSION_MAX: u32 = 7;
 /// The version since which the shim listens on [`CONNECT_PORT`].
 pub(crate) const VERSION_CONNECT: u32 = 2;
 
@@ -106,6 +108,9 @@ pub(crate) const VERSION_USER: u32 = 5;
 
 /// The version since which programs have terminals, limits, added groups and fewer privileges.
 pub(crate) const VERSION_PRIVILEGES: u32 = 6;
+
+/// The version since which programs have filters of system calls, and the shim says which kernel it runs on.
+pub(crate) const VERSION_SECCOMP: u32 = 7;
 
 /// The length of what makes a kernel's random numbers new.
 pub(crate) const SEED_SIZE: usize = 32;

@@ -30,6 +30,8 @@ mod tag {
     pub(super) const NO_NEW_PRIVS: u8 = 20;
     pub(super) const CAPABILITIES: u8 = 21;
     pub(super) const SEAL: u8 = 22;
+    pub(super) const FILTER: u8 = 23;
+    pub(super) const FILTER_FLAGS: u8 = 24;
 }
 
 /// One of the three standard streams of a new process.
@@ -121,6 +123,11 @@ impl<'a> Rlimits<'a> {
     }
 }
 
+/// Bytes of one instruction of a filter (struct sock_filter).
+pub(crate) const FILTER_INSTRUCTION: usize = 8;
+/// Instructions of a filter, at most (Linux, `BPF_MAXINSNS`).
+const FILTER_MAX: usize = 4096;
+
 /// A program to start.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(crate) struct Spawn<'a> {
@@ -156,6 +163,10 @@ pub(crate) struct Spawn<'a> {
     pub(crate) capabilities: Option<u64>,
     /// Files of the kernel by which it could undo its limits are read-only for it.
     pub(crate) seal: bool,
+    /// The instructions by which the kernel judges its system calls (seccomp(2)); none if empty.
+    pub(crate) filter: &'a [u8],
+    /// Flags of seccomp(2).
+    pub(crate) filter_flags: u32,
 }
 
 impl<'a> Spawn<'a> {
@@ -197,6 +208,10 @@ impl<'a> Spawn<'a> {
         fields.flag(tag::NO_NEW_PRIVS, self.no_new_privs);
         fields.flag(tag::SEAL, self.seal);
         self.capabilities.into_iter().for_each(|kept| fields.u64(tag::CAPABILITIES, kept));
+        if !self.filter.is_empty() {
+            fields.bytes(tag::FILTER, self.filter);
+            fields.u32(tag::FILTER_FLAGS, self.filter_flags);
+        }
     }
 
     pub(super) fn parse(fields: &Fields<'a>) -> Result<Self, Malformed> {
@@ -232,6 +247,10 @@ impl<'a> Spawn<'a> {
         if cpu_weight.is_some_and(|weight| !CPU_WEIGHTS.contains(&weight)) {
             return Err(Malformed("processor weight"));
         }
+        let filter = fields.get(tag::FILTER).unwrap_or_default();
+        if !filter.len().is_multiple_of(FILTER_INSTRUCTION) || filter.len() > FILTER_MAX * FILTER_INSTRUCTION {
+            return Err(Malformed("filter of system calls"));
+        }
         Ok(Self {
             argv,
             env: Strings::parse(fields.get(tag::ENV).unwrap_or_default(), "environment")?,
@@ -254,6 +273,8 @@ impl<'a> Spawn<'a> {
             no_new_privs: fields.flag(tag::NO_NEW_PRIVS, "privileges")?,
             capabilities: fields.u64(tag::CAPABILITIES, "capabilities")?,
             seal: fields.flag(tag::SEAL, "sealing")?,
+            filter,
+            filter_flags: fields.u32(tag::FILTER_FLAGS, "flags of a filter")?.unwrap_or(0),
         })
     }
 }

@@ -132,6 +132,7 @@ proptest! {
         terminal in proptest::option::of(any::<[u16; 2]>()), groups in vec(text(), 0..3),
         limits in any::<(Option<u64>, Option<u32>, Option<u64>)>(), cpu_weight in proptest::option::of(CPU_WEIGHTS),
         rlimits in vec((0..16u8, any::<[u64; 2]>()), 0..4), no_new_privs in any::<bool>(), seal in any::<bool>(), capabilities in any::<Option<u64>>(),
+        filter in vec(any::<[u8; 8]>(), 0..4), flags in any::<u32>(),
     ) {
         let (argv_list, env_list) = (list(&argv), list(&env));
         let groups = list(&groups);
@@ -147,6 +148,7 @@ proptest! {
             argv: argv_list.as_strings(), env: env_list.as_strings(), cwd: cwd.as_deref(), stdio, cookie: &cookie,
             user: user.as_deref(), home, make_cwd, stop_signal, terminal, groups: groups.as_strings(),
             limits: ProcessLimits { memory, pids, cpu_weight, cpu_quota_us }, rlimits: Rlimits(&packed), no_new_privs, capabilities, seal,
+            filter: filter.as_flattened(), filter_flags: if filter.is_empty() { 0 } else { flags },
         });
         let mut bytes = Vec::new();
         spawn.encode(stream, &mut bytes).unwrap();
@@ -217,7 +219,7 @@ fn every_other_message_round_trips() {
     }
     let mut guest = vec![
         FromGuest::Hello { min: 1, max: u32::MAX },
-        FromGuest::Ready { user_space_ns: u64::MAX, ready_ns: 1 },
+        FromGuest::Ready { user_space_ns: u64::MAX, ready_ns: 1, kernel: 6 << 16 | 12 },
         FromGuest::Spawned { pid: 2 },
         FromGuest::Exited { code: 255 },
         FromGuest::Signaled { signo: 9, oom: true },
@@ -310,6 +312,18 @@ fn a_long_failure_text_is_cut() {
     let mut bytes = Vec::new();
     FromGuest::Failed { stage: Stage::Mount, errno: 0, text: &[b'x'; 9000] }.encode(0, &mut bytes).unwrap();
     assert!(bytes.len() <= FROM_GUEST_MAX + HEADER_SIZE);
+}
+
+#[test]
+fn filters_that_linux_would_not_take_are_refused() {
+    let argv = list(&[b"true".to_vec()]);
+    for (len, fine) in [(0, true), (8, true), (9, false), (4096 * 8, true), (4097 * 8, false)] {
+        let filter = vec![0; len];
+        let spawn = FromHost::Spawn(Spawn { argv: argv.as_strings(), filter: &filter, ..Spawn::default() });
+        let mut bytes = Vec::new();
+        spawn.encode(1, &mut bytes).unwrap();
+        assert_eq!(FromHost::parse(&view(&only_frame(&bytes))).is_ok(), fine, "{len}");
+    }
 }
 
 #[test]

@@ -39,6 +39,7 @@ mod programs;
 #[path = "../../examples/proxy_command.rs"]
 mod proxy_command;
 mod rebuild;
+mod seccomp;
 mod settings;
 mod spec;
 mod start_failures;
@@ -196,6 +197,8 @@ tests! {
         resource_limits_are_inherited_by_children capabilities_and_new_privileges_are_taken_away;
     volumes: volumes_outlive_containers_and_have_one_writer volumes_of_killed_containers_recover_and_volumes_grow
         directories_are_volumes_of_many_containers a_kept_layer_is_what_the_next_container_begins_with;
+    seccomp: denied_calls_fail_in_a_program_and_its_children calls_that_kill_end_the_program_by_sigsys
+        programs_that_may_not_begin_are_errors_or_killed ordinary_programs_run_under_a_profile_of_dockers_form;
     settings: programs_have_the_environment_user_and_directory_of_the_builder
         memory_file_systems_have_their_size_and_mode read_only_root_takes_writes_in_memory_alone
         secrets_are_in_memory_alone_and_read_only names_of_hosts_and_servers_are_written

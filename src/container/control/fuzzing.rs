@@ -42,7 +42,11 @@ impl Script<'_> {
             2 => FromGuest::Exited { code: value },
             3 => FromGuest::Signaled { signo: value, oom: value % 2 == 0 },
             4 => FromGuest::Hello { min: u32::from(value) % 4, max: value.into() },
-            5 => FromGuest::Ready { user_space_ns: value.into(), ready_ns: u64::MAX - u64::from(value) },
+            5 => FromGuest::Ready {
+                user_space_ns: value.into(),
+                ready_ns: u64::MAX - u64::from(value),
+                kernel: value.into(),
+            },
             6 => FromGuest::Ending { end: End::Halt },
             7 => FromGuest::Connected { errno: value.into() },
             8 => FromGuest::Reseeded { errno: value.into() },

@@ -26,6 +26,8 @@ pub(super) struct Handshake {
     pub startup: Startup,
     /// The version of the protocol that both speak.
     pub version: u32,
+    /// The guest's kernel, as the shim says: two numbers of 16 bits each.
+    pub kernel: u32,
 }
 
 /// Until when a start may go on: its deadline, `None` for none, and the token that ends it before.
@@ -98,10 +100,10 @@ pub(super) fn converse(stream: VsockStream, begin: Instant, start_deadline: &Sta
                     // The stream is new, so it has room for the few bytes of this.
                     stream.connection().write_all(&hello).doing(|| "greeting the shim")?;
                 }
-                Some(FromGuest::Ready { user_space_ns, ready_ns }) => {
+                Some(FromGuest::Ready { user_space_ns, ready_ns, kernel }) => {
                     let startup = startup(begin.elapsed(), user_space_ns, ready_ns);
                     let version = common.ok_or_else(|| protocol_error(&"Ready before Hello"))?;
-                    return Ok(Handshake { stream, startup, version });
+                    return Ok(Handshake { stream, startup, version, kernel });
                 }
                 Some(FromGuest::Failed { stage, errno, text }) => {
                     let os =
@@ -236,7 +238,7 @@ mod tests {
     #[test]
     fn ready_before_hello_is_a_protocol_error() {
         let (near, far) = pair();
-        (&far).write_all(&frame(&FromGuest::Ready { user_space_ns: 1, ready_ns: 2 })).unwrap();
+        (&far).write_all(&frame(&FromGuest::Ready { user_space_ns: 1, ready_ns: 2, kernel: 0 })).unwrap();
         assert!(greeted(near, &soon(10_000)).err().unwrap().to_string().contains("before Hello"));
     }
 

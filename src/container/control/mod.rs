@@ -51,7 +51,7 @@ use handshake::{Handshake, StartDeadline};
 
 use super::Startup;
 use super::cancel::CancelToken;
-use super::exec::PrivilegesRequest;
+use super::exec::{KernelVersion, PrivilegesRequest};
 use super::process::ProcessShared;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::event_loop::{Interest, Loop, REQUEST_TIMEOUT, Remote, Sources};
@@ -71,6 +71,7 @@ pub(super) struct Agent {
     looped: Loop<ControlClient>,
     startup: Startup,
     version: u32,
+    kernel: KernelVersion,
     ports: AtomicU32,
 }
 
@@ -101,7 +102,7 @@ impl StartRequest {
         let (argv, env, cwd) = (self.argv.as_strings(), self.env.as_strings(), self.cwd.as_deref());
         let stdio = self.ports.map(|port| port.map_or(Stdio::Null, Stdio::Port));
         let (user, home, make_cwd) = (self.user.as_deref(), self.home, self.make_cwd);
-        let PrivilegesRequest { groups, limits, rlimits, no_new_privs, capabilities, seal } = &self.privileges;
+        let PrivilegesRequest { groups, limits, rlimits, no_new_privs, capabilities, seal, seccomp } = &self.privileges;
         FromHost::Spawn(Spawn {
             argv,
             env,
@@ -119,6 +120,8 @@ impl StartRequest {
             no_new_privs: *no_new_privs,
             capabilities: *capabilities,
             seal: *seal,
+            filter: seccomp.as_ref().map(|filter| filter.program.as_slice()).unwrap_or_default(),
+            filter_flags: seccomp.as_ref().map_or(0, |filter| filter.flags),
         })
     }
 }
@@ -130,7 +133,7 @@ impl Agent {
     /// As [`handshake::handshake`].
     pub(super) fn start(vm: &Vm, begin: Instant, timeout: Duration, cancel: Option<&CancelToken>) -> Result<Self> {
         let start_deadline = StartDeadline { deadline: deadline(timeout), cancel };
-        let Handshake { stream, startup, version } = handshake::handshake(vm, begin, timeout, &start_deadline)?;
+        let Handshake { stream, startup, version, kernel } = handshake::handshake(vm, begin, timeout, &start_deadline)?;
         let timer = Timer::new().doing(|| "creating a timer")?;
         let client = ControlClient::new(stream, timer, vm.downgrade())?;
         let mut trouble = Ok(());
@@ -140,7 +143,8 @@ impl Agent {
         })?;
         trouble?;
         vm.downgrade().push_event(EventKind::Ready);
-        Ok(Self { looped, startup, version, ports: AtomicU32::new(0) })
+        let kernel = KernelVersion { major: (kernel >> 16) as u16, minor: kernel as u16 };
+        Ok(Self { looped, startup, version, kernel, ports: AtomicU32::new(0) })
     }
 
     pub(super) fn startup(&self) -> Startup {
@@ -154,6 +158,11 @@ impl Agent {
 
     pub(super) fn remote(&self) -> Remote<ControlClient> {
         self.looped.remote()
+    }
+
+    /// The version of the guest's kernel, as the shim says.
+    pub(super) fn kernel(&self) -> KernelVersion {
+        self.kernel
     }
 
     /// A vsock port of the host for one stream of one process.

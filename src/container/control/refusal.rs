@@ -18,6 +18,7 @@ pub(super) fn spawn_error(step: SpawnStep, errno: i32) -> Error {
         SpawnStep::Group => "becoming a member of the group",
         SpawnStep::Rlimit => "setting its resource limits",
         SpawnStep::Privileges => "giving up privileges",
+        SpawnStep::Seccomp => "setting its filter of system calls",
         SpawnStep::Limit => "limiting what it uses",
         SpawnStep::Prepare => "preparing the process",
         SpawnStep::Request => "asking for it",
@@ -28,10 +29,17 @@ pub(super) fn spawn_error(step: SpawnStep, errno: i32) -> Error {
         (SpawnStep::User, libc::ENOENT) => ", which is not in the container's /etc/passwd",
         (SpawnStep::Group, libc::ENOENT) => ", which is not in the container's /etc/group",
         (SpawnStep::Limit, libc::ENOENT) => ", for which the guest's kernel has no cgroup controller",
+        (SpawnStep::Seccomp, libc::EINVAL | libc::ENOSYS) => {
+            ", which the guest's kernel does not take: it needs CONFIG_SECCOMP_FILTER"
+        }
         _ => "",
     };
     let error = Error::from(os);
-    let kind = if errno == libc::ENOEXEC { ErrorKind::Incompatible } else { error.kind() };
+    let kind = match (step, errno) {
+        (_, libc::ENOEXEC) => ErrorKind::Incompatible,
+        (SpawnStep::Seccomp, libc::EINVAL | libc::ENOSYS) => ErrorKind::Unsupported,
+        _ => error.kind(),
+    };
     error.with_kind(kind).doing(format!("{doing}{hint}"))
 }
 
@@ -46,6 +54,8 @@ mod tests {
             (SpawnStep::Exec, libc::ENOEXEC, ErrorKind::Incompatible, "processor architecture"),
             (SpawnStep::User, libc::ENOENT, ErrorKind::NotFound, "/etc/passwd"),
             (SpawnStep::Group, libc::ENOENT, ErrorKind::NotFound, "/etc/group"),
+            (SpawnStep::Seccomp, libc::EINVAL, ErrorKind::Unsupported, "CONFIG_SECCOMP_FILTER"),
+            (SpawnStep::Seccomp, libc::EACCES, ErrorKind::PermissionDenied, "filter of system calls"),
             (SpawnStep::Chdir, libc::EACCES, ErrorKind::PermissionDenied, "working directory"),
         ] {
             let error = spawn_error(step, errno);

@@ -3,6 +3,7 @@
 mod capabilities;
 mod limits;
 mod privileges;
+mod seccomp;
 
 use std::ffi::{CString, OsString};
 use std::fs::File;
@@ -13,6 +14,10 @@ use std::time::Duration;
 
 pub use limits::{ProcessLimits, Resource};
 pub(super) use privileges::PrivilegesRequest;
+pub(super) use seccomp::KernelVersion;
+pub use seccomp::SeccompProfile;
+#[cfg(any(test, feature = "internals"))]
+pub(crate) use seccomp::fuzz as fuzz_seccomp_profile;
 
 use super::control::{StartRequest, start_program};
 use super::defaults::{HOME, ProgramDefaults};
@@ -21,7 +26,7 @@ use super::redirect::SharedFile;
 use super::stdio::StdioListeners;
 use super::{Container, redirect};
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::proto::{StringBuf, TerminalSize, VERSION_PRIVILEGES, VERSION_USER};
+use crate::proto::{StringBuf, TerminalSize, VERSION_PRIVILEGES, VERSION_SECCOMP, VERSION_USER};
 use crate::size::Size;
 use crate::sys::deadline;
 use crate::virtio::vsock::VsockStream;
@@ -347,7 +352,11 @@ impl Exec {
         check_outputs(&stdio)?;
         let (vm, agent) = (self.container.vm(), self.container.agent());
         let (make_cwd, stop_signal) = (self.make_dir, self.stop_signal);
-        let (terminal, privileges) = (self.terminal, self.privileges.request()?);
+        let (terminal, privileges) = (self.terminal, self.privileges.request(agent.kernel())?);
+        if privileges.seccomp.is_some() && agent.version() < VERSION_SECCOMP {
+            let old = "the guest's shim is too old for filters of system calls";
+            return Err(Error::new(ErrorKind::Unsupported, old));
+        }
         if (terminal.is_some() || privileges.is_any()) && agent.version() < VERSION_PRIVILEGES {
             let old = "the guest's shim is too old for terminals, limits and capabilities";
             return Err(Error::new(ErrorKind::Unsupported, old));

@@ -3,6 +3,7 @@
 use std::ffi::OsString;
 
 use super::limits::{ProcessLimits, Resource};
+use super::seccomp::{KernelVersion, ProgramTraits, SeccompFilter, SeccompProfile};
 use super::{Exec, capabilities};
 use crate::error::{Error, Result};
 use crate::proto::{self, Rlimit, StringBuf};
@@ -17,6 +18,7 @@ pub(in crate::container) struct Privileges {
     /// All, unless some are named.
     capabilities: Option<Vec<String>>,
     hardened: bool,
+    pub(super) seccomp: Option<SeccompProfile>,
 }
 
 /// Processes and threads of a program that is hardened.
@@ -39,12 +41,13 @@ pub(in crate::container) struct PrivilegesRequest {
     pub capabilities: Option<u64>,
     /// Files of the kernel are read-only for it.
     pub seal: bool,
+    pub seccomp: Option<SeccompFilter>,
 }
 
 impl PrivilegesRequest {
-    /// Whether an older shim would leave something of it out.
+    /// Whether a shim before [`proto::VERSION_PRIVILEGES`] would leave something of it out.
     pub(in crate::container) fn is_any(&self) -> bool {
-        let Self { groups, limits, rlimits, no_new_privs, capabilities, seal } = self;
+        let Self { groups, limits, rlimits, no_new_privs, capabilities, seal, seccomp: _ } = self;
         !groups.as_strings().is_empty()
             || limits.is_any()
             || !rlimits.is_empty()
@@ -57,7 +60,7 @@ impl PrivilegesRequest {
 impl Privileges {
     /// # Errors
     /// `InvalidConfig`, naming the method, for what cannot be.
-    pub(super) fn request(&self) -> Result<PrivilegesRequest> {
+    pub(super) fn request(&self, kernel: KernelVersion) -> Result<PrivilegesRequest> {
         let (mut groups, mut rlimits) = (StringBuf::new(), Vec::new());
         for group in &self.groups {
             groups
@@ -78,7 +81,9 @@ impl Privileges {
             capabilities = Some(capabilities.unwrap_or(u64::MAX) & capabilities::set(capabilities::DEFAULT)?);
         }
         let no_new_privs = self.no_new_privs || self.hardened;
-        Ok(PrivilegesRequest { groups, limits, rlimits, no_new_privs, capabilities, seal: self.hardened })
+        let program = ProgramTraits { capabilities: capabilities.unwrap_or(u64::MAX), kernel };
+        let seccomp = self.seccomp.as_ref().map(|profile| profile.filter(program)).transpose()?;
+        Ok(PrivilegesRequest { groups, limits, rlimits, no_new_privs, capabilities, seal: self.hardened, seccomp })
     }
 }
 
@@ -151,6 +156,8 @@ mod tests {
     use super::*;
     use crate::error::ErrorKind;
 
+    const KERNEL: KernelVersion = KernelVersion { major: 6, minor: 12 };
+
     #[test]
     fn privileges_that_cannot_be_are_refused_by_name() {
         let wrong = [
@@ -166,16 +173,16 @@ mod tests {
             ),
         ];
         for (privileges, method) in wrong {
-            let error = privileges.request().map(drop).unwrap_err();
+            let error = privileges.request(KERNEL).map(drop).unwrap_err();
             assert!(error.kind() == ErrorKind::InvalidConfig && error.to_string().contains(method), "{error}");
         }
-        assert!(!Privileges::default().request().unwrap().is_any());
+        assert!(!Privileges::default().request(KERNEL).unwrap().is_any());
     }
 
     #[test]
     fn hardening_adds_to_other_restrictions_and_lifts_none() {
         let hardened = Privileges { hardened: true, ..Privileges::default() };
-        let request = hardened.request().unwrap();
+        let request = hardened.request(KERNEL).unwrap();
         assert_eq!((request.capabilities, request.limits.pids), (Some(0xa804_25fb), Some(4096)));
         assert!(request.no_new_privs);
         let request = Privileges {
@@ -183,7 +190,7 @@ mod tests {
             limits: ProcessLimits::new().processes(32),
             ..hardened
         };
-        let request = request.request().unwrap();
+        let request = request.request(KERNEL).unwrap();
         assert_eq!((request.capabilities, request.limits.pids), (Some(1 << 5), Some(32)));
     }
 }

@@ -31,7 +31,7 @@ fn answers_to_no_request_are_dropped_and_counted() {
     // Said before this conversation, or on another connection.
     let misplaced = [
         FromGuest::Hello { min: 1, max: 3 },
-        FromGuest::Ready { user_space_ns: 1, ready_ns: 2 },
+        FromGuest::Ready { user_space_ns: 1, ready_ns: 2, kernel: 0 },
         FromGuest::Connected { errno: 0 },
     ];
     misplaced.iter().for_each(|message| receive(&mut client, &far, &frame(number, message)));
@@ -217,7 +217,7 @@ fn all_words_of_a_shim_that_fails_arrive_behind_its_ready() {
     let (near, far, _tail) = VsockStream::pair().unwrap();
     let said = [
         frame(0, &FromGuest::Hello { min: 1, max: 3 }),
-        frame(0, &FromGuest::Ready { user_space_ns: 1, ready_ns: 2 }),
+        frame(0, &FromGuest::Ready { user_space_ns: 1, ready_ns: 2, kernel: 0 }),
         frame(0, &FromGuest::Failed { stage: Stage::Reaper, errno: 0, text: b"gone" }),
     ];
     (&far).write_all(&said.concat()).unwrap();

@@ -50,7 +50,7 @@ impl Said {
             Self::Exited(code) => FromGuest::Exited { code },
             Self::Signaled(oom) => FromGuest::Signaled { signo: 15, oom },
             Self::Hello => FromGuest::Hello { min: 1, max: 3 },
-            Self::Ready => FromGuest::Ready { user_space_ns: 2, ready_ns: 1 },
+            Self::Ready => FromGuest::Ready { user_space_ns: 2, ready_ns: 1, kernel: 0 },
             Self::Ending => FromGuest::Ending { end: End::Halt },
             Self::Connected => FromGuest::Connected { errno: 5 },
             Self::Failed => FromGuest::Failed { stage: Stage::Other, errno: 1, text: b"\n\x1b" },

@@ -63,9 +63,11 @@ pub(in super::super) mod nr {
     pub(in super::super::super) const ACCEPT4: usize = 242;
     pub(in super::super::super) const WAIT4: usize = 260;
     pub(in super::super::super) const FSTATFS: usize = 44;
+    pub(in super::super::super) const UNAME: usize = 160;
     pub(in super::super::super) const PRCTL: usize = 167;
     pub(in super::super::super) const PRLIMIT64: usize = 261;
     pub(in super::super::super) const FINIT_MODULE: usize = 273;
+    pub(in super::super::super) const SECCOMP: usize = 277;
     pub(in super::super::super) const STATX: usize = 291;
     pub(in super::super::super) const CLONE3: usize = 435;
     pub(in super::super::super) const CLOSE_RANGE: usize = 436;

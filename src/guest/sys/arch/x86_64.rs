@@ -29,6 +29,7 @@ pub(in super::super) mod nr {
     pub(in super::super::super) const EXECVE: usize = 59;
     pub(in super::super::super) const WAIT4: usize = 61;
     pub(in super::super::super) const KILL: usize = 62;
+    pub(in super::super::super) const UNAME: usize = 63;
     pub(in super::super::super) const FCNTL: usize = 72;
     pub(in super::super::super) const CHDIR: usize = 80;
     pub(in super::super::super) const FCHDIR: usize = 81;
@@ -67,6 +68,7 @@ pub(in super::super) mod nr {
     pub(in super::super::super) const PIPE2: usize = 293;
     pub(in super::super::super) const PRLIMIT64: usize = 302;
     pub(in super::super::super) const FINIT_MODULE: usize = 313;
+    pub(in super::super::super) const SECCOMP: usize = 317;
     pub(in super::super::super) const STATX: usize = 332;
     pub(in super::super::super) const CLONE3: usize = 435;
     pub(in super::super::super) const CLOSE_RANGE: usize = 436;
