@@ -294,6 +294,34 @@ pub fn proto_frame(data: &[u8]) {
     }
 }
 
+/// Records of a conversation about files, in any pieces. What is understood is written as it was.
+#[cfg(any(feature = "container", test))]
+pub fn proto_files(data: &[u8]) {
+    use crate::proto::{Decoder, FILES_FRAME_MAX, FileRecord, is_entry_name};
+    let (mut decoder, mut again, mut bytes) =
+        (Decoder::new(FILES_FRAME_MAX), Decoder::new(FILES_FRAME_MAX), Bytes(data));
+    let size = usize::from(bytes.byte()) + 1;
+    while !bytes.done() {
+        let mut input = bytes.take(size);
+        while let Ok(Some(frame)) = decoder.next(&mut input) {
+            let Ok(Some(record)) = FileRecord::parse(&frame) else { continue };
+            if let FileRecord::Entry(entry) = record {
+                assert!(entry.name.is_empty() || is_entry_name(entry.name), "{entry:?}");
+                assert!(entry.mode <= 0o7777 && entry.nanoseconds < 1_000_000_000, "{entry:?}");
+            }
+            let mut written = Vec::new();
+            assert!(record.encode(&mut written).is_ok(), "{record:?}");
+            let mut written = &written[..];
+            let parsed = again
+                .next(&mut written)
+                .ok()
+                .flatten()
+                .map(|frame| FileRecord::parse(&frame).ok().flatten() == Some(record));
+            assert_eq!(parsed, Some(true), "{record:?}");
+        }
+    }
+}
+
 /// A hostile shim on the other end of the control stream.
 #[cfg(any(feature = "container", test))]
 pub fn control_stream(data: &[u8]) {
@@ -548,7 +576,7 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(64))]
         #[test]
         fn arbitrary_bytes_never_panic(data in proptest::collection::vec(any::<u8>(), 0..600)) {
-            for target in [queue, mmio, blk_request, balloon, vsock_packet, proto_frame, control_stream, seccomp_profile, kernel_image, kernel_module, image_tar, oci_manifest, oci_layer, oci_layer_file, reference, overlay, qcow2] {
+            for target in [queue, mmio, blk_request, balloon, vsock_packet, proto_frame, proto_files, control_stream, seccomp_profile, kernel_image, kernel_module, image_tar, oci_manifest, oci_layer, oci_layer_file, reference, overlay, qcow2] {
                 target(&data);
             }
         }

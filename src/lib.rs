@@ -100,6 +100,7 @@
 //! | `Process::kill`, `Process::signal`, `Process::resize` | 10 s, for a host that is busy |
 //! | `Container::connect` | 21 s: 10 s for a host that is busy, 11 s for the guest |
 //! | `Container::connect_within` | its `timeout`, and the same for the last try |
+//! | `Files::read`, `Files::open`, `Files::write`, `Files::list`, `Files::stat`, `Files::create_dir`, `CopyIn::run`, `CopyOut::run` | `Files::timeout`, an hour unless set, and 20 s; at most 50 s once the guest is silent |
 //! | [`Vm::connect_vsock`] | 20 s: 10 s for a host that is busy, 10 s for the guest |
 //! | `Container::stop`, [`Vm::stop`] | the grace and 2 s; 15 s more where a file of the host's, or a writer or network of the embedder's, hangs |
 //! | `Container::kill`, [`Vm::kill`] | does not wait |
@@ -242,6 +243,13 @@ pub mod process {
     pub use crate::container::{
         ExitStatus, Output, ProcessLimits, ProcessReader, ProcessWriter, Resource, SeccompProfile, Stdio,
     };
+}
+
+/// Files of a running container; see [`Container::files`].
+#[cfg(feature = "container")]
+pub mod files {
+    pub use crate::container::{CopyIn, CopyOut, CopyReport, FileDigest};
+    pub use crate::container::{DirEntry, FileKind, FileMetadata, FileReader, Files};
 }
 
 /// What an [`Image`] may be.

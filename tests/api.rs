@@ -9,7 +9,9 @@ use std::fmt::Debug;
 use std::os::fd::{AsFd, AsRawFd};
 use std::{fs, path::Path};
 
-use cofferdam::{backend, cpu, disk, event, exit, host, image, kernel, memory, net, process, stats, tokio, vsock};
+use cofferdam::{
+    backend, cpu, disk, event, exit, files, host, image, kernel, memory, net, process, stats, tokio, vsock,
+};
 
 fn good<T: Debug + Send + Sync>() {}
 fn awaitable<T: AsFd + AsRawFd>() {}
@@ -95,6 +97,15 @@ fn all() -> BTreeSet<String> {
         exit::ExitReport,
         exit::Registers,
         exit::Stage,
+        files::CopyIn,
+        files::CopyOut,
+        files::CopyReport,
+        files::DirEntry,
+        files::FileDigest,
+        files::FileKind,
+        files::FileMetadata,
+        files::FileReader,
+        files::Files,
         host::Exposure,
         host::KvmAccess,
         host::Vulnerability,

@@ -13,9 +13,13 @@ use std::path::{Path, PathBuf};
 const HANDLES: &[&str] = &[
     "Async",
     "Container",
+    "CopyIn",
+    "CopyOut",
     "DiskHandle",
     "Events",
     "Exec",
+    "FileReader",
+    "Files",
     "NetHandle",
     "Process",
     "ProcessReader",

@@ -70,7 +70,8 @@ const LAYERS: &[(&str, &[&str])] = &[
 
 /// Modules that the crate's users see. Inside, the layer is named that a thing comes from.
 const FACADES: &[&str] = &[
-    "backend", "cpu", "disk", "event", "exit", "host", "image", "kernel", "net", "process", "stats", "tokio", "vsock",
+    "backend", "cpu", "disk", "event", "exit", "files", "host", "image", "kernel", "net", "process", "stats", "tokio",
+    "vsock",
 ];
 
 /// Crates that live in one layer only.

@@ -6,6 +6,7 @@ mod control;
 mod defaults;
 mod exec;
 mod ext4;
+mod files;
 #[cfg(any(test, feature = "internals"))]
 mod generation;
 mod image;
@@ -29,6 +30,7 @@ pub(crate) use control::control_stream;
 #[cfg(any(test, feature = "internals"))]
 pub(crate) use exec::fuzz_seccomp_profile;
 pub use exec::{Exec, ProcessLimits, Resource, SeccompProfile, Stdio};
+pub use files::{CopyIn, CopyOut, CopyReport, DirEntry, FileDigest, FileKind, FileMetadata, FileReader, Files};
 #[cfg(any(test, feature = "internals"))]
 pub use generation::renew_container_generation;
 #[cfg(all(feature = "registry", any(test, feature = "internals")))]

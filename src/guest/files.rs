@@ -92,7 +92,7 @@ pub(super) fn append_unless(path: &CStr, word: Option<&[u8]>, lines: &[u8]) -> R
 }
 
 /// Writes all of it, in as many calls as it takes.
-fn write_all(fd: &Fd, mut content: &[u8]) -> Result<(), Errno> {
+pub(super) fn write_all(fd: &Fd, mut content: &[u8]) -> Result<(), Errno> {
     while !content.is_empty() {
         match sys::write(fd, content) {
             Ok(0) => return Err(Errno::EIO),

@@ -9,6 +9,7 @@
 //!  cgroup     the programs' groups          connect   the host's connections to services
 //!  shutdown   the order of the machine's end          user      users and groups of programs
 //!  terminal   a program's terminal                      seal      files of the kernel, for hardened programs
+//!  file_server, file_worker, file_copy   the host's requests for files, each in a process of its own
 //! ```
 //! `build.rs` compiles this file alone into the program that the library embeds; as a module of the library it is compiled for tests only.
 #![cfg_attr(guest_bin, no_std, no_main)]
@@ -23,6 +24,9 @@ mod proto;
 mod cgroup;
 mod connect;
 mod control;
+mod file_copy;
+mod file_server;
+mod file_worker;
 mod files;
 mod modules;
 mod mount;
@@ -99,6 +103,12 @@ fn run() -> ! {
     finish(shim, writable, outcome)
 }
 
+/// Serves one request for files, for tests of the host's half.
+#[cfg(test)]
+pub(crate) fn serve_files(connection: std::os::fd::OwnedFd) -> i32 {
+    file_worker::serve(&connection.into())
+}
+
 /// Reports a failure on the console alone, as the host cannot be reached.
 fn fail_to_console(failure: &Failure) -> ! {
     control::log_failure(failure);
@@ -159,6 +169,8 @@ fn mount_all(config: &BootConfig<'_>) -> Result<Writable, Failure> {
 
 /// Makes everything that the workloads need around them.
 fn isolate(control: Control, signals: Fd, config: &BootConfig<'_>) -> Result<Shim, (Control, Failure)> {
+    // Before the workloads' pid namespace. A guest without it runs programs all the same.
+    let _ = file_server::start();
     let reaper = match reaper::start() {
         Ok(reaper) => reaper,
         Err(failure) => return Err((control, failure)),

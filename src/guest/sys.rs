@@ -56,6 +56,8 @@ impl Errno {
     pub(super) const ENOENT: Self = Self(2);
     pub(super) const EINTR: Self = Self(4);
     pub(super) const EIO: Self = Self(5);
+    pub(super) const ENXIO: Self = Self(6);
+    pub(super) const E2BIG: Self = Self(7);
     pub(super) const EAGAIN: Self = Self(11);
     pub(super) const ENOMEM: Self = Self(12);
     pub(super) const EACCES: Self = Self(13);
@@ -63,9 +65,11 @@ impl Errno {
     pub(super) const EEXIST: Self = Self(17);
     pub(super) const ENODEV: Self = Self(19);
     pub(super) const ENOTDIR: Self = Self(20);
+    pub(super) const EISDIR: Self = Self(21);
     pub(super) const EINVAL: Self = Self(22);
     pub(super) const EFBIG: Self = Self(27);
     pub(super) const ENOSYS: Self = Self(38);
+    pub(super) const ELOOP: Self = Self(40);
     pub(super) const EPROTO: Self = Self(71);
     pub(super) const ECANCELED: Self = Self(125);
     pub(super) const ESHUTDOWN: Self = Self(108);
@@ -132,6 +136,7 @@ mod interface;
 mod random;
 mod socket;
 mod terminal;
+mod tree;
 
 pub(super) use arch::{O_DIRECTORY, O_NOFOLLOW, end_machine, print};
 pub(super) use disk::{disk_size, grow_file_system};
@@ -146,6 +151,10 @@ pub(super) use socket::{
     Epoll, accept_vsock, connect_result, connect_tcp, connect_vsock, is_writable, listen_vsock, shut_write,
 };
 pub(super) use terminal::{end_of_input, hang_up, open_terminal, set_size, take_terminal};
+pub(super) use tree::{
+    FileStatus, S_IFDIR, S_IFLNK, S_IFMT, S_IFREG, Whence, change_mode, change_owner_at, create_at, open_entry,
+    read_link, read_names, rename_at, seek, set_blocking, set_length, set_modified, status, symlink_at, unlink_at,
+};
 
 /// Paths relative to the current directory.
 const AT_FDCWD: usize = -100isize as usize;

@@ -20,6 +20,7 @@
 //!  to a service       host connects to (guest, CONNECT_PORT); since version 2
 //!      host -> guest  Connect{port}
 //!      guest -> host  Connected{errno}, then the service's bytes, both ways
+//!  to files           host connects to (guest, FILES_PORT), once for every request; since version 8
 //! ```
 //! Bulk data never travels in control frames. A stdio stream carries bytes one way; its end is the connection's end of that direction.
 //! A host that closes its end of an output stream makes the writer see a broken pipe. A service's stream ends each way by itself. When
@@ -37,6 +38,7 @@ extern crate alloc;
 
 mod boot;
 mod field;
+mod files;
 mod frame;
 mod message;
 mod spawn;
@@ -52,6 +54,10 @@ pub(crate) use {
         Secrets,
     },
     field::Malformed,
+    files::{
+        COPY_DEPTH_MAX, ENTRY_NAME_MAX, ENTRY_PATH_MAX, EntryKind, FILES_FRAME_MAX, FileAction, FileEntry, FileRecord,
+        is_entry_name,
+    },
     frame::{Decoder, FrameError, HEADER_SIZE, MessageFrame},
     message::{End, FromGuest, FromHost, SpawnStep, Stage},
     spawn::{
@@ -68,6 +74,9 @@ pub(crate) const CONTROL_PORT: u32 = 1024;
 
 /// The vsock port of the guest on which the shim awaits the host's connections to services.
 pub(crate) const CONNECT_PORT: u32 = 1025;
+
+/// The vsock port of the guest on which the shim awaits the host's requests for files.
+pub(crate) const FILES_PORT: u32 = 1026;
 
 /// The word on the kernel command line without which the shim does nothing: a shim started anywhere else would mount over a live system.
 pub(crate) const MARKER: &str = "cofferdam.shim=1";
@@ -93,7 +102,7 @@ pub(crate) const EXIT_FAULT: u8 = 0x37;
 /// The oldest version of the protocol that this build speaks.
 pub(crate) const VERSION_MIN: u32 = 1;
 /// The newest version of the protocol that this build speaks.
-pub(crate) const VERSION_MAX: u32 = 7;
+pub(crate) const VERSION_MAX: u32 = 8;
 /// The version since which the shim listens on [`CONNECT_PORT`].
 pub(crate) const VERSION_CONNECT: u32 = 2;
 
@@ -111,6 +120,8 @@ pub(crate) const VERSION_PRIVILEGES: u32 = 6;
 
 /// The version since which programs have filters of system calls, and the shim says which kernel it runs on.
 pub(crate) const VERSION_SECCOMP: u32 = 7;
+/// The version since which the shim listens on [`FILES_PORT`].
+pub(crate) const VERSION_FILES: u32 = 8;
 
 /// The length of what makes a kernel's random numbers new.
 pub(crate) const SEED_SIZE: usize = 32;

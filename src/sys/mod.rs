@@ -4,6 +4,8 @@
 mod atomic_file;
 mod beneath;
 mod descriptors;
+#[cfg(feature = "container")]
+mod directory;
 mod disk;
 mod file;
 mod fork;
@@ -27,6 +29,8 @@ pub(crate) use atomic_file::{AtomicFile, temp_file};
 pub(crate) use beneath::{Beneath, is_private, link_target, path_of};
 pub use descriptors::set_descriptor_reserve;
 pub(crate) use descriptors::{DescriptorShare, HeldDescriptors, is_spare};
+#[cfg(feature = "container")]
+pub(crate) use directory::{Directory, split_name};
 pub(crate) use disk::{Alignment, Space, discard_device, is_memory, lock_holder, memfd, memory_file, space};
 #[cfg(test)]
 pub(crate) use file::make_fifo;

@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use cofferdam::disk::{DiskHandle, DiskLimit};
 use cofferdam::event::DeviceId;
+use cofferdam::files::{CopyIn, CopyOut, Files};
 use cofferdam::net::{Capture, Cidr, ConnectionLimit, NetHandle, NetLimit, Policy, PortForward, Rule, Switch};
 use cofferdam::process::{ExitStatus, Stdio};
 use cofferdam::tokio::Async;
@@ -119,6 +120,7 @@ fn drive(guest: Guest) -> Outcome {
     let events = [container.vm().events()?, container.vm().events()?, container.vm().events()?];
     let Begun { mut timed, mut awaited, printing, killed, signaled, mut input, mut output } =
         begin(&container, &watch)?;
+    let opened = container.files().open("/etc/passwd")?;
     let mut noise = Vec::new();
     match guest {
         Guest::Mute => container.vm().pause()?,
@@ -319,6 +321,37 @@ fn drive(guest: Guest) -> Outcome {
         let connected = watch.call("Vm::connect_vsock", 10 * SECOND + host, || vm.connect_vsock(80));
         silent(guest, connected)
     });
+    let files = watch.at_once("Container::files", || container.files()).timeout(2 * SECOND);
+    let out = std::env::temp_dir().join(format!("cofferdam-calls-{}", std::process::id()));
+    let copy_in = watch.at_once("Files::copy_in", || files.copy_in("/proc/self/comm", "/tmp/comm"));
+    let copy_out = watch.at_once("Files::copy_out", || files.copy_out("/etc/passwd", &out));
+    watch.at_once("FileReader::metadata", || opened.metadata().size);
+    drop(opened);
+    macro_rules! files {
+        ($($handle:ident $name:literal $call:expr;)*) => {$({
+            let handle = $handle.clone();
+            callers.spawn($name, move |watch| {
+                let call: &dyn Fn(_) -> cofferdam::Result<()> = &$call;
+                // Connecting, then the time that it may take.
+                let answer = watch.call($name, 12 * SECOND + host, || call(&handle));
+                let kind = answer.err().map(|error| error.kind());
+                check!(guest == Guest::Babbling || kind == Some(ErrorKind::TimedOut), "{kind:?}");
+                Ok(())
+            });
+        })*};
+    }
+    files! {
+        files "Files::read" |files: &Files| files.read("/etc/passwd").map(drop);
+        files "Files::open" |files: &Files| files.open("/etc/passwd").map(drop);
+        files "Files::write" |files: &Files| files.write("/tmp/written", "x");
+        files "Files::list" |files: &Files| files.list("/etc").map(drop);
+        files "Files::stat" |files: &Files| files.stat("/etc").map(drop);
+        files "Files::create_dir" |files: &Files| files.create_dir("/tmp/made");
+        copy_in "CopyIn::run" |copy: &CopyIn| copy.run().map(drop);
+        copy_out "CopyOut::run" |copy: &CopyOut| copy.run().map(drop);
+    }
+    // They keep the container.
+    drop((files, copy_in, copy_out));
     with!(callers, "listen", |watch, vm| fine(guest, watch.call("Vm::listen_vsock", host, || vm.listen_vsock(9997))));
     callers.spawn("accept_timeout", move |watch| {
         check_eq!(watch.at_once("VsockListener::port", || accepted.port()), 9999);
@@ -446,6 +479,7 @@ fn drive(guest: Guest) -> Outcome {
         hang.open();
     }
     acceptor.join_within(SECOND)?;
+    let _ = std::fs::remove_file(out);
     let wrong = lock(&watch.wrong);
     check!(wrong.is_empty(), "{guest:?}: {}", wrong.join("\n"));
     let all: BTreeSet<_> = list::WAITING.iter().chain(list::AT_ONCE).copied().collect();

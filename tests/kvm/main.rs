@@ -16,6 +16,7 @@ mod disk;
 mod disk_faults;
 mod exec;
 mod exits;
+mod files;
 mod fixture;
 mod gateway;
 #[path = "../../examples/gateway/main.rs"]
@@ -75,6 +76,9 @@ macro_rules! tests {
 }
 
 tests! {
+    files: files_are_read_written_listed_and_described directories_are_copied_in_and_out
+        a_full_disk_is_an_error_and_leaves_nothing an_image_without_programs_has_files
+        programs_cannot_end_requests_and_requests_are_counted many_small_files_are_copied_fast;
     boot: vmlinux_boots bzimage_boots two_vcpus_are_online memory_below_and_above_the_mmio_hole_is_usable
         serial_console_output_reaches_the_writer command_line_arguments_reach_init boot_timeline_is_recorded
         missing_kernel_options_are_named acpi_kernel_finds_virtio_devices acpi_kernel_powers_off acpi_kernel_reboots

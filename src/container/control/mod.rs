@@ -265,7 +265,7 @@ fn too_busy() -> Error {
 }
 
 /// Returns the error of a request to a container that has ended.
-fn ended() -> Error {
+pub(super) fn ended() -> Error {
     Error::new(ErrorKind::InvalidState, "the container has ended")
 }
 

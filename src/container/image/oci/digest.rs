@@ -35,6 +35,11 @@ impl Digest {
         hasher.update(bytes);
         hasher.finish()
     }
+
+    /// The digest of what has gone into `hasher`.
+    pub(in crate::container) fn of(hasher: Sha256) -> Self {
+        Hasher::Sha256(hasher).finish()
+    }
 }
 
 impl FromStr for Digest {

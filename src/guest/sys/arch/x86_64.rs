@@ -9,6 +9,7 @@ pub(in super::super) mod nr {
     pub(in super::super::super) const READ: usize = 0;
     pub(in super::super::super) const WRITE: usize = 1;
     pub(in super::super::super) const CLOSE: usize = 3;
+    pub(in super::super::super) const LSEEK: usize = 8;
     #[cfg(guest_bin)]
     pub(in super::super::super) const MMAP: usize = 9;
     #[cfg(guest_bin)]
@@ -31,8 +32,10 @@ pub(in super::super) mod nr {
     pub(in super::super::super) const KILL: usize = 62;
     pub(in super::super::super) const UNAME: usize = 63;
     pub(in super::super::super) const FCNTL: usize = 72;
+    pub(in super::super::super) const FTRUNCATE: usize = 77;
     pub(in super::super::super) const CHDIR: usize = 80;
     pub(in super::super::super) const FCHDIR: usize = 81;
+    pub(in super::super::super) const FCHMOD: usize = 91;
     pub(in super::super::super) const FCHOWN: usize = 93;
     pub(in super::super::super) const UMASK: usize = 95;
     pub(in super::super::super) const SETUID: usize = 105;
@@ -50,16 +53,21 @@ pub(in super::super) mod nr {
     pub(in super::super::super) const SETHOSTNAME: usize = 170;
     pub(super) const IOPERM: usize = 173;
     pub(in super::super::super) const INIT_MODULE: usize = 175;
+    pub(in super::super::super) const GETDENTS64: usize = 217;
     pub(in super::super::super) const CLOCK_GETTIME: usize = 228;
     pub(in super::super::super) const EXIT_GROUP: usize = 231;
     pub(in super::super::super) const EPOLL_CTL: usize = 233;
     pub(in super::super::super) const OPENAT: usize = 257;
     pub(in super::super::super) const MKDIRAT: usize = 258;
+    pub(in super::super::super) const FCHOWNAT: usize = 260;
     pub(in super::super::super) const UNLINKAT: usize = 263;
+    pub(in super::super::super) const RENAMEAT: usize = 264;
     pub(in super::super::super) const SYMLINKAT: usize = 266;
+    pub(in super::super::super) const READLINKAT: usize = 267;
     pub(in super::super::super) const PPOLL: usize = 271;
     pub(in super::super::super) const UNSHARE: usize = 272;
     pub(in super::super::super) const SPLICE: usize = 275;
+    pub(in super::super::super) const UTIMENSAT: usize = 280;
     pub(in super::super::super) const EPOLL_PWAIT: usize = 281;
     pub(in super::super::super) const ACCEPT4: usize = 288;
     pub(in super::super::super) const SIGNALFD4: usize = 289;
