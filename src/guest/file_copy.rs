@@ -268,7 +268,7 @@ fn put_leaf(
     if renamed.is_err() {
         let _ = sys::unlink_at(directory, &draft);
     }
-    renamed
+    renamed.and_then(|()| conversation.give_sign())
 }
 
 fn put_content(conversation: &mut Conversation<'_>, file: &Fd) -> Result<(), Errno> {

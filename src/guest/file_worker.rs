@@ -30,6 +30,8 @@ pub(super) struct Conversation<'a> {
     begin: usize,
     end: usize,
     unsent: Vec<u8>,
+    /// When the host was last given a sign.
+    sign: u64,
     /// Of which file an error would be.
     pub(super) path: Vec<u8>,
 }
@@ -54,13 +56,34 @@ pub(super) fn serve(socket: &Fd) -> i32 {
 impl<'a> Conversation<'a> {
     fn new(socket: &'a Fd) -> Self {
         let decoder = Decoder::new(FILES_FRAME_MAX);
-        Self { socket, decoder, input: Vec::new(), begin: 0, end: 0, unsent: Vec::new(), path: Vec::new() }
+        Self {
+            socket,
+            decoder,
+            input: Vec::new(),
+            begin: 0,
+            end: 0,
+            unsent: Vec::new(),
+            sign: sys::now_ns(),
+            path: Vec::new(),
+        }
     }
 
     /// Says one thing, in time with what follows.
     pub(super) fn say(&mut self, record: &FileRecord<'_>) -> Result<(), Errno> {
         record.encode(&mut self.unsent).map_err(|_| Errno::EPROTO)?;
         if self.unsent.len() >= UNSENT { self.flush() } else { Ok(()) }
+    }
+
+    /// Gives the host a sign, if it has had none for a second.
+    pub(super) fn give_sign(&mut self) -> Result<(), Errno> {
+        const PERIOD_NS: u64 = 1_000_000_000;
+        let now = sys::now_ns();
+        if now.saturating_sub(self.sign) < PERIOD_NS {
+            return Ok(());
+        }
+        self.sign = now;
+        self.say(&FileRecord::Progress)?;
+        self.flush()
     }
 
     fn flush(&mut self) -> Result<(), Errno> {

@@ -14,7 +14,7 @@
 //!  a directory  Entry · files, links and directories, any number · Leave
 //!  a link       Entry
 //! ```
-//! `Failed` ends a conversation at any point. What an entry says of a file's size is a guess: the file is what its `Data` and `Hole` say.
+//! `Progress` may come from the guest at any point of a `Put`. `Failed` ends a conversation at any point. What an entry says of a file's size is a guess: the file is what its `Data` and `Hole` say.
 
 use core::num::NonZeroI32;
 
@@ -39,6 +39,7 @@ const FILE_END: u32 = 5;
 const LEAVE: u32 = 6;
 const DONE: u32 = 7;
 const FAILED: u32 = 8;
+const PROGRESS: u32 = 9;
 
 /// Tags, by record. A tag's meaning never changes; what is new gets a new tag.
 mod tag {
@@ -148,6 +149,8 @@ pub(crate) enum FileRecord<'a> {
     Leave,
     /// All is complete.
     Done,
+    /// The guest is at work, and says so now and then while it only takes.
+    Progress,
     /// It cannot go on.
     Failed { errno: NonZeroI32, path: &'a [u8] },
 }
@@ -163,6 +166,7 @@ impl<'a> FileRecord<'a> {
             Self::FileEnd => FILE_END,
             Self::Leave => LEAVE,
             Self::Done => DONE,
+            Self::Progress => PROGRESS,
             Self::Failed { .. } => FAILED,
         };
         frame::append(out, 0, kind, FILES_FRAME_MAX, |payload| {
@@ -181,7 +185,7 @@ impl<'a> FileRecord<'a> {
                     fields.u32(tag::ERRNO, errno.get() as u32);
                     fields.bytes(tag::PATH, path.get(..ENTRY_PATH_MAX).unwrap_or(path));
                 }
-                Self::Data(_) | Self::FileEnd | Self::Leave | Self::Done => {}
+                Self::Data(_) | Self::FileEnd | Self::Leave | Self::Done | Self::Progress => {}
             }
         })
     }
@@ -203,6 +207,7 @@ impl<'a> FileRecord<'a> {
             FILE_END => Self::FileEnd,
             LEAVE => Self::Leave,
             DONE => Self::Done,
+            PROGRESS => Self::Progress,
             FAILED => Self::Failed {
                 errno: NonZeroI32::new(fields.u32(tag::ERRNO, "errno")?.unwrap_or(0) as i32)
                     .filter(|errno| (1..4096).contains(&errno.get()))
@@ -299,6 +304,7 @@ mod tests {
             FileRecord::FileEnd,
             FileRecord::Leave,
             FileRecord::Done,
+            FileRecord::Progress,
             failed(28, path),
             failed(4095, b""),
         ] {

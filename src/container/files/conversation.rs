@@ -117,12 +117,27 @@ impl Conversation {
             if !self.wait(true)? {
                 return Err(self.silent());
             }
-            // It has nothing to say yet but that it cannot go on.
-            if wait_any(&[self.stream.as_fd()], Some(Duration::ZERO)).doing(|| "waiting for the guest")? {
-                return Err(self.objection());
-            }
+            self.take_signs()?;
         }
         self.unsent.clear();
+        Ok(())
+    }
+
+    /// Takes what the guest has said while it should only take. Does not wait.
+    ///
+    /// # Errors
+    /// When that is more than that it goes on.
+    fn take_signs(&mut self) -> Result<()> {
+        if !wait_any(&[self.stream.as_fd()], Some(Duration::ZERO)).doing(|| "waiting for the guest")? {
+            return Ok(());
+        }
+        self.fill()?;
+        while self.advance()? {
+            match self.parse()? {
+                FileRecord::Progress => {}
+                other => return Err(unexpected(&other)),
+            }
+        }
         Ok(())
     }
 
@@ -144,14 +159,24 @@ impl Conversation {
             self.flush()?;
         }
         loop {
-            let mut input = self.buffer.get(self.begin..self.end).unwrap_or_default();
-            let whole = self.decoder.advance(&mut input).map_err(|e| broken(&e))?;
-            self.begin = self.end - input.len();
-            if whole {
-                break;
+            if !self.advance()? {
+                self.fill()?;
+            } else if !matches!(self.parse()?, FileRecord::Progress) {
+                return self.parse();
             }
-            self.fill()?;
         }
+    }
+
+    /// Decodes what was read. True when a record is whole.
+    fn advance(&mut self) -> Result<bool> {
+        let mut input = self.buffer.get(self.begin..self.end).unwrap_or_default();
+        let whole = self.decoder.advance(&mut input).map_err(|e| broken(&e))?;
+        self.begin = self.end - input.len();
+        Ok(whole)
+    }
+
+    /// The record that is whole.
+    fn parse(&self) -> Result<FileRecord<'_>> {
         let Some(frame) = self.decoder.frame() else { return Err(broken(&"no frame")) };
         match FileRecord::parse(&frame) {
             Ok(Some(FileRecord::Failed { errno, path })) => Err(failure(errno.get(), path)),
@@ -233,6 +258,7 @@ pub(super) fn unexpected(record: &FileRecord<'_>) -> Error {
         FileRecord::FileEnd => "the end of a file",
         FileRecord::Leave => "the end of a directory",
         FileRecord::Done => "the end",
+        FileRecord::Progress => "a sign",
         FileRecord::Failed { .. } => "a failure",
     };
     broken(&format_args!("{what} where none belongs"))
