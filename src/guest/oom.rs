@@ -1,4 +1,4 @@
-//! Tells the host which programs have lost processes for want of memory, as soon as it happens. Owned by the loop.
+//! Reports at once which programs have lost processes for want of memory. Owned by the loop.
 
 use super::cgroup::{Cgroups, Group, Watch};
 use super::control::Control;

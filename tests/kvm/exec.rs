@@ -283,7 +283,7 @@ pub fn oom_kill_is_reported() -> Outcome {
     let status = container.exec(["sh", "-c", "exec tail /dev/zero"]).timeout(TEST_TIMEOUT).status()?;
     check!(matches!(status, ExitStatus::OomKilled), "{status}");
     check!(container.exec(["true"]).status()?.success(), "the container goes on");
-    // A child's end by it is told at once, and counted.
+    // A child's end by it is reported at once, and counted.
     let mut events = container.events()?.map(|event| event.kind);
     check!(events.any(|kind| kind == EventKind::Ready), "no event says that programs can be started");
     let line = "tail /dev/zero; echo $?; read wait; tail /dev/zero; exit 3";

@@ -152,9 +152,9 @@ impl Process {
         resize_terminal(&self.remote, self.number, TerminalSize { rows, columns })
     }
 
-    /// Returns how many of its processes the guest's kernel has killed for want of memory so far.
+    /// Returns how many of its processes were killed for want of memory so far.
     ///
-    /// Those that it started count too. Each time there are more is an
+    /// The guest's kernel did it, and the guest says so. Those that it started count too. Each time there are more is an
     /// [`EventKind::OutOfMemory`](crate::event::EventKind::OutOfMemory).
     pub fn oom_kills(&self) -> u32 {
         self.state.oom_kills()
