@@ -165,34 +165,74 @@ impl Attributes {
     }
 }
 
+impl Attributes {
+    /// Gives them to a link, by its descriptor: a program may have put something else in its place, which gets nothing.
+    fn give_to_link(&self, at: &Fd, name: &CStr) -> Result<(), Errno> {
+        let link = sys::open_entry(at, name, O_PATH)?;
+        if !sys::status(&link, c"")?.is(sys::S_IFLNK) {
+            return Err(Errno::EBUSY);
+        }
+        sys::change_owner_at(&link, c"", self.uid, self.gid)?;
+        sys::set_modified(&link, Some(c""), self.seconds, self.nanoseconds)
+    }
+}
+
 /// Makes what the host sends: a file or a link at the path, or what is missing of the directory there.
 pub(super) fn put(conversation: &mut Conversation<'_>, path: &CStr) -> Result<(), Errno> {
     let FileRecord::Entry(entry) = conversation.next()? else { return Err(Errno::EPROTO) };
     let attributes = Attributes::new(&entry);
     let (kind, target) = (entry.kind, CString::new(entry.target).map_err(|_| Errno::EINVAL)?);
     if kind == EntryKind::Directory {
-        let made = match sys::mkdir(None, path, 0o700) {
-            Ok(()) => true,
-            Err(Errno::EEXIST) => false,
-            Err(errno) => return Err(errno),
+        let slashes = path.to_bytes().iter().rev().take_while(|byte| **byte == b'/').count();
+        let (above, name) = split(path.to_bytes().get(..path.to_bytes().len() - slashes).unwrap_or_default())?;
+        let (directory, made) = match name.is_empty() {
+            true => (None, false),
+            false => make_directory(&sys::open(None, &above, O_PATH | O_DIRECTORY)?, &name)?,
         };
-        let directory = sys::open(None, path, O_RDONLY | O_DIRECTORY | O_NONBLOCK)?;
+        let directory = match directory {
+            Some(directory) => directory,
+            // It was there, and the host has named it: a link in its place is followed.
+            None => sys::open(None, path, O_RDONLY | O_DIRECTORY | O_NONBLOCK)?,
+        };
         put_entries(conversation, &directory, made.then_some(&attributes), 1)?;
     } else {
-        let bytes = path.to_bytes();
-        let name = bytes.rsplit(|byte| *byte == b'/').next().unwrap_or_default();
-        let above = bytes.get(..bytes.len() - name.len()).unwrap_or_default();
-        let c_string = |bytes: &[u8]| CString::new(bytes).map_err(|_| Errno::EINVAL);
+        let (above, name) = split(path.to_bytes())?;
         // A path that ends with a slash is a directory's.
-        let (name, above) =
-            (if name.is_empty() { return Err(Errno::EISDIR) } else { c_string(name)? }, c_string(above)?);
-        let directory = sys::open(None, if above.is_empty() { c"/" } else { &above }, O_PATH | O_DIRECTORY)?;
+        if name.is_empty() {
+            return Err(Errno::EISDIR);
+        }
+        let directory = sys::open(None, &above, O_PATH | O_DIRECTORY)?;
         put_leaf(conversation, &directory, &name, kind, &target, &attributes)?;
     }
     match conversation.next()? {
         FileRecord::Done => Ok(()),
         _ => Err(Errno::EPROTO),
     }
+}
+
+/// The directory that a path is in, and its name there.
+fn split(path: &[u8]) -> Result<(CString, CString), Errno> {
+    let name = path.rsplit(|byte| *byte == b'/').next().unwrap_or_default();
+    let above = path.get(..path.len() - name.len()).filter(|above| !above.is_empty()).unwrap_or(b"/");
+    let c_string = |bytes: &[u8]| CString::new(bytes).map_err(|_| Errno::EINVAL);
+    Ok((c_string(above)?, c_string(name)?))
+}
+
+/// Makes a directory, unless it is there. One that was made is opened.
+///
+/// # Errors
+/// `EBUSY` where a program has put another in its place meanwhile, which must not get its owner.
+fn make_directory(at: &Fd, name: &CStr) -> Result<(Option<Fd>, bool), Errno> {
+    match sys::mkdir(Some(at), name, 0o700) {
+        Ok(()) => {}
+        Err(Errno::EEXIST) => return Ok((None, false)),
+        Err(errno) => return Err(errno),
+    }
+    let made = sys::open_entry(at, name, O_RDONLY | O_DIRECTORY)?;
+    let status = sys::status(&made, c"")?;
+    // The bit of a group may be that of the directory above.
+    let is_ours = status.uid == 0 && status.mode & 0o777 == 0o700;
+    if is_ours { Ok((Some(made), true)) } else { Err(Errno::EBUSY) }
 }
 
 /// Fills a directory until the host leaves it. One that was made here gets its attributes then.
@@ -218,12 +258,8 @@ fn put_entries(
             if depth >= COPY_DEPTH_MAX {
                 return Err(Errno::E2BIG);
             }
-            let made = match sys::mkdir(Some(directory), &name, 0o700) {
-                Ok(()) => true,
-                Err(Errno::EEXIST) => false,
-                Err(errno) => return Err(errno),
-            };
-            let inner = sys::open_entry(directory, &name, O_RDONLY | O_DIRECTORY)?;
+            let (inner, made) = make_directory(directory, &name)?;
+            let inner = inner.map_or_else(|| sys::open_entry(directory, &name, O_RDONLY | O_DIRECTORY), Ok)?;
             put_entries(conversation, &inner, made.then_some(&own), depth + 1)?;
         } else {
             put_leaf(conversation, directory, &name, kind, &target, &own)?;
@@ -261,8 +297,7 @@ fn put_leaf(
     };
     let complete = match &file {
         Some(file) => put_content(conversation, file).and_then(|()| attributes.give_to(file)),
-        None => sys::change_owner_at(directory, &draft, attributes.uid, attributes.gid)
-            .and_then(|()| sys::set_modified(directory, Some(&draft), attributes.seconds, attributes.nanoseconds)),
+        None => attributes.give_to_link(directory, &draft),
     };
     let renamed = complete.and_then(|()| sys::rename_at(directory, &draft, name));
     if renamed.is_err() {

@@ -34,7 +34,8 @@ pub(super) enum MountStep {
     /// Make a text file in the place of what is there, whatever that is.
     Replace { path: &'static CStr, content: Vec<u8> },
     /// Check that a directory is no file system of the kernel's, to which a link of an image may lead.
-    CheckPlace { path: CString },
+    /// No link leads there from `above`, a file system of an earlier container.
+    CheckPlace { path: CString, above: Option<CString> },
     /// Append to a text file, unless it has `word` on some line.
     Lines { path: &'static CStr, word: Option<Vec<u8>>, lines: Vec<u8> },
     /// Make a directory and those above it that are missing.
@@ -206,7 +207,7 @@ fn own_files(config: &BootConfig<'_>, plan: &mut MountPlan) {
 fn own_mounts(config: &BootConfig<'_>, plan: &mut MountPlan) {
     for Mount { fs, device, target, options } in config.mounts.iter() {
         plan.must(MountStep::Dirs { path: CString::from(target) });
-        plan.must(MountStep::CheckPlace { path: CString::from(target) });
+        plan.must(MountStep::CheckPlace { path: CString::from(target), above: above(config, target) });
         if device.is_empty() {
             plan.must(memory(target, options));
         } else {
@@ -231,7 +232,8 @@ fn memory(target: &CStr, options: &CStr) -> MountStep {
 fn volume(Mount { fs, device, target, options }: &Mount<'_>, plan: &mut MountPlan) {
     let own = |text: &CStr| -> Path { Cow::Owned(CString::from(text)) };
     plan.must(MountStep::Device { path: own(device) });
-    let flags = if *options == READ_ONLY_DISK { MS_RDONLY } else { 0 };
+    // What an earlier container has left there is not trusted with more than files.
+    let flags = MS_NOSUID | MS_NODEV | if *options == READ_ONLY_DISK { MS_RDONLY } else { 0 };
     plan.must(MountStep::Mount { source: own(device), target: own(target), fs: own(fs), flags, data: None });
     if *options == GROW_DISK {
         plan.must(MountStep::Grow { device: CString::from(*device), target: CString::from(*target) });
@@ -244,7 +246,7 @@ fn secrets(config: &BootConfig<'_>, plan: &mut MountPlan) {
         return;
     }
     plan.must(MountStep::Dirs { path: CString::from(SECRETS) });
-    plan.must(MountStep::CheckPlace { path: CString::from(SECRETS) });
+    plan.must(MountStep::CheckPlace { path: CString::from(SECRETS), above: above(config, SECRETS) });
     plan.must(memory(SECRETS, c"mode=755"));
     for Secret { name, content } in secrets {
         let path = path(&[SECRETS.to_bytes(), b"/", name].concat()).into_owned();
@@ -278,7 +280,7 @@ impl MountStep {
         match self {
             Self::Dir { path, mode } => there(sys::mkdir(None, path, *mode)),
             Self::Device { path } => wait_for(path),
-            Self::CheckPlace { path } => check_place(path),
+            Self::CheckPlace { path, above } => check_place(path, above.as_deref()),
             Self::Mount { source, target, fs, flags, data } => {
                 match sys::mount(source, target, Some(fs), *flags, data.as_deref()) {
                     // It is mounted there already, by the kernel.
@@ -328,7 +330,7 @@ impl MountStep {
             | Self::Replace { path, .. }
             | Self::Lines { path, .. } => mount(&[b"making ", path.to_bytes()]),
             Self::Dirs { path } | Self::Secret { path, .. } => mount(&[b"making ", path.to_bytes()]),
-            Self::CheckPlace { path } => mount(&[b"finding a place at ", path.to_bytes()]),
+            Self::CheckPlace { path, .. } => mount(&[b"finding a place at ", path.to_bytes()]),
             Self::Grow { target, .. } => mount(&[b"growing the file system at ", target.to_bytes()]),
             Self::RemountReadOnly { path } => mount(&[b"making read-only ", path.to_bytes()]),
             Self::Enter { path } => mount(&[b"entering ", path.to_bytes()]),
@@ -347,10 +349,31 @@ fn there(result: Result<(), Errno>) -> Result<(), Errno> {
 /// `f_type` of proc, sysfs, cgroup2, devpts and mqueue (Linux, include/uapi/linux/magic.h).
 const KERNELS: [u64; 5] = [0x9fa0, 0x6265_6572, 0x6367_7270, 0x1cd1, 0x1980_0202];
 
+/// The innermost mount of the list that a path is in.
+fn above(config: &BootConfig<'_>, path: &CStr) -> Option<CString> {
+    let inside =
+        |it: &Mount<'_>| path.to_bytes().strip_prefix(it.target.to_bytes()).is_some_and(|rest| rest.starts_with(b"/"));
+    config
+        .mounts
+        .iter()
+        .filter(inside)
+        .map(|it| it.target)
+        .max_by_key(|target| target.to_bytes().len())
+        .map(CString::from)
+}
+
 /// # Errors
-/// `EBUSY` where a file system of the kernel's is there.
-fn check_place(path: &CStr) -> Result<(), Errno> {
-    let place = sys::open(None, path, sys::O_PATH | sys::O_DIRECTORY)?;
+/// `EBUSY` where a file system of the kernel's is there. `ELOOP` where a link leads there from the mount `above` it.
+fn check_place(path: &CStr, above: Option<&CStr>) -> Result<(), Errno> {
+    let place = match above {
+        None => sys::open(None, path, sys::O_PATH | sys::O_DIRECTORY)?,
+        Some(above) => {
+            let rest = path.to_bytes_with_nul().get(above.to_bytes().len() + 1..);
+            let rest = rest.and_then(|rest| CStr::from_bytes_with_nul(rest).ok()).ok_or(Errno::EINVAL)?;
+            let above = sys::open(None, above, sys::O_PATH | sys::O_DIRECTORY)?;
+            sys::open_without_links(&above, rest, sys::O_PATH | sys::O_DIRECTORY)?
+        }
+    };
     if KERNELS.contains(&sys::file_system_kind(&place)?) { Err(Errno::EBUSY) } else { Ok(()) }
 }
 

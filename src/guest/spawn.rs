@@ -322,6 +322,10 @@ impl Child<'_> {
         }
         if let Some(identity) = &identity {
             self.become_user(identity).map_err(at(SpawnStep::User))?;
+            let Identity { uid, gid, groups, .. } = identity;
+            if early && !self.privileges.filter.is_empty() && !sys::is_user(*uid, *gid, groups) {
+                return Err(SpawnError::new(SpawnStep::User, Errno::EPERM));
+            }
         }
         if no_new_privs {
             sys::set_no_new_privs().map_err(at(SpawnStep::Privileges))?;

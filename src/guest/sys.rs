@@ -53,6 +53,7 @@ macro_rules! call {
 pub(super) struct Errno(pub(super) i32);
 
 impl Errno {
+    pub(super) const EPERM: Self = Self(1);
     pub(super) const ENOENT: Self = Self(2);
     pub(super) const EINTR: Self = Self(4);
     pub(super) const EIO: Self = Self(5);
@@ -139,9 +140,11 @@ mod terminal;
 mod tree;
 
 pub(super) use arch::{O_DIRECTORY, O_NOFOLLOW, end_machine, print};
-pub(super) use disk::{disk_size, grow_file_system};
+pub(super) use disk::{disk_size, grow_file_system, open_without_links};
 pub(super) use filter::{kernel_version, set_filter};
-pub(super) use identity::{become_user, change_owner, drop_capability, is_regular, set_no_new_privs, set_rlimit};
+pub(super) use identity::{
+    become_user, change_owner, drop_capability, is_regular, is_user, set_no_new_privs, set_rlimit,
+};
 pub(super) use interface::{
     interface_index, interface_socket, interface_socket6, interface_up, set_address, set_address6, set_gateway,
     set_gateway6,

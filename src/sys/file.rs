@@ -259,10 +259,10 @@ pub(crate) fn copy_sparse(from: &File, to: &File) -> io::Result<()> {
         return Ok(());
     }
     to.set_len(from.metadata()?.len())?;
-    let mut at = 0;
+    let (mut at, mut buffer) = (0, vec![0; 1 << 20]);
     while let Some(start) = next_data(from, at)? {
         let Some(end) = next_hole(from, start)? else { break };
-        copy_range(from, to, start..end)?;
+        copy_range(from, to, start..end, &mut buffer)?;
         at = end;
     }
     Ok(())
@@ -270,8 +270,7 @@ pub(crate) fn copy_sparse(from: &File, to: &File) -> io::Result<()> {
 
 /// Copies a range to the same place of another file.
 #[cfg(feature = "container")]
-fn copy_range(from: &File, to: &File, range: Range<u64>) -> io::Result<()> {
-    let mut buffer = vec![0; 1 << 20];
+fn copy_range(from: &File, to: &File, range: Range<u64>, buffer: &mut [u8]) -> io::Result<()> {
     let mut at = range.start;
     while at < range.end {
         let room = usize::try_from(range.end - at).unwrap_or(usize::MAX).min(buffer.len());

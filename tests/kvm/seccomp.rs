@@ -86,6 +86,18 @@ pub fn programs_that_may_not_begin_are_errors_or_killed() -> Outcome {
     let error = user().spawn().map(drop).expect_err("no setuid");
     check!(error.kind() == ErrorKind::PermissionDenied && error.to_string().contains("becoming the user"), "{error}");
     check_eq!(text(user().no_new_privs(true))?, "1");
+    // A profile that only pretends leaves the program no root.
+    let faked =
+        ["setuid", "setgid"].map(|name| format!(r#"{{"name": "{name}", "action": "SCMP_ACT_ERRNO", "errnoRet": 0}}"#));
+    for rule in faked {
+        let profile = allowing_all_but(&rule)?;
+        let faked = container.exec(["id", "-u"]).user("daemon").seccomp(profile).spawn().map(drop);
+        let error = faked.err().ok_or("a program has kept root's privileges")?;
+        check!(
+            error.kind() == ErrorKind::PermissionDenied && error.to_string().contains("becoming the user"),
+            "{error}"
+        );
+    }
     let rules: Vec<_> = (0..1000).map(|n| format!(
         r#"{{"name": "read", "action": "SCMP_ACT_ERRNO", "args": [{{"index": 2, "value": {}, "op": "SCMP_CMP_EQ"}}]}}"#, (n << 32) + 7u64
     )).collect();

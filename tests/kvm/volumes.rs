@@ -79,6 +79,20 @@ pub fn volumes_of_killed_containers_recover_and_volumes_grow() -> Outcome {
     let again = debian_container().volume("/data", volume(Size::mib(128)).read_only(true)).start()?;
     check_eq!(shell(&again, "stat -c %s /data/more; cat /data/dir/file")?, "209715200\nkept");
     check!(shell(&again, "dmesg | grep -i 'ext4.*error'")?.is_empty());
+    drop(again);
+    // A link that it has left on the volume leads no mount elsewhere, and its devices and set-user-ID programs are files.
+    let leave =
+        "ln -s /usr/lib /data/link && mknod -m 666 /data/zero c 1 5 && cp /usr/bin/id /data/id && chmod 4755 /data/id";
+    let trap = debian_container().volume("/data", volume(Size::gib(20))).start()?;
+    check_eq!(shell(&trap, leave)?, "");
+    let denied = trap.exec(["sh", "-c", "/data/id -u; head -c 1 /data/zero 2>&1"]).user("daemon").output()?;
+    let denied = String::from_utf8_lossy(&denied.stdout).into_owned();
+    check!(denied.starts_with("1\n") && denied.contains("Permission denied"), "{denied}");
+    trap.stop(TEST_TIMEOUT)?;
+    drop(trap);
+    let led = debian_container().volume("/data", volume(Size::gib(20))).tmpfs("/data/link/x").start().map(drop);
+    let led = led.err().ok_or("a mount followed a link of the volume")?;
+    check!(led.kind() == ErrorKind::GuestFailed && led.to_string().contains("/data/link/x"), "{led}");
     Ok(())
 }
 

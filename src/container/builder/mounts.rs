@@ -175,8 +175,11 @@ impl ContainerBuilder {
     /// Mounts a volume on `path`, an absolute path; none by default.
     ///
     /// Give a [`Volume::named`], or an [`Image`](crate::Image), whose files can only be read. The path is made where it is
-    /// missing. What was there is hidden. Each volume is a disk of the container, behind all others, and has one of its
+    /// missing. What was there is hidden. Programs cannot be set-user-ID there, and devices do not work there. Each volume is a disk of the container, behind all others, and has one of its
     /// interrupt lines.
+    ///
+    /// A path in another volume must be free of links there, as an earlier container may have made them: the start fails
+    /// otherwise.
     ///
     /// It is unmounted when the container ends by [`Container::stop`](crate::Container::stop). When the container is killed,
     /// its file system recovers by its journal the next time.

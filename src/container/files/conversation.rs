@@ -102,6 +102,7 @@ impl Conversation {
     /// # Errors
     /// What the guest has said instead of taking it, above all.
     pub(super) fn flush(&mut self) -> Result<()> {
+        self.check_time()?;
         let mut sent = 0;
         while let Some(rest) = self.unsent.get(sent..).filter(|rest| !rest.is_empty()) {
             match (&self.stream).write(rest) {
@@ -215,6 +216,12 @@ impl Conversation {
         let writable = if write { &fd[..] } else { &[] };
         let ready = wait_ready(&fd, writable, Some(time)).doing(|| "waiting for the guest")?;
         Ok(ready && !left_of(self.deadline).is_zero())
+    }
+
+    /// # Errors
+    /// `TimedOut` when the time for all of it is over.
+    pub(super) fn check_time(&self) -> Result<()> {
+        if left_of(self.deadline).is_zero() { Err(self.silent()) } else { Ok(()) }
     }
 
     /// Takes the end of the answer.

@@ -3,6 +3,7 @@
 use std::fs::{File, Metadata};
 use std::io::{self, Read};
 use std::os::fd::AsFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::PathBuf;
 
@@ -103,7 +104,8 @@ impl CopyInPlan {
             let directory = Directory::open(from).doing(|| format!("opening {}", from.display()))?;
             sender.directory(b"", &directory, 0)?;
         } else {
-            sender.file(b"", &File::open(from).doing(|| format!("opening {}", from.display()))?)?;
+            let open = || File::options().read(true).custom_flags(libc::O_NONBLOCK).open(from);
+            sender.file(b"", &open().doing(|| format!("opening {}", from.display()))?)?;
         }
         sender.conversation.say(&FileRecord::Done)?;
         sender.conversation.finish()?;
@@ -183,7 +185,7 @@ impl Sender {
         } else {
             self.content(file)?;
         }
-        self.tally.file_end(&self.path);
+        self.tally.file_end(&self.path)?;
         self.conversation.say(&FileRecord::FileEnd)
     }
 

@@ -19,12 +19,14 @@ use crate::sys::{Directory, split_name};
 /// How much a copy may have, unless the caller says otherwise.
 const MAX_ENTRIES: u64 = 1_000_000;
 const MAX_SIZE: Size = Size::gib(16);
+/// So much of a hole is hashed before the time is looked at.
+const HOLE_PIECE: u64 = 64 << 20;
 
 /// A copy of a container's files to the host; see [`Files::copy_out`].
 ///
 /// A file gets its name when it is whole, and replaces what has it. A directory that is there already keeps its
 /// attributes and its other entries. The caller's user owns everything. Permissions and times are the container's, but
-/// setuid, setgid and sticky bits are left out.
+/// no other user may write, and setuid, setgid and sticky bits are left out.
 ///
 /// The guest cannot write outside of `to`, whatever it sends. On the host no link below `to` is followed. In the
 /// container `from` is followed and no link below it. A link is copied if it leads nowhere but into the copy. That is
@@ -142,7 +144,7 @@ struct Attributes {
 
 impl Attributes {
     fn new(entry: &FileEntry<'_>) -> Self {
-        Self { kind: entry.kind, mode: entry.mode & 0o777, modified: time(entry.seconds, entry.nanoseconds) }
+        Self { kind: entry.kind, mode: entry.mode & 0o755, modified: time(entry.seconds, entry.nanoseconds) }
     }
 
     fn give_to(&self, file: &File) -> Result<()> {
@@ -260,7 +262,13 @@ impl Receiver {
                     at += bytes.len() as u64;
                 }
                 FileRecord::Hole { length } => {
-                    self.tally.hole(length)?;
+                    let mut left = length;
+                    while left > 0 {
+                        let piece = left.min(HOLE_PIECE);
+                        self.tally.hole(piece)?;
+                        self.conversation.check_time()?;
+                        left -= piece;
+                    }
                     at += length;
                     has_holes = true;
                 }
@@ -271,7 +279,7 @@ impl Receiver {
         if has_holes {
             file.set_len(at).doing(|| format!("writing the file {}", shown(name)))?;
         }
-        self.tally.file_end(&self.path);
+        self.tally.file_end(&self.path)?;
         Ok(())
     }
 }

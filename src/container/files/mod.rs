@@ -275,6 +275,8 @@ impl FileReader {
 
     /// Reads at least a byte; 0 is the end.
     fn read_some(&mut self, to: &mut [u8]) -> Result<usize> {
+        // A hole has no end of its own.
+        self.conversation.check_time()?;
         loop {
             if let Some(rest) = self.piece.get(self.at..).filter(|rest| !rest.is_empty()) {
                 let n = rest.len().min(to.len());

@@ -11,6 +11,9 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::proto::COPY_DEPTH_MAX;
 use crate::size::Size;
 
+/// What the paths of all digests of a copy may take.
+const MAX_DIGEST_PATHS: usize = 64 << 20;
+
 /// What a copy of files has copied.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 #[non_exhaustive]
@@ -28,6 +31,8 @@ pub struct CopyReport {
     /// The bytes of all files. Holes in them count.
     pub size: Size,
     /// The digest of each regular file, where the caller has asked for them.
+    ///
+    /// A guest that lies may name a file twice. Then the last digest is that of what is there.
     pub digests: Vec<FileDigest>,
 }
 
@@ -51,6 +56,8 @@ pub(super) struct Tally {
     max_entries: u64,
     max_bytes: u64,
     has_digests: bool,
+    /// The paths of all digests.
+    path_bytes: usize,
     /// The file that is copied now.
     hasher: Sha256,
     length: u64,
@@ -59,7 +66,7 @@ pub(super) struct Tally {
 impl Tally {
     pub(super) fn new(max_entries: u64, max_size: Size, has_digests: bool) -> Self {
         let (report, max_bytes) = (CopyReport::default(), max_size.as_bytes());
-        Self { report, bytes: 0, max_entries, max_bytes, has_digests, hasher: Sha256::new(), length: 0 }
+        Self { report, bytes: 0, max_entries, max_bytes, has_digests, path_bytes: 0, hasher: Sha256::new(), length: 0 }
     }
 
     /// Counts one entry more, before it is copied.
@@ -137,14 +144,23 @@ impl Tally {
         }
     }
 
-    /// The file is complete. How long it is.
-    pub(super) fn file_end(&mut self, path: &[u8]) -> u64 {
+    /// The file is complete.
+    ///
+    /// # Errors
+    /// `ResourceExhausted` when the paths of all digests are too long together.
+    pub(super) fn file_end(&mut self, path: &[u8]) -> Result<()> {
         if self.has_digests {
+            self.path_bytes = self.path_bytes.saturating_add(path.len());
+            if self.path_bytes > MAX_DIGEST_PATHS {
+                let most = Size::bytes(MAX_DIGEST_PATHS as u64);
+                let why = format!("the paths of its files have more than {most}: copy parts of it, or without digests");
+                return Err(Error::new(ErrorKind::ResourceExhausted, why));
+            }
             let digest = Digest::of(std::mem::take(&mut self.hasher));
             let (path, size) = (PathBuf::from(OsStr::from_bytes(path)), Size::bytes(self.length));
             self.report.digests.push(FileDigest { path, size, digest });
         }
-        self.length
+        Ok(())
     }
 
     pub(super) fn finish(self) -> CopyReport {

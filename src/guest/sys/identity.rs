@@ -37,6 +37,23 @@ pub fn become_user(uid: u32, gid: u32, groups: &[u32]) -> Result<()> {
     unsafe { call!(nr::SETUID, uid as usize) }.map(drop)
 }
 
+/// Whether this process is this user now.
+///
+/// It is asked after a filter of system calls may have answered that it is.
+///
+/// A filter may answer 0 to each of these calls too. That is no other user than root, and no group.
+pub fn is_user(uid: u32, gid: u32, groups: &[u32]) -> bool {
+    // SAFETY: takes nothing.
+    let uids = [nr::GETUID, nr::GETEUID].map(|n| unsafe { call!(n) });
+    // SAFETY: takes nothing.
+    let gids = [nr::GETGID, nr::GETEGID].map(|n| unsafe { call!(n) });
+    // SAFETY: with no room the kernel writes nothing, and returns how many there are.
+    let count = unsafe { call!(nr::GETGROUPS, 0, 0) };
+    uids.into_iter().all(|it| it == Ok(uid as usize))
+        && gids.into_iter().all(|it| it == Ok(gid as usize))
+        && count == Ok(groups.len())
+}
+
 /// Takes a capability from what this process and its children will execute.
 ///
 /// It leaves the bounding set (capabilities(7)).

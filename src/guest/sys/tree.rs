@@ -105,9 +105,14 @@ pub fn rename_at(at: &Fd, from: &CStr, to: &CStr) -> Result<()> {
 }
 
 /// Gives a directory's entry, whose own link is not followed, to a user.
+///
+/// With an empty name that is the descriptor itself.
 pub fn change_owner_at(at: &Fd, name: &CStr, uid: u32, gid: u32) -> Result<()> {
     // SAFETY: `name` is a C string that outlives the call; the rest are plain numbers.
-    unsafe { call!(nr::FCHOWNAT, at.arg(), text(name), uid as usize, gid as usize, AT_SYMLINK_NOFOLLOW) }.map(drop)
+    unsafe {
+        call!(nr::FCHOWNAT, at.arg(), text(name), uid as usize, gid as usize, AT_SYMLINK_NOFOLLOW | AT_EMPTY_PATH)
+    }
+    .map(drop)
 }
 
 /// Sets the permissions of what is open.
@@ -118,11 +123,11 @@ pub fn change_mode(file: &Fd, mode: u32) -> Result<()> {
 
 /// Sets when the content of a directory's entry has changed last.
 ///
-/// Without a name that is the descriptor itself.
+/// Without a name that is the descriptor itself, and with an empty one too, which may be a mere place.
 pub fn set_modified(at: &Fd, name: Option<&CStr>, seconds: i64, nanoseconds: u32) -> Result<()> {
     const UTIME_OMIT: i64 = (1 << 30) - 2;
     let times = [0, UTIME_OMIT, seconds, nanoseconds.into()];
-    let flags = if name.is_some() { AT_SYMLINK_NOFOLLOW } else { 0 };
+    let flags = if name.is_some() { AT_SYMLINK_NOFOLLOW | AT_EMPTY_PATH } else { 0 };
     // SAFETY: the kernel reads two timespecs, four words; the name is a C string or null, which is the descriptor itself.
     unsafe { call!(nr::UTIMENSAT, at.arg(), name.map_or(0, text), times.as_ptr() as usize, flags) }.map(drop)
 }

@@ -54,6 +54,7 @@ impl SeccompProfile {
     /// - Actions are those of libseccomp, such as `SCMP_ACT_ERRNO`. `SCMP_ACT_KILL` kills the thread. `SCMP_ACT_TRACE`
     ///   and `SCMP_ACT_NOTIFY` are `Unsupported`, as they need a program that watches.
     /// - `args` of a rule must all match. Two on one argument are rules of their own, as for runc.
+    /// - Arguments are compared with all their 64 bits, as by libseccomp. Of an `int` the kernel looks at 32 bits only.
     /// - Of a call's rules that match, the strictest decides, and of equally strict ones the first. Where none matches,
     ///   `defaultAction` decides.
     /// - `includes` and `excludes` are decided when a program is started: by its capabilities, the guest's processor and the

@@ -53,6 +53,11 @@ pub(in super::super) mod nr {
     pub(in super::super::super) const SETUID: usize = 146;
     pub(in super::super::super) const SETSID: usize = 157;
     pub(in super::super::super) const SETGROUPS: usize = 159;
+    pub(in super::super::super) const GETUID: usize = 174;
+    pub(in super::super::super) const GETEUID: usize = 175;
+    pub(in super::super::super) const GETGID: usize = 176;
+    pub(in super::super::super) const GETEGID: usize = 177;
+    pub(in super::super::super) const GETGROUPS: usize = 158;
     pub(in super::super::super) const SETHOSTNAME: usize = 161;
     pub(in super::super::super) const UMASK: usize = 166;
     pub(in super::super::super) const GETPID: usize = 172;

@@ -42,6 +42,11 @@ pub(in super::super) mod nr {
     pub(in super::super::super) const SETGID: usize = 106;
     pub(in super::super::super) const SETSID: usize = 112;
     pub(in super::super::super) const SETGROUPS: usize = 116;
+    pub(in super::super::super) const GETUID: usize = 102;
+    pub(in super::super::super) const GETEUID: usize = 107;
+    pub(in super::super::super) const GETGID: usize = 104;
+    pub(in super::super::super) const GETEGID: usize = 108;
+    pub(in super::super::super) const GETGROUPS: usize = 115;
     pub(in super::super::super) const RT_SIGTIMEDWAIT: usize = 128;
     pub(in super::super::super) const FSTATFS: usize = 138;
     pub(in super::super::super) const PRCTL: usize = 157;
