@@ -82,9 +82,7 @@ impl Cgroups {
 
     /// Tells when a workload runs out of memory.
     pub(super) fn watch_memory(&self) -> Result<Watch, Errno> {
-        let watch = sys::open(Some(&self.dir), c"memory.events", O_RDONLY).map(Watch)?;
-        watch.acknowledge();
-        Ok(watch)
+        sys::open(Some(&self.dir), c"memory.events", O_RDONLY).map(Watch)
     }
 }
 
@@ -149,10 +147,12 @@ impl Watch {
         files::entry(events.get(..length).unwrap_or_default(), b"populated").is_some_and(|populated| populated != 0)
     }
 
-    /// Makes polling wait for the next change.
-    pub(super) fn acknowledge(&self) {
-        // What it says is read where it is needed.
-        let _ = sys::read_start(&self.0, &mut [0; 128]);
+    /// How many processes the kernel has killed for want of memory. Only after this has been read does polling wait for
+    /// the next change.
+    pub(super) fn oom_kills(&self) -> u64 {
+        let mut events = [0u8; 256];
+        let length = sys::read_start(&self.0, &mut events).unwrap_or(0);
+        files::entry(events.get(..length).unwrap_or_default(), b"oom_kill").unwrap_or(0)
     }
 
     pub(super) fn poll(&self) -> Poll {

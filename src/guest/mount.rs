@@ -34,7 +34,7 @@ pub(super) enum MountStep {
     /// Make a text file in the place of what is there, whatever that is.
     Replace { path: &'static CStr, content: Vec<u8> },
     /// Check that a directory is no file system of the kernel's, to which a link of an image may lead.
-    /// No link leads there from `above`, a file system of an earlier container.
+    /// Where it lies in another mount, `above`, no link in that is followed: an earlier container may have made it.
     CheckPlace { path: CString, above: Option<CString> },
     /// Append to a text file, unless it has `word` on some line.
     Lines { path: &'static CStr, word: Option<Vec<u8>>, lines: Vec<u8> },

@@ -5,7 +5,7 @@ use super::alloc::vec::Vec;
 use super::cgroup::{Cgroups, Group, Watch};
 use super::connect::Connections;
 use super::control::{Control, Failure, VersionGate};
-use super::oom::{self, OomWatch};
+use super::oom::OomWatch;
 use super::process::{Process, ProcessState};
 use super::reaper;
 use super::relay::{Relay, RelayProgress};
@@ -121,7 +121,7 @@ impl Shim {
                     PollTarget::Signals => self.serve_signals(),
                     PollTarget::Workloads => Ok(()),
                     PollTarget::Memory => {
-                        self.oom.serve(&mut self.processes, &mut self.control);
+                        self.oom.serve(None, &mut self.processes, &mut self.control);
                         Ok(())
                     }
                     PollTarget::Connections => {
@@ -417,7 +417,7 @@ impl Shim {
     fn exited(&mut self, mut process: Process, status: Status) {
         // Of one that never became the program the host knows already.
         if let ProcessState::Running { .. } = process.life {
-            oom::report(&mut process, &mut self.control);
+            self.oom.serve(Some(&mut process), &mut self.processes, &mut self.control);
             self.relays.retain_mut(|relay| relay.owner != process.id || relay.owner_exited() == RelayProgress::Going);
             self.terminals.retain_mut(|terminal| terminal.owner != process.id || terminal.owner_exited());
             let message = match status {

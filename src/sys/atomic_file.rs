@@ -104,9 +104,14 @@ fn unnamed(directory: &Path, mode: u32, flags: libc::c_int) -> io::Result<Option
 const PREFIX: &str = ".cofferdam-";
 
 fn new_name(directory: &Path) -> io::Result<PathBuf> {
+    Ok(directory.join(draft_name()?))
+}
+
+/// A name for a file that is not whole.
+pub(super) fn draft_name() -> io::Result<String> {
     let mut number = [0; 16];
     fill_random(&mut number)?;
-    Ok(directory.join(format!("{PREFIX}{:032x}", u128::from_le_bytes(number))))
+    Ok(format!("{PREFIX}{:032x}", u128::from_le_bytes(number)))
 }
 
 /// Removes what killed processes have left. No live writer leaves the file unchanged for so long.

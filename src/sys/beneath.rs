@@ -138,13 +138,13 @@ fn openat2(at: BorrowedFd<'_>, path: &Path, flags: libc::c_int, resolve: u64) ->
     own(fd)
 }
 
-fn openat(at: BorrowedFd<'_>, path: &Path, flags: libc::c_int) -> io::Result<File> {
+pub(super) fn openat(at: BorrowedFd<'_>, path: &Path, flags: libc::c_int) -> io::Result<File> {
     let path = CString::new(path.as_os_str().as_bytes())?;
     // SAFETY: `path` is NUL-terminated and lives across the call.
     own(unsafe { libc::openat(at.as_raw_fd(), path.as_ptr(), flags) }.into())
 }
 
-fn own(fd: libc::c_long) -> io::Result<File> {
+pub(super) fn own(fd: libc::c_long) -> io::Result<File> {
     match libc::c_int::try_from(fd) {
         // SAFETY: the descriptor is new, so it has no other owner.
         Ok(fd) if fd >= 0 => Ok(unsafe { File::from_raw_fd(fd) }),

@@ -3,12 +3,14 @@
 use std::ffi::{CStr, CString, OsStr};
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd};
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
-use super::{fill_random, path_of};
+use super::atomic_file::draft_name;
+use super::beneath::{openat, own};
+use super::path_of;
 
 /// A directory, held by its descriptor. Names are of one part: a slash in one is an error.
 #[derive(Debug)]
@@ -58,8 +60,7 @@ impl Directory {
     fn open_at(&self, name: &CStr, flags: libc::c_int) -> io::Result<File> {
         let wait = if flags & libc::O_PATH == 0 { libc::O_NONBLOCK } else { 0 };
         let flags = flags | libc::O_NOFOLLOW | libc::O_CLOEXEC | libc::O_NOCTTY | wait;
-        // SAFETY: `name` is NUL-terminated and lives across the call.
-        own(unsafe { libc::openat(self.raw(), name.as_ptr(), flags) })
+        openat(self.0.as_fd(), Path::new(OsStr::from_bytes(name.to_bytes())), flags)
     }
 
     /// Makes a file with a name of its own for now, which only this process's user may use.
@@ -67,7 +68,7 @@ impl Directory {
         self.draft_of(|name| {
             let flags = libc::O_WRONLY | libc::O_CREAT | libc::O_EXCL | libc::O_NOFOLLOW | libc::O_CLOEXEC;
             // SAFETY: `name` is NUL-terminated and lives across the call.
-            own(unsafe { libc::openat(self.raw(), name.as_ptr(), flags, 0o600) }).map(Some)
+            own(unsafe { libc::openat(self.raw(), name.as_ptr(), flags, 0o600) }.into()).map(Some)
         })
     }
 
@@ -81,9 +82,7 @@ impl Directory {
     }
 
     fn draft_of(&self, make: impl FnOnce(&CStr) -> io::Result<Option<File>>) -> io::Result<Draft<'_>> {
-        let mut number = [0; 16];
-        fill_random(&mut number)?;
-        let name = CString::new(format!(".cofferdam-{:032x}", u128::from_le_bytes(number)))?;
+        let name = CString::new(draft_name()?)?;
         let file = make(&name)?;
         Ok(Draft { directory: self, name: Some(name), file })
     }
@@ -139,14 +138,6 @@ impl Drop for Draft<'_> {
             // SAFETY: `name` is NUL-terminated and lives across the call. What cannot be removed stays.
             let _ = unsafe { libc::unlinkat(self.directory.raw(), name.as_ptr(), 0) };
         }
-    }
-}
-
-fn own(fd: libc::c_int) -> io::Result<File> {
-    match fd {
-        // SAFETY: the descriptor is new, so it has no other owner.
-        fd if fd >= 0 => Ok(unsafe { File::from_raw_fd(fd) }),
-        _ => Err(io::Error::last_os_error()),
     }
 }
 

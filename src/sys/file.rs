@@ -232,16 +232,19 @@ pub(crate) fn fill_random(buffer: &mut [u8]) -> io::Result<()> {
 
 /// The directory of this crate's cached files: `$XDG_CACHE_HOME/cofferdam`, or `~/.cache/cofferdam`.
 pub(crate) fn cache_dir() -> Option<PathBuf> {
-    let variable = |name| std::env::var_os(name).map(PathBuf::from).filter(|p| p.is_absolute());
-    let base = variable("XDG_CACHE_HOME").or_else(|| variable("HOME").map(|home| home.join(".cache")))?;
-    Some(base.join("cofferdam"))
+    user_dir("XDG_CACHE_HOME", ".cache")
 }
 
 /// The directory of this crate's files that are kept: `$XDG_DATA_HOME/cofferdam`, or `~/.local/share/cofferdam`.
 #[cfg(feature = "container")]
 pub(crate) fn data_dir() -> Option<PathBuf> {
+    user_dir("XDG_DATA_HOME", ".local/share")
+}
+
+/// This crate's directory in that of a variable, or in one below the user's home (XDG Base Directory Specification).
+fn user_dir(name: &str, below_home: &str) -> Option<PathBuf> {
     let variable = |name| std::env::var_os(name).map(PathBuf::from).filter(|p| p.is_absolute());
-    let base = variable("XDG_DATA_HOME").or_else(|| variable("HOME").map(|home| home.join(".local/share")))?;
+    let base = variable(name).or_else(|| variable("HOME").map(|home| home.join(below_home)))?;
     Some(base.join("cofferdam"))
 }
 

@@ -121,7 +121,7 @@ impl ContainerBuilder {
     /// this image alone, and [`ContainerBuilder::start`] fails with `Incompatible` for one of another image. It fails with
     /// `ResourceBusy` while another container has it. No volume is read-only here: that is `InvalidConfig`.
     ///
-    /// This or [`ContainerBuilder::writable_layer`] counts, whichever is called last.
+    /// It replaces what [`ContainerBuilder::writable_layer`] has set, and the other way round.
     pub fn keep_layer(mut self, volume: NamedVolume) -> Self {
         self.layer = Layer::Kept(volume);
         self

@@ -67,15 +67,14 @@ struct VolumeMount {
 /// Volumes that are open for one machine.
 #[derive(Debug, Default)]
 pub(super) struct OpenMounts {
-    /// In the order of their paths in the guest.
+    /// In the order of their device names in the guest.
     pub(super) disks: Vec<Disk>,
     /// All that the shim mounts, as it gets it.
     pub(super) list: StringBuf,
 }
 
-/// One file system as the shim gets it, with the method that asked for it.
+/// One file system as the shim gets it.
 struct PlannedMount<'a> {
-    method: &'static str,
     fs: &'a str,
     device: String,
     path: &'a str,
@@ -121,7 +120,7 @@ impl MountSettings {
     pub(super) fn open(&self, first: usize, cancel: Option<&CancelToken>) -> Result<OpenMounts> {
         let tmpfs = self.tmpfs.iter().map(|Tmpfs { path, size, mode }| {
             let options = format!("size={},mode={mode:o}", size.as_bytes()).into_bytes();
-            PlannedMount { method: "tmpfs", fs: "tmpfs", device: String::new(), path, options }
+            PlannedMount { fs: "tmpfs", device: String::new(), path, options }
         });
         let (mut planned, mut disks): (Vec<_>, _) = (tmpfs.collect(), Vec::new());
         for (n, VolumeMount { path, volume }) in self.volumes.iter().enumerate() {
@@ -133,15 +132,15 @@ impl MountSettings {
                 (false, true) => GROW_DISK.to_bytes().to_vec(),
                 (false, false) => Vec::new(),
             };
-            planned.push(PlannedMount { method: "volume", fs, device, path, options });
+            planned.push(PlannedMount { fs, device, path, options });
             disks.push(disk);
         }
         // One in another comes after it.
         planned.sort_by_key(|it| it.path.matches('/').count());
         let mut list = StringBuf::new();
-        for PlannedMount { method, fs, device, path, options } in planned {
+        for PlannedMount { fs, device, path, options } in planned {
             for text in [fs.as_bytes(), device.as_bytes(), path.as_bytes(), &options] {
-                list.push(text).map_err(|_| Error::invalid(method, format!("{path:?} has a NUL")))?;
+                list.push(text).map_err(|_| Error::invalid("tmpfs or volume", format!("{path:?} has a NUL")))?;
             }
         }
         Ok(OpenMounts { disks, list })
@@ -175,11 +174,11 @@ impl ContainerBuilder {
     /// Mounts a volume on `path`, an absolute path; none by default.
     ///
     /// Give a [`Volume::named`], or an [`Image`](crate::Image), whose files can only be read. The path is made where it is
-    /// missing. What was there is hidden. Programs cannot be set-user-ID there, and devices do not work there. Each volume is a disk of the container, behind all others, and has one of its
-    /// interrupt lines.
+    /// missing. What was there is hidden. Programs cannot be set-user-ID there, and devices do not work there. Each volume
+    /// is a disk of the container, behind all others, and has one of its interrupt lines.
     ///
-    /// A path in another volume must be free of links there, as an earlier container may have made them: the start fails
-    /// otherwise.
+    /// Below another volume or memory file system no link is followed to `path`, as an earlier container may have made
+    /// it. A start that meets one fails with `GuestFailed`.
     ///
     /// It is unmounted when the container ends by [`Container::stop`](crate::Container::stop). When the container is killed,
     /// its file system recovers by its journal the next time.

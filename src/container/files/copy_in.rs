@@ -46,7 +46,7 @@ impl CopyIn {
         Self { files, plan: CopyInPlan { from, to, owner: Some((0, 0)), digests: false } }
     }
 
-    /// Sets who owns what is copied, by numbers of the container. Root and its group, 0 and 0, unless set.
+    /// Sets the user and the group of the copy, as numbers in the container. Root and its group, 0 and 0, unless set.
     pub fn owner(mut self, uid: u32, gid: u32) -> Self {
         self.plan.owner = Some((uid, gid));
         self
@@ -228,7 +228,7 @@ impl Sender {
         if length == 0 {
             return Ok(());
         }
-        self.tally.hole(length)?;
+        self.tally.hole(length, || self.conversation.check_time())?;
         self.conversation.say(&FileRecord::Hole { length })
     }
 

@@ -19,8 +19,6 @@ use crate::sys::{Directory, split_name};
 /// How much a copy may have, unless the caller says otherwise.
 const MAX_ENTRIES: u64 = 1_000_000;
 const MAX_SIZE: Size = Size::gib(16);
-/// So much of a hole is hashed before the time is looked at.
-const HOLE_PIECE: u64 = 64 << 20;
 
 /// A copy of a container's files to the host; see [`Files::copy_out`].
 ///
@@ -262,13 +260,7 @@ impl Receiver {
                     at += bytes.len() as u64;
                 }
                 FileRecord::Hole { length } => {
-                    let mut left = length;
-                    while left > 0 {
-                        let piece = left.min(HOLE_PIECE);
-                        self.tally.hole(piece)?;
-                        self.conversation.check_time()?;
-                        left -= piece;
-                    }
+                    self.tally.hole(length, || self.conversation.check_time())?;
                     at += length;
                     has_holes = true;
                 }
@@ -295,7 +287,7 @@ fn enter(directory: &Directory, name: &[u8], attributes: Attributes, above: usiz
     Ok(OpenDirectory { directory, attributes: made.then_some(attributes), above })
 }
 
-/// Whether a link leads into the copy, whatever other links of it do. It is so many directories below the copy's root.
+/// Whether a link leads into the copy, whatever other links of it do. `depth` is how far it is below the copy's root.
 ///
 /// Going up only at its beginning, it goes up through directories, which have no other place. After that it comes
 /// through names of the copy, and each link among them keeps to the same.

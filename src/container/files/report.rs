@@ -117,15 +117,19 @@ impl Tally {
         Ok(())
     }
 
-    /// Takes so many zeros of the file.
-    pub(super) fn hole(&mut self, length: u64) -> Result<()> {
-        const ZEROS: [u8; 4096] = [0; 4096];
+    /// Takes so many zeros of the file. Hashing them may take long, so it asks `check_time` again and again.
+    ///
+    /// # Errors
+    /// `ResourceExhausted` beyond the limit; that of `check_time`.
+    pub(super) fn hole(&mut self, length: u64, check_time: impl Fn() -> Result<()>) -> Result<()> {
+        static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
         self.grow(length)?;
         let mut left = if self.has_digests { length } else { 0 };
         while left > 0 {
             let n = usize::try_from(left).unwrap_or(usize::MAX).min(ZEROS.len());
             self.hasher.update(ZEROS.get(..n).unwrap_or_default());
             left -= n as u64;
+            check_time()?;
         }
         Ok(())
     }

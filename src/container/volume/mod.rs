@@ -12,15 +12,12 @@ use super::{CancelToken, ext4};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::size::Size;
 use crate::sys::{self, LockKind};
-use crate::virtio::blk::lock_with_remedy;
 use crate::vm::Disk;
 use crate::vm::disk::{DiskLimit, ErrorAction, ErrorClass};
 use store::OpenStore;
 
 /// How large a new volume is, unless its size is set.
 const DEFAULT_SIZE: Size = Size::gib(10);
-/// How often a volume is looked for anew that others make and remove at the same time.
-const MAX_TRIES: u32 = 16;
 
 /// A file system that is mounted in a container, beside its root; a config value.
 ///
@@ -117,8 +114,8 @@ impl NamedVolume {
 
     /// Sets its size, rounded up to 128 MiB, at most 512 GiB.
     ///
-    /// A new one has 10 GiB by default. It takes space on the host as it is written. One that is smaller grows when the container starts, with its file
-    /// system. One that is larger stays as it is.
+    /// A new one has 10 GiB by default. It takes space on the host as it is written. One that is smaller grows when the
+    /// container starts, with its file system. One that is larger stays as it is.
     pub fn size(mut self, size: Size) -> Self {
         self.size = Some(size);
         self
@@ -199,27 +196,20 @@ impl NamedVolume {
     fn find(&self, uuid: [u8; 16]) -> Result<(File, ext4::Identity)> {
         store::check_name(&self.name)?;
         let store = self.store.clone().map_or_else(VolumeStore::user, Ok)?.open()?;
-        for _ in 0..MAX_TRIES {
-            let file = match store.file(&self.name, !self.read_only) {
-                Err(error) if error.kind() == ErrorKind::NotFound && !self.read_only => {
-                    self.make(&store, uuid)?;
-                    continue;
-                }
-                Err(error) if error.kind() == ErrorKind::NotFound => {
-                    let what = "it is missing: the first container that may write to it makes it";
-                    return Err(Error::new(ErrorKind::NotFound, what));
-                }
-                outcome => outcome?,
-            };
-            lock(&file, if self.read_only { LockKind::Shared } else { LockKind::Exclusive })?;
-            // It may have been removed before it was locked.
-            if sys::has_name(&file)? {
-                let found = ext4::identify(&file)?;
-                let found = found.ok_or_else(|| Error::new(ErrorKind::Corrupt, "it has no ext4 file system"))?;
-                return Ok((file, found));
+        let kind = if self.read_only { LockKind::Shared } else { LockKind::Exclusive };
+        let file = match store.locked(&self.name, kind) {
+            Err(error) if error.kind() == ErrorKind::NotFound && self.read_only => {
+                let what = "it is missing: the first container that may write to it makes it";
+                return Err(Error::new(ErrorKind::NotFound, what));
             }
-        }
-        Err(Error::new(ErrorKind::ResourceBusy, "it is made and removed again and again"))
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                self.make(&store, uuid)?;
+                store.locked(&self.name, kind)?
+            }
+            outcome => outcome?,
+        };
+        let found = ext4::identify(&file)?;
+        Ok((file, found.ok_or_else(|| Error::new(ErrorKind::Corrupt, "it has no ext4 file system"))?))
     }
 
     /// Makes it, unless another was faster.
@@ -231,12 +221,6 @@ impl NamedVolume {
             outcome => outcome,
         }
     }
-}
-
-/// # Errors
-/// `ResourceBusy`, naming who holds it.
-fn lock(file: &File, kind: LockKind) -> Result<()> {
-    lock_with_remedy(file, kind, "many containers may read a volume, and one that writes has it alone")
 }
 
 impl From<NamedVolume> for Volume {

@@ -7,16 +7,18 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-use super::{MAX_TRIES, lock};
 use crate::container::ext4;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::size::Size;
 use crate::sys::{self, AtomicFile, Beneath, LockKind};
+use crate::virtio::blk::lock_with_remedy;
 
 /// The user's alone, as are those of images.
 const FILE_MODE: u32 = 0o600;
 const SUFFIX: &str = ".ext4";
 const MAX_NAME: usize = 64;
+/// How often a volume is opened anew that others replace meanwhile.
+const MAX_TRIES: u32 = 16;
 /// Files beyond which a directory is not listed.
 const MAX_VOLUMES: usize = 100_000;
 
@@ -127,7 +129,7 @@ impl OpenStore {
     ///
     /// # Errors
     /// `NotFound`; `PermissionDenied` for one that another user may have put there; `Corrupt` for what is no file.
-    pub(super) fn file(&self, name: &str, write: bool) -> Result<File> {
+    fn file(&self, name: &str, write: bool) -> Result<File> {
         let flags = if write { libc::O_RDWR } else { libc::O_RDONLY };
         let file = self.directory.open_at(Path::new(&file_name(name)), flags)?;
         if !file.metadata()?.is_file() {
@@ -139,19 +141,20 @@ impl OpenStore {
         }
     }
 
-    /// The same, locked as long as it is open.
+    /// The same, locked as long as it is open. For an exclusive lock it can be written.
     ///
     /// # Errors
     /// As [`OpenStore::file`]; `ResourceBusy`, naming who holds it.
-    fn locked(&self, name: &str, kind: LockKind) -> Result<File> {
+    pub(super) fn locked(&self, name: &str, kind: LockKind) -> Result<File> {
         for _ in 0..MAX_TRIES {
             let file = self.file(name, kind == LockKind::Exclusive)?;
-            lock(&file, kind)?;
+            lock_with_remedy(&file, kind, "many containers may read a volume, and one that writes has it alone")?;
+            // It may have been removed before it was locked.
             if sys::has_name(&file)? {
                 return Ok(file);
             }
         }
-        Err(Error::new(ErrorKind::ResourceBusy, "it is made and removed again and again"))
+        Err(Error::new(ErrorKind::ResourceBusy, "it is replaced again and again"))
     }
 
     /// Makes the file of a volume, whole or not at all.

@@ -18,7 +18,7 @@ const DEFAULT_ERRNO: u32 = 1;
 /// Arguments of a call.
 const ARGUMENTS: u32 = 6;
 
-// What is unknown is refused: a restriction with a typing error would be none.
+// An unknown field is refused: a restriction whose name is misspelled would be lost.
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct ProfileJson {

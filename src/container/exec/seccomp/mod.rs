@@ -52,7 +52,7 @@ impl SeccompProfile {
     /// Reads a profile in Docker's JSON format, or `linux.seccomp` of the OCI runtime specification.
     ///
     /// - Actions are those of libseccomp, such as `SCMP_ACT_ERRNO`. `SCMP_ACT_KILL` kills the thread. `SCMP_ACT_TRACE`
-    ///   and `SCMP_ACT_NOTIFY` are `Unsupported`, as they need a program that watches.
+    ///   and `SCMP_ACT_NOTIFY` are `Unsupported`, as they need a supervisor.
     /// - `args` of a rule must all match. Two on one argument are rules of their own, as for runc.
     /// - Arguments are compared with all their 64 bits, as by libseccomp. Of an `int` the kernel looks at 32 bits only.
     /// - Of a call's rules that match, the strictest decides, and of equally strict ones the first. Where none matches,
@@ -65,7 +65,7 @@ impl SeccompProfile {
     ///
     /// # Errors
     /// `InvalidConfig` for what is no such profile, is above 1 MiB, or has names that Linux does not have. `Unsupported` for
-    /// actions and flags that need a program which watches.
+    /// actions and flags that need a supervisor.
     pub fn from_json(json: impl AsRef<[u8]>) -> Result<Self> {
         json::parse(json.as_ref()).map(|profile| Self(Arc::new(profile)))
     }

@@ -25,7 +25,7 @@ impl Action {
         }
     }
 
-    /// How strict it is; less is stricter. All error numbers are alike.
+    /// Returns its rank, of which a lower one is stricter. Actions that fail a call have one rank, whatever the error.
     pub(super) fn strictness(self) -> u32 {
         match self {
             Self::KillProcess => 0,

@@ -14,6 +14,7 @@ use super::super::conversation::Conversation;
 use super::super::copy_in::CopyInPlan;
 use super::super::copy_out::CopyOutPlan;
 use super::super::report::{CopyReport, Tally};
+use super::super::{FileMetadata, FileReader};
 use crate::container::pair;
 use crate::error::{Error, ErrorKind, Result};
 use crate::proto::{EntryKind, FileAction, FileEntry, FileRecord};
@@ -328,18 +329,44 @@ fn guests_that_lie_write_nothing_outside_of_the_copy() {
     said(&good, &plan_out(Path::new("/x"), &temp.at("good"))).unwrap();
     assert_eq!(fs::metadata(temp.at("good/f")).unwrap().mode() & 0o7777, 0o755);
     assert_eq!(fs::metadata(temp.at("good")).unwrap().mode() & 0o7777, 0o755);
-    // Zeros without end.
     // With digests a file's path is kept: all of them together have a bound.
     let mut tally = Tally::new(u64::MAX, Size::gib(1), true);
     let long = vec![b'x'; 1 << 20];
     let kept = (0..).take_while(|_| tally.file().and_then(|()| tally.file_end(&long)).is_ok()).take(100).count();
     assert_eq!(kept, 64);
+    // Zeros without end.
     let hole = FileRecord::Hole { length: u64::MAX };
     for holes in [vec![hole], vec![FileRecord::Hole { length: 1 << 62 }; 8]] {
         let lie = [&[root, entry(b"z", File, b"")][..], &holes].concat();
         let error = said(&lie, &plan_out(Path::new("/x"), &temp.at("good"))).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::ResourceExhausted);
     }
+}
+
+#[test]
+fn holes_take_no_more_than_the_time_that_is_set() {
+    let temp = Temp::new("holes");
+    let hole = |records: &[FileRecord<'_>]| {
+        let (near, mut far) = pair();
+        let mut bytes = Vec::new();
+        records.iter().for_each(|record| record.encode(&mut bytes).unwrap());
+        far.write_all(&bytes).unwrap();
+        // The guest does not hang up.
+        (Conversation::over(near, None, Duration::from_millis(100), FileAction::Get, b"/x").unwrap(), far)
+    };
+    let begin = Instant::now();
+    let length = 1 << 50;
+    let (conversation, _far) = hole(&[entry(b"", EntryKind::File, b""), FileRecord::Hole { length }]);
+    let plan = CopyOutPlan { max_size: Size::bytes(u64::MAX), ..plan_out(Path::new("/x"), &temp.at("out")) };
+    assert_eq!(plan.receive(conversation).unwrap_err().kind(), ErrorKind::TimedOut);
+    let (mut conversation, _far) = hole(&[entry(b"", EntryKind::File, b""), FileRecord::Hole { length }]);
+    let FileRecord::Entry(first) = conversation.next().unwrap() else { panic!("no entry") };
+    let metadata = FileMetadata::new(&first);
+    let mut reader = FileReader { conversation, metadata, piece: Vec::new(), at: 0, hole: 0, ended: false };
+    let ended = std::io::copy(&mut reader, &mut std::io::sink()).unwrap_err();
+    assert!(ended.to_string().contains("the time for it is over"), "{ended}");
+    assert!(begin.elapsed() < Duration::from_secs(30), "{:?}", begin.elapsed());
+    assert_eq!(fs::read_dir(&temp.0).unwrap().count(), 0);
 }
 
 #[test]
